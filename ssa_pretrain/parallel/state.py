@@ -1,0 +1,92 @@
+"""The process's place in the machine: start, degrees, process groups, stop. The only module that talks to megatron-core's parallel state."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from ssa_pretrain.config import ParallelConfig
+from ssa_pretrain.parallel import cpu_backend
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where this process stands.
+
+    Attributes:
+        rank, world_size: over all processes.
+        device: what this process computes on.
+        groups: megatron-core's process groups.
+        tp_rank, pp_rank, dp_rank: coordinates.
+        dp: data-parallel degree.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    groups: ProcessGroupCollection
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    dp: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what only one may write."""
+        return self.rank == 0
+
+
+def start(parallel: ParallelConfig, *, seed: int) -> Placement:
+    """Join the process group and build megatron-core's groups; a process without a launcher is a world of one.
+
+    Args:
+        parallel: degrees; tp * pp * cp must divide the world size.
+        seed: for megatron-core's random states, which nothing of ours draws from.
+    """
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        cpu_backend.install()
+    if not dist.is_initialized():
+        _join("nccl" if on_gpu else "gloo")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        create_gloo_process_groups=on_gpu,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Placement(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def stop() -> None:
+    """Leave the process group."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    timeout = datetime.timedelta(minutes=30)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # no launcher, no network: a store inside this process
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
