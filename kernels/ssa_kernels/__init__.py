@@ -1,0 +1,26 @@
+"""SSA's attention operators on packed sequences: choose blocks, attend to them, attend to everything, gate and align.
+
+Every operator takes `[tokens, heads, head_dim]` tensors and the packed documents' `cu_seqlens`, and runs by one of two
+implementations of the same mathematics: `reference` (plain PyTorch, any device; it defines what is correct) and `triton`
+(CUDA). `impl=None` picks by the tensors' device, as `dispatch.py` says. Source: SSA, arXiv 2511.20102.
+
+Shape letters: T query tokens, H query heads, G kv heads, D head dim, N chosen blocks (top_k), K block size, R block rows.
+"""
+
+from .captured_mass import captured_mass
+from .documents import DocumentLayout, build_layout, query_slice
+from .full_attention import full_attention
+from .gate_and_align.api import gate_and_align
+from .select.api import select_blocks
+from .sparse_attention.api import sparse_attention
+
+__all__ = [
+    "DocumentLayout",
+    "build_layout",
+    "captured_mass",
+    "full_attention",
+    "gate_and_align",
+    "query_slice",
+    "select_blocks",
+    "sparse_attention",
+]

@@ -1,0 +1,15 @@
+"""The share of full attention that the chosen blocks capture, from both streams' log-sum-exps.
+
+m = exp(lse_sparse - lse_full): the sparse stream's normaliser is the full one's over a subset of its keys, so m lies in [0, 1] up
+to rounding, and is 1 where the blocks cover everything. The paper calls it attention sparsity (arXiv 2511.20102, Theorem 1:
+||h_full - h_sparse|| <= (1 - m) (max ||v_dropped|| + ||h_sparse||)).
+"""
+
+import torch
+
+
+def captured_mass(lse_full: torch.Tensor, lse_sparse: torch.Tensor) -> torch.Tensor:
+    """Returns m for each token and head, float32 `[tokens, H]`, from both streams' natural-log lse of that shape."""
+    if lse_full.shape != lse_sparse.shape:
+        raise ValueError(f"lse_sparse of shape {tuple(lse_sparse.shape)} must have lse_full's {tuple(lse_full.shape)}")
+    return torch.exp(lse_sparse.detach().float() - lse_full.detach().float())

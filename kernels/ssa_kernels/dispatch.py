@@ -1,0 +1,49 @@
+"""Which implementation runs an operator: Triton on CUDA tensors, the plain PyTorch reference elsewhere.
+
+The rule is only about what was asked for and where the tensors lie. Nothing falls back in silence: a caller who asks for
+"triton" gets Triton or an error, and CUDA tensors without Triton installed are an error as well, because the reference would
+be slower by orders of magnitude without anyone noticing. CPU tensors run Triton kernels only under Triton's interpreter
+(TRITON_INTERPRET=1 in the environment before Triton is imported), which is how the kernels are tested without a GPU.
+"""
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+Impl = Literal["triton", "reference"]
+
+
+def resolve_impl(impl: str | None, tensor: torch.Tensor, operator: str) -> Impl:
+    """Returns "triton" or "reference" for an operator whose inputs lie where `tensor` does.
+
+    Args:
+        impl: what the caller asked for; None picks by device.
+        tensor: any of the operator's inputs.
+        operator: the operator's name, for messages.
+
+    Raises:
+        ValueError: an unknown name, or Triton asked for (or needed on CUDA) where it cannot run.
+    """
+    if impl not in (None, "triton", "reference"):
+        raise ValueError(f"impl={impl!r} of {operator} must be None, 'triton' or 'reference'; try None")
+    if impl == "reference" or (impl is None and not tensor.is_cuda):
+        return "reference"
+    if find_spec("triton") is None:
+        raise ValueError(
+            f"impl={impl!r} of {operator} on {tensor.device} needs Triton, which is not installed; "
+            "try pip install triton, or impl='reference'"
+        )
+    if not tensor.is_cuda and not _interpreting():
+        raise ValueError(
+            f"impl='triton' of {operator} needs CUDA tensors, got {tensor.device}; "
+            "try impl='reference', or TRITON_INTERPRET=1 in the environment for a test"
+        )
+    return "triton"
+
+
+def _interpreting() -> bool:
+    """Whether Triton was imported (or will be) with its interpreter on."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -1,0 +1,138 @@
+"""Where packed documents and their blocks lie, as device arrays that every kernel of a microbatch shares.
+
+Documents are packed one after another along the token axis; `cu_seqlens` holds their boundaries. Blocks belong to documents:
+each document starts a block of its own, and its last block may be short. Numbering the blocks of all documents in one go gives
+*block rows*: document d owns the rows from `document_first_row[d]`, and its block b is row `document_first_row[d] + b`.
+
+Everything is computed on the device from `cu_seqlens` by a dozen small operations, without waiting for the device: sizes come
+from shapes alone. There are at most T // K + (number of documents) block rows, since a document of length l has
+ceil(l / K) <= l // K + 1 blocks; rows past the last document's have length 0. Build a layout once a microbatch and pass it to
+every layer in place of `cu_seqlens`.
+
+A query's document and position are read from per-query arrays, never from its place in the batch. Hence `query_slice`: a rank
+that holds a part of the queries, or a decoding step with one, uses the same kernels over the same keys.
+
+Not done here: nothing is checked on CUDA, where it would mean waiting. Boundaries past the tokens are cut off, and tokens past
+the last boundary form one more document, so that no kernel can leave its tensors.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentLayout:
+    """Documents and blocks of one packed sequence. All arrays are int32 and lie on one device."""
+
+    cu_seqlens: torch.Tensor  # [documents + 1] first token of each document, ending with num_tokens
+    document_first_row: torch.Tensor  # [documents + 1] block row of each document's first block, ending with the rows in use
+    query_start: torch.Tensor  # [T] first token of the query's document
+    query_position: torch.Tensor  # [T] place of the query in its document; its own key is query_start + query_position
+    query_first_row: torch.Tensor  # [T] block row of the first block of the query's document
+    block_start: torch.Tensor  # [R] first token of each block row
+    block_length: torch.Tensor  # [R] tokens in it, 0 in unused rows
+    block_size: int
+    num_tokens: int  # keys; as many queries as query_position has entries
+    max_length: int  # no document is longer (bounds workspaces and loops; num_tokens where nothing better is known)
+
+    @property
+    def num_block_rows(self) -> int:
+        """R, the bound on all documents' blocks."""
+        return self.block_start.shape[0]
+
+    @property
+    def max_blocks(self) -> int:
+        """The most blocks that a document can have."""
+        return -(-self.max_length // self.block_size)
+
+
+def build_layout(
+    cu_seqlens: torch.Tensor, *, num_tokens: int, block_size: int, max_length: int | None = None
+) -> DocumentLayout:
+    """Returns the layout of documents with boundaries `cu_seqlens`.
+
+    Args:
+        cu_seqlens: int32 or int64 `[documents + 1]`, starting with 0, non-decreasing; repeated entries are empty documents.
+        num_tokens: length of the token axis.
+        block_size: keys per block.
+        max_length: bound on a document's length, if one is known on the host (the row length where rows are packed).
+
+    Raises:
+        ValueError: for a wrong shape or, on the CPU, wrong boundaries.
+    """
+    _check_boundaries(cu_seqlens, num_tokens, block_size)
+    max_length = num_tokens if max_length is None else min(max_length, num_tokens)
+    device = cu_seqlens.device
+    ends = torch.cat([cu_seqlens.to(torch.int32), cu_seqlens.new_full((1,), num_tokens, dtype=torch.int32)])
+    ends = ends.clamp(max=num_tokens)
+    lengths = ends[1:] - ends[:-1]
+    first_row = torch.zeros_like(ends)
+    first_row[1:] = torch.cumsum((lengths + (block_size - 1)) // block_size, 0, dtype=torch.int32)
+
+    token = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    document = torch.searchsorted(ends[1:], token, right=True).clamp(max=len(lengths) - 1)
+    start = ends[document]
+
+    row = torch.arange(min(num_tokens, num_tokens // block_size + len(lengths)), dtype=torch.int32, device=device)
+    row_document = torch.searchsorted(first_row[1:], row, right=True).clamp(max=len(lengths) - 1)
+    block_start = ends[row_document] + (row - first_row[row_document]) * block_size
+    block_length = (ends[row_document + 1] - block_start).clamp(0, block_size)
+    return DocumentLayout(
+        cu_seqlens=ends,
+        document_first_row=first_row,
+        query_start=start,
+        query_position=token - start,
+        query_first_row=first_row[document],
+        block_start=block_start.clamp(max=num_tokens),
+        block_length=block_length,
+        block_size=block_size,
+        num_tokens=num_tokens,
+        max_length=max_length,
+    )
+
+
+def query_slice(layout: DocumentLayout, queries: slice | torch.Tensor) -> DocumentLayout:
+    """Returns the layout for a part of the queries (a slice, or their int64 numbers) over all the keys."""
+    return replace(
+        layout,
+        query_start=layout.query_start[queries],
+        query_position=layout.query_position[queries],
+        query_first_row=layout.query_first_row[queries],
+    )
+
+
+def as_layout(cu_seqlens: torch.Tensor | DocumentLayout, *, num_tokens: int, block_size: int) -> DocumentLayout:
+    """Returns `cu_seqlens` if it is a layout already (checked against the sizes), else the layout built from it."""
+    if not isinstance(cu_seqlens, DocumentLayout):
+        return build_layout(cu_seqlens, num_tokens=num_tokens, block_size=block_size)
+    if cu_seqlens.block_size != block_size:
+        raise ValueError(f"block_size={block_size} must equal the layout's {cu_seqlens.block_size}; build another layout")
+    if cu_seqlens.num_tokens != num_tokens:
+        raise ValueError(f"num_tokens={num_tokens} of the keys must equal the layout's {cu_seqlens.num_tokens}")
+    return cu_seqlens
+
+
+def layout_to(layout: DocumentLayout, device: torch.device | str) -> DocumentLayout:
+    """Returns the layout with its arrays on `device`."""
+    arrays = {f.name: getattr(layout, f.name) for f in fields(layout)}
+    moved = {name: value.to(device) for name, value in arrays.items() if isinstance(value, torch.Tensor)}
+    return replace(layout, **moved)
+
+
+def _check_boundaries(cu_seqlens: torch.Tensor, num_tokens: int, block_size: int) -> None:
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens of shape {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype} must be int32 [documents + 1]; "
+            f"try torch.tensor([0, {num_tokens}], dtype=torch.int32) for one document"
+        )
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be at least 1; try 16")
+    if not 0 < num_tokens < 2**31:
+        raise ValueError(f"num_tokens={num_tokens} must lie in [1, 2^31)")
+    if cu_seqlens.device.type == "cpu":
+        steps = cu_seqlens[1:] - cu_seqlens[:-1]
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) > num_tokens or bool((steps < 0).any()):
+            raise ValueError(
+                f"cu_seqlens={cu_seqlens.tolist()[:8]}... must start with 0, never fall and end at most at num_tokens={num_tokens}"
+            )

@@ -1,0 +1,28 @@
+"""The gate on both streams and their alignment loss in plain PyTorch: what the kernels must compute, and what a CPU runs.
+
+g = sigmoid(gate_logits), f = g * o_full, s = g * o_sparse; out = f or s. With sg the stop-gradient and l(a, b) the mean over
+tokens x H x D of SmoothL1 with beta 1 (d^2 / 2 for |d| < 1, else |d| - 1/2):
+
+    loss = w_sparsity l(f, sg(s)) + w_commitment l(sg(f), s)
+
+so that the gradient into f is w_sparsity clip(f - s, -1, 1) / N and into s its opposite with w_commitment. All of it in float32 (float64
+for float64 inputs). Source: arXiv 2511.20102, section 3.3.
+
+Under tensor parallelism each rank passes its own heads and the caller averages: this is the mean over what is passed.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def gate_and_align_reference(
+    o_full: torch.Tensor, o_sparse: torch.Tensor, gate_logits: torch.Tensor, *, main: str, weights: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (out, loss); arguments as in `gate_and_align`."""
+    wide = torch.promote_types(o_full.dtype, torch.float32)
+    gate = torch.sigmoid(gate_logits.to(wide))[..., None]
+    full, sparse = gate * o_full.to(wide), gate * o_sparse.to(wide)
+    sparsity = F.smooth_l1_loss(full, sparse.detach())
+    commitment = F.smooth_l1_loss(full.detach(), sparse)
+    out = full if main == "full" else sparse
+    return out.to(o_full.dtype), weights[0] * sparsity + weights[1] * commitment

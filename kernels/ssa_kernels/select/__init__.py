@@ -1,0 +1,1 @@
+"""Choosing blocks: api.py, reference.py and the Triton kernels."""

@@ -1,0 +1,58 @@
+"""`select_blocks`: the public function, its checks and the choice of implementation."""
+
+import torch
+
+from ..dispatch import resolve_impl
+from ..documents import DocumentLayout, as_layout
+from .reference import select_blocks_reference
+
+SCORES = ("softmax_sum", "per_head", "official_compat")
+
+
+def select_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    cu_seqlens: torch.Tensor | DocumentLayout,
+    scale: float | None = None,
+    score: str = "softmax_sum",
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Returns the blocks each query attends to: exact, deterministic, without gradient.
+
+    Args:
+        q: `[tokens, H, D]`.
+        k: `[tokens, G, D]`, G dividing H.
+        block_size: keys per block.
+        top_k: blocks per query, the own block included.
+        cu_seqlens: int32 `[documents + 1]`, or a layout built from it.
+        scale: factor of the logits, default D^-1/2.
+        score: "softmax_sum" (SSA), "per_head" (MoBA) or "official_compat" (the official code's choice; reference.py says how).
+        impl: None, "triton" or "reference".
+
+    Returns:
+        int32 `[tokens, G, top_k]` (`[tokens, H, top_k]` for per_head): block numbers within the query's own document, ascending, -1
+        padded at the end. The own block is always in; the others are the earlier blocks of largest importance, equal ones decided
+        for the more recent.
+    """
+    _check(q, k, block_size, top_k, score)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
+    if resolve_impl(impl, q, "select_blocks") == "triton":
+        raise NotImplementedError("select_blocks has no Triton kernels yet; try impl='reference'")
+    return select_blocks_reference(q, k, layout=layout, top_k=top_k, scale=scale, score=score)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, block_size: int, top_k: int, score: str) -> None:
+    if q.dim() != 3 or k.dim() != 3 or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [tokens, H, D] and [tokens, G, D] with G dividing H"
+        )
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1: the own block is always chosen; try 16")
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}; try softmax_sum")
+    if score == "official_compat" and not 1 < top_k <= block_size:
+        raise ValueError(f"top_k={top_k} must lie in [2, block_size={block_size}] for score='official_compat'; try {block_size}")
