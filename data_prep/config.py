@@ -1,0 +1,209 @@
+"""The settings of data_prep as typed dataclasses; conf/ holds the YAML that fills them.
+
+Every dataclass checks itself and returns its problems as sentences, so that one run reports all of them together. Source and
+tokenizer are unions: the Hydra group picks the dataclass. No file is opened here; what needs a look at the disk is checked
+where it is read.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Specials(Enum):
+    """What becomes of a special token's name when it occurs literally in a document."""
+
+    text = "text"  # encoded like any other characters: nobody's text can end a document
+    control = "control"  # becomes the special id
+
+
+class Verify(Enum):
+    """How much of a finished dataset is compared with its manifest before it is reused."""
+
+    quick = "quick"  # existence, sizes, headers
+    full = "full"  # and the sha256 of every file
+
+
+@dataclass(kw_only=True, slots=True)
+class QuickstartSource:
+    """English and Python that pip alone provides; about 12 MB."""
+
+    kind: str = "quickstart"
+    entries_per_page: int = 8  # encyclopaedia entries of one topic joined into a document; 1 leaves them apart
+    english_docs_mb: float = 2.5  # most MB of documentation prose taken from installed Python packages
+    python_mb: float = 6.0  # most MB of Python source taken from installed packages
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        found = []
+        if self.entries_per_page < 1:
+            found.append(f"source.entries_per_page={self.entries_per_page} must be at least 1; try 8")
+        if self.english_docs_mb < 0:
+            found.append(f"source.english_docs_mb={self.english_docs_mb} must not be negative; try 2.5, or 0 for none")
+        if self.python_mb <= 0:
+            found.append(f"source.python_mb={self.python_mb} must be positive; try 6")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class JsonlSource:
+    """JSON lines, plain or compressed (.gz, .zst): one object a line, one document an object."""
+
+    kind: str = "jsonl"
+    name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
+    paths: list[str] = MISSING  # files, folders or glob patterns
+    text_column: str = "text"  # key of the text in each object
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        return _named_paths(self.name, self.paths) + _text_column(self.text_column)
+
+
+@dataclass(kw_only=True, slots=True)
+class ParquetSource:
+    """Parquet files, one document a row."""
+
+    kind: str = "parquet"
+    name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
+    paths: list[str] = MISSING  # files, folders or glob patterns
+    text_column: str = "text"  # column of the text; must be a string column
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        return _named_paths(self.name, self.paths) + _text_column(self.text_column)
+
+
+@dataclass(kw_only=True, slots=True)
+class TextSource:
+    """Plain UTF-8 files, one document a file."""
+
+    kind: str = "text"
+    name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
+    paths: list[str] = MISSING  # files, folders or glob patterns
+    suffixes: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py"])  # which files of a folder count
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        found = _named_paths(self.name, self.paths)
+        if not self.suffixes:
+            found.append("source.suffixes=[] must name at least one suffix; try [.txt]")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class BpeTokenizer:
+    """A byte-level BPE trained on the train split of the corpus itself."""
+
+    kind: str = "bpe"
+    vocab_size: int = 8192  # entries, special tokens included
+    sample_mb: float = 12.0  # most MB of train documents to learn from, chosen by document hash
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        found = []
+        if not 512 <= self.vocab_size <= 1_000_000:
+            found.append(f"tokenizer.vocab_size={self.vocab_size} must be from 512 to 1000000; try 8192")
+        if self.sample_mb <= 0:
+            found.append(f"tokenizer.sample_mb={self.sample_mb} must be positive; try 12")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class Llama3Tokenizer:
+    """Llama 3's tokenizer, converted from the tokenizer.model that Meta's llama-models package ships."""
+
+    kind: str = "llama3"
+    path: str | None = None  # a tokenizer.model elsewhere; null looks into the installed package llama-models
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        return []
+
+
+@dataclass(kw_only=True, slots=True)
+class FileTokenizer:
+    """Any tokenizer.json of Hugging Face's `tokenizers`."""
+
+    kind: str = "file"
+    path: str = MISSING  # the tokenizer.json
+    eos_token: str = MISSING  # token that ends a document, as written in the file
+    bos_token: str | None = None  # token that begins a document; needed only by policy.add_bos
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        return []
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicyConfig:
+    """What is added to a document's ids, and what is never taken from its text."""
+
+    add_bos: bool = False  # begin each document with the BOS id
+    append_eos: bool = True  # end each document with the EOS id; training finds document boundaries by it
+    specials: Specials = Specials.text  # what a special token's name in the text becomes
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        if not self.append_eos:
+            return ["policy.append_eos=false leaves no mark between documents, which training needs; set it to true"]
+        return []
+
+
+@dataclass(kw_only=True, slots=True)
+class SplitConfig:
+    """Which documents are held out: those whose hash falls below a threshold, so equal texts share a side."""
+
+    heldout_fraction: float = 0.02  # share of the documents
+    seed: int = 0  # another seed holds out other documents
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        if not 0 <= self.heldout_fraction < 1:
+            return [f"split.heldout_fraction={self.heldout_fraction} must be at least 0 and below 1; try 0.02"]
+        return []
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Everything that one run of data_prep is told."""
+
+    out: str = MISSING  # folder of the dataset
+    cache: str = "outputs/cache/data_prep"  # folder of downloads and converted tokenizers, shared by datasets
+    source: Any = MISSING
+    tokenizer: Any = MISSING
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    shard_mb: float = 0.0  # MB of input of one shard, the unit of work and of resuming; 0 chooses by the size of the corpus
+    workers: int = 0  # processes; 0 takes one a core; the bytes written do not depend on it
+    overwrite: bool = False  # replace a finished dataset in `out` that was made with other settings or inputs
+    verify: Verify = Verify.quick  # how a finished dataset is checked before it is reused
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the whole configuration, one sentence each."""
+        found = []
+        if not self.out.strip():
+            found.append("out= must name a folder; try out=outputs/data")
+        if self.shard_mb < 0:
+            found.append(f"shard_mb={self.shard_mb} must not be negative; try 64, or 0 to let the corpus decide")
+        if self.workers < 0:
+            found.append(f"workers={self.workers} must not be negative; try 0 for one a core")
+        for section in (self.source, self.tokenizer, self.policy, self.split):
+            found += section.problems()
+        if self.policy.add_bos and self.tokenizer.kind == "file" and self.tokenizer.bos_token is None:
+            found.append("policy.add_bos=true needs tokenizer.bos_token; name the token or set policy.add_bos=false")
+        return found
+
+
+def _named_paths(name: str, paths: list[str]) -> list[str]:
+    found = []
+    if not name or not all(c.isalnum() or c in "-_" for c in name):
+        found.append(f"source.name={name!r} must be made of letters, digits, - and _; try text")
+    if not paths:
+        found.append("source.paths=[] must name at least one file, folder or pattern; try source.paths=[my_folder]")
+    return found
+
+
+def _text_column(column: str) -> list[str]:
+    return [] if column else ["source.text_column= must not be empty; try text"]

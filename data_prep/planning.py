@@ -1,0 +1,169 @@
+"""Files into shards: which ranges of which files make the n-th shard of each part of the corpus.
+
+The plan depends on the files and on `shard_mb` alone, never on the number of workers, so that neither do the bytes written.
+Large JSON-lines and Parquet files are cut into ranges, small files are put together, always in sorted order. Compressed files
+cannot be cut.
+
+Each input file is known by its sha256. Hashing is the one step that reads everything without tokenizing it, so the sums are
+remembered with size and modification time, and a file is read again only when either has changed.
+"""
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_prep.errors import InputError
+from data_prep.files import digest, read_json, write_atomically
+from data_prep.readers import Piece, is_compressed, open_parquet
+from ssa_pretrain.data.indexed_format import file_sha256
+
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson")
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """A named part of the corpus: files of one format, in the order in which they are read."""
+
+    name: str
+    format: str
+    files: tuple[str, ...]
+    text_column: str = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The unit of work: pieces that become one .bin/.idx pair in each split."""
+
+    name: str
+    index: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def stem(self) -> str:
+        """File name of the shard, the same in each split."""
+        return f"{self.name}_{self.index:05d}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of input."""
+        return sum(piece.size for piece in self.pieces)
+
+
+def plan_shards(subsets: list[Subset], shard_mb: float) -> list[Shard]:
+    """Returns the shards of all subsets, in order.
+
+    Args:
+        subsets: parts of the corpus.
+        shard_mb: most MB of input of a shard (an uncuttable file may have more); 0 takes a sixteenth of the corpus, rounded
+            up to a power of two from 2 to 512 MB, so that a corpus that grows a little keeps its plan.
+    """
+    limit = max(1, int(shard_mb * 1e6)) if shard_mb else _default_limit(subsets)
+    shards = []
+    for subset in subsets:
+        group: list[Piece] = []
+        groups = [group]
+        for path in subset.files:
+            for piece in _cut(path, subset, limit):
+                if group and sum(p.size for p in group) + piece.size > limit:
+                    group = []
+                    groups.append(group)
+                group.append(piece)
+        shards += [Shard(subset.name, index, tuple(pieces)) for index, pieces in enumerate(groups) if pieces]
+    return shards
+
+
+def expand_paths(paths: list[str], suffixes: tuple[str, ...], format_name: str) -> tuple[str, ...]:
+    """Returns the files that `paths` name, sorted, each once.
+
+    Args:
+        paths: files (any suffix), folders (searched for `suffixes`, hidden files left out) or glob patterns.
+        suffixes: which files of a folder count.
+        format_name: for messages.
+
+    Raises:
+        InputError: a path that does not exist, or names no file.
+    """
+    files: set[str] = set()
+    for text in paths:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            found = [p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file() and _is_visible(p, path)]
+            if not found:
+                raise InputError(f"{path} holds no {format_name} file ({', '.join(suffixes)}); name another folder or the files")
+        elif path.is_file():
+            found = [path]
+        elif any(c in text for c in "*?["):
+            found = [p for p in _glob(path) if p.is_file()]
+            if not found:
+                raise InputError(f"source.paths: the pattern {text} matches no file; try ls {text}")
+        else:
+            raise InputError(f"source.paths: {path} does not exist; correct the path (relative ones start at {Path.cwd()})")
+        files.update(str(p.absolute()) for p in found)
+    return tuple(sorted(files))
+
+
+def file_sums(shards: list[Shard], memory: Path) -> dict[str, str]:
+    """Returns the sha256 of every input file.
+
+    Args:
+        shards: the plan.
+        memory: JSON file in which the sums are remembered between runs.
+    """
+    known = read_json(memory) or {}
+    paths = sorted({piece.path for shard in shards for piece in shard.pieces})
+    stats = {}
+    for path in paths:
+        stat = Path(path).stat()
+        stats[path] = [stat.st_size, stat.st_mtime_ns]
+    new = [path for path in paths if known.get(path, [None, None])[:2] != stats[path]]
+    if new:
+        with ThreadPoolExecutor(4) as pool:
+            for path, sha256 in zip(new, pool.map(lambda p: file_sha256(Path(p)), new), strict=True):
+                known[path] = [*stats[path], sha256]
+        write_atomically(memory, json.dumps(known).encode())
+    return {path: known[path][2] for path in paths}
+
+
+def input_digest(shard: Shard, sums: dict[str, str]) -> str:
+    """Returns the sha256 of what a shard's text is: contents and ranges, not where the files lie."""
+    pieces = [{**asdict(piece), "path": sums[piece.path]} for piece in shard.pieces]
+    return digest([shard.stem, pieces])
+
+
+def _default_limit(subsets: list[Subset]) -> int:
+    total = sum(Path(path).stat().st_size for subset in subsets for path in subset.files)
+    return min(512, 1 << max(1, math.ceil(math.log2(max(1, total / 16e6))))) * 1_000_000
+
+
+def _cut(path: str, subset: Subset, limit: int) -> list[Piece]:
+    size = Path(path).stat().st_size
+    if subset.format == "parquet":
+        return _cut_parquet(path, subset, limit)
+    if subset.format == "text" or is_compressed(path):
+        return [Piece(path, subset.format, subset.text_column, 0, size, size)]
+    starts = range(0, size, limit)
+    return [Piece(path, subset.format, subset.text_column, a, min(a + limit, size), min(limit, size - a)) for a in starts]
+
+
+def _cut_parquet(path: str, subset: Subset, limit: int) -> list[Piece]:
+    pieces = []
+    with open_parquet(path, subset.text_column) as file:
+        metadata = file.metadata
+        start = size = 0
+        for group in range(metadata.num_row_groups):
+            size += metadata.row_group(group).total_byte_size
+            if size >= limit or group == metadata.num_row_groups - 1:
+                pieces.append(Piece(path, "parquet", subset.text_column, start, group + 1, size))
+                start, size = group + 1, 0
+    return pieces
+
+
+def _is_visible(path: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _glob(pattern: Path) -> list[Path]:
+    anchor = Path(pattern.anchor) if pattern.is_absolute() else Path()
+    return list(anchor.glob(str(pattern.relative_to(anchor) if pattern.is_absolute() else pattern)))

@@ -1,0 +1,59 @@
+"""What a person sees while shards are made: a bar on a terminal, one plain line every few seconds otherwise."""
+
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+LINE_SECONDS = 5.0
+
+
+class Display:
+    """Shows documents, tokens, MB/s and the time left. The time left is by bytes of input, which are known beforehand."""
+
+    def __init__(self, input_bytes: int, num_shards: int, stream: TextIO = sys.stderr) -> None:
+        self._total, self._num_shards, self._stream = input_bytes, num_shards, stream
+        self._started = self._last_line = time.monotonic()
+        self._shards = 0
+        self._now = (0, 0, 0, 0)
+        self._bar = None
+        if stream.isatty():
+            layout = "tokenizing {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+            self._bar = tqdm(total=max(1, input_bytes), bar_format=layout, file=stream, dynamic_ncols=True)
+
+    def update(self, documents: int, tokens: int, text_bytes: int, input_bytes: int) -> None:
+        """Shows the sums so far."""
+        self._now = (documents, tokens, text_bytes, input_bytes)
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._counts(), refresh=False)
+            self._bar.update(min(input_bytes, self._total) - self._bar.n)
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._line()
+
+    def shard_done(self) -> None:
+        """Counts a finished shard."""
+        self._shards += 1
+
+    def close(self) -> None:
+        """Shows the last state and leaves the line."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._counts())
+            self._bar.close()
+        else:
+            self._line()
+
+    def _counts(self) -> str:
+        documents, tokens, text_bytes, _ = self._now
+        seconds = max(1e-9, time.monotonic() - self._started)
+        return (
+            f"shards {self._shards}/{self._num_shards}, docs {documents:,}, tokens {tokens / 1e6:.2f} M, "
+            f"{text_bytes / 1e6 / seconds:.1f} MB/s"
+        )
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        done = self._now[3] / max(1, self._total)
+        seconds = self._last_line - self._started
+        left = f"{seconds * (1 - done) / done:.0f} s" if done > 0 else "unknown"
+        print(f"tokenizing {100 * done:3.0f} %: {self._counts()}, ETA {left}", file=self._stream, flush=True)

@@ -1,0 +1,202 @@
+"""Documents out of files: JSON lines, Parquet, plain text.
+
+A `Piece` is a range of one file that can be read on its own: bytes of an uncompressed JSON-lines file (the lines that begin in
+the range), row groups of a Parquet file, or a whole file. Reading yields texts in file order. Anything that is not a document
+is an InputError with file and line; nothing is skipped in silence.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+
+from data_prep.errors import InputError
+
+Advance = Callable[[int], None]
+Document = tuple[str, bytes]  # a text and its UTF-8
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an input file.
+
+    `start` and `stop` count bytes for jsonl and text, row groups for parquet. `size` is what progress is measured in:
+    bytes of the file on disk.
+    """
+
+    path: str
+    format: str  # jsonl, parquet or text
+    text_column: str
+    start: int
+    stop: int
+    size: int
+
+
+def read_piece(piece: Piece, advance: Advance) -> Iterator[Document]:
+    """Yields the documents of a piece; calls `advance` with the bytes of input done since the last call.
+
+    Raises:
+        InputError: naming file, place and remedy.
+    """
+    try:
+        if piece.format == "jsonl":
+            yield from _read_jsonl(piece, advance)
+        elif piece.format == "parquet":
+            yield from _read_parquet(piece, advance)
+        else:
+            yield _read_text(piece, advance)
+    except FileNotFoundError:
+        raise InputError(f"{piece.path} does not exist any more; restore it or run again without it") from None
+    except PermissionError:
+        raise InputError(f"{piece.path} may not be read by this user; try chmod +r") from None
+
+
+def is_compressed(path: str) -> bool:
+    """Returns whether a file can only be read from its beginning."""
+    return path.endswith((".gz", ".zst"))
+
+
+def _read_jsonl(piece: Piece, advance: Advance) -> Iterator[Document]:
+    if is_compressed(piece.path):
+        yield from _read_compressed_jsonl(piece, advance)
+        return
+    with open(piece.path, "rb") as file:
+        if piece.start:
+            # A line belongs to the piece in which it begins: step back one byte, so that a line that begins exactly at
+            # `start` is kept and one that began before is skipped to its end.
+            file.seek(piece.start - 1)
+            file.readline()
+        position = file.tell()
+        while position < piece.stop and (line := file.readline()):
+            try:
+                document = _document_of(line, piece.text_column)
+            except ValueError as problem:
+                raise InputError(f"{piece.path}:{_line_number(piece.path, position)}: {problem}") from None
+            position += len(line)
+            advance(len(line))
+            if document is not None:
+                yield document
+
+
+def _read_compressed_jsonl(piece: Piece, advance: Advance) -> Iterator[Document]:
+    done = number = 0
+    with open(piece.path, "rb") as raw:
+        lines = _decompressed(piece.path, raw)
+        while line := _next_line(lines, piece.path, number):
+            number += 1
+            try:
+                document = _document_of(line, piece.text_column)
+            except ValueError as problem:
+                raise InputError(f"{piece.path}:{number}: {problem}") from None
+            advance(raw.tell() - done)
+            done = raw.tell()
+            if document is not None:
+                yield document
+
+
+def _decompressed(path: str, raw: BinaryIO) -> io.BufferedReader:
+    if path.endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
+
+
+def _next_line(lines: io.BufferedReader, path: str, number: int) -> bytes:
+    try:
+        return lines.readline()
+    except (EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path} is damaged or cut short after line {number} ({_one_line(error)}); fetch it again") from None
+
+
+def _document_of(line: bytes, column: str) -> Document | None:
+    """Returns the document in a line, None for a blank line; ValueError says what is wrong with any other."""
+    if not line.strip():
+        return None
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the line is not UTF-8 (byte {error.start}); convert the file, e.g. with iconv -t utf-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the line is not JSON ({error.msg}, column {error.colno}); fix or remove it") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"the line is a JSON {type(record).__name__}, not an object; write {{\"{column}\": …}} instead")
+    if column not in record:
+        keys = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise ValueError(f"no key {column!r}, the object has {keys}; set source.text_column to the one with the text")
+    text = record[column]
+    if not isinstance(text, str):
+        raise ValueError(f"{column!r} holds {type(text).__name__}, not a string; fix the line or set source.text_column")
+    try:
+        return text, text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{column!r} holds half a surrogate pair (\\ud800 to \\udfff), no character; repair it") from None
+
+
+def _line_number(path: str, position: int) -> int:
+    lines = 1
+    with open(path, "rb") as file:
+        while position > 0 and (block := file.read(min(position, 1 << 20))):
+            lines += block.count(b"\n")
+            position -= len(block)
+    return lines
+
+
+def _read_parquet(piece: Piece, advance: Advance) -> Iterator[Document]:
+    per_group = piece.size // max(1, piece.stop - piece.start)
+    with open_parquet(piece.path, piece.text_column) as file:
+        for group in range(piece.start, piece.stop):
+            row = 0
+            try:
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[piece.text_column]):
+                    for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                        if raw is None:
+                            raise InputError(
+                                f"{piece.path}: row {row} of row group {group} has no text in column "
+                                f"{piece.text_column!r}; drop such rows first"
+                            )
+                        yield raw.decode("utf-8"), raw
+                        row += 1
+            except UnicodeDecodeError:
+                raise InputError(f"{piece.path}: row {row} of row group {group} is not UTF-8; write the file again") from None
+            except (pyarrow.ArrowException, OSError) as error:
+                raise InputError(f"{piece.path}: row group {group} is damaged ({_one_line(error)}); fetch it again") from None
+            advance(per_group)
+
+
+def open_parquet(path: str, text_column: str) -> pyarrow.parquet.ParquetFile:
+    """Returns an open Parquet file that is known to have a string column of that name, or raises InputError."""
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise InputError(f"{path} is not a readable Parquet file ({_one_line(error)}); fetch it again") from None
+    schema = file.schema_arrow
+    if text_column not in schema.names:
+        names = ", ".join(map(repr, schema.names[:12]))
+        raise InputError(f"{path} has no column {text_column!r}, it has {names}; set source.text_column")
+    kind = schema.field(text_column).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise InputError(f"{path}: column {text_column!r} holds {kind}, not strings; set source.text_column")
+    return file
+
+
+def _read_text(piece: Piece, advance: Advance) -> Document:
+    raw = Path(piece.path).read_bytes()
+    advance(len(raw))
+    try:
+        return raw.decode("utf-8"), raw
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{piece.path} is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8, or leave it out"
+        ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

