@@ -1,11 +1,15 @@
 """The typed configuration of a run: one dataclass a section, one line a field with its meaning and unit.
 
 Hydra composes YAML from `conf/`; `ssa_pretrain.cli` turns the result into a `Config` and reports every problem at once. Past that border
-the configuration is a plain value that nobody changes. This module imports neither torch nor Hydra.
+the configuration is a plain value that nobody changes. Each section checks itself (`problems`); rules across sections live in rules.py.
+This module imports neither torch nor Hydra.
 """
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
+
+from ssa_pretrain.problems import Problem, divisors, join, nearest, show
 
 
 class Method(StrEnum):
@@ -93,6 +97,10 @@ class RopeScalingConfig:
     enabled: bool = False
     factor: float = 4.0  # how many times longer the context becomes
 
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        return _between("model.rope_scaling", self, 1.0, 64.0, "factor") if self.enabled else []
+
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
@@ -113,6 +121,29 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
 
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_kv_heads", "vocab_divisor")
+        found = (
+            _at_least("model", self, 1, *sizes)
+            + _at_least("model", self, 0, "vocab_size")
+            + self.rope_scaling.problems()
+        )
+        found += _at_least("model", self, 2, "head_dim") + _above_zero(
+            "model", self, "rope_theta", "norm_eps", "init_std"
+        )
+        if self.head_dim > 2 and self.head_dim % 2:
+            rule = "must be even: RoPE turns pairs of dimensions"
+            found.append(
+                Problem("model.head_dim", self.head_dim, rule, f"try {self.head_dim - 1} or {self.head_dim + 1}")
+            )
+        if self.num_kv_heads > 0 and self.num_attention_heads > 0 and self.num_attention_heads % self.num_kv_heads:
+            heads = ("model.num_attention_heads",)
+            rule = f"must divide model.num_attention_heads={self.num_attention_heads}"
+            choices = nearest(self.num_kv_heads, divisors(self.num_attention_heads))
+            found.append(Problem("model.num_kv_heads", self.num_kv_heads, rule, f"try {join(choices)}", heads))
+        return found
+
 
 @dataclass(kw_only=True, slots=True)
 class AttentionConfig:
@@ -130,6 +161,16 @@ class AttentionConfig:
     stream_draw: StreamDraw = StreamDraw.microbatch
     impl: KernelImpl = KernelImpl.auto
 
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        found = _at_least("attention", self, 1, "top_k") + _between("attention", self, 0.0, 1.0, "full_ratio")
+        found += _at_least("attention", self, 0.0, "alignment_weight", "sparsity_weight", "commitment_weight")
+        sizes = (16, 32, 64, 128)
+        if self.block_size not in sizes:
+            advice = f"try {join(nearest(self.block_size, sizes))}"
+            found.append(Problem("attention.block_size", self.block_size, f"must be {join(sizes)} keys", advice))
+        return found
+
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
@@ -137,8 +178,22 @@ class DataConfig:
 
     path: str = "???"  # folder with manifest.json
     sequence_length: int = 512  # tokens a row
-    weights: dict[str, float] = field(default_factory=dict)  # share of tokens by source; empty: in proportion to their size
+    weights: dict[str, float] = field(
+        default_factory=dict
+    )  # share of tokens by source; empty: in proportion to their size
     isolate_documents: bool = True  # no attention across documents; positions restart at each
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        found = _at_least("data", self, 1, "sequence_length")
+        for name, weight in self.weights.items():
+            if weight < 0:
+                found.append(Problem(f"data.weights.{name}", weight, "must not be negative", "0 leaves the source out"))
+        if self.weights and sum(self.weights.values()) <= 0:
+            found.append(
+                Problem("data.weights", self.weights, "must have a positive sum", "try data.weights={} for all sources")
+            )
+        return found
 
 
 @dataclass(kw_only=True, slots=True)
@@ -152,6 +207,31 @@ class ParallelConfig:
     sequence_parallel: bool = False  # shard norms and residuals over tp along the sequence
     world_size: int = 0  # processes; 0: what the launcher says (set it to plan a larger machine)
 
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        found = _at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + _at_least("parallel", self, 0, "world_size")
+        if self.cp > 1:
+            found.append(
+                Problem(
+                    "parallel.cp", self.cp, "is not supported yet: context parallelism is to come", "try parallel.cp=1"
+                )
+            )
+        if self.vpp > 1 and self.pp == 1:
+            rule = "needs pipeline stages to interleave (parallel.pp=1)"
+            found.append(
+                Problem("parallel.vpp", self.vpp, rule, "try parallel.vpp=1 or parallel.pp=4", ("parallel.pp",))
+            )
+        if self.vpp > 1 and self.pp == 2:
+            rule = "is refused at parallel.pp=2, where megatron-core's interleaved schedule trains wrongly"
+            found.append(
+                Problem("parallel.vpp", self.vpp, rule, "try parallel.vpp=1 or parallel.pp=4", ("parallel.pp",))
+            )
+        if self.sequence_parallel and self.tp == 1:
+            rule = "shards the sequence over tensor-parallel ranks and needs more than one (parallel.tp=1)"
+            advice = "try parallel.sequence_parallel=false or parallel.tp=2"
+            found.append(Problem("parallel.sequence_parallel", self.sequence_parallel, rule, advice, ("parallel.tp",)))
+        return found
+
 
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
@@ -163,6 +243,19 @@ class EngineConfig:
     distributed_optimizer: bool = True  # shard optimizer states over dp
     overlap_grad_reduce: bool = False  # reduce gradients while the backward runs
     overlap_param_gather: bool = False  # gather parameters while the forward runs
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        found = []
+        if self.name is EngineName.deepspeed:
+            found.append(Problem("engine.name", self.name, "is not there yet", "try engine=megatron"))
+        needed = [name for name in ("distributed_optimizer", "overlap_grad_reduce") if not getattr(self, name)]
+        if self.overlap_param_gather and needed:
+            rule = f"needs {join((f'engine.{name}=true' for name in needed), 'and')}"
+            reads = tuple(f"engine.{name}" for name in needed)
+            advice = "try engine.overlap_param_gather=false"
+            found.append(Problem("engine.overlap_param_gather", self.overlap_param_gather, rule, advice, reads))
+        return found
 
 
 @dataclass(kw_only=True, slots=True)
@@ -177,7 +270,25 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices; norms are exempt
-    clip_grad: float = 1.0  # global norm
+    clip_grad: float = 1.0  # global norm; 0: no clipping
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        found = _above_zero("optim", self, "lr", "eps") + _at_least(
+            "optim", self, 0.0, "min_lr", "weight_decay", "clip_grad"
+        )
+        found += _between("optim", self, 0.0, 1.0, "warmup_fraction")
+        if self.lr > 1.0:
+            found.append(Problem("optim.lr", self.lr, "must be at most 1", "AdamW's usual peak is 1e-4 to 1e-2"))
+        if 0 < self.lr < self.min_lr:
+            rule = f"must not exceed optim.lr={self.lr}"
+            found.append(Problem("optim.min_lr", self.min_lr, rule, f"try {self.lr / 10:g} or 0", ("optim.lr",)))
+        for name, usual in (("beta1", 0.9), ("beta2", 0.95)):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                found.append(
+                    Problem(f"optim.{name}", getattr(self, name), "must be at least 0 and below 1", f"try {usual}")
+                )
+        return found
 
 
 @dataclass(kw_only=True, slots=True)
@@ -198,6 +309,21 @@ class TrainingConfig:
     micro_batch_size: int = 1  # rows a rank and microbatch
     stop_at_step: int = 0  # leave after this step with a checkpoint, the schedule unchanged; 0: run to the end
 
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        found = _at_least("training", self, 0, "total_tokens", "steps", "stop_at_step")
+        found += _at_least("training", self, 1, "global_batch_tokens", "micro_batch_size")
+        both = ("training.total_tokens", "training.steps")
+        if self.steps == 0 and self.total_tokens == 0:
+            advice = "try training.steps=300, or start from an experiment: experiment=quickstart"
+            found.append(
+                Problem("training.steps", 0, "and training.total_tokens=0 leave the length open", advice, both)
+            )
+        if self.steps > 0 and self.total_tokens > 0:
+            rule = f"and training.total_tokens={self.total_tokens} are two lengths"
+            found.append(Problem("training.steps", self.steps, rule, "set one of them to 0", both))
+        return found
+
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
@@ -207,6 +333,10 @@ class EvaluationConfig:
     rows: int = 64  # held-out rows; 0: all of them
     at_start: bool = True  # evaluate before the first step too
 
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        return _at_least("evaluation", self, 0, "interval", "rows")
+
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
@@ -215,6 +345,10 @@ class CheckpointConfig:
     interval: int = 0  # steps between checkpoints; 0: only at the end
     keep: int = 2  # newest complete checkpoints that are kept
     init_from: str = ""  # checkpoint folder whose weights start a new run (step 0, fresh optimizer)
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        return _at_least("checkpoint", self, 0, "interval") + _at_least("checkpoint", self, 1, "keep")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -234,6 +368,13 @@ class LoggingConfig:
 
     interval: int = 10  # steps between console lines; metrics.jsonl has every step
     wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        found = _at_least("logging", self, 1, "interval")
+        if self.wandb.mode is not WandbMode.off and not self.wandb.project:
+            found.append(Problem("logging.wandb.project", "", "must name a project", "try ssa_pretrain"))
+        return found
 
 
 @dataclass(kw_only=True, slots=True)
@@ -255,3 +396,42 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong within each section; rules across sections are in rules.py."""
+        found = []
+        for name in ("name", "output_dir"):
+            if not getattr(self, name).strip():
+                found.append(Problem(name, getattr(self, name), "must not be empty", "try run"))
+        if not 0 <= self.seed < 2**32:
+            found.append(Problem("seed", self.seed, "must lie in 0 to 4294967295", "try 1234"))
+        sections = (self.model, self.attention, self.data, self.parallel, self.engine, self.optim, self.training)
+        for section in (*sections, self.evaluation, self.checkpoint, self.logging):
+            found += section.problems()
+        return found
+
+
+def _at_least(section: str, values: Any, minimum: float, *names: str) -> list[Problem]:
+    """Problems of the fields that lie below a minimum."""
+    low = [(f"{section}.{name}", getattr(values, name)) for name in names if getattr(values, name) < minimum]
+    return [
+        Problem(key, value, f"must be at least {show(minimum)}", f"try {show(minimum)} or more") for key, value in low
+    ]
+
+
+def _above_zero(section: str, values: Any, *names: str) -> list[Problem]:
+    """Problems of the fields that are not positive; the advice is the default."""
+    low = [(name, getattr(values, name)) for name in names if getattr(values, name) <= 0]
+    defaults = type(values)()
+    return [
+        Problem(f"{section}.{name}", value, "must be above 0", f"try {getattr(defaults, name)}") for name, value in low
+    ]
+
+
+def _between(section: str, values: Any, low: float, high: float, *names: str) -> list[Problem]:
+    """Problems of the fields that lie outside a closed interval; the advice is its nearer end."""
+    outside = [
+        (f"{section}.{name}", getattr(values, name)) for name in names if not low <= getattr(values, name) <= high
+    ]
+    rule = f"must lie in {low:g} to {high:g}"
+    return [Problem(key, value, rule, f"try {low if value < low else high:g}") for key, value in outside]
