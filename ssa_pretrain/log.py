@@ -1,0 +1,160 @@
+"""What a run says to a person: a banner, one line a logging interval, one line an evaluation, a progress bar on a terminal.
+
+The console belongs to one process; the others get a `Console` that says nothing. On a terminal the lines scroll above a progress bar; in a
+pipe they are plain text with no control characters, so that a log file reads well. A training line has at most 120 columns. The formatting
+functions are pure: they turn the record of `metrics.jsonl` into text and keep nothing.
+"""
+
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from tqdm import tqdm
+
+MAX_COLUMNS = 120
+
+
+def compact(number: float) -> str:
+    """A count in at most five characters: 950, 8.19k, 16.4M, 100B."""
+    for unit in ("", "k", "M", "B", "T"):
+        if abs(number) < 999.5 or unit == "T":
+            break
+        number /= 1000
+    if not unit:
+        return f"{number:.0f}"
+    digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
+    return f"{number:.{digits}f}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time in at most seven characters: 8s, 4m08s, 2h05m, 3d04h."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86_400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86_400}d{seconds % 86_400 // 3600:02d}h"
+
+
+def train_line(record: Mapping[str, Any], total_steps: int) -> str:
+    """One line for a training record, at most 120 columns; what a record does not know is left out.
+
+    Args:
+        record: a "train" record of metrics.jsonl.
+        total_steps: the run's last step.
+    """
+    width = len(str(total_steps))
+    parts = {
+        "step": f"step {record['step']:>{width}}/{total_steps}",
+        "tokens": f"{compact(record['tokens']):>5} tok",
+        "loss": f"loss {_number(record['loss'], '.3f')}",
+    }
+    if record.get("alignment_loss") is not None:
+        parts["ce"] = f"ce {_number(record['cross_entropy'], '.3f')}"
+        parts["align"] = f"align {_number(record['alignment_loss'], '#.2g')}"
+    if record.get("captured_mass") is not None:
+        parts["mass"] = f"mass {record['captured_mass']:.2f}"
+    if record.get("grad_norm") is not None:
+        parts["gnorm"] = f"gnorm {_number(record['grad_norm'], '#.2g')}"
+    parts["lr"] = f"lr {_number(record['learning_rate'], '.1e')}"
+    parts["speed"] = f"{compact(record['tokens_per_second'])} tok/s"
+    if record.get("tflops_per_second") is not None:
+        parts["flops"] = f"{_number(record['tflops_per_second'], '#.3g')} TF/s"
+    if record.get("mfu") is not None:
+        parts["mfu"] = f"MFU {record['mfu']:.0%}"
+    if record.get("eta_seconds") is not None:
+        parts["eta"] = f"ETA {duration(record['eta_seconds'])}"
+    return _joined(parts)
+
+
+def evaluation_line(record: Mapping[str, Any]) -> str:
+    """One line for an evaluation record, at most 120 columns."""
+    parts = {
+        "step": f"eval {record['step']}",
+        "what": f"{record['split']} {record['mode']}",
+        "ce": f"ce {_number(record['cross_entropy'], '.3f')}",
+        "perplexity": f"perplexity {_number(record['perplexity'], '.2f')}",
+    }
+    if record.get("captured_mass") is not None:
+        parts["mass"] = f"mass {record['captured_mass']:.2f}"
+    if record.get("rows") is not None:
+        parts["rows"] = f"{record['rows']} rows"
+    return _joined(parts)
+
+
+def banner(facts: Mapping[str, str]) -> str:
+    """The run's facts as lines "name  value", names in one column."""
+    width = max((len(name) for name in facts), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+
+
+class Console:
+    """Where a run's lines go; on a terminal they scroll above a progress bar that counts steps.
+
+    Args:
+        total_steps: the run's last step.
+        first_step: steps done before this process began (a resume).
+        enabled: False for every process but one: nothing is written.
+        stream: where to write; standard error by default, which torchrun passes through unbuffered.
+    """
+
+    def __init__(
+        self, *, total_steps: int, first_step: int = 0, enabled: bool = True, stream: TextIO | None = None
+    ) -> None:
+        self.total_steps = total_steps
+        self.enabled = enabled
+        self.stream = stream or sys.stderr
+        self._bar: tqdm | None = None
+        if enabled and self.stream.isatty():
+            self._bar = tqdm(
+                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=self.stream, leave=False
+            )
+
+    def say(self, text: str) -> None:
+        """Writes text as it is, line by line."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+            return
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to a step; in a pipe this does nothing."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number in a format, its exponent without padding; null stands for what is not finite."""
+    if value is None:
+        return "nan"
+    return format(value, form).rstrip(".").replace("e-0", "e-").replace("e+0", "e+")
+
+
+def _joined(parts: dict[str, str]) -> str:
+    """Parts on one line: two spaces apart where they fit, else one, else without those that can be read elsewhere."""
+    for dropped in (set(), {"flops"}, {"flops", "gnorm"}, {"flops", "gnorm", "ce"}):
+        kept = [text for name, text in parts.items() if name not in dropped]
+        for gap in ("  ", " "):
+            if len(gap.join(kept)) <= MAX_COLUMNS:
+                return gap.join(kept)
+    return " ".join(kept)[:MAX_COLUMNS]
