@@ -22,7 +22,12 @@ MaskOf = Callable[[slice, slice], torch.Tensor]
 
 
 def masked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: DocumentLayout, scale: float, mask_of: MaskOf | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: DocumentLayout,
+    scale: float,
+    mask_of: MaskOf | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns causal attention within documents, further restricted by `mask_of`, and its log-sum-exp.
 

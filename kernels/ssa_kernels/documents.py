@@ -26,7 +26,9 @@ class DocumentLayout:
     """Documents and blocks of one packed sequence. All arrays are int32 and lie on one device."""
 
     cu_seqlens: torch.Tensor  # [documents + 1] first token of each document, ending with num_tokens
-    document_first_row: torch.Tensor  # [documents + 1] block row of each document's first block, ending with the rows in use
+    document_first_row: (
+        torch.Tensor
+    )  # [documents + 1] block row of each document's block 0, ending with the rows in use
     query_start: torch.Tensor  # [T] first token of the query's document
     query_position: torch.Tensor  # [T] place of the query in its document; its own key is query_start + query_position
     query_first_row: torch.Tensor  # [T] block row of the first block of the query's document
@@ -107,7 +109,9 @@ def as_layout(cu_seqlens: torch.Tensor | DocumentLayout, *, num_tokens: int, blo
     if not isinstance(cu_seqlens, DocumentLayout):
         return build_layout(cu_seqlens, num_tokens=num_tokens, block_size=block_size)
     if cu_seqlens.block_size != block_size:
-        raise ValueError(f"block_size={block_size} must equal the layout's {cu_seqlens.block_size}; build another layout")
+        raise ValueError(
+            f"block_size={block_size} must equal the layout's {cu_seqlens.block_size}; build another layout"
+        )
     if cu_seqlens.num_tokens != num_tokens:
         raise ValueError(f"num_tokens={num_tokens} of the keys must equal the layout's {cu_seqlens.num_tokens}")
     return cu_seqlens

@@ -16,7 +16,12 @@ import torch.nn.functional as F
 
 
 def gate_and_align_reference(
-    o_full: torch.Tensor, o_sparse: torch.Tensor, gate_logits: torch.Tensor, *, main: str, weights: tuple[float, float]
+    o_full: torch.Tensor,
+    o_sparse: torch.Tensor,
+    gate_logits: torch.Tensor,
+    *,
+    main: str | torch.Tensor,
+    weights: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (out, loss); arguments as in `gate_and_align`."""
     wide = torch.promote_types(o_full.dtype, torch.float32)
@@ -24,5 +29,8 @@ def gate_and_align_reference(
     full, sparse = gate * o_full.to(wide), gate * o_sparse.to(wide)
     sparsity = F.smooth_l1_loss(full, sparse.detach())
     commitment = F.smooth_l1_loss(full.detach(), sparse)
-    out = full if main == "full" else sparse
+    if isinstance(main, torch.Tensor):
+        out = torch.where(main.reshape(()) != 0, full, sparse)
+    else:
+        out = full if main == "full" else sparse
     return out.to(o_full.dtype), weights[0] * sparsity + weights[1] * commitment

@@ -55,4 +55,6 @@ def _check(q: torch.Tensor, k: torch.Tensor, block_size: int, top_k: int, score:
     if score not in SCORES:
         raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}; try softmax_sum")
     if score == "official_compat" and not 1 < top_k <= block_size:
-        raise ValueError(f"top_k={top_k} must lie in [2, block_size={block_size}] for score='official_compat'; try {block_size}")
+        raise ValueError(
+            f"top_k={top_k} must lie in [2, block_size={block_size}] for score='official_compat'; try {block_size}"
+        )

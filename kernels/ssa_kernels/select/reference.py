@@ -65,7 +65,9 @@ def choose_blocks(
     return torch.cat(chunks)
 
 
-def _importance(q: torch.Tensor, means: torch.Tensor, first_row: torch.Tensor, own: torch.Tensor, scale: float, score: str):
+def _importance(
+    q: torch.Tensor, means: torch.Tensor, first_row: torch.Tensor, own: torch.Tensor, scale: float, score: str
+):
     """Importance [T, G or H, R], -inf where a row is no candidate (an earlier block of the query's document)."""
     tokens, heads, _ = q.shape
     groups, _, rows = means.shape

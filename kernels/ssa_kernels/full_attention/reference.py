@@ -1,0 +1,26 @@
+"""The full stream in plain PyTorch: what the fused kernels must compute, and what a CPU runs.
+
+o[t, h] = sum_j softmax_j(scale q[t, h] . k[j, g]) v[j, g] over the document's keys j <= t, where g = h // (H / G). It is torch's fused
+attention over chunks of queries (dense.py). Source: arXiv 2511.20102, section 3.
+"""
+
+import torch
+
+from ..dense import masked_attention
+from ..documents import DocumentLayout, as_layout
+
+
+def full_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | DocumentLayout,
+    scale: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns (o, lse) in plain PyTorch; arguments as in `full_attention`."""
+    block_size = cu_seqlens.block_size if isinstance(cu_seqlens, DocumentLayout) else 16  # blocks play no part here
+    layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
+    o, lse = masked_attention(q, k, v, layout, scale)
+    return o, lse if return_lse else None

@@ -1,0 +1,38 @@
+"""Document layouts: where tokens and blocks lie, whatever the documents' lengths, and how an implementation is picked."""
+
+import oracle
+import pytest
+import torch
+
+from ssa_kernels import build_layout
+from ssa_kernels.dispatch import resolve_impl
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "tokens"),
+    [([0, 1, 16, 16, 32, 49, 49, 110], 125), ([0, 5], 5), ([0, 0, 0], 3), ([0, 1, 2, 3], 3), ([0, 64], 64)],
+)
+@pytest.mark.parametrize("block_size", [1, 4, 16, 100])
+def test_layout_equals_counting(cu_seqlens, tokens, block_size):
+    layout = build_layout(torch.tensor(cu_seqlens, dtype=torch.int32), num_tokens=tokens, block_size=block_size)
+    spans = oracle.document_spans(cu_seqlens, tokens)
+    blocks, first_rows = [], []
+    for start, end in spans:
+        first_rows += [len(blocks)] * (end - start)
+        blocks += [(first, min(block_size, end - first)) for first in range(start, end, block_size)]
+    assert layout.query_start.tolist() == [start for start, end in spans for _ in range(start, end)]
+    assert layout.query_position.tolist() == [t - start for start, end in spans for t in range(start, end)]
+    assert layout.query_first_row.tolist() == first_rows
+    used = len(blocks)
+    assert used <= layout.num_block_rows <= tokens
+    assert list(zip(layout.block_start.tolist(), layout.block_length.tolist(), strict=True))[:used] == blocks
+    assert not layout.block_length[used:].any()
+    assert all(array.dtype == torch.int32 for array in (layout.cu_seqlens, layout.query_first_row, layout.block_start))
+
+
+def test_implementation_is_picked_by_device_and_never_in_silence():
+    here = torch.zeros(1)
+    assert resolve_impl(None, here, "op") == "reference"
+    assert resolve_impl("reference", here, "op") == "reference"
+    with pytest.raises(ValueError, match="impl='fast' of op"):
+        resolve_impl("fast", here, "op")
