@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from ssa_kernels import captured_mass, full_attention, gate_and_align, select_blocks, sparse_attention
+from ssa_kernels import DocumentLayout, captured_mass, full_attention, gate_and_align, select_blocks, sparse_attention
 from torch import Tensor
 
 from ssa_pretrain.config import AttentionConfig, KernelImpl, Method
@@ -41,7 +41,7 @@ class PackedTokens(PackedSeqParams):
 
     Attributes:
         positions: int64 [tokens], each token's place in its document.
-        documents: what ssa_kernels addresses documents by: int32 cu_seqlens [documents + 1].
+        documents: where documents and blocks lie, built once a microbatch.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: also compute the other stream, for the alignment and the captured mass.
         alignment_scale: d(total loss) / d(one layer's local alignment); 0 switches the gradient off.
@@ -49,7 +49,7 @@ class PackedTokens(PackedSeqParams):
     """
 
     positions: Tensor = None
-    documents: Tensor = None
+    documents: DocumentLayout = None
     main: str = "full"
     counterpart: bool = False
     alignment_scale: float = 0.0

@@ -62,7 +62,6 @@ def start(parallel: ParallelConfig, *, seed: int) -> Placement:
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
-        create_gloo_process_groups=on_gpu,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Placement(
