@@ -1,0 +1,161 @@
+"""Publishing checkpoints and finding them again; what is inside them is the engine's matter.
+
+A checkpoint is a folder `checkpoints/step_00000100` that appears whole or not at all: the engine writes into a hidden folder beside it, the first
+rank adds `checkpoint.json` (step, the facts that a resume must agree on, size and sha256 of every file), everything is flushed, and one rename
+publishes it. There is no pointer to the newest one that could be stale: the newest *intact* folder is found by looking. A folder whose files
+do not match its list is named, left where it is and passed over. Old ones are removed only after a newer one is published.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+FACTS = "checkpoint.json"
+SCHEMA = 1
+
+
+class CheckpointError(ValueError):
+    """No checkpoint that could be used, or one that does not belong to this run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A published checkpoint: its folder, the steps done, the facts of the run that wrote it."""
+
+    folder: Path
+    step: int
+    facts: dict[str, Any]
+
+
+def publish(run: Path, step: int, facts: dict[str, Any], write: Callable[[Path], None], *, keep: int, is_first: bool) -> Path:
+    """Write and publish a checkpoint; every rank calls it.
+
+    Args:
+        run: the run's output folder.
+        step: optimizer steps done.
+        facts: what a resume must agree on; plain values.
+        write: the engine's save, called on every rank with an empty folder.
+        keep: newest checkpoints that stay.
+        is_first: on the one rank that publishes.
+
+    Returns:
+        The published folder.
+    """
+    target = run / "checkpoints" / f"step_{step:08d}"
+    scratch = target.with_name(f".{target.name}.tmp")
+    if is_first:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    dist.barrier()
+    write(scratch)
+    dist.barrier()
+    if is_first:
+        _seal(scratch, step, facts)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(scratch, target)
+        _flush(target.parent)
+        for old in _published(run)[keep:]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return target
+
+
+def newest(run: Path, *, is_first: bool, device: torch.device, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest intact checkpoint of a run, the same on every rank, or None where there is none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is intact.
+    """
+    verdict = torch.full((), -1, dtype=torch.int64, device=device)  # -1: no checkpoint, -2: none intact
+    if is_first:
+        folders = _published(run)
+        verdict.fill_(-2 if folders else -1)
+        for folder in folders:
+            damage = find_damage(folder)
+            if damage is None:
+                verdict.fill_(_step_of(folder))
+                break
+            say(f"checkpoint {folder} is damaged ({damage}); looking for an older one")
+    dist.broadcast(verdict, src=0)
+    step = int(verdict)
+    if step == -2:
+        raise CheckpointError(f"no checkpoint in {run / 'checkpoints'} is intact; restore one, or start anew in another output_dir")
+    return None if step == -1 else read(run / "checkpoints" / f"step_{step:08d}")
+
+
+def read(folder: Path) -> Checkpoint:
+    """Return a checkpoint's facts.
+
+    Raises:
+        CheckpointError: the folder is no published checkpoint.
+    """
+    try:
+        record = json.loads((folder / FACTS).read_text())
+        return Checkpoint(folder, int(record["step"]), record["facts"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint ({FACTS}: {error}); name a folder such as RUN/checkpoints/step_00000100") from None
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a published checkpoint's files (a missing one, a size, a sha256), or None."""
+    try:
+        files = json.loads((folder / FACTS).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{FACTS} cannot be read"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes for {entry['bytes']}"
+        if _sha256(path) != entry["sha256"]:
+            return f"{name} has another sha256"
+    return None
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return one line for each fact in which a checkpoint and a run differ."""
+    keys = sorted(saved.keys() | wanted.keys())
+    return [f"{k}: checkpoint {saved.get(k)!r}, run {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
+
+
+def _seal(folder: Path, step: int, facts: dict[str, Any]) -> None:
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        _flush(path)
+    record = folder / FACTS
+    record.write_text(json.dumps({"schema": SCHEMA, "step": step, "facts": facts, "files": files}, indent=1))
+    _flush(record)
+    _flush(folder)
+
+
+def _published(run: Path) -> list[Path]:
+    """Return the published checkpoints' folders, newest first."""
+    return sorted((p for p in (run / "checkpoints").glob("step_*") if p.is_dir()), reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Force a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

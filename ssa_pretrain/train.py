@@ -1,0 +1,49 @@
+"""Entry point: `python -m ssa_pretrain.train experiment=quickstart`, or the same under torchrun.
+
+The configuration is checked, and `--help`, `--cfg job` and `dry_run=true` are answered, before torch is imported. Rerunning a command goes on
+from its newest checkpoint. Exit codes: 0 done, 3 configuration, 4 data, 5 checkpoint.
+"""
+
+import os
+import sys
+import warnings
+
+from ssa_pretrain.cli import read_config, this_machine
+from ssa_pretrain.plan import describe, make_plan
+
+
+def main() -> None:
+    """Read the command line and train."""
+    config = read_config("train")
+    if config.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(config, make_plan(config, config.parallel.world_size or this_machine().world_size or 1)))
+        return
+    quieten_libraries()
+    from ssa_pretrain.checkpoint import CheckpointError
+    from ssa_pretrain.trainer import DataError, train
+
+    try:
+        train(config)
+    except CheckpointError as error:
+        leave(error, 5)
+    except DataError as error:
+        leave(error, 4)
+
+
+def leave(error: Exception, code: int) -> None:
+    """Say what is wrong, once over all ranks, and exit."""
+    if os.environ.get("RANK", "0") == "0":
+        print(error, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def quieten_libraries() -> None:
+    """Hide megatron-core's import-time remarks on optional packages; what matters of them is in the banner."""
+    for line in ("Transformer Engine and Apex are not installed", "Apex is not installed", ".*not installed"):
+        warnings.filterwarnings("ignore", message=line)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""A training run: built in one place, then a loop of verbs.
+
+`step` counts the optimizer steps done and is the only clock: rows, main streams and learning rates are functions of (seed, step), so a checkpoint
+holds weights and optimizer alone, and rerunning the command goes on as if it had never stopped. The trainer does not know which engine runs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssa_pretrain import __version__
+from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, differences, newest, publish, read
+from ssa_pretrain.config import Config
+from ssa_pretrain.config_io import config_to_dict, save_config
+from ssa_pretrain.data.batches import Batch, collate
+from ssa_pretrain.data.indexed_format import Manifest, load_manifest
+from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
+from ssa_pretrain.engine import Engine, EvaluationResult, StepResult, build_engine
+from ssa_pretrain.flops import peak_flops
+from ssa_pretrain.log import Console, banner
+from ssa_pretrain.metrics import MetricsLogger
+from ssa_pretrain.parallel.state import Placement, start, stop
+from ssa_pretrain.plan import Plan, make_plan
+from ssa_pretrain.schedule import learning_rate
+from ssa_pretrain.tracking import Tracker, provenance, start_tracking
+
+MODES = ("full", "sparse")
+
+
+class DataError(ValueError):
+    """The prepared data cannot serve this run."""
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything a run consists of, on one rank."""
+
+    config: Config
+    plan: Plan
+    placement: Placement
+    manifest: Manifest
+    engine: Engine
+    rows: TrainingRows
+    held_out: HeldOutRows
+    folder: Path
+
+
+def train(config: Config) -> None:
+    """Train to the configured step, from the newest intact checkpoint if there is one."""
+    placement = start(config.parallel, seed=config.seed)
+    try:
+        run = build_run(config, placement)
+        step = restore(run)
+        with open_log(run, step) as log:
+            loop(run, log, step)
+    finally:
+        stop()
+
+
+def build_run(config: Config, placement: Placement) -> Run:
+    """Return the run's parts, nothing restored yet.
+
+    Raises:
+        DataError: the data is missing, damaged or too small.
+    """
+    length = config.data.sequence_length
+    try:
+        manifest = load_manifest(Path(config.data.path))
+        rows = TrainingRows(manifest, sequence_length=length, seed=config.seed, weights=config.data.weights)
+        held_out = HeldOutRows(manifest, sequence_length=length, rows=config.evaluation.rows)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    vocab_size = config.model.vocab_size or manifest.tokenizer.vocab_size
+    plan = make_plan(config, placement.world_size, vocab_size)
+    count_held_out(config, plan, held_out)
+    engine = build_engine(config, placement, vocab_size)
+    return Run(config, plan, placement, manifest, engine, rows, held_out, Path(config.output_dir))
+
+
+def restore(run: Run) -> int:
+    """Load the newest checkpoint, or the weights that the run starts from; return the steps done.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to a run that this configuration would not continue, or none is intact.
+    """
+    found = newest_checkpoint(run)
+    if found is not None:
+        if changed := differences(found.facts, facts(run)):
+            raise CheckpointError(
+                f"{found.folder} cannot be continued with this configuration; set these back or choose another output_dir:\n  "
+                + "\n  ".join(changed)
+            )
+        run.engine.load(found.folder)
+        say(run, f"resuming after step {found.step} from {found.folder}")
+        return found.step
+    if run.config.checkpoint.init_from:
+        source = read(Path(run.config.checkpoint.init_from))
+        run.engine.load_weights(source.folder)
+        say(run, f"starting from the weights of {source.folder}")
+    return 0
+
+
+def loop(run: Run, log: MetricsLogger, step: int) -> None:
+    """Step until done; evaluate and save when due."""
+    config, last = run.config, last_step(run)
+    if step == 0 and config.evaluation.at_start:
+        evaluate(run, log, step)
+    saved = step
+    while step < last:
+        result = run.engine.train_step(
+            training_batches(run, step), step=step, learning_rate=learning_rate(step, config.optim, run.plan)
+        )
+        step += 1
+        log.log_step(training_record(run, result, step))
+        if due(step, config.evaluation.interval, run.plan.steps):
+            evaluate(run, log, step)
+        if due(step, config.checkpoint.interval, last):
+            save(run, step)
+            saved = step
+            log.pause()
+    if saved != step:
+        save(run, step)
+
+
+def last_step(run: Run) -> int:
+    """Return the step after which this process leaves."""
+    return min(run.plan.steps, run.config.training.stop_at_step or run.plan.steps)
+
+
+def due(step: int, interval: int, last: int) -> bool:
+    """Return whether something done every `interval` steps (0: never) and at the last step is due."""
+    return step == last or bool(interval and step % interval == 0)
+
+
+def training_batches(run: Run, step: int) -> list[Batch]:
+    """Return this rank's microbatches of a step: every dp-th of the global batch."""
+    per_step = run.plan.num_microbatches * run.plan.dp
+    return [
+        microbatch(run, run.rows, step * per_step + index, index)
+        for index in range(run.placement.dp_rank, per_step, run.plan.dp)
+    ]
+
+
+def microbatch(run: Run, rows: TrainingRows | HeldOutRows, number: int, index: int) -> Batch:
+    """Return microbatch `number` of a source of rows."""
+    size = run.config.training.micro_batch_size
+    chosen = (rows.row(number * size + i) for i in range(size))
+    return collate(chosen, index=index, isolate_documents=run.config.data.isolate_documents)
+
+
+def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
+    """Evaluate the held-out rows in both modes."""
+    batches = held_out_batches(run)
+    rows = count_held_out(run.config, run.plan, run.held_out) * run.config.training.micro_batch_size
+    for mode in MODES:
+        result = run.engine.evaluate(batches, mode=mode)
+        log.log_evaluation(evaluation_record(run, result, step, mode, rows))
+
+
+def count_held_out(config: Config, plan: Plan, held_out: HeldOutRows) -> int:
+    """Return how many microbatches the held-out rows make: whole ones, the same over all stages of an interleaved pipeline."""
+    size = config.training.micro_batch_size
+    unit = size * (plan.dp * plan.pp if plan.vpp > 1 else 1)
+    count = held_out.num_rows // unit * unit // size
+    if count == 0:
+        raise DataError(
+            f"evaluation.rows={config.evaluation.rows} gives {held_out.num_rows} held-out rows of {config.data.sequence_length} tokens, fewer "
+            f"than the {unit} of one pass; lower training.micro_batch_size or prepare more held-out text"
+        )
+    return count
+
+
+def held_out_batches(run: Run) -> list[Batch]:
+    """Return this rank's share of the held-out microbatches."""
+    return [microbatch(run, run.held_out, i, i) for i in range(run.placement.dp_rank, count_held_out(run.config, run.plan, run.held_out), run.plan.dp)]
+
+
+def save(run: Run, step: int) -> None:
+    """Publish a checkpoint."""
+    publish(run.folder, step, facts(run), run.engine.save, keep=run.config.checkpoint.keep, is_first=run.placement.is_first)
+
+
+def newest_checkpoint(run: Run) -> Checkpoint | None:
+    """Return the run's newest intact checkpoint."""
+    return newest(run.folder, is_first=run.placement.is_first, device=run.placement.device, say=lambda text: say(run, text))
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Return what a resumed run must share with the one that wrote the checkpoint: all that decides the losses but layout and schedule."""
+    tree = config_to_dict(run.config)
+    kept = {f"model.{k}": v for k, v in tree["model"].items() if k != "name"}
+    kept |= {f"attention.{k}": v for k, v in tree["attention"].items() if k != "impl"}
+    kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
+    kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size")}
+    return kept | {"seed": tree["seed"], "data.fingerprint": run.manifest.fingerprint, "engine.name": tree["engine"]["name"]}
+
+
+def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
+    """Return a step's metrics; times and speeds are the logger's."""
+    alignment = mean(result.alignment_by_layer)
+    return {
+        "step": step,
+        "tokens": step * run.plan.tokens_per_step,
+        "loss": result.cross_entropy + run.config.attention.alignment_weight * (alignment or 0.0),
+        "cross_entropy": result.cross_entropy,
+        "alignment_loss": alignment,
+        "alignment_loss_by_layer": result.alignment_by_layer,
+        "captured_mass": mean(result.captured_mass_by_layer),
+        "captured_mass_by_layer": result.captured_mass_by_layer,
+        "grad_norm": result.grad_norm,
+        "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
+        "stream": {1.0: "full", 0.0: "sparse"}.get(result.full_share, "mixed"),
+        "full_share": result.full_share,
+    }
+
+
+def evaluation_record(run: Run, result: EvaluationResult, step: int, mode: str, rows: int) -> dict[str, Any]:
+    """Return an evaluation's metrics."""
+    return {
+        "step": step,
+        "tokens": step * run.plan.tokens_per_step,
+        "split": "heldout",
+        "mode": mode,
+        "cross_entropy": result.cross_entropy,
+        "alignment_loss": mean(result.alignment_by_layer),
+        "captured_mass": mean(result.captured_mass_by_layer),
+        "captured_mass_by_layer": result.captured_mass_by_layer,
+        "rows": rows,
+    }
+
+
+def mean(values: list[float]) -> float | None:
+    """Return the mean, None of nothing."""
+    return sum(values) / len(values) if values else None
+
+
+def open_log(run: Run, step: int) -> MetricsLogger:
+    """Return the run's logger after saying what is about to happen; only the first rank writes."""
+    console = Console(total_steps=run.plan.steps, first_step=step, enabled=run.placement.is_first)
+    peak = peak_flops(device_name(run.placement), run.config.precision.name)
+    tracker = start_reporting(run, console) if run.placement.is_first else None
+    return MetricsLogger(
+        run.folder,
+        total_steps=run.plan.steps,
+        tokens_per_step=run.plan.tokens_per_step,
+        resume_step=step,
+        interval=run.config.logging.interval,
+        flops_per_token=run.plan.flops_per_token,
+        peak_flops=peak * run.placement.world_size if peak else None,
+        console=console,
+        tracker=tracker,
+        enabled=run.placement.is_first,
+    )
+
+
+def start_reporting(run: Run, console: Console) -> Tracker | None:
+    """Say what runs where, keep the configuration beside the results and start W&B if wanted."""
+    config, plan = run.config, run.plan
+    run.folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, run.folder / "config.yaml")
+    console.say(
+        banner(
+            {
+                "run": f"{config.name} -> {run.folder}",
+                "model": f"{config.model.name}, {plan.parameters:,} parameters, attention {config.attention.method.value}",
+                "layout": f"{plan.world_size} x {device_name(run.placement)}: tp {plan.tp}, pp {plan.pp}, dp {plan.dp}, {config.precision.name.value}",
+                "data": f"{config.data.path}, rows of {config.data.sequence_length} tokens, vocabulary {plan.vocab_size:,}",
+                "length": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens = {plan.total_tokens:,} tokens",
+            }
+        )
+    )
+    source = Path(__file__).resolve().parents[1]
+    described = config_to_dict(config) | {"version": __version__, "torch": torch.__version__} | provenance(source, Path(config.data.path))
+    return start_tracking(config.logging.wandb, name=config.name, folder=run.folder, config=described, say=console.say)
+
+
+def device_name(placement: Placement) -> str:
+    """Return the device's name, such as "NVIDIA H200" or "CPU"."""
+    return torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else "CPU"
+
+
+def say(run: Run, text: str) -> None:
+    """Print a line, once."""
+    if run.placement.is_first:
+        print(text, flush=True)
