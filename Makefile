@@ -1,0 +1,57 @@
+# Two commands matter: `make quickstart` and `make test`. Both set up everything they need in $(VENV) first; a second run skips that.
+#
+#   PYTHON=/path/to/python3.12   builds the environment on another interpreter
+#   VENV=/path/to/venv           puts it elsewhere
+#   TORCH_INDEX=url              where CPU builds of torch are (see launchers/setup.sh); empty: pip's own index alone
+#   PYTEST_ARGS="-k select -x"   is passed to pytest
+
+VENV ?= .venv
+OUT ?= outputs/quickstart
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+SETUP := pyproject.toml constraints.txt launchers/setup.sh
+
+# No process takes the repository's root for a place of packages: `kernels/` would pass for one.
+export PYTHONSAFEPATH := 1
+export TORCH_INDEX PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-gpu lint types format clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+quickstart: $(VENV)/.quickstart  ## set up, prepare real text, pretrain a small SSA Llama on two processes, evaluate, report
+	@launchers/quickstart.sh --venv $(VENV) --out $(OUT)
+
+test: $(VENV)/.dev  ## set up and run the tests (CPU)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu:  ## the GPU tests, in an environment that has CUDA torch already: make test-gpu PYTHON=python3
+	@$(or $(PYTHON),python3) -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## ruff (rules and format), import-linter, shellcheck
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+	@$(BIN)/shellcheck launchers/*.sh .ci/run
+
+types: $(VENV)/.dev  ## pyright
+	@$(BIN)/pyright
+
+format: $(VENV)/.dev  ## rewrite files as ruff would
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+clean:  ## remove the environment, caches and the quickstart's output
+	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache .import_linter_cache build ssa_pretrain.egg-info
+
+# A stamp is newer than what it was made from, so that make skips a finished set-up. The second includes the first.
+$(VENV)/.quickstart: $(SETUP)
+	@launchers/setup.sh $(VENV) quickstart
+	@touch $@
+
+$(VENV)/.dev: $(SETUP)
+	@launchers/setup.sh $(VENV) quickstart,llama3,dev
+	@touch $@ $(VENV)/.quickstart
