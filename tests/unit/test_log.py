@@ -1,0 +1,122 @@
+"""ssa_pretrain/log.py: lines that fit, numbers that read, a console that is plain in a pipe and silent where it should be."""
+
+import io
+
+import pytest
+
+from ssa_pretrain.log import MAX_COLUMNS, Console, banner, compact, duration, evaluation_line, train_line
+
+TRAIN = {
+    "step": 10,
+    "tokens": 81_920,
+    "loss": 8.1234,
+    "cross_entropy": 8.0,
+    "alignment_loss": 0.01234,
+    "captured_mass": 0.8125,
+    "grad_norm": 1.25,
+    "learning_rate": 0.0006,
+    "tokens_per_second": 4321.0,
+    "tflops_per_second": None,
+    "mfu": None,
+    "eta_seconds": 125.0,
+}
+EVALUATION = {"step": 100, "split": "heldout", "mode": "sparse", "cross_entropy": 5.5, "perplexity": 244.69, "rows": 64}
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (950, "950"),
+        (999.6, "1.00k"),
+        (8192, "8.19k"),
+        (16_384_000, "16.4M"),
+        (9.996e6, "10.0M"),
+        (1e11, "100B"),
+        (5e15, "5000T"),
+    ],
+)
+def test_compact(number: float, text: str) -> None:
+    assert compact(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-3, "0s"), (59.4, "59s"), (59.6, "1m00s"), (248, "4m08s"), (7500, "2h05m"), (273_600, "3d04h")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_train_line_reads_as_written() -> None:
+    line = "step  10/300  81.9k tok  loss 8.123  ce 8.000  align 0.012  mass 0.81  gnorm 1.2  lr 6.0e-4  4.32k tok/s  ETA 2m05s"
+    assert train_line(TRAIN, 300) == line
+
+
+def test_train_line_of_full_attention_has_no_sparse_columns() -> None:
+    plain = {key: value for key, value in TRAIN.items() if key not in ("alignment_loss", "captured_mass")}
+    line = train_line(plain, 300)
+    assert "align" not in line and "mass" not in line and "ce " not in line and "loss 8.123" in line
+
+
+def test_train_line_fits_when_every_number_is_long() -> None:
+    wide = TRAIN | {"step": 123_456, "tokens": 99_949_999_999, "loss": 11.351, "tokens_per_second": 754_321.0}
+    wide |= {
+        "tflops_per_second": 61_935.0,
+        "mfu": 0.62,
+        "eta_seconds": 300_000.0,
+        "alignment_loss": 1.2e-5,
+        "grad_norm": 123.4,
+    }
+    line = train_line(wide, 1_234_567)
+    assert len(line) <= MAX_COLUMNS
+    for word in ("step", "tok", "loss", "align", "mass", "lr", "tok/s", "MFU 62%", "ETA 3d11h"):
+        assert word in line
+
+
+def test_train_line_says_nan() -> None:
+    assert "loss nan" in train_line(TRAIN | {"loss": float("nan")}, 300)
+
+
+def test_evaluation_line() -> None:
+    assert evaluation_line(EVALUATION) == "eval 100  heldout sparse  ce 5.500  perplexity 244.69  64 rows"
+    assert "mass 0.90" in evaluation_line(EVALUATION | {"captured_mass": 0.9})
+
+
+def test_banner_lines_up() -> None:
+    assert banner({"device": "cpu", "out": "outputs/x"}) == "device  cpu\nout     outputs/x"
+
+
+def test_console_in_a_pipe_is_plain() -> None:
+    stream = io.StringIO()
+    with Console(total_steps=3, stream=stream) as console:
+        for step in (1, 2, 3):
+            console.say(f"line {step}")
+            console.advance(step)
+    assert stream.getvalue() == "line 1\nline 2\nline 3\n"
+
+
+class Terminal(io.StringIO):
+    """Says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_console_on_a_terminal_draws_a_bar_under_the_lines() -> None:
+    stream = Terminal()
+    with Console(total_steps=4, first_step=2, stream=stream) as console:
+        console.say("a line")
+        console.advance(4)
+        console.close()
+    text = stream.getvalue()
+    assert "2/4" in text, "the bar starts at the step that the run resumed from"
+    assert "a line\n" in text and "\r" in text
+
+
+def test_disabled_console_says_nothing() -> None:
+    stream = Terminal()
+    with Console(total_steps=4, enabled=False, stream=stream) as console:
+        console.say("a line")
+        console.advance(1)
+    assert stream.getvalue() == ""

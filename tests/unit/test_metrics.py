@@ -1,0 +1,228 @@
+"""ssa_pretrain/metrics.py: a file without gaps, duplicates or torn lines through kills and resumes; speed by a given clock."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssa_pretrain.log import Console
+from ssa_pretrain.metrics import FILE_NAME, MetricsLogger, Speed, keep_until, perplexity, read_records
+
+
+class Clock:
+    """A clock that moves when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def a_step(step: int) -> dict:
+    return {
+        "step": step,
+        "tokens": 100 * step,
+        "loss": 5.0 / step,
+        "cross_entropy": 5.0,
+        "learning_rate": 1e-3,
+        "stream": "full",
+    }
+
+
+def an_evaluation(step: int, mode: str) -> dict:
+    return {
+        "step": step,
+        "tokens": 100 * step,
+        "split": "heldout",
+        "mode": mode,
+        "cross_entropy": 2.0,
+        "captured_mass": None,
+        "rows": 4,
+    }
+
+
+def logger(folder: Path, **options: object) -> MetricsLogger:
+    options = {
+        "total_steps": 10,
+        "tokens_per_step": 100,
+        "console": Console(total_steps=10, stream=io.StringIO()),
+    } | options
+    return MetricsLogger(folder, **options)  # type: ignore[arg-type]
+
+
+def test_every_record_is_one_line_with_its_keys(tmp_path: Path) -> None:
+    clock = Clock()
+    with logger(tmp_path, clock=clock, flops_per_token=1e9, peak_flops=1e12) as metrics:
+        clock.now += 2
+        metrics.log_step(a_step(1))
+        metrics.log_evaluation(an_evaluation(1, "sparse"))
+    train, evaluation = (json.loads(line) for line in (tmp_path / FILE_NAME).read_text().splitlines())
+    assert train == {
+        "kind": "train",
+        **a_step(1),
+        "tokens_per_second": 50.0,
+        "tflops_per_second": 0.05,
+        "mfu": 0.05,
+        "seconds": 2.0,
+        "eta_seconds": 18.0,
+    }
+    assert evaluation == {"kind": "evaluation", **an_evaluation(1, "sparse"), "perplexity": pytest.approx(math.e**2)}
+
+
+def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
+    metrics = logger(tmp_path)
+    metrics.log_step(a_step(1))
+    assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == [1]
+    metrics.close()
+    metrics.close()
+
+
+def test_resume_leaves_neither_gap_nor_duplicate(tmp_path: Path) -> None:
+    with logger(tmp_path) as metrics:
+        metrics.log_evaluation(an_evaluation(0, "full"))
+        for step in range(1, 8):
+            metrics.log_step(a_step(step))
+            if step in (4, 6):
+                metrics.log_evaluation(an_evaluation(step, "full"))
+    with logger(tmp_path, resume_step=4) as metrics:
+        for step in range(5, 11):
+            metrics.log_step(a_step(step))
+    records = list(read_records(tmp_path / FILE_NAME))
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 11))
+    assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 4]
+
+
+def test_a_run_that_starts_anew_starts_a_new_file(tmp_path: Path) -> None:
+    with logger(tmp_path) as metrics:
+        metrics.log_evaluation(an_evaluation(0, "full"))
+        metrics.log_step(a_step(1))
+    with logger(tmp_path) as metrics:
+        metrics.log_evaluation(an_evaluation(0, "full"))
+    assert [r["step"] for r in read_records(tmp_path / FILE_NAME)] == [0]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, -1])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
+    """Cut the last of three lines anywhere: the first two stay, and the next record starts on a line of its own."""
+    with logger(tmp_path) as metrics:
+        for step in (1, 2, 3):
+            metrics.log_step(a_step(step))
+    path = tmp_path / FILE_NAME
+    whole = path.read_bytes().splitlines(keepends=True)
+    torn = whole[2][:-1] if kept == -1 else whole[2][:kept]
+    path.write_bytes(whole[0] + whole[1] + torn)
+    complete = [1, 2, 3] if kept == -1 else [1, 2]  # a record that lacks only its newline is a record
+    assert [r["step"] for r in read_records(path)] == complete
+    with logger(tmp_path, resume_step=2) as metrics:
+        metrics.log_step(a_step(3))
+    assert [r["step"] for r in read_records(path)] == [1, 2, 3]
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_a_bad_line_elsewhere_is_an_error_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl:2 is not a JSON object; remove the line or start a new output_dir"
+    ):
+        list(read_records(path))
+    path.write_text('{"step": 1}\n[1]\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no record of a step"):
+        list(read_records(path))
+
+
+def test_keep_until_counts_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    assert keep_until(path, 5) == 0
+    with logger(tmp_path) as metrics:
+        for step in (1, 2, 3):
+            metrics.log_step(a_step(step))
+    assert keep_until(path, 2) == 1
+    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    with logger(tmp_path) as metrics:
+        metrics.log_step(a_step(1) | {"loss": float("nan"), "captured_mass_by_layer": [0.5, float("inf")]})
+    record = json.loads(
+        (tmp_path / FILE_NAME).read_text(), parse_constant=lambda text: pytest.fail(f"{text} in the file")
+    )
+    assert record["loss"] is None and record["captured_mass_by_layer"] == [0.5, None]
+
+
+def test_processes_that_do_not_write_write_nothing(tmp_path: Path) -> None:
+    with logger(tmp_path / "run", enabled=False) as metrics:
+        metrics.log_step(a_step(1))
+        metrics.log_evaluation(an_evaluation(1, "full"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_console_lines_come_at_the_interval_the_first_and_the_last_step(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with logger(tmp_path, interval=4, console=Console(total_steps=10, stream=stream)) as metrics:
+        for step in range(1, 11):
+            metrics.log_step(a_step(step))
+    assert [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()] == [1, 4, 8, 10]
+
+
+def test_speed_forgets_the_first_step_and_old_ones_and_pauses() -> None:
+    clock = Clock()
+    speed = Speed(window=2, clock=clock)
+    assert speed.tokens_per_second == 0.0 and speed.eta(5) == 0.0
+
+    def step(seconds: float) -> float:
+        clock.now += seconds
+        return speed.step(10)
+
+    assert step(100) == 100 and speed.tokens_per_second == pytest.approx(0.1)
+    step(1)
+    assert speed.tokens_per_second == pytest.approx(10), (
+        "the first step compiles; it does not count once there is a second"
+    )
+    step(3)
+    step(1)
+    assert speed.tokens_per_second == pytest.approx(20 / 4), "the window holds two steps"
+    clock.now += 500
+    speed.pause()
+    assert step(1) == pytest.approx(1) and speed.eta(3) == pytest.approx(3)
+
+
+def test_perplexity_overflows_to_infinity() -> None:
+    assert perplexity(math.log(50)) == pytest.approx(50) and perplexity(1e4) == math.inf
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from ssa_pretrain.metrics import MetricsLogger
+metrics = MetricsLogger(Path(sys.argv[1]), total_steps=10**9, tokens_per_step=1, resume_step=int(sys.argv[2]), interval=10**9)
+print("ready", flush=True)
+for step in range(int(sys.argv[2]) + 1, 10**9):
+    metrics.log_step({"step": step, "tokens": step, "loss": 1.0, "cross_entropy": 1.0, "learning_rate": 1.0, "pad": "x" * 3000})
+"""
+
+
+def test_killed_while_writing_the_file_resumes_without_gap(tmp_path: Path) -> None:
+    """Kill -9 at whatever byte it strikes, three times; a resume from an earlier step each time."""
+    resume = 0
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, tmp_path, str(resume)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        path = tmp_path / FILE_NAME
+        while path.stat().st_size < (resume + 200) * 3000:
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        resume = max(record["step"] for record in read_records(path)) - 50
+    keep_until(tmp_path / FILE_NAME, resume)
+    assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == list(range(1, resume + 1))
