@@ -6,6 +6,7 @@ every mistake with code 1. Exit codes: 0 done, 3 a setting is wrong, 4 an input 
 
 import argparse
 import difflib
+import errno
 import re
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ Settings are KEY=VALUE; --cfg job shows all of them with their values, docs/data
 
 CONF = Path(__file__).parent / "conf"
 
+FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
 SCHEMAS = {
     "source": {
         "quickstart": settings.QuickstartSource,
@@ -45,23 +48,31 @@ SCHEMAS = {
 
 def main(arguments: list[str]) -> int:
     """Runs data_prep and returns its exit code."""
-    parser = argparse.ArgumentParser("python -m data_prep", description=_help(), formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m data_prep", description=_help(), formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--cfg", choices=["job"], help="print the settings and stop")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     try:
         composed = compose_settings(options.overrides)
         if options.cfg:
-            print(OmegaConf.to_yaml(composed), end="")
+            sys.stdout.write(OmegaConf.to_yaml(composed))
             return 0
         manifest = prepare_dataset(checked(composed), _say)
     except (ConfigurationError, InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return error.exit_code
+    except OSError as error:
+        if error.errno not in FULL_OR_FORBIDDEN:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _say(f"error: {error.strerror}{where}; make room or choose another out=, then run the same command again")
+        return InputError.exit_code
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        _say("interrupted; run the same command again to go on")
         return 130
-    print(summary(manifest))
+    sys.stdout.write(summary(manifest) + "\n")
     return 0
 
 
@@ -117,7 +128,8 @@ def summary(manifest: Manifest) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def _help() -> str:
@@ -147,6 +159,8 @@ def _explain(error: Exception) -> str:
     if cause is not None and str(cause) not in text:
         lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    if "is not a ListConfig" in text:
+        return f"{key}= takes a list; write {key}=[…], with the brackets"
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
     return f"{key}: {' '.join(lines)}" if key else " ".join(lines)
 

@@ -175,7 +175,9 @@ class Config:
     tokenizer: Any = MISSING
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
-    shard_mb: float = 0.0  # MB of input of one shard, the unit of work and of resuming; 0 chooses by the size of the corpus
+    shard_mb: float = (
+        0.0  # MB of input of one shard, the unit of work and of resuming; 0 chooses by the size of the corpus
+    )
     workers: int = 0  # processes; 0 takes one a core; the bytes written do not depend on it
     overwrite: bool = False  # replace a finished dataset in `out` that was made with other settings or inputs
     verify: Verify = Verify.quick  # how a finished dataset is checked before it is reused

@@ -15,7 +15,7 @@ from data_prep.errors import InputError
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes `content` to `path` so that a reader sees the old file or the new one, whenever the machine stops."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -66,5 +66,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"out={folder} is being written by another data_prep; wait for it or choose another out=") from None
+            raise InputError(
+                f"out={folder} is being written by another data_prep; wait for it or choose another out="
+            ) from None
         yield

@@ -127,11 +127,14 @@ def _tokenize(config: Config, out: Path, jobs: list[Job], vocabulary: Vocabulary
 
 
 def _remove_strangers(out: Path, stems: set[str]) -> None:
-    """Removes what an earlier run with other settings left: shards that have a record but no place in this plan."""
+    """Removes what earlier runs left: unfinished files, and shards that have a record but no place in this plan."""
+    for split in SPLITS:
+        for path in (out / split).glob("*_[0-9][0-9][0-9][0-9][0-9].???.*.tmp"):
+            path.unlink()
     for record in (out / "work" / "shards").glob("*.json"):
         if record.stem not in stems:
             for split in SPLITS:
-                for suffix in (".bin", ".idx", ".bin.tmp", ".idx.tmp"):
+                for suffix in (".bin", ".idx"):
                     (out / split / (record.stem + suffix)).unlink(missing_ok=True)
             record.with_name(record.stem + ".counts.npy").unlink(missing_ok=True)
             record.unlink()

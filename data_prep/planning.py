@@ -91,7 +91,9 @@ def expand_paths(paths: list[str], suffixes: tuple[str, ...], format_name: str) 
         if path.is_dir():
             found = [p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file() and _is_visible(p, path)]
             if not found:
-                raise InputError(f"{path} holds no {format_name} file ({', '.join(suffixes)}); name another folder or the files")
+                raise InputError(
+                    f"{path} holds no {format_name} file ({', '.join(suffixes)}); name another folder or the files"
+                )
         elif path.is_file():
             found = [path]
         elif any(c in text for c in "*?["):
@@ -99,7 +101,9 @@ def expand_paths(paths: list[str], suffixes: tuple[str, ...], format_name: str) 
             if not found:
                 raise InputError(f"source.paths: the pattern {text} matches no file; try ls {text}")
         else:
-            raise InputError(f"source.paths: {path} does not exist; correct the path (relative ones start at {Path.cwd()})")
+            raise InputError(
+                f"source.paths: {path} does not exist; correct the path (relative ones start at {Path.cwd()})"
+            )
         files.update(str(p.absolute()) for p in found)
     return tuple(sorted(files))
 
@@ -144,7 +148,9 @@ def _cut(path: str, subset: Subset, limit: int) -> list[Piece]:
     if subset.format == "text" or is_compressed(path):
         return [Piece(path, subset.format, subset.text_column, 0, size, size)]
     starts = range(0, size, limit)
-    return [Piece(path, subset.format, subset.text_column, a, min(a + limit, size), min(limit, size - a)) for a in starts]
+    return [
+        Piece(path, subset.format, subset.text_column, a, min(a + limit, size), min(limit, size - a)) for a in starts
+    ]
 
 
 def _cut_parquet(path: str, subset: Subset, limit: int) -> list[Piece]:

@@ -1,17 +1,25 @@
 """Worker processes that make shards, and the parent's loop that watches them.
 
-Processes are spawned, each loads the tokenizer once and takes shards as it becomes free. Sums for the progress display travel
-through one small shared array. A failing shard ends the run at once: the others stop at their next batch. A worker that is
-killed (out of memory, kill -9) breaks the pool, which is reported too: nothing hangs.
+Processes are spawned; each loads the tokenizer once and takes shards as it becomes free. They share two plain arrays with the
+parent, without locks, since a lock dies with its holder: sums for the display, one row a shard, and one flag that says stop.
+
+A failing shard ends the run at once: the others stop at their next batch. A worker that is killed (out of memory, kill -9)
+breaks the pool, which is reported. Workers whose parent is killed end themselves, lest they write into the next run's files.
 """
 
+import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_prep.config import SplitConfig
 from data_prep.errors import InputError
@@ -40,49 +48,52 @@ def num_workers(asked: int) -> int:
     return asked or len(os.sched_getaffinity(0))
 
 
-def make_shards(out: Path, jobs: list[Job], vocabulary: Vocabulary, split: SplitConfig, workers: int) -> list[dict[str, Any]]:
+def make_shards(
+    out: Path, jobs: list[Job], vocabulary: Vocabulary, split: SplitConfig, workers: int
+) -> list[dict[str, Any]]:
     """Makes shards in parallel and returns their records in the order of `jobs`.
 
     Raises:
         InputError: a shard cannot be read, or a worker died.
     """
     context = multiprocessing.get_context("spawn")
-    sums = context.Array("q", 4)
-    stop = context.Event()
-    # One thread a process: the processes are the parallelism. Read when the child loads its tokenizer.
+    sums = context.RawArray(ctypes.c_int64, 4 * len(jobs))
+    stop = context.RawValue(ctypes.c_bool, False)
+    # The processes are the parallelism: one thread each. The variables are read when a child loads its tokenizer.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
-    display = Display(sum(job.shard.size for job in jobs), len(jobs))
     count = max(1, min(workers, len(jobs)))
-    arguments = (out, vocabulary, split, sums, stop)
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=arguments) as pool:
-        futures = [pool.submit(_make_shard, job) for job in jobs]
-        try:
-            _watch(futures, sums, display)
-            return [future.result() for future in futures]
-        except BrokenProcessPool:
-            raise InputError(
-                "a worker process was killed, most often because memory ran out; run the same command again with "
-                f"workers={max(1, count // 2)}: finished shards are kept"
-            ) from None
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            display.close()
+    display = Display(sum(job.shard.size for job in jobs), len(jobs))
+    pool = ProcessPoolExecutor(
+        count, mp_context=context, initializer=_start_worker, initargs=(out, vocabulary, split, sums, stop)
+    )
+    try:
+        futures = [pool.submit(_make_shard, number, job) for number, job in enumerate(jobs)]
+        _watch(futures, np.frombuffer(sums, dtype=np.int64).reshape(-1, 4), display)
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise InputError(
+            "a worker process was killed, most often because memory ran out; run the same command again with "
+            f"workers={max(1, count // 2)}: finished shards are kept"
+        ) from None
+    finally:
+        stop.value = True
+        pool.shutdown(cancel_futures=True)
+        display.close()
 
 
-def _watch(futures: list[Future], sums: Any, display: Display) -> None:
+def _watch(futures: list[Future], sums: np.ndarray, display: Display) -> None:
     waiting = set(futures)
     while waiting:
         done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-        display.update(*sums[:])
         for future in done:
             future.result()
             display.shard_done()
+        display.update(*sums.sum(axis=0).tolist())
 
 
 class _Worker:
-    """What a worker process keeps between shards."""
+    """What a worker process keeps between shards: a pool hands its tasks to plain functions, so it hangs on a class."""
 
     out: Path
     encoder: Encoder
@@ -92,17 +103,25 @@ class _Worker:
 
 
 def _start_worker(out: Path, vocabulary: Vocabulary, split: SplitConfig, sums: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _Worker.out, _Worker.encoder, _Worker.split = out, Encoder(vocabulary), split
     _Worker.sums, _Worker.stop = sums, stop
 
 
-def _make_shard(job: Job) -> dict[str, Any]:
-    return write_shard(_Worker.out, job.shard, job.fingerprint, _Worker.encoder, _Worker.split, _report)
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
-def _report(progress: Progress) -> None:
-    if _Worker.stop.is_set():
-        raise Stopped
-    with _Worker.sums.get_lock():
-        for index, value in enumerate((progress.documents, progress.tokens, progress.text_bytes, progress.input_bytes)):
-            _Worker.sums[index] += value
+def _make_shard(number: int, job: Job) -> dict[str, Any]:
+    def report(progress: Progress) -> None:
+        if _Worker.stop.value:
+            raise Stopped
+        done = (progress.documents, progress.tokens, progress.text_bytes, progress.input_bytes)
+        for column, value in enumerate(done):
+            _Worker.sums[4 * number + column] += value
+
+    return write_shard(_Worker.out, job.shard, job.fingerprint, _Worker.encoder, _Worker.split, report)

@@ -111,7 +111,9 @@ def _next_line(lines: io.BufferedReader, path: str, number: int) -> bytes:
     try:
         return lines.readline()
     except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path} is damaged or cut short after line {number} ({_one_line(error)}); fetch it again") from None
+        raise InputError(
+            f"{path} is damaged or cut short after line {number} ({_one_line(error)}); fetch it again"
+        ) from None
 
 
 def _document_of(line: bytes, column: str) -> Document | None:
@@ -121,21 +123,27 @@ def _document_of(line: bytes, column: str) -> Document | None:
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"the line is not UTF-8 (byte {error.start}); convert the file, e.g. with iconv -t utf-8") from None
+        raise ValueError(
+            f"the line is not UTF-8 (byte {error.start}); convert the file, e.g. with iconv -t utf-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"the line is not JSON ({error.msg}, column {error.colno}); fix or remove it") from None
     if not isinstance(record, dict):
-        raise ValueError(f"the line is a JSON {type(record).__name__}, not an object; write {{\"{column}\": …}} instead")
+        raise ValueError(f'the line is a JSON {type(record).__name__}, not an object; write {{"{column}": …}} instead')
     if column not in record:
         keys = ", ".join(map(repr, list(record)[:8])) or "none"
         raise ValueError(f"no key {column!r}, the object has {keys}; set source.text_column to the one with the text")
     text = record[column]
     if not isinstance(text, str):
-        raise ValueError(f"{column!r} holds {type(text).__name__}, not a string; fix the line or set source.text_column")
+        raise ValueError(
+            f"{column!r} holds {type(text).__name__}, not a string; fix the line or set source.text_column"
+        )
     try:
         return text, text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{column!r} holds half a surrogate pair (\\ud800 to \\udfff), no character; repair it") from None
+        raise ValueError(
+            f"{column!r} holds half a surrogate pair (\\ud800 to \\udfff), no character; repair it"
+        ) from None
 
 
 def _line_number(path: str, position: int) -> int:
@@ -163,9 +171,13 @@ def _read_parquet(piece: Piece, advance: Advance) -> Iterator[Document]:
                         yield raw.decode("utf-8"), raw
                         row += 1
             except UnicodeDecodeError:
-                raise InputError(f"{piece.path}: row {row} of row group {group} is not UTF-8; write the file again") from None
+                raise InputError(
+                    f"{piece.path}: row {row} of row group {group} is not UTF-8; write the file again"
+                ) from None
             except (pyarrow.ArrowException, OSError) as error:
-                raise InputError(f"{piece.path}: row group {group} is damaged ({_one_line(error)}); fetch it again") from None
+                raise InputError(
+                    f"{piece.path}: row group {group} is damaged ({_one_line(error)}); fetch it again"
+                ) from None
             advance(per_group)
 
 

@@ -209,4 +209,6 @@ class _SplitWriter:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+    # With the process in its name, so that two writers never share a file, not even for the moment in which a killed run's
+    # workers notice it.
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")

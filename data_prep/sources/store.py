@@ -6,7 +6,6 @@ Each part of the corpus becomes files of at most 2 MB, `{"text": …}` a line, i
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,9 @@ class TextStore:
         files.append(str(path))
 
 
-def stored_text(folder: Path, key: dict[str, Any], extract: Callable[[TextStore], None]) -> tuple[list[Subset], dict[str, Any]]:
+def stored_text(
+    folder: Path, key: dict[str, Any], extract: Callable[[TextStore], None]
+) -> tuple[list[Subset], dict[str, Any]]:
     """Returns the subsets under `folder` and their counts, extracting them first unless that was done with the same `key`.
 
     Args:
@@ -74,18 +75,23 @@ def stored_text(folder: Path, key: dict[str, Any], extract: Callable[[TextStore]
     if isinstance(known, dict) and known.get("key") == key and all(_is_whole(folder, f) for f in known["files"]):
         names = dict.fromkeys(f["name"] for f in known["files"])
         subsets = [
-            Subset(name, "jsonl", tuple(str(folder / f["file"]) for f in known["files"] if f["name"] == name)) for name in names
+            Subset(name, "jsonl", tuple(str(folder / f["file"]) for f in known["files"] if f["name"] == name))
+            for name in names
         ]
         return subsets, known["counts"]
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    index.unlink(missing_ok=True)
+    for old in folder.glob("*_[0-9][0-9][0-9][0-9][0-9].jsonl"):
+        old.unlink()
     store = TextStore(folder)
     extract(store)
     subsets = store.subsets()
     if not subsets:
         raise InputError("the source gave no text at all; see docs/data.md for what each source needs")
     files = [
-        {"name": s.name, "file": Path(path).name, "bytes": Path(path).stat().st_size} for s in subsets for path in s.files
+        {"name": s.name, "file": Path(path).name, "bytes": Path(path).stat().st_size}
+        for s in subsets
+        for path in s.files
     ]
     write_json(index, {"key": key, "counts": store.counts, "files": files})
     return subsets, store.counts

@@ -20,9 +20,7 @@ BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
 
 # Source: llama-models 0.3.0, llama_models/llama3/tokenizer.py, `pat_str`.
-WORD_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def byte_level(tokenizer: Tokenizer) -> Tokenizer:
@@ -36,7 +34,18 @@ def byte_level(tokenizer: Tokenizer) -> Tokenizer:
 
 def training_key(config: BpeTokenizer, split: SplitConfig, inputs: list[str]) -> str:
     """Returns the sha256 of what determines the trained tokenizer; `inputs` are the shards' input digests."""
-    return digest(["bpe", 1, tokenizers.__version__, config.vocab_size, config.sample_mb, split.heldout_fraction, split.seed, inputs])
+    return digest(
+        [
+            "bpe",
+            1,
+            tokenizers.__version__,
+            config.vocab_size,
+            config.sample_mb,
+            split.heldout_fraction,
+            split.seed,
+            inputs,
+        ]
+    )
 
 
 def train_bpe(config: BpeTokenizer, split: SplitConfig, shards: list[Shard]) -> str:

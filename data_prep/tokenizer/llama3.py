@@ -13,7 +13,6 @@ Checked against tiktoken on whole documents in tests/integration/test_data_prep_
 
 import base64
 import hashlib
-import json
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 

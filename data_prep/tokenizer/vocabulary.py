@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.config import BpeTokenizer, Config, FileTokenizer, Llama3Tokenizer
+from data_prep.config import BpeTokenizer, Config, Llama3Tokenizer
 from data_prep.errors import InputError
 from data_prep.files import read_json, write_atomically, write_json
 from data_prep.planning import Shard
@@ -78,7 +78,9 @@ def _load(path: Path) -> Tokenizer:
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"tokenizer.path={path} is no file; name a tokenizer.json") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not a tokenizer.json (it is not text); for Llama 3's tokenizer.model use tokenizer=llama3") from None
+        raise InputError(
+            f"{path} is not a tokenizer.json (it is not text); for Llama 3's tokenizer.model use tokenizer=llama3"
+        ) from None
     try:
         json.loads(text)
     except ValueError as error:

@@ -1,9 +1,9 @@
-"""The tokenized dataset on disk: byte layout of .bin/.idx pairs and the manifest that commits them.
+r"""The tokenized dataset on disk: byte layout of .bin/.idx pairs and the manifest that commits them.
 
 A shard is two files. `.bin` holds the token arrays of all documents back to back, no header. `.idx` holds, little-endian:
 
     offset     size   field
-    0          9      magic "MMIDIDX\\0\\0"
+    0          9      magic "MMIDIDX\0\0"
     9          8      uint64 version, 1
     17         1      uint8 dtype code (DTYPES below)
     18         8      uint64 N, number of sequences
@@ -145,15 +145,21 @@ def check_pair(prefix: Path) -> IndexHeader:
     expected = itemsize * int(lengths.sum(dtype=np.int64))
     actual = bin_.stat().st_size
     if expected != actual:
-        raise ValueError(f"{bin_} has {actual} bytes, {idx.name} describes {expected}; run data_prep again to rebuild it")
+        raise ValueError(
+            f"{bin_} has {actual} bytes, {idx.name} describes {expected}; run data_prep again to rebuild it"
+        )
     offsets = np.fromfile(idx, dtype="<i8", count=num, offset=HEADER.size + 4 * num)
     right = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)[:-1] * itemsize)) if num else offsets
     if not np.array_equal(offsets, right):
         first = int(np.flatnonzero(offsets != right)[0])
-        raise ValueError(f"{idx} points sequence {first} at byte {offsets[first]}, not {right[first]}; run data_prep again")
+        raise ValueError(
+            f"{idx} points sequence {first} at byte {offsets[first]}, not {right[first]}; run data_prep again"
+        )
     documents = np.fromfile(idx, dtype="<i8", offset=HEADER.size + 12 * num)
     if documents[0] != 0 or documents[-1] != num or (np.diff(documents) < 0).any():
-        raise ValueError(f"{idx} has document indices that do not run from 0 to {num}; run data_prep again to rebuild it")
+        raise ValueError(
+            f"{idx} has document indices that do not run from 0 to {num}; run data_prep again to rebuild it"
+        )
     return header
 
 
@@ -260,7 +266,9 @@ def _parse(file: Path) -> Manifest:
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{file} does not exist: no finished dataset lies there; run `python -m data_prep out=…` first") from None
+        raise ValueError(
+            f"{file} does not exist: no finished dataset lies there; run `python -m data_prep out=…` first"
+        ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as JSON ({error}); run data_prep again") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
