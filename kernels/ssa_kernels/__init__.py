@@ -13,9 +13,11 @@ from .full_attention import full_attention
 from .gate_and_align.api import gate_and_align
 from .select.api import select_blocks
 from .sparse_attention.api import sparse_attention
+from .ssa_attention import SSAOutput, ssa_attention
 
 __all__ = [
     "DocumentLayout",
+    "SSAOutput",
     "build_layout",
     "captured_mass",
     "full_attention",
@@ -23,4 +25,5 @@ __all__ = [
     "query_slice",
     "select_blocks",
     "sparse_attention",
+    "ssa_attention",
 ]

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ssa_kernels.gate_and_align.forward import NUM_WARPS, main_code, tile_shape
+from .forward import NUM_WARPS, main_code, tile_shape
 
 
 @triton.jit

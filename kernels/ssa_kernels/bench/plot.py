@@ -1,0 +1,32 @@
+"""The roofline: each operator's operations per second over its operations per byte, under the ceilings measured in the same run."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .bounds import L2_BYTES_PER_SECOND, Stage
+
+
+def roofline(stages: list[Stage], copy: float, matmul: float, path: Path) -> None:
+    """Writes the plot to `path`: filled marks against device memory, hollow ones against the L2's gathers."""
+    figure, axes = plt.subplots(figsize=(9, 6))
+    intensity = np.logspace(-1, 4.5, 200)
+    axes.loglog(intensity, np.minimum(matmul, intensity * copy) / 1e12, "k-", label=f"device memory {copy / 1e12:.2f} TB/s")
+    axes.loglog(intensity, np.minimum(matmul, intensity * L2_BYTES_PER_SECOND) / 1e12, "k--", label=f"L2 {L2_BYTES_PER_SECOND / 1e12:.1f} TB/s")
+    for number, stage in enumerate(stages):
+        rate = stage.flops / stage.ms / 1e9
+        color = f"C{number % 10}"
+        axes.plot(stage.flops / stage.memory_bytes, rate, "o", color=color, label=f"{stage.name}: {stage.binds}")
+        if stage.l2_bytes:
+            axes.plot(stage.flops / stage.l2_bytes, rate, "o", color=color, fillstyle="none")
+    axes.set_xlabel("operations per byte (filled: device memory, hollow: L2)")
+    axes.set_ylabel("TFLOP/s")
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

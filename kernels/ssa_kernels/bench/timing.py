@@ -1,0 +1,52 @@
+"""Medians of CUDA-event times, peak memory, and the card's own ceilings, measured in the same process.
+
+A call is timed by a pair of events around it, after warm-up; the median of the repetitions counts. Inputs of the sizes used here are
+several times the L2 cache, so one set of them is enough (k and v are not, but q, o and their gradients push them out in between).
+"""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+
+def median_ms(call: Callable[[], object], repetitions: int = 20, warmup: int = 3) -> float:
+    """Returns the median time of `call` in milliseconds, launch gaps included."""
+    for _ in range(warmup):
+        call()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repetitions)]
+    for begin, end in pairs:
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+
+
+def repetitions_for(expected_ms: float) -> int:
+    """Returns how often to repeat a call of about this length: about a second in all, 3 to 40 times."""
+    return max(3, min(40, int(1000 / max(expected_ms, 1.0))))
+
+
+def workspace_bytes(call: Callable[[], object], kept: Callable[[object], int]) -> int:
+    """Returns the peak of memory during `call` beyond what was there before and beyond the bytes that `kept` finds in its result."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - kept(result)
+
+
+def copy_bandwidth() -> float:
+    """Returns the bytes per second, read plus written, of a device-to-device copy of 2 GiB."""
+    source = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source)) * 1e3
+
+
+def matmul_rate() -> float:
+    """Returns the bf16 operations per second of a square matrix product of 8192 on random data."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: a @ b) * 1e3

@@ -1,0 +1,5 @@
+"""Causal softmax attention over all earlier keys of a document: api.py, reference.py and the fused libraries' kernels (fused.py)."""
+
+from .api import full_attention
+
+__all__ = ["full_attention"]

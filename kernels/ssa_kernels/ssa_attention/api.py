@@ -1,0 +1,105 @@
+"""`ssa_attention`: both streams, the gate and the alignment of one layer behind one name.
+
+    o_full, lse_full = full_attention(q, k, v)
+    indices = select_blocks(q, k)
+    o_sparse, lse_sparse = sparse_attention(q, k, v, indices)
+    out, alignment_loss = gate_and_align(o_full, o_sparse, gate_logits, main)
+    captured_mass = mean of exp(lse_sparse - lse_full)
+
+`composed` is just that, by the public operators, and defines what is correct. On a GPU one autograd function does the same in fewer
+passes (autograd.py). Source: arXiv 2511.20102, section 3.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..captured_mass import captured_mass
+from ..dispatch import resolve_impl
+from ..documents import DocumentLayout, as_layout
+from ..full_attention.api import check_attention_inputs, full_attention
+from ..gate_and_align.api import check_gate_inputs, gate_and_align, main_operand
+from ..select.api import select_blocks
+from ..sparse_attention.api import sparse_attention
+
+
+class SSAOutput(NamedTuple):
+    """What one layer gives."""
+
+    out: torch.Tensor  # [tokens, H, D], the gated main stream in q's dtype
+    alignment_loss: torch.Tensor  # scalar, float32: the mean over tokens x H x D
+    captured_mass: torch.Tensor  # scalar, float32, no gradient: the mean over tokens x H
+
+
+def ssa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate_logits: torch.Tensor | None,
+    *,
+    block_size: int,
+    top_k: int,
+    cu_seqlens: torch.Tensor | DocumentLayout,
+    main: str | torch.Tensor,
+    weights: tuple[float, float] = (1.0, 1.0),
+    scale: float | None = None,
+    score: str = "softmax_sum",
+    num_rows: int | None = None,
+    impl: str | None = None,
+) -> SSAOutput:
+    """Returns (out, alignment_loss, captured_mass), differentiable in q, k, v and gate_logits.
+
+    The backward keeps q, k, v, both streams' outputs and log-sum-exps, the chosen blocks and the logits, and nothing else of size.
+
+    Args:
+        q: `[tokens, H, D]`.
+        k, v: `[tokens, G, D]`, G dividing H.
+        gate_logits: `[tokens, H]`, or None for no gate (a gate of 1).
+        block_size, top_k, score: as in `select_blocks`.
+        cu_seqlens: int32 `[documents + 1]`, or a layout built from it; a layout with `max_length` is faster.
+        main, weights: as in `gate_and_align`.
+        scale: factor of the logits, default D^-1/2.
+        num_rows: as in `full_attention`.
+        impl: None, "triton" or "reference".
+    """
+    check_attention_inputs(q, k, v, num_rows)
+    if gate_logits is None:
+        gate_logits = q.new_full(q.shape[:2], torch.inf)
+    check_gate_inputs(q, gate_logits, main)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
+    selection = {"block_size": block_size, "top_k": top_k, "score": score}
+    if resolve_impl(impl, q, "ssa_attention") == "reference" or not q.is_cuda:
+        return composed(
+            q, k, v, gate_logits, layout=layout, selection=selection, main=main, weights=weights, scale=scale, num_rows=num_rows, impl=impl
+        )
+    from .autograd import SSAAttention  # here, because it imports Triton
+
+    return SSAOutput(
+        *SSAAttention.apply(
+            q, k, v, gate_logits.contiguous(), main_operand(main), tuple(weights), layout, selection, scale, num_rows
+        )
+    )
+
+
+def composed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate_logits: torch.Tensor,
+    *,
+    layout: DocumentLayout,
+    selection: dict[str, int | str],
+    main: str | torch.Tensor,
+    weights: tuple[float, float],
+    scale: float,
+    num_rows: int | None,
+    impl: str | None,
+) -> SSAOutput:
+    """Returns what `ssa_attention` does, by the public operators one after another."""
+    common = {"cu_seqlens": layout, "scale": scale, "impl": impl}
+    o_full, lse_full = full_attention(q, k, v, return_lse=True, num_rows=num_rows, **common)
+    indices = select_blocks(q.detach(), k.detach(), **selection, **common)
+    o_sparse, lse_sparse = sparse_attention(q, k, v, indices, block_size=selection["block_size"], **common)
+    out, loss = gate_and_align(o_full, o_sparse, gate_logits, main=main, weights=weights, impl=impl)
+    return SSAOutput(out, loss, captured_mass(lse_full, lse_sparse).mean())

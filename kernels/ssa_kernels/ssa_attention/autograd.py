@@ -1,0 +1,52 @@
+"""One layer of SSA's attention as one autograd function on a GPU.
+
+What it spares against the same operators one after another:
+- the fused backward of gate and alignment hands rowsum(dO * O) of the sparse stream to the sparse backward, which then makes no
+  pass over O and dO of its own (torch's full attention takes none from outside);
+- captured mass comes out of the gate's forward, from the full stream's log-sum-exp as the library laid it out, without transposing;
+- the sparse stream's gradients are added to the full stream's where they lie.
+Saved for the backward: q, k, v, both outputs, both log-sum-exps, the chosen blocks, the logits.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..full_attention.fused import fused_backward, fused_forward, plan_fused
+from ..gate_and_align.backward import gate_backward
+from ..gate_and_align.forward import gate_forward
+from ..select.api import select_blocks
+from ..sparse_attention.backward import sparse_attention_backward
+from ..sparse_attention.forward import sparse_attention_forward
+
+
+class SSAAttention(torch.autograd.Function):
+    """(q, k, v, gate_logits, main, weights, layout, selection, scale, num_rows) -> (out, alignment loss, captured mass)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, gate_logits, main, weights, layout, selection, scale, num_rows):
+        plan, ends = plan_fused(q, k, layout, num_rows, scale)
+        o_full, lse_full, *states = fused_forward(q, k, v, ends, plan)
+        indices = select_blocks(q, k, cu_seqlens=layout, scale=scale, impl="triton", **selection)
+        o_sparse, lse_sparse = sparse_attention_forward(q, k, v, indices, layout, scale)
+        out, loss, mass = gate_forward(o_full, o_sparse, gate_logits, main, weights, lse_full, lse_sparse)
+        on_device = isinstance(main, torch.Tensor)
+        ctx.save_for_backward(
+            q, k, v, gate_logits, o_full, lse_full, o_sparse, lse_sparse, indices, ends, main if on_device else None, *states
+        )  # fmt: skip
+        ctx.main_name, ctx.weights = None if on_device else main, weights
+        ctx.plan, ctx.layout, ctx.scale = plan, layout, scale
+        ctx.mark_non_differentiable(mass)
+        return out, loss, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_loss, _):
+        q, k, v, gate_logits, o_full, lse_full, o_sparse, lse_sparse, indices, ends, main, *states = ctx.saved_tensors
+        main = ctx.main_name if main is None else main
+        do_full, do_sparse, _, delta_sparse, grad_logits = gate_backward(
+            o_full, o_sparse, gate_logits, grad_out.contiguous(), grad_loss, main, ctx.weights
+        )
+        grads = fused_backward(do_full, q, k, v, o_full, lse_full, tuple(states), ends, ctx.plan)
+        del do_full  # freed before the sparse backward takes its workspace
+        sparse = sparse_attention_backward(do_sparse, q, k, v, o_sparse, lse_sparse, indices, ctx.layout, ctx.scale, delta=delta_sparse)
+        return *(a.add_(b) for a, b in zip(grads, sparse, strict=True)), grad_logits, *(None,) * 6
