@@ -141,7 +141,7 @@ def _choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     """Returns Hydra's complaint as one sentence with the nearest valid choice."""
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'", text):
@@ -154,15 +154,16 @@ def _explain(error: Exception) -> str:
         near = difflib.get_close_matches(value, _choices(group), n=1)
         hint = f"; did you mean {group}={near[0]}?" if near else ""
         return f"{group}={value} must be one of {', '.join(_choices(group))}{hint}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    cause = error.__cause__
-    if cause is not None and str(cause) not in text:
-        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
+    # The innermost cause is the complaint itself; what surrounds it repeats the command line.
+    inner = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    if "is not a ListConfig" in text:
+    if "is not a ListConfig" in str(inner):
         return f"{key}= takes a list; write {key}=[…], with the brackets"
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
-    return f"{key}: {' '.join(lines)}" if key else " ".join(lines)
+    return f"{key}: {' '.join(lines)}; see docs/data.md for what it takes" if key else " ".join(lines)
 
 
 def _known_keys() -> list[str]:

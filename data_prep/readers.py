@@ -118,7 +118,8 @@ def _next_line(lines: io.BufferedReader, path: str, number: int) -> bytes:
 
 def _document_of(line: bytes, column: str) -> Document | None:
     """Returns the document in a line, None for a blank line; ValueError says what is wrong with any other."""
-    if not line.strip():
+    line = line.strip()
+    if not line:
         return None
     try:
         record = json.loads(line)

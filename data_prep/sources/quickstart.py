@@ -50,8 +50,8 @@ NO_LETTER = re.compile(r"[^A-Za-z]+")
 
 def extract_quickstart(source: QuickstartSource, store: TextStore) -> None:
     """Writes the corpus into `store`; InputError where the encyclopaedia's package is not installed."""
-    files = sorted(_python_files())
     store.add_all("english", _encyclopaedia(source.entries_per_page))
+    files = sorted(_python_files())
     store.add_all("english", _limited(_prose(files), source.english_docs_mb))
     store.add_all("python", _limited(_sources(files), source.python_mb))
 

@@ -1,0 +1,77 @@
+"""The plan depends on the files alone; a file is known by its content."""
+
+import os
+
+import pytest
+
+from data_prep.errors import InputError
+from data_prep.planning import Subset, expand_paths, file_sums, input_digest, plan_shards
+
+
+def text_files(folder, count):
+    for number in range(count):
+        (folder / f"{number:03d}.txt").write_text("x" * 100)
+    return expand_paths([str(folder)], (".txt",), "text")
+
+
+def test_small_files_share_a_shard_in_sorted_order(tmp_path):
+    files = text_files(tmp_path, 10)
+    shards = plan_shards([Subset("text", "text", files)], 300 / 1e6)
+    assert [len(shard.pieces) for shard in shards] == [3, 3, 3, 1]
+    assert [piece.path for shard in shards for piece in shard.pieces] == sorted(files)
+    assert [shard.stem for shard in shards] == ["text_00000", "text_00001", "text_00002", "text_00003"]
+
+
+def test_default_shard_size_is_a_power_of_two_of_the_corpus(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.touch()
+    for megabytes, shards in ((1, 1), (3, 2), (32, 16), (40, 10), (65, 9)):
+        os.truncate(path, megabytes * 1_000_000)
+        assert len(plan_shards([Subset("text", "jsonl", (str(path),))], 0)) == shards, megabytes
+
+
+def test_paths_may_be_files_folders_and_patterns_each_counted_once(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("a.jsonl", "b.jsonl.gz", "deep/c.jsonl", "d.csv", ".hidden/e.jsonl"):
+        (tmp_path / name).write_text("x")
+    names = [str(tmp_path), str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl"), str(tmp_path / "d.csv")]
+    found = expand_paths(names, (".jsonl", ".jsonl.gz"), "jsonl")
+    assert [os.path.relpath(f, tmp_path) for f in found] == ["a.jsonl", "b.jsonl.gz", "d.csv", "deep/c.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "path,message",
+    [
+        ("{}/none", r"none does not exist; correct the path \(relative ones start at"),
+        ("{}/*.jsonl", r"the pattern .*\*.jsonl matches no file; try ls"),
+        ("{}", r"holds no jsonl file \(.jsonl, .jsonl.gz\); name another folder or the files"),
+    ],
+)
+def test_paths_that_name_nothing(tmp_path, path, message):
+    with pytest.raises(InputError, match=message):
+        expand_paths([path.format(tmp_path)], (".jsonl", ".jsonl.gz"), "jsonl")
+
+
+def test_sums_are_remembered_until_a_file_changes(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("one")
+    shards = plan_shards([Subset("text", "text", (str(path),))], 0)
+    memory = tmp_path / "work" / "inputs.json"
+    first = file_sums(shards, memory)
+    assert first[str(path)] == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+    memory.write_text(memory.read_text().replace(first[str(path)], "remembered"))
+    assert file_sums(shards, memory) == {str(path): "remembered"}
+    path.write_text("two")
+    os.utime(path, ns=(1, 1))
+    assert file_sums(shards, memory)[str(path)] not in ("remembered", first[str(path)])
+
+
+def test_digest_is_of_the_content_and_not_of_the_place(tmp_path):
+    digests = []
+    for folder, content in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(content)
+        shards = plan_shards([Subset("text", "text", (str(tmp_path / folder / "x.txt"),))], 0)
+        digests.append(input_digest(shards[0], file_sums(shards, tmp_path / folder / "inputs.json")))
+    assert digests[0] == digests[1] != digests[2]
