@@ -1,15 +1,14 @@
 """The typed configuration of a run: one dataclass a section, one line a field with its meaning and unit.
 
-Hydra composes YAML from `conf/`; `ssa_pretrain.cli` turns the result into a `Config` and reports every problem at once. Past that border
-the configuration is a plain value that nobody changes. Each section checks itself (`problems`); rules across sections live in rules.py.
-This module imports neither torch nor Hydra.
+Hydra composes YAML from `conf/`; `ssa_pretrain.cli` turns the result into a `Config` and reports every problem at once.
+Past that border the configuration is a plain value that nobody changes. Each section checks itself (`problems`); rules
+across sections live in rules.py. This module imports neither torch nor Hydra.
 """
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
-from ssa_pretrain.problems import Problem, divisors, join, nearest, show
+from ssa_pretrain.problems import Problem, above_zero, at_least, between, divisors, join, nearest
 
 
 class Method(StrEnum):
@@ -99,7 +98,7 @@ class RopeScalingConfig:
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        return _between("model.rope_scaling", self, 1.0, 64.0, "factor") if self.enabled else []
+        return between("model.rope_scaling", self, 1.0, 64.0, "factor") if self.enabled else []
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,34 +113,36 @@ class ModelConfig:
     num_kv_heads: int = 2  # H_kv
     head_dim: int = 32  # D
     vocab_size: int = 0  # 0: the tokenizer's, from the data's manifest
-    vocab_divisor: int = 128  # the embedding is padded to a multiple of this times tp
+    vocab_divisor: int = 128  # the embedding is padded to a multiple of this, the same on every layout
     tie_embeddings: bool = True
     rope_theta: float = 500_000.0
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_eps: float = 1e-5
     init_std: float = 0.02
 
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Returns the embedding's rows for a vocabulary."""
+        return -(-vocab_size // self.vocab_divisor) * self.vocab_divisor
+
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_kv_heads", "vocab_divisor")
-        found = (
-            _at_least("model", self, 1, *sizes)
-            + _at_least("model", self, 0, "vocab_size")
-            + self.rope_scaling.problems()
-        )
-        found += _at_least("model", self, 2, "head_dim") + _above_zero(
-            "model", self, "rope_theta", "norm_eps", "init_std"
-        )
+        found = [
+            *at_least("model", self, 1, *sizes),
+            *at_least("model", self, 2, "head_dim"),
+            *at_least("model", self, 0, "vocab_size"),
+            *above_zero("model", self, "rope_theta", "norm_eps", "init_std"),
+            *self.rope_scaling.problems(),
+        ]
         if self.head_dim > 2 and self.head_dim % 2:
-            rule = "must be even: RoPE turns pairs of dimensions"
-            found.append(
-                Problem("model.head_dim", self.head_dim, rule, f"try {self.head_dim - 1} or {self.head_dim + 1}")
-            )
-        if self.num_kv_heads > 0 and self.num_attention_heads > 0 and self.num_attention_heads % self.num_kv_heads:
-            heads = ("model.num_attention_heads",)
-            rule = f"must divide model.num_attention_heads={self.num_attention_heads}"
-            choices = nearest(self.num_kv_heads, divisors(self.num_attention_heads))
-            found.append(Problem("model.num_kv_heads", self.num_kv_heads, rule, f"try {join(choices)}", heads))
+            advice = f"try {self.head_dim - 1} or {self.head_dim + 1}"
+            found.append(Problem("model.head_dim", self.head_dim, "must be even: RoPE turns pairs", advice))
+        heads = self.num_attention_heads
+        if heads > 0 and self.num_kv_heads > 0 and heads % self.num_kv_heads:
+            advice = f"try {join(nearest(self.num_kv_heads, divisors(heads)))}"
+            rule = f"must divide model.num_attention_heads={heads}"
+            reads = ("model.num_attention_heads",)
+            found.append(Problem("model.num_kv_heads", self.num_kv_heads, rule, advice, reads))
         return found
 
 
@@ -163,12 +164,16 @@ class AttentionConfig:
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        found = _at_least("attention", self, 1, "top_k") + _between("attention", self, 0.0, 1.0, "full_ratio")
-        found += _at_least("attention", self, 0.0, "alignment_weight", "sparsity_weight", "commitment_weight")
+        found = at_least("attention", self, 1, "top_k") + between("attention", self, 0.0, 1.0, "full_ratio")
+        found += at_least("attention", self, 0.0, "alignment_weight", "sparsity_weight", "commitment_weight")
         sizes = (16, 32, 64, 128)
         if self.block_size not in sizes:
             advice = f"try {join(nearest(self.block_size, sizes))}"
             found.append(Problem("attention.block_size", self.block_size, f"must be {join(sizes)} keys", advice))
+        elif self.score is Score.official_compat and not 2 <= self.top_k <= self.block_size:
+            rule = f"must lie in 2 to attention.block_size={self.block_size} under attention.score=official_compat"
+            advice = f"try {self.block_size}"
+            found.append(Problem("attention.top_k", self.top_k, rule, advice, ("attention.block_size",)))
         return found
 
 
@@ -178,21 +183,18 @@ class DataConfig:
 
     path: str = "???"  # folder with manifest.json
     sequence_length: int = 512  # tokens a row
-    weights: dict[str, float] = field(
-        default_factory=dict
-    )  # share of tokens by source; empty: in proportion to their size
+    weights: dict[str, float] = field(default_factory=dict)  # tokens by source; empty: in proportion to their size
     isolate_documents: bool = True  # no attention across documents; positions restart at each
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        found = _at_least("data", self, 1, "sequence_length")
+        found = at_least("data", self, 1, "sequence_length")
         for name, weight in self.weights.items():
             if weight < 0:
                 found.append(Problem(f"data.weights.{name}", weight, "must not be negative", "0 leaves the source out"))
         if self.weights and sum(self.weights.values()) <= 0:
-            found.append(
-                Problem("data.weights", self.weights, "must have a positive sum", "try data.weights={} for all sources")
-            )
+            advice = "try data.weights={} for all sources in proportion"
+            found.append(Problem("data.weights", None, "must have a positive sum", advice))
         return found
 
 
@@ -209,23 +211,16 @@ class ParallelConfig:
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        found = _at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + _at_least("parallel", self, 0, "world_size")
+        found = at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + at_least("parallel", self, 0, "world_size")
         if self.cp > 1:
-            found.append(
-                Problem(
-                    "parallel.cp", self.cp, "is not supported yet: context parallelism is to come", "try parallel.cp=1"
-                )
-            )
-        if self.vpp > 1 and self.pp == 1:
-            rule = "needs pipeline stages to interleave (parallel.pp=1)"
-            found.append(
-                Problem("parallel.vpp", self.vpp, rule, "try parallel.vpp=1 or parallel.pp=4", ("parallel.pp",))
-            )
-        if self.vpp > 1 and self.pp == 2:
-            rule = "is refused at parallel.pp=2, where megatron-core's interleaved schedule trains wrongly"
-            found.append(
-                Problem("parallel.vpp", self.vpp, rule, "try parallel.vpp=1 or parallel.pp=4", ("parallel.pp",))
-            )
+            rule = "is refused: context parallelism is not there yet"
+            found.append(Problem("parallel.cp", self.cp, rule, "try parallel.cp=1"))
+        if self.vpp > 1 and self.pp in (1, 2):
+            rule = "interleaves pipeline stages, and parallel.pp=1 has none"
+            if self.pp == 2:
+                rule = "is refused at parallel.pp=2, where megatron-core's interleaved schedule trains wrongly"
+            advice = "try parallel.vpp=1 or parallel.pp=4"
+            found.append(Problem("parallel.vpp", self.vpp, rule, advice, ("parallel.pp",)))
         if self.sequence_parallel and self.tp == 1:
             rule = "shards the sequence over tensor-parallel ranks and needs more than one (parallel.tp=1)"
             advice = "try parallel.sequence_parallel=false or parallel.tp=2"
@@ -274,20 +269,17 @@ class OptimConfig:
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        found = _above_zero("optim", self, "lr", "eps") + _at_least(
-            "optim", self, 0.0, "min_lr", "weight_decay", "clip_grad"
-        )
-        found += _between("optim", self, 0.0, 1.0, "warmup_fraction")
+        found = above_zero("optim", self, "lr", "eps") + between("optim", self, 0.0, 1.0, "warmup_fraction")
+        found += at_least("optim", self, 0.0, "min_lr", "weight_decay", "clip_grad")
         if self.lr > 1.0:
             found.append(Problem("optim.lr", self.lr, "must be at most 1", "AdamW's usual peak is 1e-4 to 1e-2"))
         if 0 < self.lr < self.min_lr:
             rule = f"must not exceed optim.lr={self.lr}"
             found.append(Problem("optim.min_lr", self.min_lr, rule, f"try {self.lr / 10:g} or 0", ("optim.lr",)))
         for name, usual in (("beta1", 0.9), ("beta2", 0.95)):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                found.append(
-                    Problem(f"optim.{name}", getattr(self, name), "must be at least 0 and below 1", f"try {usual}")
-                )
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
+                found.append(Problem(f"optim.{name}", value, "must be at least 0 and below 1", f"try {usual}"))
         return found
 
 
@@ -311,14 +303,17 @@ class TrainingConfig:
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        found = _at_least("training", self, 0, "total_tokens", "steps", "stop_at_step")
-        found += _at_least("training", self, 1, "global_batch_tokens", "micro_batch_size")
+        found = at_least("training", self, 0, "total_tokens", "steps", "stop_at_step")
+        found += at_least("training", self, 1, "micro_batch_size")
+        if self.global_batch_tokens < 1:
+            rule = "must be the tokens of an optimizer step over all ranks"
+            advice = "try data.sequence_length times the rows of a step"
+            found.append(Problem("training.global_batch_tokens", self.global_batch_tokens, rule, advice))
         both = ("training.total_tokens", "training.steps")
         if self.steps == 0 and self.total_tokens == 0:
             advice = "try training.steps=300, or start from an experiment: experiment=quickstart"
-            found.append(
-                Problem("training.steps", 0, "and training.total_tokens=0 leave the length open", advice, both)
-            )
+            rule = "and training.total_tokens=0 leave the length open"
+            found.append(Problem("training.steps", 0, rule, advice, both))
         if self.steps > 0 and self.total_tokens > 0:
             rule = f"and training.total_tokens={self.total_tokens} are two lengths"
             found.append(Problem("training.steps", self.steps, rule, "set one of them to 0", both))
@@ -335,7 +330,7 @@ class EvaluationConfig:
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        return _at_least("evaluation", self, 0, "interval", "rows")
+        return at_least("evaluation", self, 0, "interval", "rows")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -348,7 +343,7 @@ class CheckpointConfig:
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        return _at_least("checkpoint", self, 0, "interval") + _at_least("checkpoint", self, 1, "keep")
+        return at_least("checkpoint", self, 0, "interval") + at_least("checkpoint", self, 1, "keep")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -371,7 +366,7 @@ class LoggingConfig:
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        found = _at_least("logging", self, 1, "interval")
+        found = at_least("logging", self, 1, "interval")
         if self.wandb.mode is not WandbMode.off and not self.wandb.project:
             found.append(Problem("logging.wandb.project", "", "must name a project", "try ssa_pretrain"))
         return found
@@ -405,33 +400,7 @@ class Config:
                 found.append(Problem(name, getattr(self, name), "must not be empty", "try run"))
         if not 0 <= self.seed < 2**32:
             found.append(Problem("seed", self.seed, "must lie in 0 to 4294967295", "try 1234"))
-        sections = (self.model, self.attention, self.data, self.parallel, self.engine, self.optim, self.training)
-        for section in (*sections, self.evaluation, self.checkpoint, self.logging):
+        shape = (self.model, self.attention, self.data, self.parallel, self.engine, self.optim)
+        for section in (*shape, self.training, self.evaluation, self.checkpoint, self.logging):
             found += section.problems()
         return found
-
-
-def _at_least(section: str, values: Any, minimum: float, *names: str) -> list[Problem]:
-    """Problems of the fields that lie below a minimum."""
-    low = [(f"{section}.{name}", getattr(values, name)) for name in names if getattr(values, name) < minimum]
-    return [
-        Problem(key, value, f"must be at least {show(minimum)}", f"try {show(minimum)} or more") for key, value in low
-    ]
-
-
-def _above_zero(section: str, values: Any, *names: str) -> list[Problem]:
-    """Problems of the fields that are not positive; the advice is the default."""
-    low = [(name, getattr(values, name)) for name in names if getattr(values, name) <= 0]
-    defaults = type(values)()
-    return [
-        Problem(f"{section}.{name}", value, "must be above 0", f"try {getattr(defaults, name)}") for name, value in low
-    ]
-
-
-def _between(section: str, values: Any, low: float, high: float, *names: str) -> list[Problem]:
-    """Problems of the fields that lie outside a closed interval; the advice is its nearer end."""
-    outside = [
-        (f"{section}.{name}", getattr(values, name)) for name in names if not low <= getattr(values, name) <= high
-    ]
-    rule = f"must lie in {low:g} to {high:g}"
-    return [Problem(key, value, rule, f"try {low if value < low else high:g}") for key, value in outside]

@@ -1,12 +1,14 @@
 """Plain dictionaries to a typed `Config` and back: the border between composed YAML and the dataclasses.
 
-`config_from_dict` converts every value to its field's type and collects all problems instead of stopping at the first; a field with a
-problem keeps its default, so that the checks of other fields still make sense. Numbers are read as a person means them ("1e-3" is a float,
-1e9 an integer where one is wanted); booleans are never numbers; nan and inf are never values. Saved configurations are YAML.
+`config_from_dict` converts every value to its field's type and collects all problems instead of stopping at the first; a
+field with a problem keeps its default, so that the checks of other fields still make sense. Numbers are read as a person
+means them ("1e-3" is a float, 1e9 an integer where one is wanted); booleans are never numbers; nan and inf are never values.
+Saved configurations are YAML.
 """
 
 import dataclasses
 import math
+import os
 import re
 from enum import Enum
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ssa_pretrain.config import Config
-from ssa_pretrain.problems import SECRET, ConfigError, Problem, closest, join
+from ssa_pretrain.problems import SECRET, ConfigError, Problem, join, show
+from ssa_pretrain.suggestions import closest
 
 MISSING = "???"
 SUFFIX = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKmMgGbBtT])\s*$")
@@ -39,7 +42,10 @@ def save_config(config: Config, path: Path | str) -> None:
     """Writes the whole configuration as YAML that `load_config` and Hydra read back to the same values."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    unfinished = path.with_name(path.name + ".tmp")
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def load_config(path: Path | str) -> Config:
@@ -81,9 +87,11 @@ def _section(cls: type, tree: Any, prefix: str, problems: list[Problem]) -> Any:
     """One dataclass from one dictionary, its subsections included."""
     if not isinstance(tree, dict):
         names = join((f.name for f in dataclasses.fields(cls)), "and")
-        problems.append(Problem(prefix.rstrip("."), tree, "is a section, not a value", f"it has the keys {names}"))
+        advice = f"it has the keys {names}"
+        problems.append(Problem(prefix.rstrip("."), show(tree), "is a section, not a value", advice))
         return cls()
     types = {f.name: f.type for f in dataclasses.fields(cls)}
+    defaults = cls()
     problems.extend(unknown_key(f"{prefix}{name}", value) for name, value in tree.items() if name not in types)
     values = {}
     for name, kind in types.items():
@@ -95,12 +103,13 @@ def _section(cls: type, tree: Any, prefix: str, problems: list[Problem]) -> Any:
         try:
             values[name] = _convert(kind, tree[name])
         except _MismatchError as mismatch:
-            problems.append(Problem(prefix + name, tree[name], mismatch.rule, mismatch.advice))
+            advice = mismatch.advice or f"try {show(getattr(defaults, name))}"
+            problems.append(Problem(prefix + name, show(tree[name]), mismatch.rule, advice))
     return cls(**values)
 
 
 class _MismatchError(Exception):
-    """A value that is not of its field's type."""
+    """A value that is not of its field's type; without advice of its own, the default is the advice."""
 
     def __init__(self, rule: str, advice: str = "") -> None:
         super().__init__(rule)
@@ -147,10 +156,8 @@ def _boolean(value: Any) -> bool:
     words = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]
-    raise _MismatchError(
-        "must be true or false",
-        f"try {'true' if value in (1, '1') else 'false' if value in (0, '0') else 'true or false'}",
-    )
+    advice = {"1": "try true", "0": "try false"}.get(str(value), "")
+    raise _MismatchError("must be true or false", advice)
 
 
 def _number(value: Any) -> float:
@@ -158,10 +165,10 @@ def _number(value: Any) -> float:
         raise _MismatchError("must be a number", _example(value))
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise _MismatchError("must be a number", _example(value)) from None
     if not math.isfinite(number):
-        raise _MismatchError("must be a finite number", "give a number such as 0.1")
+        raise _MismatchError("must be a finite number")
     return number
 
 
@@ -179,18 +186,14 @@ def _integer(value: Any) -> int:
 
 def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise _MismatchError(
-            "must be text", f"try '\"{str(value).lower()}\"'" if isinstance(value, bool) else "give a text"
-        )
+        raise _MismatchError("must be text")
     return str(value)
 
 
 def _example(value: Any) -> str:
-    """What a person who wrote this most likely meant as a number."""
+    """The number that a person meant who wrote 100B or 3k; empty for anything else."""
     suffixed = SUFFIX.match(value) if isinstance(value, str) else None
-    if suffixed:
-        return f"try {suffixed[1]}e{POWERS[suffixed[2].lower()]}"
-    return "give a number" if value not in ("", None) else "the value is empty: give a number"
+    return f"try {suffixed[1]}e{POWERS[suffixed[2].lower()]}" if suffixed else ""
 
 
 def _plain(value: Any) -> Any:

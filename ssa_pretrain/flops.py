@@ -1,15 +1,18 @@
 """Floating-point operations of a row, part by part, the peak of a device, and the share of it that a run uses (MFU).
 
-Counting: a multiply-add is two operations; the backward is twice the forward; recomputation is not counted. Causal attention is counted
-over the pairs (query, key) that exist, so half a square for one document and less for many: 2 products of 2 * D operations a pair and head.
+Counting: a multiply-add is two operations; the backward is twice the forward; recomputation is not counted. Causal
+attention is counted over the pairs (query, key) that exist, so half a square for one document and less for many: two
+products of 2 * D operations a pair and head.
 
-MFU counts the matrix products and *one* attention stream: the full one for ssa and full, the sparse one for moba, whose model has no other.
-What SSA does besides (sparse stream, selection, gates and alignment) is its price, not the model's work: it is counted here, shown beside
-MFU and never in it. The numbers are those of the algorithm: a kernel that pads or masks does more.
+MFU counts the matrix products and *one* attention stream: the full one for ssa and full, the sparse one for moba, whose
+model has no other. What SSA does besides (sparse stream, selection, gates and alignment) is its price, not the model's
+work: it is counted here, shown beside MFU and never in it. The numbers are those of the algorithm: a kernel that pads or
+masks does more.
 
-Sources of peaks: NVIDIA's data sheets, dense (without 2:4 sparsity), at boost clocks. Stdlib only.
+Source of the peaks: NVIDIA's data sheets, dense (without 2:4 sparsity), at boost clocks. Stdlib only.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +20,8 @@ from ssa_pretrain.config import AttentionConfig, Method, ModelConfig, PrecisionN
 
 TERA = 1e12
 
-# Device name as the driver reports it: TFLOP/s in bf16, fp8 and fp32 (vector units; TF32 is off). First match wins.
+# Words in the device's name as the driver reports it; TFLOP/s in bf16, fp8 and fp32 (vector units: TF32 is off).
+# The first match counts.
 _PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
     ("GB200", 2500.0, 5000.0, 80.0),
     ("B200", 2250.0, 4500.0, 75.0),
@@ -27,6 +31,7 @@ _PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
     ("H100 NVL", 835.5, 1671.0, 60.0),
     ("H100 PCIe", 756.5, 1513.0, 51.2),
     ("H100", 989.4, 1978.9, 66.9),
+    ("H800 PCIe", 756.5, 1513.0, 51.2),
     ("H800", 989.4, 1978.9, 66.9),
     ("H20", 148.0, 296.0, 44.0),
     ("A100", 312.0, None, 19.5),
@@ -40,17 +45,15 @@ _PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFlops:
-    """Forward operations of one row, all layers.
+    """Forward operations of one row in training, all layers; a part that the method does not compute is 0.
 
     Attributes:
         linear: projections of q, k, v, gate and output, and the feed-forward.
         logits: the output layer.
         full_attention: the full stream.
         sparse_attention: the sparse stream.
-        selection: block means, importance and top-k scores (its exponentials count one each).
+        selection: block means, logits against them and their softmax (each step of it one operation); it has no backward.
         alignment: gates and SmoothL1 terms.
-        counted_attention: the stream that MFU counts.
-        computed: names of the parts that the method computes in training.
     """
 
     linear: float
@@ -59,21 +62,17 @@ class RowFlops:
     sparse_attention: float
     selection: float
     alignment: float
-    counted_attention: float
-    computed: tuple[str, ...]
 
     @property
     def model(self) -> float:
         """Forward and backward operations that MFU counts."""
-        return 3.0 * (self.linear + self.logits + self.counted_attention)
+        return 3.0 * (self.linear + self.logits + (self.full_attention or self.sparse_attention))
 
     @property
     def beside(self) -> float:
-        """Forward and backward operations that the method adds to the model's; selection has no backward."""
-        parts = {name: getattr(self, name) for name in self.computed}
-        selection = parts.pop("selection", 0.0)
-        total = 3.0 * sum(parts.values()) + selection
-        return total - 3.0 * (self.linear + self.logits + self.counted_attention)
+        """Forward and backward operations that the method does besides."""
+        counterpart = self.sparse_attention if self.full_attention else 0.0
+        return 3.0 * (counterpart + self.alignment) + self.selection
 
 
 def row_flops(
@@ -87,31 +86,23 @@ def row_flops(
         document_lengths: tokens of each document in the row; [sequence_length] for a row without boundaries.
         vocab_size: V where the model's is the tokenizer's; padding is not work.
     """
-    tokens = sum(document_lengths)
-    vocab = vocab_size or model.vocab_size
-    gate = model.num_attention_heads if attention.gate else 0
+    tokens, layers = sum(document_lengths), model.num_layers
     width = model.num_attention_heads * model.head_dim
+    gate = model.num_attention_heads if attention.gate else 0
     qkv = width + 2 * model.num_kv_heads * model.head_dim + gate
     weights = model.hidden_size * (qkv + width + 3 * model.ffn_hidden_size)
-    pair = 4.0 * width * model.num_layers
-    full = pair * sum(causal_pairs(length) for length in document_lengths)
-    sparse = pair * sum(sparse_pairs(length, attention.block_size, attention.top_k) for length in document_lengths)
-    streams = {Method.ssa: 2, Method.full: 1, Method.moba: 1}[attention.method]
-    elementwise = streams * (1 if attention.gate else 0) + (7 if attention.method is Method.ssa else 0)
-    computed = {
-        Method.ssa: ("linear", "logits", "full_attention", "sparse_attention", "selection", "alignment"),
-        Method.full: ("linear", "logits", "full_attention", "alignment"),
-        Method.moba: ("linear", "logits", "sparse_attention", "selection", "alignment"),
-    }
+    full = sum(causal_pairs(length) for length in document_lengths)
+    sparse = sum(sparse_pairs(length, attention.block_size, attention.top_k) for length in document_lengths)
+    has_full, has_sparse = attention.method is not Method.moba, attention.method is not Method.full
+    # A gate is one product an output; the two SmoothL1 terms share difference, size, square and choice, and are summed.
+    elementwise = (has_full + has_sparse) * attention.gate + (7 if has_full and has_sparse else 0)
     return RowFlops(
-        linear=2.0 * tokens * weights * model.num_layers,
-        logits=2.0 * tokens * model.hidden_size * vocab,
-        full_attention=full,
-        sparse_attention=sparse,
-        selection=model.num_layers * sum(_selection(length, model, attention) for length in document_lengths),
-        alignment=float(elementwise * tokens * width * model.num_layers),
-        counted_attention=sparse if attention.method is Method.moba else full,
-        computed=computed[attention.method],
+        linear=2.0 * tokens * weights * layers,
+        logits=2.0 * tokens * model.hidden_size * (vocab_size or model.vocab_size),
+        full_attention=4.0 * width * layers * full * has_full,
+        sparse_attention=4.0 * width * layers * sparse * has_sparse,
+        selection=has_sparse * layers * sum(_selection(length, model, attention) for length in document_lengths),
+        alignment=float(elementwise * tokens * width * layers),
     )
 
 
@@ -121,7 +112,7 @@ def causal_pairs(length: int) -> int:
 
 
 def sparse_pairs(length: int, block_size: int, top_k: int) -> int:
-    """Returns the pairs of a document's sparse stream: the own block up to the query, and min(top_k - 1, earlier blocks) whole ones."""
+    """Returns the pairs of a document's sparse stream: the own block up to the query, and up to top_k - 1 whole ones."""
     blocks, rest = divmod(length, block_size)
     own = blocks * causal_pairs(block_size) + causal_pairs(rest)
     # Block b has b earlier blocks: a full block's queries each attend to min(top_k - 1, b) of them.
@@ -131,7 +122,7 @@ def sparse_pairs(length: int, block_size: int, top_k: int) -> int:
 
 
 def _selection(length: int, model: ModelConfig, attention: AttentionConfig) -> float:
-    """Operations of one layer's selection in a document: means of keys, logits against them, a softmax a head, its sum over the group."""
+    """Operations of one layer's selection in a document: means of keys, logits, a softmax a head, its sum over a group."""
     blocks, rest = divmod(length, attention.block_size)
     candidates = attention.block_size * blocks * (blocks - 1) // 2 + rest * blocks
     means = length * model.num_kv_heads * model.head_dim
@@ -146,8 +137,10 @@ def peak_flops(device_name: str, precision: PrecisionName) -> float | None:
         device_name: as the driver reports it, such as "NVIDIA H100 80GB HBM3".
         precision: of the matrix products.
     """
+    if "MIG" in device_name:  # a slice of a device
+        return None
     for name, bf16, fp8, fp32 in _PEAKS:
-        if name in device_name:
+        if re.search(rf"\b{name}\b", device_name):
             peak = {PrecisionName.bf16: bf16, PrecisionName.fp8: fp8, PrecisionName.fp32: fp32}[precision]
             return peak * TERA if peak is not None else None
     return None

@@ -1,11 +1,13 @@
 """Rules that join sections of a configuration, the machine and the data; `check` is all of them.
 
-A rule returns problems and never raises. Rules over a key that is wrong already are left out, so that one mistake is one line. What they
-know of the machine is a `Machine`, taken by the command line; planning for another machine leaves it unknown.
+A rule returns problems and never raises. Rules run in order, and one that reads a key with a problem of its own is left out,
+so that one mistake is one line. What they know of the machine is a `Machine`, which the command line takes; planning for
+another machine leaves it unknown.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method, PrecisionName
@@ -13,20 +15,28 @@ from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_mult
 
 LLAMA3_CONTEXT = 8192  # the original context in Llama-3 RoPE scaling
 FP8_MULTIPLE = 16  # what Transformer Engine asks of both dimensions of an FP8 product
+TRITON_HEAD_DIMS = (64, 128)
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What is known of the machine: None is unknown, and rules over it are left out."""
+    """What is known of the machine; None is unknown, and rules over it are left out.
 
-    world_size: int | None = None  # processes that the launcher started
+    Attributes:
+        world_size: processes that the launcher started.
+        has_gpu: a GPU is visible and torch can use it.
+        has_transformer_engine: Transformer Engine is installed.
+        has_files: data and checkpoints can be looked at.
+    """
+
+    world_size: int | None = None
     has_gpu: bool | None = None
     has_transformer_engine: bool | None = None
-    has_files: bool = True  # data and checkpoints can be looked at
+    has_files: bool = True
 
-    def unknown(self, world_size: int = 0) -> "Machine":
+    def unknown(self) -> "Machine":
         """Returns a machine of which only the number of processes is known, to plan for."""
-        return Machine(world_size=world_size or self.world_size, has_files=False)
+        return Machine(world_size=self.world_size, has_files=False)
 
 
 def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list[Problem]:
@@ -35,252 +45,242 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
     Args:
         config: the typed configuration.
         machine: what is known of the machine.
-        wrong: keys with problems already.
+        wrong: keys with problems already; a section stands for all its keys.
     """
-    found = _new(config.problems(), wrong)
-    wrong = {*wrong, *(problem.key for problem in found)}
-    across = _heads(config) + _layers(config) + _sequence(config) + _hardware(config, machine)
-    across = _new(across + _world(config, machine), wrong)
-    wrong = {*wrong, *(problem.key for problem in across)}
-    batch = _new(_batch(config, machine), wrong)
-    files = _new(_initial_weights(config) + _data(config), wrong) if machine.has_files else []
-    return found + across + batch + files
+    rules = [Config.problems, _heads, _layers, _sequence, _rope, partial(_world, machine=machine)]
+    rules += [partial(_batch, machine=machine), _length, partial(_kernels, machine=machine)]
+    rules += [partial(_layer_spec, machine=machine), partial(_fp8, machine=machine)]
+    if machine.has_files:
+        rules += [_initial_weights, _data]
+    found: list[Problem] = []
+    for rule in rules:
+        bad = {*wrong, *(problem.key for problem in found)}
+        found += [problem for problem in rule(config) if not _touches(problem, bad)]
+    return found
 
 
-def _new(problems: list[Problem], wrong: Collection[str]) -> list[Problem]:
-    """Problems whose keys were right so far."""
-    return [
-        problem for problem in problems if problem.key not in wrong and not any(key in wrong for key in problem.reads)
-    ]
+def _touches(problem: Problem, wrong: Collection[str]) -> bool:
+    """Whether a problem is about a key that is wrong already, or that lies in a section that is."""
+    keys = (problem.key, *problem.reads)
+    return any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in wrong)
 
 
 def _heads(config: Config) -> list[Problem]:
-    """Tensor parallelism over heads and matrix widths."""
+    """Tensor parallelism over heads, feed-forward and vocabulary."""
     tp, model = config.parallel.tp, config.model
-    shared = [d for d in divisors(max(1, model.num_kv_heads)) if model.num_attention_heads % d == 0]
-    reasons = {
-        "num_attention_heads": "",
-        "num_kv_heads": " (selection sums over all heads of a kv head, which live on one rank)",
-        "ffn_hidden_size": "",
-    }
-    for name, reason in reasons.items():
-        size = getattr(model, name)
-        if tp > 0 and size % tp:
-            rule = f"must divide model.{name}={size}{reason}"
-            reads = (f"model.{name}", "model.num_kv_heads", "model.num_attention_heads")
-            return [Problem("parallel.tp", tp, rule, f"try {join(nearest(tp, shared))}", reads)]
-    return []
+    names = ("num_attention_heads", "num_kv_heads", "ffn_hidden_size", "vocab_divisor")
+    sizes = {f"model.{name}": getattr(model, name) for name in names}
+    if tp < 1 or min(sizes.values()) < 1:
+        return []
+    broken = {key: size for key, size in sizes.items() if size % tp}
+    if not broken:
+        return []
+    rule = f"must divide {join((f'{key}={size}' for key, size in broken.items()), 'and')}"
+    if "model.num_kv_heads" in broken:
+        rule += " (selection sums over the heads of a kv head, which live on one rank)"
+    possible = [d for d in divisors(model.num_kv_heads) if all(size % d == 0 for size in sizes.values())]
+    return [Problem("parallel.tp", tp, rule, f"try {join(nearest(tp, possible))}", tuple(broken))]
 
 
 def _layers(config: Config) -> list[Problem]:
     """Pipeline stages over layers."""
-    layers, stages = config.model.num_layers, config.parallel.pp * config.parallel.vpp
-    if stages < 1 or layers % stages == 0:
+    layers, pp, vpp = config.model.num_layers, config.parallel.pp, config.parallel.vpp
+    if min(layers, pp, vpp) < 1 or layers % (pp * vpp) == 0:
         return []
-    reads = ("model.num_layers", "parallel.vpp", "parallel.pp")
-    if config.parallel.vpp > 1:
-        rule = f"times parallel.pp={config.parallel.pp} must divide model.num_layers={layers}"
-        choices = [d for d in divisors(layers) if layers % (d * config.parallel.pp) == 0] or [1]
-        return [
-            Problem(
-                "parallel.vpp", config.parallel.vpp, rule, f"try {join(nearest(config.parallel.vpp, choices))}", reads
-            )
-        ]
-    choices = nearest(config.parallel.pp, divisors(layers))
-    return [
-        Problem(
-            "parallel.pp", config.parallel.pp, f"must divide model.num_layers={layers}", f"try {join(choices)}", reads
-        )
-    ]
+    if layers % pp:
+        advice = f"try {join(nearest(pp, divisors(layers)))}"
+        return [Problem("parallel.pp", pp, f"must divide model.num_layers={layers}", advice, ("model.num_layers",))]
+    rule = f"times parallel.pp={pp} must divide model.num_layers={layers}"
+    advice = f"try {join(nearest(vpp, divisors(layers // pp)))}"
+    return [Problem("parallel.vpp", vpp, rule, advice, ("model.num_layers", "parallel.pp"))]
 
 
 def _sequence(config: Config) -> list[Problem]:
-    """The row length against blocks, sequence parallelism and RoPE."""
-    length, block, found = config.data.sequence_length, config.attention.block_size, []
-    if block > 0 and length % block:
-        rule = f"must be a multiple of attention.block_size={block}"
-        advice = f"try {join(nearest_multiples(length, block))}"
-        found.append(Problem("data.sequence_length", length, rule, advice, ("attention.block_size",)))
-    elif config.parallel.sequence_parallel and config.parallel.tp > 1 and length % config.parallel.tp:
-        rule = f"must be a multiple of parallel.tp={config.parallel.tp} under parallel.sequence_parallel"
-        advice = f"try {join(nearest_multiples(length, config.parallel.tp))}"
-        found.append(
-            Problem("data.sequence_length", length, rule, advice, ("parallel.tp", "parallel.sequence_parallel"))
-        )
-    scaling = config.model.rope_scaling
-    if scaling.enabled and length > scaling.factor * LLAMA3_CONTEXT:
-        rule = f"stretches RoPE to {scaling.factor * LLAMA3_CONTEXT:g} tokens, below data.sequence_length={length}"
-        advice = f"try {-(-length // LLAMA3_CONTEXT)}"
-        reads = ("data.sequence_length", "model.rope_scaling.enabled")
-        found.append(Problem("model.rope_scaling.factor", scaling.factor, rule, advice, reads))
-    return found
+    """The row length against blocks and sequence parallelism."""
+    length, block, tp = config.data.sequence_length, config.attention.block_size, config.parallel.tp
+    reads = ("attention.block_size", "parallel.tp", "parallel.sequence_parallel")
+    if min(length, block, tp) < 1:
+        return []
+    if length % block:
+        rule, advice = f"must be a multiple of attention.block_size={block}", join(nearest_multiples(length, block))
+        return [Problem("data.sequence_length", length, rule, f"try {advice}", reads[:1])]
+    if config.parallel.sequence_parallel and length % tp:
+        rule = f"must be a multiple of parallel.tp={tp} under parallel.sequence_parallel=true"
+        return [Problem("data.sequence_length", length, rule, f"try {join(nearest_multiples(length, tp))}", reads)]
+    return []
+
+
+def _rope(config: Config) -> list[Problem]:
+    """RoPE scaling must reach the row's length."""
+    scaling, length = config.model.rope_scaling, config.data.sequence_length
+    if not scaling.enabled or length <= scaling.factor * LLAMA3_CONTEXT:
+        return []
+    reach = int(scaling.factor * LLAMA3_CONTEXT)
+    rule = f"stretches RoPE to {reach} tokens, fewer than data.sequence_length={length}"
+    reads = ("data.sequence_length", "model.rope_scaling.enabled")
+    return [Problem("model.rope_scaling.factor", scaling.factor, rule, f"try {-(-length // LLAMA3_CONTEXT)}", reads)]
 
 
 def _world(config: Config, machine: Machine) -> list[Problem]:
     """The number of processes against the layout."""
     asked, parallel = config.parallel.world_size, config.parallel
     if machine.has_files and machine.world_size is not None and asked not in (0, machine.world_size):
-        rule = f"but {machine.world_size} process{'es' if machine.world_size > 1 else ''} started"
+        processes = f"{machine.world_size} process{'es' if machine.world_size > 1 else ''}"
         advice = "leave it at 0 to train, or add dry_run=true to plan"
-        return [Problem("parallel.world_size", asked, rule, advice)]
+        return [Problem("parallel.world_size", asked, f"but {processes} started", advice)]
     world, unit = asked or machine.world_size or 1, parallel.tp * parallel.pp * parallel.cp
     if unit < 1 or world % unit == 0:
         return []
     rule = f"must be a multiple of tp * pp * cp = {parallel.tp} * {parallel.pp} * {parallel.cp} = {unit}"
-    choices = join(nearest_multiples(world, unit))
-    advice = (
-        f"try {choices} processes" if asked else f"try torchrun --nproc-per-node {max(nearest_multiples(world, unit))}"
-    )
-    reads = ("parallel.tp", "parallel.pp", "parallel.cp")
-    return [Problem("parallel.world_size" if asked else "world_size", world, rule, advice, reads)]
+    reads = ("parallel.tp", "parallel.pp", "parallel.cp", "parallel.world_size")
+    choices = nearest_multiples(world, unit)
+    if asked:
+        return [Problem("parallel.world_size", asked, rule, f"try {join(choices)}", reads[:3])]
+    advice = f"try torchrun --nproc-per-node {max(choices)} -m ssa_pretrain.train …"
+    return [Problem("world_size", world, rule, advice, reads)]
 
 
 def _batch(config: Config, machine: Machine) -> list[Problem]:
-    """The global batch against rows, microbatches and data-parallel ranks, and the pipeline's need of microbatches."""
+    """The global batch against rows, microbatches, data-parallel ranks and the interleaved schedule."""
     parallel, training, length = config.parallel, config.training, config.data.sequence_length
     world = parallel.world_size or machine.world_size or 1
-    dp = world // (parallel.tp * parallel.pp * parallel.cp) if min(parallel.tp, parallel.pp, parallel.cp) > 0 else 0
-    unit = dp * training.micro_batch_size * length
-    reads = (
-        "parallel.tp",
-        "parallel.pp",
-        "parallel.cp",
-        "parallel.world_size",
-        "world_size",
-        "training.micro_batch_size",
-    )
-    reads += ("data.sequence_length",)
-    if unit < 1:
+    if min(parallel.tp, parallel.pp, parallel.cp, training.micro_batch_size, length, training.global_batch_tokens) < 1:
         return []
-    if training.global_batch_tokens % unit:
-        rule = f"must be a multiple of sequence_length * micro_batch_size * dp = {length} * {training.micro_batch_size} * {dp} = {unit}"
-        advice = f"try {join(nearest_multiples(training.global_batch_tokens, unit))}"
-        return [Problem("training.global_batch_tokens", training.global_batch_tokens, rule, advice, reads)]
-    microbatches = training.global_batch_tokens // unit
-    if parallel.vpp > 1 and microbatches % parallel.pp:
-        rule = f"makes {microbatches} microbatches, and interleaving (parallel.vpp={parallel.vpp}) needs a multiple of parallel.pp={parallel.pp}"
-        advice = f"try {join(nearest_multiples(training.global_batch_tokens, unit * parallel.pp))}"
-        return [
-            Problem(
-                "training.global_batch_tokens", training.global_batch_tokens, rule, advice, (*reads, "parallel.vpp")
-            )
-        ]
-    steps = training.steps or -(-training.total_tokens // max(1, training.global_batch_tokens))
-    if training.stop_at_step > steps:
-        rule = f"lies past the last step, {steps}"
-        reads = ("training.steps", "training.total_tokens", "training.global_batch_tokens")
-        return [Problem("training.stop_at_step", training.stop_at_step, rule, f"try 0 or at most {steps}", reads)]
+    dp = max(1, world // (parallel.tp * parallel.pp * parallel.cp))
+    unit, tokens = dp * training.micro_batch_size * length, training.global_batch_tokens
+    reads = ("parallel.tp", "parallel.pp", "parallel.cp", "parallel.vpp", "parallel.world_size", "world_size")
+    reads += ("training.micro_batch_size", "data.sequence_length")
+    if tokens % unit:
+        factors = f"{length} * {training.micro_batch_size} * {dp} = {unit}"
+        rule = f"must be a multiple of sequence_length * micro_batch_size * dp = {factors}"
+        return [_batch_problem(tokens, rule, nearest_multiples(tokens, unit), reads)]
+    if parallel.vpp > 1 and tokens // unit % parallel.pp:
+        rule = f"makes {tokens // unit} microbatches, and interleaving (parallel.vpp={parallel.vpp}) needs a multiple "
+        rule += f"of parallel.pp={parallel.pp}"
+        return [_batch_problem(tokens, rule, nearest_multiples(tokens, unit * parallel.pp), reads)]
     return []
 
 
-def _hardware(config: Config, machine: Machine) -> list[Problem]:
-    """Kernels, layer specs and FP8 against what the machine has."""
-    model, impl, found = config.model, config.attention.impl, []
-    triton = impl is KernelImpl.triton or (impl is KernelImpl.auto and machine.has_gpu is True)
+def _batch_problem(tokens: int, rule: str, choices: list[int], reads: tuple[str, ...]) -> Problem:
+    return Problem("training.global_batch_tokens", tokens, rule, f"try {join(choices)}", reads)
+
+
+def _length(config: Config) -> list[Problem]:
+    """Where a run stops before its end."""
+    training = config.training
+    steps = training.steps or -(-training.total_tokens // max(1, training.global_batch_tokens))
+    if training.stop_at_step <= steps:
+        return []
+    reads = ("training.steps", "training.total_tokens", "training.global_batch_tokens")
+    rule = f"lies past the last step, {steps}"
+    return [Problem("training.stop_at_step", training.stop_at_step, rule, f"try 0 or at most {steps}", reads)]
+
+
+def _kernels(config: Config, machine: Machine) -> list[Problem]:
+    """What the GPU kernels take; the reference takes everything."""
+    impl, head_dim = config.attention.impl, config.model.head_dim
     if impl is KernelImpl.triton and machine.has_gpu is False:
-        found.append(Problem("attention.impl", impl, "needs a GPU, and none is visible", "try auto or reference"))
-    elif triton and config.attention.method is not Method.full and model.head_dim not in (64, 128):
-        rule = "is none of the Triton kernels' 64 or 128"
-        advice = f"try {min((64, 128), key=lambda dim: abs(dim - model.head_dim))} or attention.impl=reference"
-        found.append(Problem("model.head_dim", model.head_dim, rule, advice, ("attention.impl",)))
-    if config.engine.layer_spec is LayerSpec.transformer_engine:
-        lacks = _lacking(machine)
-        if lacks:
-            found.append(Problem("engine.layer_spec", config.engine.layer_spec, f"needs {lacks}", "try auto or local"))
-    if config.precision.name is PrecisionName.fp8:
-        found += _fp8(config, machine)
+        return [Problem("attention.impl", impl, "needs a GPU, and torch sees none", "try auto or reference")]
+    if impl is KernelImpl.reference or (impl is KernelImpl.auto and not machine.has_gpu):
+        return []
+    found = []
+    if config.precision.name is PrecisionName.fp32:
+        rule = "is not a format of the GPU kernels"
+        advice = "try precision=bf16 or attention.impl=reference"
+        found.append(Problem("precision.name", config.precision.name, rule, advice, ("attention.impl",)))
+    if config.attention.method is Method.full:
+        rule, fits = "is not a multiple of 8 up to 128, as the GPU kernels need", head_dim % 8 == 0 and head_dim <= 128
+    else:
+        rule, fits = f"is not one of the GPU kernels' {join(TRITON_HEAD_DIMS)}", head_dim in TRITON_HEAD_DIMS
+    if not fits:
+        advice = f"try {nearest(head_dim, TRITON_HEAD_DIMS, 1)[0]} or attention.impl=reference"
+        found.append(Problem("model.head_dim", head_dim, rule, advice, ("attention.impl",)))
     return found
 
 
 def _lacking(machine: Machine) -> str:
     """What Transformer Engine's layers lack on a machine, in words; empty when nothing is known to lack."""
     if machine.has_gpu is False:
-        return "a GPU, and none is visible"
+        return "a GPU, and torch sees none"
     return "Transformer Engine, which is not installed" if machine.has_transformer_engine is False else ""
 
 
+def _layer_spec(config: Config, machine: Machine) -> list[Problem]:
+    """Transformer Engine's layers where they are asked for."""
+    spec, lacks = config.engine.layer_spec, _lacking(machine)
+    if spec is not LayerSpec.transformer_engine or not lacks:
+        return []
+    return [Problem("engine.layer_spec", spec, f"needs {lacks}", "try auto or local")]
+
+
 def _fp8(config: Config, machine: Machine) -> list[Problem]:
-    """FP8 runs in Transformer Engine's linear layers, whose widths on a rank must be multiples of 16."""
-    model, tp = config.model, max(1, config.parallel.tp)
-    lacks = _lacking(machine)
-    if lacks:
-        return [Problem("precision.name", config.precision.name, f"needs {lacks}", "try precision=bf16")]
+    """FP8 runs in Transformer Engine's linear layers, whose matrices on a rank must be multiples of 16 both ways."""
+    model, tp, name = config.model, config.parallel.tp, config.precision.name
+    if name is not PrecisionName.fp8 or tp < 1:
+        return []
+    if lacks := _lacking(machine):
+        return [Problem("precision.name", name, f"needs {lacks}", "try precision=bf16")]
     if config.engine.layer_spec is LayerSpec.local:
         rule = "runs in Transformer Engine's layers, not in engine.layer_spec=local"
-        return [
-            Problem("precision.name", config.precision.name, rule, "try engine.layer_spec=auto", ("engine.layer_spec",))
-        ]
+        return [Problem("precision.name", name, rule, "try engine.layer_spec=auto", ("engine.layer_spec",))]
     gate = model.num_attention_heads if config.attention.gate else 0
     qkv = (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim + gate
+    tokens = config.training.micro_batch_size * config.data.sequence_length
     widths = {
         "model.hidden_size": (model.hidden_size, model.hidden_size),
         "model.ffn_hidden_size": (model.ffn_hidden_size, model.ffn_hidden_size // tp),
         "model.head_dim": (model.head_dim, qkv // tp),
+        "training.micro_batch_size": (config.training.micro_batch_size, tokens),
     }
-    rows = {
-        "training.micro_batch_size": (
-            config.training.micro_batch_size,
-            config.training.micro_batch_size * config.data.sequence_length,
-        )
-    }
-    rule = f"gives a matrix of {{}} on a rank under precision=fp8, which needs a multiple of {FP8_MULTIPLE}"
+    rule = f"makes a matrix of {{}} on a rank, and precision=fp8 needs a multiple of {FP8_MULTIPLE}"
     reads = ("parallel.tp", "data.sequence_length", "model.num_attention_heads", "model.num_kv_heads")
-    wrong = {key: pair for key, pair in (widths | rows).items() if pair[1] % FP8_MULTIPLE}
+    wrong = {key: pair for key, pair in widths.items() if pair[1] % FP8_MULTIPLE}
     return [
         Problem(key, value, rule.format(width), "try precision=bf16", reads) for key, (value, width) in wrong.items()
     ]
 
 
 def _initial_weights(config: Config) -> list[Problem]:
-    """The checkpoint that a run starts from."""
-    folder = config.checkpoint.init_from
+    """The checkpoint whose weights a run starts from."""
+    folder, output_dir = config.checkpoint.init_from, Path(config.output_dir).resolve()
     if not folder:
         return []
     if not Path(folder).is_dir():
-        return [
-            Problem("checkpoint.init_from", folder, "does not exist", "give the checkpoint folder of a finished run")
-        ]
-    if Path(config.output_dir).resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
+        advice = "give the checkpoint folder of an earlier run"
+        return [Problem("checkpoint.init_from", folder, "does not exist", advice)]
+    if output_dir in (Path(folder).resolve(), *Path(folder).resolve().parents):
         rule = f"lies in this run's own output_dir={config.output_dir}"
-        return [
-            Problem(
-                "checkpoint.init_from", folder, rule, "rerun the same command without it to resume", ("output_dir",)
-            )
-        ]
+        advice = "leave it out: the same command again resumes"
+        return [Problem("checkpoint.init_from", folder, rule, advice, ("output_dir",))]
     return []
 
 
 def _data(config: Config) -> list[Problem]:
-    """The prepared data: a readable manifest, a vocabulary that fits, known sources."""
-    from ssa_pretrain.data.indexed_format import load_manifest  # numpy is not needed before
+    """The prepared data: a readable manifest, a vocabulary that fits, known sources, two rows in each."""
+    from ssa_pretrain.data.indexed_format import load_manifest  # numpy costs a command that only shows something
 
+    path, length = config.data.path, config.data.sequence_length
     try:
-        manifest = load_manifest(config.data.path)
+        manifest = load_manifest(path)
     except ValueError as error:
-        return [Problem("data.path", config.data.path, f"is not usable: {error}", exit_code=4)]
+        return [Problem("data.path", path, f"is not usable: {error}", exit_code=4)]
     found, vocab = [], manifest.tokenizer.vocab_size
     if 0 < config.model.vocab_size < vocab:
-        rule = f"is smaller than the {vocab} ids of {config.data.path}'s tokenizer"
-        found.append(
-            Problem(
-                "model.vocab_size", config.model.vocab_size, rule, f"try 0 (the tokenizer's) or {vocab}", ("data.path",)
-            )
-        )
-    sources = sorted({shard.name for shard in manifest.splits["train"]})
-    for name in sorted(set(config.data.weights) - set(sources)):
-        rule = f"names no source of {config.data.path}"
-        found.append(
-            Problem(
-                f"data.weights.{name}",
-                config.data.weights[name],
-                rule,
-                f"it has {join(sources, 'and')}",
-                ("data.path",),
-            )
-        )
-    if manifest.tokens("train") < config.data.sequence_length:
-        rule = f"is longer than the whole training data ({manifest.tokens('train')} tokens in {config.data.path})"
-        found.append(
-            Problem("data.sequence_length", config.data.sequence_length, rule, "prepare more text", ("data.path",))
-        )
+        rule, advice = f"is smaller than the {vocab} ids of {path}'s tokenizer", f"try 0 (the tokenizer's) or {vocab}"
+        found.append(Problem("model.vocab_size", config.model.vocab_size, rule, advice))
+    names = list(dict.fromkeys(shard.name for shard in manifest.splits["train"]))
+    for name in sorted(set(config.data.weights) - set(names)):
+        advice = f"its sources are {join(names, 'and')}"
+        found.append(Problem(f"data.weights.{name}", config.data.weights[name], f"names no source of {path}", advice))
+    tokens: dict[tuple[str, str], int] = {}
+    for split, shards in manifest.splits.items():
+        for shard in shards:
+            tokens[split, shard.name] = tokens.get((split, shard.name), 0) + shard.tokens
+    (split, name), fewest = min(tokens.items(), key=lambda item: item[1])
+    if fewest < 2 * length + 1:
+        rule = f"needs {2 * length + 1} tokens of each source, and {name} ({split}) in {path} has {fewest}"
+        block = max(1, config.attention.block_size)
+        longest = (fewest - 1) // 2 // block * block
+        advice = f"prepare more text, or try {longest}" if longest else "prepare more text"
+        found.append(Problem("data.sequence_length", length, rule, advice))
     return found

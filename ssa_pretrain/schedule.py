@@ -10,22 +10,29 @@ from ssa_pretrain.config import OptimConfig, Schedule
 
 
 class Length(Protocol):
-    """What a schedule must know of a run; `plan.Plan` is one."""
+    """What a schedule must know of a run; `planning.Plan` is one."""
 
-    steps: int
-    warmup_steps: int
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole schedule."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of its warm-up."""
+        ...
 
 
 def learning_rate(step: int, optim: OptimConfig, plan: Length) -> float:
     """Returns the learning rate of an optimizer step.
 
+    With S steps of which W are warm-up, it is lr * (step + 1) / (W + 1) for step < W, lr at step W, and would reach min_lr
+    at step S, one past the last: neither the first nor the last step is spent at zero.
+
     Args:
         step: optimizer steps done before this one; 0 for the first.
-        optim: peak (`lr`), end (`min_lr`) and shape.
-        plan: total steps S and warm-up steps W.
-
-    The rate is lr * (step + 1) / (W + 1) for step < W, lr at step W, and reaches min_lr at step S, one past the last, so that
-    neither the first nor the last step is spent at zero.
+        optim: peak, end and shape.
+        plan: the run's length.
     """
     if step < plan.warmup_steps:
         return optim.lr * (step + 1) / (plan.warmup_steps + 1)

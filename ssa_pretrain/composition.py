@@ -1,0 +1,186 @@
+"""From overrides to one dictionary: Hydra's composition, with every problem collected.
+
+Hydra stops at the first error, and its advice for an unknown key (add a `+`) lets typing errors through in silence. So each
+override is first looked at alone, against the dataclasses and the groups: unknown keys and options, sweeps and deletions
+become problems, and the rest is composed. All values are composed untyped; config_io.py converts them, so that one place
+says what a number is. A key that exists may be set with or without `+`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_origin
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ssa_pretrain.config import Config
+from ssa_pretrain.config_io import MISSING, SECRET_ADVICE, SECRET_RULE, config_to_dict, known_keys, unknown_key
+from ssa_pretrain.problems import SECRET, Problem, join, show
+from ssa_pretrain.suggestions import closest
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a configuration lies.
+
+    Attributes:
+        folder: the primary folder of YAML files.
+        name: the primary file, without its suffix.
+        extra: a folder of the user's own, searched after the primary one; empty: none.
+    """
+
+    folder: Path
+    name: str = "config"
+    extra: str = ""
+
+    def searchpath(self) -> list[str]:
+        """Returns the override that makes Hydra search the user's folder."""
+        quoted = self.extra.replace("\\", "\\\\").replace("'", "\\'")
+        return [f"hydra.searchpath=['file://{quoted}']"] if self.extra else []
+
+
+@contextmanager
+def hydra_on(source: Source) -> Iterator[None]:
+    """Hydra initialised on a configuration folder, with the dataclasses' defaults stored as `base`."""
+    ConfigStore.instance().store(name="base", node=config_to_dict(Config()))
+    with hydra.initialize_config_dir(config_dir=str(source.folder), version_base="1.3"):
+        yield
+
+
+def sort_overrides(lines: Sequence[str], source: Source) -> tuple[list[str], list[Problem]]:
+    """Returns the overrides that Hydra may compose, and the problems of the others; needs `hydra_on`."""
+    good, problems = source.searchpath(), []
+    for line in lines:
+        try:
+            override = OverridesParser.create().parse_override(line)
+        except HydraException as error:
+            problems.append(_unreadable(line, error))
+            continue
+        accepted, found = _look_at(line, override, source)
+        good += accepted
+        problems += found
+    return good, problems
+
+
+def compose(overrides: Sequence[str], source: Source) -> tuple[dict[str, Any], list[Problem]]:
+    """Returns the composed configuration as plain values, interpolations resolved; needs `hydra_on`."""
+    try:
+        composed = hydra.compose(config_name=source.name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        return {}, [Problem("the configuration", None, f"does not compose: {reason}", "see --info defaults")]
+    return _resolve(composed)
+
+
+def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], list[Problem]]:
+    """One override as Hydra shall see it (or what was meant, for the sake of the other checks), and its problems."""
+    key, value = override.key_or_group, line.partition("=")[2]
+    if problem := _refused(line, override):
+        return [], [problem]
+    if options := _options(key, source):
+        chosen = override.value() if isinstance(override.value(), list) else [override.value()]
+        wrong = [choice for choice in chosen if choice is not None and choice not in options]
+        return _no_option(key, wrong[0], options) if wrong else ([f"{key}={value}"], [])
+    if _is_settable(key) or override.is_hydra_override():
+        return [line if override.is_hydra_override() else f"++{key}={value}"], []
+    groups = _groups()
+    near = closest(key, [*known_keys(), *groups], 1)
+    if not near or near[0] not in groups:
+        return [], [unknown_key(key, value)]
+    options = _options(near[0], source)
+    advice = f"did you mean {near[0]}=…? It has {join(options)}"
+    meant = [f"{near[0]}={value}"] if value in options else []
+    return meant, [Problem(key, value, "is not a known key or group", advice)]
+
+
+def _refused(line: str, override: Override) -> Problem | None:
+    """The problem of an override that no key could carry: a secret, a sweep, a deletion, Hydra's own settings."""
+    key, value = override.key_or_group, line.partition("=")[2]
+    if SECRET.search(key):
+        return Problem(key, value, SECRET_RULE, SECRET_ADVICE)
+    if override.is_hydra_override():
+        if key == "hydra.searchpath":
+            return None
+        return Problem(key, value, "has no effect: a run writes to output_dir alone", "try output_dir=…")
+    if override.type is OverrideType.DEL:
+        return Problem(line, None, "removes a key, and every key has a value", f"try {key}=… instead")
+    if override.is_sweep_override():
+        advice = "give one value; a text with commas is quoted: 'key=\"a,b\"'"
+        return Problem(key, value, "is a sweep, and a command trains one run", advice)
+    return None
+
+
+def _is_settable(key: str) -> bool:
+    """Whether a key is a field, a whole section, or an entry of a field that is a mapping."""
+    known = known_keys()
+    if key in known or any(name.startswith(f"{key}.") for name in known):
+        return True
+    parent = key.rpartition(".")[0]
+    return parent in known and get_origin(known[parent]) is dict
+
+
+def _unreadable(line: str, error: HydraException) -> Problem:
+    """An argument that is not key=value, or whose value Hydra's grammar refuses."""
+    key = line.partition("=")[0]
+    if SECRET.search(key):
+        return Problem(key, None, SECRET_RULE, SECRET_ADVICE)
+    if "=" not in line:
+        near = closest(line, [*known_keys(), *_groups()], 1)
+        return Problem(line, None, "is not key=value", f"try {near[0]}=…" if near else "see --help")
+    reason = str(error).splitlines()[0]
+    return Problem(line, None, f"cannot be read ({reason})", "quote special characters: 'key=\"value\"'")
+
+
+def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], list[Problem]]:
+    """A group's unknown option, or a value given to a section that is a group."""
+    rule = f"is not an option of the group {group}"
+    if near := closest(str(choice), options, 1):
+        # The whole words are at fault, not the section: its rules are checked on what was meant.
+        advice = f"did you mean {group}={near[0]}? It has {join(options)}"
+        return [f"{group}={near[0]}"], [Problem(f"{group}={show(choice)}", None, rule, advice)]
+    return [], [Problem(group, choice, rule, f"try {join(options)}")]
+
+
+def _groups() -> list[str]:
+    """The groups of the configuration folder."""
+    return [name for name in GlobalHydra.instance().config_loader().list_groups("") if name != "hydra"]
+
+
+def _options(group: str, source: Source) -> list[str]:
+    """The options of a group, those in the user's own folder included; empty when there is no such group."""
+    if not group.replace("/", "_").isidentifier():
+        return []
+    loader = GlobalHydra.instance().config_loader()
+    return loader.get_group_options(group, config_name=source.name, overrides=source.searchpath())
+
+
+def _resolve(composed: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
+    """Interpolations replaced by their values; one that leads nowhere is a problem and becomes a missing value."""
+    problems: list[Problem] = []
+
+    def walk(node: Any, key: str) -> Any:
+        if isinstance(node, dict):
+            return {name: walk(child, f"{key}.{name}" if key else str(name)) for name, child in node.items()}
+        if not (isinstance(node, str) and "${" in node):
+            return node
+        if SECRET.search(node):
+            problems.append(Problem(key, None, SECRET_RULE, SECRET_ADVICE))
+            return MISSING
+        try:
+            return OmegaConf.select(composed, key)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            problems.append(Problem(key, node, f"leads nowhere ({reason})", "give a plain value"))
+            return MISSING
+
+    tree = OmegaConf.to_container(composed, resolve=False)
+    return walk(tree, ""), problems
