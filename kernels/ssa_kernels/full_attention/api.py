@@ -18,12 +18,14 @@ def full_attention(
     scale: float | None = None,
     return_lse: bool = False,
     num_rows: int | None = None,
+    backend: str | None = None,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns (o, lse), differentiable in q, k and v.
 
-    On a GPU the kernel is chosen from shapes and arguments alone (fused.py). A layout with `max_length` spares FlashAttention
-    from looking for documents as long as all tokens together.
+    On a GPU a library's kernel is chosen from shapes, arguments and what is installed, without looking at the documents (fused.py). Give
+    a layout with `max_length` where that is known: FlashAttention's backward over 8k rows takes twice as long when it must expect
+    documents as long as all tokens together.
 
     Args:
         q: `[tokens, H, D]`.
@@ -33,17 +35,14 @@ def full_attention(
         return_lse: whether to give the log-sum-exp: `[tokens, H]`, float32, natural logarithm, no gradient. Else None.
         num_rows: says that the documents are exactly this many spans of equal length, which allows the fastest kernel. Believed
             on a GPU, since checking would mean waiting for it; checked on a CPU.
+        backend: which fused kernel to use on a GPU: None, "cudnn", "te" or "flash" (fused.py says when each is picked).
         impl: None, "triton" (the fused GPU kernels) or "reference". This operator has no Triton kernel of its own: on CPU tensors
             under Triton's interpreter the reference stands in.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_attention_inputs(q, k, v, num_rows)
     if resolve_impl(impl, q, "full_attention") == "triton" and q.is_cuda:
-        if q.shape[0] != k.shape[0]:
-            raise ValueError(
-                f"q has {q.shape[0]} tokens and k {k.shape[0]}: the fused GPU kernels need as many; try impl='reference' for a part of them"
-            )
-        return _FullAttention.apply(q, k, v, cu_seqlens, num_rows, scale, return_lse)
+        return _FullAttention.apply(q, k, v, cu_seqlens, num_rows, backend, scale, return_lse)
     _check_rows(cu_seqlens, q.shape[0], num_rows)
     return full_attention_reference(q, k, v, cu_seqlens=cu_seqlens, scale=scale, return_lse=return_lse)
 
@@ -52,8 +51,8 @@ class _FullAttention(torch.autograd.Function):
     """Saves q, k, v, o and the library's log-sum-exp; the plan stays on the host."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, num_rows, scale, return_lse):
-        plan, ends = plan_fused(q, k, cu_seqlens, num_rows, scale)
+    def forward(ctx, q, k, v, cu_seqlens, num_rows, backend, scale, return_lse):
+        plan, ends = plan_fused(q, k, cu_seqlens, num_rows=num_rows, backend=backend, scale=scale)
         o, lse, *states = fused_forward(q, k, v, ends, plan)
         ctx.save_for_backward(q, k, v, o, lse, ends, *states)
         ctx.plan = plan
@@ -67,7 +66,7 @@ class _FullAttention(torch.autograd.Function):
     def backward(ctx, grad_o, _):
         q, k, v, o, lse, ends, *states = ctx.saved_tensors
         grads = fused_backward(grad_o.contiguous(), q, k, v, o, lse, tuple(states), ends, ctx.plan)
-        return *grads, None, None, None, None
+        return *grads, *(None,) * 5
 
 
 def check_attention_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_rows: int | None) -> None:

@@ -1,57 +1,90 @@
-"""Full attention by the fused kernels that ship with torch: cuDNN for rows of equal length, FlashAttention for documents.
+"""Full attention by fused kernels of the libraries that are installed, behind one forward and one backward.
 
-Which kernel runs is decided from shapes and explicit arguments alone, never from values on the device:
+Which kernel runs is decided from shapes, explicit arguments and what is installed, never from values on the device:
 
-- `cudnn`: the caller says that the tokens are `num_rows` spans of equal length, one document each. The fastest by far on Hopper.
-- `flash`: anything else. Torch's FlashAttention-2, or FlashAttention-3 and 4 where the process has activated one of them with
+- `cudnn`: torch's cuDNN attention, where the caller says that the tokens are `num_rows` spans of equal length, one document each.
+- `te`: Transformer Engine's cuDNN attention on packed documents, where it is installed (te.py).
+- `flash`: torch's FlashAttention-2 on packed documents; FlashAttention-3 or 4 where the process has activated one of them with
   `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel under the very operator called here.
 
-Torch's cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms) and its gradients
+Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms) and its gradients
 are wrong with more than one document. Deterministic mode (`torch.use_deterministic_algorithms`) sends everything to `flash`, whose
 backward then sums dQ in a fixed order; cuDNN's dQ differs in its last bits from run to run.
 
-The log-sum-exp comes back as the library lays it out, viewed as [rows, tokens / rows, H] without a copy. Neither library takes
-rowsum(dO * O) from outside, so the backward here computes its own.
+The log-sum-exp comes back as the library lays it out, viewed as [rows, tokens / rows, H] without a copy. No library takes
+rowsum(dO * O) from outside, so each backward here computes its own.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from ..documents import DocumentLayout
+from . import te
 
+Backend = Literal["cudnn", "te", "flash"]
 # Below this a row is not worth cuDNN's fixed costs, and its support for very short ones has varied.
 MIN_CUDNN_ROW = 128
 
 
 @dataclass(frozen=True, slots=True)
 class FusedPlan:
-    """What a forward did, as far as its backward must know; all of it lives on the host."""
+    """What a forward does, as far as its backward must know; all of it lives on the host."""
 
-    backend: str  # "cudnn" or "flash"
-    num_rows: int  # 1 for flash
-    max_length: int
+    backend: Backend
+    num_rows: int  # 1 for packed documents
+    max_length: int  # of a row or a document
     scale: float
 
 
 def plan_fused(
-    q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | DocumentLayout, num_rows: int | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens: torch.Tensor | DocumentLayout,
+    *,
+    num_rows: int | None,
+    backend: str | None,
+    scale: float,
 ) -> tuple[FusedPlan, torch.Tensor]:
     """Returns the plan and the documents' int32 boundaries, which reach the last token.
 
     Raises:
-        ValueError: for a dtype or a head dimension that no fused kernel takes.
+        ValueError: for what no fused kernel takes, or a backend that cannot run here.
     """
     tokens, _, head_dim = q.shape
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={q.dtype} of full_attention on a GPU must be bfloat16 or float16; try impl='reference' for others")
     if head_dim % 8 or head_dim > 128:
         raise ValueError(f"head_dim={head_dim} must be a multiple of 8 and at most 128; try impl='reference' for others")
+    if tokens != k.shape[0]:
+        raise ValueError(f"q has {tokens} tokens and k {k.shape[0]}: the fused kernels need as many; try impl='reference' for a part of them")
     row_length = tokens // num_rows if num_rows else 0
-    if row_length >= MIN_CUDNN_ROW and not torch.are_deterministic_algorithms_enabled():
-        return FusedPlan("cudnn", num_rows, row_length, scale), boundaries(cu_seqlens, k.shape[0])
-    max_length = cu_seqlens.max_length if isinstance(cu_seqlens, DocumentLayout) else (row_length or k.shape[0])
-    return FusedPlan("flash", 1, max_length, scale), boundaries(cu_seqlens, k.shape[0])
+    chosen = backend or _pick(q, row_length)
+    _check_backend(chosen, num_rows)
+    ends = boundaries(cu_seqlens, tokens)
+    if chosen == "cudnn":
+        return FusedPlan("cudnn", num_rows, row_length, scale), ends
+    max_length = cu_seqlens.max_length if isinstance(cu_seqlens, DocumentLayout) else (row_length or tokens)
+    return FusedPlan(chosen, 1, max_length, scale), ends
+
+
+def _pick(q: torch.Tensor, row_length: int) -> Backend:
+    if torch.are_deterministic_algorithms_enabled():
+        return "flash"
+    if row_length >= MIN_CUDNN_ROW:
+        return "cudnn"
+    hopper_or_later = torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    return "te" if hopper_or_later and te.is_installed() else "flash"
+
+
+def _check_backend(backend: str, num_rows: int | None) -> None:
+    if backend not in ("cudnn", "te", "flash"):
+        raise ValueError(f"backend={backend!r} of full_attention must be None, 'cudnn', 'te' or 'flash'; try None")
+    if backend == "cudnn" and num_rows is None:
+        raise ValueError("backend='cudnn' needs num_rows, since it takes rows of equal length only; try backend='te' or 'flash'")
+    if backend == "te" and not te.is_installed():
+        raise ValueError(f"backend='te' needs transformer_engine {te.OLDEST[0]}.{te.OLDEST[1]} or later with its torch extension; try backend='flash'")
 
 
 def boundaries(cu_seqlens: torch.Tensor | DocumentLayout, num_tokens: int) -> torch.Tensor:
@@ -69,12 +102,15 @@ def fused_forward(
 
     The two states go back to `fused_backward` as they came (dropout's generator state, unused here).
     """
+    longest = plan.max_length
     if plan.backend == "cudnn":
         o, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *(_rows(x, plan.num_rows) for x in (q, k, v)), None, True, 0.0, True, False, scale=plan.scale
         )
         return o.transpose(1, 2).reshape(q.shape), lse.squeeze(-1).transpose(1, 2), seed, offset
-    longest = plan.max_length
+    if plan.backend == "te":
+        o, lse, state = te.te_forward(q, k, v, cu_seqlens, longest, plan.scale)
+        return o, lse.squeeze(-1)[None], state, state
     o, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False, scale=plan.scale
     )
@@ -96,11 +132,12 @@ def fused_backward(
     longest = plan.max_length
     if plan.backend == "cudnn":
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *(_rows(x, plan.num_rows) for x in (grad_o, q, k, v, o)),
-            lse.transpose(1, 2).unsqueeze(-1),
+            *(_rows(x, plan.num_rows) for x in (grad_o, q, k, v, o)), lse.transpose(1, 2).unsqueeze(-1),
             *states, None, None, None, longest, longest, 0.0, True, scale=plan.scale,
         )  # fmt: skip
         return tuple(grad.transpose(1, 2).reshape(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
+    if plan.backend == "te":
+        return te.te_backward(grad_o, q, k, v, o, lse[0].unsqueeze(-1), states[0], cu_seqlens, longest, plan.scale)
     return torch.ops.aten._flash_attention_backward(
         grad_o, q, k, v, o, lse[0].transpose(0, 1), cu_seqlens, cu_seqlens, longest, longest, 0.0, True, *states, scale=plan.scale
     )

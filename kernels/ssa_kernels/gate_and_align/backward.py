@@ -22,7 +22,7 @@ import triton.language as tl
 from .forward import NUM_WARPS, main_code, tile_shape
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def gate_backward_kernel(
     o_full_ptr, o_sparse_ptr, logits_ptr, main_ptr, grad_out_ptr, grad_loss_ptr,
     do_full_ptr, do_sparse_ptr, delta_full_ptr, delta_sparse_ptr, grad_logits_ptr,

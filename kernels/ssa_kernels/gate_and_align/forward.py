@@ -29,11 +29,11 @@ MAIN_ON_DEVICE = 2
 # Features a program holds per tensor. 4096 bf16 values over 4 warps are four 16-byte loads a thread and a tensor.
 TILE_ELEMENTS = 4096
 NUM_WARPS = 4
-# Partial sums that the reducing program adds per step.
-REDUCE_BLOCK = 4096
+# Partial sums that the reducing program adds per step: few steps, since each costs a round trip to memory.
+REDUCE_BLOCK = 16384
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "lse_tokens", "lse_stride_row", "lse_stride_token", "lse_stride_head"])
 def gate_forward_kernel(
     o_full_ptr, o_sparse_ptr, logits_ptr, main_ptr, lse_full_ptr, lse_sparse_ptr, out_ptr, partial_ptr,
     num_rows, lse_tokens, lse_stride_row, lse_stride_token, lse_stride_head,
@@ -77,7 +77,7 @@ def gate_forward_kernel(
         tl.store(partial_ptr + tl.num_programs(0) + tile, tl.sum(tl.exp(lse_sparse - lse_full), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_partials"])
 def sum_partials_kernel(partial_ptr, result_ptr, num_partials, factor_0, factor_1, BLOCK: tl.constexpr):
     """result[i] = factor_i * the sum of the i-th run of partials, added in one fixed order; one program for each i."""
     which = tl.program_id(0)
@@ -132,7 +132,7 @@ def gate_forward(
         MAIN=main_code(main), WITH_MASS=with_mass, num_warps=NUM_WARPS,
     )  # fmt: skip
     sum_partials_kernel[(num_sums,)](
-        partials, results, num_tiles, sum(weights) / (num_rows * head_dim), 1.0 / num_rows, BLOCK=REDUCE_BLOCK, num_warps=8
+        partials, results, num_tiles, sum(weights) / (num_rows * head_dim), 1.0 / num_rows, BLOCK=REDUCE_BLOCK, num_warps=32
     )  # fmt: skip
     return out, results[0], results[1] if with_mass else None
 

@@ -24,7 +24,7 @@ class SSAAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, gate_logits, main, weights, layout, selection, scale, num_rows):
-        plan, ends = plan_fused(q, k, layout, num_rows, scale)
+        plan, ends = plan_fused(q, k, layout, num_rows=num_rows, backend=None, scale=scale)
         o_full, lse_full, *states = fused_forward(q, k, v, ends, plan)
         indices = select_blocks(q, k, cu_seqlens=layout, scale=scale, impl="triton", **selection)
         o_sparse, lse_sparse = sparse_attention_forward(q, k, v, indices, layout, scale)
@@ -48,5 +48,7 @@ class SSAAttention(torch.autograd.Function):
         )
         grads = fused_backward(do_full, q, k, v, o_full, lse_full, tuple(states), ends, ctx.plan)
         del do_full  # freed before the sparse backward takes its workspace
-        sparse = sparse_attention_backward(do_sparse, q, k, v, o_sparse, lse_sparse, indices, ctx.layout, ctx.scale, delta=delta_sparse)
+        sparse = sparse_attention_backward(
+            q, k, v, indices, o_sparse, lse_sparse, do_sparse, ctx.layout, ctx.scale, delta=delta_sparse
+        )
         return *(a.add_(b) for a, b in zip(grads, sparse, strict=True)), grad_logits, *(None,) * 6

@@ -1,0 +1,133 @@
+"""The fused full attention against float64 for every kernel that is installed: values, lse, gradients, documents, no waiting."""
+
+import pytest
+import torch
+from ssa_kernels import build_layout, full_attention
+from ssa_kernels.full_attention import te
+
+pytestmark = pytest.mark.gpu
+
+PACKED = ["flash", pytest.param("te", marks=pytest.mark.skipif(not te.is_installed(), reason="needs transformer_engine"))]
+LENGTHS = [1, 15, 0, 16, 17, 300, 0, 129, 34]
+
+
+def float64(q, k, v, lengths, scale):
+    """Returns o and lse of one document after another, in float64, differentiable."""
+    outs, lses, start = [], [], 0
+    group = q.shape[1] // k.shape[1]
+    for length in lengths:
+        one = slice(start, start + length)
+        keys, values = (x[one].double().repeat_interleave(group, 1) for x in (k, v))
+        logits = torch.einsum("thd,shd->hts", q[one].double(), keys) * scale
+        logits = logits.masked_fill(~torch.ones(length, length, dtype=torch.bool, device=q.device).tril(), -torch.inf)
+        outs.append(torch.einsum("hts,shd->thd", logits.softmax(-1), values))
+        lses.append(logits.detach().logsumexp(-1).T)
+        start += length
+    return torch.cat(outs), torch.cat(lses)
+
+
+def make(tokens, heads=8, kv_heads=2, head_dim=64):
+    sizes = ((tokens, heads, head_dim), (tokens, kv_heads, head_dim), (tokens, kv_heads, head_dim))
+    return [torch.randn(size, device="cuda", dtype=torch.bfloat16).requires_grad_() for size in sizes]
+
+
+def ends(lengths):
+    return torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+
+
+def error(got, want):
+    return float((got.double() - want).norm() / want.norm())
+
+
+def check(inputs, lengths, scale=None, **options):
+    """Outputs and gradients within 3e-3 and 5e-3 of float64: a few roundings to bf16 (2^-9 = 2e-3) that do not add up."""
+    o, lse = full_attention(*inputs, return_lse=True, scale=scale, **options)
+    grad = torch.randn_like(o)
+    grads = torch.autograd.grad(o, inputs, grad)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    want_o, want_lse = float64(*exact, lengths, inputs[0].shape[-1] ** -0.5 if scale is None else scale)
+    want_grads = torch.autograd.grad(want_o, exact, grad.double())
+    assert error(o.detach(), want_o.detach()) < 3e-3
+    assert lse.dtype == torch.float32 and lse.is_contiguous() and not lse.requires_grad
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-4)
+    for got, want in zip(grads, want_grads, strict=True):
+        assert error(got, want) < 5e-3
+
+
+@pytest.mark.parametrize("backend", PACKED)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128)])
+def test_documents(backend, heads, kv_heads, head_dim):
+    inputs = make(sum(LENGTHS), heads, kv_heads, head_dim)
+    check(inputs, LENGTHS, cu_seqlens=ends(LENGTHS), backend=backend)
+
+
+@pytest.mark.parametrize("backend", PACKED)
+def test_a_layout_and_a_bound_on_the_length(backend):
+    layout = build_layout(ends(LENGTHS), num_tokens=sum(LENGTHS), block_size=16, max_length=300)
+    check(make(sum(LENGTHS)), LENGTHS, scale=0.3, cu_seqlens=layout, backend=backend)
+
+
+@pytest.mark.parametrize("backend", PACKED)
+def test_tokens_past_the_last_boundary_are_a_document(backend):
+    check(make(sum(LENGTHS)), LENGTHS, cu_seqlens=ends(LENGTHS[:-1]), backend=backend)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128)])
+@pytest.mark.parametrize(("num_rows", "length"), [(1, 512), (3, 200), (2, 129), (4, 100)])
+def test_equal_rows(num_rows, length, heads, kv_heads, head_dim):
+    lengths = [length] * num_rows
+    check(make(sum(lengths), heads, kv_heads, head_dim), lengths, cu_seqlens=ends(lengths), num_rows=num_rows)
+
+
+@pytest.mark.parametrize("backend", PACKED)
+def test_changing_a_document_leaves_the_others_bit_identical(backend):
+    q, k, v = (x.detach() for x in make(sum(LENGTHS)))
+    before = full_attention(q, k, v, cu_seqlens=ends(LENGTHS), backend=backend)[0]
+    start = sum(LENGTHS[:5])
+    for x in (q, k, v):
+        x[start : start + 300] *= -2
+    after = full_attention(q, k, v, cu_seqlens=ends(LENGTHS), backend=backend)[0]
+    assert torch.equal(before[:start], after[:start]) and torch.equal(before[start + 300 :], after[start + 300 :])
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("backend", [*PACKED, "cudnn"])
+def test_it_never_waits_for_the_device(backend):
+    inputs = make(512)
+    boundaries, num_rows = ends([256, 256]), 2 if backend == "cudnn" else None
+    grad = torch.randn_like(inputs[0])
+    for mode in ("default", "error"):  # the first call may build graphs
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            o, _ = full_attention(*inputs, cu_seqlens=boundaries, num_rows=num_rows, backend=backend, return_lse=True)
+            torch.autograd.grad(o, inputs, grad)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_deterministic_mode_repeats_bit_for_bit():
+    inputs = make(4096, 32, 2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(3):
+            o, _ = full_attention(*inputs, cu_seqlens=ends([4096]), num_rows=1)
+            runs.append((o, *torch.autograd.grad(o, inputs, torch.ones_like(o))))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+def test_what_no_kernel_takes_ends_in_a_sentence():
+    q, k, v = (x.detach() for x in make(64))
+    boundaries = ends([64])
+    with pytest.raises(ValueError, match="must be bfloat16 or float16"):
+        full_attention(q.float(), k.float(), v.float(), cu_seqlens=boundaries)
+    with pytest.raises(ValueError, match="multiple of 8 and at most 128"):
+        full_attention(*(torch.cat([x] * 3, -1) for x in (q, k, v)), cu_seqlens=boundaries)
+    with pytest.raises(ValueError, match="needs num_rows"):
+        full_attention(q, k, v, cu_seqlens=boundaries, backend="cudnn")
+    with pytest.raises(ValueError, match="need as many"):
+        full_attention(q[:3], k, v, cu_seqlens=boundaries)
+    with pytest.raises(ValueError, match="must be None, 'cudnn'"):
+        full_attention(q, k, v, cu_seqlens=boundaries, backend="fast")

@@ -1,0 +1,67 @@
+"""A whole layer as one autograd function against the same layer composed of the public operators."""
+
+import pytest
+import torch
+from ssa_kernels import build_layout, ssa_attention
+from ssa_kernels.ssa_attention.api import composed
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [700, 1, 333, 16, 998]
+SELECTION = {"block_size": 16, "top_k": 8, "score": "softmax_sum"}
+
+
+def make(heads=16, kv_heads=2, head_dim=64):
+    tokens = sum(LENGTHS)
+    sizes = ((tokens, heads, head_dim), (tokens, kv_heads, head_dim), (tokens, kv_heads, head_dim), (tokens, heads))
+    inputs = [torch.randn(size, device="cuda", dtype=torch.bfloat16).requires_grad_() for size in sizes]
+    ends = torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).to(torch.int32)
+    return inputs, build_layout(ends, num_tokens=tokens, block_size=16, max_length=1024)
+
+
+def error(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("main", ["full", "sparse", 1, 0])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 2, 64), (8, 2, 128), (6, 1, 96)])
+def test_it_is_the_composition(main, heads, kv_heads, head_dim):
+    """The same kernels but for the order of a sum or two: gradients agree to bf16's rounding, outputs bit for bit."""
+    inputs, layout = make(heads, kv_heads, head_dim)
+    given = main if isinstance(main, str) else torch.tensor([main], device="cuda")
+    common = {"main": given, "weights": (0.7, 1.3), "num_rows": None}
+    ours = ssa_attention(*inputs, cu_seqlens=layout, **SELECTION, **common)
+    theirs = composed(*inputs, layout=layout, selection=SELECTION, scale=head_dim**-0.5, impl=None, **common)
+    assert torch.equal(ours.out, theirs.out) and torch.equal(ours.alignment_loss, theirs.alignment_loss)
+    torch.testing.assert_close(ours.captured_mass, theirs.captured_mass, rtol=1e-5, atol=0)
+    assert 0 < float(ours.captured_mass) <= 1 + 1e-3
+    upstream = (torch.randn_like(ours.out), torch.tensor(float(ours.out.numel()), device="cuda"))
+    ours_grads = torch.autograd.grad((ours.out, ours.alignment_loss), inputs, upstream)
+    their_grads = torch.autograd.grad((theirs.out, theirs.alignment_loss), inputs, upstream)
+    for got, want in zip(ours_grads, their_grads, strict=True):
+        assert error(got, want) < 4e-3  # sums of two gradients, each rounded to bf16
+
+
+def test_the_receptive_field_covers_all():
+    """With enough blocks for the longest document the streams agree: all mass captured, hardly any loss."""
+    inputs, layout = make()
+    result = ssa_attention(*inputs, block_size=16, top_k=64, cu_seqlens=layout, main="sparse")
+    torch.testing.assert_close(result.captured_mass, torch.ones((), device="cuda"), rtol=0, atol=1e-3)
+    assert float(result.alignment_loss) < 1e-5
+
+
+def test_without_a_gate():
+    inputs, layout = make()
+    result = ssa_attention(*inputs[:3], None, cu_seqlens=layout, main="full", **SELECTION)
+    torch.autograd.grad(result.out.sum() + result.alignment_loss, inputs[:3])
+
+
+def test_it_never_waits_for_the_device():
+    inputs, layout = make()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            result = ssa_attention(*inputs, cu_seqlens=layout, main="full", **SELECTION)
+            torch.autograd.backward((result.out, result.alignment_loss), (torch.ones_like(result.out), torch.ones_like(result.alignment_loss)))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

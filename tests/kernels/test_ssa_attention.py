@@ -1,0 +1,54 @@
+"""One whole layer against the oracle put together piece by piece: output, loss, captured mass, every gradient."""
+
+import oracle
+import pytest
+import torch
+from ssa_kernels import full_attention, ssa_attention
+
+ENDS = torch.tensor([0, 19, 20, 45])
+
+
+def make():
+    generator = torch.Generator().manual_seed(11)
+    sizes = ((45, 4, 8), (45, 2, 8), (45, 2, 8), (45, 4))
+    return [(2 * torch.randn(size, generator=generator, dtype=torch.float64)).requires_grad_() for size in sizes]
+
+
+@pytest.mark.parametrize("main", ["full", "sparse", 1, 0])
+def test_against_the_oracle(main):
+    q, k, v, logits = inputs = make()
+    given = main if isinstance(main, str) else torch.tensor(main)
+    result = ssa_attention(*inputs, block_size=4, top_k=3, cu_seqlens=ENDS, main=given, weights=(0.7, 1.3), scale=0.4)
+    grad_out = torch.randn(result.out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad((result.out * grad_out).sum() + 900.0 * result.alignment_loss, inputs)
+
+    indices = oracle.select(q.detach(), k.detach(), ENDS, 4, 3, 0.4)
+    o_full, lse_full = oracle.attention(q, k, v, oracle.visible(None, ENDS, 45, 4, 4), 0.4)
+    o_sparse, lse_sparse = oracle.attention(q, k, v, oracle.visible(indices, ENDS, 45, 4, 4), 0.4)
+    name = main if isinstance(main, str) else ("full" if main else "sparse")
+    streams = (o_full.detach(), o_sparse.detach())
+    out, loss, do_full, do_sparse, dz = oracle.gate_and_align(*streams, logits.detach(), name, (0.7, 1.3), grad_out, 900.0)
+    want = torch.autograd.grad((o_full, o_sparse), (q, k, v), (do_full, do_sparse))
+    torch.testing.assert_close(result.out, out)
+    torch.testing.assert_close(result.alignment_loss.double(), loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.captured_mass.double(), torch.exp(lse_sparse - lse_full).mean(), rtol=1e-6, atol=0)
+    for got, expected in zip(grads, (*want, dz), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_without_a_gate_the_output_is_the_stream():
+    q, k, v, _ = make()
+    result = ssa_attention(q, k, v, None, block_size=4, top_k=3, cu_seqlens=ENDS, main="full")
+    assert torch.equal(result.out, full_attention(q, k, v, cu_seqlens=ENDS)[0])
+
+
+def test_rows_that_are_not_equal_end_in_a_sentence():
+    q, k, v, _ = make()
+    equal = torch.tensor([0, 15, 30, 45])
+    assert torch.equal(full_attention(q, k, v, cu_seqlens=equal, num_rows=3)[0], full_attention(q, k, v, cu_seqlens=equal)[0])
+    with pytest.raises(ValueError, match="num_rows=3 must say"):
+        full_attention(q, k, v, cu_seqlens=ENDS, num_rows=3)
+    with pytest.raises(ValueError, match="num_rows=2 must divide tokens=45"):
+        full_attention(q, k, v, cu_seqlens=ENDS, num_rows=2)
+    with pytest.raises(ValueError, match="with G dividing H"):
+        full_attention(q[:, :3], k, v, cu_seqlens=ENDS)
