@@ -1,0 +1,351 @@
+"""The command as a user runs it: real processes, any number of workers, kill -9, reuse, repair, and what core reads back."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import Tokenizer
+
+from ssa_pretrain.data.indexed_format import check_pair, load_manifest, verify_hashes
+
+ROOT = Path(__file__).parents[2]
+WORDS = [
+    "the",
+    "sparse",
+    "stream",
+    "reads",
+    "blocks",
+    "of",
+    "keys",
+    "while",
+    "the",
+    "full",
+    "stream",
+    "reads",
+    "every",
+    "key",
+    "it",
+    "may",
+    "see",
+    "in",
+    "a",
+    "document",
+]
+
+
+def texts(count: int, seed: int, words: int = 200) -> list[str]:
+    draw = random.Random(seed)
+    return [f"{seed}.{n}: " + " ".join(draw.choices(WORDS, k=draw.randint(20, words))) for n in range(count)]
+
+
+def write_jsonl(path: Path, documents: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small trained tokenizer, so that the tests below need not train one each."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_jsonl(folder / "x.jsonl", texts(200, seed=99))
+    finish(
+        start(
+            folder, "source=jsonl", "source.paths=[x.jsonl]", "tokenizer.vocab_size=512", "split.heldout_fraction=0.1"
+        )
+    )
+    return folder / "dataset" / "tokenizer.json"
+
+
+def start(folder: Path, *arguments: str, wrapper: tuple[str, ...] = ("-m", "data_prep")) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *wrapper, "out=dataset", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
+    return out + err
+
+
+def bytes_of(folder: Path) -> str:
+    """Returns one digest of all that a dataset consists of."""
+    root = folder / "dataset"
+    names = sorted(
+        str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.parent.name in ("train", "heldout")
+    )
+    total = hashlib.sha256()
+    for name in [*names, "tokenizer.json", "manifest.json"]:
+        total.update(name.encode() + b"\0" + (root / name).read_bytes())
+    return total.hexdigest()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tokenizer_json: Path) -> list[str]:
+    """A corpus in twelve shards, and the settings that read it."""
+    (tmp_path / "corpus").mkdir()
+    for number in range(4):
+        write_jsonl(tmp_path / "corpus" / f"{number}.jsonl", texts(250, seed=number))
+    return [
+        "source=jsonl",
+        "source.paths=[corpus]",
+        "tokenizer=file",
+        f"tokenizer.path={tokenizer_json}",
+        "tokenizer.eos_token='<|end_of_text|>'",
+        "split.heldout_fraction=0.1",
+        "shard_mb=0.06",
+    ]
+
+
+def test_any_number_of_workers_gives_the_same_bytes_and_no_torch(tmp_path, settings):
+    spy = "import runpy, sys; sys.argv[0] = 'data_prep'; "
+    spy += "import data_prep.cli as c, data_prep.pool; code = c.main(sys.argv[1:]); "
+    spy += "print('torch loaded:', 'torch' in sys.modules); sys.exit(code)"
+    digests = {}
+    for workers in (1, 2, 8):
+        said = finish(start(tmp_path, *settings, f"workers={workers}", wrapper=("-c", spy)))
+        assert "torch loaded: False" in said
+        digests[workers] = bytes_of(tmp_path)
+        assert len(load_manifest(tmp_path / "dataset").splits["train"]) == 12
+        subprocess.run(["rm", "-r", str(tmp_path / "dataset")], check=True)
+    assert len(set(digests.values())) == 1, digests
+
+
+def test_documents_come_back_in_order_on_their_side(tmp_path, settings):
+    finish(start(tmp_path, *settings))
+    manifest = load_manifest(tmp_path / "dataset")
+    verify_hashes(manifest)
+    tokenizer = Tokenizer.from_file(str(manifest.root / "tokenizer.json"))
+    found = {}
+    for split, shards in manifest.splits.items():
+        found[split] = []
+        for shard in shards:
+            check_pair(manifest.prefix_path(shard))
+            ids = np.fromfile(f"{manifest.prefix_path(shard)}.bin", dtype=np.uint16)
+            documents = np.split(ids, np.flatnonzero(ids == manifest.tokenizer.eos_id) + 1)[:-1]
+            assert len(documents) == shard.documents
+            found[split] += [tokenizer.decode(document[:-1].tolist()) for document in documents]
+    everything = [text for number in range(4) for text in texts(250, seed=number)]
+    heldout = set(found["heldout"])
+    assert found["train"] == [text for text in everything if text not in heldout]
+    assert found["heldout"] == [text for text in everything if text in heldout]
+    assert 50 < len(heldout) < 170  # 100 of 1000 expected, standard deviation 9.5
+
+
+def test_core_reads_every_shard(tmp_path, settings):
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    finish(start(tmp_path, *settings))
+    manifest = load_manifest(tmp_path / "dataset")
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        dataset = indexed_dataset.IndexedDataset(str(manifest.prefix_path(shard)))
+        assert len(dataset) == shard.documents
+        assert int(dataset.sequence_lengths.sum()) == shard.tokens
+        assert all(dataset[i][-1] == manifest.tokenizer.eos_id for i in range(len(dataset)))
+
+
+def test_statistics_are_those_of_the_files(tmp_path, settings):
+    finish(start(tmp_path, *settings))
+    manifest = load_manifest(tmp_path / "dataset")
+    for split, shards in manifest.splits.items():
+        ids = np.concatenate([np.fromfile(f"{manifest.prefix_path(s)}.bin", dtype=np.uint16) for s in shards])
+        assert len(ids) == manifest.tokens(split)
+        shares = np.unique(ids, return_counts=True)[1] / len(ids)
+        assert manifest.unigram_entropy_nats[split] == pytest.approx(-(shares * np.log(shares)).sum(), abs=1e-6)
+    text_bytes = sum(len(text.encode()) for number in range(4) for text in texts(250, seed=number))
+    tokens = manifest.tokens("train") + manifest.tokens("heldout")
+    assert manifest.bytes_per_token == pytest.approx(text_bytes / tokens, abs=1e-4)
+
+
+def test_formats_give_the_same_documents(tmp_path, settings):
+    documents = [text for number in range(4) for text in texts(250, seed=number)]
+    finish(start(tmp_path, *settings))
+    expected = bin_bytes(tmp_path)
+    (tmp_path / "p").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"content": documents}), tmp_path / "p" / "x.parquet", row_group_size=100)
+    (tmp_path / "z").mkdir()
+    packed = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in documents).encode())
+    (tmp_path / "z" / "x.jsonl.gz").write_bytes(packed)
+    (tmp_path / "t").mkdir()
+    for number, text in enumerate(documents):
+        (tmp_path / "t" / f"{number:04d}.txt").write_text(text)
+    for source in (
+        ["source=parquet", "source.paths=[p]", "source.text_column=content"],
+        ["source=jsonl", "source.paths=[z]"],
+        ["source=text", "source.paths=[t]"],
+    ):
+        subprocess.run(["rm", "-r", str(tmp_path / "dataset")], check=True)
+        finish(start(tmp_path, *settings[2:], *source))
+        assert bin_bytes(tmp_path) == expected, source
+
+
+def bin_bytes(folder: Path) -> list[bytes]:
+    root = folder / "dataset"
+    return [b"".join(p.read_bytes() for p in sorted((root / split).glob("*.bin"))) for split in ("train", "heldout")]
+
+
+def test_kill_at_any_moment_and_go_on(tmp_path, settings):
+    started = time.monotonic()
+    finish(start(tmp_path, *settings, "workers=2"))
+    whole = time.monotonic() - started
+    expected = bytes_of(tmp_path)
+    draw = random.Random(0)
+    killed = 0
+    for _ in range(8):
+        subprocess.run(["rm", "-r", str(tmp_path / "dataset")], check=True)
+        for _ in range(3):
+            process = start(tmp_path, *settings, "workers=2")
+            time.sleep(draw.uniform(0.3, 1.0) * whole)
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+            process.communicate()
+        finish(start(tmp_path, *settings, "workers=2"))
+        assert bytes_of(tmp_path) == expected
+        assert not list((tmp_path / "dataset").rglob("*.tmp"))
+    assert killed >= 8
+
+
+def test_finished_shards_survive_an_interruption(tmp_path, settings):
+    finish(start(tmp_path, *settings))
+    expected = bytes_of(tmp_path)
+    root = tmp_path / "dataset"
+    (root / "manifest.json").unlink()
+    (root / "work" / "shards" / "text_00003.json").unlink()
+    kept = (root / "train" / "text_00002.bin").stat().st_mtime_ns
+    said = finish(start(tmp_path, *settings))
+    assert "reusing 11 of 12 shards" in said and "tokenizing 1 shards" in said
+    assert (root / "train" / "text_00002.bin").stat().st_mtime_ns == kept
+    assert bytes_of(tmp_path) == expected
+
+
+def test_second_run_does_nothing(tmp_path, settings):
+    finish(start(tmp_path, *settings))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "dataset").rglob("*") if p.is_file() and p.name != ".lock"}
+    said = finish(start(tmp_path, *settings))
+    assert "is up to date: nothing to do" in said
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.mark.parametrize("damage", ["remove", "truncate", "flip"])
+def test_damaged_dataset_is_repaired(tmp_path, settings, damage):
+    finish(start(tmp_path, *settings))
+    expected = bytes_of(tmp_path)
+    path = tmp_path / "dataset" / "train" / "text_00001.bin"
+    raw = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        raw[100] ^= 1
+        path.write_bytes(raw if damage == "flip" else raw[:-2])
+    said = finish(start(tmp_path, *settings, "verify=full" if damage == "flip" else "verify=quick"))
+    assert "repairing: " in said and "text_00001.bin" in said and "tokenizing 1 shards" in said
+    assert bytes_of(tmp_path) == expected
+
+
+def test_other_settings_do_not_replace_a_dataset_unasked(tmp_path, settings):
+    finish(start(tmp_path, *settings))
+    before = bytes_of(tmp_path)
+    said = finish(start(tmp_path, *settings, "split.heldout_fraction=0.2"), code=4)
+    assert (
+        "out=dataset holds a dataset made from other text or settings; choose another out=, or add overwrite=true"
+        in said
+    )
+    assert bytes_of(tmp_path) == before
+    finish(start(tmp_path, *settings, "split.heldout_fraction=0.2", "shard_mb=1", "overwrite=true"))
+    manifest = load_manifest(tmp_path / "dataset")
+    listed = {
+        f"{shard.prefix}{suffix}"
+        for shards in manifest.splits.values()
+        for shard in shards
+        for suffix in (".bin", ".idx")
+    }
+    present = {
+        str(p.relative_to(manifest.root)) for split in ("train", "heldout") for p in (manifest.root / split).iterdir()
+    }
+    assert present == listed and len(manifest.splits["train"]) == 1
+
+
+def test_changed_input_is_noticed(tmp_path, settings):
+    finish(start(tmp_path, *settings))
+    path = tmp_path / "corpus" / "2.jsonl"
+    path.write_text(path.read_text().replace("sparse", "dense!", 1))
+    said = finish(start(tmp_path, *settings, "overwrite=true"))
+    assert re.search(r"reusing (9|10) of 12 shards", said), said
+
+
+def test_bad_line_in_a_worker_ends_the_run_at_once_with_its_name(tmp_path, settings):
+    with open(tmp_path / "corpus" / "1.jsonl", "a") as file:
+        file.write('{"text": \n')
+    started = time.monotonic()
+    said = finish(start(tmp_path, *settings, "workers=2"), code=4)
+    assert f"error: {tmp_path}/corpus/1.jsonl:251: the line is not JSON" in said
+    assert "Traceback" not in said
+    assert time.monotonic() - started < 30
+    assert not (tmp_path / "dataset" / "manifest.json").exists()
+
+
+def test_killed_worker_is_reported_and_the_next_run_goes_on(tmp_path, settings):
+    write_jsonl(tmp_path / "corpus" / "9.jsonl", texts(60_000, seed=9))
+    process = start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2")
+    victim = None
+    deadline = time.monotonic() + 60
+    while victim is None and time.monotonic() < deadline and process.poll() is None:
+        for path in (tmp_path / "dataset" / "train").glob("*.tmp"):
+            victim = int(path.name.split(".")[-2])
+        time.sleep(0.01)
+    assert victim is not None and victim != process.pid
+    os.kill(victim, signal.SIGKILL)
+    said = finish(process, code=4)
+    assert (
+        "a worker process was killed, most often because memory ran out; run the same command again with workers=1"
+        in said
+    )
+    finish(start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2"))
+    verify_hashes(load_manifest(tmp_path / "dataset"))
+
+
+def test_workers_end_with_their_parent(tmp_path, settings):
+    write_jsonl(tmp_path / "corpus" / "9.jsonl", texts(60_000, seed=9))
+    process = start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2")
+    workers: set[int] = set()
+    deadline = time.monotonic() + 60
+    while len(workers) < 2 and time.monotonic() < deadline:
+        workers = {int(p.name.split(".")[-2]) for p in (tmp_path / "dataset" / "train").glob("*.tmp")}
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_interrupt_says_how_to_go_on(tmp_path, settings):
+    write_jsonl(tmp_path / "corpus" / "9.jsonl", texts(60_000, seed=9))
+    process = start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2")
+    while not list((tmp_path / "dataset" / "train").glob("*.tmp")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = finish(process, code=130)
+    assert "interrupted; run the same command again to go on" in said and "Traceback" not in said
+
+
+def test_progress_is_plain_lines_when_piped(tmp_path, settings):
+    said = finish(start(tmp_path, *settings))
+    lines = [line for line in said.splitlines() if line.startswith("tokenizing 100 %")]
+    assert re.fullmatch(
+        r"tokenizing 100 %: shards 12/12, docs 1,000, tokens \d\.\d\d M, [\d.]+ MB/s, ETA 0 s", lines[-1]
+    ), said
+    assert "\r" not in said
