@@ -43,5 +43,8 @@ def sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
     if resolve_impl(impl, q, "sparse_attention") == "triton":
-        raise NotImplementedError("sparse_attention has no Triton kernels yet; try impl='reference'")
+        from .autograd import SparseAttention  # here, because it imports Triton
+
+        tensors = (x.contiguous() for x in (q, k, v, indices))
+        return SparseAttention.apply(*tensors, layout, scale)
     return sparse_attention_reference(q, k, v, indices, layout=layout, scale=scale)

@@ -1,0 +1,185 @@
+"""The inverted index: for each key block the queries that chose it, cut into segments of bounded length (Triton and torch).
+
+The backward of keys and values sums over the queries of a block, so the choices [T, lists, N] have to be turned around. Names:
+
+    entry    e = t * lists + i: query t through its list i of chosen blocks; entry e holds the query heads e * R .. e * R + R - 1 of the
+             flattened [T * H] heads, R = H / lists (the group's size, or 1 where every head chooses for itself)
+    choice   c = e * N + slot, a place of the flattened `indices`
+    bucket   b = kv_head * block_rows + block_row: a block of one kv head; block rows are those of the DocumentLayout
+
+1. Each choice's bucket (choices that are padding or lie past the own block go to one bucket more, at the end).
+2. A stable sort of the buckets: within a bucket the choices stay in the order of the tokens. Stable and by integers, so it is the
+   same in every run, and a document's part of it does not depend on the other documents.
+3. Where each bucket begins in the sorted list (a binary search each), and its number of segments of at most SEGMENT choices, summed
+   up. Segments are counted from the bucket's own beginning: the sums' order depends on the document alone. They bound the work of one
+   program: a block that every query chose (an attention sink) is spread over many.
+4. The table of segments, and a schedule that takes them in the order of their first query: programs that run side by side then read
+   the same stretch of q and dO, and it stays in the L2 cache. The schedule has no influence on any sum.
+
+Nothing waits for the device: tables have the size of the worst case, choices // SEGMENT + buckets, and `num_segments` is read there.
+Memory: 4-6 bytes a choice while it is built, 8 bytes a choice and 20 bytes a segment after.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..documents import DocumentLayout
+
+CHOICES_PER_PROGRAM = 1024
+BUCKETS_PER_PROGRAM = 128
+BUCKETS_PER_SCAN = 4096
+SEGMENTS_PER_PROGRAM = 128
+
+
+@dataclass(frozen=True, slots=True)
+class InvertedIndex:
+    """Choices by bucket. All arrays lie on the device."""
+
+    choices: torch.Tensor  # int64 [T * lists * N], choice numbers by bucket, then by query
+    segments: torch.Tensor  # int32 [bound, 3]: bucket, first place in `choices`, length
+    first_segment: torch.Tensor  # int32 [buckets + 1]: a bucket's segments lie together, in its choices' order
+    schedule: torch.Tensor  # int64 [bound]: segments in the order in which they should run, unused ones last
+
+    @property
+    def max_segments(self) -> int:
+        """The bound on the number of segments."""
+        return self.segments.shape[0]
+
+    @property
+    def num_segments(self) -> torch.Tensor:
+        """The number of segments, one int32 on the device."""
+        return self.first_segment[-1:]
+
+
+@triton.jit(do_not_specialize=["num_choices", "num_rows"])
+def bucket_kernel(
+    indices_ptr, position_ptr, first_row_ptr, buckets_ptr, num_choices, num_rows,
+    LISTS: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr, TOP_K: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Bucket of each choice. Grid: one program per TILE choices."""
+    choice = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = choice < num_choices
+    query = choice // (LISTS * TOP_K)
+    kv_head = (choice // TOP_K % LISTS // LISTS_PER_KV_HEAD).to(tl.int32)
+    block = tl.load(indices_ptr + choice, mask=inside, other=-1)
+    own = tl.load(position_ptr + query, mask=inside, other=0) // BLOCK_SIZE
+    row = tl.load(first_row_ptr + query, mask=inside, other=0) + block
+    valid = (block >= 0) & (block <= own)
+    bucket = tl.where(valid, kv_head * num_rows + row, KV_HEADS * num_rows)
+    tl.store(buckets_ptr + choice, bucket.to(buckets_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_choices", "num_buckets", "search_steps"])
+def bucket_start_kernel(
+    sorted_ptr, start_ptr, num_choices, num_buckets, search_steps, TILE: tl.constexpr
+):
+    """First place of each bucket in the sorted list, by binary search. Grid: one program per TILE buckets."""
+    bucket = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    low = tl.zeros([TILE], tl.int64)
+    high = tl.zeros([TILE], tl.int64) + num_choices
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        below = tl.load(sorted_ptr + middle, mask=middle < num_choices, other=0).to(tl.int32) < bucket
+        below = below & (low < high)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    tl.store(start_ptr + bucket, low.to(tl.int32), mask=bucket <= num_buckets)
+
+
+@triton.jit(do_not_specialize=["num_buckets"])
+def count_segments_kernel(start_ptr, first_segment_ptr, num_buckets, SEGMENT: tl.constexpr, TILE: tl.constexpr):
+    """Running sum of the buckets' numbers of segments. Grid: one program."""
+    total = 0
+    tl.store(first_segment_ptr, total)
+    for first in range(0, num_buckets, TILE):
+        bucket = first + tl.arange(0, TILE)
+        inside = bucket < num_buckets
+        begin = tl.load(start_ptr + bucket, mask=inside, other=0)
+        end = tl.load(start_ptr + bucket + 1, mask=inside, other=0)
+        running = total + tl.cumsum((end - begin + SEGMENT - 1) // SEGMENT, 0)
+        tl.store(first_segment_ptr + 1 + bucket, running, mask=inside)
+        total = tl.max(running, 0)
+
+
+@triton.jit(do_not_specialize=["num_buckets", "num_rows", "num_queries", "max_segments", "search_steps"])
+def segment_kernel(
+    start_ptr, first_segment_ptr, choices_ptr, segments_ptr, key_ptr,
+    num_buckets, num_rows, num_queries, max_segments, search_steps,
+    LISTS: tl.constexpr, TOP_K: tl.constexpr, SEGMENT: tl.constexpr, UNUSED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Table of segments and the schedule's keys: (kv head, first query). Grid: one program per TILE segments of the bound."""
+    segment = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = segment < tl.load(first_segment_ptr + num_buckets)
+    low = tl.zeros([TILE], tl.int32)
+    high = tl.zeros([TILE], tl.int32) + num_buckets
+    for _ in range(search_steps):  # the last bucket whose first segment is not past this one
+        middle = (low + high + 1) // 2
+        past = tl.load(first_segment_ptr + middle, mask=inside, other=0) > segment
+        high = tl.where(past & (low < high), middle - 1, high)
+        low = tl.where(past, low, middle)
+    bucket = tl.minimum(low, num_buckets - 1)
+    begin = tl.load(start_ptr + bucket, mask=inside, other=0)
+    end = tl.load(start_ptr + bucket + 1, mask=inside, other=0)
+    begin += (segment - tl.load(first_segment_ptr + bucket, mask=inside, other=0)) * SEGMENT
+    length = tl.minimum(end - begin, SEGMENT)
+    table = segments_ptr + segment.to(tl.int64) * 3
+    in_table = segment < max_segments
+    tl.store(table, bucket, mask=in_table)
+    tl.store(table + 1, begin, mask=in_table)
+    tl.store(table + 2, tl.where(inside, length, 0), mask=in_table)
+    query = tl.load(choices_ptr + begin, mask=inside, other=0) // (LISTS * TOP_K)
+    key = (bucket // num_rows).to(key_ptr.dtype.element_ty) * num_queries + query
+    tl.store(key_ptr + segment, tl.where(inside, key, UNUSED).to(key_ptr.dtype.element_ty), mask=in_table)
+
+
+def segment_length(heads_per_list: int) -> int:
+    """Returns the most choices of a segment, such that it has about 2,048 rows of q."""
+    return max(2048 // heads_per_list, 32)
+
+
+def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segment: int) -> InvertedIndex:
+    """Returns the inverted index of `indices`.
+
+    Args:
+        indices: int32 [T, lists, N], contiguous; lists is a multiple of kv_heads.
+        layout: documents and blocks; its queries are those of `indices`.
+        kv_heads: heads of k and v.
+        segment: most choices of a segment.
+    """
+    queries, lists, top_k = indices.shape
+    device, num_choices = indices.device, indices.numel()
+    num_rows = layout.num_block_rows
+    num_buckets = kv_heads * num_rows
+    max_segments = num_choices // segment + min(num_buckets, num_choices)
+    if num_choices >= 2**31:
+        raise ValueError(f"indices of shape {tuple(indices.shape)} must have fewer than 2^31 entries; try fewer tokens a call")
+
+    # Few buckets fit into 16 bits, which halves the passes of a radix sort.
+    buckets = torch.empty(num_choices, dtype=torch.int16 if num_buckets < 2**15 else torch.int32, device=device)
+    bucket_kernel[(triton.cdiv(num_choices, CHOICES_PER_PROGRAM),)](
+        indices, layout.query_position, layout.query_first_row, buckets, num_choices, num_rows,
+        LISTS=lists, LISTS_PER_KV_HEAD=lists // kv_heads, TOP_K=top_k, BLOCK_SIZE=layout.block_size,
+        KV_HEADS=kv_heads, TILE=CHOICES_PER_PROGRAM,
+    )  # fmt: skip
+    buckets, choices = torch.sort(buckets, stable=True)
+
+    start = torch.empty(num_buckets + 1, dtype=torch.int32, device=device)
+    bucket_start_kernel[(triton.cdiv(num_buckets + 1, BUCKETS_PER_PROGRAM),)](
+        buckets, start, num_choices, num_buckets, num_choices.bit_length() + 1, TILE=BUCKETS_PER_PROGRAM
+    )
+    first_segment = torch.empty(num_buckets + 1, dtype=torch.int32, device=device)
+    count_segments_kernel[(1,)](start, first_segment, num_buckets, SEGMENT=segment, TILE=BUCKETS_PER_SCAN, num_warps=8)
+
+    segments = torch.empty(max_segments, 3, dtype=torch.int32, device=device)
+    key = torch.empty(max_segments, dtype=torch.int32 if kv_heads * queries < 2**31 - 1 else torch.int64, device=device)
+    segment_kernel[(triton.cdiv(max_segments, SEGMENTS_PER_PROGRAM),)](
+        start, first_segment, choices, segments, key, num_buckets, num_rows, queries, max_segments,
+        num_buckets.bit_length() + 1,
+        LISTS=lists, TOP_K=top_k, SEGMENT=segment, UNUSED=torch.iinfo(key.dtype).max, TILE=SEGMENTS_PER_PROGRAM,
+    )  # fmt: skip
+    schedule = torch.sort(key, stable=True).indices
+    return InvertedIndex(choices=choices, segments=segments, first_segment=first_segment, schedule=schedule)

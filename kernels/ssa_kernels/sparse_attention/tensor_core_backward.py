@@ -1,0 +1,272 @@
+"""Backward on tensor cores, for 16-bit elements: dQ by queries, dK and dV by segments of the inverted index (Gluon).
+
+With p = exp(s - lse) recomputed, per query t, head h and chosen key j (Dao et al., FlashAttention, arXiv 2205.14135, appendix B):
+
+    delta[h] = sum_d do[h, d] o[h, d]        dp[h, j] = do[h] . v[j]        ds = p (dp - delta)
+    dq[h] = scale sum_j ds[h, j] k[j]        dk[j] = scale sum_{t, h} ds[h, j] q[t, h]        dv[j] = sum_{t, h} p[h, j] do[t, h]
+
+dQ. Grid: lists * queries programs of one warp, as in the forward and over the same tiles (V in the order of rows). K is loaded once
+and used in both orientations, by movmatrix. Writes delta where it was not given.
+
+dK, dV. Grid: one program per segment of the bound, in the schedule's order; a warp for every 16 keys of the block. Keys are the rows
+of the products: s^T = K Q^T, dp^T = V dO^T with K and V fixed in registers, and p^T and ds^T feed dv += p^T dO, dk += ds^T Q from the
+registers where they arise. A step takes 16 rows of q (or one list's, if more): one entry of 16 heads, two of 8, 16 of one. Every
+program writes its sums in fp32 to a place of its own; reduce.py adds up a bucket's places in order. No atomics.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from ..documents import DocumentLayout
+from .fragments import (
+    LOG2E,
+    as_left,
+    as_right,
+    as_right_transposed,
+    halves,
+    mma_layout,
+    packed_layout,
+    store_rows,
+    tile_rows,
+    to_contraction_order,
+    weights_as_left,
+    words_layout,
+)
+from .index import InvertedIndex
+from .tensor_core_forward import chosen_tiles, gluon_dtype, padded_rows, padded_slots, tile_number
+from .tiles import pack_tiles, padded_dim
+
+
+@gluon.jit
+def _ds_and_keys(
+    q, do, k, v, lse, delta, scale_log2, MMA: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr
+):  # fmt: skip
+    """Returns (ds without a mask, K as right operand [16, DIM]) of one tile."""
+    zeros = gl.zeros([ROWS, 16], gl.float32, MMA)
+    k_words = tile_rows(k, DIM)
+    s = mma_v2(q, as_right_transposed(k_words, MMA, 16, DIM, DTYPE), zeros)
+    p = gl.exp2(s * scale_log2 - lse[:, None])
+    dp = mma_v2(do, as_right_transposed(tile_rows(v, DIM), MMA, 16, DIM, DTYPE), zeros)
+    return p * (dp - delta[:, None]), as_right(k_words, MMA, 16, DIM, DTYPE)
+
+
+@gluon.jit(do_not_specialize=["num_queries"])
+def dq_kernel(
+    q_ptr, do_ptr, o_ptr, tiles_ptr, indices_ptr, position_ptr, first_row_ptr, lse_ptr, delta_ptr, dq_ptr,
+    scale, scale_log2, num_queries,
+    LISTS: gl.constexpr, KV_HEADS: gl.constexpr, ROWS: gl.constexpr, ROWS_PADDED: gl.constexpr,
+    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, SLOTS: gl.constexpr,
+    DTYPE: gl.constexpr, HAS_DELTA: gl.constexpr,
+):  # fmt: skip
+    """dq of one query and list. q_ptr, do_ptr, o_ptr, tiles_ptr: words."""
+    MMA: gl.constexpr = mma_layout(1)
+    TILES: gl.constexpr = BLOCK_SIZE // 16
+    WORDS: gl.constexpr = 8 * DIM
+    STRIDE: gl.constexpr = 2 * WORDS * KV_HEADS
+    LAYOUT: gl.constexpr = words_layout(ROWS_PADDED, DIM // 2, 1, False)
+    program = gl.program_id(0)
+    query, which = program % num_queries, program // num_queries
+    entry = query.to(gl.int64) * LISTS + which
+    indices_ptr += entry * TOP_K
+    position = gl.load(position_ptr + query)
+    last, own_tile, full, any_block = chosen_tiles(indices_ptr, position, TOP_K, SLOTS, BLOCK_SIZE)
+    tiles_ptr += (gl.load(first_row_ptr + query).to(gl.int64) * (TILES * KV_HEADS) + which // (LISTS // KV_HEADS)) * (2 * WORDS)
+
+    row = gl.arange(0, ROWS_PADDED, gl.SliceLayout(1, LAYOUT))
+    word = gl.arange(0, DIM // 2, gl.SliceLayout(0, LAYOUT))
+    inside = (row < ROWS)[:, None] & (word < HEAD_DIM // 2)[None, :]
+    place = entry * (ROWS * HEAD_DIM // 2) + row[:, None] * (HEAD_DIM // 2) + word[None, :]
+    q = as_left(gl.load(q_ptr + place, mask=inside, other=0), MMA, ROWS_PADDED, DIM, DTYPE)
+    do_words = gl.load(do_ptr + place, mask=inside, other=0)
+    do = as_left(do_words, MMA, ROWS_PADDED, DIM, DTYPE)
+    head = gl.arange(0, ROWS_PADDED, gl.SliceLayout(1, MMA))
+    lse = gl.load(lse_ptr + entry * ROWS + head, mask=head < ROWS, other=0.0) * LOG2E
+    if HAS_DELTA:
+        delta = gl.load(delta_ptr + entry * ROWS + head, mask=head < ROWS, other=0.0)
+    else:
+        o_words = gl.load(o_ptr + place, mask=inside, other=0)
+        products = halves(do_words, DTYPE).to(gl.float32) * halves(o_words, DTYPE).to(gl.float32)
+        delta = gl.sum(gl.reshape(products, [ROWS_PADDED, DIM]), 1)
+        delta = gl.convert_layout(delta, gl.SliceLayout(1, MMA), assert_trivial=True)
+        gl.store(delta_ptr + entry * ROWS + head, delta, mask=head < ROWS)
+
+    own = tiles_ptr + (last * TILES + own_tile).to(gl.int64) * STRIDE
+    offsets = gl.arange(0, WORDS, packed_layout(WORDS))
+    k = gl.load(own + offsets)
+    v = gl.load(own + WORDS + offsets)
+    tile = gl.where(full > 0, tiles_ptr + tile_number(indices_ptr, 0, last, TILES).to(gl.int64) * STRIDE, own)
+    number = tile_number(indices_ptr, gl.minimum(1, full - 1), last, TILES)
+    ds, k_rows = _ds_and_keys(q, do, k, v, lse, delta, scale_log2, MMA, ROWS_PADDED, DIM, DTYPE)
+    k = gl.load(tile + offsets)
+    v = gl.load(tile + WORDS + offsets)
+    key = last * BLOCK_SIZE + own_tile * 16 + gl.arange(0, 16, gl.SliceLayout(0, MMA))
+    ds = gl.where(((key <= position) & any_block)[None, :], ds, 0.0)
+    acc = mma_v2(weights_as_left(ds, MMA, DTYPE), k_rows, gl.zeros([ROWS_PADDED, DIM], gl.float32, MMA))
+    for i in range(full):
+        tile = tiles_ptr + number.to(gl.int64) * STRIDE
+        number = tile_number(indices_ptr, gl.minimum(i + 2, full - 1), last, TILES)
+        ds, k_rows = _ds_and_keys(q, do, k, v, lse, delta, scale_log2, MMA, ROWS_PADDED, DIM, DTYPE)
+        k = gl.load(tile + offsets)
+        v = gl.load(tile + WORDS + offsets)
+        acc = mma_v2(weights_as_left(ds, MMA, DTYPE), k_rows, acc)
+    store_rows(dq_ptr + entry * (ROWS * HEAD_DIM), acc * scale, ROWS, ROWS_PADDED, HEAD_DIM, DIM)
+
+
+@gluon.jit
+def _rows_of_step(
+    choices_ptr, step, length, query_key_ptr, lse_ptr, delta_ptr,
+    LISTS: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr,
+    MMA: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Returns (word rows' first head, whether they exist, lse, delta, own key), the last three for each column of s^T.
+
+    A step has N // SLOT entries, each with ROWS of SLOT rows in use.
+    """
+    row = gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, N, gl.SliceLayout(0, MMA))
+    place = step * (N // SLOT)
+    if N == SLOT:
+        entry = gl.load(choices_ptr + place) // TOP_K
+        head = entry * ROWS + row
+        row_used = row < ROWS
+        used = column < ROWS
+        column_head = entry * ROWS + column
+        own_key = gl.load(query_key_ptr + entry // LISTS) + column * 0
+    else:
+        row_used = (place + row // SLOT < length) & (row % SLOT < ROWS)
+        head = gl.load(choices_ptr + place + row // SLOT, mask=row_used, other=0) // TOP_K * ROWS + row % SLOT
+        used = (place + column // SLOT < length) & (column % SLOT < ROWS)
+        entry = gl.load(choices_ptr + place + column // SLOT, mask=used, other=0) // TOP_K
+        column_head = entry * ROWS + column % SLOT
+        own_key = gl.load(query_key_ptr + entry // LISTS, mask=used, other=-1)
+    lse = gl.load(lse_ptr + column_head, mask=used, other=0.0)
+    delta = gl.load(delta_ptr + column_head, mask=used, other=0.0)
+    return head, row_used, lse, delta, own_key
+
+
+@gluon.jit(do_not_specialize=["num_rows"])
+def dkdv_kernel(
+    q_ptr, do_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, query_key_ptr, choices_ptr, segments_ptr, schedule_ptr, num_segments_ptr,
+    block_start_ptr, block_length_ptr, sums_ptr, scale_log2, num_rows,
+    LISTS: gl.constexpr, KV_HEADS: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr,
+    HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, DTYPE: gl.constexpr,
+    KEEP: gl.constexpr,
+):  # fmt: skip
+    """Sums of dk and dv over one segment. q_ptr, do_ptr, k_ptr, v_ptr: words. KEEP: K and V stay in registers."""
+    MMA: gl.constexpr = mma_layout(BLOCK_SIZE // 16)
+    KEYS: gl.constexpr = words_layout(BLOCK_SIZE, DIM // 2, BLOCK_SIZE // 16, True)
+    QUERIES: gl.constexpr = words_layout(N, DIM // 2, BLOCK_SIZE // 16, False)
+    if gl.program_id(0) < gl.load(num_segments_ptr):
+        segment = gl.load(schedule_ptr + gl.program_id(0))
+        bucket = gl.load(segments_ptr + segment * 3)
+        choices_ptr += gl.load(segments_ptr + segment * 3 + 1)
+        length = gl.load(segments_ptr + segment * 3 + 2)
+        steps = (length * SLOT + N - 1) // N
+        block_row = bucket % num_rows
+        start = gl.load(block_start_ptr + block_row)
+        key = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, KEYS))
+        key_word = gl.arange(0, DIM // 2, gl.SliceLayout(0, KEYS))
+        key_place = ((start + key).to(gl.int64) * KV_HEADS + bucket // num_rows)[:, None] * (HEAD_DIM // 2) + key_word[None, :]
+        key_inside = (key < gl.load(block_length_ptr + block_row))[:, None] & (key_word < HEAD_DIM // 2)[None, :]
+        k = as_left(gl.load(k_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
+        v = as_left(gl.load(v_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
+        key_number = start + gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, MMA))
+
+        word = gl.arange(0, DIM // 2, gl.SliceLayout(0, QUERIES))
+        head, row_used, lse, delta, own_key = _rows_of_step(
+            choices_ptr, 0, length, query_key_ptr, lse_ptr, delta_ptr, LISTS, TOP_K, ROWS, SLOT, N, MMA, QUERIES
+        )
+        place = head[:, None] * (HEAD_DIM // 2) + word[None, :]
+        inside = row_used[:, None] & (word < HEAD_DIM // 2)[None, :]
+        q_words = gl.load(q_ptr + place, mask=inside, other=0)
+        do_words = gl.load(do_ptr + place, mask=inside, other=0)
+        dk = gl.zeros([BLOCK_SIZE, DIM], gl.float32, MMA)
+        dv = gl.zeros([BLOCK_SIZE, DIM], gl.float32, MMA)
+        zeros = gl.zeros([BLOCK_SIZE, N], gl.float32, MMA)
+        for step in range(steps):
+            if not KEEP:
+                k = as_left(gl.load(k_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
+            q_words = to_contraction_order(q_words, N, DIM)
+            s = mma_v2(k, as_right_transposed(q_words, MMA, N, DIM, DTYPE), zeros)
+            q_rows = as_right(q_words, MMA, N, DIM, DTYPE)
+            p = gl.exp2(s * scale_log2 - (lse * LOG2E)[None, :])
+            p = gl.where(key_number[:, None] <= own_key[None, :], p, 0.0)
+            if not KEEP:
+                v = as_left(gl.load(v_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
+            do_words = to_contraction_order(do_words, N, DIM)
+            dp = mma_v2(v, as_right_transposed(do_words, MMA, N, DIM, DTYPE), zeros)
+            ds = p * (dp - delta[None, :])
+            do_rows = as_right(do_words, MMA, N, DIM, DTYPE)
+            head, row_used, lse, delta, own_key = _rows_of_step(
+                choices_ptr, gl.minimum(step + 1, steps - 1), length, query_key_ptr, lse_ptr, delta_ptr,
+                LISTS, TOP_K, ROWS, SLOT, N, MMA, QUERIES,
+            )  # fmt: skip
+            place = head[:, None] * (HEAD_DIM // 2) + word[None, :]
+            inside = row_used[:, None] & (word < HEAD_DIM // 2)[None, :]
+            q_words = gl.load(q_ptr + place, mask=inside, other=0)
+            do_words = gl.load(do_ptr + place, mask=inside, other=0)
+            dv = mma_v2(weights_as_left(p, MMA, DTYPE), do_rows, dv)
+            dk = mma_v2(weights_as_left(ds, MMA, DTYPE), q_rows, dk)
+        sums_ptr += segment * (2 * BLOCK_SIZE * DIM)
+        store_rows(sums_ptr, dk, BLOCK_SIZE, BLOCK_SIZE, DIM, DIM)
+        store_rows(sums_ptr + BLOCK_SIZE * DIM, dv, BLOCK_SIZE, BLOCK_SIZE, DIM, DIM)
+
+
+def backward_q(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    o: torch.Tensor | None,
+    lse: torch.Tensor,
+    do: torch.Tensor,
+    layout: DocumentLayout,
+    scale: float,
+    delta: torch.Tensor,
+    has_delta: bool,
+) -> torch.Tensor:
+    """Returns dq, and fills delta unless it has been given; arguments as in `sparse_attention_backward`."""
+    queries, heads, head_dim = q.shape
+    lists, top_k = indices.shape[1:]
+    rows = heads // lists
+    dq = torch.empty_like(q)
+    tiles = pack_tiles(k, v, layout, v_columns=False)
+    q_words, do_words = q.view(torch.int32), do.view(torch.int32)
+    dq_kernel[(queries * lists,)](
+        q_words, do_words, do_words if o is None else o.view(torch.int32), tiles.view(torch.int32), indices,
+        layout.query_position, layout.query_first_row, lse, delta, dq, scale, scale * LOG2E.value, queries,
+        LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, ROWS_PADDED=padded_rows(rows),
+        HEAD_DIM=head_dim, DIM=padded_dim(head_dim), BLOCK_SIZE=layout.block_size, TOP_K=top_k, SLOTS=padded_slots(top_k),
+        DTYPE=gluon_dtype(q.dtype), HAS_DELTA=has_delta, num_warps=1,
+    )  # fmt: skip
+    return dq
+
+
+def backward_k_v(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    lse: torch.Tensor,
+    do: torch.Tensor,
+    layout: DocumentLayout,
+    scale: float,
+    delta: torch.Tensor,
+    index: InvertedIndex,
+) -> torch.Tensor:
+    """Returns the segments' sums, float32 [segments, 2 (dk without its scale, dv), K, padded D]."""
+    _, heads, head_dim = q.shape
+    lists, top_k = indices.shape[1:]
+    rows, dim, block_size = heads // lists, padded_dim(head_dim), layout.block_size
+    slot = 1 << (rows - 1).bit_length()
+    sums = torch.empty(index.max_segments, 2, block_size, dim, dtype=torch.float32, device=q.device)
+    words = (x.view(torch.int32) for x in (q, do, k, v))
+    dkdv_kernel[(index.max_segments,)](
+        *words, lse, delta, layout.query_start + layout.query_position, index.choices, index.segments, index.schedule,
+        index.num_segments, layout.block_start, layout.block_length, sums, scale * LOG2E.value, layout.num_block_rows,
+        LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, SLOT=slot, N=max(16, slot), HEAD_DIM=head_dim, DIM=dim,
+        BLOCK_SIZE=block_size, TOP_K=top_k, DTYPE=gluon_dtype(q.dtype), KEEP=dim <= 64, num_warps=block_size // 16,
+    )  # fmt: skip
+    return sums

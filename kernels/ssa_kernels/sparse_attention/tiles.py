@@ -1,0 +1,79 @@
+"""Keys and values repacked into tiles that a warp loads straight into the registers of its matrix instructions (Triton).
+
+A tile is 16 keys of one kv head, K then V. The sparse kernels read tiles at random, 2 * 16 * D elements at a time, and how a tile
+lies in memory decides what that costs. In the order of the tensor, a tile must pass through shared memory to reach the layout of
+mma.sync's operands. Here it is stored in the order of those operands instead: lane i of the warp finds the 16 bytes that it needs
+at 16 * i of each 512, so a load is one full line after another, needs no shared memory and leaves the whole L1 for caching tiles.
+
+mma.m16n8k16 takes its second operand [16, 8] as two registers a lane, r = lane // 4 and c = lane % 4: elements (2c, 2c + 1 | r) and
+(8 + 2c, 9 + 2c | r). Orders, outermost first, bits named after what they index:
+
+    rows     key bit 3 | d // 32 | r = key % 8 | c | d % 8      K (and V in the backward), to be contracted over d
+    columns  d // 32 | d bit 2 | r = (d bits 4, 3, 0) | c = key // 2 % 4 | d bit 1 | key bit 3 | key bit 0     V, contracted over keys
+
+In `rows`, lane (r, c) holds 8 neighbouring d of its key, d = 32 j + 8 c + (0..7). So the k index of the instruction stands for d in the
+order (d // 32, bits 2, 1, then bits 4, 3, then bit 0). That is free as long as the other operand follows the same order, and `columns`
+deals out V's d alike, so that an output row, too, ends as 8 neighbouring d a lane. fragments.py has the other side.
+
+Blocks start at a tile (block row b has tiles b * K / 16 on); keys past the end of a document's last block are zeros.
+Cost: K and V read and written once, 1/8 of what one of q and o weighs at 16 heads a group.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..documents import DocumentLayout
+
+TILE_KEYS = 16
+
+
+@triton.jit
+def pack_kernel(
+    k_ptr, v_ptr, start_ptr, length_ptr, tiles_ptr,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILES: tl.constexpr, V_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One tile. Grid: (block rows * TILES, kv heads), TILES a block."""
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    row, first = tile // TILES, tile % TILES * 16
+    key = tl.arange(0, 16)
+    dim = tl.arange(0, DIM)
+    inside = (first + key < tl.load(length_ptr + row))[:, None] & (dim < HEAD_DIM)[None, :]
+    token = (tl.load(start_ptr + row) + first + key).to(tl.int64)
+    source = (token * KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
+    k = tl.load(k_ptr + source, mask=inside, other=0.0)
+    v = tl.load(v_ptr + source, mask=inside, other=0.0)
+    target = tiles_ptr + (tile.to(tl.int64) * KV_HEADS + kv_head) * (32 * DIM)
+    rows = (key // 8)[:, None] * (8 * DIM) + (dim // 32)[None, :] * 256 + (key % 8)[:, None] * 32 + (dim % 32)[None, :]
+    tl.store(target + rows, k)
+    if V_COLUMNS:
+        v = tl.reshape(v, [2, 4, 2, DIM // 32, 4, 2, 2, 2])  # key bits 3 | 2, 1 | 0, d // 32, d bits 4, 3 | 2 | 1 | 0
+        v = tl.reshape(tl.permute(v, [3, 5, 4, 7, 1, 6, 0, 2]), [16 * DIM])
+        tl.store(target + 16 * DIM + tl.arange(0, 16 * DIM), v)
+    else:
+        tl.store(target + 16 * DIM + rows, v)
+
+
+def pack_tiles(k: torch.Tensor, v: torch.Tensor, layout: DocumentLayout, *, v_columns: bool) -> torch.Tensor:
+    """Returns the tiles [block rows * K / 16, kv heads, 2, 16 * padded D] of k and v in their dtype.
+
+    Args:
+        k, v: [tokens, kv heads, D], contiguous.
+        layout: documents and blocks of K keys, a multiple of 16.
+        v_columns: whether V lies in the order `columns` (the forward) or `rows` (the backward).
+    """
+    _, kv_heads, head_dim = k.shape
+    dim = padded_dim(head_dim)
+    tiles_a_block = layout.block_size // TILE_KEYS
+    num_tiles = layout.num_block_rows * tiles_a_block
+    tiles = torch.empty(num_tiles, kv_heads, 2, TILE_KEYS * dim, dtype=k.dtype, device=k.device)
+    pack_kernel[(num_tiles, kv_heads)](
+        k, v, layout.block_start, layout.block_length, tiles,
+        KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, TILES=tiles_a_block, V_COLUMNS=v_columns, num_warps=1,
+    )  # fmt: skip
+    return tiles
+
+
+def padded_dim(head_dim: int) -> int:
+    """Returns the D of tiles: a power of two of at least 32."""
+    return max(32, triton.next_power_of_2(head_dim))
