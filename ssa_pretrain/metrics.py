@@ -134,7 +134,7 @@ class MetricsLogger:
         flops_per_token: model FLOPs of a token, forward and backward; None leaves TFLOP/s and MFU unknown.
         peak_flops: FLOP/s of all devices together; None leaves MFU unknown.
         console: where lines go; None makes one.
-        tracker: W&B, or None.
+        tracker: W&B, or None; it is shown the records of before a restart first.
         enabled: True on the one process that writes.
         clock: seconds that never go back.
     """
@@ -168,6 +168,8 @@ class MetricsLogger:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / FILE_NAME
             keep_until(path, resume_step)
+            for record in read_records(path) if tracker is not None and path.exists() else ():
+                tracker.log(record)
             self._file = path.open("a", encoding="utf-8")
 
     def log_step(self, record: Mapping[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """Weights & Biases as a view of a run: one W&B run per training run across restarts, and never a reason to stop or to wait.
 
-The id lives in the run's folder (`wandb.json`), beside the last step sent of every series. A restart takes the id up again and sends only
-what W&B has not seen, so that a run killed and resumed ten times is one curve with no step twice. The x axis is tokens (`define_metric`).
+The id lives in the run's folder (`wandb.json`), beside the last step of every series that W&B surely has. A restart takes the id up again and
+is shown metrics.jsonl from its beginning: it sends what is missing and nothing twice. W&B's client keeps the last 15 seconds in memory, so a
+step counts as received only `SETTLE_SECONDS` after it was sent; a kill may thus repeat the rows of those seconds, with the same step and,
+training being reproducible, the same numbers, but it never leaves a gap. The x axis is tokens (`define_metric`), W&B's own step is ours.
+
 The run's configuration carries the resolved settings, the code's git commit and the data manifest's hash; what looks like a secret is
 replaced before it leaves the process, and neither code, console output nor git remotes are sent.
 
@@ -15,6 +18,8 @@ import logging
 import os
 import re
 import subprocess
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ from ssa_pretrain.problems import SECRET
 STATE_FILE = "wandb.json"
 START_SECONDS = 8.0
 FINISH_SECONDS = 10.0
+SETTLE_SECONDS = 20.0
 HIDDEN = "<hidden>"
 
 # Shapes of credentials: W&B, Hugging Face, GitHub, AWS, OpenAI-like keys, JSON web tokens, and passwords inside URLs.
@@ -58,7 +64,7 @@ def provenance(source: Path, data: Path | None) -> dict[str, Any]:
         source: a folder of the code; outside of a git checkout the commit is None.
         data: the dataset's folder.
     """
-    commit = _git(source, "rev-parse", "HEAD")
+    commit = _git(source, "rev-parse", "--short=12", "HEAD")  # all 40 digits would look like a W&B key
     manifest = data / "manifest.json" if data is not None else None
     return {
         "git_commit": commit,
@@ -70,20 +76,29 @@ def provenance(source: Path, data: Path | None) -> dict[str, Any]:
 
 
 class Tracker:
-    """A W&B run that takes the records of metrics.jsonl.
+    """A W&B run that takes the records of metrics.jsonl, from the first one on after every restart.
 
     Args:
         run: what wandb.init returned.
         folder: the run's output folder, where the state file lives.
         say: writes one line to the user.
+        clock: seconds that never go back.
     """
 
-    def __init__(self, run: "wandb.Run", folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: "wandb.Run",
+        folder: Path,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._run: wandb.Run | None = run
         self._state = folder / STATE_FILE
         self._say = say
-        self._sent: dict[str, int] = _read_state(folder).get("sent", {})
-        self._seen_before = dict(self._sent)
+        self._clock = clock
+        self._received: dict[str, int] = dict(_read_state(folder).get("received", {}))
+        self._skipped_until = dict(self._received)
+        self._sent: deque[tuple[float, str, int]] = deque()
         self.id: str = run.id
         self._save()
 
@@ -93,17 +108,17 @@ class Tracker:
         Args:
             record: a record of metrics.jsonl.
         """
-        name = series(record)
-        if self._run is None or record["step"] <= self._seen_before.get(name, -1):
+        name, step = series(record), record["step"]
+        if self._run is None or step <= self._skipped_until.get(name, -1):
             return
         try:
-            self._run.log(flatten(record))
+            self._run.log(redact(flatten(record)), step=step)
         except (wandb.Error, OSError) as error:
             self._say(f"W&B stopped taking records ({_first_line(error)}); metrics.jsonl goes on")
             self._run = None
             return
-        self._sent[name] = record["step"]
-        self._save()
+        self._sent.append((self._clock(), name, step))
+        self._settle(SETTLE_SECONDS)
 
     def finish(self) -> None:
         """Ends the run; what could not be uploaded in time stays on disk for `wandb sync`."""
@@ -115,13 +130,23 @@ class Tracker:
         except (wandb.Error, OSError, TimeoutError) as error:
             self._say(f"W&B did not finish ({_first_line(error)}); upload later with: wandb sync {_run_folder(run)}")
             return
+        self._settle(0.0)
         if run.offline:
             self._say(f"W&B wrote offline; upload with: wandb sync {_run_folder(run)}")
 
+    def _settle(self, age: float) -> None:
+        """Counts as received what was sent at least `age` seconds ago."""
+        now, before = self._clock(), len(self._sent)
+        while self._sent and now - self._sent[0][0] >= age:
+            _, name, step = self._sent.popleft()
+            self._received[name] = step
+        if len(self._sent) < before:
+            self._save()
+
     def _save(self) -> None:
-        """Writes id and last steps, whole or not at all."""
+        """Writes id and received steps, whole or not at all."""
         fresh = self._state.with_suffix(f".{os.getpid()}.tmp")
-        fresh.write_text(json.dumps({"id": self.id, "sent": self._sent}) + "\n")
+        fresh.write_text(json.dumps({"id": self.id, "received": self._received}) + "\n")
         os.replace(fresh, self._state)
 
 
