@@ -1,0 +1,191 @@
+"""ssa_pretrain/report.py and report_page.py: the figures of a run's folder, as a table and as a page that needs nothing else."""
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ssa_pretrain.config import Config, Method
+from ssa_pretrain.config_io import save_config
+from ssa_pretrain.report import ReportError, main, read_figures, table
+from ssa_pretrain.report_page import page
+
+MANIFEST = {
+    "tokenizer": {"name": "bpe8192", "vocab_size": 8192},
+    "splits": {"train": [{"tokens": 900_000}, {"tokens": 100_000}], "heldout": [{"tokens": 50_000}]},
+    "sources": [{"name": "english"}, {"name": "python"}],
+    "unigram_entropy_nats": {"train": 7.4, "heldout": 7.2},
+}
+PROMPT = "Once <upon>"
+
+
+def train(step: int) -> dict:
+    return {
+        "kind": "train",
+        "step": step,
+        "tokens": 1000 * step,
+        "cross_entropy": 9.0 - step / 10,
+        "alignment_loss": 0.1 / step,
+        "captured_mass": 0.8,
+        "captured_mass_by_layer": [0.7 + step / 100, 0.9],
+        "grad_norm": 1.0,
+        "learning_rate": 1e-3,
+        "tokens_per_second": 100.0 * step,
+        "seconds": 2.0,
+        "mfu": None,
+    }
+
+
+def evaluation(step: int, mode: str, loss: float) -> dict:
+    found = {"kind": "evaluation", "step": step, "tokens": 1000 * step, "split": "heldout", "mode": mode}
+    return found | {"cross_entropy": loss, "perplexity": math.exp(loss), "captured_mass": None}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "a-run"
+    (folder / "data").mkdir(parents=True)
+    config = Config(name="a <run>")
+    config.data.path = str(tmp_path / "elsewhere")
+    config.parallel.tp = 2
+    save_config(config, folder / "config.yaml")
+    records = [evaluation(0, "full", 9.0), evaluation(0, "sparse", 9.1), *(train(step) for step in range(1, 11))]
+    records += [evaluation(10, "full", 5.0), evaluation(10, "sparse", 5.5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "data" / "manifest.json").write_text(json.dumps(MANIFEST))
+    samples = [
+        {"prompt": PROMPT, "mode": mode, "text": text}
+        for mode, text in (("full", "</pre><script>"), ("sparse", PROMPT + " a time"))
+    ]
+    (folder / "samples.json").write_text(json.dumps(samples))
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects a page's text, and its elements with everything that could load or run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.loads: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "path", "rect", "circle"):
+            self.open.append(tag)
+        self.loads += [
+            f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "srcset") or name.startswith("on")
+        ]
+        self.loads += [tag] if tag in ("script", "link", "iframe", "img", "object") else []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parsed(html: str) -> Page:
+    reader = Page()
+    reader.feed(html)
+    assert reader.open == [], "every element is closed"
+    return reader
+
+
+def test_page_is_whole_and_self_contained(run: Path) -> None:
+    html = page(read_figures(run))
+    reader = parsed(html)
+    assert reader.loads == [] and "url(" not in html and "@import" not in html
+    text = " ".join(reader.text)
+    assert html.count("<svg") - html.count('<svg width="22"') == 6, "loss, mass, alignment, norm, rate, speed"
+    for shown in (
+        "a <run>",
+        f"{math.exp(5):.1f}",
+        f"{math.exp(5.5):.1f}",
+        "7.200",
+        "80.0%",
+        PROMPT,
+        "</pre><script>",
+        " a time",
+    ):
+        assert shown in text, shown
+    assert text.count(PROMPT) == 2, "a continuation that repeats its prompt shows it once"
+
+
+def test_table_says_the_same(run: Path) -> None:
+    lines = table(read_figures(run)).splitlines()
+    assert lines[0] == "a <run>: held-out text after 10 steps"
+    assert lines[1].split() == ["full", "sparse", "unigram"]
+    assert lines[2].split()[-3:] == ["5.000", "5.500", "7.200"]
+    assert lines[3].split()[-3:] == ["148.4", "244.7", f"{math.exp(7.2):.1f}"]
+    assert "0: 0.71 -> 0.80  1: 0.90 -> 0.90" in lines[5]
+    found = dict(line.split(None, 1) for line in lines[6:])
+    assert found["data"] == "english, python: 1.00M tokens train, 50.0k tokens heldout"
+    assert found["layout"].startswith("tp 2,") and found["speed"] == "600 tokens/s (median)"
+    assert found["length"] == "10 steps, 10,000 tokens"
+
+
+def test_main_writes_the_page_and_prints_the_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run)]) == 0
+    assert (run / "report.html").read_text() == page(read_figures(run))
+    out = capsys.readouterr().out
+    assert out.startswith("a <run>: held-out") and out.endswith(f"report: {run / 'report.html'}\n")
+    assert not list(run.glob("*.tmp"))
+
+
+def test_evaluation_file_counts_unless_training_went_on(run: Path) -> None:
+    modes = {
+        "full": {"cross_entropy": 4.0, "captured_mass_by_layer": []},
+        "sparse": {"cross_entropy": 4.1, "captured_mass_by_layer": [0.5, 0.7]},
+    }
+    (run / "evaluation.json").write_text(json.dumps({"step": 10, "modes": modes}))
+    final = read_figures(run).final
+    assert final["full"]["cross_entropy"] == 4.0 and final["full"]["captured_mass"] is None
+    assert final["sparse"]["captured_mass"] == pytest.approx(0.6)
+    (run / "evaluation.json").write_text(json.dumps({"step": 9, "modes": modes}))
+    assert read_figures(run).final["full"]["cross_entropy"] == 5.0
+
+
+def test_a_run_in_its_first_moments_has_a_report(run: Path) -> None:
+    for name in ("config.yaml", "samples.json"):
+        (run / name).unlink()
+    (run / "data" / "manifest.json").unlink()
+    (run / "metrics.jsonl").write_text("")
+    figures = read_figures(run)
+    assert "No training step is recorded yet." in " ".join(parsed(page(figures)).text)
+    assert table(figures).startswith("a-run: held-out text after 0 steps")
+
+
+def test_full_attention_has_no_alignment_and_no_mass(run: Path) -> None:
+    config = Config(name="full")
+    config.attention.method = Method.full
+    save_config(config, run / "config.yaml")
+    records = [
+        train(step) | {"alignment_loss": None, "captured_mass": None, "captured_mass_by_layer": []} for step in (1, 2)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = " ".join(parsed(page(read_figures(run))).text)
+    assert "full attention" in text and "Alignment loss" not in text and "Captured attention mass" not in text
+
+
+def test_steps_with_a_loss_that_is_not_finite_are_drawn_around(run: Path) -> None:
+    records = [train(1), train(2) | {"cross_entropy": None, "grad_norm": None}, train(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    figures = read_figures(run)
+    assert [x for x, _ in figures.series("cross_entropy")] == [1000, 3000]
+    parsed(page(figures))
+
+
+def test_messages(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none")]) == 4
+    expected = f"report: {tmp_path / 'none'} holds no metrics.jsonl; give the output_dir of a run, such as outputs/quickstart\n"
+    assert capsys.readouterr().err == expected
+    (run / "samples.json").write_text("{")
+    assert main([str(run)]) == 4
+    assert "samples.json cannot be read" in capsys.readouterr().err
+    with pytest.raises(ReportError, match="remove it or make it again"):
+        read_figures(run)
+    assert main([]) == 3
