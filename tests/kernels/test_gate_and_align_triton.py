@@ -3,10 +3,13 @@
 import oracle
 import pytest
 import torch
+
 from ssa_kernels import gate_and_align
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1 before Triton is imported")
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1 before Triton is imported"
+)
 
 # float32: sums of at most 128 features, each a few rounding errors of 2^-24. float16 rounds once on the way out, at 2^-11.
 TOLERANCE = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.float16: {"rtol": 2e-3, "atol": 2e-3}}
@@ -22,7 +25,9 @@ def _poisoned_memory():
 
 def make(tokens=9, heads=4, head_dim=64, size=1.0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(tokens + heads)
-    outs = [(torch.randn(tokens, heads, head_dim, generator=generator) * size).to(dtype).requires_grad_() for _ in range(2)]
+    outs = [
+        (torch.randn(tokens, heads, head_dim, generator=generator) * size).to(dtype).requires_grad_() for _ in range(2)
+    ]
     return [*outs, torch.randn(tokens, heads, generator=generator).to(dtype).requires_grad_()]
 
 
@@ -51,7 +56,8 @@ def test_values_and_gradients(main, weights, size):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "head_dim"), [(1, 1, 64), (7, 3, 64), (33, 1, 80), (5, 64, 128), (11, 6, 96), (65, 2, 64), (3, 1, 8)]
+    ("tokens", "heads", "head_dim"),
+    [(1, 1, 64), (7, 3, 64), (33, 1, 80), (5, 64, 128), (11, 6, 96), (65, 2, 64), (3, 1, 8)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_ragged_sizes(tokens, heads, head_dim, dtype):
@@ -84,7 +90,9 @@ def test_deltas_are_row_sums_of_the_rounded_gradients():
 
     inputs = [x.detach() for x in make(dtype=torch.float16, size=3.0)]
     grad_out = torch.randn_like(inputs[0])
-    do_full, do_sparse, delta_full, delta_sparse, _ = gate_backward(*inputs, grad_out, torch.tensor(50.0), "full", (1.0, 0.5))
+    do_full, do_sparse, delta_full, delta_sparse, _ = gate_backward(
+        *inputs, grad_out, torch.tensor(50.0), "full", (1.0, 0.5)
+    )
     for gradient, out, delta in ((do_full, inputs[0], delta_full), (do_sparse, inputs[1], delta_sparse)):
         torch.testing.assert_close(delta.double(), (gradient.double() * out.double()).sum(-1), rtol=1e-5, atol=1e-5)
 
@@ -96,7 +104,7 @@ def test_captured_mass_from_any_layout_of_the_lse(rows):
     inputs = [x.detach() for x in make(tokens=21)]
     lse_full = torch.randn(rows, 4, 21 // rows).transpose(1, 2)  # [rows, tokens / rows, H], as a library lays it out
     lse_sparse = (lse_full.reshape(21, 4) - torch.rand(21, 4)).contiguous()
-    out, loss, mass = gate_forward(*inputs, "full", (1.0, 1.0), lse_full, lse_sparse)
+    out, loss, mass = gate_forward(*inputs, "full", (1.0, 1.0), (lse_full, lse_sparse))
     torch.testing.assert_close(mass, torch.exp(lse_sparse - lse_full.reshape(21, 4)).mean(), rtol=1e-5, atol=0)
     without = gate_forward(*inputs, "full", (1.0, 1.0))
     assert torch.equal(out, without[0]) and torch.equal(loss, without[1]) and without[2] is None
@@ -109,7 +117,9 @@ def test_partials_are_summed_whatever_their_number():
         partials = torch.rand(2, count)
         result = torch.empty(2)
         sum_partials_kernel[(2,)](partials, result, count, 2.0, 0.5, BLOCK=REDUCE_BLOCK)
-        torch.testing.assert_close(result, partials.double().sum(1).float() * torch.tensor([2.0, 0.5]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            result, partials.double().sum(1).float() * torch.tensor([2.0, 0.5]), rtol=1e-5, atol=0
+        )
 
 
 def test_a_row_depends_on_nothing_else_and_runs_repeat():
@@ -133,7 +143,9 @@ def test_no_gate_is_a_gate_of_one():
 
 
 def test_no_tokens_no_loss():
-    out, loss = gate_and_align(torch.empty(0, 2, 64), torch.empty(0, 2, 64), torch.empty(0, 2), main="full", impl="triton")
+    out, loss = gate_and_align(
+        torch.empty(0, 2, 64), torch.empty(0, 2, 64), torch.empty(0, 2), main="full", impl="triton"
+    )
     assert out.shape == (0, 2, 64) and float(loss) == 0
 
 

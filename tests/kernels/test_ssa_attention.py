@@ -3,6 +3,7 @@
 import oracle
 import pytest
 import torch
+
 from ssa_kernels import full_attention, ssa_attention
 
 ENDS = torch.tensor([0, 19, 20, 45])
@@ -27,11 +28,15 @@ def test_against_the_oracle(main):
     o_sparse, lse_sparse = oracle.attention(q, k, v, oracle.visible(indices, ENDS, 45, 4, 4), 0.4)
     name = main if isinstance(main, str) else ("full" if main else "sparse")
     streams = (o_full.detach(), o_sparse.detach())
-    out, loss, do_full, do_sparse, dz = oracle.gate_and_align(*streams, logits.detach(), name, (0.7, 1.3), grad_out, 900.0)
+    out, loss, do_full, do_sparse, dz = oracle.gate_and_align(
+        *streams, logits.detach(), name, (0.7, 1.3), grad_out, 900.0
+    )
     want = torch.autograd.grad((o_full, o_sparse), (q, k, v), (do_full, do_sparse))
     torch.testing.assert_close(result.out, out)
     torch.testing.assert_close(result.alignment_loss.double(), loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(result.captured_mass.double(), torch.exp(lse_sparse - lse_full).mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        result.captured_mass.double(), torch.exp(lse_sparse - lse_full).mean(), rtol=1e-6, atol=0
+    )
     for got, expected in zip(grads, (*want, dz), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
@@ -45,7 +50,9 @@ def test_without_a_gate_the_output_is_the_stream():
 def test_rows_that_are_not_equal_end_in_a_sentence():
     q, k, v, _ = make()
     equal = torch.tensor([0, 15, 30, 45])
-    assert torch.equal(full_attention(q, k, v, cu_seqlens=equal, num_rows=3)[0], full_attention(q, k, v, cu_seqlens=equal)[0])
+    assert torch.equal(
+        full_attention(q, k, v, cu_seqlens=equal, num_rows=3)[0], full_attention(q, k, v, cu_seqlens=equal)[0]
+    )
     with pytest.raises(ValueError, match="num_rows=3 must say"):
         full_attention(q, k, v, cu_seqlens=ENDS, num_rows=3)
     with pytest.raises(ValueError, match="num_rows=2 must divide tokens=45"):

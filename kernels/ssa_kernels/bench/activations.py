@@ -19,7 +19,9 @@ def activation_rows(path: Path) -> Iterator[Row]:
     common = {"block_size": BLOCK_SIZE, "cu_seqlens": layout}
     indices = select_blocks(q, k, top_k=TOP_K, **common)
     for group in (2, 4, 8):
-        yield Row(f"{path.name}: rho_{group}", shared_fraction(indices, layout, group), "", detail=f"1/{group} is all shared")
+        yield Row(
+            f"{path.name}: rho_{group}", shared_fraction(indices, layout, group), "", detail=f"1/{group} is all shared"
+        )
     yield Row(f"{path.name}: choices that hold block 0", sink_fraction(indices, layout), "")
 
     def ours():

@@ -13,7 +13,6 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from .. import gate_and_align
-from . import shapes
 from .cases import Problem
 from .shapes import BLOCK_SIZE, TOP_K, Shape
 from .timing import median_ms, repetitions_for
@@ -44,8 +43,20 @@ class Stage:
     def as_record(self) -> dict[str, float | str]:
         """Returns a line of bounds.csv."""
         floors = {f"floor_{name}_ms": value for name, value in self.floors.items()}
-        work = {"flops": self.flops, "memory_bytes": self.memory_bytes, "l2_bytes": self.l2_bytes, "exponentials": self.exponentials}
-        return {"name": self.name, "ms": self.ms, **work, **floors, "binds": self.binds, "share": self.floors[self.binds] / self.ms}
+        work = {
+            "flops": self.flops,
+            "memory_bytes": self.memory_bytes,
+            "l2_bytes": self.l2_bytes,
+            "exponentials": self.exponentials,
+        }
+        return {
+            "name": self.name,
+            "ms": self.ms,
+            **work,
+            **floors,
+            "binds": self.binds,
+            "share": self.floors[self.binds] / self.ms,
+        }
 
 
 def measure(shape: Shape, copy: float, matmul: float) -> list[Stage]:

@@ -18,7 +18,9 @@ def shared_fraction(indices: torch.Tensor, layout: DocumentLayout, group: int) -
     tokens = indices.shape[0] // group * group
     starts = layout.query_start[:tokens].view(-1, group)
     together = starts[:, 0] == starts[:, -1]
-    chosen = indices[:tokens].view(-1, group, *indices.shape[1:]).transpose(1, 2).flatten(2)  # [groups, kv heads, group * top_k]
+    chosen = (
+        indices[:tokens].view(-1, group, *indices.shape[1:]).transpose(1, 2).flatten(2)
+    )  # [groups, kv heads, group * top_k]
     chosen = chosen[together[:, None] & (chosen >= 0).all(-1)]
     if len(chosen) == 0:
         return float("nan")

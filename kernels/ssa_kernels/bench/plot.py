@@ -15,8 +15,15 @@ def roofline(stages: list[Stage], copy: float, matmul: float, path: Path) -> Non
     """Writes the plot to `path`: filled marks against device memory, hollow ones against the L2's gathers."""
     figure, axes = plt.subplots(figsize=(9, 6))
     intensity = np.logspace(-1, 4.5, 200)
-    axes.loglog(intensity, np.minimum(matmul, intensity * copy) / 1e12, "k-", label=f"device memory {copy / 1e12:.2f} TB/s")
-    axes.loglog(intensity, np.minimum(matmul, intensity * L2_BYTES_PER_SECOND) / 1e12, "k--", label=f"L2 {L2_BYTES_PER_SECOND / 1e12:.1f} TB/s")
+    axes.loglog(
+        intensity, np.minimum(matmul, intensity * copy) / 1e12, "k-", label=f"device memory {copy / 1e12:.2f} TB/s"
+    )
+    axes.loglog(
+        intensity,
+        np.minimum(matmul, intensity * L2_BYTES_PER_SECOND) / 1e12,
+        "k--",
+        label=f"L2 {L2_BYTES_PER_SECOND / 1e12:.1f} TB/s",
+    )
     for number, stage in enumerate(stages):
         rate = stage.flops / stage.ms / 1e9
         color = f"C{number % 10}"

@@ -86,4 +86,6 @@ def _check_rows(cu_seqlens: torch.Tensor | DocumentLayout, tokens: int, num_rows
         return
     lengths = (ends[1:] - ends[:-1])[:num_rows]
     if len(lengths) < num_rows or (lengths * num_rows != tokens).any():
-        raise ValueError(f"num_rows={num_rows} must say that the documents are equal spans of {tokens} tokens, got {ends.tolist()[:8]}...; try None")
+        raise ValueError(
+            f"num_rows={num_rows} must say that the documents are equal spans of {tokens} tokens, got {ends.tolist()[:8]}...; try None"
+        )

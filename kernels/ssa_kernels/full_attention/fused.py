@@ -16,14 +16,12 @@ rowsum(dO * O) from outside, so each backward here computes its own.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ..documents import DocumentLayout
 from . import te
 
-Backend = Literal["cudnn", "te", "flash"]
 # Below this a row is not worth cuDNN's fixed costs, and its support for very short ones has varied.
 MIN_CUDNN_ROW = 128
 
@@ -32,7 +30,7 @@ MIN_CUDNN_ROW = 128
 class FusedPlan:
     """What a forward does, as far as its backward must know; all of it lives on the host."""
 
-    backend: Backend
+    backend: str
     num_rows: int  # 1 for packed documents
     max_length: int  # of a row or a document
     scale: float
@@ -54,22 +52,28 @@ def plan_fused(
     """
     tokens, _, head_dim = q.shape
     if q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype={q.dtype} of full_attention on a GPU must be bfloat16 or float16; try impl='reference' for others")
+        raise ValueError(
+            f"dtype={q.dtype} of full_attention on a GPU must be bfloat16 or float16; try impl='reference' for others"
+        )
     if head_dim % 8 or head_dim > 128:
-        raise ValueError(f"head_dim={head_dim} must be a multiple of 8 and at most 128; try impl='reference' for others")
+        raise ValueError(
+            f"head_dim={head_dim} must be a multiple of 8 and at most 128; try impl='reference' for others"
+        )
     if tokens != k.shape[0]:
-        raise ValueError(f"q has {tokens} tokens and k {k.shape[0]}: the fused kernels need as many; try impl='reference' for a part of them")
+        raise ValueError(
+            f"q has {tokens} tokens and k {k.shape[0]}: the fused kernels need as many; try impl='reference' for a part of them"
+        )
     row_length = tokens // num_rows if num_rows else 0
     chosen = backend or _pick(q, row_length)
     _check_backend(chosen, num_rows)
     ends = boundaries(cu_seqlens, tokens)
     if chosen == "cudnn":
-        return FusedPlan("cudnn", num_rows, row_length, scale), ends
+        return FusedPlan("cudnn", tokens // row_length, row_length, scale), ends
     max_length = cu_seqlens.max_length if isinstance(cu_seqlens, DocumentLayout) else (row_length or tokens)
     return FusedPlan(chosen, 1, max_length, scale), ends
 
 
-def _pick(q: torch.Tensor, row_length: int) -> Backend:
+def _pick(q: torch.Tensor, row_length: int) -> str:
     if torch.are_deterministic_algorithms_enabled():
         return "flash"
     if row_length >= MIN_CUDNN_ROW:
@@ -82,9 +86,13 @@ def _check_backend(backend: str, num_rows: int | None) -> None:
     if backend not in ("cudnn", "te", "flash"):
         raise ValueError(f"backend={backend!r} of full_attention must be None, 'cudnn', 'te' or 'flash'; try None")
     if backend == "cudnn" and num_rows is None:
-        raise ValueError("backend='cudnn' needs num_rows, since it takes rows of equal length only; try backend='te' or 'flash'")
+        raise ValueError(
+            "backend='cudnn' needs num_rows, since it takes rows of equal length only; try backend='te' or 'flash'"
+        )
     if backend == "te" and not te.is_installed():
-        raise ValueError(f"backend='te' needs transformer_engine {te.OLDEST[0]}.{te.OLDEST[1]} or later with its torch extension; try backend='flash'")
+        raise ValueError(
+            f"backend='te' needs transformer_engine {te.OLDEST[0]}.{te.OLDEST[1]} or later with its torch extension; try backend='flash'"
+        )
 
 
 def boundaries(cu_seqlens: torch.Tensor | DocumentLayout, num_tokens: int) -> torch.Tensor:
@@ -139,7 +147,20 @@ def fused_backward(
     if plan.backend == "te":
         return te.te_backward(grad_o, q, k, v, o, lse[0].unsqueeze(-1), states[0], cu_seqlens, longest, plan.scale)
     return torch.ops.aten._flash_attention_backward(
-        grad_o, q, k, v, o, lse[0].transpose(0, 1), cu_seqlens, cu_seqlens, longest, longest, 0.0, True, *states, scale=plan.scale
+        grad_o,
+        q,
+        k,
+        v,
+        o,
+        lse[0].transpose(0, 1),
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        0.0,
+        True,
+        *states,
+        scale=plan.scale,
     )
 
 

@@ -39,7 +39,9 @@ def te_forward(
         cu_seqlens_q_padded=cu_seqlens, cu_seqlens_kv_padded=cu_seqlens, attn_scale=scale, **LAYOUT,
     )  # fmt: skip
     if lse.shape != (*q.shape[:2], 1):
-        raise ValueError(f"lse of Transformer Engine has shape {tuple(lse.shape)}, not [tokens, H, 1]: cuDNN is too old; try backend='flash'")
+        raise ValueError(
+            f"lse of Transformer Engine has shape {tuple(lse.shape)}, not [tokens, H, 1]: cuDNN is too old; try backend='flash'"
+        )
     return o, lse, state
 
 

@@ -50,7 +50,9 @@ def check_gate_inputs(o: torch.Tensor, gate_logits: torch.Tensor, main: str | to
     elif main not in ("full", "sparse"):
         raise ValueError(f"main={main!r} must be 'full', 'sparse' or a tensor of one integer (not 0 for full)")
     if o.dim() != 3 or gate_logits.shape != o.shape[:2]:
-        raise ValueError(f"gate_logits {tuple(gate_logits.shape)} must fit o_full {tuple(o.shape)}: its first two sizes")
+        raise ValueError(
+            f"gate_logits {tuple(gate_logits.shape)} must fit o_full {tuple(o.shape)}: its first two sizes"
+        )
 
 
 def main_operand(main: str | torch.Tensor) -> str | torch.Tensor:

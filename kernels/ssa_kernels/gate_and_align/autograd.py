@@ -12,6 +12,7 @@ class GateAndAlign(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, o_full, o_sparse, gate_logits, main, weights):
+        """Runs the forward kernel; the tensors are contiguous."""
         out, loss, _ = gate_forward(o_full, o_sparse, gate_logits, main, weights)
         on_device = isinstance(main, torch.Tensor)
         ctx.save_for_backward(o_full, o_sparse, gate_logits, main if on_device else None)
@@ -21,6 +22,7 @@ class GateAndAlign(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_loss):
+        """Runs the backward kernel; its deltas have no reader here."""
         o_full, o_sparse, gate_logits, main = ctx.saved_tensors
         main = ctx.main_name if main is None else main
         do_full, do_sparse, _, _, grad_logits = gate_backward(

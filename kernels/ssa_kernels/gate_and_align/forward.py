@@ -96,10 +96,9 @@ def gate_forward(
     gate_logits: torch.Tensor,
     main: str | torch.Tensor,
     weights: tuple[float, float],
-    lse_full: torch.Tensor | None = None,
-    lse_sparse: torch.Tensor | None = None,
+    lse: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Returns the gated main stream, the alignment loss and, where both LSEs are given, the mean captured mass.
+    """Returns the gated main stream, the alignment loss and, where log-sum-exps are given, the mean captured mass.
 
     Args:
         o_full: [tokens, H, D], contiguous.
@@ -107,39 +106,38 @@ def gate_forward(
         gate_logits: [tokens, H], contiguous.
         main: "full", "sparse", or an int32 tensor of one element on the same device, not 0 for "full".
         weights: (sparsity, commitment).
-        lse_full: [rows, tokens / rows, H] fp32 with any strides, natural log; or None.
-        lse_sparse: [tokens, H] fp32, contiguous, natural log; or None.
+        lse: natural logarithms, fp32: the full stream's as [rows, tokens / rows, H] with any strides, the sparse stream's as
+            [tokens, H], contiguous.
     """
     tokens, num_heads, head_dim = o_full.shape
     num_rows = tokens * num_heads
     out = torch.empty_like(o_full)
-    with_mass = lse_full is not None and lse_sparse is not None
-    num_sums = 2 if with_mass else 1
+    # Where a kernel reads no log-sum-exp, the output stands in as a pointer.
+    lse_full, lse_sparse = (out[:, :, 0][None], out) if lse is None else lse
+    num_sums = 1 if lse is None else 2
     if num_rows == 0:
         results = torch.zeros(num_sums, dtype=torch.float32, device=o_full.device)
-        return out, results[0], results[1] if with_mass else None
+        return out, results[0], None if lse is None else results[1]
 
     block_dim, block_rows = tile_shape(head_dim)
-    num_tiles = triton.cdiv(num_rows, block_rows)
+    num_tiles = -(-num_rows // block_rows)
     partials = torch.empty(num_sums, num_tiles, dtype=torch.float32, device=o_full.device)
     results = torch.empty(num_sums, dtype=torch.float32, device=o_full.device)
-    lse_strides = lse_full.stride() if with_mass else (0, 0, 0)
     gate_forward_kernel[(num_tiles,)](
         o_full, o_sparse, gate_logits, main if isinstance(main, torch.Tensor) else out,
-        lse_full if with_mass else out, lse_sparse if with_mass else out, out, partials,
-        num_rows, lse_full.shape[1] if with_mass else 1, *lse_strides,
+        lse_full, lse_sparse, out, partials, num_rows, lse_full.shape[1], *lse_full.stride(),
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_ROWS=block_rows,
-        MAIN=main_code(main), WITH_MASS=with_mass, num_warps=NUM_WARPS,
+        MAIN=main_code(main), WITH_MASS=lse is not None, num_warps=NUM_WARPS,
     )  # fmt: skip
     sum_partials_kernel[(num_sums,)](
         partials, results, num_tiles, sum(weights) / (num_rows * head_dim), 1.0 / num_rows, BLOCK=REDUCE_BLOCK, num_warps=32
     )  # fmt: skip
-    return out, results[0], results[1] if with_mass else None
+    return out, results[0], None if lse is None else results[1]
 
 
 def tile_shape(head_dim: int) -> tuple[int, int]:
     """Returns (features, rows) of a program's tile: the head dimension rounded up to a power of two, and the rows that fit."""
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = 1 << (head_dim - 1).bit_length()
     return block_dim, max(1, TILE_ELEMENTS // block_dim)
 
 

@@ -23,6 +23,14 @@ from ..select.api import select_blocks
 from ..sparse_attention.api import sparse_attention
 
 
+class Selection(NamedTuple):
+    """How blocks are chosen."""
+
+    block_size: int
+    top_k: int
+    score: str
+
+
 class SSAOutput(NamedTuple):
     """What one layer gives."""
 
@@ -68,17 +76,26 @@ def ssa_attention(
     check_gate_inputs(q, gate_logits, main)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
-    selection = {"block_size": block_size, "top_k": top_k, "score": score}
+    selection = Selection(block_size, top_k, score)
     if resolve_impl(impl, q, "ssa_attention") == "reference" or not q.is_cuda:
         return composed(
-            q, k, v, gate_logits, layout=layout, selection=selection, main=main, weights=weights, scale=scale, num_rows=num_rows, impl=impl
+            q,
+            k,
+            v,
+            gate_logits,
+            layout=layout,
+            selection=selection,
+            main=main,
+            weights=weights,
+            scale=scale,
+            num_rows=num_rows,
+            impl=impl,
         )
     from .autograd import SSAAttention  # here, because it imports Triton
 
+    tensors = (x.contiguous() for x in (q, k, v, gate_logits))
     return SSAOutput(
-        *SSAAttention.apply(
-            q, k, v, gate_logits.contiguous(), main_operand(main), tuple(weights), layout, selection, scale, num_rows
-        )
+        *SSAAttention.apply(*tensors, main_operand(main), tuple(weights), layout, selection, scale, num_rows)
     )
 
 
@@ -89,7 +106,7 @@ def composed(
     gate_logits: torch.Tensor,
     *,
     layout: DocumentLayout,
-    selection: dict[str, int | str],
+    selection: Selection,
     main: str | torch.Tensor,
     weights: tuple[float, float],
     scale: float,
@@ -99,7 +116,7 @@ def composed(
     """Returns what `ssa_attention` does, by the public operators one after another."""
     common = {"cu_seqlens": layout, "scale": scale, "impl": impl}
     o_full, lse_full = full_attention(q, k, v, return_lse=True, num_rows=num_rows, **common)
-    indices = select_blocks(q.detach(), k.detach(), **selection, **common)
-    o_sparse, lse_sparse = sparse_attention(q, k, v, indices, block_size=selection["block_size"], **common)
+    indices = select_blocks(q.detach(), k.detach(), **selection._asdict(), **common)
+    o_sparse, lse_sparse = sparse_attention(q, k, v, indices, block_size=selection.block_size, **common)
     out, loss = gate_and_align(o_full, o_sparse, gate_logits, main=main, weights=weights, impl=impl)
     return SSAOutput(out, loss, captured_mass(lse_full, lse_sparse).mean())

@@ -24,11 +24,12 @@ class SSAAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, gate_logits, main, weights, layout, selection, scale, num_rows):
+        """Runs both streams and the gate; q, k, v and the logits are contiguous."""
         plan, ends = plan_fused(q, k, layout, num_rows=num_rows, backend=None, scale=scale)
         o_full, lse_full, *states = fused_forward(q, k, v, ends, plan)
-        indices = select_blocks(q, k, cu_seqlens=layout, scale=scale, impl="triton", **selection)
+        indices = select_blocks(q, k, cu_seqlens=layout, scale=scale, impl="triton", **selection._asdict())
         o_sparse, lse_sparse = sparse_attention_forward(q, k, v, indices, layout, scale)
-        out, loss, mass = gate_forward(o_full, o_sparse, gate_logits, main, weights, lse_full, lse_sparse)
+        out, loss, mass = gate_forward(o_full, o_sparse, gate_logits, main, weights, (lse_full, lse_sparse))
         on_device = isinstance(main, torch.Tensor)
         ctx.save_for_backward(
             q, k, v, gate_logits, o_full, lse_full, o_sparse, lse_sparse, indices, ends, main if on_device else None, *states
@@ -41,6 +42,7 @@ class SSAAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_loss, _):
+        """Gate first, then both streams, whose gradients are added."""
         q, k, v, gate_logits, o_full, lse_full, o_sparse, lse_sparse, indices, ends, main, *states = ctx.saved_tensors
         main = ctx.main_name if main is None else main
         do_full, do_sparse, _, delta_sparse, grad_logits = gate_backward(

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+
 from ssa_kernels import build_layout, full_attention
 from ssa_kernels.full_attention import te
 
 pytestmark = pytest.mark.gpu
 
-PACKED = ["flash", pytest.param("te", marks=pytest.mark.skipif(not te.is_installed(), reason="needs transformer_engine"))]
+PACKED = [
+    "flash",
+    pytest.param("te", marks=pytest.mark.skipif(not te.is_installed(), reason="needs transformer_engine")),
+]
 LENGTHS = [1, 15, 0, 16, 17, 300, 0, 129, 34]
 
 
@@ -55,7 +59,9 @@ def check(inputs, lengths, scale=None, **options):
 
 
 @pytest.mark.parametrize("backend", PACKED)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(8, 2, 64), (32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128)]
+)
 def test_documents(backend, heads, kv_heads, head_dim):
     inputs = make(sum(LENGTHS), heads, kv_heads, head_dim)
     check(inputs, LENGTHS, cu_seqlens=ends(LENGTHS), backend=backend)

@@ -3,6 +3,7 @@
 import oracle
 import pytest
 import torch
+
 from ssa_kernels import gate_and_align
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +20,8 @@ def error(got, want):
 
 @pytest.mark.parametrize("main", ["full", "sparse", 1, 0])
 @pytest.mark.parametrize(
-    ("tokens", "heads", "head_dim"), [(1, 1, 64), (1000, 3, 64), (333, 32, 64), (77, 64, 80), (129, 8, 96), (4096, 32, 128), (5000, 6, 64)]
+    ("tokens", "heads", "head_dim"),
+    [(1, 1, 64), (1000, 3, 64), (333, 32, 64), (77, 64, 80), (129, 8, 96), (4096, 32, 128), (5000, 6, 64)],
 )
 def test_values_and_gradients_against_float64(tokens, heads, head_dim, main):
     """No worse than 1.2 times what the same formulas in bf16-rounded results must lose: half an ulp of bf16, 2^-9, on each output."""
@@ -44,7 +46,9 @@ def test_runs_repeat_bit_for_bit():
     results = []
     for _ in range(3):
         out, loss = gate_and_align(*inputs, main="sparse")
-        results.append((out, loss, *torch.autograd.grad((out, loss), inputs, (torch.ones_like(out), torch.ones_like(loss)))))
+        results.append(
+            (out, loss, *torch.autograd.grad((out, loss), inputs, (torch.ones_like(out), torch.ones_like(loss))))
+        )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -52,7 +56,9 @@ def test_runs_repeat_bit_for_bit():
 def test_more_than_2_to_the_31_elements():
     """Addresses are 64-bit: the last rows of a tensor of 2^31 + 2^20 elements are right."""
     tokens = (2**31 + 2**20) // (32 * 64)
-    inputs = [torch.empty(tokens, 32, 64, device="cuda", dtype=torch.bfloat16).normal_().requires_grad_() for _ in range(2)]
+    inputs = [
+        torch.empty(tokens, 32, 64, device="cuda", dtype=torch.bfloat16).normal_().requires_grad_() for _ in range(2)
+    ]
     inputs.append(torch.randn(tokens, 32, device="cuda", dtype=torch.bfloat16).requires_grad_())
     out, loss = gate_and_align(*inputs, main="full")
     grad_out = torch.ones_like(out)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+
 from ssa_kernels import build_layout, ssa_attention
-from ssa_kernels.ssa_attention.api import composed
+from ssa_kernels.ssa_attention.api import Selection, composed
 
 pytestmark = pytest.mark.gpu
 
 LENGTHS = [700, 1, 333, 16, 998]
-SELECTION = {"block_size": 16, "top_k": 8, "score": "softmax_sum"}
+SELECTION = Selection(block_size=16, top_k=8, score="softmax_sum")
 
 
 def make(heads=16, kv_heads=2, head_dim=64):
@@ -30,7 +31,7 @@ def test_it_is_the_composition(main, heads, kv_heads, head_dim):
     inputs, layout = make(heads, kv_heads, head_dim)
     given = main if isinstance(main, str) else torch.tensor([main], device="cuda")
     common = {"main": given, "weights": (0.7, 1.3), "num_rows": None}
-    ours = ssa_attention(*inputs, cu_seqlens=layout, **SELECTION, **common)
+    ours = ssa_attention(*inputs, cu_seqlens=layout, **SELECTION._asdict(), **common)
     theirs = composed(*inputs, layout=layout, selection=SELECTION, scale=head_dim**-0.5, impl=None, **common)
     assert torch.equal(ours.out, theirs.out) and torch.equal(ours.alignment_loss, theirs.alignment_loss)
     torch.testing.assert_close(ours.captured_mass, theirs.captured_mass, rtol=1e-5, atol=0)
@@ -52,7 +53,7 @@ def test_the_receptive_field_covers_all():
 
 def test_without_a_gate():
     inputs, layout = make()
-    result = ssa_attention(*inputs[:3], None, cu_seqlens=layout, main="full", **SELECTION)
+    result = ssa_attention(*inputs[:3], None, cu_seqlens=layout, main="full", **SELECTION._asdict())
     torch.autograd.grad(result.out.sum() + result.alignment_loss, inputs[:3])
 
 
@@ -61,7 +62,10 @@ def test_it_never_waits_for_the_device():
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            result = ssa_attention(*inputs, cu_seqlens=layout, main="full", **SELECTION)
-            torch.autograd.backward((result.out, result.alignment_loss), (torch.ones_like(result.out), torch.ones_like(result.alignment_loss)))
+            result = ssa_attention(*inputs, cu_seqlens=layout, main="full", **SELECTION._asdict())
+            torch.autograd.backward(
+                (result.out, result.alignment_loss),
+                (torch.ones_like(result.out), torch.ones_like(result.alignment_loss)),
+            )
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,73 @@
+"""The benchmark's parts that need no GPU: locality, verdicts, the table of bounds, the plot."""
+
+import math
+
+import pytest
+import torch
+
+from ssa_kernels import build_layout
+from ssa_kernels.bench.bounds import Stage, table
+from ssa_kernels.bench.cases import Row
+from ssa_kernels.bench.locality import load_activations, shared_fraction, sink_fraction
+
+
+def layout_of(*ends):
+    return build_layout(torch.tensor([0, *ends]), num_tokens=ends[-1], block_size=2)
+
+
+def test_locality_of_groups_that_share_all_nothing_and_half():
+    layout = layout_of(8)
+    same = torch.tensor([[0, 1]] * 8).view(8, 1, 2)
+    assert shared_fraction(same, layout, 4) == 1 / 4
+    distinct = torch.arange(16).view(8, 1, 2)
+    assert shared_fraction(distinct, layout, 4) == 1
+    half = torch.tensor([[0, 1], [0, 2]] * 4).view(8, 1, 2)  # three distinct of four
+    assert shared_fraction(half, layout, 2) == 3 / 4
+
+
+def test_locality_leaves_out_groups_over_two_documents_and_short_choices():
+    same = torch.tensor([[0, 1]] * 8).view(8, 1, 2)
+    same[2:4] = torch.tensor([5, 6])
+    assert shared_fraction(same, layout_of(3, 8), 4) == 1 / 4  # only the second group lies in one document
+    same[5, 0, 1] = -1
+    assert math.isnan(shared_fraction(same, layout_of(3, 8), 4))
+
+
+def test_the_sink_counts_where_block_0_is_not_the_own_one():
+    layout = layout_of(6)
+    indices = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 1], [0, 2], [1, 2]]).view(6, 1, 2)
+    assert sink_fraction(indices, layout) == 3 / 4
+
+
+@pytest.mark.parametrize(
+    ("value", "higher", "verdict"),
+    [(5.3, True, "aim"), (4.5, True, "must"), (3.9, True, "missed"), (3.9, False, "aim"), (4.5, False, "missed")],
+)
+def test_verdicts(value, higher, verdict):
+    bounds = (4.0, 5.2) if higher else (4.2, 4.0)
+    assert Row.bounded("a", value, "x", bounds, higher=higher).verdict == verdict
+    assert Row("a", value, "x").verdict == ""
+
+
+def stage():
+    return Stage("sparse fwd", 2.0, 1e12, 4e9, 8e9, 0.0, {"memory": 1.0, "L2": 1.5})
+
+
+def test_the_largest_floor_binds():
+    assert stage().binds == "L2"
+    assert "500.0   2.00     4.00   1.500 ms by L2: 75%" in table([stage()])
+    assert stage().as_record()["share"] == 0.75
+
+
+def test_the_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    from ssa_kernels.bench.plot import roofline
+
+    roofline([stage()], 4.3e12, 8e14, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").stat().st_size > 10_000
+
+
+def test_activations_that_lack_a_tensor_end_in_a_sentence(tmp_path):
+    torch.save({"q": torch.zeros(1)}, tmp_path / "layer.pt")
+    with pytest.raises(ValueError, match="lacks cu_seqlens, k, v"):
+        load_activations(tmp_path / "layer.pt")
