@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The main job on any CPU: real text -> indexed binaries -> a small SSA Llama on two processes -> held-out figures -> report.html.
+# `make quickstart` makes the environment first and then calls this.
+#
+#   launchers/quickstart.sh [--venv DIR] [--out DIR] [--dry-run] [KEY=VALUE ...]
+#
+#   --venv DIR   the virtual environment to use (.venv)
+#   --out DIR    everything goes here (outputs/quickstart)
+#   --dry-run    print the four commands and start nothing
+#   KEY=VALUE    settings of the run, such as training.steps=50
+#
+# Each program finds out by itself what is done already: say the same again after an interruption and it goes on.
+set -euo pipefail
+
+venv=.venv
+out=outputs/quickstart
+dry_run=0
+settings=()
+while (($#)); do
+    case $1 in
+        --venv) venv=${2:?--venv needs a folder} && shift 2 ;;
+        --out) out=${2:?--out needs a folder} && shift 2 ;;
+        --dry-run) dry_run=1 && shift ;;
+        -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+        -*) printf 'quickstart: %s is no flag of this; see --help\n' "$1" >&2 && exit 3 ;;
+        *) settings+=("$1") && shift ;;
+    esac
+done
+
+export PYTHONSAFEPATH=1         # the folder this is called from is no place of packages
+export CUDA_VISIBLE_DEVICES=""  # the same job on every machine
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+python=$venv/bin/python
+run=(experiment=quickstart "output_dir=$out" "data.path=$out/data" ${settings[@]+"${settings[@]}"})
+
+step() {
+    printf '\n[%s] %s\n' "$1" "$2" >&2
+    shift 2
+    if ((dry_run)); then
+        printf '%q ' "$@" && printf '\n'
+    else
+        "$@"
+    fi
+}
+
+step 1/4 "Text: English and Python into indexed binaries" \
+    "$python" -m data_prep source=quickstart tokenizer=bpe8k "out=$out/data"
+step 2/4 "Training: two processes, tensor parallel" \
+    "$python" -m torch.distributed.run --standalone --nproc-per-node=2 -m ssa_pretrain.train parallel=tp2 "${run[@]}"
+step 3/4 "Evaluation: the held-out text with full and with sparse attention, and samples" \
+    "$python" -m ssa_pretrain.evaluate "${run[@]}"
+step 4/4 "Report" \
+    "$python" -m ssa_pretrain.report "$out"

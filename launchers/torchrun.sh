@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Training with torchrun, on one node or on several that meet through a c10d rendezvous.
+#
+#   launchers/torchrun.sh --nproc-per-node 8 experiment=ssa_1b_8k parallel=dp
+#   launchers/torchrun.sh --nnodes 4 --nproc-per-node 8 --rdzv-endpoint node0:29400 experiment=ssa_1b_8k    # on each node
+#
+#   --nproc-per-node N       processes on this node, one a GPU           (NPROC_PER_NODE, or auto: every GPU)
+#   --nnodes N               nodes                                       (NNODES, or 1)
+#   --rdzv-endpoint HOST:PORT  one of the nodes; all must reach it       (RDZV_ENDPOINT; needed for more than one node)
+#   --rdzv-id NAME           tells jobs on one endpoint apart            (RDZV_ID, or ssa_pretrain)
+#   --python PATH            the interpreter                             (PYTHON, or python3)
+#   --module NAME            the entry point                             (ssa_pretrain.train)
+#   --dry-run                print the exact command and the run's plan; start nothing
+#
+# A flag counts before the variable in brackets. What follows the flags goes to the entry point as it is. Resuming is the same command again.
+set -euo pipefail
+
+nproc=${NPROC_PER_NODE:-auto}
+nnodes=${NNODES:-1}
+endpoint=${RDZV_ENDPOINT:-}
+id=${RDZV_ID:-ssa_pretrain}
+python=${PYTHON:-python3}
+module=ssa_pretrain.train
+dry_run=0
+
+stop() {
+    printf 'torchrun.sh: %s\n' "$*" >&2
+    exit 3
+}
+
+while (($#)); do
+    case $1 in
+        --nproc-per-node | --nnodes | --rdzv-endpoint | --rdzv-id | --python | --module)
+            (($# > 1)) || stop "$1 needs a value; see --help"
+            case $1 in
+                --nproc-per-node) nproc=$2 ;;
+                --nnodes) nnodes=$2 ;;
+                --rdzv-endpoint) endpoint=$2 ;;
+                --rdzv-id) id=$2 ;;
+                --python) python=$2 ;;
+                --module) module=$2 ;;
+            esac
+            shift 2
+            ;;
+        --dry-run) dry_run=1 && shift ;;
+        -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+        --) shift && break ;;
+        --*) stop "$1 is no flag of this; put flags of the entry point after --" ;;
+        *) break ;;
+    esac
+done
+
+[[ $nnodes =~ ^[1-9][0-9]*$ ]] || stop "--nnodes=$nnodes must be a positive number; try 1"
+[[ $nproc =~ ^([1-9][0-9]*|auto|gpu)$ ]] || stop "--nproc-per-node=$nproc must be a positive number, gpu or auto; try 8"
+if ((nnodes > 1)); then
+    [[ -n $endpoint ]] || stop "--nnodes=$nnodes needs --rdzv-endpoint=HOST:PORT, the same on every node; try the first node's name and port 29400"
+    meet=(--rdzv-backend=c10d "--rdzv-endpoint=$endpoint" "--rdzv-id=$id")
+else
+    meet=(--standalone)
+fi
+
+export PYTHONSAFEPATH=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+command=("$python" -m torch.distributed.run "--nnodes=$nnodes" "--nproc-per-node=$nproc" "${meet[@]}" -m "$module" "$@")
+
+if ((dry_run)); then
+    printf 'PYTHONSAFEPATH=1 OMP_NUM_THREADS=%s ' "$OMP_NUM_THREADS"
+    printf '%q ' "${command[@]}"
+    printf '\n'
+    world=()
+    [[ $nproc =~ ^[0-9]+$ ]] && world=("parallel.world_size=$((nnodes * nproc))")
+    exec "$python" -m "$module" "$@" ${world[@]+"${world[@]}"} dry_run=true
+fi
+exec "${command[@]}"
