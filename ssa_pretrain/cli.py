@@ -3,7 +3,8 @@
 Hydra's command line keeps its meaning: groups, `experiment=`, overrides, `--help`, `--cfg job [--resolve]`,
 `--info defaults`, `-cd`, `-cp`, `-cn`. What only shows something is handed to `hydra.main`; a run is composed by
 composition.py, converted by config_io.py and checked by rules.py, because Hydra itself stops at the first error and writes
-a folder per process. Exit code 3: the configuration is wrong; 4: only the data is.
+a folder per process. `dry_run=true` (or `--dry-run`) prints the plan and leaves. Exit code 3: the configuration is wrong;
+4: only the data is.
 
 Every rank of a run reads the same command, and rank 0 alone speaks. Neither torch nor megatron-core is imported.
 """
@@ -13,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,16 +26,17 @@ from omegaconf import DictConfig
 from ssa_pretrain.composition import Source, compose, hydra_on, sort_overrides
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
+from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.planning import describe, make_plan
 from ssa_pretrain.problems import SECRET, ConfigError, Problem
 from ssa_pretrain.rules import Machine, check
 from ssa_pretrain.suggestions import closest
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-PLANNING = ("plan",)  # entry points that look at another machine than this one
 
 
 def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
-    """Returns the checked configuration of a command; shows and leaves for `--help`, `--cfg` and their like.
+    """Returns the checked configuration of a command; shows and leaves for `--help`, `--cfg`, `dry_run=true` and their like.
 
     Args:
         entry: the entry point's name, as in `python -m ssa_pretrain.<entry>`.
@@ -43,12 +46,18 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         SystemExit: 0 after showing something; 3 or 4 after one message that lists every problem.
     """
     speaks = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        return resolve_config(entry, sys.argv[1:] if argv is None else argv, this_machine(), speaks=speaks)
+        config = resolve_config(entry, arguments, this_machine(), speaks=speaks)
+        plan = _planned(config, arguments) if _plans(entry, config) else ""
     except ConfigError as error:
         if speaks:
             sys.stderr.write(report(entry, error) + "\n")
         raise SystemExit(error.exit_code) from None
+    if plan:
+        sys.stdout.write(plan * speaks)
+        raise SystemExit(0)
+    return config
 
 
 def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks: bool = True) -> Config:
@@ -70,10 +79,9 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks:
     if tree:
         config, found = config_from_dict(tree)
         problems += [problem for problem in found if problem.key not in {earlier.key for earlier in problems}]
-        planning = entry in PLANNING or config.dry_run
         wrong = {problem.key for problem in problems}
         if "experiment" not in wrong:  # without the experiment that was meant, every rule would cry
-            problems += check(config, machine.unknown() if planning else machine, wrong)
+            problems += check(config, machine.unknown() if _plans(entry, config) else machine, wrong)
     if problems:
         raise ConfigError(problems)
     return config
@@ -94,6 +102,21 @@ def report(entry: str, error: ConfigError) -> str:
     what = "data" if error.exit_code == 4 else "configuration"
     head = f"ssa_pretrain.{entry}: {count} in the {what}; nothing was started."
     return f"{head}\n{error}\nAll keys and groups: python -m ssa_pretrain.{entry} --help"
+
+
+def _plans(entry: str, config: Config) -> bool:
+    """Whether a command plans a run, perhaps for another machine, rather than starting it."""
+    return entry == "plan" or config.dry_run
+
+
+def _planned(config: Config, arguments: Sequence[str]) -> str:
+    """The plan as a table; the data, where it is prepared already, says the vocabulary."""
+    vocab_size = None
+    with suppress(ValueError):
+        vocab_size = load_manifest(config.data.path).tokenizer.vocab_size
+    plan = make_plan(config, config.parallel.world_size or this_machine().world_size or 1, vocab_size)
+    overrides = [argument for argument in arguments if not argument.startswith("--")]
+    return describe(config, plan, overrides) + "\n"
 
 
 @dataclass(frozen=True, slots=True)

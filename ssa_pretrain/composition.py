@@ -87,7 +87,8 @@ def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], 
     if problem := _refused(line, override):
         return [], [problem]
     if options := _options(key, source):
-        chosen = override.value() if isinstance(override.value(), list) else [override.value()]
+        given = override.value()
+        chosen = given if isinstance(given, list) else [given]
         wrong = [choice for choice in chosen if choice is not None and choice not in options]
         return _no_option(key, wrong[0], options) if wrong else ([f"{key}={value}"], [])
     if _is_settable(key) or override.is_hydra_override():

@@ -61,9 +61,9 @@ def load_config(path: Path | str) -> Config:
     return config
 
 
-def known_keys(section: Any = Config, prefix: str = "") -> dict[str, type]:
+def known_keys(section: Any = Config, prefix: str = "") -> dict[str, Any]:
     """Returns the dotted key and the type of every field that holds a value (sections left out)."""
-    keys: dict[str, type] = {}
+    keys: dict[str, Any] = {}
     for f in dataclasses.fields(section):
         if dataclasses.is_dataclass(f.type):
             keys |= known_keys(f.type, f"{prefix}{f.name}.")
@@ -83,7 +83,7 @@ def unknown_key(key: str, value: object) -> Problem:
     return Problem(key, value, "is not a known key", advice)
 
 
-def _section(cls: type, tree: Any, prefix: str, problems: list[Problem]) -> Any:
+def _section(cls: Any, tree: Any, prefix: str, problems: list[Problem]) -> Any:
     """One dataclass from one dictionary, its subsections included."""
     if not isinstance(tree, dict):
         names = join((f.name for f in dataclasses.fields(cls)), "and")

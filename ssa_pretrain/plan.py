@@ -9,11 +9,10 @@ its list of problems and exits 3 or 4: a launcher asks once before it starts man
 
 import sys
 
-from ssa_pretrain.cli import read_config, report, this_machine
-from ssa_pretrain.config import Config
-from ssa_pretrain.data.indexed_format import load_manifest
-from ssa_pretrain.planning import describe, make_plan
-from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.cli import read_config
+from ssa_pretrain.planning import Plan, describe, make_plan
+
+__all__ = ["Plan", "describe", "make_plan"]
 
 CHECK = "--check"
 
@@ -21,25 +20,7 @@ CHECK = "--check"
 def main() -> None:
     """Prints the plan of the command line's configuration, or checks it."""
     arguments = [argument for argument in sys.argv[1:] if argument != CHECK]
-    if CHECK in sys.argv:
-        read_config("train", arguments)
-        return
-    config = read_config("plan", arguments)
-    world_size = config.parallel.world_size or this_machine().world_size or 1
-    try:
-        plan = make_plan(config, world_size, prepared_vocab_size(config))
-    except ConfigError as error:
-        sys.stderr.write(report("plan", error) + "\n")
-        raise SystemExit(error.exit_code) from None
-    sys.stdout.write(describe(config, plan, arguments) + "\n")
-
-
-def prepared_vocab_size(config: Config) -> int | None:
-    """Returns the vocabulary of the data, None where no data is prepared."""
-    try:
-        return load_manifest(config.data.path).tokenizer.vocab_size
-    except ValueError:
-        return None
+    read_config("train" if CHECK in sys.argv else "plan", arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ssa_pretrain.problems import ConfigError, Problem
 GIB = 2**30
 GPUS_A_NODE = 8
 USUAL_MFU = 0.4  # what published trainers reach in bf16 on H100s
-SHOWN_RANKS = 16
+SHOWN_LINES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,33 +250,29 @@ def _attention(config: Config) -> str:
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:
-    """Which ranks share a model, one line a pipeline stage and data-parallel replica, cut after some."""
+    """Which ranks are one replica's stage, for the first few of them."""
     if plan.world_size == 1:
         return []
-    rows: dict[tuple[int, int], list[int]] = {}
-    for rank in range(min(plan.world_size, SHOWN_RANKS)):
-        _, _, dp, pp = plan.coordinates(rank)
-        rows.setdefault((pp, dp), []).append(rank)
     lines = []
-    for (pp, dp), ranks in rows.items():
-        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
-        lines.append(("", f"{span:<13} stage {pp}, replica {dp}" + (f", tp 0-{plan.tp - 1}" if plan.tp > 1 else "")))
-    return [*lines, ("", "…")] if plan.world_size > SHOWN_RANKS else lines
+    for first in range(0, plan.world_size, plan.tp * plan.cp)[:SHOWN_LINES]:
+        _, _, dp, pp = plan.coordinates(first)
+        last = first + plan.tp * plan.cp - 1
+        ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
+        lines.append(("", f"{ranks:<13} replica {dp}, stage {pp}"))
+    return [*lines, ("", "…")] if plan.world_size > SHOWN_LINES * plan.tp * plan.cp else lines
 
 
 def _work(config: Config, plan: Plan) -> list[tuple[str, str]]:
     """Operations, and the days they take where GPUs are used as well as they usually are."""
     share = plan.row.beside / plan.row.model
-    beside = f"; {config.attention.method} adds {share:.1%} outside MFU" if share > 0.001 else ""
+    beside = f"; {config.attention.method} does {share:.1%} more, which MFU leaves out" if share > 0.001 else ""
     total = plan.flops_per_token * plan.total_tokens
     lines = [("work", f"{plan.flops_per_token / 1e9:.3g} GFLOP a token, {total:.3g} FLOP in all{beside}")]
     peak = peak_flops("H100", config.precision.name)
     if config.precision.name is not PrecisionName.fp32 and peak:
         hours = total / (USUAL_MFU * peak * plan.world_size) / 3600
         gpus = _count(plan.world_size, "H100")
-        lines.append(
-            ("time", f"about {hours:,.1f} h if {gpus} reach {USUAL_MFU:.0%} MFU, which counts no more than that work")
-        )
+        lines.append(("time", f"about {hours:,.1f} h on {gpus} at {USUAL_MFU:.0%} MFU"))
     return lines
 
 

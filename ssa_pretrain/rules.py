@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method, PrecisionName
+from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
 
 LLAMA3_CONTEXT = 8192  # the original context in Llama-3 RoPE scaling
@@ -257,8 +258,6 @@ def _initial_weights(config: Config) -> list[Problem]:
 
 def _data(config: Config) -> list[Problem]:
     """The prepared data: a readable manifest, a vocabulary that fits, known sources, two rows in each."""
-    from ssa_pretrain.data.indexed_format import load_manifest  # numpy costs a command that only shows something
-
     path, length = config.data.path, config.data.sequence_length
     try:
         manifest = load_manifest(path)

@@ -6,7 +6,8 @@ come from a table. Stdlib only, deterministic.
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
+from itertools import pairwise, takewhile
+from math import inf
 
 # What other trainers call our keys, by the last part of a key.
 SYNONYMS = {
@@ -56,9 +57,13 @@ SYNONYMS = {
 }
 
 _KEYBOARD = ("1234567890-", "qwertyuiop", "asdfghjkl", "zxcvbnm_")
+_NEIGHBOURS = frozenset(
+    pair for row in _KEYBOARD for left, right in pairwise(row) for pair in ((left, right), (right, left))
+)
 _SLIP = 0.8  # a swapped, doubled or neighbouring letter
 _SHORTENED = 0.5  # a key without its section
 _MOVED = 1.5  # a key under another section
+_AS_NEAR = 0.3  # how much farther than the nearest a name may be to be named too
 
 
 def closest(typed: str, known: Iterable[str], count: int = 3) -> list[str]:
@@ -70,49 +75,71 @@ def closest(typed: str, known: Iterable[str], count: int = 3) -> list[str]:
         count: how many to return at most; only names about as near as the best are returned.
     """
     known, typed = list(known), typed.lower()
-    scored = sorted((_key_distance(typed, key), key) for key in known)
-    best = scored[0][0] if scored else float("inf")
+    best = max(1.0, 0.34 * len(typed))
+    scored = []
+    for key in known:
+        distance = _key_distance(typed, key, best + _AS_NEAR)
+        best = min(best, distance)
+        scored.append((distance, -_shared_ends(typed, key), abs(len(typed) - len(key)), key))
+    found = [key for distance, _, _, key in sorted(scored) if distance <= best + _AS_NEAR]
     synonym = SYNONYMS.get(typed.rsplit(".", 1)[-1])
-    if best > 1.0 and synonym in known:
+    if synonym in known and (best > 1.0 or not found):
         return [synonym]
-    if best <= max(1.0, 0.34 * len(typed)):
-        return [key for distance, key in scored if distance <= best + 0.3][:count]
-    words = set(typed.rsplit(".", 1)[-1].split("_"))
-    return [key for key in known if words <= set(key.rsplit(".", 1)[-1].split("_"))][:count]
+    return found[:count] or _with_its_words(typed, known)[:count]
 
 
-def _key_distance(typed: str, key: str) -> float:
+def _key_distance(typed: str, key: str, limit: float) -> float:
     """The distance over the whole key, its last parts, or its last part under another section, whichever is least."""
     section, _, leaf = typed.rpartition(".")
     parts = key.split(".")
-    distances = [typing_distance(typed, key)]
+    distances = [typing_distance(typed, key, limit)]
     if typed.count(".") + 1 < len(parts):
-        distances.append(_SHORTENED + typing_distance(typed, ".".join(parts[-typed.count(".") - 1 :])))
+        last = ".".join(parts[-typed.count(".") - 1 :])
+        distances.append(_SHORTENED + typing_distance(typed, last, limit - _SHORTENED))
     if section:
-        distances.append(_MOVED + typing_distance(leaf, parts[-1]))
+        distances.append(_MOVED + typing_distance(leaf, parts[-1], limit - _MOVED))
     return min(distances)
 
 
-@lru_cache(maxsize=65536)
-def typing_distance(typed: str, meant: str) -> float:
+def _shared_ends(typed: str, key: str) -> int:
+    """Letters that two words share at their beginning and at their end."""
+    pairs = (zip(typed, key, strict=False), zip(reversed(typed), reversed(key), strict=False))
+    return sum(1 for letters in pairs for _ in takewhile(lambda pair: pair[0] == pair[1], letters))
+
+
+def _with_its_words(typed: str, known: list[str]) -> list[str]:
+    """Known names whose last part has all the words of the typed one (num_heads: num_attention_heads)."""
+    words = set(typed.rsplit(".", 1)[-1].split("_"))
+    return [key for key in known if words <= set(key.rsplit(".", 1)[-1].split("_"))]
+
+
+def typing_distance(typed: str, meant: str, limit: float = inf) -> float:
     """Returns the cost of the cheapest slips of the hand that make `typed` of `meant`: 1 an arbitrary letter, 0.8 a likely one.
 
     The optimal string alignment distance (Damerau and Levenshtein's, no letter edited twice) with weights.
+
+    Args:
+        typed: what was written.
+        meant: what may have been meant.
+        limit: distances above it are returned as infinite, sooner.
     """
+    if abs(len(typed) - len(meant)) * _SLIP > limit:
+        return inf
     two_above: list[float] = []
     above = [float(j) for j in range(len(meant) + 1)]
     for i, a in enumerate(typed, start=1):
         row = [float(i)]
-        repeats = i > 1 and a == typed[i - 2]
+        extra = _SLIP if i > 1 and a == typed[i - 2] else 1.0
         for j, b in enumerate(meant, start=1):
-            extra = above[j] + (_SLIP if repeats else 1.0)
-            missing = row[j - 1] + (_SLIP if j > 1 and b == meant[j - 2] else 1.0)
-            cost = min(extra, missing, above[j - 1] + _substitution(a, b))
+            missing = _SLIP if j > 1 and b == meant[j - 2] else 1.0
+            cost = min(above[j] + extra, row[j - 1] + missing, above[j - 1] + _substitution(a, b))
             if i > 1 and j > 1 and a != b and a == meant[j - 2] and b == typed[i - 2]:
                 cost = min(cost, two_above[j - 2] + _SLIP)
             row.append(cost)
+        if min(row) > limit and min(above) > limit:  # a swap reaches over one row
+            return inf
         two_above, above = above, row
-    return above[-1]
+    return above[-1] if above[-1] <= limit else inf
 
 
 def _substitution(typed: str, meant: str) -> float:
@@ -121,5 +148,4 @@ def _substitution(typed: str, meant: str) -> float:
         return 0.0
     if {typed, meant} == {"-", "_"}:
         return 0.2
-    near = any(typed in row and meant in row and abs(row.index(typed) - row.index(meant)) == 1 for row in _KEYBOARD)
-    return _SLIP if near else 1.0
+    return _SLIP if (typed, meant) in _NEIGHBOURS else 1.0
