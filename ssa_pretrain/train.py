@@ -39,9 +39,9 @@ def leave(error: Exception, code: int) -> None:
 
 
 def quieten_libraries() -> None:
-    """Hide megatron-core's import-time remarks on optional packages; what matters of them is in the banner."""
-    for line in ("Transformer Engine and Apex are not installed", "Apex is not installed", ".*not installed"):
-        warnings.filterwarnings("ignore", message=line)
+    """Hide megatron-core's remarks on optional packages and settings; what matters of them is in the banner."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

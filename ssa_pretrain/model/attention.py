@@ -19,9 +19,9 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from ssa_kernels import DocumentLayout, captured_mass, full_attention, gate_and_align, select_blocks, sparse_attention
 from torch import Tensor
 
+from ssa_kernels import DocumentLayout, captured_mass, full_attention, gate_and_align, select_blocks, sparse_attention
 from ssa_pretrain.config import AttentionConfig, KernelImpl, Method
 from ssa_pretrain.model.alignment import attach_loss
 from ssa_pretrain.model.rope import angles, rotate

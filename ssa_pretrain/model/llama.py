@@ -19,7 +19,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from ssa_pretrain.config import Config, EngineConfig, LayerSpec, ModelConfig, PrecisionName, Recompute
 from ssa_pretrain.model.attention import SSAAttention, SSAAttentionSubmodules
@@ -54,7 +58,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        perform_initialization=False,  # initialise() below
+        cuda_graph_scope=[],
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
@@ -193,11 +197,11 @@ def initialise(model: torch.nn.Module, config: Config, *, tp_rank: int, layer_of
         if parameter.dim() < 2:
             parameter.fill_(1.0)
             continue
-        full = _draw(_global_name(name, layer_offset), parameter, config)
+        full = _draw(global_name(name, layer_offset), parameter, config)
         parameter.copy_(_tensor_rank_part(full, name, parameter, config.parallel.tp, tp_rank))
 
 
-def _global_name(name: str, layer_offset: int) -> str:
+def global_name(name: str, layer_offset: int) -> str:
     """Return a parameter's name in the whole model: layers counted over all stages, a tied output layer called by its embedding."""
     if name == "output_layer.weight":
         return "embedding.word_embeddings.weight"

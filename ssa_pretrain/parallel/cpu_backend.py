@@ -46,20 +46,27 @@ class _Stream:
         """Return at once."""
 
 
+def _device() -> torch.device:
+    """Return the CPU, where core asks for the current CUDA device."""
+    return CPU
+
+
 def _nothing(*_: object, **__: object) -> None:
     """Return None: there is no device to wait for."""
 
 
 def install() -> None:
-    """Redirect this process's CUDA requests to the CPU, for good.
+    """Redirect this process's CUDA requests to the CPU, for good; a second call changes nothing.
 
     Raises:
         RuntimeError: a GPU is visible; there the redirection would be wrong.
     """
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend was asked for although a GPU is visible; hide it with CUDA_VISIBLE_DEVICES= or drop the request")
+    if torch.cuda.current_device is _device:
+        return
     _CudaMeansCpu().__enter__()
-    torch.cuda.current_device = lambda: CPU
+    torch.cuda.current_device = _device
     torch.cuda.current_stream = lambda *_: _Stream()
     torch.cuda.stream = lambda *_: nullcontext()
     torch.cuda.synchronize = _nothing

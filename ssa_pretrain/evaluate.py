@@ -1,0 +1,107 @@
+"""Entry point: held-out figures in both modes and sampled continuations of a run's newest checkpoint.
+
+    python -m ssa_pretrain.evaluate experiment=quickstart
+
+Takes the run's own command line. A checkpoint loads on any layout, so one process can judge what many trained. Writes `evaluation.json` and
+`samples.json` into the run's folder. The held-out split is read whole unless evaluation.rows says less.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from ssa_pretrain.cli import read_config
+from ssa_pretrain.config import Config
+from ssa_pretrain.train import leave, quieten_libraries
+
+PROMPTS = ("The city is the capital of", "In mathematics, a", "The species is found in", "def __init__(self,", "import os\n\n\ndef ", "for i in range(")
+NEW_TOKENS = 48
+TEMPERATURE = 0.8
+
+
+def main() -> None:
+    """Read the command line, evaluate, sample, write."""
+    config = read_config("evaluate")
+    quieten_libraries()
+    from ssa_pretrain.checkpoint import CheckpointError
+    from ssa_pretrain.trainer import DataError
+
+    try:
+        evaluate_run(config)
+    except CheckpointError as error:
+        leave(error, 5)
+    except DataError as error:
+        leave(error, 4)
+
+
+def evaluate_run(config: Config) -> None:
+    """Evaluate and sample the newest checkpoint of a run; every rank calls it."""
+    from ssa_pretrain.checkpoint import CheckpointError
+    from ssa_pretrain.parallel.state import start, stop
+    from ssa_pretrain.trainer import MODES, build_run, held_out_batches, newest_checkpoint, say
+
+    placement = start(config.parallel, seed=config.seed)
+    try:
+        run = build_run(config, placement)
+        found = newest_checkpoint(run)
+        if found is None:
+            raise CheckpointError(f"{run.folder} holds no checkpoint; train first, or set output_dir to a run's folder")
+        run.engine.load_weights(found.folder)
+        batches = held_out_batches(run)
+        figures = {}
+        for mode in MODES:
+            figures[mode] = asdict(run.engine.evaluate(batches, mode=mode))
+            say(run, f"held-out, {mode:<6}: cross entropy {figures[mode]['cross_entropy']:.4f}")
+        samples = sample(run, MODES)
+        if placement.is_first:
+            _write(run.folder / "evaluation.json", {"step": found.step, "modes": figures})
+            _write(run.folder / "samples.json", samples)
+    finally:
+        stop()
+
+
+def sample(run, modes: tuple[str, ...]) -> list[dict]:
+    """Return a continuation of each prompt in each mode, drawn with one seed; every rank computes the same."""
+    import torch
+    from tokenizers import Tokenizer
+    from tqdm import tqdm
+
+    tokenizer = Tokenizer.from_file(str(run.manifest.root / run.manifest.tokenizer.file))
+    found = []
+    for mode in modes:
+        generator = torch.Generator().manual_seed(run.config.seed)
+        texts = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS]
+        begin = [len(t) for t in texts]
+        for _ in tqdm(range(NEW_TOKENS), desc=f"sampling, {mode}", disable=not (run.placement.is_first and sys.stderr.isatty()), leave=False):
+            logits = run.engine.last_logits(_packed_prompts(texts), mode=mode).cpu()[:, : run.plan.vocab_size]
+            chosen = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)
+            for text, token in zip(texts, chosen.flatten().tolist(), strict=True):
+                text.append(token)
+        for prompt, text, at in zip(PROMPTS, texts, begin, strict=True):
+            new = text[at:]
+            if run.manifest.tokenizer.eos_id in new:
+                new = new[: new.index(run.manifest.tokenizer.eos_id)]
+            found.append({"prompt": prompt, "mode": mode, "text": tokenizer.decode(new)})
+    return found
+
+
+def _packed_prompts(texts: list[list[int]]):
+    """Return the texts as the documents of one microbatch without labels."""
+    import torch
+
+    from ssa_pretrain.data.batches import Batch
+
+    tokens = torch.tensor([t for text in texts for t in text])
+    positions = torch.cat([torch.arange(len(text)) for text in texts])
+    ends = torch.tensor([0] + [len(text) for text in texts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    empty = torch.zeros_like(tokens).unsqueeze(0)
+    return Batch(0, tokens.unsqueeze(0), empty, empty.float(), positions, ends)
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""One process of a layout test: for each case, build the engine on that layout, run steps, and write losses, gradients and weights.
+
+Arguments: a JSON file with the cases (name -> configuration overrides) and the folder for results. Cases of one world size share the processes, and
+cases of one layout the process groups: core never destroys those, and each keeps threads of gloo's alive.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from ssa_pretrain.config import Config
+from ssa_pretrain.config_io import config_from_dict, config_to_dict
+from ssa_pretrain.data.batches import Batch, collate
+from ssa_pretrain.data.rows import Row
+from ssa_pretrain.engine import build_engine
+from ssa_pretrain.engine.megatron_checkpoint import unwrap
+from ssa_pretrain.model.llama import global_name
+from ssa_pretrain.parallel.state import Placement, start
+
+VOCAB, LENGTH, ROWS = 96, 96, 8
+
+
+def configure(overrides: dict) -> Config:
+    """Return the small test model's configuration with a case's dotted overrides."""
+    tree = config_to_dict(Config())
+    base = {
+        "model.num_layers": 8,
+        "model.hidden_size": 32,
+        "model.ffn_hidden_size": 48,
+        "model.head_dim": 8,
+        "model.init_std": 0.2,  # far from init's near-zero attention, so that the streams differ and the alignment weighs
+        "model.vocab_divisor": 32,
+        "attention.top_k": 2,
+        "attention.alignment_weight": 30.0,
+        "optim.eps": 1e-2,  # far above rounding: Adam's first steps divide by the gradient's size and would blow noise up to a step
+        "data.sequence_length": LENGTH,
+        "data.path": "none",
+        "precision.name": "fp32",
+        "training.steps": 1,
+        "training.global_batch_tokens": ROWS * LENGTH,
+    }
+    for key, value in (base | overrides).items():
+        *path, last = key.split(".")
+        node = tree
+        for part in path:
+            node = node[part]
+        assert last in node, key
+        node[last] = value
+    config, problems = config_from_dict(tree)
+    assert not problems, problems
+    return config
+
+
+def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
+    """Return this data rank's microbatches of the global batch: packed documents of uneven lengths."""
+    generator = np.random.default_rng(step)
+    rows = []
+    for _ in range(ROWS):
+        starts = np.zeros(LENGTH + 1, dtype=bool)
+        starts[generator.integers(1, LENGTH)] = True
+        rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
+    size = config.training.micro_batch_size
+    return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, ROWS // size, dp)]
+
+
+def gather_gradients(chunks: list) -> dict[str, dict]:
+    """Return this rank's reduced gradients by global parameter name, with where they sit in the whole."""
+    found = {}
+    for chunk in chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            for buffer in chunk.buffers:
+                for bucket in buffer.buckets:
+                    shards = list(bucket.grad_data.chunk(buffer.data_parallel_group.size()))
+                    mine = shards[buffer.data_parallel_group.rank()].clone()
+                    dist.all_gather(shards, mine, group=buffer.data_parallel_group)
+        model = unwrap(chunk)
+        offset = model.decoder.layers[0].layer_number - 1
+        for name, parameter in model.named_parameters():
+            key = f"{'output:' if name.startswith('output_layer') else ''}{global_name(name, offset)}"
+            found[key] = {"grad": parameter.main_grad.clone(), "weight": parameter.detach().clone(), "dim": getattr(parameter, "partition_dim", -1)}
+    return found
+
+
+def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
+    """Run two steps of one case and write this rank's part."""
+    engine = build_engine(config, placement, VOCAB)
+    records, captured = [], {}
+    step = engine.optimizer.step
+
+    def step_and_capture():
+        if not captured:
+            captured.update(gather_gradients(engine.chunks))
+        return step()
+
+    engine.optimizer.step = step_and_capture
+    for index in range(2):
+        result = engine.train_step(batches(config, placement.dp_rank, placement.dp, index), step=index, learning_rate=1e-2)
+        records.append([result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer])
+    held_out = batches(config, placement.dp_rank, placement.dp, 99)
+    for mode in ("full", "sparse"):
+        judged = engine.evaluate(held_out, mode=mode)
+        records.append([judged.cross_entropy, 0.0, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
+    part = {"records": records, "parameters": captured, "tp_rank": placement.tp_rank, "dp_rank": placement.dp_rank, "pp_rank": placement.pp_rank}
+    torch.save(part, out / f"{name}.{placement.rank}.pt")
+
+
+def main() -> None:
+    """Run all cases of the file, layout by layout."""
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    configs = {name: configure(overrides) for name, overrides in cases.items()}
+    by_layout = itertools.groupby(sorted(configs, key=lambda name: repr(configs[name].parallel)), key=lambda name: configs[name].parallel)
+    for layout, names in by_layout:
+        placement = start(layout, seed=1)
+        for name in names:
+            run_case(name, configs[name], placement, out)
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()

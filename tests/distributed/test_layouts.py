@@ -1,0 +1,143 @@
+"""Every layout trains as the single process does: losses, alignment, captured mass and every gradient, fp32, to 1e-5 relative."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_workers
+
+WORKER = Path(__file__).with_name("layout_worker.py")
+TOLERANCE = 1e-5
+
+TP, PP, DP = "parallel.tp", "parallel.pp", "world"
+LAYOUTS = {
+    "tp2": {TP: 2},
+    "pp2": {PP: 2},
+    "dp2": {DP: 2},
+    "tp2_pp2": {TP: 2, PP: 2},
+    "tp2_dp2": {TP: 2, DP: 2},
+    "pp4_vpp2": {PP: 4, "parallel.vpp": 2},
+    "tp2_sp": {TP: 2, "parallel.sequence_parallel": True},
+    "tp2_sp_pp2": {TP: 2, PP: 2, "parallel.sequence_parallel": True},
+}
+VARIANTS = {
+    "plain": {},
+    "no_distributed_optimizer": {"engine.distributed_optimizer": False},
+    "accumulate_2": {"training.micro_batch_size": 4},
+    "selective": {"engine.recompute": "selective"},
+    "full_recompute": {"engine.recompute": "full"},
+}
+STREAMS = {"full": 1.0, "sparse": 0.0, "drawn": 0.5}
+
+
+def build_cases() -> dict[int, dict[str, dict]]:
+    """Return the cases by world size: each layout under each forced stream, and with each variant in one of them."""
+    cases: dict[int, dict[str, dict]] = {1: {}, 2: {}, 4: {}}
+
+    def add(name: str, overrides: dict) -> None:
+        world = overrides.get(TP, 1) * overrides.get(PP, 1) * overrides.get(DP, 1)
+        cases[world][name] = {k: v for k, v in overrides.items() if k != DP}
+
+    for stream, ratio in STREAMS.items():
+        add(f"single.plain.{stream}", {"attention.full_ratio": ratio})
+        for layout, degrees in LAYOUTS.items():
+            add(f"{layout}.plain.{stream}", degrees | {"attention.full_ratio": ratio})
+    for variant, changes in VARIANTS.items():
+        for layout, degrees in {"single": {}, **LAYOUTS}.items():
+            if variant == "plain" or (layout == "pp4_vpp2" and variant == "accumulate_2"):
+                continue  # interleaving needs microbatches in multiples of the stages
+            for stream in ("full", "sparse") if layout in ("single", "tp2", "dp2", "pp2") else ("sparse",):
+                add(f"{layout}.{variant}.{stream}", degrees | changes | {"attention.full_ratio": STREAMS[stream]})
+    add("single.one_microbatch.full", {"training.micro_batch_size": 8, "attention.full_ratio": 1.0})
+    add("single.one_microbatch.sparse", {"training.micro_batch_size": 8, "attention.full_ratio": 0.0})
+    add("single.no_alignment.full", {"attention.alignment_weight": 0.0, "attention.full_ratio": 1.0})
+    add("single.no_alignment.sparse", {"attention.alignment_weight": 0.0, "attention.full_ratio": 0.0})
+    return cases
+
+
+CASES = build_cases()
+NAMES = [name for cases in CASES.values() for name in cases]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict]:
+    """Run all cases once, one set of processes a world size."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for world, cases in CASES.items():
+        listing = folder / f"cases{world}.json"
+        listing.write_text(json.dumps(cases))
+        run_workers(WORKER, world, str(listing), str(folder), timeout=900)
+    return {name: assemble(folder, name) for name in NAMES}
+
+
+def assemble(folder: Path, name: str) -> dict:
+    """Return a case's records and whole gradients, put together from all ranks' parts, which must agree where they overlap."""
+    parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"{name}.*.pt"))]
+    for part in parts[1:]:
+        assert part["records"] == parts[0]["records"], f"{name}: ranks report different figures"
+    whole: dict[str, dict[str, torch.Tensor]] = {}
+    for key in {key for part in parts for key in part["parameters"]}:
+        holders = [p for p in parts if key in p["parameters"]]
+        shards: dict[int, dict] = {}
+        for part in holders:
+            entry = part["parameters"][key]
+            first = shards.setdefault(part["tp_rank"], entry)
+            assert torch.equal(first["grad"], entry["grad"]), f"{name}: data ranks hold different gradients of {key}"
+        whole[key] = {what: join([shards[r] for r in sorted(shards)], what, key) for what in ("grad", "weight")}
+    return {"records": torch.tensor(parts[0]["records"], dtype=torch.float64), "parameters": whole}
+
+
+def join(shards: list[dict], what: str, key: str) -> torch.Tensor:
+    """Return a parameter's tensor from its tensor-parallel shards."""
+    tensors, dim = [s[what] for s in shards], shards[0]["dim"]
+    if dim < 0 or len(tensors) == 1:
+        for other in tensors[1:]:
+            assert relative(other, tensors[0]) < TOLERANCE, f"tensor ranks hold different {what} of {key}"
+        return tensors[0]
+    if "linear_fc1" in key:
+        halves = [t.chunk(2, dim=0) for t in tensors]
+        return torch.cat([h[0] for h in halves] + [h[1] for h in halves])
+    return torch.cat(tensors, dim=dim)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the norm of the difference over the norm of what is wanted."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def reference(name: str) -> str:
+    """Return the single-process case that a case must equal."""
+    return f"single.plain.{name.rsplit('.', 1)[1]}"
+
+
+AFTER_THE_LAST_STREAMS = (
+    "decoder.layers.7.mlp",
+    "decoder.layers.7.pre_mlp_layernorm",
+    "decoder.layers.7.self_attention.linear_proj",
+    "decoder.final_layernorm",
+)
+COMPARED = [n for n in NAMES if not n.startswith("single.plain") and "no_alignment" not in n]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_layout_equals_single_process(results, name):
+    found, wanted = results[name], results[reference(name)]
+    torch.testing.assert_close(found["records"], wanted["records"], rtol=TOLERANCE, atol=0.0)
+    names = {key.removeprefix("output:") for key in found["parameters"]}
+    assert names == set(wanted["parameters"]), "the layouts hold different parameters"
+    for key, tensors in found["parameters"].items():
+        target = wanted["parameters"][key.removeprefix("output:")]
+        assert torch.equal(tensors["weight"], target["weight"]) or relative(tensors["weight"], target["weight"]) == 0.0, key
+        error = relative(tensors["grad"], target["grad"])
+        assert error < TOLERANCE, f"{key}: gradient off by {error:.1e}"
+
+
+@pytest.mark.parametrize("stream", ["full", "sparse"])
+def test_alignment_weighs_in_every_gradient(results, stream):
+    """Were the alignment's gradient lost or doubled on some layout, the comparison above would see it: it moves every gradient by far more."""
+    on, off = results[f"single.plain.{stream}"], results[f"single.no_alignment.{stream}"]
+    for key, tensors in on["parameters"].items():
+        if key.startswith(AFTER_THE_LAST_STREAMS):
+            continue
+        assert relative(off["parameters"][key]["grad"], tensors["grad"]) > 1e-3, key

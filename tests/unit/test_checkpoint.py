@@ -1,0 +1,102 @@
+"""Checkpoints appear whole, damage is found and passed over, and a run does not continue another's."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ssa_pretrain.checkpoint import FACTS, CheckpointError, differences, find_damage, newest, publish, read
+
+
+@pytest.fixture(autouse=True)
+def _one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def write(folder):
+    (folder / "weights.bin").write_bytes(bytes(range(256)) * 10)
+    (folder / "empty").touch()
+
+
+def find(run, lines=None):
+    return newest(run, is_first=True, device=torch.device("cpu"), say=(lines if lines is not None else []).append)
+
+
+def test_published_checkpoints_are_found_newest_first_and_old_ones_go(tmp_path):
+    for step in (5, 10, 15):
+        publish(tmp_path, step, {"seed": 1}, write, keep=2, is_first=True)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000015"]
+    found = find(tmp_path)
+    assert (found.step, found.facts) == (15, {"seed": 1})
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert find(tmp_path) is None
+
+
+def test_a_save_that_dies_leaves_the_older_one(tmp_path):
+    publish(tmp_path, 5, {}, write, keep=2, is_first=True)
+
+    def die(folder):
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, 10, {}, die, keep=2, is_first=True)
+    assert find(tmp_path).step == 5
+    publish(tmp_path, 10, {}, write, keep=2, is_first=True)
+    assert find(tmp_path).step == 10
+
+
+def flip_bit(folder):
+    path = folder / "weights.bin"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "weights.bin has another sha256": flip_bit,
+    "weights.bin has 100 bytes for 2560": lambda folder: (folder / "weights.bin").write_bytes(bytes(100)),
+    "weights.bin is missing": lambda folder: (folder / "weights.bin").unlink(),
+    f"{FACTS} cannot be read": lambda folder: (folder / FACTS).write_text("{"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage_is_named_and_passed_over(tmp_path, message):
+    publish(tmp_path, 5, {}, write, keep=2, is_first=True)
+    damaged = publish(tmp_path, 10, {}, write, keep=2, is_first=True)
+    DAMAGE[message](damaged)
+    lines = []
+    assert find(tmp_path, lines).step == 5
+    assert lines == [f"checkpoint {damaged} is damaged ({message}); looking for an older one"]
+
+
+def test_none_intact_is_an_error_and_never_a_fresh_start(tmp_path):
+    flip_bit(publish(tmp_path, 5, {}, write, keep=2, is_first=True))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is intact; restore one, or start anew in another output_dir"):
+        find(tmp_path)
+
+
+def test_an_intact_one_has_no_damage(tmp_path):
+    assert find_damage(publish(tmp_path, 5, {}, write, keep=2, is_first=True)) is None
+
+
+def test_reading_a_folder_that_is_none(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is no checkpoint .*name a folder such as RUN/checkpoints/step_00000100"):
+        read(tmp_path)
+
+
+def test_the_list_of_files_is_complete(tmp_path):
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_first=True)
+    files = json.loads((folder / FACTS).read_text())["files"]
+    assert set(files) == {"weights.bin", "empty"}
+
+
+def test_differences_name_both_sides():
+    assert differences({"seed": 1, "a": 2}, {"seed": 3, "a": 2}) == ["seed: checkpoint 1, run 3"]
+    assert differences({"a": 2}, {"a": 2}) == []
