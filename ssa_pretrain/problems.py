@@ -89,7 +89,7 @@ def divisors(number: int) -> list[int]:
 def at_least(section: str, values: Any, minimum: float, *names: str) -> list[Problem]:
     """Returns a problem for each of a section's fields that lies below a minimum."""
     low = [(f"{section}.{name}", getattr(values, name)) for name in names if getattr(values, name) < minimum]
-    return [Problem(key, value, f"must be at least {show(minimum)}", f"try {show(minimum)}") for key, value in low]
+    return [Problem(key, value, f"must be at least {minimum:g}", f"try {minimum:g}") for key, value in low]
 
 
 def above_zero(section: str, values: Any, *names: str) -> list[Problem]:

@@ -1,0 +1,327 @@
+"""Rules across sections: each impossible combination is one line with key, value, rule and the nearest valid choice."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssa_pretrain.cli import resolve_config
+from ssa_pretrain.data.indexed_format import token_dtype, write_index
+from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.rules import Machine
+
+CPU = Machine(world_size=1, has_gpu=False, has_transformer_engine=False, has_files=False)
+GPU = Machine(world_size=1, has_gpu=True, has_transformer_engine=True, has_files=False)
+BASE = ("experiment=quickstart",)
+PAPER = ("experiment=ssa_1b_8k",)
+
+
+def found(*overrides: str, machine: Machine = CPU) -> list[str]:
+    """The problems of a command, as lines."""
+    try:
+        resolve_config("train", overrides, machine)
+    except ConfigError as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
+@pytest.mark.parametrize(
+    "experiment", ["quickstart", "ssa_1b_8k", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k"]
+)
+@pytest.mark.parametrize("world_size", [1, 8, 64])
+def test_every_experiment_passes_every_check(experiment: str, world_size: int) -> None:
+    extra = ("training.micro_batch_size=1", "training.global_batch_tokens=32768") if experiment == "quickstart" else ()
+    batch = ("training.micro_batch_size=1",) if experiment == "ssa_1b_32k" or world_size == 64 else ()
+    if experiment == "ssa_1b_32k" and world_size == 64:
+        batch = ("training.micro_batch_size=1", "parallel=tp2")
+    machine = Machine(world_size=world_size, has_gpu=True, has_transformer_engine=True, has_files=False)
+    assert found(f"experiment={experiment}", *extra, *batch, machine=machine) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (
+            (*BASE, "parallel.tp=3"),
+            3,
+            "parallel.tp=3 must divide model.num_attention_heads=4, model.num_kv_heads=2 and model.vocab_divisor=128 "
+            "(selection sums over the heads of a kv head, which live on one rank); try 1 or 2",
+        ),
+        (
+            (*PAPER, "parallel.tp=4"),
+            4,
+            "parallel.tp=4 must divide model.num_kv_heads=2 "
+            "(selection sums over the heads of a kv head, which live on one rank); try 1 or 2",
+        ),
+        (
+            (*BASE, "parallel=tp2", "model.ffn_hidden_size=383"),
+            2,
+            "parallel.tp=2 must divide model.ffn_hidden_size=383; try 1",
+        ),
+        ((*BASE, "parallel.pp=3"), 3, "parallel.pp=3 must divide model.num_layers=4; try 2 or 4"),
+        (
+            (*PAPER, "parallel.pp=4", "parallel.vpp=3"),
+            4,
+            "parallel.vpp=3 times parallel.pp=4 must divide model.num_layers=16; try 2 or 4",
+        ),
+        (
+            (*BASE, "data.sequence_length=500", "training.global_batch_tokens=8000"),
+            1,
+            "data.sequence_length=500 must be a multiple of attention.block_size=16; try 496 or 512",
+        ),
+        (
+            (
+                *BASE,
+                "model.num_attention_heads=12",
+                "model.num_kv_heads=12",
+                "model.vocab_divisor=120",
+                "parallel.tp=12",
+                "parallel.sequence_parallel=true",
+            ),
+            12,
+            "data.sequence_length=512 must be a multiple of parallel.tp=12 under parallel.sequence_parallel=true; "
+            "try 504 or 516",
+        ),
+        (
+            ("experiment=ssa_1b_32k", "model.rope_scaling.factor=2"),
+            1,
+            "model.rope_scaling.factor=2.0 stretches RoPE to 16384 tokens, fewer than data.sequence_length=32768; try 4",
+        ),
+        (
+            (*BASE, "parallel=tp2"),
+            1,
+            "world_size=1 must be a multiple of tp * pp * cp = 2 * 1 * 1 = 2; "
+            "try torchrun --nproc-per-node 2 -m ssa_pretrain.train …",
+        ),
+        (
+            (*BASE, "parallel=tp2_pp2", "parallel.world_size=6"),
+            1,
+            "parallel.world_size=6 must be a multiple of tp * pp * cp = 2 * 2 * 1 = 4; try 4 or 8",
+        ),
+        (
+            (*BASE, "training.global_batch_tokens=9000"),
+            1,
+            "training.global_batch_tokens=9000 must be a multiple of sequence_length * micro_batch_size * dp = "
+            "512 * 4 * 1 = 2048; try 8192 or 10240",
+        ),
+        (
+            (*BASE,),
+            8,
+            "training.global_batch_tokens=8192 must be a multiple of sequence_length * micro_batch_size * dp = "
+            "512 * 4 * 8 = 16384; try 16384",
+        ),
+        (
+            (*BASE, "parallel.pp=4", "model.num_layers=8", "parallel.vpp=2", "training.global_batch_tokens=6144"),
+            4,
+            "training.global_batch_tokens=6144 makes 3 microbatches, and interleaving (parallel.vpp=2) needs a multiple "
+            "of parallel.pp=4; try 8192",
+        ),
+        (
+            (*BASE, "training.stop_at_step=301"),
+            1,
+            "training.stop_at_step=301 lies past the last step, 300; try 0 or at most 300",
+        ),
+        (
+            (*PAPER, "training.stop_at_step=31791", "attention.impl=reference"),
+            1,
+            "training.stop_at_step=31791 lies past the last step, 31790; try 0 or at most 31790",
+        ),
+    ],
+)
+def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world_size: int, message: str) -> None:
+    machine = Machine(world_size=world_size, has_gpu=False, has_transformer_engine=False, has_files=False)
+    assert found(*overrides, machine=machine) == [message]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "message"),
+    [
+        (
+            (*BASE, "attention.impl=triton"),
+            CPU,
+            "attention.impl=triton needs a GPU, and torch sees none; try auto or reference",
+        ),
+        (
+            (*PAPER, "model.head_dim=80"),
+            GPU,
+            "model.head_dim=80 is not one of the GPU kernels' 64 or 128; try 64 or attention.impl=reference",
+        ),
+        (
+            ("experiment=full_1b_8k", "model.head_dim=84"),
+            GPU,
+            "model.head_dim=84 is not a multiple of 8 up to 128, as the GPU kernels need; "
+            "try 64 or attention.impl=reference",
+        ),
+        (
+            (*PAPER, "precision=fp32"),
+            GPU,
+            "precision.name=fp32 is not a format of the GPU kernels; try precision=bf16 or attention.impl=reference",
+        ),
+        (
+            (*BASE, "engine.layer_spec=transformer_engine"),
+            CPU,
+            "engine.layer_spec=transformer_engine needs a GPU, and torch sees none; try auto or local",
+        ),
+        (
+            (*BASE, "precision=fp8"),
+            CPU,
+            "precision.name=fp8 needs a GPU, and torch sees none; try precision=bf16",
+        ),
+        (
+            (*PAPER, "precision=fp8"),
+            Machine(world_size=1, has_gpu=True, has_transformer_engine=False, has_files=False),
+            "precision.name=fp8 needs Transformer Engine, which is not installed; try precision=bf16",
+        ),
+        (
+            (*PAPER, "precision=fp8", "engine.layer_spec=local"),
+            GPU,
+            "precision.name=fp8 runs in Transformer Engine's layers, not in engine.layer_spec=local; "
+            "try engine.layer_spec=auto",
+        ),
+        (
+            (*PAPER, "precision=fp8", "model.ffn_hidden_size=8200"),
+            GPU,
+            "model.ffn_hidden_size=8200 makes a matrix of 8200 on a rank, and precision=fp8 needs a multiple of 16; "
+            "try precision=bf16",
+        ),
+        (
+            (*PAPER, "precision=fp8", "model.num_attention_heads=34"),
+            GPU,
+            "model.head_dim=64 makes a matrix of 2466 on a rank, and precision=fp8 needs a multiple of 16; "
+            "try precision=bf16",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(overrides: tuple[str, ...], machine: Machine, message: str) -> None:
+    assert found(*overrides, machine=machine) == [message]
+
+
+def test_the_same_choices_pass_where_the_machine_has_what_they_need() -> None:
+    assert found(*PAPER, "precision=fp8", machine=GPU) == []
+    assert found(*PAPER, "attention.impl=triton", "engine.layer_spec=transformer_engine", machine=GPU) == []
+    assert found("experiment=full_1b_8k", "model.head_dim=80", machine=GPU) == []
+    assert found(*PAPER, "precision=fp8", "attention.impl=triton", machine=CPU.unknown()) == []
+
+
+def test_one_mistake_is_one_line() -> None:
+    """A wrong head count, say, does not also complain of the layout that reads it."""
+    assert found(*BASE, "model.num_kv_heads=0", "parallel=tp2", machine=Machine(world_size=2, has_files=False)) == [
+        "model.num_kv_heads=0 must be at least 1; try 1"
+    ]
+    assert found(*BASE, "parallel.tp=abc") == ["parallel.tp=abc must be a whole number; try 1"]
+    assert len(found(*BASE, "data.sequence_length=0")) == 1
+
+
+def test_independent_mistakes_are_all_listed() -> None:
+    lines = found(*BASE, "optim.lr=-1", "attention.full_ratio=2", "parallel.pp=3", "optim.lrr=1", "engine=deepspeed")
+    assert [line.split("=")[0] for line in lines] == [
+        "optim.lrr",
+        "attention.full_ratio",
+        "engine.name",
+        "optim.lr",
+        "parallel.pp",
+    ]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset of two sources: 3,000 tokens of english and 2,000 of python in each split, vocabulary 1,000."""
+    root = tmp_path / "dataset"
+    root.mkdir()
+    (root / "tokenizer.json").write_text("{}")
+    dtype = token_dtype(1000)
+    splits: dict[str, list[dict]] = {"train": [], "heldout": []}
+    for split, shards in splits.items():
+        (root / split).mkdir()
+        for name, tokens in (("english", 3000), ("python", 2000)):
+            prefix = root / split / name
+            prefix.with_suffix(".bin").write_bytes(np.zeros(tokens, dtype).tobytes())
+            with prefix.with_suffix(".idx").open("wb") as file:
+                write_index(file, np.array([tokens // 2] * 2), dtype)
+            sizes = {f"{end}_bytes": prefix.with_suffix(f".{end}").stat().st_size for end in ("bin", "idx")}
+            hashes = {f"{end}_sha256": "0" * 64 for end in ("bin", "idx")}
+            shards.append(
+                {"name": name, "prefix": f"{split}/{name}", "documents": 2, "tokens": tokens} | sizes | hashes
+            )
+    tokenizer = {"file": "tokenizer.json", "sha256": hashlib.sha256(b"{}").hexdigest(), "vocab_size": 1000}
+    manifest = {
+        "schema": 1,
+        "tokenizer": tokenizer | {"eos_id": 0, "bos_id": None, "name": "test"},
+        "policy": {},
+        "splits": splits,
+        "sources": [],
+        "unigram_entropy_nats": {},
+        "bytes_per_token": 4.0,
+        "fingerprint": "f",
+        "details": {},
+    }
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
+
+
+HERE = Machine(world_size=1, has_gpu=False, has_transformer_engine=False)
+
+
+def test_prepared_data_passes(dataset: Path) -> None:
+    assert found(*BASE, f"data.path={dataset}", machine=HERE) == []
+    assert found(*BASE, f"data.path={dataset}", "+data.weights.english=1", machine=HERE) == []
+
+
+def test_data_that_is_not_there_is_a_data_problem(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"manifest\.json does not exist") as caught:
+        resolve_config("train", (*BASE, f"data.path={tmp_path}"), HERE)
+    assert caught.value.exit_code == 4
+    with pytest.raises(ConfigError, match=r"manifest\.json does not exist") as caught:
+        resolve_config("train", (*BASE, f"data.path={tmp_path}", "optim.lr=0"), HERE)
+    assert caught.value.exit_code == 3
+
+
+def test_a_damaged_dataset_is_a_data_problem(dataset: Path) -> None:
+    (dataset / "train" / "python.bin").write_bytes(b"short")
+    lines = found(*BASE, f"data.path={dataset}", machine=HERE)
+    assert len(lines) == 1
+    assert "python.bin has 5 bytes, manifest.json says 4000" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.vocab_size=999", "is smaller than the 1000 ids of {path}'s tokenizer; try 0 (the tokenizer's) or 1000"),
+        (
+            "data.weights.german=1",
+            "data.weights.german=1.0 names no source of {path}; its sources are english and python",
+        ),
+        (
+            "data.sequence_length=1024",
+            "data.sequence_length=1024 needs 2049 tokens of each source, and python (train) in {path} has 2000; "
+            "prepare more text, or try 992",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_data_is_one_line(dataset: Path, override: str, message: str) -> None:
+    lines = found(*BASE, f"data.path={dataset}", override, machine=HERE)
+    assert len(lines) == 1
+    assert lines[0].endswith(message.format(path=dataset))
+
+
+def test_a_start_from_weights_needs_another_run_s_folder(dataset: Path, tmp_path: Path) -> None:
+    ours = (*BASE, f"data.path={dataset}", f"output_dir={tmp_path}/run")
+    assert found(*ours, "checkpoint.init_from=/nowhere", machine=HERE) == [
+        "checkpoint.init_from=/nowhere does not exist; give the checkpoint folder of an earlier run"
+    ]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    lines = found(*ours, f"checkpoint.init_from={tmp_path}/run/checkpoints", machine=HERE)
+    assert len(lines) == 1
+    assert lines[0].endswith(f"own output_dir={tmp_path}/run; leave it out: the same command again resumes")
+    (tmp_path / "other").mkdir()
+    assert found(*ours, f"checkpoint.init_from={tmp_path}/other", machine=HERE) == []
+
+
+def test_planning_looks_at_no_file_and_at_no_process(dataset: Path) -> None:
+    wrong_here = ("checkpoint.init_from=/nowhere", "data.path=/nowhere", "parallel.world_size=2", "parallel=tp2")
+    assert found(*BASE, *wrong_here, "dry_run=true", machine=HERE) == []
+    assert "parallel.world_size=2 but 1 process started; leave it at 0 to train, or add dry_run=true to plan" in found(
+        *BASE, *wrong_here, machine=HERE
+    )
