@@ -38,7 +38,7 @@ lint: $(VENV)/.dev  ## ruff (rules and format), import-linter, shellcheck
 	@$(BIN)/shellcheck launchers/*.sh .ci/run
 
 types: $(VENV)/.dev  ## pyright
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev  ## rewrite files as ruff would
 	@$(BIN)/ruff check --fix-only .

@@ -168,8 +168,9 @@ class MetricsLogger:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / FILE_NAME
             keep_until(path, resume_step)
-            for record in read_records(path) if tracker is not None and path.exists() else ():
-                tracker.log(record)
+            if tracker is not None and path.exists():
+                for record in read_records(path):
+                    tracker.log(record)
             self._file = path.open("a", encoding="utf-8")
 
     def log_step(self, record: Mapping[str, Any]) -> None:

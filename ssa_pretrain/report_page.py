@@ -143,7 +143,7 @@ def _loss(figures: "Figures") -> str:
     for mode, records in figures.evaluations.items():
         points = [(r["tokens"], r["cross_entropy"]) for r in records if r["cross_entropy"] is not None]
         lines.append(Line(f"held-out, {mode}", points, colours.get(mode, "d"), marks=True))
-    ends = [x for line in lines for x, _ in (line.points[:1] or []) + (line.points[-1:] or [])]
+    ends = [x for line in lines if line.points for x in (line.points[0][0], line.points[-1][0])]
     if figures.unigram and ends:
         level = [(min(ends), figures.unigram), (max(ends), figures.unigram)]
         lines.append(Line("unigram entropy", level, "d", dashed=True))
