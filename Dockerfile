@@ -1,0 +1,38 @@
+# Two images from one file; neither runs as root, neither holds data, keys or this repository's history (.dockerignore lists what goes in).
+#
+#   docker build --target cpu --tag ssa_pretrain:cpu .
+#   docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD/outputs:/work/outputs" ssa_pretrain:cpu             # the quickstart
+#
+#   docker build --target gpu --tag ssa_pretrain:gpu .
+#   docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD:/work" --env WANDB_API_KEY \
+#       ssa_pretrain:gpu --nproc-per-node 8 experiment=ssa_1b_8k                                                    # launchers/torchrun.sh
+#
+# Another base with torch 2.11 - 2.13 and Transformer Engine: --build-arg GPU_BASE=nvcr.io/nvidia/pytorch:YY.MM-py3
+ARG CPU_BASE=python:3.12-slim
+ARG GPU_BASE=nvcr.io/nvidia/pytorch:26.06-py3
+
+FROM ${CPU_BASE} AS cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /opt/ssa_pretrain
+COPY . .
+RUN python -m pip install --no-cache-dir --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" torch \
+    && python -m pip install --no-cache-dir --constraint constraints.txt --editable ".[quickstart]" \
+    && useradd --uid 10001 --create-home ssa \
+    && install --directory --owner ssa --mode 0777 /work /work/outputs
+ENV PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HOME=/tmp
+WORKDIR /work
+USER 10001
+ENTRYPOINT ["/opt/ssa_pretrain/launchers/quickstart.sh", "--venv", "/usr/local"]
+
+FROM ${GPU_BASE} AS gpu
+WORKDIR /opt/ssa_pretrain
+COPY . .
+# The base's own torch, Triton and Transformer Engine stay: it constrains pip to them, and constraints.txt is for CPU builds.
+RUN python -m pip install --no-cache-dir --editable . \
+    && useradd --uid 10001 --create-home ssa \
+    && install --directory --owner ssa --mode 0777 /work
+ENV PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HOME=/tmp
+WORKDIR /work
+USER 10001
+ENTRYPOINT ["/opt/ssa_pretrain/launchers/torchrun.sh", "--python", "python"]
+CMD ["--help"]

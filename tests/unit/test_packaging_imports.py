@@ -1,0 +1,70 @@
+"""Who may import what, where import-linter's layers are too coarse: a table of names and the only files that may know them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [path for folder in ("ssa_pretrain", "data_prep", "kernels") for path in (ROOT / folder).rglob("*.py")]
+
+
+def names(path: Path) -> set[str]:
+    """Every module that a file imports and every dotted name that it uses, as written."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+    return found
+
+
+def users(name: str) -> set[str]:
+    """Files, relative to the root, that import a module or a part of it."""
+    found = set()
+    for path in SOURCES:
+        if any(used == name or used.startswith(name + ".") for used in names(path)):
+            found.add(str(path.relative_to(ROOT)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("wandb", ["ssa_pretrain/tracking.py"]),
+        ("hydra", ["ssa_pretrain/cli.py", "ssa_pretrain/composition.py", "data_prep/cli.py"]),
+        ("transformers", ["ssa_pretrain/export.py", "ssa_pretrain/evaluate.py"]),
+        ("megatron.core.parallel_state", ["ssa_pretrain/parallel/"]),
+        ("triton", ["kernels/"]),
+        ("pickle", []),
+    ],
+)
+def test_only_these_files_know(name: str, allowed: list[str]) -> None:
+    strangers = {path for path in users(name) if not any(path.startswith(prefix) for prefix in allowed)}
+    assert strangers == set()
+
+
+def test_kernels_import_torch_and_triton_alone() -> None:
+    import sys
+
+    known = sys.stdlib_module_names | {"torch", "triton", "ssa_kernels", "transformer_engine"}
+    for path in (ROOT / "kernels" / "ssa_kernels").rglob("*.py"):
+        if "bench" in path.parts:
+            continue
+        modules = {
+            (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
+            for alias in node.names
+        }
+        assert modules <= known, f"{path.relative_to(ROOT)} imports {sorted(modules - known)}"
+
+
+def test_no_environment_variable_is_read_in_the_depths() -> None:
+    """Launchers and the set-up of a process read the environment; models, data, metrics and kernels do not."""
+    for folder in ("ssa_pretrain/model", "ssa_pretrain/data", "ssa_pretrain/engine"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not {"os.environ", "os.getenv"} & names(path), path.relative_to(ROOT)
