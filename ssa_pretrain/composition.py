@@ -63,7 +63,7 @@ def sort_overrides(lines: Sequence[str], source: Source) -> tuple[list[str], lis
         try:
             override = OverridesParser.create().parse_override(line)
         except HydraException as error:
-            problems.append(_unreadable(line, error))
+            problems.append(_unreadable(line, error, source))
             continue
         accepted, found = _look_at(line, override, source)
         good += accepted
@@ -129,14 +129,17 @@ def _is_settable(key: str) -> bool:
     return parent in known and get_origin(known[parent]) is dict
 
 
-def _unreadable(line: str, error: HydraException) -> Problem:
-    """An argument that is not key=value, or whose value Hydra's grammar refuses."""
-    key = line.partition("=")[0]
+def _unreadable(line: str, error: HydraException, source: Source) -> Problem:
+    """An argument that is not key=value, or whose key or value Hydra's grammar refuses."""
+    key, equals, value = line.partition("=")
+    key = key.lstrip("+~")
     if SECRET.search(key):
         return Problem(key, None, SECRET_RULE, SECRET_ADVICE)
-    if "=" not in line:
+    if not equals:
         near = closest(line, [*known_keys(), *_groups()], 1)
         return Problem(line, None, "is not key=value", f"try {near[0]}=…" if near else "see --help")
+    if not _is_settable(key) and not _options(key, source):
+        return unknown_key(key, value)
     reason = str(error).splitlines()[0]
     return Problem(line, None, f"cannot be read ({reason})", "quote special characters: 'key=\"value\"'")
 

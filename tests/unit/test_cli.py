@@ -1,0 +1,298 @@
+"""The command line: Hydra's meaning for good commands, one message for bad ones, and neither torch nor a second voice."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ssa_pretrain.cli import CONF, read_config, resolve_config
+from ssa_pretrain.config import Config, Method, PrecisionName
+from ssa_pretrain.config_io import load_config, save_config
+from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.rules import Machine
+
+ROOT = CONF.parent
+PLAN = Machine(world_size=1, has_files=False)
+PROGRAM = """
+import sys
+from ssa_pretrain.cli import read_config
+try:
+    config = read_config("train")
+finally:
+    heavy = {"torch", "megatron", "transformer_engine", "transformers"} & set(sys.modules)
+    print("imported", sorted(heavy), file=sys.stderr)
+"""
+
+
+def resolved(*arguments: str, machine: Machine = PLAN) -> Config:
+    return resolve_config("train", arguments, machine)
+
+
+def lines(*arguments: str, machine: Machine = PLAN) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve_config("train", arguments, machine)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def run(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, as an entry point sees it."""
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "COLUMNS": "120"} | variables
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+# --- what Hydra's users expect ---
+
+
+def test_groups_experiments_and_overrides_compose() -> None:
+    config = resolved("experiment=ssa_1b_8k", "attention=full", "model=llama_300m", "precision=fp32", "optim.lr=2e-3")
+    assert (config.attention.method, config.model.name) == (Method.full, "llama_300m")
+    assert (config.precision.name, config.optim.lr, config.optim.beta2) == (PrecisionName.fp32, 2e-3, 0.95)
+    assert config.training.total_tokens == 100_000_000_000
+    assert config.output_dir == "outputs/ssa_1b_8k"  # interpolated
+
+
+def test_an_override_wins_over_the_experiment_and_the_last_one_wins() -> None:
+    config = resolved("optim.lr=0.5", "experiment=quickstart", "optim.lr=0.25", "name=mine")
+    assert config.optim.lr == 0.25
+    assert config.output_dir == "outputs/mine"
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+def test_a_known_key_or_group_may_carry_hydra_s_signs(sign: str) -> None:
+    config = resolved(f"{sign}experiment=quickstart", f"{sign}optim.lr=0.25", f"{sign}data.weights.english=0.5")
+    assert (config.name, config.optim.lr, config.data.weights) == ("quickstart", 0.25, {"english": 0.5})
+
+
+def test_a_section_may_be_given_as_a_mapping() -> None:
+    config = resolved("experiment=quickstart", "training={steps: 5, micro_batch_size: 2}", "logging.wandb.tags=[a,b]")
+    assert (config.training.steps, config.training.global_batch_tokens) == (5, 8192)
+    assert config.logging.wandb.tags == ["a", "b"]
+
+
+def test_a_user_s_own_folder_adds_options(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    mine = "# @package _global_\ndefaults:\n  - quickstart\nname: mine\noptim:\n  lr: 1e-2\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(mine)
+    config = resolved("-cd", str(tmp_path), "experiment=mine")
+    assert (config.name, config.optim.lr, config.attention.top_k) == ("mine", 1e-2, 4)
+    assert "did you mean experiment=mine?" in lines("--config-dir", str(tmp_path), "experiment=mien")[0]
+
+
+def test_what_is_wrong_in_a_user_s_file_is_listed_too(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    mine = "# @package _global_\ndefaults:\n  - quickstart\noptim:\n  lrr: 1e-2\n  lr: fast\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(mine)
+    assert lines("-cd", str(tmp_path), "experiment=mine") == [
+        "optim.lrr=0.01 is not a known key; did you mean optim.lr?",
+        "optim.lr=fast must be a number; try 0.001",
+    ]
+    (tmp_path / "experiment" / "mine.yaml").write_text("a: [1,\n")
+    assert "the configuration does not compose: " in lines("-cd", str(tmp_path), "experiment=mine")[0]
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: lama\n")
+    assert "the configuration does not compose: " in lines("-cd", str(tmp_path), "experiment=mine")[0]
+
+
+def test_a_saved_configuration_runs_again(tmp_path: Path) -> None:
+    first = resolved("experiment=quickstart", "optim.lr=0.25", "data.weights.english=0.5")
+    save_config(first, tmp_path / "config.yaml")
+    assert resolved("-cp", str(tmp_path)) == first == load_config(tmp_path / "config.yaml")
+    assert resolved("-cp", str(tmp_path), "-cn", "config.yaml", "optim.lr=0.125").optim.lr == 0.125
+
+
+def test_a_launcher_s_local_rank_is_no_setting() -> None:
+    assert resolved("--local_rank=1", "experiment=quickstart").name == "quickstart"
+    assert resolved("experiment=quickstart", "--local-rank", "1").name == "quickstart"
+
+
+# --- bad commands ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("optim.lrr=1",), "optim.lrr=1 is not a known key; did you mean optim.lr?"),
+        (("+optim.lrr=1",), "optim.lrr=1 is not a known key; did you mean optim.lr?"),
+        (("++optim.lrr=1",), "optim.lrr=1 is not a known key; did you mean optim.lr?"),
+        (("lr=1",), "lr=1 is not a known key; did you mean optim.lr?"),
+        (("trainer.max_steps=1",), "trainer.max_steps=1 is not a known key; did you mean training.steps?"),
+        (("wandb.mode=online",), "wandb.mode=online is not a known key; did you mean logging.wandb.mode?"),
+        (("optim.lr.x=1",), "optim.lr.x=1 is not a known key; did you mean optim.lr?"),
+        (("+extra.thing=1",), "extra.thing=1 is not a known key; see --help for all keys"),
+        (("optim.lr=abc",), "optim.lr=abc must be a number; try 0.001"),
+        (("optim.lr=",), "optim.lr='' must be a number; try 0.001"),
+        (("optim.lr=null",), "optim.lr=null must be a number; try 0.001"),
+        (("optim.lr=nan",), "optim.lr=nan must be a finite number; try 0.001"),
+        (("training.steps=true",), "training.steps=true must be a whole number; try 0"),
+        (("training.steps=-3",), "training.steps=-3 must be at least 0; try 0"),
+        (("training=5",), "training=5 is a section, not a value; it has the keys total_tokens, steps, "),
+        (("data.path=???",), "data.path=??? is missing; give it a value"),
+        (("model=lama_1b", "attention.impl=reference"), "model=lama_1b is not an option of the group model; did you mean"),
+        (("model=zzz",), "model=zzz is not an option of the group model; try llama_1b, llama_300m, "),
+        (("optim=5",), "optim=5 is not an option of the group optim; try adamw"),
+        (("optim={lr: 3}",), "optim={...} is not an option of the group optim; try adamw"),
+        (("precison=fp32",), "precison=fp32 is not a known key or group; did you mean precision=…? It has bf16, fp32 or fp8"),
+        (("seed=1,2,3",), "seed=1,2,3 is a sweep, and a command trains one run; give one value; "),
+        (("seed=range(3)",), "seed=range(3) is a sweep, and a command trains one run; give one value; "),
+        (("-m",), "--multirun is refused: a command trains one run; try: for s in 1 2 3; do "),
+        (("~optim.lr",), "~optim.lr removes a key, and every key has a value; try optim.lr=… instead"),
+        (("hydra.run.dir=x",), "hydra.run.dir=x has no effect: a run writes to output_dir alone; try output_dir=…"),
+        (("--optim.lr=1",), "--optim.lr=1 is not a flag: settings are written key=value, without dashes; try optim.lr=1"),
+        (("--learning-rate=1",), "--learning-rate=1 is not a flag: settings are written key=value, without dashes; try optim.lr=1"),
+        (("steps",), "steps is not key=value; try training.steps=…"),
+        (("optim..lr=1",), "optim..lr=1 is not a known key; did you mean optim.lr?"),
+        (("optim lr=1",), "optim lr=1 is not a known key; did you mean optim.lr?"),
+        (("name=a[",), "name=a[ cannot be read ("),
+        (("output_dir=${nam}/x",), "output_dir=${nam}/x leads nowhere (Interpolation key 'nam' not found); give a plain value"),
+        (("-cd", "/nowhere"), "--config-dir=/nowhere is not a folder; the project's own is "),
+        (("engine=deepspeed",), "engine.name=deepspeed is not there yet; try engine=megatron"),
+    ],
+)  # fmt: skip
+def test_a_bad_argument_is_one_line(arguments: tuple[str, ...], message: str) -> None:
+    found = lines("experiment=quickstart", *arguments)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("wandb.api_key=s3cret",),
+        ("+logging.wandb.api_key=s3cret",),
+        ("++WANDB_API_KEY=s3cret",),
+        ("hf_token=s3cret",),
+        ("logging.wandb={api_key: s3cret}",),
+        ("--wandb-api-key=s3cret",),
+        ("wandb.api_key=s3cret[",),
+    ],
+)
+def test_a_secret_is_refused_with_the_way_to_give_it_and_never_repeated(arguments: tuple[str, ...]) -> None:
+    found = lines("experiment=quickstart", *arguments)
+    assert len(found) == 1
+    assert "is a secret, and the configuration is saved with the run; set WANDB_API_KEY in the environment" in found[0]
+    assert "s3cret" not in found[0]
+
+
+def test_a_secret_is_not_drawn_from_the_environment_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret")
+    found = lines("experiment=quickstart", "name=${oc.env:WANDB_API_KEY}")
+    assert len(found) == 1
+    assert "name is a secret" in found[0]
+    assert "s3cret" not in found[0]
+
+
+def test_a_wrong_experiment_is_one_line_and_its_likely_meaning_is_checked() -> None:
+    assert len(lines("experiment=zzz")) == 1
+    found = lines("experment=quickstart", "parallel.pp=3")
+    assert len(found) == 2
+    assert "did you mean experiment=…?" in found[0]
+    assert "parallel.pp=3 must divide model.num_layers=4" in found[1]
+
+
+def test_all_kinds_of_problems_come_in_one_list() -> None:
+    found = lines("experiment=quickstart", "optim.lrr=1", "model=tinny", "optim.lr=abc", "parallel.pp=3", "oops", "-m")
+    assert len(found) == 6
+
+
+def test_nothing_given_names_a_beginning() -> None:
+    assert any("start from an experiment: experiment=quickstart" in line for line in lines())
+
+
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [({}, True), ({"RANK": "0"}, True), ({"RANK": "1", "LOCAL_RANK": "0"}, False), ({"LOCAL_RANK": "1"}, False)],
+)
+def test_one_rank_speaks_and_all_leave_with_3(
+    environment: dict[str, str], speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        read_config("train", ["experiment=quickstart", "optim.lrr=1", "dry_run=true"])
+    assert caught.value.code == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    message = (
+        "ssa_pretrain.train: 1 problem in the configuration; nothing was started.\n"
+        "  optim.lrr=1 is not a known key; did you mean optim.lr?\n"
+        "All keys and groups: python -m ssa_pretrain.train --help\n"
+    )
+    assert err == (message if speaks else "")
+
+
+# --- whole processes ---
+
+
+def test_a_bad_command_ends_at_once_without_torch_without_a_trace_and_without_folders(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = run("experiment=quickstart", "optim.lrr=1", "optim.lr=abc", "parallel.pp=3", cwd=tmp_path, WORLD_SIZE="3")
+    assert time.monotonic() - started < 3
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr.startswith(
+        "ssa_pretrain.train: 4 problems in the configuration; nothing was started.\n  optim.lrr=1"
+    )
+    assert done.stderr.endswith("imported []\n")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_alone_leaves_with_4(tmp_path: Path) -> None:
+    done = run("experiment=quickstart", cwd=tmp_path)
+    assert done.returncode == 4
+    assert done.stderr.startswith(
+        "ssa_pretrain.train: 1 problem in the data; nothing was started.\n  data.path=data/quick"
+    )
+
+
+def test_help_lists_groups_and_keys_without_torch(tmp_path: Path) -> None:
+    done = run("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == "imported []\n"
+    assert "model: llama_1b, llama_300m, llama_3b, llama_8b, quickstart, tiny" in done.stdout
+    assert "micro_batch_size: 1" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cfg_job_shows_the_whole_configuration_without_torch(tmp_path: Path) -> None:
+    done = run("experiment=ssa_1b_32k", "+optim.lr=2e-4", "--cfg", "job", "--resolve", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == "imported []\n"
+    assert list(tmp_path.iterdir()) == []
+    shown = yaml.safe_load(done.stdout)
+    assert shown["output_dir"] == "outputs/ssa_1b_32k"
+    assert shown["optim"]["lr"] == 2e-4
+    (tmp_path / "config.yaml").write_text(done.stdout)
+    assert load_config(tmp_path / "config.yaml") == resolved("experiment=ssa_1b_32k", "optim.lr=2e-4")
+
+
+def test_cfg_job_of_a_wrong_key_is_refused(tmp_path: Path) -> None:
+    done = run("experiment=quickstart", "optim.lrr=1", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "optim.lrr=1 is not a known key; did you mean optim.lr?" in done.stderr
+
+
+def test_other_ranks_show_nothing(tmp_path: Path) -> None:
+    done = run("--help", cwd=tmp_path, RANK="1")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_info_shows_where_groups_come_from(tmp_path: Path) -> None:
+    done = run("experiment=full_1b_8k", "--info", "defaults", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "attention/full" in done.stdout
+    assert "experiment/ssa_1b_8k" in done.stdout
+
+
+def test_no_section_has_a_field_for_a_secret() -> None:
+    shown = json.dumps(yaml.safe_load(run("--cfg", "job").stdout)).lower()
+    assert not any(word in shown for word in ('key"', 'token"', "password", "secret"))

@@ -1,0 +1,135 @@
+"""What was meant: generated typing errors, other trainers' names, and the distance itself."""
+
+import random
+import re
+import string
+from itertools import pairwise
+
+import pytest
+
+from ssa_pretrain.cli import resolve_config
+from ssa_pretrain.config_io import known_keys
+from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.rules import Machine
+from ssa_pretrain.suggestions import closest, typing_distance
+
+KEYS = list(known_keys())
+
+
+def edits_apart(a: str, b: str) -> int:
+    """Damerau and Levenshtein's distance (optimal string alignment), every edit 1, written apart from the project's."""
+    table = {(i, 0): i for i in range(len(a) + 1)} | {(0, j): j for j in range(len(b) + 1)}
+    for i in range(1, len(a) + 1):
+        for j in range(1, len(b) + 1):
+            same = a[i - 1] == b[j - 1]
+            table[i, j] = min(table[i - 1, j] + 1, table[i, j - 1] + 1, table[i - 1, j - 1] + (not same))
+            if i > 1 and j > 1 and a[i - 1] == b[j - 2] and a[i - 2] == b[j - 1]:
+                table[i, j] = min(table[i, j], table[i - 2, j - 2] + 1)
+    return table[len(a), len(b)]
+
+
+def slip(key: str, draw: random.Random) -> str:
+    """A key with one typing error: two letters swapped, one missing, doubled, replaced or added."""
+    at = draw.randrange(len(key))
+    letter = draw.choice(string.ascii_lowercase + "_")
+    return draw.choice(
+        [
+            key[:at] + key[at : at + 2][::-1] + key[at + 2 :],
+            key[:at] + key[at + 1 :],
+            key[:at] + key[at] + key[at:],
+            key[:at] + letter + key[at + 1 :],
+            key[:at] + letter + key[at:],
+        ]
+    )
+
+
+def typing_errors(count: int) -> dict[str, str]:
+    """Mistyped keys and what they were, leaving out those that are one edit from a second key too (parallel.xp)."""
+    draw, errors = random.Random(2511_20102), {}
+    while len(errors) < count:
+        key = draw.choice(KEYS)
+        typed = slip(key, draw)
+        candidates = [other for other in KEYS if abs(len(other) - len(typed)) <= 1]
+        if typed not in KEYS and typed[0] != "." and sum(edits_apart(typed, other) <= 1 for other in candidates) == 1:
+            errors[typed] = key
+    return errors
+
+
+def test_200_typing_errors_in_one_command_all_get_the_right_key_first() -> None:
+    errors = typing_errors(200)
+    with pytest.raises(ConfigError) as caught:
+        resolve_config("train", ["experiment=quickstart", *(f"{key}=1" for key in errors)], Machine(has_files=False))
+    advice = {problem.key: problem.advice for problem in caught.value.problems}
+    assert len(advice) == 200
+    first = {typed: re.split(r"[ ,?]", text.removeprefix("did you mean "))[0] for typed, text in advice.items()}
+    assert first == errors
+    # A second suggestion is for keys that look alike.
+    assert sum(advice[typed] != f"did you mean {key}?" for typed, key in errors.items()) < 20
+
+
+@pytest.mark.parametrize("option", ["llama_1b", "llama_300m", "quickstart", "tiny"])
+def test_mistyped_options_get_the_right_option_first(option: str) -> None:
+    draw = random.Random(option)
+    options = ["llama_1b", "llama_300m", "llama_3b", "llama_8b", "quickstart", "tiny"]
+    for _ in range(50):
+        typed = slip(option, draw)
+        if sum(edits_apart(typed, other) <= 1 for other in options) == 1:
+            assert closest(typed, options)[0] == option
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("lr", "optim.lr"),
+        ("lrr", "optim.lr"),
+        ("trainer.lr", "optim.lr"),
+        ("OPTIM.LR", "optim.lr"),
+        ("optimizer.learning_rate", "optim.lr"),
+        ("tensor_model_parallel_size", "parallel.tp"),
+        ("trainer.max_steps", "training.steps"),
+        ("seq_length", "data.sequence_length"),
+        ("data.seq-length", "data.sequence_length"),
+        ("model.num_heads", "model.num_attention_heads"),
+        ("num_layer", "model.num_layers"),
+        ("attention.topk", "attention.top_k"),
+        ("wandb.mode", "logging.wandb.mode"),
+        ("wandb_project", "logging.wandb.project"),
+        ("attention.block-size", "attention.block_size"),
+    ],
+)
+def test_other_names_find_their_key(typed: str, meant: str) -> None:
+    assert closest(typed, KEYS)[0] == meant
+
+
+def test_a_name_of_several_keys_names_them_all() -> None:
+    assert set(closest("interval", KEYS)) == {"logging.interval", "checkpoint.interval", "evaluation.interval"}
+
+
+@pytest.mark.parametrize("typed", ["foo", "xyzzy.plugh", "q"])
+def test_what_resembles_nothing_gets_no_suggestion(typed: str) -> None:
+    assert closest(typed, KEYS) == []
+
+
+def test_every_synonym_leads_to_a_key_that_exists() -> None:
+    from ssa_pretrain.suggestions import SYNONYMS
+
+    assert set(SYNONYMS.values()) <= set(KEYS)
+    assert not set(SYNONYMS) & {key.rsplit(".", 1)[-1] for key in KEYS}
+
+
+def test_the_distance_is_that_of_edits_with_slips_cheaper() -> None:
+    draw = random.Random(7)
+    for _ in range(300):
+        a, b = ("".join(draw.choices("abc_", k=draw.randint(0, 6))) for _ in range(2))
+        assert 0.2 * edits_apart(a, b) <= typing_distance(a, b) <= edits_apart(a, b)
+        assert (typing_distance(a, b) == 0) == (a == b)
+    assert typing_distance("ab", "ba") == typing_distance("aab", "ab") == typing_distance("qw", "qq") == 0.8
+    assert typing_distance("ax", "ab") == typing_distance("axb", "ab") == 1.0
+
+
+def test_a_limit_only_hides_what_lies_beyond_it() -> None:
+    draw = random.Random(11)
+    for a, b in pairwise("".join(draw.choices("abcd", k=draw.randint(1, 8))) for _ in range(400)):
+        exact = typing_distance(a, b)
+        for limit in (0.5, 1.0, 2.0, 3.5):
+            assert typing_distance(a, b, limit) == (exact if exact <= limit else float("inf"))
