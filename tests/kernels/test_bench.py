@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from ssa_kernels import build_layout
+from ssa_kernels.bench.activations import activation_rows
 from ssa_kernels.bench.bounds import Stage, table
 from ssa_kernels.bench.cases import Row
 from ssa_kernels.bench.locality import load_activations, shared_fraction, sink_fraction
@@ -70,4 +72,18 @@ def test_the_plot_is_written(tmp_path):
 def test_activations_that_lack_a_tensor_end_in_a_sentence(tmp_path):
     torch.save({"q": torch.zeros(1)}, tmp_path / "layer.pt")
     with pytest.raises(ValueError, match="lacks cu_seqlens, k, v"):
-        load_activations(tmp_path / "layer.pt")
+        load_activations(tmp_path / "layer.pt", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_the_locality_of_real_activations_needs_no_gpu(tmp_path, suffix):
+    tensors = {name: torch.randn(400, heads, 16) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    tensors["cu_seqlens"] = torch.tensor([0, 400])
+    path = tmp_path / f"layer{suffix}"
+    if suffix == ".pt":
+        torch.save(tensors, path)
+    else:
+        np.savez(path, **{name: x.numpy() for name, x in tensors.items()})
+    rows = {row.name.split(": ")[1]: row.value for row in activation_rows(path, torch.device("cpu"))}
+    assert 1 / 4 < rows["rho_4"] < rows["rho_2"] < 1
+    assert 0 < rows["choices that hold block 0"] < 1

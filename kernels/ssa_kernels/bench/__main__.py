@@ -1,8 +1,8 @@
 """`python -m ssa_kernels.bench`: the kernels' figures as ratios, in one process on one GPU, as a table, CSV and a roofline plot.
 
 It first checks every operator against float64 and reports nothing if one is wrong. `--quick` leaves out rows beyond 32k; `--activations`
-adds the locality of real activations (a .pt or .npz file with q, k, v and cu_seqlens of one layer, as many as are given). It measures
-neither a whole training step nor several GPUs.
+adds the locality of real activations (a .pt or .npz file with q, k, v and cu_seqlens of one layer, as many as are given), which works on
+a CPU too. It measures neither a whole training step nor several GPUs.
 """
 
 import argparse
@@ -24,6 +24,16 @@ from .timing import copy_bandwidth, matmul_rate
 def main() -> int:
     """Runs the benchmark; returns the exit status, 1 where a check failed or a bound was missed."""
     arguments = _parse()
+    if not torch.cuda.is_available():
+        if not arguments.activations:
+            print(
+                "The benchmark needs an NVIDIA GPU; without one it only tells the locality of --activations.",
+                file=sys.stderr,
+            )
+            return 1
+        for path in arguments.activations:
+            print(*map(_line, activation_rows(path, torch.device("cpu"))), sep="\n")
+        return 0
     wrong = failures() + failures(heads=32, kv_heads=8, head_dim=128)
     if wrong:
         print("Wrong results, so no figures:", *wrong, sep="\n  ", file=sys.stderr)
@@ -74,7 +84,7 @@ def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
     yield from cases.memory(shapes.SHAPE_8K, 0.4)
     yield from cases.memory(shapes.SHAPE_32K, 0.4)
     for path in arguments.activations:
-        yield from activation_rows(path)
+        yield from activation_rows(path, torch.device("cuda"))
     if not arguments.quick:
         yield from cases.streams(shapes.SHAPE_64K, (16.0, 22.0))
         yield from cases.streams(shapes.SHAPE_128K, (22.0, 32.0))

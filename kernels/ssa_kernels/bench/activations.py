@@ -1,7 +1,9 @@
-"""Rows of the table for real activations: the locality of their chosen blocks, and the sparse stream's time on them."""
+"""Rows of the table for real activations: the locality of their chosen blocks, and on a GPU the sparse stream's time on them."""
 
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from .. import full_attention, select_blocks, sparse_attention
 from ..documents import build_layout
@@ -11,22 +13,22 @@ from .shapes import BLOCK_SIZE, TOP_K
 from .timing import median_ms
 
 
-def activation_rows(path: Path) -> Iterator[Row]:
-    """Locality rho_2, rho_4, rho_8, the pull of block 0, and times against full attention over the same documents."""
-    tensors = load_activations(path)
+def activation_rows(path: Path, device: torch.device) -> Iterator[Row]:
+    """Locality rho_2, rho_4, rho_8, the pull of block 0, and on a GPU times against full attention over the same documents."""
+    tensors = load_activations(path, device)
     q, k, v = (tensors[name] for name in ("q", "k", "v"))
     layout = build_layout(tensors["cu_seqlens"], num_tokens=k.shape[0], block_size=BLOCK_SIZE)
     common = {"block_size": BLOCK_SIZE, "cu_seqlens": layout}
     indices = select_blocks(q, k, top_k=TOP_K, **common)
     for group in (2, 4, 8):
-        yield Row(
-            f"{path.name}: rho_{group}", shared_fraction(indices, layout, group), "", detail=f"1/{group} is all shared"
-        )
+        detail = f"{1 / group:g} where they choose alike, 1 where they share nothing"
+        yield Row(f"{path.name}: rho_{group}", shared_fraction(indices, layout, group), "", detail=detail)
     yield Row(f"{path.name}: choices that hold block 0", sink_fraction(indices, layout), "")
+    if device.type != "cuda":
+        return
 
-    def ours():
-        chosen = select_blocks(q, k, top_k=TOP_K, **common)
-        return sparse_attention(q, k, v, chosen, **common)
+    def ours() -> tuple[torch.Tensor, torch.Tensor]:
+        return sparse_attention(q, k, v, select_blocks(q, k, top_k=TOP_K, **common), **common)
 
     ours_ms, full_ms = median_ms(ours), median_ms(lambda: full_attention(q, k, v, cu_seqlens=layout))
     detail = f"{full_ms:.3f} / {ours_ms:.3f} ms, {k.shape[0]} tokens"

@@ -17,7 +17,8 @@ from .cases import Problem
 from .shapes import BLOCK_SIZE, TOP_K, Shape
 from .timing import median_ms, repetitions_for
 
-# Gathers of 16-key blocks were seen at 9.4 TB/s, which ncu called 92% of the L2's output.
+# Gathers of 16-key blocks were seen at 9.4 TB/s, which ncu called 92% of the L2's output. Neighbouring tokens that choose the same block
+# meet it in L1, so a gather may come out faster than this.
 L2_BYTES_PER_SECOND = 10.3e12
 # 16 a clock and multiprocessor, 1.98 GHz.
 EXPONENTIALS_PER_SECOND = 132 * 16 * 1.98e9

@@ -35,8 +35,8 @@ def sink_fraction(indices: torch.Tensor, layout: DocumentLayout) -> float:
     return float((indices[..., 0] == 0)[away].double().mean())
 
 
-def load_activations(path: Path) -> dict[str, torch.Tensor]:
-    """Returns q [tokens, H, D], k and v [tokens, G, D] in bf16 and cu_seqlens, on the GPU, from a .pt or .npz file with those names."""
+def load_activations(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns q [tokens, H, D], k and v [tokens, G, D] in bf16 and cu_seqlens from a .pt or .npz file with those names."""
     if path.suffix == ".npz":
         with np.load(path) as file:
             tensors = {name: torch.from_numpy(file[name]) for name in file.files}
@@ -45,5 +45,5 @@ def load_activations(path: Path) -> dict[str, torch.Tensor]:
     missing = {"q", "k", "v", "cu_seqlens"} - tensors.keys()
     if missing:
         raise ValueError(f"activations={path} must hold q, k, v and cu_seqlens; it lacks {', '.join(sorted(missing))}")
-    moved = {name: tensors[name].to("cuda", torch.bfloat16) for name in ("q", "k", "v")}
-    return {**moved, "cu_seqlens": tensors["cu_seqlens"].to("cuda", torch.int32)}
+    moved = {name: tensors[name].to(device, torch.bfloat16) for name in ("q", "k", "v")}
+    return {**moved, "cu_seqlens": tensors["cu_seqlens"].to(device, torch.int32)}

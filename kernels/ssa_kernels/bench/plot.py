@@ -24,12 +24,16 @@ def roofline(stages: list[Stage], copy: float, matmul: float, path: Path) -> Non
         "k--",
         label=f"L2 {L2_BYTES_PER_SECOND / 1e12:.1f} TB/s",
     )
-    for number, stage in enumerate(stages):
+    operators = list(dict.fromkeys(stage.name.split(",")[0] for stage in stages))
+    lengths = list(dict.fromkeys(stage.name.split(", ")[-1] for stage in stages))
+    for stage in stages:
         rate = stage.flops / stage.ms / 1e9
-        color = f"C{number % 10}"
-        axes.plot(stage.flops / stage.memory_bytes, rate, "o", color=color, label=f"{stage.name}: {stage.binds}")
+        color = f"C{operators.index(stage.name.split(',')[0]) % 10}"
+        mark = "osD^"[lengths.index(stage.name.split(", ")[-1]) % 4]
+        label = f"{stage.name}: {stage.floors[stage.binds] / stage.ms:.0%} of {stage.binds}"
+        axes.plot(stage.flops / stage.memory_bytes, rate, mark, color=color, label=label)
         if stage.l2_bytes:
-            axes.plot(stage.flops / stage.l2_bytes, rate, "o", color=color, fillstyle="none")
+            axes.plot(stage.flops / stage.l2_bytes, rate, mark, color=color, fillstyle="none")
     axes.set_xlabel("operations per byte (filled: device memory, hollow: L2)")
     axes.set_ylabel("TFLOP/s")
     axes.grid(True, which="both", alpha=0.2)

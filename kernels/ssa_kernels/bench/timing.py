@@ -12,15 +12,24 @@ import torch
 
 def median_ms(call: Callable[[], object], repetitions: int = 20, warmup: int = 3) -> float:
     """Returns the median time of `call` in milliseconds, launch gaps included."""
+    return medians_ms([call], repetitions, warmup)[0]
+
+
+def medians_ms(calls: list[Callable[[], object]], repetitions: int = 20, warmup: int = 3) -> list[float]:
+    """Returns the calls' median times, taken in turns: what is nearly equal should meet the same clocks."""
     for _ in range(warmup):
-        call()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repetitions)]
-    for begin, end in pairs:
-        begin.record()
-        call()
-        end.record()
+        for call in calls:
+            call()
+    times = [[] for _ in calls]
+    for _ in range(repetitions):
+        for call, taken in zip(calls, times, strict=True):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            taken.append((begin, end))
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+    return [statistics.median(begin.elapsed_time(end) for begin, end in taken) for taken in times]
 
 
 def repetitions_for(expected_ms: float) -> int:
