@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import full_attention, gate_and_align, select_blocks, sparse_attention, ssa_attention
 from ..documents import DocumentLayout
+from ..full_attention import te
 from . import shapes
 from .shapes import BLOCK_SIZE, TOP_K, Shape
 from .timing import median_ms, medians_ms, repetitions_for, workspace_bytes
@@ -75,10 +76,10 @@ class Problem:
         """Returns the sparse stream's output, selection included."""
         return self.sparse(self.choose())
 
-    def full(self) -> torch.Tensor:
+    def full(self, backend: str | None = None) -> torch.Tensor:
         """Returns the full stream's output by this package."""
         num_rows = self.shape.num_rows if self.one_document_a_row else None
-        return full_attention(self.q, self.k, self.v, cu_seqlens=self.layout, num_rows=num_rows)[0]
+        return full_attention(self.q, self.k, self.v, cu_seqlens=self.layout, num_rows=num_rows, backend=backend)[0]
 
     def sdpa(self, backend: SDPBackend) -> torch.Tensor:
         """Returns the full stream's output by torch, [tokens, H, D]."""
@@ -119,11 +120,14 @@ def streams(shape: Shape, both: Bounds = None, forward: Bounds = None) -> Iterat
         flash_f, flash_fb = problem.time(lambda: problem.sdpa(SDPBackend.FLASH_ATTENTION))
         detail = f"{flash_f:.2f}, {flash_fb:.2f} ms"
         yield Row(f"the same against FlashAttention-2, {shape.name}, fwd+bwd", flash_fb / ours_fb, "x", detail=detail)
-        calls = [problem.both(problem.full), problem.both(lambda: problem.sdpa(SDPBackend.CUDNN_ATTENTION))]
-        own_fb, full_fb = medians_ms(calls, repetitions_for(2 * full_fb))
-        detail = f"{own_fb:.2f} / {full_fb:.2f} ms, in turns"
-        name = f"full_attention / cuDNN full, {shape.name}, fwd+bwd"
-        yield Row.bounded(name, own_fb / full_fb, "x", (1.03, 1.0), higher=False, detail=detail)
+        torch_call = problem.both(lambda: problem.sdpa(SDPBackend.CUDNN_ATTENTION))
+        for backend in ("cudnn", "te") if te.is_installed() else ("cudnn",):
+            calls = [problem.both(lambda backend=backend: problem.full(backend)), torch_call]
+            own_ms, torch_ms = medians_ms(calls, repetitions_for(2 * full_fb))
+            name = f"full_attention by {backend} / torch's cuDNN, {shape.name}, fwd+bwd"
+            detail = f"{own_ms:.2f} / {torch_ms:.2f} ms, in turns"
+            bounds = (1.02, 1.0) if backend == "cudnn" else None
+            yield Row.bounded(name, own_ms / torch_ms, "x", bounds, higher=False, detail=detail)
 
 
 def layer(shape: Shape, must: float, aim: float) -> Iterator[Row]:

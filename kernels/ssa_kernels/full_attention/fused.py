@@ -3,7 +3,7 @@
 Which kernel runs is decided from shapes, explicit arguments and what is installed, never from values on the device:
 
 - `cudnn`: torch's cuDNN attention, where the caller says that the tokens are `num_rows` spans of equal length, one document each.
-- `te`: Transformer Engine's cuDNN attention on packed documents, where it is installed (te.py).
+- `te`: Transformer Engine's cuDNN attention on packed documents, where it is installed (te.py). It takes equal rows too, if asked.
 - `flash`: torch's FlashAttention-2 on packed documents; FlashAttention-3 or 4 where the process has activated one of them with
   `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel under the very operator called here.
 
@@ -22,7 +22,7 @@ import torch
 from ..documents import DocumentLayout
 from . import te
 
-# Below this a row is not worth cuDNN's fixed costs, and its support for very short ones has varied.
+# Shorter rows go the way of packed documents: not worth cuDNN's fixed costs, and its support for very short ones has varied.
 MIN_CUDNN_ROW = 128
 
 
@@ -31,7 +31,7 @@ class FusedPlan:
     """What a forward does, as far as its backward must know; all of it lives on the host."""
 
     backend: str
-    num_rows: int  # 1 for packed documents
+    num_rows: int  # 0 for packed documents
     max_length: int  # of a row or a document
     scale: float
 
@@ -67,10 +67,10 @@ def plan_fused(
     chosen = backend or _pick(q, row_length)
     _check_backend(chosen, num_rows)
     ends = boundaries(cu_seqlens, tokens)
-    if chosen == "cudnn":
-        return FusedPlan("cudnn", tokens // row_length, row_length, scale), ends
+    if chosen == "cudnn" or (chosen == "te" and row_length >= MIN_CUDNN_ROW):
+        return FusedPlan(chosen, tokens // row_length, row_length, scale), ends
     max_length = cu_seqlens.max_length if isinstance(cu_seqlens, DocumentLayout) else (row_length or tokens)
-    return FusedPlan(chosen, 1, max_length, scale), ends
+    return FusedPlan(chosen, 0, max_length, scale), ends
 
 
 def _pick(q: torch.Tensor, row_length: int) -> str:
@@ -117,8 +117,9 @@ def fused_forward(
         )
         return o.transpose(1, 2).reshape(q.shape), lse.squeeze(-1).transpose(1, 2), seed, offset
     if plan.backend == "te":
-        o, lse, state = te.te_forward(q, k, v, cu_seqlens, longest, plan.scale)
-        return o, lse.squeeze(-1)[None], state, state
+        sizes = {"num_rows": plan.num_rows, "max_length": longest, "scale": plan.scale}
+        o, lse, state = te.te_forward(q, k, v, cu_seqlens, **sizes)
+        return o, lse.squeeze(-1).transpose(1, 2) if plan.num_rows else lse.squeeze(-1)[None], state, state
     o, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False, scale=plan.scale
     )
@@ -145,7 +146,9 @@ def fused_backward(
         )  # fmt: skip
         return tuple(grad.transpose(1, 2).reshape(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
     if plan.backend == "te":
-        return te.te_backward(grad_o, q, k, v, o, lse[0].unsqueeze(-1), states[0], cu_seqlens, longest, plan.scale)
+        sizes = {"num_rows": plan.num_rows, "max_length": longest, "scale": plan.scale}
+        lse = (lse.transpose(1, 2) if plan.num_rows else lse[0]).unsqueeze(-1)
+        return te.te_backward(grad_o, q, k, v, o, lse, states[0], cu_seqlens, **sizes)
     return torch.ops.aten._flash_attention_backward(
         grad_o,
         q,

@@ -1,8 +1,9 @@
-"""Transformer Engine's fused attention on packed documents: cuDNN's kernels with graphs kept from batch to batch.
+"""Transformer Engine's fused attention: cuDNN's kernels with graphs kept from batch to batch, on packed documents or equal rows.
 
-On Hopper it does packed documents in two thirds of FlashAttention-2's time, and neither the number of documents nor the bound on their length
-changes that: Transformer Engine rounds both up to sizes for which it builds a graph once. The call is the one its own attention module
-makes; it gives the log-sum-exp as [tokens, H] (cuDNN 9.6 and later on sm_90 and sm_100), natural logarithm.
+On Hopper it does packed documents in two thirds of FlashAttention-2's time, and neither the number of documents nor the bound on their
+length changes that: Transformer Engine rounds both up to sizes for which it builds a graph once. The calls are those that its own
+attention module makes. The log-sum-exp is a natural logarithm: [tokens, H, 1] for documents (cuDNN 9.6 and later on sm_90 and sm_100),
+[rows, H, tokens / rows, 1] for rows.
 
 Not used in deterministic mode: asked for a deterministic backward on packed documents, version 2.20 with cuDNN 9.19 wants terabytes.
 """
@@ -14,7 +15,8 @@ import torch
 
 # The first version whose signature this file was run against.
 OLDEST = (2, 20)
-LAYOUT = {"qkv_layout": "thd_thd_thd", "o_format": "thd", "attn_mask_type": "padding_causal"}
+PACKED = {"qkv_layout": "thd_thd_thd", "o_format": "thd", "attn_mask_type": "padding_causal"}
+ROWS = {"qkv_layout": "bshd_bshd_bshd", "o_format": "bshd", "attn_mask_type": "causal"}
 
 
 @cache
@@ -29,32 +31,62 @@ def is_installed() -> bool:
 
 
 def te_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    num_rows: int,
+    max_length: int,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (o [tokens, H, D], lse [tokens, H, 1], random state)."""
+    """Returns (o [tokens, H, D], lse as the module's docstring says, random state); num_rows 0 for packed documents."""
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
+    ends, layout = _layout(cu_seqlens, num_rows)
     o, (lse, state) = fused_attn.fused_attn_fwd(
-        True, max_length, max_length, cu_seqlens, cu_seqlens, q, k, v, q.dtype, fused_attn.FusedAttnBackend["F16_arbitrary_seqlen"],
-        cu_seqlens_q_padded=cu_seqlens, cu_seqlens_kv_padded=cu_seqlens, attn_scale=scale, **LAYOUT,
+        True, max_length, max_length, ends, ends, *(_shaped(x, num_rows) for x in (q, k, v)), q.dtype,
+        fused_attn.FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=scale, **layout,
     )  # fmt: skip
-    if lse.shape != (*q.shape[:2], 1):
+    if lse.dim() != (4 if num_rows else 3):
         raise ValueError(
             f"lse of Transformer Engine has shape {tuple(lse.shape)}, not [tokens, H, 1]: cuDNN is too old; try backend='flash'"
         )
-    return o, lse, state
+    return o.view(q.shape), lse, state
 
 
 def te_backward(
-    grad_o: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, state: torch.Tensor,
-    cu_seqlens: torch.Tensor, max_length: int, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Returns (dq, dk, dv); lse [tokens, H, 1] and the state as the forward gave them."""
+    grad_o: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    state: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    num_rows: int,
+    max_length: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns (dq, dk, dv); lse and the state as the forward gave them."""
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
+    ends, layout = _layout(cu_seqlens, num_rows)
     dq, dk, dv, *_ = fused_attn.fused_attn_bwd(
-        max_length, max_length, cu_seqlens, cu_seqlens, q, k, v, o, grad_o, q.dtype, [lse, state],
-        fused_attn.FusedAttnBackend["F16_arbitrary_seqlen"], cu_seqlens_q_padded=cu_seqlens, cu_seqlens_kv_padded=cu_seqlens,
-        attn_scale=scale, do_format="thd", dqkv_layout="thd_thd_thd", **LAYOUT,
+        max_length, max_length, ends, ends, *(_shaped(x, num_rows) for x in (q, k, v, o, grad_o)), q.dtype, [lse, state],
+        fused_attn.FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=scale, do_format=layout["o_format"],
+        dqkv_layout=layout["qkv_layout"], **layout,
     )  # fmt: skip
-    return dq, dk, dv
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+
+
+def _layout(cu_seqlens: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, dict]:
+    """The boundaries and the keywords that name the layout. Of equal rows only the number of boundaries is read."""
+    if num_rows:
+        return cu_seqlens[: num_rows + 1], ROWS
+    return cu_seqlens, {**PACKED, "cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens}
+
+
+def _shaped(x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    return x.view(num_rows, -1, *x.shape[1:]) if num_rows else x

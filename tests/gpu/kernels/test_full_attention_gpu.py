@@ -80,9 +80,11 @@ def test_tokens_past_the_last_boundary_are_a_document(backend):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128)])
 @pytest.mark.parametrize(("num_rows", "length"), [(1, 512), (3, 200), (2, 129), (4, 100)])
-def test_equal_rows(num_rows, length, heads, kv_heads, head_dim):
+@pytest.mark.parametrize("backend", [None, PACKED[1]])
+def test_equal_rows(backend, num_rows, length, heads, kv_heads, head_dim):
     lengths = [length] * num_rows
-    check(make(sum(lengths), heads, kv_heads, head_dim), lengths, cu_seqlens=ends(lengths), num_rows=num_rows)
+    inputs = make(sum(lengths), heads, kv_heads, head_dim)
+    check(inputs, lengths, cu_seqlens=ends(lengths), num_rows=num_rows, backend=backend)
 
 
 @pytest.mark.parametrize("backend", PACKED)
