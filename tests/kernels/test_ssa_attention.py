@@ -6,6 +6,15 @@ import torch
 
 from ssa_kernels import full_attention, ssa_attention
 
+
+def interpreting():
+    try:
+        import triton
+    except ImportError:
+        return False
+    return triton.knobs.runtime.interpret
+
+
 ENDS = torch.tensor([0, 19, 20, 45])
 
 
@@ -59,3 +68,21 @@ def test_rows_that_are_not_equal_end_in_a_sentence():
         full_attention(q, k, v, cu_seqlens=ENDS, num_rows=2)
     with pytest.raises(ValueError, match="with G dividing H"):
         full_attention(q[:, :3], k, v, cu_seqlens=ENDS)
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1 before Triton is imported")
+@pytest.mark.parametrize("main", ["full", 0])
+def test_the_kernels_in_the_interpreter(main):
+    """All the package's Triton kernels behind one call, in float32, against the references in float64."""
+    inputs = make()
+    given = main if isinstance(main, str) else torch.tensor([main])
+    common = {"block_size": 4, "top_k": 3, "cu_seqlens": ENDS, "main": given, "scale": 0.4}
+    exact = ssa_attention(*inputs, impl="reference", **common)
+    low = [x.detach().float().requires_grad_() for x in inputs]
+    ours = ssa_attention(*low, impl="triton", **common)
+    upstream = torch.randn(exact.out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    want = torch.autograd.grad((exact.out * upstream).sum() + 900.0 * exact.alignment_loss, inputs)
+    got = torch.autograd.grad((ours.out * upstream.float()).sum() + 900.0 * ours.alignment_loss, low)
+    # float32 sums of tens of terms of size 10: some 1e-6 relative to the largest.
+    for a, b in zip((ours.out, ours.alignment_loss, ours.captured_mass, *got), (*exact, *want), strict=True):
+        assert float((a.double() - b).abs().max()) < 1e-5 * float(b.abs().max())
