@@ -20,9 +20,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
-from ssa_kernels import build_layout
 from torch import Tensor
 
+from ssa_kernels import build_layout
 from ssa_pretrain.config import Config, Method, PrecisionName
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine import megatron_checkpoint

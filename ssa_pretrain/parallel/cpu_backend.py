@@ -51,10 +51,6 @@ def _device() -> torch.device:
     return CPU
 
 
-def _nothing(*_: object, **__: object) -> None:
-    """Return None: there is no device to wait for."""
-
-
 def install() -> None:
     """Redirect this process's CUDA requests to the CPU, for good; a second call changes nothing.
 
@@ -69,16 +65,22 @@ def install() -> None:
     torch.cuda.current_device = _device
     torch.cuda.current_stream = lambda *_: _Stream()
     torch.cuda.stream = lambda *_: nullcontext()
-    torch.cuda.synchronize = _nothing
-    torch.cuda.empty_cache = _nothing
-    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.manual_seed = lambda _: None
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _redirect_random_states()
 
 
 def _redirect_random_states() -> None:
+    """Give core's tracker of CUDA random states a state of its own, which no CPU operation draws from: it must not move the CPU's."""
     from megatron.core.tensor_parallel import random
 
-    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    state = torch.get_rng_state()
+
+    def set_state(new: torch.Tensor, *_: object, **__: object) -> None:
+        state.copy_(new)
+
+    random._get_cuda_rng_state = lambda *_, **__: state.clone()
+    random._set_cuda_rng_state = set_state

@@ -1,0 +1,108 @@
+"""Rerunning the command goes on: bit for bit after kill -9, to rounding on another layout; never from what is damaged or another run's."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from training import command, environment, records, run, train
+
+STEPS = 24
+SETTINGS = (
+    "experiment=quickstart",
+    f"training.steps={STEPS}",
+    "training.global_batch_tokens=2048",
+    "training.micro_batch_size=2",
+    "data.sequence_length=256",
+    "evaluation.rows=4",
+    "evaluation.interval=8",
+    "checkpoint.interval=6",
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory) -> Path:
+    """A run of the quickstart's model on two tensor-parallel processes that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(*SETTINGS, f"data.path={corpus}", f"output_dir={folder}", "parallel=tp2", processes=2)
+    return folder
+
+
+def kill_at(step: int, folder: Path, arguments: list[str]) -> None:
+    """Start a run and kill all of its processes with SIGKILL once `step` is in its metrics."""
+    with subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 300
+        while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "the run never reached the step"
+            time.sleep(0.05)
+        kill_tree(process.pid)
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all of its descendants: torchrun puts its workers into sessions of their own."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            found += [int(child) for child in task.read_text().split()]
+    for victim in found:
+        os.kill(victim, signal.SIGKILL)
+
+
+def test_killed_and_rerun_is_bit_identical(uninterrupted, corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
+    kill_at(9, tmp_path, command("ssa_pretrain.train", *settings, processes=2))
+    done = run("ssa_pretrain.train", *settings, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming after step 6" in done.stdout
+    assert records(tmp_path, "train") == records(uninterrupted, "train")
+    assert records(tmp_path, "evaluation") == records(uninterrupted, "evaluation")
+    again = run("ssa_pretrain.train", *settings, processes=2)
+    assert again.returncode == 0
+    assert records(tmp_path, "train") == records(uninterrupted, "train")
+
+
+def test_resumed_on_other_layouts(uninterrupted, corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
+    for layout, stop in (("tp2", 6), ("pp2", 12), ("dp", STEPS)):
+        train(*settings, f"parallel={layout}", f"training.stop_at_step={stop}", processes=2)
+    found, wanted = records(tmp_path, "train"), records(uninterrupted, "train")
+    assert [r["step"] for r in found] == list(range(1, STEPS + 1))
+    for one, other in zip(found, wanted, strict=True):
+        for key in ("loss", "cross_entropy", "captured_mass", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e-5), (one["step"], key)
+        assert one["stream"] == other["stream"]
+
+
+def test_a_changed_configuration_is_refused(uninterrupted, corpus):
+    done = run("ssa_pretrain.train", *SETTINGS, f"data.path={corpus}", f"output_dir={uninterrupted}", "seed=7", "attention.top_k=3")
+    assert done.returncode == 5
+    assert "cannot be continued with this configuration; set these back or choose another output_dir" in done.stderr
+    assert "seed: checkpoint 1234, run 7" in done.stderr
+    assert "attention.top_k: checkpoint 4, run 3" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_only_damaged_checkpoints_is_an_error(corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "training.stop_at_step=1", "evaluation.at_start=false")
+    train(*settings)
+    (shard, *_) = sorted((tmp_path / "checkpoints" / "step_00000001").glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    done = run("ssa_pretrain.train", *settings)
+    assert done.returncode == 5
+    assert "has another sha256" in done.stdout
+    assert "no checkpoint in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_data_that_changed_under_a_run_is_refused(corpus, tmp_path):
+    done = run("ssa_pretrain.train", *SETTINGS, f"data.path={tmp_path / 'nothing'}", f"output_dir={tmp_path}")
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    assert "data.path" in done.stderr

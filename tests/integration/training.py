@@ -1,0 +1,48 @@
+"""Helpers for tests that train for real: the commands of the README as processes, on the quickstart's corpus."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMES = ("tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_seconds")
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a training process: one thread, no GPU, this checkout first."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def command(module: str, *overrides: str, processes: int = 1) -> list[str]:
+    """Return the command that runs a module, under torchrun for several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, "-m", module, *overrides]
+
+
+def run(module: str, *overrides: str, processes: int = 1, timeout: float = 500) -> subprocess.CompletedProcess:
+    """Run a module to its end, whatever it returns."""
+    return subprocess.run(
+        command(module, *overrides, processes=processes),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def train(*overrides: str, processes: int = 1) -> None:
+    """Train to the end or fail with what the process said."""
+    done = run("ssa_pretrain.train", *overrides, processes=processes)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Return a run's records of one kind, without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["kind"] == kind]
