@@ -38,6 +38,7 @@ FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 SCHEMAS = {
     "source": {
         "quickstart": settings.QuickstartSource,
+        "local_docs": settings.LocalDocsSource,
         "jsonl": settings.JsonlSource,
         "parquet": settings.ParquetSource,
         "text": settings.TextSource,

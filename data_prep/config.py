@@ -48,6 +48,24 @@ class QuickstartSource:
 
 
 @dataclass(kw_only=True, slots=True)
+class LocalDocsSource:
+    """Documentation packages of Debian or Ubuntu, and Python source from this machine; 70 MB by default."""
+
+    kind: str = "local_docs"
+    packages: list[str] = MISSING  # which packages; data_prep/sources/local_docs.py has the ones it can read
+    python_mb: float = 10.0  # most MB of Python source taken from installed packages; 0 for none
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        found = []
+        if not self.packages:
+            found.append("source.packages=[] must name at least one package; try [perl-doc]")
+        if self.python_mb < 0:
+            found.append(f"source.python_mb={self.python_mb} must not be negative; try 10, or 0 for none")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
 class JsonlSource:
     """JSON lines, plain or compressed (.gz, .zst): one object a line, one document an object."""
 

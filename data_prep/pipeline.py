@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.config import Config, QuickstartSource, Verify
+from data_prep.config import Config, LocalDocsSource, QuickstartSource, Verify
 from data_prep.errors import InputError
 from data_prep.files import digest, only_writer, read_json, write_atomically
 from data_prep.planning import Shard, Subset, file_sums, input_digest, plan_shards
 from data_prep.pool import Job, make_shards, num_workers
 from data_prep.shards import counts_path, finished_record, shard_fingerprint
 from data_prep.sources.files import find_files
+from data_prep.sources.local_docs import extract_local_docs
 from data_prep.sources.quickstart import extract_quickstart
 from data_prep.sources.store import stored_text
 from data_prep.tokenizer.encoding import Vocabulary
@@ -34,6 +35,8 @@ from data_prep.tokenizer.vocabulary import prepare_vocabulary
 from ssa_pretrain.data.indexed_format import SPLITS, Manifest, ShardInfo, TokenizerInfo, load_manifest, verify_hashes
 
 Say = Callable[[str], None]
+
+EXTRACTION_VERSION = 1  # raise it when a source would extract other text from the same packages
 
 
 def prepare_dataset(config: Config, say: Say) -> Manifest:
@@ -69,10 +72,14 @@ def prepare_dataset(config: Config, say: Say) -> Manifest:
 def fetch(config: Config, out: Path, say: Say) -> tuple[list[Subset], list[dict[str, Any]]]:
     """Returns the parts of the corpus, and their description for the manifest."""
     source = config.source
-    if isinstance(source, QuickstartSource):
-        say("text: extracting English and Python from installed packages (once)")
-        subsets, counts = stored_text(out / "text", asdict(source), partial(extract_quickstart, source))
-        return subsets, [{"kind": source.kind, "name": name, **count} for name, count in counts.items()]
+    if isinstance(source, QuickstartSource | LocalDocsSource):
+        say("text: extracting it once, kept in " + str(out / "text"))
+        if isinstance(source, QuickstartSource):
+            extract = partial(extract_quickstart, source)
+        else:
+            extract = partial(extract_local_docs, source, Path(config.cache).expanduser().absolute(), say)
+        subsets, counts = stored_text(out / "text", {"version": EXTRACTION_VERSION, **asdict(source)}, extract)
+        return subsets, [{"kind": source.kind, **count} for count in counts]
     subset = find_files(source)
     return [subset], [{"kind": source.kind, "name": subset.name, "files": len(subset.files)}]
 

@@ -50,10 +50,17 @@ NO_LETTER = re.compile(r"[^A-Za-z]+")
 
 def extract_quickstart(source: QuickstartSource, store: TextStore) -> None:
     """Writes the corpus into `store`; InputError where the encyclopaedia's package is not installed."""
-    store.add_all("english", _encyclopaedia(source.entries_per_page))
+    store.add_all("english", f"{WIKI_PACKAGE}, leads of Wikipedia articles", _encyclopaedia(source.entries_per_page))
     files = sorted(_python_files())
-    store.add_all("english", _limited(_prose(files), source.english_docs_mb))
-    store.add_all("python", _limited(_sources(files), source.python_mb))
+    store.add_all(
+        "english", "documentation in installed Python packages", _limited(_prose(files), source.english_docs_mb)
+    )
+    store.add_all("python", "installed Python packages", _limited(_sources(files), source.python_mb))
+
+
+def python_sources(limit_mb: float) -> Iterator[str]:
+    """Yields Python files of the standard library and of installed packages, up to a number of MB."""
+    return _limited(_sources(sorted(_python_files())), limit_mb)
 
 
 def _encyclopaedia(entries_per_page: int) -> Iterator[str]:

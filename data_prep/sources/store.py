@@ -7,14 +7,24 @@ Each part of the corpus becomes files of at most 2 MB, `{"text": …}` a line, i
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import InputError
 from data_prep.files import read_json, write_json
 from data_prep.planning import Subset
 
 PART_BYTES = 2_000_000
+
+
+@dataclass(slots=True)
+class Counts:
+    """What one origin gave to one part of the corpus."""
+
+    origin: str
+    documents: int = 0
+    text_bytes: int = 0
+    duplicates: int = 0
 
 
 class TextStore:
@@ -24,22 +34,23 @@ class TextStore:
         self._folder = folder
         self._seen: set[bytes] = set()
         self._files: dict[str, list[str]] = {}
-        self.counts: dict[str, dict[str, int]] = {}
+        self.counts: dict[str, list[Counts]] = {}
 
-    def add_all(self, name: str, texts: Iterable[str]) -> None:
-        """Appends documents to the part `name`, those seen before in any part left out."""
-        counts = self.counts.setdefault(name, {"documents": 0, "text_bytes": 0, "duplicates": 0})
+    def add_all(self, name: str, origin: str, texts: Iterable[str]) -> Counts:
+        """Appends documents to the part `name`, those seen before in any part left out; returns how many there were."""
+        counts = Counts(origin)
+        self.counts.setdefault(name, []).append(counts)
         lines: list[bytes] = []
         size = 0
         for text in texts:
             raw = text.encode("utf-8", errors="replace")
             key = hashlib.blake2b(raw, digest_size=16).digest()
             if key in self._seen:
-                counts["duplicates"] += 1
+                counts.duplicates += 1
                 continue
             self._seen.add(key)
-            counts["documents"] += 1
-            counts["text_bytes"] += len(raw)
+            counts.documents += 1
+            counts.text_bytes += len(raw)
             line = json.dumps({"text": raw.decode()}, ensure_ascii=False).encode() + b"\n"
             if lines and size + len(line) > PART_BYTES:
                 self._write(name, lines)
@@ -48,6 +59,7 @@ class TextStore:
             size += len(line)
         if lines:
             self._write(name, lines)
+        return counts
 
     def subsets(self) -> list[Subset]:
         """Returns the parts that have documents."""
@@ -62,39 +74,38 @@ class TextStore:
 
 def stored_text(
     folder: Path, key: dict[str, Any], extract: Callable[[TextStore], None]
-) -> tuple[list[Subset], dict[str, Any]]:
-    """Returns the subsets under `folder` and their counts, extracting them first unless that was done with the same `key`.
+) -> tuple[list[Subset], list[dict[str, Any]]]:
+    """Returns the parts of the corpus under `folder` and, for the manifest, what each origin gave.
+
+    The text is extracted first unless that was done with the same `key`.
 
     Args:
-        folder: where the text lies; its content is ours and is replaced.
+        folder: where the text lies.
         key: the settings that determine the text.
         extract: fills the store.
     """
     index = folder / "index.json"
     known = read_json(index)
-    if isinstance(known, dict) and known.get("key") == key and all(_is_whole(folder, f) for f in known["files"]):
-        names = dict.fromkeys(f["name"] for f in known["files"])
-        subsets = [
-            Subset(name, "jsonl", tuple(str(folder / f["file"]) for f in known["files"] if f["name"] == name))
-            for name in names
+    if not (isinstance(known, dict) and known.get("key") == key and all(_is_whole(folder, f) for f in known["files"])):
+        folder.mkdir(parents=True, exist_ok=True)
+        index.unlink(missing_ok=True)
+        for old in folder.glob("*_[0-9][0-9][0-9][0-9][0-9].jsonl"):
+            old.unlink()
+        store = TextStore(folder)
+        extract(store)
+        files = [
+            {"name": s.name, "file": Path(path).name, "bytes": Path(path).stat().st_size}
+            for s in store.subsets()
+            for path in s.files
         ]
-        return subsets, known["counts"]
-    folder.mkdir(parents=True, exist_ok=True)
-    index.unlink(missing_ok=True)
-    for old in folder.glob("*_[0-9][0-9][0-9][0-9][0-9].jsonl"):
-        old.unlink()
-    store = TextStore(folder)
-    extract(store)
-    subsets = store.subsets()
-    if not subsets:
-        raise InputError("the source gave no text at all; see docs/data.md for what each source needs")
-    files = [
-        {"name": s.name, "file": Path(path).name, "bytes": Path(path).stat().st_size}
-        for s in subsets
-        for path in s.files
+        counts = [{"name": name, **asdict(count)} for name, group in store.counts.items() for count in group]
+        known = {"key": key, "counts": counts, "files": files}
+        write_json(index, known)
+    names = dict.fromkeys(f["name"] for f in known["files"])
+    subsets = [
+        Subset(n, "jsonl", tuple(str(folder / f["file"]) for f in known["files"] if f["name"] == n)) for n in names
     ]
-    write_json(index, {"key": key, "counts": store.counts, "files": files})
-    return subsets, store.counts
+    return subsets, known["counts"]
 
 
 def _is_whole(folder: Path, entry: dict[str, Any]) -> bool:
