@@ -61,9 +61,8 @@ def train_line(record: Mapping[str, Any], total_steps: int) -> str:
         parts["gnorm"] = f"gnorm {_number(record['grad_norm'], '#.2g')}"
     parts["lr"] = f"lr {_number(record['learning_rate'], '.1e')}"
     parts["speed"] = f"{compact(record['tokens_per_second'])} tok/s"
-    if record.get("tflops_per_second") is not None:
+    if record.get("mfu") is not None:  # where the device's peak is known; elsewhere FLOP/s say little
         parts["flops"] = f"{_number(record['tflops_per_second'], '#.3g')} TF/s"
-    if record.get("mfu") is not None:
         parts["mfu"] = f"MFU {record['mfu']:.0%}"
     if record.get("eta_seconds") is not None:
         parts["eta"] = f"ETA {duration(record['eta_seconds'])}"

@@ -170,7 +170,8 @@ def table(figures: Figures) -> str:
         lines.append("captured mass in training, by layer: first step -> last step")
         lines.append("  " + "  ".join(f"{i}: {row[0][1]:.2f} -> {row[-1][1]:.2f}" for i, row in enumerate(layers)))
     lines += [f"{name:<14}{value}" for name, value in figures.facts()]
-    for sample in figures.samples[:4]:
+    shown = list(dict.fromkeys(sample["prompt"] for sample in figures.samples))[:2]
+    for sample in sorted((s for s in figures.samples if s["prompt"] in shown), key=lambda s: shown.index(s["prompt"])):
         text = " ".join((sample["prompt"] + sample["text"]).split())
         lines.append(f"sample, {sample['mode']:<7}{text[:100]}")
     return "\n".join(lines)
@@ -231,7 +232,7 @@ def _dataset(manifest: dict[str, Any]) -> dict[str, str]:
     if not manifest:
         return {}
     tokens = {split: sum(shard["tokens"] for shard in shards) for split, shards in manifest["splits"].items()}
-    names = ", ".join(source["name"] for source in manifest["sources"])
+    names = ", ".join(dict.fromkeys(source["name"] for source in manifest["sources"]))
     tokenizer = manifest["tokenizer"]
     return {
         "data": f"{names}: " + ", ".join(f"{compact(count)} tokens {split}" for split, count in tokens.items()),

@@ -15,7 +15,7 @@ from ssa_pretrain.report_page import page
 MANIFEST = {
     "tokenizer": {"name": "bpe8192", "vocab_size": 8192},
     "splits": {"train": [{"tokens": 900_000}, {"tokens": 100_000}], "heldout": [{"tokens": 50_000}]},
-    "sources": [{"name": "english"}, {"name": "python"}],
+    "sources": [{"name": "english"}, {"name": "english"}, {"name": "python"}],
     "unigram_entropy_nats": {"train": 7.4, "heldout": 7.2},
 }
 PROMPT = "Once <upon>"
