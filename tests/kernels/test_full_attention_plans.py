@@ -1,0 +1,72 @@
+"""Which fused kernel the full stream takes, and the shapes that go in and out of it, without a GPU: on meta tensors."""
+
+import pytest
+import torch
+
+from ssa_kernels import build_layout
+from ssa_kernels.full_attention import te
+from ssa_kernels.full_attention.fused import FusedPlan, boundaries, fused_backward, fused_forward, plan_fused
+
+ENDS = torch.tensor([0, 128, 256])
+
+
+def make(device="meta", dtype=torch.bfloat16, head_dim=64):
+    sizes = ((256, 8, head_dim), (256, 2, head_dim), (256, 2, head_dim))
+    return [torch.empty(size, device=device, dtype=dtype) for size in sizes]
+
+
+def plan(q, k, ends=ENDS, num_rows=None, backend=None):
+    return plan_fused(q, k, ends, num_rows=num_rows, backend=backend, scale=0.125)[0]
+
+
+def test_a_plan_is_made_of_shapes_and_arguments():
+    q, k, _ = make("cpu")
+    layout = build_layout(ENDS, num_tokens=256, block_size=16, max_length=200)
+    assert plan(q, k, num_rows=2, backend="cudnn") == FusedPlan("cudnn", 2, 128, 0.125)
+    assert plan(q, k, backend="flash") == FusedPlan("flash", 0, 256, 0.125)
+    assert plan(q, k, layout, backend="flash") == FusedPlan("flash", 0, 200, 0.125)
+    assert plan(q, k, num_rows=4, backend="flash") == FusedPlan("flash", 0, 64, 0.125)
+
+
+def test_deterministic_mode_takes_the_kernel_that_can_be():
+    q, k, _ = make("cpu")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert plan(q, k, num_rows=2).backend == "flash"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_boundaries_reach_the_last_token():
+    assert boundaries(torch.tensor([0, 128]), 256).tolist() == [0, 128, 256]
+    assert boundaries(torch.tensor([0, 300]), 256).tolist() == [0, 256, 256]
+    assert boundaries(ENDS, 256).dtype == torch.int32
+
+
+@pytest.mark.parametrize(("backend", "num_rows"), [("cudnn", 2), ("flash", None)])
+def test_shapes_in_and_out(backend, num_rows):
+    """Meta tensors run the library operators' own shape rules; the gradients' shapes and the lse's view are ours."""
+    q, k, v = make()
+    what, ends = plan_fused(q, k, ENDS.to("meta"), num_rows=num_rows, backend=backend, scale=0.125)
+    o, lse, *states = fused_forward(q, k, v, ends, what)
+    assert o.shape == q.shape and o.is_contiguous()
+    assert lse.shape == ((2, 128, 8) if num_rows else (1, 256, 8)) and lse.dtype == torch.float32
+    grads = fused_backward(o, q, k, v, o, lse, tuple(states), ends, what)
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_what_no_kernel_takes_ends_in_a_sentence():
+    q, k, _ = make("cpu")
+    with pytest.raises(ValueError, match="must be bfloat16 or float16"):
+        plan(*make("cpu", torch.float32)[:2])
+    with pytest.raises(ValueError, match="multiple of 8 and at most 128"):
+        plan(*make("cpu", head_dim=136)[:2])
+    with pytest.raises(ValueError, match="needs num_rows"):
+        plan(q, k, backend="cudnn")
+    with pytest.raises(ValueError, match="need as many"):
+        plan(q[:3], k, backend="flash")
+    with pytest.raises(ValueError, match="must be None, 'cudnn'"):
+        plan(q, k, backend="fast")
+    if not te.is_installed():
+        with pytest.raises(ValueError, match=r"needs transformer_engine 2.20"):
+            plan(q, k, backend="te")
