@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method, PrecisionName
+from ssa_pretrain.config import Config, KernelImpl, LayerSpec, PrecisionName
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
 
 LLAMA3_CONTEXT = 8192  # the original context in Llama-3 RoPE scaling
 FP8_MULTIPLE = 16  # what Transformer Engine asks of both dimensions of an FP8 product
-TRITON_HEAD_DIMS = (64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +188,10 @@ def _kernels(config: Config, machine: Machine) -> list[Problem]:
         rule = "is not a format of the GPU kernels"
         advice = "try precision=bf16 or attention.impl=reference"
         found.append(Problem("precision.name", config.precision.name, rule, advice, ("attention.impl",)))
-    if config.attention.method is Method.full:
-        rule, fits = "is not a multiple of 8 up to 128, as the GPU kernels need", head_dim % 8 == 0 and head_dim <= 128
-    else:
-        rule, fits = f"is not one of the GPU kernels' {join(TRITON_HEAD_DIMS)}", head_dim in TRITON_HEAD_DIMS
-    if not fits:
-        advice = f"try {nearest(head_dim, TRITON_HEAD_DIMS, 1)[0]} or attention.impl=reference"
+    if head_dim % 8 or head_dim > 128:
+        rule = "is not a multiple of 8 up to 128, as the GPU kernels need"
+        near = nearest(min(head_dim, 128), range(8, 129, 8))
+        advice = f"try {join([*near, 'attention.impl=reference'])}"
         found.append(Problem("model.head_dim", head_dim, rule, advice, ("attention.impl",)))
     return found
 

@@ -144,15 +144,16 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
             "attention.impl=triton needs a GPU, and torch sees none; try auto or reference",
         ),
         (
-            (*PAPER, "model.head_dim=80"),
-            GPU,
-            "model.head_dim=80 is not one of the GPU kernels' 64 or 128; try 64 or attention.impl=reference",
-        ),
-        (
-            ("experiment=full_1b_8k", "model.head_dim=84"),
+            (*PAPER, "model.head_dim=84"),
             GPU,
             "model.head_dim=84 is not a multiple of 8 up to 128, as the GPU kernels need; "
-            "try 64 or attention.impl=reference",
+            "try 80, 88 or attention.impl=reference",
+        ),
+        (
+            ("experiment=full_1b_8k", "model.head_dim=256"),
+            GPU,
+            "model.head_dim=256 is not a multiple of 8 up to 128, as the GPU kernels need; "
+            "try 120, 128 or attention.impl=reference",
         ),
         (
             (*PAPER, "precision=fp32"),
@@ -201,7 +202,8 @@ def test_what_the_machine_lacks_is_one_line(overrides: tuple[str, ...], machine:
 def test_the_same_choices_pass_where_the_machine_has_what_they_need() -> None:
     assert found(*PAPER, "precision=fp8", machine=GPU) == []
     assert found(*PAPER, "attention.impl=triton", "engine.layer_spec=transformer_engine", machine=GPU) == []
-    assert found("experiment=full_1b_8k", "model.head_dim=80", machine=GPU) == []
+    assert found(*PAPER, "model.head_dim=80", machine=GPU) == []
+    assert found(*PAPER, "model.head_dim=84", "attention.impl=reference", machine=GPU) == []
     assert found(*PAPER, "precision=fp8", "attention.impl=triton", machine=CPU.unknown()) == []
 
 
