@@ -4,7 +4,8 @@ import oracle
 import pytest
 import torch
 
-from ssa_kernels import full_attention, ssa_attention
+from ssa_kernels import build_layout, full_attention, ssa_attention
+from ssa_kernels.ssa_attention.api import Selection, composed, covered
 
 
 def interpreting():
@@ -48,6 +49,20 @@ def test_against_the_oracle(main):
     )
     for got, expected in zip(grads, (*want, dz), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_where_the_blocks_cover_every_document_the_streams_are_one():
+    inputs = make()
+    layout = build_layout(ENDS, num_tokens=45, block_size=4, max_length=25)
+    common = {"layout": layout, "main": "sparse", "scale": 0.4, "num_rows": None, "impl": None}
+    one = covered(*inputs, **common)
+    both = composed(*inputs, selection=Selection(4, 7, "softmax_sum"), weights=(1.0, 1.0), **common)
+    for got, want in zip(one, both, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
+    grad = torch.randn(one.out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sums = ((result.out * grad).sum() + result.alignment_loss for result in (one, both))
+    for got, want in zip(*(torch.autograd.grad(x, inputs) for x in sums), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_without_a_gate_the_output_is_the_stream():

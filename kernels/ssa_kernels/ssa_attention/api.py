@@ -7,7 +7,8 @@
     captured_mass = mean of exp(lse_sparse - lse_full)
 
 `composed` is just that, by the public operators, and defines what is correct. On a GPU one autograd function does the same in fewer
-passes (autograd.py). Source: arXiv 2511.20102, section 3.
+passes (autograd.py), and where top_k blocks cover any document (by the layout's `max_length`) the streams are one (`covered`).
+Source: arXiv 2511.20102, section 3.
 """
 
 from typing import NamedTuple
@@ -91,6 +92,8 @@ def ssa_attention(
             num_rows=num_rows,
             impl=impl,
         )
+    if top_k * block_size >= layout.max_length:
+        return covered(q, k, v, gate_logits, layout=layout, main=main, scale=scale, num_rows=num_rows, impl=impl)
     from .autograd import SSAAttention  # here, because it imports Triton
 
     tensors = (x.contiguous() for x in (q, k, v, gate_logits))
@@ -120,3 +123,21 @@ def composed(
     o_sparse, lse_sparse = sparse_attention(q, k, v, indices, block_size=selection.block_size, **common)
     out, loss = gate_and_align(o_full, o_sparse, gate_logits, main=main, weights=weights, impl=impl)
     return SSAOutput(out, loss, captured_mass(lse_full, lse_sparse).mean())
+
+
+def covered(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate_logits: torch.Tensor,
+    *,
+    layout: DocumentLayout,
+    main: str | torch.Tensor,
+    scale: float,
+    num_rows: int | None,
+    impl: str | None,
+) -> SSAOutput:
+    """Returns what `composed` does where every query chooses every block: the full stream is both, so nothing is left to align."""
+    o, _ = full_attention(q, k, v, cu_seqlens=layout, scale=scale, num_rows=num_rows, impl=impl)
+    out, loss = gate_and_align(o, o, gate_logits, main=main, impl=impl)
+    return SSAOutput(out, loss, torch.ones((), dtype=torch.float32, device=q.device))
