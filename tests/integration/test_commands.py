@@ -1,0 +1,164 @@
+"""The commands of README.md and docs/, run as written or as their dry run; the quickstart small, twice, with every file that it promises."""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+VENV = Path(sys.prefix)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's variables without those that a launcher sets, with this interpreter first on PATH."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    return (
+        kept | {"PATH": f"{VENV / 'bin'}:{os.environ['PATH']}", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"} | changes
+    )
+
+
+def run(*command: str | Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def shell_lines(page: Path) -> list[str]:
+    """The commands in a page's sh blocks, without their remarks."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [re.sub(r"\s{2,}#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_the_first_screen_has_the_two_commands() -> None:
+    top = "\n".join(README.splitlines()[:16])
+    assert re.search(r"^make quickstart\b", top, re.MULTILINE) and re.search(r"^make test\b", top, re.MULTILINE)
+    assert len(README.splitlines()) < 100
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test"])
+def test_make_starts_them_after_a_finished_set_up(tmp_path: Path, target: str) -> None:
+    for stamp in (".quickstart", ".dev"):
+        (tmp_path / stamp).touch()
+    done = run("make", "--dry-run", target, f"VENV={tmp_path}", "PYTEST_ARGS=-x")
+    expected = {
+        "quickstart": f"launchers/quickstart.sh --venv {tmp_path} --out outputs/quickstart",
+        "test": f'OMP_NUM_THREADS=1 {tmp_path}/bin/python -m pytest -n 2 -m "not gpu" -x',
+    }
+    assert done.stdout.strip() == expected[target]
+
+
+TORCHRUN = sorted(
+    {
+        line
+        for page in PAGES
+        for line in shell_lines(page)
+        if line.startswith("launchers/torchrun.sh") and "…" not in line
+    }
+)
+
+
+@pytest.mark.parametrize("line", TORCHRUN)
+def test_launch_commands_of_the_guides_plan_what_they_say(line: str) -> None:
+    """The command as written, except that it plans instead of starting."""
+    command = [word for word in shlex.split(line) if word != "--dry-run"]
+    done = run(command[0], "--dry-run", *command[1:])
+    assert done.returncode == 0, done.stderr
+    nodes = re.search(r"--nnodes (\d+)", line)
+    assert f"{8 * int(nodes[1] if nodes else 1)} processes" in done.stdout
+
+
+def test_there_are_launch_commands_to_try() -> None:
+    assert len(TORCHRUN) >= 3
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_paths_in_the_file_map_exist() -> None:
+    table = README.split("## Where things are")[1]
+    for cell in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE):
+        first, *others = re.findall(r"`([^`]+)`", cell)
+        for path in (first, *(str(Path(first).parent / other) for other in others)):
+            assert (ROOT / path).exists(), f"README.md names {path}"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "plan", "report"])
+def test_every_command_has_help(command: str) -> None:
+    done = run(sys.executable, "-m", f"ssa_pretrain.{command}", "--help")
+    assert done.returncode == 0 and len(done.stdout) > 100 and "Traceback" not in done.stderr
+
+
+SMALL = [
+    "training.steps=6",
+    "training.global_batch_tokens=1024",
+    "training.micro_batch_size=2",
+    "data.sequence_length=256",
+    "logging.interval=2",
+]
+SMALL += ["evaluation.rows=4", "evaluation.interval=3", "checkpoint.interval=3"]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    return out, run("launchers/quickstart.sh", "--venv", VENV, "--out", out, *SMALL, timeout=550)
+
+
+def test_quickstart_leaves_what_it_promises(quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, done = quickstart
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in (
+        "report.html",
+        "metrics.jsonl",
+        "config.yaml",
+        "evaluation.json",
+        "samples.json",
+        "data/manifest.json",
+    ):
+        assert (out / name).stat().st_size > 0, name
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [(r["step"], r["mode"]) for r in records if r["kind"] == "evaluation"] == [
+        (s, m) for s in (0, 3, 6) for m in ("full", "sparse")
+    ]
+    assert all(math.isfinite(r["cross_entropy"]) for r in records)
+    assert "\x1b" not in done.stdout + done.stderr, "no terminal codes in a pipe"
+    assert f"report: {out / 'report.html'}" in done.stdout
+
+
+def test_its_records_have_every_key_of_the_guide(quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = quickstart
+    guide = (ROOT / "docs" / "metrics.md").read_text()
+    tables = guide.split("## ")[1:]
+    for record in (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()):
+        table = tables[0] if record["kind"] == "train" else tables[1]
+        documented = {
+            key for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for key in re.findall(r"`(\w+)`", cell)
+        }
+        assert documented <= set(record), f"documented and not written: {documented - set(record)}"
+        assert set(record) - {"kind"} - documented <= {"alignment_loss"}, "written and not documented"
+
+
+def test_a_second_quickstart_reuses_what_is_there(quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = quickstart
+    kept = ["data/manifest.json", "data/tokenizer.json", "metrics.jsonl"]
+    before = {name: (out / name).read_bytes() for name in kept}
+    written = (out / "data" / "manifest.json").stat().st_mtime_ns
+    done = run("launchers/quickstart.sh", "--venv", VENV, "--out", out, *SMALL, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {name: (out / name).read_bytes() for name in kept} == before
+    assert (out / "data" / "manifest.json").stat().st_mtime_ns == written
