@@ -42,13 +42,13 @@ def gate_and_align(
 
 def check_gate_inputs(o: torch.Tensor, gate_logits: torch.Tensor, main: str | torch.Tensor) -> None:
     """Raises ValueError unless the logits fit a stream's output (or q) and main names a stream."""
-    if isinstance(main, torch.Tensor):
-        if main.numel() != 1 or main.is_floating_point() or main.device != o.device:
-            raise ValueError(
-                f"main of shape {tuple(main.shape)}, {main.dtype} on {main.device} must be one integer or bool on {o.device}"
-            )
-    elif main not in ("full", "sparse"):
-        raise ValueError(f"main={main!r} must be 'full', 'sparse' or a tensor of one integer (not 0 for full)")
+    if isinstance(main, str):
+        if main not in ("full", "sparse"):
+            raise ValueError(f"main={main!r} must be 'full', 'sparse' or a tensor of one integer (not 0 for full)")
+    elif main.numel() != 1 or main.is_floating_point() or main.device != o.device:
+        raise ValueError(
+            f"main of shape {tuple(main.shape)}, {main.dtype} on {main.device} must be one integer or bool on {o.device}"
+        )
     if o.dim() != 3 or gate_logits.shape != o.shape[:2]:
         raise ValueError(
             f"gate_logits {tuple(gate_logits.shape)} must fit o_full {tuple(o.shape)}: its first two sizes"
@@ -57,4 +57,4 @@ def check_gate_inputs(o: torch.Tensor, gate_logits: torch.Tensor, main: str | to
 
 def main_operand(main: str | torch.Tensor) -> str | torch.Tensor:
     """Returns main as the kernels take it: a name, or an int32 tensor."""
-    return main.to(torch.int32) if isinstance(main, torch.Tensor) else main
+    return main if isinstance(main, str) else main.to(torch.int32)

@@ -29,8 +29,8 @@ def gate_and_align_reference(
     full, sparse = gate * o_full.to(wide), gate * o_sparse.to(wide)
     sparsity = F.smooth_l1_loss(full, sparse.detach())
     commitment = F.smooth_l1_loss(full.detach(), sparse)
-    if isinstance(main, torch.Tensor):
-        out = torch.where(main.reshape(()) != 0, full, sparse)
-    else:
+    if isinstance(main, str):
         out = full if main == "full" else sparse
+    else:
+        out = torch.where(main.reshape(()) != 0, full, sparse)
     return out.to(o_full.dtype), weights[0] * sparsity + weights[1] * commitment

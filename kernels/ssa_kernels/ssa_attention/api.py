@@ -72,9 +72,8 @@ def ssa_attention(
         impl: None, "triton" or "reference".
     """
     check_attention_inputs(q, k, v, num_rows)
-    if gate_logits is None:
-        gate_logits = q.new_full(q.shape[:2], torch.inf)
-    check_gate_inputs(q, gate_logits, main)
+    logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
+    check_gate_inputs(q, logits, main)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
     selection = Selection(block_size, top_k, score)
@@ -83,7 +82,7 @@ def ssa_attention(
             q,
             k,
             v,
-            gate_logits,
+            logits,
             layout=layout,
             selection=selection,
             main=main,
@@ -93,10 +92,10 @@ def ssa_attention(
             impl=impl,
         )
     if top_k * block_size >= layout.max_length:
-        return covered(q, k, v, gate_logits, layout=layout, main=main, scale=scale, num_rows=num_rows, impl=impl)
+        return covered(q, k, v, logits, layout=layout, main=main, scale=scale, num_rows=num_rows, impl=impl)
     from .autograd import SSAAttention  # here, because it imports Triton
 
-    tensors = (x.contiguous() for x in (q, k, v, gate_logits))
+    tensors = (x.contiguous() for x in (q, k, v, logits))
     return SSAOutput(
         *SSAAttention.apply(*tensors, main_operand(main), tuple(weights), layout, selection, scale, num_rows)
     )
