@@ -45,7 +45,7 @@ step() {
 }
 
 step 1/4 "Text: English and Python into indexed binaries" \
-    "$python" -m data_prep source=quickstart tokenizer=bpe8k "out=$out/data"
+    "$python" -m data_prep source=quickstart tokenizer=bpe4k "out=$out/data"
 step 2/4 "Training: two processes, tensor parallel" \
     "$python" -m torch.distributed.run --standalone --nproc-per-node=2 -m ssa_pretrain.train parallel=tp2 "${run[@]}"
 step 3/4 "Evaluation: the held-out text with full and with sparse attention, and samples" \

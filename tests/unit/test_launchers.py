@@ -18,7 +18,7 @@ def call(script: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 QUICKSTART = """\
-.venv/bin/python -m data_prep source=quickstart tokenizer=bpe8k out=outputs/quickstart/data
+.venv/bin/python -m data_prep source=quickstart tokenizer=bpe4k out=outputs/quickstart/data
 .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node=2 -m ssa_pretrain.train parallel=tp2 \
 experiment=quickstart output_dir=outputs/quickstart data.path=outputs/quickstart/data
 .venv/bin/python -m ssa_pretrain.evaluate experiment=quickstart output_dir=outputs/quickstart data.path=outputs/quickstart/data
@@ -41,7 +41,7 @@ def test_quickstart_prints_its_four_commands() -> None:
 def test_quickstart_passes_settings_and_folders_on() -> None:
     done = call("quickstart.sh", "--venv", "/v e", "--out", "o", "--dry-run", "training.steps=3", "name=a b")
     lines = commands(done.stdout).splitlines()
-    assert lines[0] == r"/v\ e/bin/python -m data_prep source=quickstart tokenizer=bpe8k out=o/data"
+    assert lines[0] == r"/v\ e/bin/python -m data_prep source=quickstart tokenizer=bpe4k out=o/data"
     for line in lines[1:3]:
         assert line.endswith(r"experiment=quickstart output_dir=o data.path=o/data training.steps=3 name=a\ b")
     assert lines[3].endswith("-m ssa_pretrain.report o")
