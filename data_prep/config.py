@@ -28,7 +28,7 @@ class Verify(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class QuickstartSource:
-    """English and Python that pip alone provides; about 12 MB."""
+    """English and Python that pip alone provides; about 13 MB."""
 
     kind: str = "quickstart"
     entries_per_page: int = 8  # encyclopaedia entries of one topic joined into a document; 1 leaves them apart

