@@ -40,22 +40,22 @@ def _bits(first, end):
 
 
 @gluon.constexpr_function
-def words_layout(rows, words, warps, split):
-    """Natural rows of words: lane = 4 * (row % 8) + word // 4 % 4. The warps split the rows by 16s, or all hold the same."""
-    registers = [[0, 1], [0, 2]] + [[0, w] for w in _bits(16, words)]
-    registers += [[r, 0] for r in _bits(8, 16 if split else rows)]
+def words_layout(rows, words, rows_a_warp, replicas=1):
+    """Natural rows of words: lane = 4 * (row % 8) + word // 4 % 4. Warps: `replicas` hold the same, then rows_a_warp each."""
+    registers = [[0, 1], [0, 2]] + [[0, w] for w in _bits(16, words)] + [[r, 0] for r in _bits(8, rows_a_warp)]
     lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
-    across = [[r, 0] for r in _bits(16, rows)] if split else [[0, 0] for _ in _bits(1, warps)]
-    return gl.DistributedLinearLayout(registers, lanes, across, [], [rows, words])
+    warps = [[0, 0] for _ in _bits(1, replicas)] + [[r, 0] for r in _bits(rows_a_warp, rows)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, words])
 
 
 @gluon.constexpr_function
 def rows_layout(rows, dims, warps):
-    """Natural rows of single elements, as accumulators leave: lane = 4 * (row % 8) + d // 8 % 4."""
+    """Natural rows of single elements, as accumulators leave: lane = 4 * (row % 8) + d // 8 % 4. """
     registers = [[0, 1], [0, 2], [0, 4]] + [[0, d] for d in _bits(32, dims)] + [[8, 0]]
     registers += [[r, 0] for r in _bits(16 * warps, rows)]
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[r, 0] for r in _bits(16, 16 * warps)], [], [rows, dims])
+    across = [[r, 0] for r in _bits(16, 16 * warps)]
+    return gl.DistributedLinearLayout(registers, lanes, across, [], [rows, dims])
 
 
 @gluon.constexpr_function

@@ -32,6 +32,7 @@ CHOICES_PER_PROGRAM = 1024
 BUCKETS_PER_PROGRAM = 128
 BUCKETS_PER_SCAN = 4096
 SEGMENTS_PER_PROGRAM = 128
+LAST_KEY = 2**15 - 1  # the schedule's keys have 16 bits: half the passes of a radix sort, and neighbouring queries may change places
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +106,13 @@ def count_segments_kernel(start_ptr, first_segment_ptr, num_buckets, SEGMENT: tl
         total = tl.max(running, 0)
 
 
-@triton.jit(do_not_specialize=["num_buckets", "num_rows", "num_queries", "max_segments", "search_steps"])
+@triton.jit(do_not_specialize=["num_buckets", "num_rows", "num_queries", "max_segments", "search_steps", "key_shift"])
 def segment_kernel(
     start_ptr, first_segment_ptr, choices_ptr, segments_ptr, key_ptr,
-    num_buckets, num_rows, num_queries, max_segments, search_steps,
+    num_buckets, num_rows, num_queries, max_segments, search_steps, key_shift,
     LISTS: tl.constexpr, TOP_K: tl.constexpr, SEGMENT: tl.constexpr, UNUSED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Table of segments and the schedule's keys: (kv head, first query). Grid: one program per TILE segments of the bound."""
+    """Table of segments and the schedule's keys: (kv head, first query), rounded. Grid: one program per TILE segments of the bound."""
     segment = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = segment < tl.load(first_segment_ptr + num_buckets)
     low = tl.zeros([TILE], tl.int32)
@@ -132,13 +133,13 @@ def segment_kernel(
     tl.store(table + 1, begin, mask=in_table)
     tl.store(table + 2, tl.where(inside, length, 0), mask=in_table)
     query = tl.load(choices_ptr + begin, mask=inside, other=0) // (LISTS * TOP_K)
-    key = (bucket // num_rows).to(key_ptr.dtype.element_ty) * num_queries + query
-    tl.store(key_ptr + segment, tl.where(inside, key, UNUSED).to(key_ptr.dtype.element_ty), mask=in_table)
+    key = ((bucket // num_rows).to(tl.int64) * num_queries + query) >> key_shift
+    tl.store(key_ptr + segment, tl.where(inside, key, UNUSED).to(tl.int16), mask=in_table)
 
 
 def segment_length(heads_per_list: int) -> int:
-    """Returns the most choices of a segment, such that it has about 2,048 rows of q."""
-    return max(2048 // heads_per_list, 32)
+    """Returns the most choices of a segment, such that it has about 1,024 rows of q."""
+    return max(1024 // heads_per_list, 32)
 
 
 def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segment: int) -> InvertedIndex:
@@ -175,11 +176,11 @@ def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segm
     count_segments_kernel[(1,)](start, first_segment, num_buckets, SEGMENT=segment, TILE=BUCKETS_PER_SCAN, num_warps=8)
 
     segments = torch.empty(max_segments, 3, dtype=torch.int32, device=device)
-    key = torch.empty(max_segments, dtype=torch.int32 if kv_heads * queries < 2**31 - 1 else torch.int64, device=device)
+    key = torch.empty(max_segments, dtype=torch.int16, device=device)
     segment_kernel[(triton.cdiv(max_segments, SEGMENTS_PER_PROGRAM),)](
         start, first_segment, choices, segments, key, num_buckets, num_rows, queries, max_segments,
-        num_buckets.bit_length() + 1,
-        LISTS=lists, TOP_K=top_k, SEGMENT=segment, UNUSED=torch.iinfo(key.dtype).max, TILE=SEGMENTS_PER_PROGRAM,
+        num_buckets.bit_length() + 1, max((kv_heads * queries).bit_length() - 15, 0),
+        LISTS=lists, TOP_K=top_k, SEGMENT=segment, UNUSED=LAST_KEY, TILE=SEGMENTS_PER_PROGRAM,
     )  # fmt: skip
     schedule = torch.sort(key, stable=True).indices
     return InvertedIndex(choices=choices, segments=segments, first_segment=first_segment, schedule=schedule)

@@ -27,6 +27,7 @@ from .fragments import (
     as_right_transposed,
     halves,
     mma_layout,
+
     packed_layout,
     store_rows,
     tile_rows,
@@ -37,6 +38,9 @@ from .fragments import (
 from .index import InvertedIndex
 from .tensor_core_forward import chosen_tiles, gluon_dtype, padded_rows, padded_slots, tile_number
 from .tiles import pack_tiles, padded_dim
+
+
+DKDV_REGISTERS = 168  # a thread, for 12 warps a multiprocessor: the compiler would take 238; at 168 nothing spills
 
 
 @gluon.jit
@@ -65,7 +69,7 @@ def dq_kernel(
     TILES: gl.constexpr = BLOCK_SIZE // 16
     WORDS: gl.constexpr = 8 * DIM
     STRIDE: gl.constexpr = 2 * WORDS * KV_HEADS
-    LAYOUT: gl.constexpr = words_layout(ROWS_PADDED, DIM // 2, 1, False)
+    LAYOUT: gl.constexpr = words_layout(ROWS_PADDED, DIM // 2, ROWS_PADDED)
     program = gl.program_id(0)
     query, which = program % num_queries, program // num_queries
     entry = query.to(gl.int64) * LISTS + which
@@ -115,35 +119,44 @@ def dq_kernel(
 
 
 @gluon.jit
-def _rows_of_step(
-    choices_ptr, step, length, query_key_ptr, lse_ptr, delta_ptr,
-    LISTS: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr,
-    MMA: gl.constexpr, LAYOUT: gl.constexpr,
+def _entries(
+    choices_ptr, step, length, TOP_K: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
-    """Returns (word rows' first head, whether they exist, lse, delta, own key), the last three for each column of s^T.
-
-    A step has N // SLOT entries, each with ROWS of SLOT rows in use.
-    """
-    row = gl.arange(0, N, gl.SliceLayout(1, LAYOUT))
-    column = gl.arange(0, N, gl.SliceLayout(0, MMA))
-    place = step * (N // SLOT)
+    """Entries of a step's N rows (a scalar if they have but one; past the end the last again), and whether the rows exist."""
+    row = gl.arange(0, N, LAYOUT)
+    place = step * (N // SLOT) + row // SLOT
+    used = (place < length) & (row % SLOT < ROWS)
     if N == SLOT:
-        entry = gl.load(choices_ptr + place) // TOP_K
-        head = entry * ROWS + row
-        row_used = row < ROWS
-        used = column < ROWS
-        column_head = entry * ROWS + column
-        own_key = gl.load(query_key_ptr + entry // LISTS) + column * 0
+        place = step
+    return (gl.load(choices_ptr + gl.minimum(place, length - 1)) // TOP_K).to(gl.int32), used
+
+
+@gluon.jit
+def _heads(entry, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Heads [N] of entries: rows of the flattened q. Rows of a slot that do not exist repeat the last."""
+    row = gl.arange(0, N, LAYOUT) % SLOT
+    if ROWS < SLOT:
+        row = gl.minimum(row, ROWS - 1)
+    return entry.to(gl.int64) * ROWS + row
+
+
+@gluon.jit
+def _load_step(
+    q_ptr, do_ptr, lse_ptr, delta_ptr, query_key_ptr, entry, column_entry, used,
+    LISTS: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr,
+    LAYOUT: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """Loads a step's rows of q and dO (words), and lse, delta and own key (-1 for rows that do not exist) of each column of s^T."""
+    word = gl.arange(0, DIM // 2, gl.SliceLayout(0, LAYOUT))
+    place = (_heads(entry, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT)) * (HEAD_DIM // 2))[:, None] + word[None, :]
+    if HEAD_DIM == DIM:
+        q_words, do_words = gl.load(q_ptr + place), gl.load(do_ptr + place)
     else:
-        row_used = (place + row // SLOT < length) & (row % SLOT < ROWS)
-        head = gl.load(choices_ptr + place + row // SLOT, mask=row_used, other=0) // TOP_K * ROWS + row % SLOT
-        used = (place + column // SLOT < length) & (column % SLOT < ROWS)
-        entry = gl.load(choices_ptr + place + column // SLOT, mask=used, other=0) // TOP_K
-        column_head = entry * ROWS + column % SLOT
-        own_key = gl.load(query_key_ptr + entry // LISTS, mask=used, other=-1)
-    lse = gl.load(lse_ptr + column_head, mask=used, other=0.0)
-    delta = gl.load(delta_ptr + column_head, mask=used, other=0.0)
-    return head, row_used, lse, delta, own_key
+        inside = (place >= 0) & (word < HEAD_DIM // 2)[None, :]
+        q_words, do_words = gl.load(q_ptr + place, mask=inside, other=0), gl.load(do_ptr + place, mask=inside, other=0)
+    head = _heads(column_entry, ROWS, SLOT, N, COLUMNS)
+    own_key = gl.where(used, gl.load(query_key_ptr + column_entry // LISTS), -1)
+    return q_words, do_words, gl.load(lse_ptr + head), gl.load(delta_ptr + head), own_key
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -154,16 +167,16 @@ def dkdv_kernel(
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, DTYPE: gl.constexpr,
     KEEP: gl.constexpr,
 ):  # fmt: skip
-    """Sums of dk and dv over one segment. q_ptr, do_ptr, k_ptr, v_ptr: words. KEEP: K and V stay in registers."""
+    """Sums of dk (without its scale) and dv over one segment. q_ptr, do_ptr, k_ptr, v_ptr: words. KEEP: K and V stay in registers."""
     MMA: gl.constexpr = mma_layout(BLOCK_SIZE // 16)
-    KEYS: gl.constexpr = words_layout(BLOCK_SIZE, DIM // 2, BLOCK_SIZE // 16, True)
-    QUERIES: gl.constexpr = words_layout(N, DIM // 2, BLOCK_SIZE // 16, False)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
+    KEYS: gl.constexpr = words_layout(BLOCK_SIZE, DIM // 2, 16)
+    LAYOUT: gl.constexpr = words_layout(N, DIM // 2, N, BLOCK_SIZE // 16)
     if gl.program_id(0) < gl.load(num_segments_ptr):
         segment = gl.load(schedule_ptr + gl.program_id(0))
         bucket = gl.load(segments_ptr + segment * 3)
         choices_ptr += gl.load(segments_ptr + segment * 3 + 1)
         length = gl.load(segments_ptr + segment * 3 + 2)
-        steps = (length * SLOT + N - 1) // N
         block_row = bucket % num_rows
         start = gl.load(block_start_ptr + block_row)
         key = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, KEYS))
@@ -174,39 +187,36 @@ def dkdv_kernel(
         v = as_left(gl.load(v_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
         key_number = start + gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, MMA))
 
-        word = gl.arange(0, DIM // 2, gl.SliceLayout(0, QUERIES))
-        head, row_used, lse, delta, own_key = _rows_of_step(
-            choices_ptr, 0, length, query_key_ptr, lse_ptr, delta_ptr, LISTS, TOP_K, ROWS, SLOT, N, MMA, QUERIES
-        )
-        place = head[:, None] * (HEAD_DIM // 2) + word[None, :]
-        inside = row_used[:, None] & (word < HEAD_DIM // 2)[None, :]
-        q_words = gl.load(q_ptr + place, mask=inside, other=0)
-        do_words = gl.load(do_ptr + place, mask=inside, other=0)
+        entry, _ = _entries(choices_ptr, 0, length, TOP_K, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT))
+        column_entry, used = _entries(choices_ptr, 0, length, TOP_K, ROWS, SLOT, N, COLUMNS)
+        q_words, do_words, lse, delta, own_key = _load_step(
+            q_ptr, do_ptr, lse_ptr, delta_ptr, query_key_ptr, entry, column_entry, used,
+            LISTS, ROWS, SLOT, N, HEAD_DIM, DIM, LAYOUT, COLUMNS,
+        )  # fmt: skip
+        entry, _ = _entries(choices_ptr, 1, length, TOP_K, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT))
+        column_entry, used = _entries(choices_ptr, 1, length, TOP_K, ROWS, SLOT, N, COLUMNS)
         dk = gl.zeros([BLOCK_SIZE, DIM], gl.float32, MMA)
         dv = gl.zeros([BLOCK_SIZE, DIM], gl.float32, MMA)
         zeros = gl.zeros([BLOCK_SIZE, N], gl.float32, MMA)
-        for step in range(steps):
+        for step in range((length + N // SLOT - 1) // (N // SLOT)):
             if not KEEP:
                 k = as_left(gl.load(k_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
+                v = as_left(gl.load(v_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
             q_words = to_contraction_order(q_words, N, DIM)
+            do_words = to_contraction_order(do_words, N, DIM)
             s = mma_v2(k, as_right_transposed(q_words, MMA, N, DIM, DTYPE), zeros)
-            q_rows = as_right(q_words, MMA, N, DIM, DTYPE)
             p = gl.exp2(s * scale_log2 - (lse * LOG2E)[None, :])
             p = gl.where(key_number[:, None] <= own_key[None, :], p, 0.0)
-            if not KEEP:
-                v = as_left(gl.load(v_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
-            do_words = to_contraction_order(do_words, N, DIM)
             dp = mma_v2(v, as_right_transposed(do_words, MMA, N, DIM, DTYPE), zeros)
             ds = p * (dp - delta[None, :])
+            q_rows = as_right(q_words, MMA, N, DIM, DTYPE)
             do_rows = as_right(do_words, MMA, N, DIM, DTYPE)
-            head, row_used, lse, delta, own_key = _rows_of_step(
-                choices_ptr, gl.minimum(step + 1, steps - 1), length, query_key_ptr, lse_ptr, delta_ptr,
-                LISTS, TOP_K, ROWS, SLOT, N, MMA, QUERIES,
+            q_words, do_words, lse, delta, own_key = _load_step(
+                q_ptr, do_ptr, lse_ptr, delta_ptr, query_key_ptr, entry, column_entry, used,
+                LISTS, ROWS, SLOT, N, HEAD_DIM, DIM, LAYOUT, COLUMNS,
             )  # fmt: skip
-            place = head[:, None] * (HEAD_DIM // 2) + word[None, :]
-            inside = row_used[:, None] & (word < HEAD_DIM // 2)[None, :]
-            q_words = gl.load(q_ptr + place, mask=inside, other=0)
-            do_words = gl.load(do_ptr + place, mask=inside, other=0)
+            entry, _ = _entries(choices_ptr, step + 2, length, TOP_K, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT))
+            column_entry, used = _entries(choices_ptr, step + 2, length, TOP_K, ROWS, SLOT, N, COLUMNS)
             dv = mma_v2(weights_as_left(p, MMA, DTYPE), do_rows, dv)
             dk = mma_v2(weights_as_left(ds, MMA, DTYPE), q_rows, dk)
         sums_ptr += segment * (2 * BLOCK_SIZE * DIM)
@@ -268,5 +278,6 @@ def backward_k_v(
         index.num_segments, layout.block_start, layout.block_length, sums, scale * LOG2E.value, layout.num_block_rows,
         LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, SLOT=slot, N=max(16, slot), HEAD_DIM=head_dim, DIM=dim,
         BLOCK_SIZE=block_size, TOP_K=top_k, DTYPE=gluon_dtype(q.dtype), KEEP=dim <= 64, num_warps=block_size // 16,
+        maxnreg=DKDV_REGISTERS if dim <= 64 and rows == slot == 16 else None,
     )  # fmt: skip
     return sums

@@ -100,7 +100,7 @@ def forward_kernel(
     TILES: gl.constexpr = BLOCK_SIZE // 16
     WORDS: gl.constexpr = 8 * DIM
     STRIDE: gl.constexpr = 2 * WORDS * KV_HEADS
-    LAYOUT: gl.constexpr = words_layout(ROWS_PADDED, DIM // 2, 1, False)
+    LAYOUT: gl.constexpr = words_layout(ROWS_PADDED, DIM // 2, ROWS_PADDED)
     program = gl.program_id(0)
     query, which = program % num_queries, program // num_queries
     entry = query.to(gl.int64) * LISTS + which

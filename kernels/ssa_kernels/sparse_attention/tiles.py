@@ -75,5 +75,5 @@ def pack_tiles(k: torch.Tensor, v: torch.Tensor, layout: DocumentLayout, *, v_co
 
 
 def padded_dim(head_dim: int) -> int:
-    """Returns the D of tiles: a power of two of at least 32."""
-    return max(32, triton.next_power_of_2(head_dim))
+    """Returns the D of tiles: a power of two of at least 64."""
+    return max(64, triton.next_power_of_2(head_dim))

@@ -1,0 +1,86 @@
+"""Runs Gluon kernels under Triton's interpreter, by giving their modules a `gluon` that is made of triton.language.
+
+Triton's interpreter knows triton.language alone. Gluon is the same language with layouts; on values, layouts do nothing. So here a
+layout is None, converting one is the identity, and the two inline instructions of fragments.py are written out in numpy. What this
+checks is everything about values: addresses, masks, loops, and the permutations by which fragments.py names registers. What it cannot
+check, that each lane holds what the instruction expects, the compiler checks: every conversion is asserted trivial.
+"""
+
+import importlib
+import sys
+import types
+
+import numpy as np
+import pytest
+import triton
+import triton.experimental
+import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
+
+MODULES = ("fragments", "tensor_core_forward", "tensor_core_backward")
+
+
+def load():
+    """Returns the modules MODULES of sparse_attention, imported afresh over the stand-in."""
+    gl = _language()
+    gluon = types.ModuleType("triton.experimental.gluon")
+    gluon.jit, gluon.constexpr_function, gluon.language = _jit, lambda function: function, gl
+    ampere = types.ModuleType("triton.experimental.gluon.language.nvidia.ampere")
+    ampere.mma_v2 = lambda a, b, acc: tl.dot(a, b, acc)
+    names = [f"ssa_kernels.sparse_attention.{name}" for name in MODULES]
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.experimental, "gluon", gluon, raising=False)
+        for module in (gluon, gl, types.ModuleType("triton.experimental.gluon.language.nvidia"), ampere):
+            patch.setitem(sys.modules, module.__name__, module)
+        for name in names:
+            patch.delitem(sys.modules, name, raising=False)
+        for name in names:
+            module = importlib.import_module(name)
+            module.tl = tl  # the interpreter patches the triton.language that it finds among a kernel's globals
+            found.append(module)
+        for name in names:
+            del sys.modules[name]
+    return found
+
+
+def _jit(function=None, **options):
+    """triton.jit. The interpreter compiles kernels anew and then knows constexpr parameters by the text "tl.constexpr" alone."""
+    if function is None:
+        return lambda f: _jit(f, **options)
+    kernel = triton.jit(function, **options)
+    kernel.rewrite().__annotations__ = {name: "tl.constexpr" for name in function.__annotations__}
+    return kernel
+
+
+def _language():
+    gl = types.ModuleType("triton.experimental.gluon.language")
+    for name in ("constexpr", "dtype", "int16", "int32", "int64", "float16", "bfloat16", "float32"):
+        setattr(gl, name, getattr(tl, name))
+    for name in ("load", "store", "where", "maximum", "minimum", "exp2", "log2", "sum", "max", "reshape", "permute", "join", "program_id"):
+        setattr(gl, name, _late(name))
+    for name in ("SliceLayout", "BlockedLayout", "DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout"):
+        setattr(gl, name, lambda *args, **kwargs: None)
+    gl.arange = lambda first, end, layout: tl.arange(tl.constexpr(first), tl.constexpr(getattr(end, "value", end)))
+    gl.zeros = lambda shape, dtype, layout: tl.zeros(shape, dtype)
+    gl.convert_layout = lambda x, layout, assert_trivial=False: x
+    gl.num_warps = lambda: 1
+    gl.inline_asm_elementwise = _instruction
+    return gl
+
+
+def _late(name):
+    """Looks the function up when it is called: the interpreter patches triton.language for the duration of a kernel."""
+    return lambda *args, **kwargs: getattr(tl, name)(*args, **kwargs)
+
+
+def _instruction(asm, constraints, args, dtype, is_pure, pack):
+    words = args[0]
+    if asm.startswith("mov.b32"):
+        return (words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16)
+    assert asm.startswith("movmatrix.sync.aligned.m8n8.trans.b16"), asm
+    # A register of the warp holds words (row 8 b + i, column 8 a + 2 j and the next): an 8 x 8 matrix; the instruction transposes it.
+    rows, count = words.handle.data.shape
+    elements = np.ascontiguousarray(words.handle.data).view(np.uint16).reshape(rows // 8, 8, count // 4, 8)
+    turned = np.ascontiguousarray(elements.transpose(0, 3, 2, 1)).reshape(rows, 2 * count).view(np.int32)
+    return tl.core.tensor(TensorHandle(turned, words.handle.dtype), words.type)
