@@ -27,6 +27,8 @@ from ssa_pretrain.config_io import MISSING, SECRET_ADVICE, SECRET_RULE, config_t
 from ssa_pretrain.problems import SECRET, Problem, join, show
 from ssa_pretrain.suggestions import closest
 
+NO_CHOICE = "experiment"  # the group of which nothing need be chosen
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -89,7 +91,9 @@ def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], 
     if options := _options(key, source):
         given = override.value()
         chosen = given if isinstance(given, list) else [given]
-        wrong = [choice for choice in chosen if choice is not None and choice not in options]
+        if key == NO_CHOICE and given is None:
+            return [], []
+        wrong = [choice for choice in chosen if choice not in options]
         return _no_option(key, wrong[0], options) if wrong else ([f"{key}={value}"], [])
     if _is_settable(key) or override.is_hydra_override():
         return [line if override.is_hydra_override() else f"++{key}={value}"], []

@@ -82,8 +82,8 @@ def nearest_multiples(value: int, unit: int) -> list[int]:
 
 
 def divisors(number: int) -> list[int]:
-    """Returns all divisors of a positive number, in increasing order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    """Returns the divisors of a positive number up to 4,096, in increasing order: degrees of parallelism to choose from."""
+    return [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
 
 
 def at_least(section: str, values: Any, minimum: float, *names: str) -> list[Problem]:

@@ -1,7 +1,9 @@
 """The command line: Hydra's meaning for good commands, one message for bad ones, and neither torch nor a second voice."""
 
+import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -10,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssa_pretrain.cli import CONF, read_config, resolve_config
+from ssa_pretrain.cli import CONF, read_config, resolve_config, this_machine
 from ssa_pretrain.config import Config, Method, PrecisionName
-from ssa_pretrain.config_io import load_config, save_config
+from ssa_pretrain.config_io import known_keys, load_config, save_config
+from ssa_pretrain.planning import describe, make_plan
 from ssa_pretrain.problems import ConfigError
 from ssa_pretrain.rules import Machine
 
@@ -59,6 +62,10 @@ def test_groups_experiments_and_overrides_compose() -> None:
     assert config.output_dir == "outputs/ssa_1b_8k"  # interpolated
 
 
+def test_no_experiment_may_be_said_aloud() -> None:
+    assert resolved("experiment=null", "training.steps=2", "training.global_batch_tokens=512").training.steps == 2
+
+
 def test_an_override_wins_over_the_experiment_and_the_last_one_wins() -> None:
     config = resolved("optim.lr=0.5", "experiment=quickstart", "optim.lr=0.25", "name=mine")
     assert config.optim.lr == 0.25
@@ -72,8 +79,9 @@ def test_a_known_key_or_group_may_carry_hydra_s_signs(sign: str) -> None:
 
 
 def test_a_section_may_be_given_as_a_mapping() -> None:
-    config = resolved("experiment=quickstart", "training={steps: 5, micro_batch_size: 2}", "logging.wandb.tags=[a,b]")
-    assert (config.training.steps, config.training.global_batch_tokens) == (5, 8192)
+    whole = resolved("experiment=quickstart")
+    config = resolved("experiment=quickstart", "training={steps: 5, micro_batch_size: 1}", "logging.wandb.tags=[a,b]")
+    assert config.training == dataclasses.replace(whole.training, steps=5, micro_batch_size=1)
     assert config.logging.wandb.tags == ["a", "b"]
 
 
@@ -82,7 +90,7 @@ def test_a_user_s_own_folder_adds_options(tmp_path: Path) -> None:
     mine = "# @package _global_\ndefaults:\n  - quickstart\nname: mine\noptim:\n  lr: 1e-2\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(mine)
     config = resolved("-cd", str(tmp_path), "experiment=mine")
-    assert (config.name, config.optim.lr, config.attention.top_k) == ("mine", 1e-2, 4)
+    assert (config.name, config.optim.lr, config.model.name) == ("mine", 1e-2, "quickstart")
     assert "did you mean experiment=mine?" in lines("--config-dir", str(tmp_path), "experiment=mien")[0]
 
 
@@ -190,14 +198,16 @@ def test_a_secret_is_not_drawn_from_the_environment_either(monkeypatch: pytest.M
 
 def test_a_wrong_experiment_is_one_line_and_its_likely_meaning_is_checked() -> None:
     assert len(lines("experiment=zzz")) == 1
-    found = lines("experment=quickstart", "parallel.pp=3")
+    found = lines("experment=quickstart", "parallel.pp=1000")
     assert len(found) == 2
     assert "did you mean experiment=…?" in found[0]
-    assert "parallel.pp=3 must divide model.num_layers=4" in found[1]
+    assert "parallel.pp=1000 must divide model.num_layers=" in found[1]
 
 
 def test_all_kinds_of_problems_come_in_one_list() -> None:
-    found = lines("experiment=quickstart", "optim.lrr=1", "model=tinny", "optim.lr=abc", "parallel.pp=3", "oops", "-m")
+    found = lines(
+        "experiment=quickstart", "optim.lrr=1", "model=tinny", "optim.lr=abc", "parallel.pp=1000", "oops", "-m"
+    )
     assert len(found) == 6
 
 
@@ -229,12 +239,51 @@ def test_one_rank_speaks_and_all_leave_with_3(
     assert err == (message if speaks else "")
 
 
+def test_whatever_is_typed_ends_in_a_list_of_problems_or_a_plan() -> None:
+    """Random arguments: the only error is ConfigError, which the command line prints."""
+    draw = random.Random(3)
+    keys = [
+        *known_keys(),
+        "model",
+        "training",
+        "experiment",
+        "logging.wandb",
+        "data.weights.x",
+        "hydra.job",
+        "model@x",
+        "",
+    ]
+    values = ["", "null", "0", "-1", "3", "1e400", "nan", "true", "abc", "[]", "{}", "{a: {b: [c]}}", "???", "${nope}"]
+    values += [
+        "${oc.env:HOME}",
+        "${name}",
+        "'",
+        "[1",
+        "1,2",
+        "range(1,3)",
+        "99999999999999999999",
+        "a=b",
+        "tp2",
+        "1_000",
+    ]
+    refused = 0
+    for _ in range(30):
+        typed = [f"{draw.choice(['', '+', '~'])}{draw.choice(keys)}={draw.choice(values)}" for _ in range(2)]
+        try:
+            config = resolved("experiment=ssa_1b_8k", *typed)
+            describe(config, make_plan(config, 1))
+        except ConfigError as error:
+            refused += 1
+            assert str(error)
+    assert refused > 15
+
+
 # --- whole processes ---
 
 
 def test_a_bad_command_ends_at_once_without_torch_without_a_trace_and_without_folders(tmp_path: Path) -> None:
     started = time.monotonic()
-    done = run("experiment=quickstart", "optim.lrr=1", "optim.lr=abc", "parallel.pp=3", cwd=tmp_path, WORLD_SIZE="3")
+    done = run("experiment=quickstart", "optim.lrr=1", "optim.lr=abc", "parallel.pp=1000", cwd=tmp_path, WORLD_SIZE="3")
     assert time.monotonic() - started < 3
     assert done.returncode == 3
     assert done.stdout == ""
@@ -296,3 +345,16 @@ def test_info_shows_where_groups_come_from(tmp_path: Path) -> None:
 def test_no_section_has_a_field_for_a_secret() -> None:
     shown = json.dumps(yaml.safe_load(run("--cfg", "job").stdout)).lower()
     assert not any(word in shown for word in ('key"', 'token"', "password", "secret"))
+
+
+def test_the_machine_is_what_torch_sees() -> None:
+    import torch
+
+    assert this_machine().has_gpu == torch.cuda.is_available()
+
+
+def test_hidden_devices_are_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    machine = this_machine()
+    assert (machine.has_gpu, machine.world_size) == (False, 4)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,19 @@ from ssa_pretrain.rules import Machine
 
 CPU = Machine(world_size=1, has_gpu=False, has_transformer_engine=False, has_files=False)
 GPU = Machine(world_size=1, has_gpu=True, has_transformer_engine=True, has_files=False)
-BASE = ("experiment=quickstart",)
+BASE = (  # 4 layers, 4 heads in 2 groups, rows of 512, steps of 16 rows
+    "model.num_layers=4",
+    "model.hidden_size=128",
+    "model.ffn_hidden_size=384",
+    "model.num_attention_heads=4",
+    "model.num_kv_heads=2",
+    "model.head_dim=32",
+    "data.sequence_length=512",
+    "precision=fp32",
+    "training.steps=300",
+    "training.global_batch_tokens=8192",
+    "training.micro_batch_size=4",
+)
 PAPER = ("experiment=ssa_1b_8k",)
 
 
@@ -27,17 +40,24 @@ def found(*overrides: str, machine: Machine = CPU) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize(
-    "experiment", ["quickstart", "ssa_1b_8k", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k"]
-)
+PAPERS = ("ssa_1b_8k", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k")
+
+
 @pytest.mark.parametrize("world_size", [1, 8, 64])
-def test_every_experiment_passes_every_check(experiment: str, world_size: int) -> None:
-    extra = ("training.micro_batch_size=1", "training.global_batch_tokens=32768") if experiment == "quickstart" else ()
-    batch = ("training.micro_batch_size=1",) if experiment == "ssa_1b_32k" or world_size == 64 else ()
-    if experiment == "ssa_1b_32k" and world_size == 64:
-        batch = ("training.micro_batch_size=1", "parallel=tp2")
+@pytest.mark.parametrize("experiment", PAPERS)
+def test_the_paper_s_experiments_pass_every_check(experiment: str, world_size: int) -> None:
+    layout = ("parallel=tp2",) if experiment == "ssa_1b_32k" and world_size == 64 else ()  # 96 rows a step
     machine = Machine(world_size=world_size, has_gpu=True, has_transformer_engine=True, has_files=False)
-    assert found(f"experiment={experiment}", *extra, *batch, machine=machine) == []
+    assert found(f"experiment={experiment}", "training.micro_batch_size=1", *layout, machine=machine) == []
+    if world_size == 1:
+        assert found(f"experiment={experiment}", machine=machine) == []
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU])
+def test_the_quickstart_passes_with_and_without_a_gpu(machine: Machine) -> None:
+    assert found("experiment=quickstart", machine=machine) == []
+    two = replace(machine, world_size=2)
+    assert found("experiment=quickstart", "parallel=tp2", machine=two) == []
 
 
 @pytest.mark.parametrize(
