@@ -52,8 +52,11 @@ if [[ ! -x $venv/bin/python ]] || ! supported "$venv/bin/python"; then
     "$python" -m venv --clear "$venv" || stop "$python could not make a virtual environment in $venv; is the disk full or read-only?"
 fi
 
+quiet=()
+[[ -t 1 ]] || quiet=(--quiet)  # progress bars are for terminals
+
 install() {
-    "$venv/bin/python" -m pip --disable-pip-version-check install --retries 2 --constraint "$root/constraints.txt" "$@" ||
+    "$venv/bin/python" -m pip --disable-pip-version-check install ${quiet[@]+"${quiet[@]}"} --retries 2 --constraint "$root/constraints.txt" "$@" ||
         stop "pip could not fetch or build a package (its message is above); check the network, or point pip at a mirror with PIP_INDEX_URL, and run make again."
 }
 
@@ -61,6 +64,7 @@ answers() {
     "$venv/bin/python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1].rstrip("/") + "/torch/", timeout=5)' "$1" 2>/dev/null
 }
 
+printf 'set-up: packages into %s (once; a few minutes)\n' "$venv"
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     if [[ -n $torch_index ]] && answers "$torch_index"; then
         install --extra-index-url "$torch_index" torch
