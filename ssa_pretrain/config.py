@@ -16,7 +16,7 @@ class Method(StrEnum):
 
     ssa = "ssa"  # both streams, gated, aligned; the main stream is drawn
     full = "full"  # the full stream alone
-    moba = "moba"  # the sparse stream alone, every query head choosing for itself
+    moba = "moba"  # the sparse stream alone
 
 
 class Score(StrEnum):
@@ -189,9 +189,9 @@ class DataConfig:
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
         found = at_least("data", self, 1, "sequence_length")
-        for name, weight in self.weights.items():
-            if weight < 0:
-                found.append(Problem(f"data.weights.{name}", weight, "must not be negative", "0 leaves the source out"))
+        negative = {f"data.weights.{name}": weight for name, weight in self.weights.items() if weight < 0}
+        rule, advice = "must not be negative", "0 leaves the source out"
+        found += [Problem(key, weight, rule, advice) for key, weight in negative.items()]
         if self.weights and sum(self.weights.values()) <= 0:
             advice = "try data.weights={} for all sources in proportion"
             found.append(Problem("data.weights", None, "must have a positive sum", advice))
@@ -394,10 +394,8 @@ class Config:
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong within each section; rules across sections are in rules.py."""
-        found = []
-        for name in ("name", "output_dir"):
-            if not getattr(self, name).strip():
-                found.append(Problem(name, getattr(self, name), "must not be empty", "try run"))
+        empty = {name: getattr(self, name) for name in ("name", "output_dir") if not getattr(self, name).strip()}
+        found = [Problem(name, value, "must not be empty", "try run") for name, value in empty.items()]
         if not 0 <= self.seed < 2**32:
             found.append(Problem("seed", self.seed, "must lie in 0 to 4294967295", "try 1234"))
         shape = (self.model, self.attention, self.data, self.parallel, self.engine, self.optim)
