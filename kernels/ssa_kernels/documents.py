@@ -95,7 +95,7 @@ def build_layout(
 
 
 def query_slice(layout: DocumentLayout, queries: slice | torch.Tensor) -> DocumentLayout:
-    """Returns the layout for a part of the queries (a slice, or their int64 numbers) over all the keys."""
+    """Returns the layout for a part of the queries (a slice, or their ascending int64 numbers) over all the keys."""
     return replace(
         layout,
         query_start=layout.query_start[queries],

@@ -41,7 +41,9 @@ def select_blocks(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
     if resolve_impl(impl, q, "select_blocks") == "triton":
-        raise NotImplementedError("select_blocks has no Triton kernels yet; try impl='reference'")
+        from .forward import select_blocks_triton  # Triton is not installed everywhere
+
+        return select_blocks_triton(q, k, layout=layout, top_k=top_k, scale=scale, score=score)
     return select_blocks_reference(q, k, layout=layout, top_k=top_k, scale=scale, score=score)
 
 

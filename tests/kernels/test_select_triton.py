@@ -1,0 +1,134 @@
+"""The selection kernels in Triton's interpreter, small: a few queries of each case, against the reference and the oracle.
+
+The interpreter takes some 50 ms a query, so queries are sliced out of longer rows. float32 throughout: its bfloat16 product is wrong.
+"""
+
+import oracle
+import pytest
+import torch
+
+from ssa_kernels import build_layout, query_slice, select_blocks
+from ssa_kernels.select import reference
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1 before Triton is imported"
+)
+
+
+def make(tokens, heads=4, kv_heads=2, dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(tokens, h, dim, generator=generator) for h in (heads, kv_heads)]
+
+
+def both(q, k, cu_seqlens, block_size, top_k, queries, score="softmax_sum"):
+    """Returns the kernels' and the reference's choice for some of the queries."""
+    layout = build_layout(torch.tensor(cu_seqlens), num_tokens=k.shape[0], block_size=block_size)
+    part = query_slice(layout, torch.tensor(queries))
+    arguments = {"block_size": block_size, "top_k": top_k, "cu_seqlens": part, "score": score}
+    return [select_blocks(q[queries], k, impl=impl, **arguments) for impl in ("triton", "reference")]
+
+
+@pytest.mark.parametrize("score", ["softmax_sum", "per_head"])
+def test_ragged_documents(score):
+    bounds = [0, 1, 16, 16, 33, 70]
+    q, k = make(80)
+    ours, theirs = both(q, k, bounds, 4, 4, [0, 1, 15, 16, 17, 31, 32, 33, 34, 50, 60, 69, 70, 79], score)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size", "top_k"),
+    [(1, 1, 16, 4, 3), (2, 1, 16, 4, 5), (3, 1, 24, 5, 3), (8, 1, 16, 4, 3), (32, 2, 16, 4, 3), (32, 1, 16, 4, 1)],
+)
+def test_group_sizes_and_head_dims(heads, kv_heads, dim, block_size, top_k):
+    q, k = make(70, heads, kv_heads, dim)
+    ours, theirs = both(q, k, [0, 70], block_size, top_k, [3, 20, 44, 69])
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("top_k", [3, 40])
+def test_rows_longer_than_a_pass(top_k):
+    """1,300 candidates: two passes of 1,024, and more survivors than fit 32. Blocks of one key are their own means."""
+    from ssa_kernels.select.forward import choose_blocks_triton
+
+    q, k = make(1400, 2, 1)
+    queries = torch.tensor([1024, 1399])
+    layout = query_slice(build_layout(torch.tensor([0, 1400]), num_tokens=1400, block_size=1), queries)
+    arguments = {"layout": layout, "top_k": top_k, "scale": 0.25, "score": "softmax_sum"}
+    ours = choose_blocks_triton(q[queries], k, **arguments)
+    assert torch.equal(ours, reference.choose_blocks(q[queries], k, **arguments))
+
+
+def test_ties_go_to_the_more_recent_block():
+    """All candidates tie, more than the scratch row holds: the slow way. Small integers keep the interpreter's products exact."""
+    q, k = make(64, 2, 1)
+    q, k = (q * 4).round(), (k[:1] * 4).round().expand_as(k).contiguous()
+    ours, theirs = both(q, k, [0, 64], 1, 4, [40, 63])
+    assert torch.equal(ours, theirs)
+    assert ours[1, 0].tolist() == [60, 61, 62, 63]
+
+
+def test_official_rule():
+    q, k = make(48, 2, 1)
+    ours, theirs = both(q, k, [0, 48], 4, 4, [10, 47], "official_compat")
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("factor", [300.0, -300.0])
+def test_logits_beyond_what_an_exponential_holds(factor):
+    q, k = make(60)
+    k = k + 1.0
+    ours, _ = both(q.abs() * factor, k, [0, 60], 4, 3, [30, 59])
+    found = torch.full((60, 2, 3), -1, dtype=torch.int32)
+    found[[30, 59]] = ours
+    expected = oracle.select(q.abs() * factor, k, [0, 60], 4, 3, 16**-0.5)
+    assert torch.equal(found[[30, 59]], expected[[30, 59]])
+
+
+def test_chunks_of_tokens_change_nothing(monkeypatch):
+    q, k = make(90, 32, 1)
+    whole, theirs = both(q, k, [0, 20, 90], 4, 3, list(range(0, 90, 7)))
+    monkeypatch.setattr("ssa_kernels.select.forward.WORKSPACE_BYTES", 4 * (512 + 32) * 4)
+    chunked, _ = both(q, k, [0, 20, 90], 4, 3, list(range(0, 90, 7)))
+    assert torch.equal(whole, theirs) and torch.equal(chunked, whole)
+
+
+@pytest.mark.parametrize("share", [2, 4])
+def test_exponentials_by_polynomial(monkeypatch, share):
+    monkeypatch.setattr("ssa_kernels.select.forward.FMA_SHARE", share)
+    q, k = make(300, 8, 1)
+    ours, _ = both(q, k, [0, 300], 1, 5, [250])
+    layout = query_slice(build_layout(torch.tensor([0, 300]), num_tokens=300, block_size=1), torch.tensor([250]))
+    exact = reference.choose_blocks(
+        q[250:251].double(), k.double(), layout=layout, top_k=5, scale=0.25, score="softmax_sum"
+    )
+    assert torch.equal(ours, exact)
+
+
+def test_nan_in_other_documents():
+    q, k = make(60)
+    q2, k2 = q.clone(), k.clone()
+    q2[40:], k2[40:] = float("nan"), float("nan")
+    base, _ = both(q, k, [0, 40, 60], 4, 3, [20, 39])
+    with_nan, _ = both(q2, k2, [0, 40, 60], 4, 3, [20, 39])
+    assert torch.equal(base, with_nan)
+
+
+def test_decoding_from_cached_means_equals_prefill():
+    from ssa_kernels.select.forward import block_means, choose_blocks_triton
+
+    q, k = make(40)
+    prefill, _ = both(q, k, [0, 40], 4, 3, [21, 39])
+    for row, position in enumerate((21, 39)):
+        layout = build_layout(torch.tensor([0, position + 1]), num_tokens=position + 1, block_size=4)
+        means = block_means(k[: position + 1], layout)
+        step = choose_blocks_triton(
+            q[position : position + 1],
+            means,
+            layout=query_slice(layout, slice(position, position + 1)),
+            top_k=3,
+            scale=0.25,
+            score="softmax_sum",
+        )
+        assert torch.equal(step[0], prefill[row])
