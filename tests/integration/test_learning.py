@@ -12,8 +12,8 @@ from training import records, run, train
 
 SETTINGS = (
     "experiment=quickstart",
-    "training.steps=70",
-    "training.global_batch_tokens=4096",
+    "training.steps=120",
+    "training.global_batch_tokens=2048",
     "training.micro_batch_size=4",
     "evaluation.rows=16",
     "logging.wandb.mode=off",
@@ -46,17 +46,17 @@ def test_cross_entropy_falls_well_below_the_unigram_entropy(runs, corpus):
 
 
 def test_ssa_captures_more_mass_than_full_attention_does(runs):
-    ssa, full = final(runs["ssa"])["full"], final(runs["full"])["full"]
-    print(f"captured mass: ssa {ssa['captured_mass']:.3f}, full {full['captured_mass']:.3f}")
-    assert ssa["captured_mass"] > full["captured_mass"] + 0.03
-    assert all(a > b for a, b in zip(ssa["captured_mass_by_layer"], full["captured_mass_by_layer"], strict=True))
+    for mode in ("full", "sparse"):
+        ssa, full = (final(runs[method])[mode]["captured_mass"] for method in ("ssa", "full"))
+        print(f"{mode}: captured mass {ssa:.3f} after ssa, {full:.3f} after full attention")
+        assert ssa > full + 0.03
 
 
 def test_evaluation_and_samples_of_a_run(runs, corpus):
     done = run("ssa_pretrain.evaluate", *SETTINGS, "evaluation.rows=4", f"data.path={corpus}", f"output_dir={runs['ssa']}")
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads((runs["ssa"] / "evaluation.json").read_text())
-    assert figures["step"] == 70
+    assert figures["step"] == 120
     assert set(figures["modes"]) == {"full", "sparse"}
     samples = json.loads((runs["ssa"] / "samples.json").read_text())
     assert {s["mode"] for s in samples} == {"full", "sparse"}
