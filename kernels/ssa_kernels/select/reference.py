@@ -7,8 +7,8 @@ length, rounded to the keys' dtype); importance of each block before the query's
     per_head:                      scale q_h . mean_c, each query head for itself
 
 then the own block and the top_k - 1 candidates of largest importance, equal ones decided for the more recent. Everything in float32
-(float64 for float64 inputs); by chunks of queries, so that scores of all queries never exist at once. Source: arXiv 2511.20102,
-section 3.2; per_head is MoBA's gate (arXiv 2502.13189).
+(float64 for float64 inputs); by chunks of queries over the block rows that they can reach. Source: arXiv 2511.20102, section 3.2;
+per_head is MoBA's gate (arXiv 2502.13189).
 
 official_compat reproduces what the official code (github zhenyi4/ssa) returns: it scans the blocks by chunks of block_size blocks and
 keeps half a chunk of the running list, so a block of an earlier chunk must be among the best block_size // 2 of all earlier chunks,
@@ -20,7 +20,7 @@ import torch
 
 from ..documents import DocumentLayout
 
-SCORES_PER_CHUNK = 1 << 22  # float32 scores (queries x heads x block rows) held at once: 16 MB
+QUERIES_PER_CHUNK = 256
 
 
 def select_blocks_reference(
@@ -52,13 +52,15 @@ def choose_blocks(
     q, means = q.detach(), means.detach()
     wide = torch.promote_types(q.dtype, torch.float32)
     means = means.to(wide).permute(1, 2, 0)
-    step = max(1, SCORES_PER_CHUNK // (q.shape[1] * means.shape[-1]))
     chunks = []
-    for first in range(0, q.shape[0], step):
-        queries = slice(first, first + step)
+    for first in range(0, q.shape[0], QUERIES_PER_CHUNK):
+        queries = slice(first, first + QUERIES_PER_CHUNK)
         own = layout.query_position[queries] // layout.block_size
         first_row = layout.query_first_row[queries]
-        importance = _importance(q[queries].to(wide), means, first_row, own, scale, score)
+        # Only the block rows of the chunk's documents, up to its last query.
+        rows = slice(int(first_row.min()), int((first_row + own).max()) + 1)
+        first_row = first_row - rows.start
+        importance = _importance(q[queries].to(wide), means[..., rows], first_row, own, scale, score)
         if score == "official_compat":
             importance = _drop_unofficial(importance, first_row, own, layout.block_size)
         chunks.append(_top(importance, first_row, own, top_k))
