@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from data_prep import config as settings
 from data_prep.errors import ConfigurationError, InputError
 from data_prep.pipeline import prepare_dataset
+from data_prep.validate import validate_dataset
 from ssa_pretrain.data.indexed_format import Manifest
 
 USAGE = """\
@@ -27,6 +28,7 @@ Text in, indexed binaries out.
 
   python -m data_prep source=quickstart tokenizer=bpe8k out=outputs/quickstart/data
   python -m data_prep source=jsonl source.paths=[texts/*.jsonl.gz] tokenizer=llama3 out=outputs/mine
+  python -m data_prep stage=validate out=outputs/mine
 
 Settings are KEY=VALUE; --cfg job shows all of them with their values, docs/data.md explains them.
 """
@@ -60,7 +62,10 @@ def main(arguments: list[str]) -> int:
         if options.cfg:
             sys.stdout.write(OmegaConf.to_yaml(composed))
             return 0
-        manifest = prepare_dataset(checked(composed), _say)
+        config = checked(composed)
+        if config.stage is settings.Stage.validate:
+            return _validate(config)
+        manifest = prepare_dataset(config, _say)
     except (ConfigurationError, InputError) as error:
         _say(f"error: {error}")
         return error.exit_code
@@ -126,6 +131,17 @@ def summary(manifest: Manifest) -> str:
     )
     lines.append(f"{manifest.root / 'manifest.json'}")
     return "\n".join(lines)
+
+
+def _validate(config: settings.Config) -> int:
+    manifest, found = validate_dataset(Path(config.out).expanduser())
+    for problem in found:
+        _say(f"damaged: {problem}")
+    if found:
+        _say(f"error: {manifest.root} has {len(found)} problems; run data_prep again with verify=full to repair it")
+        return InputError.exit_code
+    sys.stdout.write(summary(manifest) + "\nvalid: every file, id and document is as the manifest says\n")
+    return 0
 
 
 def _say(line: str) -> None:

@@ -19,6 +19,13 @@ class Specials(Enum):
     control = "control"  # becomes the special id
 
 
+class Stage(Enum):
+    """What a run does."""
+
+    prepare = "prepare"  # text to a finished dataset in `out`
+    validate = "validate"  # reads every byte of the dataset in `out` and reports what is wrong with it
+
+
 class Verify(Enum):
     """How much of a finished dataset is compared with its manifest before it is reused."""
 
@@ -187,6 +194,7 @@ class SplitConfig:
 class Config:
     """Everything that one run of data_prep is told."""
 
+    stage: Stage = Stage.prepare
     out: str = MISSING  # folder of the dataset
     cache: str = "outputs/cache/data_prep"  # folder of downloads and converted tokenizers, shared by datasets
     source: Any = MISSING

@@ -32,7 +32,15 @@ from data_prep.sources.quickstart import extract_quickstart
 from data_prep.sources.store import stored_text
 from data_prep.tokenizer.encoding import Vocabulary
 from data_prep.tokenizer.vocabulary import prepare_vocabulary
-from ssa_pretrain.data.indexed_format import SPLITS, Manifest, ShardInfo, TokenizerInfo, load_manifest, verify_hashes
+from ssa_pretrain.data.indexed_format import (
+    SPLITS,
+    Manifest,
+    ShardInfo,
+    TokenizerInfo,
+    load_manifest,
+    unigram_entropy,
+    verify_hashes,
+)
 
 Say = Callable[[str], None]
 
@@ -154,7 +162,9 @@ def _commit(config: Config, out: Path, draft: Draft) -> Manifest:
     vocabulary = draft.vocabulary
     write_atomically(out / "tokenizer.json", Path(vocabulary.path).read_bytes())
     text_bytes = sum(record["text_bytes"] for record in draft.records)
-    counts = sum(np.load(counts_path(out, shard)) for shard in draft.shards)
+    counts = np.zeros((len(SPLITS), vocabulary.vocab_size), dtype=np.int64)
+    for shard in draft.shards:
+        counts += np.load(counts_path(out, shard))
     manifest = Manifest(
         root=out,
         tokenizer=TokenizerInfo(
@@ -168,7 +178,7 @@ def _commit(config: Config, out: Path, draft: Draft) -> Manifest:
         policy={**asdict(config.policy), "specials": config.policy.specials.value},
         splits=splits,
         sources=tuple(draft.sources),
-        unigram_entropy_nats={split: _entropy(counts[row]) for row, split in enumerate(SPLITS)},
+        unigram_entropy_nats={split: unigram_entropy(counts[row]) for row, split in enumerate(SPLITS)},
         bytes_per_token=round(text_bytes / int(counts.sum()), 4),
         fingerprint=draft.fingerprint,
         details={
@@ -195,9 +205,3 @@ def _check_not_empty(documents: dict[str, int], fraction: float) -> None:
             f"the held-out split is empty: {total} documents are too few for split.heldout_fraction={fraction}; "
             f"try {min(0.5, max(0.1, 10 / total)):.2g}, or 0 for no held-out split"
         )
-
-
-def _entropy(counts: np.ndarray) -> float:
-    """Returns the entropy of token counts [vocab_size] in nats, 0 where there are none."""
-    shares = counts[counts > 0] / max(1, counts.sum())
-    return round(float(-(shares * np.log(shares)).sum()), 6) + 0.0

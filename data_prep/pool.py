@@ -69,7 +69,7 @@ def make_shards(
     )
     try:
         futures = [pool.submit(_make_shard, number, job) for number, job in enumerate(jobs)]
-        _watch(futures, np.frombuffer(sums, dtype=np.int64).reshape(-1, 4), display)
+        _watch(futures, np.frombuffer(memoryview(sums).cast("B"), dtype=np.int64).reshape(-1, 4), display)
         return [future.result() for future in futures]
     except BrokenProcessPool:
         raise InputError(

@@ -256,6 +256,12 @@ def verify_hashes(manifest: Manifest) -> None:
             )
 
 
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Returns the entropy of token counts [vocab_size] in nats, to 6 digits; 0 where there are none."""
+    shares = counts[counts > 0] / max(1, int(counts.sum()))
+    return round(float(-(shares * np.log(shares)).sum()), 6) + 0.0
+
+
 def file_sha256(path: Path) -> str:
     """Returns the sha256 of a file in hex."""
     with open(path, "rb") as file:

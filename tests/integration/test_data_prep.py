@@ -205,9 +205,9 @@ def test_kill_at_any_moment_and_go_on(tmp_path, settings):
     expected = bytes_of(tmp_path)
     draw = random.Random(0)
     killed = 0
-    for _ in range(8):
+    for _ in range(5):
         subprocess.run(["rm", "-r", str(tmp_path / "dataset")], check=True)
-        for _ in range(3):
+        for _ in range(2):
             process = start(tmp_path, *settings, "workers=2")
             time.sleep(draw.uniform(0.3, 1.0) * whole)
             process.send_signal(signal.SIGKILL)
@@ -216,7 +216,7 @@ def test_kill_at_any_moment_and_go_on(tmp_path, settings):
         finish(start(tmp_path, *settings, "workers=2"))
         assert bytes_of(tmp_path) == expected
         assert not list((tmp_path / "dataset").rglob("*.tmp"))
-    assert killed >= 8
+    assert killed >= 5
 
 
 def test_finished_shards_survive_an_interruption(tmp_path, settings):

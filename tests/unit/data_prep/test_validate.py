@@ -1,0 +1,161 @@
+"""Seeded damage of every kind is found, a sound dataset raises no alarm."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.cli import main
+from data_prep.errors import InputError
+from data_prep.validate import validate_dataset
+from ssa_pretrain.data.indexed_format import file_sha256, load_manifest
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("validate")
+    draw = random.Random(0)
+    documents = [
+        f"{n} " + " ".join(draw.choices(["keys", "of", "sparse", "blocks"], k=draw.randint(5, 60))) for n in range(400)
+    ]
+    (folder / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    arguments = [
+        f"out={folder}/dataset",
+        "source=jsonl",
+        f"source.paths=[{folder}/x.jsonl]",
+        "tokenizer.vocab_size=512",
+    ]
+    assert main([*arguments, "split.heldout_fraction=0.2", "shard_mb=0.02", "workers=1"]) == 0
+    return folder / "dataset"
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    shutil.copytree(dataset, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def findings(root: Path) -> str:
+    try:
+        return "; ".join(validate_dataset(root)[1])
+    except InputError as error:
+        return str(error)
+
+
+def flip(path: Path, draw: random.Random) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+    path.write_bytes(raw)
+
+
+def truncate(path: Path, draw: random.Random) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[: draw.randrange(len(raw))])
+
+
+def extend(path: Path, draw: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + draw.randbytes(draw.randint(1, 9)))
+
+
+def swap(path: Path, draw: random.Random) -> str:
+    other = draw.choice([p for p in path.parent.glob(f"*{path.suffix}") if p != path])
+    a, b = path.read_bytes(), other.read_bytes()
+    path.write_bytes(b)
+    other.write_bytes(a)
+    return other.stem
+
+
+def stale(path: Path, draw: random.Random) -> None:
+    other = draw.choice([p for p in path.parent.glob(f"*{path.suffix}") if p != path])
+    path.write_bytes(other.read_bytes())
+
+
+def remove(path: Path, draw: random.Random) -> None:
+    path.unlink()
+
+
+def zeros(path: Path, draw: random.Random) -> None:
+    raw = bytearray(path.read_bytes())
+    start = next(i for i in range(draw.randrange(len(raw) // 2), len(raw)) if raw[i])
+    raw[start : start + 64] = bytes(len(raw[start : start + 64]))
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, extend, swap, stale, remove, zeros])
+def test_damage_is_found_and_the_undamaged_copy_is_not_accused(dataset, damage, tmp_path):
+    files = sorted(p for split in ("train", "heldout") for p in (dataset / split).iterdir())
+    assert len(files) >= 12
+    for case in range(30):
+        draw = random.Random(f"{damage.__name__} {case}")
+        root = tmp_path / str(case)
+        shutil.copytree(dataset, root)
+        assert findings(root) == ""
+        path = root / draw.choice(files).relative_to(dataset)
+        touched = {path.stem, damage(path, draw)} - {None}
+        assert any(name in findings(root) for name in touched), (damage.__name__, case)
+
+
+def rewrite(root: Path, shard: int, change, split: str = "train") -> str:
+    """Changes the ids of a shard and makes the manifest's sums agree, as a tool with a fault would; returns the prefix."""
+    content = json.loads((root / "manifest.json").read_text())
+    info = content["splits"][split][shard]
+    path = root / f"{info['prefix']}.bin"
+    ids = np.fromfile(path, dtype=np.uint16)
+    change(ids)
+    ids.tofile(path)
+    info["bin_sha256"] = file_sha256(path)
+    (root / "manifest.json").write_text(json.dumps(content))
+    return info["prefix"]
+
+
+def test_id_outside_the_vocabulary(copy):
+    prefix = rewrite(copy, 1, lambda ids: ids.__setitem__(7, 60_000))
+    size = load_manifest(copy).tokenizer.vocab_size
+    assert f"{prefix}.bin: token 7 is id 60000, the vocabulary ends at {size - 1}" in findings(copy)
+
+
+def test_document_without_its_end(copy):
+    eos = load_manifest(copy).tokenizer.eos_id
+    prefix = rewrite(copy, 0, lambda ids: ids.__setitem__(np.flatnonzero(ids == eos)[3], 99))
+    assert f"{prefix}: document 3 does not end in EOS (id {eos})" in findings(copy)
+
+
+def test_end_inside_a_document(copy):
+    eos = load_manifest(copy).tokenizer.eos_id
+    prefix = rewrite(copy, 0, lambda ids: ids.__setitem__(1, eos))
+    assert f"{prefix}: " in findings(copy) and "documents, one a document is right" in findings(copy)
+
+
+def test_missing_beginning(copy):
+    content = json.loads((copy / "manifest.json").read_text())
+    content["policy"]["add_bos"] = True
+    (copy / "manifest.json").write_text(json.dumps(content))
+    assert "document 0 does not begin with BOS (id 0)" in findings(copy)
+
+
+def test_counts_that_are_not_those_of_the_manifest(copy):
+    rewrite(copy, 0, lambda ids: ids.__setitem__(slice(0, 5), 99), split="heldout")
+    assert "heldout: unigram entropy is" in findings(copy)
+
+
+def test_other_tokenizer_beside_the_shards(copy):
+    (copy / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json: its content is not that of the manifest's sha256" in findings(copy)
+
+
+def test_command_reports_and_returns_4(copy, capsys):
+    assert main(["stage=validate", f"out={copy}"]) == 0
+    assert "valid: every file, id and document is as the manifest says" in capsys.readouterr().out
+    flip(copy / "train" / "text_00001.bin", random.Random(0))
+    assert main(["stage=validate", f"out={copy}"]) == 4
+    said = capsys.readouterr().err
+    assert "damaged: train/text_00001.bin: its content is not that of the manifest's sha256" in said
+    assert "problems; run data_prep again with verify=full to repair it" in said
+
+
+def test_command_without_a_dataset_returns_4(tmp_path, capsys):
+    assert main(["stage=validate", f"out={tmp_path}"]) == 4
+    assert "no finished dataset lies there" in capsys.readouterr().err
