@@ -27,7 +27,7 @@ class Line:
         points: (x, y) in increasing x.
         style: CSS class of its colour.
         faint: drawn thin and without a name, as the background of a smoothed line.
-        marks: a dot at every point, for lines of few points.
+        marks: radius of a dot at every point, for lines of few points; 0: none. Of two lines that coincide, the lower one shows as a ring.
         dashed: broken, for a line that something is compared with.
     """
 
@@ -35,7 +35,7 @@ class Line:
     points: Points
     style: str
     faint: bool = False
-    marks: bool = False
+    marks: float = 0.0
     dashed: bool = False
 
 
@@ -243,7 +243,7 @@ def _line(line: Line, points: Points, x: Axis, y: Axis) -> str:
     path = "L".join(f"{x.at(a):.1f} {y.at(b):.1f}" for a, b in points)
     style = line.style + (" faint" if line.faint else "") + (" dashed" if line.dashed else "")
     dots = (
-        [f'<circle class="{line.style}" cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="3.5"/>' for a, b in points]
+        [f'<circle class="{line.style}" cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="{line.marks}"/>' for a, b in points]
         if line.marks
         else []
     )

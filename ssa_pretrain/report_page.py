@@ -142,7 +142,7 @@ def _loss(figures: "Figures") -> str:
     lines = [Line("training", steps, "c", faint=True), Line("training (smoothed)", smooth(steps), "c")]
     for mode, records in figures.evaluations.items():
         points = [(r["tokens"], r["cross_entropy"]) for r in records if r["cross_entropy"] is not None]
-        lines.append(Line(f"held-out, {mode}", points, colours.get(mode, "d"), marks=True))
+        lines.append(Line(f"held-out, {mode}", points, colours.get(mode, "d"), marks=5.5 if mode == "full" else 3))
     ends = [x for line in lines if line.points for x in (line.points[0][0], line.points[-1][0])]
     if figures.unigram and ends:
         level = [(min(ends), figures.unigram), (max(ends), figures.unigram)]
