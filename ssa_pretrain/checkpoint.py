@@ -35,7 +35,9 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
-def publish(run: Path, step: int, facts: dict[str, Any], write: Callable[[Path], None], *, keep: int, is_first: bool) -> Path:
+def publish(
+    run: Path, step: int, facts: dict[str, Any], write: Callable[[Path], None], *, keep: int, is_first: bool
+) -> Path:
     """Write and publish a checkpoint; every rank calls it.
 
     Args:
@@ -69,7 +71,7 @@ def publish(run: Path, step: int, facts: dict[str, Any], write: Callable[[Path],
 
 
 def newest(run: Path, *, is_first: bool, device: torch.device, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest intact checkpoint of a run, the same on every rank, or None where there is none at all.
+    """Return the newest intact checkpoint of a run (or the one that `run` itself is), the same on every rank, or None where there is none.
 
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
@@ -87,8 +89,10 @@ def newest(run: Path, *, is_first: bool, device: torch.device, say: Callable[[st
     dist.broadcast(verdict, src=0)
     step = int(verdict)
     if step == -2:
-        raise CheckpointError(f"no checkpoint in {run / 'checkpoints'} is intact; restore one, or start anew in another output_dir")
-    return None if step == -1 else read(run / "checkpoints" / f"step_{step:08d}")
+        raise CheckpointError(
+            f"no checkpoint in {run / 'checkpoints'} is intact; restore one, or start anew in another output_dir"
+        )
+    return None if step == -1 else read(next(folder for folder in _published(run) if _step_of(folder) == step))
 
 
 def read(folder: Path) -> Checkpoint:
@@ -101,7 +105,9 @@ def read(folder: Path) -> Checkpoint:
         record = json.loads((folder / FACTS).read_text())
         return Checkpoint(folder, int(record["step"]), record["facts"])
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint ({FACTS}: {error}); name a folder such as RUN/checkpoints/step_00000100") from None
+        raise CheckpointError(
+            f"{folder} is no checkpoint ({FACTS}: {error}); name a folder such as RUN/checkpoints/step_00000100"
+        ) from None
 
 
 def find_damage(folder: Path) -> str | None:
@@ -139,7 +145,9 @@ def _seal(folder: Path, step: int, facts: dict[str, Any]) -> None:
 
 
 def _published(run: Path) -> list[Path]:
-    """Return the published checkpoints' folders, newest first."""
+    """Return the published checkpoints' folders, newest first; of a folder that is one itself, that one."""
+    if (run / FACTS).is_file():
+        return [run]
     return sorted((p for p in (run / "checkpoints").glob("step_*") if p.is_dir()), reverse=True)
 
 

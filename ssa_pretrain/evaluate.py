@@ -15,7 +15,14 @@ from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import Config
 from ssa_pretrain.train import leave, quieten_libraries
 
-PROMPTS = ("The city is the capital of", "In mathematics, a", "The species is found in", "def __init__(self,", "import os\n\n\ndef ", "for i in range(")
+PROMPTS = (
+    "The city is the capital of",
+    "In mathematics, a",
+    "The species is found in",
+    "def __init__(self,",
+    "import os\n\n\ndef ",
+    "for i in range(",
+)
 NEW_TOKENS = 48
 TEMPERATURE = 0.8
 
@@ -73,7 +80,12 @@ def sample(run, modes: tuple[str, ...]) -> list[dict]:
         generator = torch.Generator().manual_seed(run.config.seed)
         texts = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS]
         begin = [len(t) for t in texts]
-        for _ in tqdm(range(NEW_TOKENS), desc=f"sampling, {mode}", disable=not (run.placement.is_first and sys.stderr.isatty()), leave=False):
+        for _ in tqdm(
+            range(NEW_TOKENS),
+            desc=f"sampling, {mode}",
+            disable=not (run.placement.is_first and sys.stderr.isatty()),
+            leave=False,
+        ):
             logits = run.engine.last_logits(_packed_prompts(texts), mode=mode).cpu()[:, : run.plan.vocab_size]
             chosen = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)
             for text, token in zip(texts, chosen.flatten().tolist(), strict=True):

@@ -10,9 +10,6 @@ its list of problems and exits 3 or 4: a launcher asks once before it starts man
 import sys
 
 from ssa_pretrain.cli import read_config
-from ssa_pretrain.planning import Plan, describe, make_plan
-
-__all__ = ["Plan", "describe", "make_plan"]
 
 CHECK = "--check"
 

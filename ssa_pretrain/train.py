@@ -8,17 +8,12 @@ import os
 import sys
 import warnings
 
-from ssa_pretrain.cli import read_config, this_machine
-from ssa_pretrain.plan import describe, make_plan
+from ssa_pretrain.cli import read_config
 
 
 def main() -> None:
     """Read the command line and train."""
     config = read_config("train")
-    if config.dry_run:
-        if os.environ.get("RANK", "0") == "0":
-            print(describe(config, make_plan(config, config.parallel.world_size or this_machine().world_size or 1)))
-        return
     quieten_libraries()
     from ssa_pretrain.checkpoint import CheckpointError
     from ssa_pretrain.trainer import DataError, train

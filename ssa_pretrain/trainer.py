@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ssa_pretrain import __version__
-from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, differences, newest, publish, read
+from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, differences, newest, publish
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import config_to_dict, save_config
 from ssa_pretrain.data.batches import Batch, collate
@@ -22,7 +22,7 @@ from ssa_pretrain.flops import peak_flops
 from ssa_pretrain.log import Console, banner
 from ssa_pretrain.metrics import MetricsLogger
 from ssa_pretrain.parallel.state import Placement, start, stop
-from ssa_pretrain.plan import Plan, make_plan
+from ssa_pretrain.planning import Plan, make_plan
 from ssa_pretrain.schedule import learning_rate
 from ssa_pretrain.tracking import Tracker, provenance, start_tracking
 
@@ -96,7 +96,11 @@ def restore(run: Run) -> int:
         say(run, f"resuming after step {found.step} from {found.folder}")
         return found.step
     if run.config.checkpoint.init_from:
-        source = read(Path(run.config.checkpoint.init_from))
+        source = newest_checkpoint(run, Path(run.config.checkpoint.init_from))
+        if source is None:
+            raise CheckpointError(
+                f"checkpoint.init_from={run.config.checkpoint.init_from} holds no checkpoint; name a run's folder"
+            )
         run.engine.load_weights(source.folder)
         say(run, f"starting from the weights of {source.folder}")
     return 0
@@ -174,17 +178,27 @@ def count_held_out(config: Config, plan: Plan, held_out: HeldOutRows) -> int:
 
 def held_out_batches(run: Run) -> list[Batch]:
     """Return this rank's share of the held-out microbatches."""
-    return [microbatch(run, run.held_out, i, i) for i in range(run.placement.dp_rank, count_held_out(run.config, run.plan, run.held_out), run.plan.dp)]
+    return [
+        microbatch(run, run.held_out, i, i)
+        for i in range(run.placement.dp_rank, count_held_out(run.config, run.plan, run.held_out), run.plan.dp)
+    ]
 
 
 def save(run: Run, step: int) -> None:
     """Publish a checkpoint."""
-    publish(run.folder, step, facts(run), run.engine.save, keep=run.config.checkpoint.keep, is_first=run.placement.is_first)
+    publish(
+        run.folder, step, facts(run), run.engine.save, keep=run.config.checkpoint.keep, is_first=run.placement.is_first
+    )
 
 
-def newest_checkpoint(run: Run) -> Checkpoint | None:
-    """Return the run's newest intact checkpoint."""
-    return newest(run.folder, is_first=run.placement.is_first, device=run.placement.device, say=lambda text: say(run, text))
+def newest_checkpoint(run: Run, folder: Path | None = None) -> Checkpoint | None:
+    """Return the newest intact checkpoint of this run, or of the one in `folder`."""
+    return newest(
+        folder or run.folder,
+        is_first=run.placement.is_first,
+        device=run.placement.device,
+        say=lambda text: say(run, text),
+    )
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -194,7 +208,11 @@ def facts(run: Run) -> dict[str, Any]:
     kept |= {f"attention.{k}": v for k, v in tree["attention"].items() if k != "impl"}
     kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
     kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size")}
-    return kept | {"seed": tree["seed"], "data.fingerprint": run.manifest.fingerprint, "engine.name": tree["engine"]["name"]}
+    return kept | {
+        "seed": tree["seed"],
+        "data.fingerprint": run.manifest.fingerprint,
+        "engine.name": tree["engine"]["name"],
+    }
 
 
 def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
@@ -272,7 +290,11 @@ def start_reporting(run: Run, console: Console) -> Tracker | None:
         )
     )
     source = Path(__file__).resolve().parents[1]
-    described = config_to_dict(config) | {"version": __version__, "torch": torch.__version__} | provenance(source, Path(config.data.path))
+    described = (
+        config_to_dict(config)
+        | {"version": __version__, "torch": torch.__version__}
+        | provenance(source, Path(config.data.path))
+    )
     return start_tracking(config.logging.wandb, name=config.name, folder=run.folder, config=described, say=console.say)
 
 

@@ -25,6 +25,7 @@ class Batch:
         loss_mask: float32 [1, T], 0 where the label belongs to another document.
         positions: int64 [T].
         cu_seqlens: int32 [documents + 1], from 0 to T.
+        num_rows: rows of the microbatch if each is one document, else None.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Batch:
     loss_mask: Tensor
     positions: Tensor
     cu_seqlens: Tensor
+    num_rows: int | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
@@ -67,4 +69,5 @@ def collate(rows: Iterable[Row], *, index: int, isolate_documents: bool = True) 
         loss_mask=torch.from_numpy(np.concatenate(masks).astype(np.float32)).unsqueeze(0),
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(np.append(begin, total).astype(np.int32)),
+        num_rows=len(tokens) if len(begin) == len(tokens) else None,
     )

@@ -49,9 +49,15 @@ class MegatronEngine:
         """See `Engine.train_step`."""
         batches = [b.to(self.placement.device) for b in batches]
         count, labels = len(batches), self._count_labels(batches)
-        streams = [main_stream(self.config.attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches]
+        streams = [
+            main_stream(self.config.attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches
+        ]
         both = self.config.attention.method is Method.ssa
-        scale = self.config.attention.alignment_weight / (self.config.model.num_layers * count * self.config.parallel.tp) if both else 0.0
+        scale = (
+            self.config.attention.alignment_weight / (self.config.model.num_layers * count * self.config.parallel.tp)
+            if both
+            else 0.0
+        )
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -81,7 +87,9 @@ class MegatronEngine:
             chunk.eval()
         run = _Run(1.0)
         if batches:
-            self._forward_backward(batches, [mode] * len(batches), run, counterpart=True, alignment_scale=0.0, forward_only=True)
+            self._forward_backward(
+                batches, [mode] * len(batches), run, counterpart=True, alignment_scale=0.0, forward_only=True
+            )
         sums = self._reduce(run, [])
         return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels))
 
@@ -95,7 +103,9 @@ class MegatronEngine:
 
         def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module):
             packed = self._packed(next(iterator), mode, counterpart=False, alignment_scale=0.0)
-            out = chunk(batch.tokens, batch.positions.unsqueeze(0), None, packed_seq_params=packed, runtime_gather_output=True)
+            out = chunk(
+                batch.tokens, batch.positions.unsqueeze(0), None, packed_seq_params=packed, runtime_gather_output=True
+            )
             return out, lambda logits, non_loss_data: logits[0, ends].float()
 
         outputs = self._schedule(
@@ -127,7 +137,9 @@ class MegatronEngine:
         self.core.finalize_model_grads_func = finalize_model_grads
         ddp = self.chunks[0].ddp_config
         if ddp.overlap_grad_reduce:
-            self.core.no_sync_func = [c.no_sync for c in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
+            self.core.no_sync_func = (
+                [c.no_sync for c in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
+            )
             if len(self.chunks) > 1:
                 self.core.grad_sync_func = [c.start_grad_sync for c in self.chunks]
         if ddp.overlap_param_gather and len(self.chunks) > 1:
@@ -144,7 +156,10 @@ class MegatronEngine:
     def _packed(self, batch: Batch, main: str, *, counterpart: bool, alignment_scale: float) -> PackedTokens:
         length = self.config.data.sequence_length
         layout = build_layout(
-            batch.cu_seqlens, num_tokens=len(batch.positions), block_size=self.config.attention.block_size, max_length=length
+            batch.cu_seqlens,
+            num_tokens=len(batch.positions),
+            block_size=self.config.attention.block_size,
+            max_length=length,
         )
         return PackedTokens(
             qkv_format="thd",
@@ -154,13 +169,21 @@ class MegatronEngine:
             max_seqlen_kv=length,
             positions=batch.positions,
             documents=layout,
+            num_rows=batch.num_rows,
             main=main,
             counterpart=counterpart,
             alignment_scale=alignment_scale,
         )
 
     def _forward_backward(
-        self, batches: Sequence[Batch], streams: Sequence[str], run: "_Run", *, counterpart: bool, alignment_scale: float, forward_only: bool
+        self,
+        batches: Sequence[Batch],
+        streams: Sequence[str],
+        run: "_Run",
+        *,
+        counterpart: bool,
+        alignment_scale: float,
+        forward_only: bool,
     ) -> None:
         """Run core's schedule over the microbatches; what it finds goes into `run`."""
 

@@ -48,7 +48,9 @@ def _model_key(i: int, chunks: list) -> str:
 
 
 def _model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
-    return {_model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)}
+    return {
+        _model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)
+    }
 
 
 def _inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:

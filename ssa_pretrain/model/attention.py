@@ -10,6 +10,7 @@ keys, values and gates together and Transformer Engine's fused norm feeds the ga
 It does not know the schedule, the optimizer or which engine runs it, and it holds no key-value cache.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,8 +22,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ssa_kernels import DocumentLayout, captured_mass, full_attention, gate_and_align, select_blocks, sparse_attention
-from ssa_pretrain.config import AttentionConfig, KernelImpl, Method
+from ssa_kernels import DocumentLayout, SSAOutput, full_attention, select_blocks, sparse_attention, ssa_attention
+from ssa_pretrain.config import AttentionConfig, KernelImpl
 from ssa_pretrain.model.alignment import attach_loss
 from ssa_pretrain.model.rope import angles, rotate
 
@@ -42,6 +43,7 @@ class PackedTokens(PackedSeqParams):
     Attributes:
         positions: int64 [tokens], each token's place in its document.
         documents: where documents and blocks lie, built once a microbatch.
+        num_rows: rows of the microbatch if each is one document, else None.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: also compute the other stream, for the alignment and the captured mass.
         alignment_scale: d(total loss) / d(one layer's local alignment); 0 switches the gradient off.
@@ -50,6 +52,7 @@ class PackedTokens(PackedSeqParams):
 
     positions: Tensor = None
     documents: DocumentLayout = None
+    num_rows: int | None = None
     main: str = "full"
     counterpart: bool = False
     alignment_scale: float = 0.0
@@ -85,7 +88,13 @@ class SSAAttention(MegatronModule):
         self.num_gates = self.group_size if attention.gate else 0
         self.impl = None if attention.impl is KernelImpl.auto else attention.impl.value
         rows_per_group = (self.group_size + 2) * self.head_dim + self.num_gates
-        common = {"config": config, "bias": False, "skip_bias_add": True, "is_expert": False, "tp_group": pg_collection.tp}
+        common = {
+            "config": config,
+            "bias": False,
+            "skip_bias_add": True,
+            "is_expert": False,
+            "tp_group": pg_collection.tp,
+        }
         self.linear_qkv = build_module(
             submodules.linear_qkv,
             config.hidden_size,
@@ -119,8 +128,8 @@ class SSAAttention(MegatronModule):
         q, k, v, gate = self._project(hidden_states)
         cos, sin = angles(rotary_pos_emb, packed.positions)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        streams = self._streams(q, k, v, packed)
-        out = self._combine(streams, gate, packed)
+        attend = self._both_streams if packed.counterpart else self._main_stream
+        out = attend(q, k, v, gate, packed)
         return self.linear_proj(out.flatten(1).unsqueeze(1))
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -132,51 +141,57 @@ class SSAAttention(MegatronModule):
         q = q.reshape(tokens, kv * self.group_size, d)
         return q, k, v.contiguous(), gate.reshape(tokens, -1) if self.num_gates else None
 
-    def _streams(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return (output [T, H, D], lse [T, H]) of each stream that is wanted."""
-        names = ["full", "sparse"] if packed.counterpart else [packed.main]
-
-        def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-            pairs = [self._full(q, k, v, packed) if name == "full" else self._sparse(q, k, v, packed) for name in names]
-            return tuple(tensor for pair in pairs for tensor in pair)
-
-        recompute = self.config.recompute_granularity == "selective" and self.training
-        flat = checkpoint(run, False, q, k, v) if recompute else run(q, k, v)
-        return {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(names)}
-
-    def _full(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens) -> tuple[Tensor, Tensor]:
-        return full_attention(q, k, v, cu_seqlens=packed.documents, return_lse=packed.counterpart, impl=self.impl)
-
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens) -> tuple[Tensor, Tensor]:
-        a = self.attention
-        common = {"block_size": a.block_size, "cu_seqlens": packed.documents, "impl": self.impl}
-        indices = select_blocks(q.detach(), k.detach(), top_k=a.top_k, score=a.score.value, **common)
-        return sparse_attention(q, k, v, indices, **common)
-
-    def _combine(self, streams: dict[str, tuple[Tensor, Tensor]], gate: Tensor | None, packed: PackedTokens) -> Tensor:
+    def _both_streams(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, packed: PackedTokens) -> Tensor:
         """Return the gated main stream [T, H, D], the alignment attached, the layer's diagnostics noted."""
-        out, _ = streams[packed.main]
-        if not packed.counterpart:
-            return _gated(out, gate)
-        (full, lse_full), (sparse, lse_sparse) = streams["full"], streams["sparse"]
-        logits = gate if gate is not None else full.new_full(full.shape[:2], torch.inf)
-        weights = (self.attention.sparsity_weight, self.attention.commitment_weight)
-        out, loss = gate_and_align(full, sparse, logits, main=packed.main, weights=weights, impl=self.impl)
-        packed.diagnostics[self.layer_number] = LayerDiagnostics(
-            alignment_loss=loss.detach(), captured_mass=captured_mass(lse_full, lse_sparse).detach().mean()
-        )
+        a = self.attention
+
+        def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> SSAOutput:
+            return ssa_attention(
+                q,
+                k,
+                v,
+                gate,
+                block_size=a.block_size,
+                top_k=a.top_k,
+                score=a.score.value,
+                cu_seqlens=packed.documents,
+                num_rows=packed.num_rows,
+                main=packed.main,
+                weights=(a.sparsity_weight, a.commitment_weight),
+                impl=self.impl,
+            )
+
+        out, loss, mass = self._recomputed(run, q, k, v, gate)
+        packed.diagnostics[self.layer_number] = LayerDiagnostics(loss.detach(), mass.detach())
         if packed.alignment_scale and torch.is_grad_enabled():
             out = attach_loss(out, loss, packed.alignment_scale)
         return out
 
+    def _main_stream(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, packed: PackedTokens) -> Tensor:
+        """Return the gated main stream [T, H, D], nothing else computed."""
+        a = self.attention
+        common = {"cu_seqlens": packed.documents, "impl": self.impl}
 
-def _gated(out_THD: Tensor, gate_TH: Tensor | None) -> Tensor:
+        def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return full_attention(q, k, v, num_rows=packed.num_rows, **common)[0]
+
+        def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            indices = select_blocks(
+                q.detach(), k.detach(), block_size=a.block_size, top_k=a.top_k, score=a.score.value, **common
+            )
+            return sparse_attention(q, k, v, indices, block_size=a.block_size, **common)[0]
+
+        return gated(self._recomputed(full if packed.main == "full" else sparse, q, k, v), gate)
+
+    def _recomputed(self, run: Callable, *inputs: Tensor | None):
+        """Return run(*inputs), computed again in the backward if the recomputation is selective."""
+        if self.config.recompute_granularity == "selective" and self.training:
+            return checkpoint(run, False, *inputs)
+        return run(*inputs)
+
+
+def gated(out_THD: Tensor, gate_TH: Tensor | None) -> Tensor:
     """Return out * sigmoid(gate), computed in fp32, in out's dtype."""
     if gate_TH is None:
         return out_THD
     return (out_THD.float() * gate_TH.float().sigmoid().unsqueeze(-1)).to(out_THD.dtype)
-
-
-def trained_streams(method: Method) -> tuple[str, ...]:
-    """Return the streams that a method trains, the one it is evaluated in by default first."""
-    return {Method.ssa: ("sparse", "full"), Method.full: ("full",), Method.moba: ("sparse",)}[method]

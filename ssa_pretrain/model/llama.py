@@ -25,14 +25,9 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from ssa_pretrain.config import Config, EngineConfig, LayerSpec, ModelConfig, PrecisionName, Recompute
+from ssa_pretrain.config import Config, EngineConfig, LayerSpec, PrecisionName, Recompute
 from ssa_pretrain.model.attention import SSAAttention, SSAAttentionSubmodules
 from ssa_pretrain.model.norm import RMSNorm
-
-
-def padded_vocab_size(model: ModelConfig, vocab_size: int) -> int:
-    """Return the rows of the embedding: the vocabulary rounded up to `vocab_divisor`, the same on every layout."""
-    return -(-vocab_size // model.vocab_divisor) * model.vocab_divisor
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -79,7 +74,9 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def build_model(config: Config, vocab_size: int, groups: ProcessGroupCollection, vp_stage: int | None = None) -> GPTModel:
+def build_model(
+    config: Config, vocab_size: int, groups: ProcessGroupCollection, vp_stage: int | None = None
+) -> GPTModel:
     """Return this rank's part of the Llama, initialised: one pipeline stage (or virtual stage) of one tensor rank.
 
     Args:
@@ -95,7 +92,7 @@ def build_model(config: Config, vocab_size: int, groups: ProcessGroupCollection,
     model = GPTModel(
         config=core,
         transformer_layer_spec=_block_spec(config, core, rank, vp_stage),
-        vocab_size=padded_vocab_size(config.model, vocab_size),
+        vocab_size=config.model.padded_vocab_size(vocab_size),
         max_sequence_length=config.data.sequence_length,
         pre_process=rank == 0 and vp_stage in (None, 0),
         post_process=rank == stages - 1 and vp_stage in (None, virtual - 1),
@@ -132,7 +129,9 @@ def _recompute(engine: EngineConfig) -> dict:
     return {}
 
 
-def _block_spec(config: Config, core: TransformerConfig, pp_rank: int, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _block_spec(
+    config: Config, core: TransformerConfig, pp_rank: int, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     if uses_transformer_engine(config.engine):
         layer, norm = _transformer_engine_layer(config)
     else:
@@ -147,7 +146,9 @@ def _local_layer(config: Config) -> ModuleSpec:
         params={"attention": config.attention},
         submodules=SSAAttentionSubmodules(linear_qkv=ColumnParallelLinear, linear_proj=RowParallelLinear),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -33,7 +33,9 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def _is_cuda(device: object) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (isinstance(device, torch.device) and device.type == "cuda")
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
 
 
 class _Stream:
@@ -58,7 +60,9 @@ def install() -> None:
         RuntimeError: a GPU is visible; there the redirection would be wrong.
     """
     if torch.cuda.is_available():
-        raise RuntimeError("the CPU backend was asked for although a GPU is visible; hide it with CUDA_VISIBLE_DEVICES= or drop the request")
+        raise RuntimeError(
+            "the CPU backend was asked for although a GPU is visible; hide it with CUDA_VISIBLE_DEVICES= or drop the request"
+        )
     if torch.cuda.current_device is _device:
         return
     _CudaMeansCpu().__enter__()

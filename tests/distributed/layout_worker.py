@@ -83,7 +83,11 @@ def gather_gradients(chunks: list) -> dict[str, dict]:
         offset = model.decoder.layers[0].layer_number - 1
         for name, parameter in model.named_parameters():
             key = f"{'output:' if name.startswith('output_layer') else ''}{global_name(name, offset)}"
-            found[key] = {"grad": parameter.main_grad.clone(), "weight": parameter.detach().clone(), "dim": getattr(parameter, "partition_dim", -1)}
+            found[key] = {
+                "grad": parameter.main_grad.clone(),
+                "weight": parameter.detach().clone(),
+                "dim": getattr(parameter, "partition_dim", -1),
+            }
     return found
 
 
@@ -100,13 +104,23 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
 
     engine.optimizer.step = step_and_capture
     for index in range(2):
-        result = engine.train_step(batches(config, placement.dp_rank, placement.dp, index), step=index, learning_rate=1e-2)
-        records.append([result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer])
+        result = engine.train_step(
+            batches(config, placement.dp_rank, placement.dp, index), step=index, learning_rate=1e-2
+        )
+        records.append(
+            [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
+        )
     held_out = batches(config, placement.dp_rank, placement.dp, 99)
     for mode in ("full", "sparse"):
         judged = engine.evaluate(held_out, mode=mode)
         records.append([judged.cross_entropy, 0.0, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
-    part = {"records": records, "parameters": captured, "tp_rank": placement.tp_rank, "dp_rank": placement.dp_rank, "pp_rank": placement.pp_rank}
+    part = {
+        "records": records,
+        "parameters": captured,
+        "tp_rank": placement.tp_rank,
+        "dp_rank": placement.dp_rank,
+        "pp_rank": placement.pp_rank,
+    }
     torch.save(part, out / f"{name}.{placement.rank}.pt")
 
 
@@ -114,7 +128,9 @@ def main() -> None:
     """Run all cases of the file, layout by layout."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configs = {name: configure(overrides) for name, overrides in cases.items()}
-    by_layout = itertools.groupby(sorted(configs, key=lambda name: repr(configs[name].parallel)), key=lambda name: configs[name].parallel)
+    by_layout = itertools.groupby(
+        sorted(configs, key=lambda name: repr(configs[name].parallel)), key=lambda name: configs[name].parallel
+    )
     for layout, names in by_layout:
         placement = start(layout, seed=1)
         for name in names:

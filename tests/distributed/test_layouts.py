@@ -128,7 +128,9 @@ def test_layout_equals_single_process(results, name):
     assert names == set(wanted["parameters"]), "the layouts hold different parameters"
     for key, tensors in found["parameters"].items():
         target = wanted["parameters"][key.removeprefix("output:")]
-        assert torch.equal(tensors["weight"], target["weight"]) or relative(tensors["weight"], target["weight"]) == 0.0, key
+        assert (
+            torch.equal(tensors["weight"], target["weight"]) or relative(tensors["weight"], target["weight"]) == 0.0
+        ), key
         error = relative(tensors["grad"], target["grad"])
         assert error < TOLERANCE, f"{key}: gradient off by {error:.1e}"
 

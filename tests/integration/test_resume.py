@@ -79,7 +79,14 @@ def test_resumed_on_other_layouts(uninterrupted, corpus, tmp_path):
 
 
 def test_a_changed_configuration_is_refused(uninterrupted, corpus):
-    done = run("ssa_pretrain.train", *SETTINGS, f"data.path={corpus}", f"output_dir={uninterrupted}", "seed=7", "attention.top_k=3")
+    done = run(
+        "ssa_pretrain.train",
+        *SETTINGS,
+        f"data.path={corpus}",
+        f"output_dir={uninterrupted}",
+        "seed=7",
+        "attention.top_k=3",
+    )
     assert done.returncode == 5
     assert "cannot be continued with this configuration; set these back or choose another output_dir" in done.stderr
     assert "seed: checkpoint 1234, run 7" in done.stderr
@@ -88,7 +95,13 @@ def test_a_changed_configuration_is_refused(uninterrupted, corpus):
 
 
 def test_only_damaged_checkpoints_is_an_error(corpus, tmp_path):
-    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "training.stop_at_step=1", "evaluation.at_start=false")
+    settings = (
+        *SETTINGS,
+        f"data.path={corpus}",
+        f"output_dir={tmp_path}",
+        "training.stop_at_step=1",
+        "evaluation.at_start=false",
+    )
     train(*settings)
     (shard, *_) = sorted((tmp_path / "checkpoints" / "step_00000001").glob("*.distcp"))
     data = bytearray(shard.read_bytes())

@@ -33,6 +33,12 @@ def test_published_checkpoints_are_found_newest_first_and_old_ones_go(tmp_path):
     assert (found.step, found.facts) == (15, {"seed": 1})
 
 
+def test_a_checkpoint_can_be_named_itself(tmp_path):
+    older = publish(tmp_path, 5, {}, write, keep=2, is_first=True)
+    publish(tmp_path, 10, {}, write, keep=2, is_first=True)
+    assert find(older).step == 5
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert find(tmp_path) is None
 
@@ -78,7 +84,9 @@ def test_damage_is_named_and_passed_over(tmp_path, message):
 
 def test_none_intact_is_an_error_and_never_a_fresh_start(tmp_path):
     flip_bit(publish(tmp_path, 5, {}, write, keep=2, is_first=True))
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is intact; restore one, or start anew in another output_dir"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* is intact; restore one, or start anew in another output_dir"
+    ):
         find(tmp_path)
 
 
@@ -87,7 +95,9 @@ def test_an_intact_one_has_no_damage(tmp_path):
 
 
 def test_reading_a_folder_that_is_none(tmp_path):
-    with pytest.raises(CheckpointError, match=r"is no checkpoint .*name a folder such as RUN/checkpoints/step_00000100"):
+    with pytest.raises(
+        CheckpointError, match=r"is no checkpoint .*name a folder such as RUN/checkpoints/step_00000100"
+    ):
         read(tmp_path)
 
 

@@ -112,7 +112,9 @@ def test_an_unknown_source_is_refused(manifest):
 
 
 def test_too_little_text_is_refused(manifest):
-    with pytest.raises(ValueError, match=r"data.sequence_length=4096 needs at least 8193 tokens of each source, but english \(train\)"):
+    with pytest.raises(
+        ValueError, match=r"data.sequence_length=4096 needs at least 8193 tokens of each source, but english \(train\)"
+    ):
         TrainingRows(manifest, sequence_length=4096, seed=1, weights={})
 
 
@@ -146,3 +148,8 @@ def test_collate_without_isolation_makes_each_row_one_document():
     batch = collate([example_row([2, 3, 8]), example_row([0, 4])], index=0, isolate_documents=False)
     assert batch.cu_seqlens.tolist() == [0, 8, 16]
     assert batch.loss_mask.min() == 1
+
+
+def test_collate_knows_rows_that_are_one_document():
+    assert collate([example_row([0]), example_row([0])], index=0).num_rows == 2
+    assert collate([example_row([0, 4]), example_row([0])], index=0).num_rows is None
