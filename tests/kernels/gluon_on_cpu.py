@@ -1,7 +1,7 @@
 """Runs Gluon kernels under Triton's interpreter, by giving their modules a `gluon` that is made of triton.language.
 
 Triton's interpreter knows triton.language alone. Gluon is the same language with layouts; on values, layouts do nothing. So here a
-layout is None, converting one is the identity, and the two inline instructions of fragments.py are written out in numpy. What this
+layout is None, converting one is the identity, and the inline instructions of fragments.py are written out. What this
 checks is everything about values: addresses, masks, loops, and the permutations by which fragments.py names registers. What it cannot
 check, that each lane holds what the instruction expects, the compiler checks: every conversion is asserted trivial.
 """
@@ -17,11 +17,11 @@ import triton.experimental
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-MODULES = ("fragments", "tensor_core_forward", "tensor_core_backward")
+MODULES = ("fragments", "tensor_core_forward", "tensor_core_backward", "tensor_core_few_heads", "tensor_core")
 
 
 def load():
-    """Returns the modules MODULES of sparse_attention, imported afresh over the stand-in."""
+    """Returns sparse_attention's tensor_core, imported afresh with all that it needs over the stand-in."""
     gl = _language()
     gluon = types.ModuleType("triton.experimental.gluon")
     gluon.jit, gluon.constexpr_function, gluon.language = _jit, lambda function: function, gl
@@ -41,7 +41,7 @@ def load():
             found.append(module)
         for name in names:
             del sys.modules[name]
-    return found
+    return found[-1]
 
 
 def _jit(function=None, **options):
@@ -49,17 +49,38 @@ def _jit(function=None, **options):
     if function is None:
         return lambda f: _jit(f, **options)
     kernel = triton.jit(function, **options)
-    kernel.rewrite().__annotations__ = {name: "tl.constexpr" for name in function.__annotations__}
+    kernel.rewrite().__annotations__ = dict.fromkeys(function.__annotations__, "tl.constexpr")
     return kernel
 
 
 def _language():
     gl = types.ModuleType("triton.experimental.gluon.language")
-    for name in ("constexpr", "dtype", "int16", "int32", "int64", "float16", "bfloat16", "float32"):
+    for name in ["constexpr", "dtype", "int16", "int32", "int64", "float16", "bfloat16", "float32"]:
         setattr(gl, name, getattr(tl, name))
-    for name in ("load", "store", "where", "maximum", "minimum", "exp2", "log2", "sum", "max", "reshape", "permute", "join", "program_id"):
+    for name in [
+        "load",
+        "store",
+        "where",
+        "maximum",
+        "minimum",
+        "exp2",
+        "log2",
+        "sum",
+        "max",
+        "reshape",
+        "permute",
+        "join",
+        "split",
+        "program_id",
+    ]:
         setattr(gl, name, _late(name))
-    for name in ("SliceLayout", "BlockedLayout", "DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout"):
+    for name in [
+        "SliceLayout",
+        "BlockedLayout",
+        "DistributedLinearLayout",
+        "DotOperandLayout",
+        "NVMMADistributedLayout",
+    ]:
         setattr(gl, name, lambda *args, **kwargs: None)
     gl.arange = lambda first, end, layout: tl.arange(tl.constexpr(first), tl.constexpr(getattr(end, "value", end)))
     gl.zeros = lambda shape, dtype, layout: tl.zeros(shape, dtype)
@@ -76,7 +97,9 @@ def _late(name):
 
 def _instruction(asm, constraints, args, dtype, is_pure, pack):
     words = args[0]
-    if asm.startswith("mov.b32"):
+    if asm.startswith("mov.b32 $0"):
+        return (args[0].to(tl.int32) & 0xFFFF) | (args[1].to(tl.int32) << 16)
+    if asm.startswith("mov.b32 {"):
         return (words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16)
     assert asm.startswith("movmatrix.sync.aligned.m8n8.trans.b16"), asm
     # A register of the warp holds words (row 8 b + i, column 8 a + 2 j and the next): an 8 x 8 matrix; the instruction transposes it.

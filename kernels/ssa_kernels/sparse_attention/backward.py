@@ -165,7 +165,7 @@ def sparse_attention_backward(
         delta = torch.empty_like(lse)
     segment = segment_length(q.shape[1] // indices.shape[1])
     if runs_on_tensor_cores(q, layout.block_size):
-        from .tensor_core_backward import backward_k_v, backward_q  # here: Gluon cannot be defined under the interpreter
+        from .tensor_core import backward_k_v, backward_q  # here: Gluon cannot be defined under the interpreter
 
         dq = backward_q(q, k, v, indices, o, lse, do, layout, scale, delta, has_delta)
         index = invert(indices, layout, kv_heads=k.shape[1], segment=segment)

@@ -64,7 +64,7 @@ def sparse_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (o, lse); contiguous arguments as in `sparse_attention`, with the layout built."""
     if runs_on_tensor_cores(q, layout.block_size):
-        from .tensor_core_forward import forward  # here: Gluon kernels cannot be defined under the interpreter
+        from .tensor_core import forward  # here: Gluon kernels cannot be defined under the interpreter
 
         return forward(q, k, v, indices, layout, scale)
     queries, heads, head_dim = q.shape

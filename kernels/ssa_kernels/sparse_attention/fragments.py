@@ -50,7 +50,7 @@ def words_layout(rows, words, rows_a_warp, replicas=1):
 
 @gluon.constexpr_function
 def rows_layout(rows, dims, warps):
-    """Natural rows of single elements, as accumulators leave: lane = 4 * (row % 8) + d // 8 % 4. """
+    """Natural rows of single elements, as accumulators leave: lane = 4 * (row % 8) + d // 8 % 4."""
     registers = [[0, 1], [0, 2], [0, 4]] + [[0, d] for d in _bits(32, dims)] + [[8, 0]]
     registers += [[r, 0] for r in _bits(16 * warps, rows)]
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
@@ -82,54 +82,82 @@ def to_contraction_order(words, ROWS: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
-def tile_rows(tile, DIM: gl.constexpr):
+def tile_rows(tile, DIM: gl.constexpr, LEFT: gl.constexpr):
     """A packed tile in the order `rows` -> words [16, DIM / 2] with d in contraction order."""
-    words = gl.reshape(tile, [2, DIM // 32, 8, 4, 2, 2])
-    return gl.reshape(gl.permute(words, [0, 2, 1, 4, 5, 3]), [16, DIM // 2])
+    if LEFT:
+        words = gl.permute(gl.reshape(tile, [DIM // 32, 2, 8, 4, 2, 2]), [5, 2, 0, 1, 4, 3])
+    else:
+        words = gl.permute(gl.reshape(tile, [2, DIM // 32, 8, 4, 2, 2]), [0, 2, 1, 4, 5, 3])
+    return gl.reshape(words, [16, DIM // 2])
 
 
 @gluon.jit
-def tile_columns(tile, MMA: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
-    """A packed tile in the order `columns` -> right operand [16 keys, DIM]."""
+def tile_columns(tile, DIM: gl.constexpr, DTYPE: gl.constexpr, LEFT: gl.constexpr):
+    """A packed tile in the order `columns` -> elements [DIM, 16 keys], d in contraction order; for left, or right of the transpose."""
     words = gl.reshape(tile, [DIM // 32, 2, 8, 4, 2, 2])
-    words = gl.reshape(gl.permute(words, [0, 1, 4, 2, 5, 3]), [DIM, 8])
-    return _right(gl.permute(gl.reshape(halves(words, DTYPE), [DIM, 16]), [1, 0]), MMA)
+    if LEFT:
+        words = gl.permute(words, [0, 1, 5, 2, 4, 3])
+    else:
+        words = gl.permute(words, [0, 1, 4, 2, 5, 3])
+    return gl.reshape(halves(gl.reshape(words, [DIM, 8]), DTYPE), [DIM, 16])
 
 
 @gluon.jit
 def as_left(words, MMA: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
-    """Natural words -> left operand [ROWS, DIM], d in contraction order."""
-    x = gl.reshape(halves(to_contraction_order(words, ROWS, DIM), DTYPE), [ROWS, DIM])
-    return gl.convert_layout(x, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+    """Words [ROWS, DIM / 2] in contraction order -> left operand [ROWS, DIM], for a contraction over d."""
+    return left(gl.reshape(halves(words, DTYPE), [ROWS, DIM]), MMA)
 
 
 @gluon.jit
 def as_right_transposed(words, MMA: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
     """Words [ROWS, DIM / 2] in contraction order -> right operand [DIM, ROWS], for a contraction over d."""
-    return _right(gl.permute(gl.reshape(halves(words, DTYPE), [ROWS, DIM]), [1, 0]), MMA)
+    return right(gl.permute(gl.reshape(halves(words, DTYPE), [ROWS, DIM]), [1, 0]), MMA)
 
 
 @gluon.jit
-def as_right(words, MMA: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
-    """Words [ROWS, DIM / 2] in contraction order -> right operand [ROWS, DIM], for a contraction over the rows."""
+def turned(words, ROWS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
+    """Words [ROWS, DIM / 2] -> elements [DIM, ROWS] that a lane holds by pairs of rows; for left, or right of the transpose."""
     # A register holds words (row 8 b + r, d 8 a + 2 c): an 8 x 8 matrix of elements, transposed in place.
     words = gl.inline_asm_elementwise(
         "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1
     )
     # Now it holds (d 8 a + r, rows 8 b + 2 c and the next).
     words = gl.permute(gl.reshape(words, [ROWS // 8, 8, DIM // 8, 4]), [2, 1, 0, 3])
-    x = gl.reshape(halves(gl.reshape(words, [DIM, ROWS // 2]), DTYPE), [DIM, ROWS])
-    return _right(gl.permute(x, [1, 0]), MMA)
+    return gl.reshape(halves(gl.reshape(words, [DIM, ROWS // 2]), DTYPE), [DIM, ROWS])
+
+
+@gluon.jit
+def as_right(words, MMA: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
+    """Words [ROWS, DIM / 2] in contraction order -> right operand [ROWS, DIM], for a contraction over the rows."""
+    return right(gl.permute(turned(words, ROWS, DIM, DTYPE), [1, 0]), MMA)
 
 
 @gluon.jit
 def weights_as_left(p, MMA: gl.constexpr, DTYPE: gl.constexpr):
     """An accumulator-shaped [M, n] -> left operand of a contraction over n, rounded to DTYPE."""
-    return gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+    return left(p.to(DTYPE), MMA)
 
 
 @gluon.jit
-def _right(x, MMA: gl.constexpr):
+def weights_as_right(p, MMA: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
+    """An accumulator-shaped [ROWS, COLUMNS] -> right operand of a contraction over the rows, rounded to DTYPE."""
+    low, high = gl.split(gl.reshape(p.to(DTYPE), [ROWS, COLUMNS // 2, 2]))
+    low, high = low.to(gl.int16, bitcast=True), high.to(gl.int16, bitcast=True)
+    words = gl.inline_asm_elementwise(
+        "mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
+    return as_right(words, MMA, ROWS, COLUMNS, DTYPE)
+
+
+@gluon.jit
+def left(x, MMA: gl.constexpr):
+    """Elements that lie as the left operand wants them."""
+    return gl.convert_layout(x, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+
+
+@gluon.jit
+def right(x, MMA: gl.constexpr):
+    """Elements that lie as the right operand wants them."""
     return gl.convert_layout(x, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
 
 
@@ -139,6 +167,19 @@ def store_rows(ptr, acc, ROWS: gl.constexpr, ROWS_PADDED: gl.constexpr, HEAD_DIM
     LAYOUT: gl.constexpr = rows_layout(ROWS_PADDED, DIM, gl.num_warps())
     x = gl.permute(gl.reshape(acc.to(ptr.dtype.element_ty), [ROWS_PADDED, DIM // 32, 2, 2, 4, 2]), [0, 1, 4, 2, 3, 5])
     x = gl.convert_layout(gl.reshape(x, [ROWS_PADDED, DIM]), LAYOUT, assert_trivial=True)
+    row = gl.arange(0, ROWS_PADDED, gl.SliceLayout(1, LAYOUT))
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
+    inside = (row < ROWS)[:, None] & (dim < HEAD_DIM)[None, :]
+    gl.store(ptr + row[:, None] * HEAD_DIM + dim[None, :], x, mask=inside)
+
+
+@gluon.jit
+def store_columns(ptr, acc, ROWS: gl.constexpr, ROWS_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr):
+    """Stores accumulators [DIM, ROWS_PADDED], d in contraction order, as natural rows [ROWS, HEAD_DIM]. Moves data between lanes."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
+    x = gl.reshape(acc.to(ptr.dtype.element_ty), [DIM // 32, 2, 2, 4, 2, ROWS_PADDED])
+    x = gl.reshape(gl.permute(x, [5, 0, 3, 1, 2, 4]), [ROWS_PADDED, DIM])
+    x = gl.convert_layout(x, LAYOUT)
     row = gl.arange(0, ROWS_PADDED, gl.SliceLayout(1, LAYOUT))
     dim = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
     inside = (row < ROWS)[:, None] & (dim < HEAD_DIM)[None, :]

@@ -32,7 +32,8 @@ CHOICES_PER_PROGRAM = 1024
 BUCKETS_PER_PROGRAM = 128
 BUCKETS_PER_SCAN = 4096
 SEGMENTS_PER_PROGRAM = 128
-LAST_KEY = 2**15 - 1  # the schedule's keys have 16 bits: half the passes of a radix sort, and neighbouring queries may change places
+# The schedule's keys have 16 bits: half the passes of a radix sort. Neighbouring queries may change places.
+LAST_KEY = 2**15 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +76,7 @@ def bucket_kernel(
 
 
 @triton.jit(do_not_specialize=["num_choices", "num_buckets", "search_steps"])
-def bucket_start_kernel(
-    sorted_ptr, start_ptr, num_choices, num_buckets, search_steps, TILE: tl.constexpr
-):
+def bucket_start_kernel(sorted_ptr, start_ptr, num_choices, num_buckets, search_steps, TILE: tl.constexpr):
     """First place of each bucket in the sorted list, by binary search. Grid: one program per TILE buckets."""
     bucket = tl.program_id(0) * TILE + tl.arange(0, TILE)
     low = tl.zeros([TILE], tl.int64)
@@ -157,7 +156,9 @@ def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segm
     num_buckets = kv_heads * num_rows
     max_segments = num_choices // segment + min(num_buckets, num_choices)
     if num_choices >= 2**31:
-        raise ValueError(f"indices of shape {tuple(indices.shape)} must have fewer than 2^31 entries; try fewer tokens a call")
+        raise ValueError(
+            f"indices of shape {tuple(indices.shape)} must have fewer than 2^31 entries; try fewer tokens a call"
+        )
 
     # Few buckets fit into 16 bits, which halves the passes of a radix sort.
     buckets = torch.empty(num_choices, dtype=torch.int16 if num_buckets < 2**15 else torch.int32, device=device)

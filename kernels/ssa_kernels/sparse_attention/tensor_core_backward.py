@@ -14,12 +14,10 @@ registers where they arise. A step takes 16 rows of q (or one list's, if more): 
 program writes its sums in fp32 to a place of its own; reduce.py adds up a bucket's places in order. No atomics.
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ..documents import DocumentLayout
 from .fragments import (
     LOG2E,
     as_left,
@@ -27,7 +25,6 @@ from .fragments import (
     as_right_transposed,
     halves,
     mma_layout,
-
     packed_layout,
     store_rows,
     tile_rows,
@@ -35,12 +32,7 @@ from .fragments import (
     weights_as_left,
     words_layout,
 )
-from .index import InvertedIndex
-from .tensor_core_forward import chosen_tiles, gluon_dtype, padded_rows, padded_slots, tile_number
-from .tiles import pack_tiles, padded_dim
-
-
-DKDV_REGISTERS = 168  # a thread, for 12 warps a multiprocessor: the compiler would take 238; at 168 nothing spills
+from .tensor_core_forward import chosen_tiles, tile_number
 
 
 @gluon.jit
@@ -49,10 +41,10 @@ def _ds_and_keys(
 ):  # fmt: skip
     """Returns (ds without a mask, K as right operand [16, DIM]) of one tile."""
     zeros = gl.zeros([ROWS, 16], gl.float32, MMA)
-    k_words = tile_rows(k, DIM)
+    k_words = tile_rows(k, DIM, False)
     s = mma_v2(q, as_right_transposed(k_words, MMA, 16, DIM, DTYPE), zeros)
     p = gl.exp2(s * scale_log2 - lse[:, None])
-    dp = mma_v2(do, as_right_transposed(tile_rows(v, DIM), MMA, 16, DIM, DTYPE), zeros)
+    dp = mma_v2(do, as_right_transposed(tile_rows(v, DIM, False), MMA, 16, DIM, DTYPE), zeros)
     return p * (dp - delta[:, None]), as_right(k_words, MMA, 16, DIM, DTYPE)
 
 
@@ -76,15 +68,17 @@ def dq_kernel(
     indices_ptr += entry * TOP_K
     position = gl.load(position_ptr + query)
     last, own_tile, full, any_block = chosen_tiles(indices_ptr, position, TOP_K, SLOTS, BLOCK_SIZE)
-    tiles_ptr += (gl.load(first_row_ptr + query).to(gl.int64) * (TILES * KV_HEADS) + which // (LISTS // KV_HEADS)) * (2 * WORDS)
+    first_tile = gl.load(first_row_ptr + query).to(gl.int64) * TILES
+    tiles_ptr += (first_tile * KV_HEADS + which // (LISTS // KV_HEADS)) * (2 * WORDS)
 
     row = gl.arange(0, ROWS_PADDED, gl.SliceLayout(1, LAYOUT))
     word = gl.arange(0, DIM // 2, gl.SliceLayout(0, LAYOUT))
     inside = (row < ROWS)[:, None] & (word < HEAD_DIM // 2)[None, :]
     place = entry * (ROWS * HEAD_DIM // 2) + row[:, None] * (HEAD_DIM // 2) + word[None, :]
-    q = as_left(gl.load(q_ptr + place, mask=inside, other=0), MMA, ROWS_PADDED, DIM, DTYPE)
+    q_words = gl.load(q_ptr + place, mask=inside, other=0)
+    q = as_left(to_contraction_order(q_words, ROWS_PADDED, DIM), MMA, ROWS_PADDED, DIM, DTYPE)
     do_words = gl.load(do_ptr + place, mask=inside, other=0)
-    do = as_left(do_words, MMA, ROWS_PADDED, DIM, DTYPE)
+    do = as_left(to_contraction_order(do_words, ROWS_PADDED, DIM), MMA, ROWS_PADDED, DIM, DTYPE)
     head = gl.arange(0, ROWS_PADDED, gl.SliceLayout(1, MMA))
     lse = gl.load(lse_ptr + entry * ROWS + head, mask=head < ROWS, other=0.0) * LOG2E
     if HAS_DELTA:
@@ -159,6 +153,13 @@ def _load_step(
     return q_words, do_words, gl.load(lse_ptr + head), gl.load(delta_ptr + head), own_key
 
 
+@gluon.jit
+def _keys(ptr, place, inside, MMA: gl.constexpr, BLOCK_SIZE: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
+    """A block's rows of k or v as left operand."""
+    words = gl.load(ptr + place, mask=inside, other=0)
+    return as_left(to_contraction_order(words, BLOCK_SIZE, DIM), MMA, BLOCK_SIZE, DIM, DTYPE)
+
+
 @gluon.jit(do_not_specialize=["num_rows"])
 def dkdv_kernel(
     q_ptr, do_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, query_key_ptr, choices_ptr, segments_ptr, schedule_ptr, num_segments_ptr,
@@ -181,10 +182,11 @@ def dkdv_kernel(
         start = gl.load(block_start_ptr + block_row)
         key = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, KEYS))
         key_word = gl.arange(0, DIM // 2, gl.SliceLayout(0, KEYS))
-        key_place = ((start + key).to(gl.int64) * KV_HEADS + bucket // num_rows)[:, None] * (HEAD_DIM // 2) + key_word[None, :]
+        key_row = (start + key).to(gl.int64) * KV_HEADS + bucket // num_rows
+        key_place = key_row[:, None] * (HEAD_DIM // 2) + key_word[None, :]
         key_inside = (key < gl.load(block_length_ptr + block_row))[:, None] & (key_word < HEAD_DIM // 2)[None, :]
-        k = as_left(gl.load(k_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
-        v = as_left(gl.load(v_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
+        k = _keys(k_ptr, key_place, key_inside, MMA, BLOCK_SIZE, DIM, DTYPE)
+        v = _keys(v_ptr, key_place, key_inside, MMA, BLOCK_SIZE, DIM, DTYPE)
         key_number = start + gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, MMA))
 
         entry, _ = _entries(choices_ptr, 0, length, TOP_K, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT))
@@ -200,8 +202,8 @@ def dkdv_kernel(
         zeros = gl.zeros([BLOCK_SIZE, N], gl.float32, MMA)
         for step in range((length + N // SLOT - 1) // (N // SLOT)):
             if not KEEP:
-                k = as_left(gl.load(k_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
-                v = as_left(gl.load(v_ptr + key_place, mask=key_inside, other=0), MMA, BLOCK_SIZE, DIM, DTYPE)
+                k = _keys(k_ptr, key_place, key_inside, MMA, BLOCK_SIZE, DIM, DTYPE)
+                v = _keys(v_ptr, key_place, key_inside, MMA, BLOCK_SIZE, DIM, DTYPE)
             q_words = to_contraction_order(q_words, N, DIM)
             do_words = to_contraction_order(do_words, N, DIM)
             s = mma_v2(k, as_right_transposed(q_words, MMA, N, DIM, DTYPE), zeros)
@@ -222,62 +224,3 @@ def dkdv_kernel(
         sums_ptr += segment * (2 * BLOCK_SIZE * DIM)
         store_rows(sums_ptr, dk, BLOCK_SIZE, BLOCK_SIZE, DIM, DIM)
         store_rows(sums_ptr + BLOCK_SIZE * DIM, dv, BLOCK_SIZE, BLOCK_SIZE, DIM, DIM)
-
-
-def backward_q(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: torch.Tensor,
-    o: torch.Tensor | None,
-    lse: torch.Tensor,
-    do: torch.Tensor,
-    layout: DocumentLayout,
-    scale: float,
-    delta: torch.Tensor,
-    has_delta: bool,
-) -> torch.Tensor:
-    """Returns dq, and fills delta unless it has been given; arguments as in `sparse_attention_backward`."""
-    queries, heads, head_dim = q.shape
-    lists, top_k = indices.shape[1:]
-    rows = heads // lists
-    dq = torch.empty_like(q)
-    tiles = pack_tiles(k, v, layout, v_columns=False)
-    q_words, do_words = q.view(torch.int32), do.view(torch.int32)
-    dq_kernel[(queries * lists,)](
-        q_words, do_words, do_words if o is None else o.view(torch.int32), tiles.view(torch.int32), indices,
-        layout.query_position, layout.query_first_row, lse, delta, dq, scale, scale * LOG2E.value, queries,
-        LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, ROWS_PADDED=padded_rows(rows),
-        HEAD_DIM=head_dim, DIM=padded_dim(head_dim), BLOCK_SIZE=layout.block_size, TOP_K=top_k, SLOTS=padded_slots(top_k),
-        DTYPE=gluon_dtype(q.dtype), HAS_DELTA=has_delta, num_warps=1,
-    )  # fmt: skip
-    return dq
-
-
-def backward_k_v(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: torch.Tensor,
-    lse: torch.Tensor,
-    do: torch.Tensor,
-    layout: DocumentLayout,
-    scale: float,
-    delta: torch.Tensor,
-    index: InvertedIndex,
-) -> torch.Tensor:
-    """Returns the segments' sums, float32 [segments, 2 (dk without its scale, dv), K, padded D]."""
-    _, heads, head_dim = q.shape
-    lists, top_k = indices.shape[1:]
-    rows, dim, block_size = heads // lists, padded_dim(head_dim), layout.block_size
-    slot = 1 << (rows - 1).bit_length()
-    sums = torch.empty(index.max_segments, 2, block_size, dim, dtype=torch.float32, device=q.device)
-    words = (x.view(torch.int32) for x in (q, do, k, v))
-    dkdv_kernel[(index.max_segments,)](
-        *words, lse, delta, layout.query_start + layout.query_position, index.choices, index.segments, index.schedule,
-        index.num_segments, layout.block_start, layout.block_length, sums, scale * LOG2E.value, layout.num_block_rows,
-        LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, SLOT=slot, N=max(16, slot), HEAD_DIM=head_dim, DIM=dim,
-        BLOCK_SIZE=block_size, TOP_K=top_k, DTYPE=gluon_dtype(q.dtype), KEEP=dim <= 64, num_warps=block_size // 16,
-        maxnreg=DKDV_REGISTERS if dim <= 64 and rows == slot == 16 else None,
-    )  # fmt: skip
-    return sums

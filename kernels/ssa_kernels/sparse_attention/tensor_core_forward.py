@@ -15,26 +15,24 @@ loaded while the one before it is being worked on; its number is loaded one step
 gives o = 0 and lse = -inf. Reads of each program do not depend on other queries: results do not depend on the batch.
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ..documents import DocumentLayout
 from .fragments import (
     LN2,
-    LOG2E,
     as_left,
     as_right_transposed,
     mma_layout,
     packed_layout,
+    right,
     store_rows,
     tile_columns,
     tile_rows,
+    to_contraction_order,
     weights_as_left,
     words_layout,
 )
-from .tiles import pack_tiles, padded_dim
 
 
 @gluon.jit
@@ -63,6 +61,12 @@ def tile_number(indices_ptr, i, last, TILES: gl.constexpr):
 
 
 @gluon.jit
+def _values(tile, MMA: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
+    """V of a tile as right operand [16, DIM]."""
+    return right(gl.permute(tile_columns(tile, DIM, DTYPE, False), [1, 0]), MMA)
+
+
+@gluon.jit
 def _add_full_tiles(
     q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2,
     MMA: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, TILES: gl.constexpr, STRIDE: gl.constexpr, DTYPE: gl.constexpr,
@@ -78,12 +82,12 @@ def _add_full_tiles(
         for i in range(full):
             tile = tiles_ptr + number.to(gl.int64) * STRIDE
             number = tile_number(indices_ptr, gl.minimum(i + 2, full - 1), last, TILES)
-            k_t = as_right_transposed(tile_rows(k, DIM), MMA, 16, DIM, DTYPE)
+            k_t = as_right_transposed(tile_rows(k, DIM, False), MMA, 16, DIM, DTYPE)
             s = mma_v2(q, k_t, gl.zeros([ROWS, 16], gl.float32, MMA))
             k = gl.load(tile + offsets)
             p = gl.exp2(s * scale_log2 - m[:, None])
             l += p
-            acc = mma_v2(weights_as_left(p, MMA, DTYPE), tile_columns(v, MMA, DIM, DTYPE), acc)
+            acc = mma_v2(weights_as_left(p, MMA, DTYPE), _values(v, MMA, DIM, DTYPE), acc)
             v = gl.load(tile + WORDS + offsets)
     return l, acc
 
@@ -107,27 +111,29 @@ def forward_kernel(
     indices_ptr += entry * TOP_K
     position = gl.load(position_ptr + query)
     last, own_tile, full, any_block = chosen_tiles(indices_ptr, position, TOP_K, SLOTS, BLOCK_SIZE)
-    tiles_ptr += (gl.load(first_row_ptr + query).to(gl.int64) * (TILES * KV_HEADS) + which // (LISTS // KV_HEADS)) * (2 * WORDS)
+    first_tile = gl.load(first_row_ptr + query).to(gl.int64) * TILES
+    tiles_ptr += (first_tile * KV_HEADS + which // (LISTS // KV_HEADS)) * (2 * WORDS)
 
     row = gl.arange(0, ROWS_PADDED, gl.SliceLayout(1, LAYOUT))
     word = gl.arange(0, DIM // 2, gl.SliceLayout(0, LAYOUT))
     inside = (row < ROWS)[:, None] & (word < HEAD_DIM // 2)[None, :]
-    q_words = gl.load(q_ptr + entry * (ROWS * HEAD_DIM // 2) + row[:, None] * (HEAD_DIM // 2) + word[None, :], mask=inside, other=0)
-    q = as_left(q_words, MMA, ROWS_PADDED, DIM, DTYPE)
+    place = entry * (ROWS * HEAD_DIM // 2) + row[:, None] * (HEAD_DIM // 2) + word[None, :]
+    q_words = gl.load(q_ptr + place, mask=inside, other=0)
+    q = as_left(to_contraction_order(q_words, ROWS_PADDED, DIM), MMA, ROWS_PADDED, DIM, DTYPE)
 
     own = tiles_ptr + (last * TILES + own_tile).to(gl.int64) * STRIDE
     offsets = gl.arange(0, WORDS, packed_layout(WORDS))
     k = gl.load(own + offsets)
     v = gl.load(own + WORDS + offsets)
     key = last * BLOCK_SIZE + own_tile * 16 + gl.arange(0, 16, gl.SliceLayout(0, MMA))
-    k_t = as_right_transposed(tile_rows(k, DIM), MMA, 16, DIM, DTYPE)
+    k_t = as_right_transposed(tile_rows(k, DIM, False), MMA, 16, DIM, DTYPE)
     s_own = mma_v2(q, k_t, gl.zeros([ROWS_PADDED, 16], gl.float32, MMA))
     s_own = gl.where(((key <= position) & any_block)[None, :], s_own * scale_log2, float("-inf"))
     m = gl.max(s_own, 1)
     m = gl.where(m == float("-inf"), 0.0, m)
     l = gl.exp2(s_own - m[:, None])
     zeros = gl.zeros([ROWS_PADDED, DIM], gl.float32, MMA)
-    acc = mma_v2(weights_as_left(l, MMA, DTYPE), tile_columns(v, MMA, DIM, DTYPE), zeros)
+    acc = mma_v2(weights_as_left(l, MMA, DTYPE), _values(v, MMA, DIM, DTYPE), zeros)
     l, acc = _add_full_tiles(
         q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2, MMA, ROWS_PADDED, DIM, TILES, STRIDE, DTYPE
     )
@@ -136,12 +142,12 @@ def forward_kernel(
     if gl.max(gl.where(total < LIMIT, 0, 1), 0) > 0:  # rare: again, with the exact maximum
         for i in range(full):
             tile = tiles_ptr + tile_number(indices_ptr, i, last, TILES).to(gl.int64) * STRIDE
-            k_t = as_right_transposed(tile_rows(gl.load(tile + offsets), DIM), MMA, 16, DIM, DTYPE)
+            k_t = as_right_transposed(tile_rows(gl.load(tile + offsets), DIM, False), MMA, 16, DIM, DTYPE)
             s = mma_v2(q, k_t, gl.zeros([ROWS_PADDED, 16], gl.float32, MMA))
             m = gl.maximum(m, gl.max(s * scale_log2, 1))
         l = gl.exp2(s_own - m[:, None])
         v = gl.load(own + WORDS + offsets)
-        acc = mma_v2(weights_as_left(l, MMA, DTYPE), tile_columns(v, MMA, DIM, DTYPE), zeros)
+        acc = mma_v2(weights_as_left(l, MMA, DTYPE), _values(v, MMA, DIM, DTYPE), zeros)
         l, acc = _add_full_tiles(
             q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2, MMA, ROWS_PADDED, DIM, TILES, STRIDE, DTYPE
         )
@@ -151,38 +157,3 @@ def forward_kernel(
     store_rows(o_ptr + entry * (ROWS * HEAD_DIM), acc, ROWS, ROWS_PADDED, HEAD_DIM, DIM)
     head = gl.arange(0, ROWS_PADDED, gl.SliceLayout(1, MMA))
     gl.store(lse_ptr + entry * ROWS + head, (m + gl.log2(total)) * LN2, mask=head < ROWS)
-
-
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, layout: DocumentLayout, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (o, lse); contiguous arguments as in `sparse_attention`, with the layout built."""
-    queries, heads, head_dim = q.shape
-    lists, top_k = indices.shape[1:]
-    rows = heads // lists
-    tiles = pack_tiles(k, v, layout, v_columns=True)
-    o = torch.empty_like(q)
-    lse = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
-    forward_kernel[(queries * lists,)](
-        q.view(torch.int32), tiles.view(torch.int32), indices, layout.query_position, layout.query_first_row, o, lse,
-        scale * LOG2E.value, queries,
-        LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, ROWS_PADDED=padded_rows(rows),
-        HEAD_DIM=head_dim, DIM=padded_dim(head_dim), BLOCK_SIZE=layout.block_size, TOP_K=top_k, SLOTS=padded_slots(top_k),
-        DTYPE=gluon_dtype(q.dtype), LIMIT=6e4 if q.dtype == torch.float16 else 1e30, num_warps=1,
-    )  # fmt: skip
-    return o, lse
-
-
-def padded_rows(rows: int) -> int:
-    """Returns the rows of a program's tile: a multiple of the instruction's 16 that holds a list's heads."""
-    return 16 if rows <= 16 else 32
-
-
-def padded_slots(top_k: int) -> int:
-    """Returns the power of two, at least 1, that holds a query's choices."""
-    return 1 << (top_k - 1).bit_length()
-
-
-def gluon_dtype(dtype: torch.dtype) -> gl.dtype:
-    """Returns the kernels' name of a 16-bit element type."""
-    return {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]

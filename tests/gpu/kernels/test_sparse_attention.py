@@ -7,6 +7,7 @@ kernels only the weights, so a right kernel stays well below.
 
 import pytest
 import torch
+
 from ssa_kernels import build_layout, query_slice, sparse_attention
 from ssa_kernels.sparse_attention.backward import sparse_attention_backward
 from ssa_kernels.sparse_attention.forward import sparse_attention_forward
@@ -70,7 +71,12 @@ def relative(ours, exact):
 def make(lengths, heads, kv_heads, head_dim, dtype=torch.bfloat16, seed=1, size=1.0):
     generator = torch.Generator("cuda").manual_seed(seed)
     tokens = sum(lengths)
-    shapes = [(tokens, heads, head_dim), (tokens, kv_heads, head_dim), (tokens, kv_heads, head_dim), (tokens, heads, head_dim)]
+    shapes = [
+        (tokens, heads, head_dim),
+        (tokens, kv_heads, head_dim),
+        (tokens, kv_heads, head_dim),
+        (tokens, heads, head_dim),
+    ]
     q, k, v, do = (torch.randn(s, device="cuda", generator=generator).to(dtype) for s in shapes)
     return q * size, k, v, do
 
@@ -81,7 +87,9 @@ def run(q, k, v, do, indices, layout, scale=None):
     return o.detach(), lse, *torch.autograd.grad(o, (q, k, v), do)
 
 
-def check(lengths, heads, kv_heads, head_dim, block_size, top_k, lists=None, kind="random", dtype=torch.bfloat16, size=1.0):
+def check(
+    lengths, heads, kv_heads, head_dim, block_size, top_k, lists=None, kind="random", dtype=torch.bfloat16, size=1.0
+):
     layout = build_layout(cumulative(lengths), num_tokens=sum(lengths), block_size=block_size)
     q, k, v, do = make(lengths, heads, kv_heads, head_dim, dtype, size=size)
     indices = random_choices(layout, lists or kv_heads, top_k, kind=kind)
@@ -116,7 +124,9 @@ def test_choices(top_k, block_size):
     check(RAGGED, 16, 2, 64, block_size, top_k)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [(8, 2, 64, 16), (6, 2, 128, 64), (4, 4, 80, 32)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"), [(8, 2, 64, 16), (6, 2, 128, 64), (4, 4, 80, 32)]
+)
 def test_every_head_chooses_for_itself(heads, kv_heads, head_dim, block_size):
     check(RAGGED, heads, kv_heads, head_dim, block_size, 3, lists=heads)
 
@@ -158,7 +168,9 @@ def test_choices_that_cover_everything_are_full_attention():
     indices = random_choices(layout, 2, 16)
     o = run(q, k, v, do, indices, layout)[0]
     parts = [x.transpose(1, 2) for x in (q[None, :200], k[None, :200], v[None, :200])]
-    full = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in parts), is_causal=True, enable_gqa=True)
+    full = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in parts), is_causal=True, enable_gqa=True
+    )
     assert relative(o[:200], full[0].transpose(0, 1)) < 3e-3
 
 
@@ -237,7 +249,12 @@ def test_a_delta_that_is_known_already():
 def test_nothing_waits_or_compiles_again():
     from ssa_kernels.sparse_attention import index, tensor_core_backward, tensor_core_forward
 
-    kernels = [tensor_core_forward.forward_kernel, tensor_core_backward.dq_kernel, tensor_core_backward.dkdv_kernel, index.segment_kernel]
+    kernels = [
+        tensor_core_forward.forward_kernel,
+        tensor_core_backward.dq_kernel,
+        tensor_core_backward.dkdv_kernel,
+        index.segment_kernel,
+    ]
 
     def variants():
         return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)

@@ -1,0 +1,109 @@
+"""Launches the tensor-core kernels: sizes, padding and the choice between heads as rows and heads as columns."""
+
+import torch
+from triton.experimental.gluon import language as gl
+
+from ..documents import DocumentLayout
+from . import tensor_core_backward, tensor_core_few_heads, tensor_core_forward
+from .fragments import LOG2E
+from .index import InvertedIndex
+from .tiles import pack_tiles, padded_dim
+
+FEW = tensor_core_few_heads.COLUMNS.value
+DKDV_REGISTERS = 168  # a thread, for 12 warps a multiprocessor: the compiler would take 238; at 168 nothing spills
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, layout: DocumentLayout, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (o, lse); contiguous arguments as in `sparse_attention`, with the layout built."""
+    queries, heads, head_dim = q.shape
+    lists, top_k = indices.shape[1:]
+    rows = heads // lists
+    kernel = tensor_core_few_heads.forward_kernel if rows <= FEW else tensor_core_forward.forward_kernel
+    tiles = pack_tiles(k, v, layout, v_columns=True, left=rows <= FEW)
+    o = torch.empty_like(q)
+    lse = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
+    kernel[(queries * lists,)](
+        q.view(torch.int32), tiles.view(torch.int32), indices, layout.query_position, layout.query_first_row, o, lse,
+        scale * LOG2E.value, queries,
+        LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, ROWS_PADDED=padded_rows(rows),
+        HEAD_DIM=head_dim, DIM=padded_dim(head_dim), BLOCK_SIZE=layout.block_size, TOP_K=top_k, SLOTS=padded_slots(top_k),
+        DTYPE=gluon_dtype(q.dtype), LIMIT=6e4 if q.dtype == torch.float16 else 1e30, num_warps=1,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward_q(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    o: torch.Tensor | None,
+    lse: torch.Tensor,
+    do: torch.Tensor,
+    layout: DocumentLayout,
+    scale: float,
+    delta: torch.Tensor,
+    has_delta: bool,
+) -> torch.Tensor:
+    """Returns dq, and fills delta unless it has been given; arguments as in `sparse_attention_backward`."""
+    queries, heads, head_dim = q.shape
+    lists, top_k = indices.shape[1:]
+    rows = heads // lists
+    dq = torch.empty_like(q)
+    kernel = tensor_core_few_heads.dq_kernel if rows <= FEW else tensor_core_backward.dq_kernel
+    tiles = pack_tiles(k, v, layout, v_columns=False, left=rows <= FEW)
+    q_words, do_words = q.view(torch.int32), do.view(torch.int32)
+    kernel[(queries * lists,)](
+        q_words, do_words, do_words if o is None else o.view(torch.int32), tiles.view(torch.int32), indices,
+        layout.query_position, layout.query_first_row, lse, delta, dq, scale, scale * LOG2E.value, queries,
+        LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, ROWS_PADDED=padded_rows(rows),
+        HEAD_DIM=head_dim, DIM=padded_dim(head_dim), BLOCK_SIZE=layout.block_size, TOP_K=top_k, SLOTS=padded_slots(top_k),
+        DTYPE=gluon_dtype(q.dtype), HAS_DELTA=has_delta, num_warps=1,
+    )  # fmt: skip
+    return dq
+
+
+def backward_k_v(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    lse: torch.Tensor,
+    do: torch.Tensor,
+    layout: DocumentLayout,
+    scale: float,
+    delta: torch.Tensor,
+    index: InvertedIndex,
+) -> torch.Tensor:
+    """Returns the segments' sums, float32 [segments, 2 (dk without its scale, dv), K, padded D]."""
+    _, heads, head_dim = q.shape
+    lists, top_k = indices.shape[1:]
+    rows, dim, block_size = heads // lists, padded_dim(head_dim), layout.block_size
+    slot = 1 << (rows - 1).bit_length()
+    sums = torch.empty(index.max_segments, 2, block_size, dim, dtype=torch.float32, device=q.device)
+    words = (x.view(torch.int32) for x in (q, do, k, v))
+    tensor_core_backward.dkdv_kernel[(index.max_segments,)](
+        *words, lse, delta, layout.query_start + layout.query_position, index.choices, index.segments, index.schedule,
+        index.num_segments, layout.block_start, layout.block_length, sums, scale * LOG2E.value, layout.num_block_rows,
+        LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, SLOT=slot, N=max(16, slot), HEAD_DIM=head_dim, DIM=dim,
+        BLOCK_SIZE=block_size, TOP_K=top_k, DTYPE=gluon_dtype(q.dtype), KEEP=dim <= 64, num_warps=block_size // 16,
+        maxnreg=DKDV_REGISTERS if dim <= 64 and rows == slot == 16 else None,
+    )  # fmt: skip
+    return sums
+
+
+def padded_rows(rows: int) -> int:
+    """Returns the rows or columns of a program's products that hold a list's heads."""
+    return FEW if rows <= FEW else 16 if rows <= 16 else 32
+
+
+def padded_slots(top_k: int) -> int:
+    """Returns the power of two, at least 1, that holds a query's choices."""
+    return 1 << (top_k - 1).bit_length()
+
+
+def gluon_dtype(dtype: torch.dtype) -> gl.dtype:
+    """Returns the kernels' name of a 16-bit element type."""
+    return {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]

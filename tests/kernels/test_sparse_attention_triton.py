@@ -1,0 +1,280 @@
+"""Sparse attention's Triton kernels in Triton's interpreter, small, against the float64 oracle; and compiled, without a GPU, for Hopper.
+
+The tensor-core kernels run here as well (gluon_on_cpu.py says how, and what that cannot show). Tolerances are relative in the norm:
+float32 sums of at most 128 terms; float16 rounds p, ds and results once, at 2^-11.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+
+from ssa_kernels import build_layout, query_slice, sparse_attention
+
+triton = pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1 before Triton is imported"
+)
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
+DOCUMENTS = [0, 1, 18, 18, 34]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty gives NaN, so that whatever a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_choices(cu_seqlens, tokens, lists, block_size, top_k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.full((tokens, lists, top_k), -1, dtype=torch.int32)
+    for token, (start, _) in enumerate(oracle.where(cu_seqlens, tokens)):
+        own = (token - start) // block_size
+        for i in range(lists):
+            chosen = sorted([*torch.randperm(own, generator=generator)[: top_k - 1].tolist(), own])
+            indices[token, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return indices
+
+
+def make(cu_seqlens, heads, kv_heads, head_dim, block_size, top_k, lists=None, dtype=torch.float16, size=1.0):
+    """Returns (q, k, v, do, indices, layout)."""
+    tokens = cu_seqlens[-1]
+    generator = torch.Generator().manual_seed(heads + head_dim)
+    shapes = [
+        (tokens, heads, head_dim),
+        (tokens, kv_heads, head_dim),
+        (tokens, kv_heads, head_dim),
+        (tokens, heads, head_dim),
+    ]
+    q, k, v, do = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    indices = random_choices(cu_seqlens, tokens, lists or kv_heads, block_size, top_k)
+    layout = build_layout(torch.tensor(cu_seqlens, dtype=torch.int32), num_tokens=tokens, block_size=block_size)
+    return q * size, k, v, do, indices, layout
+
+
+def portable(q, k, v, do, indices, layout):
+    """Returns o, lse, dq, dk, dv through the public function."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o, lse = sparse_attention(*leaves, indices, block_size=layout.block_size, cu_seqlens=layout, impl="triton")
+    return [o.detach(), lse, *torch.autograd.grad(o, leaves, do)]
+
+
+@pytest.fixture(scope="module")
+def tensor_core():
+    import gluon_on_cpu
+
+    return gluon_on_cpu.load()
+
+
+def on_tensor_cores(module, q, k, v, do, indices, layout, delta=None, segment=5):
+    """Returns o, lse, dq, dk, dv of the tensor-core kernels."""
+    from ssa_kernels.sparse_attention.backward import add_segments
+    from ssa_kernels.sparse_attention.index import invert
+
+    scale = q.shape[-1] ** -0.5
+    o, lse = module.forward(q, k, v, indices, layout, scale)
+    given = delta is not None
+    delta = torch.empty_like(lse) if delta is None else delta
+    dq = module.backward_q(q, k, v, indices, None if given else o, lse, do, layout, scale, delta, given)
+    index = invert(indices, layout, kv_heads=k.shape[1], segment=segment)
+    sums = module.backward_k_v(q, k, v, indices, lse, do, layout, scale, delta, index)
+    return [o, lse, dq, *add_segments(sums, index, k, layout, scale)]
+
+
+def check(ours, q, k, v, do, indices, cu_seqlens, block_size, tolerance):
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    mask = oracle.visible(indices, cu_seqlens, q.shape[0], q.shape[1], block_size)
+    o, lse = oracle.attention(*leaves, mask, q.shape[-1] ** -0.5)
+    exact = [o.detach(), *torch.autograd.grad(o, leaves, do.double())]
+    for name, got, right in zip(("o", "dq", "dk", "dv"), (ours[0], *ours[2:]), exact, strict=True):
+        error = float((got.double() - right).norm() / right.norm())
+        assert error < tolerance, (name, error)
+    torch.testing.assert_close(ours[1].double(), lse, rtol=1e-6, atol=5e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size", "top_k", "lists", "dtype"),
+    [
+        (4, 2, 16, 16, 2, None, torch.float32),
+        (6, 1, 24, 8, 3, None, torch.float32),
+        (2, 1, 16, 16, 2, 2, torch.float32),
+        (2, 2, 16, 16, 3, None, torch.float16),
+    ],
+)
+def test_portable_kernels(heads, kv_heads, head_dim, block_size, top_k, lists, dtype):
+    inputs = make(DOCUMENTS, heads, kv_heads, head_dim, block_size, top_k, lists, dtype)
+    check(portable(*inputs), *inputs[:5], DOCUMENTS, block_size, TOLERANCE[dtype])
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size", "top_k", "lists"),
+    [
+        (16, 1, 64, 16, 3, None),  # heads as rows: a full tile of them
+        (12, 1, 80, 16, 3, None),  # a part of it, padded features
+        (32, 1, 64, 16, 2, None),  # two tiles
+        (4, 1, 128, 16, 2, None),  # heads as columns; four entries a step
+        (6, 1, 64, 16, 3, None),  # slots with rows that do not exist
+        (2, 1, 64, 32, 2, 2),  # every head chooses; blocks of several tiles
+    ],
+)
+def test_tensor_core_kernels(tensor_core, heads, kv_heads, head_dim, block_size, top_k, lists):
+    inputs = make(DOCUMENTS, heads, kv_heads, head_dim, block_size, top_k, lists)
+    check(on_tensor_cores(tensor_core, *inputs), *inputs[:5], DOCUMENTS, block_size, TOLERANCE[torch.float16])
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # what overflows is thrown away
+@pytest.mark.parametrize("heads", [16, 8])
+def test_logits_far_above_the_reference(tensor_core, heads):
+    inputs = make(DOCUMENTS, heads, 1, 64, 16, 3, size=40.0)
+    check(on_tensor_cores(tensor_core, *inputs), *inputs[:5], DOCUMENTS, 16, 2e-3)
+
+
+@interpreted
+def test_a_delta_that_is_known_already(tensor_core):
+    inputs = make([0, 20], 16, 1, 64, 16, 2)
+    own = on_tensor_cores(tensor_core, *inputs)
+    delta = (own[0].float() * inputs[3].float()).sum(-1)
+    for a, b in zip(own, on_tensor_cores(tensor_core, *inputs, delta=delta), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("heads", [16, 4])
+def test_queries_without_blocks_and_documents_apart(tensor_core, heads):
+    q, k, v, do, indices, layout = make(DOCUMENTS, heads, 1, 64, 16, 3)
+    indices[20:22] = -1
+    first = on_tensor_cores(tensor_core, q, k, v, do, indices, layout)
+    assert bool((first[0][20:22] == 0).all()) and bool((first[1][20:22] == float("-inf")).all())
+    assert bool((first[2][20:22] == 0).all()) and all(bool(torch.isfinite(x).all()) for x in first[2:])
+    for x in (q, k, v, do):
+        x[:18] = float("nan")
+    again = on_tensor_cores(tensor_core, q, k, v, do, indices, layout)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a[18:], b[18:])
+
+
+@interpreted
+def test_a_part_of_the_queries():
+    q, k, v, do, indices, layout = make(DOCUMENTS, 2, 1, 16, 16, 2, dtype=torch.float32)
+    whole = portable(q, k, v, do, indices, layout)
+    part = torch.tensor([1, 5, 6, 20, 33])
+    ours = portable(q[part], k, v, do[part], indices[part], query_slice(layout, part))
+    for a, b in zip(whole[:3], ours[:3], strict=True):
+        assert torch.equal(a[part], b)
+
+
+@interpreted
+@pytest.mark.parametrize("segment", [3, 64])
+def test_inverted_index(segment):
+    from ssa_kernels.sparse_attention.index import invert
+
+    indices = random_choices(DOCUMENTS, 34, 2, 4, 3)
+    indices[7] = -1
+    indices[9, 0] = torch.tensor([0, 99, -1])  # past the own block: does not count
+    layout = build_layout(torch.tensor(DOCUMENTS, dtype=torch.int32), num_tokens=34, block_size=4)
+    index = invert(indices, layout, kv_heads=2, segment=segment)
+    rows = layout.num_block_rows
+    found = {}
+    used = int(index.num_segments)
+    for number, (bucket, begin, length) in enumerate(index.segments[:used].tolist()):
+        assert 0 < length <= segment
+        assert int(index.first_segment[bucket]) <= number < int(index.first_segment[bucket + 1])
+        found.setdefault(bucket, []).extend(index.choices[begin : begin + length].tolist())
+    expected = {}
+    for choice, block in enumerate(indices.flatten().tolist()):
+        query, kv_head = choice // 6, choice // 3 % 2
+        if 0 <= block <= int(layout.query_position[query]) // 4:
+            expected.setdefault(kv_head * rows + int(layout.query_first_row[query]) + block, []).append(choice)
+    assert found == expected
+    assert sorted(index.schedule.tolist()) == list(range(index.max_segments))
+    assert sorted(index.schedule[:used].tolist()) == list(range(used))
+
+
+@interpreted
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("v_columns", [False, True])
+def test_tiles_hold_every_element_once(left, v_columns):
+    from ssa_kernels.sparse_attention.tiles import pack_tiles
+
+    layout = build_layout(torch.tensor([0, 20, 36], dtype=torch.int32), num_tokens=36, block_size=32)
+    k = torch.arange(1, 36 * 2 * 24 + 1, dtype=torch.float32).view(36, 2, 24)
+    tiles = pack_tiles(k, -k, layout, v_columns=v_columns, left=left)
+    assert tiles.shape == (layout.num_block_rows * 2, 2, 2, 16 * 64)
+    for tile, first, keys in ((0, 0, 16), (1, 16, 4), (2, 20, 16), (3, 36, 0)):
+        for head in range(2):
+            own = k[first : first + keys, head].flatten().tolist()
+            zeros = [0.0] * (16 * 64 - len(own))
+            assert sorted(tiles[tile, head, 0].tolist()) == sorted(own + zeros)
+            assert sorted((-tiles[tile, head, 1]).tolist()) == sorted(own + zeros)
+
+
+COMPILE = """
+import json, os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from ssa_kernels.sparse_attention import tensor_core, tensor_core_backward, tensor_core_few_heads, tensor_core_forward
+
+def usage(kernel, constants, num_warps=1, **options):
+    signature, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            kind = {"o_ptr": "*bf16", "dq_ptr": "*bf16", "choices_ptr": "*i64", "schedule_ptr": "*i64"}.get(name, "*i32")
+            kind = "*fp32" if name in ("lse_ptr", "delta_ptr", "sums_ptr") else kind
+            signature[name] = "*i32" if name == "o_ptr" and "dq_ptr" in kernel.arg_names else kind
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name.startswith("scale") else "i32"
+    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, **options})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    numbers = {key.lower(): int(re.search(key + r":(\\d+)", text).group(1)) for key in ("REG", "STACK")}
+    return {**numbers, "shared": made.metadata.shared}
+
+found = {}
+for rows, dim in ((16, 64), (4, 128)):
+    common = dict(LISTS=2, KV_HEADS=2, ROWS=rows, HEAD_DIM=dim, DIM=dim, BLOCK_SIZE=16, TOP_K=16, DTYPE=gl.bfloat16)
+    query = dict(common, ROWS_PADDED=tensor_core.padded_rows(rows), SLOTS=16)
+    few = rows <= tensor_core.FEW
+    forward = tensor_core_few_heads.forward_kernel if few else tensor_core_forward.forward_kernel
+    dq = tensor_core_few_heads.dq_kernel if few else tensor_core_backward.dq_kernel
+    found[f"forward {rows} {dim}"] = usage(forward, dict(query, LIMIT=1e30))
+    found[f"dq {rows} {dim}"] = usage(dq, dict(query, HAS_DELTA=False))
+    if not few:
+        keys = dict(common, SLOT=rows, N=16, KEEP=True)
+        found[f"dkdv {rows} {dim}"] = usage(tensor_core_backward.dkdv_kernel, keys, maxnreg=tensor_core.DKDV_REGISTERS)
+print(json.dumps(found))
+"""
+
+
+def test_compiled_for_hopper_nothing_spills():
+    """Every conversion between layouts is trivial (else it would not compile), and the registers are what the design counts on."""
+    path = str(Path(sys.modules["ssa_kernels"].__file__).parents[1])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 5
+    for name, usage in found.items():
+        assert usage["stack"] == 0, (name, usage)
+        assert usage["shared"] <= 1024, (name, usage)
+    most = {"forward 16 64": 128, "dq 16 64": 144, "dkdv 16 64": 168, "forward 4 128": 168, "dq 4 128": 168}
+    assert {name: usage for name, usage in found.items() if usage["reg"] > most[name]} == {}
