@@ -12,6 +12,7 @@ folder is not a dataset.
     out/work            records of shards, checksums; may be deleted once the manifest is there
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,6 +44,8 @@ from ssa_pretrain.data.indexed_format import (
 )
 
 Say = Callable[[str], None]
+
+UNFINISHED = re.compile(r"\.(bin|idx|json|npy)\.\d+\.tmp$")  # our own temporary names, with a process id
 
 EXTRACTION_VERSION = 1  # raise it when a source would extract other text from the same packages
 
@@ -143,9 +146,10 @@ def _tokenize(config: Config, out: Path, jobs: list[Job], vocabulary: Vocabulary
 
 def _remove_strangers(out: Path, stems: set[str]) -> None:
     """Removes what earlier runs left: unfinished files, and shards that have a record but no place in this plan."""
-    for split in SPLITS:
-        for path in (out / split).glob("*_[0-9][0-9][0-9][0-9][0-9].???.*.tmp"):
-            path.unlink()
+    for folder in (out, out / "text", out / "work", out / "work" / "shards", *(out / split for split in SPLITS)):
+        for path in folder.glob("*.tmp"):
+            if UNFINISHED.search(path.name):
+                path.unlink()
     for record in (out / "work" / "shards").glob("*.json"):
         if record.stem not in stems:
             for split in SPLITS:

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from ssa_pretrain.data.indexed_format import check_pair, load_manifest, verify_hashes
 
 ROOT = Path(__file__).parents[2]
+ROUNDS = int(os.environ.get("DATA_PREP_KILL_ROUNDS", "5"))  # of three kills each
 WORDS = [
     "the",
     "sparse",
@@ -199,24 +200,32 @@ def bin_bytes(folder: Path) -> list[bytes]:
 
 
 def test_kill_at_any_moment_and_go_on(tmp_path, settings):
-    started = time.monotonic()
     finish(start(tmp_path, *settings, "workers=2"))
-    whole = time.monotonic() - started
     expected = bytes_of(tmp_path)
     draw = random.Random(0)
     killed = 0
-    for _ in range(5):
+    for _ in range(ROUNDS):
         subprocess.run(["rm", "-r", str(tmp_path / "dataset")], check=True)
-        for _ in range(2):
+        for _ in range(3):
             process = start(tmp_path, *settings, "workers=2")
-            time.sleep(draw.uniform(0.3, 1.0) * whole)
+            wait_for_records(tmp_path, process, draw.randint(records(tmp_path), 12))
+            time.sleep(draw.uniform(0, 0.1))
             process.send_signal(signal.SIGKILL)
-            killed += process.wait() == -signal.SIGKILL
-            process.communicate()
+            killed += process.wait(timeout=60) == -signal.SIGKILL
+            process.communicate(timeout=60)  # ends when the last worker has let go of the pipe
         finish(start(tmp_path, *settings, "workers=2"))
         assert bytes_of(tmp_path) == expected
         assert not list((tmp_path / "dataset").rglob("*.tmp"))
-    assert killed >= 5
+    assert killed >= ROUNDS
+
+
+def records(folder: Path) -> int:
+    return len(list((folder / "dataset" / "work" / "shards").glob("*.json")))
+
+
+def wait_for_records(folder: Path, process: subprocess.Popen, count: int) -> None:
+    while records(folder) < count and process.poll() is None:
+        time.sleep(0.002)
 
 
 def test_finished_shards_survive_an_interruption(tmp_path, settings):
