@@ -7,6 +7,7 @@ import pytest
 import torch
 from processes import run_workers
 
+pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes of all cases
 WORKER = Path(__file__).with_name("layout_worker.py")
 TOLERANCE = 1e-5
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from training import records, run, train
 
+pytestmark = pytest.mark.timeout(1200)
 SETTINGS = (
     "experiment=quickstart",
     "training.steps=120",
@@ -26,7 +27,13 @@ def runs(corpus, tmp_path_factory) -> dict[str, Path]:
     folders = {method: tmp_path_factory.mktemp(method) for method in ("ssa", "full")}
 
     def start(method: str) -> None:
-        train(*SETTINGS, f"attention={method}", "attention.impl=reference", f"data.path={corpus}", f"output_dir={folders[method]}")
+        train(
+            *SETTINGS,
+            f"attention={method}",
+            "attention.impl=reference",
+            f"data.path={corpus}",
+            f"output_dir={folders[method]}",
+        )
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(start, folders))
@@ -53,7 +60,9 @@ def test_ssa_captures_more_mass_than_full_attention_does(runs):
 
 
 def test_evaluation_and_samples_of_a_run(runs, corpus):
-    done = run("ssa_pretrain.evaluate", *SETTINGS, "evaluation.rows=4", f"data.path={corpus}", f"output_dir={runs['ssa']}")
+    done = run(
+        "ssa_pretrain.evaluate", *SETTINGS, "evaluation.rows=4", f"data.path={corpus}", f"output_dir={runs['ssa']}"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads((runs["ssa"] / "evaluation.json").read_text())
     assert figures["step"] == 120

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from training import command, environment, records, run, train
 
+pytestmark = pytest.mark.timeout(1200)
 STEPS = 24
 SETTINGS = (
     "experiment=quickstart",
