@@ -1,5 +1,16 @@
 """What runs a step, saves and loads: one small interface, one module a library. Nothing outside this package knows which one runs."""
 
-from ssa_pretrain.engine.interface import Engine, EvaluationResult, StepResult, build_engine
+from ssa_pretrain.config import Config, EngineName
+from ssa_pretrain.engine.interface import Engine, EvaluationResult, StepResult
+from ssa_pretrain.parallel.state import Placement
 
 __all__ = ["Engine", "EvaluationResult", "StepResult", "build_engine"]
+
+
+def build_engine(config: Config, placement: Placement, vocab_size: int) -> Engine:
+    """Return the engine that the configuration names."""
+    if config.engine.name is EngineName.megatron:
+        from ssa_pretrain.engine.megatron import MegatronEngine
+
+        return MegatronEngine(config, placement, vocab_size)
+    raise ValueError(f"engine.name={config.engine.name} is not available; use engine=megatron")

@@ -7,9 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.parallel.state import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +65,3 @@ class Engine(Protocol):
     def load_weights(self, folder: Path) -> None:
         """Restore the weights alone and start the optimizer afresh."""
         ...
-
-
-def build_engine(config: Config, placement: Placement, vocab_size: int) -> Engine:
-    """Return the engine that the configuration names."""
-    if config.engine.name is EngineName.megatron:
-        from ssa_pretrain.engine.megatron import MegatronEngine
-
-        return MegatronEngine(config, placement, vocab_size)
-    raise ValueError(f"engine.name={config.engine.name} is not available; use engine=megatron")
