@@ -26,6 +26,14 @@ class Stage(Enum):
     validate = "validate"  # reads every byte of the dataset in `out` and reports what is wrong with it
 
 
+class BackendChoice(Enum):
+    """Which program encodes; the bytes written do not depend on it."""
+
+    auto = "auto"  # gigatoken where it is installed and gives hf's ids on a sample of the corpus, else hf
+    gigatoken = "gigatoken"  # the same, but a mistake where it cannot be used
+    hf = "hf"  # Hugging Face's tokenizers
+
+
 class Verify(Enum):
     """How much of a finished dataset is compared with its manifest before it is reused."""
 
@@ -204,6 +212,7 @@ class Config:
     shard_mb: float = (
         0.0  # MB of input of one shard, the unit of work and of resuming; 0 chooses by the size of the corpus
     )
+    backend: BackendChoice = BackendChoice.auto  # which program encodes; the bytes written do not depend on it
     workers: int = 0  # processes; 0 takes one a core; the bytes written do not depend on it
     overwrite: bool = False  # replace a finished dataset in `out` that was made with other settings or inputs
     verify: Verify = Verify.quick  # how a finished dataset is checked before it is reused

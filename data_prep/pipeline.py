@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from data_prep.errors import InputError
 from data_prep.files import digest, only_writer, read_json, write_atomically
 from data_prep.planning import Shard, Subset, file_sums, input_digest, plan_shards
 from data_prep.pool import Job, make_shards, num_workers
+from data_prep.readers import read_piece
 from data_prep.shards import counts_path, finished_record, shard_fingerprint
 from data_prep.sources.files import find_files
 from data_prep.sources.local_docs import extract_local_docs
 from data_prep.sources.quickstart import extract_quickstart
 from data_prep.sources.store import stored_text
+from data_prep.tokenizer.backends import choose_backend
 from data_prep.tokenizer.encoding import Vocabulary
 from data_prep.tokenizer.vocabulary import prepare_vocabulary
 from ssa_pretrain.data.indexed_format import (
@@ -46,6 +49,8 @@ from ssa_pretrain.data.indexed_format import (
 Say = Callable[[str], None]
 
 UNFINISHED = re.compile(r"\.(bin|idx|json|npy)\.\d+\.tmp$")  # our own temporary names, with a process id
+
+SAMPLE_BYTES = 100_000  # of each shard, on which a faster backend must agree
 
 EXTRACTION_VERSION = 1  # raise it when a source would extract other text from the same packages
 
@@ -138,10 +143,27 @@ def _tokenize(config: Config, out: Path, jobs: list[Job], vocabulary: Vocabulary
     if len(missing) < len(jobs):
         say(f"reusing {len(jobs) - len(missing)} of {len(jobs)} shards")
     if missing:
-        say(f"tokenizing {len(missing)} shards with {min(workers, len(missing))} processes")
-        made = iter(make_shards(out, missing, vocabulary, config.split, workers))
+        sample = partial(_first_documents, [job.shard for job in jobs])
+        backend, reason = choose_backend(config.backend, vocabulary.path, vocabulary.specials_as_text, sample)
+        say(
+            f"tokenizing {len(missing)} shards with {min(workers, len(missing))} processes, backend {backend} ({reason})"
+        )
+        made = iter(make_shards(out, missing, vocabulary, backend, config.split, workers))
         records = [record if record is not None else next(made) for record in records]
     return [record for record in records if record is not None]
+
+
+def _first_documents(shards: list[Shard]) -> list[str]:
+    """Returns up to 1,000 documents, from the beginnings of up to 20 shards spread over the plan, at most 2 MB in all."""
+    texts: list[str] = []
+    for shard in shards[:: max(1, len(shards) // 20)][:20]:
+        size = 0
+        for text, raw in islice(read_piece(shard.pieces[0], lambda _: None), 50):
+            size += len(raw)
+            if size > SAMPLE_BYTES:
+                break
+            texts.append(text)
+    return texts
 
 
 def _remove_strangers(out: Path, stems: set[str]) -> None:

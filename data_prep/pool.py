@@ -26,6 +26,7 @@ from data_prep.errors import InputError
 from data_prep.planning import Shard
 from data_prep.progress import Display
 from data_prep.shards import Progress, write_shard
+from data_prep.tokenizer.backends import BackendMismatch
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
 
 POLL_SECONDS = 0.2
@@ -49,7 +50,7 @@ def num_workers(asked: int) -> int:
 
 
 def make_shards(
-    out: Path, jobs: list[Job], vocabulary: Vocabulary, split: SplitConfig, workers: int
+    out: Path, jobs: list[Job], vocabulary: Vocabulary, backend: str, split: SplitConfig, workers: int
 ) -> list[dict[str, Any]]:
     """Makes shards in parallel and returns their records in the order of `jobs`.
 
@@ -65,12 +66,14 @@ def make_shards(
     count = max(1, min(workers, len(jobs)))
     display = Display(sum(job.shard.size for job in jobs), len(jobs))
     pool = ProcessPoolExecutor(
-        count, mp_context=context, initializer=_start_worker, initargs=(out, vocabulary, split, sums, stop)
+        count, mp_context=context, initializer=_start_worker, initargs=(out, vocabulary, backend, split, sums, stop)
     )
     try:
         futures = [pool.submit(_make_shard, number, job) for number, job in enumerate(jobs)]
         _watch(futures, np.frombuffer(memoryview(sums).cast("B"), dtype=np.int64).reshape(-1, 4), display)
         return [future.result() for future in futures]
+    except BackendMismatch as error:
+        raise InputError(f"{error}; run the same command again with backend=hf: finished shards are kept") from None
     except BrokenProcessPool:
         raise InputError(
             "a worker process was killed, most often because memory ran out; run the same command again with "
@@ -102,10 +105,10 @@ class _Worker:
     stop: Any
 
 
-def _start_worker(out: Path, vocabulary: Vocabulary, split: SplitConfig, sums: Any, stop: Any) -> None:
+def _start_worker(out: Path, vocabulary: Vocabulary, backend: str, split: SplitConfig, sums: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _Worker.out, _Worker.encoder, _Worker.split = out, Encoder(vocabulary), split
+    _Worker.out, _Worker.encoder, _Worker.split = out, Encoder(vocabulary, backend), split
     _Worker.sums, _Worker.stop = sums, stop
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,16 @@ def test_any_number_of_workers_gives_the_same_bytes_and_no_torch(tmp_path, setti
         assert len(load_manifest(tmp_path / "dataset").splits["train"]) == 12
         subprocess.run(["rm", "-r", str(tmp_path / "dataset")], check=True)
     assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.skipif(find_spec("gigatoken") is None, reason="gigatoken is not installed")
+def test_either_backend_gives_the_same_bytes(tmp_path, settings):
+    digests = []
+    for backend in ("gigatoken", "hf"):
+        assert f"backend {backend} (" in finish(start(tmp_path, *settings, f"backend={backend}"))
+        digests.append(bytes_of(tmp_path))
+        subprocess.run(["rm", "-r", str(tmp_path / "dataset")], check=True)
+    assert digests[0] == digests[1]
 
 
 def test_documents_come_back_in_order_on_their_side(tmp_path, settings):

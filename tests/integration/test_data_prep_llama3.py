@@ -75,6 +75,14 @@ def test_random_bytes_equal_tiktoken(vocabulary, tiktoken_ids):
         assert ids[:-1].tolist() == tiktoken_ids(text), repr(text)
 
 
+def test_gigatoken_equals_tiktoken(vocabulary, tiktoken_ids):
+    pytest.importorskip("gigatoken")
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    documents = [*NASTY, *(path.read_text(encoding="utf-8") for path in files)]
+    for text, ids in zip(documents, Encoder(vocabulary, "gigatoken").encode(documents), strict=True):
+        assert ids[:-1].tolist() == tiktoken_ids(text), text[:80]
+
+
 def test_conversion_is_cached_under_the_sum_of_its_origin(vocabulary):
     path = Path(vocabulary.path)
     written = path.stat().st_mtime_ns
