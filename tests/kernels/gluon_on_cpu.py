@@ -17,7 +17,8 @@ import triton.experimental
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-MODULES = ("fragments", "tensor_core_forward", "tensor_core_backward", "tensor_core_few_heads", "tensor_core")
+KERNELS = ("tensor_core_forward", "tensor_core_backward", "tensor_core_few_heads", "tensor_core_wide")
+MODULES = ("fragments", *KERNELS, "tensor_core")
 
 
 def load():
@@ -27,6 +28,9 @@ def load():
     gluon.jit, gluon.constexpr_function, gluon.language = _jit, lambda function: function, gl
     ampere = types.ModuleType("triton.experimental.gluon.language.nvidia.ampere")
     ampere.mma_v2 = lambda a, b, acc: tl.dot(a, b, acc)
+    ampere.async_copy = types.SimpleNamespace(
+        async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda outstanding: None
+    )
     names = [f"ssa_kernels.sparse_attention.{name}" for name in MODULES]
     found = []
     with pytest.MonkeyPatch.context() as patch:
@@ -79,6 +83,7 @@ def _language():
         "BlockedLayout",
         "DistributedLinearLayout",
         "DotOperandLayout",
+        "SwizzledSharedLayout",
         "NVMMADistributedLayout",
     ]:
         setattr(gl, name, lambda *args, **kwargs: None)
@@ -86,6 +91,8 @@ def _language():
     gl.zeros = lambda shape, dtype, layout: tl.zeros(shape, dtype)
     gl.convert_layout = lambda x, layout, assert_trivial=False: x
     gl.num_warps = lambda: 1
+    gl.static_range = range
+    gl.allocate_shared_memory = lambda dtype, shape, layout: _Shared([None] * int(shape[0]))
     gl.inline_asm_elementwise = _instruction
     return gl
 
@@ -93,6 +100,30 @@ def _language():
 def _late(name):
     """Looks the function up when it is called: the interpreter patches triton.language for the duration of a kernel."""
     return lambda *args, **kwargs: getattr(tl, name)(*args, **kwargs)
+
+
+class _Shared:
+    """A ring of buffers. A copy lands at once: a buffer that is overwritten before it was read shows."""
+
+    def __init__(self, buffers, at=None, transposed=False):
+        self.buffers, self.at, self.transposed = buffers, at, transposed
+
+    def index(self, i):
+        return _Shared(self.buffers, int(i))
+
+    def permute(self, order):
+        return _Shared(self.buffers, self.at, not self.transposed)
+
+    def store(self, x):
+        self.buffers[self.at] = x
+
+    def load(self, layout):
+        x = self.buffers[self.at]
+        return tl.trans(x) if self.transposed else x
+
+
+def _copy(shared, pointers, mask=None):
+    shared.store(tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0))
 
 
 def _instruction(asm, constraints, args, dtype, is_pure, pack):

@@ -121,7 +121,8 @@ def test_portable_kernels(heads, kv_heads, head_dim, block_size, top_k, lists, d
         (16, 1, 64, 16, 3, None),  # heads as rows: a full tile of them
         (12, 1, 80, 16, 3, None),  # a part of it, padded features
         (32, 1, 64, 16, 2, None),  # two tiles
-        (4, 1, 128, 16, 2, None),  # heads as columns; four entries a step
+        (4, 1, 128, 16, 2, None),  # heads as columns; four entries a step; rows through shared memory
+        (16, 1, 128, 16, 2, None),
         (6, 1, 64, 16, 3, None),  # slots with rows that do not exist
         (2, 1, 64, 32, 2, 2),  # every head chooses; blocks of several tiles
     ],
@@ -224,7 +225,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from ssa_kernels.sparse_attention import tensor_core, tensor_core_backward, tensor_core_few_heads, tensor_core_forward
+from ssa_kernels.sparse_attention import tensor_core, tensor_core_backward, tensor_core_few_heads, tensor_core_forward, tensor_core_wide
 
 def usage(kernel, constants, num_warps=1, **options):
     signature, aligned = {}, {}
@@ -233,6 +234,7 @@ def usage(kernel, constants, num_warps=1, **options):
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             kind = {"o_ptr": "*bf16", "dq_ptr": "*bf16", "choices_ptr": "*i64", "schedule_ptr": "*i64"}.get(name, "*i32")
+            kind = "*bf16" if "STAGES" in constants and name in ("q_ptr", "do_ptr", "k_ptr", "v_ptr") else kind
             kind = "*fp32" if name in ("lse_ptr", "delta_ptr", "sums_ptr") else kind
             signature[name] = "*i32" if name == "o_ptr" and "dq_ptr" in kernel.arg_names else kind
             aligned[(i,)] = [["tt.divisibility", 16]]
@@ -258,8 +260,10 @@ for rows, dim in ((16, 64), (4, 128)):
     dq = tensor_core_few_heads.dq_kernel if few else tensor_core_backward.dq_kernel
     found[f"forward {rows} {dim}"] = usage(forward, dict(query, LIMIT=1e30))
     found[f"dq {rows} {dim}"] = usage(dq, dict(query, HAS_DELTA=False))
-    if not few:
-        keys = dict(common, SLOT=rows, N=16, KEEP=True)
+    keys = dict(common, SLOT=rows, N=16)
+    if dim > 64:
+        found[f"dkdv {rows} {dim}"] = usage(tensor_core_wide.dkdv_kernel, dict(keys, STAGES=tensor_core.RING))
+    else:
         found[f"dkdv {rows} {dim}"] = usage(tensor_core_backward.dkdv_kernel, keys, maxnreg=tensor_core.DKDV_REGISTERS)
 print(json.dumps(found))
 """
@@ -272,9 +276,16 @@ def test_compiled_for_hopper_nothing_spills():
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 5
+    assert len(found) == 6
     for name, usage in found.items():
         assert usage["stack"] == 0, (name, usage)
-        assert usage["shared"] <= 1024, (name, usage)
-    most = {"forward 16 64": 128, "dq 16 64": 144, "dkdv 16 64": 168, "forward 4 128": 168, "dq 4 128": 168}
+        assert usage["shared"] <= (20_000 if name == "dkdv 4 128" else 1024), (name, usage)
+    most = {
+        "forward 16 64": 128,
+        "dq 16 64": 144,
+        "dkdv 16 64": 168,
+        "forward 4 128": 168,
+        "dq 4 128": 168,
+        "dkdv 4 128": 255,
+    }
     assert {name: usage for name, usage in found.items() if usage["reg"] > most[name]} == {}

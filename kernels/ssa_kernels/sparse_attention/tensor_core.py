@@ -4,13 +4,14 @@ import torch
 from triton.experimental.gluon import language as gl
 
 from ..documents import DocumentLayout
-from . import tensor_core_backward, tensor_core_few_heads, tensor_core_forward
+from . import tensor_core_backward, tensor_core_few_heads, tensor_core_forward, tensor_core_wide
 from .fragments import LOG2E
 from .index import InvertedIndex
 from .tiles import pack_tiles, padded_dim
 
 FEW = tensor_core_few_heads.COLUMNS.value
 DKDV_REGISTERS = 168  # a thread, for 12 warps a multiprocessor: the compiler would take 238; at 168 nothing spills
+RING = 2  # buffers of rows that wait for their turn
 
 
 def forward(
@@ -83,14 +84,20 @@ def backward_k_v(
     rows, dim, block_size = heads // lists, padded_dim(head_dim), layout.block_size
     slot = 1 << (rows - 1).bit_length()
     sums = torch.empty(index.max_segments, 2, block_size, dim, dtype=torch.float32, device=q.device)
-    words = (x.view(torch.int32) for x in (q, do, k, v))
-    tensor_core_backward.dkdv_kernel[(index.max_segments,)](
-        *words, lse, delta, layout.query_start + layout.query_position, index.choices, index.segments, index.schedule,
+    common = {
+        "LISTS": lists, "KV_HEADS": k.shape[1], "ROWS": rows, "SLOT": slot, "N": max(16, slot), "HEAD_DIM": head_dim, "DIM": dim,
+        "BLOCK_SIZE": block_size, "TOP_K": top_k, "DTYPE": gluon_dtype(q.dtype), "num_warps": block_size // 16,
+    }  # fmt: skip
+    rest = (
+        lse, delta, layout.query_start + layout.query_position, index.choices, index.segments, index.schedule,
         index.num_segments, layout.block_start, layout.block_length, sums, scale * LOG2E.value, layout.num_block_rows,
-        LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, SLOT=slot, N=max(16, slot), HEAD_DIM=head_dim, DIM=dim,
-        BLOCK_SIZE=block_size, TOP_K=top_k, DTYPE=gluon_dtype(q.dtype), KEEP=dim <= 64, num_warps=block_size // 16,
-        maxnreg=DKDV_REGISTERS if dim <= 64 and rows == slot == 16 else None,
     )  # fmt: skip
+    if dim > 64:
+        tensor_core_wide.dkdv_kernel[(index.max_segments,)](q, do, k, v, *rest, **common, STAGES=RING)
+    else:
+        words = (x.view(torch.int32) for x in (q, do, k, v))
+        registers = DKDV_REGISTERS if rows == slot == 16 else None
+        tensor_core_backward.dkdv_kernel[(index.max_segments,)](*words, *rest, **common, maxnreg=registers)
     return sums
 
 

@@ -10,7 +10,7 @@ and used in both orientations, by movmatrix. Writes delta where it was not given
 
 dK, dV. Grid: one program per segment of the bound, in the schedule's order; a warp for every 16 keys of the block. Keys are the rows
 of the products: s^T = K Q^T, dp^T = V dO^T with K and V fixed in registers, and p^T and ds^T feed dv += p^T dO, dk += ds^T Q from the
-registers where they arise. A step takes 16 rows of q (or one list's, if more): one entry of 16 heads, two of 8, 16 of one. Every
+registers where they arise (D up to 64; tensor_core_wide.py has the rest). A step takes 16 rows of q (or one list's, if more): one entry of 16 heads, two of 8, 16 of one. Every
 program writes its sums in fp32 to a place of its own; reduce.py adds up a bucket's places in order. No atomics.
 """
 
@@ -113,7 +113,7 @@ def dq_kernel(
 
 
 @gluon.jit
-def _entries(
+def entries(
     choices_ptr, step, length, TOP_K: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
     """Entries of a step's N rows (a scalar if they have but one; past the end the last again), and whether the rows exist."""
@@ -166,9 +166,8 @@ def dkdv_kernel(
     block_start_ptr, block_length_ptr, sums_ptr, scale_log2, num_rows,
     LISTS: gl.constexpr, KV_HEADS: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr,
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, DTYPE: gl.constexpr,
-    KEEP: gl.constexpr,
 ):  # fmt: skip
-    """Sums of dk (without its scale) and dv over one segment. q_ptr, do_ptr, k_ptr, v_ptr: words. KEEP: K and V stay in registers."""
+    """Sums of dk (without its scale) and dv over one segment. q_ptr, do_ptr, k_ptr, v_ptr: words."""
     MMA: gl.constexpr = mma_layout(BLOCK_SIZE // 16)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     KEYS: gl.constexpr = words_layout(BLOCK_SIZE, DIM // 2, 16)
@@ -189,21 +188,18 @@ def dkdv_kernel(
         v = _keys(v_ptr, key_place, key_inside, MMA, BLOCK_SIZE, DIM, DTYPE)
         key_number = start + gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, MMA))
 
-        entry, _ = _entries(choices_ptr, 0, length, TOP_K, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT))
-        column_entry, used = _entries(choices_ptr, 0, length, TOP_K, ROWS, SLOT, N, COLUMNS)
+        entry, _ = entries(choices_ptr, 0, length, TOP_K, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT))
+        column_entry, used = entries(choices_ptr, 0, length, TOP_K, ROWS, SLOT, N, COLUMNS)
         q_words, do_words, lse, delta, own_key = _load_step(
             q_ptr, do_ptr, lse_ptr, delta_ptr, query_key_ptr, entry, column_entry, used,
             LISTS, ROWS, SLOT, N, HEAD_DIM, DIM, LAYOUT, COLUMNS,
         )  # fmt: skip
-        entry, _ = _entries(choices_ptr, 1, length, TOP_K, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT))
-        column_entry, used = _entries(choices_ptr, 1, length, TOP_K, ROWS, SLOT, N, COLUMNS)
+        entry, _ = entries(choices_ptr, 1, length, TOP_K, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT))
+        column_entry, used = entries(choices_ptr, 1, length, TOP_K, ROWS, SLOT, N, COLUMNS)
         dk = gl.zeros([BLOCK_SIZE, DIM], gl.float32, MMA)
         dv = gl.zeros([BLOCK_SIZE, DIM], gl.float32, MMA)
         zeros = gl.zeros([BLOCK_SIZE, N], gl.float32, MMA)
         for step in range((length + N // SLOT - 1) // (N // SLOT)):
-            if not KEEP:
-                k = _keys(k_ptr, key_place, key_inside, MMA, BLOCK_SIZE, DIM, DTYPE)
-                v = _keys(v_ptr, key_place, key_inside, MMA, BLOCK_SIZE, DIM, DTYPE)
             q_words = to_contraction_order(q_words, N, DIM)
             do_words = to_contraction_order(do_words, N, DIM)
             s = mma_v2(k, as_right_transposed(q_words, MMA, N, DIM, DTYPE), zeros)
@@ -217,8 +213,8 @@ def dkdv_kernel(
                 q_ptr, do_ptr, lse_ptr, delta_ptr, query_key_ptr, entry, column_entry, used,
                 LISTS, ROWS, SLOT, N, HEAD_DIM, DIM, LAYOUT, COLUMNS,
             )  # fmt: skip
-            entry, _ = _entries(choices_ptr, step + 2, length, TOP_K, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT))
-            column_entry, used = _entries(choices_ptr, step + 2, length, TOP_K, ROWS, SLOT, N, COLUMNS)
+            entry, _ = entries(choices_ptr, step + 2, length, TOP_K, ROWS, SLOT, N, gl.SliceLayout(1, LAYOUT))
+            column_entry, used = entries(choices_ptr, step + 2, length, TOP_K, ROWS, SLOT, N, COLUMNS)
             dv = mma_v2(weights_as_left(p, MMA, DTYPE), do_rows, dv)
             dk = mma_v2(weights_as_left(ds, MMA, DTYPE), q_rows, dk)
         sums_ptr += segment * (2 * BLOCK_SIZE * DIM)
