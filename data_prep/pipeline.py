@@ -32,7 +32,7 @@ from data_prep.shards import counts_path, finished_record, shard_fingerprint
 from data_prep.sources.files import find_files
 from data_prep.sources.local_docs import extract_local_docs
 from data_prep.sources.quickstart import extract_quickstart
-from data_prep.sources.store import stored_text
+from data_prep.sources.store import has_other_text, stored_text
 from data_prep.tokenizer.backends import choose_backend
 from data_prep.tokenizer.encoding import Vocabulary
 from data_prep.tokenizer.vocabulary import prepare_vocabulary
@@ -89,12 +89,15 @@ def fetch(config: Config, out: Path, say: Say) -> tuple[list[Subset], list[dict[
     """Returns the parts of the corpus, and their description for the manifest."""
     source = config.source
     if isinstance(source, QuickstartSource | LocalDocsSource):
+        key = {"version": EXTRACTION_VERSION, **asdict(source)}
+        if (out / "manifest.json").exists() and not config.overwrite and has_other_text(out / "text", key):
+            raise _other_dataset(config)  # before its text is replaced
         say("text: extracting it once, kept in " + str(out / "text"))
         if isinstance(source, QuickstartSource):
             extract = partial(extract_quickstart, source)
         else:
             extract = partial(extract_local_docs, source, Path(config.cache).expanduser().absolute(), say)
-        subsets, counts = stored_text(out / "text", {"version": EXTRACTION_VERSION, **asdict(source)}, extract)
+        subsets, counts = stored_text(out / "text", key, extract)
         return subsets, [{"kind": source.kind, **count} for count in counts]
     subset = find_files(source)
     return [subset], [{"kind": source.kind, "name": subset.name, "files": len(subset.files)}]
@@ -118,10 +121,7 @@ def _finished_dataset(config: Config, out: Path, fingerprint: str, say: Say) -> 
     if known.get("fingerprint") != fingerprint:
         if config.overwrite:
             return None
-        raise InputError(
-            f"out={config.out} holds a dataset made from other text or settings; choose another out=, or add overwrite=true "
-            "to replace it"
-        )
+        raise _other_dataset(config)
     try:
         manifest = load_manifest(out)
         if config.verify is Verify.full:
@@ -130,6 +130,13 @@ def _finished_dataset(config: Config, out: Path, fingerprint: str, say: Say) -> 
         say(f"repairing: {error}")
         return None
     return manifest
+
+
+def _other_dataset(config: Config) -> InputError:
+    return InputError(
+        f"out={config.out} holds a dataset made from other text or settings; choose another out=, or add overwrite=true "
+        "to replace it"
+    )
 
 
 def _tokenize(config: Config, out: Path, jobs: list[Job], vocabulary: Vocabulary, say: Say) -> list[dict[str, Any]]:

@@ -72,6 +72,12 @@ class TextStore:
         files.append(str(path))
 
 
+def has_other_text(folder: Path, key: dict[str, Any]) -> bool:
+    """Returns whether text that was extracted with other settings lies in `folder`; extracting anew would replace it."""
+    known = read_json(folder / "index.json")
+    return isinstance(known, dict) and known.get("key") != key
+
+
 def stored_text(
     folder: Path, key: dict[str, Any], extract: Callable[[TextStore], None]
 ) -> tuple[list[Subset], list[dict[str, Any]]]:

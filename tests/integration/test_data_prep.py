@@ -390,6 +390,9 @@ def test_quickstart_gives_both_parts_on_both_sides(tmp_path):
     assert "heldout  english" in said and "heldout   python" in said
     before = bytes_of(tmp_path)
     assert "is up to date: nothing to do" in finish(start(tmp_path, *settings))
+    said = finish(start(tmp_path, *settings, "source.python_mb=2"), code=4)
+    assert "holds a dataset made from other text or settings" in said
+    assert "is up to date: nothing to do" in finish(start(tmp_path, *settings))  # and its text was not replaced
     assert bytes_of(tmp_path) == before
 
 
