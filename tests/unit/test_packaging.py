@@ -50,9 +50,9 @@ def imported(folder: Path) -> dict[str, Path]:
     ("folder", "extras"),
     [
         ("ssa_pretrain", ("gpu", "deepspeed")),
-        ("data_prep", ("llama3",)),
+        ("data_prep", ("llama3", "gigatoken")),
         ("kernels/ssa_kernels", ("gpu", "bench")),
-        ("tests", ("gpu", "deepspeed", "llama3", "dev")),
+        ("tests", ("gpu", "deepspeed", "llama3", "gigatoken", "dev")),
     ],
 )
 def test_what_is_imported_is_declared(folder: str, extras: tuple[str, ...]) -> None:
