@@ -3,11 +3,12 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from training import command, environment, records, run, train
+from training import ROOT, command, environment, free_port, records, run, train
 
 pytestmark = pytest.mark.timeout(1200)
 STEPS = 24
@@ -74,9 +75,43 @@ def test_resumed_on_other_layouts(uninterrupted, corpus, tmp_path):
     found, wanted = records(tmp_path, "train"), records(uninterrupted, "train")
     assert [r["step"] for r in found] == list(range(1, STEPS + 1))
     for one, other in zip(found, wanted, strict=True):
-        for key in ("loss", "cross_entropy", "captured_mass", "grad_norm"):
+        for key in ("loss", "cross_entropy", "alignment_loss", "captured_mass"):
             assert one[key] == pytest.approx(other[key], rel=1e-5), (one["step"], key)
+        # torch.norm adds fp32 squares in few lanes: for the embedding's half a million it is off by 2e-5, by another amount on another layout.
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-4)
         assert one["stream"] == other["stream"]
+
+
+def test_two_nodes_that_meet_through_a_rendezvous_train_as_one_does(uninterrupted, corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2", "training.stop_at_step=2")
+    launcher = [
+        str(ROOT / "launchers" / "torchrun.sh"),
+        "--python",
+        sys.executable,
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+    ]
+    meet = ["--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "two-nodes"]
+    nodes = [
+        subprocess.Popen(
+            [*launcher, *meet, *settings],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for _ in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=400)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert records(tmp_path, "train") == records(uninterrupted, "train")[:2]
 
 
 def test_a_changed_configuration_is_refused(uninterrupted, corpus):
