@@ -1,14 +1,14 @@
 """The sparse stream's backward: which kernels run, the ordered sums, and the portable kernels (Triton).
 
-Formulas and the tensor-core kernels are in tensor_core_backward.py; the portable ones below do the same for whatever those do not serve
-(forward.py says what that is), one (query, list) or one segment a program. Steps:
+The formulas are in tensor_core_backward.py; tensor_core.py chooses among the tensor-core kernels. The portable ones below do the same for
+whatever those do not serve (forward.py says what that is), one (query, list) or one segment a program. Steps:
 
     dq and delta, by queries -> index.invert: the queries of each block, in segments -> dk and dv of each segment, fp32, to a place of its
     own -> the sums of a block's segments, in order
 
 All sums have a fixed order that depends on the document alone: gradients are bit-identical from run to run and do not depend on what
-else is in the batch. Memory beyond the results, at 65,536 tokens of 32 heads and 2 kv heads of 64 (N 16, K 16): 201 MB of segment sums,
-34 MB of tiles (while dq runs), 17 MB of index.
+else is in the batch. Memory beyond the results, at 65,536 tokens of 32 heads and 2 kv heads of 64 (N 16, K 16): 336 MB of segment sums,
+17 MB of index, 8 MB of delta; before the sums, 34 MB of tiles while dq runs.
 """
 
 import torch
@@ -163,8 +163,9 @@ def sparse_attention_backward(
     has_delta = delta is not None
     if not has_delta:
         delta = torch.empty_like(lse)
-    segment = segment_length(q.shape[1] // indices.shape[1])
-    if runs_on_tensor_cores(q, layout.block_size):
+    rows = q.shape[1] // indices.shape[1]
+    segment = segment_length(rows)
+    if runs_on_tensor_cores(q, layout.block_size, rows):
         from .tensor_core import backward_k_v, backward_q  # here: Gluon cannot be defined under the interpreter
 
         dq = backward_q(q, k, v, indices, o, lse, do, layout, scale, delta, has_delta)

@@ -1,7 +1,7 @@
 """The sparse stream's forward: which kernel runs, and the portable one (Triton).
 
-The mathematics is in tensor_core_forward.py, whose kernels serve 16-bit elements on compute capability 8.0 and above with blocks of a
-power of two from 16. The portable kernel below computes the same for anything else: float32, other block sizes, and Triton's
+The mathematics is in tensor_core_forward.py. The tensor-core kernels serve 16-bit elements on compute capability 8.0 and above, blocks of
+16, 32, 64 and 128 keys, up to 32 heads a list, heads of up to 128. The portable kernel below computes the same for anything else: float32, other block sizes, and Triton's
 interpreter on a CPU, where the tests run it. It is written to be read, with an online softmax (m the running maximum):
 
     m' = max(m, max_j s)    l' = l exp(m - m') + sum_j exp(s - m')    acc' = acc exp(m - m') + sum_j exp(s - m') v    o = acc / l
@@ -63,7 +63,7 @@ def sparse_attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, layout: DocumentLayout, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (o, lse); contiguous arguments as in `sparse_attention`, with the layout built."""
-    if runs_on_tensor_cores(q, layout.block_size):
+    if runs_on_tensor_cores(q, layout.block_size, q.shape[1] // indices.shape[1]):
         from .tensor_core import forward  # here: Gluon kernels cannot be defined under the interpreter
 
         return forward(q, k, v, indices, layout, scale)
@@ -80,11 +80,11 @@ def sparse_attention_forward(
     return o, lse
 
 
-def runs_on_tensor_cores(q: torch.Tensor, block_size: int) -> bool:
+def runs_on_tensor_cores(q: torch.Tensor, block_size: int, heads_per_list: int) -> bool:
     """Returns whether the tensor-core kernels serve these heads and blocks on this device."""
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) < (8, 0):
         return False
-    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and block_size in (16, 32, 64, 128)
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and block_size in (16, 32, 64, 128) and heads_per_list <= 32
     return fits and q.dtype in (torch.bfloat16, torch.float16)
 
 
