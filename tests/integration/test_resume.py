@@ -11,7 +11,7 @@ import pytest
 from training import ROOT, command, environment, free_port, records, run, train
 
 pytestmark = pytest.mark.timeout(1200)
-STEPS = 24
+STEPS = 18
 SETTINGS = (
     "experiment=quickstart",
     f"training.steps={STEPS}",
