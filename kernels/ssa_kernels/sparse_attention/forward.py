@@ -1,8 +1,9 @@
 """The sparse stream's forward: which kernel runs, and the portable one (Triton).
 
 The mathematics is in tensor_core_forward.py. The tensor-core kernels serve 16-bit elements on compute capability 8.0 and above, blocks of
-16, 32, 64 and 128 keys, up to 32 heads a list, heads of up to 128. The portable kernel below computes the same for anything else: float32, other block sizes, and Triton's
-interpreter on a CPU, where the tests run it. It is written to be read, with an online softmax (m the running maximum):
+16, 32, 64 and 128 keys, up to 32 heads a list and 128 features a head. The portable kernel below computes the same for anything else:
+float32, other block sizes, and Triton's interpreter on a CPU, where the tests run it. It is written to be read, with an online softmax
+(m the running maximum):
 
     m' = max(m, max_j s)    l' = l exp(m - m') + sum_j exp(s - m')    acc' = acc exp(m - m') + sum_j exp(s - m') v    o = acc / l
 

@@ -24,12 +24,17 @@ def copy_layout(dim, warps):
 
 
 @gluon.jit
-def _offsets(entry, WIDTH: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
+def _rows_of(
+    ptr, entry, WIDTH: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr
+):
     """Where the rows [N] of entries begin in an array of WIDTH elements a head. Rows of a slot that do not exist repeat the last."""
     row = gl.arange(0, N, LAYOUT) % SLOT
     if ROWS < SLOT:
         row = gl.minimum(row, ROWS - 1)
-    return (entry.to(gl.int64) * ROWS + row) * WIDTH
+    if N == SLOT:  # one entry, a scalar: what differs between rows is known before the loop
+        return ptr + entry.to(gl.int64) * (ROWS * WIDTH) + row * WIDTH
+    else:
+        return ptr + (entry.to(gl.int64) * ROWS + row) * WIDTH
 
 
 @gluon.jit
@@ -39,14 +44,15 @@ def _copy_rows(
 ):  # fmt: skip
     """Starts the copy of a step's rows."""
     dim = gl.arange(0, DIM, gl.SliceLayout(0, COPY))[None, :]
-    place = _offsets(entry, HEAD_DIM, ROWS, SLOT, N, gl.SliceLayout(1, COPY))[:, None] + dim
+    q = _rows_of(q_ptr, entry, HEAD_DIM, ROWS, SLOT, N, gl.SliceLayout(1, COPY))[:, None] + dim
+    do = _rows_of(do_ptr, entry, HEAD_DIM, ROWS, SLOT, N, gl.SliceLayout(1, COPY))[:, None] + dim
     if HEAD_DIM == DIM:
-        async_copy.async_copy_global_to_shared(q_buffer, q_ptr + place)
-        async_copy.async_copy_global_to_shared(do_buffer, do_ptr + place)
+        async_copy.async_copy_global_to_shared(q_buffer, q)
+        async_copy.async_copy_global_to_shared(do_buffer, do)
     else:
-        inside = (place >= 0) & (dim < HEAD_DIM)
-        async_copy.async_copy_global_to_shared(q_buffer, q_ptr + place, mask=inside)
-        async_copy.async_copy_global_to_shared(do_buffer, do_ptr + place, mask=inside)
+        inside = (gl.zeros([N, DIM], gl.int32, COPY) + dim) < HEAD_DIM
+        async_copy.async_copy_global_to_shared(q_buffer, q, mask=inside)
+        async_copy.async_copy_global_to_shared(do_buffer, do, mask=inside)
     async_copy.commit_group()
 
 
@@ -56,9 +62,9 @@ def _load_columns(
     LISTS: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, N: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """lse, delta and own key (-1 for rows that do not exist) of each column of s^T."""
-    place = _offsets(entry, 1, ROWS, SLOT, N, COLUMNS)
     own_key = gl.where(used, gl.load(query_key_ptr + entry // LISTS), -1)
-    return gl.load(lse_ptr + place), gl.load(delta_ptr + place), own_key
+    lse = gl.load(_rows_of(lse_ptr, entry, 1, ROWS, SLOT, N, COLUMNS))
+    return lse, gl.load(_rows_of(delta_ptr, entry, 1, ROWS, SLOT, N, COLUMNS)), own_key
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
