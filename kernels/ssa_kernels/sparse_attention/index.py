@@ -44,16 +44,13 @@ class InvertedIndex:
     segments: torch.Tensor  # int32 [bound, 3]: bucket, first place in `choices`, length
     first_segment: torch.Tensor  # int32 [buckets + 1]: a bucket's segments lie together, in its choices' order
     schedule: torch.Tensor  # int64 [bound]: segments in the order in which they should run, unused ones last
+    # int32 [1]. Not a part of first_segment, whose address would be aligned now and then, for which Triton compiles kernels twice.
+    num_segments: torch.Tensor
 
     @property
     def max_segments(self) -> int:
         """The bound on the number of segments."""
         return self.segments.shape[0]
-
-    @property
-    def num_segments(self) -> torch.Tensor:
-        """The number of segments, one int32 on the device."""
-        return self.first_segment[-1:]
 
 
 @triton.jit(do_not_specialize=["num_choices", "num_rows"])
@@ -91,7 +88,9 @@ def bucket_start_kernel(sorted_ptr, start_ptr, num_choices, num_buckets, search_
 
 
 @triton.jit(do_not_specialize=["num_buckets"])
-def count_segments_kernel(start_ptr, first_segment_ptr, num_buckets, SEGMENT: tl.constexpr, TILE: tl.constexpr):
+def count_segments_kernel(
+    start_ptr, first_segment_ptr, num_segments_ptr, num_buckets, SEGMENT: tl.constexpr, TILE: tl.constexpr
+):
     """Running sum of the buckets' numbers of segments. Grid: one program."""
     total = 0
     tl.store(first_segment_ptr, total)
@@ -103,6 +102,7 @@ def count_segments_kernel(start_ptr, first_segment_ptr, num_buckets, SEGMENT: tl
         running = total + tl.cumsum((end - begin + SEGMENT - 1) // SEGMENT, 0)
         tl.store(first_segment_ptr + 1 + bucket, running, mask=inside)
         total = tl.max(running, 0)
+    tl.store(num_segments_ptr, total)
 
 
 @triton.jit(do_not_specialize=["num_buckets", "num_rows", "num_queries", "max_segments", "search_steps", "key_shift"])
@@ -174,7 +174,10 @@ def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segm
         buckets, start, num_choices, num_buckets, num_choices.bit_length() + 1, TILE=BUCKETS_PER_PROGRAM
     )
     first_segment = torch.empty(num_buckets + 1, dtype=torch.int32, device=device)
-    count_segments_kernel[(1,)](start, first_segment, num_buckets, SEGMENT=segment, TILE=BUCKETS_PER_SCAN, num_warps=8)
+    num_segments = torch.empty(1, dtype=torch.int32, device=device)
+    count_segments_kernel[(1,)](
+        start, first_segment, num_segments, num_buckets, SEGMENT=segment, TILE=BUCKETS_PER_SCAN, num_warps=8
+    )
 
     segments = torch.empty(max_segments, 3, dtype=torch.int32, device=device)
     key = torch.empty(max_segments, dtype=torch.int16, device=device)
@@ -184,4 +187,4 @@ def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segm
         LISTS=lists, TOP_K=top_k, SEGMENT=segment, UNUSED=LAST_KEY, TILE=SEGMENTS_PER_PROGRAM,
     )  # fmt: skip
     schedule = torch.sort(key, stable=True).indices
-    return InvertedIndex(choices=choices, segments=segments, first_segment=first_segment, schedule=schedule)
+    return InvertedIndex(choices, segments, first_segment, schedule, num_segments)
