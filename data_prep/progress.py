@@ -1,5 +1,6 @@
 """What a person sees while shards are made: a bar on a terminal, one plain line every few seconds otherwise."""
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -19,14 +20,15 @@ class Display:
         self._now = (0, 0, 0, 0)
         self._bar = None
         if stream.isatty():
-            layout = "tokenizing {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
-            self._bar = tqdm(total=max(1, input_bytes), bar_format=layout, file=stream, dynamic_ncols=True)
+            columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal does not know its size
+            layout = "tokenizing {percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
+            self._bar = tqdm(total=max(1, input_bytes), bar_format=layout, file=stream, ncols=columns, nrows=rows)
 
     def update(self, documents: int, tokens: int, text_bytes: int, input_bytes: int) -> None:
         """Shows the sums so far."""
         self._now = (documents, tokens, text_bytes, input_bytes)
         if self._bar is not None:
-            self._bar.set_postfix_str(self._counts(), refresh=False)
+            self._bar.set_description_str(self._counts(), refresh=False)
             self._bar.update(min(input_bytes, self._total) - self._bar.n)
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._line()
@@ -38,7 +40,7 @@ class Display:
     def close(self) -> None:
         """Shows the last state and leaves the line."""
         if self._bar is not None:
-            self._bar.set_postfix_str(self._counts())
+            self._bar.set_description_str(self._counts())
             self._bar.close()
         else:
             self._line()
