@@ -1,5 +1,8 @@
 """Launches the tensor-core kernels: sizes, padding and the choice between heads as rows and heads as columns."""
 
+# pyright: reportIndexIssue=false
+# (gluon.jit is typed as if it gave back the function, which cannot be indexed by a grid.)
+
 import torch
 from triton.experimental.gluon import language as gl
 
