@@ -46,9 +46,11 @@ step() {
 
 step 1/4 "Text: English and Python into indexed binaries" \
     "$python" -m data_prep source=quickstart tokenizer=bpe4k "out=$out/data"
+# A bad setting is said once, before torchrun would add a trace of its own.
+((dry_run)) || WORLD_SIZE=2 "$python" -m ssa_pretrain.plan --check parallel=tp2 "${run[@]}"
 step 2/4 "Training: two processes, tensor parallel" \
     "$python" -m torch.distributed.run --standalone --nproc-per-node=2 -m ssa_pretrain.train parallel=tp2 "${run[@]}"
 step 3/4 "Evaluation: the held-out text with full and with sparse attention, and samples" \
-    "$python" -m ssa_pretrain.evaluate "${run[@]}"
+    "$python" -m ssa_pretrain.evaluate evaluation.rows=128 "${run[@]}"
 step 4/4 "Report" \
     "$python" -m ssa_pretrain.report "$out"

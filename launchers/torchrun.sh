@@ -71,4 +71,8 @@ if ((dry_run)); then
     [[ $nproc =~ ^[0-9]+$ ]] && world=("parallel.world_size=$((nnodes * nproc))")
     exec "$python" -m "$module" "$@" ${world[@]+"${world[@]}"} dry_run=true
 fi
+# A bad setting is said once and before any process starts: torchrun would add a trace of its own.
+if [[ $nproc =~ ^[0-9]+$ && $module == ssa_pretrain.train ]]; then
+    WORLD_SIZE=$((nnodes * nproc)) "$python" -m ssa_pretrain.plan --check "$@"
+fi
 exec "${command[@]}"

@@ -15,14 +15,8 @@ from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import Config
 from ssa_pretrain.train import leave, quieten_libraries
 
-PROMPTS = (
-    "The city is the capital of",
-    "In mathematics, a",
-    "The species is found in",
-    "def __init__(self,",
-    "import os\n\n\ndef ",
-    "for i in range(",
-)
+PROMPTS = 6
+PROMPT_TOKENS = 160  # beyond what the chosen blocks cover, so that the two modes see different keys
 NEW_TOKENS = 48
 TEMPERATURE = 0.8
 
@@ -75,27 +69,38 @@ def sample(run, modes: tuple[str, ...]) -> list[dict]:
     from tqdm import tqdm
 
     tokenizer = Tokenizer.from_file(str(run.manifest.root / run.manifest.tokenizer.file))
+    prompts = held_out_prompts(run)
+    shown = run.placement.is_first and sys.stderr.isatty()
     found = []
     for mode in modes:
         generator = torch.Generator().manual_seed(run.config.seed)
-        texts = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS]
-        begin = [len(t) for t in texts]
-        for _ in tqdm(
-            range(NEW_TOKENS),
-            desc=f"sampling, {mode}",
-            disable=not (run.placement.is_first and sys.stderr.isatty()),
-            leave=False,
-        ):
+        texts = [list(prompt) for prompt in prompts]
+        for _ in tqdm(range(NEW_TOKENS), desc=f"sampling, {mode}", disable=not shown, leave=False):
             logits = run.engine.last_logits(_packed_prompts(texts), mode=mode).cpu()[:, : run.plan.vocab_size]
             chosen = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)
             for text, token in zip(texts, chosen.flatten().tolist(), strict=True):
                 text.append(token)
-        for prompt, text, at in zip(PROMPTS, texts, begin, strict=True):
-            new = text[at:]
+        for prompt, text in zip(prompts, texts, strict=True):
+            new = text[len(prompt) :]
             if run.manifest.tokenizer.eos_id in new:
                 new = new[: new.index(run.manifest.tokenizer.eos_id)]
-            found.append({"prompt": prompt, "mode": mode, "text": tokenizer.decode(new)})
+            found.append({"prompt": tokenizer.decode(prompt), "mode": mode, "text": tokenizer.decode(new)})
     return found
+
+
+def held_out_prompts(run) -> list[list[int]]:
+    """Return the beginnings of held-out rows, spread over the split, each cut where its document ends."""
+    import numpy as np
+
+    room = min(PROMPT_TOKENS, run.config.data.sequence_length - NEW_TOKENS)
+    prompts = []
+    for i in range(run.held_out.num_rows):
+        row = run.held_out.row(i)
+        ends = np.append(np.flatnonzero(row.starts[1:]) + 1, len(row.tokens))
+        if ends[0] > room:
+            prompts.append(row.tokens[:room].tolist())
+    step = max(1, len(prompts) // PROMPTS)
+    return prompts[::step][:PROMPTS] or [run.held_out.row(0).tokens[:room].tolist()]
 
 
 def _packed_prompts(texts: list[list[int]]):

@@ -8,6 +8,7 @@ How: a `TorchFunctionMode` rewrites the device of tensor-creating calls, `Tensor
 core's two random-state helpers are replaced by their CPU counterparts.
 """
 
+import logging
 from contextlib import nullcontext
 
 import torch
@@ -78,9 +79,13 @@ def install() -> None:
 
 
 def _redirect_random_states() -> None:
-    """Give core's tracker of CUDA random states a state of its own, which no CPU operation draws from: it must not move the CPU's."""
+    """Give core's tracker of CUDA random states a state of its own, which no CPU operation draws from: it must not move the CPU's.
+
+    Core warns when something draws from the CPU's generator where it expects CUDA's; here every draw does.
+    """
     from megatron.core.tensor_parallel import random
 
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
     state = torch.get_rng_state()
 
     def set_state(new: torch.Tensor, *_: object, **__: object) -> None:

@@ -57,7 +57,9 @@ def losses(placement, method: Method, spec: LayerSpec, impl: KernelImpl) -> np.n
     found = []
     for step in range(3):
         result = engine.train_step(random_batches(2), step=step, learning_rate=1e-3)
-        found.append([result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer])
+        found.append(
+            [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
+        )
     return np.array(found)
 
 

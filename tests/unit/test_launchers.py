@@ -21,7 +21,8 @@ QUICKSTART = """\
 .venv/bin/python -m data_prep source=quickstart tokenizer=bpe4k out=outputs/quickstart/data
 .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node=2 -m ssa_pretrain.train parallel=tp2 \
 experiment=quickstart output_dir=outputs/quickstart data.path=outputs/quickstart/data
-.venv/bin/python -m ssa_pretrain.evaluate experiment=quickstart output_dir=outputs/quickstart data.path=outputs/quickstart/data
+.venv/bin/python -m ssa_pretrain.evaluate evaluation.rows=128 experiment=quickstart output_dir=outputs/quickstart \
+data.path=outputs/quickstart/data
 .venv/bin/python -m ssa_pretrain.report outputs/quickstart
 """
 
@@ -45,6 +46,22 @@ def test_quickstart_passes_settings_and_folders_on() -> None:
     for line in lines[1:3]:
         assert line.endswith(r"experiment=quickstart output_dir=o data.path=o/data training.steps=3 name=a\ b")
     assert lines[3].endswith("-m ssa_pretrain.report o")
+
+
+def test_torchrun_says_a_bad_setting_once_and_without_a_trace() -> None:
+    done = call(
+        "torchrun.sh",
+        "--python",
+        sys.executable,
+        "--nproc-per-node",
+        "2",
+        "experiment=quickstart",
+        "optim.lrr=1",
+        PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}",
+    )
+    assert done.returncode == 3
+    assert done.stderr.count("optim.lr?") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_quickstart_stops_where_a_step_fails(tmp_path: Path) -> None:
