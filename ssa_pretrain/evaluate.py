@@ -38,9 +38,9 @@ def main() -> None:
 
 def evaluate_run(config: Config) -> None:
     """Evaluate and sample the newest checkpoint of a run; every rank calls it."""
-    from ssa_pretrain.checkpoint import CheckpointError
+    from ssa_pretrain.checkpoint import CheckpointError, differences
     from ssa_pretrain.parallel.state import start, stop
-    from ssa_pretrain.trainer import MODES, build_run, held_out_batches, newest_checkpoint, say
+    from ssa_pretrain.trainer import MODES, build_run, facts, held_out_batches, newest_checkpoint, say
 
     placement = start(config.parallel, seed=config.seed)
     try:
@@ -48,6 +48,13 @@ def evaluate_run(config: Config) -> None:
         found = newest_checkpoint(run)
         if found is None:
             raise CheckpointError(f"{run.folder} holds no checkpoint; train first, or set output_dir to a run's folder")
+        changed = [
+            line for line in differences(found.facts, facts(run)) if line.startswith(("model.", "attention.gate"))
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{found.folder} holds another model; give the settings it was trained with:\n  " + "\n  ".join(changed)
+            )
         run.engine.load_weights(found.folder)
         batches = held_out_batches(run)
         figures = {}

@@ -70,3 +70,12 @@ def test_evaluation_and_samples_of_a_run(runs, corpus):
     samples = json.loads((runs["ssa"] / "samples.json").read_text())
     assert {s["mode"] for s in samples} == {"full", "sparse"}
     assert all(s["text"] for s in samples)
+
+
+def test_evaluating_another_model_is_refused(runs, corpus):
+    settings = (*SETTINGS, "model.num_layers=2", f"data.path={corpus}", f"output_dir={runs['ssa']}")
+    done = run("ssa_pretrain.evaluate", *settings)
+    assert done.returncode == 5
+    assert "holds another model; give the settings it was trained with" in done.stderr
+    assert "model.num_layers: checkpoint 4, run 2" in done.stderr
+    assert "Traceback" not in done.stderr
