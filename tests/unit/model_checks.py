@@ -1,0 +1,208 @@
+"""The model against plain mathematics: a float64 Llama with SSA, written from the definition over one document at a time, on the engine's weights."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ssa_pretrain.config import Config, Method, PrecisionName
+from ssa_pretrain.data.batches import Batch, collate
+from ssa_pretrain.data.rows import Row
+from ssa_pretrain.model.rope import angles, rotate
+
+VOCAB, LENGTH = 90, 80
+HEADS, GROUPS, DIM = 4, 2, 8
+
+
+def small_config(*, gate: bool = True, tied: bool = True) -> Config:
+    """Return a two-layer model whose streams differ."""
+    config = Config()
+    model = config.model
+    model.num_layers, model.hidden_size, model.ffn_hidden_size = 2, 32, 48
+    model.num_attention_heads, model.num_kv_heads, model.head_dim = HEADS, GROUPS, DIM
+    model.vocab_divisor, model.init_std, model.tie_embeddings = 32, 0.2, tied
+    config.attention.top_k, config.attention.gate = 2, gate
+    config.data.sequence_length = LENGTH
+    config.precision.name = PrecisionName.fp32
+    return config
+
+
+def microbatch() -> Batch:
+    """Return two rows, the first of two documents."""
+    generator = np.random.default_rng(3)
+    rows = []
+    for starts in ([0, 53], [0]):
+        flags = np.zeros(LENGTH + 1, dtype=bool)
+        flags[starts] = True
+        rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), flags))
+    return collate(rows, index=0)
+
+
+@pytest.fixture(scope="module")
+def placement():
+    """One process."""
+    from ssa_pretrain.parallel.state import start, stop
+
+    yield start(Config().parallel, seed=1)
+    stop()
+
+
+class Oracle:
+    """A Llama in float64 over one document; `weights` are megatron-core's by name."""
+
+    def __init__(self, weights: dict[str, Tensor], config: Config) -> None:
+        self.w = {name: tensor.detach().double() for name, tensor in weights.items()}
+        self.config = config
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + self.config.model.norm_eps).sqrt() * self.w[name]
+
+    def rope(self, x: Tensor) -> Tensor:
+        """Turn each pair (i, i + D/2) of each head as a complex number."""
+        frequency = self.config.model.rope_theta ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+        turn = torch.polar(torch.ones(1, dtype=torch.float64), torch.arange(len(x))[:, None] * frequency)
+        pairs = torch.complex(x[..., : DIM // 2], x[..., DIM // 2 :]) * turn[:, None, :]
+        return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+    def chosen(self, q: Tensor, k: Tensor, t: int, group: int) -> list[int]:
+        """Return the keys that token t may see in the sparse stream of a key-value head."""
+        size, top_k = self.config.attention.block_size, self.config.attention.top_k
+        own = t // size
+        blocks = [own]
+        if own:
+            means = torch.stack([k[b * size : (b + 1) * size, group].mean(0) for b in range(own)]).float().double()
+            heads = range(group * HEADS // GROUPS, (group + 1) * HEADS // GROUPS)
+            importance = sum((means @ q[t, h] / math.sqrt(DIM)).softmax(0) for h in heads)
+            order = sorted(range(own), key=lambda b: (float(importance[b]), b), reverse=True)
+            blocks += order[: top_k - 1]
+        return [j for b in sorted(blocks) for j in range(b * size, min((b + 1) * size, t + 1))]
+
+    def streams(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the full stream, the sparse stream and the captured mass, token by token and head by head."""
+        full, sparse, mass = torch.zeros_like(q), torch.zeros_like(q), torch.zeros(q.shape[:2], dtype=torch.float64)
+        for t in range(len(q)):
+            for h in range(HEADS):
+                group = h * GROUPS // HEADS
+                logits = k[: t + 1, group] @ q[t, h] / math.sqrt(DIM)
+                full[t, h] = logits.softmax(0) @ v[: t + 1, group]
+                keys = self.chosen(q, k, t, group)
+                sparse[t, h] = logits[keys].softmax(0) @ v[keys, group]
+                mass[t, h] = logits.softmax(0)[keys].sum()
+        return full, sparse, mass
+
+    def layer(self, x: Tensor, number: int, main: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (output, alignment, captured mass) of one layer, the last two summed over tokens."""
+        name = f"decoder.layers.{number}."
+        mixed = self.norm(x, name + "input_layernorm.weight") @ self.w[name + "self_attention.linear_qkv.weight"].T
+        per_group = HEADS // GROUPS
+        mixed = mixed.view(len(x), GROUPS, -1)
+        parts = [per_group * DIM, DIM, DIM, mixed.shape[-1] - (per_group + 2) * DIM]
+        q, k, v, gate = mixed.split(parts, dim=-1)
+        full, sparse, mass = self.streams(self.rope(q.reshape(len(x), HEADS, DIM)), self.rope(k), v)
+        if parts[-1]:
+            opened = 1 / (1 + (-gate.reshape(len(x), HEADS, 1)).exp())
+            full, sparse = full * opened, sparse * opened
+        gap = (full - sparse).abs()
+        alignment = 2 * torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean(dim=(1, 2)).sum()
+        out = {"full": full, "sparse": sparse}[main].flatten(1)
+        x = x + out @ self.w[name + "self_attention.linear_proj.weight"].T
+        up = self.norm(x, name + "pre_mlp_layernorm.weight") @ self.w[name + "mlp.linear_fc1.weight"].T
+        a, b = up.chunk(2, dim=-1)
+        x = x + (a / (1 + (-a).exp()) * b) @ self.w[name + "mlp.linear_fc2.weight"].T
+        return x, alignment, mass.mean(1).sum()
+
+    def judge(self, batch: Batch, main: str) -> list[float]:
+        """Return cross entropy, then alignment and captured mass by layer, of a microbatch."""
+        ends = batch.cu_seqlens.tolist()
+        layers = self.config.model.num_layers
+        loss, alignment, mass = 0.0, [0.0] * layers, [0.0] * layers
+        output = self.w.get("output_layer.weight", self.w["embedding.word_embeddings.weight"])
+        for begin, end in itertools.pairwise(ends):
+            x = self.w["embedding.word_embeddings.weight"][batch.tokens[0, begin:end]]
+            for n in range(layers):
+                x, a, m = self.layer(x, n, main)
+                alignment[n] += float(a)
+                mass[n] += float(m)
+            logits = self.norm(x, "decoder.final_layernorm.weight") @ output.T
+            picked = logits.log_softmax(-1)[torch.arange(end - begin), batch.labels[0, begin:end]]
+            loss -= float((picked * batch.loss_mask[0, begin:end]).sum())
+        tokens = ends[-1]
+        return [loss / float(batch.loss_mask.sum()), *(a / tokens for a in alignment), *(m / tokens for m in mass)]
+
+
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+@pytest.mark.parametrize(("gate", "tied"), [(True, True), (False, False)])
+def test_the_model_equals_the_definition(placement, mode, gate, tied):
+    from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+
+    config = small_config(gate=gate, tied=tied)
+    engine = build_engine(config, placement, VOCAB)
+    batch = microbatch()
+    found = engine.evaluate([batch], mode=mode)
+    weights = dict(unwrap(engine.chunks[0]).named_parameters())
+    wanted = Oracle(weights, config).judge(batch, mode)
+    # fp32 keeps 24 bits and a figure is a mean over hundreds of numbers; two layers of products stay within 1e-5.
+    np.testing.assert_allclose(
+        [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer], wanted, rtol=1e-5
+    )
+    assert min(wanted[1:3]) > 1e-3 and max(wanted[3:]) < 0.95, "the streams must differ for this to say anything"
+
+
+def test_the_loss_of_a_step_is_cross_entropy_plus_weighted_alignment(placement):
+    from ssa_pretrain.engine import build_engine
+
+    config = small_config()
+    config.attention.full_ratio = 1.0
+    engine = build_engine(config, placement, VOCAB)
+    judged = engine.evaluate([microbatch()], mode="full")
+    stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0)
+    assert stepped.cross_entropy == pytest.approx(judged.cross_entropy, rel=1e-6)
+    assert stepped.alignment_by_layer == pytest.approx(judged.alignment_by_layer, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", [Method.full, Method.moba])
+def test_one_stream_methods_train_that_stream(placement, method):
+    from ssa_pretrain.engine import build_engine
+
+    config = small_config()
+    config.attention.method = method
+    engine = build_engine(config, placement, VOCAB)
+    judged = engine.evaluate([microbatch()], mode="full" if method is Method.full else "sparse")
+    stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0)
+    assert stepped.cross_entropy == pytest.approx(judged.cross_entropy, rel=1e-6)
+    assert stepped.alignment_by_layer == [] and stepped.captured_mass_by_layer == []
+
+
+def llama3_frequencies(factor: float) -> Tensor:
+    """Return the scaled frequencies of Llama 3 (its published rule: low 1, high 4, original context 8,192)."""
+    plain = 500_000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    found = []
+    for frequency in plain.tolist():
+        length = 2 * math.pi / frequency
+        if length < 8192 / 4:
+            found.append(frequency)
+        elif length > 8192:
+            found.append(frequency / factor)
+        else:
+            smooth = (8192 / length - 1) / (4 - 1)
+            found.append((1 - smooth) * frequency / factor + smooth * frequency)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("factor", [None, 4.0])
+def test_rope_turns_by_position_with_llama3_scaling(placement, factor):
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    scaling = {} if factor is None else {"rope_scaling": True, "rope_scaling_factor": factor}
+    table = RotaryEmbedding(64, 1.0, rotary_base=500_000, use_cpu_initialization=True, **scaling)(256)
+    positions = torch.tensor([0, 1, 5, 0, 255])
+    frequency = llama3_frequencies(factor or 1.0)
+    x = torch.randn(5, 2, 64, dtype=torch.float64)
+    turn = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None] * frequency)[:, None, :]
+    pairs = torch.complex(x[..., :32], x[..., 32:]) * turn
+    wanted = torch.cat([pairs.real, pairs.imag], dim=-1)
+    torch.testing.assert_close(rotate(x.float(), *angles(table, positions)), wanted.float(), rtol=0.0, atol=1e-4)

@@ -1,0 +1,24 @@
+"""Runs model_checks.py in a process of its own: the engine redirects torch's CUDA calls for its whole process, which other tests must not see."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKS = Path(__file__).with_name("model_checks.py")
+
+
+def test_the_model_equals_its_definition():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for name in [n for n in environment if n.startswith("PYTEST")]:
+        del environment[name]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS)],
+        cwd=CHECKS.parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
