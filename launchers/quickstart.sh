@@ -44,9 +44,10 @@ step() {
     fi
 }
 
+# A bad setting is said once and at once: before the text is prepared, and before torchrun would add a trace of its own.
+((dry_run)) || "$python" -m ssa_pretrain.plan parallel=tp2 parallel.world_size=2 model.vocab_size=4096 "${run[@]}" >/dev/null
 step 1/4 "Text: English and Python into indexed binaries" \
     "$python" -m data_prep source=quickstart tokenizer=bpe4k "out=$out/data"
-# A bad setting is said once, before torchrun would add a trace of its own.
 ((dry_run)) || WORLD_SIZE=2 "$python" -m ssa_pretrain.plan --check parallel=tp2 "${run[@]}"
 step 2/4 "Training: two processes, tensor parallel" \
     "$python" -m torch.distributed.run --standalone --nproc-per-node=2 -m ssa_pretrain.train parallel=tp2 "${run[@]}"

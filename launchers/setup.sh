@@ -48,6 +48,8 @@ python=$(find_python)
 command -v cc >/dev/null || command -v gcc >/dev/null ||
     stop "no C compiler was found; install one (Debian, Ubuntu: sudo apt install build-essential)."
 
+[[ ! -d $venv || -f $venv/pyvenv.cfg || -z $(ls -A "$venv") ]] ||
+    stop "VENV=$venv is a folder with other things in it; choose another."
 if [[ ! -x $venv/bin/python ]] || ! supported "$venv/bin/python"; then
     "$python" -m venv --clear "$venv" || stop "$python could not make a virtual environment in $venv; is the disk full or read-only?"
 fi

@@ -51,7 +51,7 @@ def publish(
     Returns:
         The published folder.
     """
-    target = run / "checkpoints" / f"step_{step:08d}"
+    target = _folder_of(run, step)
     scratch = target.with_name(f".{target.name}.tmp")
     if is_first:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -64,7 +64,7 @@ def publish(
         shutil.rmtree(target, ignore_errors=True)
         os.rename(scratch, target)
         _flush(target.parent)
-        for old in _published(run)[keep:]:
+        for old in [folder for folder in _published(run) if _step_of(folder) <= step][keep:]:
             shutil.rmtree(old)
     dist.barrier()
     return target
@@ -76,23 +76,28 @@ def newest(run: Path, *, is_first: bool, device: torch.device, say: Callable[[st
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
     """
-    verdict = torch.full((), -1, dtype=torch.int64, device=device)  # -1: no checkpoint, -2: none intact
-    if is_first:
+    if (run / FACTS).is_file():
+        folders = [run]
+    else:
         folders = _published(run)
+    verdict = torch.full((), -1, dtype=torch.int64, device=device)  # -1: no checkpoint, -2: none intact, else which one
+    if is_first:
         verdict.fill_(-2 if folders else -1)
-        for folder in folders:
+        for index, folder in enumerate(folders):
             damage = find_damage(folder)
             if damage is None:
-                verdict.fill_(_step_of(folder))
+                verdict.fill_(_step_of(folder) if folder is not run else index)
                 break
             say(f"checkpoint {folder} is damaged ({damage}); looking for an older one")
     dist.broadcast(verdict, src=0)
-    step = int(verdict)
-    if step == -2:
+    found = int(verdict)
+    if found == -2:
         raise CheckpointError(
             f"no checkpoint in {run / 'checkpoints'} is intact; restore one, or start anew in another output_dir"
         )
-    return None if step == -1 else read(next(folder for folder in _published(run) if _step_of(folder) == step))
+    if found == -1:
+        return None
+    return read(run if folders == [run] else _folder_of(run, found))
 
 
 def read(folder: Path) -> Checkpoint:
@@ -145,10 +150,12 @@ def _seal(folder: Path, step: int, facts: dict[str, Any]) -> None:
 
 
 def _published(run: Path) -> list[Path]:
-    """Return the published checkpoints' folders, newest first; of a folder that is one itself, that one."""
-    if (run / FACTS).is_file():
-        return [run]
+    """Return a run's published checkpoints' folders, newest first."""
     return sorted((p for p in (run / "checkpoints").glob("step_*") if p.is_dir()), reverse=True)
+
+
+def _folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
 
 
 def _step_of(folder: Path) -> int:

@@ -322,7 +322,7 @@ class TrainingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    """Held-out evaluation, in every mode that the method has."""
+    """Held-out evaluation, in both modes."""
 
     interval: int = 0  # steps between evaluations; 0: only at the end
     rows: int = 64  # held-out rows; 0: all of them

@@ -3,7 +3,7 @@
     python -m ssa_pretrain.evaluate experiment=quickstart
 
 Takes the run's own command line. A checkpoint loads on any layout, so one process can judge what many trained. Writes `evaluation.json` and
-`samples.json` into the run's folder. The held-out split is read whole unless evaluation.rows says less.
+`samples.json` into the run's folder. evaluation.rows says how much of the held-out split is read; 0 is all of it.
 """
 
 import json
@@ -16,7 +16,6 @@ from ssa_pretrain.config import Config
 from ssa_pretrain.train import leave, quieten_libraries
 
 PROMPTS = 6
-PROMPT_TOKENS = 160  # beyond what the chosen blocks cover, so that the two modes see different keys
 NEW_TOKENS = 48
 TEMPERATURE = 0.8
 
@@ -61,9 +60,10 @@ def evaluate_run(config: Config) -> None:
         for mode in MODES:
             figures[mode] = asdict(run.engine.evaluate(batches, mode=mode))
             say(run, f"held-out, {mode:<6}: cross entropy {figures[mode]['cross_entropy']:.4f}")
-        samples = sample(run, MODES)
         if placement.is_first:
             _write(run.folder / "evaluation.json", {"step": found.step, "modes": figures})
+        samples = sample(run, MODES)
+        if placement.is_first:
             _write(run.folder / "samples.json", samples)
     finally:
         stop()
@@ -83,7 +83,8 @@ def sample(run, modes: tuple[str, ...]) -> list[dict]:
         generator = torch.Generator().manual_seed(run.config.seed)
         texts = [list(prompt) for prompt in prompts]
         for _ in tqdm(range(NEW_TOKENS), desc=f"sampling, {mode}", disable=not shown, leave=False):
-            logits = run.engine.last_logits(_packed_prompts(texts), mode=mode).cpu()[:, : run.plan.vocab_size]
+            logits = run.engine.last_logits(_packed_prompts(texts, run.plan.tp), mode=mode).cpu()
+            logits = logits[: len(texts), : run.plan.vocab_size]
             chosen = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)
             for text, token in zip(texts, chosen.flatten().tolist(), strict=True):
                 text.append(token)
@@ -96,10 +97,11 @@ def sample(run, modes: tuple[str, ...]) -> list[dict]:
 
 
 def held_out_prompts(run) -> list[list[int]]:
-    """Return the beginnings of held-out rows, spread over the split, each cut where its document ends."""
+    """Return the beginnings of held-out rows, spread over the split: longer than the chosen blocks cover, so that the modes see different keys."""
     import numpy as np
 
-    room = min(PROMPT_TOKENS, run.config.data.sequence_length - NEW_TOKENS)
+    covered = run.config.attention.top_k * run.config.attention.block_size
+    room = max(1, min(2 * covered, run.config.data.sequence_length - NEW_TOKENS))
     prompts = []
     for i in range(run.held_out.num_rows):
         row = run.held_out.row(i)
@@ -110,12 +112,14 @@ def held_out_prompts(run) -> list[list[int]]:
     return prompts[::step][:PROMPTS] or [run.held_out.row(0).tokens[:room].tolist()]
 
 
-def _packed_prompts(texts: list[list[int]]):
-    """Return the texts as the documents of one microbatch without labels."""
+def _packed_prompts(texts: list[list[int]], multiple: int):
+    """Return the texts as the documents of one microbatch without labels, a last one filling it up to a multiple of tokens."""
     import torch
 
     from ssa_pretrain.data.batches import Batch
 
+    if rest := -sum(len(text) for text in texts) % multiple:
+        texts = [*texts, [0] * rest]
     tokens = torch.tensor([t for text in texts for t in text])
     positions = torch.cat([torch.arange(len(text)) for text in texts])
     ends = torch.tensor([0] + [len(text) for text in texts], dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -208,10 +208,11 @@ def facts(run: Run) -> dict[str, Any]:
     kept |= {f"attention.{k}": v for k, v in tree["attention"].items() if k != "impl"}
     kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
     kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size")}
+    kept |= {f"optim.{k}": tree["optim"][k] for k in ("beta1", "beta2", "eps", "weight_decay", "clip_grad")}
+    kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32")}
     kept |= {f"engine.{k}": tree["engine"][k] for k in ("name", "distributed_optimizer")}
     return kept | {
         "seed": tree["seed"],
-        "precision.name": tree["precision"]["name"],
         "data.fingerprint": run.manifest.fingerprint,
     }
 

@@ -38,7 +38,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        tensors = {n: getattr(self, n).to(device, non_blocking=True) for n in ("tokens", "labels", "loss_mask", "positions", "cu_seqlens")}
+        tensors = {
+            n: getattr(self, n).to(device, non_blocking=True)
+            for n in ("tokens", "labels", "loss_mask", "positions", "cu_seqlens")
+        }
         return replace(self, **tensors)
 
 

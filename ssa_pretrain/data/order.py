@@ -53,16 +53,18 @@ class Blend:
         exact = share / share.sum() * PATTERN_ROWS
         counts = np.floor(exact).astype(np.int64)
         counts[np.argsort(counts - exact, kind="stable")[: PATTERN_ROWS - counts.sum()]] += 1
+        counts[(share > 0) & (counts == 0)] = 1  # a small source still has its turn
+        rows = int(counts.sum())
         place = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in counts])
         source = np.repeat(np.arange(len(counts)), counts)
         self._pattern = source[np.argsort(place, kind="stable")]
         self._counts = counts
-        self._nth = np.empty(PATTERN_ROWS, dtype=np.int64)
+        self._nth = np.empty(rows, dtype=np.int64)
         for s in range(len(counts)):
             self._nth[self._pattern == s] = np.arange(counts[s])
 
     def source(self, row: int) -> tuple[int, int]:
         """Return (source, row of that source) of a mixture's row."""
-        cycle, at = divmod(row, PATTERN_ROWS)
+        cycle, at = divmod(row, len(self._pattern))
         s = int(self._pattern[at])
         return s, int(cycle * self._counts[s] + self._nth[at])

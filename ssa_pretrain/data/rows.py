@@ -65,7 +65,10 @@ class TrainingRows:
         self._names, self._streams = open_streams(manifest, "train", sequence_length)
         if unknown := sorted(set(weights) - set(self._names)):
             raise ValueError(f"data.weights={unknown} must name sources of the training split; they are {self._names}")
-        shares = [weights.get(name, 0.0) if weights else float(s.num_tokens) for name, s in zip(self._names, self._streams, strict=True)]
+        shares = [
+            weights.get(name, 0.0) if weights else float(s.num_tokens)
+            for name, s in zip(self._names, self._streams, strict=True)
+        ]
         self._blend = Blend(shares)
 
     def row(self, index: int) -> Row:

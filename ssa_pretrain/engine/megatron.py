@@ -83,6 +83,7 @@ class MegatronEngine:
         """See `Engine.evaluate`."""
         batches = [b.to(self.placement.device) for b in batches]
         labels = self._count_labels(batches)
+        self._gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
         run = _Run(1.0)
@@ -96,6 +97,7 @@ class MegatronEngine:
     @torch.no_grad()
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
         """See `Engine.last_logits`."""
+        self._gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
         batch = batch.to(self.placement.device)
@@ -108,11 +110,12 @@ class MegatronEngine:
             )
             return out, lambda logits, non_loss_data: logits[0, ends].float()
 
+        count = self.config.parallel.pp if len(self.chunks) > 1 else 1  # interleaving wants whole rounds of the stages
         outputs = self._schedule(
             forward_step_func=forward_step,
-            data_iterator=[iter([batch]) for _ in self.chunks],
+            data_iterator=[iter([batch] * count) for _ in self.chunks],
             model=self.chunks,
-            num_microbatches=1,
+            num_microbatches=count,
             seq_length=batch.tokens.shape[1],
             micro_batch_size=1,
             forward_only=True,
@@ -122,6 +125,7 @@ class MegatronEngine:
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
+        self._gather_parameters()
         megatron_checkpoint.save(folder, self.chunks, self.optimizer)
 
     def load(self, folder: Path) -> None:
@@ -132,6 +136,12 @@ class MegatronEngine:
         """See `Engine.load_weights`."""
         megatron_checkpoint.load(folder, self.chunks, None)
         self.optimizer.reload_model_params()
+
+    def _gather_parameters(self) -> None:
+        """Bring every data rank's weights up to date, which `overlap_param_gather` leaves to the next training forward."""
+        if self.chunks[0].ddp_config.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def _install_hooks(self) -> None:
         self.core.finalize_model_grads_func = finalize_model_grads

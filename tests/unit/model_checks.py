@@ -41,6 +41,17 @@ def microbatch() -> Batch:
     return collate(rows, index=0)
 
 
+def microbatches() -> list[Batch]:
+    """Return the same two rows as a microbatch each."""
+    generator = np.random.default_rng(3)
+    found = []
+    for index, starts in enumerate(([0, 53], [0])):
+        flags = np.zeros(LENGTH + 1, dtype=bool)
+        flags[starts] = True
+        found.append(collate([Row(generator.integers(0, VOCAB, LENGTH + 1), flags)], index=index))
+    return found
+
+
 @pytest.fixture(scope="module")
 def placement():
     """One process."""
@@ -152,7 +163,7 @@ def test_the_model_equals_the_definition(placement, mode, gate, tied):
     assert min(wanted[1:3]) > 1e-3 and max(wanted[3:]) < 0.95, "the streams must differ for this to say anything"
 
 
-def test_the_loss_of_a_step_is_cross_entropy_plus_weighted_alignment(placement):
+def test_a_step_reports_what_an_evaluation_of_its_weights_does(placement):
     from ssa_pretrain.engine import build_engine
 
     config = small_config()
@@ -162,6 +173,52 @@ def test_the_loss_of_a_step_is_cross_entropy_plus_weighted_alignment(placement):
     stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0)
     assert stepped.cross_entropy == pytest.approx(judged.cross_entropy, rel=1e-6)
     assert stepped.alignment_by_layer == pytest.approx(judged.alignment_by_layer, rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 500.0])
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_the_gradient_is_that_of_cross_entropy_plus_weighted_alignment(placement, mode, weight):
+    """Along the gradient itself the loss must rise by its norm. Each stream's alignment term stops the other's gradient, so both together have
+    half the slope of their value."""
+    from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+
+    config = small_config()
+    config.attention.full_ratio = float(mode == "full")
+    config.attention.alignment_weight = weight
+    engine = build_engine(config, placement, VOCAB)
+    batches = microbatches()
+    found: list[Tensor] = []
+    parameters = list(unwrap(engine.chunks[0]).parameters())
+    step = engine.optimizer.step
+    engine.optimizer.step = lambda: found.extend(p.main_grad.clone() for p in parameters) or step()
+    engine.train_step(batches, step=0, learning_rate=0.0)
+    norm = torch.sqrt(sum(g.double().pow(2).sum() for g in found))
+
+    def loss_at(distance: float) -> float:
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, found, strict=True):
+                parameter += distance * gradient / norm
+            judged = engine.evaluate(batches, mode=mode)
+            for parameter, gradient in zip(parameters, found, strict=True):
+                parameter -= distance * gradient / norm
+        return judged.cross_entropy + weight / 2 * float(np.mean(judged.alignment_by_layer))
+
+    slope = (loss_at(2e-3) - loss_at(-2e-3)) / 4e-3
+    assert slope == pytest.approx(float(norm), rel=0.01)
+
+
+def test_the_alignment_weighs_in_that_gradient(placement):
+    """Were it left out or doubled, the test above would see it: at this weight it is no small part of the slope."""
+    from ssa_pretrain.engine import build_engine
+
+    norms = []
+    for weight in (0.0, 500.0, 1000.0):
+        config = small_config()
+        config.attention.full_ratio, config.attention.alignment_weight = 1.0, weight
+        engine = build_engine(config, placement, VOCAB)
+        norms.append(engine.train_step(microbatches(), step=0, learning_rate=0.0).grad_norm)
+    assert abs(norms[1] / norms[0] - 1) > 0.03 and abs(norms[2] / norms[1] - 1) > 0.03
 
 
 @pytest.mark.parametrize("method", [Method.full, Method.moba])

@@ -48,6 +48,20 @@ def test_quickstart_passes_settings_and_folders_on() -> None:
     assert lines[3].endswith("-m ssa_pretrain.report o")
 
 
+def test_quickstart_says_a_bad_setting_before_it_starts_anything(tmp_path: Path) -> None:
+    done = call(
+        "quickstart.sh",
+        "--venv",
+        sys.prefix,
+        "--out",
+        str(tmp_path / "out"),
+        "optim.lrr=1",
+        PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}",
+    )
+    assert done.returncode == 3 and done.stderr.count("optim.lr?") == 1
+    assert "[1/4]" not in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_torchrun_says_a_bad_setting_once_and_without_a_trace() -> None:
     done = call(
         "torchrun.sh",
@@ -67,7 +81,7 @@ def test_torchrun_says_a_bad_setting_once_and_without_a_trace() -> None:
 def test_quickstart_stops_where_a_step_fails(tmp_path: Path) -> None:
     """The interpreter stands for any program that fails: nothing after it is started."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "$2"\nexit 4\n')
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\n[ "$2" = ssa_pretrain.plan ] && exit 0\necho "$2"\nexit 4\n')
     (tmp_path / "bin" / "python").chmod(0o755)
     done = call("quickstart.sh", "--venv", str(tmp_path))
     assert (done.returncode, done.stdout) == (4, "data_prep\n")
