@@ -110,6 +110,13 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
         records.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
         )
+    saved = {}
+    if config.engine.overlap_param_gather:  # straight after a step, when only the owners of shards have seen it
+        folder = out / f"{name}.checkpoint"
+        folder.mkdir(exist_ok=True)
+        dist.barrier()
+        engine.save(folder)
+        saved = {n: p.detach().clone() for n, p in unwrap(engine.chunks[0]).named_parameters()}
     held_out = batches(config, placement.dp_rank, placement.dp, 99)
     for mode in ("full", "sparse"):
         judged = engine.evaluate(held_out, mode=mode)
@@ -117,6 +124,7 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
     part = {
         "records": records,
         "parameters": captured,
+        "saved": saved,
         "tp_rank": placement.tp_rank,
         "dp_rank": placement.dp_rank,
         "pp_rank": placement.pp_rank,

@@ -50,6 +50,9 @@ def build_cases() -> dict[int, dict[str, dict]]:
                 continue  # interleaving needs microbatches in multiples of the stages
             for stream in ("full", "sparse") if layout in ("single", "tp2", "dp2", "pp2") else ("sparse",):
                 add(f"{layout}.{variant}.{stream}", degrees | changes | {"attention.full_ratio": STREAMS[stream]})
+    overlap = {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True}
+    for layout in ("dp2", "tp2_dp2"):
+        add(f"{layout}.overlap.drawn", LAYOUTS[layout] | overlap)
     add("single.one_microbatch.full", {"training.micro_batch_size": 8, "attention.full_ratio": 1.0})
     add("single.one_microbatch.sparse", {"training.micro_batch_size": 8, "attention.full_ratio": 0.0})
     add("single.no_alignment.full", {"attention.alignment_weight": 0.0, "attention.full_ratio": 1.0})
@@ -62,9 +65,14 @@ NAMES = [name for cases in CASES.values() for name in cases]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, dict]:
+def folder(tmp_path_factory) -> Path:
+    """Where the processes leave their results."""
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> dict[str, dict]:
     """Run all cases once, one set of processes a world size."""
-    folder = tmp_path_factory.mktemp("layouts")
     for world, cases in CASES.items():
         listing = folder / f"cases{world}.json"
         listing.write_text(json.dumps(cases))
@@ -100,6 +108,16 @@ def join(shards: list[dict], what: str, key: str) -> torch.Tensor:
         halves = [t.chunk(2, dim=0) for t in tensors]
         return torch.cat([h[0] for h in halves] + [h[1] for h in halves])
     return torch.cat(tensors, dim=dim)
+
+
+@pytest.mark.parametrize("name", ["dp2.overlap.drawn", "tp2_dp2.overlap.drawn"])
+def test_a_save_straight_after_a_step_holds_its_weights(results, folder, name):
+    parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"{name}.*.pt"))]
+    for part in parts:
+        (twin,) = [p for p in parts if p["tp_rank"] == part["tp_rank"] and p["dp_rank"] != part["dp_rank"]]
+        assert part["saved"].keys() == twin["saved"].keys() != set()
+        for key, weight in part["saved"].items():
+            assert torch.equal(weight, twin["saved"][key]), f"{key} differs between data ranks"
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
