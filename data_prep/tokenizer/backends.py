@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -63,7 +63,7 @@ class GigatokenBackend:
         """Returns one array of ids a text, uint32."""
         if not texts:
             return []
-        layout = self._tokenizer.encode_batch(texts, parallel=False).layout
+        layout: Any = self._tokenizer.encode_batch(texts, parallel=False).layout  # awkward's annotations do not know it
         return np.split(np.asarray(layout.content.data), np.asarray(layout.offsets.data)[1:-1])
 
 

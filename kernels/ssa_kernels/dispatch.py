@@ -44,6 +44,6 @@ def resolve_impl(impl: str | None, tensor: torch.Tensor, operator: str) -> Impl:
 
 def _interpreting() -> bool:
     """Whether Triton was imported (or will be) with its interpreter on."""
-    import triton
+    from triton import knobs
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)

@@ -47,12 +47,12 @@ class TokenStream:
 
     @staticmethod
     def _read_file(file: IndexedDataset, begin: int, count: int) -> Row:
-        dtype = np.dtype(file.index.dtype)
-        tokens = np.array(file.bin_reader.read(dtype, count, begin * dtype.itemsize), dtype=np.int64)
+        size = np.dtype(file.index.dtype).itemsize
+        tokens = np.array(file.bin_reader.read(file.index.dtype, count, begin * size), dtype=np.int64)
         pointers = file.index.sequence_pointers
-        first, last = np.searchsorted(pointers, [begin * dtype.itemsize, (begin + count) * dtype.itemsize])
+        first, last = np.searchsorted(pointers, [begin * size, (begin + count) * size])
         starts = np.zeros(count, dtype=bool)
-        starts[pointers[first:last] // dtype.itemsize - begin] = True
+        starts[pointers[first:last] // size - begin] = True
         return Row(tokens, starts)
 
 

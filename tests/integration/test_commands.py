@@ -22,7 +22,7 @@ def environment(**changes: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
     }
     return (
         kept | {"PATH": f"{VENV / 'bin'}:{os.environ['PATH']}", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"} | changes

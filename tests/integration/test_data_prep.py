@@ -75,7 +75,14 @@ def start(folder: Path, *arguments: str, wrapper: tuple[str, ...] = ("-m", "data
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *wrapper, "out=dataset", *arguments]
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores SIGINT and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

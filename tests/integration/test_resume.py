@@ -1,6 +1,8 @@
 """Rerunning the command goes on: bit for bit after kill -9, to rounding on another layout; never from what is damaged or another run's."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,7 +59,7 @@ def kill_tree(pid: int) -> None:
 
 def test_killed_and_rerun_is_bit_identical(uninterrupted, corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
-    kill_at(9, tmp_path, command("ssa_pretrain.train", *settings, processes=2))
+    kill_at(7, tmp_path, command("ssa_pretrain.train", *settings, processes=2))
     done = run("ssa_pretrain.train", *settings, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming after step 6" in done.stdout
@@ -150,7 +152,18 @@ def test_only_damaged_checkpoints_is_an_error(corpus, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_data_that_changed_under_a_run_is_refused(corpus, tmp_path):
+def test_data_that_changed_under_a_run_is_refused(uninterrupted, corpus, tmp_path):
+    changed = tmp_path / "data"
+    shutil.copytree(corpus, changed)
+    manifest = json.loads((changed / "manifest.json").read_text())
+    (changed / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    done = run("ssa_pretrain.train", *SETTINGS, f"data.path={changed}", f"output_dir={uninterrupted}")
+    assert done.returncode == 5
+    assert "data.fingerprint: checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_data_is_named(corpus, tmp_path):
     done = run("ssa_pretrain.train", *SETTINGS, f"data.path={tmp_path / 'nothing'}", f"output_dir={tmp_path}")
     assert done.returncode == 4
     assert "Traceback" not in done.stderr

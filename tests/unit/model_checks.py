@@ -179,7 +179,8 @@ def test_a_step_reports_what_an_evaluation_of_its_weights_does(placement):
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 def test_the_gradient_is_that_of_cross_entropy_plus_weighted_alignment(placement, mode, weight):
     """Along the gradient itself the loss must rise by its norm. Each stream's alignment term stops the other's gradient, so both together have
-    half the slope of their value."""
+    half the slope of their value.
+    """
     from ssa_pretrain.engine import build_engine
     from ssa_pretrain.engine.megatron_checkpoint import unwrap
 

@@ -179,7 +179,7 @@ def test_the_table_says_what_a_person_asks() -> None:
         assert words in table
     assert "dry_run" not in table
     start = experiment("experiment=ssa_1b_32k", world_size=1)
-    assert "weights of outputs/ssa_1b_8k/checkpoints" in describe(start, make_plan(start, 1))
+    assert "weights of outputs/ssa_1b_8k" in describe(start, make_plan(start, 1))
 
 
 @pytest.mark.parametrize("entry", ["plan", "train"])

@@ -39,7 +39,7 @@ def full_attention(
         impl: None, "triton" (the fused GPU kernels) or "reference". This operator has no Triton kernel of its own: on CPU tensors
             under Triton's interpreter the reference stands in.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     check_attention_inputs(q, k, v, num_rows)
     if resolve_impl(impl, q, "full_attention") == "triton" and q.is_cuda:
         return _FullAttention.apply(q, k, v, cu_seqlens, num_rows, backend, scale, return_lse)

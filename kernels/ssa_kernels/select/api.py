@@ -38,7 +38,7 @@ def select_blocks(
         for the more recent.
     """
     _check(q, k, block_size, top_k, score)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
     if resolve_impl(impl, q, "select_blocks") == "triton":
         from .forward import select_blocks_triton  # Triton is not installed everywhere

@@ -40,7 +40,7 @@ def sparse_attention(
         raise ValueError(
             f"indices of shape {tuple(indices.shape)} must be [{q.shape[0]}, {kv_heads} or {heads}, top_k]; try select_blocks"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
     if resolve_impl(impl, q, "sparse_attention") == "triton":
         from .autograd import SparseAttention  # here, because it imports Triton

@@ -74,7 +74,7 @@ def ssa_attention(
     check_attention_inputs(q, k, v, num_rows)
     logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
     check_gate_inputs(q, logits, main)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
     selection = Selection(block_size, top_k, score)
     if resolve_impl(impl, q, "ssa_attention") == "reference" or not q.is_cuda:
@@ -118,6 +118,7 @@ def composed(
     """Returns what `ssa_attention` does, by the public operators one after another."""
     common = {"cu_seqlens": layout, "scale": scale, "impl": impl}
     o_full, lse_full = full_attention(q, k, v, return_lse=True, num_rows=num_rows, **common)
+    assert lse_full is not None  # it was asked for
     indices = select_blocks(q.detach(), k.detach(), **selection._asdict(), **common)
     o_sparse, lse_sparse = sparse_attention(q, k, v, indices, block_size=selection.block_size, **common)
     out, loss = gate_and_align(o_full, o_sparse, gate_logits, main=main, weights=weights, impl=impl)
