@@ -1,10 +1,10 @@
 # Two images from one file; neither runs as root, neither holds data, keys or this repository's history (.dockerignore lists what goes in).
 #
 #   docker build --target cpu --tag ssa_pretrain:cpu .
-#   docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD/outputs:/work/outputs" ssa_pretrain:cpu             # the quickstart
+#   mkdir -p outputs && docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD/outputs:/run_ssa/outputs" ssa_pretrain:cpu             # the quickstart
 #
 #   docker build --target gpu --tag ssa_pretrain:gpu .
-#   docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD:/work" --env WANDB_API_KEY \
+#   docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD:/run_ssa" --env WANDB_API_KEY \
 #       ssa_pretrain:gpu --nproc-per-node 8 experiment=ssa_1b_8k                                                    # launchers/torchrun.sh
 #
 # Another base with torch 2.11 - 2.13 and Transformer Engine: --build-arg GPU_BASE=nvcr.io/nvidia/pytorch:YY.MM-py3
@@ -18,9 +18,9 @@ COPY . .
 RUN python -m pip install --no-cache-dir --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" torch \
     && python -m pip install --no-cache-dir --constraint constraints.txt --editable ".[quickstart]" \
     && useradd --uid 10001 --create-home ssa \
-    && install --directory --owner ssa --mode 0777 /work /work/outputs
+    && install --directory --owner ssa --mode 0777 /run_ssa /run_ssa/outputs
 ENV PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HOME=/tmp
-WORKDIR /work
+WORKDIR /run_ssa
 USER 10001
 ENTRYPOINT ["/opt/ssa_pretrain/launchers/quickstart.sh", "--venv", "/usr/local"]
 
@@ -30,9 +30,9 @@ COPY . .
 # The base's own torch, Triton and Transformer Engine stay: it constrains pip to them, and constraints.txt is for CPU builds.
 RUN python -m pip install --no-cache-dir --editable . \
     && useradd --uid 10001 --create-home ssa \
-    && install --directory --owner ssa --mode 0777 /work
+    && install --directory --owner ssa --mode 0777 /run_ssa
 ENV PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HOME=/tmp
-WORKDIR /work
+WORKDIR /run_ssa
 USER 10001
 ENTRYPOINT ["/opt/ssa_pretrain/launchers/torchrun.sh", "--python", "python"]
 CMD ["--help"]

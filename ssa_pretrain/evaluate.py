@@ -39,7 +39,7 @@ def evaluate_run(config: Config) -> None:
     """Evaluate and sample the newest checkpoint of a run; every rank calls it."""
     from ssa_pretrain.checkpoint import CheckpointError, differences
     from ssa_pretrain.parallel.state import start, stop
-    from ssa_pretrain.trainer import MODES, build_run, facts, held_out_batches, newest_checkpoint, say
+    from ssa_pretrain.trainer import MODES, build_run, facts, judge, newest_checkpoint, say
 
     placement = start(config.parallel, seed=config.seed)
     try:
@@ -55,10 +55,9 @@ def evaluate_run(config: Config) -> None:
                 f"{found.folder} holds another model; give the settings it was trained with:\n  " + "\n  ".join(changed)
             )
         run.engine.load_weights(found.folder)
-        batches = held_out_batches(run)
         figures = {}
         for mode in MODES:
-            figures[mode] = asdict(run.engine.evaluate(batches, mode=mode))
+            figures[mode] = asdict(judge(run, mode))
             say(run, f"held-out, {mode:<6}: cross entropy {figures[mode]['cross_entropy']:.4f}")
         if placement.is_first:
             _write(run.folder / "evaluation.json", {"step": found.step, "modes": figures})

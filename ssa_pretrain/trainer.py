@@ -4,11 +4,13 @@
 holds weights and optimizer alone, and rerunning the command goes on as if it had never stopped. The trainer does not know which engine runs.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ssa_pretrain import __version__
 from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, differences, newest, publish
@@ -156,10 +158,9 @@ def microbatch(run: Run, rows: TrainingRows | HeldOutRows, number: int, index: i
 
 def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
     """Evaluate the held-out rows in both modes."""
-    batches = held_out_batches(run)
     rows = count_held_out(run.config, run.plan, run.held_out) * run.config.training.micro_batch_size
     for mode in MODES:
-        result = run.engine.evaluate(batches, mode=mode)
+        result = judge(run, mode)
         log.log_evaluation(evaluation_record(run, result, step, mode, rows))
 
 
@@ -176,12 +177,34 @@ def count_held_out(config: Config, plan: Plan, held_out: HeldOutRows) -> int:
     return count
 
 
-def held_out_batches(run: Run) -> list[Batch]:
-    """Return this rank's share of the held-out microbatches."""
-    return [
-        microbatch(run, run.held_out, i, i)
-        for i in range(run.placement.dp_rank, count_held_out(run.config, run.plan, run.held_out), run.plan.dp)
-    ]
+def judge(run: Run, mode: str) -> EvaluationResult:
+    """Return the held-out figures in a mode, slice by slice under a progress bar."""
+    plan, total = run.plan, count_held_out(run.config, run.plan, run.held_out)
+    size = 2 * plan.dp * plan.pp
+    parts = []
+    hidden = not (run.placement.is_first and sys.stderr.isatty())
+    with tqdm(total=total, desc=f"held-out, {mode}", unit="microbatch", disable=hidden, leave=False) as bar:
+        for begin in range(0, total, size):
+            numbers = range(begin, min(begin + size, total))
+            mine = [microbatch(run, run.held_out, i, i) for i in numbers if i % plan.dp == run.placement.dp_rank]
+            parts.append((run.engine.evaluate(mine, mode=mode), len(numbers)))
+            bar.update(len(numbers))
+    return combine(parts)
+
+
+def combine(parts: list[tuple[EvaluationResult, int]]) -> EvaluationResult:
+    """Return the figures of slices together: cross entropy weighed by labels, layers' means by microbatches."""
+    labels, count = sum(r.num_labels for r, _ in parts), sum(n for _, n in parts)
+    return EvaluationResult(
+        cross_entropy=sum(r.cross_entropy * r.num_labels for r, _ in parts) / labels,
+        alignment_by_layer=[
+            sum(v) / count for v in zip(*([n * x for x in r.alignment_by_layer] for r, n in parts), strict=True)
+        ],
+        captured_mass_by_layer=[
+            sum(v) / count for v in zip(*([n * x for x in r.captured_mass_by_layer] for r, n in parts), strict=True)
+        ],
+        num_labels=labels,
+    )
 
 
 def save(run: Run, step: int) -> None:
