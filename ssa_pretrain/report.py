@@ -172,8 +172,8 @@ def table(figures: Figures) -> str:
     lines += [f"{name:<14}{value}" for name, value in figures.facts()]
     shown = list(dict.fromkeys(sample["prompt"] for sample in figures.samples))[:2]
     for sample in sorted((s for s in figures.samples if s["prompt"] in shown), key=lambda s: shown.index(s["prompt"])):
-        text = " ".join((sample["prompt"] + sample["text"]).split())
-        lines.append(f"sample, {sample['mode']:<7}{text[:100]}")
+        prompt, text = (" ".join(sample[part].split()) for part in ("prompt", "text"))
+        lines.append(f"sample, {sample['mode']:<7}{prompt[-40:]} [{text[:60]}]")
     return "\n".join(lines)
 
 
