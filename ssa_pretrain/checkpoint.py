@@ -76,28 +76,26 @@ def newest(run: Path, *, is_first: bool, device: torch.device, say: Callable[[st
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
     """
-    if (run / FACTS).is_file():
-        folders = [run]
-    else:
-        folders = _published(run)
-    verdict = torch.full((), -1, dtype=torch.int64, device=device)  # -1: no checkpoint, -2: none intact, else which one
+    named = (run / FACTS).is_file()
+    folders = [run] if named else _published(run)
+    verdict = torch.full((), -1, dtype=torch.int64, device=device)  # -1: no checkpoint, -2: none intact, else its step
     if is_first:
         verdict.fill_(-2 if folders else -1)
-        for index, folder in enumerate(folders):
+        for folder in folders:
             damage = find_damage(folder)
             if damage is None:
-                verdict.fill_(_step_of(folder) if folder is not run else index)
+                verdict.fill_(read(folder).step)
                 break
             say(f"checkpoint {folder} is damaged ({damage}); looking for an older one")
     dist.broadcast(verdict, src=0)
-    found = int(verdict)
-    if found == -2:
+    step = int(verdict)
+    if step == -2:
         raise CheckpointError(
             f"no checkpoint in {run / 'checkpoints'} is intact; restore one, or start anew in another output_dir"
         )
-    if found == -1:
+    if step == -1:
         return None
-    return read(run if folders == [run] else _folder_of(run, found))
+    return read(run if named else _folder_of(run, step))
 
 
 def read(folder: Path) -> Checkpoint:
