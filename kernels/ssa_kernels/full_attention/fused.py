@@ -50,6 +50,7 @@ def plan_fused(
     Raises:
         ValueError: for what no fused kernel takes, or a backend that cannot run here.
     """
+    te.is_usable()  # loads it before torch's cuDNN, see there
     tokens, _, head_dim = q.shape
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
@@ -79,7 +80,7 @@ def _pick(q: torch.Tensor, row_length: int) -> str:
     if row_length >= MIN_CUDNN_ROW:
         return "cudnn"
     hopper_or_later = torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    return "te" if hopper_or_later and te.is_installed() else "flash"
+    return "te" if hopper_or_later and te.is_usable() else "flash"
 
 
 def _check_backend(backend: str, num_rows: int | None) -> None:
@@ -89,7 +90,7 @@ def _check_backend(backend: str, num_rows: int | None) -> None:
         raise ValueError(
             "backend='cudnn' needs num_rows, since it takes rows of equal length only; try backend='te' or 'flash'"
         )
-    if backend == "te" and not te.is_installed():
+    if backend == "te" and not te.is_usable():
         raise ValueError(
             f"backend='te' needs transformer_engine {te.OLDEST[0]}.{te.OLDEST[1]} or later with its torch extension; try backend='flash'"
         )
