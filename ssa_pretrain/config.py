@@ -53,7 +53,7 @@ class Recompute(StrEnum):
     """Which activations are computed again in the backward."""
 
     none = "none"
-    selective = "selective"  # core attention
+    selective = "selective"  # SwiGLU's output, F wide and cheap to make again; attention is kept
     full = "full"  # whole layers
 
 
@@ -238,6 +238,7 @@ class EngineConfig:
     distributed_optimizer: bool = True  # shard optimizer states over dp
     overlap_grad_reduce: bool = False  # reduce gradients while the backward runs
     overlap_param_gather: bool = False  # gather parameters while the forward runs
+    fuse_gradient_accumulation: bool = True  # add weight gradients into their fp32 buffers in the matrix product itself
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""

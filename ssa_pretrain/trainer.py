@@ -109,20 +109,31 @@ def restore(run: Run) -> int:
 
 
 def loop(run: Run, log: MetricsLogger, step: int) -> None:
-    """Step until done; evaluate and save when due."""
+    """Step until done; evaluate and save when due.
+
+    A step's figures are read when the next one has been queued, so that the device never waits for the host to write a line.
+    """
     config, last = run.config, last_step(run)
     if step == 0 and config.evaluation.at_start:
         evaluate(run, log, step)
-    saved = step
+    saved, unread = step, None
     while step < last:
-        result = run.engine.train_step(
-            training_batches(run, step), step=step, learning_rate=learning_rate(step, config.optim, run.plan)
-        )
+        rate = learning_rate(step, config.optim, run.plan)
+        result = run.engine.train_step(training_batches(run, step), step=step, learning_rate=rate)
         step += 1
-        log.log_step(training_record(run, result, step))
-        if due(step, config.evaluation.interval, run.plan.steps):
+        evaluating, saving = (
+            due(step, config.evaluation.interval, run.plan.steps),
+            due(step, config.checkpoint.interval, last),
+        )
+        if unread is not None:
+            log.log_step(training_record(run, unread, step - 1))
+        unread = result
+        if evaluating or saving:
+            log.log_step(training_record(run, result, step))
+            unread = None
+        if evaluating:
             evaluate(run, log, step)
-        if due(step, config.checkpoint.interval, last):
+        if saving:
             save(run, step)
             saved = step
             log.pause()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssa_kernels import qkv_rope
 from ssa_pretrain.config import Config, Method, PrecisionName
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
-from ssa_pretrain.model.rope import angles, rotate
 
 VOCAB, LENGTH = 90, 80
 HEADS, GROUPS, DIM = 4, 2, 8
@@ -263,4 +263,9 @@ def test_rope_turns_by_position_with_llama3_scaling(placement, factor):
     turn = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None] * frequency)[:, None, :]
     pairs = torch.complex(x[..., :32], x[..., 32:]) * turn
     wanted = torch.cat([pairs.real, pairs.imag], dim=-1)
-    torch.testing.assert_close(rotate(x.float(), *angles(table, positions)), wanted.float(), rtol=0.0, atol=1e-4)
+    mixed = (
+        torch.cat([x, torch.zeros(5, 2, 64)], dim=1).flatten(1).float()
+    )  # two queries of one kv head, its key and value
+    sizes = {"num_kv_heads": 1, "group_size": 2, "head_dim": 64, "num_gates": 0}
+    turned, *_ = qkv_rope(mixed, table.flatten(1), positions, **sizes)
+    torch.testing.assert_close(turned, wanted.float(), rtol=0.0, atol=1e-4)
