@@ -13,7 +13,7 @@ def weight_gradient(
     if left.dtype == torch.float32:
         accumulate_into.addmm_(left, scaled_TM)
     elif left.is_cuda:  # one product, bf16 in and float32 out, that reads and writes the buffer
-        torch.addmm(accumulate_into, left, scaled_TM, out_dtype=torch.float32, out=accumulate_into)
+        torch.ops.aten.addmm.dtype_out(accumulate_into, left, scaled_TM, torch.float32, out=accumulate_into)
     else:
         accumulate_into.add_(left @ scaled_TM)
     return None
