@@ -5,6 +5,7 @@ holds weights and optimizer alone, and rerunning the command goes on as if it ha
 """
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ssa_pretrain.log import Console, banner
 from ssa_pretrain.metrics import MetricsLogger
 from ssa_pretrain.parallel.state import Placement, start, stop
 from ssa_pretrain.planning import Plan, make_plan
+from ssa_pretrain.profiling import profiled
 from ssa_pretrain.schedule import learning_rate
 from ssa_pretrain.tracking import Tracker, provenance, start_tracking
 
@@ -119,7 +121,9 @@ def loop(run: Run, log: MetricsLogger, step: int) -> None:
     saved, unread = step, None
     while step < last:
         rate = learning_rate(step, config.optim, run.plan)
-        result = run.engine.train_step(training_batches(run, step), step=step, learning_rate=rate)
+        batches = training_batches(run, step)
+        with profiling(run, step + 1):
+            result = run.engine.train_step(batches, step=step, learning_rate=rate)
         step += 1
         evaluating, saving = (
             due(step, config.evaluation.interval, run.plan.steps),
@@ -139,6 +143,14 @@ def loop(run: Run, log: MetricsLogger, step: int) -> None:
             log.pause()
     if saved != step:
         save(run, step)
+
+
+def profiling(run: Run, step: int) -> AbstractContextManager[None]:
+    """Return what profiles a step if the configuration asks for it."""
+    if step not in run.config.profile.steps:
+        return nullcontext()
+    rank, memory = run.placement.rank, run.config.profile.memory
+    return profiled(run.folder / "profile", step=step, rank=rank, memory=memory)
 
 
 def last_step(run: Run) -> int:
@@ -243,7 +255,7 @@ def facts(run: Run) -> dict[str, Any]:
     kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
     kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size")}
     kept |= {f"optim.{k}": tree["optim"][k] for k in ("beta1", "beta2", "eps", "weight_decay", "clip_grad")}
-    kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32")}
+    kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32", "fp8_recipe")}
     kept |= {f"engine.{k}": tree["engine"][k] for k in ("name", "distributed_optimizer")}
     return kept | {
         "seed": tree["seed"],

@@ -29,10 +29,12 @@ from ssa_pretrain.engine import megatron_checkpoint
 from ssa_pretrain.engine.interface import EvaluationResult, StepResult
 from ssa_pretrain.engine.optimizer import build_optimizer
 from ssa_pretrain.engine.pending import PendingStep
+from ssa_pretrain.engine.user_buffers import start_user_buffers
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import build_model
 from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.profiling import OPTIMIZER_RANGE
 
 
 class MegatronEngine:
@@ -41,6 +43,8 @@ class MegatronEngine:
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
         self.config = config
         self.placement = placement
+        if config.engine.overlap_tp:
+            start_user_buffers(config)
         self.chunks = _build_chunks(config, placement, vocab_size)
         self.core = self.chunks[0].config
         self.optimizer = build_optimizer(config, self.chunks)
@@ -88,7 +92,8 @@ class MegatronEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optim.weight_decay * group.get("wd_mult", 1.0)
-        _, norm, _ = self.optimizer.step()
+        with torch.profiler.record_function(OPTIMIZER_RANGE):
+            _, norm, _ = self.optimizer.step()
         return norm
 
     @torch.no_grad()

@@ -93,6 +93,6 @@ def _core_config(config: Config, *, fused: bool, low: bool) -> TransformerConfig
         pipeline_dtype=torch.bfloat16 if low else torch.float32,
         bf16=low,
         fp8="hybrid" if config.precision.name is PrecisionName.fp8 else None,
-        fp8_recipe="tensorwise" if config.precision.name is PrecisionName.fp8 else "delayed",
+        fp8_recipe=config.precision.fp8_recipe.value,
         gradient_accumulation_fusion=False,
     )

@@ -60,4 +60,5 @@ def linear_cross_entropy(
         return LinearCrossEntropyReference.apply(hidden, weight, labels, group, accumulate_into)
     from .autograd import LinearCrossEntropy  # here, because it imports Triton
 
-    return LinearCrossEntropy.apply(hidden.contiguous(), weight, labels, group, accumulate_into)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return LinearCrossEntropy.apply(hidden.contiguous(), weight, labels, group, accumulate_into, wanted)

@@ -10,12 +10,11 @@ from .reference import combine_ranks
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(hidden, weight, labels, group, accumulate_into) -> losses. Keeps one [tokens, V] buffer until the backward, none where no gradient is wanted."""
+    """(hidden, weight, labels, group, accumulate_into, gradients wanted) -> losses. Keeps one [tokens, V] buffer until the backward, none where no gradient is wanted."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, group, accumulate_into):
+    def forward(ctx, hidden, weight, labels, group, accumulate_into, training):
         """One product, one kernel; under tensor parallelism two, with a gather of two numbers a token between them."""
-        training = any(ctx.needs_input_grad[:2])
         logits = hidden @ weight.t()
         columns = weight.shape[0]
         if group is None:
@@ -38,6 +37,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         scale = grad_losses.unsqueeze(1)
         grad_hidden = ((probabilities @ weight) * scale).to(hidden.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return grad_hidden, *(None,) * 4
+            return grad_hidden, *(None,) * 5
         scaled = (hidden * scale).to(hidden.dtype)
-        return grad_hidden, weight_gradient(probabilities, scaled, ctx.accumulate_into), *(None,) * 3
+        return grad_hidden, weight_gradient(probabilities, scaled, ctx.accumulate_into), *(None,) * 4

@@ -17,7 +17,7 @@ LOWEST: tl.constexpr = tl.constexpr(-3.0e38)  # below any logit; finite, so that
 
 
 @triton.jit
-def row_kernel(
+def cross_entropy_row_kernel(
     logits_ptr, labels_ptr, lse_ptr, target_ptr, first, stride,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STATISTICS: tl.constexpr, OVERWRITE: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def _launch(
 ) -> None:
     tokens, columns = logits.shape
     if tokens > 0:
-        row_kernel[(tokens,)](
+        cross_entropy_row_kernel[(tokens,)](
             logits, labels, lse, target, first, logits.stride(0),
             COLUMNS=columns, BLOCK=min(BLOCK, triton.next_power_of_2(columns)), STATISTICS=computed, OVERWRITE=overwrite,
             num_warps=NUM_WARPS,
