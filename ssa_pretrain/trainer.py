@@ -21,7 +21,7 @@ from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, EvaluationResult, StepResult, build_engine
-from ssa_pretrain.flops import peak_flops
+from ssa_pretrain.flops import peak_flops, row_flops
 from ssa_pretrain.log import Console, banner
 from ssa_pretrain.metrics import MetricsLogger
 from ssa_pretrain.parallel.state import Placement, start, stop
@@ -118,7 +118,7 @@ def loop(run: Run, log: MetricsLogger, step: int) -> None:
     config, last = run.config, last_step(run)
     if step == 0 and config.evaluation.at_start:
         evaluate(run, log, step)
-    saved, unread = step, None
+    saved, unread = step, []  # (record's step, result, FLOPs a token) of the step that is still under way
     while step < last:
         rate = learning_rate(step, config.optim, run.plan)
         batches = training_batches(run, step)
@@ -129,12 +129,10 @@ def loop(run: Run, log: MetricsLogger, step: int) -> None:
             due(step, config.evaluation.interval, run.plan.steps),
             due(step, config.checkpoint.interval, last),
         )
-        if unread is not None:
-            log.log_step(training_record(run, unread, step - 1))
-        unread = result
-        if evaluating or saving:
-            log.log_step(training_record(run, result, step))
-            unread = None
+        unread.append((step, result, flops_per_token(run, batches)))
+        while len(unread) > (0 if evaluating or saving else 1):
+            number, earlier, flops = unread.pop(0)
+            log.log_step(training_record(run, earlier, number), flops)
         if evaluating:
             evaluate(run, log, step)
         if saving:
@@ -151,6 +149,13 @@ def profiling(run: Run, step: int) -> AbstractContextManager[None]:
         return nullcontext()
     rank, memory = run.placement.rank, run.config.profile.memory
     return profiled(run.folder / "profile", step=step, rank=rank, memory=memory)
+
+
+def flops_per_token(run: Run, batches: list[Batch]) -> float:
+    """Return the model FLOPs of a token of a step, causal attention counted by document; over data ranks, the first one's share stands for all."""
+    lengths = [int(n) for batch in batches for n in batch.cu_seqlens.diff()]
+    row = row_flops(run.config.model, run.config.attention, lengths, run.plan.vocab_size)
+    return row.model / sum(lengths)
 
 
 def last_step(run: Run) -> int:

@@ -69,10 +69,10 @@ def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]
     rows = batches(config, placement, vocab, ACCUMULATED, short=False)
     counted = _counted(config, placement, ACCUMULATED)[Method.ssa]
     tp, dp = config.parallel.tp, placement.dp
-    name = "ssa step" + (f" tp{tp}" if tp > 1 else f" dp{dp}" if dp > 1 else "")
+    layout = f" tp{tp}" if tp > 1 else f" dp{dp}" if dp > 1 else ""
     return [
-        Variant(name=name, run=whole_step(with_method(engine, Method.ssa), rows), **counted),
-        Variant(name="optimizer", run=lambda: engine.update(LEARNING_RATE)),
+        Variant(name=f"ssa step{layout}", run=whole_step(with_method(engine, Method.ssa), rows), **counted),
+        Variant(name=f"optimizer{layout}", run=lambda: engine.update(LEARNING_RATE)),
     ]
 
 

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from ssa_pretrain.config import Config, EngineConfig, KernelImpl, LayerSpec, PrecisionName, Recompute
+from ssa_pretrain.config import Config, EngineConfig, EngineName, KernelImpl, LayerSpec, PrecisionName, Recompute
 from ssa_pretrain.model.attention import SSAAttention, SSAAttentionSubmodules
 from ssa_pretrain.model.gpt import Llama
 from ssa_pretrain.model.mlp import FeedForward
@@ -87,6 +87,8 @@ def build_model(config: Config, vocab_size: int, groups: ProcessGroupCollection,
     stages, rank = config.parallel.pp, groups.pp.rank()
     virtual = config.parallel.vpp
     scaling = config.model.rope_scaling
+    # The buffers that gradients are added into are megatron-core's.
+    fused = config.engine.fuse_gradient_accumulation and config.engine.name is EngineName.megatron
     model = Llama(
         config=core,
         transformer_layer_spec=_block_spec(config, core, rank, vp_stage),
@@ -103,9 +105,9 @@ def build_model(config: Config, vocab_size: int, groups: ProcessGroupCollection,
         pg_collection=groups,
         vp_stage=vp_stage,
         impl=kernel_impl(config),
-        fuse_gradient_accumulation=config.engine.fuse_gradient_accumulation,
+        fuse_gradient_accumulation=fused,
     )
-    if config.engine.fuse_gradient_accumulation:
+    if fused:
         _fuse_gradient_accumulation(model)
     offset = get_transformer_layer_offset(core, vp_stage, rank)
     initialise(model, config, tp_rank=groups.tp.rank(), layer_offset=offset)

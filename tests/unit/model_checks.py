@@ -222,6 +222,27 @@ def test_the_alignment_weighs_in_that_gradient(placement):
     assert abs(norms[1] / norms[0] - 1) > 0.03 and abs(norms[2] / norms[1] - 1) > 0.03
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
+def test_gradients_are_clipped_to_the_limit(placement, limit):
+    """AdamW hardly sees the gradient's size, so look at what reaches it."""
+    from ssa_pretrain.engine import build_engine
+
+    config = small_config()
+    config.optim.clip_grad = limit
+    engine = build_engine(config, placement, VOCAB)
+    reached = []
+    step = engine.optimizer.step_with_ready_grads
+
+    def look_and_step():
+        grads = [p.grad for o in engine.optimizer.chained_optimizers for p in o.get_parameters() if p.grad is not None]
+        reached.append(float(sum(g.double().pow(2).sum() for g in grads)) ** 0.5)
+        return step()
+
+    engine.optimizer.step_with_ready_grads = look_and_step
+    norm = engine.train_step(microbatches(), step=0, learning_rate=0.0).grad_norm
+    assert norm > 0.01 and reached == [pytest.approx(min(norm, limit) if limit else norm, rel=1e-4)]
+
+
 @pytest.mark.parametrize("method", [Method.full, Method.moba])
 def test_one_stream_methods_train_that_stream(placement, method):
     from ssa_pretrain.engine import build_engine
