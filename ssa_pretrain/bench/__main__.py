@@ -96,7 +96,7 @@ def main() -> None:
     quieten_libraries()
     from ssa_pretrain.bench.cases import CASES, LAYOUTS
     from ssa_pretrain.bench.tables import append, read, write_ratios
-    from ssa_pretrain.parallel.state import start, stop
+    from ssa_pretrain.parallel.state import leave_layout, start, stop
 
     for case in options.cases:
         config = run_config(options, LAYOUTS.get(case, {}), overlap=case == "dp2")
@@ -105,7 +105,8 @@ def main() -> None:
         if placement.is_first:
             append(folder, measured)
             print(write_ratios(folder, read(folder)), flush=True)
-        stop()
+        leave_layout()
+    stop()
 
 
 def run_config(options: Options, parallel: Mapping[str, Any], *, overlap: bool) -> Config:
