@@ -174,8 +174,7 @@ def _activation_bytes(config: Config, padded_vocab: int, num_microbatches: int) 
     if config.engine.recompute is Recompute.full:
         shards = parallel.tp if parallel.sequence_parallel else 1
         kept = tokens * model.hidden_size * size // shards
-    # Logits in the model's format, and twice in fp32 inside the cross entropy.
-    logits = tokens * padded_vocab // parallel.tp * (size + 8)
+    logits = tokens * padded_vocab // parallel.tp * size  # one buffer, which the cross entropy works in
     working = layer if config.engine.recompute is Recompute.full else 0
     first, last = in_flight * chunk * kept + working, chunk * parallel.vpp * kept + working + logits
     return max(first, last)
@@ -190,11 +189,13 @@ def _layer_bytes_a_token(config: Config, size: int) -> int:
     streams = 2 if method is Method.ssa else 1
     outputs = streams * (width * size + 4 * model.num_attention_heads)  # and their LSEs in fp32
     indices = 0 if method is Method.full else 4 * config.attention.top_k * model.num_kv_heads
-    if config.engine.recompute is Recompute.selective:
-        outputs = indices = 0
+    selective = config.engine.recompute is Recompute.selective
+    feed_forward = (
+        (2 if selective else 3) * model.ffn_hidden_size * size
+    )  # SwiGLU's input, and its output unless made again
     norms = 4 * model.hidden_size * size // shards  # both norms' inputs and outputs
     attention = (qkv + width) * size + outputs + indices  # q, k, v; the gated output
-    return norms + (attention + 3 * model.ffn_hidden_size * size) // tp
+    return norms + (attention + feed_forward) // tp
 
 
 def describe(config: Config, plan: Plan, overrides: Sequence[str] = ()) -> str:

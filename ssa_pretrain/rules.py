@@ -49,7 +49,11 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
     """
     rules = [Config.problems, _heads, _layers, _sequence, _rope, partial(_world, machine=machine)]
     rules += [partial(_batch, machine=machine), _length, partial(_kernels, machine=machine)]
-    rules += [partial(_layer_spec, machine=machine), partial(_fp8, machine=machine)]
+    rules += [
+        partial(_layer_spec, machine=machine),
+        partial(_fp8, machine=machine),
+        partial(_overlap_tp, machine=machine),
+    ]
     if machine.has_files:
         rules += [_initial_weights, _data]
     found: list[Problem] = []
@@ -209,6 +213,22 @@ def _layer_spec(config: Config, machine: Machine) -> list[Problem]:
     if spec is not LayerSpec.transformer_engine or not lacks:
         return []
     return [Problem("engine.layer_spec", spec, f"needs {lacks}", "try auto or local")]
+
+
+def _overlap_tp(config: Config, machine: Machine) -> list[Problem]:
+    """Tensor-parallel communication beside the matrix products."""
+    engine, parallel = config.engine, config.parallel
+    if not engine.overlap_tp:
+        return []
+    advice, reads = "try engine.overlap_tp=false", ("parallel.tp", "parallel.sequence_parallel", "engine.layer_spec")
+    rule = ""
+    if parallel.tp == 1 or not parallel.sequence_parallel:
+        rule = "needs parallel.tp above 1 and parallel.sequence_parallel=true: it splits their gathers and scatters"
+    elif engine.layer_spec is LayerSpec.local:
+        rule = "is Transformer Engine's, not engine.layer_spec=local's"
+    elif lacks := _lacking(machine):
+        rule = f"needs {lacks}"
+    return [Problem("engine.overlap_tp", True, rule, advice, reads)] if rule else []
 
 
 def _fp8(config: Config, machine: Machine) -> list[Problem]:

@@ -11,13 +11,13 @@ independent of accumulation, dp, tp and pp. Core does not scale what `attach_los
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -27,10 +27,14 @@ from ssa_pretrain.config import Config, Method, PrecisionName
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine import megatron_checkpoint
 from ssa_pretrain.engine.interface import EvaluationResult, StepResult
+from ssa_pretrain.engine.optimizer import build_optimizer
+from ssa_pretrain.engine.pending import PendingStep
+from ssa_pretrain.engine.user_buffers import start_user_buffers
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import build_model
 from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.profiling import OPTIMIZER_RANGE
 
 
 class MegatronEngine:
@@ -39,44 +43,58 @@ class MegatronEngine:
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
         self.config = config
         self.placement = placement
+        if config.engine.overlap_tp:
+            start_user_buffers(config)
         self.chunks = _build_chunks(config, placement, vocab_size)
         self.core = self.chunks[0].config
-        self.optimizer = _build_optimizer(config, self.chunks)
+        self.optimizer = build_optimizer(config, self.chunks)
         self._install_hooks()
         self._schedule = get_forward_backward_func()
 
-    def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> StepResult:
-        """See `Engine.train_step`."""
+    def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
+        """See `Engine.train_step`; on a GPU the step is queued when this returns, and reading its result waits for it."""
+        run, labels = self.forward_backward(batches, step=step)
+        norm = self.update(learning_rate)
+        figures = torch.cat([self._reduce(run), torch.stack([labels, norm.double()])])
+
+        def interpret(values: list[float]) -> StepResult:
+            sums = self._sums(values)
+            return StepResult(
+                cross_entropy=sums.loss / values[-2],
+                alignment_by_layer=sums.alignment,
+                captured_mass_by_layer=sums.mass,
+                grad_norm=values[-1],
+                full_share=sums.full_share,
+            )
+
+        return PendingStep(figures, interpret)
+
+    def forward_backward(self, batches: Sequence[Batch], *, step: int) -> tuple["_Run", Tensor]:
+        """Leave the global batch's gradients in their buffers; return what the passes found and the labels that count, on the device."""
         batches = [b.to(self.placement.device) for b in batches]
         count, labels = len(batches), self._count_labels(batches)
-        streams = [
-            main_stream(self.config.attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches
-        ]
-        both = self.config.attention.method is Method.ssa
-        scale = (
-            self.config.attention.alignment_weight / (self.config.model.num_layers * count * self.config.parallel.tp)
-            if both
-            else 0.0
-        )
+        attention = self.config.attention
+        streams = [main_stream(attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches]
+        both = attention.method is Method.ssa
+        scale = attention.alignment_weight / (self.config.model.num_layers * count * self.config.parallel.tp)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         run = _Run(count * self.placement.dp / labels)
-        self._forward_backward(batches, streams, run, counterpart=both, alignment_scale=scale, forward_only=False)
+        self._forward_backward(
+            batches, streams, run, counterpart=both, alignment_scale=scale if both else 0.0, forward_only=False
+        )
+        return run, labels
+
+    def update(self, learning_rate: float) -> Tensor:
+        """Take the optimizer's step over the gradients in the buffers; return their norm before clipping, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optim.weight_decay * group.get("wd_mult", 1.0)
-        _, grad_norm, _ = self.optimizer.step()
-        full = [float(s == "full") for s in streams]
-        sums = self._reduce(run, [sum(full), float(count)])
-        return StepResult(
-            cross_entropy=sums.loss / float(labels),
-            alignment_by_layer=sums.alignment,
-            captured_mass_by_layer=sums.mass,
-            grad_norm=float(grad_norm),
-            full_share=sums.extra[0] / sums.extra[1],
-        )
+        with torch.profiler.record_function(OPTIMIZER_RANGE):
+            _, norm, _ = self.optimizer.step()
+        return norm
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
@@ -91,7 +109,7 @@ class MegatronEngine:
             self._forward_backward(
                 batches, [mode] * len(batches), run, counterpart=True, alignment_scale=0.0, forward_only=True
             )
-        sums = self._reduce(run, [])
+        sums = self._sums(self._reduce(run).tolist())
         return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels))
 
     @torch.no_grad()
@@ -215,27 +233,36 @@ class MegatronEngine:
             forward_only=forward_only,
         )
 
-    def _reduce(self, run: "_Run", extra: list[float]) -> "_Sums":
-        """Return the step's sums and layer means over all ranks: tensor ranks average, stages and data ranks add up."""
+    def _reduce(self, run: "_Run") -> Tensor:
+        """Return the sums over all ranks, on the device: tensor ranks average, stages and data ranks add up.
+
+        By layer the alignments, the captured masses and how many microbatches gave them; then the cross entropies, the microbatches whose main
+        stream was full, and all microbatches.
+        """
         layers = self.config.model.num_layers
-        vector = torch.zeros(3 * layers + 1 + len(extra), dtype=torch.float64, device=self.placement.device)
-        for packed in run.packed:
-            for number, seen in packed.diagnostics.items():
-                vector[number - 1] += seen.alignment_loss
-                vector[layers + number - 1] += seen.captured_mass
-                vector[2 * layers + number - 1] += 1
-        vector[3 * layers] = sum((s.double() for s in run.sums), start=vector.new_zeros(()))
-        vector[3 * layers + 1 :] = torch.tensor(extra, dtype=torch.float64)
+        vector = torch.zeros(3 * layers + 3, dtype=torch.float64, device=self.placement.device)
+        for number in sorted({n for packed in run.packed for n in packed.diagnostics}):
+            seen = [packed.diagnostics[number] for packed in run.packed if number in packed.diagnostics]
+            vector[number - 1] = torch.stack([s.alignment_loss for s in seen]).double().sum()
+            vector[layers + number - 1] = torch.stack([s.captured_mass for s in seen]).double().sum()
+            vector[2 * layers + number - 1] = float(len(seen))
+        if run.sums:
+            vector[3 * layers] = torch.stack(run.sums).double().sum()
+        vector[3 * layers + 1] = float(sum(packed.main == "full" for packed in run.packed))
+        vector[3 * layers + 2] = float(len(run.packed))
         dist.all_reduce(vector)
-        vector /= self.config.parallel.tp
-        values = vector.tolist()
+        return vector / self.config.parallel.tp
+
+    def _sums(self, values: list[float]) -> "_Sums":
+        """Return what `_reduce` gave, by name."""
+        layers = self.config.model.num_layers
         counts = values[2 * layers : 3 * layers]
         seen = all(counts)
         return _Sums(
             loss=values[3 * layers],
             alignment=[v / n for v, n in zip(values[:layers], counts, strict=True)] if seen else [],
             mass=[v / n for v, n in zip(values[layers : 2 * layers], counts, strict=True)] if seen else [],
-            extra=values[3 * layers + 1 :],
+            full_share=values[3 * layers + 1] / values[3 * layers + 2],
         )
 
     def _from_last_stage(self, logits: Tensor | None, rows: int) -> Tensor:
@@ -265,13 +292,14 @@ class _Run:
         return total * self.scale, {}
 
 
+@dataclass(frozen=True, slots=True)
 class _Sums:
     """Reduced over all ranks."""
 
-    __slots__ = ("alignment", "extra", "loss", "mass")
-
-    def __init__(self, loss: float, alignment: list[float], mass: list[float], extra: list[float]) -> None:
-        self.loss, self.alignment, self.mass, self.extra = loss, alignment, mass, extra
+    loss: float
+    alignment: list[float]
+    mass: list[float]
+    full_share: float
 
 
 def _build_chunks(config: Config, placement: Placement, vocab_size: int) -> list[DistributedDataParallel]:
@@ -293,25 +321,3 @@ def _build_chunks(config: Config, placement: Placement, vocab_size: int) -> list
     for chunk in chunks:  # one configuration object, so that the schedules' hooks are set once
         chunk.config = chunks[0].config
     return chunks
-
-
-def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
-    low = config.precision.name is not PrecisionName.fp32
-    optim = config.optim
-    return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1,
-            adam_beta2=optim.beta2,
-            adam_eps=optim.eps,
-            clip_grad=optim.clip_grad,
-            bf16=low,
-            params_dtype=torch.bfloat16 if low else torch.float32,
-            use_distributed_optimizer=config.engine.distributed_optimizer,
-            overlap_param_gather=config.engine.overlap_param_gather,
-        ),
-        chunks,
-    )

@@ -93,9 +93,13 @@ def test_memory_follows_precision_and_sharding() -> None:
 
 
 def test_the_activation_estimate_is_near_a_measured_peak() -> None:
-    """Plain GPTModel, full attention, 1B, 2 x 8,192 tokens, bf16, no optimizer step: 42.6 GiB measured on an H100."""
+    """Plain GPTModel, full attention, 1B, 2 x 8,192 tokens, bf16, no optimizer step: 42.6 GiB measured on an H100.
+
+    Core's cross entropy holds the logits twice in fp32 beside the one buffer that ours works in.
+    """
     plan = planned("experiment=full_1b_8k", "attention.gate=false")
-    estimate = (plan.weight_bytes + plan.gradient_bytes + plan.activation_bytes) / GIB
+    core_logits = 2 * 8192 * plan.padded_vocab_size * 8
+    estimate = (plan.weight_bytes + plan.gradient_bytes + plan.activation_bytes + core_logits) / GIB
     assert estimate == pytest.approx(42.6, rel=0.1)
 
 
