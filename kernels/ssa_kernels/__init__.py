@@ -8,7 +8,7 @@ Shape letters: T query tokens, H query heads, G kv heads, D head dim, N chosen b
 """
 
 from .captured_mass import captured_mass
-from .documents import DocumentLayout, build_layout, query_slice
+from .documents import DocumentLayout, build_layout, query_runs, query_slice
 from .full_attention import full_attention
 from .gate_and_align.api import gate_and_align
 from .select.api import select_blocks
@@ -22,6 +22,7 @@ __all__ = [
     "captured_mass",
     "full_attention",
     "gate_and_align",
+    "query_runs",
     "query_slice",
     "select_blocks",
     "sparse_attention",

@@ -8,6 +8,10 @@ the alignment being a mean over all tokens of the global batch. Core divides a m
 gradient buffers average over data ranks; so the cross entropy enters as sum * (microbatches * dp / labels), with the labels counted over the
 global batch before the forward, and a layer's local alignment enters with scale alpha / (layers * microbatches * tp). Both are then
 independent of accumulation, dp, tp and pp. Core does not scale what `attach_loss` adds.
+
+Under context parallelism (parallel/context.py) a rank has 1 / cp of each microbatch's tokens. Core then averages gradients over dp * cp ranks and
+multiplies the loss, not what `attach_loss` adds, by cp. So the cross entropy's scale stays as it is, and so does the alignment's: its local
+mean is over 1 / cp of the tokens, and the average over ranks makes it the mean over all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,6 +33,7 @@ from ssa_pretrain.engine import megatron_checkpoint
 from ssa_pretrain.engine.interface import EvaluationResult, StepResult
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import build_model
+from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
 
@@ -39,6 +44,7 @@ class MegatronEngine:
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
         self.config = config
         self.placement = placement
+        self.context = ContextParallel(placement.groups.cp)
         self.chunks = _build_chunks(config, placement, vocab_size)
         self.core = self.chunks[0].config
         self.optimizer = _build_optimizer(config, self.chunks)
@@ -47,7 +53,7 @@ class MegatronEngine:
 
     def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> StepResult:
         """See `Engine.train_step`."""
-        batches = [b.to(self.placement.device) for b in batches]
+        batches = self._local(batches)
         count, labels = len(batches), self._count_labels(batches)
         streams = [
             main_stream(self.config.attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches
@@ -81,7 +87,7 @@ class MegatronEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
         """See `Engine.evaluate`."""
-        batches = [b.to(self.placement.device) for b in batches]
+        batches = self._local(batches)
         labels = self._count_labels(batches)
         self._gather_parameters()
         for chunk in self.chunks:
@@ -100,7 +106,7 @@ class MegatronEngine:
         self._gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        batch = batch.to(self.placement.device)
+        (batch,) = self._local([batch])
         ends = batch.cu_seqlens[1:].long() - 1
 
         def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module):
@@ -108,7 +114,8 @@ class MegatronEngine:
             out = chunk(
                 batch.tokens, batch.positions.unsqueeze(0), None, packed_seq_params=packed, runtime_gather_output=True
             )
-            return out, lambda logits, non_loss_data: logits[0, ends].float()
+            tokens = self.context.num_tokens(batch)
+            return out, lambda logits, non_loss_data: self.context.rows_at(logits[0], ends, tokens).float()
 
         count = self.config.parallel.pp if len(self.chunks) > 1 else 1  # interleaving wants whole rounds of the stages
         outputs = self._schedule(
@@ -116,7 +123,7 @@ class MegatronEngine:
             data_iterator=[iter([batch] * count) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=count,
-            seq_length=batch.tokens.shape[1],
+            seq_length=self.context.num_tokens(batch),
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
@@ -155,6 +162,10 @@ class MegatronEngine:
         if ddp.overlap_param_gather and len(self.chunks) > 1:
             self.core.param_sync_func = [c.start_param_sync for c in self.chunks]
 
+    def _local(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return this context rank's part of each microbatch, on the device."""
+        return [self.context.split(b).to(self.placement.device) for b in batches]
+
     def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
         """Return the labels that count in the global batch."""
         total = torch.zeros((), dtype=torch.float64, device=self.placement.device)
@@ -167,7 +178,7 @@ class MegatronEngine:
         length = self.config.data.sequence_length
         layout = build_layout(
             batch.cu_seqlens,
-            num_tokens=len(batch.positions),
+            num_tokens=self.context.num_tokens(batch),
             block_size=self.config.attention.block_size,
             max_length=length,
         )
@@ -178,7 +189,8 @@ class MegatronEngine:
             max_seqlen_q=length,
             max_seqlen_kv=length,
             positions=batch.positions,
-            documents=layout,
+            documents=self.context.queries(layout),
+            gather=self.context.gather if self.context.size > 1 else None,
             num_rows=batch.num_rows,
             main=main,
             counterpart=counterpart,
@@ -210,7 +222,7 @@ class MegatronEngine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
+            seq_length=self.context.num_tokens(batches[0]),
             micro_batch_size=1,
             forward_only=forward_only,
         )

@@ -44,6 +44,7 @@ class PackedTokens(PackedSeqParams):
         positions: int64 [tokens], each token's place in its document.
         documents: where documents and blocks lie, built once a microbatch.
         num_rows: rows of the microbatch if each is one document, else None.
+        gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, of which `documents` tells; else None.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: also compute the other stream, for the alignment and the captured mass.
         alignment_scale: d(total loss) / d(one layer's local alignment); 0 switches the gradient off.
@@ -53,6 +54,7 @@ class PackedTokens(PackedSeqParams):
     positions: Tensor = None
     documents: DocumentLayout = None
     num_rows: int | None = None
+    gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     main: str = "full"
     counterpart: bool = False
     alignment_scale: float = 0.0
@@ -128,6 +130,8 @@ class SSAAttention(MegatronModule):
         q, k, v, gate = self._project(hidden_states)
         cos, sin = angles(rotary_pos_emb, packed.positions)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if packed.gather is not None:
+            k, v = packed.gather(k, v)
         attend = self._both_streams if packed.counterpart else self._main_stream
         out = attend(q, k, v, gate, packed)
         return self.linear_proj(out.flatten(1).unsqueeze(1))
