@@ -119,7 +119,11 @@ def build_layout(
 
 
 def query_slice(layout: DocumentLayout, queries: slice | torch.Tensor) -> DocumentLayout:
-    """Returns the layout for a part of the queries (a slice, or their ascending int64 numbers) over all the keys."""
+    """Returns the layout for a part of the queries (a slice, or their ascending int64 numbers) over all the keys.
+
+    Selection in Triton takes 128 / G queries of the batch as one tile, which must not reach over more than some thousand block rows: give it
+    neighbours or a few, and runs of neighbours by `query_runs`.
+    """
     return replace(
         layout,
         query_start=layout.query_start[queries],

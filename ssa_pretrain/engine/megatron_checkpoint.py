@@ -13,7 +13,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}  # core adds to what it is handed: copies
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}  # core adds to what it is handed: copies
 
 
 def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
@@ -49,7 +52,8 @@ def _model_key(i: int, chunks: list) -> str:
 
 def _model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
     return {
-        _model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)
+        _model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=dict(METADATA))
+        for i, chunk in enumerate(chunks)
     }
 
 

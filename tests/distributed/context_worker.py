@@ -1,10 +1,13 @@
-"""One process of the context-parallel tests: as layout_worker.py, but over documents that fall badly, and three steps past the first.
+"""The processes of the context-parallel tests: as layout_worker.py, but over documents that fall badly, and four steps past the first.
 
+Started once, it imports everything and forks the processes of one world size after another: imports would take most of the time otherwise.
 A row of 96 tokens is cut at 24, 48 and 72 for two context ranks and every 12 for four, in blocks of 16: no cut but one lies on the block grid.
 """
 
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import torch
 import torch.distributed as dist
 from layout_worker import LENGTH, VOCAB, configure, gather_gradients
 from megatron.core import parallel_state
+from processes import free_port
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch, collate
@@ -28,15 +32,20 @@ STARTS = ((0,), (0, 1, 23, 24, 25, 95), (0, 11, 12, 13, 47, 72, 90), (0, 2, *ran
 ROWS = len(STARTS)
 
 
-def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
-    """Return this data rank's microbatches of the global batch, whole."""
-    generator = np.random.default_rng(step)
+def packed_rows(seed: int) -> list[Row]:
+    """Return random tokens in the documents of STARTS."""
+    generator = np.random.default_rng(seed)
     rows = []
     for places in STARTS:
         starts = np.zeros(LENGTH + 1, dtype=bool)
         starts[list(places)] = True
         rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
-    size = config.training.micro_batch_size
+    return rows
+
+
+def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
+    """Return this data rank's microbatches of the global batch, whole."""
+    rows, size = packed_rows(step), config.training.micro_batch_size
     return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, ROWS // size, dp)]
 
 
@@ -59,12 +68,14 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
         return [found.cross_entropy, found.grad_norm, *found.alignment_by_layer, *found.captured_mass_by_layer]
 
     records += [train(index) for index in range(STEPS)]
-    held_out = batches(config, placement.dp_rank, placement.dp, 99)[:1]
+    held_out = batches(config, placement.dp_rank, placement.dp, 99)[
+        : 2 // (placement.dp * config.training.micro_batch_size)
+    ]
     evaluated = []
     for mode in ("full", "sparse"):
         judged = engine.evaluate(held_out, mode=mode)
         evaluated.append([judged.cross_entropy, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
-    logits = engine.last_logits(batches(config, 0, ROWS, 7)[0], mode="sparse")
+    logits = engine.last_logits(collate(packed_rows(7)[1:2], index=0), mode="sparse")
     checkpoint = out / f"{name.rsplit('.', 1)[1]}.checkpoint"
     if placement.world_size == 1:  # what other layouts must be able to go on from
         checkpoint.mkdir()
@@ -109,9 +120,10 @@ def check_the_order(context: ContextParallel) -> None:
     assert found.flatten().tolist() == [10 * p for p in (tokens - 1, 0, 7, 7, tokens // 2)]
 
 
-def main() -> None:
-    """Run all cases of the file, layout by layout."""
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+def run_rank(rank: int, world_size: int, port: int, cases: dict[str, dict], out: Path) -> None:
+    """Be one process of a world size: run its cases, layout by layout."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
     configs = {name: configure(overrides) for name, overrides in cases.items()}
     by_layout = itertools.groupby(
         sorted(configs, key=lambda name: repr(configs[name].parallel)), key=lambda name: configs[name].parallel
@@ -126,6 +138,21 @@ def main() -> None:
             run_case(name, configs[name], placement, out)
         dist.barrier()
         parallel_state.destroy_model_parallel()
+
+
+def main() -> None:
+    """Run the file's cases, by world size; one process, whose checkpoints the others load, comes first."""
+    worlds, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    fork = multiprocessing.get_context("fork")
+    for world, cases in sorted((int(world), cases) for world, cases in worlds.items()):
+        port = free_port()
+        ranks = [fork.Process(target=run_rank, args=(rank, world, port, cases, out)) for rank in range(world)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            sys.exit(f"a process of {world} failed")
 
 
 if __name__ == "__main__":
