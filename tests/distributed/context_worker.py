@@ -50,7 +50,7 @@ def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
 
 
 def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
-    """Run four steps, evaluate, ask for logits, take a fifth step from the single process's checkpoint, and write this rank's part."""
+    """Run four steps, evaluate, ask for logits, perhaps take a fifth step from a checkpoint, and write this rank's part."""
     engine = build_engine(config, placement, VOCAB)
     records, captured = [], {}
     step = engine.optimizer.step
@@ -76,13 +76,14 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
         judged = engine.evaluate(held_out, mode=mode)
         evaluated.append([judged.cross_entropy, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
     logits = engine.last_logits(collate(packed_rows(7)[1:2], index=0), mode="sparse")
-    checkpoint = out / f"{name.rsplit('.', 1)[1]}.checkpoint"
-    if placement.world_size == 1:  # what other layouts must be able to go on from
-        checkpoint.mkdir()
-        engine.save(checkpoint)
-    elif name.split(".")[1] == "plain":
-        engine.load(checkpoint)
-    records.append(train(STEPS))
+    checkpoint = out / "checkpoint"
+    if name.endswith(".plain.ssa_full"):  # other layouts must be able to go on from the single process's checkpoint
+        if placement.world_size == 1:
+            checkpoint.mkdir()
+            engine.save(checkpoint)
+        else:
+            engine.load(checkpoint)
+        records.append(train(STEPS))
     part = {
         "records": records,
         "evaluated": evaluated,

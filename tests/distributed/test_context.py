@@ -35,6 +35,7 @@ VARIANTS = {
     "selective": {"engine.recompute": "selective"},
     "full_recompute": {"engine.recompute": "full"},
     "two_rows": {"training.micro_batch_size": 2},
+    "overlap": {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True},
 }
 
 
@@ -50,18 +51,19 @@ def build_cases() -> dict[int, dict[str, dict]]:
             cases[world][f"{layout}.{variant}.{method}"] = changes
 
     add("single", "plain", *METHODS)
-    add("cp2", "plain", *METHODS)
+    add("cp2", "plain", "ssa_full", "ssa_sparse", "full", "moba")
     add("cp2", "no_distributed_optimizer", "ssa_sparse")
     add("cp2", "selective", "ssa_full", "full", "moba")
     add("cp2", "full_recompute", "ssa_sparse", "full", "moba")
     add("cp2", "two_rows", "ssa_drawn_once")
     add("cp4", "plain", "ssa_full", "ssa_sparse", "full", "moba")
-    add("cp2_tp2", "plain", "ssa_sparse", "full")
+    add("cp2_tp2", "plain", "ssa_sparse")
     add("cp2_tp2_sp", "plain", "ssa_full", "moba")
-    add("cp2_pp2", "plain", "ssa_full", "moba")
+    add("cp2_pp2", "plain", "ssa_full")
     add("cp2_pp2", "full_recompute", "ssa_sparse")
-    add("cp2_dp2", "plain", "ssa_drawn", "full")
-    add("cp2_dp2", "no_distributed_optimizer", "ssa_full")
+    add("cp2_dp2", "plain", "ssa_full")
+    add("cp2_dp2", "overlap", "ssa_drawn")
+    add("cp2_dp2", "no_distributed_optimizer", "ssa_sparse")
     return cases
 
 
@@ -94,8 +96,11 @@ def test_context_parallelism_equals_the_single_process(results, name):
     for part in found["parts"]:
         for what in ("records", "evaluated"):
             ours, theirs = (torch.tensor(p[what], dtype=torch.float64) for p in (part, wanted["parts"][0]))
-            assert ours.shape == theirs.shape
-            torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=0.0, msg=lambda text, w=what: f"{w}: {text}")
+            steps = len(ours)  # some take a fifth step, from a checkpoint
+            assert steps == (5 if name.endswith(".plain.ssa_full") else 4) or what == "evaluated"
+            torch.testing.assert_close(
+                ours, theirs[:steps], rtol=TOLERANCE, atol=0.0, msg=lambda text, w=what: f"{w}: {text}"
+            )
         assert relative(part["logits"], wanted["parts"][0]["logits"]) < TOLERANCE
     names = {key.removeprefix("output:") for key in found["parameters"]}
     assert names == set(wanted["parameters"]), "the layouts hold different parameters"

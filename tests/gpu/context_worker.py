@@ -74,14 +74,14 @@ def run_case(config: Config, placement) -> dict:
         return step()
 
     engine.optimizer.step = step_and_capture
-    figures = []
+    figures, evaluated = [], []
     for index in range(STEPS):
         found = engine.train_step(batches(index), step=index, learning_rate=1e-2)
         figures.append([found.cross_entropy, found.grad_norm, *found.alignment_by_layer, *found.captured_mass_by_layer])
     for mode in ("full", "sparse"):
         judged = engine.evaluate(batches(99), mode=mode)
-        figures.append([judged.cross_entropy, 0.0, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
-    return {"figures": figures, "gradients": gradients}
+        evaluated.append([judged.cross_entropy, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
+    return {"figures": figures, "evaluated": evaluated, "gradients": gradients}
 
 
 def main() -> None:

@@ -48,11 +48,12 @@ def test_two_gpus_equal_one(results, precision, figures, gradients):
         if not name.startswith(precision):
             continue
         found = two[name]
-        ours, theirs = (torch.tensor(r["figures"], dtype=torch.float64) for r in (found, wanted))
-        torch.testing.assert_close(
-            ours[:, 1:], theirs[:, 1:], rtol=figures, atol=0.0, msg=lambda text, n=name: f"{n}: {text}"
-        )
-        torch.testing.assert_close(ours[:, 0], theirs[:, 0], rtol=min(figures, 1e-3), atol=0.0)
+        for what in ("figures", "evaluated"):
+            ours, theirs = (torch.tensor(r[what], dtype=torch.float64) for r in (found, wanted))
+            torch.testing.assert_close(
+                ours[:, 1:], theirs[:, 1:], rtol=figures, atol=0.0, msg=lambda text, n=name: f"{n}: {text}"
+            )
+            torch.testing.assert_close(ours[:, 0], theirs[:, 0], rtol=min(figures, 1e-3), atol=0.0)
         for key, gradient in wanted["gradients"].items():
             off = relative(found["gradients"][key], gradient)
             assert off < gradients, f"{name}: {key} off by {off:.1e}"
