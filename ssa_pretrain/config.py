@@ -213,16 +213,13 @@ class ParallelConfig:
     tp: int = 1  # tensor
     pp: int = 1  # pipeline
     vpp: int = 1  # virtual pipeline stages a rank; 1: no interleaving
-    cp: int = 1  # context
+    cp: int = 1  # context: a row's tokens over ranks, keys and values gathered in each layer
     sequence_parallel: bool = False  # shard norms and residuals over tp along the sequence
     world_size: int = 0  # processes; 0: what the launcher says (set it to plan a larger machine)
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
         found = at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + at_least("parallel", self, 0, "world_size")
-        if self.cp > 1:
-            rule = "is refused: context parallelism is not there yet"
-            found.append(Problem("parallel.cp", self.cp, rule, "try parallel.cp=1"))
         if self.vpp > 1 and self.pp in (1, 2):
             rule = "interleaves pipeline stages, and parallel.pp=1 has none"
             if self.pp == 2:

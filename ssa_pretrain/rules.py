@@ -5,12 +5,13 @@ so that one mistake is one line. What they know of the machine is a `Machine`, w
 another machine leaves it unknown.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ssa_pretrain.config import Config, KernelImpl, LayerSpec, PrecisionName
+from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, PrecisionName
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
 
@@ -47,7 +48,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         machine: what is known of the machine.
         wrong: keys with problems already; a section stands for all its keys.
     """
-    rules = [Config.problems, _heads, _layers, _sequence, _rope, partial(_world, machine=machine)]
+    rules = [Config.problems, _heads, _layers, _sequence, _context, _rope, partial(_world, machine=machine)]
     rules += [partial(_batch, machine=machine), _length, partial(_kernels, machine=machine)]
     rules += [
         partial(_layer_spec, machine=machine),
@@ -108,10 +109,28 @@ def _sequence(config: Config) -> list[Problem]:
     if length % block:
         rule, advice = f"must be a multiple of attention.block_size={block}", join(nearest_multiples(length, block))
         return [Problem("data.sequence_length", length, rule, f"try {advice}", reads[:1])]
-    if config.parallel.sequence_parallel and length % tp:
+    if config.parallel.sequence_parallel and config.parallel.cp == 1 and length % tp:
         rule = f"must be a multiple of parallel.tp={tp} under parallel.sequence_parallel=true"
         return [Problem("data.sequence_length", length, rule, f"try {join(nearest_multiples(length, tp))}", reads)]
     return []
+
+
+def _context(config: Config) -> list[Problem]:
+    """Context parallelism over the row: two chunks a rank, each whole for tensor parallelism that shards the sequence."""
+    parallel, length = config.parallel, config.data.sequence_length
+    if parallel.cp < 2 or min(parallel.tp, length, config.attention.block_size) < 1:
+        return []
+    if config.engine.name is not EngineName.megatron:
+        advice = "try engine=megatron or parallel.cp=1"
+        return [Problem("parallel.cp", parallel.cp, "needs engine.name=megatron", advice, ("engine.name",))]
+    shards = parallel.tp if parallel.sequence_parallel else 1
+    if length % (2 * parallel.cp * shards) == 0:
+        return []
+    reads = ("parallel.cp", "parallel.tp", "parallel.sequence_parallel", "attention.block_size")
+    factors = f"2 * parallel.cp={parallel.cp}" + (f" * parallel.tp={shards}" if shards > 1 else "")
+    rule = f"must be a multiple of {factors}: two chunks of a row on each context-parallel rank"
+    unit = math.lcm(2 * parallel.cp * shards, config.attention.block_size)
+    return [Problem("data.sequence_length", length, rule, f"try {join(nearest_multiples(length, unit))}", reads)]
 
 
 def _rope(config: Config) -> list[Problem]:
@@ -243,7 +262,7 @@ def _fp8(config: Config, machine: Machine) -> list[Problem]:
         return [Problem("precision.name", name, rule, "try engine.layer_spec=auto", ("engine.layer_spec",))]
     gate = model.num_attention_heads if config.attention.gate else 0
     qkv = (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim + gate
-    tokens = config.training.micro_batch_size * config.data.sequence_length
+    tokens = config.training.micro_batch_size * config.data.sequence_length // max(1, config.parallel.cp)
     widths = {
         "model.hidden_size": (model.hidden_size, model.hidden_size),
         "model.ffn_hidden_size": (model.ffn_hidden_size, model.ffn_hidden_size // tp),
@@ -251,7 +270,7 @@ def _fp8(config: Config, machine: Machine) -> list[Problem]:
         "training.micro_batch_size": (config.training.micro_batch_size, tokens),
     }
     rule = f"makes a matrix of {{}} on a rank, and precision=fp8 needs a multiple of {FP8_MULTIPLE}"
-    reads = ("parallel.tp", "data.sequence_length", "model.num_attention_heads", "model.num_kv_heads")
+    reads = ("parallel.tp", "parallel.cp", "data.sequence_length", "model.num_attention_heads", "model.num_kv_heads")
     wrong = {key: pair for key, pair in widths.items() if pair[1] % FP8_MULTIPLE}
     return [
         Problem(key, value, rule.format(width), "try precision=bf16", reads) for key, (value, width) in wrong.items()

@@ -336,7 +336,7 @@ def start_reporting(run: Run, console: Console) -> Tracker | None:
             {
                 "run": f"{config.name} -> {run.folder}",
                 "model": f"{config.model.name}, {plan.parameters:,} parameters, attention {config.attention.method.value}",
-                "layout": f"{plan.world_size} x {device_name(run.placement)}: tp {plan.tp}, pp {plan.pp}, dp {plan.dp}, {config.precision.name.value}",
+                "layout": f"{plan.world_size} x {device_name(run.placement)}: tp {plan.tp}, pp {plan.pp}, {f'cp {plan.cp}, ' if plan.cp > 1 else ''}dp {plan.dp}, {config.precision.name.value}",
                 "data": f"{config.data.path}, rows of {config.data.sequence_length} tokens, vocabulary {plan.vocab_size:,}",
                 "length": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens = {plan.total_tokens:,} tokens",
             }

@@ -8,6 +8,10 @@ the alignment being a mean over all tokens of the global batch. Core divides a m
 gradient buffers average over data ranks; so the cross entropy enters as sum * (microbatches * dp / labels), with the labels counted over the
 global batch before the forward, and a layer's local alignment enters with scale alpha / (layers * microbatches * tp). Both are then
 independent of accumulation, dp, tp and pp. Core does not scale what `attach_loss` adds.
+
+Under context parallelism (parallel/context.py) a rank has 1 / cp of each microbatch's tokens. Core then averages gradients over dp * cp ranks and
+multiplies the loss, not what `attach_loss` adds, by cp. So the cross entropy's scale stays as it is, and so does the alignment's: its local
+mean is over 1 / cp of the tokens, and the average over ranks makes it the mean over all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,6 +36,7 @@ from ssa_pretrain.engine.pending import PendingStep
 from ssa_pretrain.engine.user_buffers import start_user_buffers
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import build_model
+from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.profiling import OPTIMIZER_RANGE
@@ -45,6 +50,7 @@ class MegatronEngine:
         self.placement = placement
         if config.engine.overlap_tp:
             start_user_buffers(config)
+        self.context = ContextParallel(placement.groups.cp)
         self.chunks = _build_chunks(config, placement, vocab_size)
         self.core = self.chunks[0].config
         self.optimizer = build_optimizer(config, self.chunks)
@@ -71,7 +77,7 @@ class MegatronEngine:
 
     def forward_backward(self, batches: Sequence[Batch], *, step: int) -> tuple["_Run", Tensor]:
         """Leave the global batch's gradients in their buffers; return what the passes found and the labels that count, on the device."""
-        batches = [b.to(self.placement.device) for b in batches]
+        batches = self._local(batches)
         count, labels = len(batches), self._count_labels(batches)
         attention = self.config.attention
         streams = [main_stream(attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches]
@@ -99,7 +105,7 @@ class MegatronEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
         """See `Engine.evaluate`."""
-        batches = [b.to(self.placement.device) for b in batches]
+        batches = self._local(batches)
         labels = self._count_labels(batches)
         self._gather_parameters()
         for chunk in self.chunks:
@@ -118,7 +124,7 @@ class MegatronEngine:
         self._gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        batch = batch.to(self.placement.device)
+        (batch,) = self._local([batch])
         ends = batch.cu_seqlens[1:].long() - 1
 
         def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module):
@@ -126,7 +132,8 @@ class MegatronEngine:
             out = chunk(
                 batch.tokens, batch.positions.unsqueeze(0), None, packed_seq_params=packed, runtime_gather_output=True
             )
-            return out, lambda logits, non_loss_data: logits[0, ends].float()
+            tokens = self.context.num_tokens(batch)
+            return out, lambda logits, non_loss_data: self.context.rows_at(logits[0], ends, tokens).float()
 
         count = self.config.parallel.pp if len(self.chunks) > 1 else 1  # interleaving wants whole rounds of the stages
         outputs = self._schedule(
@@ -134,7 +141,7 @@ class MegatronEngine:
             data_iterator=[iter([batch] * count) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=count,
-            seq_length=batch.tokens.shape[1],
+            seq_length=self.context.num_tokens(batch),
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
@@ -173,6 +180,10 @@ class MegatronEngine:
         if ddp.overlap_param_gather and len(self.chunks) > 1:
             self.core.param_sync_func = [c.start_param_sync for c in self.chunks]
 
+    def _local(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return this context rank's part of each microbatch, on the device."""
+        return [self.context.split(b).to(self.placement.device) for b in batches]
+
     def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
         """Return the labels that count in the global batch."""
         total = torch.zeros((), dtype=torch.float64, device=self.placement.device)
@@ -185,7 +196,7 @@ class MegatronEngine:
         length = self.config.data.sequence_length
         layout = build_layout(
             batch.cu_seqlens,
-            num_tokens=len(batch.positions),
+            num_tokens=self.context.num_tokens(batch),
             block_size=self.config.attention.block_size,
             max_length=length,
         )
@@ -196,7 +207,8 @@ class MegatronEngine:
             max_seqlen_q=length,
             max_seqlen_kv=length,
             positions=batch.positions,
-            documents=layout,
+            documents=self.context.queries(layout),
+            gather=self.context.gather if self.context.size > 1 else None,
             num_rows=batch.num_rows,
             main=main,
             counterpart=counterpart,
@@ -228,7 +240,7 @@ class MegatronEngine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
+            seq_length=self.context.num_tokens(batches[0]),
             micro_batch_size=1,
             forward_only=forward_only,
         )

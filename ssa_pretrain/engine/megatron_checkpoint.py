@@ -13,14 +13,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}  # core adds to what it is handed: copies
 
 
 def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
     """Write weights and optimizer into `folder`, which exists and is empty."""
     state = _model_state(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(state, metadata=METADATA)
-    dist_checkpointing.save(state, str(folder), content_metadata=METADATA)
+    state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(METADATA))
+    dist_checkpointing.save(state, str(folder), content_metadata=dict(METADATA))
 
 
 def load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
@@ -28,7 +31,7 @@ def load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None
     state = _model_state(chunks)
     if optimizer is not None:
         _prime(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
     loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[_model_key(i, chunks)], strict=True)
@@ -49,7 +52,8 @@ def _model_key(i: int, chunks: list) -> str:
 
 def _model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
     return {
-        _model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)
+        _model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=dict(METADATA))
+        for i, chunk in enumerate(chunks)
     }
 
 

@@ -49,6 +49,7 @@ class PackedTokens(PackedSeqParams):
         positions: int64 [tokens], each token's place in its document.
         documents: where documents and blocks lie, built once a microbatch.
         num_rows: rows of the microbatch if each is one document, else None.
+        gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, of which `documents` tells; else None.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: also compute the other stream, for the alignment and the captured mass.
         alignment_scale: d(total loss) / d(one layer's local alignment); 0 switches the gradient off.
@@ -58,6 +59,7 @@ class PackedTokens(PackedSeqParams):
     positions: Tensor = None
     documents: DocumentLayout = None
     num_rows: int | None = None
+    gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     main: str = "full"
     counterpart: bool = False
     alignment_scale: float = 0.0
@@ -131,6 +133,8 @@ class SSAAttention(MegatronModule):
         """Return (output [tokens, 1, M], bias or None) for hidden states [tokens, 1, M] (tokens / tp of them under sequence parallelism)."""
         packed = packed_seq_params
         q, k, v, gate_logits = self._project(hidden_states, rotary_pos_emb, packed.positions)
+        if packed.gather is not None:
+            k, v = packed.gather(k, v)
         attend = self._both_streams if packed.counterpart else self._main_stream
         out = attend(q, k, v, gate_logits, packed)
         return self.linear_proj(out.flatten(1).unsqueeze(1))

@@ -111,6 +111,18 @@ def test_the_quickstart_passes_with_and_without_a_gpu(machine: Machine) -> None:
             "try 504 or 516",
         ),
         (
+            (*BASE, "parallel.cp=3"),
+            3,
+            "data.sequence_length=512 must be a multiple of 2 * parallel.cp=3: two chunks of a row on each "
+            "context-parallel rank; try 480 or 528",
+        ),
+        (
+            ("experiment=ssa_1b_32k", "parallel=tp2_sp", "parallel.cp=3"),
+            6,
+            "data.sequence_length=32768 must be a multiple of 2 * parallel.cp=3 * parallel.tp=2: two chunks of a row on "
+            "each context-parallel rank; try 32736 or 32784",
+        ),
+        (
             ("experiment=ssa_1b_32k", "model.rope_scaling.factor=2"),
             1,
             "model.rope_scaling.factor=2.0 stretches RoPE to 16384 tokens, fewer than data.sequence_length=32768; try 4",
