@@ -10,6 +10,7 @@ keys, values and gates together and Transformer Engine's fused norm feeds the ga
 It does not know the schedule, the optimizer or which engine runs it, and it holds no key-value cache.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
