@@ -26,7 +26,7 @@ NAVIGATION = etree.XPath(
     "//div[contains(@class,'navheader') or contains(@class,'navfooter') or contains(@class,'sphinxsidebar') "
     "or contains(@class,'related') or @class='toc' or contains(@class,'tocset') or contains(@class,'navset') or @id='leftnav'] | //a[@class='headerlink']"
 )
-MAIN = etree.XPath("(//main | //div[@role='main'] | //article)[1]")
+MAIN = etree.XPath("(//main | //div[@role='main'])[1]")
 
 SPACES = re.compile(r"[ \t\r\n]+")
 EMPTY_LINES = re.compile(r"\n\s*\n\s*")

@@ -145,21 +145,32 @@ class _Handler(BaseHTTPRequestHandler):
             "private": False,
             "cardData": {"license": "odc-by"},
             "siblings": [
-                {"rfilename": name, "size": len(raw), "blobId": "b" * 40, "lfs": _lfs(raw)} for name, raw in hub.files.items()
+                {"rfilename": name, "size": len(raw), "blobId": "b" * 40, "lfs": _lfs(raw)}
+                for name, raw in hub.files.items()
             ],
         }
 
     def _tree(self, hub: Hub, folder: str) -> list[dict]:
         inside = {name: raw for name, raw in hub.files.items() if name.rpartition("/")[0] == folder}
         return [
-            {"type": "file", "path": name, "size": len(raw), "oid": "b" * 40, "lfs": {**_lfs(raw), "oid": _lfs(raw)["sha256"]}}
+            {
+                "type": "file",
+                "path": name,
+                "size": len(raw),
+                "oid": "b" * 40,
+                "lfs": {**_lfs(raw), "oid": _lfs(raw)["sha256"]},
+            }
             for name, raw in inside.items()
         ]
 
     def _json(self, content, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Type": "application/json", "Content-Length": str(len(body))}.items():
+        for name, value in {
+            **(headers or {}),
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
