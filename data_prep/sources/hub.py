@@ -217,7 +217,6 @@ def _download(source: HubSource, listing: Listing, file: RemoteFile, place: Path
             revision=listing.commit,
             local_dir=place,
             endpoint=source.endpoint,
-            force_download=True,
         )
         size, sha256 = path.stat().st_size, file_sha256(path)
         if size != file.size:

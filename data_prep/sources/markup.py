@@ -31,6 +31,8 @@ MAIN = etree.XPath("(//main | //div[@role='main'])[1]")
 SPACES = re.compile(r"[ \t\r\n]+")
 EMPTY_LINES = re.compile(r"\n\s*\n\s*")
 
+OSIS_TITLE = re.compile(r"<(/?)title\b")  # a chapter's heading; in HTML a page has one title, outside its text
+
 DICT_DIGITS = {c: n for n, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
 
 
@@ -102,4 +104,5 @@ def sword_blocks(index: Path) -> Iterator[str]:
     packed = index.with_suffix(index.suffix[:-1] + "z").read_bytes()
     for offset, size, _ in struct.iter_unpack("<III", index.read_bytes()):
         if size:
-            yield html_text(zlib.decompress(packed[offset : offset + size]).decode("utf-8", errors="replace"))
+            block = zlib.decompress(packed[offset : offset + size]).decode("utf-8", errors="replace")
+            yield html_text(OSIS_TITLE.sub(r"<\1h1", block))

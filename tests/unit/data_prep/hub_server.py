@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -86,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = next((f for f in hub.faults if f.method == method and re.search(f.pattern, path) and f.times > 0), None)
         if fault:
             fault.times -= 1
-            time.sleep(fault.stall)
+            threading.Event().wait(fault.stall)  # the tests make time.sleep return at once
             if fault.status:
                 self._json({"error": "injected"}, fault.status)
                 return

@@ -112,7 +112,7 @@ class _Objects(BaseHTTPRequestHandler):
         elif fault == "truncated":
             self._send(200, body[: len(body) // 2])
         elif fault == "stall":
-            time.sleep(1.5)
+            threading.Event().wait(1.5)  # the tests make time.sleep return at once
             self._send(200, body)
         else:
             self._send(200, body)

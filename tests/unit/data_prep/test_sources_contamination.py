@@ -69,10 +69,10 @@ def test_case_and_punctuation_hide_nothing():
 
 
 def test_short_held_out_document_is_compared_whole():
-    index = HeldOut(["Größe zählt nicht.".encode()])
-    assert index.compare("größe  zählt nicht".encode()).duplicate is False  # only ASCII letters are folded
-    assert index.compare("Größe zählt: nicht!".encode()).duplicate
-    assert not index.overlaps("Größe zählt nicht immer".encode())
+    index = HeldOut(["Äpfel zählen nicht.".encode()])
+    assert index.compare("äpfel  zählen nicht".encode()).duplicate is False  # only ASCII letters are folded
+    assert index.compare("Äpfel ZäHLEN: nicht!".encode()).duplicate
+    assert not index.overlaps("Äpfel zählen nicht immer".encode())
 
 
 def test_empty_texts_are_no_contamination():

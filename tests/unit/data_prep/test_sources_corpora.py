@@ -1,6 +1,8 @@
 """The corpora of one command: parts in order, wheels as data, and no held-out text in training."""
 
+import gzip
 import json
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -31,8 +33,6 @@ def cache(tmp_path) -> Path:
             path = tmp_path / "debian" / f"{package}.d" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if text is None:
-                import gzip
-
                 path.write_bytes(gzip.compress(ESSAY.encode()))
             else:
                 path.write_text(text)
@@ -42,7 +42,9 @@ def cache(tmp_path) -> Path:
     )
     sources = {f"pack/m{n}.py": f"'''Module {n}.'''\n" + f"value_{n} = make_value()\n" * 100 for n in range(10)}
     sources["pack/table.py"] = "x = (1, 2, 3, 4, 5)\n" * 200
-    sources["pack/wiki.py"] = f"'''{entries['Title 3']['extract']}'''\n" + "use_it_all = True\n" * 100
+    sources["pack/wiki.py"] = (
+        f"'''{textwrap.fill(entries['Title 3']['extract'], 100)}'''\n" + "use_it_all = True\n" * 100
+    )
     sources["pack/data.json"] = "no"
     wheel(tmp_path, "pack-1.0-py3-none-any.whl", sources)
     return tmp_path
