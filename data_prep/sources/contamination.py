@@ -1,7 +1,7 @@
 """Whether training text holds what is held out: equal documents, and any run of thirteen equal words.
 
-Text is compared in a normal form: ASCII letters in lower case, everything that is not a letter or digit (of any script) is a
-space. Two documents are the same if their normal forms are; they overlap if one run of `WORDS` words is in both (the length that
+Text is compared in a normal form: ASCII letters in lower case, every other ASCII character that is no digit a space, characters
+beyond ASCII as they are. Two documents are the same if their normal forms are; they overlap if one run of `WORDS` words is in both (the length that
 GPT-3's authors chose, arXiv 2005.14165, appendix C). A held-out document of fewer words is compared whole.
 
 All in numpy, at some 40 MB/s on one core: with H[i] the polynomial hash of the first i bytes modulo 2**64, the hash of a word is a

@@ -86,6 +86,9 @@ class Store(ThreadingHTTPServer):
         self.delay = 0.0
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
+    def handle_error(self, request, client_address) -> None:
+        """A client that hung up is what some tests are about."""
+
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
