@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from data_prep import config as settings
 from data_prep.errors import ConfigurationError, InputError
 from data_prep.pipeline import prepare_dataset
+from data_prep.sources.catalog import SOURCES
 from data_prep.validate import validate_dataset
 from ssa_pretrain.data.indexed_format import Manifest
 
@@ -38,13 +39,7 @@ CONF = Path(__file__).parent / "conf"
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 SCHEMAS = {
-    "source": {
-        "quickstart": settings.QuickstartSource,
-        "local_docs": settings.LocalDocsSource,
-        "jsonl": settings.JsonlSource,
-        "parquet": settings.ParquetSource,
-        "text": settings.TextSource,
-    },
+    "source": {kind: source.settings for kind, source in SOURCES.items()},
     "tokenizer": {"bpe": settings.BpeTokenizer, "llama3": settings.Llama3Tokenizer, "file": settings.FileTokenizer},
 }
 

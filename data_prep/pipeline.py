@@ -22,17 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.config import Config, LocalDocsSource, QuickstartSource, Verify
+from data_prep.config import Config, Verify
 from data_prep.errors import InputError
 from data_prep.files import digest, only_writer, read_json, write_atomically
 from data_prep.planning import Shard, Subset, file_sums, input_digest, plan_shards
 from data_prep.pool import Job, make_shards, num_workers
 from data_prep.readers import read_piece
 from data_prep.shards import counts_path, finished_record, shard_fingerprint
-from data_prep.sources.files import find_files
-from data_prep.sources.local_docs import extract_local_docs
-from data_prep.sources.quickstart import extract_quickstart
-from data_prep.sources.store import has_other_text, stored_text
+from data_prep.sources.catalog import SOURCES
+from data_prep.sources.store import TextStore, described, has_other_text, stored_text
 from data_prep.tokenizer.backends import choose_backend
 from data_prep.tokenizer.encoding import Vocabulary
 from data_prep.tokenizer.vocabulary import prepare_vocabulary
@@ -87,20 +85,17 @@ def prepare_dataset(config: Config, say: Say) -> Manifest:
 
 def fetch(config: Config, out: Path, say: Say) -> tuple[list[Subset], list[dict[str, Any]]]:
     """Returns the parts of the corpus, and their description for the manifest."""
-    source = config.source
-    if isinstance(source, QuickstartSource | LocalDocsSource):
-        key = {"version": EXTRACTION_VERSION, **asdict(source)}
-        if (out / "manifest.json").exists() and not config.overwrite and has_other_text(out / "text", key):
-            raise _other_dataset(config)  # before its text is replaced
-        say("text: extracting it once, kept in " + str(out / "text"))
-        if isinstance(source, QuickstartSource):
-            extract = partial(extract_quickstart, source)
-        else:
-            extract = partial(extract_local_docs, source, Path(config.cache).expanduser().absolute(), say)
-        subsets, counts = stored_text(out / "text", key, extract)
-        return subsets, [{"kind": source.kind, **count} for count in counts]
-    subset = find_files(source)
-    return [subset], [{"kind": source.kind, "name": subset.name, "files": len(subset.files)}]
+    settings, source = config.source, SOURCES[config.source.kind]
+    cache = Path(config.cache).expanduser().absolute()
+    if not source.remembered:
+        store = TextStore(out / "text", cache)
+        source.fetch(settings, store, say)
+        return store.subsets(), [{"kind": settings.kind, **count} for count in described(store)]
+    key = {"version": EXTRACTION_VERSION, **asdict(settings)}
+    if (out / "manifest.json").exists() and not config.overwrite and has_other_text(out / "text", key):
+        raise _other_dataset(config)  # before its text is replaced
+    subsets, counts = stored_text(out / "text", key, lambda store: source.fetch(settings, store, say), cache)
+    return subsets, [{"kind": settings.kind, **count} for count in counts]
 
 
 @dataclass(frozen=True, slots=True)
