@@ -93,6 +93,8 @@ class TiktokenBackend:
                 for token, rank in content["model"]["vocab"].items()
                 if token not in added
             }
+            if content["model"]["type"] != "BPE" or any(bytes([byte]) not in ranks for byte in range(256)):
+                raise ValueError(f"a {content['model']['type']} model without a token for every byte")
             self._encoding = tiktoken.Encoding(
                 name=path,
                 pat_str=_word_pattern(content["pre_tokenizer"]),
