@@ -13,7 +13,6 @@ from omegaconf import MISSING
 
 from data_prep.run_config import (
     IndexConfig,
-    LocalExecutor,
     MergeConfig,
     MixConfig,
     Packing,
@@ -230,7 +229,7 @@ class Config:
     packing: PackingConfig = field(default_factory=PackingConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
-    executor: Any = field(default_factory=LocalExecutor)
+    executor: Any = MISSING
     index: IndexConfig = field(default_factory=IndexConfig)
     stats: StatsConfig = field(default_factory=StatsConfig)
     shard_mb: float = (
