@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.config import Config
 from data_prep.errors import InputError
-from data_prep.files import write_json
+from data_prep.files import read_json, write_json
 from data_prep.planning import Shard, Subset, file_sums, input_digest, plan_shards
 from data_prep.progress import Say
 from data_prep.shards import Job, shard_fingerprint
@@ -116,7 +116,8 @@ def write_plan(out: Path, config: Config, corpus: Corpus | None) -> None:
             }
             for shard, text in zip(corpus.shards, corpus.inputs, strict=True)
         ]
-    write_json(out / "work" / "plan.json", plan)
+    if read_json(out / "work" / "plan.json") != plan:
+        write_json(out / "work" / "plan.json", plan)
 
 
 def _key(config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from data_prep.budget import choose, shares
 from data_prep.config import Config, Verify
 from data_prep.corpus import Work
+from data_prep.errors import InputError
 from data_prep.executors import launch
 from data_prep.files import remove_unfinished
 from data_prep.merging import merged_stems
@@ -129,12 +130,20 @@ def _first_documents(shards: list[Shard]) -> list[str]:
     chosen = shards[:: max(1, len(shards) // 20)][:20]
     texts: list[str] = []
     for shard in chosen:
-        size = 0
-        for text, raw in islice(read_piece(shard.pieces[0], lambda _: None), SAMPLE_DOCUMENTS // len(chosen)):
-            size += len(raw)
-            if size > SAMPLE_BYTES // len(chosen):
-                break
-            texts.append(text)
+        try:
+            texts += _beginning(shard, SAMPLE_DOCUMENTS // len(chosen), SAMPLE_BYTES // len(chosen))
+        except InputError as error:
+            raise InputError(f"{error} (shard {shard.stem})") from None
+    return texts
+
+
+def _beginning(shard: Shard, documents: int, most_bytes: int) -> list[str]:
+    texts, size = [], 0
+    for text, raw in islice(read_piece(shard.pieces[0], lambda _: None), documents):
+        size += len(raw)
+        if size > most_bytes:
+            break
+        texts.append(text)
     return texts
 
 

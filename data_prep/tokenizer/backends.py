@@ -95,7 +95,7 @@ class TiktokenBackend:
             }
             if content["model"]["type"] != "BPE" or any(bytes([byte]) not in ranks for byte in range(256)):
                 raise ValueError(f"a {content['model']['type']} model without a token for every byte")
-            self._encoding = tiktoken.Encoding(
+            self.encoding = tiktoken.Encoding(
                 name=path,
                 pat_str=_word_pattern(content["pre_tokenizer"]),
                 mergeable_ranks=ranks,
@@ -108,8 +108,8 @@ class TiktokenBackend:
     def encode(self, texts: list[str]) -> Encoded:
         """Returns the ids of all texts end to end, and how many each has."""
         if self._specials_as_text:
-            return _joined([self._encoding.encode_ordinary(text) for text in texts])
-        return _joined([self._encoding.encode(text, allowed_special="all") for text in texts])
+            return _joined([self.encoding.encode_ordinary(text) for text in texts])
+        return _joined([self.encoding.encode(text, allowed_special="all") for text in texts])
 
 
 BACKENDS = {"hf": HuggingFaceBackend, "gigatoken": GigatokenBackend, "tiktoken": TiktokenBackend}

@@ -351,7 +351,9 @@ def test_workers_end_with_their_parent(tmp_path, settings):
     workers: set[int] = set()
     deadline = time.monotonic() + 60
     while len(workers) < 2 and time.monotonic() < deadline:
-        workers = {int(p.name.split(".")[-2]) for p in (tmp_path / "dataset" / "work" / "shards" / "train").glob("*.tmp")}
+        workers = {
+            int(p.name.split(".")[-2]) for p in (tmp_path / "dataset" / "work" / "shards" / "train").glob("*.tmp")
+        }
         time.sleep(0.01)
     process.kill()
     process.communicate()

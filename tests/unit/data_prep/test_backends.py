@@ -45,7 +45,9 @@ def choose(vocabulary: Vocabulary, asked: BackendChoice = BackendChoice.auto, te
     return name, reason
 
 
-@pytest.mark.parametrize("name", [pytest.param("gigatoken", marks=needs_gigatoken), pytest.param("tiktoken", marks=needs_tiktoken)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gigatoken", marks=needs_gigatoken), pytest.param("tiktoken", marks=needs_tiktoken)]
+)
 def test_every_backend_gives_the_same_ids(vocabulary, name):
     one = Encoder(vocabulary, "hf").encode(NASTY)
     other = Encoder(vocabulary, name).encode(NASTY)
@@ -80,7 +82,9 @@ def test_tiktoken_is_the_second_choice(vocabulary, monkeypatch):
     monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "gigatoken" else known(name))
     name, reason = choose(vocabulary)
     assert name == "tiktoken"
-    assert reason == "gigatoken is not installed (pip install gigatoken makes it faster); the same ids as hf on a sample"
+    assert (
+        reason == "gigatoken is not installed (pip install gigatoken makes it faster); the same ids as hf on a sample"
+    )
     assert choose(vocabulary, BackendChoice.tiktoken) == ("tiktoken", "the same ids as hf on a sample")
 
 

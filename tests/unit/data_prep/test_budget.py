@@ -69,7 +69,9 @@ def test_budget_without_weights_follows_the_text():
 
 
 def test_mix_and_corpus_must_name_the_same_parts():
-    with pytest.raises(ConfigurationError, match=r"mix.weights has no weight for code; add one, or leave that part out"):
+    with pytest.raises(
+        ConfigurationError, match=r"mix.weights has no weight for code; add one, or leave that part out"
+    ):
         shares(MixConfig(weights={"web": 1}), CORPUS)
     absent = {"web": 6, "code": 2, "books": 8}
     with pytest.raises(ConfigurationError, match=r"names books, which the source has no text for .*mix.missing=drop"):

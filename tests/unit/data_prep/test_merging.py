@@ -97,7 +97,11 @@ def test_parts_are_never_joined(tmp_path):
     [
         (".bin", lambda raw: raw[:-2], r"text_00001.bin has \d+ bytes, its .idx describes \d+, its record says \d+"),
         (".bin", lambda raw: raw[:4] + bytes([raw[4] ^ 1]) + raw[5:], r"text_00001.bin changed after it was written"),
-        (".idx", lambda raw: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:], r"text_00001.idx changed after it was written"),
+        (
+            ".idx",
+            lambda raw: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:],
+            r"text_00001.idx changed after it was written",
+        ),
         (".idx", lambda raw: raw[:20], r"text_00001.idx is cut short"),
     ],
 )

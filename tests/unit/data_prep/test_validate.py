@@ -114,7 +114,9 @@ def rewrite(root: Path, shard: int, change, split: str = "train") -> str:
 def test_id_outside_the_vocabulary(copy):
     prefix = rewrite(copy, 1, lambda ids: ids.__setitem__(7, 60_000))
     size = load_manifest(copy).tokenizer.vocab_size
-    assert f"{prefix}.bin: token 7 (byte 14, document 0) is id 60000, the vocabulary ends at {size - 1}" in findings(copy)
+    assert f"{prefix}.bin: token 7 (byte 14, document 0) is id 60000, the vocabulary ends at {size - 1}" in findings(
+        copy
+    )
 
 
 def test_document_without_its_end(copy):
@@ -126,7 +128,9 @@ def test_document_without_its_end(copy):
 def test_end_inside_a_document(copy):
     eos = load_manifest(copy).tokenizer.eos_id
     prefix = rewrite(copy, 0, lambda ids: ids.__setitem__(1, eos))
-    assert f"{prefix}: " in findings(copy) and "documents, one a document is right; token 1 (byte 2, document 0) is one too many" in findings(copy)
+    assert f"{prefix}: " in findings(
+        copy
+    ) and "documents, one a document is right; token 1 (byte 2, document 0) is one too many" in findings(copy)
 
 
 def test_missing_beginning(copy):
