@@ -37,6 +37,9 @@ CONF = Path(__file__).parent / "conf"
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
+# Dictionaries whose keys are names of the user's.
+OWN_NAMES = ("mix.weights.", "mix.weights=", "executor.sbatch.", "executor.sbatch=")
+
 SCHEMAS = {
     "source": {kind: source.settings for kind, source in SOURCES.items()},
     "tokenizer": {"bpe": settings.BpeTokenizer, "llama3": settings.Llama3Tokenizer, "file": settings.FileTokenizer},
@@ -83,9 +86,14 @@ def compose_settings(overrides: list[str]) -> DictConfig:
             store.store(group=group, name=f"base_{name}", node=schema)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", overrides)
+            return compose("config", [_opened(override) for override in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigurationError(_explain(error)) from None
+
+
+def _opened(override: str) -> str:
+    """Returns an override that may add keys, where the keys are the user's own names."""
+    return f"++{override}" if override.startswith(OWN_NAMES) else override
 
 
 def checked(composed: DictConfig) -> settings.Config:
