@@ -34,7 +34,7 @@ from data_prep.tokenizer.backends import BackendMismatch
 from data_prep.tokenizer.encoding import Encoder
 
 POLL_SECONDS = 0.1
-RECYCLE_BYTES = 256_000_000
+RECYCLE_BYTES = 128_000_000
 
 FORK = multiprocessing.get_context("fork")
 

@@ -18,17 +18,17 @@ class Display:
     """Shows documents, tokens, MB/s and the time left. The time left is by bytes of input, which are known beforehand."""
 
     def __init__(self, input_bytes: int, num_shards: int, stream: TextIO | None = None) -> None:
-        stream = stream or sys.stderr
-        self._total, self._num_shards, self._stream = input_bytes, num_shards, stream
+        self._total, self._num_shards = input_bytes, num_shards
+        self._stream: TextIO = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
         self._shards = 0
         self._now = (0, 0, 0, 0)
         self._bar = None
-        if stream.isatty():
+        if self._stream.isatty():
             tqdm.monitor_interval = 0  # workers are forked, and its thread could hold a lock at that moment
             columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal does not know its size
             layout = "tokenizing {percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
-            self._bar = tqdm(total=max(1, input_bytes), bar_format=layout, file=stream, ncols=columns, nrows=rows)
+            self._bar = tqdm(total=max(1, input_bytes), bar_format=layout, file=self._stream, ncols=columns, nrows=rows)
 
     def update(self, documents: int, tokens: int, text_bytes: int, input_bytes: int) -> None:
         """Shows the sums so far."""

@@ -193,7 +193,7 @@ class _SplitWriter:
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> int:
         """Appends sequences that lie end to end; returns how many tokens they are."""
-        self._file.write(memoryview(ids).cast("B"))
+        self._file.write(ids.data.cast("B"))
         self._lengths.append(lengths.astype(np.int32))
         self.counts += np.bincount(ids, minlength=len(self.counts))
         return len(ids)

@@ -79,7 +79,7 @@ def rows(text: Path, work: Path, options: dict[str, str]) -> dict[str, list[str]
     ours = [sys.executable, "-m", "data_prep", "stage=prepare", "source=jsonl", f"source.paths=[{text}]"]
     ours += ["tokenizer=llama3", f"cache={work / 'cache'}", f"out={out / 'data'}", f"workers={processes}"]
     commands = {f"raw {name}": [*raw, name] for name in ("hf", "tiktoken", "gigatoken")}
-    commands |= {f"data_prep, {name}": [*ours, f"backend={name}"] for name in ("hf", "tiktoken", "gigatoken")}
+    commands |= {f"data_prep {name}": [*ours, f"backend={name}"] for name in ("hf", "tiktoken", "gigatoken")}
     if peers := options.get("peers"):
         commands["datatrove"] = [peers, str(DATATROVE), str(text), str(tokenizer), str(out), processes]
         if megatron := options.get("megatron"):

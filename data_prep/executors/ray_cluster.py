@@ -94,4 +94,4 @@ if __name__ == "__main__":
     from data_prep.executors.ray_cluster import drive as by_name  # so that tasks find the step under the same name
 
     run_, address_, *numbers = sys.argv[1:]
-    by_name(Path(run_), address_, *(int(number) for number in numbers[:3]), float(numbers[3]))
+    by_name(Path(run_), address_, int(numbers[0]), int(numbers[1]), int(numbers[2]), float(numbers[3]))

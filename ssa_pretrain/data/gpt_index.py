@@ -108,6 +108,7 @@ def build(manifest: Manifest, sequence_length: int, samples: int, heldout_sample
 
 if __name__ == "__main__":
     # Blended datasets ask for their rank before they write.
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     made_, new = build(load_manifest(sys.argv[1]), *(int(argument) for argument in sys.argv[2:6]))
     print(f"{'built' if new else 'kept'} {made_}")

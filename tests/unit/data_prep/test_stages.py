@@ -154,29 +154,27 @@ def test_mix_gives_weights_to_training_and_to_megatron_core(run, tmp_path):
     assert code == 3 and "mix.weights has no weight for text" in said
 
 
-def test_megatron_core_reads_the_blend_and_its_index_is_built_once(run, corpus, tmp_path):
+def test_megatron_core_reads_the_blend_and_stale_indices_are_never_met(run, corpus, tmp_path):
+    import torch
+
+    from ssa_pretrain.data.gpt_index import build, cache_folder, gpt_datasets
+
     assert run(*SMALL, "merge.files=3")[0] == 0
     index = ("stage=index", "out=d", "index.sequence_length=64", "index.samples=40", "index.heldout_samples=4")
     assert run(*index)[0] == 0
-    root = tmp_path / "d"
-    (folder,) = (root / "cache").iterdir()
+    manifest = load_manifest(tmp_path / "d")
+    folder = cache_folder(manifest)
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert any("sample_index" in name for name in before)
-    assert run(*index)[0] == 0
-    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
-    script = (
-        "import sys, torch; from ssa_pretrain.data.gpt_index import gpt_datasets; "
-        "from ssa_pretrain.data.indexed_format import load_manifest; "
-        "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1); "
-        "m = load_manifest(sys.argv[1]); "
-        "train, held, _ = gpt_datasets(m, sequence_length=64, samples=40, heldout_samples=4, seed=1234); "
-        "print(len(train), len(held), max(int(train[i]['tokens'].max()) for i in range(40)) < m.tokenizer.vocab_size)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(root)], capture_output=True, text=True, check=False)
-    counts = done.stdout.split()[-3:]  # megatron-core rounds the share of each file up
-    assert int(counts[0]) >= 40 and int(counts[1]) >= 4 and counts[2] == "True", done.stdout + done.stderr
-    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before  # it used them and built none
-    assert run(*SMALL, "merge.files=3", "split.seed=5", "overwrite=true")[0] == 0
-    assert run(*index)[0] == 0
-    (other,) = (root / "cache").iterdir()
-    assert other.name != folder.name
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert build(manifest, 64, 40, 4, 1234) == (folder, False)
+        train, held, _ = gpt_datasets(manifest, sequence_length=64, samples=40, heldout_samples=4, seed=1234)
+        assert len(train) >= 40 and len(held) >= 4  # megatron-core rounds the share of each file up
+        assert max(int(train[i]["tokens"].max()) for i in range(40)) < manifest.tokenizer.vocab_size
+        assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before  # those of the stage were used
+        assert run(*SMALL, "stage=prepare", "merge.files=3", "split.seed=5", "overwrite=true")[0] == 0
+        other, built = build(load_manifest(tmp_path / "d"), 64, 40, 4, 1234)
+        assert built and other != folder and not folder.exists()
+    finally:
+        torch.distributed.destroy_process_group()
