@@ -25,7 +25,9 @@ from data_prep.splitting import is_heldout
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
 from ssa_pretrain.data.indexed_format import SPLITS, ShardInfo, file_sha256
 
-FORMAT_VERSION = 2  # part of every fingerprint; raise it when the same input would give other bytes
+FORMAT_VERSION = 1  # part of every fingerprint; raise it when the same input would give other bytes
+
+RECORD_SCHEMA = 2  # of the records; raise it when they get other fields
 
 BATCH_BYTES = 1_000_000
 BATCH_DOCUMENTS = 1_000
@@ -57,7 +59,9 @@ Report = Callable[[Progress], None]
 
 def shard_fingerprint(input_sha256: str, vocabulary: Vocabulary, split: SplitConfig) -> str:
     """Returns the sha256 of everything that determines the bytes of a shard."""
-    made_by = {key: value for key, value in asdict(vocabulary).items() if key not in ("path", "name")}
+    made_by = {key: value for key, value in asdict(vocabulary).items() if key not in ("path", "name", "row_tokens")}
+    if vocabulary.row_tokens:
+        made_by["row_tokens"] = vocabulary.row_tokens
     return digest([FORMAT_VERSION, input_sha256, made_by, asdict(split)])
 
 
@@ -79,7 +83,9 @@ def shard_prefix(split: str, stem: str) -> str:
 def known_record(out: Path, stem: str, fingerprint: str) -> dict[str, Any] | None:
     """Returns the record of a shard if it was made from what the plan asks for; says nothing of its files."""
     record = read_json(record_path(out, stem))
-    if not isinstance(record, dict) or record.get("fingerprint") != fingerprint or not counts_path(out, stem).is_file():
+    if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA:
+        return None
+    if record.get("fingerprint") != fingerprint or not counts_path(out, stem).is_file():
         return None
     return record
 
@@ -128,6 +134,7 @@ def write_shard(
     splits = {name: writer.close(shard.name) for name, writer in writers.items()}
     _save_counts(counts_path(out, shard.stem), np.stack([writers[name].counts for name in SPLITS]))
     record = {
+        "schema": RECORD_SCHEMA,
         "fingerprint": fingerprint,
         "text_bytes": text_bytes,
         "source_documents": documents,

@@ -22,7 +22,7 @@ from data_prep.pool import Recipe, make_shards, num_workers
 from data_prep.progress import Say
 from data_prep.readers import read_piece
 from data_prep.shards import Job, counts_path, has_files, known_record, record_path, shard_prefix
-from data_prep.tokenizer.backends import choose_backend
+from data_prep.tokenizer.backends import choose_backend, stay_on_one_thread
 from data_prep.tokenizer.encoding import Encoder
 from ssa_pretrain.data.indexed_format import SPLITS
 
@@ -90,6 +90,7 @@ def _train_tokens(record: dict[str, Any]) -> int:
 
 def _make(config: Config, out: Path, work: Work, missing: list[Job], say: Say) -> list[dict[str, Any]] | None:
     vocabulary = work.vocabulary
+    stay_on_one_thread()
     sample = partial(_first_documents, [job.shard for job in missing])
     name, reason, backend = choose_backend(
         config.backend, vocabulary.path, vocabulary.specials_as_text, sample, work.exact

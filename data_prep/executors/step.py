@@ -13,6 +13,7 @@ from data_prep.pool import Recipe, make_shards
 from data_prep.progress import Display
 from data_prep.readers import Piece
 from data_prep.shards import Job, known_record
+from data_prep.tokenizer.backends import stay_on_one_thread
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
 
 
@@ -65,6 +66,7 @@ def run_task(run: Path, rank: int, world_size: int) -> None:
     jobs = [job for job in jobs if known_record(out, job.shard.stem, job.fingerprint) is None]
     if not jobs:
         return
+    stay_on_one_thread()
     encoder = Encoder(Vocabulary(**content["vocabulary"]), content["backend"])
     silent = Display(sum(job.shard.size for job in jobs), len(jobs), io.StringIO())
     make_shards(Recipe(out, encoder, SplitConfig(**content["split"])), jobs, content["processes"], silent)

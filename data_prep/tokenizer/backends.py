@@ -9,6 +9,7 @@ All run on the calling thread; parallelism is left to the worker processes.
 """
 
 import json
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,6 +114,14 @@ class TiktokenBackend:
 
 
 BACKENDS = {"hf": HuggingFaceBackend, "gigatoken": GigatokenBackend, "tiktoken": TiktokenBackend}
+
+
+def stay_on_one_thread() -> None:
+    """Keeps `tokenizers` from starting threads, here and in children: the worker processes are the parallelism.
+
+    It looks at this variable in every call.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def open_backend(name: str, path: str, specials_as_text: bool) -> Backend:
