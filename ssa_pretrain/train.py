@@ -17,10 +17,11 @@ def main() -> None:
     quieten_libraries()
     from ssa_pretrain.checkpoint import CheckpointError
     from ssa_pretrain.trainer import DataError, train
+    from ssa_pretrain.weights import WeightsError
 
     try:
         train(config)
-    except CheckpointError as error:
+    except (CheckpointError, WeightsError) as error:
         leave(error, 5)
     except DataError as error:
         leave(error, 4)

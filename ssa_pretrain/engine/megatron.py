@@ -25,12 +25,13 @@ from torch import Tensor
 from ssa_kernels import build_layout
 from ssa_pretrain.config import Config, Method, PrecisionName
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.engine import megatron_checkpoint
+from ssa_pretrain.engine import common_weights, megatron_checkpoint
 from ssa_pretrain.engine.interface import EvaluationResult, StepResult
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import build_model
 from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.weights import find_weights
 
 
 class MegatronEngine:
@@ -134,8 +135,18 @@ class MegatronEngine:
 
     def load_weights(self, folder: Path) -> None:
         """See `Engine.load_weights`."""
-        megatron_checkpoint.load(folder, self.chunks, None)
+        if megatron_checkpoint.wrote(folder):
+            megatron_checkpoint.load(folder, self.chunks, None)
+        else:
+            models = [megatron_checkpoint.unwrap(chunk) for chunk in self.chunks]
+            common_weights.load_weights(find_weights(folder) or folder, models, self.config, self.placement)
         self.optimizer.reload_model_params()
+
+    def save_weights(self, folder: Path) -> None:
+        """See `Engine.save_weights`."""
+        self._gather_parameters()
+        models = [megatron_checkpoint.unwrap(chunk) for chunk in self.chunks]
+        common_weights.save_weights(folder, models, self.config, self.placement)
 
     def _gather_parameters(self) -> None:
         """Bring every data rank's weights up to date, which `overlap_param_gather` leaves to the next training forward."""
