@@ -7,6 +7,7 @@ from its newest checkpoint. Exit codes: 0 done, 3 configuration, 4 data, 5 check
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from ssa_pretrain.cli import read_config
 
@@ -25,6 +26,14 @@ def main() -> None:
         leave(error, 5)
     except DataError as error:
         leave(error, 4)
+    mark_end()
+
+
+def mark_end() -> None:
+    """Leave a mark for a launcher that asked for one: DeepSpeed's exit code does not tell a finished run from a killed one."""
+    mark = os.environ.get("SSA_PRETRAIN_END_MARK")
+    if mark and os.environ.get("RANK", "0") == "0":
+        Path(mark).write_text("done\n")
 
 
 def leave(error: Exception, code: int) -> None:

@@ -10,8 +10,9 @@ Losses are normalised as in megatron.py: DeepSpeed, too, divides a microbatch's 
 """
 
 import gc
+import io
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,14 +134,17 @@ class DeepSpeedEngine(MegatronEngine):
         if self._ds is None:
             import deepspeed
 
-            # A plain dictionary of ours decides everything: no arguments, no scheduler, no data loader of DeepSpeed's.
-            self._ds, *_ = deepspeed.initialize(
-                model=self.model,
-                optimizer=build_optimizer(self.model, self.config, self.placement),
-                config=self.ds_config,
-                mpu=TensorParallelState(self.placement),
-                dist_init_required=False,
-            )
+            optimizer = build_optimizer(self.model, self.config, self.placement)
+            with redirect_stdout(
+                io.StringIO()
+            ):  # some of its optimizers print reports on memory whatever the log level
+                self._ds, *_ = deepspeed.initialize(
+                    model=self.model,
+                    optimizer=optimizer,
+                    config=self.ds_config,
+                    mpu=TensorParallelState(self.placement),
+                    dist_init_required=False,
+                )
         return self._ds
 
     @property
