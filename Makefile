@@ -53,5 +53,5 @@ $(VENV)/.quickstart: $(SETUP)
 	@touch $@
 
 $(VENV)/.dev: $(SETUP)
-	@launchers/setup.sh $(VENV) quickstart,llama3,dev
+	@launchers/setup.sh $(VENV) quickstart,llama3,deepspeed,dev
 	@touch $@ $(VENV)/.quickstart

@@ -217,11 +217,10 @@ def _check(settings: dict) -> None:
         ValueError: it does not accept the configuration.
     """
     from deepspeed.runtime.zero.config import get_zero_config
-    from pydantic import ValidationError
 
     try:
         get_zero_config(settings)
-    except ValidationError as error:
+    except ValueError as error:  # pydantic's, which lists what it found
         wrong = error.errors()[0]
         key = ".".join(["deepspeed.extra.zero_optimization", *map(str, wrong["loc"])])
         raise ValueError(f"{key}={wrong['input']} is not accepted by DeepSpeed: {wrong['msg']}; leave it out") from None
