@@ -9,11 +9,13 @@ is removed again: DeepSpeed's converter puts every parameter, its fp32 weights a
 deepspeed_universal.py cuts them for the tensor ranks to come.
 """
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -45,12 +47,9 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
         WeightsError: the checkpoint is of another stage and cannot be reshaped into this one's.
     """
     saved, wanted = read_layout(folder), layout(config, placement)
-    if saved == wanted:
-        ds.load_checkpoint(str(folder), tag=TAG)
-        return
     _require_convertible(folder, saved, wanted)
-    if saved["zero_stage"] == 0:  # nothing was sharded over dp
-        ds.load_checkpoint(str(folder), tag=TAG)
+    if saved == wanted or saved["zero_stage"] == 0:  # stage 0 shards nothing over dp
+        _load_quietly(folder, ds)
         return
     universal = folder.with_name(f".{folder.name}.universal")
     if placement.is_first:
@@ -143,7 +142,7 @@ def _convert(folder: Path, universal: Path, wanted: dict[str, int]) -> None:
     shutil.rmtree(universal, ignore_errors=True)
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | hidden
-    command = [sys.executable, "-m", "ssa_pretrain.engine.deepspeed_universal"]
+    command = [sys.executable, "-m", "ssa_pretrain.deepspeed_universal"]
     done = subprocess.run(
         [*command, str(folder / TAG), str(universal), str(wanted["tp"])],
         env=environment,
@@ -159,7 +158,7 @@ def _load_universal(folder: Path, ds) -> None:
     settings = ds._config
     settings.load_universal_checkpoint = True
     try:
-        ds.load_checkpoint(str(folder), tag=TAG)
+        _load_quietly(folder, ds)
     finally:
         settings.load_universal_checkpoint = False
     for (
@@ -167,6 +166,11 @@ def _load_universal(folder: Path, ds) -> None:
     ) in ds.basic_optimizer.state.values():  # counts are read on the CPU; a fused step wants them beside the weights
         if isinstance(state.get("step"), torch.Tensor) and "exp_avg" in state:
             state["step"] = state["step"].clone().to(state["exp_avg"].device)
+
+
+def _load_quietly(folder: Path, ds) -> None:
+    with redirect_stdout(io.StringIO()):  # it prints names of its own functions
+        ds.load_checkpoint(str(folder), tag=TAG)
 
 
 def _words(degrees: dict[str, int]) -> str:

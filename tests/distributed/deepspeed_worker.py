@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+sys.path.append(str(Path(__file__).parent))
+
 from layout_worker import VOCAB, batches, configure
 from megatron.core import parallel_state
 

@@ -1,6 +1,6 @@
 """A DeepSpeed checkpoint reshaped: DeepSpeed's converter to its universal form, then cut for a number of tensor ranks.
 
-    python -m ssa_pretrain.engine.deepspeed_universal CHECKPOINT/deepspeed OUT TP
+    python -m ssa_pretrain.deepspeed_universal CHECKPOINT/deepspeed OUT TP
 
 OUT then holds a folder `tp_NN` for each tensor rank, which DeepSpeed loads as a universal checkpoint of a model that is the rank's part. DeepSpeed's
 own cutting is not used: under ZeRO-3 it knows AutoTP's models alone. A process without a GPU suffices; a resume on other degrees calls this by itself.
