@@ -75,8 +75,8 @@ def load_weights(folder: Path, models: Iterable[torch.nn.Module], config: Config
 def _named(models: Iterable[torch.nn.Module], config: Config, *, tied_copies: bool = False):
     """Every parameter once: its canonical name, its name in this rank's module, itself. A last stage's copy of a tied embedding is left out."""
     for model in models:
-        layers = model.decoder.layers
-        offset = layers[0].layer_number - 1 if len(layers) else 0
+        first = next(iter(model.decoder.layers), None)
+        offset = first.layer_number - 1 if first is not None else 0
         for local_name, parameter in model.named_parameters():
             copy = local_name == "output_layer.weight" and config.model.tie_embeddings
             if copy and not tied_copies:

@@ -164,7 +164,8 @@ class DeepSpeedEngine(MegatronEngine):
         """Drop a DeepSpeed engine that has been used: it loads into a new one only."""
         if self._ds is not None:
             self._ds.destroy()
-            self._ds = self.model = None
+            self._ds = None
+            del self.model
             gc.collect()
             self.model = self._build_model()
 

@@ -13,14 +13,15 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 
+# Handed out as copies: core puts a process group into the one it gets, which the next layout in this process must not find.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
     """Write weights and optimizer into `folder`, which exists and is empty."""
     state = _model_state(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(state, metadata=METADATA)
-    dist_checkpointing.save(state, str(folder), content_metadata=METADATA)
+    state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(METADATA))
+    dist_checkpointing.save(state, str(folder), content_metadata=dict(METADATA))
 
 
 def wrote(folder: Path) -> bool:
@@ -33,7 +34,7 @@ def load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None
     state = _model_state(chunks)
     if optimizer is not None:
         _prime(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
     loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[_model_key(i, chunks)], strict=True)
@@ -54,7 +55,8 @@ def _model_key(i: int, chunks: list) -> str:
 
 def _model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
     return {
-        _model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)
+        _model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=dict(METADATA))
+        for i, chunk in enumerate(chunks)
     }
 
 

@@ -179,7 +179,7 @@ def test_the_table_says_what_a_person_asks() -> None:
         "3,145,728 tokens = 384 rows = dp 16 x 12 microbatches of 2",
         "31,790 steps, 318 of warm-up; 100,002,693,120 tokens",
         "8.88 GFLOP a token",
-        "64 checkpoints of about 15.8 GiB, the newest 2 kept",
+        "64 checkpoints of about 18.1 GiB, the newest 2 kept",
         "torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
         "-m ssa_pretrain.train experiment=ssa_1b_8k",
     ):
