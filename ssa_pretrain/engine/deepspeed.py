@@ -86,10 +86,10 @@ class DeepSpeedEngine(MegatronEngine):
         """See `Engine.evaluate`."""
         self.ds.eval()
         batches = [b.to(self.placement.device) for b in batches]
-        labels, run = self._count_labels(batches), _Run(1.0)
+        labels, run, idle = self._count_labels(batches), _Run(1.0), self._idle_batches(len(batches))
         for batch in batches:
             self._loss(run, batch, mode, counterpart=True, alignment_scale=0.0)
-        for batch in self._idle_batches(len(batches)):
+        for batch in idle:
             self._loss(_Run(1.0), batch, mode, counterpart=True, alignment_scale=0.0)
         sums = self._reduce(run, [])
         return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels))

@@ -24,6 +24,7 @@ SETTINGS = (
     "evaluation.at_start=false",
     "checkpoint.interval=2",
     "deepspeed.zero_stage=2",
+    "deepspeed.flops_profiler_step=1",
 )
 
 
@@ -62,6 +63,7 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed_whole")
     done = launch(*SETTINGS, f"data.path={corpus}", f"output_dir={folder}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "fwd flops per GPU" in (folder / "flops_profile.txt").read_text()
     return folder
 
 
