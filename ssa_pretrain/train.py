@@ -17,6 +17,7 @@ def main() -> None:
     config = read_config("train")
     quieten_libraries()
     from ssa_pretrain.checkpoint import CheckpointError
+    from ssa_pretrain.problems import ConfigError
     from ssa_pretrain.trainer import DataError, train
     from ssa_pretrain.weights import WeightsError
 
@@ -26,6 +27,8 @@ def main() -> None:
         leave(error, 5)
     except DataError as error:
         leave(error, 4)
+    except ConfigError as error:
+        leave(error, error.exit_code)
     mark_end()
 
 

@@ -36,6 +36,7 @@ from ssa_pretrain.engine.megatron import MegatronEngine, _Run
 from ssa_pretrain.model.llama import build_model
 from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.weights import WeightsError, find_weights
 
 
@@ -215,13 +216,20 @@ def _check(settings: dict) -> None:
     """Have DeepSpeed read its configuration before a model is built, so that a word it does not know is one sentence.
 
     Raises:
-        ValueError: it does not accept the configuration.
+        ConfigError: it does not accept the configuration.
     """
     from deepspeed.runtime.zero.config import get_zero_config
 
     try:
         get_zero_config(settings)
     except ValueError as error:  # pydantic's, which lists what it found
-        wrong = error.errors()[0]
-        key = ".".join(["deepspeed.extra.zero_optimization", *map(str, wrong["loc"])])
-        raise ValueError(f"{key}={wrong['input']} is not accepted by DeepSpeed: {wrong['msg']}; leave it out") from None
+        problems = [
+            Problem(
+                ".".join(["deepspeed.extra.zero_optimization", *map(str, wrong["loc"])]),
+                wrong["input"],
+                f"is not accepted by DeepSpeed ({wrong['msg']})",
+                "leave it out",
+            )
+            for wrong in error.errors()
+        ]
+        raise ConfigError(problems) from None

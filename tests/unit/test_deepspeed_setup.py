@@ -14,6 +14,7 @@ from ssa_pretrain.engine import deepspeed_setup
 from ssa_pretrain.engine.deepspeed import _check
 from ssa_pretrain.engine.deepspeed_checkpoint import universal_info
 from ssa_pretrain.model.llama import tensor_rank_part
+from ssa_pretrain.problems import ConfigError
 
 
 @pytest.fixture
@@ -99,6 +100,6 @@ def test_a_word_that_deepspeed_does_not_know_is_one_sentence():
     config = Config()
     config.deepspeed.extra = {"zero_optimization": {"stage3_prefetch_buket_size": 3}}
     with pytest.raises(
-        ValueError, match=r"^deepspeed.extra.zero_optimization.stage3_prefetch_buket_size=3 is not accepted"
+        ConfigError, match=r"deepspeed.extra.zero_optimization.stage3_prefetch_buket_size=3 is not accepted"
     ):
         _check(ds_config(config, 1))
