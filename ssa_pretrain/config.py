@@ -54,7 +54,7 @@ class Recompute(StrEnum):
     """Which activations are computed again in the backward."""
 
     none = "none"
-    selective = "selective"  # core attention
+    selective = "selective"  # SwiGLU's output, F wide and cheap to make again; attention is kept
     full = "full"  # whole layers
 
 
@@ -72,6 +72,14 @@ class PrecisionName(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp8 = "fp8"
+
+
+class Fp8Recipe(StrEnum):
+    """How Transformer Engine scales FP8 tensors."""
+
+    tensorwise = "tensorwise"  # by the tensor's own largest value
+    delayed = "delayed"  # by the largest values of earlier steps
+    blockwise = "blockwise"  # by 128 values, or 128 x 128 of a weight
 
 
 class Schedule(StrEnum):
@@ -206,16 +214,13 @@ class ParallelConfig:
     tp: int = 1  # tensor
     pp: int = 1  # pipeline
     vpp: int = 1  # virtual pipeline stages a rank; 1: no interleaving
-    cp: int = 1  # context
+    cp: int = 1  # context: a row's tokens over ranks, keys and values gathered in each layer
     sequence_parallel: bool = False  # shard norms and residuals over tp along the sequence
     world_size: int = 0  # processes; 0: what the launcher says (set it to plan a larger machine)
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
         found = at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + at_least("parallel", self, 0, "world_size")
-        if self.cp > 1:
-            rule = "is refused: context parallelism is not there yet"
-            found.append(Problem("parallel.cp", self.cp, rule, "try parallel.cp=1"))
         if self.vpp > 1 and self.pp in (1, 2):
             rule = "interleaves pipeline stages, and parallel.pp=1 has none"
             if self.pp == 2:
@@ -239,6 +244,10 @@ class EngineConfig:
     distributed_optimizer: bool = True  # shard optimizer states over dp; engine=deepspeed: see deepspeed.zero_stage
     overlap_grad_reduce: bool = False  # reduce gradients while the backward runs
     overlap_param_gather: bool = False  # gather parameters while the forward runs; engine=deepspeed: always in stage 3
+    fuse_gradient_accumulation: bool = True  # add weight gradients into their fp32 buffers in the matrix product itself
+    overlap_tp: bool = (
+        False  # tensor-parallel communication beside the matrix products (Transformer Engine's user buffers)
+    )
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
@@ -288,6 +297,7 @@ class PrecisionConfig:
 
     name: PrecisionName = PrecisionName.bf16
     grad_reduce_in_fp32: bool = True  # accumulate and reduce gradients in fp32
+    fp8_recipe: Fp8Recipe = Fp8Recipe.tensorwise  # read under precision fp8
 
 
 @dataclass(kw_only=True, slots=True)
@@ -373,6 +383,21 @@ class LoggingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    """Traces of single steps, into the run's folder `profile`."""
+
+    steps: list[int] = field(default_factory=list)  # steps that are profiled, counted as in metrics.jsonl, from 1
+    memory: bool = True  # with a snapshot of the GPU's memory
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        low = [step for step in self.steps if step < 1]
+        return (
+            [Problem("profile.steps", self.steps, "must count steps from 1", "try profile.steps=[10]")] if low else []
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """A whole run."""
 
@@ -392,6 +417,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong within each section; rules across sections are in rules.py."""
@@ -400,6 +426,6 @@ class Config:
         if not 0 <= self.seed < 2**32:
             found.append(Problem("seed", self.seed, "must lie in 0 to 4294967295", "try 1234"))
         shape = (self.model, self.attention, self.data, self.parallel, self.engine, self.deepspeed, self.optim)
-        for section in (*shape, self.training, self.evaluation, self.checkpoint, self.logging):
+        for section in (*shape, self.training, self.evaluation, self.checkpoint, self.logging, self.profile):
             found += section.problems()
         return found

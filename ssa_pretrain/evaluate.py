@@ -86,7 +86,7 @@ def sample(run, modes: tuple[str, ...]) -> list[dict]:
         generator = torch.Generator().manual_seed(run.config.seed)
         texts = [list(prompt) for prompt in prompts]
         for _ in tqdm(range(NEW_TOKENS), desc=f"sampling, {mode}", disable=not shown, leave=False):
-            logits = run.engine.last_logits(_packed_prompts(texts, run.plan.tp), mode=mode).cpu()
+            logits = run.engine.last_logits(_packed_prompts(texts, 2 * run.plan.cp * run.plan.tp), mode=mode).cpu()
             logits = logits[: len(texts), : run.plan.vocab_size]
             chosen = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)
             for text, token in zip(texts, chosen.flatten().tolist(), strict=True):

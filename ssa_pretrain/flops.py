@@ -111,6 +111,27 @@ def causal_pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
+def context_pairs(document_lengths: Sequence[int], cp: int) -> list[int]:
+    """Returns the pairs of the full stream that each context-parallel rank computes; their sum is that of one process.
+
+    Rank i has chunks i and 2 * cp - 1 - i of the packed tokens. Over one document, or over rows of one document each, all ranks have the same.
+    The slowest rank's share over the mean is what the full stream of many documents loses.
+
+    Args:
+        document_lengths: tokens of each document of the microbatch, in order; their sum is a multiple of 2 * cp.
+        cp: context-parallel degree.
+    """
+    chunk = sum(document_lengths) // (2 * cp)
+    pairs, first = [0] * cp, 0
+    for length in document_lengths:
+        for number in range(first // chunk, -(-(first + length) // chunk)):
+            rank = min(number, 2 * cp - 1 - number)
+            begin, end = max(number * chunk - first, 0), min((number + 1) * chunk - first, length)
+            pairs[rank] += causal_pairs(end) - causal_pairs(begin)
+        first += length
+    return pairs
+
+
 def sparse_pairs(length: int, block_size: int, top_k: int) -> int:
     """Returns the pairs of a document's sparse stream: the own block up to the query, and up to top_k - 1 whole ones."""
     blocks, rest = divmod(length, block_size)

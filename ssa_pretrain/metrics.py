@@ -173,17 +173,19 @@ class MetricsLogger:
                     tracker.log(record)
             self._file = path.open("a", encoding="utf-8")
 
-    def log_step(self, record: Mapping[str, Any]) -> None:
+    def log_step(self, record: Mapping[str, Any], flops_per_token: float | None = None) -> None:
         """Completes a training record with its times and speeds and writes it.
 
         Args:
+            flops_per_token: model FLOPs of a token of this step, whose documents decide them; None: the logger's own.
             record: at least step, tokens (since the run's beginning), loss, cross_entropy and learning_rate; plain numbers, lists, strings.
         """
         if self._file is None:
             return
         seconds = self.speed.step(self.tokens_per_step)
         rate = self.speed.tokens_per_second
-        flops = rate * self.flops_per_token if self.flops_per_token else None
+        a_token = flops_per_token or self.flops_per_token
+        flops = rate * a_token if a_token else None
         full = {
             "kind": "train",
             **record,

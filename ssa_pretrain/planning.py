@@ -3,7 +3,8 @@
 The trainer runs by a `Plan`; `describe` is the table that `dry_run=true` and plan.py print. Memory is an estimate for the
 rank that holds most: weights, gradients and optimizer states as megatron-core allots them, activations by counting the
 tensors that the backward needs (after Korthikanti et al., arXiv 2205.05198, redone for SwiGLU, RMSNorm and two attention
-streams). The allocator's overhead and communication buffers are not in it.
+streams). Under context parallelism a rank keeps 1 / cp of a microbatch's tokens, but the keys and values of all. The allocator's overhead and
+communication buffers are not in it.
 """
 
 from collections.abc import Sequence
@@ -124,7 +125,7 @@ def make_plan(config: Config, world_size: int, vocab_size: int | None = None) ->
         padded_vocab_size=padded,
         parameters=total,
         parameters_per_rank=largest,
-        **_state_bytes(config, total, largest, dp),
+        **_state_bytes(config, total, largest, dp * parallel.cp),
         activation_bytes=_activation_bytes(config, padded, num_microbatches),
         row=row_flops(config.model, config.attention, [length], vocab),
     )
@@ -146,8 +147,11 @@ def _parameters(config: Config, padded_vocab: int) -> tuple[int, int]:
     return total, model.num_layers // pp * (matrices // tp + norms) + model.hidden_size + ends // tp
 
 
-def _state_bytes(config: Config, total: int, largest: int, dp: int) -> dict[str, int]:
-    """Weights, gradients and AdamW's states of a rank; bf16 and fp8 keep fp32 main weights beside them."""
+def _state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict[str, int]:
+    """Weights, gradients and AdamW's states of a rank; bf16 and fp8 keep fp32 main weights beside them.
+
+    The distributed optimizer shards over the ranks with the same weights, the dp * cp `replicas`.
+    """
     fp32 = config.precision.name is PrecisionName.fp32
     weight, optimizer = (4, 8) if fp32 else (2, 12)
     gradient = 4 if fp32 or config.precision.grad_reduce_in_fp32 else 2
@@ -155,7 +159,7 @@ def _state_bytes(config: Config, total: int, largest: int, dp: int) -> dict[str,
     offloaded = False
     if config.engine.name is EngineName.deepspeed:
         stage, offloaded = config.deepspeed.zero_stage, config.deepspeed.offload_optimizer
-    weights, gradients, states = (dp if stage >= needed else 1 for needed in (3, 2, 1))
+    weights, gradients, states = (replicas if stage >= needed else 1 for needed in (3, 2, 1))
     return {
         "weight_bytes": -(-largest * weight // weights),
         "gradient_bytes": -(-largest * gradient // gradients),
@@ -179,8 +183,7 @@ def _activation_bytes(config: Config, padded_vocab: int, num_microbatches: int) 
     if config.engine.recompute is Recompute.full:
         shards = parallel.tp if parallel.sequence_parallel else 1
         kept = tokens * model.hidden_size * size // shards
-    # Logits in the model's format, and twice in fp32 inside the cross entropy.
-    logits = tokens * padded_vocab // parallel.tp * (size + 8)
+    logits = tokens * padded_vocab // parallel.tp * size  # one buffer, which the cross entropy works in
     working = layer if config.engine.recompute is Recompute.full else 0
     first, last = in_flight * chunk * kept + working, chunk * parallel.vpp * kept + working + logits
     return max(first, last)
@@ -191,15 +194,18 @@ def _layer_bytes_a_token(config: Config, size: int) -> int:
     model, tp, method = config.model, config.parallel.tp, config.attention.method
     shards = tp if config.parallel.sequence_parallel else 1
     width = model.num_attention_heads * model.head_dim
-    qkv = width + 2 * model.num_kv_heads * model.head_dim
+    # Keys and values are gathered over the context ranks: those of cp times as many tokens as queries.
+    qkv = width + 2 * model.num_kv_heads * model.head_dim * config.parallel.cp
     streams = 2 if method is Method.ssa else 1
     outputs = streams * (width * size + 4 * model.num_attention_heads)  # and their LSEs in fp32
     indices = 0 if method is Method.full else 4 * config.attention.top_k * model.num_kv_heads
-    if config.engine.recompute is Recompute.selective:
-        outputs = indices = 0
+    selective = config.engine.recompute is Recompute.selective
+    feed_forward = (
+        (2 if selective else 3) * model.ffn_hidden_size * size
+    )  # SwiGLU's input, and its output unless made again
     norms = 4 * model.hidden_size * size // shards  # both norms' inputs and outputs
     attention = (qkv + width) * size + outputs + indices  # q, k, v; the gated output
-    return norms + (attention + 3 * model.ffn_hidden_size * size) // tp
+    return norms + (attention + feed_forward) // tp
 
 
 def describe(config: Config, plan: Plan, overrides: Sequence[str] = ()) -> str:
@@ -231,6 +237,7 @@ def describe(config: Config, plan: Plan, overrides: Sequence[str] = ()) -> str:
         ("data", f"{config.data.path}, rows of {length:,} tokens"),
         ("layout", f"{_count(plan.world_size, 'process')} = {degrees}"),
         *_ranks(plan),
+        *_context(config, plan),
         ("step", f"{plan.tokens_per_step:,} tokens = {plan.rows_per_step:,} rows = {batch}"),
         ("length", f"{plan.steps:,} steps, {plan.warmup_steps:,} of warm-up; {plan.total_tokens:,} tokens"),
         ("memory", f"about {_bytes(plan.memory_bytes)} on the fullest rank ({plan.parameters_per_rank:,} parameters)"),
@@ -265,6 +272,17 @@ def _ranks(plan: Plan) -> list[tuple[str, str]]:
         ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
         lines.append(("", f"{ranks:<13} replica {dp}, stage {pp}"))
     return [*lines, ("", "…")] if plan.world_size > SHOWN_LINES * plan.tp * plan.cp else lines
+
+
+def _context(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """What a context-parallel rank holds and sends."""
+    if plan.cp == 1:
+        return []
+    model, size = config.model, 4 if config.precision.name is PrecisionName.fp32 else 2
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    keys = 2 * tokens * model.num_kv_heads * model.head_dim // plan.tp
+    held = f"a rank has {tokens // plan.cp:,} of a microbatch's {tokens:,} queries and all keys"
+    return [("", f"{held}: {_bytes(keys * size)} gathered and {_bytes(keys * 4)} of gradients reduced a layer")]
 
 
 def _work(config: Config, plan: Plan) -> list[tuple[str, str]]:

@@ -5,12 +5,13 @@ so that one mistake is one line. What they know of the machine is a `Machine`, w
 another machine leaves it unknown.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ssa_pretrain.config import Config, KernelImpl, LayerSpec, PrecisionName
+from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, PrecisionName
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
 from ssa_pretrain.rules_deepspeed import deepspeed_problems
@@ -50,9 +51,13 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         machine: what is known of the machine.
         wrong: keys with problems already; a section stands for all its keys.
     """
-    rules = [Config.problems, _heads, _layers, _sequence, _rope, partial(_world, machine=machine)]
+    rules = [Config.problems, _heads, _layers, _sequence, _context, _rope, partial(_world, machine=machine)]
     rules += [partial(_batch, machine=machine), _length, partial(_kernels, machine=machine)]
-    rules += [partial(_layer_spec, machine=machine), partial(_fp8, machine=machine)]
+    rules += [
+        partial(_layer_spec, machine=machine),
+        partial(_fp8, machine=machine),
+        partial(_overlap_tp, machine=machine),
+    ]
     rules += [partial(deepspeed_problems, installed=machine.has_deepspeed)]
     if machine.has_files:
         rules += [_initial_weights, _data]
@@ -108,10 +113,28 @@ def _sequence(config: Config) -> list[Problem]:
     if length % block:
         rule, advice = f"must be a multiple of attention.block_size={block}", join(nearest_multiples(length, block))
         return [Problem("data.sequence_length", length, rule, f"try {advice}", reads[:1])]
-    if config.parallel.sequence_parallel and length % tp:
+    if config.parallel.sequence_parallel and config.parallel.cp == 1 and length % tp:
         rule = f"must be a multiple of parallel.tp={tp} under parallel.sequence_parallel=true"
         return [Problem("data.sequence_length", length, rule, f"try {join(nearest_multiples(length, tp))}", reads)]
     return []
+
+
+def _context(config: Config) -> list[Problem]:
+    """Context parallelism over the row: two chunks a rank, each whole for tensor parallelism that shards the sequence."""
+    parallel, length = config.parallel, config.data.sequence_length
+    if parallel.cp < 2 or min(parallel.tp, length, config.attention.block_size) < 1:
+        return []
+    if config.engine.name is not EngineName.megatron:
+        advice = "try engine=megatron or parallel.cp=1"
+        return [Problem("parallel.cp", parallel.cp, "needs engine.name=megatron", advice, ("engine.name",))]
+    shards = parallel.tp if parallel.sequence_parallel else 1
+    if length % (2 * parallel.cp * shards) == 0:
+        return []
+    reads = ("parallel.cp", "parallel.tp", "parallel.sequence_parallel", "attention.block_size")
+    factors = f"2 * parallel.cp={parallel.cp}" + (f" * parallel.tp={shards}" if shards > 1 else "")
+    rule = f"must be a multiple of {factors}: two chunks of a row on each context-parallel rank"
+    unit = math.lcm(2 * parallel.cp * shards, config.attention.block_size)
+    return [Problem("data.sequence_length", length, rule, f"try {join(nearest_multiples(length, unit))}", reads)]
 
 
 def _rope(config: Config) -> list[Problem]:
@@ -215,6 +238,22 @@ def _layer_spec(config: Config, machine: Machine) -> list[Problem]:
     return [Problem("engine.layer_spec", spec, f"needs {lacks}", "try auto or local")]
 
 
+def _overlap_tp(config: Config, machine: Machine) -> list[Problem]:
+    """Tensor-parallel communication beside the matrix products."""
+    engine, parallel = config.engine, config.parallel
+    if not engine.overlap_tp:
+        return []
+    advice, reads = "try engine.overlap_tp=false", ("parallel.tp", "parallel.sequence_parallel", "engine.layer_spec")
+    rule = ""
+    if parallel.tp == 1 or not parallel.sequence_parallel:
+        rule = "needs parallel.tp above 1 and parallel.sequence_parallel=true: it splits their gathers and scatters"
+    elif engine.layer_spec is LayerSpec.local:
+        rule = "is Transformer Engine's, not engine.layer_spec=local's"
+    elif lacks := _lacking(machine):
+        rule = f"needs {lacks}"
+    return [Problem("engine.overlap_tp", True, rule, advice, reads)] if rule else []
+
+
 def _fp8(config: Config, machine: Machine) -> list[Problem]:
     """FP8 runs in Transformer Engine's linear layers, whose matrices on a rank must be multiples of 16 both ways."""
     model, tp, name = config.model, config.parallel.tp, config.precision.name
@@ -227,7 +266,7 @@ def _fp8(config: Config, machine: Machine) -> list[Problem]:
         return [Problem("precision.name", name, rule, "try engine.layer_spec=auto", ("engine.layer_spec",))]
     gate = model.num_attention_heads if config.attention.gate else 0
     qkv = (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim + gate
-    tokens = config.training.micro_batch_size * config.data.sequence_length
+    tokens = config.training.micro_batch_size * config.data.sequence_length // max(1, config.parallel.cp)
     widths = {
         "model.hidden_size": (model.hidden_size, model.hidden_size),
         "model.ffn_hidden_size": (model.ffn_hidden_size, model.ffn_hidden_size // tp),
@@ -235,7 +274,7 @@ def _fp8(config: Config, machine: Machine) -> list[Problem]:
         "training.micro_batch_size": (config.training.micro_batch_size, tokens),
     }
     rule = f"makes a matrix of {{}} on a rank, and precision=fp8 needs a multiple of {FP8_MULTIPLE}"
-    reads = ("parallel.tp", "data.sequence_length", "model.num_attention_heads", "model.num_kv_heads")
+    reads = ("parallel.tp", "parallel.cp", "data.sequence_length", "model.num_attention_heads", "model.num_kv_heads")
     wrong = {key: pair for key, pair in widths.items() if pair[1] % FP8_MULTIPLE}
     return [
         Problem(key, value, rule.format(width), "try precision=bf16", reads) for key, (value, width) in wrong.items()

@@ -35,17 +35,15 @@ def _idle(config: Config) -> list[Problem]:
 
 
 def _parallel(config: Config) -> list[Problem]:
-    """Kinds of parallelism that DeepSpeed does not offer for this model."""
-    why = {
-        "pp": "is refused under engine=deepspeed, whose pipelines need a model written in its own pipeline classes",
-        "cp": "is refused under engine=deepspeed, which splits no sequence over ranks for block-sparse attention",
-    }
-    degrees = {name: getattr(config.parallel, name) for name in why}
-    return [
-        Problem(f"parallel.{name}", degree, why[name], TRY_CORE, ("engine.name",))
-        for name, degree in degrees.items()
-        if degree > 1
-    ]
+    """Kinds of parallelism that DeepSpeed does not offer for this model; context parallelism's own rule names the engine."""
+    found, reads = [], ("engine.name",)
+    if config.parallel.pp > 1:
+        rule = "is refused under engine=deepspeed, whose pipelines need a model written in its own pipeline classes"
+        found.append(Problem("parallel.pp", config.parallel.pp, rule, TRY_CORE, reads))
+    if config.engine.overlap_tp:
+        rule = "is refused under engine=deepspeed, which does not share Transformer Engine's user buffers"
+        found.append(Problem("engine.overlap_tp", True, rule, f"{TRY_CORE} or engine.overlap_tp=false", reads))
+    return found
 
 
 def _precision(config: Config) -> list[Problem]:

@@ -4,6 +4,7 @@ The configuration is checked, and `--help`, `--cfg job` and `dry_run=true` are a
 from its newest checkpoint. Exit codes: 0 done, 3 configuration, 4 data, 5 checkpoint.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -51,6 +52,7 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # "Unknown MLP type": ours
 
 
 if __name__ == "__main__":

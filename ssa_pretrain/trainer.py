@@ -5,6 +5,7 @@ holds weights and optimizer alone, and rerunning the command goes on as if it ha
 """
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, EvaluationResult, StepResult, build_engine
-from ssa_pretrain.flops import peak_flops
+from ssa_pretrain.flops import peak_flops, row_flops
 from ssa_pretrain.log import Console, banner
 from ssa_pretrain.metrics import MetricsLogger
 from ssa_pretrain.parallel.state import Placement, start, stop
 from ssa_pretrain.planning import Plan, make_plan
+from ssa_pretrain.profiling import profiled
 from ssa_pretrain.schedule import learning_rate
 from ssa_pretrain.tracking import Tracker, provenance, start_tracking
 
@@ -109,25 +111,51 @@ def restore(run: Run) -> int:
 
 
 def loop(run: Run, log: MetricsLogger, step: int) -> None:
-    """Step until done; evaluate and save when due."""
+    """Step until done; evaluate and save when due.
+
+    A step's figures are read when the next one has been queued, so that the device never waits for the host to write a line.
+    """
     config, last = run.config, last_step(run)
     if step == 0 and config.evaluation.at_start:
         evaluate(run, log, step)
-    saved = step
+    saved, unread = step, []  # (record's step, result, FLOPs a token) of the step that is still under way
     while step < last:
-        result = run.engine.train_step(
-            training_batches(run, step), step=step, learning_rate=learning_rate(step, config.optim, run.plan)
-        )
+        rate = learning_rate(step, config.optim, run.plan)
+        batches = training_batches(run, step)
+        with profiling(run, step + 1):
+            result = run.engine.train_step(batches, step=step, learning_rate=rate)
         step += 1
-        log.log_step(training_record(run, result, step))
-        if due(step, config.evaluation.interval, run.plan.steps):
+        evaluating, saving = (
+            due(step, config.evaluation.interval, run.plan.steps),
+            due(step, config.checkpoint.interval, last),
+        )
+        unread.append((step, result, flops_per_token(run, batches)))
+        while len(unread) > (0 if evaluating or saving else 1):
+            number, earlier, flops = unread.pop(0)
+            log.log_step(training_record(run, earlier, number), flops)
+        if evaluating:
             evaluate(run, log, step)
-        if due(step, config.checkpoint.interval, last):
+        if saving:
             save(run, step)
             saved = step
             log.pause()
     if saved != step:
         save(run, step)
+
+
+def profiling(run: Run, step: int) -> AbstractContextManager[None]:
+    """Return what profiles a step if the configuration asks for it."""
+    if step not in run.config.profile.steps:
+        return nullcontext()
+    rank, memory = run.placement.rank, run.config.profile.memory
+    return profiled(run.folder / "profile", step=step, rank=rank, memory=memory)
+
+
+def flops_per_token(run: Run, batches: list[Batch]) -> float:
+    """Return the model FLOPs of a token of a step, causal attention counted by document; over data ranks, the first one's share stands for all."""
+    lengths = [int(n) for batch in batches for n in batch.cu_seqlens.diff()]
+    row = row_flops(run.config.model, run.config.attention, lengths, run.plan.vocab_size)
+    return row.model / sum(lengths)
 
 
 def last_step(run: Run) -> int:
@@ -236,7 +264,7 @@ def facts(run: Run) -> dict[str, Any]:
     kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
     kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size")}
     kept |= {f"optim.{k}": tree["optim"][k] for k in ("beta1", "beta2", "eps", "weight_decay", "clip_grad")}
-    kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32")}
+    kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32", "fp8_recipe")}
     kept |= {f"engine.{k}": tree["engine"][k] for k in ("name", "distributed_optimizer")}
     return kept | {
         "seed": tree["seed"],
@@ -312,7 +340,7 @@ def start_reporting(run: Run, console: Console) -> Tracker | None:
             {
                 "run": f"{config.name} -> {run.folder}",
                 "model": f"{config.model.name}, {plan.parameters:,} parameters, attention {config.attention.method.value}",
-                "layout": f"{plan.world_size} x {device_name(run.placement)}: tp {plan.tp}, pp {plan.pp}, dp {plan.dp}, {config.precision.name.value}",
+                "layout": f"{plan.world_size} x {device_name(run.placement)}: tp {plan.tp}, pp {plan.pp}, {f'cp {plan.cp}, ' if plan.cp > 1 else ''}dp {plan.dp}, {config.precision.name.value}",
                 "data": f"{config.data.path}, rows of {config.data.sequence_length} tokens, vocabulary {plan.vocab_size:,}",
                 "length": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens = {plan.total_tokens:,} tokens",
             }

@@ -8,12 +8,16 @@ Shape letters: T query tokens, H query heads, G kv heads, D head dim, N chosen b
 """
 
 from .captured_mass import captured_mass
-from .documents import DocumentLayout, build_layout, query_slice
+from .documents import DocumentLayout, build_layout, query_runs, query_slice
 from .full_attention import full_attention
+from .gate import gate
 from .gate_and_align.api import gate_and_align
+from .linear_cross_entropy import linear_cross_entropy
+from .qkv_rope import qkv_rope
 from .select.api import select_blocks
 from .sparse_attention.api import sparse_attention
 from .ssa_attention import SSAOutput, ssa_attention
+from .swiglu import swiglu
 
 __all__ = [
     "DocumentLayout",
@@ -21,9 +25,14 @@ __all__ = [
     "build_layout",
     "captured_mass",
     "full_attention",
+    "gate",
     "gate_and_align",
+    "linear_cross_entropy",
+    "qkv_rope",
+    "query_runs",
     "query_slice",
     "select_blocks",
     "sparse_attention",
     "ssa_attention",
+    "swiglu",
 ]

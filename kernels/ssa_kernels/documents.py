@@ -10,15 +10,38 @@ ceil(l / K) <= l // K + 1 blocks; rows past the last document's have length 0. B
 every layer in place of `cu_seqlens`.
 
 A query's document and position are read from per-query arrays, never from its place in the batch. Hence `query_slice`: a rank
-that holds a part of the queries, or a decoding step with one, uses the same kernels over the same keys.
+that holds a part of the queries, or a decoding step with one, uses the same kernels over the same keys. `query_runs` does it for
+runs of neighbouring queries, which is what a context-parallel rank holds, and notes them for the kernels that need to know: the
+libraries' full attention, and selection, whose tiles of queries must not reach from one run into the next.
 
 Not done here: nothing is checked on CUDA, where it would mean waiting. Boundaries past the tokens are cut off, and tokens past
 the last boundary form one more document, so that no kernel can leave its tensors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class QueryRun:
+    """Neighbouring queries, and the keys up to the last of them, by documents: one call of attention on packed documents.
+
+    Document d has the queries [cu_seqlens_q[d], cu_seqlens_q[d + 1]) of the run and the keys [cu_seqlens_k[d], cu_seqlens_k[d + 1]) of
+    the sequence. Its queries are the last of its keys, so a causal mask aligned at the bottom right is exact. Documents before the run
+    have keys and no queries, those after it neither.
+    """
+
+    first: int  # key of the first query
+    length: int
+    cu_seqlens_q: torch.Tensor  # int32 [documents + 1], ending with length
+    cu_seqlens_k: torch.Tensor  # int32 [documents + 1], ending with end
+
+    @property
+    def end(self) -> int:
+        """The key after the last query's: what the run's queries can see lies before it."""
+        return self.first + self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +60,7 @@ class DocumentLayout:
     block_size: int
     num_tokens: int  # keys; as many queries as query_position has entries
     max_length: int  # no document is longer (bounds workspaces and loops; num_tokens where nothing better is known)
+    runs: tuple[QueryRun, ...] = ()  # where the queries are runs of neighbours (`query_runs`), in order
 
     @property
     def num_block_rows(self) -> int:
@@ -95,12 +119,53 @@ def build_layout(
 
 
 def query_slice(layout: DocumentLayout, queries: slice | torch.Tensor) -> DocumentLayout:
-    """Returns the layout for a part of the queries (a slice, or their ascending int64 numbers) over all the keys."""
+    """Returns the layout for a part of the queries (a slice, or their ascending int64 numbers) over all the keys.
+
+    Selection in Triton takes 128 / G queries of the batch as one tile, which must not reach over more than some thousand block rows: give it
+    neighbours or a few, and runs of neighbours by `query_runs`.
+    """
     return replace(
         layout,
         query_start=layout.query_start[queries],
         query_position=layout.query_position[queries],
         query_first_row=layout.query_first_row[queries],
+        runs=(),
+    )
+
+
+def query_runs(layout: DocumentLayout, spans: Sequence[tuple[int, int]]) -> DocumentLayout:
+    """Returns the layout for runs of neighbouring queries over all the keys, from the layout of all queries.
+
+    Args:
+        layout: of as many queries as keys.
+        spans: (first query, number of queries) of each run, ascending, apart from each other.
+
+    Raises:
+        ValueError: for runs that overlap, are empty or leave the tokens, or a layout of some queries only.
+    """
+    edges = [0, *(edge for first, length in spans for edge in (first, first + length)), layout.num_tokens]
+    if not spans or min(length for _, length in spans) < 1 or edges != sorted(edges):
+        raise ValueError(
+            f"spans={list(spans)} must be (first, length) of runs that ascend within {layout.num_tokens} tokens and do not overlap"
+        )
+    if layout.query_position.shape[0] != layout.num_tokens:
+        raise ValueError(
+            f"layout of {layout.query_position.shape[0]} queries must have all {layout.num_tokens}; take runs of build_layout's"
+        )
+    runs = []
+    for first, length in spans:
+        seen = layout.cu_seqlens.clamp(max=first + length)
+        runs.append(QueryRun(first, length, (seen - first).clamp(min=0), seen))
+
+    def chosen(array: torch.Tensor) -> torch.Tensor:
+        return torch.cat([array[first : first + length] for first, length in spans])
+
+    return replace(
+        layout,
+        query_start=chosen(layout.query_start),
+        query_position=chosen(layout.query_position),
+        query_first_row=chosen(layout.query_first_row),
+        runs=tuple(runs),
     )
 
 
@@ -121,7 +186,11 @@ def layout_to(layout: DocumentLayout, device: torch.device | str) -> DocumentLay
     """Returns the layout with its arrays on `device`."""
     arrays = {f.name: getattr(layout, f.name) for f in fields(layout)}
     moved = {name: value.to(device) for name, value in arrays.items() if isinstance(value, torch.Tensor)}
-    return replace(layout, **moved)
+    runs = tuple(
+        replace(run, cu_seqlens_q=run.cu_seqlens_q.to(device), cu_seqlens_k=run.cu_seqlens_k.to(device))
+        for run in layout.runs
+    )
+    return replace(layout, **moved, runs=runs)
 
 
 def _check_boundaries(cu_seqlens: torch.Tensor, num_tokens: int, block_size: int) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from ssa_pretrain.config import Config, Method, PrecisionName
@@ -33,7 +32,10 @@ from ssa_pretrain.engine.deepspeed_setup import (
 )
 from ssa_pretrain.engine.interface import EvaluationResult, StepResult
 from ssa_pretrain.engine.megatron import MegatronEngine, _Run
+from ssa_pretrain.engine.pending import PendingStep
+from ssa_pretrain.model.gpt import Llama
 from ssa_pretrain.model.llama import build_model
+from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.problems import ConfigError, Problem
@@ -48,15 +50,16 @@ class DeepSpeedEngine(MegatronEngine):
         prepare_process(placement)
         self.config, self.placement, self.vocab_size = config, placement, vocab_size
         self.stage = config.deepspeed.zero_stage
+        self.context = ContextParallel(placement.groups.cp)  # of one rank: context parallelism is refused
         self.ds_config = ds_config(config, placement.dp)
         _check(self.ds_config)
         self._ds = None
         self.model = self._build_model()
 
-    def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
         """See `Engine.train_step`."""
         ds, attention = self.ds, self.config.attention
-        batches = [b.to(self.placement.device) for b in batches]
+        batches = self._local(batches)
         count, labels = len(batches), self._count_labels(batches)
         if count != ds.gradient_accumulation_steps():
             raise ValueError(f"{count} microbatches were given, and the batch makes {ds.gradient_accumulation_steps()}")
@@ -72,34 +75,39 @@ class DeepSpeedEngine(MegatronEngine):
             if self._norm_is_ours and ds.is_gradient_accumulation_boundary():
                 grad_norm = self._grad_norm()
             ds.step()
-        full = [float(s == "full") for s in streams]
-        sums = self._reduce(run, [sum(full), float(count)])
-        return StepResult(
-            cross_entropy=sums.loss / float(labels),
-            alignment_by_layer=sums.alignment,
-            captured_mass_by_layer=sums.mass,
-            grad_norm=float(ds.get_global_grad_norm() if grad_norm is None else grad_norm),
-            full_share=sums.extra[0] / sums.extra[1],
-        )
+        norm = torch.as_tensor(ds.get_global_grad_norm() if grad_norm is None else grad_norm)
+        figures = torch.cat([self._reduce(run), torch.stack([labels, norm.to(labels)])])
+
+        def interpret(values: list[float]) -> StepResult:
+            sums = self._sums(values)
+            return StepResult(
+                cross_entropy=sums.loss / values[-2],
+                alignment_by_layer=sums.alignment,
+                captured_mass_by_layer=sums.mass,
+                grad_norm=values[-1],
+                full_share=sums.full_share,
+            )
+
+        return PendingStep(figures, interpret)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
         """See `Engine.evaluate`."""
         self.ds.eval()
-        batches = [b.to(self.placement.device) for b in batches]
+        batches = self._local(batches)
         labels, run, idle = self._count_labels(batches), _Run(1.0), self._idle_batches(len(batches))
         for batch in batches:
             self._loss(run, batch, mode, counterpart=True, alignment_scale=0.0)
         for batch in idle:
             self._loss(_Run(1.0), batch, mode, counterpart=True, alignment_scale=0.0)
-        sums = self._reduce(run, [])
+        sums = self._sums(self._reduce(run).tolist())
         return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels))
 
     @torch.no_grad()
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
         """See `Engine.last_logits`."""
         self.ds.eval()
-        batch = batch.to(self.placement.device)
+        (batch,) = self._local([batch])
         packed = self._packed(batch, mode, counterpart=False, alignment_scale=0.0)
         positions = batch.positions.unsqueeze(0)
         logits = self.ds(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)
@@ -152,7 +160,7 @@ class DeepSpeedEngine(MegatronEngine):
     def _norm_is_ours(self) -> bool:
         return self.stage == 0 and self.config.precision.name is PrecisionName.fp32
 
-    def _build_model(self) -> GPTModel:
+    def _build_model(self) -> Llama:
         model = build_model(self.config, self.vocab_size, self.placement.groups).to(self.placement.device)
         deepspeed_checkpoint.without_extra_state(model)
         if self.config.parallel.sequence_parallel:
@@ -187,7 +195,8 @@ class DeepSpeedEngine(MegatronEngine):
     def _grad_norm(self) -> Tensor:
         """Return the global norm of the reduced gradients at stage 0, each parameter of the whole model counted once."""
         first = self.placement.tp_rank == 0
-        owned = [p.grad for p in self.model.parameters() if first or getattr(p, "tensor_model_parallel", False)]
+        counted = [p for p in self.model.parameters() if first or getattr(p, "tensor_model_parallel", False)]
+        owned = [p.grad for p in counted if p.grad is not None]
         total = torch.stack([g.float().norm() for g in owned]).square().sum()
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total.sqrt()

@@ -8,16 +8,20 @@ the alignment being a mean over all tokens of the global batch. Core divides a m
 gradient buffers average over data ranks; so the cross entropy enters as sum * (microbatches * dp / labels), with the labels counted over the
 global batch before the forward, and a layer's local alignment enters with scale alpha / (layers * microbatches * tp). Both are then
 independent of accumulation, dp, tp and pp. Core does not scale what `attach_loss` adds.
+
+Under context parallelism (parallel/context.py) a rank has 1 / cp of each microbatch's tokens. Core then averages gradients over dp * cp ranks and
+multiplies the loss, not what `attach_loss` adds, by cp. So the cross entropy's scale stays as it is, and so does the alignment's: its local
+mean is over 1 / cp of the tokens, and the average over ranks makes it the mean over all.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -27,10 +31,15 @@ from ssa_pretrain.config import Config, Method, PrecisionName
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine import common_weights, megatron_checkpoint
 from ssa_pretrain.engine.interface import EvaluationResult, StepResult
+from ssa_pretrain.engine.optimizer import build_optimizer
+from ssa_pretrain.engine.pending import PendingStep
+from ssa_pretrain.engine.user_buffers import start_user_buffers
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import build_model
+from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.weights import find_weights
 
 
@@ -40,49 +49,64 @@ class MegatronEngine:
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
         self.config = config
         self.placement = placement
+        if config.engine.overlap_tp:
+            start_user_buffers(config)
+        self.context = ContextParallel(placement.groups.cp)
         self.chunks = _build_chunks(config, placement, vocab_size)
         self.core = self.chunks[0].config
-        self.optimizer = _build_optimizer(config, self.chunks)
+        self.optimizer = build_optimizer(config, self.chunks)
         self._install_hooks()
         self._schedule = get_forward_backward_func()
 
-    def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> StepResult:
-        """See `Engine.train_step`."""
-        batches = [b.to(self.placement.device) for b in batches]
+    def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
+        """See `Engine.train_step`; on a GPU the step is queued when this returns, and reading its result waits for it."""
+        run, labels = self.forward_backward(batches, step=step)
+        norm = self.update(learning_rate)
+        figures = torch.cat([self._reduce(run), torch.stack([labels, norm.double()])])
+
+        def interpret(values: list[float]) -> StepResult:
+            sums = self._sums(values)
+            return StepResult(
+                cross_entropy=sums.loss / values[-2],
+                alignment_by_layer=sums.alignment,
+                captured_mass_by_layer=sums.mass,
+                grad_norm=values[-1],
+                full_share=sums.full_share,
+            )
+
+        return PendingStep(figures, interpret)
+
+    def forward_backward(self, batches: Sequence[Batch], *, step: int) -> tuple["_Run", Tensor]:
+        """Leave the global batch's gradients in their buffers; return what the passes found and the labels that count, on the device."""
+        batches = self._local(batches)
         count, labels = len(batches), self._count_labels(batches)
-        streams = [
-            main_stream(self.config.attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches
-        ]
-        both = self.config.attention.method is Method.ssa
-        scale = (
-            self.config.attention.alignment_weight / (self.config.model.num_layers * count * self.config.parallel.tp)
-            if both
-            else 0.0
-        )
+        attention = self.config.attention
+        streams = [main_stream(attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches]
+        both = attention.method is Method.ssa
+        scale = attention.alignment_weight / (self.config.model.num_layers * count * self.config.parallel.tp)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         run = _Run(count * self.placement.dp / labels)
-        self._forward_backward(batches, streams, run, counterpart=both, alignment_scale=scale, forward_only=False)
+        self._forward_backward(
+            batches, streams, run, counterpart=both, alignment_scale=scale if both else 0.0, forward_only=False
+        )
+        return run, labels
+
+    def update(self, learning_rate: float) -> Tensor:
+        """Take the optimizer's step over the gradients in the buffers; return their norm before clipping, on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optim.weight_decay * group.get("wd_mult", 1.0)
-        _, grad_norm, _ = self.optimizer.step()
-        full = [float(s == "full") for s in streams]
-        sums = self._reduce(run, [sum(full), float(count)])
-        return StepResult(
-            cross_entropy=sums.loss / float(labels),
-            alignment_by_layer=sums.alignment,
-            captured_mass_by_layer=sums.mass,
-            grad_norm=float(grad_norm),
-            full_share=sums.extra[0] / sums.extra[1],
-        )
+        with torch.profiler.record_function(OPTIMIZER_RANGE):
+            _, norm, _ = self.optimizer.step()
+        return norm
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
         """See `Engine.evaluate`."""
-        batches = [b.to(self.placement.device) for b in batches]
+        batches = self._local(batches)
         labels = self._count_labels(batches)
         self._gather_parameters()
         for chunk in self.chunks:
@@ -92,7 +116,7 @@ class MegatronEngine:
             self._forward_backward(
                 batches, [mode] * len(batches), run, counterpart=True, alignment_scale=0.0, forward_only=True
             )
-        sums = self._reduce(run, [])
+        sums = self._sums(self._reduce(run).tolist())
         return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels))
 
     @torch.no_grad()
@@ -101,7 +125,7 @@ class MegatronEngine:
         self._gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        batch = batch.to(self.placement.device)
+        (batch,) = self._local([batch])
         ends = batch.cu_seqlens[1:].long() - 1
 
         def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module):
@@ -109,7 +133,8 @@ class MegatronEngine:
             out = chunk(
                 batch.tokens, batch.positions.unsqueeze(0), None, packed_seq_params=packed, runtime_gather_output=True
             )
-            return out, lambda logits, non_loss_data: logits[0, ends].float()
+            tokens = self.context.num_tokens(batch)
+            return out, lambda logits, non_loss_data: self.context.rows_at(logits[0], ends, tokens).float()
 
         count = self.config.parallel.pp if len(self.chunks) > 1 else 1  # interleaving wants whole rounds of the stages
         outputs = self._schedule(
@@ -117,7 +142,7 @@ class MegatronEngine:
             data_iterator=[iter([batch] * count) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=count,
-            seq_length=batch.tokens.shape[1],
+            seq_length=self.context.num_tokens(batch),
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
@@ -166,6 +191,10 @@ class MegatronEngine:
         if ddp.overlap_param_gather and len(self.chunks) > 1:
             self.core.param_sync_func = [c.start_param_sync for c in self.chunks]
 
+    def _local(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return this context rank's part of each microbatch, on the device."""
+        return [self.context.split(b).to(self.placement.device) for b in batches]
+
     def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
         """Return the labels that count in the global batch."""
         total = torch.zeros((), dtype=torch.float64, device=self.placement.device)
@@ -178,7 +207,7 @@ class MegatronEngine:
         length = self.config.data.sequence_length
         layout = build_layout(
             batch.cu_seqlens,
-            num_tokens=len(batch.positions),
+            num_tokens=self.context.num_tokens(batch),
             block_size=self.config.attention.block_size,
             max_length=length,
         )
@@ -189,7 +218,8 @@ class MegatronEngine:
             max_seqlen_q=length,
             max_seqlen_kv=length,
             positions=batch.positions,
-            documents=layout,
+            documents=self.context.queries(layout),
+            gather=self.context.gather if self.context.size > 1 else None,
             num_rows=batch.num_rows,
             main=main,
             counterpart=counterpart,
@@ -221,32 +251,41 @@ class MegatronEngine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
+            seq_length=self.context.num_tokens(batches[0]),
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
-    def _reduce(self, run: "_Run", extra: list[float]) -> "_Sums":
-        """Return the step's sums and layer means over all ranks: tensor ranks average, stages and data ranks add up."""
+    def _reduce(self, run: "_Run") -> Tensor:
+        """Return the sums over all ranks, on the device: tensor ranks average, stages and data ranks add up.
+
+        By layer the alignments, the captured masses and how many microbatches gave them; then the cross entropies, the microbatches whose main
+        stream was full, and all microbatches.
+        """
         layers = self.config.model.num_layers
-        vector = torch.zeros(3 * layers + 1 + len(extra), dtype=torch.float64, device=self.placement.device)
-        for packed in run.packed:
-            for number, seen in packed.diagnostics.items():
-                vector[number - 1] += seen.alignment_loss
-                vector[layers + number - 1] += seen.captured_mass
-                vector[2 * layers + number - 1] += 1
-        vector[3 * layers] = sum((s.double() for s in run.sums), start=vector.new_zeros(()))
-        vector[3 * layers + 1 :] = torch.tensor(extra, dtype=torch.float64)
+        vector = torch.zeros(3 * layers + 3, dtype=torch.float64, device=self.placement.device)
+        for number in sorted({n for packed in run.packed for n in packed.diagnostics}):
+            seen = [packed.diagnostics[number] for packed in run.packed if number in packed.diagnostics]
+            vector[number - 1] = torch.stack([s.alignment_loss for s in seen]).double().sum()
+            vector[layers + number - 1] = torch.stack([s.captured_mass for s in seen]).double().sum()
+            vector[2 * layers + number - 1] = float(len(seen))
+        if run.sums:
+            vector[3 * layers] = torch.stack(run.sums).double().sum()
+        vector[3 * layers + 1] = float(sum(packed.main == "full" for packed in run.packed))
+        vector[3 * layers + 2] = float(len(run.packed))
         dist.all_reduce(vector)
-        vector /= self.config.parallel.tp
-        values = vector.tolist()
+        return vector / self.config.parallel.tp
+
+    def _sums(self, values: list[float]) -> "_Sums":
+        """Return what `_reduce` gave, by name."""
+        layers = self.config.model.num_layers
         counts = values[2 * layers : 3 * layers]
         seen = all(counts)
         return _Sums(
             loss=values[3 * layers],
             alignment=[v / n for v, n in zip(values[:layers], counts, strict=True)] if seen else [],
             mass=[v / n for v, n in zip(values[layers : 2 * layers], counts, strict=True)] if seen else [],
-            extra=values[3 * layers + 1 :],
+            full_share=values[3 * layers + 1] / values[3 * layers + 2],
         )
 
     def _from_last_stage(self, logits: Tensor | None, rows: int) -> Tensor:
@@ -276,13 +315,14 @@ class _Run:
         return total * self.scale, {}
 
 
+@dataclass(frozen=True, slots=True)
 class _Sums:
     """Reduced over all ranks."""
 
-    __slots__ = ("alignment", "extra", "loss", "mass")
-
-    def __init__(self, loss: float, alignment: list[float], mass: list[float], extra: list[float]) -> None:
-        self.loss, self.alignment, self.mass, self.extra = loss, alignment, mass, extra
+    loss: float
+    alignment: list[float]
+    mass: list[float]
+    full_share: float
 
 
 def _build_chunks(config: Config, placement: Placement, vocab_size: int) -> list[DistributedDataParallel]:
@@ -304,25 +344,3 @@ def _build_chunks(config: Config, placement: Placement, vocab_size: int) -> list
     for chunk in chunks:  # one configuration object, so that the schedules' hooks are set once
         chunk.config = chunks[0].config
     return chunks
-
-
-def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]):
-    low = config.precision.name is not PrecisionName.fp32
-    optim = config.optim
-    return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1,
-            adam_beta2=optim.beta2,
-            adam_eps=optim.eps,
-            clip_grad=optim.clip_grad,
-            bf16=low,
-            params_dtype=torch.bfloat16 if low else torch.float32,
-            use_distributed_optimizer=config.engine.distributed_optimizer,
-            overlap_param_gather=config.engine.overlap_param_gather,
-        ),
-        chunks,
-    )

@@ -13,8 +13,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 
-# Handed out as copies: core puts a process group into the one it gets, which the next layout in this process must not find.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}  # core adds to what it is handed: copies
 
 
 def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:

@@ -1,1 +1,1 @@
-"""The Llama with SSA attention on megatron-core's GPTModel. Reading order: llama, attention, alignment, rope, norm."""
+"""The Llama with SSA attention on megatron-core's GPTModel. Reading order: llama, gpt, attention, alignment, mlp, norm."""

@@ -16,16 +16,22 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ssa_kernels import DocumentLayout, SSAOutput, full_attention, select_blocks, sparse_attention, ssa_attention
+from ssa_kernels import (
+    DocumentLayout,
+    full_attention,
+    gate,
+    qkv_rope,
+    select_blocks,
+    sparse_attention,
+    ssa_attention,
+)
 from ssa_pretrain.config import AttentionConfig, KernelImpl
 from ssa_pretrain.model.alignment import attach_loss
-from ssa_pretrain.model.rope import angles, rotate
 
 
 @dataclass
@@ -44,6 +50,7 @@ class PackedTokens(PackedSeqParams):
         positions: int64 [tokens], each token's place in its document.
         documents: where documents and blocks lie, built once a microbatch.
         num_rows: rows of the microbatch if each is one document, else None.
+        gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, of which `documents` tells; else None.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: also compute the other stream, for the alignment and the captured mass.
         alignment_scale: d(total loss) / d(one layer's local alignment); 0 switches the gradient off.
@@ -53,6 +60,7 @@ class PackedTokens(PackedSeqParams):
     positions: Tensor = None
     documents: DocumentLayout = None
     num_rows: int | None = None
+    gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     main: str = "full"
     counterpart: bool = False
     alignment_scale: float = 0.0
@@ -125,73 +133,64 @@ class SSAAttention(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """Return (output [tokens, 1, M], bias or None) for hidden states [tokens, 1, M] (tokens / tp of them under sequence parallelism)."""
         packed = packed_seq_params
-        q, k, v, gate = self._project(hidden_states)
-        cos, sin = angles(rotary_pos_emb, packed.positions)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v, gate_logits = self._project(hidden_states, rotary_pos_emb, packed.positions)
+        if packed.gather is not None:
+            k, v = packed.gather(k, v)
         attend = self._both_streams if packed.counterpart else self._main_stream
-        out = attend(q, k, v, gate, packed)
+        out = attend(q, k, v, gate_logits, packed)
         return self.linear_proj(out.flatten(1).unsqueeze(1))
 
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return q [T, H, D], k and v [T, H_kv, D] and the gates' logits [T, H], of this rank's heads."""
+    def _project(
+        self, hidden_states: Tensor, rotary_pos_emb: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return q [T, H, D] and k [T, H_kv, D] rotated, v [T, H_kv, D] and the gates' logits [T, H], of this rank's heads."""
         mixed, _ = self.linear_qkv(hidden_states)
-        tokens, kv, d = mixed.shape[0], self.num_kv_heads, self.head_dim
-        parts = [self.group_size * d, d, d, self.num_gates]
-        q, k, v, gate = mixed.view(tokens, kv, sum(parts)).split(parts, dim=-1)
-        q = q.reshape(tokens, kv * self.group_size, d)
-        return q, k, v.contiguous(), gate.reshape(tokens, -1) if self.num_gates else None
+        return qkv_rope(
+            mixed.flatten(1),
+            rotary_pos_emb.flatten(1),
+            positions,
+            num_kv_heads=self.num_kv_heads,
+            group_size=self.group_size,
+            head_dim=self.head_dim,
+            num_gates=self.num_gates,
+            impl=self.impl,
+        )
 
-    def _both_streams(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, packed: PackedTokens) -> Tensor:
+    def _both_streams(
+        self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens
+    ) -> Tensor:
         """Return the gated main stream [T, H, D], the alignment attached, the layer's diagnostics noted."""
         a = self.attention
 
-        def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> SSAOutput:
-            return ssa_attention(
-                q,
-                k,
-                v,
-                gate,
-                block_size=a.block_size,
-                top_k=a.top_k,
-                score=a.score.value,
-                cu_seqlens=packed.documents,
-                num_rows=packed.num_rows,
-                main=packed.main,
-                weights=(a.sparsity_weight, a.commitment_weight),
-                impl=self.impl,
-            )
-
-        out, loss, mass = self._recomputed(run, q, k, v, gate)
+        out, loss, mass = ssa_attention(
+            q,
+            k,
+            v,
+            gate_logits,
+            block_size=a.block_size,
+            top_k=a.top_k,
+            score=a.score.value,
+            cu_seqlens=packed.documents,
+            num_rows=packed.num_rows,
+            main=packed.main,
+            weights=(a.sparsity_weight, a.commitment_weight),
+            impl=self.impl,
+        )
         packed.diagnostics[self.layer_number] = LayerDiagnostics(loss.detach(), mass.detach())
         if packed.alignment_scale and torch.is_grad_enabled():
             out = attach_loss(out, loss, packed.alignment_scale)
         return out
 
-    def _main_stream(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, packed: PackedTokens) -> Tensor:
+    def _main_stream(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens) -> Tensor:
         """Return the gated main stream [T, H, D], nothing else computed."""
         a = self.attention
         common = {"cu_seqlens": packed.documents, "impl": self.impl}
 
-        def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return full_attention(q, k, v, num_rows=packed.num_rows, **common)[0]
-
-        def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if packed.main == "full":
+            out, _ = full_attention(q, k, v, num_rows=packed.num_rows, **common)
+        else:
             indices = select_blocks(
                 q.detach(), k.detach(), block_size=a.block_size, top_k=a.top_k, score=a.score.value, **common
             )
-            return sparse_attention(q, k, v, indices, block_size=a.block_size, **common)[0]
-
-        return gated(self._recomputed(full if packed.main == "full" else sparse, q, k, v), gate)
-
-    def _recomputed(self, run: Callable, *inputs: Tensor | None):
-        """Return run(*inputs), computed again in the backward if the recomputation is selective."""
-        if self.config.recompute_granularity == "selective" and self.training:
-            return checkpoint(run, False, *inputs)
-        return run(*inputs)
-
-
-def gated(out_THD: Tensor, gate_TH: Tensor | None) -> Tensor:
-    """Return out * sigmoid(gate), computed in fp32, in out's dtype."""
-    if gate_TH is None:
-        return out_THD
-    return (out_THD.float() * gate_TH.float().sigmoid().unsqueeze(-1)).to(out_THD.dtype)
+            out, _ = sparse_attention(q, k, v, indices, block_size=a.block_size, **common)
+        return out if gate_logits is None else gate(out, gate_logits, impl=self.impl)

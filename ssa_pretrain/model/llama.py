@@ -1,4 +1,4 @@
-"""The Llama: megatron-core's GPTModel with SSA attention in its layer spec.
+"""The Llama: megatron-core's GPTModel (gpt.py) with SSA attention and our feed-forward in its layer spec.
 
 Two specs. *local*: megatron-core's own linear layers and our RMSNorm, on CPU and on GPUs without Transformer Engine. *transformer_engine*:
 norm fused into the QKV and the first MLP projection, FP8 where the precision asks for it. The two have the same weights; the checkpoint keys
@@ -11,11 +11,10 @@ import hashlib
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,8 +24,10 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from ssa_pretrain.config import Config, EngineConfig, LayerSpec, PrecisionName, Recompute
+from ssa_pretrain.config import Config, EngineConfig, EngineName, KernelImpl, LayerSpec, PrecisionName, Recompute
 from ssa_pretrain.model.attention import SSAAttention, SSAAttentionSubmodules
+from ssa_pretrain.model.gpt import Llama
+from ssa_pretrain.model.mlp import FeedForward
 from ssa_pretrain.model.norm import RMSNorm
 
 
@@ -46,7 +47,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=False,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -63,20 +64,17 @@ def transformer_config(config: Config) -> TransformerConfig:
         params_dtype=torch.bfloat16 if low else torch.float32,
         bf16=low,
         fp8="hybrid" if config.precision.name is PrecisionName.fp8 else None,
-        fp8_recipe="tensorwise" if config.precision.name is PrecisionName.fp8 else "delayed",
+        fp8_recipe=config.precision.fp8_recipe.value,
+        tp_comm_overlap=engine.overlap_tp,
         variable_seq_lengths=False,
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=on_gpu,
         gradient_accumulation_fusion=False,
-        cross_entropy_loss_fusion=on_gpu,
-        cross_entropy_fusion_impl="native",
         **_recompute(engine),
     )
 
 
-def build_model(
-    config: Config, vocab_size: int, groups: ProcessGroupCollection, vp_stage: int | None = None
-) -> GPTModel:
+def build_model(config: Config, vocab_size: int, groups: ProcessGroupCollection, vp_stage: int | None = None) -> Llama:
     """Return this rank's part of the Llama, initialised: one pipeline stage (or virtual stage) of one tensor rank.
 
     Args:
@@ -89,7 +87,9 @@ def build_model(
     stages, rank = config.parallel.pp, groups.pp.rank()
     virtual = config.parallel.vpp
     scaling = config.model.rope_scaling
-    model = GPTModel(
+    # The buffers that gradients are added into are megatron-core's.
+    fused = config.engine.fuse_gradient_accumulation and config.engine.name is EngineName.megatron
+    model = Llama(
         config=core,
         transformer_layer_spec=_block_spec(config, core, rank, vp_stage),
         vocab_size=config.model.padded_vocab_size(vocab_size),
@@ -104,10 +104,29 @@ def build_model(
         rope_scaling_factor=scaling.factor,
         pg_collection=groups,
         vp_stage=vp_stage,
+        impl=kernel_impl(config),
+        fuse_gradient_accumulation=fused,
     )
+    if fused:
+        _fuse_gradient_accumulation(model)
     offset = get_transformer_layer_offset(core, vp_stage, rank)
     initialise(model, config, tp_rank=groups.tp.rank(), layer_offset=offset)
     return model
+
+
+def kernel_impl(config: Config) -> str | None:
+    """Return the kernels' implementation as the operators name it, None by device."""
+    return None if config.attention.impl is KernelImpl.auto else config.attention.impl.value
+
+
+def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's layers add weight gradients into the fp32 buffers in the matrix product itself.
+
+    Core's own switch is one for the whole model and refuses to build core's embedding and output layer without Apex.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def uses_transformer_engine(engine: EngineConfig) -> bool:
@@ -125,7 +144,7 @@ def _recompute(engine: EngineConfig) -> dict:
     if engine.recompute is Recompute.full:
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if engine.recompute is Recompute.selective:
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        return {"recompute_granularity": "selective", "recompute_modules": []}  # SwiGLU's output (mlp.py)
     return {}
 
 
@@ -140,15 +159,21 @@ def _block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
+def _feed_forward(config: Config, up: type, down: type) -> ModuleSpec:
+    return ModuleSpec(
+        module=FeedForward,
+        params={"impl": kernel_impl(config), "ffn_hidden_size": config.model.ffn_hidden_size},
+        submodules=MLPSubmodules(linear_fc1=up, linear_fc2=down),
+    )
+
+
 def _local_layer(config: Config) -> ModuleSpec:
     attention = ModuleSpec(
         module=SSAAttention,
         params={"attention": config.attention},
         submodules=SSAAttentionSubmodules(linear_qkv=ColumnParallelLinear, linear_proj=RowParallelLinear),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    mlp = _feed_forward(config, ColumnParallelLinear, RowParallelLinear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -174,9 +199,7 @@ def _transformer_engine_layer(config: Config) -> tuple[ModuleSpec, type]:
         params={"attention": config.attention},
         submodules=SSAAttentionSubmodules(linear_qkv=TELayerNormColumnParallelLinear, linear_proj=TERowParallelLinear),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)
-    )
+    mlp = _feed_forward(config, TELayerNormColumnParallelLinear, TERowParallelLinear)
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -76,9 +76,14 @@ def start(parallel: ParallelConfig, *, seed: int) -> Placement:
     )
 
 
+def leave_layout() -> None:
+    """Give up the degrees, so that `start` can set others; the processes stay joined, since a launcher's store remembers who joined before."""
+    parallel_state.destroy_model_parallel()
+
+
 def stop() -> None:
     """Leave the process group."""
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -38,6 +38,25 @@ def test_official_rule(block_size, top_k):
     assert torch.equal(indices, exact) == (block_size >= 2 * top_k)
 
 
+def test_official_rule_with_fewer_than_half_a_chunk():
+    """A query early in its chunk has few candidates there: nothing from before takes their place."""
+    q, k = make(1100, heads=2, kv_heads=1, dtype=torch.float64)
+    indices = select_blocks(q, k, block_size=16, top_k=16, cu_seqlens=torch.tensor([0, 1100]), score="official_compat")
+    own = torch.arange(1100) // 16
+    late = own >= 16
+    assert torch.equal((indices[late, 0] >= 0).sum(-1), (8 + (own[late] % 16).clamp(max=7) + 1))
+
+
+def test_importance_below_the_smallest_float32_is_none():
+    """Both far blocks underflow: they tie, and the more recent is chosen, in float64 as in float32."""
+    q = torch.zeros(64, 1, 8, dtype=torch.float64)
+    k = torch.zeros(64, 1, 8, dtype=torch.float64)
+    q[:, :, 0], k[:16, :, 0], k[16:32, :, 0], k[32:48, :, 0] = 1000.0, -0.5, -0.6, 1.0
+    for kind in (torch.float64, torch.float32):
+        chosen = select_blocks(q.to(kind), k.to(kind), block_size=16, top_k=3, cu_seqlens=torch.tensor([0, 64]))
+        assert chosen[63, 0].tolist() == [1, 2, 3]
+
+
 def test_official_rule_loses_blocks_where_the_official_code_does():
     """At block_size = top_k = 16: at most 8 blocks of the own 256-token chunk and at most 8 from before."""
     q, k = make(1200, heads=2, kv_heads=1)

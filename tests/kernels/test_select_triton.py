@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 
-from ssa_kernels import build_layout, query_slice, select_blocks
+from ssa_kernels import build_layout, query_runs, query_slice, select_blocks
 from ssa_kernels.select import reference
 
 triton = pytest.importorskip("triton")
@@ -132,3 +132,15 @@ def test_decoding_from_cached_means_equals_prefill():
             score="softmax_sum",
         )
         assert torch.equal(step[0], prefill[row])
+
+
+def test_runs_of_queries_far_apart():
+    """One tile of queries from both runs would walk all the block rows between their documents, more than its program has slices for."""
+    tokens, spans = 1400, [(2, 2), (1396, 4)]
+    layout = build_layout(torch.arange(0, tokens + 1, 4), num_tokens=tokens, block_size=1, max_length=4)
+    q, k = make(tokens, 2, 1)
+    part = query_runs(layout, spans)
+    queries = torch.cat([torch.arange(first, first + length) for first, length in spans])
+    arguments = {"block_size": 1, "top_k": 2, "cu_seqlens": part}
+    ours, theirs = (select_blocks(q[queries], k, impl=impl, **arguments) for impl in ("triton", "reference"))
+    assert torch.equal(ours, theirs)

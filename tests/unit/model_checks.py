@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssa_kernels import qkv_rope
 from ssa_pretrain.config import Config, Method, PrecisionName
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
-from ssa_pretrain.model.rope import angles, rotate
 
 VOCAB, LENGTH = 90, 80
 HEADS, GROUPS, DIM = 4, 2, 8
@@ -222,6 +222,27 @@ def test_the_alignment_weighs_in_that_gradient(placement):
     assert abs(norms[1] / norms[0] - 1) > 0.03 and abs(norms[2] / norms[1] - 1) > 0.03
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
+def test_gradients_are_clipped_to_the_limit(placement, limit):
+    """AdamW hardly sees the gradient's size, so look at what reaches it."""
+    from ssa_pretrain.engine import build_engine
+
+    config = small_config()
+    config.optim.clip_grad = limit
+    engine = build_engine(config, placement, VOCAB)
+    reached = []
+    step = engine.optimizer.step_with_ready_grads
+
+    def look_and_step():
+        grads = [p.grad for o in engine.optimizer.chained_optimizers for p in o.get_parameters() if p.grad is not None]
+        reached.append(float(sum(g.double().pow(2).sum() for g in grads)) ** 0.5)
+        return step()
+
+    engine.optimizer.step_with_ready_grads = look_and_step
+    norm = engine.train_step(microbatches(), step=0, learning_rate=0.0).grad_norm
+    assert norm > 0.01 and reached == [pytest.approx(min(norm, limit) if limit else norm, rel=1e-4)]
+
+
 @pytest.mark.parametrize("method", [Method.full, Method.moba])
 def test_one_stream_methods_train_that_stream(placement, method):
     from ssa_pretrain.engine import build_engine
@@ -263,4 +284,9 @@ def test_rope_turns_by_position_with_llama3_scaling(placement, factor):
     turn = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None] * frequency)[:, None, :]
     pairs = torch.complex(x[..., :32], x[..., 32:]) * turn
     wanted = torch.cat([pairs.real, pairs.imag], dim=-1)
-    torch.testing.assert_close(rotate(x.float(), *angles(table, positions)), wanted.float(), rtol=0.0, atol=1e-4)
+    mixed = (
+        torch.cat([x, torch.zeros(5, 2, 64)], dim=1).flatten(1).float()
+    )  # two queries of one kv head, its key and value
+    sizes = {"num_kv_heads": 1, "group_size": 2, "head_dim": 64, "num_gates": 0}
+    turned, *_ = qkv_rope(mixed, table.flatten(1), positions, **sizes)
+    torch.testing.assert_close(turned, wanted.float(), rtol=0.0, atol=1e-4)

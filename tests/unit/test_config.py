@@ -131,7 +131,7 @@ def test_all_problems_come_at_once() -> None:
         ("data.weights", {"english": 0.0}, "data.weights must have a positive sum; try data.weights={}"),
         ("parallel.tp", 0, "parallel.tp=0 must be at least 1; try 1"),
         ("parallel.world_size", -1, "parallel.world_size=-1 must be at least 0; try 0"),
-        ("parallel.cp", 2, "parallel.cp=2 is refused: context parallelism is not there yet; try parallel.cp=1"),
+        ("parallel.cp", 0, "parallel.cp=0 must be at least 1; try 1"),
         (
             "parallel.vpp",
             2,

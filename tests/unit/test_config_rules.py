@@ -41,6 +41,7 @@ def found(*overrides: str, machine: Machine = CPU) -> list[str]:
 
 
 PAPERS = ("ssa_1b_8k", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k")
+EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "fp8_300m_evidence")
 
 
 @pytest.mark.parametrize("world_size", [1, 8, 64])
@@ -51,6 +52,11 @@ def test_the_paper_s_experiments_pass_every_check(experiment: str, world_size: i
     assert found(f"experiment={experiment}", "training.micro_batch_size=1", *layout, machine=machine) == []
     if world_size == 1:
         assert found(f"experiment={experiment}", machine=machine) == []
+
+
+@pytest.mark.parametrize("experiment", EVIDENCE)
+def test_the_short_experiments_pass_on_one_gpu(experiment: str) -> None:
+    assert found(f"experiment={experiment}", machine=GPU) == []
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU])
@@ -103,6 +109,18 @@ def test_the_quickstart_passes_with_and_without_a_gpu(machine: Machine) -> None:
             12,
             "data.sequence_length=512 must be a multiple of parallel.tp=12 under parallel.sequence_parallel=true; "
             "try 504 or 516",
+        ),
+        (
+            (*BASE, "parallel.cp=3"),
+            3,
+            "data.sequence_length=512 must be a multiple of 2 * parallel.cp=3: two chunks of a row on each "
+            "context-parallel rank; try 480 or 528",
+        ),
+        (
+            ("experiment=ssa_1b_32k", "parallel=tp2_sp", "parallel.cp=3"),
+            6,
+            "data.sequence_length=32768 must be a multiple of 2 * parallel.cp=3 * parallel.tp=2: two chunks of a row on "
+            "each context-parallel rank; try 32736 or 32784",
         ),
         (
             ("experiment=ssa_1b_32k", "model.rope_scaling.factor=2"),
@@ -213,6 +231,27 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
             "model.head_dim=64 makes a matrix of 2466 on a rank, and precision=fp8 needs a multiple of 16; "
             "try precision=bf16",
         ),
+        (
+            (*PAPER, "engine.overlap_tp=true"),
+            GPU,
+            "engine.overlap_tp=true needs parallel.tp above 1 and parallel.sequence_parallel=true: it splits their gathers and "
+            "scatters; try engine.overlap_tp=false",
+        ),
+        (
+            (*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", "engine.layer_spec=local"),
+            replace(GPU, world_size=2),
+            "engine.overlap_tp=true is Transformer Engine's, not engine.layer_spec=local's; try engine.overlap_tp=false",
+        ),
+        (
+            (*BASE, "parallel=tp2_sp", "engine.overlap_tp=true"),
+            replace(CPU, world_size=2),
+            "engine.overlap_tp=true needs a GPU, and torch sees none; try engine.overlap_tp=false",
+        ),
+        (
+            (*PAPER, "profile.steps=[0,3]"),
+            GPU,
+            "profile.steps=[0, 3] must count steps from 1; try profile.steps=[10]",
+        ),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(overrides: tuple[str, ...], machine: Machine, message: str) -> None:
@@ -221,6 +260,7 @@ def test_what_the_machine_lacks_is_one_line(overrides: tuple[str, ...], machine:
 
 def test_the_same_choices_pass_where_the_machine_has_what_they_need() -> None:
     assert found(*PAPER, "precision=fp8", machine=GPU) == []
+    assert found(*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", machine=replace(GPU, world_size=2)) == []
     assert found(*PAPER, "attention.impl=triton", "engine.layer_spec=transformer_engine", machine=GPU) == []
     assert found(*PAPER, "model.head_dim=80", machine=GPU) == []
     assert found(*PAPER, "model.head_dim=84", "attention.impl=reference", machine=GPU) == []

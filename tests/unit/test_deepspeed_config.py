@@ -132,5 +132,10 @@ def test_without_deepspeed_the_engine_is_refused() -> None:
     assert line.endswith("or try engine=megatron")
 
 
-def test_context_parallelism_names_the_engine_that_may_have_it() -> None:
-    assert any(line.startswith("parallel.cp=2 is refused") for line in problems("parallel.cp=2"))
+def test_context_parallelism_names_the_engine_that_has_it() -> None:
+    line = "parallel.cp=2 needs engine.name=megatron; try engine=megatron or parallel.cp=1"
+    assert problems("parallel.cp=2") == [line]
+    assert problems("parallel=tp2_sp", "engine.overlap_tp=true") == [
+        "engine.overlap_tp=true is refused under engine=deepspeed, which does not share Transformer Engine's user buffers; "
+        "try engine=megatron or engine.overlap_tp=false"
+    ]

@@ -121,7 +121,7 @@ def streams(shape: Shape, both: Bounds = None, forward: Bounds = None) -> Iterat
         detail = f"{flash_f:.2f}, {flash_fb:.2f} ms"
         yield Row(f"the same against FlashAttention-2, {shape.name}, fwd+bwd", flash_fb / ours_fb, "x", detail=detail)
         torch_call = problem.both(lambda: problem.sdpa(SDPBackend.CUDNN_ATTENTION))
-        for backend in ("cudnn", "te") if te.is_installed() else ("cudnn",):
+        for backend in ("cudnn", "te") if te.is_usable() else ("cudnn",):
             calls = [problem.both(lambda backend=backend: problem.full(backend)), torch_call]
             own_ms, torch_ms = medians_ms(calls, repetitions_for(2 * full_fb))
             name = f"full_attention by {backend} / torch's cuDNN, {shape.name}, fwd+bwd"

@@ -25,7 +25,8 @@ def full_attention(
 
     On a GPU a library's kernel is chosen from shapes, arguments and what is installed, without looking at the documents (fused.py). Give
     a layout with `max_length` where that is known: FlashAttention's backward over 8k rows takes twice as long when it must expect
-    documents as long as all tokens together.
+    documents as long as all tokens together. Some of the queries over all keys: a layout by `query_runs` (or, for the reference, by
+    `query_slice`), and no num_rows.
 
     Args:
         q: `[tokens, H, D]`.

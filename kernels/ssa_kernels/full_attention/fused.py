@@ -5,7 +5,8 @@ Which kernel runs is decided from shapes, explicit arguments and what is install
 - `cudnn`: torch's cuDNN attention, where the caller says that the tokens are `num_rows` spans of equal length, one document each.
 - `te`: Transformer Engine's cuDNN attention on packed documents, where it is installed (te.py). It takes equal rows too, if asked.
 - `flash`: torch's FlashAttention-2 on packed documents; FlashAttention-3 or 4 where the process has activated one of them with
-  `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel under the very operator called here.
+  `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel under the very operator called here. The only one for
+  runs of queries (`query_runs`, runs.py).
 
 Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms) and its gradients
 are wrong with more than one document. Deterministic mode (`torch.use_deterministic_algorithms`) sends everything to `flash`, whose
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..documents import DocumentLayout
+from ..documents import DocumentLayout, QueryRun
 from . import te
+from .runs import runs_backward, runs_forward
 
 # Shorter rows go the way of packed documents: not worth cuDNN's fixed costs, and its support for very short ones has varied.
 MIN_CUDNN_ROW = 128
@@ -34,6 +36,7 @@ class FusedPlan:
     num_rows: int  # 0 for packed documents
     max_length: int  # of a row or a document
     scale: float
+    runs: tuple[QueryRun, ...] = ()  # of a layout of some queries
 
 
 def plan_fused(
@@ -50,6 +53,7 @@ def plan_fused(
     Raises:
         ValueError: for what no fused kernel takes, or a backend that cannot run here.
     """
+    te.is_usable()  # loads it before torch's cuDNN, see there
     tokens, _, head_dim = q.shape
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
@@ -59,9 +63,12 @@ def plan_fused(
         raise ValueError(
             f"head_dim={head_dim} must be a multiple of 8 and at most 128; try impl='reference' for others"
         )
+    if isinstance(cu_seqlens, DocumentLayout) and cu_seqlens.runs:
+        return _plan_runs(tokens, cu_seqlens, num_rows, backend, scale), cu_seqlens.cu_seqlens
     if tokens != k.shape[0]:
         raise ValueError(
-            f"q has {tokens} tokens and k {k.shape[0]}: the fused kernels need as many; try impl='reference' for a part of them"
+            f"q has {tokens} tokens and k {k.shape[0]}: the fused kernels need as many, or a layout by query_runs; "
+            "try impl='reference' for other parts of them"
         )
     row_length = tokens // num_rows if num_rows else 0
     chosen = backend or _pick(q, row_length)
@@ -73,13 +80,25 @@ def plan_fused(
     return FusedPlan(chosen, 0, max_length, scale), ends
 
 
+def _plan_runs(
+    tokens: int, layout: DocumentLayout, num_rows: int | None, backend: str | None, scale: float
+) -> FusedPlan:
+    if tokens != (held := sum(run.length for run in layout.runs)):
+        raise ValueError(f"q has {tokens} tokens and the layout's runs {held}; pass the queries of the runs, in order")
+    if backend not in (None, "flash") or num_rows is not None:
+        raise ValueError(
+            f"backend={backend!r} and num_rows={num_rows} of full_attention must be None for runs of queries; only 'flash' takes them"
+        )
+    return FusedPlan("flash", 0, layout.max_length, scale, layout.runs)
+
+
 def _pick(q: torch.Tensor, row_length: int) -> str:
     if torch.are_deterministic_algorithms_enabled():
         return "flash"
     if row_length >= MIN_CUDNN_ROW:
         return "cudnn"
     hopper_or_later = torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    return "te" if hopper_or_later and te.is_installed() else "flash"
+    return "te" if hopper_or_later and te.is_usable() else "flash"
 
 
 def _check_backend(backend: str, num_rows: int | None) -> None:
@@ -89,7 +108,7 @@ def _check_backend(backend: str, num_rows: int | None) -> None:
         raise ValueError(
             "backend='cudnn' needs num_rows, since it takes rows of equal length only; try backend='te' or 'flash'"
         )
-    if backend == "te" and not te.is_installed():
+    if backend == "te" and not te.is_usable():
         raise ValueError(
             f"backend='te' needs transformer_engine {te.OLDEST[0]}.{te.OLDEST[1]} or later with its torch extension; try backend='flash'"
         )
@@ -111,6 +130,8 @@ def fused_forward(
     The two states go back to `fused_backward` as they came (dropout's generator state, unused here).
     """
     longest = plan.max_length
+    if plan.runs:
+        return runs_forward(q, k, v, plan.runs, max_length=longest, scale=plan.scale)
     if plan.backend == "cudnn":
         o, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *(_rows(x, plan.num_rows) for x in (q, k, v)), None, True, 0.0, True, False, scale=plan.scale
@@ -139,6 +160,8 @@ def fused_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dq, dk, dv) in the shapes of q, k and v; the other arguments as the forward took and gave them."""
     longest = plan.max_length
+    if plan.runs:
+        return runs_backward(grad_o, q, k, v, o, lse, states, plan.runs, max_length=longest, scale=plan.scale)
     if plan.backend == "cudnn":
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *(_rows(x, plan.num_rows) for x in (grad_o, q, k, v, o)), lse.transpose(1, 2).unsqueeze(-1),

@@ -8,6 +8,7 @@ attention module makes. The log-sum-exp is a natural logarithm: [tokens, H, 1] f
 Not used in deterministic mode: asked for a deterministic backward on packed documents, version 2.20 with cuDNN 9.19 wants terabytes.
 """
 
+import warnings
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -20,14 +21,28 @@ ROWS = {"qkv_layout": "bshd_bshd_bshd", "o_format": "bshd", "attn_mask_type": "c
 
 
 @cache
-def is_installed() -> bool:
-    """Whether a recent enough Transformer Engine with its torch extension is there; importing it takes seconds, so nothing is imported."""
+def is_usable() -> bool:
+    """Whether a recent enough Transformer Engine with its torch extension is there and loads. It takes seconds, once.
+
+    It must come before the process's first use of torch's cuDNN: where a system has a cuDNN beside torch's own, Transformer Engine
+    loads the system's libraries, which cannot follow torch's. So plan_fused asks before anything else, whichever kernel it then takes.
+    """
     try:
         version("transformer_engine_torch")
         major, minor = version("transformer_engine").split(".")[:2]
     except PackageNotFoundError:
         return False
-    return (int(major), int(minor)) >= OLDEST
+    if (int(major), int(minor)) < OLDEST:
+        return False
+    try:
+        import transformer_engine.pytorch.cpp_extensions.fused_attn  # noqa: F401
+    except (ImportError, OSError) as error:
+        warnings.warn(
+            f"Transformer Engine is installed but does not load ({error}); packed documents take FlashAttention instead. If the process "
+            "used torch's cuDNN before, import transformer_engine.pytorch first; else reinstall it for this torch."
+        )
+        return False
+    return True
 
 
 def te_forward(

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
 from .forward import NUM_WARPS, main_code, tile_shape
 
 
@@ -92,7 +93,8 @@ def gate_backward(
     if num_rows > 0:
         block_dim, block_rows = tile_shape(head_dim)
         numel = num_rows * head_dim
-        gate_backward_kernel[(-(-num_rows // block_rows),)](
+        launch(
+            gate_backward_kernel, (-(-num_rows // block_rows),),
             o_full, o_sparse, gate_logits, main if isinstance(main, torch.Tensor) else o_full, grad_out, grad_loss,
             do_full, do_sparse, deltas[0], deltas[1], grad_logits,
             num_rows, weights[0] / numel, weights[1] / numel,

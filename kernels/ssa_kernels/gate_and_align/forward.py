@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
+
 MAIN_SPARSE = 0
 MAIN_FULL = 1
 MAIN_ON_DEVICE = 2
@@ -123,13 +125,15 @@ def gate_forward(
     num_tiles = -(-num_rows // block_rows)
     partials = torch.empty(num_sums, num_tiles, dtype=torch.float32, device=o_full.device)
     results = torch.empty(num_sums, dtype=torch.float32, device=o_full.device)
-    gate_forward_kernel[(num_tiles,)](
+    launch(
+        gate_forward_kernel, (num_tiles,),
         o_full, o_sparse, gate_logits, main if isinstance(main, torch.Tensor) else out,
         lse_full, lse_sparse, out, partials, num_rows, lse_full.shape[1], *lse_full.stride(),
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_ROWS=block_rows,
         MAIN=main_code(main), WITH_MASS=lse is not None, num_warps=NUM_WARPS,
     )  # fmt: skip
-    sum_partials_kernel[(num_sums,)](
+    launch(
+        sum_partials_kernel, (num_sums,),
         partials, results, num_tiles, sum(weights) / (num_rows * head_dim), 1.0 / num_rows, BLOCK=REDUCE_BLOCK, num_warps=32
     )  # fmt: skip
     return out, results[0], None if lse is None else results[1]

@@ -1,9 +1,11 @@
 """`select_blocks`: the public function, its checks and the choice of implementation."""
 
+from itertools import accumulate
+
 import torch
 
 from ..dispatch import resolve_impl
-from ..documents import DocumentLayout, as_layout
+from ..documents import DocumentLayout, as_layout, query_slice
 from .reference import select_blocks_reference
 
 SCORES = ("softmax_sum", "per_head", "official_compat")
@@ -43,8 +45,23 @@ def select_blocks(
     if resolve_impl(impl, q, "select_blocks") == "triton":
         from .forward import select_blocks_triton  # Triton is not installed everywhere
 
-        return select_blocks_triton(q, k, layout=layout, top_k=top_k, scale=scale, score=score)
+        # A tile of queries walks the block rows from its first query's document to its last one's: neighbours alone bound that.
+        found = [
+            select_blocks_triton(part, k, layout=run_layout, top_k=top_k, scale=scale, score=score)
+            for part, run_layout in _neighbours(q, layout)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
     return select_blocks_reference(q, k, layout=layout, top_k=top_k, scale=scale, score=score)
+
+
+def _neighbours(q: torch.Tensor, layout: DocumentLayout) -> list[tuple[torch.Tensor, DocumentLayout]]:
+    """The queries and layout of each run of neighbours; of one run, or where none are noted, all together."""
+    if len(layout.runs) < 2:
+        return [(q, layout)]
+    lengths = [run.length for run in layout.runs]
+    ends = list(accumulate(lengths))
+    pieces = zip(q.split(lengths), lengths, ends, strict=True)
+    return [(part, query_slice(layout, slice(end - length, end))) for part, length, end in pieces]
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, block_size: int, top_k: int, score: str) -> None:

@@ -9,6 +9,8 @@ Registers, stages and tile sizes were chosen by measurement at 16 heads a group,
 way with what their tiles leave room for.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,8 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..documents import DocumentLayout
+from ..launch import launch
+from ..streams import side_streams
 from .importance import block_means_kernel, importance_kernel, softmax_sums_kernel
 from .topk import top_k_kernel
 
@@ -23,7 +27,9 @@ WORKSPACE_BYTES = 64 * 2**20
 LOG2E = 1.4426950408889634
 PRODUCT_ROWS = 128  # (tokens x heads) of one tile
 BLOCK_ROWS = 64  # block rows of one tile
-FMA_SHARE = 0  # of 8 exponentials, how many go to the multiply-add pipe: 0, 2 or 4
+FMA_SHARE = 1  # of 8 exponentials, how many go to the multiply-add pipe: 0, 1, 2 or 4
+LANES = 2  # streams that take the chunks in turns
+IMPORTANCE_REGISTERS = 112
 SLICE_ROWS = 1024  # block rows that a program of the importance kernel walks
 
 
@@ -60,7 +66,9 @@ def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
     k = k if k.stride(2) == 1 else k.contiguous()
     padded = triton.next_power_of_2(dim)
     means = torch.empty(layout.num_block_rows, kv_heads, padded, dtype=k.dtype, device=k.device)
-    block_means_kernel[(layout.num_block_rows, kv_heads)](
+    launch(
+        block_means_kernel,
+        (layout.num_block_rows, kv_heads),
         k,
         layout.block_start,
         layout.block_length,
@@ -82,31 +90,49 @@ def choose_blocks_triton(
     tokens = q.shape[0]
     plan = _plan(q, means, layout, top_k, score)
     indices = torch.empty(tokens, plan.lists, top_k, dtype=torch.int32, device=q.device)
-    workspace = torch.empty(plan.chunk, plan.lists, plan.columns, dtype=torch.float32, device=q.device)
-    scratch = torch.empty(plan.chunk, plan.lists, plan.survivors, dtype=torch.int32, device=q.device)
+    lanes = LANES if q.is_cuda else 1
+    workspace = torch.empty(lanes, plan.chunk, plan.lists, plan.columns, dtype=torch.float32, device=q.device)
+    scratch = torch.empty(lanes, plan.chunk, plan.lists, plan.survivors, dtype=torch.int32, device=q.device)
     lse = _softmax_sums(q, means, layout, plan, top_k, scale, score) if score != "per_head" and top_k > 1 else None
-    for start in range(0, tokens, plan.chunk):
-        stop = min(start + plan.chunk, tokens)
-        if top_k > 1:
-            _importance(q, means, lse, workspace, layout, plan, top_k, scale, score, start, stop)
-        top_k_kernel[((stop - start) * plan.lists,)](
-            workspace,
-            layout.query_position,
-            scratch,
-            indices,
-            start,
-            plan.columns,
-            LISTS=plan.lists,
-            K=layout.block_size,
-            S=top_k,
-            SP=triton.next_power_of_2(top_k),
-            C=plan.survivors,
-            W=plan.width,
-            SIGNED=score == "per_head",
-            OFFICIAL=score == "official_compat",
-            num_warps=1,
-        )
+    slices = triton.cdiv(plan.columns + plan.tile, SLICE_ROWS)  # a tile that spans documents walks a few rows more
+    table, narrow = _table(means), means.shape[2] <= 64
+    with _lanes(q.device, lanes) as streams:
+        for i, start in enumerate(range(0, tokens, plan.chunk)):
+            stop, lane = min(start + plan.chunk, tokens), i % lanes
+            if top_k > 1:
+                launch(
+                    importance_kernel, (triton.cdiv(stop - start, plan.tile), means.shape[1], slices),
+                    q, table, layout.query_first_row, layout.query_position, lse, workspace[lane], start, stop, q.stride(0),
+                    plan.columns, scale * LOG2E,
+                    **_shape(means, layout, plan, q.shape[2], top_k, score), SLICE=SLICE_ROWS, STAGES=3 if narrow else 2,
+                    FMA_SHARE=FMA_SHARE, PER_HEAD=score == "per_head",
+                    num_warps=4, maxnreg=IMPORTANCE_REGISTERS if narrow else None, stream=streams[lane],
+                )  # fmt: skip
+            launch(
+                top_k_kernel, ((stop - start) * plan.lists,),
+                workspace[lane], layout.query_position, scratch[lane], indices, start, plan.columns,
+                LISTS=plan.lists, K=layout.block_size, S=top_k, SP=triton.next_power_of_2(top_k), C=plan.survivors, W=plan.width,
+                SIGNED=score == "per_head", OFFICIAL=score == "official_compat", num_warps=1, stream=streams[lane],
+            )  # fmt: skip
     return indices
+
+
+@contextmanager
+def _lanes(device: torch.device, count: int) -> Iterator[Sequence[torch.cuda.Stream | None]]:
+    """Gives `count` streams that follow the current one and are waited for at the end; None, the current one, for one.
+
+    Importance is bound by the exponential unit, top-k by the integer pipe, and both end with a device half empty: two chunks in different
+    streams fill what the other leaves.
+    """
+    if count == 1:
+        yield [None]
+        return
+    current, streams = torch.cuda.current_stream(device), side_streams(device, count)
+    for stream in streams:
+        stream.wait_stream(current)
+    yield streams
+    for stream in streams:
+        current.wait_stream(stream)
 
 
 def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: int, score: str) -> _Plan:
@@ -119,16 +145,20 @@ def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: i
     kept = layout.block_size if score == "official_compat" else 2 * top_k
     survivors = max(32, triton.next_power_of_2(kept))
     tile = PRODUCT_ROWS // triton.next_power_of_2(heads // kv_heads)
-    chunk = max(1, WORKSPACE_BYTES // (lists * (columns + survivors) * 4))
-    chunk = max(chunk // tile, 1) * tile
-    return _Plan(lists, heads // kv_heads, tile, columns, width, survivors, min(chunk, tokens))
+    lanes = LANES if q.is_cuda else 1
+    most = max(WORKSPACE_BYTES // (lanes * lists * (columns + survivors) * 4), 1)
+    rounds = triton.cdiv(tokens, most * lanes)  # of a chunk in every lane, all of about the same size
+    chunk = triton.cdiv(triton.cdiv(tokens, rounds * lanes), tile) * tile
+    return _Plan(lists, heads // kv_heads, tile, columns, width, survivors, max(min(chunk, most // tile * tile), tile))
 
 
 def _softmax_sums(q, means, layout: DocumentLayout, plan: _Plan, top_k: int, scale: float, score: str) -> torch.Tensor:
     """Returns lse float32 [T, H]; rows whose candidates are all chosen stay unwritten."""
     tokens, heads, dim = q.shape
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    softmax_sums_kernel[(triton.cdiv(tokens, plan.tile), means.shape[1])](
+    launch(
+        softmax_sums_kernel,
+        (triton.cdiv(tokens, plan.tile), means.shape[1]),
         q,
         _table(means),
         layout.query_first_row,
@@ -144,42 +174,6 @@ def _softmax_sums(q, means, layout: DocumentLayout, plan: _Plan, top_k: int, sca
         maxnreg=96 if means.shape[2] <= 64 else 168,
     )
     return lse
-
-
-def _importance(
-    q,
-    means,
-    lse,
-    workspace,
-    layout: DocumentLayout,
-    plan: _Plan,
-    top_k: int,
-    scale: float,
-    score: str,
-    start: int,
-    stop: int,
-) -> None:
-    """Fills the workspace with the importance of the tokens [start, stop)."""
-    slices = triton.cdiv(plan.columns + plan.tile, SLICE_ROWS)  # a tile that spans documents walks a few rows more
-    importance_kernel[(triton.cdiv(stop - start, plan.tile), means.shape[1], slices)](
-        q,
-        _table(means),
-        layout.query_first_row,
-        layout.query_position,
-        lse,
-        workspace,
-        start,
-        stop,
-        q.stride(0),
-        plan.columns,
-        scale * LOG2E,
-        **_shape(means, layout, plan, q.shape[2], top_k, score),
-        SLICE=SLICE_ROWS,
-        STAGES=3 if means.shape[2] <= 64 else 2,
-        FMA_SHARE=FMA_SHARE,
-        PER_HEAD=score == "per_head",
-        num_warps=4,
-    )
 
 
 def _table(means: torch.Tensor) -> TensorDescriptor:

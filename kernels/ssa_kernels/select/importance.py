@@ -74,14 +74,20 @@ def _exp2_on_fma(x):
 
 
 @triton.jit
+def _halves(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    """[A, B, N, 4] -> two of [A, B, N / 2, 4]."""
+    return tl.split(tl.permute(tl.reshape(x, [A, B, N // 2, 2, 4]), [0, 1, 2, 4, 3]))
+
+
+@triton.jit
 def _sum_of_exp2(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, FMA_SHARE: tl.constexpr):
-    """Sums 2^x over the N x 2 of [A, B, N, 4, 2] -> [A, B, 4]; FMA_SHARE (0, 2 or 4) of 8 terms go by the polynomial.
+    """Sums 2^x over the N x 2 of [A, B, N, 4, 2] -> [A, B, 4]; FMA_SHARE (0, 1, 2 or 4) of 8 terms go by the polynomial.
 
     In a tensor core's result, a thread holds the columns with equal (n % 8) // 2: the 4. So these sums stay within threads, and so
     does the choice of terms, which depends on the column alone (equal keys stay tied).
     """
     x = tl.reshape(x, [A, B, N, 4, 2])
-    if FMA_SHARE == 0 or N == 1:
+    if N * FMA_SHARE < 4:  # none, or too few terms to deal out
         total = tl.sum(tl.sum(tl.exp2(x), 4), 2)
     else:
         even, odd = tl.split(x)
@@ -89,8 +95,13 @@ def _sum_of_exp2(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, FMA_SHARE
         if FMA_SHARE == 4:
             total += tl.sum(_exp2_on_fma(odd), 2)
         else:
-            left, right = tl.split(tl.permute(tl.reshape(odd, [A, B, N // 2, 2, 4]), [0, 1, 2, 4, 3]))
-            total += tl.sum(tl.exp2(left), 2) + tl.sum(_exp2_on_fma(right), 2)
+            left, right = _halves(odd, A, B, N)
+            total += tl.sum(tl.exp2(left), 2)
+            if FMA_SHARE == 2:
+                total += tl.sum(_exp2_on_fma(right), 2)
+            else:
+                left, right = _halves(right, A, B, N // 2)
+                total += tl.sum(tl.exp2(left), 2) + tl.sum(_exp2_on_fma(right), 2)
     return total
 
 

@@ -7,7 +7,8 @@ length, rounded to the keys' dtype); importance of each block before the query's
     per_head:                      scale q_h . mean_c, each query head for itself
 
 then the own block and the top_k - 1 candidates of largest importance, equal ones decided for the more recent. Everything in float32
-(float64 for float64 inputs); by chunks of queries over the block rows that they can reach. Source: arXiv 2511.20102, section 3.2;
+(float64 for float64 inputs), where importance below float32's smallest normal number, 2^-126, is none; by chunks of queries over the
+block rows that they can reach. Source: arXiv 2511.20102, section 3.2;
 per_head is MoBA's gate (arXiv 2502.13189).
 
 official_compat reproduces what the official code (github zhenyi4/ssa) returns: it scans the blocks by chunks of block_size blocks and
@@ -21,6 +22,7 @@ import torch
 from ..documents import DocumentLayout
 
 QUERIES_PER_CHUNK = 256
+TINY = torch.finfo(torch.float32).tiny
 
 
 def select_blocks_reference(
@@ -82,6 +84,7 @@ def _importance(
         return logits.reshape(tokens, heads, rows)
     # Without any candidate softmax is NaN; those rows are masked again below.
     importance = logits.softmax(-1).sum(2)
+    importance = torch.where(importance < TINY, 0.0, importance)
     return importance.masked_fill(~earlier[:, None], float("-inf"))
 
 
@@ -119,4 +122,5 @@ def _best(importance: torch.Tensor, count: int) -> torch.Tensor:
     """Bool [T, G, R]: the `count` largest, the more recent of equals."""
     order = importance.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
     keep = torch.zeros_like(importance, dtype=torch.bool)
-    return keep.scatter_(-1, importance.shape[-1] - 1 - order, True)
+    # Fewer than `count` there: what fills up the order is no candidate.
+    return keep.scatter_(-1, importance.shape[-1] - 1 - order, True) & (importance > float("-inf"))

@@ -11,13 +11,16 @@ else is in the batch. Memory beyond the results, at 65,536 tokens of 32 heads an
 17 MB of index, 8 MB of delta; before the sums, 34 MB of tiles while dq runs.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from ..documents import DocumentLayout
+from ..launch import launch
 from .forward import at_least_16, runs_on_tensor_cores
-from .index import InvertedIndex, invert, segment_length
+from .index import InvertedIndex, invert_beside, segment_length
 
 SUM_PIECE = 512
 SUM_SEGMENTS = 8
@@ -114,9 +117,9 @@ def portable_dkdv_kernel(
 def add_segments_kernel(
     sums_ptr, first_segment_ptr, block_start_ptr, block_length_ptr, dk_ptr, dv_ptr, scale, num_rows,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
-    PIECE: tl.constexpr, SEGMENTS: tl.constexpr,
+    PIECE: tl.constexpr, SEGMENTS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """PIECE elements of a bucket's dk or dv, from its segments' sums in order. Grid: (buckets, pieces of dk and dv)."""
+    """PIECE elements of a bucket's dk or dv, from its segments' sums in order; ADD: added to what is there. Grid: (buckets, pieces)."""
     bucket = tl.program_id(0)
     block_row = bucket % num_rows
     length = tl.load(block_length_ptr + block_row)
@@ -133,9 +136,13 @@ def add_segments_kernel(
         token = (tl.load(block_start_ptr + block_row) + key).to(tl.int64)
         target = (token * KV_HEADS + bucket // num_rows) * HEAD_DIM + dim
         inside = (key < length) & (dim < HEAD_DIM)
-        is_dk = element < KEYS * DIM
-        tl.store(dk_ptr + target, (acc * scale).to(dk_ptr.dtype.element_ty), mask=inside & is_dk)
-        tl.store(dv_ptr + target, acc.to(dv_ptr.dtype.element_ty), mask=inside & (element >= KEYS * DIM))
+        in_dk, in_dv = inside & (element < KEYS * DIM), inside & (element >= KEYS * DIM)
+        dk, dv = acc * scale, acc
+        if ADD:
+            dk += tl.load(dk_ptr + target, mask=in_dk, other=0.0).to(tl.float32)
+            dv += tl.load(dv_ptr + target, mask=in_dv, other=0.0).to(tl.float32)
+        tl.store(dk_ptr + target, dk.to(dk_ptr.dtype.element_ty), mask=in_dk)
+        tl.store(dv_ptr + target, dv.to(dv_ptr.dtype.element_ty), mask=in_dv)
 
 
 def sparse_attention_backward(
@@ -149,6 +156,8 @@ def sparse_attention_backward(
     layout: DocumentLayout,
     scale: float,
     delta: torch.Tensor | None = None,
+    index: Callable[[], InvertedIndex] | None = None,
+    add_to: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dq, dk, dv).
 
@@ -157,6 +166,8 @@ def sparse_attention_backward(
         o, lse: what it returned; o may be None where delta is given.
         do: [tokens, H, D], the output's gradient, contiguous.
         delta: [tokens, H] float32, sum over d of do * o, if another kernel has it already (gate_and_align's backward does).
+        index: what `invert_beside` returned, if the caller could start it earlier.
+        add_to: contiguous gradients of q, k and v to which these are added in float32, in place, and which are returned.
     """
     if o is None and delta is None:
         raise ValueError("o=None of sparse_attention_backward needs delta; give one of them")
@@ -164,32 +175,41 @@ def sparse_attention_backward(
     if not has_delta:
         delta = torch.empty_like(lse)
     rows = q.shape[1] // indices.shape[1]
-    segment = segment_length(rows)
+    index = index or invert_beside(indices, layout, kv_heads=k.shape[1], segment=segment_length(rows))
+    dq_into = None if add_to is None else add_to[0]
     if runs_on_tensor_cores(q, layout.block_size, rows):
         from .tensor_core import backward_k_v, backward_q  # here: Gluon cannot be defined under the interpreter
 
-        dq = backward_q(q, k, v, indices, o, lse, do, layout, scale, delta, has_delta)
-        index = invert(indices, layout, kv_heads=k.shape[1], segment=segment)
-        sums = backward_k_v(q, k, v, indices, lse, do, layout, scale, delta, index)
+        dq = backward_q(q, k, v, indices, o, lse, do, layout, scale, delta, has_delta, dq_into)
+        inverted = index()
+        sums = backward_k_v(q, k, v, indices, lse, do, layout, scale, delta, inverted)
     else:
         dq = _portable_q(q, k, v, indices, o, lse, do, layout, scale, delta, has_delta)
-        index = invert(indices, layout, kv_heads=k.shape[1], segment=segment)
-        sums = _portable_k_v(q, k, v, indices, lse, do, layout, scale, delta, index)
-    dk, dv = add_segments(sums, index, k, layout, scale)
+        dq = dq if dq_into is None else dq_into.add_(dq)
+        inverted = index()
+        sums = _portable_k_v(q, k, v, indices, lse, do, layout, scale, delta, inverted)
+    dk, dv = add_segments(sums, inverted, k, layout, scale, None if add_to is None else add_to[1:])
     return dq, dk, dv
 
 
 def add_segments(
-    sums: torch.Tensor, index: InvertedIndex, k: torch.Tensor, layout: DocumentLayout, scale: float
+    sums: torch.Tensor,
+    index: InvertedIndex,
+    k: torch.Tensor,
+    layout: DocumentLayout,
+    scale: float,
+    add_to: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (dk, dv) in k's shape and dtype from the segments' sums [segments, 2, keys, padded D]."""
+    """Returns (dk, dv) in k's shape and dtype from the segments' sums [segments, 2, keys, padded D], added to `add_to` if that is given."""
     _, kv_heads, head_dim = k.shape
     keys, dim = sums.shape[2:]
-    dk, dv = torch.empty_like(k), torch.empty_like(k)
+    dk, dv = (torch.empty_like(k), torch.empty_like(k)) if add_to is None else add_to
     piece = min(SUM_PIECE, keys * dim)
-    add_segments_kernel[(kv_heads * layout.num_block_rows, 2 * keys * dim // piece)](
+    launch(
+        add_segments_kernel, (kv_heads * layout.num_block_rows, 2 * keys * dim // piece),
         sums, index.first_segment, layout.block_start, layout.block_length, dk, dv, scale, layout.num_block_rows,
         KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, KEYS=keys, PIECE=piece, SEGMENTS=SUM_SEGMENTS,
+        ADD=add_to is not None,
     )  # fmt: skip
     return dk, dv
 
@@ -203,7 +223,8 @@ def _portable_q(q, k, v, indices, o, lse, do, layout, scale, delta, has_delta):
     queries, heads, head_dim = q.shape
     lists, top_k = indices.shape[1:]
     dq = torch.empty_like(q)
-    portable_dq_kernel[(queries * lists,)](
+    launch(
+        portable_dq_kernel, (queries * lists,),
         q, k, v, do, do if o is None else o, indices, layout.query_start, layout.query_position, lse, delta, dq, scale, queries,
         LISTS=lists, KV_HEADS=k.shape[1], ROWS=heads // lists, ROWS_PADDED=at_least_16(heads // lists),
         HEAD_DIM=head_dim, DIM=at_least_16(head_dim), BLOCK_SIZE=layout.block_size, KEYS=at_least_16(layout.block_size),
@@ -217,7 +238,8 @@ def _portable_k_v(q, k, v, indices, lse, do, layout, scale, delta, index):
     lists, top_k = indices.shape[1:]
     keys, dim = at_least_16(layout.block_size), at_least_16(head_dim)
     sums = torch.empty(index.max_segments, 2, keys, dim, dtype=torch.float32, device=q.device)
-    portable_dkdv_kernel[(index.max_segments,)](
+    launch(
+        portable_dkdv_kernel, (index.max_segments,),
         q, k, v, do, lse, delta, query_keys(layout), index.choices, index.segments, index.schedule, index.num_segments,
         layout.block_start, layout.block_length, sums, scale, layout.num_block_rows,
         LISTS=lists, KV_HEADS=k.shape[1], ROWS=heads // lists, ROWS_PADDED=at_least_16(heads // lists),

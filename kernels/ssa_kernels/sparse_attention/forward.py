@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..documents import DocumentLayout
+from ..launch import launch
 
 
 @triton.jit(do_not_specialize=["num_queries"])
@@ -72,7 +73,8 @@ def sparse_attention_forward(
     lists, top_k = indices.shape[1:]
     o = torch.empty_like(q)
     lse = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
-    portable_forward_kernel[(queries * lists,)](
+    launch(
+        portable_forward_kernel, (queries * lists,),
         q, k, v, indices, layout.query_start, layout.query_position, o, lse, scale, queries,
         LISTS=lists, KV_HEADS=k.shape[1], ROWS=heads // lists, ROWS_PADDED=at_least_16(heads // lists),
         HEAD_DIM=head_dim, DIM=at_least_16(head_dim), BLOCK_SIZE=layout.block_size, KEYS=at_least_16(layout.block_size),

@@ -162,25 +162,44 @@ def right(x, MMA: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(ptr, acc, ROWS: gl.constexpr, ROWS_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr):
-    """Stores accumulators [ROWS_PADDED, DIM], d in contraction order, as natural rows [ROWS, HEAD_DIM]."""
+def _store(place, x, inside, ADD: gl.constexpr):
+    """Stores x, or what is there plus x."""
+    if ADD:
+        x = (gl.load(place, mask=inside, other=0.0).to(gl.float32) + x).to(place.dtype.element_ty)
+    gl.store(place, x, mask=inside)
+
+
+@gluon.jit
+def store_rows(
+    ptr, acc, ROWS: gl.constexpr, ROWS_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr, ADD: gl.constexpr = False
+):  # fmt: skip
+    """Stores accumulators [ROWS_PADDED, DIM], d in contraction order, as natural rows [ROWS, HEAD_DIM]; ADD: adds them to what is there."""
     LAYOUT: gl.constexpr = rows_layout(ROWS_PADDED, DIM, gl.num_warps())
-    x = gl.permute(gl.reshape(acc.to(ptr.dtype.element_ty), [ROWS_PADDED, DIM // 32, 2, 2, 4, 2]), [0, 1, 4, 2, 3, 5])
+    if not ADD:
+        acc = acc.to(ptr.dtype.element_ty)
+    x = gl.permute(gl.reshape(acc, [ROWS_PADDED, DIM // 32, 2, 2, 4, 2]), [0, 1, 4, 2, 3, 5])
     x = gl.convert_layout(gl.reshape(x, [ROWS_PADDED, DIM]), LAYOUT, assert_trivial=True)
     row = gl.arange(0, ROWS_PADDED, gl.SliceLayout(1, LAYOUT))
     dim = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
     inside = (row < ROWS)[:, None] & (dim < HEAD_DIM)[None, :]
-    gl.store(ptr + row[:, None] * HEAD_DIM + dim[None, :], x, mask=inside)
+    _store(ptr + row[:, None] * HEAD_DIM + dim[None, :], x, inside, ADD)
 
 
 @gluon.jit
-def store_columns(ptr, acc, ROWS: gl.constexpr, ROWS_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr):
-    """Stores accumulators [DIM, ROWS_PADDED], d in contraction order, as natural rows [ROWS, HEAD_DIM]. Moves data between lanes."""
+def store_columns(
+    ptr, acc, ROWS: gl.constexpr, ROWS_PADDED: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr, ADD: gl.constexpr = False
+):  # fmt: skip
+    """Stores accumulators [DIM, ROWS_PADDED], d in contraction order, as natural rows [ROWS, HEAD_DIM]. Moves data between lanes.
+
+    ADD: adds them to what is there.
+    """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
-    x = gl.reshape(acc.to(ptr.dtype.element_ty), [DIM // 32, 2, 2, 4, 2, ROWS_PADDED])
+    if not ADD:
+        acc = acc.to(ptr.dtype.element_ty)
+    x = gl.reshape(acc, [DIM // 32, 2, 2, 4, 2, ROWS_PADDED])
     x = gl.reshape(gl.permute(x, [5, 0, 3, 1, 2, 4]), [ROWS_PADDED, DIM])
     x = gl.convert_layout(x, LAYOUT)
     row = gl.arange(0, ROWS_PADDED, gl.SliceLayout(1, LAYOUT))
     dim = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
     inside = (row < ROWS)[:, None] & (dim < HEAD_DIM)[None, :]
-    gl.store(ptr + row[:, None] * HEAD_DIM + dim[None, :], x, mask=inside)
+    _store(ptr + row[:, None] * HEAD_DIM + dim[None, :], x, inside, ADD)

@@ -20,13 +20,16 @@ Nothing waits for the device: tables have the size of the worst case, choices //
 Memory: 4-6 bytes a choice while it is built, 8 bytes a choice and 20 bytes a segment after.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 import triton
 import triton.language as tl
 
 from ..documents import DocumentLayout
+from ..launch import launch
+from ..streams import side_streams
 
 CHOICES_PER_PROGRAM = 1024
 BUCKETS_PER_PROGRAM = 128
@@ -162,7 +165,8 @@ def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segm
 
     # Few buckets fit into 16 bits, which halves the passes of a radix sort.
     buckets = torch.empty(num_choices, dtype=torch.int16 if num_buckets < 2**15 else torch.int32, device=device)
-    bucket_kernel[(triton.cdiv(num_choices, CHOICES_PER_PROGRAM),)](
+    launch(
+        bucket_kernel, (triton.cdiv(num_choices, CHOICES_PER_PROGRAM),),
         indices, layout.query_position, layout.query_first_row, buckets, num_choices, num_rows,
         LISTS=lists, LISTS_PER_KV_HEAD=lists // kv_heads, TOP_K=top_k, BLOCK_SIZE=layout.block_size,
         KV_HEADS=kv_heads, TILE=CHOICES_PER_PROGRAM,
@@ -170,21 +174,62 @@ def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segm
     buckets, choices = torch.sort(buckets, stable=True)
 
     start = torch.empty(num_buckets + 1, dtype=torch.int32, device=device)
-    bucket_start_kernel[(triton.cdiv(num_buckets + 1, BUCKETS_PER_PROGRAM),)](
-        buckets, start, num_choices, num_buckets, num_choices.bit_length() + 1, TILE=BUCKETS_PER_PROGRAM
+    launch(
+        bucket_start_kernel,
+        (triton.cdiv(num_buckets + 1, BUCKETS_PER_PROGRAM),),
+        buckets,
+        start,
+        num_choices,
+        num_buckets,
+        num_choices.bit_length() + 1,
+        TILE=BUCKETS_PER_PROGRAM,
     )
     first_segment = torch.empty(num_buckets + 1, dtype=torch.int32, device=device)
     num_segments = torch.empty(1, dtype=torch.int32, device=device)
-    count_segments_kernel[(1,)](
-        start, first_segment, num_segments, num_buckets, SEGMENT=segment, TILE=BUCKETS_PER_SCAN, num_warps=8
+    launch(
+        count_segments_kernel,
+        (1,),
+        start,
+        first_segment,
+        num_segments,
+        num_buckets,
+        SEGMENT=segment,
+        TILE=BUCKETS_PER_SCAN,
+        num_warps=8,
     )
 
     segments = torch.empty(max_segments, 3, dtype=torch.int32, device=device)
     key = torch.empty(max_segments, dtype=torch.int16, device=device)
-    segment_kernel[(triton.cdiv(max_segments, SEGMENTS_PER_PROGRAM),)](
+    launch(
+        segment_kernel, (triton.cdiv(max_segments, SEGMENTS_PER_PROGRAM),),
         start, first_segment, choices, segments, key, num_buckets, num_rows, queries, max_segments,
         num_buckets.bit_length() + 1, max((kv_heads * queries).bit_length() - 15, 0),
         LISTS=lists, TOP_K=top_k, SEGMENT=segment, UNUSED=LAST_KEY, TILE=SEGMENTS_PER_PROGRAM,
     )  # fmt: skip
     schedule = torch.sort(key, stable=True).indices
     return InvertedIndex(choices, segments, first_segment, schedule, num_segments)
+
+
+def invert_beside(
+    indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segment: int
+) -> Callable[[], InvertedIndex]:
+    """Starts `invert` beside what the current stream does next; returns a call that makes that stream wait and gives the index.
+
+    Its many small kernels hide behind one that fills the device. Arguments as in `invert`.
+    """
+    if not indices.is_cuda:
+        inverted = invert(indices, layout, kv_heads=kv_heads, segment=segment)
+        return lambda: inverted
+    current = torch.cuda.current_stream(indices.device)
+    (beside,) = side_streams(indices.device, 1, urgent=True)
+    beside.wait_stream(current)
+    with torch.cuda.stream(beside):
+        inverted = invert(indices, layout, kv_heads=kv_heads, segment=segment)
+
+    def finish() -> InvertedIndex:
+        current.wait_stream(beside)
+        for field in fields(inverted):  # so that the allocator keeps them until the kernels that read them have run
+            getattr(inverted, field.name).record_stream(current)
+        return inverted
+
+    return finish

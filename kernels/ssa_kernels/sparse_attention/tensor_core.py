@@ -7,13 +7,14 @@ import torch
 from triton.experimental.gluon import language as gl
 
 from ..documents import DocumentLayout
+from ..launch import launch
 from . import tensor_core_backward, tensor_core_few_heads, tensor_core_forward, tensor_core_wide
 from .fragments import LOG2E
 from .index import InvertedIndex
 from .tiles import pack_tiles, padded_dim
 
 FEW = tensor_core_few_heads.COLUMNS.value
-DKDV_REGISTERS = 168  # a thread, for 12 warps a multiprocessor: the compiler would take 238; at 168 nothing spills
+RING_ROWS = 16  # up to how many heads a list dK and dV take the ring at D 64, where their rows fit registers too
 RING = 2  # buffers of rows that wait for their turn
 
 
@@ -28,7 +29,8 @@ def forward(
     tiles = pack_tiles(k, v, layout, v_columns=True, left=rows <= FEW)
     o = torch.empty_like(q)
     lse = torch.empty(queries, heads, dtype=torch.float32, device=q.device)
-    kernel[(queries * lists,)](
+    launch(
+        kernel, (queries * lists,),
         q.view(torch.int32), tiles.view(torch.int32), indices, layout.query_position, layout.query_first_row, o, lse,
         scale * LOG2E.value, queries,
         LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, ROWS_PADDED=padded_rows(rows),
@@ -50,21 +52,23 @@ def backward_q(
     scale: float,
     delta: torch.Tensor,
     has_delta: bool,
+    add_to: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns dq, and fills delta unless it has been given; arguments as in `sparse_attention_backward`."""
+    """Returns dq, and fills delta unless it has been given; arguments as in `sparse_attention_backward`, `add_to` that of dq."""
     queries, heads, head_dim = q.shape
     lists, top_k = indices.shape[1:]
     rows = heads // lists
-    dq = torch.empty_like(q)
+    dq = torch.empty_like(q) if add_to is None else add_to
     kernel = tensor_core_few_heads.dq_kernel if rows <= FEW else tensor_core_backward.dq_kernel
     tiles = pack_tiles(k, v, layout, v_columns=False, left=rows <= FEW)
     q_words, do_words = q.view(torch.int32), do.view(torch.int32)
-    kernel[(queries * lists,)](
+    launch(
+        kernel, (queries * lists,),
         q_words, do_words, do_words if o is None else o.view(torch.int32), tiles.view(torch.int32), indices,
         layout.query_position, layout.query_first_row, lse, delta, dq, scale, scale * LOG2E.value, queries,
         LISTS=lists, KV_HEADS=k.shape[1], ROWS=rows, ROWS_PADDED=padded_rows(rows),
         HEAD_DIM=head_dim, DIM=padded_dim(head_dim), BLOCK_SIZE=layout.block_size, TOP_K=top_k, SLOTS=padded_slots(top_k),
-        DTYPE=gluon_dtype(q.dtype), HAS_DELTA=has_delta, num_warps=1,
+        DTYPE=gluon_dtype(q.dtype), HAS_DELTA=has_delta, ADD=add_to is not None, num_warps=1,
     )  # fmt: skip
     return dq
 
@@ -95,12 +99,11 @@ def backward_k_v(
         lse, delta, layout.query_start + layout.query_position, index.choices, index.segments, index.schedule,
         index.num_segments, layout.block_start, layout.block_length, sums, scale * LOG2E.value, layout.num_block_rows,
     )  # fmt: skip
-    if dim > 64:
-        tensor_core_wide.dkdv_kernel[(index.max_segments,)](q, do, k, v, *rest, **common, STAGES=RING)
+    if dim > 64 or rows <= RING_ROWS:
+        launch(tensor_core_wide.dkdv_kernel, (index.max_segments,), q, do, k, v, *rest, **common, STAGES=RING)
     else:
         words = (x.view(torch.int32) for x in (q, do, k, v))
-        registers = DKDV_REGISTERS if rows == slot == 16 else None
-        tensor_core_backward.dkdv_kernel[(index.max_segments,)](*words, *rest, **common, maxnreg=registers)
+        launch(tensor_core_backward.dkdv_kernel, (index.max_segments,), *words, *rest, **common)
     return sums
 
 

@@ -54,9 +54,9 @@ def dq_kernel(
     scale, scale_log2, num_queries,
     LISTS: gl.constexpr, KV_HEADS: gl.constexpr, ROWS: gl.constexpr, ROWS_PADDED: gl.constexpr,
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, SLOTS: gl.constexpr,
-    DTYPE: gl.constexpr, HAS_DELTA: gl.constexpr,
+    DTYPE: gl.constexpr, HAS_DELTA: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """dq of one query and list. q_ptr, do_ptr, o_ptr, tiles_ptr: words."""
+    """dq of one query and list, ADD: added to what is there. q_ptr, do_ptr, o_ptr, tiles_ptr: words."""
     MMA: gl.constexpr = mma_layout(1)
     TILES: gl.constexpr = BLOCK_SIZE // 16
     WORDS: gl.constexpr = 8 * DIM
@@ -109,7 +109,7 @@ def dq_kernel(
         k = gl.load(tile + offsets)
         v = gl.load(tile + WORDS + offsets)
         acc = mma_v2(weights_as_left(ds, MMA, DTYPE), k_rows, acc)
-    store_rows(dq_ptr + entry * (ROWS * HEAD_DIM), acc * scale, ROWS, ROWS_PADDED, HEAD_DIM, DIM)
+    store_rows(dq_ptr + entry * (ROWS * HEAD_DIM), acc * scale, ROWS, ROWS_PADDED, HEAD_DIM, DIM, ADD)
 
 
 @gluon.jit

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from ..documents import DocumentLayout
+from ..launch import launch
 
 TILE_KEYS = 16
 
@@ -93,7 +94,8 @@ def pack_tiles(
     tiles_a_block = layout.block_size // TILE_KEYS
     num_tiles = layout.num_block_rows * tiles_a_block
     tiles = torch.empty(num_tiles, kv_heads, 2, TILE_KEYS * dim, dtype=k.dtype, device=k.device)
-    pack_kernel[(num_tiles, kv_heads)](
+    launch(
+        pack_kernel, (num_tiles, kv_heads),
         k, v, layout.block_start, layout.block_length, tiles,
         KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, TILES=tiles_a_block, V_COLUMNS=v_columns, LEFT=left, num_warps=1,
     )  # fmt: skip

@@ -139,5 +139,6 @@ def covered(
 ) -> SSAOutput:
     """Returns what `composed` does where every query chooses every block: the full stream is both, so nothing is left to align."""
     o, _ = full_attention(q, k, v, cu_seqlens=layout, scale=scale, num_rows=num_rows, impl=impl)
-    out, loss = gate_and_align(o, o, gate_logits, main=main, impl=impl)
+    # Without weights the loss is 0 to the bit; with them a fused multiply-add may leave 1e-18.
+    out, loss = gate_and_align(o, o, gate_logits, main=main, weights=(0.0, 0.0), impl=impl)
     return SSAOutput(out, loss, torch.ones((), dtype=torch.float32, device=q.device))

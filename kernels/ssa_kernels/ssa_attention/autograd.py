@@ -4,7 +4,8 @@ What it spares against the same operators one after another:
 - the fused backward of gate and alignment hands rowsum(dO * O) of the sparse stream to the sparse backward, which then makes no
   pass over O and dO of its own (torch's full attention takes none from outside);
 - captured mass comes out of the gate's forward, from the full stream's log-sum-exp as the library laid it out, without transposing;
-- the sparse stream's gradients are added to the full stream's where they lie.
+- the sparse stream's kernels add their gradients to the full stream's where they lie;
+- the inverted index is built beside the gate's and the full stream's backward.
 Saved for the backward: q, k, v, both outputs, both log-sum-exps, the chosen blocks, the logits.
 """
 
@@ -17,6 +18,7 @@ from ..gate_and_align.forward import gate_forward
 from ..select.api import select_blocks
 from ..sparse_attention.backward import sparse_attention_backward
 from ..sparse_attention.forward import sparse_attention_forward
+from ..sparse_attention.index import invert_beside, segment_length
 
 
 class SSAAttention(torch.autograd.Function):
@@ -45,12 +47,15 @@ class SSAAttention(torch.autograd.Function):
         """Gate first, then both streams, whose gradients are added."""
         q, k, v, gate_logits, o_full, lse_full, o_sparse, lse_sparse, indices, ends, main, *states = ctx.saved_tensors
         main = ctx.main_name if main is None else main
+        kv_heads, segment = k.shape[1], segment_length(q.shape[1] // indices.shape[1])
+        index = invert_beside(indices, ctx.layout, kv_heads=kv_heads, segment=segment)
         do_full, do_sparse, _, delta_sparse, grad_logits = gate_backward(
             o_full, o_sparse, gate_logits, grad_out.contiguous(), grad_loss, main, ctx.weights
         )
         grads = fused_backward(do_full, q, k, v, o_full, lse_full, tuple(states), ends, ctx.plan)
         del do_full  # freed before the sparse backward takes its workspace
-        sparse = sparse_attention_backward(
-            q, k, v, indices, o_sparse, lse_sparse, do_sparse, ctx.layout, ctx.scale, delta=delta_sparse
-        )
-        return *(a.add_(b) for a, b in zip(grads, sparse, strict=True)), grad_logits, *(None,) * 6
+        grads = sparse_attention_backward(
+            q, k, v, indices, None, lse_sparse, do_sparse, ctx.layout, ctx.scale,
+            delta=delta_sparse, index=index, add_to=tuple(grad.contiguous() for grad in grads),
+        )  # fmt: skip
+        return *grads, grad_logits, *(None,) * 6

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gpu
 
 PACKED = [
     "flash",
-    pytest.param("te", marks=pytest.mark.skipif(not te.is_installed(), reason="needs transformer_engine")),
+    pytest.param("te", marks=pytest.mark.skipif(not te.is_usable(), reason="needs transformer_engine")),
 ]
 LENGTHS = [1, 15, 0, 16, 17, 300, 0, 129, 34]
 

@@ -247,12 +247,12 @@ def test_a_delta_that_is_known_already():
 
 
 def test_nothing_waits_or_compiles_again():
-    from ssa_kernels.sparse_attention import index, tensor_core_backward, tensor_core_forward
+    from ssa_kernels.sparse_attention import index, tensor_core_backward, tensor_core_forward, tensor_core_wide
 
     kernels = [
         tensor_core_forward.forward_kernel,
         tensor_core_backward.dq_kernel,
-        tensor_core_backward.dkdv_kernel,
+        tensor_core_wide.dkdv_kernel,
         index.segment_kernel,
     ]
 

@@ -1,0 +1,5 @@
+"""The output layer and its cross entropy as one operator, over a vocabulary that may be spread over ranks: api.py says how."""
+
+from .api import linear_cross_entropy
+
+__all__ = ["linear_cross_entropy"]

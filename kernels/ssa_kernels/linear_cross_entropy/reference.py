@@ -1,0 +1,60 @@
+"""The output layer and its cross entropy in plain PyTorch: what the kernels must compute, and what a CPU runs. Mathematics: api.py."""
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from .products import weight_gradient
+
+
+class LinearCrossEntropyReference(torch.autograd.Function):
+    """(hidden, weight, labels, group, accumulate_into) -> losses; the softmax in float32, or float64 for float64 inputs."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, group, accumulate_into):
+        """Keeps P in the hidden states' dtype, as the kernels do."""
+        logits = hidden @ weight.t()
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        lse, target, column = row_statistics(wide, labels, group)
+        probabilities = torch.exp(wide - lse.unsqueeze(1))
+        own = (column >= 0) & (column < weight.shape[0])
+        probabilities[own.nonzero().squeeze(1), column[own]] -= 1.0
+        ctx.save_for_backward(hidden, weight, probabilities.to(hidden.dtype))
+        ctx.accumulate_into = accumulate_into
+        return (lse - target).to(torch.promote_types(torch.float32, wide.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses):
+        """Two products."""
+        hidden, weight, probabilities = ctx.saved_tensors
+        scale = grad_losses.unsqueeze(1)
+        grad_hidden = ((probabilities @ weight) * scale).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_hidden, *(None,) * 4
+        scaled = (hidden * scale).to(hidden.dtype)
+        return grad_hidden, weight_gradient(probabilities, scaled, ctx.accumulate_into), *(None,) * 3
+
+
+def row_statistics(
+    wide: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns each token's log-sum-exp and its label's logit over all ranks, and the label's column on this rank (outside it: elsewhere)."""
+    columns = wide.shape[1]
+    column = labels - columns * (dist.get_rank(group) if group is not None else 0)
+    own = (column >= 0) & (column < columns)
+    target = wide.gather(1, column.clamp(0, columns - 1).unsqueeze(1)).squeeze(1) * own
+    lse = torch.logsumexp(wide, dim=1)
+    if group is not None:
+        lse, target = combine_ranks(lse, target, group)
+    return lse, target, column
+
+
+def combine_ranks(
+    lse: torch.Tensor, target: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (log-sum-exp, label's logit) of the whole vocabulary from each rank's own."""
+    mine = torch.stack([lse, target])
+    everyone = mine.new_empty(dist.get_world_size(group), *mine.shape)
+    dist.all_gather_into_tensor(everyone.view(-1, mine.shape[-1]), mine, group=group)
+    return torch.logsumexp(everyone[:, 0], dim=0), everyone[:, 1].sum(dim=0)

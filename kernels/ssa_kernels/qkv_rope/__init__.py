@@ -1,0 +1,5 @@
+"""From the mixed projection to rotated queries, rotated keys, values and gate logits: api.py, reference.py, forward.py, backward.py."""
+
+from .api import qkv_rope
+
+__all__ = ["qkv_rope"]

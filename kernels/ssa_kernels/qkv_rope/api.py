@@ -1,0 +1,75 @@
+"""`qkv_rope`: the public function, its checks and the choice of implementation."""
+
+import torch
+
+from ..dispatch import resolve_impl
+from .reference import qkv_rope_reference
+
+
+def qkv_rope(
+    mixed: torch.Tensor,
+    angles: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    num_gates: int,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns (q, k, v, gate logits): q `[tokens, G * group_size, D]` and k `[tokens, G, D]` rotated, v `[tokens, G, D]`, all contiguous.
+
+    Args:
+        mixed: `[tokens, G * W]` with W = (group_size + 2) * D + num_gates: for each kv head its group's queries, its keys, its values
+            and its gates' logits, as one projection gives them.
+        angles: float32 `[positions, D]` or `[positions, D / 2]`, a rotation's angle by position; only the first half of the columns is read.
+            How they come about (base, Llama-3 scaling) is the caller's.
+        positions: int64 or int32 `[tokens]`, each token's row in `angles`.
+        num_kv_heads: G.
+        group_size: query heads of a kv head.
+        head_dim: D, even.
+        num_gates: logits of a kv head, 0 for none: the fourth result is then None, else `[tokens, G * num_gates]`.
+        impl: None, "triton" or "reference".
+    """
+    sizes = {
+        "num_kv_heads": num_kv_heads,
+        "group_size": group_size,
+        "head_dim": head_dim,
+        "num_gates": num_gates,
+    }
+    check_projection(mixed, angles, positions, **sizes)
+    if resolve_impl(impl, mixed, "qkv_rope") == "reference":
+        return qkv_rope_reference(mixed, angles, positions, **sizes)
+    from .autograd import QKVRope  # here, because it imports Triton
+
+    q, k, v, gate = QKVRope.apply(mixed.contiguous(), angles, positions, num_kv_heads, group_size, head_dim, num_gates)
+    return q, k, v, gate if num_gates else None
+
+
+def check_projection(
+    mixed: torch.Tensor,
+    angles: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    num_gates: int,
+) -> None:
+    """Raises ValueError unless the shapes fit each other."""
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even and at least 2: RoPE turns pairs")
+    width = num_kv_heads * ((group_size + 2) * head_dim + num_gates)
+    if mixed.dim() != 2 or mixed.shape[1] != width:
+        raise ValueError(
+            f"mixed {tuple(mixed.shape)} must be [tokens, {width}]: {num_kv_heads} kv heads of {group_size} queries, a key and a value of "
+            f"{head_dim} and {num_gates} gates"
+        )
+    if positions.shape != mixed.shape[:1] or positions.is_floating_point():
+        raise ValueError(
+            f"positions {tuple(positions.shape)}, {positions.dtype} must be one integer for each of {mixed.shape[0]} tokens"
+        )
+    if angles.dim() != 2 or angles.shape[1] < head_dim // 2 or angles.dtype != torch.float32 or angles.stride(1) != 1:
+        raise ValueError(
+            f"angles {tuple(angles.shape)}, {angles.dtype} must be float32 [positions, {head_dim}], its rows contiguous"
+        )

@@ -1,0 +1,142 @@
+"""Which variants are compared; goals.py says which ratios are reported of them.
+
+A case builds what it needs and returns its variants, which take turns; when they are let go, so is all that they held.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from ssa_pretrain.bench.variants import (
+    LEARNING_RATE,
+    Variant,
+    batches,
+    memory_in_use,
+    pass_over,
+    plain_pass,
+    whole_step,
+    with_method,
+)
+from ssa_pretrain.config import Config, Method, PrecisionName, Recompute
+from ssa_pretrain.engine.megatron import MegatronEngine
+from ssa_pretrain.engine.plain import PlainModel
+from ssa_pretrain.flops import row_flops
+from ssa_pretrain.parallel.state import Placement
+
+Built = TypeVar("Built")
+ACCUMULATED = 8  # microbatches of a whole step
+
+
+def speed_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """Forward and backward at 8k: core's own model and our three methods, one document a row and short ones."""
+    plain, plain_bytes = _built(lambda: PlainModel(config, placement, vocab))
+    engine, our_bytes = _built(lambda: MegatronEngine(config, placement, vocab))
+    rows, short = (batches(config, placement, vocab, 1, short=s) for s in (False, True))
+    counted = _counted(config, placement, 1)
+    length = config.data.sequence_length
+    found = [
+        Variant(
+            name="plain 8k", run=plain_pass(plain, rows[0], length), foreign_bytes=our_bytes, **counted[Method.full]
+        )
+    ]
+    for method in Method:
+        view = with_method(engine, method)
+        common = {"foreign_bytes": plain_bytes, **counted[method]}
+        found.append(Variant(name=f"{method} 8k", run=pass_over(view, rows), **common))
+        if method is not Method.moba:  # short documents have another count of operations: no MFU is claimed for them
+            run = pass_over(view, short)
+            found.append(Variant(name=f"{method} 8k short", run=run, **{**common, "flops": 0.0}))
+    return found
+
+
+def speed_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """Forward and backward at four times the length, one row, RoPE stretched: our three methods."""
+    long = replace(
+        config,
+        data=replace(config.data, sequence_length=4 * config.data.sequence_length),
+        training=replace(config.training, micro_batch_size=1),
+        model=replace(config.model, rope_scaling=replace(config.model.rope_scaling, enabled=True)),
+    )
+    engine = MegatronEngine(long, placement, vocab)
+    rows = batches(long, placement, vocab, 1, short=False)
+    counted = _counted(long, placement, 1)
+    return [Variant(name=f"{m} 32k", run=pass_over(with_method(engine, m), rows), **counted[m]) for m in Method]
+
+
+def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """A whole step of ssa over 8 microbatches, and the optimizer alone."""
+    engine = MegatronEngine(config, placement, vocab)
+    rows = batches(config, placement, vocab, ACCUMULATED, short=False)
+    counted = _counted(config, placement, ACCUMULATED)[Method.ssa]
+    tp, dp = config.parallel.tp, placement.dp
+    layout = f" tp{tp}" if tp > 1 else f" dp{dp}" if dp > 1 else ""
+    return [
+        Variant(name=f"ssa step{layout}", run=whole_step(with_method(engine, Method.ssa), rows), **counted),
+        Variant(name=f"optimizer{layout}", run=lambda: engine.update(LEARNING_RATE)),
+    ]
+
+
+def fp8(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """FP8 against bf16: full and ssa."""
+    low = replace(config, precision=replace(config.precision, name=PrecisionName.fp8))
+    rows = batches(config, placement, vocab, 1, short=False)
+    found = []
+    engines = {
+        name: _built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in (("bf16", config), ("fp8", low))
+    }
+    total = sum(held for _, held in engines.values())
+    for name, (engine, held) in engines.items():
+        counted = _counted(engine.config, placement, 1)
+        for method in (Method.full, Method.ssa):
+            run = pass_over(with_method(engine, method), rows)
+            found.append(Variant(name=f"{method} 8k {name}", run=run, foreign_bytes=total - held, **counted[method]))
+    return found
+
+
+def recompute(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """What recomputation costs and saves: ssa with none, selective and full."""
+    rows = batches(config, placement, vocab, 1, short=False)
+    names = {Recompute.none: "none", Recompute.selective: "selective", Recompute.full: "full recompute"}
+    configs = {name: replace(config, engine=replace(config.engine, recompute=kind)) for kind, name in names.items()}
+    engines = {name: _built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in configs.items()}
+    total = sum(held for _, held in engines.values())
+    counted = _counted(config, placement, 1)[Method.ssa]
+    return [
+        Variant(
+            name=f"ssa 8k {name}",
+            run=pass_over(with_method(engine, Method.ssa), rows),
+            foreign_bytes=total - held,
+            **counted,
+        )
+        for name, (engine, held) in engines.items()
+    ]
+
+
+CASES = {
+    "8k": speed_8k,
+    "32k": speed_32k,
+    "optimizer": optimizer,
+    "fp8": fp8,
+    "recompute": recompute,
+}
+LAYOUTS = {
+    "dp2": {},
+    "tp2": {"tp": 2, "sequence_parallel": True},
+}  # under torchrun with two processes; each runs `optimizer`
+
+
+def _built(build: Callable[[], Built]) -> tuple[Built, int]:
+    """Return what `build` makes and the memory that it holds."""
+    before = memory_in_use()
+    return build(), memory_in_use() - before
+
+
+def _counted(config: Config, placement: Placement, microbatches: int) -> dict[Method, dict[str, Any]]:
+    """Return by method the tokens and model operations of one run over all ranks, each row one document."""
+    rows = microbatches * config.training.micro_batch_size * placement.dp
+    length = config.data.sequence_length
+    found = {}
+    for method in Method:
+        flops = row_flops(config.model, replace(config.attention, method=method), [length]).model
+        found[method] = {"tokens": rows * length, "flops": rows * flops}
+    return found

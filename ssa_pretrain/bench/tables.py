@@ -1,0 +1,128 @@
+"""What was measured as CSV rows, ratios as a markdown table, and a plot of them."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ssa_pretrain.bench.goals import GOALS, SMALLER_IS_BETTER, Goal
+
+RESULTS, TABLE, PLOT = "results.csv", "ratios.md", "ratios.png"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One variant's line in the CSV file; None is left empty."""
+
+    case: str
+    variant: str
+    ms: float
+    spread: float
+    tokens_per_second_per_gpu: float | None
+    model_tflops_per_gpu: float | None
+    mfu: float | None
+    peak_gib: float | None
+    world_size: int
+    device: str
+    versions: str
+    command: str
+
+
+def append(folder: Path, rows: Sequence[Row]) -> None:
+    """Write rows at the end of the CSV file, so that nothing measured is lost whatever comes next."""
+    path = folder / RESULTS
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        if fresh:
+            writer.writeheader()
+        writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)
+
+
+def read(folder: Path) -> dict[str, Row]:
+    """Return the newest row of each variant in the CSV file, whichever command left it."""
+    kinds = get_type_hints(Row)
+    found = {}
+    with (folder / RESULTS).open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            values: dict[str, Any] = {
+                k: kinds[k](v) if kinds[k] in (str, int) else float(v) if v else None for k, v in line.items()
+            }
+            found[line["variant"]] = Row(**values)
+    return found
+
+
+def ratio(goal: Goal, rows: Mapping[str, Row]) -> float | None:
+    """Return a goal's ratio, None where one of its variants was not measured."""
+    over, under = rows.get(goal.over), rows.get(goal.under)
+    if over is None or under is None:
+        return None
+    column = {"speed": "tokens_per_second_per_gpu", "memory": "peak_gib", "time": "ms"}[goal.of]
+    high, low = getattr(over, column), getattr(under, column)
+    return high / low if high is not None and low else None
+
+
+def verdict(goal: Goal, value: float) -> str:
+    """Return how a ratio stands to its goal, in words."""
+    if goal.must is None or goal.aim is None:
+        return ""
+    sign = -1 if goal.of in SMALLER_IS_BETTER else 1
+    if sign * value >= sign * goal.aim:
+        return "aim reached"
+    return "must reached" if sign * value >= sign * goal.must else "missed"
+
+
+def write_ratios(folder: Path, rows: Mapping[str, Row]) -> str:
+    """Write the table of all ratios that can be formed, and the plot where matplotlib is installed; return the table."""
+    found = [(goal, value) for goal in GOALS if (value := ratio(goal, rows)) is not None]
+    lines = ["| ratio | measured | must | aim | |", "|---|---|---|---|---|"]
+    for goal, value in found:
+        sign = "≤" if goal.of in SMALLER_IS_BETTER else "≥"
+        must, aim = (f"{sign} {limit:g}" if limit is not None else "" for limit in (goal.must, goal.aim))
+        lines.append(f"| {goal.label} | {value:.3f} | {must} | {aim} | {verdict(goal, value)} |")
+    lines += ["", "| variant | ms | tokens/s a GPU | TFLOP/s a GPU | MFU | peak, GiB |", "|---|---|---|---|---|---|"]
+    for row in rows.values():
+        cells = [
+            f"{row.ms:.2f}",
+            _shown(row.tokens_per_second_per_gpu, ",.0f"),
+            _shown(row.model_tflops_per_gpu, ".0f"),
+        ]
+        cells += [_shown(row.mfu, ".1%"), _shown(row.peak_gib, ".1f")]
+        lines.append(f"| {row.variant} | {' | '.join(cells)} |")
+    if rows:
+        last = list(rows.values())[-1]
+        lines += ["", f"{last.world_size} x {last.device}; {last.versions}.", f"`{last.command}`"]
+    text = "\n".join(lines) + "\n"
+    (folder / TABLE).write_text(text, encoding="utf-8")
+    _plot(folder / PLOT, found)
+    return text
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _plot(path: Path, found: Sequence[tuple[Goal, float]]) -> None:
+    try:
+        import matplotlib
+    except ImportError:  # the `bench` extra
+        return
+    if not found:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(found) + 1.2))
+    for place, (goal, value) in enumerate(reversed(found)):
+        color = {"aim reached": "C2", "must reached": "C0", "missed": "C3"}.get(verdict(goal, value), "C7")
+        axes.barh(place, value, color=color)
+        axes.text(value, place, f" {value:.3f}", va="center", fontsize=8)
+        for limit, style in ((goal.must, "-"), (goal.aim, ":")):
+            if limit is not None:
+                axes.plot([limit, limit], [place - 0.4, place + 0.4], style, color="black", linewidth=1)
+    axes.set_yticks(range(len(found)), [goal.label for goal, _ in reversed(found)], fontsize=8)
+    axes.set_xlabel("ratio; solid line: must, dotted: aim")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,67 @@
+"""AdamW through megatron-core, with the gradient's norm and its clipping left on the device.
+
+Core's own step reads the norm back to the host to decide whether to clip, and waits for all of the backward there. Here the factor
+min(1, clip / norm) is a number on the device that multiplies the gradients.
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from torch import Tensor
+
+from ssa_pretrain.config import Config, PrecisionName
+
+NORM_EPSILON = 1.0e-6  # core's
+
+
+class DeviceClippedOptimizer(ChainedOptimizer):
+    """Core's chained optimizer with a step that does not wait for the device."""
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, Tensor, None]:
+        """Return (True, the global gradient norm before clipping, fp32 on the device, None)."""
+        found_inf = self.prepare_grads()
+        assert not found_inf  # loss scaling is fp16's, which is not offered
+        grads = [g for optimizer in self.chained_optimizers for g in optimizer.get_main_grads_for_grad_norm()]
+        norm = _norm(grads, self.get_grad_stats_parallel_group())
+        if self.config.clip_grad > 0.0:
+            factor = (self.config.clip_grad / (norm + NORM_EPSILON)).clamp(max=1.0)
+            for optimizer in self.chained_optimizers:
+                if mine := [p.grad for p in optimizer.get_parameters() if p.grad is not None]:
+                    torch._foreach_mul_(mine, factor)  # pyright: ignore[reportPrivateImportUsage]
+        return self.step_with_ready_grads(), norm, None
+
+
+def _norm(grads: list[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """Return the norm over all ranks of a group; each counts what it alone holds."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=device)]  # pyright: ignore[reportPrivateImportUsage]
+    total = torch.stack(list(norms)).float().square().sum()
+    dist.all_reduce(total, group=group)
+    return total.sqrt()
+
+
+def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Return AdamW over a rank's model chunks: Transformer Engine's fused one where it is installed, else torch's."""
+    low = config.precision.name is not PrecisionName.fp32
+    optim = config.optim
+    built = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=low,
+            params_dtype=torch.bfloat16 if low else torch.float32,
+            use_distributed_optimizer=config.engine.distributed_optimizer,
+            overlap_param_gather=config.engine.overlap_param_gather,
+        ),
+        chunks,
+    )
+    return DeviceClippedOptimizer(built.chained_optimizers)

@@ -1,0 +1,160 @@
+"""The processes of the context-parallel tests: as layout_worker.py, but over documents that fall badly, and four steps past the first.
+
+Started once, it imports everything and forks the processes of one world size after another: imports would take most of the time otherwise.
+A row of 96 tokens is cut at 24, 48 and 72 for two context ranks and every 12 for four, in blocks of 16: no cut but one lies on the block grid.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from layout_worker import LENGTH, VOCAB, configure, gather_gradients
+from megatron.core import parallel_state
+from processes import free_port
+
+from ssa_pretrain.config import Config
+from ssa_pretrain.data.batches import Batch, collate
+from ssa_pretrain.data.rows import Row
+from ssa_pretrain.engine import build_engine
+from ssa_pretrain.parallel.context import ContextParallel
+from ssa_pretrain.parallel.state import Placement, start
+
+STEPS = 4
+# Where documents begin in each row of a step. Single tokens at the row's ends and on both sides of the ranks' borders; one document over all
+# ranks; documents that begin and end at a border; borders one off.
+STARTS = ((0,), (0, 1, 23, 24, 25, 95), (0, 11, 12, 13, 47, 72, 90), (0, 2, *range(30, 50), 71, 73))
+ROWS = len(STARTS)
+
+
+def packed_rows(seed: int) -> list[Row]:
+    """Return random tokens in the documents of STARTS."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for places in STARTS:
+        starts = np.zeros(LENGTH + 1, dtype=bool)
+        starts[list(places)] = True
+        rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
+    return rows
+
+
+def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
+    """Return this data rank's microbatches of the global batch, whole."""
+    rows, size = packed_rows(step), config.training.micro_batch_size
+    return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, ROWS // size, dp)]
+
+
+def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
+    """Run four steps, evaluate, ask for logits, perhaps take a fifth step from a checkpoint, and write this rank's part."""
+    engine = build_engine(config, placement, VOCAB)
+    records, captured = [], {}
+    step = engine.optimizer.step
+
+    def step_and_capture():
+        if not captured:
+            captured.update(gather_gradients(engine.chunks))
+        return step()
+
+    engine.optimizer.step = step_and_capture
+
+    def train(index: int) -> list[float]:
+        mine = batches(config, placement.dp_rank, placement.dp, index)
+        found = engine.train_step(mine, step=index, learning_rate=1e-2)
+        return [found.cross_entropy, found.grad_norm, *found.alignment_by_layer, *found.captured_mass_by_layer]
+
+    records += [train(index) for index in range(STEPS)]
+    held_out = batches(config, placement.dp_rank, placement.dp, 99)[
+        : 2 // (placement.dp * config.training.micro_batch_size)
+    ]
+    evaluated = []
+    for mode in ("full", "sparse"):
+        judged = engine.evaluate(held_out, mode=mode)
+        evaluated.append([judged.cross_entropy, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
+    logits = engine.last_logits(collate(packed_rows(7)[1:2], index=0), mode="sparse")
+    checkpoint = out / "checkpoint"
+    if name.endswith(".plain.ssa_full"):  # other layouts must be able to go on from the single process's checkpoint
+        if placement.world_size == 1:
+            checkpoint.mkdir()
+            engine.save(checkpoint)
+        else:
+            engine.load(checkpoint)
+        records.append(train(STEPS))
+    part = {
+        "records": records,
+        "evaluated": evaluated,
+        "logits": logits,
+        "parameters": captured,
+        "tp_rank": placement.tp_rank,
+    }
+    torch.save(part, out / f"{name}.{placement.rank}.pt")
+
+
+def check_the_sum_s_precision(context: ContextParallel) -> None:
+    """Gradients in bf16 whose bf16 sum would lose all but the first: 256 and, from each other rank, 1 (of which 256 takes steps of 2)."""
+    k = torch.zeros(2, 1, 4, dtype=torch.bfloat16, requires_grad=True)
+    whole, _ = context.gather(k, k.detach())
+    whole.backward(torch.full_like(whole, 256.0 if context.rank == 0 else 1.0))
+    assert k.grad is not None and k.grad.dtype == torch.bfloat16
+    wanted = torch.tensor(256.0 + context.size - 1).bfloat16()
+    assert wanted != 256.0 and torch.equal(k.grad, torch.full_like(k.grad, float(wanted))), k.grad
+
+
+def check_the_order(context: ContextParallel) -> None:
+    """Gathering what was split gives the whole back, and each token's gradient is the sum of what all ranks say of it."""
+    tokens = 8 * context.size
+    whole = torch.arange(tokens * 6, dtype=torch.float64).view(tokens, 2, 3)
+    batch = Batch(0, *(torch.arange(tokens)[None] for _ in range(3)), torch.arange(tokens), torch.tensor([0, tokens]))
+    mine = context.split(batch)
+    assert mine.tokens.shape == (1, 8) and torch.equal(mine.positions, mine.tokens[0])
+    k, v = whole[mine.positions].requires_grad_(), (-whole[mine.positions]).requires_grad_()
+    k_all, v_all = context.gather(k, v)
+    assert torch.equal(k_all, whole) and torch.equal(v_all, -whole)
+    ((context.rank + 1) * (k_all * whole).sum() + (v_all * 5).sum()).backward()
+    assert torch.equal(k.grad, whole[mine.positions] * sum(range(1, context.size + 1)))
+    assert torch.equal(v.grad, torch.full_like(v, 5.0 * context.size))
+    found = context.rows_at(mine.tokens[0][:, None] * 10, torch.tensor([tokens - 1, 0, 7, 7, tokens // 2]), tokens)
+    assert found.flatten().tolist() == [10 * p for p in (tokens - 1, 0, 7, 7, tokens // 2)]
+
+
+def run_rank(rank: int, world_size: int, port: int, cases: dict[str, dict], out: Path) -> None:
+    """Be one process of a world size: run its cases, layout by layout."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    configs = {name: configure(overrides) for name, overrides in cases.items()}
+    by_layout = itertools.groupby(
+        sorted(configs, key=lambda name: repr(configs[name].parallel)), key=lambda name: configs[name].parallel
+    )
+    for layout, names in by_layout:
+        placement = start(layout, seed=1)
+        context = ContextParallel(placement.groups.cp)
+        check_the_order(context)
+        if context.size == 4:
+            check_the_sum_s_precision(context)
+        for name in names:
+            run_case(name, configs[name], placement, out)
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+
+
+def main() -> None:
+    """Run the file's cases, by world size; one process, whose checkpoints the others load, comes first."""
+    worlds, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    fork = multiprocessing.get_context("fork")
+    for world, cases in sorted((int(world), cases) for world, cases in worlds.items()):
+        port = free_port()
+        ranks = [fork.Process(target=run_rank, args=(rank, world, port, cases, out)) for rank in range(world)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            sys.exit(f"a process of {world} failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Context parallelism trains as the single process does, whatever the documents: every figure and gradient, fp32, to 1e-5 relative."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_workers
+from test_layouts import TOLERANCE, assemble, relative
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes of all cases
+WORKER = Path(__file__).with_name("context_worker.py")
+
+TP, PP, CP, SP = "parallel.tp", "parallel.pp", "parallel.cp", "parallel.sequence_parallel"
+WORLD = "world"
+LAYOUTS = {
+    "cp2": {CP: 2},
+    "cp4": {CP: 4},
+    "cp2_tp2": {CP: 2, TP: 2},
+    "cp2_tp2_sp": {CP: 2, TP: 2, SP: True},
+    "cp2_pp2": {CP: 2, PP: 2},
+    "cp2_dp2": {CP: 2, WORLD: 4},
+}
+METHODS = {
+    "ssa_full": {"attention.full_ratio": 1.0},
+    "ssa_sparse": {"attention.full_ratio": 0.0},
+    "ssa_drawn": {"attention.full_ratio": 0.5},
+    "ssa_drawn_once": {"attention.full_ratio": 0.5, "attention.stream_draw": "step"},
+    "full": {"attention.method": "full"},
+    "moba": {"attention.method": "moba", "attention.score": "per_head"},
+}
+SMALL = {"model.num_layers": 2, "training.global_batch_tokens": 4 * 96}
+VARIANTS = {
+    "no_distributed_optimizer": {"engine.distributed_optimizer": False},
+    "selective": {"engine.recompute": "selective"},
+    "full_recompute": {"engine.recompute": "full"},
+    "two_rows": {"training.micro_batch_size": 2},
+    "overlap": {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True},
+}
+
+
+def build_cases() -> dict[int, dict[str, dict]]:
+    """Return the cases by world size, named layout.variant.method: every method on cp 2 and cp 4, and each pair of features once or more."""
+    cases: dict[int, dict[str, dict]] = {1: {}, 2: {}, 4: {}}
+
+    def add(layout: str, variant: str, *methods: str) -> None:
+        degrees = dict(LAYOUTS.get(layout, {}))
+        world = degrees.pop(WORLD, 0) or degrees.get(TP, 1) * degrees.get(PP, 1) * degrees.get(CP, 1)
+        for method in methods:
+            changes = SMALL | degrees | VARIANTS.get(variant, {}) | METHODS[method]
+            cases[world][f"{layout}.{variant}.{method}"] = changes
+
+    add("single", "plain", *METHODS)
+    add("cp2", "plain", "ssa_full", "ssa_sparse", "full", "moba")
+    add("cp2", "no_distributed_optimizer", "ssa_sparse")
+    add("cp2", "selective", "ssa_full", "full", "moba")
+    add("cp2", "full_recompute", "ssa_sparse", "full", "moba")
+    add("cp2", "two_rows", "ssa_drawn_once")
+    add("cp4", "plain", "ssa_full", "ssa_sparse", "full", "moba")
+    add("cp2_tp2", "plain", "ssa_sparse")
+    add("cp2_tp2_sp", "plain", "ssa_full", "moba")
+    add("cp2_pp2", "plain", "ssa_full")
+    add("cp2_pp2", "full_recompute", "ssa_sparse")
+    add("cp2_dp2", "plain", "ssa_full")
+    add("cp2_dp2", "overlap", "ssa_drawn")
+    add("cp2_dp2", "no_distributed_optimizer", "ssa_sparse")
+    return cases
+
+
+CASES = build_cases()
+COMPARED = [name for cases in CASES.values() for name in cases if not name.startswith("single.plain")]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict]:
+    """Run all cases once."""
+    folder = tmp_path_factory.mktemp("context")
+    listing = folder / "cases.json"
+    listing.write_text(json.dumps(CASES))
+    run_workers(WORKER, 1, str(listing), str(folder), timeout=800)
+    found = {}
+    for name in (name for cases in CASES.values() for name in cases):
+        parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"{name}.*.pt"))]
+        found[name] = assemble(folder, name) | {"parts": parts}
+    return found
+
+
+def single(name: str) -> str:
+    """Return the single process's case that a case must equal: what is summed in another order is the same."""
+    return f"single.plain.{name.rsplit('.', 1)[1]}"
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_context_parallelism_equals_the_single_process(results, name):
+    found, wanted = results[name], results[single(name)]
+    for part in found["parts"]:
+        for what in ("records", "evaluated"):
+            ours, theirs = (torch.tensor(p[what], dtype=torch.float64) for p in (part, wanted["parts"][0]))
+            steps = len(ours)  # some take a fifth step, from a checkpoint
+            assert steps == (5 if name.endswith(".plain.ssa_full") else 4) or what == "evaluated"
+            torch.testing.assert_close(
+                ours, theirs[:steps], rtol=TOLERANCE, atol=0.0, msg=lambda text, w=what: f"{w}: {text}"
+            )
+        assert relative(part["logits"], wanted["parts"][0]["logits"]) < TOLERANCE
+    names = {key.removeprefix("output:") for key in found["parameters"]}
+    assert names == set(wanted["parameters"]), "the layouts hold different parameters"
+    for key, tensors in found["parameters"].items():
+        error = relative(tensors["grad"], wanted["parameters"][key.removeprefix("output:")]["grad"])
+        assert error < TOLERANCE, f"{key}: gradient off by {error:.1e}"
+
+
+def test_the_figures_can_tell(results):
+    """The streams must differ and the alignment weigh, or the comparison above would say nothing of them."""
+    figures = results["single.plain.ssa_full"]["records"]
+    alignment, mass = figures[:, 2:4], figures[:, 4:6]
+    assert alignment.min() > 1e-3 and mass.max() < 0.99
+    gradients = [results[f"single.plain.{method}"]["parameters"] for method in ("ssa_full", "full")]
+    key = "decoder.layers.0.self_attention.linear_qkv.weight"
+    assert relative(gradients[1][key]["grad"], gradients[0][key]["grad"]) > 1e-3

@@ -1,0 +1,103 @@
+"""One process of test_context.py, started by torchrun: some steps of each case under a parallel.cp.
+
+    torchrun --standalone --nproc-per-node 2 tests/gpu/context_worker.py FILE 2
+
+Rank 0 writes, for each case, every step's figures and the first step's gradients.
+"""
+
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ssa_pretrain.config import Config, KernelImpl, Method, PrecisionName, Recompute
+from ssa_pretrain.data.batches import Batch, collate
+from ssa_pretrain.data.rows import Row
+from ssa_pretrain.engine import build_engine
+from ssa_pretrain.engine.megatron_checkpoint import unwrap
+from ssa_pretrain.parallel.state import start, stop
+
+VOCAB, LENGTH, STEPS = 1024, 2048, 4
+# Documents over both ranks' borders (512, 1024, 1536 and around), of one token, and a row of one document.
+STARTS = ((0, 511, 512, 513, 1023, 1500), (0,), (0, 1, 700, 1024, 2047), (0, 1535, 1537))
+
+
+def cases() -> dict[str, Config]:
+    """Return the configurations by name: fp32 by the references, bf16 by the kernels."""
+    found = {}
+    for method in Method:
+        for ratio in (0.0, 1.0) if method is Method.ssa else (0.5,):
+            for precision, impl in ((PrecisionName.fp32, KernelImpl.reference), (PrecisionName.bf16, KernelImpl.auto)):
+                for recompute in (Recompute.none, Recompute.selective, Recompute.full):
+                    if recompute is not Recompute.none and ratio == 1.0:
+                        continue
+                    config = Config()
+                    model = config.model
+                    model.num_layers, model.hidden_size, model.ffn_hidden_size = 2, 256, 512
+                    model.num_attention_heads, model.num_kv_heads, model.head_dim = 16, 2, 64
+                    model.init_std = 0.1
+                    config.attention.method, config.attention.full_ratio, config.attention.impl = method, ratio, impl
+                    config.data.sequence_length = LENGTH
+                    config.engine.recompute, config.precision.name = recompute, precision
+                    config.optim.eps = 1e-2  # far above rounding: the first steps divide by the gradient's size
+                    found[f"{precision}.{method}.{ratio}.{recompute}"] = config
+    return found
+
+
+def batches(step: int) -> list[Batch]:
+    """Return a step's microbatches."""
+    generator = np.random.default_rng(step)
+    rows = []
+    for places in STARTS:
+        starts = np.zeros(LENGTH + 1, dtype=bool)
+        starts[list(places)] = True
+        rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
+    return [collate([row], index=index) for index, row in enumerate(rows)]
+
+
+def run_case(config: Config, placement) -> dict:
+    """Return a case's figures and gradients."""
+    engine = build_engine(config, placement, VOCAB)
+    gradients: dict[str, torch.Tensor] = {}
+    step = engine.optimizer.step
+
+    def step_and_capture():
+        if not gradients:
+            for buffer in engine.chunks[0].buffers:
+                for bucket in buffer.buckets:
+                    shards = list(bucket.grad_data.chunk(buffer.data_parallel_group.size()))
+                    dist.all_gather(
+                        shards, shards[buffer.data_parallel_group.rank()].clone(), buffer.data_parallel_group
+                    )
+            gradients.update({n: p.main_grad.cpu().clone() for n, p in unwrap(engine.chunks[0]).named_parameters()})
+        return step()
+
+    engine.optimizer.step = step_and_capture
+    figures, evaluated = [], []
+    for index in range(STEPS):
+        found = engine.train_step(batches(index), step=index, learning_rate=1e-2)
+        figures.append([found.cross_entropy, found.grad_norm, *found.alignment_by_layer, *found.captured_mass_by_layer])
+    for mode in ("full", "sparse"):
+        judged = engine.evaluate(batches(99), mode=mode)
+        evaluated.append([judged.cross_entropy, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
+    return {"figures": figures, "evaluated": evaluated, "gradients": gradients}
+
+
+def main() -> None:
+    """Run all cases."""
+    config = Config()
+    config.parallel.cp = int(sys.argv[2])
+    placement = start(config.parallel, seed=1)
+    results = {}
+    for name, case in cases().items():
+        case.parallel.cp = config.parallel.cp
+        results[name] = run_case(case, placement)
+    if placement.is_first:
+        torch.save(results, sys.argv[1])
+    dist.barrier()
+    stop()
+
+
+if __name__ == "__main__":
+    main()

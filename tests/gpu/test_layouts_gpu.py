@@ -1,0 +1,91 @@
+"""Layouts of two GPUs train as one GPU does: in fp32 to 1e-5 in every gradient, in bf16 with the kernels to what its rounding allows.
+
+The cases run in the processes of tests/distributed/layout_worker.py, started by torchrun over NCCL.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_layouts import WORKER, assemble, relative
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+
+TP, PP, DP = "parallel.tp", "parallel.pp", "world"
+LAYOUTS = {
+    "tp2": {TP: 2},
+    "tp2_sp": {TP: 2, "parallel.sequence_parallel": True},
+    "pp2": {PP: 2},
+    "dp2": {DP: 2, "engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True},
+}
+FP32 = {"attention.impl": "reference", "engine.layer_spec": "local"}
+# The 1B model's head shape, so that the kernels of its size run; Transformer Engine's layers where it is installed.
+BF16 = {
+    "precision.name": "bf16",
+    "model.num_layers": 4,
+    "model.hidden_size": 256,
+    "model.ffn_hidden_size": 512,
+    "model.num_attention_heads": 32,
+    "model.head_dim": 64,
+    "model.init_std": 0.05,
+    "training.micro_batch_size": 2,
+}
+# bf16 keeps 8 bits; a loss is a mean over hundreds of tokens, a gradient a sum over them of products of rounded numbers.
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 4e-3}
+GRADIENT_TOLERANCE = {"fp32": 1e-5, "bf16": 6e-2}
+
+
+def cases() -> dict[int, dict[str, dict]]:
+    """Return the cases by world size; each precision and stream on one GPU and on every layout of two."""
+    found: dict[int, dict[str, dict]] = {1: {}, 2: {}}
+    for precision, changes in (("fp32", FP32), ("bf16", BF16)):
+        for stream, ratio in (("full", 1.0), ("sparse", 0.0)):
+            common = changes | {"attention.full_ratio": ratio}
+            found[1][f"single.{precision}.{stream}"] = common
+            for layout, degrees in LAYOUTS.items():
+                name = f"{layout}.{precision}.{stream}"
+                found[2][name] = common | {k: v for k, v in degrees.items() if k != DP}
+    return found
+
+
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Run all cases, one torchrun for each number of GPUs; return where their results lie."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, and {torch.cuda.device_count()} is visible")
+    out = tmp_path_factory.mktemp("layouts")
+    for world, listed in CASES.items():
+        listing = out / f"cases{world}.json"
+        listing.write_text(json.dumps(listed))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        done = subprocess.run(
+            [sys.executable, *launcher, str(WORKER), str(listing), str(out)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=800,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return out
+
+
+@pytest.mark.parametrize("name", list(CASES[2]))
+def test_two_gpus_train_as_one(folder, name):
+    _, precision, stream = name.split(".")
+    losses, gradients = LOSS_TOLERANCE[precision], GRADIENT_TOLERANCE[precision]
+    wanted = assemble(folder, f"single.{precision}.{stream}", gradients)
+    found = assemble(folder, name, gradients)
+    torch.testing.assert_close(found["records"][:, 0], wanted["records"][:, 0], rtol=losses, atol=0.0)
+    torch.testing.assert_close(found["records"], wanted["records"], rtol=gradients, atol=1e-6)
+    assert {key.removeprefix("output:") for key in found["parameters"]} == set(wanted["parameters"])
+    for key, entry in found["parameters"].items():
+        target = wanted["parameters"][key.removeprefix("output:")]
+        assert relative(entry["grad"].float(), target["grad"].float()) < gradients, key

@@ -1,0 +1,46 @@
+"""A profiled step on a GPU: every part of it is found by its kernels' names, and little is left over."""
+
+import pytest
+from small_model import VOCAB, random_batches, small_config
+
+from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method
+from ssa_pretrain.profiling import breakdown, profiled, read_trace
+
+pytestmark = pytest.mark.gpu
+PARTS = (
+    "attention, full",
+    "selection",
+    "attention, sparse",
+    "gate and alignment",
+    "projection split and RoPE",
+    "SwiGLU",
+    "norms",
+    "cross entropy",
+    "matrix products",
+    "optimizer",
+)
+
+
+@pytest.fixture(scope="module")
+def placement():
+    """One process on one GPU."""
+    from ssa_pretrain.parallel.state import start, stop
+
+    yield start(Config().parallel, seed=1)
+    stop()
+
+
+def test_where_a_step_s_time_goes(placement, tmp_path):
+    pytest.importorskip("transformer_engine")
+    from ssa_pretrain.engine import build_engine
+
+    config = small_config(Method.ssa, LayerSpec.transformer_engine, KernelImpl.auto)
+    engine = build_engine(config, placement, VOCAB)
+    for step in range(2):
+        engine.train_step(random_batches(2), step=step, learning_rate=1e-3)
+    with profiled(tmp_path, step=3, rank=0, memory=True):
+        engine.train_step(random_batches(2), step=2, learning_rate=1e-3)
+    found = breakdown(read_trace(tmp_path / "step_3.rank_0.trace.json.gz"))
+    assert not [part for part in PARTS if found.parts.get(part, 0.0) <= 0.0], found.parts
+    assert found.parts.get("other", 0.0) < 0.35 * sum(found.parts.values()), found.parts
+    assert (tmp_path / "step_3.rank_0.memory.pickle").stat().st_size > 0

@@ -1,0 +1,70 @@
+"""A training step on a GPU is only queued: nothing in it waits for the device, and other documents in the rows compile nothing anew."""
+
+import numpy as np
+import pytest
+import torch
+from small_model import LENGTH, VOCAB, small_config
+
+from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method
+from ssa_pretrain.data.batches import Batch, collate
+from ssa_pretrain.data.rows import Row
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def placement():
+    """One process on one GPU."""
+    from ssa_pretrain.parallel.state import start, stop
+
+    yield start(Config().parallel, seed=1)
+    stop()
+
+
+def rows_with_documents(seed: int) -> list[Batch]:
+    """Return two microbatches of two rows, with another number of documents in each; from the third seed on one document a row."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for index in range(2):
+        rows = []
+        for _ in range(2):
+            starts = np.zeros(LENGTH + 1, dtype=bool)
+            if seed < 3:
+                starts[generator.choice(np.arange(1, LENGTH), size=int(generator.integers(1, 20)), replace=False)] = (
+                    True
+                )
+            rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
+        found.append(collate(rows, index=index))
+    return found
+
+
+@pytest.mark.parametrize("spec", [LayerSpec.local, LayerSpec.transformer_engine])
+@pytest.mark.parametrize("method", list(Method))
+def test_a_step_waits_for_nothing_and_compiles_nothing(placement, method, spec):
+    import triton
+
+    from ssa_pretrain.engine import build_engine
+
+    if spec is LayerSpec.transformer_engine:
+        pytest.importorskip("transformer_engine")
+    engine = build_engine(small_config(method, spec, KernelImpl.auto), placement, VOCAB)
+    step = 0
+    # Both streams and both kinds of rows are met before: each has kernels of its own.
+    for seed in (0, 0, 0, 0, 3, 3, 3, 3):
+        engine.train_step(rows_with_documents(seed), step=step, learning_rate=1e-3)
+        step += 1
+    torch.cuda.synchronize()
+    compiled = []
+    earlier = triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs.get("repr"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = []
+        for seed in (0, 1, 2, 3, 4):
+            results.append(engine.train_step(rows_with_documents(seed), step=step, learning_rate=1e-3))
+            step += 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        triton.knobs.runtime.jit_post_compile_hook = earlier
+    assert compiled == []
+    assert all(np.isfinite([r.cross_entropy, r.grad_norm]).all() for r in results)
