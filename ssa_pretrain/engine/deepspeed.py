@@ -39,6 +39,7 @@ from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.weights import WeightsError, find_weights
 
 
@@ -74,7 +75,8 @@ class DeepSpeedEngine(MegatronEngine):
             ds.backward(self._loss(run, batch, main, counterpart=both, alignment_scale=scale if both else 0.0))
             if self._norm_is_ours and ds.is_gradient_accumulation_boundary():
                 grad_norm = self._grad_norm()
-            ds.step()
+            with torch.profiler.record_function(OPTIMIZER_RANGE):  # before a step's last microbatch it only counts
+                ds.step()
         norm = torch.as_tensor(ds.get_global_grad_norm() if grad_norm is None else grad_norm)
         figures = torch.cat([self._reduce(run), torch.stack([labels, norm.to(labels)])])
 
