@@ -15,7 +15,7 @@ pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 TOLERANCE = 1e-5
-STOP, SAVED, RESUMED = 3, 2, 6
+STOP, SAVED, RESUMED = 3, 2, 5
 
 TP = {"parallel.tp": 2}
 SP = TP | {"parallel.sequence_parallel": True}
@@ -60,7 +60,7 @@ VARIANTS = {  # name -> (layout, settings, the megatron engine's settings if not
     "tp2_sp.bf16.zero1": ("tp2_sp", deepspeed(1) | BF16, BF16),
 }
 STAGES = (0, 1, 2, 3)
-FEWER = ("dp2.zero2", "dp2.zero3", "tp2_sp.zero1", "tp2_sp.zero2", "tp2_sp.zero3")  # resumed on one process
+FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
 
 
 def two_processes() -> list[dict]:
@@ -166,7 +166,7 @@ def test_a_resumed_run_is_bit_identical(figures, layout, stage):
     ],
 )
 def test_a_run_resumed_on_other_degrees_goes_on(figures, name, source):
-    """Four steps past the resume: a lost step count, moment or weight decay shows in the second."""
+    """Three steps past the resume: a lost step count, moment or weight decay shows in the second."""
     close(figures[name], figures[source][SAVED:])
 
 

@@ -115,14 +115,8 @@ def test_its_own_recovery_script_gives_the_weights(uninterrupted, tmp_path):
         torch.testing.assert_close(found[name], reader.read(name).float(), rtol=0, atol=0)
 
 
-def test_one_process_evaluates_it_and_the_megatron_engine_starts_from_it(uninterrupted, corpus, tmp_path):
-    judged = run(
-        "ssa_pretrain.evaluate", *SETTINGS, "engine=deepspeed", f"data.path={corpus}", f"output_dir={uninterrupted}"
-    )
-    assert judged.returncode == 0, judged.stderr[-3000:]
+def test_the_megatron_engine_starts_from_it_on_one_process(uninterrupted, corpus, tmp_path):
     last = [r["cross_entropy"] for r in records(uninterrupted, "evaluation")][-2:]
-    shown = [float(line.rsplit(" ", 1)[1]) for line in judged.stdout.splitlines() if "cross entropy" in line]
-    assert shown == pytest.approx(last, abs=1e-4)
     fresh = [line for line in SETTINGS if not line.startswith(("deepspeed.", "evaluation.at_start"))]
     begun = run(
         "ssa_pretrain.train",
@@ -135,20 +129,3 @@ def test_one_process_evaluates_it_and_the_megatron_engine_starts_from_it(uninter
     assert begun.returncode == 0, begun.stderr[-3000:]
     first = [r["cross_entropy"] for r in records(tmp_path, "evaluation")][:2]
     assert first == pytest.approx(last, rel=1e-5)
-
-
-def test_another_stage_is_refused_with_what_to_set(uninterrupted, corpus):
-    done = run(
-        "ssa_pretrain.train",
-        *SETTINGS,
-        "engine=deepspeed",
-        f"data.path={corpus}",
-        f"output_dir={uninterrupted}",
-        "deepspeed.zero_stage=3",
-    )
-    assert done.returncode == 5
-    assert (
-        "was written by ZeRO stage 2, whose optimizer state stage 3 does not read; set deepspeed.zero_stage=2"
-        in done.stderr
-    )
-    assert "Traceback" not in done.stderr

@@ -12,9 +12,10 @@ from ssa_pretrain.config import Config
 from ssa_pretrain.deepspeed_universal import part
 from ssa_pretrain.engine import deepspeed_setup
 from ssa_pretrain.engine.deepspeed import _check
-from ssa_pretrain.engine.deepspeed_checkpoint import universal_info
+from ssa_pretrain.engine.deepspeed_checkpoint import _require_convertible, read_layout, universal_info
 from ssa_pretrain.model.llama import tensor_rank_part
 from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.weights import WeightsError
 
 
 @pytest.fixture
@@ -103,3 +104,21 @@ def test_a_word_that_deepspeed_does_not_know_is_one_sentence():
         ConfigError, match=r"deepspeed.extra.zero_optimization.stage3_prefetch_buket_size=3 is not accepted"
     ):
         _check(ds_config(config, 1))
+
+
+def test_a_checkpoint_that_cannot_be_reshaped_says_what_to_set(tmp_path):
+    def refusal(*layouts: tuple[int, int, int]) -> str:
+        saved, wanted = (dict(zip(("zero_stage", "tp", "dp"), layout, strict=True)) for layout in layouts)
+        with pytest.raises(WeightsError) as caught:
+            _require_convertible(tmp_path, saved, wanted)
+        return str(caught.value)
+
+    start = f"or start a new run from its weights with checkpoint.init_from={tmp_path}"
+    assert refusal((2, 1, 2), (3, 1, 2)) == (
+        f"{tmp_path} was written by ZeRO stage 2, whose optimizer state stage 3 does not read; set deepspeed.zero_stage=2, {start}"
+    )
+    assert refusal((0, 2, 1), (0, 1, 2)) == (
+        f"{tmp_path} was written by ZeRO stage 0 at tp=2, and DeepSpeed reshapes stages 1 to 3 alone; set parallel.tp=2, {start}"
+    )
+    with pytest.raises(WeightsError, match="was not written by engine=deepspeed"):
+        read_layout(tmp_path)
