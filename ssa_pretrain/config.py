@@ -386,15 +386,13 @@ class LoggingConfig:
 class ProfileConfig:
     """Traces of single steps, into the run's folder `profile`."""
 
-    steps: list[int] = field(default_factory=list)  # steps that are profiled, counted as in metrics.jsonl, from 1
+    at: list[int] = field(default_factory=list)  # steps that are profiled, counted as in metrics.jsonl, from 1
     memory: bool = True  # with a snapshot of the GPU's memory
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        low = [step for step in self.steps if step < 1]
-        return (
-            [Problem("profile.steps", self.steps, "must count steps from 1", "try profile.steps=[10]")] if low else []
-        )
+        low = [step for step in self.at if step < 1]
+        return [Problem("profile.at", self.at, "must count steps from 1", "try profile.at=[10]")] if low else []
 
 
 @dataclass(kw_only=True, slots=True)

@@ -145,7 +145,7 @@ def loop(run: Run, log: MetricsLogger, step: int) -> None:
 
 def profiling(run: Run, step: int) -> AbstractContextManager[None]:
     """Return what profiles a step if the configuration asks for it."""
-    if step not in run.config.profile.steps:
+    if step not in run.config.profile.at:
         return nullcontext()
     rank, memory = run.placement.rank, run.config.profile.memory
     return profiled(run.folder / "profile", step=step, rank=rank, memory=memory)

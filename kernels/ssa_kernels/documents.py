@@ -61,6 +61,7 @@ class DocumentLayout:
     num_tokens: int  # keys; as many queries as query_position has entries
     max_length: int  # no document is longer (bounds workspaces and loops; num_tokens where nothing better is known)
     runs: tuple[QueryRun, ...] = ()  # where the queries are runs of neighbours (`query_runs`), in order
+    scattered: bool = False  # queries may lie far apart, so that neighbours in the batch are none in the sequence
 
     @property
     def num_block_rows(self) -> int:
@@ -121,15 +122,17 @@ def build_layout(
 def query_slice(layout: DocumentLayout, queries: slice | torch.Tensor) -> DocumentLayout:
     """Returns the layout for a part of the queries (a slice, or their ascending int64 numbers) over all the keys.
 
-    Selection in Triton takes 128 / G queries of the batch as one tile, which must not reach over more than some thousand block rows: give it
-    neighbours or a few, and runs of neighbours by `query_runs`.
+    Neighbours cost least, and runs of neighbours have `query_runs`: selection in Triton takes 128 / G queries of the batch as one tile, which
+    walks all block rows from the first one's document to the last one's.
     """
+    together = isinstance(queries, slice) and queries.step in (None, 1)
     return replace(
         layout,
         query_start=layout.query_start[queries],
         query_position=layout.query_position[queries],
         query_first_row=layout.query_first_row[queries],
         runs=(),
+        scattered=layout.scattered or not together,
     )
 
 

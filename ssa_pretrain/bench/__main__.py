@@ -147,6 +147,7 @@ def measure(build, case: str, config: Config, placement, options: Options) -> li
         rows.append(
             Row(
                 case=case,
+                model=options.model,
                 variant=variant.name,
                 ms=result.ms,
                 spread=result.spread,

@@ -1,6 +1,7 @@
 """The ratios that are reported and what they must reach.
 
-Goals are those of the project on one H200 or H100 with the 1B model; on another device or model the ratios mean what they say and the goals nothing.
+Goals are those of the project on one H200 or H100 with the 1B model; on another device or model
+ratios are shown without them.
 """
 
 from dataclasses import dataclass

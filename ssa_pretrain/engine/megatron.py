@@ -268,11 +268,11 @@ class MegatronEngine:
             seen = [packed.diagnostics[number] for packed in run.packed if number in packed.diagnostics]
             vector[number - 1] = torch.stack([s.alignment_loss for s in seen]).double().sum()
             vector[layers + number - 1] = torch.stack([s.captured_mass for s in seen]).double().sum()
-            vector[2 * layers + number - 1] = float(len(seen))
+            vector[2 * layers + number - 1].fill_(len(seen))  # an assignment would copy from the host and wait
         if run.sums:
             vector[3 * layers] = torch.stack(run.sums).double().sum()
-        vector[3 * layers + 1] = float(sum(packed.main == "full" for packed in run.packed))
-        vector[3 * layers + 2] = float(len(run.packed))
+        vector[3 * layers + 1].fill_(sum(packed.main == "full" for packed in run.packed))
+        vector[3 * layers + 2].fill_(len(run.packed))
         dist.all_reduce(vector)
         return vector / self.config.parallel.tp
 

@@ -39,16 +39,29 @@ def test_specs_and_kernels_agree(placement, method):
     assert wanted[2, 0] < wanted[0, 0] - 0.01
     kernels = losses(placement, method, LayerSpec.local, KernelImpl.auto)
     # bf16 keeps 8 bits: a mean over thousands of tokens agrees far better, a norm of gradients a little less well.
-    np.testing.assert_allclose(kernels[:, 0], wanted[:, 0], rtol=1e-3)
-    np.testing.assert_allclose(kernels[:, 1:], wanted[:, 1:], rtol=3e-2)
+    check(kernels, wanted)
     pytest.importorskip("transformer_engine")
     engine = losses(placement, method, LayerSpec.transformer_engine, KernelImpl.auto)
-    np.testing.assert_allclose(engine[:, 0], wanted[:, 0], rtol=1e-3)
-    np.testing.assert_allclose(engine[:, 1:], wanted[:, 1:], rtol=3e-2)
+    check(engine, wanted)
+
+
+def check(found: np.ndarray, wanted: np.ndarray) -> None:
+    """Fail unless the first step agrees closely; Adam's first updates have the size of the rate whatever the gradient, so noise moves the later ones."""
+    np.testing.assert_allclose(found[:, 0], wanted[:, 0], rtol=1e-3)
+    np.testing.assert_allclose(found[0, 1:], wanted[0, 1:], rtol=2e-2)
+    np.testing.assert_allclose(found[1:, 1:], wanted[1:, 1:], rtol=1e-1)
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("spec", [LayerSpec.local, LayerSpec.transformer_engine])
-def test_a_checkpoint_resumes_exactly(placement, spec, tmp_path):
+def test_a_checkpoint_resumes_exactly(placement, spec, tmp_path, deterministic):
+    """In deterministic mode: cuDNN's attention adds dQ up in an order of its own each time."""
     from ssa_pretrain.engine import build_engine
 
     if spec is LayerSpec.transformer_engine:

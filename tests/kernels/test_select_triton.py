@@ -134,6 +134,16 @@ def test_decoding_from_cached_means_equals_prefill():
         assert torch.equal(step[0], prefill[row])
 
 
+def test_queries_far_apart():
+    """Given by their numbers: a tile walks all the block rows between their documents."""
+    tokens, queries = 1400, torch.tensor([2, 3, 1396, 1399])
+    layout = build_layout(torch.arange(0, tokens + 1, 4), num_tokens=tokens, block_size=1, max_length=4)
+    q, k = make(tokens, 2, 1)
+    arguments = {"block_size": 1, "top_k": 2, "cu_seqlens": query_slice(layout, queries)}
+    ours, theirs = (select_blocks(q[queries], k, impl=impl, **arguments) for impl in ("triton", "reference"))
+    assert torch.equal(ours, theirs)
+
+
 def test_runs_of_queries_far_apart():
     """One tile of queries from both runs would walk all the block rows between their documents, more than its program has slices for."""
     tokens, spans = 1400, [(2, 2), (1396, 4)]

@@ -248,9 +248,9 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
             "engine.overlap_tp=true needs a GPU, and torch sees none; try engine.overlap_tp=false",
         ),
         (
-            (*PAPER, "profile.steps=[0,3]"),
+            (*PAPER, "profile.at=[0,3]"),
             GPU,
-            "profile.steps=[0, 3] must count steps from 1; try profile.steps=[10]",
+            "profile.at=[0, 3] must count steps from 1; try profile.at=[10]",
         ),
     ],
 )

@@ -57,6 +57,17 @@ def logger(folder: Path, **options: object) -> MetricsLogger:
     return MetricsLogger(folder, **options)  # type: ignore[arg-type]
 
 
+def test_a_step_may_bring_its_own_operations(tmp_path: Path) -> None:
+    """Documents of another length cost another number of operations a token."""
+    with logger(tmp_path, flops_per_token=1e9, peak_flops=1e12) as metrics:
+        metrics.log_step(a_step(1))
+        metrics.log_step(a_step(2), 5e8)
+    first, second = read_records(tmp_path / "metrics.jsonl")
+    for record, a_token in ((first, 1e9), (second, 5e8)):
+        assert record["tflops_per_second"] == pytest.approx(record["tokens_per_second"] * a_token / 1e12)
+        assert record["mfu"] == pytest.approx(record["tflops_per_second"])
+
+
 def test_every_record_is_one_line_with_its_keys(tmp_path: Path) -> None:
     clock = Clock()
     with logger(tmp_path, clock=clock, flops_per_token=1e9, peak_flops=1e12) as metrics:

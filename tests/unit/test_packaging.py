@@ -49,7 +49,7 @@ def imported(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("ssa_pretrain", ("gpu", "deepspeed")),
+        ("ssa_pretrain", ("gpu", "deepspeed", "bench")),
         ("data_prep", ("llama3", "gigatoken")),
         ("kernels/ssa_kernels", ("gpu", "bench")),
         ("tests", ("gpu", "deepspeed", "llama3", "gigatoken", "dev")),

@@ -1,9 +1,16 @@
 """The trainer's arithmetic: slices of an evaluation put together, when things are due."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
+from ssa_pretrain.config import Config
+from ssa_pretrain.data.batches import collate
+from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import EvaluationResult
-from ssa_pretrain.trainer import combine, due, mean
+from ssa_pretrain.flops import row_flops
+from ssa_pretrain.trainer import combine, due, flops_per_token, mean
 
 
 def test_slices_weigh_by_labels_and_microbatches():
@@ -30,3 +37,14 @@ def test_due_every_interval_and_at_the_end(step, interval, expected):
 
 def test_mean_of_nothing_is_none():
     assert mean([]) is None and mean([1.0, 3.0]) == 2.0
+
+
+def test_a_step_is_counted_by_its_documents():
+    config = Config()
+    run = SimpleNamespace(config=config, plan=SimpleNamespace(vocab_size=500))
+    starts = np.zeros(65, dtype=bool)
+    starts[40] = True
+    batches = [collate([Row(np.zeros(65, dtype=np.int64), starts)], index=i) for i in range(2)]
+    wanted = row_flops(config.model, config.attention, [40, 24], 500).model / 64
+    assert flops_per_token(run, batches) == pytest.approx(wanted)
+    assert wanted < row_flops(config.model, config.attention, [64], 500).model / 64

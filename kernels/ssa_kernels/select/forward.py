@@ -9,7 +9,7 @@ Registers, stages and tile sizes were chosen by measurement at 16 heads a group,
 way with what their tiles leave room for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ LOG2E = 1.4426950408889634
 PRODUCT_ROWS = 128  # (tokens x heads) of one tile
 BLOCK_ROWS = 64  # block rows of one tile
 FMA_SHARE = 1  # of 8 exponentials, how many go to the multiply-add pipe: 0, 1, 2 or 4
-LANES = 2  # streams that take the chunks in turns
+SPANS = 4  # parts of the softmax sums, so that chunks of an early one run beside a later one
 IMPORTANCE_REGISTERS = 112
 SLICE_ROWS = 1024  # block rows that a program of the importance kernel walks
 
@@ -90,49 +90,57 @@ def choose_blocks_triton(
     tokens = q.shape[0]
     plan = _plan(q, means, layout, top_k, score)
     indices = torch.empty(tokens, plan.lists, top_k, dtype=torch.int32, device=q.device)
-    lanes = LANES if q.is_cuda else 1
-    workspace = torch.empty(lanes, plan.chunk, plan.lists, plan.columns, dtype=torch.float32, device=q.device)
-    scratch = torch.empty(lanes, plan.chunk, plan.lists, plan.survivors, dtype=torch.int32, device=q.device)
-    lse = _softmax_sums(q, means, layout, plan, top_k, scale, score) if score != "per_head" and top_k > 1 else None
-    slices = triton.cdiv(plan.columns + plan.tile, SLICE_ROWS)  # a tile that spans documents walks a few rows more
+    workspace = torch.empty(plan.chunk, plan.lists, plan.columns, dtype=torch.float32, device=q.device)
+    scratch = torch.empty(plan.chunk, plan.lists, plan.survivors, dtype=torch.int32, device=q.device)
+    starts = range(0, tokens, plan.chunk)
+    before = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
+    lse, sums_ready = None, {}
+    if score != "per_head" and top_k > 1:
+        lse = torch.empty(tokens, q.shape[1], dtype=torch.float32, device=q.device)
+        spans = starts[:: triton.cdiv(len(starts), SPANS)]
+        sums_ready = _softmax_sums(q, means, lse, spans, layout, plan, top_k, scale, score)
+    # A tile that spans documents walks a few rows more; one of queries far apart perhaps all.
+    rows = max(layout.num_block_rows, plan.columns) if layout.scattered else plan.columns
+    slices = triton.cdiv(rows + plan.tile, SLICE_ROWS)
     table, narrow = _table(means), means.shape[2] <= 64
-    with _lanes(q.device, lanes) as streams:
-        for i, start in enumerate(range(0, tokens, plan.chunk)):
-            stop, lane = min(start + plan.chunk, tokens), i % lanes
+    with _urgent(q.device, before) as urgent:
+        for start in starts:
+            stop = min(start + plan.chunk, tokens)
+            if start in sums_ready:
+                urgent.wait_event(sums_ready[start])
             if top_k > 1:
                 launch(
                     importance_kernel, (triton.cdiv(stop - start, plan.tile), means.shape[1], slices),
-                    q, table, layout.query_first_row, layout.query_position, lse, workspace[lane], start, stop, q.stride(0),
+                    q, table, layout.query_first_row, layout.query_position, lse, workspace, start, stop, q.stride(0),
                     plan.columns, scale * LOG2E,
                     **_shape(means, layout, plan, q.shape[2], top_k, score), SLICE=SLICE_ROWS, STAGES=3 if narrow else 2,
                     FMA_SHARE=FMA_SHARE, PER_HEAD=score == "per_head",
-                    num_warps=4, maxnreg=IMPORTANCE_REGISTERS if narrow else None, stream=streams[lane],
+                    num_warps=4, maxnreg=IMPORTANCE_REGISTERS if narrow else None, stream=urgent,
                 )  # fmt: skip
             launch(
                 top_k_kernel, ((stop - start) * plan.lists,),
-                workspace[lane], layout.query_position, scratch[lane], indices, start, plan.columns,
+                workspace, layout.query_position, scratch, indices, start, plan.columns,
                 LISTS=plan.lists, K=layout.block_size, S=top_k, SP=triton.next_power_of_2(top_k), C=plan.survivors, W=plan.width,
-                SIGNED=score == "per_head", OFFICIAL=score == "official_compat", num_warps=1, stream=streams[lane],
+                SIGNED=score == "per_head", OFFICIAL=score == "official_compat", num_warps=1, stream=urgent,
             )  # fmt: skip
     return indices
 
 
 @contextmanager
-def _lanes(device: torch.device, count: int) -> Iterator[Sequence[torch.cuda.Stream | None]]:
-    """Gives `count` streams that follow the current one and are waited for at the end; None, the current one, for one.
+def _urgent(device: torch.device, before: torch.cuda.Event | None) -> Iterator[torch.cuda.Stream | None]:
+    """Gives a stream whose kernels are placed before the current one's, from `before` on, and which that one waits for; None on a CPU.
 
-    Importance is bound by the exponential unit, top-k by the integer pipe, and both end with a device half empty: two chunks in different
-    streams fill what the other leaves.
+    Chunks run there as soon as their softmax sums are there, while the current stream works on later sums: importance and sums are bound
+    by the exponential unit, top-k by the integer pipe, and what the end of a chunk leaves empty is filled.
     """
-    if count == 1:
-        yield [None]
+    if device.type != "cuda":
+        yield None
         return
-    current, streams = torch.cuda.current_stream(device), side_streams(device, count)
-    for stream in streams:
-        stream.wait_stream(current)
-    yield streams
-    for stream in streams:
-        current.wait_stream(stream)
+    (urgent,) = side_streams(device, 1, urgent=True)
+    current = torch.cuda.current_stream(device)
+    urgent.wait_event(before)
+    yield urgent
+    current.wait_stream(urgent)
 
 
 def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: int, score: str) -> _Plan:
@@ -145,35 +153,29 @@ def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: i
     kept = layout.block_size if score == "official_compat" else 2 * top_k
     survivors = max(32, triton.next_power_of_2(kept))
     tile = PRODUCT_ROWS // triton.next_power_of_2(heads // kv_heads)
-    lanes = LANES if q.is_cuda else 1
-    most = max(WORKSPACE_BYTES // (lanes * lists * (columns + survivors) * 4), 1)
-    rounds = triton.cdiv(tokens, most * lanes)  # of a chunk in every lane, all of about the same size
-    chunk = triton.cdiv(triton.cdiv(tokens, rounds * lanes), tile) * tile
-    return _Plan(lists, heads // kv_heads, tile, columns, width, survivors, max(min(chunk, most // tile * tile), tile))
+    most = max(WORKSPACE_BYTES // (lists * (columns + survivors) * 4) // tile, 1) * tile
+    chunk = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), tile) * tile  # all of about the same size
+    return _Plan(lists, heads // kv_heads, tile, columns, width, survivors, chunk)
 
 
-def _softmax_sums(q, means, layout: DocumentLayout, plan: _Plan, top_k: int, scale: float, score: str) -> torch.Tensor:
-    """Returns lse float32 [T, H]; rows whose candidates are all chosen stay unwritten."""
-    tokens, heads, dim = q.shape
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    launch(
-        softmax_sums_kernel,
-        (triton.cdiv(tokens, plan.tile), means.shape[1]),
-        q,
-        _table(means),
-        layout.query_first_row,
-        layout.query_position,
-        lse,
-        tokens,
-        q.stride(0),
-        scale * LOG2E,
-        **_shape(means, layout, plan, dim, top_k, score),
-        STAGES=2,
-        FMA_SHARE=FMA_SHARE,
-        num_warps=4,
-        maxnreg=96 if means.shape[2] <= 64 else 168,
-    )
-    return lse
+def _softmax_sums(
+    q, means, lse, spans: range, layout: DocumentLayout, plan: _Plan, top_k: int, scale: float, score: str
+) -> dict[int, torch.cuda.Event]:
+    """Fills lse [T, H], span by span; returns an event by the first token of each. Rows whose candidates are all chosen stay unwritten."""
+    tokens, _, dim = q.shape
+    ready = {}
+    for start in spans:
+        span = slice(start, min(start + spans.step, tokens))
+        launch(
+            softmax_sums_kernel, (triton.cdiv(span.stop - start, plan.tile), means.shape[1]),
+            q[span], _table(means), layout.query_first_row[span], layout.query_position[span], lse[span],
+            span.stop - start, q.stride(0), scale * LOG2E,
+            **_shape(means, layout, plan, dim, top_k, score), STAGES=2, FMA_SHARE=FMA_SHARE,
+            num_warps=4, maxnreg=96 if means.shape[2] <= 64 else 168,
+        )  # fmt: skip
+        if q.is_cuda:
+            ready[start] = torch.cuda.current_stream(q.device).record_event()
+    return ready
 
 
 def _table(means: torch.Tensor) -> TensorDescriptor:

@@ -66,7 +66,8 @@ def test_full_stream_against_float64(documents, heads, kv_heads, head_dim):
     for spans in RANKS:
         mine = take(q, spans).detach().requires_grad_()
         o, lse = full_attention(mine, k, v, cu_seqlens=query_runs(layout, spans), return_lse=True)
-        assert error(o, take(exact, spans)) < 1.1 * error(whole, exact)
+        # bf16's own rounding is 2^-9 at most, 2^-10 in the mean.
+        assert error(o, take(exact, spans)) < 1.1 * error(whole, exact) + 2**-10
         torch.testing.assert_close(lse.double(), take(exact_lse, spans), rtol=0, atol=1e-4)
         dq, dk, dv = torch.autograd.grad(o, (mine, k, v), take(grad, spans))
         if documents != "single_tokens":  # there nearly all of dq is 0, and what is computed for it rounding

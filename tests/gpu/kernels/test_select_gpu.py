@@ -18,8 +18,8 @@ def bounds(*values):
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
-def check(q, k, cu_seqlens, block_size, top_k, score="softmax_sum", tolerance=1e-5):
-    """Fails unless the choice is right: where it differs from float64's, by blocks whose importance is within `tolerance`."""
+def check(q, k, cu_seqlens, block_size, top_k, score="softmax_sum", tolerance=1e-5, differing=0.01):
+    """Fails unless the choice is right: where it differs from float64's, in few tokens, by blocks whose importance is within `tolerance`."""
     layout = build_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
     ours = select_blocks(q, k, block_size=block_size, top_k=top_k, cu_seqlens=layout, score=score)
     assert torch.equal(ours, select_blocks(q, k, block_size=block_size, top_k=top_k, cu_seqlens=layout, score=score))
@@ -44,7 +44,7 @@ def check(q, k, cu_seqlens, block_size, top_k, score="softmax_sum", tolerance=1e
             lost = [float(values[first + block]) for block in set(theirs) - set(mine)]
             gained = [float(values[first + block]) for block in set(mine) - set(theirs)]
             assert not lost or max(lost) - min(gained) <= tolerance * max(map(abs, lost + gained)), token
-    assert len(different) <= max(2, len(ours) // 100)
+    assert len(different) <= max(2, differing * len(ours))
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
@@ -75,11 +75,22 @@ def test_official_rule(block_size, top_k):
 
 @pytest.mark.parametrize("size", [5.0, 30.0, 3000.0])
 def test_large_logits(size):
-    """Importance is as exact as float32's logits: a rounding of the largest one is a relative error of that much times log(2)."""
+    """Importance is as exact as float32's logits: a rounding of the largest one is a relative error of that much times log(2).
+
+    Where softmax is nearly one-hot, many blocks weigh the same to float32's precision, so many tokens may differ.
+    """
     q, k = make(3000, size=size)
     means = reference.block_means(k, build_layout(bounds(0, 2900), num_tokens=3000, block_size=16)).double()
     largest = torch.einsum("thd,rd->thr", q[:, :16].double(), means[:, 0]).abs().max() / 8
-    check(q, k, bounds(0, 2900), 16, 16, tolerance=max(1e-5, float(largest) * 2**-22))
+    check(
+        q,
+        k,
+        bounds(0, 2900),
+        16,
+        16,
+        tolerance=max(1e-5, float(largest) * 2**-22),
+        differing=0.01 if size < 100 else 0.3,
+    )
 
 
 @pytest.mark.parametrize("tokens", [20_000, 70_000])
@@ -127,6 +138,18 @@ def test_documents_and_the_future_do_not_matter():
     k2[2500:] = 9.0
     changed = select_blocks(q, k2, block_size=16, top_k=8, cu_seqlens=cu_seqlens)
     assert torch.equal(changed[:2500], base[:2500])
+
+
+def test_queries_far_apart():
+    """One query of each of many documents, as a decoding batch has them: a tile of queries spans all of their block rows."""
+    q, k = make(60_000, 16, 1)
+    layout = build_layout(
+        torch.arange(0, 60_001, 600, device="cuda", dtype=torch.int32), num_tokens=60_000, block_size=16
+    )
+    queries = torch.arange(599, 60_000, 600, device="cuda")
+    arguments = {"block_size": 16, "top_k": 8}
+    alone = select_blocks(q[queries], k, cu_seqlens=query_slice(layout, queries), **arguments)
+    assert torch.equal(alone, select_blocks(q, k, cu_seqlens=layout, **arguments)[queries])
 
 
 def test_the_workspace_is_bounded():
