@@ -35,7 +35,7 @@ def main() -> int:
     """Run all cases and return the exit code."""
     out, steps = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 20
     rows = [
-        f"| layout | ZeRO | cross entropy | gradient norm | alignment, captured mass | ({steps} steps)",
+        "| layout | ZeRO | cross entropy | gradient norm | alignment, captured mass | ({steps} steps)",
         "|---|---|---|---|---|---|",
     ]
     worst = 0.0
@@ -55,7 +55,7 @@ def main() -> int:
                 for stage in range(4):
                     errors = differences(found[f"{layout} {stage}"], found[f"{layout} megatron"])
                     worst = max(worst, *errors)
-                    rows.append(f"| {layout} | {stage} | " + " | ".join(f"{error:.1e}" for error in errors) + " | |")
+                    rows.append(f"| {layout} | {stage} | " + " | ".join(f"{error:.1e}" for error in errors) + " |")
                     print(rows[-1], flush=True)
     out.write_text("\n".join(rows) + "\n")
     return int(worst > TOLERANCE)
