@@ -35,8 +35,8 @@ def main() -> int:
     """Run all cases and return the exit code."""
     out, steps = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 20
     rows = [
-        "| layout | ZeRO | cross entropy | gradient norm | alignment, captured mass | ({steps} steps)",
-        "|---|---|---|---|---|---|",
+        "| layout | ZeRO | cross entropy | gradient norm | alignment, captured mass |",
+        "|---|---|---|---|---|",
     ]
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
