@@ -140,7 +140,7 @@ def test_a_variant_trains_as_the_megatron_engine_does(figures, name):
     wanted = figures[f"megatron.{layout}{suffix}"]
     if name == "tp2_sp.bf16.zero1":  # a norm's sum over tensor ranks is rounded to bf16 here and kept in fp32 there
         close(figures[name][:1], wanted[:1], rtol=1e-4)
-        close(figures[name][:STOP], wanted[:STOP], rtol=2e-2)
+        close(figures[name][:STOP], wanted[:STOP], rtol=2e-3)
     else:
         close(figures[name][:STOP], wanted[:STOP])
 
@@ -176,7 +176,7 @@ def test_weights_travel_between_the_engines(figures):
     close(figures["megatron.tp2.weights"], figures["tp2.zero1.own_weights"])
     close(figures["megatron.pp2.weights"], figures["tp2.zero1.own_weights"])
     # The pipeline's run has trained the same two steps as megatron.dp2's.
-    close(figures["zero1.weights_from_pp2"], figures["megatron.dp2.weights"], rtol=1e-4)
+    close(figures["zero1.weights_from_pp2"], figures["megatron.dp2.weights"])
 
 
 def test_a_data_rank_without_held_out_rows_neither_hangs_nor_counts(figures):
