@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from data_prep import config as settings
 from data_prep.errors import ConfigurationError, InputError
 from data_prep.pipeline import prepare_dataset
+from data_prep.sources.hub_settings import HubSource
 from data_prep.validate import validate_dataset
 from ssa_pretrain.data.indexed_format import Manifest
 
@@ -41,6 +42,7 @@ SCHEMAS = {
     "source": {
         "quickstart": settings.QuickstartSource,
         "local_docs": settings.LocalDocsSource,
+        "hub": HubSource,
         "jsonl": settings.JsonlSource,
         "parquet": settings.ParquetSource,
         "text": settings.TextSource,

@@ -67,16 +67,27 @@ class LocalDocsSource:
     """Documentation packages of Debian or Ubuntu, and Python source from this machine; 70 MB by default."""
 
     kind: str = "local_docs"
-    packages: list[str] = MISSING  # which packages; data_prep/sources/local_docs.py has the ones it can read
-    python_mb: float = 10.0  # most MB of Python source taken from installed packages; 0 for none
+    packages: list[str] = field(
+        default_factory=list
+    )  # Debian packages; data_prep/sources/recipes.py has those it can read
+    wheels: list[str] = field(default_factory=list)  # Python packages, name==version, of which the source is text
+    python_mb: float = (
+        10.0  # most MB of Python source, from `wheels`, or without them from what is installed; 0 for none
+    )
+    keep_out: list[str] = field(default_factory=list)  # packages and wheels whose text is held out: no overlap is kept
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""
         found = []
-        if not self.packages:
-            found.append("source.packages=[] must name at least one package; try [perl-doc]")
+        if not self.packages and not self.wheels:
+            found.append("source.packages=[] and source.wheels=[] must name at least one package; try [perl-doc]")
         if self.python_mb < 0:
             found.append(f"source.python_mb={self.python_mb} must not be negative; try 10, or 0 for none")
+        for pin in self.wheels:
+            if not all(pin.partition("==")):
+                found.append(f"source.wheels: {pin} names no version; write it as {pin.partition('==')[0]}==1.2.3")
+        for name in sorted({*self.packages, *self.wheels} & set(self.keep_out)):
+            found.append(f"source.keep_out holds {name} out, and the corpus takes it; remove it from one of the two")
         return found
 
 

@@ -30,6 +30,8 @@ from data_prep.pool import Job, make_shards, num_workers
 from data_prep.readers import read_piece
 from data_prep.shards import counts_path, finished_record, shard_fingerprint
 from data_prep.sources.files import find_files
+from data_prep.sources.hub_corpus import fetch_hub
+from data_prep.sources.hub_settings import HubSource
 from data_prep.sources.local_docs import extract_local_docs
 from data_prep.sources.quickstart import extract_quickstart
 from data_prep.sources.store import has_other_text, stored_text
@@ -52,7 +54,7 @@ UNFINISHED = re.compile(r"\.(bin|idx|json|npy)\.\d+\.tmp$")  # our own temporary
 
 SAMPLE_BYTES = 100_000  # of each shard, on which a faster backend must agree
 
-EXTRACTION_VERSION = 1  # raise it when a source would extract other text from the same packages
+EXTRACTION_VERSION = 2  # raise it when a source would extract other text from the same packages
 
 
 def prepare_dataset(config: Config, say: Say) -> Manifest:
@@ -99,6 +101,8 @@ def fetch(config: Config, out: Path, say: Say) -> tuple[list[Subset], list[dict[
             extract = partial(extract_local_docs, source, Path(config.cache).expanduser().absolute(), say)
         subsets, counts = stored_text(out / "text", key, extract)
         return subsets, [{"kind": source.kind, **count} for count in counts]
+    if isinstance(source, HubSource):
+        return fetch_hub(source, Path(config.cache).expanduser().absolute(), say)
     subset = find_files(source)
     return [subset], [{"kind": source.kind, "name": subset.name, "files": len(subset.files)}]
 

@@ -190,14 +190,18 @@ def open_parquet(path: str, text_column: str) -> pyarrow.parquet.ParquetFile:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise InputError(f"{path} is not a readable Parquet file ({_one_line(error)}); fetch it again") from None
-    schema = file.schema_arrow
+    check_text_column(file.schema_arrow, text_column, path)
+    return file
+
+
+def check_text_column(schema: pyarrow.Schema, text_column: str, path: str) -> None:
+    """Raises InputError unless a Parquet file has a string column of that name."""
     if text_column not in schema.names:
         names = ", ".join(map(repr, schema.names[:12]))
         raise InputError(f"{path} has no column {text_column!r}, it has {names}; set source.text_column")
     kind = schema.field(text_column).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise InputError(f"{path}: column {text_column!r} holds {kind}, not strings; set source.text_column")
-    return file
 
 
 def _read_text(piece: Piece, advance: Advance) -> Document:

@@ -1,101 +1,96 @@
-"""The larger corpus without a model hub: documentation that Debian and Ubuntu package, and Python source from this machine.
+"""Corpora without a model hub: documentation that Debian and Ubuntu package, and Python source.
 
-    prose      essays and commentaries, long documents
-    reference  manuals, tutorials, dictionaries
-    python     source files of the standard library and of installed packages
+    prose          essays and commentaries, long documents
+    reference      manuals, tutorials, dictionaries
+    python         source files, from pinned wheels or from what is installed here
+    encyclopaedia  leads of Wikipedia articles (source=heldout)
 
-About 55 MB of English by default and some 250 MB with all packages of the table. Call it what it is, technical English and
-Python: it is no sample of the web. Documents shorter than 500 bytes are left out, exact duplicates dropped. Licences are those of
-the packages (their copyright files lie in the cache beside the text): GPL-2 (anarchism, linux-doc), Artistic or GPL (perl-doc),
-PSF (python3-doc), PostgreSQL, GFDL (dict-foldoc), public domain (sword-comm-*, sqlite3-doc), Vim and OPL (vim-doc), LGPL (racket-doc), Apache-2.0 (erlang-doc),
-GPL-2+ (sagemath-doc, git-doc, dict-gcide), WordNet's (dict-wn).
+Call it what it is, technical English and Python: it is no sample of the web. Documents shorter than 500 bytes are left out, exact
+duplicates dropped. `source.keep_out` names packages of held-out text: a training document that shares a run of thirteen words with
+them is dropped and counted (data_prep/sources/contamination.py). Packages and licences are in data_prep/sources/recipes.py.
 """
 
-import gzip
-import zlib
+import itertools
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from data_prep.config import LocalDocsSource
 from data_prep.errors import InputError
-from data_prep.sources.debian import unpacked_package
-from data_prep.sources.markup import dictionary_pages, html_text, plain_text, sword_blocks
-from data_prep.sources.quickstart import python_sources
+from data_prep.sources.contamination import HeldOut
+from data_prep.sources.debian import unpacked_packages
+from data_prep.sources.extracting import Extracted, Task, extract, extract_all, package_tasks, wheel_task
+from data_prep.sources.recipes import RECIPES, check_packages, is_wheel
 from data_prep.sources.store import TextStore
+from data_prep.sources.wheels import downloaded_wheels
 
-ENTRIES_PER_PAGE = 16
-SMALLEST_DOCUMENT = 500
+Say = Callable[[str], None]
 
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How the text of a package is reached."""
-
-    part: str  # prose or reference
-    format: str  # plain, html, dict or sword
-    pattern: str  # files, below the folder where the package is unpacked
+LARGEST_SHARE = 0.2  # of the Python source, from one wheel: no single author sets the tone
 
 
-RECIPES = {
-    "anarchism": Recipe("prose", "plain", "usr/share/doc/anarchism/markdown/*.md.gz"),
-    "sword-comm-tdavid": Recipe("prose", "sword", "usr/share/sword/modules/**/*.[bc]zs"),
-    "sword-comm-mhcc": Recipe("prose", "sword", "usr/share/sword/modules/**/*.[bc]zs"),
-    "perl-doc": Recipe("reference", "plain", "usr/share/perl/*/pod/*.pod"),
-    "python3-doc": Recipe("reference", "plain", "usr/share/doc/python3*/html/_sources/**/*.txt"),
-    "postgresql-doc": Recipe("reference", "html", "usr/share/doc/postgresql-doc-*/html/*.html"),
-    "dict-foldoc": Recipe("reference", "dict", "usr/share/dictd/*.index"),
-    "linux-doc": Recipe("reference", "plain", "usr/share/doc/linux-doc-*/Documentation/**/*.rst.gz"),
-    "vim-doc": Recipe("reference", "html", "usr/share/doc/vim/html/*.html"),
-    "sqlite3-doc": Recipe("reference", "html", "usr/share/doc/sqlite3/**/*.html"),
-    "git-doc": Recipe("reference", "plain", "usr/share/doc/git-doc/**/*.txt"),
-    "racket-doc": Recipe("reference", "html", "usr/share/doc/racket/**/*.html"),
-    "erlang-doc": Recipe("reference", "html", "usr/share/doc/erlang-doc/**/*.html"),
-    "sagemath-doc": Recipe("reference", "html", "usr/share/doc/sagemath/html/en/**/*.html"),
-    "dict-wn": Recipe("reference", "dict", "usr/share/dictd/*.index"),
-    "dict-gcide": Recipe("reference", "dict", "usr/share/dictd/*.index"),
-}
-
-
-def check_packages(packages: list[str]) -> None:
-    """Raises InputError for a package of which the way to its text is not known."""
-    for name in packages:
-        if name not in RECIPES:
-            raise InputError(f"source.packages: there is no recipe for {name}; known are {', '.join(RECIPES)}")
-
-
-def extract_local_docs(source: LocalDocsSource, cache: Path, say: Callable[[str], None], store: TextStore) -> None:
+def extract_local_docs(source: LocalDocsSource, cache: Path, say: Say, store: TextStore) -> None:
     """Writes the corpus into `store`, downloading what the cache lacks; InputError where that fails."""
-    check_packages(source.packages)
-    for name in source.packages:
-        recipe = RECIPES[name]
-        full_name, folder = unpacked_package(name, cache)
-        counts = store.add_all(recipe.part, full_name, _long_enough(_documents(recipe, folder, full_name)))
-        if not counts.documents:
-            raise InputError(f"package {full_name} has no text where its recipe looks; leave it out of source.packages")
-        say(f"text: {full_name}, {counts.documents:,} documents, {counts.text_bytes / 1e6:.1f} MB")
-    if source.python_mb:
-        store.add_all("python", "installed Python packages", python_sources(source.python_mb))
+    check_packages([*source.packages, *(name for name in source.keep_out if not is_wheel(name))])
+    kept_out = _tasks_of(source.keep_out, cache, 0.0)
+    pins = [*source.packages, *source.wheels]
+    tasks = _tasks_of(pins, cache, source.python_mb * LARGEST_SHARE)
+    if source.python_mb and not source.wheels:
+        tasks.insert(0, Task("python", "installed Python packages", "installed", (), source.python_mb))
+    held_out = _held_out(kept_out, say) if kept_out else None
+    _store_all(extract_all(tasks, held_out), source.python_mb * 1e6, store, say)
 
 
-def _documents(recipe: Recipe, folder: Path, full_name: str) -> Iterator[str]:
-    for path in sorted(folder.glob(recipe.pattern)):
-        if not path.is_file():
-            continue
-        try:
-            if recipe.format == "plain":
-                yield plain_text(path)
-            elif recipe.format == "html":
-                yield html_text(plain_text(path))
-            elif recipe.format == "dict":
-                yield from dictionary_pages(path, ENTRIES_PER_PAGE)
-            else:
-                yield from sword_blocks(path)
-        except (OSError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(
-                f"{path} of package {full_name} is damaged ({error}); delete {folder} and run again"
-            ) from None
+def _store_all(results: Iterator[Extracted], python_bytes: float, store: TextStore, say: Say) -> None:
+    """Puts what the tasks gave into the store, origin by origin, Python source up to a number of bytes."""
+    left = {"python": python_bytes}
+    for origin, group in groupby(results, key=lambda extracted: extracted.task.origin):
+        parts = _Parts(group)
+        limit = left.get(parts.name, math.inf)
+        counts = store.add_all(parts.name, origin, parts.texts(limit))
+        counts.overlapping = parts.overlapping
+        if not counts.documents and not counts.duplicates and limit > 0:
+            raise InputError(f"package {origin} has no text where its recipe looks; leave it out of source.packages")
+        if parts.name in left:
+            left[parts.name] -= counts.text_bytes
+        dropped = f", {counts.overlapping} with held-out words dropped" if counts.overlapping else ""
+        say(f"text: {origin}, {counts.documents:,} documents, {counts.text_bytes / 1e6:.1f} MB{dropped}")
 
 
-def _long_enough(texts: Iterator[str]) -> Iterator[str]:
-    return (text for text in texts if len(text) >= SMALLEST_DOCUMENT)
+def _tasks_of(names: list[str], cache: Path, wheel_mb: float) -> list[Task]:
+    """Returns the tasks that read Debian packages and wheels, after fetching what the cache lacks."""
+    tasks = []
+    for name, package in unpacked_packages([n for n in names if not is_wheel(n)], cache).items():
+        tasks += package_tasks(package, RECIPES[name])
+    for pin, wheel in downloaded_wheels([n for n in names if is_wheel(n)], cache).items():
+        tasks.append(wheel_task(pin, wheel, wheel_mb))
+    return tasks
+
+
+def _held_out(tasks: list[Task], say: Say) -> HeldOut:
+    held_out = HeldOut(text.encode("utf-8", errors="replace") for task in tasks for text in extract(task))
+    say(
+        f"text: {held_out.num_documents:,} held-out documents, {held_out.num_runs:,} runs of words, kept out of training"
+    )
+    return held_out
+
+
+class _Parts:
+    """What the tasks of one origin gave; counts what they dropped on the way."""
+
+    def __init__(self, results: Iterator[Extracted]) -> None:
+        first = next(results)
+        self._results = itertools.chain([first], results)
+        self.name = first.task.part
+        self.overlapping = 0
+
+    def texts(self, limit: float) -> Iterator[str]:
+        """Yields the documents, up to a number of bytes."""
+        size = 0
+        for extracted in self._results:
+            self.overlapping += extracted.overlapping
+            for text in extracted.texts:
+                size += len(text.encode("utf-8", errors="replace"))
+                if size <= limit:
+                    yield text

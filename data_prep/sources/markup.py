@@ -1,31 +1,37 @@
 """Text out of the formats in which documentation is packaged: gzip, HTML, dictd dictionaries, SWORD modules.
 
-HTML is stripped by patterns, not parsed: the pages are made by generators, and a parser in Python would take ten times as long.
 dictd (RFC 2229's server): a .dict.dz is gzip, its .index has lines `headword TAB offset TAB length`, both numbers in base 64 of
 their own alphabet. SWORD compressed modules: an index (.bzs, .czs) of 12-byte entries (offset, packed size, size), each pointing
 at a zlib block in the .bzz or .czz beside it; a block is a book or a chapter of OSIS XML.
 """
 
 import gzip
-import html
 import re
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-DROPPED = re.compile(
-    r"<!--.*?-->|<(script|style|head|nav|footer|svg)\b.*?</\1>"
-    r'|<div[^>]*class="(?:navheader|navfooter|toc|sphinxsidebar|related)[^>]*>.*?(?=<hr|<h[1-6]|<p\b|</body|<div[^>]*class="titlepage)',
-    re.DOTALL | re.IGNORECASE,
+from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]  lxml has no type stubs of its own
+
+# Two characters of Unicode's private use area stand for the end of a block and for a <pre> while spaces are joined.
+BREAK, KEPT = "\ue000", "\ue001"
+
+BLOCKS = (
+    "p", "div", "br", "h1", "h2", "h3", "h4", "h5", "h6", "li", "ul", "ol", "tr", "table", "dt", "dd", "dl", "title", "chapter",
+    "section", "article", "main", "blockquote", "hr", "lg", "l", "pre",
+)  # fmt: skip
+DROPPED = ("script", "style", "head", "nav", "footer", "svg", "form", "button", "select", "template", "noscript")
+NAVIGATION = etree.XPath(
+    "//div[contains(@class,'navheader') or contains(@class,'navfooter') or contains(@class,'sphinxsidebar') "
+    "or contains(@class,'related') or @class='toc' or contains(@class,'tocset') or contains(@class,'navset') or @id='leftnav'] | //a[@class='headerlink']"
 )
-PREFORMATTED = re.compile(r"(<pre\b.*?</pre>)", re.DOTALL | re.IGNORECASE)
-LINE_ENDS = re.compile(
-    r"</?(?:p|div|br|h[1-6]|li|ul|ol|tr|table|dt|dd|dl|title|chapter|section|blockquote|hr|lg|l)\b[^>]*>", re.IGNORECASE
-)
-TAG = re.compile(r"<[^>]+>")
+MAIN = etree.XPath("(//main | //div[@role='main'])[1]")
+
 SPACES = re.compile(r"[ \t\r\n]+")
 EMPTY_LINES = re.compile(r"\n\s*\n\s*")
+
+OSIS_TITLE = re.compile(r"<(/?)title\b")  # a chapter's heading; in HTML a page has one title, outside its text
 
 DICT_DIGITS = {c: n for n, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
 
@@ -37,17 +43,37 @@ def plain_text(path: Path) -> str:
 
 
 def html_text(markup: str) -> str:
-    """Returns the text of an HTML or XML page: a line a block, <pre> kept as it is, navigation left out."""
-    parts = PREFORMATTED.split(DROPPED.sub("", markup))
-    for number, part in enumerate(parts):
-        if number % 2 == 0:
-            part = LINE_ENDS.sub("\0", part)
-            part = SPACES.sub(" ", TAG.sub("", part)).replace("\0", "\n\n")
-        else:
-            part = "\n" + TAG.sub("", part) + "\n"
-        parts[number] = html.unescape(part)
-    lines = (line.rstrip() for line in "".join(parts).splitlines())
-    return EMPTY_LINES.sub("\n\n", "\n".join(lines)).strip() + "\n"
+    """Returns the text of an HTML or XML page: a line a block, <pre> kept as it is, navigation left out.
+
+    Where a page marks its main content, that alone is taken.
+    """
+    parser = html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
+    try:
+        root = html.document_fromstring(markup.encode(), parser=parser)
+    except etree.ParserError:  # a page without a single element
+        return "\n"
+    etree.strip_elements(root, *DROPPED, with_tail=False)
+    for node in NAVIGATION(root):
+        node.drop_tree()
+    main = MAIN(root)
+    root = main[0] if main else root
+    kept = [_set_aside(node) for node in list(root.iter("pre"))]
+    for node in root.iter(*BLOCKS):
+        node.text = BREAK + (node.text or "")
+        node.tail = BREAK + (node.tail or "")
+    text = SPACES.sub(" ", etree.tostring(root, method="text", encoding="unicode")).replace(BREAK, "\n\n")
+    pieces = iter(kept)
+    text = re.sub(KEPT, lambda _: f"\n{next(pieces)}\n", text)
+    return EMPTY_LINES.sub("\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
+
+
+def _set_aside(node: html.HtmlElement) -> str:
+    """Returns the text of a <pre> and leaves a mark in its place."""
+    text = "".join(node.itertext())
+    for child in list(node):
+        node.remove(child)
+    node.text = KEPT
+    return text
 
 
 def dictionary_pages(index: Path, entries_per_page: int) -> Iterator[str]:
@@ -78,4 +104,5 @@ def sword_blocks(index: Path) -> Iterator[str]:
     packed = index.with_suffix(index.suffix[:-1] + "z").read_bytes()
     for offset, size, _ in struct.iter_unpack("<III", index.read_bytes()):
         if size:
-            yield html_text(zlib.decompress(packed[offset : offset + size]).decode("utf-8", errors="replace"))
+            block = zlib.decompress(packed[offset : offset + size]).decode("utf-8", errors="replace")
+            yield html_text(OSIS_TITLE.sub(r"<\1h1", block))

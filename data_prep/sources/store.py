@@ -25,6 +25,7 @@ class Counts:
     documents: int = 0
     text_bytes: int = 0
     duplicates: int = 0
+    overlapping: int = 0  # dropped because they share words with held-out text
 
 
 class TextStore:

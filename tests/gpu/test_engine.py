@@ -52,16 +52,12 @@ def check(found: np.ndarray, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(found[1:, 1:], wanted[1:, 1:], rtol=1e-1)
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("spec", [LayerSpec.local, LayerSpec.transformer_engine])
-def test_a_checkpoint_resumes_exactly(placement, spec, tmp_path, deterministic):
-    """In deterministic mode: cuDNN's attention adds dQ up in an order of its own each time."""
+def test_a_checkpoint_resumes(placement, spec, tmp_path):
+    """The first step is the same to the bit; cuDNN's attention adds dQ up in an order of its own each time, so later ones nearly are.
+
+    A wrong count of steps or moments would move the cross entropy, which falls by 0.3 a step, far more.
+    """
     from ssa_pretrain.engine import build_engine
 
     if spec is LayerSpec.transformer_engine:
@@ -74,5 +70,9 @@ def test_a_checkpoint_resumes_exactly(placement, spec, tmp_path, deterministic):
     other = build_engine(config, placement, VOCAB)
     other.load(tmp_path)
     found = [other.train_step(random_batches(2), step=s, learning_rate=1e-3) for s in range(1, 5)]
-    assert found == wanted
+    assert found[0].cross_entropy == wanted[0].cross_entropy
+    assert found[0].alignment_by_layer == wanted[0].alignment_by_layer
+    assert found[0].captured_mass_by_layer == wanted[0].captured_mass_by_layer
+    np.testing.assert_allclose([r.grad_norm for r in found], [r.grad_norm for r in wanted], rtol=1e-2)
+    np.testing.assert_allclose([r.cross_entropy for r in found], [r.cross_entropy for r in wanted], rtol=1e-3)
     torch.cuda.synchronize()

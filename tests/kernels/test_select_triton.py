@@ -47,11 +47,16 @@ def test_group_sizes_and_head_dims(heads, kv_heads, dim, block_size, top_k):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("top_k", [3, 40])
-def test_rows_longer_than_a_pass(top_k):
-    """1,300 candidates: two passes of 1,024, and more survivors than fit 32. Blocks of one key are their own means."""
+@pytest.mark.parametrize(("top_k", "bins"), [(3, False), (40, False), (3, True)])
+def test_rows_longer_than_a_pass(monkeypatch, top_k, bins):
+    """1,300 candidates: two passes of 1,024, and more survivors than fit 32. Blocks of one key are their own means.
+
+    The bins of top-k's threshold come from a pass over the row, or, as with rows of 64k and more, from the importance kernel.
+    """
+    from ssa_kernels.select import forward
     from ssa_kernels.select.forward import choose_blocks_triton
 
+    monkeypatch.setattr(forward, "BINS_FROM_SLICES", 1 if bins else 100)
     q, k = make(1400, 2, 1)
     queries = torch.tensor([1024, 1399])
     layout = query_slice(build_layout(torch.tensor([0, 1400]), num_tokens=1400, block_size=1), queries)

@@ -29,7 +29,10 @@ PRODUCT_ROWS = 128  # (tokens x heads) of one tile
 BLOCK_ROWS = 64  # block rows of one tile
 FMA_SHARE = 1  # of 8 exponentials, how many go to the multiply-add pipe: 0, 1, 2 or 4
 SPANS = 4  # parts of the softmax sums, so that chunks of an early one run beside a later one
-IMPORTANCE_REGISTERS = 112
+# Rows of that many slices, 64k at blocks of 16, and bins for each chosen block, let the importance kernel make top-k's bins.
+BINS_FROM_SLICES = 5
+BINS_A_CHOICE = 4
+IMPORTANCE_REGISTERS = {False: 112, True: 128}  # without and with bins; four programs a multiprocessor either way
 SLICE_ROWS = 1024  # block rows that a program of the importance kernel walks
 
 
@@ -102,6 +105,8 @@ def choose_blocks_triton(
     # A tile that spans documents walks a few rows more; one of queries far apart perhaps all.
     rows = max(layout.num_block_rows, plan.columns) if layout.scattered else plan.columns
     slices = triton.cdiv(rows + plan.tile, SLICE_ROWS)
+    with_bins = score == "softmax_sum" and slices >= BINS_FROM_SLICES and slices * BLOCK_ROWS >= BINS_A_CHOICE * top_k
+    bins = workspace if not with_bins else torch.empty(plan.chunk, plan.lists, slices, BLOCK_ROWS, device=q.device)
     table, narrow = _table(means), means.shape[2] <= 64
     with _urgent(q.device, before) as urgent:
         for start in starts:
@@ -111,17 +116,18 @@ def choose_blocks_triton(
             if top_k > 1:
                 launch(
                     importance_kernel, (triton.cdiv(stop - start, plan.tile), means.shape[1], slices),
-                    q, table, layout.query_first_row, layout.query_position, lse, workspace, start, stop, q.stride(0),
+                    q, table, layout.query_first_row, layout.query_position, lse, workspace, bins, start, stop, q.stride(0),
                     plan.columns, scale * LOG2E,
                     **_shape(means, layout, plan, q.shape[2], top_k, score), SLICE=SLICE_ROWS, STAGES=3 if narrow else 2,
-                    FMA_SHARE=FMA_SHARE, PER_HEAD=score == "per_head",
-                    num_warps=4, maxnreg=IMPORTANCE_REGISTERS if narrow else None, stream=urgent,
+                    FMA_SHARE=FMA_SHARE, PER_HEAD=score == "per_head", WITH_BINS=with_bins,
+                    num_warps=4, maxnreg=IMPORTANCE_REGISTERS[with_bins] if narrow else None, stream=urgent,
                 )  # fmt: skip
             launch(
                 top_k_kernel, ((stop - start) * plan.lists,),
-                workspace, layout.query_position, scratch, indices, start, plan.columns,
+                workspace, layout.query_position, bins, scratch, indices, start, plan.columns,
                 LISTS=plan.lists, K=layout.block_size, S=top_k, SP=triton.next_power_of_2(top_k), C=plan.survivors, W=plan.width,
-                SIGNED=score == "per_head", OFFICIAL=score == "official_compat", num_warps=1, stream=urgent,
+                SIGNED=score == "per_head", OFFICIAL=score == "official_compat",
+                BINS_A_ROW=slices * BLOCK_ROWS if with_bins else 0, num_warps=1, stream=urgent,
             )  # fmt: skip
     return indices
 
@@ -153,7 +159,8 @@ def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: i
     kept = layout.block_size if score == "official_compat" else 2 * top_k
     survivors = max(32, triton.next_power_of_2(kept))
     tile = PRODUCT_ROWS // triton.next_power_of_2(heads // kv_heads)
-    most = max(WORKSPACE_BYTES // (lists * (columns + survivors) * 4) // tile, 1) * tile
+    bins = triton.cdiv(columns + tile, SLICE_ROWS) * BLOCK_ROWS
+    most = max(WORKSPACE_BYTES // (lists * (columns + survivors + bins) * 4) // tile, 1) * tile
     chunk = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), tile) * tile  # all of about the same size
     return _Plan(lists, heads // kv_heads, tile, columns, width, survivors, chunk)
 

@@ -187,6 +187,7 @@ def importance_kernel(
     POSITION,
     LSE,
     IMPORTANCE,
+    BINS,
     chunk_start,
     num_queries,
     stride_token,
@@ -204,8 +205,13 @@ def importance_kernel(
     STAGES: tl.constexpr,
     FMA_SHARE: tl.constexpr,
     PER_HEAD: tl.constexpr,
+    WITH_BINS: tl.constexpr,
 ):
-    """IMPORTANCE[t - chunk_start, list, c] for the chunk's tokens; grid (tiles, kv heads, slices of SLICE block rows)."""
+    """IMPORTANCE[t - chunk_start, list, c] for the chunk's tokens; grid (tiles, kv heads, slices of SLICE block rows).
+
+    WITH_BINS: also the largest importance of every BC-th row of the slice, BINS[t - chunk_start, list, slice, BC], for top-k's threshold; -1
+    where there is no candidate.
+    """
     kv_heads = tl.num_programs(1)
     group = tl.program_id(1)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -214,7 +220,7 @@ def importance_kernel(
     needed = hi - lo >= S
     lo += tl.program_id(2) * SLICE
     hi = tl.minimum(hi, lo + SLICE)
-    if needed & (lo < hi):
+    if needed & (WITH_BINS | (lo < hi)):
         # Columns are ordered so that a thread of the tensor core's result, which holds those with equal (n % 8) // 2, gets whole groups.
         R: tl.constexpr = TT * GP
         n = tl.arange(0, R)
@@ -244,6 +250,7 @@ def importance_kernel(
             out_list = (tile * TT + out_token) * kv_heads + group
         out_first, out_last = _token_range(FIRST, POSITION, base + out_token, out_valid, num_queries, K)
         out_at = IMPORTANCE + out_list.to(tl.int64) * stride_list - out_first
+        bins = tl.full([BC, TT], -1.0, tl.float32)
         for row in tl.range(lo, hi, BC, num_stages=STAGES):
             x = tl.dot(MEANS.load([row, column]), q, input_precision="ieee") * scale_log2
             if not PER_HEAD:
@@ -255,3 +262,8 @@ def importance_kernel(
             rows = row + tl.arange(0, BC)
             wanted = (rows[:, None] >= out_first[None, :]) & (rows[:, None] < out_last[None, :])
             tl.store(out_at[None, :] + rows[:, None], x, mask=wanted)
+            if WITH_BINS:
+                bins = tl.maximum(bins, tl.where(wanted, x, -1.0))
+        if WITH_BINS:
+            at = (out_list.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * BC
+            tl.store(BINS + at[None, :] + tl.arange(0, BC)[:, None], bins, mask=out_valid[None, :])

@@ -2,8 +2,9 @@
 
 Values are compared as integers of the same order (float bits, with negative ones reversed). With k = top_k - 1:
 
-1. One pass keeps the maximum of each of 128 bins (column modulo 128). The k-th largest of the maxima cannot exceed the row's
-   k-th largest value, and about k + k^2 / 256 values reach it: a bisection over the bins finds it or a number slightly below.
+1. The maximum of each of 128 bins (column modulo 128), by a pass over the row, or of 64 bins a slice, made with the row by the importance
+   kernel. The k-th largest of the maxima cannot exceed the row's k-th largest value, and about k + k^2 / (2 x bins) values reach it: a
+   bisection over the bins finds it or a number slightly below.
 2. A second pass writes the columns of the values that reach it into a scratch row.
 3. While more than k survive, the smallest goes, the older of equals: exact. What remains is ordered by column.
 
@@ -60,20 +61,26 @@ def _bin_maxima(bins, ROW, start, end, W: tl.constexpr, SIGNED: tl.constexpr, MA
 
 @triton.jit
 def _bin_threshold(ROW, end, k, slack, W: tl.constexpr, SIGNED: tl.constexpr):
-    """A key that at least k of the row's values reach, and no more than k + slack of the bins' maxima if they differ."""
+    """`_threshold` of bins made by a pass over the row."""
     bins = tl.full([4 * LANES], NEVER, tl.int32)
     whole = end // W * W
     for start in range(0, whole, W):
         bins = _bin_maxima(bins, ROW, start, end, W, SIGNED, False)
     if whole < end:
         bins = _bin_maxima(bins, ROW, whole, end, W, SIGNED, True)
+    return _threshold(bins, k, slack, 4 * LANES)
+
+
+@triton.jit
+def _threshold(bins, k, slack, N: tl.constexpr):
+    """A key that at least k of the row's values reach, and no more than k + slack of the N bins' maxima if they differ."""
     hi = tl.max(bins, 0)
     lo = tl.maximum(tl.min(bins, 0), tl.maximum(hi, LOWEST + (1 << 24)) - (1 << 24))
     reach = tl.sum((bins >= lo).to(tl.int32), 0)
     if reach < k:
         hi = lo
         lo = LOWEST
-        reach = 4 * LANES
+        reach = tl.full([], N, tl.int32)
     while (reach > k + slack) & (hi - 1 > lo):
         mid = _middle(lo, hi)
         count = tl.sum((bins >= mid).to(tl.int32), 0)
@@ -217,6 +224,7 @@ def _finish(
 def top_k_kernel(
     IMPORTANCE,
     POSITION,
+    BINS,
     SURVIVORS,
     INDICES,
     chunk_start,
@@ -229,8 +237,9 @@ def top_k_kernel(
     W: tl.constexpr,
     SIGNED: tl.constexpr,
     OFFICIAL: tl.constexpr,
+    BINS_A_ROW: tl.constexpr,
 ):
-    """INDICES[t, list, :] of the chunk's rows; grid (tokens x lists), last tokens first."""
+    """INDICES[t, list, :] of the chunk's rows; grid (tokens x lists), last tokens first. BINS_A_ROW: maxima made with the row, 0 for none."""
     row = tl.num_programs(0) - 1 - tl.program_id(0)
     token = chunk_start + row // LISTS
     own = tl.load(POSITION + token) // K
@@ -251,7 +260,13 @@ def top_k_kernel(
             key, cut = _exact_threshold(source, middle, own, half - 1, W, SIGNED)
             found = _compact(source, survivors, middle, own, key, cut, found, C, W, SIGNED, True)
         else:
-            key = _bin_threshold(source, own, k, S // 4, W, SIGNED) - 1
+            if BINS_A_ROW > 0:
+                N: tl.constexpr = triton.next_power_of_2(BINS_A_ROW)
+                i = tl.arange(0, N)
+                maxima = tl.load(BINS + row.to(tl.int64) * BINS_A_ROW + i, mask=i < BINS_A_ROW, other=-1.0)
+                key = _threshold(maxima.to(tl.int32, bitcast=True), k, S // 4, N) - 1
+            else:
+                key = _bin_threshold(source, own, k, S // 4, W, SIGNED) - 1
             found = _compact(source, survivors, none, own, key, own, none, C, W, SIGNED, False)
             if found > C:
                 key, cut = _exact_threshold(source, none, own, k, W, SIGNED)

@@ -15,8 +15,9 @@ import pytest
 from data_prep.config import LocalDocsSource, QuickstartSource
 from data_prep.errors import InputError
 from data_prep.sources import local_docs, quickstart
-from data_prep.sources.debian import unpacked_package
+from data_prep.sources.debian import unpacked_packages
 from data_prep.sources.markup import dictionary_pages, html_text, plain_text, sword_blocks
+from data_prep.sources.recipes import Recipe
 from data_prep.sources.store import TextStore, stored_text
 
 
@@ -88,7 +89,9 @@ def test_stored_text_is_extracted_once_for_its_settings(tmp_path):
     for settings, expected in (({"n": 1}, 1), ({"n": 1}, 1), ({"n": 2}, 2)):
         subsets, counts = stored_text(folder, settings, extract)
         assert texts_of(subsets) == {"a": [f"text {expected}"]}
-        assert counts == [{"name": "a", "origin": "here", "documents": 1, "text_bytes": 6, "duplicates": 0}]
+        assert counts == [
+            {"name": "a", "origin": "here", "documents": 1, "text_bytes": 6, "duplicates": 0, "overlapping": 0}
+        ]
     (folder / "a_00000.jsonl").write_text("cut")
     (folder / "mine.txt").write_text("not ours")
     assert texts_of(stored_text(folder, {"n": 2}, extract)[0]) == {"a": ["text 3"]}
@@ -108,13 +111,17 @@ def debian(tmp_path, monkeypatch):
     )
     tools = tmp_path / "tools"
     tools.mkdir()
+    # apt-get OPTIONS download NAMES copies the archives; apt-cache show|depends NAMES prints what the real one would.
     script(
-        tools / "apt-get", f'case "$*" in *download*) for p; do :; done; cp {archive}/"$p"_*.deb . || exit 100;; esac'
+        tools / "apt-get",
+        "seen=; for p; do case $seen$p in download) seen=yes;; yes*) cp "
+        f'{archive}/"$p"_*.deb . || exit 100;; esac; done',
     )
     script(
         tools / "apt-cache",
-        'for p; do :; done; case "$*" in *" depends "*|depends*) [ "$p" != tiny-doc ] || echo "  Depends: tiny-doc-15";; *) '
-        f'[ "$p" = tiny-doc ] || ls {archive}/"$p"_*.deb >/dev/null 2>&1 || exit 100; echo "Package: $p";; esac',
+        'verb=; for p; do case $p in show|depends) verb=$p;; -*|*=*) ;; *) if [ $verb = depends ]; then echo "$p"; '
+        '[ "$p" != tiny-doc ] || echo "  Depends: tiny-doc-15"; '
+        f'elif [ "$p" = tiny-doc ] || ls {archive}/"$p"_*.deb >/dev/null 2>&1; then echo "Package: $p"; fi;; esac; done',
     )
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     return archive
@@ -139,34 +146,45 @@ def build_package(archive: Path, name: str, version: str, files: dict[str, str])
 
 
 def test_package_is_fetched_once_and_metapackages_are_followed(debian, tmp_path):
-    name, folder = unpacked_package("tiny-doc", tmp_path / "cache")
-    assert name == "tiny-doc 1:15.2"
-    assert (folder / "usr/share/doc/tiny/a.txt").read_text() == "text " * 200
+    packages = unpacked_packages(["tiny-doc", "perl-doc"], tmp_path / "cache")
+    assert [p.full_name for p in packages.values()] == ["tiny-doc 1:15.2", "perl-doc 5.36"]
+    assert (packages["tiny-doc"].folder / "usr/share/doc/tiny/a.txt").read_text() == "text " * 200
     shutil.rmtree(debian)
-    assert unpacked_package("tiny-doc", tmp_path / "cache") == (name, folder)
-    assert [p.name for p in (tmp_path / "cache" / "debian").iterdir()] == ["tiny-doc=1:15.2.d"]
+    assert unpacked_packages(["tiny-doc", "perl-doc"], tmp_path / "cache") == packages
+    assert sorted(p.name for p in (tmp_path / "cache" / "debian").iterdir()) == ["perl-doc=5.36.d", "tiny-doc=1:15.2.d"]
+
+
+def test_apt_is_asked_once_for_all_packages(debian, tmp_path):
+    tools, calls = tmp_path / "tools", tmp_path / "calls"
+    for name in ("apt-get", "apt-cache"):
+        text = (tools / name).read_text().split("\n", 1)[1]
+        script(tools / name, f'echo "{name} $*" >> {calls}\n{text}')
+    unpacked_packages(["tiny-doc", "perl-doc"], tmp_path / "cache")
+    assert [line.split()[0] for line in calls.read_text().splitlines()] == ["apt-cache", "apt-cache", "apt-get"]
 
 
 def test_unknown_package_is_named(debian, tmp_path):
     with pytest.raises(
         InputError, match=r"package no-such-doc is unknown to apt here; leave it out of source.packages"
     ):
-        unpacked_package("no-such-doc", tmp_path / "cache")
+        unpacked_packages(["perl-doc", "no-such-doc"], tmp_path / "cache")
 
 
 def test_failed_download_says_why(debian, tmp_path):
     script(tmp_path / "tools" / "apt-get", 'echo "E: Failed to fetch: no route" >&2; exit 100')
-    message = r"package perl-doc could not be downloaded; check the network connection \(E: Failed to fetch: no route\)"
+    message = (
+        r"packages perl-doc could not be downloaded; check the network connection \(E: Failed to fetch: no route\)"
+    )
     with pytest.raises(InputError, match=message):
-        unpacked_package("perl-doc", tmp_path / "cache")
+        unpacked_packages(["perl-doc"], tmp_path / "cache")
 
 
 def test_system_without_apt_is_told_of_the_other_source(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        InputError, match="source=local_docs needs apt-get, which Debian and Ubuntu have and this system lacks"
+        InputError, match="the source needs apt-get, which Debian and Ubuntu have and this system lacks"
     ):
-        unpacked_package("perl-doc", tmp_path / "cache")
+        unpacked_packages(["perl-doc"], tmp_path / "cache")
 
 
 def test_local_docs_takes_long_documents_of_its_packages(debian, tmp_path):
@@ -185,7 +203,7 @@ def test_package_without_a_recipe_is_named_before_any_download(tmp_path):
 
 
 def test_package_without_text_is_named(debian, tmp_path, monkeypatch):
-    monkeypatch.setitem(local_docs.RECIPES, "perl-doc", local_docs.Recipe("reference", "plain", "nowhere/*"))
+    monkeypatch.setitem(local_docs.RECIPES, "perl-doc", Recipe("reference", "plain", "nowhere/*", "x"))
     with pytest.raises(InputError, match=r"package perl-doc 5.36 has no text where its recipe looks; leave it out"):
         local_docs.extract_local_docs(
             LocalDocsSource(packages=["perl-doc"]), tmp_path / "c", print, TextStore(tmp_path)
