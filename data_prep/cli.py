@@ -19,10 +19,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data_prep import config as settings
 from data_prep.errors import ConfigurationError, InputError
-from data_prep.pipeline import prepare_dataset
-from data_prep.sources.hub_settings import HubSource
-from data_prep.validate import validate_dataset
-from ssa_pretrain.data.indexed_format import Manifest
+from data_prep.run_config import LocalExecutor, RayExecutor, SlurmExecutor
+from data_prep.sources.catalog import SOURCES
+from data_prep.stages import run_stages
 
 USAGE = """\
 Text in, indexed binaries out.
@@ -38,16 +37,13 @@ CONF = Path(__file__).parent / "conf"
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
+# Dictionaries whose keys are names of the user's.
+OWN_NAMES = ("mix.weights.", "mix.weights=", "executor.sbatch.", "executor.sbatch=")
+
 SCHEMAS = {
-    "source": {
-        "quickstart": settings.QuickstartSource,
-        "local_docs": settings.LocalDocsSource,
-        "hub": HubSource,
-        "jsonl": settings.JsonlSource,
-        "parquet": settings.ParquetSource,
-        "text": settings.TextSource,
-    },
+    "source": {kind: source.settings for kind, source in SOURCES.items()},
     "tokenizer": {"bpe": settings.BpeTokenizer, "llama3": settings.Llama3Tokenizer, "file": settings.FileTokenizer},
+    "executor": {"local": LocalExecutor, "slurm": SlurmExecutor, "ray": RayExecutor},
 }
 
 
@@ -65,9 +61,7 @@ def main(arguments: list[str]) -> int:
             sys.stdout.write(OmegaConf.to_yaml(composed))
             return 0
         config = checked(composed)
-        if config.stage is settings.Stage.validate:
-            return _validate(config)
-        manifest = prepare_dataset(config, _say)
+        run_stages(config, _say, sys.stdout.write)
     except (ConfigurationError, InputError) as error:
         _say(f"error: {error}")
         return error.exit_code
@@ -80,7 +74,6 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         _say("interrupted; run the same command again to go on")
         return 130
-    sys.stdout.write(summary(manifest) + "\n")
     return 0
 
 
@@ -93,9 +86,14 @@ def compose_settings(overrides: list[str]) -> DictConfig:
             store.store(group=group, name=f"base_{name}", node=schema)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", overrides)
+            return compose("config", [_opened(override) for override in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigurationError(_explain(error)) from None
+
+
+def _opened(override: str) -> str:
+    """Returns an override that may add keys, where the keys are the user's own names."""
+    return f"++{override}" if override.startswith(OWN_NAMES) else override
 
 
 def checked(composed: DictConfig) -> settings.Config:
@@ -114,45 +112,14 @@ def checked(composed: DictConfig) -> settings.Config:
     return config
 
 
-def summary(manifest: Manifest) -> str:
-    """Returns a small table of what a dataset holds."""
-    rows = [("split", "part", "documents", "tokens", "MB on disk")]
-    for split, shards in manifest.splits.items():
-        for name in dict.fromkeys(shard.name for shard in shards):
-            part = [shard for shard in shards if shard.name == name]
-            size = sum(shard.bin_bytes + shard.idx_bytes for shard in part) / 1e6
-            rows.append(
-                (split, name, f"{sum(s.documents for s in part):,}", f"{sum(s.tokens for s in part):,}", f"{size:.1f}")
-            )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    entropy = manifest.unigram_entropy_nats
-    lines.append(
-        f"{manifest.bytes_per_token:.2f} bytes a token; unigram entropy {entropy['train']:.3f} nats (train), "
-        f"{entropy['heldout']:.3f} (held out)"
-    )
-    lines.append(f"{manifest.root / 'manifest.json'}")
-    return "\n".join(lines)
-
-
-def _validate(config: settings.Config) -> int:
-    manifest, found = validate_dataset(Path(config.out).expanduser())
-    for problem in found:
-        _say(f"damaged: {problem}")
-    if found:
-        _say(f"error: {manifest.root} has {len(found)} problems; run data_prep again with verify=full to repair it")
-        return InputError.exit_code
-    sys.stdout.write(summary(manifest) + "\nvalid: every file, id and document is as the manifest says\n")
-    return 0
-
-
 def _say(line: str) -> None:
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
 def _help() -> str:
-    groups = "\n".join(f"  {group}={'|'.join(_choices(group))}" for group in SCHEMAS)
+    groups = "\n".join(f"  {group}={'|'.join(_choices(group))}" for group in (*SCHEMAS, "mix", "packing"))
+    groups += f"\n  stage={'|'.join(stage.value for stage in settings.Stage)}"
     return f"{USAGE}\nGroups:\n{groups}"
 
 

@@ -11,6 +11,15 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from data_prep.run_config import (
+    IndexConfig,
+    MergeConfig,
+    MixConfig,
+    Packing,
+    PackingConfig,
+    StatsConfig,
+)
+
 
 class Specials(Enum):
     """What becomes of a special token's name when it occurs literally in a document."""
@@ -20,17 +29,25 @@ class Specials(Enum):
 
 
 class Stage(Enum):
-    """What a run does."""
+    """What a run does. Each of the first seven needs what those before it left, and does nothing where that is done."""
 
-    prepare = "prepare"  # text to a finished dataset in `out`
+    plan = "plan"  # what will be made, and what it costs
+    fetch = "fetch"  # brings the text to this machine
+    tokenize = "tokenize"  # text to shards, each with a record
+    merge = "merge"  # shards to a bounded number of files, and the manifest
     validate = "validate"  # reads every byte of the dataset in `out` and reports what is wrong with it
+    stats = "stats"  # figures and a page about the dataset in `out`
+    index = "index"  # what megatron-core's GPTDataset would build first, for the dataset in `out`
+    prepare = "prepare"  # plan to merge: text to a finished dataset
+    all = "all"  # the seven in their order
 
 
 class BackendChoice(Enum):
     """Which program encodes; the bytes written do not depend on it."""
 
-    auto = "auto"  # gigatoken where it is installed and gives hf's ids on a sample of the corpus, else hf
+    auto = "auto"  # the first of gigatoken, tiktoken that is installed and gives hf's ids on a sample of the corpus, else hf
     gigatoken = "gigatoken"  # the same, but a mistake where it cannot be used
+    tiktoken = "tiktoken"  # likewise
     hf = "hf"  # Hugging Face's tokenizers
 
 
@@ -213,20 +230,27 @@ class SplitConfig:
 class Config:
     """Everything that one run of data_prep is told."""
 
-    stage: Stage = Stage.prepare
+    stage: Stage = Stage.all
     out: str = MISSING  # folder of the dataset
     cache: str = "outputs/cache/data_prep"  # folder of downloads and converted tokenizers, shared by datasets
     source: Any = MISSING
     tokenizer: Any = MISSING
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    executor: Any = MISSING
+    index: IndexConfig = field(default_factory=IndexConfig)
+    stats: StatsConfig = field(default_factory=StatsConfig)
     shard_mb: float = (
         0.0  # MB of input of one shard, the unit of work and of resuming; 0 chooses by the size of the corpus
     )
     backend: BackendChoice = BackendChoice.auto  # which program encodes; the bytes written do not depend on it
-    workers: int = 0  # processes; 0 takes one a core; the bytes written do not depend on it
+    workers: int = 0  # processes of executor=local; 0 takes one a core; the bytes written do not depend on it
     overwrite: bool = False  # replace a finished dataset in `out` that was made with other settings or inputs
     verify: Verify = Verify.quick  # how a finished dataset is checked before it is reused
+    retokenize: int = 200  # documents that stage=validate encodes again where the text is still there; 0 for none
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the whole configuration, one sentence each."""
@@ -237,8 +261,13 @@ class Config:
             found.append(f"shard_mb={self.shard_mb} must not be negative; try 64, or 0 to let the corpus decide")
         if self.workers < 0:
             found.append(f"workers={self.workers} must not be negative; try 0 for one a core")
-        for section in (self.source, self.tokenizer, self.policy, self.split):
+        if self.retokenize < 0:
+            found.append(f"retokenize={self.retokenize} must not be negative; try 200, or 0 for none")
+        sections = (self.source, self.tokenizer, self.policy, self.split, self.packing, self.mix, self.merge)
+        for section in (*sections, self.executor, self.index, self.stats):
             found += section.problems()
+        if self.packing.kind is Packing.official_row and self.policy.add_bos:
+            found.append("packing=official_row writes no BOS, as the published code; set policy.add_bos=false")
         if self.policy.add_bos and self.tokenizer.kind == "file" and self.tokenizer.bos_token is None:
             found.append("policy.add_bos=true needs tokenizer.bos_token; name the token or set policy.add_bos=false")
         return found

@@ -4,12 +4,15 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
+
+UNFINISHED = re.compile(r"\.(bin|idx|sums|json|npy|html|txt)\.\d+\.tmp$")  # our own temporary names, with a process id
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -70,3 +73,11 @@ def only_writer(folder: Path) -> Iterator[None]:
                 f"out={folder} is being written by another data_prep; wait for it or choose another out="
             ) from None
         yield
+
+
+def remove_unfinished(folders: Iterable[Path]) -> None:
+    """Removes files that a killed run of ours left under temporary names."""
+    for folder in folders:
+        for path in folder.glob("*.tmp"):
+            if UNFINISHED.search(path.name):
+                path.unlink(missing_ok=True)

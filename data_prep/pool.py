@@ -1,10 +1,14 @@
 """Worker processes that make shards, and the parent's loop that watches them.
 
-Processes are spawned; each loads the tokenizer once and takes shards as it becomes free. They share two plain arrays with the
-parent, without locks, since a lock dies with its holder: sums for the display, one row a shard, and one flag that says stop.
+The parent loads the tokenizer once and forks: workers start in milliseconds and share its memory. Each is given one shard after the
+other over a pipe, and is replaced after RECYCLE_BYTES of input, because tokenizers keep caches that grow with the text they see.
+Sums for the display lie in shared memory without locks, since a lock dies with its holder: one row a shard.
 
-A failing shard ends the run at once: the others stop at their next batch. A worker that is killed (out of memory, kill -9)
-breaks the pool, which is reported. Workers whose parent is killed end themselves, lest they write into the next run's files.
+A failing shard ends the run at once and by its name: the other workers are killed, which costs their unfinished shards and no more.
+So does a worker that is killed from outside (out of memory, kill -9). Workers whose parent is killed end themselves, lest they write
+into the next run's files.
+
+`concurrent.futures` does neither: it cannot replace forked workers, and does not say whose process died.
 """
 
 import ctypes
@@ -13,9 +17,9 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections import deque
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +29,40 @@ from data_prep.config import SplitConfig
 from data_prep.errors import InputError
 from data_prep.planning import Shard
 from data_prep.progress import Display
-from data_prep.shards import Progress, write_shard
+from data_prep.shards import Job, Progress, write_shard
 from data_prep.tokenizer.backends import BackendMismatch
-from data_prep.tokenizer.encoding import Encoder, Vocabulary
+from data_prep.tokenizer.encoding import Encoder
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
+RECYCLE_BYTES = 128_000_000
+
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A shard that has to be made."""
+class Recipe:
+    """What a worker needs to make any shard."""
 
-    shard: Shard
-    fingerprint: str
+    out: Path
+    encoder: Encoder
+    split: SplitConfig
 
 
-class Stopped(Exception):
-    """Another shard failed; this one gave up."""
+@dataclass(slots=True)
+class _Worker:
+    process: Any
+    pipe: Connection
+    job: int = -1  # the shard that it makes
+    given: int = 0  # bytes of input given so far
+
+
+@dataclass(slots=True)
+class _Failure:
+    """Why a shard could not be made."""
+
+    message: str
+    remedy: str = ""
+    our_fault: bool = False
 
 
 def num_workers(asked: int) -> int:
@@ -49,67 +70,117 @@ def num_workers(asked: int) -> int:
     return asked or len(os.sched_getaffinity(0))
 
 
-def make_shards(
-    out: Path, jobs: list[Job], vocabulary: Vocabulary, backend: str, split: SplitConfig, workers: int
-) -> list[dict[str, Any]]:
+def make_shards(recipe: Recipe, jobs: list[Job], workers: int, display: Display | None = None) -> list[dict[str, Any]]:
     """Makes shards in parallel and returns their records in the order of `jobs`.
 
     Raises:
-        InputError: a shard cannot be read, or a worker died.
+        InputError: a shard cannot be read, or a worker died; names the shard.
     """
-    context = multiprocessing.get_context("spawn")
-    sums = context.RawArray(ctypes.c_int64, 4 * len(jobs))
-    stop = context.RawValue(ctypes.c_bool, False)
-    # The processes are the parallelism: one thread each. The variables are read when a child loads its tokenizer.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    count = max(1, min(workers, len(jobs)))
-    display = Display(sum(job.shard.size for job in jobs), len(jobs))
-    pool = ProcessPoolExecutor(
-        count, mp_context=context, initializer=_start_worker, initargs=(out, vocabulary, backend, split, sums, stop)
-    )
+    display = display or Display(sum(job.shard.size for job in jobs), len(jobs))
+    sums = FORK.RawArray(ctypes.c_int64, 4 * len(jobs))
+    table = np.frombuffer(memoryview(sums).cast("B"), dtype=np.int64).reshape(-1, 4)
+    # Long shards first, so that none is left over at the end; the files do not depend on the order.
+    waiting = deque(sorted(range(len(jobs)), key=lambda n: -jobs[n].shard.size))
+    team: list[_Worker] = []
+    records: dict[int, dict[str, Any]] = {}
     try:
-        futures = [pool.submit(_make_shard, number, job) for number, job in enumerate(jobs)]
-        _watch(futures, np.frombuffer(memoryview(sums).cast("B"), dtype=np.int64).reshape(-1, 4), display)
-        return [future.result() for future in futures]
-    except BackendMismatch as error:
-        raise InputError(f"{error}; run the same command again with backend=hf: finished shards are kept") from None
-    except BrokenProcessPool:
-        raise InputError(
-            "a worker process was killed, most often because memory ran out; run the same command again with "
-            f"workers={max(1, count // 2)}: finished shards are kept"
-        ) from None
+        while len(records) < len(jobs):
+            while waiting and len(team) < workers:
+                team.append(_hire(recipe, jobs, sums))
+            for worker in team:
+                if worker.job < 0 and waiting:
+                    worker.job = waiting.popleft()
+                    worker.given += jobs[worker.job].shard.size
+                    worker.pipe.send(worker.job)
+            for worker in _heard(team):
+                number, result = worker.job, _answer(worker)
+                if isinstance(result, _Failure):
+                    raise _as_error(result, jobs[number].shard)
+                records[number] = result
+                display.shard_done()
+                worker.job = -1
+                if worker.given >= RECYCLE_BYTES or not waiting:
+                    team.remove(worker)
+                    _dismiss(worker)
+            display.update(*table.sum(axis=0).tolist())
+        return [records[number] for number in range(len(jobs))]
     finally:
-        stop.value = True
-        pool.shutdown(cancel_futures=True)
+        for worker in team:
+            worker.process.kill()
+        for worker in team:
+            worker.process.join()
         display.close()
 
 
-def _watch(futures: list[Future], sums: np.ndarray, display: Display) -> None:
-    waiting = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-        for future in done:
-            future.result()
-            display.shard_done()
-        display.update(*sums.sum(axis=0).tolist())
+def _hire(recipe: Recipe, jobs: list[Job], sums: Any) -> _Worker:
+    here, there = FORK.Pipe()
+    process = FORK.Process(target=_work, args=(recipe, jobs, sums, there, here), daemon=True)
+    process.start()
+    there.close()
+    return _Worker(process, here)
 
 
-class _Worker:
-    """What a worker process keeps between shards: a pool hands its tasks to plain functions, so it hangs on a class."""
-
-    out: Path
-    encoder: Encoder
-    split: SplitConfig
-    sums: Any
-    stop: Any
+def _dismiss(worker: _Worker) -> None:
+    worker.pipe.send(None)  # closing would not do: workers that were forked later hold a copy of this end
+    worker.process.join()
 
 
-def _start_worker(out: Path, vocabulary: Vocabulary, backend: str, split: SplitConfig, sums: Any, stop: Any) -> None:
+def _heard(team: list[_Worker]) -> list[_Worker]:
+    """Returns the workers that answered or died, after waiting a moment for one."""
+    ready = multiprocessing.connection.wait([worker.pipe for worker in team], timeout=POLL_SECONDS)
+    return [worker for worker in team if worker.pipe in ready]
+
+
+def _answer(worker: _Worker) -> Any:
+    try:
+        return worker.pipe.recv()
+    except (EOFError, ConnectionError):
+        worker.process.join()
+    code = worker.process.exitcode
+    if code > 0:
+        return _Failure(
+            f"its worker ended with code {code}; the traceback above is this program's fault", our_fault=True
+        )
+    return _Failure(
+        f"a worker process was killed (signal {-code}), most often because memory ran out",
+        "run the same command again with fewer workers: finished shards are kept",
+    )
+
+
+def _as_error(failure: _Failure, shard: Shard) -> Exception:
+    message = f"{failure.message} (shard {shard.stem})" + (f"; {failure.remedy}" if failure.remedy else "")
+    return RuntimeError(message) if failure.our_fault else InputError(message)
+
+
+def _work(recipe: Recipe, jobs: list[Job], sums: Any, pipe: Connection, parents_end: Connection) -> None:
+    """A worker's life."""
+    parents_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _Worker.out, _Worker.encoder, _Worker.split = out, Encoder(vocabulary, backend), split
-    _Worker.sums, _Worker.stop = sums, stop
+    while True:
+        number = pipe.recv()
+        if number is None:
+            return
+        pipe.send(_result(recipe, jobs[number], sums, number))
+
+
+def _result(recipe: Recipe, job: Job, sums: Any, number: int) -> dict[str, Any] | _Failure:
+    def report(progress: Progress) -> None:
+        done = (progress.documents, progress.tokens, progress.text_bytes, progress.input_bytes)
+        for column, value in enumerate(done):
+            sums[4 * number + column] += value
+
+    try:
+        return write_shard(recipe.out, job.shard, job.fingerprint, recipe.encoder, recipe.split, report)
+    except BackendMismatch as error:
+        return _Failure(str(error), "run the same command again with backend=hf: finished shards are kept")
+    except InputError as error:
+        return _Failure(str(error))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return _Failure(f"{error.strerror}{where}", "make room or mend the disk: finished shards are kept")
 
 
 def _end_with_parent() -> None:
@@ -117,14 +188,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
-
-
-def _make_shard(number: int, job: Job) -> dict[str, Any]:
-    def report(progress: Progress) -> None:
-        if _Worker.stop.value:
-            raise Stopped
-        done = (progress.documents, progress.tokens, progress.text_bytes, progress.input_bytes)
-        for column, value in enumerate(done):
-            _Worker.sums[4 * number + column] += value
-
-    return write_shard(_Worker.out, job.shard, job.fingerprint, _Worker.encoder, _Worker.split, report)

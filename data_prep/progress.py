@@ -1,11 +1,15 @@
-"""What a person sees while shards are made: a bar on a terminal, one plain line every few seconds otherwise."""
+"""What is seen while shards are made: a bar on a terminal, one JSON line every few seconds otherwise."""
 
+import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from tqdm import tqdm
+
+Say = Callable[[str], None]  # takes lines for people
 
 LINE_SECONDS = 5.0
 
@@ -13,16 +17,18 @@ LINE_SECONDS = 5.0
 class Display:
     """Shows documents, tokens, MB/s and the time left. The time left is by bytes of input, which are known beforehand."""
 
-    def __init__(self, input_bytes: int, num_shards: int, stream: TextIO = sys.stderr) -> None:
-        self._total, self._num_shards, self._stream = input_bytes, num_shards, stream
+    def __init__(self, input_bytes: int, num_shards: int, stream: TextIO | None = None) -> None:
+        self._total, self._num_shards = input_bytes, num_shards
+        self._stream: TextIO = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
         self._shards = 0
         self._now = (0, 0, 0, 0)
         self._bar = None
-        if stream.isatty():
+        if self._stream.isatty():
+            tqdm.monitor_interval = 0  # workers are forked, and its thread could hold a lock at that moment
             columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal does not know its size
             layout = "tokenizing {percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
-            self._bar = tqdm(total=max(1, input_bytes), bar_format=layout, file=stream, ncols=columns, nrows=rows)
+            self._bar = tqdm(total=max(1, input_bytes), bar_format=layout, file=self._stream, ncols=columns, nrows=rows)
 
     def update(self, documents: int, tokens: int, text_bytes: int, input_bytes: int) -> None:
         """Shows the sums so far."""
@@ -54,8 +60,19 @@ class Display:
         )
 
     def _line(self) -> None:
+        documents, tokens, text_bytes, input_bytes = self._now
         self._last_line = time.monotonic()
-        done = self._now[3] / max(1, self._total)
-        seconds = self._last_line - self._started
-        left = f"{seconds * (1 - done) / done:.0f} s" if done > 0 else "unknown"
-        print(f"tokenizing {100 * done:3.0f} %: {self._counts()}, ETA {left}", file=self._stream, flush=True)
+        seconds = max(1e-9, self._last_line - self._started)
+        done = input_bytes / max(1, self._total)
+        line = {
+            "stage": "tokenize",
+            "done": round(min(1.0, done), 4),
+            "shards": self._shards,
+            "of_shards": self._num_shards,
+            "documents": documents,
+            "tokens": tokens,
+            "mb_per_s": round(text_bytes / 1e6 / seconds, 1),
+            "seconds": round(seconds, 1),
+            "eta_s": round(seconds * (1 - done) / done) if 0 < done <= 1 else None,
+        }
+        print(json.dumps(line), file=self._stream, flush=True)

@@ -1,16 +1,14 @@
 """One shard: read its pieces, split its documents, encode them, write .bin and .idx for each split, then its record.
 
-Files are written as `.tmp`, flushed to the disk and renamed: first .bin, then .idx, last the shard's record, a JSON file in
-work/shards/ with the fingerprint of all that determined the bytes. The record is the only sign of completion: a shard is
-reused if its record has the fingerprint that the plan asks for and its files have the recorded sizes. Whatever a killed run
-left behind has no record, and is overwritten.
+Files are written under temporary names, flushed to the disk and renamed, last the shard's record, a JSON file in work/shards/
+with the fingerprint of all that determined the bytes. The record is the only sign of completion: a shard is reused if its
+record has the fingerprint that the plan asks for and its files have the recorded sizes. Whatever a killed run left behind has no
+record, and is overwritten.
 
 A split that gets no document of a shard gets no file: an empty .bin cannot be mapped.
 """
 
-import hashlib
 import io
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,18 +16,32 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.binaries import TokenFile
 from data_prep.config import SplitConfig
-from data_prep.files import digest, read_json, sync_folder, write_atomically, write_json
+from data_prep.files import digest, read_json, write_atomically, write_json
 from data_prep.planning import Shard
 from data_prep.readers import Document, read_piece
 from data_prep.splitting import is_heldout
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
-from ssa_pretrain.data.indexed_format import SPLITS, ShardInfo, file_sha256, token_dtype, write_index
+from ssa_pretrain.data.indexed_format import SPLITS, ShardInfo, file_sha256
 
 FORMAT_VERSION = 1  # part of every fingerprint; raise it when the same input would give other bytes
 
+RECORD_SCHEMA = 2  # of the records; raise it when they get other fields
+
 BATCH_BYTES = 1_000_000
 BATCH_DOCUMENTS = 1_000
+
+# Bytes of text a token, in tenths from 0 to 10 and above: a histogram over documents, for the statistics.
+RATIO_BINS = 101
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A shard to be made, and the sha256 of all that determines its bytes."""
+
+    shard: Shard
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +59,47 @@ Report = Callable[[Progress], None]
 
 def shard_fingerprint(input_sha256: str, vocabulary: Vocabulary, split: SplitConfig) -> str:
     """Returns the sha256 of everything that determines the bytes of a shard."""
-    made_by = {key: value for key, value in asdict(vocabulary).items() if key not in ("path", "name")}
+    made_by = {key: value for key, value in asdict(vocabulary).items() if key not in ("path", "name", "row_tokens")}
+    if vocabulary.row_tokens:
+        made_by["row_tokens"] = vocabulary.row_tokens
     return digest([FORMAT_VERSION, input_sha256, made_by, asdict(split)])
 
 
-def record_path(out: Path, shard: Shard) -> Path:
+def record_path(out: Path, stem: str) -> Path:
     """Returns where the record of a finished shard lies."""
-    return out / "work" / "shards" / f"{shard.stem}.json"
+    return out / "work" / "shards" / f"{stem}.json"
 
 
-def counts_path(out: Path, shard: Shard) -> Path:
+def counts_path(out: Path, stem: str) -> Path:
     """Returns where the token counts of a finished shard lie: int64 [splits, vocab_size]."""
-    return out / "work" / "shards" / f"{shard.stem}.counts.npy"
+    return out / "work" / "shards" / f"{stem}.counts.npy"
 
 
-def finished_record(out: Path, shard: Shard, fingerprint: str, verify: bool) -> dict[str, Any] | None:
-    """Returns the record of a shard that need not be made again, else None; `verify` compares checksums, too."""
-    record = read_json(record_path(out, shard))
-    if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
+def shard_prefix(split: str, stem: str) -> str:
+    """Returns the path of a shard's files in a split, without suffix, relative to the dataset's folder."""
+    return f"work/shards/{split}/{stem}"
+
+
+def known_record(out: Path, stem: str, fingerprint: str) -> dict[str, Any] | None:
+    """Returns the record of a shard if it was made from what the plan asks for; says nothing of its files."""
+    record = read_json(record_path(out, stem))
+    if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA:
         return None
+    if record.get("fingerprint") != fingerprint or not counts_path(out, stem).is_file():
+        return None
+    return record
+
+
+def has_files(out: Path, record: dict[str, Any], verify: bool) -> bool:
+    """Returns whether a record's files are there with their sizes; `verify` compares checksums, too."""
     for info in filter(None, record["splits"].values()):
         for kind in ("bin", "idx"):
             path = out / f"{info['prefix']}.{kind}"
             if not path.is_file() or path.stat().st_size != info[f"{kind}_bytes"]:
-                return None
+                return False
             if verify and file_sha256(path) != info[f"{kind}_sha256"]:
-                return None
-    return record if counts_path(out, shard).is_file() else None
+                return False
+    return True
 
 
 def write_shard(
@@ -92,25 +118,31 @@ def write_shard(
     Raises:
         InputError: the text cannot be read.
     """
-    record_path(out, shard).unlink(missing_ok=True)
-    writers = {name: _SplitWriter(out, f"{name}/{shard.stem}", encoder.vocabulary.vocab_size) for name in SPLITS}
-    text_bytes = empty = 0
+    record_path(out, shard.stem).unlink(missing_ok=True)
+    writers = {name: _SplitWriter(out, name, shard.stem, encoder) for name in SPLITS}
+    ratios = np.zeros(RATIO_BINS, dtype=np.int64)
+    text_bytes = documents = empty = 0
     for batch, consumed in _batches(shard):
         full = [(text, raw) for text, raw in batch if not raw.isspace() and raw]
         empty += len(batch) - len(full)
-        tokens = _encode(full, encoder, split, writers)
-        done = sum(len(raw) for _, raw in full)
-        text_bytes += done
-        report(Progress(len(full), tokens, done, consumed))
+        documents += len(full)
+        sizes = np.array([len(raw) for _, raw in full], dtype=np.int64)
+        tokens, lengths = _encode(full, encoder, split, writers)
+        ratios += _ratio_histogram(sizes, lengths)
+        text_bytes += int(sizes.sum())
+        report(Progress(len(full), tokens, int(sizes.sum()), consumed))
     splits = {name: writer.close(shard.name) for name, writer in writers.items()}
-    _save_counts(counts_path(out, shard), np.stack([writers[name].counts for name in SPLITS]))
+    _save_counts(counts_path(out, shard.stem), np.stack([writers[name].counts for name in SPLITS]))
     record = {
+        "schema": RECORD_SCHEMA,
         "fingerprint": fingerprint,
         "text_bytes": text_bytes,
+        "source_documents": documents,
         "empty_documents": empty,
+        "bytes_per_token_histogram": ratios.tolist(),
         "splits": {name: info and asdict(info) for name, info in splits.items()},
     }
-    write_json(record_path(out, shard), record)
+    write_json(record_path(out, shard.stem), record)
     return record
 
 
@@ -133,14 +165,21 @@ def _batches(shard: Shard) -> Iterator[tuple[list[Document], int]]:
     yield batch, consumed
 
 
-def _encode(batch: list[Document], encoder: Encoder, split: SplitConfig, writers: dict[str, "_SplitWriter"]) -> int:
-    encoded = encoder.encode([text for text, _ in batch])
-    sides: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    for (_, raw), ids in zip(batch, encoded, strict=True):
-        sides["heldout" if is_heldout(raw, split) else "train"].append(ids)
-    for name, documents in sides.items():
-        writers[name].add(documents)
-    return sum(map(len, encoded))
+def _encode(
+    batch: list[Document], encoder: Encoder, split: SplitConfig, writers: dict[str, "_SplitWriter"]
+) -> tuple[int, np.ndarray]:
+    """Writes a batch; returns its tokens, with what the policy adds, and the plain ids that each document has."""
+    encoded = encoder.encode_plain([text for text, _ in batch])
+    sides: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for number, (_, raw) in enumerate(batch):
+        sides["heldout" if is_heldout(raw, split) else "train"].append(number)
+    tokens = sum(writers[name].add(*encoder.sequences(encoded, chosen)) for name, chosen in sides.items() if chosen)
+    return tokens, encoded[1]
+
+
+def _ratio_histogram(sizes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    tenths = sizes * 10 // np.maximum(lengths, 1)
+    return np.bincount(np.minimum(tenths, RATIO_BINS - 1), minlength=RATIO_BINS)
 
 
 def _save_counts(path: Path, counts: np.ndarray) -> None:
@@ -150,65 +189,26 @@ def _save_counts(path: Path, counts: np.ndarray) -> None:
 
 
 class _SplitWriter:
-    """The two files of a shard in one split; nothing has its final name before `close`."""
+    """The files of a shard in one split; nothing has its final name before `close`."""
 
-    def __init__(self, out: Path, prefix: str, vocab_size: int) -> None:
-        self.prefix = prefix
-        self.counts = np.zeros(vocab_size, dtype=np.int64)
-        self._dtype = token_dtype(vocab_size)
-        self._bin = out / f"{prefix}.bin"
-        self._idx = out / f"{prefix}.idx"
-        self._lengths: list[int] = []
-        self._sum = hashlib.sha256()
-        self._bin.parent.mkdir(parents=True, exist_ok=True)
-        # An old .idx beside a new .bin would open and serve wrong documents: it goes first.
-        self._idx.unlink(missing_ok=True)
-        self._bin.unlink(missing_ok=True)
-        self._file = open(_temporary(self._bin), "wb")
+    def __init__(self, out: Path, split: str, stem: str, encoder: Encoder) -> None:
+        self.counts = np.zeros(encoder.vocabulary.vocab_size, dtype=np.int64)
+        self._prefix = shard_prefix(split, stem)
+        self._dtype = encoder.dtype
+        self._lengths: list[np.ndarray] = []
+        self._file = TokenFile(out / self._prefix)
 
-    def add(self, documents: list[np.ndarray]) -> None:
-        """Appends documents."""
-        if not documents:
-            return
-        ids = np.concatenate(documents)
-        raw = ids.tobytes()
-        self._file.write(raw)
-        self._sum.update(raw)
-        self._lengths += map(len, documents)
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> int:
+        """Appends sequences that lie end to end; returns how many tokens they are."""
+        self._file.write(ids.data.cast("B"))
+        self._lengths.append(lengths.astype(np.int32))
         self.counts += np.bincount(ids, minlength=len(self.counts))
+        return len(ids)
 
     def close(self, name: str) -> ShardInfo | None:
-        """Gives both files their names; returns what they are, None where there was no document."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Gives the files their names; returns what they are, None where there was no document."""
         if not self._lengths:
-            _temporary(self._bin).unlink()
+            self._file.discard()
             return None
-        lengths = np.array(self._lengths, dtype=np.int64)
-        with open(_temporary(self._idx), "wb") as file:
-            write_index(file, lengths, self._dtype)
-            file.flush()
-            os.fsync(file.fileno())
-        with open(_temporary(self._idx), "rb") as file:
-            idx_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(_temporary(self._bin), self._bin)
-        os.replace(_temporary(self._idx), self._idx)
-        sync_folder(self._bin.parent)
-        tokens = int(lengths.sum())
-        return ShardInfo(
-            name=name,
-            prefix=self.prefix,
-            documents=len(lengths),
-            tokens=tokens,
-            bin_bytes=tokens * self._dtype.itemsize,
-            idx_bytes=self._idx.stat().st_size,
-            bin_sha256=self._sum.hexdigest(),
-            idx_sha256=idx_sha256,
-        )
-
-
-def _temporary(path: Path) -> Path:
-    # With the process in its name, so that two writers never share a file, not even for the moment in which a killed run's
-    # workers notice it.
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        documents = sum(map(len, self._lengths))
+        return self._file.close(name, self._prefix, self._dtype, self._lengths, documents)

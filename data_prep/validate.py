@@ -1,20 +1,23 @@
-"""Everything that can be known of a finished dataset without its text, by reading every byte of it.
+"""Everything that can be known of a finished dataset, by reading every byte of it, and some of its text again.
 
-For each shard: the header and its sizes, lengths and offsets against the .bin file, both checksums, every id inside the vocabulary,
-one EOS at the end of each document and, where specials are text, none inside one, BOS as the policy says. For the whole: the
-tokenizer's checksum and the unigram entropy of each split against the manifest. All findings are returned, not the first alone.
-
-What it cannot find is a tokenizer that was wrong from the start: that needs the text.
+For each file: the header and its sizes, lengths and offsets against the .bin file, both checksums, every id inside the vocabulary,
+one EOS at the end of each document and, where specials are text, none inside one, BOS as the policy says, no sequence longer than a
+row where rows are single sequences. For the whole: the tokenizer's checksum and the unigram entropy of each split against the
+manifest. Where the text is still there, documents of many shards are encoded again (data_prep/recheck.py). All findings are
+returned, not the first alone, each with its file and, as far as can be told, byte and document.
 """
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.binaries import first_bad_block, with_suffix
 from data_prep.errors import InputError
+from data_prep.recheck import recheck
 from ssa_pretrain.data.indexed_format import (
     Manifest,
     ShardInfo,
@@ -29,8 +32,21 @@ IDS_AT_ONCE = 1 << 22
 THREADS = 4
 
 
-def validate_dataset(out: Path) -> tuple[Manifest, list[str]]:
-    """Returns the manifest of a dataset and what is wrong with it, a sentence each; an empty list is a sound dataset.
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What validation found."""
+
+    manifest: Manifest
+    problems: list[str]  # a sentence each; none: a sound dataset
+    rechecked: str  # which documents were encoded again, or why none
+
+
+def validate_dataset(out: Path, retokenize: int = 0) -> Verdict:
+    """Returns what is wrong with a dataset.
+
+    Args:
+        out: its folder.
+        retokenize: documents to encode again where the text is still there.
 
     Raises:
         InputError: the manifest itself is missing or does not fit its files, so that nothing further can be read.
@@ -62,7 +78,10 @@ def validate_dataset(out: Path) -> tuple[Manifest, list[str]]:
                 found.append(
                     f"{split}: unigram entropy is {entropy}, the manifest says {manifest.unigram_entropy_nats[split]}"
                 )
-    return manifest, found
+    if found or not retokenize:
+        return Verdict(manifest, found, "no document was encoded again")
+    problems, rechecked = recheck(manifest, retokenize)
+    return Verdict(manifest, problems, rechecked)
 
 
 def check_shard(manifest: Manifest, shard: ShardInfo) -> tuple[list[str], np.ndarray]:
@@ -70,48 +89,80 @@ def check_shard(manifest: Manifest, shard: ShardInfo) -> tuple[list[str], np.nda
     prefix = manifest.prefix_path(shard)
     counts = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)
     found = []
-    for kind, expected in (("bin", shard.bin_sha256), ("idx", shard.idx_sha256)):
-        if file_sha256(prefix.with_name(f"{prefix.name}.{kind}")) != expected:
-            found.append(f"{shard.prefix}.{kind}: its content is not that of the manifest's sha256")
+    changed = file_sha256(with_suffix(prefix, ".bin")) != shard.bin_sha256
+    if file_sha256(with_suffix(prefix, ".idx")) != shard.idx_sha256:
+        found.append(f"{shard.prefix}.idx: its content is not that of the manifest's sha256")
     try:
         header = check_pair(prefix)
     except ValueError as error:
+        if changed:
+            found.append(f"{shard.prefix}.bin: its content is not that of the manifest's sha256")
         return [*found, str(error)], counts
-    ids = np.memmap(prefix.with_name(prefix.name + ".bin"), dtype=header.dtype, mode="r")
-    found += _check_ids(manifest, shard, ids, counts)
-    found += _check_documents(manifest, shard, ids, read_lengths(prefix.with_name(prefix.name + ".idx")), counts)
+    lengths = read_lengths(with_suffix(prefix, ".idx"))
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if changed:
+        found.append(f"{shard.prefix}.bin: {_where_changed(prefix, ends, header.dtype.itemsize)}")
+    ids = np.memmap(with_suffix(prefix, ".bin"), dtype=header.dtype, mode="r")
+    found += _check_ids(manifest, shard, ids, ends, counts)
+    found += _check_documents(manifest, shard, ids, lengths, ends, counts)
     return found, counts
 
 
-def _check_ids(manifest: Manifest, shard: ShardInfo, ids: np.ndarray, counts: np.ndarray) -> list[str]:
+def _where_changed(prefix: Path, ends: np.ndarray, itemsize: int) -> str:
+    what = "its content is not that of the manifest's sha256"
+    block = first_bad_block(prefix)
+    if block is None:
+        return what
+    first, last = (int(np.searchsorted(ends, byte // itemsize, side="right")) for byte in (block[0], block[1] - 1))
+    return f"{what}; the first change is in bytes {block[0]} to {block[1] - 1}, documents {first} to {last}"
+
+
+def _place(position: int, ends: np.ndarray, itemsize: int) -> str:
+    document = int(np.searchsorted(ends, position, side="right"))
+    return f"token {position} (byte {position * itemsize}, document {document})"
+
+
+def _check_ids(
+    manifest: Manifest, shard: ShardInfo, ids: np.ndarray, ends: np.ndarray, counts: np.ndarray
+) -> list[str]:
     size = manifest.tokenizer.vocab_size
     for start in range(0, len(ids), IDS_AT_ONCE):
         part = ids[start : start + IDS_AT_ONCE]
         wrong = (part >= size) | (part < 0)
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
-            return [f"{shard.prefix}.bin: token {start + first} is id {part[first]}, the vocabulary ends at {size - 1}"]
+            place = _place(start + first, ends, ids.itemsize)
+            return [f"{shard.prefix}.bin: {place} is id {part[first]}, the vocabulary ends at {size - 1}"]
         np.add(counts, np.bincount(part, minlength=size), out=counts)
     return []
 
 
 def _check_documents(
-    manifest: Manifest, shard: ShardInfo, ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray
+    manifest: Manifest, shard: ShardInfo, ids: np.ndarray, lengths: np.ndarray, ends: np.ndarray, counts: np.ndarray
 ) -> list[str]:
     policy, tokenizer = manifest.policy, manifest.tokenizer
-    ends = np.cumsum(lengths, dtype=np.int64)
     smallest = int(policy["append_eos"]) + int(policy["add_bos"])
     if (lengths < smallest).any():
         return [f"{shard.prefix}: document {int(np.argmax(lengths < smallest))} is empty"]
     found = []
+    if (limit := policy.get("row_tokens")) and (lengths > limit).any():
+        number = int(np.argmax(lengths > limit))
+        found.append(f"{shard.prefix}: sequence {number} has {lengths[number]} tokens, a row has {limit}")
     if policy["append_eos"] and (unended := ids[ends - 1] != tokenizer.eos_id).any():
-        found.append(f"{shard.prefix}: document {int(np.argmax(unended))} does not end in EOS (id {tokenizer.eos_id})")
+        number = int(np.argmax(unended))
+        byte = int(ends[number] - 1) * ids.itemsize
+        found.append(f"{shard.prefix}: document {number} does not end in EOS (id {tokenizer.eos_id}) at byte {byte}")
     if policy["add_bos"] and (unbegun := ids[ends - lengths] != tokenizer.bos_id).any():
         found.append(
             f"{shard.prefix}: document {int(np.argmax(unbegun))} does not begin with BOS (id {tokenizer.bos_id})"
         )
     if policy["append_eos"] and policy["specials"] == "text" and counts[tokenizer.eos_id] > len(lengths) and not found:
-        found.append(
-            f"{shard.prefix}: {counts[tokenizer.eos_id]} EOS in {len(lengths)} documents, one a document is right"
-        )
+        found.append(_eos_inside(shard, ids, ends, tokenizer.eos_id))
     return found
+
+
+def _eos_inside(shard: ShardInfo, ids: np.ndarray, ends: np.ndarray, eos: int) -> str:
+    at = np.flatnonzero(ids == eos)
+    first = int(at[~np.isin(at, ends - 1)][0])
+    place = _place(first, ends, ids.itemsize)
+    return f"{shard.prefix}: {len(at)} EOS in {len(ends)} documents, one a document is right; {place} is one too many"

@@ -1,13 +1,15 @@
-"""The programs that turn text into ids: Hugging Face's `tokenizers`, which defines the result, and gigatoken, which is faster.
+"""The programs that turn text into ids: Hugging Face's `tokenizers`, which defines the result, and two that are faster.
 
-gigatoken 0.10.0 (MIT) reads the same tokenizer.json and encodes byte-level BPEs some twenty times as fast. It is used only where
-it gives the same ids: `choose_backend` compares both on documents of the corpus before the run, and each worker compares one
-document of every batch during it. So the bytes of a dataset do not depend on the backend, and neither does a fingerprint.
+gigatoken 0.10.0 (MIT) reads the same tokenizer.json and encodes byte-level BPEs some twenty times as fast; tiktoken (MIT) some four
+times, given the ranks and the word pattern of that file. Neither is trusted: `choose_backend` compares ids on documents of the corpus
+before the run, and each worker compares one document of every batch during it. So the bytes of a dataset do not depend on the backend,
+and neither does a fingerprint.
 
-Both run on the calling thread; parallelism is left to the worker processes.
+All run on the calling thread; parallelism is left to the worker processes.
 """
 
 import json
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,93 +21,205 @@ from tokenizers import Tokenizer
 from data_prep.config import BackendChoice
 from data_prep.errors import ConfigurationError
 
+FASTEST_FIRST = ("gigatoken", "tiktoken")
+
+Encoded = tuple[np.ndarray, np.ndarray]  # ids of all texts end to end, and how many each has (int64)
+
 
 class BackendMismatch(Exception):
     """Two backends gave different ids for one text."""
 
 
+class Unsuited(Exception):
+    """A backend cannot use this tokenizer; says why."""
+
+
 class Backend(Protocol):
     """Encodes batches of texts, special tokens neither added nor, if the policy says so, recognised."""
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns one array of ids a text."""
+    def encode(self, texts: list[str]) -> Encoded:
+        """Returns the ids of all texts end to end, and how many each has."""
         ...
 
 
 class HuggingFaceBackend:
     """`tokenizers`, by the call that skips offsets."""
 
-    def __init__(self, path: str, specials_as_text: bool) -> None:
-        self._tokenizer = Tokenizer.from_file(path)
+    def __init__(self, path: str, specials_as_text: bool, loaded: Tokenizer | None = None) -> None:
+        self.tokenizer = loaded or Tokenizer.from_file(path)
         # A file may carry the limits of the model that it was made for; a corpus must be neither cut nor padded.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = specials_as_text
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = specials_as_text
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns one array of ids a text, int64."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+    def encode(self, texts: list[str]) -> Encoded:
+        """Returns the ids of all texts end to end, and how many each has."""
+        return _joined([e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
 
 
 class GigatokenBackend:
-    """gigatoken; RuntimeError if it does not know the kind of tokenizer."""
+    """gigatoken; Unsuited if it does not know the kind of tokenizer."""
 
     def __init__(self, path: str, specials_as_text: bool) -> None:
         import gigatoken
 
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_text(encoding="utf-8")
         if specials_as_text:
-            content["added_tokens"] = []  # what it does not know it cannot recognise in a text
-        self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(content))
+            content = without_added_tokens(content)  # it cannot recognise what it does not know
+        try:
+            self._tokenizer = gigatoken.Tokenizer.from_json(content)
+        except RuntimeError as error:
+            raise Unsuited(str(error).splitlines()[0]) from None
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns one array of ids a text, uint32."""
+    def encode(self, texts: list[str]) -> Encoded:
+        """Returns the ids of all texts end to end, and how many each has."""
         if not texts:
-            return []
+            return _joined([])
         layout: Any = self._tokenizer.encode_batch(texts, parallel=False).layout  # awkward's annotations do not know it
-        return np.split(np.asarray(layout.content.data), np.asarray(layout.offsets.data)[1:-1])
+        return np.asarray(layout.content.data), np.diff(np.asarray(layout.offsets.data))
+
+
+class TiktokenBackend:
+    """tiktoken, given the vocabulary as ranks; Unsuited unless the file is a byte-level BPE with one word pattern."""
+
+    def __init__(self, path: str, specials_as_text: bool) -> None:
+        import tiktoken
+
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        spelling = {letter: byte for byte, letter in byte_letters().items()}
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        try:
+            ranks = {
+                bytes(spelling[letter] for letter in token): rank
+                for token, rank in content["model"]["vocab"].items()
+                if token not in added
+            }
+            if content["model"]["type"] != "BPE" or any(bytes([byte]) not in ranks for byte in range(256)):
+                raise ValueError(f"a {content['model']['type']} model without a token for every byte")
+            self.encoding = tiktoken.Encoding(
+                name=path,
+                pat_str=_word_pattern(content["pre_tokenizer"]),
+                mergeable_ranks=ranks,
+                special_tokens=added,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise Unsuited(f"not a byte-level BPE of one pattern: {error}") from None
+        self._specials_as_text = specials_as_text
+
+    def encode(self, texts: list[str]) -> Encoded:
+        """Returns the ids of all texts end to end, and how many each has."""
+        if self._specials_as_text:
+            return _joined([self.encoding.encode_ordinary(text) for text in texts])
+        return _joined([self.encoding.encode(text, allowed_special="all") for text in texts])
+
+
+BACKENDS = {"hf": HuggingFaceBackend, "gigatoken": GigatokenBackend, "tiktoken": TiktokenBackend}
+
+
+def stay_on_one_thread() -> None:
+    """Keeps `tokenizers` from starting threads, here and in children: the worker processes are the parallelism.
+
+    It looks at this variable in every call.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def open_backend(name: str, path: str, specials_as_text: bool) -> Backend:
     """Returns the backend of a name that `choose_backend` gave."""
-    return (GigatokenBackend if name == "gigatoken" else HuggingFaceBackend)(path, specials_as_text)
+    return BACKENDS[name](path, specials_as_text)
 
 
 def choose_backend(
-    asked: BackendChoice, path: str, specials_as_text: bool, sample: Callable[[], list[str]]
-) -> tuple[str, str]:
-    """Returns the backend to use, "gigatoken" or "hf", and the reason for people.
+    asked: BackendChoice,
+    path: str,
+    specials_as_text: bool,
+    sample: Callable[[], list[str]],
+    exact: Backend | None = None,
+) -> tuple[str, str, Backend]:
+    """Returns the name of the backend to use, the reason for people, and the backend itself, loaded.
 
     Args:
         asked: the setting.
         path: the tokenizer.json.
         specials_as_text: whether names of special tokens are text.
-        sample: gives documents of the corpus on which both must agree.
+        sample: gives documents of the corpus on which a faster backend must agree.
+        exact: the Hugging Face backend, where it is loaded already.
 
     Raises:
-        ConfigurationError: gigatoken was asked for and cannot be used.
+        ConfigurationError: a backend was asked for and cannot be used.
     """
+    exact = exact or HuggingFaceBackend(path, specials_as_text)
     if asked is BackendChoice.hf:
-        return "hf", "as asked"
-    problem = _objection(path, specials_as_text, sample)
-    if problem is None:
-        return "gigatoken", "the same ids as hf on a sample"
-    if asked is BackendChoice.gigatoken:
-        raise ConfigurationError(f"backend=gigatoken cannot be used: {problem}; set backend=hf, or auto")
-    return "hf", problem
+        return "hf", "as asked", exact
+    objections = []
+    for name in FASTEST_FIRST if asked is BackendChoice.auto else (asked.value,):
+        backend = _objection_or_backend(name, path, specials_as_text, sample, exact)
+        if not isinstance(backend, str):
+            return name, "; ".join([*objections, "the same ids as hf on a sample"]), backend
+        objections.append(backend)
+    if asked is not BackendChoice.auto:
+        raise ConfigurationError(
+            f"backend={asked.value} cannot be used: {objections[0]}; set backend=hf, or auto for the fastest that can"
+        )
+    return "hf", "; ".join(objections), exact
 
 
-def _objection(path: str, specials_as_text: bool, sample: Callable[[], list[str]]) -> str | None:
-    if find_spec("gigatoken") is None:
-        return "gigatoken is not installed (pip install gigatoken makes it faster)"
+def without_added_tokens(content: str) -> str:
+    """Returns a tokenizer.json with an empty list of added tokens.
+
+    The list stands at the top of the files that `tokenizers` writes, so it is cut out as text: to parse and write 9 MB takes longer
+    than to encode as much.
+    """
+    head = content.find('"added_tokens"')
+    start = content.find("[", head)
+    if head >= 0 and '"model"' not in content[:head] and content[head + 14 : start].strip() == ":":
+        _, end = json.JSONDecoder().raw_decode(content, start)
+        return content[:start] + "[]" + content[end:]
+    return json.dumps(json.loads(content) | {"added_tokens": []})
+
+
+def byte_letters() -> dict[int, str]:
+    """Returns the letter that GPT-2's byte-level alphabet writes for each byte: itself where it can be printed."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def _objection_or_backend(
+    name: str, path: str, specials_as_text: bool, sample: Callable[[], list[str]], exact: Backend
+) -> str | Backend:
+    if find_spec(name) is None:
+        return f"{name} is not installed (pip install {name} makes it faster)"
     try:
-        fast = GigatokenBackend(path, specials_as_text)
-    except RuntimeError as error:
-        return f"gigatoken does not know this tokenizer ({str(error).splitlines()[0]})"
+        fast = open_backend(name, path, specials_as_text)
+    except Unsuited as error:
+        return f"{name} does not know this tokenizer ({error})"
     texts = sample()
-    exact = HuggingFaceBackend(path, specials_as_text)
-    for text, one, other in zip(texts, fast.encode(texts), exact.encode(texts), strict=True):
+    for text, one, other in zip(texts, split_ids(fast.encode(texts)), split_ids(exact.encode(texts)), strict=True):
         if not np.array_equal(one, other):
-            return f"gigatoken gives other ids than hf for a document that begins {text[:40]!r}"
-    return None
+            return f"{name} gives other ids than hf for a document that begins {text[:40]!r}"
+    return fast
+
+
+def split_ids(encoded: Encoded) -> list[np.ndarray]:
+    """Returns one array of ids a text."""
+    ids, lengths = encoded
+    return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+def _joined(documents: list[list[int]]) -> Encoded:
+    lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
+    ids = np.empty(int(lengths.sum()), dtype=np.int64)
+    start = 0
+    for document in documents:
+        ids[start : start + len(document)] = document
+        start += len(document)
+    return ids, lengths
+
+
+def _word_pattern(pre_tokenizer: dict[str, Any]) -> str:
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds = [step["type"] for step in steps]
+    if kinds != ["Split", "ByteLevel"] or steps[0]["behavior"] != "Isolated" or steps[1]["use_regex"]:
+        raise ValueError(f"words are cut by {'+'.join(kinds)}")
+    return steps[0]["pattern"]["Regex"]

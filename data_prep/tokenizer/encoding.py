@@ -3,13 +3,18 @@
 Peers disagree in silence on two things, so both are settings here: whether a document begins with BOS, and what happens to the
 name of a special token that occurs in a text ("<|end_of_text|>" in a tutorial about tokenizers). By default it is text: only
 this module ends documents.
+
+A third is packing. As `megatron` a document is one sequence, however long, and training cuts the stream of them into rows. As
+`official_row` it is cut here, the way SSA's published code does it: into sequences of at most a row, each with an EOS of its own
+(so a long document has EOS inside), and training pads each to a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.tokenizer.backends import BackendMismatch, HuggingFaceBackend, open_backend
+from data_prep.tokenizer.backends import Backend, BackendMismatch, Encoded, HuggingFaceBackend, open_backend, split_ids
 from ssa_pretrain.data.indexed_format import token_dtype
 
 CHECKED_CHARACTERS = 8_000  # longest document that is encoded a second time for comparison
@@ -28,6 +33,7 @@ class Vocabulary:
     add_bos: bool
     append_eos: bool
     specials_as_text: bool
+    row_tokens: int = 0  # longest sequence, EOS included; 0: a document is one sequence
 
 
 class Encoder:
@@ -35,44 +41,77 @@ class Encoder:
 
     Args:
         vocabulary: tokenizer and policy.
-        backend: "hf", or "gigatoken" for the faster one, whose ids are then compared with hf's once a batch.
+        name: of the backend; the ids of any but "hf" are compared with hf's once a batch.
+        backend: the backend itself, where it is loaded already.
+        exact: the Hugging Face backend, where it is loaded already.
     """
 
-    def __init__(self, vocabulary: Vocabulary, backend: str = "hf") -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, name: str = "hf", backend: Backend | None = None, exact: Backend | None = None
+    ) -> None:
         self.vocabulary = vocabulary
+        self.name = name
         self.dtype = token_dtype(vocabulary.vocab_size)
-        self._backend = open_backend(backend, vocabulary.path, vocabulary.specials_as_text)
-        self._exact = HuggingFaceBackend(vocabulary.path, vocabulary.specials_as_text) if backend != "hf" else None
+        self._backend = backend or open_backend(name, vocabulary.path, vocabulary.specials_as_text)
+        self._exact = None
+        if name != "hf":
+            self._exact = exact or HuggingFaceBackend(vocabulary.path, vocabulary.specials_as_text)
         self._prefix = [vocabulary.bos_id] if vocabulary.add_bos else []
         self._suffix = [vocabulary.eos_id] if vocabulary.append_eos else []
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns one array of ids a text, BOS and EOS included, in the dtype of the .bin file.
+        """Returns one array of ids a sequence, BOS and EOS included, in the dtype of the .bin file.
+
+        Raises:
+            OverflowError, BackendMismatch: as `encode_plain`.
+        """
+        return split_ids(self.sequences(self.encode_plain(texts), range(len(texts))))
+
+    def encode_plain(self, texts: list[str]) -> Encoded:
+        """Returns the ids of all texts end to end, without BOS or EOS, and how many each has.
 
         Raises:
             OverflowError: the tokenizer gave an id outside its vocabulary, which the .bin file could not hold.
             BackendMismatch: the faster backend gave other ids than the exact one.
         """
-        encoded = self._backend.encode(texts)
-        self._compare(texts, encoded)
-        arrays = []
-        for ids in encoded:
-            if ids.size and (ids.max() >= self.vocabulary.vocab_size or ids.min() < 0):
-                raise OverflowError(f"id {ids.max()} is outside the vocabulary of {self.vocabulary.vocab_size}")
-            whole = np.empty(len(self._prefix) + len(ids) + len(self._suffix), dtype=self.dtype)
-            whole[: len(self._prefix)] = self._prefix
-            whole[len(self._prefix) : len(self._prefix) + len(ids)] = ids
-            whole[len(self._prefix) + len(ids) :] = self._suffix
-            arrays.append(whole)
-        return arrays
+        ids, lengths = self._backend.encode(texts)
+        self._compare(texts, ids, lengths)
+        if ids.size and (ids.max() >= self.vocabulary.vocab_size or ids.min() < 0):
+            raise OverflowError(f"id {ids.max()} is outside the vocabulary of {self.vocabulary.vocab_size}")
+        return ids, lengths
 
-    def _compare(self, texts: list[str], encoded: list[np.ndarray]) -> None:
+    def sequences(self, encoded: Encoded, chosen: Sequence[int]) -> Encoded:
+        """Returns the sequences of the chosen documents end to end, BOS and EOS included, and the tokens of each."""
+        ids, lengths = encoded
+        ends = np.cumsum(lengths)
+        begin, stop = (ends - lengths).tolist(), ends.tolist()
+        added = len(self._prefix) + len(self._suffix)
+        most = self.vocabulary.row_tokens - added if self.vocabulary.row_tokens else 0
+        parts = [
+            (start, min(start + most, stop[n]) if most else stop[n])
+            for n in chosen
+            for start in (range(begin[n], max(stop[n], begin[n] + 1), most) if most else (begin[n],))
+        ]
+        sizes = np.array([b - a + added for a, b in parts], dtype=np.int64)
+        whole = np.empty(int(sizes.sum()), dtype=self.dtype)
+        at = 0
+        for a, b in parts:
+            after = at + len(self._prefix) + b - a
+            whole[at : at + len(self._prefix)] = self._prefix
+            whole[at + len(self._prefix) : after] = ids[a:b]
+            at = after + len(self._suffix)
+        if self._suffix:
+            whole[np.cumsum(sizes) - 1] = self._suffix[0]
+        return whole, sizes
+
+    def _compare(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> None:
         if self._exact is None:
             return
-        for text, ids in zip(texts, encoded, strict=True):
+        for number, text in enumerate(texts):
             if len(text) <= CHECKED_CHARACTERS:
-                if not np.array_equal(self._exact.encode([text])[0], ids):
+                start = int(lengths[:number].sum())
+                if not np.array_equal(self._exact.encode([text])[0], ids[start : start + int(lengths[number])]):
                     raise BackendMismatch(
-                        f"gigatoken and hf give different ids for a document that begins {text[:40]!r}"
+                        f"{self.name} and hf give different ids for a document that begins {text[:40]!r}"
                     )
                 return

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from data_prep.errors import InputError
 from data_prep.files import write_atomically
+from data_prep.tokenizer.backends import byte_letters
 from data_prep.tokenizer.bpe import byte_level
 
 PACKAGE = "llama-models"
@@ -84,7 +85,7 @@ def _convert(raw: bytes) -> str:
     for line in raw.splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
-    spelling = _byte_spelling()
+    spelling = byte_letters()
     vocab = {_spell(token, spelling): rank for token, rank in ranks.items()}
     merges = [(_spell(left, spelling), _spell(right, spelling)) for left, right in _merges(ranks)]
     tokenizer = byte_level(Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=True)))
@@ -107,12 +108,5 @@ def _special(number: int) -> str:
     return NAMED_SPECIALS.get(number, f"<|reserved_special_token_{number}|>")
 
 
-def _byte_spelling() -> list[str]:
-    """Returns the printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def _spell(token: bytes, spelling: list[str]) -> str:
+def _spell(token: bytes, spelling: dict[int, str]) -> str:
     return "".join(spelling[byte] for byte in token)

@@ -5,17 +5,21 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data_prep.config import BpeTokenizer, Config, Llama3Tokenizer
+from data_prep.config import BpeTokenizer, Config, Llama3Tokenizer, Specials
 from data_prep.errors import InputError
 from data_prep.files import read_json, write_atomically, write_json
 from data_prep.planning import Shard
+from data_prep.run_config import Packing
 from data_prep.tokenizer import bpe, llama3
+from data_prep.tokenizer.backends import HuggingFaceBackend
 from data_prep.tokenizer.encoding import Vocabulary
 from ssa_pretrain.data.indexed_format import file_sha256
 
 
-def prepare_vocabulary(config: Config, shards: list[Shard], inputs: list[str], work: Path) -> Vocabulary:
-    """Returns the vocabulary of a run; trains or converts its tokenizer unless that has been done.
+def prepare_vocabulary(
+    config: Config, shards: list[Shard], inputs: list[str], work: Path
+) -> tuple[Vocabulary, HuggingFaceBackend]:
+    """Returns the vocabulary of a run, and its tokenizer, loaded; trains or converts it unless that has been done.
 
     Args:
         config: the run's settings.
@@ -49,7 +53,9 @@ def _trained(choice: BpeTokenizer, config: Config, shards: list[Shard], inputs: 
     return path
 
 
-def _described(config: Config, path: Path, name: str, eos: str, bos: str | None) -> Vocabulary:
+def _described(
+    config: Config, path: Path, name: str, eos: str, bos: str | None
+) -> tuple[Vocabulary, HuggingFaceBackend]:
     tokenizer = _load(path)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     for key, token in (("eos", eos), ("bos", bos)):
@@ -59,7 +65,8 @@ def _described(config: Config, path: Path, name: str, eos: str, bos: str | None)
             raise InputError(
                 f"{path} has no token {token!r}; set tokenizer.{key}_token to one that it has (its special tokens: {known})"
             )
-    return Vocabulary(
+    specials_as_text = config.policy.specials is Specials.text
+    vocabulary = Vocabulary(
         path=str(path),
         sha256=file_sha256(path),
         name=name,
@@ -68,8 +75,10 @@ def _described(config: Config, path: Path, name: str, eos: str, bos: str | None)
         bos_id=vocab[bos] if bos is not None else None,
         add_bos=config.policy.add_bos,
         append_eos=config.policy.append_eos,
-        specials_as_text=config.policy.specials.value == "text",
+        specials_as_text=specials_as_text,
+        row_tokens=config.packing.row_tokens if config.packing.kind is Packing.official_row else 0,
     )
+    return vocabulary, HuggingFaceBackend(str(path), specials_as_text, tokenizer)
 
 
 def _load(path: Path) -> Tokenizer:
@@ -82,13 +91,13 @@ def _load(path: Path) -> Tokenizer:
             f"{path} is not a tokenizer.json (it is not text); for Llama 3's tokenizer.model use tokenizer=llama3"
         ) from None
     try:
-        json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path} is not a tokenizer.json ({error}); fetch it again") from None
-    try:
         return Tokenizer.from_str(text)
     except Exception as error:
         # The Rust library raises the base class itself, so nothing narrower can be caught; subclasses are not its own.
         if type(error) is not Exception:
             raise
+        try:
+            json.loads(text)
+        except ValueError as clearer:
+            error = clearer
         raise InputError(f"{path} is not a tokenizer.json ({error}); fetch it again") from None

@@ -56,7 +56,10 @@ def collate(rows: Iterable[Row], *, index: int, isolate_documents: bool = True) 
     tokens, labels, masks, starts = [], [], [], []
     for row in rows:
         start = row.starts.copy() if isolate_documents else np.zeros_like(row.starts)
-        masks.append(~start[1:])
+        mask = ~start[1:]
+        if row.padding:
+            mask[-row.padding :] = False
+        masks.append(mask)
         start[0] = True
         starts.append(start[:-1])
         tokens.append(row.tokens[:-1])

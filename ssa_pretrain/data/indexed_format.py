@@ -202,6 +202,7 @@ class Manifest:
     bytes_per_token: float  # UTF-8 bytes of text a token, both splits
     fingerprint: str  # sha256 of all that determines the bytes of the shards
     schema: int = SCHEMA
+    weights: dict[str, float] = field(default_factory=dict)  # share of each part in training; empty: by its tokens
     details: dict[str, Any] = field(default_factory=dict)  # counts for people; nothing may depend on them
 
     def prefix_path(self, shard: ShardInfo) -> Path:
@@ -211,6 +212,17 @@ class Manifest:
     def tokens(self, split: str) -> int:
         """Returns the number of tokens of a split."""
         return sum(shard.tokens for shard in self.splits[split])
+
+    def blend(self, split: str) -> tuple[list[str], list[float]]:
+        """Returns prefixes and weights as megatron-core's `BlendedMegatronDatasetConfig.blend` takes them."""
+        shards = self.splits[split]
+        sizes: dict[str, int] = {}
+        for shard in shards:
+            sizes[shard.name] = sizes.get(shard.name, 0) + shard.tokens
+        shares = self.weights or {name: float(size) for name, size in sizes.items()}
+        total = sum(shares[name] for name in sizes)
+        weights = [shares[s.name] / total * s.tokens / sizes[s.name] for s in shards]
+        return [str(self.prefix_path(shard)) for shard in shards], weights
 
     def to_json(self) -> str:
         """Returns the text of manifest.json."""

@@ -95,9 +95,7 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 def bytes_of(folder: Path) -> str:
     """Returns one digest of all that a dataset consists of."""
     root = folder / "dataset"
-    names = sorted(
-        str(p.relative_to(root)) for p in root.rglob("*") if p.is_file() and p.parent.name in ("train", "heldout")
-    )
+    names = sorted(str(p.relative_to(root)) for split in ("train", "heldout") for p in (root / split).iterdir())
     total = hashlib.sha256()
     for name in [*names, "tokenizer.json", "manifest.json"]:
         total.update(name.encode() + b"\0" + (root / name).read_bytes())
@@ -136,13 +134,13 @@ def test_any_number_of_workers_gives_the_same_bytes_and_no_torch(tmp_path, setti
 
 
 @pytest.mark.skipif(find_spec("gigatoken") is None, reason="gigatoken is not installed")
-def test_either_backend_gives_the_same_bytes(tmp_path, settings):
+def test_every_backend_gives_the_same_bytes(tmp_path, settings):
     digests = []
-    for backend in ("gigatoken", "hf"):
+    for backend in ("gigatoken", "tiktoken", "hf"):
         assert f"backend {backend} (" in finish(start(tmp_path, *settings, f"backend={backend}"))
         digests.append(bytes_of(tmp_path))
         subprocess.run(["rm", "-r", str(tmp_path / "dataset")], check=True)
-    assert digests[0] == digests[1]
+    assert len(set(digests)) == 1
 
 
 def test_documents_come_back_in_order_on_their_side(tmp_path, settings):
@@ -252,10 +250,10 @@ def test_finished_shards_survive_an_interruption(tmp_path, settings):
     root = tmp_path / "dataset"
     (root / "manifest.json").unlink()
     (root / "work" / "shards" / "text_00003.json").unlink()
-    kept = (root / "train" / "text_00002.bin").stat().st_mtime_ns
+    kept = (root / "train" / "text_00002.bin").stat().st_ino
     said = finish(start(tmp_path, *settings))
     assert "reusing 11 of 12 shards" in said and "tokenizing 1 shards" in said
-    assert (root / "train" / "text_00002.bin").stat().st_mtime_ns == kept
+    assert (root / "train" / "text_00002.bin").stat().st_ino == kept
     assert bytes_of(tmp_path) == expected
 
 
@@ -275,6 +273,7 @@ def test_damaged_dataset_is_repaired(tmp_path, settings, damage):
     raw = bytearray(path.read_bytes())
     if damage == "remove":
         path.unlink()
+        (tmp_path / "dataset" / "work" / "shards" / "train" / "text_00001.bin").unlink()  # its other name
     else:
         raw[100] ^= 1
         path.write_bytes(raw if damage == "flip" else raw[:-2])
@@ -303,6 +302,7 @@ def test_other_settings_do_not_replace_a_dataset_unasked(tmp_path, settings):
     present = {
         str(p.relative_to(manifest.root)) for split in ("train", "heldout") for p in (manifest.root / split).iterdir()
     }
+    present = {name for name in present if not name.endswith(".sums")}
     assert present == listed and len(manifest.splits["train"]) == 1
 
 
@@ -319,9 +319,9 @@ def test_bad_line_in_a_worker_ends_the_run_at_once_with_its_name(tmp_path, setti
         file.write('{"text": \n')
     started = time.monotonic()
     said = finish(start(tmp_path, *settings, "workers=2"), code=4)
-    assert f"error: {tmp_path}/corpus/1.jsonl:251: the line is not JSON" in said
+    assert f"error: {tmp_path}/corpus/1.jsonl:251: the line is not JSON" in said and "(shard text_0000" in said
     assert "Traceback" not in said
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 30  # 2 s on an idle machine; this one may be busy
     assert not (tmp_path / "dataset" / "manifest.json").exists()
 
 
@@ -331,15 +331,15 @@ def test_killed_worker_is_reported_and_the_next_run_goes_on(tmp_path, settings):
     victim = None
     deadline = time.monotonic() + 60
     while victim is None and time.monotonic() < deadline and process.poll() is None:
-        for path in (tmp_path / "dataset" / "train").glob("*.tmp"):
+        for path in (tmp_path / "dataset" / "work" / "shards" / "train").glob("*.tmp"):
             victim = int(path.name.split(".")[-2])
         time.sleep(0.01)
     assert victim is not None and victim != process.pid
     os.kill(victim, signal.SIGKILL)
     said = finish(process, code=4)
     assert (
-        "a worker process was killed, most often because memory ran out; run the same command again with workers=1"
-        in said
+        "a worker process was killed (signal 9), most often because memory ran out (shard text_000" in said
+        and "; run the same command again with fewer workers: finished shards are kept" in said
     )
     finish(start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2"))
     verify_hashes(load_manifest(tmp_path / "dataset"))
@@ -351,7 +351,9 @@ def test_workers_end_with_their_parent(tmp_path, settings):
     workers: set[int] = set()
     deadline = time.monotonic() + 60
     while len(workers) < 2 and time.monotonic() < deadline:
-        workers = {int(p.name.split(".")[-2]) for p in (tmp_path / "dataset" / "train").glob("*.tmp")}
+        workers = {
+            int(p.name.split(".")[-2]) for p in (tmp_path / "dataset" / "work" / "shards" / "train").glob("*.tmp")
+        }
         time.sleep(0.01)
     process.kill()
     process.communicate()
@@ -364,19 +366,18 @@ def test_workers_end_with_their_parent(tmp_path, settings):
 def test_interrupt_says_how_to_go_on(tmp_path, settings):
     write_jsonl(tmp_path / "corpus" / "9.jsonl", texts(60_000, seed=9))
     process = start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2")
-    while not list((tmp_path / "dataset" / "train").glob("*.tmp")) and process.poll() is None:
+    while not list((tmp_path / "dataset" / "work" / "shards" / "train").glob("*.tmp")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     said = finish(process, code=130)
     assert "interrupted; run the same command again to go on" in said and "Traceback" not in said
 
 
-def test_progress_is_plain_lines_when_piped(tmp_path, settings):
+def test_progress_is_json_lines_when_piped(tmp_path, settings):
     said = finish(start(tmp_path, *settings))
-    lines = [line for line in said.splitlines() if line.startswith("tokenizing 100 %")]
-    assert re.fullmatch(
-        r"tokenizing 100 %: shards 12/12, docs 1,000, tokens \d\.\d\d M, [\d.]+ MB/s, ETA 0 s", lines[-1]
-    ), said
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert lines[-1]["stage"] == "tokenize" and lines[-1]["done"] == 1 and lines[-1]["eta_s"] == 0
+    assert (lines[-1]["shards"], lines[-1]["of_shards"], lines[-1]["documents"]) == (12, 12, 1000)
     assert "\r" not in said
 
 

@@ -29,7 +29,7 @@ NASTY = [
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     pytest.importorskip("llama_models", reason="llama-models is not installed (extra llama3)")
     cache = str(tmp_path_factory.mktemp("cache"))
-    return prepare_vocabulary(Config(tokenizer=Llama3Tokenizer(), cache=cache), [], [], Path("unused"))
+    return prepare_vocabulary(Config(tokenizer=Llama3Tokenizer(), cache=cache), [], [], Path("unused"))[0]
 
 
 @pytest.fixture(scope="module")

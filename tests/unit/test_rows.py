@@ -62,7 +62,7 @@ def manifest(tmp_path) -> Manifest:
 
 
 def test_stream_reads_across_documents_and_files(manifest):
-    stream = TokenStream([manifest.root / "english_0", manifest.root / "english_1"])
+    stream = TokenStream([manifest.root / "english_0", manifest.root / "english_1"], manifest.tokenizer.vocab_size)
     whole = documents(0, 40, 0)
     starts = np.concatenate([[0], np.cumsum([len(d) for d in whole])[:-1]])
     for offset, count in ((0, 10), (5, stream.num_tokens - 5), (sum(len(d) for d in whole[:25]) - 3, 7)):

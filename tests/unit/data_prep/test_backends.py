@@ -1,4 +1,4 @@
-"""gigatoken gives hf's ids or is not used, and says why; a difference during the run is found."""
+"""A faster backend gives hf's ids or is not used, and the run says why; a difference during the run is found."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from data_prep.config import BackendChoice, BpeTokenizer, Config
 from data_prep.errors import ConfigurationError
@@ -28,28 +29,33 @@ NASTY = [
     "1234567",
 ]
 
+needs_tiktoken = pytest.mark.skipif(backends.find_spec("tiktoken") is None, reason="tiktoken is not installed")
 needs_gigatoken = pytest.mark.skipif(backends.find_spec("gigatoken") is None, reason="gigatoken is not installed")
 
 
 @pytest.fixture
 def vocabulary(tmp_path: Path, corpus: Path) -> Vocabulary:
     plan = plan_shards([Subset("text", "jsonl", (str(corpus),))], 0)
-    return prepare_vocabulary(Config(tokenizer=BpeTokenizer(vocab_size=560)), plan, ["digest"], tmp_path / "work")
+    return prepare_vocabulary(Config(tokenizer=BpeTokenizer(vocab_size=560)), plan, ["digest"], tmp_path / "work")[0]
 
 
 def choose(vocabulary: Vocabulary, asked: BackendChoice = BackendChoice.auto, texts=NASTY) -> tuple[str, str]:
-    return choose_backend(asked, vocabulary.path, True, lambda: list(texts))
+    name, reason, backend = choose_backend(asked, vocabulary.path, True, lambda: list(texts))
+    assert isinstance(backend, backends.BACKENDS[name])
+    return name, reason
 
 
-@needs_gigatoken
-def test_both_backends_give_the_same_ids(vocabulary):
+@pytest.mark.parametrize(
+    "name", [pytest.param("gigatoken", marks=needs_gigatoken), pytest.param("tiktoken", marks=needs_tiktoken)]
+)
+def test_every_backend_gives_the_same_ids(vocabulary, name):
     one = Encoder(vocabulary, "hf").encode(NASTY)
-    other = Encoder(vocabulary, "gigatoken").encode(NASTY)
+    other = Encoder(vocabulary, name).encode(NASTY)
     assert [ids.tolist() for ids in one] == [ids.tolist() for ids in other]
     assert {ids.dtype for ids in other} == {np.dtype("uint16")}
     with_bos = replace(vocabulary, add_bos=True)
-    assert Encoder(with_bos, "gigatoken").encode([]) == []
-    assert Encoder(with_bos, "gigatoken").encode(["a"])[0].tolist() == Encoder(with_bos, "hf").encode(["a"])[0].tolist()
+    assert Encoder(with_bos, name).encode([]) == []
+    assert Encoder(with_bos, name).encode(["a"])[0].tolist() == Encoder(with_bos, "hf").encode(["a"])[0].tolist()
 
 
 @needs_gigatoken
@@ -59,11 +65,41 @@ def test_auto_takes_gigatoken_where_it_agrees(vocabulary):
     assert choose(vocabulary, BackendChoice.hf) == ("hf", "as asked")
 
 
-def test_gigatoken_that_is_not_installed(vocabulary, monkeypatch):
+def test_backends_that_are_not_installed(vocabulary, monkeypatch):
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
-    assert choose(vocabulary) == ("hf", "gigatoken is not installed (pip install gigatoken makes it faster)")
+    assert choose(vocabulary) == (
+        "hf",
+        "gigatoken is not installed (pip install gigatoken makes it faster); "
+        "tiktoken is not installed (pip install tiktoken makes it faster)",
+    )
     with pytest.raises(ConfigurationError, match="backend=gigatoken cannot be used: gigatoken is not installed"):
         choose(vocabulary, BackendChoice.gigatoken)
+
+
+@needs_tiktoken
+def test_tiktoken_is_the_second_choice(vocabulary, monkeypatch):
+    known = backends.find_spec
+    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "gigatoken" else known(name))
+    name, reason = choose(vocabulary)
+    assert name == "tiktoken"
+    assert (
+        reason == "gigatoken is not installed (pip install gigatoken makes it faster); the same ids as hf on a sample"
+    )
+    assert choose(vocabulary, BackendChoice.tiktoken) == ("tiktoken", "the same ids as hf on a sample")
+
+
+def test_added_tokens_are_cut_out_of_any_tokenizer_file(vocabulary):
+    content = json.loads(Path(vocabulary.path).read_text())
+    assert content["added_tokens"]
+    late = dict(reversed(content.items()))  # the list after the model, where it has to be parsed
+    for form in (Path(vocabulary.path).read_text(), json.dumps(content), json.dumps(late)):
+        assert json.loads(backends.without_added_tokens(form)) == content | {"added_tokens": []}
+
+
+def test_byte_letters_are_gpt2s(vocabulary):
+    letters = backends.byte_letters()
+    assert len(set(letters.values())) == 256 and letters[ord("A")] == "A" and letters[ord(" ")] == "Ġ"
+    assert set(pre_tokenizers.ByteLevel.alphabet()) == set(letters.values())
 
 
 @needs_gigatoken
@@ -74,21 +110,28 @@ def test_tokenizer_that_gigatoken_does_not_know(tmp_path, vocabulary):
     name, reason = choose(replace(vocabulary, path=str(tmp_path / "words.json")))
     assert name == "hf"
     assert re.match(r'gigatoken does not know this tokenizer \(Unsupported model type "WordLevel"', reason)
+    assert "; tiktoken does not know this tokenizer (not a byte-level BPE of one pattern: " in reason
 
 
 def wrong_for_emoji(monkeypatch) -> None:
     honest = GigatokenBackend.encode
-    monkeypatch.setattr(
-        GigatokenBackend,
-        "encode",
-        lambda self, texts: [ids[:-1] if "🙂" in t else ids for t, ids in zip(texts, honest(self, texts), strict=True)],
-    )
+
+    def encode(self, texts):
+        ids, lengths = honest(self, texts)
+        ids = ids.copy()
+        for number, text in enumerate(texts):
+            if "🙂" in text:
+                ids[lengths[:number].sum()] += 1
+        return ids, lengths
+
+    monkeypatch.setattr(GigatokenBackend, "encode", encode)
 
 
 @needs_gigatoken
 def test_backend_that_differs_on_the_sample_is_not_used(vocabulary, monkeypatch):
     wrong_for_emoji(monkeypatch)
     assert choose(vocabulary, texts=NASTY[:3])[0] == "gigatoken"
+    monkeypatch.setattr(backends, "FASTEST_FIRST", ("gigatoken",))
     name, reason = choose(vocabulary)
     assert name == "hf"
     assert reason == f"gigatoken gives other ids than hf for a document that begins {NASTY[4]!r}"

@@ -1,6 +1,7 @@
-"""A bar where a person looks at a terminal, plain lines where the output is piped."""
+"""A bar where a person looks at a terminal, JSON lines where the output is piped."""
 
 import io
+import json
 
 from data_prep.progress import Display
 
@@ -21,18 +22,32 @@ def test_terminal_gets_a_bar_that_redraws_its_line():
     assert "| shards 1/4, docs 10, tokens 2.00 M, " in last and "MB/s" in last
 
 
-def test_pipe_gets_lines_with_the_time_left():
+def test_pipe_gets_json_lines_with_the_time_left(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("data_prep.progress.time.monotonic", lambda: now[0])
     stream = io.StringIO()
     display = Display(1000, 4, stream)
-    display.update(10, 2_000_000, 500, 250)
+    now[0] += 2
+    display.update(5, 1_000_000, 250, 100)  # too early for a line
+    now[0] += 8
+    display.shard_done()
+    display.update(10, 2_000_000, 50_000_000, 250)
+    assert json.loads(stream.getvalue()) == {
+        "stage": "tokenize",
+        "done": 0.25,
+        "shards": 1,
+        "of_shards": 4,
+        "documents": 10,
+        "tokens": 2_000_000,
+        "mb_per_s": 5.0,
+        "seconds": 10.0,
+        "eta_s": 30,
+    }
     display.close()
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 1 and "\r" not in stream.getvalue()
-    assert lines[0].startswith("tokenizing  25 %: shards 0/4, docs 10, tokens 2.00 M, ")
-    assert lines[0].endswith(" s")
+    assert len(stream.getvalue().splitlines()) == 2 and "\r" not in stream.getvalue()
 
 
 def test_nothing_done_gives_no_guess():
     stream = io.StringIO()
     Display(1000, 4, stream).close()
-    assert stream.getvalue().endswith("ETA unknown\n")
+    assert json.loads(stream.getvalue())["eta_s"] is None

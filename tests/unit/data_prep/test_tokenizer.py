@@ -38,7 +38,7 @@ def plan(corpus):
 @pytest.fixture
 def vocabulary(tmp_path, plan) -> Vocabulary:
     config = Config(tokenizer=BpeTokenizer(vocab_size=560))
-    return prepare_vocabulary(config, plan, ["digest"], tmp_path / "work")
+    return prepare_vocabulary(config, plan, ["digest"], tmp_path / "work")[0]
 
 
 def test_ids_round_trip_and_end_in_eos(vocabulary):
@@ -100,19 +100,19 @@ def test_held_out_documents_do_not_shape_the_tokenizer(tmp_path):
 
 def test_trained_tokenizer_is_reused_until_its_inputs_change(tmp_path, plan, monkeypatch):
     config = Config(tokenizer=BpeTokenizer(vocab_size=560))
-    first = prepare_vocabulary(config, plan, ["digest"], tmp_path / "work")
+    first = prepare_vocabulary(config, plan, ["digest"], tmp_path / "work")[0]
     written = Path(first.path).stat().st_mtime_ns
-    assert prepare_vocabulary(config, plan, ["digest"], tmp_path / "work") == first
+    assert prepare_vocabulary(config, plan, ["digest"], tmp_path / "work")[0] == first
     assert Path(first.path).stat().st_mtime_ns == written
     Path(first.path).write_text("{}")
-    assert prepare_vocabulary(config, plan, ["digest"], tmp_path / "work") == first
-    prepare_vocabulary(config, plan, ["other"], tmp_path / "work")
+    assert prepare_vocabulary(config, plan, ["digest"], tmp_path / "work")[0] == first
+    prepare_vocabulary(config, plan, ["other"], tmp_path / "work")[0]
     assert Path(first.path).stat().st_mtime_ns != written
 
 
 def from_file(path: Path, eos: str = EOS, bos: str | None = None) -> Vocabulary:
     choice = FileTokenizer(path=str(path), eos_token=eos, bos_token=bos)
-    return prepare_vocabulary(Config(tokenizer=choice, policy=PolicyConfig()), [], [], Path("unused"))
+    return prepare_vocabulary(Config(tokenizer=choice, policy=PolicyConfig()), [], [], Path("unused"))[0]
 
 
 def test_tokenizer_file_is_used_as_it_is(vocabulary):

@@ -1,0 +1,163 @@
+"""data_prep beside its peers, on one text, in one pass: wall and processor seconds, peak memory, MB/s.
+
+    python -m data_prep.bench text.jsonl work=/tmp/bench                                 # this program and the raw tokenizers
+    python -m data_prep.bench text.jsonl work=/tmp/bench peers=/path/to/python megatron=/path/to/Megatron-LM
+
+Each row is a process of its own that reads the same JSON lines with the Llama-3 tokenizer; its start is included, except in the raw
+rows, which are the encoder alone, timed after loading, and bound what a program around it can reach. Memory is the sum of
+proportional set sizes (PSS) over the process and its children, asked for five times a second. The rows run one after the other, `rounds` times
+over, and the best of each is shown: what else the machine does then disturbs all of them alike.
+
+    work=FOLDER       where outputs go; removed afterwards
+    rounds=1
+    rows=a,b,c        only these
+    processes=2       workers of every row
+    peers=PYTHON      an interpreter with datatrove[io,processing] and, for megatron, what Megatron-LM's tool imports
+    megatron=FOLDER   a checkout of Megatron-LM; its tools/preprocess_data.py is run from there
+"""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from data_prep.tokenizer.llama3 import BOS, EOS, llama3_json
+
+ASK_SECONDS = 0.2
+RAW = Path(__file__).with_name("raw.py")
+DATATROVE = Path(__file__).with_name("datatrove_writer.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run of one row."""
+
+    wall: float
+    cpu: float
+    peak_mb: float
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the benchmark and prints a table in Markdown."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 3
+    text, options = Path(arguments[0]).absolute(), dict(argument.split("=", 1) for argument in arguments[1:])
+    work = Path(options.get("work", "outputs/bench")).absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    size = sum(len(json.loads(line)["text"].encode()) for line in open(text, "rb")) / 1e6
+    commands = rows(text, work, options)
+    if wanted := options.get("rows"):
+        commands = {name: commands[name] for name in wanted.split(",")}
+    best: dict[str, Result] = {}
+    for number in range(int(options.get("rounds", "1"))):
+        for name, command in commands.items():
+            shutil.rmtree(work / "out", ignore_errors=True)
+            (work / "out").mkdir()
+            result = measure(command, work)
+            print(f"round {number + 1}: {name}: {result}", file=sys.stderr, flush=True)
+            if name not in best or result.wall < best[name].wall:
+                best[name] = result
+    shutil.rmtree(work / "out", ignore_errors=True)
+    print(table(best, size))
+    return 0
+
+
+def rows(text: Path, work: Path, options: dict[str, str]) -> dict[str, list[str]]:
+    """Returns the command of each row."""
+    processes = options.get("processes", "2")
+    tokenizer = llama3_json(None, work / "cache")
+    out = work / "out"
+    raw = [sys.executable, str(RAW), str(text), str(tokenizer), processes]
+    ours = [sys.executable, "-m", "data_prep", "stage=prepare", "source=jsonl", f"source.paths=[{text}]"]
+    ours += ["tokenizer=llama3", f"cache={work / 'cache'}", f"out={out / 'data'}", f"workers={processes}"]
+    commands = {f"raw {name}": [*raw, name] for name in ("hf", "tiktoken", "gigatoken")}
+    commands |= {f"data_prep {name}": [*ours, f"backend={name}"] for name in ("hf", "tiktoken", "gigatoken")}
+    if peers := options.get("peers"):
+        commands["datatrove"] = [peers, str(DATATROVE), str(text), str(tokenizer), str(out), processes]
+        if megatron := options.get("megatron"):
+            model = work / "hf"
+            model.mkdir(exist_ok=True)
+            shutil.copyfile(tokenizer, model / "tokenizer.json")
+            names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+            (model / "tokenizer_config.json").write_text(json.dumps(names))
+            tool = [
+                peers,
+                f"{megatron}/tools/preprocess_data.py",
+                "--input",
+                str(text),
+                "--output-prefix",
+                str(out / "m"),
+            ]
+            tool += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(model), "--append-eod"]
+            commands["Megatron-LM preprocess_data.py"] = [*tool, "--workers", processes]
+    return commands
+
+
+def measure(command: list[str], work: Path) -> Result:
+    """Runs a command and returns what it took; a raw row tells its wall time itself.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
+    log = work / "last.log"
+    started, before = time.monotonic(), _child_seconds()
+    with open(log, "w") as file:
+        process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=work)
+        peak = 0.0
+        while process.poll() is None:
+            family = [process]
+            try:
+                family += process.children(recursive=True)
+                peak = max(peak, sum(_pss(one) for one in family))
+            except psutil.Error:
+                pass
+            time.sleep(ASK_SECONDS)
+    wall, cpu = time.monotonic() - started, _child_seconds() - before
+    last = log.read_text().strip().splitlines()[-1:]
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with code {process.returncode}; see {log}")
+    if last and last[0].startswith('{"wall"'):
+        own = json.loads(last[0])
+        return Result(own["wall"], own["cpu"], peak / 1e6)
+    return Result(wall, cpu, peak / 1e6)
+
+
+def _child_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _pss(process: psutil.Process) -> float:
+    try:
+        return process.memory_full_info().pss
+    except psutil.Error:
+        return 0.0
+
+
+def table(best: dict[str, Result], size: float) -> str:
+    """Returns the results in Markdown."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "tiktoken", "gigatoken"))
+    lines = [
+        f"{size:.1f} MB of text; {versions}",
+        "",
+        "| row | wall s | CPU s | MB/s | peak PSS MB | MB a CPU second |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in best.items():
+        lines.append(
+            f"| {name} | {result.wall:.1f} | {result.cpu:.1f} | {size / result.wall:.1f} | {result.peak_mb:.0f} | "
+            f"{size / max(result.cpu, 0.01):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,132 @@
+"""The manifest: what a finished dataset is, written last and renamed into place, and what would replace it.
+
+Beside it go tokenizer.json and, for tools that take megatron-core's blends, train.blend and heldout.blend: `weight prefix` pairs,
+as `--data-path` takes them. `Manifest.blend` gives the same to programs.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.budget import shares
+from data_prep.config import Config, Verify
+from data_prep.corpus import Work, other_dataset
+from data_prep.errors import InputError
+from data_prep.files import digest, read_json, write_atomically
+from data_prep.merging import Splits, groups_of
+from data_prep.progress import Say
+from data_prep.run_config import MixConfig, Packing
+from data_prep.shards import RATIO_BINS, counts_path
+from data_prep.tokenizing import Made
+from ssa_pretrain.data.indexed_format import (
+    SPLITS,
+    Manifest,
+    TokenizerInfo,
+    load_manifest,
+    unigram_entropy,
+    verify_hashes,
+)
+
+
+def dataset_fingerprint(config: Config, work: Work) -> str:
+    """Returns the sha256 of all that determines the tokens of a dataset: every shard that there could be, and the mix."""
+    shards = [job.fingerprint for job in work.jobs]
+    return digest(shards if config.mix == MixConfig() else [shards, asdict(config.mix)])
+
+
+def finished_dataset(config: Config, out: Path, fingerprint: str, say: Say) -> Manifest | None:
+    """Returns the dataset in `out` if it is the one asked for and whole, None if there is work to do.
+
+    Raises:
+        InputError: `out` holds another dataset, and overwrite=true was not said.
+    """
+    known = read_json(out / "manifest.json")
+    if not isinstance(known, dict):
+        return None
+    if known.get("fingerprint") != fingerprint:
+        if config.overwrite:
+            return None
+        raise other_dataset(config)
+    if known.get("details", {}).get("merge_files") != config.merge.files:
+        say(f"merging again: merge.files={config.merge.files}")
+        return None
+    try:
+        manifest = load_manifest(out)
+        if config.verify is Verify.full:
+            verify_hashes(manifest)
+    except ValueError as error:
+        say(f"repairing: {error}")
+        return None
+    return manifest
+
+
+def commit(config: Config, out: Path, work: Work, made: list[Made], splits: Splits) -> Manifest:
+    """Writes the manifest of the files that were made, and returns it."""
+    vocabulary = work.vocabulary
+    documents = {split: sum(shard.documents for shard in splits[split]) for split in SPLITS}
+    _check_not_empty(documents, config.split.heldout_fraction)
+    write_atomically(out / "tokenizer.json", Path(vocabulary.path).read_bytes())
+    counts = np.zeros((len(SPLITS), vocabulary.vocab_size), dtype=np.int64)
+    for one in made:
+        counts += np.load(counts_path(out, one.job.shard.stem))
+    ratios = {name: [0] * RATIO_BINS for name in dict.fromkeys(one.job.shard.name for one in made)}
+    for one in made:
+        have = ratios[one.job.shard.name]
+        have[:] = [a + b for a, b in zip(have, one.record["bytes_per_token_histogram"], strict=True)]
+    totals = {
+        key: sum(one.record[key] for one in made) for key in ("text_bytes", "source_documents", "empty_documents")
+    }
+    policy = {**asdict(config.policy), "specials": config.policy.specials.value, "packing": config.packing.kind.value}
+    if config.packing.kind is Packing.official_row:
+        policy["row_tokens"] = config.packing.row_tokens
+    manifest = Manifest(
+        root=out,
+        tokenizer=TokenizerInfo(
+            file="tokenizer.json",
+            sha256=vocabulary.sha256,
+            vocab_size=vocabulary.vocab_size,
+            eos_id=vocabulary.eos_id,
+            bos_id=vocabulary.bos_id,
+            name=vocabulary.name,
+        ),
+        policy=policy,
+        splits=splits,
+        sources=tuple(work.corpus.sources),
+        unigram_entropy_nats={split: unigram_entropy(counts[row]) for row, split in enumerate(SPLITS)},
+        bytes_per_token=round(totals["text_bytes"] / int(counts.sum()), 4),
+        fingerprint=dataset_fingerprint(config, work),
+        weights=shares(config.mix, work.jobs) if config.mix.weights else {},
+        details={
+            **totals,
+            "documents": documents,
+            "split": asdict(config.split),
+            "merge_files": config.merge.files,
+            "shards": len(made),
+            "of_shards": len(work.jobs),
+            "target_tokens": config.mix.target_tokens,
+            "bytes_per_token_histograms": ratios,
+            "members": {g.stem: [m.job.shard.stem for m in g.members] for g in groups_of(made, config.merge.files)},
+        },
+    )
+    for split in SPLITS:
+        prefixes, weights = manifest.blend(split)
+        lines = [f"{weight:.9g} {prefix}\n" for weight, prefix in zip(weights, prefixes, strict=True)]
+        write_atomically(out / f"{split}.blend", "".join(lines).encode())
+    write_atomically(out / "manifest.json", manifest.to_json().encode())
+    return load_manifest(out)
+
+
+def _check_not_empty(documents: dict[str, int], fraction: float) -> None:
+    total = sum(documents.values())
+    if total == 0:
+        raise InputError("the corpus is empty: no document has any text; check source.paths and source.text_column")
+    if documents["train"] == 0:
+        raise InputError(
+            f"the train split is empty: all {total} documents were held out by split.heldout_fraction={fraction}; lower it"
+        )
+    if documents["heldout"] == 0 and fraction > 0:
+        raise InputError(
+            f"the held-out split is empty: {total} documents are too few for split.heldout_fraction={fraction}; "
+            f"try {min(0.5, max(0.1, 10 / total)):.2g}, or 0 for no held-out split"
+        )

@@ -1,0 +1,146 @@
+"""The text of a run: brought to this machine by its source, cut into shards, known by the sha256 of its files.
+
+`fetch_corpus` asks the source for what is missing; `find_corpus` only looks at what is there, and returns None where the source has
+not been asked yet. Both give the same `Corpus` for the same files and settings, whoever runs them and how often.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.config import Config
+from data_prep.errors import InputError
+from data_prep.files import read_json, write_json
+from data_prep.planning import Shard, Subset, file_sums, input_digest, plan_shards
+from data_prep.progress import Say
+from data_prep.shards import Job, shard_fingerprint
+from data_prep.sources.catalog import SOURCES
+from data_prep.sources.store import TextStore, described, has_other_text, known_text, stored_text
+from data_prep.tokenizer.backends import HuggingFaceBackend
+from data_prep.tokenizer.encoding import Vocabulary
+from data_prep.tokenizer.vocabulary import prepare_vocabulary
+
+EXTRACTION_VERSION = 2  # raise it when a source would extract other text from the same packages
+
+Parts = tuple[list[Subset], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What there is to tokenize."""
+
+    sources: list[dict[str, Any]]  # what each origin gave, for the manifest
+    shards: list[Shard]
+    inputs: list[str]  # sha256 of each shard's text
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of input files."""
+        return sum(shard.size for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A corpus and the tokenizer that it meets: all that determines the bytes of the shards."""
+
+    corpus: Corpus
+    vocabulary: Vocabulary
+    exact: HuggingFaceBackend  # the tokenizer, loaded
+    jobs: list[Job]  # every shard of the corpus
+
+
+def fetch_corpus(config: Config, out: Path, say: Say) -> Corpus:
+    """Returns the corpus, after fetching what is not on this machine yet.
+
+    Raises:
+        InputError: the text cannot be had, or fetching would replace the text of another dataset.
+    """
+    settings, source = config.source, SOURCES[config.source.kind]
+    if not source.remembered:
+        return _cut(config, out, _own_files(config, out, say), say)
+    if (out / "manifest.json").exists() and not config.overwrite and has_other_text(out / "text", _key(config)):
+        raise other_dataset(config)  # before its text is replaced
+    cache = Path(config.cache).expanduser().absolute()
+    parts = stored_text(out / "text", _key(config), lambda store: source.fetch(settings, store, say), cache)
+    return _cut(config, out, parts, say)
+
+
+def find_corpus(config: Config, out: Path, say: Say) -> Corpus | None:
+    """Returns the corpus if it is on this machine, else None."""
+    if not SOURCES[config.source.kind].remembered:
+        return _cut(config, out, _own_files(config, out, say), say)
+    parts = known_text(out / "text", _key(config))
+    return _cut(config, out, parts, say) if parts else None
+
+
+def need_corpus(config: Config, out: Path, say: Say) -> Corpus:
+    """Returns the corpus; InputError with the stage to run first where it is not there."""
+    corpus = find_corpus(config, out, say)
+    if corpus is None:
+        raise InputError(
+            f"the text of source={config.source.kind} is not in out={config.out} yet; run stage=fetch first"
+        )
+    return corpus
+
+
+def plan_work(config: Config, out: Path, corpus: Corpus, say: Say) -> Work:
+    """Returns the jobs of a corpus, after making or finding the tokenizer."""
+    vocabulary, exact = prepare_vocabulary(config, corpus.shards, corpus.inputs, out / "work")
+    say(f"tokenizer: {vocabulary.name}, {vocabulary.vocab_size:,} entries")
+    jobs = [
+        Job(shard, shard_fingerprint(text, vocabulary, config.split))
+        for shard, text in zip(corpus.shards, corpus.inputs, strict=True)
+    ]
+    return Work(corpus, vocabulary, exact, jobs)
+
+
+def other_dataset(config: Config) -> InputError:
+    """Returns the refusal to replace what lies in `out`."""
+    return InputError(
+        f"out={config.out} holds a dataset made from other text or settings; choose another out=, or add overwrite=true "
+        "to replace it"
+    )
+
+
+def write_plan(out: Path, config: Config, corpus: Corpus | None) -> None:
+    """Writes work/plan.json: what is to be made, for people and programs; no stage depends on it."""
+    plan: dict[str, Any] = {"source": config.source.kind, "fetched": corpus is not None}
+    if corpus is not None:
+        plan["input_bytes"] = corpus.bytes
+        plan["shards"] = [
+            {
+                "stem": shard.stem,
+                "bytes": shard.size,
+                "sha256": text,
+                "pieces": [asdict(piece) for piece in shard.pieces],
+            }
+            for shard, text in zip(corpus.shards, corpus.inputs, strict=True)
+        ]
+    if read_json(out / "work" / "plan.json") != plan:
+        write_json(out / "work" / "plan.json", plan)
+
+
+def _key(config: Config) -> dict[str, Any]:
+    return {"version": EXTRACTION_VERSION, **asdict(config.source)}
+
+
+def _own_files(config: Config, out: Path, say: Say) -> Parts:
+    store = TextStore(out / "text", Path(config.cache).expanduser().absolute())
+    SOURCES[config.source.kind].fetch(config.source, store, say)
+    return store.subsets(), described(store)
+
+
+def _cut(config: Config, out: Path, parts: Parts, say: Say) -> Corpus:
+    subsets, sources = parts
+    shards = plan_shards(subsets, config.shard_mb)
+    if not shards:
+        raise InputError("the corpus is empty: its files hold no bytes; check source.paths")
+    sums = file_sums(shards, out / "work" / "inputs.json")
+    corpus = Corpus(
+        [{"kind": config.source.kind, **source} for source in sources],
+        shards,
+        [input_digest(shard, sums) for shard in shards],
+    )
+    write_plan(out, config, corpus)
+    say(f"corpus: {corpus.bytes / 1e6:.1f} MB in {len(sums)} files, {len(shards)} shards")
+    return corpus

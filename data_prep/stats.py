@@ -1,0 +1,224 @@
+"""The stage `stats`: figures of a finished dataset as stats.json and as a page, and what a full run of the same kind would cost.
+
+Read from the indices, the manifest and the rates of the runs that made the shards; no token is read. Lengths are counted in bins
+of a quarter octave, so memory does not grow with the number of documents. Done once for a manifest: the second time there is
+nothing to do.
+
+Cost: the rate of one core is measured, text bytes over processor seconds of the workers; nodes are taken to scale until their disks
+are busy, which is where tokenizing ends up with the fastest backend.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.binaries import with_suffix
+from data_prep.config import Config
+from data_prep.errors import InputError
+from data_prep.files import only_writer, read_json, write_atomically, write_json
+from data_prep.merging import lengths_of
+from data_prep.pipeline import folder
+from data_prep.progress import Say
+from data_prep.run_config import StatsConfig
+from data_prep.stats_page import page
+from ssa_pretrain.data.indexed_format import SPLITS, Manifest, file_sha256, load_manifest
+
+BINS_AN_OCTAVE = 4
+NODES = (1, 8, 64)
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Lengths of the documents of one part and split."""
+
+    documents: int
+    tokens: int
+    longest: int
+    histogram: list[int]  # documents whose length is at least 2^(i / 4) and below 2^((i + 1) / 4)
+    as_long_as_a_row: int  # documents of at least a row
+    tokens_in_those: int
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a document."""
+        return self.tokens / max(1, self.documents)
+
+
+def stats_stage(config: Config, say: Say) -> str:
+    """Writes stats.json and stats.html and returns the figures as a table.
+
+    Raises:
+        InputError: there is no finished dataset in `out`.
+    """
+    out = folder(config)
+    try:
+        manifest = load_manifest(out)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    with only_writer(out):
+        key = {"schema": SCHEMA, "manifest": file_sha256(out / "manifest.json"), **asdict(config.stats)}
+        known = read_json(out / "stats.json")
+        if isinstance(known, dict) and known.get("key") == key and (out / "stats.html").is_file():
+            say(f"{out / 'stats.json'} is up to date")
+            return table(known)
+        figures = {"key": key, **collect(manifest, config.stats, read_rates(out))}
+        write_atomically(out / "stats.html", page(figures).encode())
+        write_json(out / "stats.json", figures)
+    return table(figures)
+
+
+def collect(manifest: Manifest, config: StatsConfig, rates: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns all figures of a dataset, as plain data."""
+    parts = {split: _parts(manifest, split, config.sequence_length) for split in SPLITS}
+    details, tokens = manifest.details, manifest.tokens("train")
+    shares = manifest.weights or {name: own.tokens / max(1, tokens) for name, own in parts["train"].items()}
+    return {
+        "dataset": str(manifest.root),
+        "tokenizer": manifest.tokenizer.name,
+        "policy": manifest.policy,
+        "text_bytes": details["text_bytes"],
+        "bytes_per_token": manifest.bytes_per_token,
+        "source_documents": details["source_documents"],
+        "empty_documents": details["empty_documents"],
+        "shards": details["shards"],
+        "files": {split: len(manifest.splits[split]) for split in SPLITS},
+        "bytes_on_disk": sum(s.bin_bytes + s.idx_bytes for files in manifest.splits.values() for s in files),
+        "splits": {s: {n: asdict(own) | {"mean": own.mean} for n, own in parts[s].items()} for s in SPLITS},
+        "bytes_per_token_histograms": details["bytes_per_token_histograms"],
+        "sources": list(manifest.sources),
+        "fill": fill(manifest, parts["train"], config.sequence_length),
+        "budget": {
+            "tokens": config.budget_tokens,
+            "epochs": {name: shares[name] * config.budget_tokens / own.tokens for name, own in parts["train"].items()},
+        },
+        "plan": cost(manifest, config, rates),
+    }
+
+
+def fill(manifest: Manifest, parts: dict[str, Lengths], row: int) -> dict[str, float]:
+    """Returns the share of real tokens in the rows of training, under either packing.
+
+    megatron: documents flow over rows, and what is left at the end of a part is not used. official_row: each row is one sequence of
+    at most a row, padded; a longer document gives several, each with an EOS of its own.
+    """
+    tokens = sum(own.tokens for own in parts.values())
+    used = sum((own.tokens - 1) // row * row for own in parts.values())
+    if limit := manifest.policy.get("row_tokens"):
+        rows = sum(own.documents for own in parts.values())
+        return {"official_row": tokens / max(1, rows * limit)}
+    rows = real = 0
+    for shard in manifest.splits["train"]:
+        for part in lengths_of(with_suffix(manifest.prefix_path(shard), ".idx"), shard.documents):
+            pieces = np.maximum(1, -(-(part.astype(np.int64) - 1) // (row - 1)))
+            rows += int(pieces.sum())
+            real += int(part.sum(dtype=np.int64) + pieces.sum() - len(part))
+    return {"megatron": used / max(1, tokens), "official_row": real / max(1, rows * row)}
+
+
+def cost(manifest: Manifest, config: StatsConfig, rates: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what it takes to make `budget_tokens` of such text: bytes, files, and time by the rates that were measured."""
+    per_token = manifest.bytes_per_token
+    itemsize = 2 if manifest.splits["train"][0].bin_bytes == 2 * manifest.splits["train"][0].tokens else 4
+    sequences = sum(s.documents for files in manifest.splits.values() for s in files)
+    tokens = sum(s.tokens for files in manifest.splits.values() for s in files)
+    documents = round(config.budget_tokens * sequences / max(1, tokens))
+    text = config.budget_tokens * per_token
+    plan: dict[str, Any] = {
+        "text_bytes": round(text),
+        "bin_bytes": round(config.budget_tokens * itemsize),
+        "idx_bytes": 20 * documents,
+        "documents": documents,
+        "shards": math.ceil(text / 512e6),
+        "files_a_part_and_split": manifest.details["merge_files"],
+        "core_mb_per_s": None,
+        "core_hours": None,
+        "hours": {},
+    }
+    local = [rate for rate in rates if rate["cpu_seconds"]]
+    if local:
+        last = max(local, key=lambda rate: rate["text_bytes"])
+        core = last["text_bytes"] / last["cpu_seconds"]
+        node = min(core * config.cores_per_node, config.disk_mb_per_s * 1e6)
+        plan |= {
+            "backend": last["backend"],
+            "core_mb_per_s": round(core / 1e6, 2),
+            "core_hours": round(text / core / 3600, 2),
+            "hours": {str(nodes): round(text / (nodes * node) / 3600, 3) for nodes in NODES},
+            "bound_by": "cores" if core * config.cores_per_node <= config.disk_mb_per_s * 1e6 else "disk",
+            "cores_per_node": config.cores_per_node,
+        }
+    return plan
+
+
+def read_rates(out: Path) -> list[dict[str, Any]]:
+    """Returns what the runs that made the shards measured; a torn last line is left out."""
+    try:
+        lines = (out / "work" / "rates.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    rates = []
+    for line in lines:
+        try:
+            rates.append(json.loads(line))
+        except ValueError:
+            continue
+    return rates
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Returns the figures for a terminal; the last line says where the page is."""
+    rows = [("split", "part", "documents", "tokens", "mean", "longest", "epochs")]
+    for split, parts in figures["splits"].items():
+        for name, own in parts.items():
+            epochs = f"{figures['budget']['epochs'].get(name, 0):.2f}" if split == "train" else ""
+            counts = (
+                f"{own['documents']:,}",
+                f"{own['tokens']:,}",
+                f"{own['mean']:.0f}",
+                f"{own['longest']:,}",
+                epochs,
+            )
+            rows.append((split, name, *counts))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines.append(
+        f"{figures['bytes_per_token']:.3f} bytes a token, {figures['empty_documents']} empty documents left out"
+    )
+    length = figures["key"]["sequence_length"]
+    lines += [f"fill of rows of {length} as {name}: {100 * share:.1f} %" for name, share in figures["fill"].items()]
+    plan, budget = figures["plan"], figures["budget"]["tokens"]
+    lines.append(
+        f"{budget / 1e9:g} B tokens of such text: {plan['text_bytes'] / 1e9:,.0f} GB of text, {plan['bin_bytes'] / 1e9:,.0f} GB "
+        f"of tokens, {plan['idx_bytes'] / 1e9:.1f} GB of indices, {plan['shards']:,} shards"
+    )
+    if plan["core_hours"]:
+        hours = ", ".join(f"{h:.2f} h on {n}" for n, h in plan["hours"].items())
+        lines.append(
+            f"at {plan['core_mb_per_s']} MB/s a core ({plan['backend']}): {plan['core_hours']} core-hours; {hours} nodes of "
+            f"{plan['cores_per_node']} cores, bound by their {plan['bound_by']}"
+        )
+    lines.append(f"statistics: {Path(figures['dataset']) / 'stats.html'}")
+    return "\n".join(lines) + "\n"
+
+
+def _parts(manifest: Manifest, split: str, row: int) -> dict[str, Lengths]:
+    parts = {}
+    for name in dict.fromkeys(shard.name for shard in manifest.splits[split]):
+        histogram = np.zeros(32 * BINS_AN_OCTAVE, dtype=np.int64)
+        documents = tokens = longest = long_documents = long_tokens = 0
+        for shard in (shard for shard in manifest.splits[split] if shard.name == name):
+            for part in lengths_of(with_suffix(manifest.prefix_path(shard), ".idx"), shard.documents):
+                bins = np.floor(np.log2(np.maximum(part, 1)) * BINS_AN_OCTAVE).astype(np.int64)
+                histogram += np.bincount(bins, minlength=len(histogram))
+                documents += len(part)
+                tokens += int(part.sum(dtype=np.int64))
+                longest = max(longest, int(part.max()))
+                long_documents += int((part >= row).sum())
+                long_tokens += int(part[part >= row].sum(dtype=np.int64))
+        parts[name] = Lengths(documents, tokens, longest, histogram.tolist(), long_documents, long_tokens)
+    return parts

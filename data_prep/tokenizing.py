@@ -1,0 +1,168 @@
+"""The stage `tokenize`: every shard that is missing, by the executor of the settings, until the token budget is met."""
+
+import json
+import resource
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data_prep.budget import choose, shares
+from data_prep.config import Config, Verify
+from data_prep.corpus import Work
+from data_prep.errors import InputError
+from data_prep.executors import launch
+from data_prep.files import remove_unfinished
+from data_prep.merging import merged_stems
+from data_prep.planning import Shard
+from data_prep.pool import Recipe, make_shards, num_workers
+from data_prep.progress import Say
+from data_prep.readers import read_piece
+from data_prep.shards import Job, counts_path, has_files, known_record, record_path, shard_prefix
+from data_prep.tokenizer.backends import choose_backend, stay_on_one_thread
+from data_prep.tokenizer.encoding import Encoder
+from ssa_pretrain.data.indexed_format import SPLITS
+
+SAMPLE_DOCUMENTS, SAMPLE_BYTES = 1_000, 400_000  # on which a faster backend must agree, over all shards
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A shard that exists."""
+
+    job: Job
+    record: dict[str, Any]
+
+
+def tokenize(config: Config, out: Path, work: Work, say: Say) -> list[Made] | None:
+    """Makes the shards that are missing and returns those that the dataset consists of; None where jobs were queued.
+
+    Raises:
+        InputError: the text cannot be read, or a worker died; names the shard.
+        ConfigurationError: the mix does not fit the corpus, or the backend cannot be used.
+    """
+    shares(config.mix, work.jobs)  # refuses a mix that does not fit before anything is made
+    _remove_strangers(out, {job.shard.stem for job in work.jobs})
+    records = _known(config, out, work.jobs)
+    first = True
+    while True:
+        chosen = choose(config.mix, work.jobs, {stem: _train_tokens(record) for stem, record in records.items()})
+        missing = [job for job in chosen if job.shard.stem not in records]
+        if first and len(missing) < len(chosen):
+            say(f"reusing {len(chosen) - len(missing)} of {len(chosen)} shards")
+        if not missing:
+            return [Made(job, records[job.shard.stem]) for job in chosen]
+        made = _make(config, out, work, missing, say)
+        if made is None:
+            return None
+        for job, record in zip(missing, made, strict=True):
+            records[job.shard.stem] = record
+        first = False
+
+
+def made_shards(config: Config, out: Path, work: Work) -> list[Made] | None:
+    """Returns the shards that the dataset consists of, None if some are missing."""
+    records = _known(config, out, work.jobs)
+    chosen = choose(config.mix, work.jobs, {stem: _train_tokens(record) for stem, record in records.items()})
+    if any(job.shard.stem not in records for job in chosen):
+        return None
+    return [Made(job, records[job.shard.stem]) for job in chosen]
+
+
+def _known(config: Config, out: Path, jobs: list[Job]) -> dict[str, dict[str, Any]]:
+    """Returns the records of shards that need not be made: their files are there, or part of a merged file that is."""
+    full = config.verify is Verify.full
+    merged = merged_stems(out, full)
+    known = {}
+    for job in jobs:
+        record = known_record(out, job.shard.stem, job.fingerprint)
+        if record is not None and (merged.get(job.shard.stem) == job.fingerprint or has_files(out, record, full)):
+            known[job.shard.stem] = record
+    return known
+
+
+def _train_tokens(record: dict[str, Any]) -> int:
+    return record["splits"]["train"]["tokens"] if record["splits"]["train"] else 0
+
+
+def _make(config: Config, out: Path, work: Work, missing: list[Job], say: Say) -> list[dict[str, Any]] | None:
+    vocabulary = work.vocabulary
+    stay_on_one_thread()
+    sample = partial(_first_documents, [job.shard for job in missing])
+    name, reason, backend = choose_backend(
+        config.backend, vocabulary.path, vocabulary.specials_as_text, sample, work.exact
+    )
+    how = config.executor.kind
+    workers = min(num_workers(config.workers), len(missing))
+    with_what = f"{workers} processes" if how == "local" else f"executor={how}"
+    say(f"tokenizing {len(missing)} shards with {with_what}, backend {name} ({reason})")
+    started, before = time.monotonic(), _child_seconds()
+    if how == "local":
+        recipe = Recipe(out, Encoder(vocabulary, name, backend, work.exact), config.split)
+        records = make_shards(recipe, missing, workers)
+    else:
+        records = launch(config, out, vocabulary, name, missing, say)
+        if records is None:
+            return None
+    rate = {
+        "executor": how,
+        "backend": name,
+        "workers": workers if how == "local" else config.executor.tasks,
+        "text_bytes": sum(record["text_bytes"] for record in records),
+        "tokens": sum(info["tokens"] for record in records for info in record["splits"].values() if info),
+        "seconds": round(time.monotonic() - started, 3),
+        "cpu_seconds": round(_child_seconds() - before, 3) if how == "local" else None,
+    }
+    with open(out / "work" / "rates.jsonl", "a") as file:
+        file.write(json.dumps(rate) + "\n")
+    return records
+
+
+def _child_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _first_documents(shards: list[Shard]) -> list[str]:
+    """Returns documents from the beginnings of up to 20 shards spread over the plan."""
+    chosen = shards[:: max(1, len(shards) // 20)][:20]
+    texts: list[str] = []
+    for shard in chosen:
+        try:
+            texts += _beginning(shard, SAMPLE_DOCUMENTS // len(chosen), SAMPLE_BYTES // len(chosen))
+        except InputError as error:
+            raise InputError(f"{error} (shard {shard.stem})") from None
+    return texts
+
+
+def _beginning(shard: Shard, documents: int, most_bytes: int) -> list[str]:
+    texts, size = [], 0
+    for text, raw in islice(read_piece(shard.pieces[0], lambda _: None), documents):
+        size += len(raw)
+        if size > most_bytes:
+            break
+        texts.append(text)
+    return texts
+
+
+def _remove_strangers(out: Path, stems: set[str]) -> None:
+    """Removes what earlier runs left: unfinished files, and shards that have a record but no place in this plan."""
+    shards = out / "work" / "shards"
+    remove_unfinished(
+        [out, out / "text", out / "work", shards, *(shards / s for s in SPLITS), *(out / s for s in SPLITS)]
+    )
+    for record in shards.glob("*.json"):
+        if record.stem not in stems:
+            remove_shard(out, record.stem)
+            counts_path(out, record.stem).unlink(missing_ok=True)
+            record_path(out, record.stem).unlink()
+
+
+def remove_shard(out: Path, stem: str, splits: Iterable[str] = SPLITS) -> None:
+    """Removes a shard's files; its record stays."""
+    for split in splits:
+        for suffix in (".idx", ".bin", ".sums"):
+            Path(f"{out / shard_prefix(split, stem)}{suffix}").unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""Joined files are the shards one after the other, read by megatron-core; damage on the way in is refused; memory stays small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import binaries
+from data_prep.binaries import TokenFile, first_bad_block, write_index_file
+from data_prep.errors import InputError
+from data_prep.merging import groups_of, merge, merged_stems
+from data_prep.planning import Shard
+from data_prep.run_config import MergeConfig
+from data_prep.shards import Job
+from data_prep.tokenizing import Made
+from ssa_pretrain.data.indexed_format import check_pair, read_lengths, write_index
+
+DTYPE = np.dtype("<u2")
+
+
+def shard(out: Path, number: int, lengths: list[int], split: str = "train", name: str = "text") -> dict:
+    """Writes a shard whose tokens count up from its number."""
+    stem = f"{name}_{number:05d}"
+    file = TokenFile(out / f"work/shards/{split}/{stem}")
+    file.write((np.arange(sum(lengths)) + 1000 * number).astype(DTYPE).tobytes())
+    info = file.close(name, f"work/shards/{split}/{stem}", DTYPE, [np.array(lengths, dtype=np.int32)], len(lengths))
+    return {field: getattr(info, field) for field in info.__slots__}
+
+
+def made(out: Path, counts: list[int], name: str = "text") -> list[Made]:
+    shards = []
+    for number, count in enumerate(counts):
+        train = shard(out, number, list(range(3, 3 + count)), name=name)
+        held = shard(out, number, [7], "heldout", name) if number % 2 else None
+        record = {"splits": {"train": train, "heldout": held}}
+        shards.append(Made(Job(Shard(name, number, ()), f"print {name} {number}"), record))
+    return shards
+
+
+def tokens(out: Path, prefix: str) -> np.ndarray:
+    return np.fromfile(out / f"{prefix}.bin", dtype=DTYPE)
+
+
+@pytest.mark.parametrize("files", [1, 3, 32])
+def test_the_stream_of_tokens_is_that_of_the_shards(tmp_path, files):
+    shards = made(tmp_path, [4, 1, 9, 2, 5])
+    whole = np.concatenate([tokens(tmp_path, one.record["splits"]["train"]["prefix"]) for one in shards])
+    lengths = np.concatenate(
+        [read_lengths(tmp_path / f"{one.record['splits']['train']['prefix']}.idx") for one in shards]
+    )
+    splits = merge(tmp_path, shards, MergeConfig(files=files), print)
+    assert len(splits["train"]) == min(files, 5)
+    assert [info.prefix for info in splits["train"]] == [f"train/text_{n:05d}" for n in range(min(files, 5))]
+    for split in ("train", "heldout"):
+        for info in splits[split]:
+            header = check_pair(tmp_path / info.prefix)
+            assert (header.num_documents, header.dtype) == (info.documents, DTYPE)
+    assert np.array_equal(np.concatenate([tokens(tmp_path, info.prefix) for info in splits["train"]]), whole)
+    merged = np.concatenate([read_lengths(tmp_path / f"{info.prefix}.idx") for info in splits["train"]])
+    assert np.array_equal(merged, lengths)
+    assert sum(info.documents for info in splits["heldout"]) == 2
+
+
+def test_joined_shards_are_removed_and_known_by_their_file(tmp_path):
+    shards = made(tmp_path, [4, 1, 9])
+    before = merge(tmp_path, shards, MergeConfig(files=2), print)
+    assert not (tmp_path / "work/shards/train/text_00001.bin").exists()
+    assert (tmp_path / "work/shards/train/text_00000.bin").exists()  # alone: the same file under two names
+    assert merged_stems(tmp_path, verify=True) == {"text_00001": "print text 1", "text_00002": "print text 2"}
+    inode = (tmp_path / "train/text_00001.bin").stat().st_ino
+    assert merge(tmp_path, shards, MergeConfig(files=2), print) == before  # from its record, the shards being gone
+    assert (tmp_path / "train/text_00001.bin").stat().st_ino == inode
+    path = tmp_path / "train/text_00001.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert merged_stems(tmp_path, verify=False) == {}
+
+
+def test_other_number_of_files_leaves_none_of_the_old_ones(tmp_path):
+    shards = made(tmp_path, [4, 1, 9, 3])
+    merge(tmp_path, shards, MergeConfig(files=4), print)
+    splits = merge(tmp_path, shards, MergeConfig(files=1, keep_shards=True), print)
+    assert {p.name for p in (tmp_path / "train").iterdir()} == {"text_00000.bin", "text_00000.idx", "text_00000.sums"}
+    assert len(splits["train"]) == 1
+    assert (tmp_path / "work/shards/train/text_00003.bin").exists()
+
+
+def test_parts_are_never_joined(tmp_path):
+    shards = made(tmp_path, [1, 2], "a") + made(tmp_path, [3], "b")
+    assert [group.stem for group in groups_of(shards, 1)] == ["a_00000", "b_00000"]
+
+
+@pytest.mark.parametrize(
+    "suffix,change,message",
+    [
+        (".bin", lambda raw: raw[:-2], r"text_00001.bin has \d+ bytes, its .idx describes \d+, its record says \d+"),
+        (".bin", lambda raw: raw[:4] + bytes([raw[4] ^ 1]) + raw[5:], r"text_00001.bin changed after it was written"),
+        (
+            ".idx",
+            lambda raw: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:],
+            r"text_00001.idx changed after it was written",
+        ),
+        (".idx", lambda raw: raw[:20], r"text_00001.idx is cut short"),
+    ],
+)
+def test_damaged_shard_is_not_merged(tmp_path, suffix, change, message):
+    shards = made(tmp_path, [4, 6, 9])
+    path = tmp_path / f"work/shards/train/text_00001{suffix}"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError, match=r"shard text_00001 cannot be merged: .*" + message):
+        merge(tmp_path, shards, MergeConfig(files=1), print)
+    assert not (tmp_path / "train/text_00000.bin").exists()
+
+
+def test_index_in_groups_is_the_index_in_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(binaries, "AT_ONCE", 7)
+    lengths = np.arange(1, 41, dtype=np.int32)
+    write_index_file(tmp_path / "a.idx", [lengths[:13], lengths[13:13], lengths[13:]], 40, DTYPE)
+    with open(tmp_path / "b.idx", "wb") as file:
+        write_index(file, lengths, DTYPE)
+    assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()
+
+
+def test_sums_tell_which_block_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(binaries, "BLOCK", 64)
+    file = TokenFile(tmp_path / "x")
+    for start in range(0, 300, 30):  # writes that do not end where blocks do
+        file.write(bytes(range(start % 200, start % 200 + 30)))
+    file.close("text", "x", DTYPE, [np.array([150], dtype=np.int32)], 1)
+    assert first_bad_block(tmp_path / "x") is None
+    raw = bytearray((tmp_path / "x.bin").read_bytes())
+    raw[200] ^= 4
+    (tmp_path / "x.bin").write_bytes(raw)
+    assert first_bad_block(tmp_path / "x") == (192, 256)
+
+
+MEMORY = """
+import json, resource, sys
+from pathlib import Path
+import numpy as np
+from data_prep.binaries import TokenFile
+from data_prep.merging import merge
+from data_prep.planning import Shard
+from data_prep.run_config import MergeConfig
+from data_prep.shards import Job
+from data_prep.tokenizing import Made
+out, documents, dtype = Path(sys.argv[1]), int(sys.argv[2]), np.dtype("<u2")
+shards = []
+for number in range(4):
+    prefix = f"work/shards/train/text_{number:05d}"
+    file = TokenFile(out / prefix)
+    file.write(np.ones(documents // 4, dtype=dtype).tobytes())
+    lengths = [np.ones(documents // 4, dtype=np.int32)]
+    info = file.close("text", prefix, dtype, lengths, documents // 4)
+    record = {"splits": {"train": {k: getattr(info, k) for k in info.__slots__}, "heldout": None}}
+    shards.append(Made(Job(Shard("text", number, ()), str(number)), record))
+del file, lengths
+child = __import__("os").fork()
+if child == 0:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    open("/proc/self/clear_refs", "w").write("5")  # resets the peak
+    base = int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])
+    merge(out, shards, MergeConfig(files=1), print)
+    peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+    print(json.dumps({"over_base_mb": (peak - base) / 1000}), flush=True)
+    __import__("os")._exit(0)
+__import__("os").wait()
+"""
+
+
+def test_memory_does_not_grow_with_the_documents(tmp_path):
+    peaks = []
+    for documents in (400_000, 4_000_000):
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(tmp_path / str(documents)), str(documents)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(json.loads(done.stdout.splitlines()[-1])["over_base_mb"])
+    # The promise is 16 bytes a document and 64 MB; groups of a million documents keep it far below.
+    assert peaks[1] < 64, peaks

@@ -1,0 +1,180 @@
+"""Each stage runs alone, says what it lacks, and does nothing twice; mixes, packings and blends come out as asked."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssa_pretrain.data.indexed_format import load_manifest, read_lengths
+from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
+
+SETTINGS = ("source=jsonl", "source.paths=[corpus.jsonl]", "tokenizer.vocab_size=512", "split.heldout_fraction=0.1")
+SMALL = (*SETTINGS, "shard_mb=0.02", "workers=1", "out=d")
+
+
+def test_stages_one_by_one_are_the_whole(run, corpus, tmp_path):
+    for stage in ("plan", "fetch", "tokenize", "merge", "validate", "stats"):
+        code, said = run(f"stage={stage}", *SMALL)
+        assert code == 0, said
+        assert (tmp_path / "d" / "manifest.json").exists() == (stage in ("merge", "validate", "stats"))
+    assert run(*SETTINGS, "shard_mb=0.02", "workers=1", "out=whole")[0] == 0
+    for name in ("manifest.json", "train/text_00000.bin", "heldout.blend"):
+        assert (tmp_path / "d" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes().replace(b"whole", b"d")
+    assert "is up to date: nothing to do" in run("stage=merge", *SMALL)[1]
+    assert "tokenizing" not in run("stage=tokenize", *SMALL)[1]
+
+
+def test_stage_that_comes_too_early_says_which_is_missing(run, corpus):
+    assert "shards are missing in out=d; run stage=tokenize first" in run("stage=merge", *SMALL)[1]
+    quickstart = ("source=quickstart", "out=q")
+    code, said = run("stage=tokenize", *quickstart)
+    assert code == 4 and "the text of source=quickstart is not in out=q yet; run stage=fetch first" in said
+    code, said = run("stage=plan", *quickstart)
+    assert code == 0 and "the text of source=quickstart comes first; run stage=fetch" in said
+    for stage in ("validate", "stats"):
+        assert "no finished dataset lies there" in run(f"stage={stage}", "out=q")[1]
+    assert run("stage=index", "out=q")[0] == 3
+    assert "no finished dataset lies there" in run("stage=index", "out=q", "index.samples=4")[1]
+
+
+def test_plan_names_every_shard(run, corpus, tmp_path):
+    assert run("stage=plan", *SMALL)[0] == 0
+    plan = json.loads((tmp_path / "d" / "work" / "plan.json").read_text())
+    assert plan["fetched"] and plan["input_bytes"] == corpus.stat().st_size
+    assert sum(shard["bytes"] for shard in plan["shards"]) == plan["input_bytes"]
+
+
+def test_merged_dataset_needs_no_shards_to_go_on(run, corpus, tmp_path):
+    assert run(*SMALL, "merge.files=2")[0] == 0
+    root = tmp_path / "d"
+    assert len(load_manifest(root).splits["train"]) == 2
+    assert not list((root / "work" / "shards" / "train").glob("*.bin"))
+    inode = (root / "train" / "text_00000.bin").stat().st_ino
+    (root / "manifest.json").unlink()
+    said = run(*SMALL, "merge.files=2")[1]
+    assert "tokenizing" not in said and (root / "train" / "text_00000.bin").stat().st_ino == inode
+    path = root / "train" / "text_00001.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    said = run(*SMALL, "merge.files=2")[1]
+    assert "repairing: " in said and "reusing" in said
+    assert run("stage=validate", "out=d")[0] == 0
+    shutil.rmtree(root / "work")
+    assert "is up to date: nothing to do" in run(*SMALL, "stage=prepare", "merge.files=2")[1]
+
+
+def test_changed_text_is_found_by_encoding_it_again(run, corpus, tmp_path):
+    assert run(*SMALL)[0] == 0
+    assert "encoded again, are as in the dataset" in run_out(run, "stage=validate", "out=d")
+    root = tmp_path / "d"
+    content = json.loads((root / "manifest.json").read_text())
+    content["details"]["members"]["text_00000"], content["details"]["members"]["text_00001"] = (
+        content["details"]["members"]["text_00001"],
+        content["details"]["members"]["text_00000"],
+    )  # as if the files of two shards had been given each other's names before they were committed
+    (root / "manifest.json").write_text(json.dumps(content))
+    code, said = run("stage=validate", "out=d")
+    assert code == 4 and "document 0 is not the text that begins '0: " in said and "(shard text_00000, " in said
+
+
+def run_out(run, *arguments: str) -> str:
+    code, said = run(*arguments)
+    assert code == 0, said
+    return subprocess.run(
+        [sys.executable, "-m", "data_prep", *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_official_row_cuts_long_documents_and_training_pads_the_rows(run, corpus, tmp_path):
+    packing = ("packing=official_row", "packing.row_tokens=64")
+    assert run(*SMALL, *packing)[0] == 0
+    manifest = load_manifest(tmp_path / "d")
+    eos = manifest.tokenizer.eos_id
+    lengths = np.concatenate([read_lengths(Path(f"{manifest.prefix_path(s)}.idx")) for s in manifest.splits["train"]])
+    assert lengths.max() == 64 and len(lengths) > 300 and manifest.policy["packing"] == "official_row"
+    rows = TrainingRows(manifest, sequence_length=64, seed=0, weights={})
+    seen = []
+    for n in range(len(lengths)):
+        row = rows.row(n)
+        real = row.tokens[: len(row.tokens) - row.padding]
+        assert len(row.tokens) == 65 and real[-1] == eos and (row.tokens[len(real) :] == eos).all()
+        assert np.flatnonzero(row.starts).tolist() == [0, len(real)]
+        seen.append(len(real))
+    assert sorted(seen) == sorted(lengths.tolist())  # each sequence once an epoch
+    assert HeldOutRows(manifest, sequence_length=64, rows=3).row(0).padding > 0
+    with pytest.raises(ValueError, match=r"data.sequence_length=32 must be 64: .* was packed as official_row"):
+        TrainingRows(manifest, sequence_length=32, seed=0, weights={})
+
+
+def test_padding_bears_no_loss(run, corpus, tmp_path):
+    from ssa_pretrain.data.batches import collate
+
+    assert run(*SMALL, "packing=official_row", "packing.row_tokens=64")[0] == 0
+    row = TrainingRows(load_manifest(tmp_path / "d"), sequence_length=64, seed=0, weights={}).row(0)
+    batch = collate([row], index=0)
+    assert batch.loss_mask.sum() == 64 - row.padding
+    assert batch.cu_seqlens.tolist()[:2] == [0, 65 - row.padding] or row.padding == 1
+
+
+def test_flipped_id_ends_training_with_its_place(run, corpus, tmp_path):
+    assert run(*SMALL)[0] == 0
+    manifest = load_manifest(tmp_path / "d")
+    path = Path(f"{manifest.prefix_path(manifest.splits['train'][0])}.bin")
+    raw = bytearray(path.read_bytes())
+    raw[41] |= 0x80
+    path.write_bytes(raw)
+    rows = TrainingRows(load_manifest(tmp_path / "d"), sequence_length=64, seed=0, weights={})
+    with pytest.raises(
+        ValueError, match=r"text_00000.bin holds the id \d+ at byte 40, document 0; the vocabulary ends"
+    ):
+        for n in range(10_000):
+            rows.row(n)
+
+
+def test_mix_gives_weights_to_training_and_to_megatron_core(run, tmp_path):
+    lines = [json.dumps({"text": f"web {n} " + "keys and blocks " * 20}) for n in range(240)]
+    (tmp_path / "web.jsonl").write_text("\n".join(lines) + "\n")
+    lists = ["tokenizer.vocab_size=512", "split.heldout_fraction=0.1", "workers=1"]
+    code, said = run(
+        "source=jsonl", "source.paths=[web.jsonl]", "source.name=web", *lists, "out=m", "shard_mb=0.01",
+        "mix.weights.web=1", "mix.target_tokens=2000",
+    )  # fmt: skip
+    assert code == 0, said
+    manifest = load_manifest(tmp_path / "m")
+    assert 2000 <= manifest.tokens("train") < 6000 and manifest.weights == {"web": 1.0}
+    assert manifest.details["shards"] < manifest.details["of_shards"]
+    prefixes, weights = manifest.blend("train")
+    assert sum(weights) == pytest.approx(1) and all(Path(p + ".bin").is_file() for p in prefixes)
+    pairs = (tmp_path / "m" / "train.blend").read_text().split()
+    assert pairs[1::2] == prefixes and [float(w) for w in pairs[::2]] == pytest.approx(weights, rel=1e-6)
+    code, said = run("source=jsonl", "source.paths=[web.jsonl]", *lists, "out=n", "mix=smollm1")
+    assert code == 3 and "mix.weights has no weight for text" in said
+
+
+def test_megatron_core_reads_the_blend_and_stale_indices_are_never_met(run, corpus, tmp_path):
+    import torch
+
+    from ssa_pretrain.data.gpt_index import build, cache_folder, gpt_datasets
+
+    assert run(*SMALL, "merge.files=3")[0] == 0
+    index = ("stage=index", "out=d", "index.sequence_length=64", "index.samples=40", "index.heldout_samples=4")
+    assert run(*index)[0] == 0
+    manifest = load_manifest(tmp_path / "d")
+    folder = cache_folder(manifest)
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert any("sample_index" in name for name in before)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert build(manifest, 64, 40, 4, 1234) == (folder, False)
+        train, held, _ = gpt_datasets(manifest, sequence_length=64, samples=40, heldout_samples=4, seed=1234)
+        assert len(train) >= 40 and len(held) >= 4  # megatron-core rounds the share of each file up
+        assert max(int(train[i]["tokens"].max()) for i in range(40)) < manifest.tokenizer.vocab_size
+        assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before  # those of the stage were used
+        assert run(*SMALL, "stage=prepare", "merge.files=3", "split.seed=5", "overwrite=true")[0] == 0
+        other, built = build(load_manifest(tmp_path / "d"), 64, 40, 4, 1234)
+        assert built and other != folder and not folder.exists()
+    finally:
+        torch.distributed.destroy_process_group()
