@@ -53,5 +53,5 @@ $(VENV)/.quickstart: $(SETUP)
 	@touch $@
 
 $(VENV)/.dev: $(SETUP)
-	@launchers/setup.sh $(VENV) quickstart,llama3,gigatoken,dev
+	@launchers/setup.sh $(VENV) quickstart,llama3,gigatoken,deepspeed,dev
 	@touch $@ $(VENV)/.quickstart

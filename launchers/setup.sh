@@ -74,4 +74,5 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
         install torch
     fi
 fi
+export DS_BUILD_OPS=0  # DeepSpeed compiles nothing at set-up
 install --editable "${root}[${extras}]"

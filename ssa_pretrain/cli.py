@@ -10,6 +10,7 @@ Every rank of a run reads the same command, and rank 0 alone speaks. Neither tor
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -24,9 +25,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from ssa_pretrain.composition import Source, compose, hydra_on, sort_overrides
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
 from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.ds_config import ds_config
 from ssa_pretrain.planning import describe, make_plan
 from ssa_pretrain.problems import SECRET, ConfigError, Problem
 from ssa_pretrain.rules import Machine, check
@@ -93,6 +95,7 @@ def this_machine() -> Machine:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         has_gpu=_has_gpu(),
         has_transformer_engine=find_spec("transformer_engine") is not None,
+        has_deepspeed=find_spec("deepspeed") is not None,
     )
 
 
@@ -116,7 +119,10 @@ def _planned(config: Config, arguments: Sequence[str]) -> str:
         vocab_size = load_manifest(config.data.path).tokenizer.vocab_size
     plan = make_plan(config, config.parallel.world_size or this_machine().world_size or 1, vocab_size)
     overrides = [argument for argument in arguments if not argument.startswith("--")]
-    return describe(config, plan, overrides) + "\n"
+    table = describe(config, plan, overrides) + "\n"
+    if config.engine.name is EngineName.deepspeed:
+        table += f"DeepSpeed's configuration:\n{json.dumps(ds_config(config, plan.dp), indent=2)}\n"
+    return table
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,8 +129,9 @@ def _is_settable(key: str) -> bool:
     known = known_keys()
     if key in known or any(name.startswith(f"{key}.") for name in known):
         return True
-    parent = key.rpartition(".")[0]
-    return parent in known and get_origin(known[parent]) is dict
+    parts = key.split(".")
+    parents = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return any(parent in known and get_origin(known[parent]) is dict for parent in parents)
 
 
 def _unreadable(line: str, error: HydraException, source: Source) -> Problem:

@@ -8,6 +8,7 @@ across sections live in rules.py. This module imports neither torch nor Hydra.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from ssa_pretrain.config_deepspeed import DeepSpeedConfig
 from ssa_pretrain.problems import Problem, above_zero, at_least, between, divisors, join, nearest
 
 
@@ -240,9 +241,9 @@ class EngineConfig:
     name: EngineName = EngineName.megatron
     layer_spec: LayerSpec = LayerSpec.auto
     recompute: Recompute = Recompute.none
-    distributed_optimizer: bool = True  # shard optimizer states over dp
+    distributed_optimizer: bool = True  # shard optimizer states over dp; engine=deepspeed: see deepspeed.zero_stage
     overlap_grad_reduce: bool = False  # reduce gradients while the backward runs
-    overlap_param_gather: bool = False  # gather parameters while the forward runs
+    overlap_param_gather: bool = False  # gather parameters while the forward runs; engine=deepspeed: always in stage 3
     fuse_gradient_accumulation: bool = True  # add weight gradients into their fp32 buffers in the matrix product itself
     overlap_tp: bool = (
         False  # tensor-parallel communication beside the matrix products (Transformer Engine's user buffers)
@@ -251,10 +252,8 @@ class EngineConfig:
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
         found = []
-        if self.name is EngineName.deepspeed:
-            found.append(Problem("engine.name", self.name, "is not there yet", "try engine=megatron"))
         needed = [name for name in ("distributed_optimizer", "overlap_grad_reduce") if not getattr(self, name)]
-        if self.overlap_param_gather and needed:
+        if self.overlap_param_gather and needed and self.name is EngineName.megatron:
             rule = f"needs {join((f'engine.{name}=true' for name in needed), 'and')}"
             reads = tuple(f"engine.{name}" for name in needed)
             advice = "try engine.overlap_param_gather=false"
@@ -349,7 +348,8 @@ class CheckpointConfig:
 
     interval: int = 0  # steps between checkpoints; 0: only at the end
     keep: int = 2  # newest complete checkpoints that are kept
-    init_from: str = ""  # checkpoint folder whose weights start a new run (step 0, fresh optimizer)
+    weights: bool = True  # put the weights into each checkpoint in the common format too, which both engines read
+    init_from: str = ""  # checkpoint folder whose weights start a new run (step 0, fresh optimizer), of either engine
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
@@ -408,6 +408,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -422,7 +423,7 @@ class Config:
         found = [Problem(name, value, "must not be empty", "try run") for name, value in empty.items()]
         if not 0 <= self.seed < 2**32:
             found.append(Problem("seed", self.seed, "must lie in 0 to 4294967295", "try 1234"))
-        shape = (self.model, self.attention, self.data, self.parallel, self.engine, self.optim)
+        shape = (self.model, self.attention, self.data, self.parallel, self.engine, self.deepspeed, self.optim)
         for section in (*shape, self.training, self.evaluation, self.checkpoint, self.logging, self.profile):
             found += section.problems()
         return found

@@ -123,6 +123,8 @@ def _convert(kind: Any, value: Any) -> Any:
         raise _MismatchError("is missing", "give it a value")
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _choice(kind, value)
+    if kind is Any:
+        return value
     if kind is bool:
         return _boolean(value)
     if kind is int:

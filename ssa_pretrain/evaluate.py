@@ -25,14 +25,18 @@ def main() -> None:
     config = read_config("evaluate")
     quieten_libraries()
     from ssa_pretrain.checkpoint import CheckpointError
+    from ssa_pretrain.problems import ConfigError
     from ssa_pretrain.trainer import DataError
+    from ssa_pretrain.weights import WeightsError
 
     try:
         evaluate_run(config)
-    except CheckpointError as error:
+    except (CheckpointError, WeightsError) as error:
         leave(error, 5)
     except DataError as error:
         leave(error, 4)
+    except ConfigError as error:
+        leave(error, error.exit_code)
 
 
 def evaluate_run(config: Config) -> None:

@@ -10,7 +10,7 @@ communication buffers are not in it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, Method, PrecisionName, Recompute
+from ssa_pretrain.config import Config, EngineName, Method, PrecisionName, Recompute
 from ssa_pretrain.flops import RowFlops, peak_flops, row_flops
 from ssa_pretrain.problems import ConfigError, Problem
 
@@ -155,12 +155,17 @@ def _state_bytes(config: Config, total: int, largest: int, replicas: int) -> dic
     fp32 = config.precision.name is PrecisionName.fp32
     weight, optimizer = (4, 8) if fp32 else (2, 12)
     gradient = 4 if fp32 or config.precision.grad_reduce_in_fp32 else 2
-    shards = replicas if config.engine.distributed_optimizer else 1
+    stage = int(config.engine.distributed_optimizer)  # megatron-core shards as ZeRO-1 does
+    offloaded = False
+    if config.engine.name is EngineName.deepspeed:
+        stage, offloaded = config.deepspeed.zero_stage, config.deepspeed.offload_optimizer
+    weights, gradients, states = (replicas if stage >= needed else 1 for needed in (3, 2, 1))
     return {
-        "weight_bytes": largest * weight,
-        "gradient_bytes": largest * gradient,
-        "optimizer_bytes": -(-largest * optimizer // shards),
-        "checkpoint_bytes": total * (weight + 12),  # the optimizer's part holds the main weights in fp32 too
+        "weight_bytes": -(-largest * weight // weights),
+        "gradient_bytes": -(-largest * gradient // gradients),
+        "optimizer_bytes": 0 if offloaded else -(-largest * optimizer // states),
+        # The optimizer's part holds the main weights in fp32 too; the common weights stand beside it.
+        "checkpoint_bytes": total * (weight * (1 + config.checkpoint.weights) + 12),
     }
 
 

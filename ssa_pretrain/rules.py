@@ -14,6 +14,7 @@ from pathlib import Path
 from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, PrecisionName
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
+from ssa_pretrain.rules_deepspeed import deepspeed_problems
 
 LLAMA3_CONTEXT = 8192  # the original context in Llama-3 RoPE scaling
 FP8_MULTIPLE = 16  # what Transformer Engine asks of both dimensions of an FP8 product
@@ -27,12 +28,14 @@ class Machine:
         world_size: processes that the launcher started.
         has_gpu: a GPU is visible and torch can use it.
         has_transformer_engine: Transformer Engine is installed.
+        has_deepspeed: DeepSpeed is installed.
         has_files: data and checkpoints can be looked at.
     """
 
     world_size: int | None = None
     has_gpu: bool | None = None
     has_transformer_engine: bool | None = None
+    has_deepspeed: bool | None = None
     has_files: bool = True
 
     def unknown(self) -> "Machine":
@@ -55,6 +58,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         partial(_fp8, machine=machine),
         partial(_overlap_tp, machine=machine),
     ]
+    rules += [partial(deepspeed_problems, installed=machine.has_deepspeed)]
     if machine.has_files:
         rules += [_initial_weights, _data]
     found: list[Problem] = []

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from ssa_pretrain.cli import read_config
 
@@ -17,14 +18,26 @@ def main() -> None:
     config = read_config("train")
     quieten_libraries()
     from ssa_pretrain.checkpoint import CheckpointError
+    from ssa_pretrain.problems import ConfigError
     from ssa_pretrain.trainer import DataError, train
+    from ssa_pretrain.weights import WeightsError
 
     try:
         train(config)
-    except CheckpointError as error:
+    except (CheckpointError, WeightsError) as error:
         leave(error, 5)
     except DataError as error:
         leave(error, 4)
+    except ConfigError as error:
+        leave(error, error.exit_code)
+    mark_end()
+
+
+def mark_end() -> None:
+    """Leave a mark for a launcher that asked for one: DeepSpeed's exit code does not tell a finished run from a killed one."""
+    mark = os.environ.get("SSA_PRETRAIN_END_MARK")
+    if mark and os.environ.get("RANK", "0") == "0":
+        Path(mark).write_text("done\n")
 
 
 def leave(error: Exception, code: int) -> None:

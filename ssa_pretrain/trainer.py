@@ -237,9 +237,13 @@ def combine(parts: list[tuple[EvaluationResult, int]]) -> EvaluationResult:
 
 def save(run: Run, step: int) -> None:
     """Publish a checkpoint."""
-    publish(
-        run.folder, step, facts(run), run.engine.save, keep=run.config.checkpoint.keep, is_first=run.placement.is_first
-    )
+
+    def write(folder: Path) -> None:
+        run.engine.save(folder)
+        if run.config.checkpoint.weights:
+            run.engine.save_weights(folder)
+
+    publish(run.folder, step, facts(run), write, keep=run.config.checkpoint.keep, is_first=run.placement.is_first)
 
 
 def newest_checkpoint(run: Run, folder: Path | None = None) -> Checkpoint | None:

@@ -13,4 +13,6 @@ def build_engine(config: Config, placement: Placement, vocab_size: int) -> Engin
         from ssa_pretrain.engine.megatron import MegatronEngine
 
         return MegatronEngine(config, placement, vocab_size)
-    raise ValueError(f"engine.name={config.engine.name} is not available; use engine=megatron")
+    from ssa_pretrain.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, placement, vocab_size)

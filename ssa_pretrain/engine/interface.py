@@ -63,5 +63,9 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, folder: Path) -> None:
-        """Restore the weights alone and start the optimizer afresh."""
+        """Restore the weights alone, from a checkpoint of either engine or common weights, and start the optimizer afresh."""
+        ...
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the weights into `folder`/weights in the common format (weights.py); every rank calls it."""
         ...

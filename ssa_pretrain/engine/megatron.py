@@ -29,7 +29,7 @@ from torch import Tensor
 from ssa_kernels import build_layout
 from ssa_pretrain.config import Config, Method, PrecisionName
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.engine import megatron_checkpoint
+from ssa_pretrain.engine import common_weights, megatron_checkpoint
 from ssa_pretrain.engine.interface import EvaluationResult, StepResult
 from ssa_pretrain.engine.optimizer import build_optimizer
 from ssa_pretrain.engine.pending import PendingStep
@@ -40,6 +40,7 @@ from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.profiling import OPTIMIZER_RANGE
+from ssa_pretrain.weights import find_weights
 
 
 class MegatronEngine:
@@ -159,8 +160,18 @@ class MegatronEngine:
 
     def load_weights(self, folder: Path) -> None:
         """See `Engine.load_weights`."""
-        megatron_checkpoint.load(folder, self.chunks, None)
+        if megatron_checkpoint.wrote(folder):
+            megatron_checkpoint.load(folder, self.chunks, None)
+        else:
+            models = [megatron_checkpoint.unwrap(chunk) for chunk in self.chunks]
+            common_weights.load_weights(find_weights(folder) or folder, models, self.config, self.placement)
         self.optimizer.reload_model_params()
+
+    def save_weights(self, folder: Path) -> None:
+        """See `Engine.save_weights`."""
+        self._gather_parameters()
+        models = [megatron_checkpoint.unwrap(chunk) for chunk in self.chunks]
+        common_weights.save_weights(folder, models, self.config, self.placement)
 
     def _gather_parameters(self) -> None:
         """Bring every data rank's weights up to date, which `overlap_param_gather` leaves to the next training forward."""

@@ -26,6 +26,11 @@ def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None
     dist_checkpointing.save(state, str(folder), content_metadata=dict(METADATA))
 
 
+def wrote(folder: Path) -> bool:
+    """Return whether `save` wrote a folder."""
+    return (folder / "metadata.json").is_file()
+
+
 def load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
     """Restore weights, and the optimizer unless it is None, from a folder written by `save`."""
     state = _model_state(chunks)

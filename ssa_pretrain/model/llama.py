@@ -222,7 +222,7 @@ def initialise(model: torch.nn.Module, config: Config, *, tp_rank: int, layer_of
             parameter.fill_(1.0)
             continue
         full = _draw(global_name(name, layer_offset), parameter, config)
-        parameter.copy_(_tensor_rank_part(full, name, parameter, config.parallel.tp, tp_rank))
+        parameter.copy_(tensor_rank_part(full, name, parameter, config.parallel.tp, tp_rank))
 
 
 def global_name(name: str, layer_offset: int) -> str:
@@ -244,7 +244,8 @@ def _draw(name: str, parameter: torch.Tensor, config: Config) -> torch.Tensor:
     return torch.empty(shape, device=parameter.device).normal_(std=config.model.init_std, generator=generator)
 
 
-def _tensor_rank_part(full: torch.Tensor, name: str, parameter: torch.Tensor, tp: int, tp_rank: int) -> torch.Tensor:
+def tensor_rank_part(full: torch.Tensor, name: str, parameter: torch.Tensor, tp: int, tp_rank: int) -> torch.Tensor:
+    """Return a tensor rank's part of a whole parameter."""
     dim = getattr(parameter, "partition_dim", -1)
     if dim < 0 or tp == 1:
         return full

@@ -160,7 +160,8 @@ def test_a_launcher_s_local_rank_is_no_setting() -> None:
         (("name=a[",), "name=a[ cannot be read ("),
         (("output_dir=${nam}/x",), "output_dir=${nam}/x leads nowhere (Interpolation key 'nam' not found); give a plain value"),
         (("-cd", "/nowhere"), "--config-dir=/nowhere is not a folder; the project's own is "),
-        (("engine=deepspeed",), "engine.name=deepspeed is not there yet; try engine=megatron"),
+        (("engine=deepspeed", "deepspeed.zero_stage=4"), "deepspeed.zero_stage=4 must be 0, 1, 2 or 3; try 3"),
+        (("engine=deepspeed", "deepspeed.zero_stagee=2"), "deepspeed.zero_stagee=2 is not a known key; did you mean deepspeed.zero_stage?"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_one_line(arguments: tuple[str, ...], message: str) -> None:

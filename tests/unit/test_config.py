@@ -144,7 +144,8 @@ def test_all_problems_come_at_once() -> None:
             "parallel.sequence_parallel=true shards the sequence over tensor-parallel ranks and needs more than one "
             "(parallel.tp=1); try parallel.sequence_parallel=false or parallel.tp=2",
         ),
-        ("engine.name", "deepspeed", "engine.name=deepspeed is not there yet; try engine=megatron"),
+        ("deepspeed.zero_stage", 4, "deepspeed.zero_stage=4 must be 0, 1, 2 or 3; try 3"),
+        ("deepspeed.reduce_bucket_size", 0, "deepspeed.reduce_bucket_size=0 must be above 0; try 500000000"),
         (
             "engine.overlap_param_gather",
             True,

@@ -277,11 +277,13 @@ def test_one_mistake_is_one_line() -> None:
 
 
 def test_independent_mistakes_are_all_listed() -> None:
-    lines = found(*BASE, "optim.lr=-1", "attention.full_ratio=2", "parallel.pp=3", "optim.lrr=1", "engine=deepspeed")
+    lines = found(
+        *BASE, "optim.lr=-1", "attention.full_ratio=2", "parallel.pp=3", "optim.lrr=1", "deepspeed.zero_stage=9"
+    )
     assert [line.split("=")[0] for line in lines] == [
         "optim.lrr",
         "attention.full_ratio",
-        "engine.name",
+        "deepspeed.zero_stage",
         "optim.lr",
         "parallel.pp",
     ]

@@ -1,5 +1,6 @@
 """launchers/*.sh: the commands that they would start, word for word, and what they say of wrong flags."""
 
+import json
 import os
 import subprocess
 import sys
@@ -181,7 +182,76 @@ def test_quickstart_message() -> None:
     assert (done.returncode, done.stderr) == (3, "quickstart: --steps=3 is no flag of this; see --help\n")
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "torchrun.sh"])
+DEEPSPEED = "PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 true -m deepspeed.launcher.runner "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "command"),
+    [
+        (
+            ["--num-gpus", "8", "a=1"],
+            {},
+            "--hostfile=/nonexistent --num_gpus=8 --master_port=29500 --module ssa_pretrain.train engine=deepspeed a=1",
+        ),
+        (
+            ["--hostfile", "LICENSE", "--num-nodes", "2", "name=a b"],
+            {"NUM_GPUS": "4", "MASTER_PORT": "29600"},
+            "--hostfile=LICENSE --num_nodes=2 --num_gpus=4 --master_port=29600 --module ssa_pretrain.train engine=deepspeed "
+            r"name=a\ b",
+        ),
+        (
+            ["--include", "node1:0,2@node2", "--module", "m.n", "--", "--cfg", "job"],
+            {},
+            "--hostfile=/nonexistent --include=node1:0\\,2@node2 --master_port=29500 --module m.n engine=deepspeed --cfg job",
+        ),
+    ],
+)
+def test_deepspeed_prints_its_command(arguments: list[str], environment: dict[str, str], command: str) -> None:
+    done = call("deepspeed.sh", "--python", "true", "--dry-run", *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    assert commands(done.stdout) == DEEPSPEED + command + "\n"
+
+
+def test_deepspeed_dry_run_ends_with_the_plan_and_deepspeeds_configuration() -> None:
+    arguments = ["--num-gpus", "8", "--python", sys.executable, "--dry-run", "experiment=ssa_1b_8k"]
+    done = call(
+        "deepspeed.sh", *arguments, "deepspeed.zero_stage=2", "deepspeed.extra.zero_optimization.sub_group_size=7"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 processes = tp 1 x pp 1 x cp 1 x dp 8" in done.stdout
+    settings = json.loads(done.stdout.split("DeepSpeed's configuration:\n")[1])
+    assert settings["zero_optimization"]["stage"] == 2 and settings["zero_optimization"]["sub_group_size"] == 7
+    assert settings["train_batch_size"] == 384 == 8 * settings["gradient_accumulation_steps"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-gpus", "0"], "deepspeed.sh: --num-gpus=0 must be a positive number; try 8"),
+        (["--num-nodes", "x"], "deepspeed.sh: --num-nodes=x must be a positive number; try 2"),
+        (["--master-port", "x"], "deepspeed.sh: --master-port=x must be a port; try 29500"),
+        (
+            ["--hostfile", "nowhere"],
+            "deepspeed.sh: --hostfile=nowhere is not there; it has a line such as 'node0 slots=8' for each node",
+        ),
+        (
+            ["--num-nodes", "2"],
+            "deepspeed.sh: --num-nodes=2 needs --hostfile, with a line such as 'node0 slots=8' for each node",
+        ),
+        (
+            ["--include", "a:0", "--num-gpus", "2"],
+            "deepspeed.sh: --include and --exclude name the GPUs; leave out --num-gpus and --num-nodes",
+        ),
+        (["--num_gpus", "2"], "deepspeed.sh: --num_gpus is no flag of this; put flags of the entry point after --"),
+        (["--hostfile"], "deepspeed.sh: --hostfile needs a value; see --help"),
+    ],
+)
+def test_deepspeed_messages(arguments: list[str], message: str) -> None:
+    done = call("deepspeed.sh", "--python", "true", *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", message + "\n")
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "torchrun.sh", "deepspeed.sh"])
 def test_help_is_the_files_own_comment(script: str) -> None:
     done = call(script, "--help")
     assert (

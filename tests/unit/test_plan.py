@@ -85,6 +85,13 @@ def test_memory_follows_precision_and_sharding() -> None:
     assert eight.optimizer_bytes == -(-12 * n // 8)
     unsharded = ("engine.distributed_optimizer=false", "engine.overlap_param_gather=false")
     assert planned(*paper, *unsharded, world_size=8).optimizer_bytes == 12 * n
+    for stage, shards in ((0, (1, 1, 1)), (1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))):
+        more = ("engine=deepspeed", f"deepspeed.zero_stage={stage}", "precision.grad_reduce_in_fp32=false")
+        found = planned(*paper, *more, world_size=8)
+        wanted = tuple(-(-size * n // shard) for size, shard in zip((2, 2, 12), shards, strict=True))
+        assert (found.weight_bytes, found.gradient_bytes, found.optimizer_bytes) == wanted
+    offloaded = planned(*paper, "engine=deepspeed", "deepspeed.offload_optimizer=true", world_size=8)
+    assert offloaded.optimizer_bytes == 0
     fp32 = planned(*paper, "precision=fp32")
     assert (fp32.weight_bytes, fp32.gradient_bytes, fp32.optimizer_bytes) == (4 * n, 4 * n, 8 * n)
     assert fp32.activation_bytes > 1.5 * one.activation_bytes
@@ -194,7 +201,7 @@ def test_the_table_says_what_a_person_asks() -> None:
         "3,145,728 tokens = 384 rows = dp 16 x 12 microbatches of 2",
         "31,790 steps, 318 of warm-up; 100,002,693,120 tokens",
         "8.88 GFLOP a token",
-        "64 checkpoints of about 15.8 GiB, the newest 2 kept",
+        "64 checkpoints of about 18.1 GiB, the newest 2 kept",
         "torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
         "-m ssa_pretrain.train experiment=ssa_1b_8k",
     ):

@@ -1,0 +1,123 @@
+"""The common weights format: safetensors with canonical, unsharded names, which any engine, layout and layer spec writes and reads.
+
+A folder holds `weights.json` (the schema, and for every tensor its file and shape) and `*.safetensors` files of a few GB. Names are the
+parameters' in the whole model built from the local layer spec, layers counted from 0 over all pipeline stages:
+
+    embedding.word_embeddings.weight                     [padded vocabulary, M]
+    decoder.layers.N.input_layernorm.weight              [M]
+    decoder.layers.N.self_attention.linear_qkv.weight    [H_kv * ((G + 2) * D + G), M]: a kv head's rows are G * D queries, D keys, D values, G gates
+    decoder.layers.N.self_attention.linear_proj.weight   [M, H * D]
+    decoder.layers.N.pre_mlp_layernorm.weight            [M]
+    decoder.layers.N.mlp.linear_fc1.weight               [2 * F, M]: the gate's rows, then the up projection's
+    decoder.layers.N.mlp.linear_fc2.weight               [M, F]
+    decoder.final_layernorm.weight                       [M]
+    output_layer.weight                                  [padded vocabulary, M], only where it is not tied to the embedding
+
+The optimizer is not in it. Integrity is the checkpoint's matter (a sha256 of each file); sizes are checked on reading.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "weights.json"
+SCHEMA = 1
+FILE_BYTES = 4 * 2**30
+
+
+class WeightsError(ValueError):
+    """Weights or optimizer states that are not there or do not fit the run."""
+
+
+def canonical_name(name: str) -> str:
+    """Return a parameter's name as the local layer spec has it: Transformer Engine fuses the norms into the projections after them."""
+    name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+    return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+
+
+def find_weights(folder: Path) -> Path | None:
+    """Return the folder of common weights that `folder` is or holds, or None."""
+    return next((place for place in (folder, folder / "weights") if (place / INDEX).is_file()), None)
+
+
+class WeightsWriter:
+    """Writes one process's tensors; several may write into one folder under different prefixes.
+
+    Args:
+        folder: exists.
+        prefix: the files' names begin with it.
+    """
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.folder, self.prefix = folder, prefix
+        self.count = self.size = 0
+        self.pending: dict[str, Tensor] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a whole tensor under its canonical name."""
+        self.pending[name] = tensor.detach().cpu().contiguous()
+        self.size += tensor.numel() * tensor.element_size()
+        if self.size >= FILE_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been added into a file."""
+        if self.pending:
+            save_file(self.pending, self.folder / f"{self.prefix}_{self.count:04d}.safetensors")
+            self.count += 1
+            self.size, self.pending = 0, {}
+
+
+def write_index(folder: Path) -> None:
+    """Write `weights.json` over the files that all writers have left in a folder."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            for name in names:
+                tensors[name] = {"file": path.name, "shape": file.get_slice(name).get_shape()}
+    (folder / INDEX).write_text(json.dumps({"schema": SCHEMA, "tensors": dict(sorted(tensors.items()))}, indent=1))
+
+
+class WeightsReader:
+    """Reads a folder of common weights tensor by tensor.
+
+    Raises:
+        WeightsError: the folder holds none, or another schema.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            record = json.loads((folder / INDEX).read_text())
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{folder} holds no common weights ({INDEX}: {error})") from None
+        if record.get("schema") != SCHEMA:
+            raise WeightsError(f"{folder / INDEX} has schema {record.get('schema')}, and this version reads {SCHEMA}")
+        self.tensors: dict[str, dict] = record["tensors"]
+
+    def require(self, shapes: dict[str, tuple[int, ...]], *, exact: bool) -> None:
+        """Check that the folder holds a model's tensors.
+
+        Args:
+            shapes: of whole tensors, by canonical name.
+            exact: nothing else may be there; False for one pipeline stage's part of a model.
+
+        Raises:
+            WeightsError: a tensor is missing, too many, or of another shape.
+        """
+        found = {name: tuple(entry["shape"]) for name, entry in self.tensors.items()}
+        for name in sorted(shapes.keys() | found.keys() if exact else shapes):
+            if shapes.get(name) != found.get(name):
+                raise WeightsError(
+                    f"{self.folder} holds another model: {name} is {found.get(name, 'missing')} there and "
+                    f"{shapes.get(name, 'missing')} in this run; give the model's settings that it was trained with"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """Return a whole tensor, on the CPU."""
+        with safe_open(self.folder / self.tensors[name]["file"], framework="pt") as file:
+            return file.get_tensor(name)

@@ -1,0 +1,191 @@
+"""engine=deepspeed trains as engine=megatron does: every ZeRO stage, tensor and sequence parallelism, resume, other degrees, common weights.
+
+fp32, to 1e-5 relative, step by step: cross entropy, gradient norm, every layer's alignment and captured mass, with the streams drawn (both occur).
+The clipping threshold is far below the norms, so a wrong norm moves the next step. tests/distributed/deepspeed_matrix.py runs the whole matrix.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_workers
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes
+WORKER = Path(__file__).with_name("deepspeed_worker.py")
+TOLERANCE = 1e-5
+STOP, SAVED, RESUMED = 3, 2, 5
+
+TP = {"parallel.tp": 2}
+SP = TP | {"parallel.sequence_parallel": True}
+LAYOUTS = {"dp2": {}, "tp2_sp": SP, "tp2": TP}
+BF16 = {"precision.name": "bf16"}
+UNFUSED = {
+    "engine.fuse_gradient_accumulation": False
+}  # else it adds a tied weight's two gradients in fp32, not in bf16
+UNTIED = {"model.tie_embeddings": False}
+
+
+def deepspeed(stage: int, **more) -> dict:
+    """Return the overrides of a ZeRO stage."""
+    return {"engine.name": "deepspeed", "deepspeed.zero_stage": stage} | {
+        k.replace("__", "."): v for k, v in more.items()
+    }
+
+
+def train(name: str, settings: dict, **more) -> dict:
+    return {"name": name, "do": "train", "set": settings, "stop": STOP} | more
+
+
+def resume(name: str, source: str, settings: dict) -> dict:
+    return {"name": name, "do": "resume", "set": settings, "from": source, "first": SAVED, "stop": RESUMED}
+
+
+def weights(name: str, source: str, settings: dict) -> dict:
+    return {"name": name, "do": "weights", "set": settings, "from": source}
+
+
+SAVING = {"save_at": SAVED, "stop": RESUMED}
+VARIANTS = {  # name -> (layout, settings, the megatron engine's settings if not the layout's alone)
+    "tp2.zero2": ("tp2", deepspeed(2), {}),
+    "dp2.zero2.offload": ("dp2", deepspeed(2, deepspeed__offload_optimizer=True), {}),
+    "dp2.zero2.overlap": ("dp2", deepspeed(2, engine__overlap_grad_reduce=True), {}),
+    "tp2_sp.zero3.full_recompute": ("tp2_sp", deepspeed(3, engine__recompute="full"), {}),
+    "dp2.zero3.selective": ("dp2", deepspeed(3, engine__recompute="selective"), {}),
+    "dp2.zero3.untied": ("dp2", deepspeed(3) | UNTIED, UNTIED),  # a weight that no module's own forward uses
+    "dp2.bf16.zero1": ("dp2", deepspeed(1) | BF16, BF16),  # saves too: another of DeepSpeed's optimizers than in fp32
+    "dp2.bf16.zero2": ("dp2", deepspeed(2) | BF16, BF16),
+    "dp2.bf16.zero3": ("dp2", deepspeed(3) | BF16, BF16),
+    "tp2_sp.bf16.zero1": ("tp2_sp", deepspeed(1) | BF16, BF16),
+}
+STAGES = (0, 1, 2, 3)
+FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
+
+
+def two_processes() -> list[dict]:
+    """Return the jobs of two processes, ordered by layout: each checkpoint is there before it is read."""
+    jobs = []
+    for layout in ("dp2", "tp2_sp", "tp2"):
+        place = LAYOUTS[layout]
+        jobs.append(train(f"megatron.{layout}", place, **SAVING))
+        if layout == "dp2":
+            jobs.append(train("megatron.dp2.bf16", place | BF16 | UNFUSED))
+            jobs.append(train("megatron.dp2.untied", place | UNTIED))
+            jobs.append(weights("megatron.dp2.weights", "megatron.dp2", place))
+        elif layout == "tp2_sp":
+            jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED))
+        for stage in STAGES if layout != "tp2" else ():
+            jobs.append(train(f"{layout}.zero{stage}", place | deepspeed(stage), **SAVING))
+            jobs.append(resume(f"{layout}.zero{stage}.resumed", f"{layout}.zero{stage}", place | deepspeed(stage)))
+        for name in (name for name, (at, _, _) in VARIANTS.items() if at == layout):
+            more = SAVING if name == "dp2.bf16.zero1" else {}
+            jobs.append(train(name, place | VARIANTS[name][1], **more))
+    jobs.append(resume("tp2.from_dp2.zero3", "dp2.zero3", TP | deepspeed(3)))
+    jobs.append(resume("tp2.zero2_from_zero1", "dp2.zero1", TP | deepspeed(2)))
+    jobs.append(weights("tp2.zero3.weights", "megatron.dp2", TP | deepspeed(3)))
+    jobs.append(weights("megatron.tp2.weights", "dp2.zero3", TP))
+    jobs.append(weights("tp2.zero1.own_weights", "dp2.zero3", TP | deepspeed(1)))
+    jobs.append({"name": "megatron.uneven", "do": "uneven", "set": {}})
+    jobs.append({"name": "zero3.uneven", "do": "uneven", "set": deepspeed(3)})
+    pipeline = {"parallel.pp": 2}
+    jobs.append(train("megatron.pp2", pipeline, **SAVING))
+    jobs.append(weights("megatron.pp2.weights", "dp2.zero3", pipeline))
+    jobs.append(weights("zero1.weights_from_pp2", "megatron.pp2", deepspeed(1)))
+    return jobs
+
+
+def one_process() -> list[dict]:
+    """Return the jobs of one process: what two have saved, resumed on fewer."""
+    jobs = [resume(f"one.from_{source}", source, deepspeed(int(source[-1]))) for source in FEWER]
+    jobs.append(resume("one.from_dp2.bf16.zero1", "dp2.bf16.zero1", deepspeed(1) | BF16))
+    jobs.append(resume("one.from_dp2.zero0", "dp2.zero0", deepspeed(0)))
+    return [train("one.zero1", deepspeed(1)), *jobs]
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Run all jobs; return each one's figures, on which its ranks must agree."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    found = {}
+    for world, jobs in ((2, two_processes()), (1, one_process())):
+        listing = folder / f"jobs{world}.json"
+        listing.write_text(json.dumps(jobs))
+        run_workers(WORKER, world, str(listing), str(folder), timeout=1200)
+        for job in jobs:
+            texts = {(folder / f"{job['name']}.{rank}.json").read_text() for rank in range(world)}
+            assert len(texts) == 1, f"{job['name']}: ranks report different figures"
+            found[job["name"]] = json.loads(texts.pop())
+    return found
+
+
+def close(found: list, wanted: list, rtol: float = TOLERANCE) -> None:
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64), rtol=rtol, atol=0.0
+        )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", ["dp2", "tp2_sp"])
+def test_a_stage_trains_as_the_megatron_engine_does(figures, layout, stage):
+    close(figures[f"{layout}.zero{stage}"], figures[f"megatron.{layout}"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_trains_as_the_megatron_engine_does(figures, name):
+    layout, _, reference = VARIANTS[name]
+    suffix = {"precision.name": ".bf16", "model.tie_embeddings": ".untied"}.get(next(iter(reference), ""), "")
+    wanted = figures[f"megatron.{layout}{suffix}"]
+    if name == "tp2_sp.bf16.zero1":  # a norm's sum over tensor ranks is rounded to bf16 here and kept in fp32 there
+        close(figures[name][:1], wanted[:1], rtol=1e-4)
+        close(figures[name][:STOP], wanted[:STOP], rtol=2e-3)
+    else:
+        close(figures[name][:STOP], wanted[:STOP])
+
+
+def test_one_process_trains_as_two_do(figures):
+    close(figures["one.zero1"][:STOP], figures["megatron.dp2"][:STOP])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", ["dp2", "tp2_sp"])
+def test_a_resumed_run_is_bit_identical(figures, layout, stage):
+    assert figures[f"{layout}.zero{stage}.resumed"] == figures[f"{layout}.zero{stage}"][SAVED:]
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        *((f"one.from_{source}", source) for source in FEWER),
+        ("one.from_dp2.bf16.zero1", "dp2.bf16.zero1"),
+        ("tp2.from_dp2.zero3", "dp2.zero3"),
+        ("tp2.zero2_from_zero1", "dp2.zero1"),
+        ("one.from_dp2.zero0", "dp2.zero0"),
+    ],
+)
+def test_a_run_resumed_on_other_degrees_goes_on(figures, name, source):
+    """Three steps past the resume: a lost step count, moment or weight decay shows in the second."""
+    close(figures[name], figures[source][SAVED:])
+
+
+def test_weights_travel_between_the_engines(figures):
+    """Each pair read one folder; both evaluations and the last tokens' logits agree, whatever engine and layout wrote and reads."""
+    close(figures["tp2.zero3.weights"], figures["megatron.dp2.weights"])
+    close(figures["megatron.tp2.weights"], figures["tp2.zero1.own_weights"])
+    close(figures["megatron.pp2.weights"], figures["tp2.zero1.own_weights"])
+    # The pipeline's run has trained the same two steps as megatron.dp2's.
+    close(figures["zero1.weights_from_pp2"], figures["megatron.dp2.weights"])
+
+
+def test_a_data_rank_without_held_out_rows_neither_hangs_nor_counts(figures):
+    close(figures["zero3.uneven"], figures["megatron.uneven"])
+
+
+def test_the_norms_and_figures_make_these_comparisons_strict(figures):
+    """Clipping acts at every step, and each step's figures are far from the last one's."""
+    for layout in ("dp2", "tp2_sp"):
+        steps = torch.tensor(figures[f"megatron.{layout}"][:RESUMED], dtype=torch.float64)
+        assert steps[:, 1].min() > 0.9
+        assert ((steps[1:] - steps[:-1]).abs() / steps[:-1]).max(dim=1).values.min() > 1e-2
