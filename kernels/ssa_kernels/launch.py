@@ -7,6 +7,7 @@ Triton's interpreter, and what has not been launched before, go the ordinary way
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from triton.runtime.jit import JITFunction
@@ -14,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def launch(
-    kernel: object, grid: tuple[int, ...], *args: object, stream: torch.cuda.Stream | None = None, **settings: object
+    kernel: Any, grid: tuple[int, ...], *args: object, stream: torch.cuda.Stream | None = None, **settings: object
 ) -> None:
     """Launches a kernel.
 

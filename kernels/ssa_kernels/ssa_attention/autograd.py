@@ -52,10 +52,10 @@ class SSAAttention(torch.autograd.Function):
         do_full, do_sparse, _, delta_sparse, grad_logits = gate_backward(
             o_full, o_sparse, gate_logits, grad_out.contiguous(), grad_loss, main, ctx.weights
         )
-        grads = fused_backward(do_full, q, k, v, o_full, lse_full, tuple(states), ends, ctx.plan)
+        dq, dk, dv = fused_backward(do_full, q, k, v, o_full, lse_full, tuple(states), ends, ctx.plan)
         del do_full  # freed before the sparse backward takes its workspace
         grads = sparse_attention_backward(
             q, k, v, indices, None, lse_sparse, do_sparse, ctx.layout, ctx.scale,
-            delta=delta_sparse, index=index, add_to=tuple(grad.contiguous() for grad in grads),
+            delta=delta_sparse, index=index, add_to=(dq.contiguous(), dk.contiguous(), dv.contiguous()),
         )  # fmt: skip
         return *grads, grad_logits, *(None,) * 6

@@ -76,7 +76,7 @@ def test_help_names_the_groups(run, capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert (
-        "source=jsonl|" in text
+        "source=debian_large|heldout|hub|jsonl|" in text
         and "tokenizer=bpe4k|bpe8k|file|llama3" in text
         and "python -m data_prep source=" in text
     )
