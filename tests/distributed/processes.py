@@ -25,7 +25,8 @@ def run_workers(script: Path, world_size: int, *arguments: str, timeout: float =
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        # Without PYTHONSAFEPATH the worker would find its neighbours by itself.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(Path(script).parent)]),
     }
     workers = [
         subprocess.Popen(
