@@ -34,6 +34,7 @@ def runs(corpus, tmp_path_factory) -> dict[str, Path]:
             "attention.impl=reference",
             f"data.path={corpus}",
             f"output_dir={folders[method]}",
+            timeout=1100,
         )
 
     with ThreadPoolExecutor() as pool:

@@ -44,9 +44,9 @@ def run(module: str, *overrides: str, processes: int = 1, timeout: float = 500) 
     )
 
 
-def train(*overrides: str, processes: int = 1) -> None:
+def train(*overrides: str, processes: int = 1, timeout: float = 500) -> None:
     """Train to the end or fail with what the process said."""
-    done = run("ssa_pretrain.train", *overrides, processes=processes)
+    done = run("ssa_pretrain.train", *overrides, processes=processes, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
