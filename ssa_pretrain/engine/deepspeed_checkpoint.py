@@ -11,7 +11,6 @@ deepspeed_universal.py cuts them for the tensor ranks to come.
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ssa_pretrain.config import Config
+from ssa_pretrain.engine.deepspeed_setup import environment_of_a_converter
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.weights import WeightsError
 
@@ -140,12 +140,10 @@ def _require_convertible(folder: Path, saved: dict[str, int], wanted: dict[str, 
 def _convert(folder: Path, universal: Path, wanted: dict[str, int]) -> None:
     """Write the universal checkpoint in a process of its own: DeepSpeed's converter starts workers, and this process may hold a GPU."""
     shutil.rmtree(universal, ignore_errors=True)
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | hidden
     command = [sys.executable, "-m", "ssa_pretrain.deepspeed_universal"]
     done = subprocess.run(
         [*command, str(folder / TAG), str(universal), str(wanted["tp"])],
-        env=environment,
+        env=environment_of_a_converter(),
         capture_output=True,
         text=True,
         check=False,

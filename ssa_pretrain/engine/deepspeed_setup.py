@@ -141,3 +141,9 @@ def held(lock: Path) -> bool:
         except OSError:  # a process that has ended, or another user's, who cannot build in this folder
             continue
     return False
+
+
+def environment_of_a_converter() -> dict[str, str]:
+    """Return the environment for a process beside this rank that converts a checkpoint: no rank itself, and no GPU."""
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | hidden
