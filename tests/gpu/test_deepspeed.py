@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from small_model import LENGTH, VOCAB, random_batches
 
 from ssa_pretrain.config import Config, EngineName, LayerSpec, PrecisionName
-from ssa_pretrain.data.batches import Batch, collate
-from ssa_pretrain.data.rows import Row
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.gpu
 
-VOCAB, LENGTH, MICROBATCHES = 1024, 1024, 2
+MICROBATCHES = 2
 
 
 def settings(spec: LayerSpec, stage: int | None, *, offload: bool = False) -> Config:
@@ -32,20 +31,6 @@ def settings(spec: LayerSpec, stage: int | None, *, offload: bool = False) -> Co
     return config
 
 
-def random_batches() -> list[Batch]:
-    """Return microbatches of two rows with uneven documents."""
-    generator = np.random.default_rng(0)
-    found = []
-    for index in range(MICROBATCHES):
-        rows = []
-        for _ in range(2):
-            starts = np.zeros(LENGTH + 1, dtype=bool)
-            starts[generator.choice(np.arange(1, LENGTH), size=3, replace=False)] = True
-            rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
-        found.append(collate(rows, index=index))
-    return found
-
-
 @pytest.fixture(scope="module")
 def placement():
     """One process on one GPU."""
@@ -62,7 +47,7 @@ def figures(placement, config: Config) -> np.ndarray:
     engine = build_engine(config, placement, VOCAB)
     found = []
     for step in range(4):
-        result = engine.train_step(random_batches(), step=step, learning_rate=1e-3)
+        result = engine.train_step(random_batches(MICROBATCHES), step=step, learning_rate=1e-3)
         found.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
         )
@@ -93,11 +78,11 @@ def test_a_checkpoint_resumes_exactly(placement, stage, tmp_path):
 
     config = settings(LayerSpec.auto, stage)
     engine = build_engine(config, placement, VOCAB)
-    engine.train_step(random_batches(), step=0, learning_rate=1e-3)
+    engine.train_step(random_batches(MICROBATCHES), step=0, learning_rate=1e-3)
     engine.save(tmp_path)
-    wanted = [engine.train_step(random_batches(), step=s, learning_rate=1e-3) for s in range(1, 5)]
+    wanted = [engine.train_step(random_batches(MICROBATCHES), step=s, learning_rate=1e-3) for s in range(1, 5)]
     other = build_engine(config, placement, VOCAB)
     other.load(tmp_path)
-    found = [other.train_step(random_batches(), step=s, learning_rate=1e-3) for s in range(1, 5)]
+    found = [other.train_step(random_batches(MICROBATCHES), step=s, learning_rate=1e-3) for s in range(1, 5)]
     assert found == wanted
     torch.cuda.synchronize()

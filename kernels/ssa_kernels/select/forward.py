@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..documents import DocumentLayout
 from ..launch import launch
-from ..streams import side_streams
+from ..streams import urgent_stream
 from .importance import block_means_kernel, importance_kernel, softmax_sums_kernel
 from .topk import top_k_kernel
 
@@ -142,7 +142,7 @@ def _urgent(device: torch.device, before: torch.cuda.Event | None) -> Iterator[t
     if device.type != "cuda":
         yield None
         return
-    (urgent,) = side_streams(device, 1, urgent=True)
+    urgent = urgent_stream(device)
     current = torch.cuda.current_stream(device)
     urgent.wait_event(before)
     yield urgent

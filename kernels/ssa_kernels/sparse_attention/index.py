@@ -29,7 +29,7 @@ import triton.language as tl
 
 from ..documents import DocumentLayout
 from ..launch import launch
-from ..streams import side_streams
+from ..streams import urgent_stream
 
 CHOICES_PER_PROGRAM = 1024
 BUCKETS_PER_PROGRAM = 128
@@ -221,7 +221,7 @@ def invert_beside(
         inverted = invert(indices, layout, kv_heads=kv_heads, segment=segment)
         return lambda: inverted
     current = torch.cuda.current_stream(indices.device)
-    (beside,) = side_streams(indices.device, 1, urgent=True)
+    beside = urgent_stream(indices.device)
     beside.wait_stream(current)
     with torch.cuda.stream(beside):
         inverted = invert(indices, layout, kv_heads=kv_heads, segment=segment)
