@@ -113,9 +113,11 @@ def restore(run: Run) -> int:
 def loop(run: Run, log: MetricsLogger, step: int) -> None:
     """Step until done; evaluate and save when due.
 
-    A step's figures are read when the next one has been queued, so that the device never waits for the host to write a line.
+    On a GPU a step's figures are read when the next one has been queued, so that the device never waits for the host to write a line. A CPU has
+    nothing to queue: read late, a step would be timed with its successor.
     """
     config, last = run.config, last_step(run)
+    ahead = 1 if run.placement.device.type == "cuda" else 0
     if step == 0 and config.evaluation.at_start:
         evaluate(run, log, step)
     saved, unread = step, []  # (record's step, result, FLOPs a token) of the step that is still under way
@@ -130,7 +132,7 @@ def loop(run: Run, log: MetricsLogger, step: int) -> None:
             due(step, config.checkpoint.interval, last),
         )
         unread.append((step, result, flops_per_token(run, batches)))
-        while len(unread) > (0 if evaluating or saving else 1):
+        while len(unread) > (0 if evaluating or saving else ahead):
             number, earlier, flops = unread.pop(0)
             log.log_step(training_record(run, earlier, number), flops)
         if evaluating:
