@@ -18,6 +18,7 @@ from ssa_pretrain.train import leave, quieten_libraries
 PROMPTS = 6
 NEW_TOKENS = 48
 TEMPERATURE = 0.8
+TOKENS_MULTIPLE = 16  # of a packed sequence on a rank: FP8 products need 8, context parallelism two chunks
 
 
 def main() -> None:
@@ -86,7 +87,8 @@ def sample(run, modes: tuple[str, ...]) -> list[dict]:
         generator = torch.Generator().manual_seed(run.config.seed)
         texts = [list(prompt) for prompt in prompts]
         for _ in tqdm(range(NEW_TOKENS), desc=f"sampling, {mode}", disable=not shown, leave=False):
-            logits = run.engine.last_logits(_packed_prompts(texts, 2 * run.plan.cp * run.plan.tp), mode=mode).cpu()
+            packed = packed_prompts(texts, TOKENS_MULTIPLE * run.plan.cp * run.plan.tp)
+            logits = run.engine.last_logits(packed, mode=mode).cpu()
             logits = logits[: len(texts), : run.plan.vocab_size]
             chosen = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)
             for text, token in zip(texts, chosen.flatten().tolist(), strict=True):
@@ -115,7 +117,7 @@ def held_out_prompts(run) -> list[list[int]]:
     return prompts[::step][:PROMPTS] or [run.held_out.row(0).tokens[:room].tolist()]
 
 
-def _packed_prompts(texts: list[list[int]], multiple: int):
+def packed_prompts(texts: list[list[int]], multiple: int):
     """Return the texts as the documents of one microbatch without labels, a last one filling it up to a multiple of tokens."""
     import torch
 

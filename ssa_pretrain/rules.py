@@ -251,6 +251,8 @@ def _overlap_tp(config: Config, machine: Machine) -> list[Problem]:
         rule = "is Transformer Engine's, not engine.layer_spec=local's"
     elif lacks := _lacking(machine):
         rule = f"needs {lacks}"
+    elif engine.layer_spec is LayerSpec.auto and config.precision.name is PrecisionName.fp32:
+        rule = "is Transformer Engine's, and precision=fp32 runs without it (it multiplies fp32 in TF32)"
     return [Problem("engine.overlap_tp", True, rule, advice, reads)] if rule else []
 
 

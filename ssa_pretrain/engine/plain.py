@@ -30,7 +30,7 @@ class PlainModel:
     """
 
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
-        fused = uses_transformer_engine(config.engine)
+        fused = uses_transformer_engine(config)
         low = config.precision.name is not PrecisionName.fp32
         self.length, self.device = config.data.sequence_length, placement.device
         core = _core_config(config, fused=fused, low=low)

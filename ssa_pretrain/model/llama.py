@@ -129,11 +129,14 @@ def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:
             module.fuse_wgrad_accumulation = True
 
 
-def uses_transformer_engine(engine: EngineConfig) -> bool:
-    """Return whether the layers come from Transformer Engine: as told, or where it is installed beside a GPU."""
-    if engine.layer_spec is not LayerSpec.auto:
-        return engine.layer_spec is LayerSpec.transformer_engine
-    if not torch.cuda.is_available():
+def uses_transformer_engine(config: Config) -> bool:
+    """Return whether the layers come from Transformer Engine: as told, or where it is installed beside a GPU and precision is not fp32.
+
+    Transformer Engine multiplies fp32 matrices in TF32, which keeps 10 bits of the 23.
+    """
+    if config.engine.layer_spec is not LayerSpec.auto:
+        return config.engine.layer_spec is LayerSpec.transformer_engine
+    if not torch.cuda.is_available() or config.precision.name is PrecisionName.fp32:
         return False
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -151,7 +154,7 @@ def _recompute(engine: EngineConfig) -> dict:
 def _block_spec(
     config: Config, core: TransformerConfig, pp_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    if uses_transformer_engine(config.engine):
+    if uses_transformer_engine(config):
         layer, norm = _transformer_engine_layer(config)
     else:
         layer, norm = _local_layer(config), RMSNorm

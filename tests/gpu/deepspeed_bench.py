@@ -72,7 +72,7 @@ def launch(arguments: argparse.Namespace, name: str, own: list[str]) -> dict:
     """Run one case in processes of its own and return its row."""
     flags = [
         f"--{flag.replace('_', '-')}={getattr(arguments, flag)}"
-        for flag in ("experiment", "microbatches", "micro_batch_size", "steps", "warmup")
+        for flag in ("gpus", "experiment", "microbatches", "micro_batch_size", "steps", "warmup")
     ]
     command = [
         sys.executable,

@@ -40,3 +40,16 @@ def test_fp8_follows_bf16(placement, recipe):
     early = wanted > wanted[0] / 2
     np.testing.assert_allclose(found[early], wanted[early], rtol=0.02)
     np.testing.assert_allclose(found, wanted, rtol=0.15)
+
+
+def test_prompts_of_any_length_are_continued_in_fp8(placement):
+    """Sampling packs prompts that grow by a token at a time; FP8 products need multiples of 8."""
+    from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.evaluate import TOKENS_MULTIPLE, packed_prompts
+
+    config = small_config(Method.ssa, LayerSpec.transformer_engine, KernelImpl.auto)
+    config.precision.name = PrecisionName.fp8
+    engine = build_engine(config, placement, VOCAB)
+    for length in (33, 40):
+        logits = engine.last_logits(packed_prompts([[1] * length, [2] * 7], TOKENS_MULTIPLE), mode="sparse")
+        assert logits[:2].isfinite().all()

@@ -136,6 +136,8 @@ def test_quickstart_leaves_what_it_promises(quickstart: tuple[Path, subprocess.C
         (s, m) for s in (0, 3, 6) for m in ("full", "sparse")
     ]
     assert all(math.isfinite(r["cross_entropy"]) for r in records)
+    seconds = [r["seconds"] for r in records if r["kind"] == "train"]
+    assert min(seconds) > max(seconds[1:]) / 10, f"no step is timed with its neighbour: {seconds}"
     assert "\x1b" not in done.stdout + done.stderr, "no terminal codes in a pipe"
     assert f"report: {out / 'report.html'}" in done.stdout
 

@@ -41,7 +41,7 @@ def found(*overrides: str, machine: Machine = CPU) -> list[str]:
 
 
 PAPERS = ("ssa_1b_8k", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k")
-EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "fp8_300m_evidence")
+EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp8_300m_evidence")
 
 
 @pytest.mark.parametrize("world_size", [1, 8, 64])
@@ -241,6 +241,12 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
             (*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", "engine.layer_spec=local"),
             replace(GPU, world_size=2),
             "engine.overlap_tp=true is Transformer Engine's, not engine.layer_spec=local's; try engine.overlap_tp=false",
+        ),
+        (
+            (*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", "precision=fp32", "attention.impl=reference"),
+            replace(GPU, world_size=2),
+            "engine.overlap_tp=true is Transformer Engine's, and precision=fp32 runs without it (it multiplies fp32 in TF32); try "
+            "engine.overlap_tp=false",
         ),
         (
             (*BASE, "parallel=tp2_sp", "engine.overlap_tp=true"),
