@@ -37,7 +37,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw training cross entropy and captured mass over tokens."""
+    """Draw training cross entropy, from the first tenth of each run on, and captured mass over tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,6 +52,10 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
             r for r in records if r["kind"] == "evaluation" and r["mode"] == "full" and r["captured_mass"] is not None
         ]
         mass.plot([r["tokens"] / 1e6 for r in seen], [r["captured_mass"] for r in seen], "o-", label=name, markersize=3)
+    # The first tenth falls so far that the curves would lie on each other after it.
+    shown = [y for line in loss.get_lines() for y in line.get_ydata()[len(line.get_ydata()) // 10 :]]
+    if shown:
+        loss.set_ylim(min(shown) - 0.1, max(shown) + 0.1)
     loss.set_ylabel(f"cross entropy, nats (mean of {WINDOW} steps)")
     mass.set_ylabel("captured mass, held out, full mode")
     mass.set_xlabel("million tokens")

@@ -156,6 +156,9 @@ class DeepSpeedEngine(MegatronEngine):
                     mpu=TensorParallelState(self.placement),
                     dist_init_required=False,
                 )
+            if self.stage == 0:
+                # Its bf16 optimizer takes a step of zero gradients as it starts, and Adam would count it.
+                self._ds.basic_optimizer.state.clear()
         return self._ds
 
     @property

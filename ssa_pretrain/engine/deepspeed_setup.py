@@ -103,7 +103,8 @@ def build_optimizer(model: torch.nn.Module, config: Config, placement: Placement
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    # The rate is set at every step. DeepSpeed's own steps of zero gradients, which some of its optimizers take as they start, must not decay weights.
+    settings = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if choices.adam is AdamImpl.torch:
         fused = placement.device.type == "cuda" or choices.offload_optimizer
         return torch.optim.AdamW(groups, fused=fused, **settings)

@@ -24,6 +24,7 @@ BF16 = {"precision.name": "bf16"}
 UNFUSED = {
     "engine.fuse_gradient_accumulation": False
 }  # else it adds a tied weight's two gradients in fp32, not in bf16
+BF16_GRADS = BF16 | {"precision.grad_reduce_in_fp32": False}
 UNTIED = {"model.tie_embeddings": False}
 
 
@@ -54,11 +55,13 @@ VARIANTS = {  # name -> (layout, settings, the megatron engine's settings if not
     "tp2_sp.zero3.full_recompute": ("tp2_sp", deepspeed(3, engine__recompute="full"), {}),
     "dp2.zero3.selective": ("dp2", deepspeed(3, engine__recompute="selective"), {}),
     "dp2.zero3.untied": ("dp2", deepspeed(3) | UNTIED, UNTIED),  # a weight that no module's own forward uses
+    "dp2.bf16.zero0": ("dp2", deepspeed(0) | BF16_GRADS, BF16_GRADS),
     "dp2.bf16.zero1": ("dp2", deepspeed(1) | BF16, BF16),  # saves too: another of DeepSpeed's optimizers than in fp32
     "dp2.bf16.zero2": ("dp2", deepspeed(2) | BF16, BF16),
     "dp2.bf16.zero3": ("dp2", deepspeed(3) | BF16, BF16),
     "tp2_sp.bf16.zero1": ("tp2_sp", deepspeed(1) | BF16, BF16),
 }
+SUFFIXES = {".bf16": BF16, ".bf16_grads": BF16_GRADS, ".untied": UNTIED}
 STAGES = (0, 1, 2, 3)
 FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
 
@@ -71,6 +74,7 @@ def two_processes() -> list[dict]:
         jobs.append(train(f"megatron.{layout}", place, **SAVING))
         if layout == "dp2":
             jobs.append(train("megatron.dp2.bf16", place | BF16 | UNFUSED))
+            jobs.append(train("megatron.dp2.bf16_grads", place | BF16_GRADS | UNFUSED))
             jobs.append(train("megatron.dp2.untied", place | UNTIED))
             jobs.append(weights("megatron.dp2.weights", "megatron.dp2", place))
         elif layout == "tp2_sp":
@@ -79,8 +83,9 @@ def two_processes() -> list[dict]:
             jobs.append(train(f"{layout}.zero{stage}", place | deepspeed(stage), **SAVING))
             jobs.append(resume(f"{layout}.zero{stage}.resumed", f"{layout}.zero{stage}", place | deepspeed(stage)))
         for name in (name for name, (at, _, _) in VARIANTS.items() if at == layout):
-            more = SAVING if name == "dp2.bf16.zero1" else {}
+            more = SAVING if name in ("dp2.bf16.zero0", "dp2.bf16.zero1") else {}
             jobs.append(train(name, place | VARIANTS[name][1], **more))
+    jobs.append(resume("dp2.bf16.zero0.resumed", "dp2.bf16.zero0", deepspeed(0) | BF16_GRADS))
     jobs.append(resume("tp2.from_dp2.zero3", "dp2.zero3", TP | deepspeed(3)))
     jobs.append(resume("tp2.zero2_from_zero1", "dp2.zero1", TP | deepspeed(2)))
     jobs.append(weights("tp2.zero3.weights", "megatron.dp2", TP | deepspeed(3)))
@@ -136,7 +141,7 @@ def test_a_stage_trains_as_the_megatron_engine_does(figures, layout, stage):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_trains_as_the_megatron_engine_does(figures, name):
     layout, _, reference = VARIANTS[name]
-    suffix = {"precision.name": ".bf16", "model.tie_embeddings": ".untied"}.get(next(iter(reference), ""), "")
+    suffix = next((s for s, changes in SUFFIXES.items() if changes == reference), "")
     wanted = figures[f"megatron.{layout}{suffix}"]
     if name == "tp2_sp.bf16.zero1":  # a norm's sum over tensor ranks is rounded to bf16 here and kept in fp32 there
         close(figures[name][:1], wanted[:1], rtol=1e-4)
@@ -149,10 +154,11 @@ def test_one_process_trains_as_two_do(figures):
     close(figures["one.zero1"][:STOP], figures["megatron.dp2"][:STOP])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("layout", ["dp2", "tp2_sp"])
-def test_a_resumed_run_is_bit_identical(figures, layout, stage):
-    assert figures[f"{layout}.zero{stage}.resumed"] == figures[f"{layout}.zero{stage}"][SAVED:]
+@pytest.mark.parametrize(
+    "name", [*(f"{at}.zero{stage}" for at in ("dp2", "tp2_sp") for stage in STAGES), "dp2.bf16.zero0"]
+)
+def test_a_resumed_run_is_bit_identical(figures, name):
+    assert figures[f"{name}.resumed"] == figures[name][SAVED:]
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,11 @@ def test_fp8_follows_bf16(placement, recipe):
     wanted = losses(placement, PrecisionName.bf16, recipe)
     found = losses(placement, PrecisionName.fp8, recipe)
     assert np.isfinite(found).all() and found[-1] < found[0] - 0.1
-    # FP8 keeps 3 bits beside the leading one. Down to half of the first loss the two agree; once the batch is learnt by heart,
-    # what is left of the loss is small and the curves part by some per cent of it.
+    # FP8 keeps 3 bits beside the leading one. Down to half of the first loss the two agree, on average within a hundredth; once the batch
+    # is learnt by heart, what is left of the loss is small and the curves part by some per cent of it.
     early = wanted > wanted[0] / 2
-    np.testing.assert_allclose(found[early], wanted[early], rtol=0.02)
+    off = np.abs(found[early] / wanted[early] - 1)
+    assert off.mean() < 0.01 and off.max() < 0.04, off
     np.testing.assert_allclose(found, wanted, rtol=0.15)
 
 

@@ -153,7 +153,7 @@ def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: i
     tokens, heads, _ = q.shape
     kv_heads = means.shape[1]
     lists = heads if score == "per_head" else kv_heads
-    width = 512 if layout.max_blocks <= 512 else 1024
+    width = 512
     # The own block is no candidate, so a document of n blocks needs n - 1 columns.
     columns = triton.cdiv(max(layout.max_blocks - 1, 1), width) * width
     kept = layout.block_size if score == "official_compat" else 2 * top_k
