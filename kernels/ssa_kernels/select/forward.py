@@ -33,6 +33,7 @@ SPANS = 4  # parts of the softmax sums, so that chunks of an early one run besid
 BINS_FROM_SLICES = 5
 BINS_A_CHOICE = 4
 IMPORTANCE_REGISTERS = {False: 112, True: 128}  # without and with bins; four programs a multiprocessor either way
+TOP_K_WIDTH = 512  # columns of a pass of top-k
 SLICE_ROWS = 1024  # block rows that a program of the importance kernel walks
 
 
@@ -44,7 +45,6 @@ class _Plan:
     group: int  # query heads a kv head
     tile: int  # tokens of a tile
     columns: int  # importance row: candidates of the longest document, up to a whole pass of top-k
-    width: int  # columns of a pass of top-k
     survivors: int  # scratch row of top-k
     chunk: int  # tokens that share the workspace
 
@@ -125,7 +125,7 @@ def choose_blocks_triton(
             launch(
                 top_k_kernel, ((stop - start) * plan.lists,),
                 workspace, layout.query_position, bins, scratch, indices, start, plan.columns,
-                LISTS=plan.lists, K=layout.block_size, S=top_k, SP=triton.next_power_of_2(top_k), C=plan.survivors, W=plan.width,
+                LISTS=plan.lists, K=layout.block_size, S=top_k, SP=triton.next_power_of_2(top_k), C=plan.survivors, W=TOP_K_WIDTH,
                 SIGNED=score == "per_head", OFFICIAL=score == "official_compat",
                 BINS_A_ROW=slices * BLOCK_ROWS if with_bins else 0, num_warps=1, stream=urgent,
             )  # fmt: skip
@@ -153,16 +153,15 @@ def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: i
     tokens, heads, _ = q.shape
     kv_heads = means.shape[1]
     lists = heads if score == "per_head" else kv_heads
-    width = 512
     # The own block is no candidate, so a document of n blocks needs n - 1 columns.
-    columns = triton.cdiv(max(layout.max_blocks - 1, 1), width) * width
+    columns = triton.cdiv(max(layout.max_blocks - 1, 1), TOP_K_WIDTH) * TOP_K_WIDTH
     kept = layout.block_size if score == "official_compat" else 2 * top_k
     survivors = max(32, triton.next_power_of_2(kept))
     tile = PRODUCT_ROWS // triton.next_power_of_2(heads // kv_heads)
     bins = triton.cdiv(columns + tile, SLICE_ROWS) * BLOCK_ROWS
     most = max(WORKSPACE_BYTES // (lists * (columns + survivors + bins) * 4) // tile, 1) * tile
     chunk = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), tile) * tile  # all of about the same size
-    return _Plan(lists, heads // kv_heads, tile, columns, width, survivors, chunk)
+    return _Plan(lists, heads // kv_heads, tile, columns, survivors, chunk)
 
 
 def _softmax_sums(
