@@ -1,6 +1,6 @@
 """Entry point: `python -m ssa_pretrain.report outputs/quickstart` turns a run's folder into a page and a table.
 
-Reads what a run leaves behind: metrics.jsonl and config.yaml; evaluation.json and samples.json if `ssa_pretrain.evaluate` wrote them; the
+Reads what a run leaves behind: metrics.jsonl, config.yaml and environment.jsonl; evaluation.json and samples.json if `ssa_pretrain.evaluate` wrote them; the
 data's manifest.json for the unigram entropy, the loss of a model that knows word frequencies and nothing else. Writes report.html, one file
 that needs no network, and prints the same figures. It changes nothing else and can be run while training goes on.
 
@@ -10,21 +10,18 @@ that needs no network, and prints the same figures. It changes nothing else and 
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ssa_pretrain.environment import last_start
 from ssa_pretrain.log import compact, duration
 from ssa_pretrain.metrics import FILE_NAME, perplexity, read_records
 from ssa_pretrain.report_page import page
-
-PACKAGES = ("ssa-pretrain", "torch", "megatron-core", "triton", "transformer-engine", "tokenizers")
 
 
 class ReportError(ValueError):
@@ -44,7 +41,7 @@ class Figures:
         unigram: entropy of the held-out tokens under their own frequencies, nats; None without a manifest.
         samples: prompt, mode and text of sampled continuations.
         data: facts of the dataset.
-        versions: package -> version.
+        start: how the run was started last, see environment.py; None where that is not known.
     """
 
     name: str
@@ -55,7 +52,7 @@ class Figures:
     unigram: float | None = None
     samples: list[dict[str, str]] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    start: dict[str, Any] | None = None
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(tokens, value) of every training record that has the key."""
@@ -113,7 +110,9 @@ class Figures:
             rows.append(("speed", f"{compact(self.tokens_per_second)} tokens/s (median)"))
         if self.steps and self.steps[-1].get("mfu") is not None:
             rows.append(("MFU", f"{self.steps[-1]['mfu']:.1%}"))
-        rows.append(("versions", ", ".join(f"{name} {number}" for name, number in self.versions.items())))
+        if self.start:
+            rows.append(("ran on", f"{self.start['processes']} x {self.start['device']}"))
+            rows.append(("versions", ", ".join(f"{name} {number}" for name, number in self.start["versions"].items())))
         return rows
 
 
@@ -147,7 +146,7 @@ def read_figures(folder: Path) -> Figures:
         unigram=_unigram(manifest),
         samples=[_continuation(sample) for sample in samples],
         data=_dataset(manifest),
-        versions=_versions(),
+        start=last_start(folder),
     )
 
 
@@ -262,17 +261,6 @@ def _final(evaluations: dict[str, list[dict[str, Any]]], written: dict[str, Any]
 def _continuation(sample: dict[str, str]) -> dict[str, str]:
     """A sample whose text does not repeat its prompt."""
     return sample | {"text": sample["text"].removeprefix(sample["prompt"])}
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what is installed now."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _cells(figures: Figures, key: str, form: str) -> str:

@@ -21,6 +21,7 @@ from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, EvaluationResult, StepResult, build_engine
+from ssa_pretrain.environment import add_start, versions
 from ssa_pretrain.flops import peak_flops, row_flops
 from ssa_pretrain.log import Console, banner
 from ssa_pretrain.metrics import MetricsLogger
@@ -317,7 +318,7 @@ def open_log(run: Run, step: int) -> MetricsLogger:
     """Return the run's logger after saying what is about to happen; only the first rank writes."""
     console = Console(total_steps=run.plan.steps, first_step=step, enabled=run.placement.is_first)
     peak = peak_flops(device_name(run.placement), run.config.precision.name)
-    tracker = start_reporting(run, console) if run.placement.is_first else None
+    tracker = start_reporting(run, console, step) if run.placement.is_first else None
     return MetricsLogger(
         run.folder,
         total_steps=run.plan.steps,
@@ -332,11 +333,12 @@ def open_log(run: Run, step: int) -> MetricsLogger:
     )
 
 
-def start_reporting(run: Run, console: Console) -> Tracker | None:
+def start_reporting(run: Run, console: Console, step: int) -> Tracker | None:
     """Say what runs where, keep the configuration beside the results and start W&B if wanted."""
     config, plan = run.config, run.plan
     run.folder.mkdir(parents=True, exist_ok=True)
     save_config(config, run.folder / "config.yaml")
+    add_start(run.folder, step=step, device=device_name(run.placement), processes=plan.world_size)
     console.say(
         banner(
             {
@@ -351,7 +353,7 @@ def start_reporting(run: Run, console: Console) -> Tracker | None:
     source = Path(__file__).resolve().parents[1]
     described = (
         config_to_dict(config)
-        | {"version": __version__, "torch": torch.__version__}
+        | {"version": __version__, "versions": versions()}
         | provenance(source, Path(config.data.path))
     )
     return start_tracking(config.logging.wandb, name=config.name, folder=run.folder, config=described, say=console.say)

@@ -21,13 +21,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from ssa_pretrain.config import Config, ModelConfig, ParallelConfig, PrecisionName
+from ssa_pretrain.environment import versions
 from ssa_pretrain.flops import peak_flops
 from ssa_pretrain.train import quieten_libraries
 
@@ -157,7 +157,7 @@ def measure(build, case: str, config: Config, placement, options: Options) -> li
                 peak_gib=held,
                 world_size=world,
                 device=device,
-                versions=versions(),
+                versions=installed(),
                 command="python -m ssa_pretrain.bench " + " ".join(sys.argv[1:]),
             )
         )
@@ -176,15 +176,10 @@ def measure_one_gpu(options: Options) -> None:
     subprocess.run([sys.executable, "-m", "ssa_pretrain.bench", "cases=optimizer", *kept], env=environment, check=True)
 
 
-def versions() -> str:
+def installed() -> str:
     """Return the libraries' versions in one line."""
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} –")
-    return ", ".join(found)
+    found = versions()
+    return ", ".join(f"{name} {found.get(name, '–')}" for name in PACKAGES)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def test_quickstart_leaves_what_it_promises(quickstart: tuple[Path, subprocess.C
         "report.html",
         "metrics.jsonl",
         "config.yaml",
+        "environment.jsonl",
         "evaluation.json",
         "samples.json",
         "data/manifest.json",

@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from ssa_pretrain.config import Config, Method
 from ssa_pretrain.config_io import save_config
+from ssa_pretrain.environment import add_start
 from ssa_pretrain.report import ReportError, main, read_figures, table
 from ssa_pretrain.report_page import page
 
@@ -189,3 +192,14 @@ def test_messages(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(ReportError, match="remove it or make it again"):
         read_figures(run)
     assert main([]) == 3
+
+
+def test_the_report_says_where_a_run_was_started_last_and_nothing_where_that_is_unknown(run: Path) -> None:
+    assert "ran on" not in table(read_figures(run))
+    add_start(run, step=0, device="CPU", processes=1)
+    add_start(run, step=5, device="NVIDIA H200", processes=2)
+    with (run / "environment.jsonl").open("a") as file:
+        file.write('{"step": 9, "started": "cut off by a ki')
+    text = table(read_figures(run))
+    assert re.search(r"ran on +2 x NVIDIA H200", text)
+    assert f"torch {version('torch')}" in text
