@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,7 +50,10 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
     speaks = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        config = resolve_config(entry, arguments, this_machine(), speaks=speaks)
+        machine = this_machine()
+        if entry == "evaluate":
+            machine = replace(machine, splits=("heldout",))
+        config = resolve_config(entry, arguments, machine, speaks=speaks)
         plan = _planned(config, arguments) if _plans(entry, config) else ""
     except ConfigError as error:
         if speaks:

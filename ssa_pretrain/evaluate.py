@@ -26,8 +26,8 @@ def main() -> None:
     config = read_config("evaluate")
     quieten_libraries()
     from ssa_pretrain.checkpoint import CheckpointError
+    from ssa_pretrain.data.errors import DataError
     from ssa_pretrain.problems import ConfigError
-    from ssa_pretrain.trainer import DataError
     from ssa_pretrain.weights import WeightsError
 
     try:
@@ -43,17 +43,18 @@ def main() -> None:
 def evaluate_run(config: Config) -> None:
     """Evaluate and sample the newest checkpoint of a run; every rank calls it."""
     from ssa_pretrain.checkpoint import CheckpointError, differences
-    from ssa_pretrain.parallel.state import start, stop
+    from ssa_pretrain.parallel.state import joined
     from ssa_pretrain.trainer import MODES, build_run, facts, judge, newest_checkpoint, say
 
-    placement = start(config.parallel, seed=config.seed)
-    try:
-        run = build_run(config, placement)
+    with joined(config.parallel, seed=config.seed) as placement:
+        run = build_run(config, placement, trains=False)
         found = newest_checkpoint(run)
         if found is None:
             raise CheckpointError(f"{run.folder} holds no checkpoint; train first, or set output_dir to a run's folder")
         changed = [
-            line for line in differences(found.facts, facts(run)) if line.startswith(("model.", "attention.gate"))
+            line
+            for line in differences(found.facts, facts(run))
+            if line.startswith(("model.", "attention.gate")) and not line.startswith("model.init_std")
         ]
         if changed:
             raise CheckpointError(
@@ -69,8 +70,6 @@ def evaluate_run(config: Config) -> None:
         samples = sample(run, MODES)
         if placement.is_first:
             _write(run.folder / "samples.json", samples)
-    finally:
-        stop()
 
 
 def sample(run, modes: tuple[str, ...]) -> list[dict]:

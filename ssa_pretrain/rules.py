@@ -30,6 +30,7 @@ class Machine:
         has_transformer_engine: Transformer Engine is installed.
         has_deepspeed: DeepSpeed is installed.
         has_files: data and checkpoints can be looked at.
+        splits: what the command reads of the data.
     """
 
     world_size: int | None = None
@@ -37,6 +38,7 @@ class Machine:
     has_transformer_engine: bool | None = None
     has_deepspeed: bool | None = None
     has_files: bool = True
+    splits: tuple[str, ...] = ("train", "heldout")
 
     def unknown(self) -> "Machine":
         """Returns a machine of which only the number of processes is known, to plan for."""
@@ -60,7 +62,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
     ]
     rules += [partial(deepspeed_problems, installed=machine.has_deepspeed)]
     if machine.has_files:
-        rules += [_initial_weights, _data]
+        rules += [_initial_weights, partial(_data, splits=machine.splits)]
     found: list[Problem] = []
     for rule in rules:
         bad = {*wrong, *(problem.key for problem in found)}
@@ -298,8 +300,8 @@ def _initial_weights(config: Config) -> list[Problem]:
     return []
 
 
-def _data(config: Config) -> list[Problem]:
-    """The prepared data: a readable manifest, a vocabulary that fits, known sources, two rows in each."""
+def _data(config: Config, splits: Collection[str]) -> list[Problem]:
+    """The prepared data: a readable manifest, a vocabulary that fits, known sources, two rows in each of the splits that are read."""
     path, length = config.data.path, config.data.sequence_length
     try:
         manifest = load_manifest(path)
@@ -309,13 +311,17 @@ def _data(config: Config) -> list[Problem]:
     if 0 < config.model.vocab_size < vocab:
         rule, advice = f"is smaller than the {vocab} ids of {path}'s tokenizer", f"try 0 (the tokenizer's) or {vocab}"
         found.append(Problem("model.vocab_size", config.model.vocab_size, rule, advice))
+    for split in splits:
+        if not manifest.splits[split]:
+            advice = f"choose another, or prepare it with split.heldout_fraction {'below 1' if split == 'train' else 'above 0'}"
+            return [*found, Problem("data.path", path, f"has no {split} documents", advice, exit_code=4)]
     names = list(dict.fromkeys(shard.name for shard in manifest.splits["train"]))
-    for name in sorted(set(config.data.weights) - set(names)):
+    for name in sorted(set(config.data.weights) - set(names) if "train" in splits else ()):
         advice = f"its sources are {join(names, 'and')}"
         found.append(Problem(f"data.weights.{name}", config.data.weights[name], f"names no source of {path}", advice))
     tokens: dict[tuple[str, str], int] = {}
-    for split, shards in manifest.splits.items():
-        for shard in shards:
+    for split in splits:
+        for shard in manifest.splits[split]:
             tokens[split, shard.name] = tokens.get((split, shard.name), 0) + shard.tokens
     (split, name), fewest = min(tokens.items(), key=lambda item: item[1])
     if fewest < 2 * length + 1:

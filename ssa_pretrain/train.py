@@ -1,7 +1,8 @@
 """Entry point: `python -m ssa_pretrain.train experiment=quickstart`, or the same under torchrun.
 
 The configuration is checked, and `--help`, `--cfg job` and `dry_run=true` are answered, before torch is imported. Rerunning a command goes on
-from its newest checkpoint. Exit codes: 0 done, 3 configuration, 4 data, 5 checkpoint.
+from its newest checkpoint. Exit codes: 0 done, 3 configuration, 4 data, 5 checkpoint, 6 a loss or gradient that is no finite number, 7 stopped by
+SIGTERM with a checkpoint.
 """
 
 import logging
@@ -18,8 +19,10 @@ def main() -> None:
     config = read_config("train")
     quieten_libraries()
     from ssa_pretrain.checkpoint import CheckpointError
+    from ssa_pretrain.data.errors import DataError
+    from ssa_pretrain.parallel.interruption import Interrupted
     from ssa_pretrain.problems import ConfigError
-    from ssa_pretrain.trainer import DataError, train
+    from ssa_pretrain.trainer import DivergedError, train
     from ssa_pretrain.weights import WeightsError
 
     try:
@@ -30,6 +33,10 @@ def main() -> None:
         leave(error, 4)
     except ConfigError as error:
         leave(error, error.exit_code)
+    except DivergedError as error:
+        leave(error, 6)
+    except Interrupted as error:
+        leave(error, 7)
     mark_end()
 
 
@@ -41,9 +48,13 @@ def mark_end() -> None:
 
 
 def leave(error: Exception, code: int) -> None:
-    """Say what is wrong, once over all ranks, and exit."""
-    if os.environ.get("RANK", "0") == "0":
-        print(error, file=sys.stderr, flush=True)
+    """Say what is wrong, once over all ranks, and exit without waiting for other ranks, which may never come."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or getattr(error, "of_one_rank", False):
+        print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

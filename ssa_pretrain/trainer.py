@@ -4,6 +4,7 @@
 holds weights and optimizer alone, and rerunning the command goes on as if it had never stopped. The trainer does not know which engine runs.
 """
 
+import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, differences, ne
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import config_to_dict, save_config
 from ssa_pretrain.data.batches import Batch, collate
+from ssa_pretrain.data.errors import DataError
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, EvaluationResult, StepResult, build_engine
@@ -25,7 +27,8 @@ from ssa_pretrain.environment import add_start, versions
 from ssa_pretrain.flops import peak_flops, row_flops
 from ssa_pretrain.log import Console, banner
 from ssa_pretrain.metrics import MetricsLogger
-from ssa_pretrain.parallel.state import Placement, start, stop
+from ssa_pretrain.parallel.interruption import Interrupted, Interruption
+from ssa_pretrain.parallel.state import Placement, joined
 from ssa_pretrain.planning import Plan, make_plan
 from ssa_pretrain.profiling import profiled
 from ssa_pretrain.schedule import learning_rate
@@ -34,8 +37,8 @@ from ssa_pretrain.tracking import Tracker, provenance, start_tracking
 MODES = ("full", "sparse")
 
 
-class DataError(ValueError):
-    """The prepared data cannot serve this run."""
+class DivergedError(RuntimeError):
+    """A step's loss or gradient norm is not a finite number."""
 
 
 @dataclass(slots=True)
@@ -47,25 +50,32 @@ class Run:
     placement: Placement
     manifest: Manifest
     engine: Engine
-    rows: TrainingRows
+    rows: TrainingRows | None  # None: the run only evaluates
     held_out: HeldOutRows
     folder: Path
 
 
 def train(config: Config) -> None:
-    """Train to the configured step, from the newest intact checkpoint if there is one."""
-    placement = start(config.parallel, seed=config.seed)
-    try:
+    """Train to the configured step, from the newest intact checkpoint if there is one.
+
+    Raises:
+        DivergedError: a loss or gradient norm is not finite.
+        Interrupted: SIGTERM came; a checkpoint of the last step is published.
+    """
+    with joined(config.parallel, seed=config.seed) as placement:
         run = build_run(config, placement)
         step = restore(run)
-        with open_log(run, step) as log:
-            loop(run, log, step)
-    finally:
-        stop()
+        with open_log(run, step) as log, Interruption(placement) as interruption:
+            loop(run, log, step, interruption)
 
 
-def build_run(config: Config, placement: Placement) -> Run:
+def build_run(config: Config, placement: Placement, *, trains: bool = True) -> Run:
     """Return the run's parts, nothing restored yet.
+
+    Args:
+        config: the checked configuration.
+        placement: this process's place.
+        trains: False reads the held-out split alone.
 
     Raises:
         DataError: the data is missing, damaged or too small.
@@ -73,7 +83,9 @@ def build_run(config: Config, placement: Placement) -> Run:
     length = config.data.sequence_length
     try:
         manifest = load_manifest(Path(config.data.path))
-        rows = TrainingRows(manifest, sequence_length=length, seed=config.seed, weights=config.data.weights)
+        rows = None
+        if trains:
+            rows = TrainingRows(manifest, sequence_length=length, seed=config.seed, weights=config.data.weights)
         held_out = HeldOutRows(manifest, sequence_length=length, rows=config.evaluation.rows)
     except ValueError as error:
         raise DataError(str(error)) from error
@@ -111,8 +123,8 @@ def restore(run: Run) -> int:
     return 0
 
 
-def loop(run: Run, log: MetricsLogger, step: int) -> None:
-    """Step until done; evaluate and save when due.
+def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) -> None:
+    """Step until done; evaluate and save when due, and where an interruption asks for it.
 
     On a GPU a step's figures are read when the next one has been queued, so that the device never waits for the host to write a line. A CPU has
     nothing to queue: read late, a step would be timed with its successor.
@@ -133,17 +145,38 @@ def loop(run: Run, log: MetricsLogger, step: int) -> None:
             due(step, config.checkpoint.interval, last),
         )
         unread.append((step, result, flops_per_token(run, batches)))
+        interrupted = interruption.ends(step)
+        saving = saving or interrupted
         while len(unread) > (0 if evaluating or saving else ahead):
             number, earlier, flops = unread.pop(0)
             log.log_step(training_record(run, earlier, number), flops)
-        if evaluating:
+            refuse_what_is_not_finite(run, earlier, number)
+        if evaluating and not interrupted:
             evaluate(run, log, step)
         if saving:
             save(run, step)
             saved = step
             log.pause()
+        if interrupted:
+            raise Interrupted(
+                f"SIGTERM: stopped after step {step}; its checkpoint is published, and the same command goes on from it"
+            )
     if saved != step:
         save(run, step)
+
+
+def refuse_what_is_not_finite(run: Run, result: StepResult, step: int) -> None:
+    """Raise DivergedError for figures that are no numbers: the weights are lost by then, and no checkpoint may hold them.
+
+    Every rank reads the same figures, so all leave at the same step.
+    """
+    if math.isfinite(result.cross_entropy) and math.isfinite(result.grad_norm):
+        return
+    raise DivergedError(
+        f"step {step} has cross entropy {result.cross_entropy:g} and gradient norm {result.grad_norm:g}: training has diverged, and nothing "
+        f"was saved since. The same command repeats it from the newest checkpoint in {run.folder}; lower optim.lr, lengthen the warm-up "
+        "(optim.warmup_fraction), or start from an earlier checkpoint with checkpoint.init_from"
+    )
 
 
 def profiling(run: Run, step: int) -> AbstractContextManager[None]:
@@ -173,6 +206,7 @@ def due(step: int, interval: int, last: int) -> bool:
 
 def training_batches(run: Run, step: int) -> list[Batch]:
     """Return this rank's microbatches of a step: every dp-th of the global batch."""
+    assert run.rows is not None
     per_step = run.plan.num_microbatches * run.plan.dp
     return [
         microbatch(run, run.rows, step * per_step + index, index)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from ssa_pretrain.data.errors import DamagedData
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.data.order import Blend, key_number, permute
 
@@ -72,7 +73,7 @@ class TokenStream:
         if count and (tokens.max() >= self._vocab_size or tokens.min() < 0):
             at = begin + int(np.argmax((tokens >= self._vocab_size) | (tokens < 0)))
             document = int(np.searchsorted(pointers, at * size, side="right")) - 1
-            raise ValueError(
+            raise DamagedData(
                 f"{self._prefixes[f]}.bin holds the id {tokens[at - begin]} at byte {at * size}, document {document}; the vocabulary ends at "
                 f"{self._vocab_size - 1}: the file is damaged, repair it with the data_prep command that made it and verify=full"
             )

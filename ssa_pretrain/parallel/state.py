@@ -2,6 +2,8 @@
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +76,23 @@ def start(parallel: ParallelConfig, *, seed: int) -> Placement:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp=parallel_state.get_data_parallel_world_size(),
     )
+
+
+@contextmanager
+def joined(parallel: ParallelConfig, *, seed: int) -> Iterator[Placement]:
+    """Give this process's placement and leave the process group at the end.
+
+    Leaving waits for the others. A process that fails does not: they may wait for it inside an operation of their own, and whoever started the
+    processes ends them once it has left.
+    """
+    placement = start(parallel, seed=seed)
+    try:
+        yield placement
+    except BaseException:
+        if placement.world_size == 1:
+            stop()
+        raise
+    stop()
 
 
 def leave_layout() -> None:

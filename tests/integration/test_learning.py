@@ -13,7 +13,8 @@ from training import records, run, train
 pytestmark = pytest.mark.timeout(1200)
 SETTINGS = (
     "experiment=quickstart",
-    "training.steps=120",
+    "model.num_layers=2",
+    "training.steps=60",
     "training.global_batch_tokens=4096",
     "training.micro_batch_size=4",
     "optim.schedule=constant",  # so short a cosine ends before the attention has moved
@@ -67,7 +68,7 @@ def test_evaluation_and_samples_of_a_run(runs, corpus):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads((runs["ssa"] / "evaluation.json").read_text())
-    assert figures["step"] == 120
+    assert figures["step"] == 60
     assert set(figures["modes"]) == {"full", "sparse"}
     samples = json.loads((runs["ssa"] / "samples.json").read_text())
     assert {s["mode"] for s in samples} == {"full", "sparse"}
@@ -75,9 +76,9 @@ def test_evaluation_and_samples_of_a_run(runs, corpus):
 
 
 def test_evaluating_another_model_is_refused(runs, corpus):
-    settings = (*SETTINGS, "model.num_layers=2", f"data.path={corpus}", f"output_dir={runs['ssa']}")
+    settings = (*SETTINGS, "model.num_layers=3", f"data.path={corpus}", f"output_dir={runs['ssa']}")
     done = run("ssa_pretrain.evaluate", *settings)
     assert done.returncode == 5
     assert "holds another model; give the settings it was trained with" in done.stderr
-    assert "model.num_layers: checkpoint 4, run 2" in done.stderr
+    assert "model.num_layers: checkpoint 2, run 3" in done.stderr
     assert "Traceback" not in done.stderr

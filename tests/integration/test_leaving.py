@@ -1,0 +1,131 @@
+"""How a run ends before its time: every way has its exit code and one sentence, no rank waits for another, and no checkpoint is spoilt."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from training import command, environment, records, run, train
+
+pytestmark = pytest.mark.timeout(600)
+SETTINGS = (
+    "experiment=quickstart",
+    "model.num_layers=2",
+    "training.steps=400",
+    "training.global_batch_tokens=512",
+    "training.micro_batch_size=1",
+    "data.sequence_length=128",
+    "evaluation.rows=2",
+    "evaluation.at_start=false",
+    "logging.wandb.mode=off",
+)
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
+
+
+def workers(pid: int) -> list[int]:
+    """Return a process's descendants."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            found += [int(child) for child in task.read_text().split()]
+    return found[1:]
+
+
+def rank(pid: int) -> str:
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((p[5:].decode() for p in pairs if p.startswith(b"RANK=")), "")
+
+
+def test_sigterm_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
+    log, metrics, deadline = tmp_path / "log.txt", tmp_path / "metrics.jsonl", time.monotonic() + 200
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command("ssa_pretrain.train", *settings, processes=2), env=environment(), stdout=file, stderr=file
+        ) as launcher,
+    ):
+        while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+            assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
+        (second,) = [pid for pid in workers(launcher.pid) if rank(pid) == "1"]
+        os.kill(second, signal.SIGTERM)
+        launcher.wait(timeout=120)
+    said = log.read_text()
+    last = records(tmp_path, "train")[-1]["step"]
+    assert last < 400
+    assert f"SIGTERM: stopped after step {last}" in said, said[-3000:]
+    assert "exitcode  : 7" in said, said[-3000:]
+    assert checkpoints(tmp_path) == [f"step_{last:08d}"]
+    done = run("ssa_pretrain.train", *settings, f"training.stop_at_step={last + 1}", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resuming after step {last}" in done.stdout
+
+
+def test_a_process_alone_answers_sigterm_too(corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
+    with subprocess.Popen(
+        command("ssa_pretrain.train", *settings),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not (metrics.exists() and '"step": 2,' in metrics.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 7
+    assert checkpoints(tmp_path) == [f"step_{records(tmp_path, 'train')[-1]['step']:08d}"]
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_in_no_checkpoint(corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "checkpoint.interval=1")
+    done = run("ssa_pretrain.train", *settings, "model.init_std=1e20")
+    assert done.returncode == 6, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "training has diverged" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoints(tmp_path) == []
+
+
+def test_damaged_tokens_met_by_one_rank_are_named_and_end_all(corpus, tmp_path):
+    damaged = tmp_path / "data"
+    shutil.copytree(corpus, damaged)
+    for path in damaged.glob("train/*.bin"):
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    begin = time.monotonic()
+    done = run("ssa_pretrain.train", *SETTINGS, f"data.path={damaged}", f"output_dir={tmp_path / 'run'}", processes=2)
+    assert time.monotonic() - begin < 120
+    assert done.returncode == 1  # torchrun's
+    assert "exitcode  : 4" in done.stderr
+    assert "holds the id 65535 at byte" in done.stderr and "repair it with" in done.stderr
+    assert "Traceback (most recent call last):\n  File" not in done.stderr.split("holds the id")[0]
+
+
+def test_evaluation_needs_no_training_split(corpus, tmp_path):
+    """As of `source=heldout`, which has none; and training on it is refused before anything is built."""
+    settings = (*SETTINGS, f"output_dir={tmp_path / 'run'}")
+    train(*settings, f"data.path={corpus}", "training.stop_at_step=1")
+    measured = tmp_path / "data"
+    shutil.copytree(corpus, measured)
+    manifest = json.loads((measured / "manifest.json").read_text())
+    manifest["splits"]["train"] = []
+    (measured / "manifest.json").write_text(json.dumps(manifest))
+    done = run("ssa_pretrain.evaluate", *settings, f"data.path={measured}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "held-out, sparse" in done.stdout
+    done = run("ssa_pretrain.train", *settings, f"data.path={measured}")
+    assert done.returncode == 4
+    assert "has no train documents" in done.stderr
+    assert "Traceback" not in done.stderr
