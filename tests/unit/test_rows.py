@@ -178,3 +178,16 @@ def test_collate_without_isolation_makes_each_row_one_document():
 def test_collate_knows_rows_that_are_one_document():
     assert collate([example_row([0]), example_row([0])], index=0).num_rows == 2
     assert collate([example_row([0, 4]), example_row([0])], index=0).num_rows is None
+
+
+@pytest.mark.parametrize(("isolate", "own"), [(True, [0, 2]), (False, [0])])
+def test_collate_cuts_padding_into_short_documents_that_bear_no_loss(isolate, own):
+    """Five tokens of one sequence and its padding of four, the last of which is a label only."""
+    flags = np.zeros(9, dtype=bool)
+    flags[[0, 2, 5]] = True
+    rows = [Row(np.arange(100, 109), flags, padding=4), example_row([0])]
+    batch = collate(rows, index=0, isolate_documents=isolate, padding_document=2)
+    assert batch.cu_seqlens.tolist() == [*own, 5, 7, 8, 16]
+    assert batch.num_padding == 3
+    kept = [t for t, m in enumerate(batch.loss_mask[0].tolist()) if m]
+    assert kept == [t for t in range(4) if t != 1 or not isolate] + list(range(8, 16))

@@ -13,19 +13,19 @@ from ssa_pretrain.flops import row_flops
 from ssa_pretrain.trainer import combine, due, flops_per_token, mean
 
 
-def test_slices_weigh_by_labels_and_microbatches():
-    first = EvaluationResult(2.0, [1.0, 10.0], [0.5, 0.6], num_labels=300)
-    second = EvaluationResult(4.0, [4.0, 40.0], [0.8, 0.9], num_labels=100)
-    whole = combine([(first, 2), (second, 1)])
+def test_slices_weigh_by_labels_and_tokens():
+    first = EvaluationResult(2.0, [1.0, 10.0], [0.5, 0.6], num_labels=300, num_tokens=320)
+    second = EvaluationResult(4.0, [4.0, 40.0], [0.8, 0.9], num_labels=100, num_tokens=160)
+    whole = combine([first, second])
     assert whole.cross_entropy == pytest.approx(2.5)
     assert whole.alignment_by_layer == pytest.approx([2.0, 20.0])
     assert whole.captured_mass_by_layer == pytest.approx([0.6, 0.7])
-    assert whole.num_labels == 400
+    assert (whole.num_labels, whole.num_tokens) == (400, 480)
 
 
 def test_slices_without_a_second_stream_have_no_layers():
-    part = EvaluationResult(2.0, [], [], num_labels=1)
-    assert combine([(part, 1), (part, 1)]) == EvaluationResult(2.0, [], [], num_labels=2)
+    part = EvaluationResult(2.0, [], [], num_labels=1, num_tokens=2)
+    assert combine([part, part]) == EvaluationResult(2.0, [], [], num_labels=2, num_tokens=4)
 
 
 @pytest.mark.parametrize(
