@@ -28,6 +28,7 @@ from ssa_pretrain.metrics import MetricsLogger
 from ssa_pretrain.parallel.state import Placement, start, stop
 from ssa_pretrain.planning import Plan, make_plan
 from ssa_pretrain.profiling import profiled
+from ssa_pretrain.rules import warning
 from ssa_pretrain.schedule import learning_rate
 from ssa_pretrain.tracking import Tracker, provenance, start_tracking
 
@@ -353,6 +354,7 @@ def start_reporting(run: Run, console: Console, step: int) -> Tracker | None:
                 "data": f"{config.data.path}, rows of {config.data.sequence_length} tokens, vocabulary {plan.vocab_size:,}",
                 "length": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens = {plan.total_tokens:,} tokens",
             }
+            | ({"warning": said} if (said := warning(config)) else {})
         )
     )
     source = Path(__file__).resolve().parents[1]

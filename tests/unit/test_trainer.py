@@ -10,7 +10,7 @@ from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import EvaluationResult
 from ssa_pretrain.flops import row_flops
-from ssa_pretrain.trainer import combine, due, flops_per_token, mean
+from ssa_pretrain.trainer import combine, due, flops_per_token, mean, start_reporting
 
 
 def test_slices_weigh_by_labels_and_tokens():
@@ -33,6 +33,21 @@ def test_slices_without_a_second_stream_have_no_layers():
 )
 def test_due_every_interval_and_at_the_end(step, interval, expected):
     assert due(step, interval, last=100) is expected
+
+
+def test_a_run_s_banner_warns_of_blocks_that_cover_the_row(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("ssa_pretrain.trainer.start_tracking", lambda *_, **__: None)
+    for length in (256, 272):
+        config = Config()
+        config.data.sequence_length = length
+        plan = SimpleNamespace(
+            parameters=1, world_size=1, tp=1, pp=1, cp=1, dp=1, vocab_size=1, steps=1, tokens_per_step=1, total_tokens=1
+        )
+        placement = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+        run = SimpleNamespace(config=config, plan=plan, placement=placement, folder=tmp_path)
+        start_reporting(run, SimpleNamespace(say=said.append), 0)
+    assert "\nwarning  attention.top_k=16 blocks" in said[0] and "warning" not in said[1]
 
 
 def test_mean_of_nothing_is_none():
