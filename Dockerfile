@@ -28,7 +28,9 @@ FROM ${GPU_BASE} AS gpu
 WORKDIR /opt/ssa_pretrain
 COPY . .
 # The base's own torch, Triton and Transformer Engine stay: it constrains pip to them, and constraints.txt is for CPU builds.
+# DeepSpeed is pure Python here (20 MB; operators are built when asked for) and is built beside the torch that it looks for.
 RUN python -m pip install --no-cache-dir --editable . \
+    && python -m pip install --no-cache-dir --no-build-isolation "$(grep '^deepspeed==' constraints.txt)" \
     && useradd --uid 10001 --create-home ssa \
     && install --directory --owner ssa --mode 0777 /run_ssa
 ENV PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HOME=/tmp

@@ -74,7 +74,9 @@ if ((dry_run)); then
     printf 'PYTHONSAFEPATH=1 OMP_NUM_THREADS=%s ' "$OMP_NUM_THREADS"
     printf '%q ' "${command[@]}"
     printf '\n'
-    exec "$python" -m "$module" engine=deepspeed "$@" ${world:+"parallel.world_size=$world"} dry_run=true
+    # The plan's own command is torchrun's; DeepSpeed's stands above.
+    "$python" -m "$module" engine=deepspeed "$@" ${world:+"parallel.world_size=$world"} dry_run=true | sed '/^command  /d'
+    exit
 fi
 # A bad setting is said once and before any process starts.
 if [[ -n $world && $module == ssa_pretrain.train ]]; then

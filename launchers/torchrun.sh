@@ -63,16 +63,25 @@ export PYTHONSAFEPATH=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 command=("$python" -m torch.distributed.run "--nnodes=$nnodes" "--nproc-per-node=$nproc" "${meet[@]}" -m "$module" "$@")
 
+# What auto and gpu come to here, by torchrun's own count; empty where the interpreter cannot say.
+count=$nproc
+if [[ ! $nproc =~ ^[0-9]+$ ]]; then
+    counting='import sys; from torch.distributed.run import determine_local_world_size as count; print(count(sys.argv[1]))'
+    count=$("$python" -c "$counting" "$nproc" 2>/dev/null) || count=
+fi
+
 if ((dry_run)); then
     printf 'PYTHONSAFEPATH=1 OMP_NUM_THREADS=%s ' "$OMP_NUM_THREADS"
     printf '%q ' "${command[@]}"
     printf '\n'
     world=()
-    [[ $nproc =~ ^[0-9]+$ ]] && world=("parallel.world_size=$((nnodes * nproc))")
-    exec "$python" -m "$module" "$@" ${world[@]+"${world[@]}"} dry_run=true
+    [[ -n $count ]] && world=("parallel.world_size=$((nnodes * count))")
+    # The plan's own guess at a command is left out: the exact one stands above.
+    "$python" -m "$module" "$@" ${world[@]+"${world[@]}"} dry_run=true | sed '/^command  /d'
+    exit
 fi
 # A bad setting is said once and before any process starts: torchrun would add a trace of its own.
-if [[ $nproc =~ ^[0-9]+$ && $module == ssa_pretrain.train ]]; then
-    WORLD_SIZE=$((nnodes * nproc)) "$python" -m ssa_pretrain.plan --check "$@"
+if [[ -n $count && $module == ssa_pretrain.train ]]; then
+    WORLD_SIZE=$((nnodes * count)) "$python" -m ssa_pretrain.plan --check "$@"
 fi
 exec "${command[@]}"

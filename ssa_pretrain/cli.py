@@ -31,7 +31,7 @@ from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.ds_config import ds_config
 from ssa_pretrain.planning import describe, make_plan
 from ssa_pretrain.problems import SECRET, ConfigError, Problem
-from ssa_pretrain.rules import Machine, check
+from ssa_pretrain.rules import Machine, check, warning
 from ssa_pretrain.suggestions import closest
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -47,9 +47,9 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
     Raises:
         SystemExit: 0 after showing something; 3 or 4 after one message that lists every problem.
     """
-    speaks = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments, speaks = sys.argv[1:] if argv is None else argv, True
     try:
+        speaks = _from_launcher("RANK" if "RANK" in os.environ else "LOCAL_RANK", default=0) == 0
         machine = this_machine()
         if entry == "evaluate":
             machine = replace(machine, splits=("heldout",))
@@ -93,13 +93,22 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks:
 
 
 def this_machine() -> Machine:
-    """Returns what rules may know of this process's machine without importing torch."""
+    """Returns what rules may know of this process's machine without importing torch; raises ConfigError where the launcher's words make no sense."""
     return Machine(
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=_from_launcher("WORLD_SIZE", default=1),
         has_gpu=_has_gpu(),
         has_transformer_engine=find_spec("transformer_engine") is not None,
         has_deepspeed=find_spec("deepspeed") is not None,
     )
+
+
+def _from_launcher(name: str, *, default: int) -> int:
+    """A number that the launcher set in the environment, `default` where it set none; no number, or one below the default, is a problem."""
+    given = os.environ.get(name, str(default))
+    if given.isdecimal() and int(given) >= default:
+        return int(given)
+    rule = f"in the environment must be a whole number from {default} on"
+    raise ConfigError([Problem(name, given, rule, f"unset {name}, or start with launchers/torchrun.sh, which sets it")])
 
 
 def report(entry: str, error: ConfigError) -> str:
@@ -123,6 +132,8 @@ def _planned(config: Config, arguments: Sequence[str]) -> str:
     plan = make_plan(config, config.parallel.world_size or this_machine().world_size or 1, vocab_size)
     overrides = [argument for argument in arguments if not argument.startswith("--")]
     table = describe(config, plan, overrides) + "\n"
+    if said := warning(config):
+        table += f"{'warning':<11}{said}\n"
     if config.engine.name is EngineName.deepspeed:
         table += f"DeepSpeed's configuration:\n{json.dumps(ds_config(config, plan.dp), indent=2)}\n"
     return table
@@ -174,6 +185,11 @@ def _read_command(argv: Sequence[str]) -> tuple[_Command, list[Problem]]:
         advice = "try: for s in 1 2 3; do … seed=$s name=run_$s; done"
         problems.append(Problem("--multirun", None, "is refused: a command trains one run", advice))
     folder = Path(parsed.config_path).resolve() if parsed.config_path else CONF
+    if not parsed.config_path and not CONF.is_dir():
+        rule = f"has no {CONF}: the configuration lies in the repository"
+        raise ConfigError(
+            [Problem("this installation", None, rule, "pip install -e . in a clone, or give --config-path")]
+        )
     extra = str(Path(parsed.config_dir).resolve()) if parsed.config_dir else ""
     for flag, path in (("--config-path", str(folder)), ("--config-dir", extra)):
         if path and not Path(path).is_dir():

@@ -95,6 +95,8 @@ def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], 
             return [], []
         wrong = [choice for choice in chosen if choice not in options]
         return _no_option(key, wrong[0], options) if wrong else ([f"{key}={value}"], [])
+    if _is_section(key) and not isinstance(override.value(), dict) and not _has_groups(source):
+        return [], [_no_group(key, override.value(), source)]
     if _is_settable(key) or override.is_hydra_override():
         return [line if override.is_hydra_override() else f"++{key}={value}"], []
     groups = _groups()
@@ -132,6 +134,24 @@ def _is_settable(key: str) -> bool:
     parts = key.split(".")
     parents = (".".join(parts[:i]) for i in range(1, len(parts)))
     return any(parent in known and get_origin(known[parent]) is dict for parent in parents)
+
+
+def _is_section(key: str) -> bool:
+    """Whether a key is one of the configuration's sections."""
+    return any(name.startswith(f"{key}.") for name in known_keys())
+
+
+def _has_groups(source: Source) -> bool:
+    """Whether the folder offers options for any section; a saved run's does not."""
+    return any(_options(section, source) for section in {name.split(".")[0] for name in known_keys() if "." in name})
+
+
+def _no_group(key: str, value: Any, source: Source) -> Problem:
+    """A group's option asked of a configuration that is whole already."""
+    names = [name for name in known_keys() if name.startswith(f"{key}.")]
+    chosen = [f"{name}={value}" for name in names if name in (f"{key}.method", f"{key}.name")]
+    rule = f"is not a value, and {source.folder / source.name}.yaml is a whole configuration without groups"
+    return Problem(key, value, rule, f"set single keys, such as {(chosen or [f'{names[0]}=…'])[0]}")
 
 
 def _unreadable(line: str, error: HydraException, source: Source) -> Problem:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a row, part by part, the peak of a device, and the share of it that a run uses (MFU).
+"""Floating-point operations of a row, part by part, and the peak of a device, of which MFU is the share that a run uses.
 
 Counting: a multiply-add is two operations; the backward is twice the forward; recomputation is not counted. Causal
 attention is counted over the pairs (query, key) that exist, so half a square for one document and less for many: two
@@ -165,15 +165,3 @@ def peak_flops(device_name: str, precision: PrecisionName) -> float | None:
             peak = {PrecisionName.bf16: bf16, PrecisionName.fp8: fp8, PrecisionName.fp32: fp32}[precision]
             return peak * TERA if peak is not None else None
     return None
-
-
-def mfu(flops: float, seconds: float, world_size: int, peak: float | None) -> float | None:
-    """Returns the share of the devices' peak that a step used, None where the peak is not known.
-
-    Args:
-        flops: model operations of the step over all ranks (`RowFlops.model` summed over rows).
-        seconds: the step's duration.
-        world_size: devices.
-        peak: of one device, from `peak_flops`.
-    """
-    return None if peak is None else flops / (seconds * world_size * peak)

@@ -247,8 +247,8 @@ class MetricsLogger:
 
 
 def perplexity(cross_entropy: float) -> float:
-    """Exp of a cross entropy in nats; infinity where that is too large to hold."""
-    return math.exp(cross_entropy) if cross_entropy < 700 else math.inf
+    """Exp of a cross entropy in nats; infinity where that is too large to hold, NaN of NaN."""
+    return math.inf if cross_entropy >= 700 else math.exp(cross_entropy)
 
 
 def _line(record: Mapping[str, Any]) -> str:

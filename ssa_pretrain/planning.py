@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ssa_pretrain.config import Config, EngineName, Method, PrecisionName, Recompute
 from ssa_pretrain.flops import RowFlops, peak_flops, row_flops
-from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.problems import ConfigError, Problem, divisors
 
 GIB = 2**30
 GPUS_A_NODE = 8
@@ -319,13 +319,9 @@ def _command(config: Config, plan: Plan, overrides: Sequence[str]) -> str:
         return f"python {program}"
     if plan.world_size <= GPUS_A_NODE:
         return f"torchrun --standalone --nproc-per-node {plan.world_size} {program}"
-    nodes, rest = divmod(plan.world_size, GPUS_A_NODE)
-    if rest:
-        nodes, a_node = plan.world_size, 1
-    else:
-        a_node = GPUS_A_NODE
+    a_node = max(divisor for divisor in divisors(plan.world_size) if divisor <= GPUS_A_NODE)
     rendezvous = "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
-    return f"torchrun --nnodes {nodes} --nproc-per-node {a_node} {rendezvous} {program}"
+    return f"torchrun --nnodes {plan.world_size // a_node} --nproc-per-node {a_node} {rendezvous} {program}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -23,6 +23,8 @@ from ssa_pretrain.log import compact, duration
 from ssa_pretrain.metrics import FILE_NAME, perplexity, read_records
 from ssa_pretrain.report_page import page
 
+NEEDED = {"train": ("tokens",), "evaluation": ("mode", "cross_entropy")}
+
 
 class ReportError(ValueError):
     """The folder does not hold what a report needs."""
@@ -126,7 +128,7 @@ def read_figures(folder: Path) -> Figures:
     if not path.is_file():
         raise ReportError(f"{folder} holds no {FILE_NAME}; give the output_dir of a run, such as outputs/quickstart")
     try:
-        records = list(read_records(path))
+        records = [_complete(record, f"{path}:{number}") for number, record in enumerate(read_records(path), start=1)]
         config = _read(folder / "config.yaml") or {}
         evaluation = _read(folder / "evaluation.json")
         samples = _read(folder / "samples.json") or []
@@ -193,12 +195,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"report: {error}", file=sys.stderr)
         return 4
     target = arguments.out or arguments.folder / "report.html"
-    fresh = target.with_name(target.name + ".tmp")
-    fresh.write_text(page(figures), encoding="utf-8")
-    os.replace(fresh, target)
+    try:
+        _write(target, page(figures))
+    except ReportError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 3
     print(table(figures))
     print(f"\nreport: {target}")
     return 0
+
+
+def _write(target: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    fresh = target.with_name(target.name + ".tmp")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, target)
+    except OSError as error:
+        raise ReportError(
+            f"{target} cannot be written ({error.strerror}); give --out=FILE in a folder that is there and may be written to"
+        ) from error
+
+
+def _complete(record: dict[str, Any], place: str) -> dict[str, Any]:
+    """A record that has what its kind needs; records of other kinds are not read."""
+    for key in ("kind", *NEEDED.get(record.get("kind", ""), ())):
+        if key not in record:
+            raise ReportError(f"{place} has no {key!r}; remove the line, or give the output_dir of another run")
+    return record
 
 
 def _read(path: Path) -> Any:

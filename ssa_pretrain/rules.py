@@ -1,6 +1,6 @@
 """Rules that join sections of a configuration, the machine and the data; `check` is all of them.
 
-A rule returns problems and never raises. Rules run in order, and one that reads a key with a problem of its own is left out,
+`warning` is what none of them refuses. A rule returns problems and never raises. Rules run in order, and one that reads a key with a problem of its own is left out,
 so that one mistake is one line. What they know of the machine is a `Machine`, which the command line takes; planning for
 another machine leaves it unknown.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, PrecisionName
+from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, Method, PrecisionName
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
 from ssa_pretrain.rules_deepspeed import deepspeed_problems
@@ -68,6 +68,18 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         bad = {*wrong, *(problem.key for problem in found)}
         found += [problem for problem in rule(config) if not _touches(problem, bad)]
     return found
+
+
+def warning(config: Config) -> str:
+    """Returns what a person should know of a configuration that no rule refuses; mostly empty."""
+    attention, length = config.attention, config.data.sequence_length
+    if attention.method is Method.full or attention.top_k * attention.block_size < length:
+        return ""
+    blocks = f"attention.top_k={attention.top_k} blocks of attention.block_size={attention.block_size}"
+    return (
+        f"{blocks} cover whole rows of data.sequence_length={length}, so sparse attention is full attention: alignment 0, captured mass 1; "
+        "lower top_k or lengthen the rows"
+    )
 
 
 def _touches(problem: Problem, wrong: Collection[str]) -> bool:

@@ -22,7 +22,7 @@ def deepspeed_problems(config: Config, *, installed: bool | None) -> list[Proble
 
 
 def _not_installed() -> Problem:
-    advice = "pip install --no-build-isolation 'ssa-pretrain[deepspeed]', or try engine=megatron"
+    advice = 'try pip install --no-build-isolation -e ".[deepspeed]", or engine=megatron'
     return Problem("engine.name", "deepspeed", "needs DeepSpeed, which is not installed", advice)
 
 

@@ -31,6 +31,7 @@ from ssa_pretrain.parallel.interruption import Interrupted, Interruption
 from ssa_pretrain.parallel.state import Placement, joined
 from ssa_pretrain.planning import Plan, make_plan
 from ssa_pretrain.profiling import profiled
+from ssa_pretrain.rules import warning
 from ssa_pretrain.schedule import learning_rate
 from ssa_pretrain.tracking import Tracker, provenance, start_tracking
 
@@ -218,7 +219,9 @@ def microbatch(run: Run, rows: TrainingRows | HeldOutRows, number: int, index: i
     """Return microbatch `number` of a source of rows."""
     size = run.config.training.micro_batch_size
     chosen = (rows.row(number * size + i) for i in range(size))
-    return collate(chosen, index=index, isolate_documents=run.config.data.isolate_documents)
+    covered = run.config.attention.block_size * run.config.attention.top_k
+    isolate = run.config.data.isolate_documents
+    return collate(chosen, index=index, isolate_documents=isolate, padding_document=covered)
 
 
 def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
@@ -252,23 +255,26 @@ def judge(run: Run, mode: str) -> EvaluationResult:
         for begin in range(0, total, size):
             numbers = range(begin, min(begin + size, total))
             mine = [microbatch(run, run.held_out, i, i) for i in numbers if i % plan.dp == run.placement.dp_rank]
-            parts.append((run.engine.evaluate(mine, mode=mode), len(numbers)))
+            parts.append(run.engine.evaluate(mine, mode=mode))
             bar.update(len(numbers))
     return combine(parts)
 
 
-def combine(parts: list[tuple[EvaluationResult, int]]) -> EvaluationResult:
-    """Return the figures of slices together: cross entropy weighed by labels, layers' means by microbatches."""
-    labels, count = sum(r.num_labels for r, _ in parts), sum(n for _, n in parts)
+def combine(parts: list[EvaluationResult]) -> EvaluationResult:
+    """Return the figures of slices together: cross entropy weighed by labels, layers' means by tokens."""
+    labels, tokens = sum(r.num_labels for r in parts), sum(r.num_tokens for r in parts)
     return EvaluationResult(
-        cross_entropy=sum(r.cross_entropy * r.num_labels for r, _ in parts) / labels,
+        cross_entropy=sum(r.cross_entropy * r.num_labels for r in parts) / labels,
         alignment_by_layer=[
-            sum(v) / count for v in zip(*([n * x for x in r.alignment_by_layer] for r, n in parts), strict=True)
+            sum(v) / tokens
+            for v in zip(*([r.num_tokens * x for x in r.alignment_by_layer] for r in parts), strict=True)
         ],
         captured_mass_by_layer=[
-            sum(v) / count for v in zip(*([n * x for x in r.captured_mass_by_layer] for r, n in parts), strict=True)
+            sum(v) / tokens
+            for v in zip(*([r.num_tokens * x for x in r.captured_mass_by_layer] for r in parts), strict=True)
         ],
         num_labels=labels,
+        num_tokens=tokens,
     )
 
 
@@ -382,6 +388,7 @@ def start_reporting(run: Run, console: Console, step: int) -> Tracker | None:
                 "data": f"{config.data.path}, rows of {config.data.sequence_length} tokens, vocabulary {plan.vocab_size:,}",
                 "length": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens = {plan.total_tokens:,} tokens",
             }
+            | ({"warning": said} if (said := warning(config)) else {})
         )
     )
     source = Path(__file__).resolve().parents[1]

@@ -2,6 +2,10 @@
 
 A microbatch is `micro_batch_size` rows of L tokens, T = micro_batch_size * L tokens in all. Every row begins a document (what went before is not
 visible), positions restart at each, and the label of a document's last token, which is the next document's first, is masked.
+
+Padding bears no loss. Its labels are masked, and it is cut into documents of its own, so short that the chosen blocks cover each: there
+the two streams are one, the alignment is 0 and the captured mass 1. What is left is that means over tokens count it; the engine, told how much
+of it there is, takes it out of them.
 """
 
 from collections.abc import Iterable
@@ -12,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ssa_pretrain.data.rows import Row
+
+PADDING_DOCUMENT = 16  # the smallest block: any choice of blocks covers it
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class Batch:
         positions: int64 [T].
         cu_seqlens: int32 [documents + 1], from 0 to T.
         num_rows: rows of the microbatch if each is one document, else None.
+        num_padding: tokens of the T that are padding.
     """
 
     index: int
@@ -35,6 +42,7 @@ class Batch:
     positions: Tensor
     cu_seqlens: Tensor
     num_rows: int | None = None
+    num_padding: int = 0
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device; a GPU takes it from pinned memory, in the order of its work, without anyone waiting."""
@@ -45,17 +53,23 @@ class Batch:
         return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
 
 
-def collate(rows: Iterable[Row], *, index: int, isolate_documents: bool = True) -> Batch:
+def collate(
+    rows: Iterable[Row], *, index: int, isolate_documents: bool = True, padding_document: int = PADDING_DOCUMENT
+) -> Batch:
     """Return the microbatch of some rows.
 
     Args:
         rows: each L + 1 tokens with their document starts.
         index: the microbatch's place in the global batch.
-        isolate_documents: False makes each row one document.
+        isolate_documents: False makes each row one document, but for its padding.
+        padding_document: tokens in a document of padding, at most top_k * block_size.
     """
-    tokens, labels, masks, starts = [], [], [], []
+    tokens, labels, masks, starts, num_padding = [], [], [], [], 0
     for row in rows:
         start = row.starts.copy() if isolate_documents else np.zeros_like(row.starts)
+        if row.padding:
+            start[-row.padding :: padding_document] = True
+            num_padding += row.padding - 1  # the last token of a row is a label only
         mask = ~start[1:]
         if row.padding:
             mask[-row.padding :] = False
@@ -76,4 +90,5 @@ def collate(rows: Iterable[Row], *, index: int, isolate_documents: bool = True) 
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(np.append(begin, total).astype(np.int32)),
         num_rows=len(tokens) if len(begin) == len(tokens) else None,
+        num_padding=num_padding,
     )

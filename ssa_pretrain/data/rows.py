@@ -118,6 +118,9 @@ class TrainingRows:
             weights.get(name, 0.0) if weights else float(s.num_tokens)
             for name, s in zip(self._names, self._streams, strict=True)
         ]
+        # Shares count tokens and the blend draws rows: where a row is one sequence, a source of long ones is drawn less often.
+        if self._sequences:
+            shares = [share * s.num_sequences / s.num_tokens for share, s in zip(shares, self._streams, strict=True)]
         self._blend = Blend(shares)
 
     def row(self, index: int) -> Row:

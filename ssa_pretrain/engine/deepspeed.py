@@ -61,7 +61,7 @@ class DeepSpeedEngine(MegatronEngine):
         """See `Engine.train_step`."""
         ds, attention = self.ds, self.config.attention
         batches = self._local(batches)
-        count, labels = len(batches), self._count_labels(batches)
+        count, (labels, _, dilution) = len(batches), self._count(batches)
         if count != ds.gradient_accumulation_steps():
             raise ValueError(f"{count} microbatches were given, and the batch makes {ds.gradient_accumulation_steps()}")
         streams = [main_stream(attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches]
@@ -70,9 +70,10 @@ class DeepSpeedEngine(MegatronEngine):
         for group, decay in zip(ds.basic_optimizer.param_groups, (self.config.optim.weight_decay, 0.0), strict=True):
             group["lr"], group["weight_decay"] = learning_rate, decay
         ds.train()
-        run, grad_norm = _Run(count * self.placement.dp / labels), None
+        alignment_scale = (scale * dilution).float() if both else None
+        run, grad_norm = _Run(count * self.placement.dp / labels, dilution), None
         for batch, main in zip(batches, streams, strict=True):
-            ds.backward(self._loss(run, batch, main, counterpart=both, alignment_scale=scale if both else 0.0))
+            ds.backward(self._loss(run, batch, main, counterpart=both, alignment_scale=alignment_scale))
             if self._norm_is_ours and ds.is_gradient_accumulation_boundary():
                 grad_norm = self._grad_norm()
             with torch.profiler.record_function(OPTIMIZER_RANGE):  # before a step's last microbatch it only counts
@@ -97,20 +98,21 @@ class DeepSpeedEngine(MegatronEngine):
         """See `Engine.evaluate`."""
         self.ds.eval()
         batches = self._local(batches)
-        labels, run, idle = self._count_labels(batches), _Run(1.0), self._idle_batches(len(batches))
+        labels, tokens, dilution = self._count(batches)
+        run, idle = _Run(1.0, dilution), self._idle_batches(len(batches))
         for batch in batches:
-            self._loss(run, batch, mode, counterpart=True, alignment_scale=0.0)
+            self._loss(run, batch, mode, counterpart=True, alignment_scale=None)
         for batch in idle:
-            self._loss(_Run(1.0), batch, mode, counterpart=True, alignment_scale=0.0)
+            self._loss(_Run(1.0), batch, mode, counterpart=True, alignment_scale=None)
         sums = self._sums(self._reduce(run).tolist())
-        return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels))
+        return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels), int(tokens))
 
     @torch.no_grad()
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
         """See `Engine.last_logits`."""
         self.ds.eval()
         (batch,) = self._local([batch])
-        packed = self._packed(batch, mode, counterpart=False, alignment_scale=0.0)
+        packed = self._packed(batch, mode, counterpart=False, alignment_scale=None)
         positions = batch.positions.unsqueeze(0)
         logits = self.ds(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)
         return logits[0, batch.cu_seqlens[1:].long() - 1].float()
@@ -189,7 +191,7 @@ class DeepSpeedEngine(MegatronEngine):
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total
 
-    def _loss(self, run: _Run, batch: Batch, main: str, *, counterpart: bool, alignment_scale: float) -> Tensor:
+    def _loss(self, run: _Run, batch: Batch, main: str, *, counterpart: bool, alignment_scale: Tensor | None) -> Tensor:
         """Run a microbatch forward and return its part of the step's loss; what it finds goes into `run`."""
         packed = self._packed(batch, main, counterpart=counterpart, alignment_scale=alignment_scale)
         run.packed.append(packed)

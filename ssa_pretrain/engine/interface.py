@@ -16,7 +16,7 @@ class StepResult:
 
     Attributes:
         cross_entropy: mean over the labels that count, nats.
-        alignment_by_layer: mean over tokens, heads and head dims, one entry a layer; empty where no second stream ran.
+        alignment_by_layer: mean over tokens (padding apart), heads and head dims, one entry a layer; empty where no second stream ran.
         captured_mass_by_layer: mean attention mass of the chosen blocks, likewise.
         grad_norm: global norm before clipping.
         full_share: share of microbatches whose main stream was the full one.
@@ -31,12 +31,13 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """Held-out figures of one mode; the same on every rank."""
+    """Held-out figures of one mode; the same on every rank. Means as in a step, over `num_labels` and `num_tokens`, padding apart."""
 
     cross_entropy: float
     alignment_by_layer: list[float]
     captured_mass_by_layer: list[float]
     num_labels: int
+    num_tokens: int
 
 
 class Engine(Protocol):

@@ -4,10 +4,13 @@ How the loss is normalised. A step's total is
 
     sum of masked cross entropies / labels that count in the global batch  +  alpha * mean over layers of the alignment,
 
-the alignment being a mean over all tokens of the global batch. Core divides a microbatch's loss by the number of microbatches, and its
+the alignment being a mean over all tokens of the global batch but its padding. Core divides a microbatch's loss by the number of microbatches, and its
 gradient buffers average over data ranks; so the cross entropy enters as sum * (microbatches * dp / labels), with the labels counted over the
 global batch before the forward, and a layer's local alignment enters with scale alpha / (layers * microbatches * tp). Both are then
 independent of accumulation, dp, tp and pp. Core does not scale what `attach_loss` adds.
+
+Padding (data/batches.py) has alignment 0 and captured mass 1, so a mean without it is the mean with it times `dilution`, all tokens of the global
+batch over those that are no padding, and likewise for the mass that is not captured. Without padding the dilution is 1 and changes no bit.
 
 Under context parallelism (parallel/context.py) a rank has 1 / cp of each microbatch's tokens. Core then averages gradients over dp * cp ranks and
 multiplies the loss, not what `attach_loss` adds, by cp. So the cross entropy's scale stays as it is, and so does the alignment's: its local
@@ -79,7 +82,7 @@ class MegatronEngine:
     def forward_backward(self, batches: Sequence[Batch], *, step: int) -> tuple["_Run", Tensor]:
         """Leave the global batch's gradients in their buffers; return what the passes found and the labels that count, on the device."""
         batches = self._local(batches)
-        count, labels = len(batches), self._count_labels(batches)
+        count, (labels, _, dilution) = len(batches), self._count(batches)
         attention = self.config.attention
         streams = [main_stream(attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches]
         both = attention.method is Method.ssa
@@ -88,9 +91,14 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        run = _Run(count * self.placement.dp / labels)
+        run = _Run(count * self.placement.dp / labels, dilution)
         self._forward_backward(
-            batches, streams, run, counterpart=both, alignment_scale=scale if both else 0.0, forward_only=False
+            batches,
+            streams,
+            run,
+            counterpart=both,
+            alignment_scale=(scale * dilution).float() if both else None,
+            forward_only=False,
         )
         return run, labels
 
@@ -107,17 +115,17 @@ class MegatronEngine:
     def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
         """See `Engine.evaluate`."""
         batches = self._local(batches)
-        labels = self._count_labels(batches)
+        labels, tokens, dilution = self._count(batches)
         self._gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        run = _Run(1.0)
+        run = _Run(1.0, dilution)
         if batches:
             self._forward_backward(
-                batches, [mode] * len(batches), run, counterpart=True, alignment_scale=0.0, forward_only=True
+                batches, [mode] * len(batches), run, counterpart=True, alignment_scale=None, forward_only=True
             )
         sums = self._sums(self._reduce(run).tolist())
-        return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels))
+        return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels), int(tokens))
 
     @torch.no_grad()
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
@@ -129,7 +137,7 @@ class MegatronEngine:
         ends = batch.cu_seqlens[1:].long() - 1
 
         def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module):
-            packed = self._packed(next(iterator), mode, counterpart=False, alignment_scale=0.0)
+            packed = self._packed(next(iterator), mode, counterpart=False, alignment_scale=None)
             out = chunk(
                 batch.tokens, batch.positions.unsqueeze(0), None, packed_seq_params=packed, runtime_gather_output=True
             )
@@ -195,15 +203,19 @@ class MegatronEngine:
         """Return this context rank's part of each microbatch, on the device."""
         return [self.context.split(b).to(self.placement.device) for b in batches]
 
-    def _count_labels(self, batches: Sequence[Batch]) -> Tensor:
-        """Return the labels that count in the global batch."""
-        total = torch.zeros((), dtype=torch.float64, device=self.placement.device)
+    def _count(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the global batch's labels that count, its tokens that are no padding, and all its tokens over those, on the device."""
+        total = torch.zeros(3, dtype=torch.float64, device=self.placement.device)
         for batch in batches:
-            total += batch.loss_mask.sum(dtype=torch.float64)
+            total[0] += batch.loss_mask.sum(dtype=torch.float64)
+        tokens = sum(self.context.num_tokens(batch) for batch in batches)
+        total[1].fill_((tokens - sum(batch.num_padding for batch in batches)) / self.context.size)
+        total[2].fill_(tokens / self.context.size)  # every context rank counts whole microbatches
         dist.all_reduce(total, group=self.placement.groups.dp_cp)
-        return total
+        labels, real, every = total
+        return labels, real, every / real
 
-    def _packed(self, batch: Batch, main: str, *, counterpart: bool, alignment_scale: float) -> PackedTokens:
+    def _packed(self, batch: Batch, main: str, *, counterpart: bool, alignment_scale: Tensor | None) -> PackedTokens:
         length = self.config.data.sequence_length
         layout = build_layout(
             batch.cu_seqlens,
@@ -233,7 +245,7 @@ class MegatronEngine:
         run: "_Run",
         *,
         counterpart: bool,
-        alignment_scale: float,
+        alignment_scale: Tensor | None,
         forward_only: bool,
     ) -> None:
         """Run core's schedule over the microbatches; what it finds goes into `run`."""
@@ -266,8 +278,10 @@ class MegatronEngine:
         vector = torch.zeros(3 * layers + 3, dtype=torch.float64, device=self.placement.device)
         for number in sorted({n for packed in run.packed for n in packed.diagnostics}):
             seen = [packed.diagnostics[number] for packed in run.packed if number in packed.diagnostics]
-            vector[number - 1] = torch.stack([s.alignment_loss for s in seen]).double().sum()
-            vector[layers + number - 1] = torch.stack([s.captured_mass for s in seen]).double().sum()
+            alignment = torch.stack([s.alignment_loss for s in seen]).double().sum()
+            mass = torch.stack([s.captured_mass for s in seen]).double().sum()
+            vector[number - 1] = alignment * run.dilution
+            vector[layers + number - 1] = mass * run.dilution + len(seen) * (1.0 - run.dilution)
             vector[2 * layers + number - 1].fill_(len(seen))  # an assignment would copy from the host and wait
         if run.sums:
             vector[3 * layers] = torch.stack(run.sums).double().sum()
@@ -301,10 +315,15 @@ class MegatronEngine:
 
 
 class _Run:
-    """What one pass over the microbatches leaves behind."""
+    """What one pass over the microbatches leaves behind.
 
-    def __init__(self, scale: float | Tensor) -> None:
-        self.scale = scale
+    Args:
+        scale: of a microbatch's sum of cross entropies in its loss.
+        dilution: all tokens of the global batch over those that are no padding.
+    """
+
+    def __init__(self, scale: float | Tensor, dilution: float | Tensor = 1.0) -> None:
+        self.scale, self.dilution = scale, dilution
         self.packed: list[PackedTokens] = []
         self.sums: list[Tensor] = []
 

@@ -53,7 +53,7 @@ class PackedTokens(PackedSeqParams):
         gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, of which `documents` tells; else None.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: also compute the other stream, for the alignment and the captured mass.
-        alignment_scale: d(total loss) / d(one layer's local alignment); 0 switches the gradient off.
+        alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None switches the gradient off.
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
     """
 
@@ -63,7 +63,7 @@ class PackedTokens(PackedSeqParams):
     gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     main: str = "full"
     counterpart: bool = False
-    alignment_scale: float = 0.0
+    alignment_scale: float | Tensor | None = None
     diagnostics: dict[int, LayerDiagnostics] = field(default_factory=dict)
 
 
@@ -177,7 +177,7 @@ class SSAAttention(MegatronModule):
             impl=self.impl,
         )
         packed.diagnostics[self.layer_number] = LayerDiagnostics(loss.detach(), mass.detach())
-        if packed.alignment_scale and torch.is_grad_enabled():
+        if packed.alignment_scale is not None and torch.is_grad_enabled():
             out = attach_loss(out, loss, packed.alignment_scale)
         return out
 

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +31,19 @@ STEPS = 4
 # ranks; documents that begin and end at a border; borders one off.
 STARTS = ((0,), (0, 1, 23, 24, 25, 95), (0, 11, 12, 13, 47, 72, 90), (0, 2, *range(30, 50), 71, 73))
 ROWS = len(STARTS)
+PADDING = 20  # tokens of the last row, of its label too
 
 
 def packed_rows(seed: int) -> list[Row]:
-    """Return random tokens in the documents of STARTS."""
+    """Return random tokens in the documents of STARTS, and padding at the end of the last row."""
     generator = np.random.default_rng(seed)
     rows = []
     for places in STARTS:
         starts = np.zeros(LENGTH + 1, dtype=bool)
         starts[list(places)] = True
         rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
+    rows[-1].tokens[-PADDING:] = 0
+    rows[-1] = replace(rows[-1], padding=PADDING)
     return rows
 
 

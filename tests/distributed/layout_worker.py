@@ -7,6 +7,7 @@ cases of one layout the process groups: core never destroys those, and each keep
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +59,15 @@ def configure(overrides: dict) -> Config:
 
 
 def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
-    """Return this data rank's microbatches of the global batch: packed documents of uneven lengths."""
+    """Return this data rank's microbatches of the global batch: packed documents of uneven lengths, the last row half padding."""
     generator = np.random.default_rng(step)
     rows = []
     for _ in range(ROWS):
         starts = np.zeros(LENGTH + 1, dtype=bool)
         starts[generator.integers(1, LENGTH)] = True
         rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
+    rows[-1].tokens[-LENGTH // 2 :] = 0
+    rows[-1] = replace(rows[-1], padding=LENGTH // 2)
     size = config.training.micro_batch_size
     return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, ROWS // size, dp)]
 

@@ -222,6 +222,48 @@ def test_the_alignment_weighs_in_that_gradient(placement):
     assert abs(norms[1] / norms[0] - 1) > 0.03 and abs(norms[2] / norms[1] - 1) > 0.03
 
 
+def padded(tokens: np.ndarray) -> Row:
+    """Return one document as a row, its padding behind it."""
+    row, starts = np.full(LENGTH + 1, 7, dtype=np.int64), np.zeros(LENGTH + 1, dtype=bool)
+    row[: len(tokens)] = tokens
+    starts[[0, len(tokens)]] = True
+    return Row(row, starts, LENGTH + 1 - len(tokens))
+
+
+@pytest.mark.parametrize("rows_a_microbatch", [1, 2])
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_padding_counts_nowhere(placement, mode, rows_a_microbatch):
+    """Two documents, packed into one row or each a row of its own with padding: the same losses, masses and gradients."""
+    from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+
+    generator = np.random.default_rng(5)
+    documents = [generator.integers(0, VOCAB, n) for n in (61, LENGTH - 61)]
+    starts = np.zeros(LENGTH + 1, dtype=bool)
+    starts[[0, 61, LENGTH]] = True
+    packed = [collate([Row(np.concatenate([*documents, [0]]), starts)], index=0)]
+    groups = [documents] if rows_a_microbatch == 2 else [[document] for document in documents]
+    alone = [collate(map(padded, group), index=i, padding_document=32) for i, group in enumerate(groups)]
+    assert sum(batch.num_padding for batch in alone) == LENGTH
+
+    config = small_config()
+    config.attention.full_ratio, config.attention.alignment_weight = float(mode == "full"), 500.0
+    engine = build_engine(config, placement, VOCAB)
+    parameters = list(unwrap(engine.chunks[0]).parameters())
+    step, gradients = engine.optimizer.step, []
+    engine.optimizer.step = lambda: gradients.append([p.main_grad.clone() for p in parameters]) or step()
+    judged = [engine.evaluate(batches, mode=mode) for batches in (packed, alone)]
+    stepped = [engine.train_step(batches, step=0, learning_rate=0.0) for batches in (packed, alone)]
+    assert [(r.num_labels, r.num_tokens) for r in judged] == [(LENGTH - 2, LENGTH)] * 2
+    for wanted, found in (judged, stepped):
+        assert found.cross_entropy == pytest.approx(wanted.cross_entropy, rel=1e-5)
+        assert found.alignment_by_layer == pytest.approx(wanted.alignment_by_layer, rel=1e-5)
+        assert found.captured_mass_by_layer == pytest.approx(wanted.captured_mass_by_layer, rel=1e-5)
+        assert min(wanted.alignment_by_layer) > 1e-3 and max(wanted.captured_mass_by_layer) < 0.95
+    for wanted, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
 def test_gradients_are_clipped_to_the_limit(placement, limit):
     """AdamW hardly sees the gradient's size, so look at what reaches it."""

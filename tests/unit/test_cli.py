@@ -115,6 +115,16 @@ def test_a_saved_configuration_runs_again(tmp_path: Path) -> None:
     assert resolved("-cp", str(tmp_path), "-cn", "config.yaml", "optim.lr=0.125").optim.lr == 0.125
 
 
+def test_a_saved_configuration_has_no_groups(tmp_path: Path) -> None:
+    save_config(resolved("experiment=quickstart"), tmp_path / "config.yaml")
+    (tmp_path / "data").mkdir()  # a run's folder may hold one; it is no group
+    whole = f"is not a value, and {tmp_path / 'config'}.yaml is a whole configuration without groups; set single keys, such as "
+    assert lines("-cp", str(tmp_path), "attention=full") == [f"attention=full {whole}attention.method=full"]
+    assert lines("-cp", str(tmp_path), "parallel=tp2") == [f"parallel=tp2 {whole}parallel.tp=…"]
+    assert resolved("-cp", str(tmp_path), "attention.method=full").attention.method is Method.full
+    assert resolved("-cp", str(tmp_path), "attention={top_k: 8}").attention.top_k == 8
+
+
 def test_a_launcher_s_local_rank_is_no_setting() -> None:
     assert resolved("--local_rank=1", "experiment=quickstart").name == "quickstart"
     assert resolved("experiment=quickstart", "--local-rank", "1").name == "quickstart"
@@ -238,6 +248,32 @@ def test_one_rank_speaks_and_all_leave_with_3(
         "All keys and groups: python -m ssa_pretrain.train --help\n"
     )
     assert err == (message if speaks else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("WORLD_SIZE", "abc", 1), ("WORLD_SIZE", "0", 1), ("RANK", "x", 0), ("RANK", "-1", 0), ("LOCAL_RANK", "", 0)]
+)  # fmt: skip
+def test_a_launcher_s_number_that_is_none_is_one_line(
+    name: str, value: str, least: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        read_config("train", ["experiment=quickstart"])
+    assert caught.value.code == 3
+    line = f"{name}={value or chr(39) * 2} in the environment must be a whole number from {least} on; "
+    advice = f"unset {name}, or start with launchers/torchrun.sh, which sets it"
+    assert capsys.readouterr().err.splitlines()[1] == f"  {line}{advice}"
+
+
+def test_an_installation_without_conf_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssa_pretrain.cli.CONF", tmp_path / "conf")
+    assert lines("experiment=quickstart") == [
+        f"this installation has no {tmp_path / 'conf'}: the configuration lies in the repository; "
+        "pip install -e . in a clone, or give --config-path"
+    ]
+    assert resolved("-cp", str(CONF), "experiment=quickstart").name == "quickstart"
 
 
 def test_whatever_is_typed_ends_in_a_list_of_problems_or_a_plan() -> None:

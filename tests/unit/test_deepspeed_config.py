@@ -128,8 +128,8 @@ def test_what_is_refused_names_what_can(overrides: tuple[str, ...], line: str) -
 def test_without_deepspeed_the_engine_is_refused() -> None:
     without = Machine(world_size=2, has_gpu=True, has_transformer_engine=True, has_deepspeed=False, has_files=False)
     (line,) = problems(machine=without)
-    assert line.startswith("engine.name=deepspeed needs DeepSpeed, which is not installed; pip install")
-    assert line.endswith("or try engine=megatron")
+    rule = "engine.name=deepspeed needs DeepSpeed, which is not installed"
+    assert line == rule + '; try pip install --no-build-isolation -e ".[deepspeed]", or engine=megatron'
 
 
 def test_context_parallelism_names_the_engine_that_has_it() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import AttentionConfig, Config, ModelConfig, PrecisionName
-from ssa_pretrain.flops import RowFlops, causal_pairs, context_pairs, mfu, peak_flops, row_flops, sparse_pairs
+from ssa_pretrain.flops import RowFlops, causal_pairs, context_pairs, peak_flops, row_flops, sparse_pairs
 from ssa_pretrain.rules import Machine
 
 
@@ -118,8 +118,3 @@ def test_mfu_counts_one_stream_and_what_ssa_adds_stands_beside() -> None:
 )
 def test_peaks_by_the_name_that_the_driver_reports(name: str, precision: str, peak: float | None) -> None:
     assert peak_flops(name, PrecisionName(precision)) == (None if peak is None else pytest.approx(peak))
-
-
-def test_mfu_is_the_share_of_all_devices_peak() -> None:
-    assert mfu(4e12, seconds=2.0, world_size=4, peak=1e12) == 0.5
-    assert mfu(4e12, seconds=2.0, world_size=4, peak=None) is None

@@ -134,6 +134,41 @@ def test_torchrun_dry_run_ends_with_the_plan_of_the_whole_job() -> None:
     done = call("torchrun.sh", *arguments, "experiment=ssa_1b_8k")
     assert done.returncode == 0, done.stderr
     assert "8 processes" in done.stdout and "100,002,693,120 tokens" in done.stdout
+    assert (
+        "h:1" in done.stdout and "HOST" not in done.stdout and "\ncommand" not in done.stdout
+    )  # one command, the exact one
+
+
+def counting_python(folder: Path, count: str) -> Path:
+    """An interpreter that counts `count` devices, says what it is asked to run and with how many processes, and runs nothing."""
+    stub = folder / "python"
+    counts = f"echo {count}" if count else "exit 1"
+    stub.write_text(f'#!/bin/sh\n[ "$1" = -c ] && {{ {counts}; exit; }}\necho "WORLD_SIZE=$WORLD_SIZE $*"\n')
+    stub.chmod(0o755)
+    return stub
+
+
+@pytest.mark.parametrize(
+    ("count", "planned", "checked"),
+    [("3", " parallel.world_size=6", ["WORLD_SIZE=6 -m ssa_pretrain.plan --check a=1"]), ("", "", [])],
+)
+@pytest.mark.parametrize("nproc", ["auto", "gpu"])
+def test_torchrun_counts_devices_to_plan_and_to_check(
+    tmp_path: Path, nproc: str, count: str, planned: str, checked: list[str]
+) -> None:
+    """Two nodes; where nothing can be counted the plan is left to the entry point and torchrun speaks for itself."""
+    flags = ["--python", str(counting_python(tmp_path, count)), "--nproc-per-node", nproc]
+    flags += ["--nnodes", "2", "--rdzv-endpoint", "h:1"]
+    done = call("torchrun.sh", *flags, "--dry-run", "a=1")
+    assert done.stdout.splitlines()[1:] == [f"WORLD_SIZE= -m ssa_pretrain.train a=1{planned} dry_run=true"]
+    done = call("torchrun.sh", *flags, "a=1")
+    *before, command = done.stdout.splitlines()
+    assert before == checked and command.startswith("WORLD_SIZE= -m torch.distributed.run --nnodes=2")
+
+
+def test_torchrun_dry_run_of_a_bad_setting_leaves_with_its_code() -> None:
+    done = call("torchrun.sh", "--python", sys.executable, "--nproc-per-node", "2", "--dry-run", "optim.lrr=1")
+    assert done.returncode == 3 and "optim.lr?" in done.stderr
 
 
 def test_torchrun_starts_processes_that_know_their_rank(tmp_path: Path) -> None:

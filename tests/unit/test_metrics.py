@@ -207,6 +207,7 @@ def test_speed_forgets_the_first_step_and_old_ones_and_pauses() -> None:
 
 def test_perplexity_overflows_to_infinity() -> None:
     assert perplexity(math.log(50)) == pytest.approx(50) and perplexity(1e4) == math.inf
+    assert math.isnan(perplexity(math.nan)), "a run that has diverged has no perplexity, not an infinite one"
 
 
 WRITER = """

@@ -52,6 +52,15 @@ def test_a_target_ends_without_root_and_with_an_entry_point_that_exists(target: 
     assert any("PYTHONSAFEPATH=1" in rest for word, rest in stage if word == "ENV")
 
 
+def test_the_gpu_image_has_both_engines() -> None:
+    """DeepSpeed in the tested version; of constraints.txt no more, since its torch is a CPU build's."""
+    (install,) = [rest for word, rest in stages()["gpu"] if word == "RUN"]
+    pattern = re.search(r"""--no-build-isolation "\$\(grep '(\S+)' constraints\.txt\)\"""", install)
+    assert pattern, install
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if re.search(pattern[1], line)]
+    assert len(pins) == 1 and re.fullmatch(r"deepspeed==[\d.]+", pins[0])
+
+
 def test_no_secret_is_written_or_asked_for_at_build_time() -> None:
     secret = re.compile(r"key|token|secret|passw", re.IGNORECASE)
     assert [

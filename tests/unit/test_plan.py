@@ -211,6 +211,37 @@ def test_the_table_says_what_a_person_asks() -> None:
     assert "weights of outputs/ssa_1b_8k" in describe(start, make_plan(start, 1))
 
 
+@pytest.mark.parametrize(
+    ("world_size", "words"),
+    [
+        (12, "torchrun --nnodes 2 --nproc-per-node 6 --rdzv"),
+        (13, "torchrun --nnodes 13 --nproc-per-node 1 --rdzv"),
+        (8, "torchrun --standalone --nproc-per-node 8 -m"),
+    ],
+)
+def test_the_command_fills_nodes_of_up_to_eight(world_size: int, words: str) -> None:
+    tokens = f"training.global_batch_tokens={world_size * 2 * 8192}"
+    config = experiment("experiment=ssa_1b_8k", tokens, world_size=world_size)
+    assert words in describe(config, make_plan(config, world_size))
+
+
+@pytest.mark.parametrize(
+    ("method", "length", "warns"), [("ssa", 256, True), ("moba", 128, True), ("ssa", 272, False), ("full", 256, False)]
+)
+def test_blocks_that_cover_the_row_are_said(
+    method: str, length: int, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read_config("plan", ["experiment=ssa_300m_8k", f"attention={method}", f"data.sequence_length={length}",
+                             "training.micro_batch_size=1", f"training.global_batch_tokens={length}"])  # fmt: skip
+    assert caught.value.code == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said == warns * [
+        f"warning    attention.top_k=16 blocks of attention.block_size=16 cover whole rows of data.sequence_length={length}, so sparse "
+        "attention is full attention: alignment 0, captured mass 1; lower top_k or lengthen the rows"
+    ]
+
+
 @pytest.mark.parametrize("entry", ["plan", "train"])
 def test_a_dry_run_prints_the_table_and_leaves(entry: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -194,6 +194,34 @@ def test_messages(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([]) == 3
 
 
+def test_a_page_that_cannot_be_written_is_one_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run / "nowhere" / "x.html"
+    assert main([str(run), "--out", str(out)]) == 3
+    said = f"{out} cannot be written (No such file or directory); give --out=FILE in a folder that is there and may be written to"
+    assert capsys.readouterr() == ("", f"report: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("record", "key"),
+    [
+        ({"step": 1}, "kind"),
+        ({"step": 1, "kind": "train"}, "tokens"),
+        ({"step": 1, "kind": "evaluation", "cross_entropy": 1.0}, "mode"),
+        ({"step": 1, "kind": "evaluation", "mode": "full"}, "cross_entropy"),
+    ],
+)
+def test_a_record_that_lacks_something_is_named_by_its_line(
+    run: Path, record: dict, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "metrics.jsonl"
+    count = len(path.read_text().splitlines())
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    assert main([str(run)]) == 4
+    said = f"{path}:{count + 1} has no {key!r}; remove the line, or give the output_dir of another run"
+    assert capsys.readouterr().err == f"report: {said}\n"
+
+
 def test_the_report_says_where_a_run_was_started_last_and_nothing_where_that_is_unknown(run: Path) -> None:
     assert "ran on" not in table(read_figures(run))
     add_start(run, step=0, device="CPU", processes=1)

@@ -106,6 +106,31 @@ def test_weights_choose_the_sources(manifest):
     assert abs(share - 0.75) < 0.01
 
 
+def test_weights_count_tokens_where_rows_are_sequences_of_their_own(tmp_path):
+    """Sequences of 40 tokens and of 10: equal rows would give the first source four fifths of the tokens."""
+    long = write_shard(tmp_path, "long", 0, [np.full(40, 1)] * 20)
+    short = write_shard(tmp_path, "short", 0, [np.full(10, 2)] * 60)
+    packed = Manifest(
+        root=tmp_path,
+        tokenizer=TokenizerInfo(file="t.json", sha256="", vocab_size=9, eos_id=0, bos_id=None, name="t"),
+        policy={"packing": "official_row", "row_tokens": 40},
+        splits={"train": (long, short)},
+        sources=(),
+        unigram_entropy_nats={},
+        bytes_per_token=1.0,
+        fingerprint="abc",
+    )
+    for weights, expected in (
+        ({"long": 1.0, "short": 1.0}, 0.5),
+        ({"long": 3.0, "short": 1.0}, 0.75),
+        ({}, 800 / 1400),
+    ):
+        rows = TrainingRows(packed, sequence_length=40, seed=1, weights=weights)
+        read = np.concatenate([rows.row(i).tokens for i in range(1000)])
+        counts = np.bincount(read, minlength=3)
+        assert abs(counts[1] / (counts[1] + counts[2]) - expected) < 0.01, weights
+
+
 def test_an_unknown_source_is_refused(manifest):
     with pytest.raises(ValueError, match=r"data.weights=\['code'\] must name sources.*\['english', 'python'\]"):
         TrainingRows(manifest, sequence_length=LENGTH, seed=1, weights={"code": 1.0})
@@ -153,3 +178,16 @@ def test_collate_without_isolation_makes_each_row_one_document():
 def test_collate_knows_rows_that_are_one_document():
     assert collate([example_row([0]), example_row([0])], index=0).num_rows == 2
     assert collate([example_row([0, 4]), example_row([0])], index=0).num_rows is None
+
+
+@pytest.mark.parametrize(("isolate", "own"), [(True, [0, 2]), (False, [0])])
+def test_collate_cuts_padding_into_short_documents_that_bear_no_loss(isolate, own):
+    """Five tokens of one sequence and its padding of four, the last of which is a label only."""
+    flags = np.zeros(9, dtype=bool)
+    flags[[0, 2, 5]] = True
+    rows = [Row(np.arange(100, 109), flags, padding=4), example_row([0])]
+    batch = collate(rows, index=0, isolate_documents=isolate, padding_document=2)
+    assert batch.cu_seqlens.tolist() == [*own, 5, 7, 8, 16]
+    assert batch.num_padding == 3
+    kept = [t for t, m in enumerate(batch.loss_mask[0].tolist()) if m]
+    assert kept == [t for t in range(4) if t != 1 or not isolate] + list(range(8, 16))

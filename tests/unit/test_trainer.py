@@ -10,22 +10,22 @@ from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import EvaluationResult
 from ssa_pretrain.flops import row_flops
-from ssa_pretrain.trainer import combine, due, flops_per_token, mean
+from ssa_pretrain.trainer import combine, due, flops_per_token, mean, start_reporting
 
 
-def test_slices_weigh_by_labels_and_microbatches():
-    first = EvaluationResult(2.0, [1.0, 10.0], [0.5, 0.6], num_labels=300)
-    second = EvaluationResult(4.0, [4.0, 40.0], [0.8, 0.9], num_labels=100)
-    whole = combine([(first, 2), (second, 1)])
+def test_slices_weigh_by_labels_and_tokens():
+    first = EvaluationResult(2.0, [1.0, 10.0], [0.5, 0.6], num_labels=300, num_tokens=320)
+    second = EvaluationResult(4.0, [4.0, 40.0], [0.8, 0.9], num_labels=100, num_tokens=160)
+    whole = combine([first, second])
     assert whole.cross_entropy == pytest.approx(2.5)
     assert whole.alignment_by_layer == pytest.approx([2.0, 20.0])
     assert whole.captured_mass_by_layer == pytest.approx([0.6, 0.7])
-    assert whole.num_labels == 400
+    assert (whole.num_labels, whole.num_tokens) == (400, 480)
 
 
 def test_slices_without_a_second_stream_have_no_layers():
-    part = EvaluationResult(2.0, [], [], num_labels=1)
-    assert combine([(part, 1), (part, 1)]) == EvaluationResult(2.0, [], [], num_labels=2)
+    part = EvaluationResult(2.0, [], [], num_labels=1, num_tokens=2)
+    assert combine([part, part]) == EvaluationResult(2.0, [], [], num_labels=2, num_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,21 @@ def test_slices_without_a_second_stream_have_no_layers():
 )
 def test_due_every_interval_and_at_the_end(step, interval, expected):
     assert due(step, interval, last=100) is expected
+
+
+def test_a_run_s_banner_warns_of_blocks_that_cover_the_row(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("ssa_pretrain.trainer.start_tracking", lambda *_, **__: None)
+    for length in (256, 272):
+        config = Config()
+        config.data.sequence_length = length
+        plan = SimpleNamespace(
+            parameters=1, world_size=1, tp=1, pp=1, cp=1, dp=1, vocab_size=1, steps=1, tokens_per_step=1, total_tokens=1
+        )
+        placement = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+        run = SimpleNamespace(config=config, plan=plan, placement=placement, folder=tmp_path)
+        start_reporting(run, SimpleNamespace(say=said.append), 0)
+    assert "\nwarning  attention.top_k=16 blocks" in said[0] and "warning" not in said[1]
 
 
 def test_mean_of_nothing_is_none():
