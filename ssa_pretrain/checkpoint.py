@@ -9,6 +9,7 @@ do not match its list is named, left where it is and passed over. Old ones are r
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 FACTS = "checkpoint.json"
 SCHEMA = 1
+NAME = re.compile(r"step_\d{8,}")  # anything else beside the checkpoints (step_00000100_good, a copy) is the user's
 
 
 class CheckpointError(ValueError):
@@ -78,13 +80,13 @@ def newest(run: Path, *, is_first: bool, device: torch.device, say: Callable[[st
     """
     named = (run / FACTS).is_file()
     folders = [run] if named else _published(run)
-    verdict = torch.full((), -1, dtype=torch.int64, device=device)  # -1: no checkpoint, -2: none intact, else its step
+    verdict = torch.full((), -1, dtype=torch.int64, device=device)  # -1: no checkpoint, -2: none intact, else which one
     if is_first:
         verdict.fill_(-2 if folders else -1)
         for folder in folders:
             damage = find_damage(folder)
             if damage is None:
-                verdict.fill_(read(folder).step)
+                verdict.fill_(0 if named else _step_of(folder))
                 break
             say(f"checkpoint {folder} is damaged ({damage}); looking for an older one")
     dist.broadcast(verdict, src=0)
@@ -148,8 +150,9 @@ def _seal(folder: Path, step: int, facts: dict[str, Any]) -> None:
 
 
 def _published(run: Path) -> list[Path]:
-    """Return a run's published checkpoints' folders, newest first."""
-    return sorted((p for p in (run / "checkpoints").glob("step_*") if p.is_dir()), reverse=True)
+    """Return a run's published checkpoints' folders, newest first; folders with other names are left alone."""
+    found = (p for p in (run / "checkpoints").glob("step_*") if NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def _folder_of(run: Path, step: int) -> Path:

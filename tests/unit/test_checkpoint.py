@@ -1,6 +1,7 @@
 """Checkpoints appear whole, damage is found and passed over, and a run does not continue another's."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -55,6 +56,24 @@ def test_a_save_that_dies_leaves_the_older_one(tmp_path):
     assert find(tmp_path).step == 5
     publish(tmp_path, 10, {}, write, keep=2, is_first=True)
     assert find(tmp_path).step == 10
+
+
+def test_folders_with_other_names_are_the_user_s(tmp_path):
+    intact = publish(tmp_path, 2, {}, write, keep=1, is_first=True)
+    copies = [intact.with_name(name) for name in ("step_00000002_good", "step_00000003_best", "step_3")]
+    for copy in copies:
+        shutil.copytree(intact, copy)
+    assert find(tmp_path).folder == intact
+    publish(tmp_path, 4, {}, write, keep=1, is_first=True)
+    assert find(tmp_path).step == 4
+    assert not intact.exists()
+    assert all(find_damage(copy) is None for copy in copies)
+
+
+def test_a_hundred_million_steps_are_newer_than_one_less(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        publish(tmp_path, step, {}, write, keep=2, is_first=True)
+    assert find(tmp_path).step == 100_000_000
 
 
 def flip_bit(folder):
