@@ -22,6 +22,7 @@ import torch.distributed as dist
 FACTS = "checkpoint.json"
 SCHEMA = 1
 NAME = re.compile(r"step_\d{8,}")  # anything else beside the checkpoints (step_00000100_good, a copy) is the user's
+SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
 
 
 class CheckpointError(ValueError):
@@ -136,6 +137,30 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Return one line for each fact in which a checkpoint and a run differ."""
     keys = sorted(saved.keys() | wanted.keys())
     return [f"{k}: checkpoint {saved.get(k)!r}, run {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
+
+
+def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_alone: bool = False) -> None:
+    """Refuse a checkpoint of another model than a run's.
+
+    Args:
+        found: whose weights are to be read.
+        wanted: the run's facts.
+        shapes_alone: compare only what decides the weights' shapes, so that a new run may change the rest (a longer RoPE). The vocabulary is
+            compared where both name it: 0 is the tokenizer's, which the facts do not hold.
+
+    Raises:
+        CheckpointError: they differ; it names each key with both values.
+    """
+    changed = {line.partition(":")[0]: line for line in differences(found.facts, wanted)}
+    if shapes_alone:
+        unnamed = 0 in (found.facts.get("model.vocab_size"), wanted.get("model.vocab_size"))
+        for key in (*SHAPELESS, *["model.vocab_size"] * unnamed):
+            changed.pop(key, None)
+    lines = [line for key, line in changed.items() if key.startswith("model.") or key == "attention.gate"]
+    if lines:
+        raise CheckpointError(
+            f"{found.folder} holds another model ({'; '.join(lines)}); give the settings it was trained with, or name another checkpoint"
+        )
 
 
 def _seal(folder: Path, step: int, facts: dict[str, Any]) -> None:

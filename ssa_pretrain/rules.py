@@ -289,7 +289,7 @@ def _initial_weights(config: Config) -> list[Problem]:
     if not folder:
         return []
     if not Path(folder).is_dir():
-        advice = "give the checkpoint folder of an earlier run"
+        advice = "give an earlier run's folder, a checkpoint's or one of common weights"
         return [Problem("checkpoint.init_from", folder, "does not exist", advice)]
     if output_dir in (Path(folder).resolve(), *Path(folder).resolve().parents):
         rule = f"lies in this run's own output_dir={config.output_dir}"

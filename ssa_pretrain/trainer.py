@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ssa_pretrain import __version__
-from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, differences, newest, publish
+from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, differences, newest, publish, require_same_model
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import config_to_dict, save_config
 from ssa_pretrain.data.batches import Batch, collate
@@ -30,6 +30,7 @@ from ssa_pretrain.planning import Plan, make_plan
 from ssa_pretrain.profiling import profiled
 from ssa_pretrain.schedule import learning_rate
 from ssa_pretrain.tracking import Tracker, provenance, start_tracking
+from ssa_pretrain.weights import find_weights
 
 MODES = ("full", "sparse")
 
@@ -101,14 +102,27 @@ def restore(run: Run) -> int:
         say(run, f"resuming after step {found.step} from {found.folder}")
         return found.step
     if run.config.checkpoint.init_from:
-        source = newest_checkpoint(run, Path(run.config.checkpoint.init_from))
-        if source is None:
-            raise CheckpointError(
-                f"checkpoint.init_from={run.config.checkpoint.init_from} holds no checkpoint; name a run's folder"
-            )
-        run.engine.load_weights(source.folder)
-        say(run, f"starting from the weights of {source.folder}")
+        source = initial_weights(run, Path(run.config.checkpoint.init_from))
+        run.engine.load_weights(source)
+        say(run, f"starting from the weights of {source}")
     return 0
+
+
+def initial_weights(run: Run, named: Path) -> Path:
+    """Return the folder whose weights a new run starts from: the newest checkpoint of a run, a checkpoint itself, or common weights.
+
+    Raises:
+        CheckpointError: there is none in `named`, or it is of another model.
+    """
+    source = newest_checkpoint(run, named)
+    if source is not None:
+        require_same_model(source, facts(run), shapes_alone=True)
+        return source.folder
+    if weights := find_weights(named):
+        return weights
+    raise CheckpointError(
+        f"checkpoint.init_from={named} holds no checkpoint and no weights; name a run's folder, a checkpoint's or one of common weights"
+    )
 
 
 def loop(run: Run, log: MetricsLogger, step: int) -> None:

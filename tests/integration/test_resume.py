@@ -132,6 +132,33 @@ def test_a_changed_configuration_is_refused(uninterrupted, corpus):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_layers=2", "holds another model (model.num_layers: checkpoint 4, run 2); give the settings"),
+        ("model.vocab_divisor=8192", "holds other tensors than this model's: "),
+    ],
+)
+def test_a_start_from_another_model_s_weights_is_refused(uninterrupted, corpus, tmp_path, override, message):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", f"checkpoint.init_from={uninterrupted}")
+    done = run("ssa_pretrain.train", *settings, override)
+    assert done.returncode == 5, done.stderr[-2000:]
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_new_run_starts_from_a_folder_of_common_weights(uninterrupted, corpus, tmp_path):
+    weights = uninterrupted / "checkpoints" / f"step_{STEPS:08d}" / "weights"
+    for name, source in (("weights", weights), ("run", uninterrupted)):
+        train(
+            *(*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path / name}", f"checkpoint.init_from={source}"),
+            "training.stop_at_step=1",
+        )
+    assert records(tmp_path / "weights", "evaluation") == records(tmp_path / "run", "evaluation")
+    assert records(tmp_path / "weights", "train") == records(tmp_path / "run", "train")
+
+
 def test_only_damaged_checkpoints_is_an_error(corpus, tmp_path):
     settings = (
         *SETTINGS,

@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint import FACTS, CheckpointError, differences, find_damage, newest, publish, read
+from ssa_pretrain.checkpoint import (
+    FACTS,
+    Checkpoint,
+    CheckpointError,
+    differences,
+    find_damage,
+    newest,
+    publish,
+    read,
+    require_same_model,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +139,25 @@ def test_the_list_of_files_is_complete(tmp_path):
 def test_differences_name_both_sides():
     assert differences({"seed": 1, "a": 2}, {"seed": 3, "a": 2}) == ["seed: checkpoint 1, run 3"]
     assert differences({"a": 2}, {"a": 2}) == []
+
+
+def test_weights_of_another_shape_are_refused_with_each_key(tmp_path):
+    saved = {"model.num_layers": 4, "attention.gate": True, "model.rope_theta": 1.0, "attention.top_k": 4, "seed": 1}
+    found = Checkpoint(tmp_path, 5, saved)
+    with pytest.raises(CheckpointError) as caught:
+        require_same_model(found, saved | {"model.num_layers": 2, "attention.gate": False}, shapes_alone=True)
+    assert str(caught.value) == (
+        f"{tmp_path} holds another model (attention.gate: checkpoint True, run False; model.num_layers: checkpoint 4, run 2); "
+        "give the settings it was trained with, or name another checkpoint"
+    )
+
+
+def test_a_new_run_may_change_what_leaves_the_shapes(tmp_path):
+    found = Checkpoint(tmp_path, 5, {"model.rope_theta": 1.0, "model.vocab_size": 0, "attention.top_k": 4, "seed": 1})
+    wanted = {"model.rope_theta": 2.0, "model.vocab_size": 4096, "attention.top_k": 2, "seed": 7}
+    require_same_model(found, wanted, shapes_alone=True)
+    with pytest.raises(CheckpointError, match=r"model\.rope_theta: checkpoint 1\.0, run 2\.0"):
+        require_same_model(found, wanted)
+    found.facts["model.vocab_size"] = 512
+    with pytest.raises(CheckpointError, match=r"\(model\.vocab_size: checkpoint 512, run 4096\)"):
+        require_same_model(found, wanted, shapes_alone=True)

@@ -379,7 +379,7 @@ def test_what_does_not_fit_the_data_is_one_line(dataset: Path, override: str, me
 def test_a_start_from_weights_needs_another_run_s_folder(dataset: Path, tmp_path: Path) -> None:
     ours = (*BASE, f"data.path={dataset}", f"output_dir={tmp_path}/run")
     assert found(*ours, "checkpoint.init_from=/nowhere", machine=HERE) == [
-        "checkpoint.init_from=/nowhere does not exist; give the checkpoint folder of an earlier run"
+        "checkpoint.init_from=/nowhere does not exist; give an earlier run's folder, a checkpoint's or one of common weights"
     ]
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     lines = found(*ours, f"checkpoint.init_from={tmp_path}/run/checkpoints", machine=HERE)
