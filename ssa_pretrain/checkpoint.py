@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ssa_pretrain.parallel.agreement import together, watched
+
 FACTS = "checkpoint.json"
 SCHEMA = 1
 NAME = re.compile(r"step_\d{8,}")  # anything else beside the checkpoints (step_00000100_good, a copy) is the user's
@@ -53,23 +55,41 @@ def publish(
 
     Returns:
         The published folder.
+
+    Raises:
+        CheckpointError: on every rank, if any could not write its part; what was published before is as it was.
     """
     target = _folder_of(run, step)
     scratch = target.with_name(f".{target.name}.tmp")
-    if is_first:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    dist.barrier()
-    write(scratch)
-    dist.barrier()
-    if is_first:
-        _seal(scratch, step, facts)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(scratch, target)
-        _flush(target.parent)
-        for old in [folder for folder in _published(run) if _step_of(folder) <= step][keep:]:
-            shutil.rmtree(old)
-    dist.barrier()
+
+    def prepare() -> None:
+        if is_first:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+
+    def seal() -> None:
+        if is_first:
+            _seal(scratch, step, facts)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(scratch, target)
+            _flush(target.parent)
+            for old in [folder for folder in _published(run) if _step_of(folder) <= step][keep:]:
+                shutil.rmtree(old)
+
+    def describe(reason: str) -> str:
+        free = shutil.disk_usage(run).free / 2**30
+        return (
+            f"step {step} could not be saved in {target.parent}, which has {free:.1f} GiB free ({reason}); "
+            "earlier checkpoints are as they were: free space and give the same command again"
+        )
+
+    key = f"ssa_pretrain/failed_save/{step}"
+    with watched(key, exit_code=5):
+        for act in (prepare, lambda: write(scratch), seal):
+            if message := together(act, key, describe):
+                if is_first:
+                    shutil.rmtree(scratch, ignore_errors=True)
+                raise CheckpointError(message)
     return target
 
 

@@ -47,7 +47,7 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
     Raises:
         SystemExit: 0 after showing something; 3 or 4 after one message that lists every problem.
     """
-    speaks = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    speaks = int(next((os.environ[n] for n in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if n in os.environ), "0")) == 0
     arguments = sys.argv[1:] if argv is None else argv
     try:
         config = resolve_config(entry, arguments, this_machine(), speaks=speaks)
@@ -96,6 +96,7 @@ def this_machine() -> Machine:
         has_gpu=_has_gpu(),
         has_transformer_engine=find_spec("transformer_engine") is not None,
         has_deepspeed=find_spec("deepspeed") is not None,
+        slurm_tasks=_slurm_tasks(),
     )
 
 
@@ -211,6 +212,14 @@ def _show(entry: str, command: _Command, overrides: Sequence[str], *, speaks: bo
 
 def _nothing(_: DictConfig) -> None:
     """The task that hydra.main never reaches: every flag given to it only shows something."""
+
+
+def _slurm_tasks() -> int:
+    """The processes of this step of a Slurm job (of the job, outside a step), unless a launcher joins them."""
+    if "WORLD_SIZE" in os.environ:
+        return 1
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    return int(tasks) if tasks.isdigit() else 1
 
 
 def _has_gpu() -> bool:

@@ -15,6 +15,7 @@ from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, Preci
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
 from ssa_pretrain.rules_deepspeed import deepspeed_problems
+from ssa_pretrain.run_folder import ELSEWHERE, unwritable
 
 LLAMA3_CONTEXT = 8192  # the original context in Llama-3 RoPE scaling
 FP8_MULTIPLE = 16  # what Transformer Engine asks of both dimensions of an FP8 product
@@ -30,6 +31,7 @@ class Machine:
         has_transformer_engine: Transformer Engine is installed.
         has_deepspeed: DeepSpeed is installed.
         has_files: data and checkpoints can be looked at.
+        slurm_tasks: processes that srun started, where each of them takes itself for the only one; else 1.
     """
 
     world_size: int | None = None
@@ -37,6 +39,7 @@ class Machine:
     has_transformer_engine: bool | None = None
     has_deepspeed: bool | None = None
     has_files: bool = True
+    slurm_tasks: int = 1
 
     def unknown(self) -> "Machine":
         """Returns a machine of which only the number of processes is known, to plan for."""
@@ -60,7 +63,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
     ]
     rules += [partial(deepspeed_problems, installed=machine.has_deepspeed)]
     if machine.has_files:
-        rules += [_initial_weights, _data]
+        rules += [partial(_launcher, machine=machine), _output_dir, _initial_weights, _data]
     found: list[Problem] = []
     for rule in rules:
         bad = {*wrong, *(problem.key for problem in found)}
@@ -281,6 +284,21 @@ def _fp8(config: Config, machine: Machine) -> list[Problem]:
     return [
         Problem(key, value, rule.format(width), "try precision=bf16", reads) for key, (value, width) in wrong.items()
     ]
+
+
+def _launcher(config: Config, machine: Machine) -> list[Problem]:
+    """Tasks of srun that nothing joins into one run."""
+    if machine.slurm_tasks < 2:
+        return []
+    rule = "says that Slurm started as many processes, and nothing joins them (WORLD_SIZE is not set): each would train alone"
+    advice = "try srun --ntasks-per-node=1 launchers/torchrun.sh …, or srun --ntasks=1 for one process"
+    return [Problem("SLURM_NTASKS", machine.slurm_tasks, rule, advice)]
+
+
+def _output_dir(config: Config) -> list[Problem]:
+    """The folder that a run writes."""
+    reason = unwritable(Path(config.output_dir)) if config.output_dir.strip() else None
+    return [Problem("output_dir", config.output_dir, reason, ELSEWHERE)] if reason else []
 
 
 def _initial_weights(config: Config) -> list[Problem]:

@@ -5,7 +5,8 @@ holds weights and optimizer alone, and rerunning the command goes on as if it ha
 """
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from ssa_pretrain.environment import add_start, versions
 from ssa_pretrain.flops import peak_flops, row_flops
 from ssa_pretrain.log import Console, banner
 from ssa_pretrain.metrics import MetricsLogger
+from ssa_pretrain.parallel.agreement import on_first
 from ssa_pretrain.parallel.state import Placement, start, stop
 from ssa_pretrain.planning import Plan, make_plan
+from ssa_pretrain.problems import ConfigError
 from ssa_pretrain.profiling import profiled
+from ssa_pretrain.run_folder import claim, shortage
 from ssa_pretrain.schedule import learning_rate
 from ssa_pretrain.tracking import Tracker, provenance, start_tracking
 from ssa_pretrain.weights import find_weights
@@ -57,12 +61,23 @@ def train(config: Config) -> None:
     """Train to the configured step, from the newest intact checkpoint if there is one."""
     placement = start(config.parallel, seed=config.seed)
     try:
-        run = build_run(config, placement)
-        step = restore(run)
-        with open_log(run, step) as log:
-            loop(run, log, step)
+        with claimed(Path(config.output_dir), placement):
+            run = build_run(config, placement)
+            if run.placement.is_first and (warning := shortage(run.folder, run.plan.checkpoint_bytes)):
+                say(run, warning)
+            step = restore(run)
+            with open_log(run, step) as log:
+                loop(run, log, step)
     finally:
         stop()
+
+
+@contextmanager
+def claimed(folder: Path, placement: Placement) -> Iterator[None]:
+    """Hold a run's folder against other runs; raises ConfigError on every rank where another has it or it cannot be written."""
+    lock = on_first(lambda: claim(folder), is_first=placement.is_first, errors=(ConfigError,))
+    with lock or nullcontext():
+        yield
 
 
 def build_run(config: Config, placement: Placement) -> Run:

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
-
-from ssa_pretrain.weights import WeightsError
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -35,19 +32,12 @@ def wrote(folder: Path) -> bool:
 
 
 def load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
-    """Restore weights, and the optimizer unless it is None, from a folder written by `save`.
-
-    Raises:
-        WeightsError: the folder holds other tensors than this model's.
-    """
+    """Restore weights, and the optimizer unless it is None, from a folder written by `save`."""
     state = _model_state(chunks)
     if optimizer is not None:
         _prime(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
-    try:
-        loaded = dist_checkpointing.load(state, str(folder))
-    except CheckpointingException as error:
-        raise WeightsError(f"{folder} holds other tensors than this model's: {error}") from error
+    loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[_model_key(i, chunks)], strict=True)
     if optimizer is not None:
