@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ssa_pretrain.config import Config
+from ssa_pretrain.config_io import config_to_dict
 from ssa_pretrain.parallel.agreement import together, watched
 
 FACTS = "checkpoint.json"
@@ -125,22 +127,30 @@ def read(folder: Path) -> Checkpoint:
     """Return a checkpoint's facts.
 
     Raises:
-        CheckpointError: the folder is no published checkpoint.
+        CheckpointError: the folder is no published checkpoint, or one of another schema.
     """
     try:
         record = json.loads((folder / FACTS).read_text())
-        return Checkpoint(folder, int(record["step"]), record["facts"])
-    except (OSError, ValueError, KeyError) as error:
+        schema, found = record["schema"], Checkpoint(folder, int(record["step"]), dict(record["facts"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder} is no checkpoint ({FACTS}: {error}); name a folder such as RUN/checkpoints/step_00000100"
         ) from None
+    if schema != SCHEMA:
+        raise CheckpointError(
+            f"{folder} is of schema {schema}, and this version of ssa_pretrain reads {SCHEMA}; go on with the version that wrote it"
+        )
+    return found
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a published checkpoint's files (a missing one, a size, a sha256), or None."""
+    """Return what is wrong with a published checkpoint's files (a missing one, a size, a sha256), or None; another schema's are not judged."""
     try:
-        files = json.loads((folder / FACTS).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        record = json.loads((folder / FACTS).read_text())
+        if record["schema"] != SCHEMA:
+            return None
+        files = record["files"]
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{FACTS} cannot be read"
     for name, entry in files.items():
         path = folder / name
@@ -154,9 +164,27 @@ def find_damage(folder: Path) -> str | None:
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return one line for each fact in which a checkpoint and a run differ."""
+    """Return one line for each fact in which a checkpoint and a run differ.
+
+    A key that the configuration got after the checkpoint was written counts with its default, which is what that run did.
+    """
+    saved = _with_defaults(saved, wanted, config_to_dict(Config()))
     keys = sorted(saved.keys() | wanted.keys())
     return [f"{k}: checkpoint {saved.get(k)!r}, run {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
+
+
+def _with_defaults(saved: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Saved facts and, for keys that only the wanted ones have, the configuration's defaults; "model.x" is found in `defaults` below "model"."""
+    filled = dict(saved)
+    for key, value in wanted.items():
+        default: Any = defaults
+        for name in key.split("."):
+            default = default.get(name) if isinstance(default, dict) else None
+        if isinstance(value, dict) and isinstance(saved.get(key), dict):
+            filled[key] = _with_defaults(saved[key], value, default or {})
+        elif key not in saved and default is not None:
+            filled[key] = default
+    return filled
 
 
 def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_alone: bool = False) -> None:

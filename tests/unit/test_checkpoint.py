@@ -18,6 +18,7 @@ from ssa_pretrain.checkpoint import (
     read,
     require_same_model,
 )
+from ssa_pretrain.config import OptimConfig, RopeScalingConfig
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +140,40 @@ def test_the_list_of_files_is_complete(tmp_path):
 def test_differences_name_both_sides():
     assert differences({"seed": 1, "a": 2}, {"seed": 3, "a": 2}) == ["seed: checkpoint 1, run 3"]
     assert differences({"a": 2}, {"a": 2}) == []
+
+
+def test_a_key_that_came_later_counts_with_its_default():
+    wanted = {"optim.eps": OptimConfig().eps, "model.rope_scaling": {"enabled": False, "factor": 8.0}, "seed": 1234}
+    assert differences({"model.rope_scaling": {"enabled": False}, "seed": 1234}, wanted) == [
+        f"model.rope_scaling: checkpoint {{'enabled': False, 'factor': {RopeScalingConfig().factor!r}}}, "
+        f"run {{'enabled': False, 'factor': 8.0}}"
+    ]
+    wanted["model.rope_scaling"]["factor"] = RopeScalingConfig().factor
+    assert differences({"model.rope_scaling": {"enabled": False}}, wanted) == []
+    assert differences({"optim.eps": None}, {"optim.eps": 1.0}) == ["optim.eps: checkpoint None, run 1.0"]
+    assert differences({}, {"optim.eps": 1.0}) == [f"optim.eps: checkpoint {OptimConfig().eps!r}, run 1.0"]
+    assert differences({}, {"data.fingerprint": "a"}) == ["data.fingerprint: checkpoint None, run 'a'"]
+    assert differences({"data.weights": {"a": 1.0}}, {"data.weights": {"b": 1.0}}) == [
+        "data.weights: checkpoint {'a': 1.0}, run {'b': 1.0}"
+    ]
+
+
+def test_another_schema_is_an_error_and_no_older_checkpoint_is_taken(tmp_path):
+    publish(tmp_path, 5, {}, write, keep=2, is_first=True)
+    newer = publish(tmp_path, 10, {}, write, keep=2, is_first=True)
+    record = json.loads((newer / FACTS).read_text())
+    (newer / FACTS).write_text(json.dumps(record | {"schema": 2, "files": ["another form"]}))
+    with pytest.raises(
+        CheckpointError, match=r"step_00000010 is of schema 2, and this version of ssa_pretrain reads 1"
+    ):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"schema": 1, "step": 5, "facts": 7, "files": {}}', '{"step": 5}'])
+def test_facts_of_another_form_are_no_checkpoint(tmp_path, text):
+    (tmp_path / FACTS).write_text(text)
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        read(tmp_path)
 
 
 def test_weights_of_another_shape_are_refused_with_each_key(tmp_path):

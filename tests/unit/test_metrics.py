@@ -184,9 +184,11 @@ def test_a_bad_line_is_set_aside_with_the_file_and_the_run_goes_on(
 
 def test_a_second_damage_keeps_the_first_file(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
+    said: str | None = ""
     for text in ("a\n", "b\nc\n"):
         path.write_text(text)
         said = set_aside_damage(path)
+    assert said is not None
     assert "metrics.jsonl:1 is not a JSON object (2 such lines): the file was kept as metrics.jsonl.damaged-2" in said
     assert (tmp_path / "metrics.jsonl.damaged-1").read_text() == "a\n"
     assert set_aside_damage(path) is None

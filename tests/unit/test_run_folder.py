@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -16,6 +18,13 @@ from ssa_pretrain.problems import ConfigError
 from ssa_pretrain.run_folder import LOCK, claim, shortage, unwritable
 
 HOLD = "import sys, time, pathlib; from ssa_pretrain.run_folder import claim; held = claim(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+
+
+def held(folder: Path, say: Callable[[str], None] = print) -> TextIO:
+    """A folder's lock, taken by this process."""
+    lock = claim(folder, say)
+    assert lock is not None
+    return lock
 
 
 def test_a_second_run_is_refused_with_the_holder_s_name_until_that_is_killed(tmp_path: Path) -> None:
@@ -39,7 +48,7 @@ def test_a_second_run_is_refused_with_the_holder_s_name_until_that_is_killed(tmp
             assert caught.value.exit_code == 3
         finally:
             holder.send_signal(signal.SIGKILL)
-    with claim(tmp_path) as lock:  # at once, although the file is still there
+    with held(tmp_path) as lock:  # at once, although the file is still there
         assert f'"pid": {os.getpid()}' in (tmp_path / LOCK).read_text()
         assert (tmp_path / LOCK).read_text().count("\n") == 1
         assert not lock.closed
@@ -55,7 +64,7 @@ def test_what_killed_runs_left_goes_and_nothing_else(tmp_path: Path) -> None:
         else:
             (tmp_path / name).touch()
     lines: list[str] = []
-    claim(tmp_path, lines.append).close()
+    held(tmp_path, lines.append).close()
     assert all((tmp_path / name).exists() for name in kept)
     assert not any((tmp_path / name).exists() for name in left)
     assert sorted(lines) == sorted(
@@ -65,7 +74,7 @@ def test_what_killed_runs_left_goes_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_refused_run_removes_nothing(tmp_path: Path) -> None:
     scratch = tmp_path / "checkpoints" / ".step_00000004.tmp"
-    with claim(tmp_path):
+    with held(tmp_path):
         scratch.mkdir(parents=True)  # the holder is saving
         with pytest.raises(ConfigError, match="is in use by process"):
             claim(tmp_path, patience=0)
@@ -119,7 +128,7 @@ def test_little_room_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_refusal_reaches_other_processes_whole(tmp_path: Path) -> None:
-    with claim(tmp_path), pytest.raises(ConfigError) as caught:
+    with held(tmp_path), pytest.raises(ConfigError) as caught:
         claim(tmp_path, patience=0)
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (str(copy), copy.exit_code) == (str(caught.value), 3)
