@@ -9,6 +9,7 @@ do not match its list is named, left where it is and passed over. Old ones are r
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ssa_pretrain.config import Config
+from ssa_pretrain.config_io import config_to_dict
+from ssa_pretrain.parallel.agreement import together, watched
+
 FACTS = "checkpoint.json"
 SCHEMA = 1
+NAME = re.compile(r"step_\d{8,}")  # anything else beside the checkpoints (step_00000100_good, a copy) is the user's
+SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
 
 
 class CheckpointError(ValueError):
@@ -50,23 +57,41 @@ def publish(
 
     Returns:
         The published folder.
+
+    Raises:
+        CheckpointError: on every rank, if any could not write its part; what was published before is as it was.
     """
     target = _folder_of(run, step)
     scratch = target.with_name(f".{target.name}.tmp")
-    if is_first:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    dist.barrier()
-    write(scratch)
-    dist.barrier()
-    if is_first:
-        _seal(scratch, step, facts)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(scratch, target)
-        _flush(target.parent)
-        for old in [folder for folder in _published(run) if _step_of(folder) <= step][keep:]:
-            shutil.rmtree(old)
-    dist.barrier()
+
+    def prepare() -> None:
+        if is_first:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+
+    def seal() -> None:
+        if is_first:
+            _seal(scratch, step, facts)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(scratch, target)
+            _flush(target.parent)
+            for old in [folder for folder in _published(run) if _step_of(folder) <= step][keep:]:
+                shutil.rmtree(old)
+
+    def describe(reason: str) -> str:
+        free = shutil.disk_usage(run).free / 2**30
+        return (
+            f"step {step} could not be saved in {target.parent}, which has {free:.1f} GiB free ({reason}); "
+            "earlier checkpoints are as they were: free space and give the same command again"
+        )
+
+    key = f"ssa_pretrain/failed_save/{step}"
+    with watched(key, exit_code=5):
+        for act in (prepare, lambda: write(scratch), seal):
+            if message := together(act, key, describe):
+                if is_first:
+                    shutil.rmtree(scratch, ignore_errors=True)
+                raise CheckpointError(message)
     return target
 
 
@@ -78,13 +103,13 @@ def newest(run: Path, *, is_first: bool, device: torch.device, say: Callable[[st
     """
     named = (run / FACTS).is_file()
     folders = [run] if named else _published(run)
-    verdict = torch.full((), -1, dtype=torch.int64, device=device)  # -1: no checkpoint, -2: none intact, else its step
+    verdict = torch.full((), -1, dtype=torch.int64, device=device)  # -1: no checkpoint, -2: none intact, else which one
     if is_first:
         verdict.fill_(-2 if folders else -1)
         for folder in folders:
             damage = find_damage(folder)
             if damage is None:
-                verdict.fill_(read(folder).step)
+                verdict.fill_(0 if named else _step_of(folder))
                 break
             say(f"checkpoint {folder} is damaged ({damage}); looking for an older one")
     dist.broadcast(verdict, src=0)
@@ -102,22 +127,30 @@ def read(folder: Path) -> Checkpoint:
     """Return a checkpoint's facts.
 
     Raises:
-        CheckpointError: the folder is no published checkpoint.
+        CheckpointError: the folder is no published checkpoint, or one of another schema.
     """
     try:
         record = json.loads((folder / FACTS).read_text())
-        return Checkpoint(folder, int(record["step"]), record["facts"])
-    except (OSError, ValueError, KeyError) as error:
+        schema, found = record["schema"], Checkpoint(folder, int(record["step"]), dict(record["facts"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder} is no checkpoint ({FACTS}: {error}); name a folder such as RUN/checkpoints/step_00000100"
         ) from None
+    if schema != SCHEMA:
+        raise CheckpointError(
+            f"{folder} is of schema {schema}, and this version of ssa_pretrain reads {SCHEMA}; go on with the version that wrote it"
+        )
+    return found
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a published checkpoint's files (a missing one, a size, a sha256), or None."""
+    """Return what is wrong with a published checkpoint's files (a missing one, a size, a sha256), or None; another schema's are not judged."""
     try:
-        files = json.loads((folder / FACTS).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        record = json.loads((folder / FACTS).read_text())
+        if record["schema"] != SCHEMA:
+            return None
+        files = record["files"]
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{FACTS} cannot be read"
     for name, entry in files.items():
         path = folder / name
@@ -131,9 +164,52 @@ def find_damage(folder: Path) -> str | None:
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return one line for each fact in which a checkpoint and a run differ."""
+    """Return one line for each fact in which a checkpoint and a run differ.
+
+    A key that the configuration got after the checkpoint was written counts with its default, which is what that run did.
+    """
+    saved = _with_defaults(saved, wanted, config_to_dict(Config()))
     keys = sorted(saved.keys() | wanted.keys())
     return [f"{k}: checkpoint {saved.get(k)!r}, run {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
+
+
+def _with_defaults(saved: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Saved facts and, for keys that only the wanted ones have, the configuration's defaults; "model.x" is found in `defaults` below "model"."""
+    filled = dict(saved)
+    for key, value in wanted.items():
+        default: Any = defaults
+        for name in key.split("."):
+            default = default.get(name) if isinstance(default, dict) else None
+        if isinstance(value, dict) and isinstance(saved.get(key), dict):
+            filled[key] = _with_defaults(saved[key], value, default or {})
+        elif key not in saved and default is not None:
+            filled[key] = default
+    return filled
+
+
+def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_alone: bool = False) -> None:
+    """Refuse a checkpoint of another model than a run's.
+
+    Args:
+        found: whose weights are to be read.
+        wanted: the run's facts.
+        shapes_alone: compare only what decides the weights' shapes, so that a new run may change the rest (a longer RoPE). The vocabulary is
+            compared where both name it: 0 is the tokenizer's, which the facts do not hold.
+
+    Raises:
+        CheckpointError: they differ; it names each key with both values.
+    """
+    changed = {line.partition(":")[0]: line for line in differences(found.facts, wanted)}
+    changed.pop("model.init_std", None)  # weights that were read were not drawn
+    if shapes_alone:
+        unnamed = 0 in (found.facts.get("model.vocab_size"), wanted.get("model.vocab_size"))
+        for key in (*SHAPELESS, *["model.vocab_size"] * unnamed):
+            changed.pop(key, None)
+    lines = [line for key, line in changed.items() if key.startswith("model.") or key == "attention.gate"]
+    if lines:
+        raise CheckpointError(
+            f"{found.folder} holds another model ({'; '.join(lines)}); give the settings it was trained with, or name another checkpoint"
+        )
 
 
 def _seal(folder: Path, step: int, facts: dict[str, Any]) -> None:
@@ -148,8 +224,9 @@ def _seal(folder: Path, step: int, facts: dict[str, Any]) -> None:
 
 
 def _published(run: Path) -> list[Path]:
-    """Return a run's published checkpoints' folders, newest first."""
-    return sorted((p for p in (run / "checkpoints").glob("step_*") if p.is_dir()), reverse=True)
+    """Return a run's published checkpoints' folders, newest first; folders with other names are left alone."""
+    found = (p for p in (run / "checkpoints").glob("step_*") if NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def _folder_of(run: Path, step: int) -> Path:

@@ -49,7 +49,8 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
     """
     arguments, speaks = sys.argv[1:] if argv is None else argv, True
     try:
-        speaks = _from_launcher("RANK" if "RANK" in os.environ else "LOCAL_RANK", default=0) == 0
+        rank = next((name for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "RANK")
+        speaks = _from_launcher(rank, default=0) == 0
         machine = this_machine()
         if entry == "evaluate":
             machine = replace(machine, splits=("heldout",))
@@ -99,6 +100,7 @@ def this_machine() -> Machine:
         has_gpu=_has_gpu(),
         has_transformer_engine=find_spec("transformer_engine") is not None,
         has_deepspeed=find_spec("deepspeed") is not None,
+        slurm_tasks=_slurm_tasks(),
     )
 
 
@@ -230,6 +232,14 @@ def _show(entry: str, command: _Command, overrides: Sequence[str], *, speaks: bo
 
 def _nothing(_: DictConfig) -> None:
     """The task that hydra.main never reaches: every flag given to it only shows something."""
+
+
+def _slurm_tasks() -> int:
+    """The processes of this step of a Slurm job (of the job, outside a step), unless a launcher joins them."""
+    if "WORLD_SIZE" in os.environ:
+        return 1
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    return int(tasks) if tasks.isdigit() else 1
 
 
 def _has_gpu() -> bool:

@@ -349,7 +349,7 @@ class CheckpointConfig:
     interval: int = 0  # steps between checkpoints; 0: only at the end
     keep: int = 2  # newest complete checkpoints that are kept
     weights: bool = True  # put the weights into each checkpoint in the common format too, which both engines read
-    init_from: str = ""  # checkpoint folder whose weights start a new run (step 0, fresh optimizer), of either engine
+    init_from: str = ""  # whose weights start a new run (step 0, fresh optimizer): a run's folder, a checkpoint's or one of common weights
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""

@@ -42,7 +42,7 @@ def main() -> None:
 
 def evaluate_run(config: Config) -> None:
     """Evaluate and sample the newest checkpoint of a run; every rank calls it."""
-    from ssa_pretrain.checkpoint import CheckpointError, differences
+    from ssa_pretrain.checkpoint import CheckpointError, require_same_model
     from ssa_pretrain.parallel.state import joined
     from ssa_pretrain.trainer import MODES, build_run, facts, judge, newest_checkpoint, say
 
@@ -51,15 +51,7 @@ def evaluate_run(config: Config) -> None:
         found = newest_checkpoint(run)
         if found is None:
             raise CheckpointError(f"{run.folder} holds no checkpoint; train first, or set output_dir to a run's folder")
-        changed = [
-            line
-            for line in differences(found.facts, facts(run))
-            if line.startswith(("model.", "attention.gate")) and not line.startswith("model.init_std")
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{found.folder} holds another model; give the settings it was trained with:\n  " + "\n  ".join(changed)
-            )
+        require_same_model(found, facts(run))
         run.engine.load_weights(found.folder)
         figures = {}
         for mode in MODES:

@@ -2,7 +2,8 @@
 
 The file is the record; console and W&B are views of it. Every line is flushed, so that a killed run loses at most the line it was writing.
 Step is the only clock: a run that resumes from step s first drops the records past s (in a new file, renamed over the old one), so that the
-file of a run killed ten times equals that of a run never killed, but for the times in it. Only one process writes.
+file of a run killed ten times equals that of a run never killed, but for the times in it. Only one process writes. A resumed run that finds a
+line which is no record keeps the file as `metrics.jsonl.damaged-1` and goes on with the other lines: the file is a log, the checkpoint decides.
 
 Speed is tokens over seconds in a window of recent steps, by the monotonic clock, so that neither the first step nor a pause for an
 evaluation bends it for long. Numbers that JSON does not have (nan, inf) are written as null: every line stays readable by any reader.
@@ -11,6 +12,7 @@ Records: {"kind": "train", "step", "tokens", "loss", "cross_entropy", ...} and {
 docs/metrics.md lists every key.
 """
 
+import itertools
 import json
 import math
 import os
@@ -36,19 +38,53 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: a line other than the last is no JSON object.
     """
+    for number, _, record in _parsed(path):
+        if isinstance(record, str):
+            raise ValueError(f"{path}:{number} {record}; remove the line or start a new output_dir")
+        yield record
+
+
+def set_aside_damage(path: Path) -> str | None:
+    """Moves a metrics file that holds lines which are no records aside, whole, and puts the records of it in its place.
+
+    Args:
+        path: metrics.jsonl; need not exist.
+
+    Returns:
+        What happened, in a sentence; None where every line but an unfinished last one is a record.
+    """
+    if not path.exists():
+        return None
+    lines = list(_parsed(path))
+    bad = [(number, record) for number, _, record in lines if isinstance(record, str)]
+    if not bad:
+        return None
+    numbers = itertools.count(1)
+    aside = next(p for p in (path.with_name(f"{path.name}.damaged-{n}") for n in numbers) if not p.exists())
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with fresh.open("wb") as file:
+        file.writelines(line.rstrip(b"\n") + b"\n" for _, line, record in lines if not isinstance(record, str))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path, aside)
+    os.replace(fresh, path)
+    number, what = bad[0]
+    count = f" ({len(bad)} such lines)" if len(bad) > 1 else ""
+    return f"{path}:{number} {what}{count}: the file was kept as {aside.name}, and the run goes on with the records of the other lines"
+
+
+def _parsed(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
+    """A metrics file's lines, counted from 1, each with its record or with what is wrong with it; an unfinished last line is left out."""
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except ValueError:
-            if number == len(lines) and not line.endswith(b"\n"):
-                return
-            raise ValueError(
-                f"{path}:{number} is not a JSON object; remove the line or start a new output_dir"
-            ) from None
-        if not isinstance(record, dict) or "step" not in record:
-            raise ValueError(f"{path}:{number} is no record of a step; remove the line or start a new output_dir")
-        yield record
+            if number < len(lines) or line.endswith(b"\n"):
+                yield number, line, "is not a JSON object"
+            continue
+        whole = isinstance(record, dict) and type(record.get("step")) is int
+        yield number, line, record if whole else "is no record of a step"
 
 
 def keep_until(path: Path, step: int) -> int:
@@ -167,6 +203,8 @@ class MetricsLogger:
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / FILE_NAME
+            if damage := set_aside_damage(path):
+                self.console.say(damage)
             keep_until(path, resume_step)
             if tracker is not None and path.exists():
                 for record in read_records(path):

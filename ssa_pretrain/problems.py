@@ -48,6 +48,10 @@ class ConfigError(ValueError):
         self.problems = tuple(problems)
         super().__init__("\n".join(f"  {problem}" for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[Problem, ...]]]:
+        """Returns how another process makes it again: from the problems, not from their text."""
+        return ConfigError, (self.problems,)
+
     @property
     def exit_code(self) -> int:
         """4 when only the data is wrong, else 3."""

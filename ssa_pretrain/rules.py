@@ -15,6 +15,7 @@ from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, Metho
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
 from ssa_pretrain.rules_deepspeed import deepspeed_problems
+from ssa_pretrain.run_folder import ELSEWHERE, unwritable
 
 LLAMA3_CONTEXT = 8192  # the original context in Llama-3 RoPE scaling
 FP8_MULTIPLE = 16  # what Transformer Engine asks of both dimensions of an FP8 product
@@ -31,6 +32,7 @@ class Machine:
         has_deepspeed: DeepSpeed is installed.
         has_files: data and checkpoints can be looked at.
         splits: what the command reads of the data.
+        slurm_tasks: processes that srun started, where each of them takes itself for the only one; else 1.
     """
 
     world_size: int | None = None
@@ -39,6 +41,7 @@ class Machine:
     has_deepspeed: bool | None = None
     has_files: bool = True
     splits: tuple[str, ...] = ("train", "heldout")
+    slurm_tasks: int = 1
 
     def unknown(self) -> "Machine":
         """Returns a machine of which only the number of processes is known, to plan for."""
@@ -62,7 +65,8 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
     ]
     rules += [partial(deepspeed_problems, installed=machine.has_deepspeed)]
     if machine.has_files:
-        rules += [_initial_weights, partial(_data, splits=machine.splits)]
+        rules += [partial(_launcher, machine=machine), _output_dir, _initial_weights]
+        rules += [partial(_data, splits=machine.splits)]
     found: list[Problem] = []
     for rule in rules:
         bad = {*wrong, *(problem.key for problem in found)}
@@ -297,13 +301,28 @@ def _fp8(config: Config, machine: Machine) -> list[Problem]:
     ]
 
 
+def _launcher(config: Config, machine: Machine) -> list[Problem]:
+    """Tasks of srun that nothing joins into one run."""
+    if machine.slurm_tasks < 2:
+        return []
+    rule = "says that Slurm started as many processes, and nothing joins them (WORLD_SIZE is not set): each would train alone"
+    advice = "try srun --ntasks-per-node=1 launchers/torchrun.sh …, or srun --ntasks=1 for one process"
+    return [Problem("SLURM_NTASKS", machine.slurm_tasks, rule, advice)]
+
+
+def _output_dir(config: Config) -> list[Problem]:
+    """The folder that a run writes."""
+    reason = unwritable(Path(config.output_dir)) if config.output_dir.strip() else None
+    return [Problem("output_dir", config.output_dir, reason, ELSEWHERE)] if reason else []
+
+
 def _initial_weights(config: Config) -> list[Problem]:
     """The checkpoint whose weights a run starts from."""
     folder, output_dir = config.checkpoint.init_from, Path(config.output_dir).resolve()
     if not folder:
         return []
     if not Path(folder).is_dir():
-        advice = "give the checkpoint folder of an earlier run"
+        advice = "give an earlier run's folder, a checkpoint's or one of common weights"
         return [Problem("checkpoint.init_from", folder, "does not exist", advice)]
     if output_dir in (Path(folder).resolve(), *Path(folder).resolve().parents):
         rule = f"lies in this run's own output_dir={config.output_dir}"

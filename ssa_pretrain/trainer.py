@@ -6,7 +6,8 @@ holds weights and optimizer alone, and rerunning the command goes on as if it ha
 
 import math
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ssa_pretrain import __version__
-from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, differences, newest, publish
+from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, differences, newest, publish, require_same_model
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import config_to_dict, save_config
 from ssa_pretrain.data.batches import Batch, collate
@@ -27,13 +28,17 @@ from ssa_pretrain.environment import add_start, versions
 from ssa_pretrain.flops import peak_flops, row_flops
 from ssa_pretrain.log import Console, banner
 from ssa_pretrain.metrics import MetricsLogger
+from ssa_pretrain.parallel.agreement import on_first
 from ssa_pretrain.parallel.interruption import Interrupted, Interruption
 from ssa_pretrain.parallel.state import Placement, joined
 from ssa_pretrain.planning import Plan, make_plan
+from ssa_pretrain.problems import ConfigError
 from ssa_pretrain.profiling import profiled
 from ssa_pretrain.rules import warning
+from ssa_pretrain.run_folder import claim, shortage
 from ssa_pretrain.schedule import learning_rate
 from ssa_pretrain.tracking import Tracker, provenance, start_tracking
+from ssa_pretrain.weights import find_weights
 
 MODES = ("full", "sparse")
 
@@ -63,11 +68,21 @@ def train(config: Config) -> None:
         DivergedError: a loss or gradient norm is not finite.
         Interrupted: SIGTERM came; a checkpoint of the last step is published.
     """
-    with joined(config.parallel, seed=config.seed) as placement:
+    with joined(config.parallel, seed=config.seed) as placement, claimed(Path(config.output_dir), placement):
         run = build_run(config, placement)
+        if placement.is_first and (lacking := shortage(run.folder, run.plan.checkpoint_bytes)):
+            say(run, lacking)
         step = restore(run)
         with open_log(run, step) as log, Interruption(placement) as interruption:
             loop(run, log, step, interruption)
+
+
+@contextmanager
+def claimed(folder: Path, placement: Placement) -> Iterator[None]:
+    """Hold a run's folder against other runs; raises ConfigError on every rank where another has it or it cannot be written."""
+    lock = on_first(lambda: claim(folder), is_first=placement.is_first, errors=(ConfigError,))
+    with lock or nullcontext():
+        yield
 
 
 def build_run(config: Config, placement: Placement, *, trains: bool = True) -> Run:
@@ -114,14 +129,27 @@ def restore(run: Run) -> int:
         say(run, f"resuming after step {found.step} from {found.folder}")
         return found.step
     if run.config.checkpoint.init_from:
-        source = newest_checkpoint(run, Path(run.config.checkpoint.init_from))
-        if source is None:
-            raise CheckpointError(
-                f"checkpoint.init_from={run.config.checkpoint.init_from} holds no checkpoint; name a run's folder"
-            )
-        run.engine.load_weights(source.folder)
-        say(run, f"starting from the weights of {source.folder}")
+        source = initial_weights(run, Path(run.config.checkpoint.init_from))
+        run.engine.load_weights(source)
+        say(run, f"starting from the weights of {source}")
     return 0
+
+
+def initial_weights(run: Run, named: Path) -> Path:
+    """Return the folder whose weights a new run starts from: the newest checkpoint of a run, a checkpoint itself, or common weights.
+
+    Raises:
+        CheckpointError: there is none in `named`, or it is of another model.
+    """
+    source = newest_checkpoint(run, named)
+    if source is not None:
+        require_same_model(source, facts(run), shapes_alone=True)
+        return source.folder
+    if weights := find_weights(named):
+        return weights
+    raise CheckpointError(
+        f"checkpoint.init_from={named} holds no checkpoint and no weights; name a run's folder, a checkpoint's or one of common weights"
+    )
 
 
 def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) -> None:

@@ -132,6 +132,50 @@ def test_a_changed_configuration_is_refused(uninterrupted, corpus):
     assert "Traceback" not in done.stderr
 
 
+def test_a_start_from_another_model_s_weights_is_refused(uninterrupted, corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", f"checkpoint.init_from={uninterrupted}")
+    done = run("ssa_pretrain.train", *settings, "model.num_layers=2")
+    assert done.returncode == 5
+    assert "holds another model (model.num_layers: checkpoint 4, run 2); give the settings" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_new_run_starts_from_a_folder_of_common_weights(uninterrupted, corpus, tmp_path):
+    weights = uninterrupted / "checkpoints" / f"step_{STEPS:08d}" / "weights"
+    for name, source in (("weights", weights), ("run", uninterrupted)):
+        train(
+            *(*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path / name}", f"checkpoint.init_from={source}"),
+            "training.stop_at_step=1",
+        )
+    assert records(tmp_path / "weights", "evaluation") == records(tmp_path / "run", "evaluation")
+    assert records(tmp_path / "weights", "train") == records(tmp_path / "run", "train")
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk_ends_the_run_and_leaves_the_earlier_one(corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2", "evaluation.at_start=false")
+    train(*settings, "training.stop_at_step=1", processes=2)
+    # No file may grow past 1 MB: a full disk, as the writers see it.
+    limited = ["bash", "-c", 'ulimit -f 1024; exec "$@"', "bash"]
+    arguments = command("ssa_pretrain.train", *settings, "training.stop_at_step=2", processes=2)
+    done = subprocess.run(
+        [*limited, *arguments],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "step 2 could not be saved in" in done.stderr
+    assert "earlier checkpoints are as they were" in done.stderr
+    assert "exitcode  : 5" in done.stderr  # in torchrun's report
+    assert "in main\n" not in done.stderr.split("torch/distributed/run")[0]  # no trace of ours
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    train(*settings, "training.stop_at_step=2", processes=2)
+
+
 def test_only_damaged_checkpoints_is_an_error(corpus, tmp_path):
     settings = (
         *SETTINGS,

@@ -1,12 +1,24 @@
 """Checkpoints appear whole, damage is found and passed over, and a run does not continue another's."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint import FACTS, CheckpointError, differences, find_damage, newest, publish, read
+from ssa_pretrain.checkpoint import (
+    FACTS,
+    Checkpoint,
+    CheckpointError,
+    differences,
+    find_damage,
+    newest,
+    publish,
+    read,
+    require_same_model,
+)
+from ssa_pretrain.config import OptimConfig, RopeScalingConfig
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +67,24 @@ def test_a_save_that_dies_leaves_the_older_one(tmp_path):
     assert find(tmp_path).step == 5
     publish(tmp_path, 10, {}, write, keep=2, is_first=True)
     assert find(tmp_path).step == 10
+
+
+def test_folders_with_other_names_are_the_user_s(tmp_path):
+    intact = publish(tmp_path, 2, {}, write, keep=1, is_first=True)
+    copies = [intact.with_name(name) for name in ("step_00000002_good", "step_00000003_best", "step_3")]
+    for copy in copies:
+        shutil.copytree(intact, copy)
+    assert find(tmp_path).folder == intact
+    publish(tmp_path, 4, {}, write, keep=1, is_first=True)
+    assert find(tmp_path).step == 4
+    assert not intact.exists()
+    assert all(find_damage(copy) is None for copy in copies)
+
+
+def test_a_hundred_million_steps_are_newer_than_one_less(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        publish(tmp_path, step, {}, write, keep=2, is_first=True)
+    assert find(tmp_path).step == 100_000_000
 
 
 def flip_bit(folder):
@@ -110,3 +140,59 @@ def test_the_list_of_files_is_complete(tmp_path):
 def test_differences_name_both_sides():
     assert differences({"seed": 1, "a": 2}, {"seed": 3, "a": 2}) == ["seed: checkpoint 1, run 3"]
     assert differences({"a": 2}, {"a": 2}) == []
+
+
+def test_a_key_that_came_later_counts_with_its_default():
+    wanted = {"optim.eps": OptimConfig().eps, "model.rope_scaling": {"enabled": False, "factor": 8.0}, "seed": 1234}
+    assert differences({"model.rope_scaling": {"enabled": False}, "seed": 1234}, wanted) == [
+        f"model.rope_scaling: checkpoint {{'enabled': False, 'factor': {RopeScalingConfig().factor!r}}}, "
+        f"run {{'enabled': False, 'factor': 8.0}}"
+    ]
+    wanted["model.rope_scaling"]["factor"] = RopeScalingConfig().factor
+    assert differences({"model.rope_scaling": {"enabled": False}}, wanted) == []
+    assert differences({"optim.eps": None}, {"optim.eps": 1.0}) == ["optim.eps: checkpoint None, run 1.0"]
+    assert differences({}, {"optim.eps": 1.0}) == [f"optim.eps: checkpoint {OptimConfig().eps!r}, run 1.0"]
+    assert differences({}, {"data.fingerprint": "a"}) == ["data.fingerprint: checkpoint None, run 'a'"]
+    assert differences({"data.weights": {"a": 1.0}}, {"data.weights": {"b": 1.0}}) == [
+        "data.weights: checkpoint {'a': 1.0}, run {'b': 1.0}"
+    ]
+
+
+def test_another_schema_is_an_error_and_no_older_checkpoint_is_taken(tmp_path):
+    publish(tmp_path, 5, {}, write, keep=2, is_first=True)
+    newer = publish(tmp_path, 10, {}, write, keep=2, is_first=True)
+    record = json.loads((newer / FACTS).read_text())
+    (newer / FACTS).write_text(json.dumps(record | {"schema": 2, "files": ["another form"]}))
+    with pytest.raises(
+        CheckpointError, match=r"step_00000010 is of schema 2, and this version of ssa_pretrain reads 1"
+    ):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"schema": 1, "step": 5, "facts": 7, "files": {}}', '{"step": 5}'])
+def test_facts_of_another_form_are_no_checkpoint(tmp_path, text):
+    (tmp_path / FACTS).write_text(text)
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        read(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused_with_each_key(tmp_path):
+    saved = {"model.num_layers": 4, "attention.gate": True, "model.rope_theta": 1.0, "attention.top_k": 4, "seed": 1}
+    found = Checkpoint(tmp_path, 5, saved)
+    with pytest.raises(CheckpointError) as caught:
+        require_same_model(found, saved | {"model.num_layers": 2, "attention.gate": False}, shapes_alone=True)
+    assert str(caught.value) == (
+        f"{tmp_path} holds another model (attention.gate: checkpoint True, run False; model.num_layers: checkpoint 4, run 2); "
+        "give the settings it was trained with, or name another checkpoint"
+    )
+
+
+def test_a_new_run_may_change_what_leaves_the_shapes(tmp_path):
+    found = Checkpoint(tmp_path, 5, {"model.rope_theta": 1.0, "model.vocab_size": 0, "attention.top_k": 4, "seed": 1})
+    wanted = {"model.rope_theta": 2.0, "model.vocab_size": 4096, "attention.top_k": 2, "seed": 7}
+    require_same_model(found, wanted, shapes_alone=True)
+    with pytest.raises(CheckpointError, match=r"model\.rope_theta: checkpoint 1\.0, run 2\.0"):
+        require_same_model(found, wanted)
+    found.facts["model.vocab_size"] = 512
+    with pytest.raises(CheckpointError, match=r"\(model\.vocab_size: checkpoint 512, run 4096\)"):
+        require_same_model(found, wanted, shapes_alone=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssa_pretrain.cli import resolve_config
+from ssa_pretrain.cli import resolve_config, this_machine
 from ssa_pretrain.data.indexed_format import token_dtype, write_index
-from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.rules import Machine
 
 CPU = Machine(world_size=1, has_gpu=False, has_transformer_engine=False, has_files=False)
@@ -376,10 +376,44 @@ def test_what_does_not_fit_the_data_is_one_line(dataset: Path, override: str, me
     assert lines[0].endswith(message.format(path=dataset))
 
 
+def test_an_output_dir_that_cannot_be_written_is_a_problem(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ours = (*BASE, f"data.path={dataset}")
+    assert found(*ours, f"output_dir={tmp_path}/file", machine=HERE) == [
+        str(Problem("output_dir", f"{tmp_path}/file", "is a file, not a folder", "try another output_dir"))
+    ]
+    assert found(*ours, f"output_dir={tmp_path}/new", machine=HERE) == []
+    assert found(*ours, f"output_dir={tmp_path}/file", "dry_run=true", machine=HERE) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "tasks"),
+    [
+        ({"SLURM_NTASKS": "8"}, 8),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, 2),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, 1),  # srun --ntasks=1 in a job of 8
+        ({"SLURM_NTASKS": "8", "WORLD_SIZE": "8"}, 1),
+        ({}, 1),
+    ],
+)
+def test_processes_of_srun_that_nothing_joins_are_refused(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], tasks: int
+) -> None:
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert this_machine().slurm_tasks == tasks
+    lines = found(*BASE, f"data.path={dataset}", machine=replace(HERE, slurm_tasks=tasks))
+    assert lines == [] if tasks == 1 else len(lines) == 1
+    assert tasks == 1 or lines[0].startswith(f"SLURM_NTASKS={tasks} says that Slurm started as many processes")
+    assert found(*BASE, "dry_run=true", machine=replace(HERE, slurm_tasks=tasks)) == []
+
+
 def test_a_start_from_weights_needs_another_run_s_folder(dataset: Path, tmp_path: Path) -> None:
     ours = (*BASE, f"data.path={dataset}", f"output_dir={tmp_path}/run")
     assert found(*ours, "checkpoint.init_from=/nowhere", machine=HERE) == [
-        "checkpoint.init_from=/nowhere does not exist; give the checkpoint folder of an earlier run"
+        "checkpoint.init_from=/nowhere does not exist; give an earlier run's folder, a checkpoint's or one of common weights"
     ]
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     lines = found(*ours, f"checkpoint.init_from={tmp_path}/run/checkpoints", machine=HERE)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.log import Console
-from ssa_pretrain.metrics import FILE_NAME, MetricsLogger, Speed, keep_until, perplexity, read_records
+from ssa_pretrain.metrics import FILE_NAME, MetricsLogger, Speed, keep_until, perplexity, read_records, set_aside_damage
 
 
 class Clock:
@@ -147,6 +147,51 @@ def test_a_bad_line_elsewhere_is_an_error_with_its_place(tmp_path: Path) -> None
     path.write_text('{"step": 1}\n[1]\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no record of a step"):
         list(read_records(path))
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        (b"nonsense\n", "is not a JSON object"),
+        (bytes(40) + b"\n", "is not a JSON object"),
+        (b"\xff\xfe{\n", "is not a JSON object"),
+        (b"[1]\n", "is no record of a step"),
+        (b'{"step": "2"}\n', "is no record of a step"),
+        (b'{"step": null}\n', "is no record of a step"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_bad_line_is_set_aside_with_the_file_and_the_run_goes_on(
+    tmp_path: Path, bad: bytes, what: str, place: int
+) -> None:
+    with logger(tmp_path) as metrics:
+        for step in (1, 2, 3):
+            metrics.log_step(a_step(step))
+    path = tmp_path / FILE_NAME
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines.insert(place, bad)
+    path.write_bytes(b"".join(lines))
+    said = io.StringIO()
+    with logger(tmp_path, resume_step=2, console=Console(total_steps=10, stream=said)) as metrics:
+        metrics.log_step(a_step(3))
+    assert [r["step"] for r in read_records(path)] == [1, 2, 3]
+    assert f"{path}:{place + 1} {what}: the file was kept as metrics.jsonl.damaged-1, and the run goes on" in (
+        said.getvalue()
+    )
+    assert (tmp_path / "metrics.jsonl.damaged-1").read_bytes() == b"".join(lines)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_second_damage_keeps_the_first_file(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    said: str | None = ""
+    for text in ("a\n", "b\nc\n"):
+        path.write_text(text)
+        said = set_aside_damage(path)
+    assert said is not None
+    assert "metrics.jsonl:1 is not a JSON object (2 such lines): the file was kept as metrics.jsonl.damaged-2" in said
+    assert (tmp_path / "metrics.jsonl.damaged-1").read_text() == "a\n"
+    assert set_aside_damage(path) is None
 
 
 def test_keep_until_counts_and_leaves_no_temporary_file(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""What fails on one rank fails on all: no rank goes on, and none waits for a peer that has left.
+
+A rank that raises by itself leaves the others in their next collective until its timeout. Here it reports instead: at the end of a piece of work
+all ranks exchange what went wrong (`together`), or the first rank's error is raised on every rank (`on_first`). A library's own collectives
+inside such a piece can still be waiting when the failing rank has left them. For these `watched` keeps a thread that learns of the
+failure through the processes' store and ends the process.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+FAILURES = (
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    CheckpointException,
+)  # torch's writers turn a full disk into RuntimeError
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 10.0  # from a rank's failure until those that still wait for it are ended
+
+T = TypeVar("T")
+
+
+def together(act: Callable[[], object], key: str, describe: Callable[[str], str] = str) -> str | None:
+    """Do a piece of work on every rank; every rank calls it, and it is a barrier.
+
+    Args:
+        act: this rank's part.
+        key: under which a failure is reported to `watched`.
+        describe: makes the message of a reason, such as "rank 3: OSError: [Errno 28] No space left on device".
+
+    Returns:
+        None if all ranks did theirs; else on every rank the same message.
+    """
+    message = None
+    try:
+        act()
+    except FAILURES as error:
+        message = describe(f"rank {dist.get_rank()}: {_words(error)}")
+        dist.distributed_c10d._get_default_store().set(key, message)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    found = [text for text in messages if text]
+    # Where one rank failed at writing, others may only have been told of it.
+    return next((text for text in found if "Errno" in text), found[0] if found else None)
+
+
+def on_first(act: Callable[[], T], *, is_first: bool, errors: tuple[type[Exception], ...]) -> T | None:
+    """Return what `act` gives on the first rank, None on the others; every rank calls it.
+
+    Args:
+        act: called on the first rank alone.
+        is_first: on that rank.
+        errors: what of `act` is raised on every rank; must survive pickling.
+    """
+    value, failure = None, [None]
+    if is_first:
+        try:
+            value = act()
+        except errors as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+    return value
+
+
+@contextmanager
+def watched(key: str, *, exit_code: int) -> Iterator[None]:
+    """End this process if a rank has failed under `key` and the block does not end within GRACE_SECONDS of that.
+
+    The first rank says what failed before the others leave, since a launcher ends all of them when one has left.
+    """
+    if dist.get_world_size() == 1:
+        yield
+        return
+    ended, store, rank = threading.Event(), dist.distributed_c10d._get_default_store(), dist.get_rank()
+
+    def watch() -> None:
+        try:
+            while not ended.wait(POLL_SECONDS):
+                if store.check([key]):
+                    break
+            else:
+                return
+            if ended.wait(GRACE_SECONDS if rank == 0 else GRACE_SECONDS + 3 * POLL_SECONDS):
+                return
+            if rank == 0:
+                print(store.get(key).decode(), file=sys.stderr, flush=True)
+        except dist.DistError:
+            if ended.wait(GRACE_SECONDS):
+                return  # the store went with a run that was at its end
+        os._exit(exit_code)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _words(error: BaseException) -> str:
+    """An error as one line; of torch's checkpoint errors the first rank's cause."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {line if len(line) <= 300 else line[:297] + '...'}"

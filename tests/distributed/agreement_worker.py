@@ -1,0 +1,45 @@
+"""A rank of test_agreement.py: saves once, and rank 1 cannot write."""
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ssa_pretrain.checkpoint import CheckpointError, publish
+from ssa_pretrain.parallel import agreement
+from ssa_pretrain.problems import ConfigError, Problem
+
+
+def main(case: str, run: Path) -> None:
+    """Act out a case."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    agreement.GRACE_SECONDS = 2.0
+
+    def write(folder: Path) -> None:
+        (folder / f"part_{rank}").write_bytes(bytes(100))
+
+    def write_with_a_failure(folder: Path) -> None:
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        if case == "inside":
+            dist.barrier()  # as a library would, that counts on all ranks coming
+        write(folder)
+
+    def refuse() -> None:
+        raise ConfigError([Problem("output_dir", "x", "is in use")])
+
+    publish(run, 1, {}, write, keep=1, is_first=rank == 0)
+    try:
+        if case == "first":
+            agreement.on_first(refuse, is_first=rank == 0, errors=(ConfigError,))
+        publish(run, 2, {}, write_with_a_failure, keep=1, is_first=rank == 0)
+    except (CheckpointError, ConfigError) as error:
+        (run / f"said_{rank}").write_text(str(error))
+        dist.destroy_process_group()
+        return
+    raise AssertionError("the save went through")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,134 @@
+"""ssa_pretrain/run_folder.py: one run a folder for as long as its process lives, and what hinders a run is known before it starts."""
+
+import fcntl
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from ssa_pretrain import run_folder
+from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.run_folder import LOCK, claim, shortage, unwritable
+
+HOLD = "import sys, time, pathlib; from ssa_pretrain.run_folder import claim; held = claim(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+
+
+def held(folder: Path, say: Callable[[str], None] = print) -> TextIO:
+    """A folder's lock, taken by this process."""
+    lock = claim(folder, say)
+    assert lock is not None
+    return lock
+
+
+def test_a_second_run_is_refused_with_the_holder_s_name_until_that_is_killed(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    ) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(ConfigError) as caught:
+                claim(tmp_path, patience=0.2)
+            line = str(caught.value)
+            where = f"  output_dir={tmp_path}"[:60]
+            assert line.startswith(where)
+            assert f"is in use by process {holder.pid} on {socket.gethostname()}, started 2" in line
+            assert line.endswith("; stop that run or try another output_dir")
+            assert caught.value.exit_code == 3
+        finally:
+            holder.send_signal(signal.SIGKILL)
+    with held(tmp_path) as lock:  # at once, although the file is still there
+        assert f'"pid": {os.getpid()}' in (tmp_path / LOCK).read_text()
+        assert (tmp_path / LOCK).read_text().count("\n") == 1
+        assert not lock.closed
+
+
+def test_what_killed_runs_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["checkpoints/step_00000002", "checkpoints/.hidden", "metrics.jsonl", "metrics.jsonl.damaged-1"]
+    left = ["checkpoints/.step_00000004.tmp", "checkpoints/.step_00000002.universal", "metrics.jsonl.77.tmp"]
+    (tmp_path / "checkpoints").mkdir()
+    for name in (*kept, *left):
+        if "step" in name:
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).touch()
+    lines: list[str] = []
+    held(tmp_path, lines.append).close()
+    assert all((tmp_path / name).exists() for name in kept)
+    assert not any((tmp_path / name).exists() for name in left)
+    assert sorted(lines) == sorted(
+        f"removing {tmp_path / name}, which a run that was stopped has left half written" for name in left
+    )
+
+
+def test_a_refused_run_removes_nothing(tmp_path: Path) -> None:
+    scratch = tmp_path / "checkpoints" / ".step_00000004.tmp"
+    with held(tmp_path):
+        scratch.mkdir(parents=True)  # the holder is saving
+        with pytest.raises(ConfigError, match="is in use by process"):
+            claim(tmp_path, patience=0)
+    assert scratch.exists()
+
+
+def test_storage_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lines: list[str] = []
+    assert claim(tmp_path, lines.append) is None
+    assert lines == [f"{tmp_path} lies on storage without file locks: do not start a second run in it"]
+
+
+def test_an_error_of_the_system_is_one_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be written: (Not a directory|File exists); try another output_dir"):
+        claim(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match=r"cannot be written: (Not a directory|File exists); try another output_dir"):
+        claim(tmp_path / "file")
+
+
+def test_files_in_the_way_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert unwritable(tmp_path / "file") == "is a file, not a folder"
+    assert unwritable(tmp_path / "file" / "a" / "b") == f"lies below {tmp_path / 'file'}, which is a file"
+    assert unwritable(tmp_path / "new" / "run") is None
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "checkpoints").touch()
+    assert unwritable(tmp_path) == f"contains {tmp_path / 'checkpoints'}, which is a file"
+
+
+@pytest.mark.parametrize("locked", ["run", "run/checkpoints", "."])
+def test_folders_without_permission_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str) -> None:
+    """By a stand-in for os.access: whoever is root may write everywhere."""
+    if locked != ".":
+        (tmp_path / locked).mkdir(parents=True)
+    place = tmp_path / locked if locked != "." else tmp_path
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != place)
+    assert unwritable(tmp_path / "run") == f"cannot be written: no permission to write into {place}"
+
+
+def test_little_room_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3 * 2**29}))
+    assert shortage(tmp_path, 3 * 2**29) is None
+    assert shortage(tmp_path, 2**31) == (
+        f"warning: {tmp_path} has 1.5 GiB free, and one checkpoint needs about 2.0 GiB; free space before the first one is due"
+    )
+
+
+def test_a_refusal_reaches_other_processes_whole(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(ConfigError) as caught:
+        claim(tmp_path, patience=0)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.exit_code) == (str(caught.value), 3)
