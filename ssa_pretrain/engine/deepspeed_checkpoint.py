@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.engine.deepspeed_setup import environment_of_a_converter
+from ssa_pretrain.parallel.agreement import on_first
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.weights import WeightsError
 
@@ -44,7 +45,7 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
     """Restore weights and optimizer into a fresh DeepSpeed engine.
 
     Raises:
-        WeightsError: the checkpoint is of another stage and cannot be reshaped into this one's.
+        WeightsError: the checkpoint is of another stage and cannot be reshaped into this one's, or the converter failed; on every rank.
     """
     saved, wanted = read_layout(folder), layout(config, placement)
     _require_convertible(folder, saved, wanted)
@@ -52,16 +53,17 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
         _load_quietly(folder, ds)
         return
     universal = folder.with_name(f".{folder.name}.universal")
-    if placement.is_first:
+
+    def reshape() -> None:
         print(f"{folder} was written on {_words(saved)}: reshaping it for {_words(wanted)}", flush=True)
         _convert(folder, universal, wanted)
+
+    on_first(reshape, is_first=placement.is_first, errors=(WeightsError, OSError))
+    # No barrier where a rank fails: the others would have left it, or wait in a collective that it is not in. The next start removes the folder.
+    _load_universal(universal / f"tp_{placement.tp_rank:02d}", ds)
     dist.barrier()
-    try:
-        _load_universal(universal / f"tp_{placement.tp_rank:02d}", ds)
-    finally:
-        dist.barrier()
-        if placement.is_first:
-            shutil.rmtree(universal)
+    if placement.is_first:
+        shutil.rmtree(universal)
 
 
 def layout(config: Config, placement: Placement) -> dict[str, int]:

@@ -1,0 +1,45 @@
+"""A rank of test_deepspeed_reshape.py: loads a checkpoint of another layout, and something fails on the way."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch.distributed as dist
+
+from ssa_pretrain.config import Config
+from ssa_pretrain.engine import deepspeed_checkpoint
+from ssa_pretrain.weights import WeightsError
+
+
+def main(case: str, folder: Path) -> None:
+    """Act out a case: the converter fails on the first rank, or the second one cannot load."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+
+    def convert(source: Path, universal: Path, _: dict) -> None:
+        universal.mkdir()
+        if case == "convert":
+            raise WeightsError(f"{source} could not be reshaped")
+
+    def load(_: Path, __: object) -> None:
+        if case == "load" and rank == 1:
+            raise WeightsError("a part is missing")
+
+    deepspeed_checkpoint._convert = convert
+    deepspeed_checkpoint._load_universal = load
+    config = Config()
+    config.deepspeed.zero_stage = 2
+    placement = SimpleNamespace(is_first=rank == 0, tp_rank=0, dp=2)
+    try:
+        deepspeed_checkpoint.load(folder, None, config, placement)  # pyright: ignore[reportArgumentType]
+        outcome = "loaded"
+    except (WeightsError, RuntimeError) as error:
+        outcome = type(error).__name__ + ": " + str(error)
+    (folder / f"outcome_{rank}").write_text(json.dumps(outcome))
+    if case != "load":
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
