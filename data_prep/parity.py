@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import InputError
-from data_prep.processes import FORK, end_with_parent
+from data_prep.processes import FORK, end_with_parent, in_own_memory
 from data_prep.tokenizer.backends import Backend, Encoded, HuggingFaceBackend, split_ids
 
 CORPUS = -1  # number of the sample of the corpus; shards have theirs
@@ -171,6 +171,10 @@ def _serve(path: str, specials_as_text: bool, exact: Backend | None, pipe: Conne
     parents_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     end_with_parent()
+    in_own_memory(_answer, path, specials_as_text, exact, pipe)
+
+
+def _answer(path: str, specials_as_text: bool, exact: Backend | None, pipe: Connection) -> None:
     try:
         exact = exact or HuggingFaceBackend(path, specials_as_text)
     except InputError as error:

@@ -30,7 +30,7 @@ from data_prep.config import SplitConfig
 from data_prep.errors import InputError
 from data_prep.parity import CORPUS, BackendMismatch, Parity, Sample
 from data_prep.planning import Shard
-from data_prep.processes import FORK, end_with_parent
+from data_prep.processes import FORK, end_with_parent, in_own_memory
 from data_prep.progress import Display
 from data_prep.shards import Job, Progress, commit_shard, write_shard
 from data_prep.tokenizer.encoding import Encoder
@@ -201,6 +201,10 @@ def _work(recipe: Recipe, jobs: list[Job], sums: Any, pipe: Connection, parents_
     parents_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     end_with_parent()
+    in_own_memory(_make_as_told, recipe, jobs, sums, pipe)
+
+
+def _make_as_told(recipe: Recipe, jobs: list[Job], sums: Any, pipe: Connection) -> None:
     while True:
         number = pipe.recv()
         if number is None:
