@@ -134,6 +134,25 @@ def test_flipped_id_ends_training_with_its_place(run, corpus, tmp_path):
             rows.row(n)
 
 
+def test_dataset_for_measuring_has_all_its_documents_in_the_held_out_split(run, corpus, tmp_path):
+    assert run(*SMALL)[0] == 0
+    tokenizer = (
+        "tokenizer=file",
+        f"tokenizer.path={tmp_path}/d/tokenizer.json",
+        "tokenizer.eos_token='<|end_of_text|>'",
+    )
+    settings = ("source=jsonl", "source.paths=[corpus.jsonl]", *tokenizer, "shard_mb=0.02", "out=m")
+    code, said = run(*settings, "split.heldout_fraction=1")
+    assert code == 0 and (tmp_path / "m" / "stats.html").is_file(), said
+    manifest = load_manifest(tmp_path / "m")
+    assert not manifest.splits["train"] and (tmp_path / "m" / "train.blend").read_text() == ""
+    assert sum(shard.documents for shard in manifest.splits["heldout"]) == 300
+    assert HeldOutRows(manifest, sequence_length=64, rows=3).row(0).padding == 0
+    with pytest.raises(ValueError, match=r"m has no train documents; .* split.heldout_fraction below 1"):
+        TrainingRows(manifest, sequence_length=64, seed=0, weights={})
+    assert "is up to date: nothing to do" in run(*settings, "split.heldout_fraction=1")[1]
+
+
 def test_mix_gives_weights_to_training_and_to_megatron_core(run, tmp_path):
     lines = [json.dumps({"text": f"web {n} " + "keys and blocks " * 20}) for n in range(240)]
     (tmp_path / "web.jsonl").write_text("\n".join(lines) + "\n")
