@@ -119,21 +119,6 @@ def test_padding_bears_no_loss(run, corpus, tmp_path):
     assert batch.cu_seqlens.tolist()[:2] == [0, 65 - row.padding] or row.padding == 1
 
 
-def test_flipped_id_ends_training_with_its_place(run, corpus, tmp_path):
-    assert run(*SMALL)[0] == 0
-    manifest = load_manifest(tmp_path / "d")
-    path = Path(f"{manifest.prefix_path(manifest.splits['train'][0])}.bin")
-    raw = bytearray(path.read_bytes())
-    raw[41] |= 0x80
-    path.write_bytes(raw)
-    rows = TrainingRows(load_manifest(tmp_path / "d"), sequence_length=64, seed=0, weights={})
-    with pytest.raises(
-        ValueError, match=r"text_00000.bin holds the id \d+ at byte 40, document 0; the vocabulary ends"
-    ):
-        for n in range(10_000):
-            rows.row(n)
-
-
 def test_dataset_for_measuring_has_all_its_documents_in_the_held_out_split(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
     tokenizer = (
@@ -171,29 +156,3 @@ def test_mix_gives_weights_to_training_and_to_megatron_core(run, tmp_path):
     assert pairs[1::2] == prefixes and [float(w) for w in pairs[::2]] == pytest.approx(weights, rel=1e-6)
     code, said = run("source=jsonl", "source.paths=[web.jsonl]", *lists, "out=n", "mix=smollm1")
     assert code == 3 and "mix.weights has no weight for text" in said
-
-
-def test_megatron_core_reads_the_blend_and_stale_indices_are_never_met(run, corpus, tmp_path):
-    import torch
-
-    from ssa_pretrain.data.gpt_index import build, cache_folder, gpt_datasets
-
-    assert run(*SMALL, "merge.files=3")[0] == 0
-    index = ("stage=index", "out=d", "index.sequence_length=64", "index.samples=40", "index.heldout_samples=4")
-    assert run(*index)[0] == 0
-    manifest = load_manifest(tmp_path / "d")
-    folder = cache_folder(manifest)
-    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert any("sample_index" in name for name in before)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        assert build(manifest, 64, 40, 4, 1234) == (folder, False)
-        train, held, _ = gpt_datasets(manifest, sequence_length=64, samples=40, heldout_samples=4, seed=1234)
-        assert len(train) >= 40 and len(held) >= 4  # megatron-core rounds the share of each file up
-        assert max(int(train[i]["tokens"].max()) for i in range(40)) < manifest.tokenizer.vocab_size
-        assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before  # those of the stage were used
-        assert run(*SMALL, "stage=prepare", "merge.files=3", "split.seed=5", "overwrite=true")[0] == 0
-        other, built = build(load_manifest(tmp_path / "d"), 64, 40, 4, 1234)
-        assert built and other != folder and not folder.exists()
-    finally:
-        torch.distributed.destroy_process_group()
