@@ -12,7 +12,9 @@ from typing import Any
 
 from data_prep.errors import InputError
 
-UNFINISHED = re.compile(r"\.(bin|idx|sums|json|npy|html|txt)\.\d+\.tmp$")  # our own temporary names, with a process id
+UNFINISHED = re.compile(
+    r"\.(bin|idx|sums|json|npy|html|txt|blend)\.\d+\.tmp$"
+)  # our own temporary names, with a process id
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -156,3 +156,17 @@ def test_mix_gives_weights_to_training_and_to_megatron_core(run, tmp_path):
     assert pairs[1::2] == prefixes and [float(w) for w in pairs[::2]] == pytest.approx(weights, rel=1e-6)
     code, said = run("source=jsonl", "source.paths=[web.jsonl]", *lists, "out=n", "mix=smollm1")
     assert code == 3 and "mix.weights has no weight for text" in said
+
+
+def test_what_a_killed_run_left_is_removed(run, corpus, tmp_path):
+    assert run("stage=tokenize", *SMALL)[0] == 0
+    root = tmp_path / "d"
+    left = ["heldout.blend.7.tmp", "manifest.json.7.tmp", "work/shards/train/text_00000.bin.7.tmp", "text/x.json.7.tmp"]
+    left += ["work/shards/heldout/other_00000.idx", "work/shards/train/text_00099.bin"]  # shards without a record
+    kept = ["notes.tmp", "train.blend.tmp"]  # not our names
+    for name in left + kept:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("x")
+    assert run("stage=prepare", *SMALL)[0] == 0
+    assert [name for name in left if (root / name).exists()] == []
+    assert all((root / name).exists() for name in kept)
