@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.files import sync_folder
+from data_prep.files import sync
 from ssa_pretrain.data.indexed_format import HEADER, MAGIC, VERSION, ShardInfo, dtype_code
 
 BLOCK = 1 << 20  # bytes of .bin under one CRC
@@ -58,7 +58,9 @@ class TokenFile:
         self._file.close()
         temporary(with_suffix(self._prefix, ".bin")).unlink()
 
-    def close(self, name: str, prefix: str, dtype: np.dtype, lengths: Lengths, documents: int) -> ShardInfo:
+    def close(
+        self, name: str, prefix: str, dtype: np.dtype, lengths: Lengths, documents: int, flush: bool = True
+    ) -> ShardInfo:
         """Writes the index, gives all files their names and returns what they are.
 
         Args:
@@ -67,10 +69,10 @@ class TokenFile:
             dtype: of the tokens.
             lengths: gives the tokens in each sequence, in groups of any size; iterated twice.
             documents: how many there are.
+            flush: waits until all is on the disk; without it `flush_pair` does so later.
         """
         if self._in_block:
             self._close_block()
-        _sync(self._file)
         self._file.close()
         bin_, idx, sums = (with_suffix(self._prefix, suffix) for suffix in (".bin", ".idx", ".sums"))
         with open(temporary(sums), "wb") as file:
@@ -78,7 +80,8 @@ class TokenFile:
         idx_sha256 = write_index_file(temporary(idx), lengths, documents, dtype)
         for path in (sums, bin_, idx):
             os.replace(temporary(path), path)
-        sync_folder(bin_.parent)
+        if flush:
+            flush_pair(self._prefix)
         return ShardInfo(
             name=name,
             prefix=prefix,
@@ -105,7 +108,6 @@ def write_index_file(path: Path, lengths: Lengths, documents: int, dtype: np.dty
         for part in _index_parts(lengths, documents, dtype):
             file.write(part)
             checksum.update(part)
-        _sync(file)
     return checksum.hexdigest()
 
 
@@ -150,6 +152,8 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def flush_pair(prefix: Path) -> None:
+    """Waits until the files of a prefix, and their names, are on the disk."""
+    for suffix in (".sums", ".bin", ".idx"):
+        sync(with_suffix(prefix, suffix))
+    sync(prefix.parent)

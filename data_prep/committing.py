@@ -121,7 +121,7 @@ def _check_not_empty(documents: dict[str, int], fraction: float) -> None:
     total = sum(documents.values())
     if total == 0:
         raise InputError("the corpus is empty: no document has any text; check source.paths and source.text_column")
-    if documents["train"] == 0:
+    if documents["train"] == 0 and fraction < 1:
         raise InputError(
             f"the train split is empty: all {total} documents were held out by split.heldout_fraction={fraction}; lower it"
         )

@@ -216,13 +216,13 @@ class PolicyConfig:
 class SplitConfig:
     """Which documents are held out: those whose hash falls below a threshold, so equal texts share a side."""
 
-    heldout_fraction: float = 0.02  # share of the documents
+    heldout_fraction: float = 0.02  # share of the documents; 1 makes a dataset for measuring alone
     seed: int = 0  # another seed holds out other documents
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""
-        if not 0 <= self.heldout_fraction < 1:
-            return [f"split.heldout_fraction={self.heldout_fraction} must be at least 0 and below 1; try 0.02"]
+        if not 0 <= self.heldout_fraction <= 1:
+            return [f"split.heldout_fraction={self.heldout_fraction} must be from 0 to 1; try 0.02"]
         return []
 
 
@@ -268,6 +268,13 @@ class Config:
             found += section.problems()
         if self.packing.kind is Packing.official_row and self.policy.add_bos:
             found.append("packing=official_row writes no BOS, as the published code; set policy.add_bos=false")
+        if self.split.heldout_fraction == 1 and self.tokenizer.kind == "bpe":
+            found.append(
+                "split.heldout_fraction=1 leaves no text to train a tokenizer on; name the one of the training data with "
+                "tokenizer=file tokenizer.path=…/tokenizer.json, or tokenizer=llama3"
+            )
+        if self.split.heldout_fraction == 1 and self.mix.target_tokens:
+            found.append("split.heldout_fraction=1 makes no train tokens to count; leave mix.target_tokens at 0")
         if self.policy.add_bos and self.tokenizer.kind == "file" and self.tokenizer.bos_token is None:
             found.append("policy.add_bos=true needs tokenizer.bos_token; name the token or set policy.add_bos=false")
         return found

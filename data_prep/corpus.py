@@ -45,7 +45,7 @@ class Work:
 
     corpus: Corpus
     vocabulary: Vocabulary
-    exact: HuggingFaceBackend  # the tokenizer, loaded
+    exact: HuggingFaceBackend | None  # the tokenizer, where it had to be loaded
     jobs: list[Job]  # every shard of the corpus
 
 

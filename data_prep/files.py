@@ -12,7 +12,9 @@ from typing import Any
 
 from data_prep.errors import InputError
 
-UNFINISHED = re.compile(r"\.(bin|idx|sums|json|npy|html|txt)\.\d+\.tmp$")  # our own temporary names, with a process id
+UNFINISHED = re.compile(
+    r"\.(bin|idx|sums|json|npy|html|txt|blend)\.\d+\.tmp$"
+)  # our own temporary names, with a process id
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -24,12 +26,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames within a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

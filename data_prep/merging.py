@@ -22,7 +22,7 @@ import numpy as np
 
 from data_prep.binaries import AT_ONCE, TokenFile, temporary, with_suffix
 from data_prep.errors import InputError
-from data_prep.files import read_json, sync_folder, write_json
+from data_prep.files import read_json, sync, write_json
 from data_prep.progress import Say
 from data_prep.run_config import MergeConfig
 from data_prep.shards import has_files, shard_prefix
@@ -144,7 +144,7 @@ def _link(out: Path, group: Group, split: str) -> ShardInfo | None:
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary(target))
         os.replace(temporary(target), target)
-    sync_folder(out / split)
+    sync(out / split)
     return final
 
 

@@ -56,7 +56,7 @@ def plan_shards(subsets: list[Subset], shard_mb: float) -> list[Shard]:
 
     Args:
         subsets: parts of the corpus.
-        shard_mb: most MB of input of a shard (an uncuttable file may have more); 0 takes a sixteenth of the corpus, rounded
+        shard_mb: most MB of input of a shard (an uncuttable file may have more); 0 takes a thirty-second of the corpus, rounded
             up to a power of two from 2 to 512 MB, so that a corpus that grows a little keeps its plan.
     """
     limit = max(1, int(shard_mb * 1e6)) if shard_mb else _default_limit(subsets)
@@ -138,7 +138,7 @@ def input_digest(shard: Shard, sums: dict[str, str]) -> str:
 
 def _default_limit(subsets: list[Subset]) -> int:
     total = sum(Path(path).stat().st_size for subset in subsets for path in subset.files)
-    return min(512, 1 << max(1, math.ceil(math.log2(max(1, total / 16e6))))) * 1_000_000
+    return min(512, 1 << max(1, math.ceil(math.log2(max(1, total / 32e6))))) * 1_000_000
 
 
 def _cut(path: str, subset: Subset, limit: int) -> list[Piece]:

@@ -4,6 +4,9 @@ The parent loads the tokenizer once and forks: workers start in milliseconds and
 other over a pipe, and is replaced after RECYCLE_BYTES of input, because tokenizers keep caches that grow with the text they see.
 Sums for the display lie in shared memory without locks, since a lock dies with its holder: one row a shard.
 
+While a worker makes the next shard, the parent commits the last one: as soon as the ids of its samples have been found right, where
+they have to be compared (data_prep/parity.py), it flushes its files and writes its record.
+
 A failing shard ends the run at once and by its name: the other workers are killed, which costs their unfinished shards and no more.
 So does a worker that is killed from outside (out of memory, kill -9). Workers whose parent is killed end themselves, lest they write
 into the next run's files.
@@ -12,11 +15,9 @@ into the next run's files.
 """
 
 import ctypes
-import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import threading
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,16 +28,15 @@ import numpy as np
 
 from data_prep.config import SplitConfig
 from data_prep.errors import InputError
+from data_prep.parity import CORPUS, BackendMismatch, Parity, Sample
 from data_prep.planning import Shard
+from data_prep.processes import FORK, end_with_parent, in_own_memory
 from data_prep.progress import Display
-from data_prep.shards import Job, Progress, write_shard
-from data_prep.tokenizer.backends import BackendMismatch
+from data_prep.shards import Job, Progress, commit_shard, write_shard
 from data_prep.tokenizer.encoding import Encoder
 
 POLL_SECONDS = 0.1
 RECYCLE_BYTES = 128_000_000
-
-FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,21 @@ def num_workers(asked: int) -> int:
     return asked or len(os.sched_getaffinity(0))
 
 
-def make_shards(recipe: Recipe, jobs: list[Job], workers: int, display: Display | None = None) -> list[dict[str, Any]]:
+def make_shards(
+    recipe: Recipe, jobs: list[Job], workers: int, parity: Parity | None = None, display: Display | None = None
+) -> list[dict[str, Any]]:
     """Makes shards in parallel and returns their records in the order of `jobs`.
+
+    Args:
+        recipe: what a worker needs.
+        jobs: the shards.
+        workers: how many processes.
+        parity: compares samples of every shard before it gets its record, and a sample of the corpus if it was asked to before.
+        display: shows progress; None takes the usual one.
 
     Raises:
         InputError: a shard cannot be read, or a worker died; names the shard.
+        BackendMismatch: the backend gives other ids than hf.
     """
     display = display or Display(sum(job.shard.size for job in jobs), len(jobs))
     sums = FORK.RawArray(ctypes.c_int64, 4 * len(jobs))
@@ -82,26 +92,32 @@ def make_shards(recipe: Recipe, jobs: list[Job], workers: int, display: Display 
     # Long shards first, so that none is left over at the end; the files do not depend on the order.
     waiting = deque(sorted(range(len(jobs)), key=lambda n: -jobs[n].shard.size))
     team: list[_Worker] = []
+    written: dict[int, dict[str, Any]] = {}  # shards that wait for their samples
     records: dict[int, dict[str, Any]] = {}
     try:
         while len(records) < len(jobs):
             while waiting and len(team) < workers:
                 team.append(_hire(recipe, jobs, sums))
             for worker in team:
-                if worker.job < 0 and waiting:
-                    worker.job = waiting.popleft()
-                    worker.given += jobs[worker.job].shard.size
-                    worker.pipe.send(worker.job)
-            for worker in _heard(team):
+                _assign(worker, waiting, jobs)
+            for worker in _heard(team, parity):
                 number, result = worker.job, _answer(worker)
                 if isinstance(result, _Failure):
+                    _blame(result, parity)
                     raise _as_error(result, jobs[number].shard)
-                records[number] = result
-                display.shard_done()
+                written[number], sample = result
+                if parity is not None:
+                    parity.ask(number, sample, recipe.encoder.name)
                 worker.job = -1
                 if worker.given >= RECYCLE_BYTES or not waiting:
                     team.remove(worker)
                     _dismiss(worker)
+                else:
+                    _assign(worker, waiting, jobs)
+            for number in _found_right(written, parity, jobs):
+                records[number] = written.pop(number)
+                commit_shard(recipe.out, jobs[number].shard.stem, records[number])
+                display.shard_done()
             display.update(*table.sum(axis=0).tolist())
         return [records[number] for number in range(len(jobs))]
     finally:
@@ -110,6 +126,33 @@ def make_shards(recipe: Recipe, jobs: list[Job], workers: int, display: Display 
         for worker in team:
             worker.process.join()
         display.close()
+
+
+def _assign(worker: _Worker, waiting: deque[int], jobs: list[Job]) -> None:
+    """Gives an idle worker the next shard."""
+    if worker.job < 0 and waiting:
+        worker.job = waiting.popleft()
+        worker.given += jobs[worker.job].shard.size
+        worker.pipe.send(worker.job)
+
+
+def _found_right(written: dict[int, dict[str, Any]], parity: Parity | None, jobs: list[Job]) -> list[int]:
+    """Returns the written shards that may be committed."""
+    if parity is None:
+        return list(written)
+    try:
+        parity.listen()
+    except BackendMismatch as error:
+        if error.corpus:
+            raise
+        raise InputError(f"{error}; run the same command again with backend=hf: finished shards are kept") from None
+    return [number for number in written if parity.found_right(number)]
+
+
+def _blame(failure: _Failure, parity: Parity | None) -> None:
+    """Waits for what the sample of the corpus says, where a failure may be the backend's."""
+    if failure.our_fault and parity is not None:
+        parity.wait_for(CORPUS)
 
 
 def _hire(recipe: Recipe, jobs: list[Job], sums: Any) -> _Worker:
@@ -125,9 +168,10 @@ def _dismiss(worker: _Worker) -> None:
     worker.process.join()
 
 
-def _heard(team: list[_Worker]) -> list[_Worker]:
-    """Returns the workers that answered or died, after waiting a moment for one."""
-    ready = multiprocessing.connection.wait([worker.pipe for worker in team], timeout=POLL_SECONDS)
+def _heard(team: list[_Worker], parity: Parity | None) -> list[_Worker]:
+    """Returns the workers that answered or died, after waiting a moment for one, or for `parity`."""
+    pipes = [worker.pipe for worker in team] + ([parity.pipe] if parity is not None else [])
+    ready = multiprocessing.connection.wait(pipes, timeout=POLL_SECONDS)
     return [worker for worker in team if worker.pipe in ready]
 
 
@@ -156,7 +200,11 @@ def _work(recipe: Recipe, jobs: list[Job], sums: Any, pipe: Connection, parents_
     """A worker's life."""
     parents_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
+    in_own_memory(_make_as_told, recipe, jobs, sums, pipe)
+
+
+def _make_as_told(recipe: Recipe, jobs: list[Job], sums: Any, pipe: Connection) -> None:
     while True:
         number = pipe.recv()
         if number is None:
@@ -164,7 +212,7 @@ def _work(recipe: Recipe, jobs: list[Job], sums: Any, pipe: Connection, parents_
         pipe.send(_result(recipe, jobs[number], sums, number))
 
 
-def _result(recipe: Recipe, job: Job, sums: Any, number: int) -> dict[str, Any] | _Failure:
+def _result(recipe: Recipe, job: Job, sums: Any, number: int) -> tuple[dict[str, Any], Sample] | _Failure:
     def report(progress: Progress) -> None:
         done = (progress.documents, progress.tokens, progress.text_bytes, progress.input_bytes)
         for column, value in enumerate(done):
@@ -172,8 +220,6 @@ def _result(recipe: Recipe, job: Job, sums: Any, number: int) -> dict[str, Any] 
 
     try:
         return write_shard(recipe.out, job.shard, job.fingerprint, recipe.encoder, recipe.split, report)
-    except BackendMismatch as error:
-        return _Failure(str(error), "run the same command again with backend=hf: finished shards are kept")
     except InputError as error:
         return _Failure(str(error))
     except OSError as error:
@@ -181,10 +227,3 @@ def _result(recipe: Recipe, job: Job, sums: Any, number: int) -> dict[str, Any] 
             raise
         where = f" ({error.filename})" if error.filename else ""
         return _Failure(f"{error.strerror}{where}", "make room or mend the disk: finished shards are kept")
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from tqdm import tqdm
-
 Say = Callable[[str], None]  # takes lines for people
 
 LINE_SECONDS = 5.0
@@ -25,6 +23,8 @@ class Display:
         self._now = (0, 0, 0, 0)
         self._bar = None
         if self._stream.isatty():
+            from tqdm import tqdm
+
             tqdm.monitor_interval = 0  # workers are forked, and its thread could hold a lock at that moment
             columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal does not know its size
             layout = "tokenizing {percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"

@@ -1,9 +1,9 @@
 """One shard: read its pieces, split its documents, encode them, write .bin and .idx for each split, then its record.
 
-Files are written under temporary names, flushed to the disk and renamed, last the shard's record, a JSON file in work/shards/
-with the fingerprint of all that determined the bytes. The record is the only sign of completion: a shard is reused if its
-record has the fingerprint that the plan asks for and its files have the recorded sizes. Whatever a killed run left behind has no
-record, and is overwritten.
+A worker writes the files (`write_shard`); the parent of the workers flushes them to the disk and writes the shard's record
+(`commit_shard`), a JSON file in work/shards/ with the fingerprint of all that determined the bytes. The record is the only sign of
+completion: a shard is reused if its record has the fingerprint that the plan asks for and its files have the recorded sizes. Whatever
+a killed run left behind has no record, and is overwritten.
 
 A split that gets no document of a shard gets no file: an empty .bin cannot be mapped.
 """
@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.binaries import TokenFile
+from data_prep.binaries import TokenFile, flush_pair
 from data_prep.config import SplitConfig
 from data_prep.files import digest, read_json, write_atomically, write_json
+from data_prep.parity import Sample
 from data_prep.planning import Shard
 from data_prep.readers import Document, read_piece
 from data_prep.splitting import is_heldout
@@ -71,7 +72,7 @@ def record_path(out: Path, stem: str) -> Path:
 
 
 def counts_path(out: Path, stem: str) -> Path:
-    """Returns where the token counts of a finished shard lie: int64 [splits, vocab_size]."""
+    """Returns where the token counts of a finished shard lie: unsigned integers [splits, vocab_size]."""
     return out / "work" / "shards" / f"{stem}.counts.npy"
 
 
@@ -104,8 +105,8 @@ def has_files(out: Path, record: dict[str, Any], verify: bool) -> bool:
 
 def write_shard(
     out: Path, shard: Shard, fingerprint: str, encoder: Encoder, split: SplitConfig, report: Report
-) -> dict[str, Any]:
-    """Tokenizes a shard and returns its record, which it has also written.
+) -> tuple[dict[str, Any], Sample]:
+    """Tokenizes a shard; returns its record, which `commit_shard` writes, and a document of each batch with its ids.
 
     Args:
         out: the dataset's folder.
@@ -122,12 +123,13 @@ def write_shard(
     writers = {name: _SplitWriter(out, name, shard.stem, encoder) for name in SPLITS}
     ratios = np.zeros(RATIO_BINS, dtype=np.int64)
     text_bytes = documents = empty = 0
+    sample = Sample([], [])
     for batch, consumed in _batches(shard):
         full = [(text, raw) for text, raw in batch if not raw.isspace() and raw]
         empty += len(batch) - len(full)
         documents += len(full)
         sizes = np.array([len(raw) for _, raw in full], dtype=np.int64)
-        tokens, lengths = _encode(full, encoder, split, writers)
+        tokens, lengths = _encode(full, encoder, split, writers, sample)
         ratios += _ratio_histogram(sizes, lengths)
         text_bytes += int(sizes.sum())
         report(Progress(len(full), tokens, int(sizes.sum()), consumed))
@@ -142,8 +144,14 @@ def write_shard(
         "bytes_per_token_histogram": ratios.tolist(),
         "splits": {name: info and asdict(info) for name, info in splits.items()},
     }
-    write_json(record_path(out, shard.stem), record)
-    return record
+    return record, sample
+
+
+def commit_shard(out: Path, stem: str, record: dict[str, Any]) -> None:
+    """Makes a shard that was written one that exists: its files are on the disk, and then it has a record."""
+    for info in filter(None, record["splits"].values()):
+        flush_pair(out / info["prefix"])
+    write_json(record_path(out, stem), record)
 
 
 def _batches(shard: Shard) -> Iterator[tuple[list[Document], int]]:
@@ -166,10 +174,13 @@ def _batches(shard: Shard) -> Iterator[tuple[list[Document], int]]:
 
 
 def _encode(
-    batch: list[Document], encoder: Encoder, split: SplitConfig, writers: dict[str, "_SplitWriter"]
+    batch: list[Document], encoder: Encoder, split: SplitConfig, writers: dict[str, "_SplitWriter"], sample: Sample
 ) -> tuple[int, np.ndarray]:
     """Writes a batch; returns its tokens, with what the policy adds, and the plain ids that each document has."""
-    encoded = encoder.encode_plain([text for text, _ in batch])
+    texts = [text for text, _ in batch]
+    encoded = encoder.encode_plain(texts)
+    if encoder.name != "hf":
+        sample.add_one_of(texts, encoded)
     sides: dict[str, list[int]] = {name: [] for name in SPLITS}
     for number, (_, raw) in enumerate(batch):
         sides["heldout" if is_heldout(raw, split) else "train"].append(number)
@@ -184,7 +195,7 @@ def _ratio_histogram(sizes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _save_counts(path: Path, counts: np.ndarray) -> None:
     content = io.BytesIO()
-    np.save(content, counts)
+    np.save(content, counts.astype(np.min_scalar_type(counts.max())))
     write_atomically(path, content.getvalue())
 
 
@@ -211,4 +222,4 @@ class _SplitWriter:
             self._file.discard()
             return None
         documents = sum(map(len, self._lengths))
-        return self._file.close(name, self._prefix, self._dtype, self._lengths, documents)
+        return self._file.close(name, self._prefix, self._dtype, self._lengths, documents, flush=False)

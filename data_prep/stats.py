@@ -25,7 +25,7 @@ from data_prep.pipeline import folder
 from data_prep.progress import Say
 from data_prep.run_config import StatsConfig
 from data_prep.stats_page import page
-from ssa_pretrain.data.indexed_format import SPLITS, Manifest, file_sha256, load_manifest
+from ssa_pretrain.data.indexed_format import SPLITS, Manifest, file_sha256, load_manifest, token_dtype
 
 BINS_AN_OCTAVE = 4
 NODES = (1, 8, 64)
@@ -123,7 +123,7 @@ def fill(manifest: Manifest, parts: dict[str, Lengths], row: int) -> dict[str, f
 def cost(manifest: Manifest, config: StatsConfig, rates: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns what it takes to make `budget_tokens` of such text: bytes, files, and time by the rates that were measured."""
     per_token = manifest.bytes_per_token
-    itemsize = 2 if manifest.splits["train"][0].bin_bytes == 2 * manifest.splits["train"][0].tokens else 4
+    itemsize = token_dtype(manifest.tokenizer.vocab_size).itemsize
     sequences = sum(s.documents for files in manifest.splits.values() for s in files)
     tokens = sum(s.tokens for files in manifest.splits.values() for s in files)
     documents = round(config.budget_tokens * sequences / max(1, tokens))

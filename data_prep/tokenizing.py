@@ -5,7 +5,6 @@ import resource
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,17 @@ from data_prep.errors import InputError
 from data_prep.executors import launch
 from data_prep.files import remove_unfinished
 from data_prep.merging import merged_stems
+from data_prep.parity import CORPUS, BackendMismatch, Parity, Sample
 from data_prep.planning import Shard
 from data_prep.pool import Recipe, make_shards, num_workers
 from data_prep.progress import Say
 from data_prep.readers import read_piece
 from data_prep.shards import Job, counts_path, has_files, known_record, record_path, shard_prefix
-from data_prep.tokenizer.backends import choose_backend, stay_on_one_thread
+from data_prep.tokenizer.backends import choose_backend, is_compared, stay_on_one_thread
 from data_prep.tokenizer.encoding import Encoder
 from ssa_pretrain.data.indexed_format import SPLITS
 
-SAMPLE_DOCUMENTS, SAMPLE_BYTES = 1_000, 400_000  # on which a faster backend must agree, over all shards
+SAMPLE_DOCUMENTS, SAMPLE_BYTES = 1_000, 250_000  # on which a faster backend must agree, over all shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +89,41 @@ def _train_tokens(record: dict[str, Any]) -> int:
 
 
 def _make(config: Config, out: Path, work: Work, missing: list[Job], say: Say) -> list[dict[str, Any]] | None:
-    vocabulary = work.vocabulary
     stay_on_one_thread()
-    sample = partial(_first_documents, [job.shard for job in missing])
-    name, reason, backend = choose_backend(
-        config.backend, vocabulary.path, vocabulary.specials_as_text, sample, work.exact
-    )
-    how = config.executor.kind
+    path, specials_as_text = work.vocabulary.path, work.vocabulary.specials_as_text
+    parity = Parity(path, specials_as_text, work.exact) if is_compared(config.backend) else None
+    objections: dict[str, str] = {}
+    try:
+        while True:
+            name, reason, backend = choose_backend(config.backend, path, specials_as_text, objections, work.exact)
+            try:
+                encoder = Encoder(work.vocabulary, name, backend)
+                return _make_with(config, out, encoder, reason, missing, parity if name != "hf" else None, say)
+            except BackendMismatch as error:
+                objections[name] = str(error)
+    finally:
+        if parity is not None:
+            parity.close()
+
+
+def _make_with(
+    config: Config, out: Path, encoder: Encoder, reason: str, missing: list[Job], parity: Parity | None, say: Say
+) -> list[dict[str, Any]] | None:
+    """Makes shards with one backend; BackendMismatch where the sample of the corpus speaks against it."""
+    how, name = config.executor.kind, encoder.name
     workers = min(num_workers(config.workers), len(missing))
     with_what = f"{workers} processes" if how == "local" else f"executor={how}"
+    if parity is not None:
+        texts = _first_documents([job.shard for job in missing])
+        parity.ask(CORPUS, Sample.of(texts, encoder.encode_plain(texts)), name)
     say(f"tokenizing {len(missing)} shards with {with_what}, backend {name} ({reason})")
     started, before = time.monotonic(), _child_seconds()
     if how == "local":
-        recipe = Recipe(out, Encoder(vocabulary, name, backend, work.exact), config.split)
-        records = make_shards(recipe, missing, workers)
+        records = make_shards(Recipe(out, encoder, config.split), missing, workers, parity)
     else:
-        records = launch(config, out, vocabulary, name, missing, say)
+        if parity is not None:
+            parity.wait_for(CORPUS)
+        records = launch(config, out, encoder.vocabulary, name, missing, say)
         if records is None:
             return None
     rate = {
@@ -114,7 +133,7 @@ def _make(config: Config, out: Path, work: Work, missing: list[Job], say: Say) -
         "text_bytes": sum(record["text_bytes"] for record in records),
         "tokens": sum(info["tokens"] for record in records for info in record["splits"].values() if info),
         "seconds": round(time.monotonic() - started, 3),
-        "cpu_seconds": round(_child_seconds() - before, 3) if how == "local" else None,
+        "cpu_seconds": round(_child_seconds() - before, 3) if how == "local" else None,  # of the workers
     }
     with open(out / "work" / "rates.jsonl", "a") as file:
         file.write(json.dumps(rate) + "\n")
@@ -149,7 +168,7 @@ def _beginning(shard: Shard, documents: int, most_bytes: int) -> list[str]:
 
 
 def _remove_strangers(out: Path, stems: set[str]) -> None:
-    """Removes what earlier runs left: unfinished files, and shards that have a record but no place in this plan."""
+    """Removes what earlier runs left: unfinished files, and shards that have no place in this plan."""
     shards = out / "work" / "shards"
     remove_unfinished(
         [out, out / "text", out / "work", shards, *(shards / s for s in SPLITS), *(out / s for s in SPLITS)]
@@ -159,6 +178,9 @@ def _remove_strangers(out: Path, stems: set[str]) -> None:
             remove_shard(out, record.stem)
             counts_path(out, record.stem).unlink(missing_ok=True)
             record_path(out, record.stem).unlink()
+    for path in [path for split in SPLITS for path in (shards / split).glob("*.*")]:
+        if path.stem not in stems:
+            path.unlink()  # a run that was killed before it could write the record
 
 
 def remove_shard(out: Path, stem: str, splits: Iterable[str] = SPLITS) -> None:

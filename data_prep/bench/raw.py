@@ -2,7 +2,8 @@
 
     python raw.py TEXT TOKENIZER PROCESSES hf|tiktoken|gigatoken
 
-Documents go in batches of about 1 MB, as data_prep gives them. gigatoken's own threads are not limited.
+Documents go in batches of about 1 MB, as data_prep gives them, and names of special tokens are text, as data_prep has it: the ids are
+the same. gigatoken's own threads are not limited.
 """
 
 import json
@@ -36,6 +37,7 @@ def _encoder(name: str, path: str, threads: int):
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(path)
+        tokenizer.encode_special_tokens = True
         return lambda batch: tokenizer.encode_batch_fast(batch, add_special_tokens=False)
     if name == "tiktoken":
         from data_prep.tokenizer.backends import TiktokenBackend

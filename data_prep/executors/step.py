@@ -8,6 +8,7 @@ from typing import Any
 
 from data_prep.config import SplitConfig
 from data_prep.files import write_json
+from data_prep.parity import Parity
 from data_prep.planning import Shard
 from data_prep.pool import Recipe, make_shards
 from data_prep.progress import Display
@@ -67,9 +68,15 @@ def run_task(run: Path, rank: int, world_size: int) -> None:
     if not jobs:
         return
     stay_on_one_thread()
-    encoder = Encoder(Vocabulary(**content["vocabulary"]), content["backend"])
+    vocabulary, backend = Vocabulary(**content["vocabulary"]), content["backend"]
+    parity = Parity(vocabulary.path, vocabulary.specials_as_text) if backend != "hf" else None
+    recipe = Recipe(out, Encoder(vocabulary, backend), SplitConfig(**content["split"]))
     silent = Display(sum(job.shard.size for job in jobs), len(jobs), io.StringIO())
-    make_shards(Recipe(out, encoder, SplitConfig(**content["split"])), jobs, content["processes"], silent)
+    try:
+        make_shards(recipe, jobs, content["processes"], parity, silent)
+    finally:
+        if parity is not None:
+            parity.close()
 
 
 def _job(entry: dict[str, Any]) -> Job:

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from data_prep.errors import InputError
-from data_prep.files import read_json, sync_folder, write_json
+from data_prep.files import read_json, sync, write_json
 from data_prep.readers import check_text_column
 from data_prep.sources.hub import Listing, RemoteFile, Say, Unusable, each, explained, retried
 from data_prep.sources.hub_settings import HubSource, HubSubset
@@ -170,7 +170,7 @@ class _Remote:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(folder)
+        sync(folder)
 
 
 def _opened(handle: Any) -> parquet.ParquetFile:

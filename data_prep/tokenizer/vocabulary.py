@@ -1,9 +1,6 @@
 """Which tokenizer a run uses: makes or finds its tokenizer.json, checks it, and looks up the ids that the policy needs."""
 
-import json
 from pathlib import Path
-
-from tokenizers import Tokenizer
 
 from data_prep.config import BpeTokenizer, Config, Llama3Tokenizer, Specials
 from data_prep.errors import InputError
@@ -11,15 +8,17 @@ from data_prep.files import read_json, write_atomically, write_json
 from data_prep.planning import Shard
 from data_prep.run_config import Packing
 from data_prep.tokenizer import bpe, llama3
-from data_prep.tokenizer.backends import HuggingFaceBackend
+from data_prep.tokenizer.backends import HuggingFaceBackend, load_tokenizer
 from data_prep.tokenizer.encoding import Vocabulary
 from ssa_pretrain.data.indexed_format import file_sha256
 
 
 def prepare_vocabulary(
     config: Config, shards: list[Shard], inputs: list[str], work: Path
-) -> tuple[Vocabulary, HuggingFaceBackend]:
-    """Returns the vocabulary of a run, and its tokenizer, loaded; trains or converts it unless that has been done.
+) -> tuple[Vocabulary, HuggingFaceBackend | None]:
+    """Returns the vocabulary of a run, and its tokenizer if it had to be loaded; trains or converts it unless that has been done.
+
+    Llama 3's is not loaded: that takes a second, and what is in it is known.
 
     Args:
         config: the run's settings.
@@ -36,7 +35,9 @@ def prepare_vocabulary(
         return _described(config, path, name, bpe.EOS, bpe.BOS)
     if isinstance(choice, Llama3Tokenizer):
         path = llama3.llama3_json(choice.path, Path(config.cache))
-        return _described(config, path, "llama3", llama3.EOS, llama3.BOS)
+        size, first = llama3.NUM_RANKS + llama3.NUM_SPECIALS, llama3.NUM_RANKS
+        ids = {token: first + number for number, token in llama3.NAMED_SPECIALS.items()}
+        return _vocabulary(config, path, "llama3", size, ids[llama3.EOS], ids[llama3.BOS]), None
     path = Path(choice.path).expanduser()
     return _described(config, path, path.parent.name or path.stem, choice.eos_token, choice.bos_token)
 
@@ -56,7 +57,7 @@ def _trained(choice: BpeTokenizer, config: Config, shards: list[Shard], inputs: 
 def _described(
     config: Config, path: Path, name: str, eos: str, bos: str | None
 ) -> tuple[Vocabulary, HuggingFaceBackend]:
-    tokenizer = _load(path)
+    tokenizer = load_tokenizer(path)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     for key, token in (("eos", eos), ("bos", bos)):
         if token is not None and token not in vocab:
@@ -65,39 +66,22 @@ def _described(
             raise InputError(
                 f"{path} has no token {token!r}; set tokenizer.{key}_token to one that it has (its special tokens: {known})"
             )
-    specials_as_text = config.policy.specials is Specials.text
-    vocabulary = Vocabulary(
+    vocabulary = _vocabulary(
+        config, path, name, max(vocab.values()) + 1, vocab[eos], vocab[bos] if bos is not None else None
+    )
+    return vocabulary, HuggingFaceBackend(str(path), vocabulary.specials_as_text, tokenizer)
+
+
+def _vocabulary(config: Config, path: Path, name: str, size: int, eos_id: int, bos_id: int | None) -> Vocabulary:
+    return Vocabulary(
         path=str(path),
         sha256=file_sha256(path),
         name=name,
-        vocab_size=max(vocab.values()) + 1,
-        eos_id=vocab[eos],
-        bos_id=vocab[bos] if bos is not None else None,
+        vocab_size=size,
+        eos_id=eos_id,
+        bos_id=bos_id,
         add_bos=config.policy.add_bos,
         append_eos=config.policy.append_eos,
-        specials_as_text=specials_as_text,
+        specials_as_text=config.policy.specials is Specials.text,
         row_tokens=config.packing.row_tokens if config.packing.kind is Packing.official_row else 0,
     )
-    return vocabulary, HuggingFaceBackend(str(path), specials_as_text, tokenizer)
-
-
-def _load(path: Path) -> Tokenizer:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"tokenizer.path={path} is no file; name a tokenizer.json") from None
-    except UnicodeDecodeError:
-        raise InputError(
-            f"{path} is not a tokenizer.json (it is not text); for Llama 3's tokenizer.model use tokenizer=llama3"
-        ) from None
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:
-        # The Rust library raises the base class itself, so nothing narrower can be caught; subclasses are not its own.
-        if type(error) is not Exception:
-            raise
-        try:
-            json.loads(text)
-        except ValueError as clearer:
-            error = clearer
-        raise InputError(f"{path} is not a tokenizer.json ({error}); fetch it again") from None

@@ -163,8 +163,13 @@ def open_streams(manifest: Manifest, split: str, sequence_length: int) -> tuple[
     """Return the names and token streams of a split's sources, in the manifest's order.
 
     Raises:
-        ValueError: a source is shorter than two rows.
+        ValueError: the split has no documents, or a source is shorter than two rows.
     """
+    if not manifest.splits[split]:
+        fraction = "below 1" if split == "train" else "above 0"
+        raise ValueError(
+            f"{manifest.root} has no {split} documents; choose another data.path, or prepare it with split.heldout_fraction {fraction}"
+        )
     prefixes: dict[str, list[Path]] = {}
     for shard in manifest.splits[split]:
         prefixes.setdefault(shard.name, []).append(manifest.root / shard.prefix)

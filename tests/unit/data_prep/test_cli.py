@@ -29,7 +29,11 @@ SMALL = ("tokenizer=bpe8k", "tokenizer.vocab_size=600", "split.heldout_fraction=
             r"shard_mb=-2.0 must not be negative.*; workers=-1 must not be negative",
         ),
         (["out="], r"out= must name a folder"),
-        (["out=x", "split.heldout_fraction=1"], r"split.heldout_fraction=1.0 must be at least 0 and below 1; try 0.02"),
+        (["out=x", "split.heldout_fraction=1.1"], r"split.heldout_fraction=1.1 must be from 0 to 1; try 0.02"),
+        (
+            ["out=x", "split.heldout_fraction=1", "mix.target_tokens=1e6"],
+            r"leaves no text to train a tokenizer on; name the one of the training data .*; .* makes no train tokens to count",
+        ),
         (["out=x", "tokenizer.vocab_size=100"], r"tokenizer.vocab_size=100 must be from 512 to 1000000; try 8192"),
         (["out=x", "tokenizer.sample_mb=0"], r"tokenizer.sample_mb=0.0 must be positive; try 12"),
         (["out=x", "policy.append_eos=false"], r"policy.append_eos=false leaves no mark between documents"),

@@ -9,9 +9,21 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_prep import readers
 from data_prep.errors import InputError
 from data_prep.planning import Subset, plan_shards
 from data_prep.readers import Piece, read_piece
+
+
+@pytest.fixture(params=["orjson", "json"], autouse=True)
+def parser(request, monkeypatch) -> str:
+    """Every test runs with each of the two JSON parsers."""
+    if request.param == "json":
+        monkeypatch.setattr(readers, "orjson", None)
+    elif readers.orjson is None:
+        pytest.skip("orjson is not installed")
+    return request.param
+
 
 TEXTS = ["a", "zwei Wörter", "", "line\nbreak", "emoji 🙂 and 漢字", "x" * 5000, "last"]
 
@@ -52,6 +64,32 @@ def test_last_line_without_newline_and_blank_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\n{"text": "a"}\n  \n{"text": "b"}')
     assert texts_of(whole(path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "a", "score": NaN}',  # the standard library's JSON, no one else's
+        b'{"text": "a", "score": -Infinity}',
+        b'{"text": "a", "id": 123456789012345678901234567890}',
+        b'{"text": "x", "text": "a"}',  # the last one counts
+        b'\xef\xbb\xbf{"text": "a"}',  # a byte order mark
+        b'\x0b {"text": "a"}\x0c \r',
+        b'{"text": "\\u0061"}',
+        '{"text": "a", "né": {"": [null, true, 1e999]}}'.encode(),
+    ],
+)
+def test_unusual_lines_have_the_same_text_under_either_parser(tmp_path, line):
+    (tmp_path / "x.jsonl").write_bytes(line + b"\n")
+    assert texts_of(whole(tmp_path / "x.jsonl")) == ["a"]
+
+
+def test_text_with_every_kind_of_character(tmp_path):
+    text = "".join(map(chr, range(0x300))) + "\u2028\u2029\ufeff\uffff🙂\U0010ffff" + "\\u0041\\"
+    path = tmp_path / "x.jsonl"
+    for ascii_only in (True, False):
+        path.write_text(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n", encoding="utf-8")
+        assert texts_of(whole(path)) == [text]
 
 
 def test_gzip_and_zstd_equal_the_plain_file(tmp_path):

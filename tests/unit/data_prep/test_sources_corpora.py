@@ -84,16 +84,16 @@ def test_held_out_words_never_reach_training(cache, tmp_path):
 
 
 def test_heldout_corpus_is_essays_and_encyclopaedia(cache, tmp_path):
-    config = checked(compose_settings(["source=heldout", "out=x"]))
+    config = checked(compose_settings(["source=heldout", "out=x", "tokenizer=llama3"]))
     texts, _ = extracted(config.source, cache, tmp_path / "a")
     assert texts["prose"] == [ESSAY]
     assert [text.count("# Title") for text in texts["encyclopaedia"]] == [8, 8]
-    assert config.split.heldout_fraction == 0  # it is held out as a whole
+    assert config.split.heldout_fraction == 1  # all of it, none for training
 
 
 @pytest.mark.parametrize("corpus", ["local_docs", "debian_large"])
 def test_training_corpora_do_not_name_what_is_held_out(corpus):
-    held_out = checked(compose_settings(["source=heldout", "out=x"])).source
+    held_out = checked(compose_settings(["source=heldout", "out=x", "tokenizer=llama3"])).source
     training = checked(compose_settings([f"source={corpus}", "out=x"])).source
     held = {*held_out.packages, *held_out.wheels}
     assert held

@@ -27,5 +27,9 @@ def test_seed_holds_out_other_documents():
     assert len(sides[0] & sides[1]) < 50 < min(map(len, sides))
 
 
+def test_everything_is_held_out_at_one():
+    assert all(is_heldout(f"{n}".encode(), SplitConfig(heldout_fraction=1.0)) for n in range(1000))
+
+
 def test_nothing_is_held_out_at_zero():
     assert not any(is_heldout(f"{n}".encode(), SplitConfig(heldout_fraction=0.0)) for n in range(1000))

@@ -119,19 +119,23 @@ def test_padding_bears_no_loss(run, corpus, tmp_path):
     assert batch.cu_seqlens.tolist()[:2] == [0, 65 - row.padding] or row.padding == 1
 
 
-def test_flipped_id_ends_training_with_its_place(run, corpus, tmp_path):
+def test_dataset_for_measuring_has_all_its_documents_in_the_held_out_split(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
-    manifest = load_manifest(tmp_path / "d")
-    path = Path(f"{manifest.prefix_path(manifest.splits['train'][0])}.bin")
-    raw = bytearray(path.read_bytes())
-    raw[41] |= 0x80
-    path.write_bytes(raw)
-    rows = TrainingRows(load_manifest(tmp_path / "d"), sequence_length=64, seed=0, weights={})
-    with pytest.raises(
-        ValueError, match=r"text_00000.bin holds the id \d+ at byte 40, document 0; the vocabulary ends"
-    ):
-        for n in range(10_000):
-            rows.row(n)
+    tokenizer = (
+        "tokenizer=file",
+        f"tokenizer.path={tmp_path}/d/tokenizer.json",
+        "tokenizer.eos_token='<|end_of_text|>'",
+    )
+    settings = ("source=jsonl", "source.paths=[corpus.jsonl]", *tokenizer, "shard_mb=0.02", "out=m")
+    code, said = run(*settings, "split.heldout_fraction=1")
+    assert code == 0 and (tmp_path / "m" / "stats.html").is_file(), said
+    manifest = load_manifest(tmp_path / "m")
+    assert not manifest.splits["train"] and (tmp_path / "m" / "train.blend").read_text() == ""
+    assert sum(shard.documents for shard in manifest.splits["heldout"]) == 300
+    assert HeldOutRows(manifest, sequence_length=64, rows=3).row(0).padding == 0
+    with pytest.raises(ValueError, match=r"m has no train documents; .* split.heldout_fraction below 1"):
+        TrainingRows(manifest, sequence_length=64, seed=0, weights={})
+    assert "is up to date: nothing to do" in run(*settings, "split.heldout_fraction=1")[1]
 
 
 def test_mix_gives_weights_to_training_and_to_megatron_core(run, tmp_path):
@@ -154,27 +158,15 @@ def test_mix_gives_weights_to_training_and_to_megatron_core(run, tmp_path):
     assert code == 3 and "mix.weights has no weight for text" in said
 
 
-def test_megatron_core_reads_the_blend_and_stale_indices_are_never_met(run, corpus, tmp_path):
-    import torch
-
-    from ssa_pretrain.data.gpt_index import build, cache_folder, gpt_datasets
-
-    assert run(*SMALL, "merge.files=3")[0] == 0
-    index = ("stage=index", "out=d", "index.sequence_length=64", "index.samples=40", "index.heldout_samples=4")
-    assert run(*index)[0] == 0
-    manifest = load_manifest(tmp_path / "d")
-    folder = cache_folder(manifest)
-    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert any("sample_index" in name for name in before)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        assert build(manifest, 64, 40, 4, 1234) == (folder, False)
-        train, held, _ = gpt_datasets(manifest, sequence_length=64, samples=40, heldout_samples=4, seed=1234)
-        assert len(train) >= 40 and len(held) >= 4  # megatron-core rounds the share of each file up
-        assert max(int(train[i]["tokens"].max()) for i in range(40)) < manifest.tokenizer.vocab_size
-        assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before  # those of the stage were used
-        assert run(*SMALL, "stage=prepare", "merge.files=3", "split.seed=5", "overwrite=true")[0] == 0
-        other, built = build(load_manifest(tmp_path / "d"), 64, 40, 4, 1234)
-        assert built and other != folder and not folder.exists()
-    finally:
-        torch.distributed.destroy_process_group()
+def test_what_a_killed_run_left_is_removed(run, corpus, tmp_path):
+    assert run("stage=tokenize", *SMALL)[0] == 0
+    root = tmp_path / "d"
+    left = ["heldout.blend.7.tmp", "manifest.json.7.tmp", "work/shards/train/text_00000.bin.7.tmp", "text/x.json.7.tmp"]
+    left += ["work/shards/heldout/other_00000.idx", "work/shards/train/text_00099.bin"]  # shards without a record
+    kept = ["notes.tmp", "train.blend.tmp"]  # not our names
+    for name in left + kept:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("x")
+    assert run("stage=prepare", *SMALL)[0] == 0
+    assert [name for name in left if (root / name).exists()] == []
+    assert all((root / name).exists() for name in kept)
