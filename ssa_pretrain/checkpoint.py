@@ -1,17 +1,18 @@
 """Publishing checkpoints and finding them again; what is inside them is the engine's matter.
 
 A checkpoint is a folder `checkpoints/step_00000100` that appears whole or not at all: the engine writes into a hidden folder beside it, the first
-rank adds `checkpoint.json` (step, the facts that a resume must agree on, size and sha256 of every file), everything is flushed, and one rename
-publishes it. There is no pointer to the newest one that could be stale: the newest *intact* folder is found by looking. A folder whose files
+rank adds `checkpoint.json` (step, the facts that a resume must agree on, size and sha256 of every file, which the ranks share among them), everything
+is flushed, and one rename publishes it. There is no pointer to the newest one that could be stale: the newest *intact* folder is found by looking. A folder whose files
 do not match its list is named, left where it is and passed over. Old ones are removed only after a newer one is published.
 """
 
 import hashlib
+import heapq
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ssa_pretrain.parallel.agreement import together, watched
 FACTS = "checkpoint.json"
 SCHEMA = 1
 NAME = re.compile(r"step_\d{8,}")  # anything else beside the checkpoints (step_00000100_good, a copy) is the user's
+Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
 SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
 
 
@@ -69,9 +71,12 @@ def publish(
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
 
+    def digest() -> None:
+        mine.update(_entries(scratch, _share(_sizes(scratch), dist.get_rank(), dist.get_world_size())))
+
     def seal() -> None:
         if is_first:
-            _seal(scratch, step, facts)
+            _seal(scratch, step, facts, {name: entry for part in parts for name, entry in part.items()})
             shutil.rmtree(target, ignore_errors=True)
             os.rename(scratch, target)
             _flush(target.parent)
@@ -85,13 +90,21 @@ def publish(
             "earlier checkpoints are as they were: free space and give the same command again"
         )
 
+    def everywhere(act: Callable[[], None]) -> None:
+        if message := together(act, key, describe):
+            if is_first:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise CheckpointError(message)
+
     key = f"ssa_pretrain/failed_save/{step}"
+    mine: dict[str, Entry] = {}
+    parts: list[dict[str, Entry]] = [{}] * dist.get_world_size()
     with watched(key, exit_code=5):
-        for act in (prepare, lambda: write(scratch), seal):
-            if message := together(act, key, describe):
-                if is_first:
-                    shutil.rmtree(scratch, ignore_errors=True)
-                raise CheckpointError(message)
+        everywhere(prepare)
+        everywhere(lambda: write(scratch))
+        everywhere(digest)
+        dist.all_gather_object(parts, mine)
+        everywhere(seal)
     return target
 
 
@@ -212,15 +225,42 @@ def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_alon
         )
 
 
-def _seal(folder: Path, step: int, facts: dict[str, Any]) -> None:
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _flush(path)
+def _seal(folder: Path, step: int, facts: dict[str, Any], entries: dict[str, Entry]) -> None:
+    """Write the facts and the list of files; a file whose entry is missing or of another size is read here."""
+    sizes = _sizes(folder)
+    known = {name: entry for name, entry in entries.items() if entry["bytes"] == sizes.get(name)}
+    files = known | _entries(folder, sizes.keys() - known.keys())
     record = folder / FACTS
-    record.write_text(json.dumps({"schema": SCHEMA, "step": step, "facts": facts, "files": files}, indent=1))
+    listed = dict(sorted(files.items()))
+    record.write_text(json.dumps({"schema": SCHEMA, "step": step, "facts": facts, "files": listed}, indent=1))
     _flush(record)
     _flush(folder)
+
+
+def _entries(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Return size and sha256 of files of a folder, which are on disk then."""
+    found: dict[str, Entry] = {}
+    for name in names:
+        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        _flush(folder / name)
+    return found
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file below a folder, by its name in it; another node's newest may not be visible yet."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+
+
+def _share(sizes: dict[str, int], rank: int, world_size: int) -> list[str]:
+    """Return the files that a rank reads: the largest first, each to the rank with the fewest bytes so far."""
+    loads = [(0, r) for r in range(world_size)]
+    mine = []
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        load, reader = heapq.heappop(loads)
+        heapq.heappush(loads, (load + size, reader))
+        if reader == rank:
+            mine.append(name)
+    return mine
 
 
 def _published(run: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ssa_pretrain import checkpoint
 from ssa_pretrain.checkpoint import CheckpointError, publish
 from ssa_pretrain.parallel import agreement
 from ssa_pretrain.problems import ConfigError, Problem
@@ -29,6 +30,14 @@ def main(case: str, run: Path) -> None:
     def refuse() -> None:
         raise ConfigError([Problem("output_dir", "x", "is in use")])
 
+    read = checkpoint._sha256
+
+    def noted(path: Path) -> str:
+        with (run / f"read_{rank}").open("a") as file:
+            file.write(path.name + "\n")
+        return read(path)
+
+    checkpoint._sha256 = noted
     publish(run, 1, {}, write, keep=1, is_first=rank == 0)
     try:
         if case == "first":

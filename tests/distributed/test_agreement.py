@@ -1,11 +1,12 @@
 """A rank that cannot write ends all of them, with one message, and what was saved before stays."""
 
+import json
 from pathlib import Path
 
 import pytest
 from processes import run_workers
 
-from ssa_pretrain.checkpoint import find_damage
+from ssa_pretrain.checkpoint import FACTS, find_damage
 
 WORKER = Path(__file__).parent / "agreement_worker.py"
 REASON = "(rank 1: OSError: [Errno 28] No space left on device); earlier checkpoints are as they were: free space and"
@@ -17,8 +18,11 @@ def is_untouched(run: Path) -> bool:
     return first.name == "step_00000001" and find_damage(first) is None
 
 
-def test_all_ranks_get_the_message_of_the_one_that_could_not_write(tmp_path: Path) -> None:
+def test_ranks_share_the_hashing_and_all_get_the_message_of_the_one_that_could_not_write(tmp_path: Path) -> None:
     run_workers(WORKER, 2, "beside", str(tmp_path), timeout=300)
+    assert [(tmp_path / f"read_{rank}").read_text() for rank in range(2)] == ["part_0\n", "part_1\n"]
+    listed = json.loads((tmp_path / "checkpoints" / "step_00000001" / FACTS).read_text())["files"]
+    assert list(listed) == ["part_0", "part_1"]
     first, second = ((tmp_path / f"said_{rank}").read_text() for rank in range(2))
     assert first == second
     assert first.startswith(f"step 2 could not be saved in {tmp_path / 'checkpoints'}, which has ")

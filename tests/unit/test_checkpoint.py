@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ssa_pretrain import checkpoint
 from ssa_pretrain.checkpoint import (
     FACTS,
     Checkpoint,
@@ -135,6 +136,24 @@ def test_the_list_of_files_is_complete(tmp_path):
     folder = publish(tmp_path, 5, {}, write, keep=2, is_first=True)
     files = json.loads((folder / FACTS).read_text())["files"]
     assert set(files) == {"weights.bin", "empty"}
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 16])
+def test_each_file_is_read_by_one_rank_and_the_bytes_are_even(world_size):
+    sizes = {f"file_{i}": 10 * i for i in range(12)}
+    shares = [checkpoint._share(sizes, rank, world_size) for rank in range(world_size)]
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    loads = [sum(sizes[name] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes.values())
+
+
+def test_a_file_that_no_rank_saw_whole_is_read_at_the_end(tmp_path, monkeypatch):
+    """On shared storage a rank may list another node's files late, or with an old size."""
+    monkeypatch.setattr(checkpoint, "_share", lambda *_: ["empty"])
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_first=True)
+    files = json.loads((folder / FACTS).read_text())["files"]
+    assert set(files) == {"weights.bin", "empty"}
+    assert find_damage(folder) is None
 
 
 def test_differences_name_both_sides():
