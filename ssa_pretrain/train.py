@@ -6,6 +6,7 @@ SIGTERM with a checkpoint.
 """
 
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
@@ -54,6 +55,8 @@ def leave(error: Exception, code: int) -> None:
         print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
+        for child in multiprocessing.active_children():  # writers of checkpoints, which os._exit would leave behind
+            child.kill()
         os._exit(code)
     sys.exit(code)
 

@@ -6,6 +6,7 @@ inside such a piece can still be waiting when the failing rank has left them. Fo
 failure through the processes' store and ends the process.
 """
 
+import multiprocessing
 import os
 import sys
 import threading
@@ -98,6 +99,8 @@ def watched(key: str, *, exit_code: int) -> Iterator[None]:
         except dist.DistError:
             if ended.wait(GRACE_SECONDS):
                 return  # the store went with a run that was at its end
+        for child in multiprocessing.active_children():  # writers of checkpoints, which os._exit would leave behind
+            child.kill()
         os._exit(exit_code)
 
     thread = threading.Thread(target=watch, daemon=True)
