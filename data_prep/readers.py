@@ -4,7 +4,7 @@ A `Piece` is a range of one file that can be read on its own: bytes of an uncomp
 the range), row groups of a Parquet file, or a whole file. Reading yields texts in file order. Anything that is not a document
 is an InputError with file and line; nothing is skipped in silence.
 
-JSON is parsed by orjson where that is installed (extra `gigatoken`), which takes a quarter of the time. What it refuses is parsed again
+JSON is parsed by orjson where that is installed (extra `gigatoken`), two to four times as fast. What it refuses is parsed again
 by the standard library, which takes a little more (NaN, a byte order mark) and says more clearly what is wrong: so the documents and
 the messages are the same with and without it.
 """
@@ -119,7 +119,7 @@ def _read_compressed_jsonl(piece: Piece, advance: Advance) -> Iterator[Document]
 def _decompressed(path: str, raw: BinaryIO) -> io.BufferedReader:
     if path.endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
-    import pyarrow  # half the time of a start, and needed for few formats
+    import pyarrow  # slow to load, and needed for few formats
 
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
 

@@ -12,7 +12,7 @@ store writes as JSON lines (`store.add_all`), or files that lie there already (`
 datasets share, under names that only whole files have. A source that cannot go on raises InputError with one sentence.
 
 To add one: write those three and a line in SOURCES. A fetch that needs more than the standard library imports its module when it is
-called: a run starts in half the time without those of the other sources.
+called: a run need not load those of the other sources.
 """
 
 from collections.abc import Callable

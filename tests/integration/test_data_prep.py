@@ -321,7 +321,7 @@ def test_bad_line_in_a_worker_ends_the_run_at_once_with_its_name(tmp_path, setti
     said = finish(start(tmp_path, *settings, "workers=2"), code=4)
     assert f"error: {tmp_path}/corpus/1.jsonl:251: the line is not JSON" in said and "(shard text_0000" in said
     assert "Traceback" not in said
-    assert time.monotonic() - started < 10  # 1.5 s on an idle machine, the start included; this one may be busy
+    assert time.monotonic() - started < 10  # the start included, on a machine that may be busy
     assert not (tmp_path / "dataset" / "manifest.json").exists()
 
 

@@ -42,7 +42,7 @@ def test_1_failing_worker_ends_the_run_with_its_shard_and_its_line(run, corpus, 
     corpus.write_text("\n".join([*lines[:290], '{"text": ', *lines[290:]]) + "\n")
     started = time.monotonic()
     code, said = run(*settings)
-    assert time.monotonic() - started < 10  # a fifth of a second on an idle machine
+    assert time.monotonic() - started < 10
     assert code == 4 and "corpus.jsonl:291: the line is not JSON" in said and "(shard text_00008)" in said
     assert not (tmp_path / "e" / "manifest.json").exists()
 
