@@ -6,7 +6,6 @@ SIGTERM with a checkpoint.
 """
 
 import logging
-import multiprocessing
 import os
 import sys
 import warnings
@@ -54,10 +53,9 @@ def leave(error: Exception, code: int) -> None:
     if rank == "0" or getattr(error, "of_one_rank", False):
         print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        for child in multiprocessing.active_children():  # writers of checkpoints, which os._exit would leave behind
-            child.kill()
-        os._exit(code)
+        from ssa_pretrain.parallel.agreement import end_process
+
+        end_process(code)
     sys.exit(code)
 
 

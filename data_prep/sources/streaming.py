@@ -167,8 +167,7 @@ class _Remote:
             raise Unusable(f"row group {group} cannot be read: {error}") from None
         if rows != part.rows:
             raise Unusable(f"it gave {rows} rows where its footer states {part.rows}")
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
         sync(folder)
 

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -99,9 +99,7 @@ def watched(key: str, *, exit_code: int) -> Iterator[None]:
         except dist.DistError:
             if ended.wait(GRACE_SECONDS):
                 return  # the store went with a run that was at its end
-        for child in multiprocessing.active_children():  # writers of checkpoints, which os._exit would leave behind
-            child.kill()
-        os._exit(exit_code)
+        end_process(exit_code)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -110,6 +108,14 @@ def watched(key: str, *, exit_code: int) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at once, without waiting for other ranks, which may never come; its checkpoint writers end with it."""
+    sys.stdout.flush()
+    for child in multiprocessing.active_children():  # os._exit would leave them behind
+        child.kill()
+    os._exit(code)
 
 
 def _words(error: BaseException) -> str:

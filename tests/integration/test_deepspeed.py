@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import ROOT, environment, free_port, records, run
+from training import ROOT, descendants, environment, free_port, records, run, wait_for_step
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)
@@ -40,15 +40,6 @@ def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
-def children(pid: int) -> list[int]:
-    """Return a process's descendants, parents first."""
-    found = [pid]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-    return found[1:]
-
-
 def alive(pid: int) -> bool:
     """Return whether a process runs: neither gone nor a zombie."""
     try:
@@ -75,12 +66,10 @@ def test_a_killed_node_launcher_is_a_failure_without_orphans_and_the_same_comman
     with subprocess.Popen(
         launched(*settings), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline, metrics = time.monotonic() + 400, tmp_path / "metrics.jsonl"
-        while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline, "the run never reached the step"
-            time.sleep(0.05)
-        family = children(process.pid)
+        wait_for_step(
+            process, tmp_path, 3, seconds=400, said=lambda: process.stderr.read() if process.poll() is not None else ""
+        )
+        family = descendants(process.pid)
         commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in family}
         (node,) = [pid for pid, text in commands.items() if "deepspeed.launcher.launch" in text]
         os.kill(node, signal.SIGKILL)

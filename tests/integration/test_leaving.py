@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training import command, environment, records, run, train
+from training import command, descendants, environment, records, run, train, wait_for_step
 
 pytestmark = pytest.mark.timeout(600)
 SETTINGS = (
@@ -29,15 +29,6 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
 
 
-def workers(pid: int) -> list[int]:
-    """Return a process's descendants."""
-    found = [pid]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-    return found[1:]
-
-
 def rank(pid: int) -> str:
     pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return next((p[5:].decode() for p in pairs if p.startswith(b"RANK=")), "")
@@ -45,17 +36,15 @@ def rank(pid: int) -> str:
 
 def test_sigterm_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
-    log, metrics, deadline = tmp_path / "log.txt", tmp_path / "metrics.jsonl", time.monotonic() + 200
+    log = tmp_path / "log.txt"
     with (
         log.open("w") as file,
         subprocess.Popen(
             command("ssa_pretrain.train", *settings, processes=2), env=environment(), stdout=file, stderr=file
         ) as launcher,
     ):
-        while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
-            assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.05)
-        (second,) = [pid for pid in workers(launcher.pid) if rank(pid) == "1"]
+        wait_for_step(launcher, tmp_path, 3, seconds=200, said=lambda: log.read_text()[-3000:])
+        (second,) = [pid for pid in descendants(launcher.pid) if rank(pid) == "1"]
         os.kill(second, signal.SIGTERM)
         launcher.wait(timeout=120)
     said = log.read_text()
@@ -71,7 +60,6 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(cor
 
 def test_a_process_alone_answers_sigterm_too(corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
-    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 200
     with subprocess.Popen(
         command("ssa_pretrain.train", *settings),
         env=environment(),
@@ -79,9 +67,7 @@ def test_a_process_alone_answers_sigterm_too(corpus, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while not (metrics.exists() and '"step": 2,' in metrics.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_step(process, tmp_path, 2, seconds=200)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=120)
     assert process.returncode == 7

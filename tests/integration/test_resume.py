@@ -6,11 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from training import ROOT, command, environment, free_port, records, run, train
+from training import ROOT, command, descendants, environment, free_port, records, run, train, wait_for_step
 
 pytestmark = pytest.mark.timeout(1200)
 STEPS = 18
@@ -39,22 +38,9 @@ def kill_at(step: int, folder: Path, arguments: list[str]) -> None:
     with subprocess.Popen(
         arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
-        metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 300
-        while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline, "the run never reached the step"
-            time.sleep(0.05)
-        kill_tree(process.pid)
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process and all of its descendants: torchrun puts its workers into sessions of their own."""
-    found = [pid]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-    for victim in found:
-        os.kill(victim, signal.SIGKILL)
+        wait_for_step(process, folder, step, seconds=300)
+        for victim in (process.pid, *descendants(process.pid)):
+            os.kill(victim, signal.SIGKILL)
 
 
 def test_killed_and_rerun_is_bit_identical(uninterrupted, corpus, tmp_path):

@@ -2,9 +2,13 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,12 @@ TIMES = ("tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_second
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port that nothing listens on, below those that the system gives to connections: a process takes it seconds later."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = random.randrange(15_000, 30_000)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def environment() -> dict[str, str]:
@@ -54,3 +60,23 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Return a run's records of one kind, without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["kind"] == kind]
+
+
+def descendants(pid: int) -> list[int]:
+    """Return a process's descendants, parents first: torchrun puts its workers into sessions of their own."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            found += [int(child) for child in task.read_text().split()]
+    return found[1:]
+
+
+def wait_for_step(
+    process: subprocess.Popen, folder: Path, step: int, *, seconds: float, said: Callable[[], str] = str
+) -> None:
+    """Wait until `step` is in the metrics of a run that goes on; fail with what it `said` if it ends, or takes longer."""
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + seconds
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        assert process.poll() is None, f"the run ended before step {step}: {said()}"
+        assert time.monotonic() < deadline, f"the run never reached step {step}: {said()}"
+        time.sleep(0.05)
