@@ -1,19 +1,23 @@
 """Real processes over gloo for tests: start N interpreters on one worker script, wait, and show what a failed one said."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port that nothing listens on, below those that the system gives to connections: a process takes it seconds later."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = random.randrange(15_000, 30_000)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_workers(script: Path, world_size: int, *arguments: str, timeout: float = 600.0) -> None:

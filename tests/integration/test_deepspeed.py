@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import ROOT, descendants, environment, free_port, records, run, wait_for_step
+from processes import free_port
+from training import ROOT, descendants, environment, records, run, wait_for_step
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)

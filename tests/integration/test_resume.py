@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from training import ROOT, command, descendants, environment, free_port, records, run, train, wait_for_step
+from processes import free_port
+from training import ROOT, command, descendants, environment, records, run, train, wait_for_step
 
 pytestmark = pytest.mark.timeout(1200)
 STEPS = 18

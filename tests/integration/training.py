@@ -2,27 +2,15 @@
 
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_seconds")
-
-
-def free_port() -> int:
-    """Return a TCP port that nothing listens on, below those that the system gives to connections: a process takes it seconds later."""
-    while True:
-        with socket.socket() as probe, suppress(OSError):
-            port = random.randrange(15_000, 30_000)
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def environment() -> dict[str, str]:
