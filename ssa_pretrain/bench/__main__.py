@@ -3,7 +3,8 @@
 Times forward and backward of our methods and of plain megatron-core in turns, in one process on one device, and prints the ratios that the project
 answers for. Rows are written as soon as they are measured. Settings, as key=value:
 
-    cases      any of 8k, 32k, optimizer, fp8, recompute; dp2, tp2 under two processes, which also measure one GPU first
+    cases      any of 8k, 32k, optimizer, fp8, recompute; dp2, tp2, tp2_overlap (user buffers) under two processes, which
+               measure one GPU first
     model      a file of conf/model, default llama_1b
     length     tokens of a row, default 8192; the case 32k takes four times as many
     rows       rows of a microbatch, default 2
@@ -34,7 +35,7 @@ from ssa_pretrain.train import quieten_libraries
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine")
 ONE_PROCESS = ("8k", "32k", "optimizer", "fp8", "recompute")
-TWO_PROCESSES = ("dp2", "tp2")
+TWO_PROCESSES = ("dp2", "tp2", "tp2_overlap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,7 @@ def main() -> None:
     from ssa_pretrain.parallel.state import leave_layout, start, stop
 
     for case in options.cases:
-        config = run_config(options, LAYOUTS.get(case, {}), overlap=case == "dp2")
+        config = run_config(options, **LAYOUTS.get(case, {}))
         placement = start(config.parallel, seed=config.seed)
         measured = measure(CASES["optimizer" if case in LAYOUTS else case], case, config, placement, options)
         if placement.is_first:
@@ -109,14 +110,15 @@ def main() -> None:
     stop()
 
 
-def run_config(options: Options, parallel: Mapping[str, Any], *, overlap: bool) -> Config:
-    """Return the configuration that engines are built from."""
+def run_config(
+    options: Options, *, parallel: Mapping[str, Any] | None = None, engine: Mapping[str, Any] | None = None
+) -> Config:
+    """Return the configuration that engines are built from; `parallel` and `engine` are settings of those groups."""
     model = ModelConfig(**yaml.safe_load((CONF / f"{options.model}.yaml").read_text(encoding="utf-8")))
-    config = Config(name="bench", model=model, parallel=ParallelConfig(**parallel))
-    engine = replace(config.engine, overlap_grad_reduce=overlap, overlap_param_gather=overlap)
+    config = Config(name="bench", model=model, parallel=ParallelConfig(**(parallel or {})))
     return replace(
         config,
-        engine=engine,
+        engine=replace(config.engine, **(engine or {})),
         data=replace(config.data, sequence_length=options.length),
         training=replace(config.training, micro_batch_size=options.rows),
         precision=replace(config.precision, name=PrecisionName(options.precision)),

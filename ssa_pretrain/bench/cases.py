@@ -70,6 +70,7 @@ def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]
     counted = _counted(config, placement, ACCUMULATED)[Method.ssa]
     tp, dp = config.parallel.tp, placement.dp
     layout = f" tp{tp}" if tp > 1 else f" dp{dp}" if dp > 1 else ""
+    layout += " overlap" if config.engine.overlap_tp else ""
     return [
         Variant(name=f"ssa step{layout}", run=whole_step(with_method(engine, Method.ssa), rows), **counted),
         Variant(name=f"optimizer{layout}", run=lambda: engine.update(LEARNING_RATE)),
@@ -119,10 +120,12 @@ CASES = {
     "fp8": fp8,
     "recompute": recompute,
 }
-LAYOUTS = {
-    "dp2": {},
-    "tp2": {"tp": 2, "sequence_parallel": True},
-}  # under torchrun with two processes; each runs `optimizer`
+TP2 = {"tp": 2, "sequence_parallel": True}
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dp2": {"engine": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    "tp2": {"parallel": TP2},
+    "tp2_overlap": {"parallel": TP2, "engine": {"overlap_tp": True}},
+}  # settings by group, under torchrun with two processes; each runs `optimizer`
 
 
 def _built(build: Callable[[], Built]) -> tuple[Built, int]:

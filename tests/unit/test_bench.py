@@ -37,7 +37,7 @@ def row(variant: str, rate: float | None, ms: float = 10.0, peak: float | None =
 def test_the_command_line():
     options = read_options(["cases=8k,32k", "length=64", "rows=1"], 1)
     assert options.cases == ("8k", "32k") and options.length == 64 and options.rows == 1 and options.model == "llama_1b"
-    assert read_options([], 2).cases == ("dp2", "tp2")
+    assert read_options([], 2).cases == ("dp2", "tp2", "tp2_overlap")
 
 
 @pytest.mark.parametrize(
