@@ -8,7 +8,7 @@ Takes the run's own command line. A checkpoint loads on any layout, so one proce
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ssa_pretrain.cli import read_config
@@ -46,6 +46,8 @@ def evaluate_run(config: Config) -> None:
     from ssa_pretrain.parallel.state import joined
     from ssa_pretrain.trainer import MODES, build_run, facts, judge, newest_checkpoint, say
 
+    # User buffers have the shape of a microbatch, and prompts have another.
+    config = replace(config, engine=replace(config.engine, overlap_tp=False))
     with joined(config.parallel, seed=config.seed) as placement:
         run = build_run(config, placement, trains=False)
         found = newest_checkpoint(run)

@@ -40,7 +40,9 @@ FP8 = BF16 | {"precision.name": "fp8"}
 OVERLAPPED = {"tp2_overlap": LAYOUTS["tp2_sp"] | {"engine.overlap_tp": True}}
 # bf16 keeps 8 bits, FP8 4 or 3; a loss is a mean over hundreds of tokens, a gradient a sum over them of products of rounded numbers.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 4e-3, "fp8": 2e-2}
-GRADIENT_TOLERANCE = {"fp32": 1e-5, "bf16": 6e-2, "fp8": 0.25}
+GRADIENT_TOLERANCE = {"fp32": 1e-5, "bf16": 6e-2}
+# FP8 is off from bf16 by its own rounding, which one GPU shows; a layout rounds otherwise, not worse.
+FP8_MORE = 1.5
 
 
 def cases() -> dict[int, dict[str, dict]]:
@@ -85,6 +87,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", list(CASES[2]))
 def test_two_gpus_train_as_one(folder, name):
     _, precision, stream = name.split(".")
+    if precision == "fp8":
+        follow_fp8(folder, name, stream)
+        return
     losses, gradients = LOSS_TOLERANCE[precision], GRADIENT_TOLERANCE[precision]
     wanted = assemble(folder, f"single.{precision}.{stream}", gradients)
     found = assemble(folder, name, gradients)
@@ -94,3 +99,18 @@ def test_two_gpus_train_as_one(folder, name):
     for key, entry in found["parameters"].items():
         target = wanted["parameters"][key.removeprefix("output:")]
         assert relative(entry["grad"].float(), target["grad"].float()) < gradients, key
+
+
+def follow_fp8(folder: Path, name: str, stream: str) -> None:
+    """Losses as in FP8 on one GPU; each gradient about as far from bf16's as FP8's on one GPU."""
+    exact, single, found = (
+        assemble(folder, case, GRADIENT_TOLERANCE["bf16"])
+        for case in (f"single.bf16.{stream}", f"single.fp8.{stream}", name)
+    )
+    torch.testing.assert_close(found["records"][:, 0], single["records"][:, 0], rtol=LOSS_TOLERANCE["fp8"], atol=0.0)
+    torch.testing.assert_close(found["records"], single["records"], rtol=0.25, atol=1e-6)
+    for key, entry in found["parameters"].items():
+        plain = key.removeprefix("output:")
+        target, alone = (case["parameters"][plain]["grad"].float() for case in (exact, single))
+        own, allowed = relative(entry["grad"].float(), target), FP8_MORE * relative(alone, target)
+        assert own < allowed + GRADIENT_TOLERANCE["bf16"], (key, own, allowed)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
 from .forward import NUM_WARPS, tiling
 
 
@@ -33,7 +34,8 @@ def gate_stream_backward(
     grad_o, grad_logits = torch.empty_like(o), torch.empty_like(gate_logits)
     if o.numel() > 0:
         grid, sizes = tiling(o)
-        gate_stream_backward_kernel[grid](
-            o, gate_logits, grad_out, grad_o, grad_logits, gate_logits.numel(), **sizes, num_warps=NUM_WARPS
-        )
+        launch(
+            gate_stream_backward_kernel, grid,
+            o, gate_logits, grad_out, grad_o, grad_logits, gate_logits.numel(), **sizes, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return grad_o, grad_logits

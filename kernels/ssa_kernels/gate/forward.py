@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import cdiv, launch, next_power_of_2
+
 TILE_ELEMENTS = 4096
 NUM_WARPS = 4
 
@@ -28,14 +30,14 @@ def gate_stream_forward(o: torch.Tensor, gate_logits: torch.Tensor) -> torch.Ten
     out = torch.empty_like(o)
     if out.numel() > 0:
         grid, sizes = tiling(o)
-        gate_stream_forward_kernel[grid](o, gate_logits, out, gate_logits.numel(), **sizes, num_warps=NUM_WARPS)
+        launch(gate_stream_forward_kernel, grid, o, gate_logits, out, gate_logits.numel(), **sizes, num_warps=NUM_WARPS)
     return out
 
 
 def tiling(o: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Returns the grid and the kernels' constants: as many rows a program as a tile holds."""
     head_dim = o.shape[-1]
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = next_power_of_2(head_dim)
     block_rows = max(1, TILE_ELEMENTS // block_dim)
-    grid = (triton.cdiv(o.numel() // head_dim, block_rows),)
+    grid = (cdiv(o.numel() // head_dim, block_rows),)
     return grid, {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "BLOCK_ROWS": block_rows}

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch
+from ..launch import launch, next_power_of_2
 
 MAIN_SPARSE = 0
 MAIN_FULL = 1
@@ -141,7 +141,7 @@ def gate_forward(
 
 def tile_shape(head_dim: int) -> tuple[int, int]:
     """Returns (features, rows) of a program's tile: the head dimension rounded up to a power of two, and the rows that fit."""
-    block_dim = 1 << (head_dim - 1).bit_length()
+    block_dim = next_power_of_2(head_dim)
     return block_dim, max(1, TILE_ELEMENTS // block_dim)
 
 

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch, next_power_of_2
+
 BLOCK = 4096
 NUM_WARPS = 8
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -86,8 +88,9 @@ def _launch(
 ) -> None:
     tokens, columns = logits.shape
     if tokens > 0:
-        cross_entropy_row_kernel[(tokens,)](
+        launch(
+            cross_entropy_row_kernel, (tokens,),
             logits, labels, lse, target, first, logits.stride(0),
-            COLUMNS=columns, BLOCK=min(BLOCK, triton.next_power_of_2(columns)), STATISTICS=computed, OVERWRITE=overwrite,
+            COLUMNS=columns, BLOCK=min(BLOCK, next_power_of_2(columns)), STATISTICS=computed, OVERWRITE=overwrite,
             num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import cdiv, launch
 from .forward import BLOCK_TOKENS, NUM_WARPS, rotate_head, rotation, tile_sizes
 
 
@@ -62,7 +63,8 @@ def qkv_rope_backward(
     tokens = grad_q.shape[0]
     grad_mixed = grad_q.new_empty(tokens, num_kv_heads * ((group_size + 2) * head_dim + num_gates))
     if tokens > 0:
-        qkv_rope_backward_kernel[(-(-tokens // BLOCK_TOKENS), num_kv_heads)](
+        launch(
+            qkv_rope_backward_kernel, (cdiv(tokens, BLOCK_TOKENS), num_kv_heads),
             grad_q, grad_k, grad_v, grad_gate, angles, positions, grad_mixed, tokens, angles.stride(0),
             KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim, GATES=num_gates,
             **tile_sizes(head_dim, num_gates), num_warps=NUM_WARPS,

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import cdiv, launch, next_power_of_2
+
 BLOCK_TOKENS = 32
 NUM_WARPS = 4
 
@@ -83,7 +85,8 @@ def qkv_rope_forward(
     k, v = (mixed.new_empty(tokens, num_kv_heads, head_dim) for _ in range(2))
     gate = mixed.new_empty(tokens, num_kv_heads * num_gates)
     if tokens > 0:
-        qkv_rope_forward_kernel[(-(-tokens // BLOCK_TOKENS), num_kv_heads)](
+        launch(
+            qkv_rope_forward_kernel, (cdiv(tokens, BLOCK_TOKENS), num_kv_heads),
             mixed, angles, positions, q, k, v, gate, tokens, angles.stride(0),
             KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim, GATES=num_gates,
             **tile_sizes(head_dim, num_gates), num_warps=NUM_WARPS,
@@ -94,7 +97,7 @@ def qkv_rope_forward(
 def tile_sizes(head_dim: int, num_gates: int) -> dict[str, int]:
     """Returns the kernels' block constants."""
     return {
-        "BLOCK_HALF": triton.next_power_of_2(head_dim // 2),
-        "BLOCK_GATES": triton.next_power_of_2(max(num_gates, 1)),
+        "BLOCK_HALF": next_power_of_2(head_dim // 2),
+        "BLOCK_GATES": next_power_of_2(max(num_gates, 1)),
         "BLOCK_TOKENS": BLOCK_TOKENS,
     }

@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..documents import DocumentLayout
-from ..launch import launch
+from ..launch import cdiv, launch, next_power_of_2
 from ..streams import urgent_stream
 from .importance import block_means_kernel, importance_kernel, softmax_sums_kernel
 from .topk import top_k_kernel
@@ -67,7 +66,7 @@ def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
     """Returns the means `[R, G, D padded to a power of two]` in k's dtype, zeros where there is nothing."""
     kv_heads, dim = k.shape[1:]
     k = k if k.stride(2) == 1 else k.contiguous()
-    padded = triton.next_power_of_2(dim)
+    padded = next_power_of_2(dim)
     means = torch.empty(layout.num_block_rows, kv_heads, padded, dtype=k.dtype, device=k.device)
     launch(
         block_means_kernel,
@@ -80,7 +79,7 @@ def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
         k.stride(1),
         D=dim,
         DP=padded,
-        BP=triton.next_power_of_2(layout.block_size),
+        BP=next_power_of_2(layout.block_size),
         num_warps=1,
     )
     return means
@@ -100,11 +99,11 @@ def choose_blocks_triton(
     lse, sums_ready = None, {}
     if score != "per_head" and top_k > 1:
         lse = torch.empty(tokens, q.shape[1], dtype=torch.float32, device=q.device)
-        spans = starts[:: triton.cdiv(len(starts), SPANS)]
+        spans = starts[:: cdiv(len(starts), SPANS)]
         sums_ready = _softmax_sums(q, means, lse, spans, layout, plan, top_k, scale, score)
     # A tile that spans documents walks a few rows more; one of queries far apart perhaps all.
     rows = max(layout.num_block_rows, plan.columns) if layout.scattered else plan.columns
-    slices = triton.cdiv(rows + plan.tile, SLICE_ROWS)
+    slices = cdiv(rows + plan.tile, SLICE_ROWS)
     with_bins = score == "softmax_sum" and slices >= BINS_FROM_SLICES and slices * BLOCK_ROWS >= BINS_A_CHOICE * top_k
     bins = workspace if not with_bins else torch.empty(plan.chunk, plan.lists, slices, BLOCK_ROWS, device=q.device)
     table, narrow = _table(means), means.shape[2] <= 64
@@ -115,7 +114,7 @@ def choose_blocks_triton(
                 urgent.wait_event(sums_ready[start])
             if top_k > 1:
                 launch(
-                    importance_kernel, (triton.cdiv(stop - start, plan.tile), means.shape[1], slices),
+                    importance_kernel, (cdiv(stop - start, plan.tile), means.shape[1], slices),
                     q, table, layout.query_first_row, layout.query_position, lse, workspace, bins, start, stop, q.stride(0),
                     plan.columns, scale * LOG2E,
                     **_shape(means, layout, plan, q.shape[2], top_k, score), SLICE=SLICE_ROWS, STAGES=3 if narrow else 2,
@@ -125,7 +124,7 @@ def choose_blocks_triton(
             launch(
                 top_k_kernel, ((stop - start) * plan.lists,),
                 workspace, layout.query_position, bins, scratch, indices, start, plan.columns,
-                LISTS=plan.lists, K=layout.block_size, S=top_k, SP=triton.next_power_of_2(top_k), C=plan.survivors, W=TOP_K_WIDTH,
+                LISTS=plan.lists, K=layout.block_size, S=top_k, SP=next_power_of_2(top_k), C=plan.survivors, W=TOP_K_WIDTH,
                 SIGNED=score == "per_head", OFFICIAL=score == "official_compat",
                 BINS_A_ROW=slices * BLOCK_ROWS if with_bins else 0, num_warps=1, stream=urgent,
             )  # fmt: skip
@@ -154,13 +153,13 @@ def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: i
     kv_heads = means.shape[1]
     lists = heads if score == "per_head" else kv_heads
     # The own block is no candidate, so a document of n blocks needs n - 1 columns.
-    columns = triton.cdiv(max(layout.max_blocks - 1, 1), TOP_K_WIDTH) * TOP_K_WIDTH
+    columns = cdiv(max(layout.max_blocks - 1, 1), TOP_K_WIDTH) * TOP_K_WIDTH
     kept = layout.block_size if score == "official_compat" else 2 * top_k
-    survivors = max(32, triton.next_power_of_2(kept))
-    tile = PRODUCT_ROWS // triton.next_power_of_2(heads // kv_heads)
-    bins = triton.cdiv(columns + tile, SLICE_ROWS) * BLOCK_ROWS
+    survivors = max(32, next_power_of_2(kept))
+    tile = PRODUCT_ROWS // next_power_of_2(heads // kv_heads)
+    bins = cdiv(columns + tile, SLICE_ROWS) * BLOCK_ROWS
     most = max(WORKSPACE_BYTES // (lists * (columns + survivors + bins) * 4) // tile, 1) * tile
-    chunk = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), tile) * tile  # all of about the same size
+    chunk = cdiv(cdiv(tokens, cdiv(tokens, most)), tile) * tile  # all of about the same size
     return _Plan(lists, heads // kv_heads, tile, columns, survivors, chunk)
 
 
@@ -173,7 +172,7 @@ def _softmax_sums(
     for start in spans:
         span = slice(start, min(start + spans.step, tokens))
         launch(
-            softmax_sums_kernel, (triton.cdiv(span.stop - start, plan.tile), means.shape[1]),
+            softmax_sums_kernel, (cdiv(span.stop - start, plan.tile), means.shape[1]),
             q[span], _table(means), layout.query_first_row[span], layout.query_position[span], lse[span],
             span.stop - start, q.stride(0), scale * LOG2E,
             **_shape(means, layout, plan, dim, top_k, score), STAGES=2, FMA_SHARE=FMA_SHARE,

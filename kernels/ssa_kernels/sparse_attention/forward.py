@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..documents import DocumentLayout
-from ..launch import launch
+from ..launch import launch, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["num_queries"])
@@ -93,4 +93,4 @@ def runs_on_tensor_cores(q: torch.Tensor, block_size: int, heads_per_list: int) 
 
 def at_least_16(size: int) -> int:
     """Returns the power of two that holds `size`, at least tl.dot's 16."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from ..documents import DocumentLayout
-from ..launch import launch
+from ..launch import cdiv, launch
 from ..streams import urgent_stream
 
 CHOICES_PER_PROGRAM = 1024
@@ -166,7 +166,7 @@ def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segm
     # Few buckets fit into 16 bits, which halves the passes of a radix sort.
     buckets = torch.empty(num_choices, dtype=torch.int16 if num_buckets < 2**15 else torch.int32, device=device)
     launch(
-        bucket_kernel, (triton.cdiv(num_choices, CHOICES_PER_PROGRAM),),
+        bucket_kernel, (cdiv(num_choices, CHOICES_PER_PROGRAM),),
         indices, layout.query_position, layout.query_first_row, buckets, num_choices, num_rows,
         LISTS=lists, LISTS_PER_KV_HEAD=lists // kv_heads, TOP_K=top_k, BLOCK_SIZE=layout.block_size,
         KV_HEADS=kv_heads, TILE=CHOICES_PER_PROGRAM,
@@ -176,7 +176,7 @@ def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segm
     start = torch.empty(num_buckets + 1, dtype=torch.int32, device=device)
     launch(
         bucket_start_kernel,
-        (triton.cdiv(num_buckets + 1, BUCKETS_PER_PROGRAM),),
+        (cdiv(num_buckets + 1, BUCKETS_PER_PROGRAM),),
         buckets,
         start,
         num_choices,
@@ -201,7 +201,7 @@ def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segm
     segments = torch.empty(max_segments, 3, dtype=torch.int32, device=device)
     key = torch.empty(max_segments, dtype=torch.int16, device=device)
     launch(
-        segment_kernel, (triton.cdiv(max_segments, SEGMENTS_PER_PROGRAM),),
+        segment_kernel, (cdiv(max_segments, SEGMENTS_PER_PROGRAM),),
         start, first_segment, choices, segments, key, num_buckets, num_rows, queries, max_segments,
         num_buckets.bit_length() + 1, max((kv_heads * queries).bit_length() - 15, 0),
         LISTS=lists, TOP_K=top_k, SEGMENT=segment, UNUSED=LAST_KEY, TILE=SEGMENTS_PER_PROGRAM,

@@ -7,7 +7,7 @@ import torch
 from triton.experimental.gluon import language as gl
 
 from ..documents import DocumentLayout
-from ..launch import launch
+from ..launch import launch, next_power_of_2
 from . import tensor_core_backward, tensor_core_few_heads, tensor_core_forward, tensor_core_wide
 from .fragments import LOG2E
 from .index import InvertedIndex
@@ -89,7 +89,7 @@ def backward_k_v(
     _, heads, head_dim = q.shape
     lists, top_k = indices.shape[1:]
     rows, dim, block_size = heads // lists, padded_dim(head_dim), layout.block_size
-    slot = 1 << (rows - 1).bit_length()
+    slot = next_power_of_2(rows)
     sums = torch.empty(index.max_segments, 2, block_size, dim, dtype=torch.float32, device=q.device)
     common = {
         "LISTS": lists, "KV_HEADS": k.shape[1], "ROWS": rows, "SLOT": slot, "N": max(16, slot), "HEAD_DIM": head_dim, "DIM": dim,
@@ -114,7 +114,7 @@ def padded_rows(rows: int) -> int:
 
 def padded_slots(top_k: int) -> int:
     """Returns the power of two, at least 1, that holds a query's choices."""
-    return 1 << (top_k - 1).bit_length()
+    return next_power_of_2(top_k)
 
 
 def gluon_dtype(dtype: torch.dtype) -> gl.dtype:

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ..documents import DocumentLayout
-from ..launch import launch
+from ..launch import launch, next_power_of_2
 
 TILE_KEYS = 16
 
@@ -104,4 +104,4 @@ def pack_tiles(
 
 def padded_dim(head_dim: int) -> int:
     """Returns the D of tiles: a power of two of at least 64."""
-    return max(64, triton.next_power_of_2(head_dim))
+    return max(64, next_power_of_2(head_dim))

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
 from .forward import NUM_WARPS, tiling
 
 
@@ -28,5 +29,5 @@ def swiglu_backward(x: torch.Tensor, grad_y: torch.Tensor) -> torch.Tensor:
     grad_x = torch.empty_like(x)
     if grad_y.numel() > 0:
         grid, sizes = tiling(grad_y)
-        swiglu_backward_kernel[grid](x, grad_y, grad_x, **sizes, num_warps=NUM_WARPS)
+        launch(swiglu_backward_kernel, grid, x, grad_y, grad_x, **sizes, num_warps=NUM_WARPS)
     return grad_x

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import cdiv, launch, next_power_of_2
+
 BLOCK = 2048
 NUM_WARPS = 4
 
@@ -24,12 +26,12 @@ def swiglu_forward(x: torch.Tensor) -> torch.Tensor:
     y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     if y.numel() > 0:
         grid, sizes = tiling(y)
-        swiglu_forward_kernel[grid](x, y, **sizes, num_warps=NUM_WARPS)
+        launch(swiglu_forward_kernel, grid, x, y, **sizes, num_warps=NUM_WARPS)
     return y
 
 
 def tiling(y: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """Returns the grid over y's rows and columns and the kernels' constants."""
     features = y.shape[-1]
-    block = min(BLOCK, triton.next_power_of_2(features))
-    return (y.numel() // features, triton.cdiv(features, block)), {"FEATURES": features, "BLOCK": block}
+    block = min(BLOCK, next_power_of_2(features))
+    return (y.numel() // features, cdiv(features, block)), {"FEATURES": features, "BLOCK": block}
