@@ -21,6 +21,7 @@ from data_prep import config as settings
 from data_prep.errors import ConfigurationError, InputError
 from data_prep.run_config import LocalExecutor, RayExecutor, SlurmExecutor
 from data_prep.sources.catalog import SOURCES
+from data_prep.sources.mixed import MixedSource
 from data_prep.stages import run_stages
 
 USAGE = """\
@@ -38,10 +39,10 @@ CONF = Path(__file__).parent / "conf"
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 # Dictionaries whose keys are names of the user's.
-OWN_NAMES = ("mix.weights.", "mix.weights=", "executor.sbatch.", "executor.sbatch=")
+OWN_NAMES = ("mix.weights.", "mix.weights=", "executor.sbatch.", "executor.sbatch=", "source.parts.", "source.parts=")
 
 SCHEMAS = {
-    "source": {kind: source.settings for kind, source in SOURCES.items()},
+    "source": {**{kind: source.settings for kind, source in SOURCES.items()}, "mixed": MixedSource},
     "tokenizer": {"bpe": settings.BpeTokenizer, "llama3": settings.Llama3Tokenizer, "file": settings.FileTokenizer},
     "executor": {"local": LocalExecutor, "slurm": SlurmExecutor, "ray": RayExecutor},
 }

@@ -5,6 +5,7 @@ not been asked yet. Both give the same `Corpus` for the same files and settings,
 """
 
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data_prep.files import read_json, write_json
 from data_prep.planning import Shard, Subset, file_sums, input_digest, plan_shards
 from data_prep.progress import Say
 from data_prep.shards import Job, shard_fingerprint
-from data_prep.sources.catalog import SOURCES
+from data_prep.sources.catalog import SOURCES, sources_of
 from data_prep.sources.store import TextStore, described, has_other_text, known_text, stored_text
 from data_prep.tokenizer.backends import HuggingFaceBackend
 from data_prep.tokenizer.encoding import Vocabulary
@@ -55,22 +56,21 @@ def fetch_corpus(config: Config, out: Path, say: Say) -> Corpus:
     Raises:
         InputError: the text cannot be had, or fetching would replace the text of another dataset.
     """
-    settings, source = config.source, SOURCES[config.source.kind]
-    if not source.remembered:
-        return _cut(config, out, _own_files(config, out, say), say)
-    if (out / "manifest.json").exists() and not config.overwrite and has_other_text(out / "text", _key(config)):
-        raise other_dataset(config)  # before its text is replaced
-    cache = Path(config.cache).expanduser().absolute()
-    parts = stored_text(out / "text", _key(config), lambda store: source.fetch(settings, store, say), cache)
-    return _cut(config, out, parts, say)
+    kept, own = _divided(config)
+    parts: Parts = ([], [])
+    if kept:
+        key = _key(kept)
+        if (out / "manifest.json").exists() and not config.overwrite and has_other_text(out / "text", key):
+            raise other_dataset(config)  # before its text is replaced
+        parts = stored_text(out / "text", key, lambda store: _fetch(kept, store, say), _cache(config))
+    return _cut(config, out, _with_own_files(parts, own, config, out, say), say)
 
 
 def find_corpus(config: Config, out: Path, say: Say) -> Corpus | None:
     """Returns the corpus if it is on this machine, else None."""
-    if not SOURCES[config.source.kind].remembered:
-        return _cut(config, out, _own_files(config, out, say), say)
-    parts = known_text(out / "text", _key(config))
-    return _cut(config, out, parts, say) if parts else None
+    kept, own = _divided(config)
+    parts = known_text(out / "text", _key(kept)) if kept else ([], [])
+    return _cut(config, out, _with_own_files(parts, own, config, out, say), say) if parts else None
 
 
 def need_corpus(config: Config, out: Path, say: Say) -> Corpus:
@@ -120,14 +120,43 @@ def write_plan(out: Path, config: Config, corpus: Corpus | None) -> None:
         write_json(out / "work" / "plan.json", plan)
 
 
-def _key(config: Config) -> dict[str, Any]:
-    return {"version": EXTRACTION_VERSION, **asdict(config.source)}
+def _divided(config: Config) -> tuple[list[Any], list[Any]]:
+    """The run's sources whose text is remembered, and those of the user's own files, which are looked for anew each time."""
+    sources = sources_of(config.source)
+    kept = [source for source in sources if SOURCES[source.kind].remembered]
+    return kept, [source for source in sources if not SOURCES[source.kind].remembered]
 
 
-def _own_files(config: Config, out: Path, say: Say) -> Parts:
-    store = TextStore(out / "text", Path(config.cache).expanduser().absolute())
-    SOURCES[config.source.kind].fetch(config.source, store, say)
-    return store.subsets(), described(store)
+def _key(kept: list[Any]) -> dict[str, Any]:
+    """What the remembered text depends on."""
+    settings = [asdict(source, dict_factory=_plain) for source in kept]
+    return {"version": EXTRACTION_VERSION, **(settings[0] if len(settings) == 1 else {"parts": settings})}
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary that JSON can hold, and gives back as it was."""
+    return {name: value.value if isinstance(value, Enum) else value for name, value in items}
+
+
+def _cache(config: Config) -> Path:
+    return Path(config.cache).expanduser().absolute()
+
+
+def _fetch(sources: list[Any], store: TextStore, say: Say) -> None:
+    for source in sources:
+        SOURCES[source.kind].fetch(source, store, say)
+
+
+def _with_own_files(parts: Parts, own: list[Any], config: Config, out: Path, say: Say) -> Parts:
+    """What is remembered, and behind it the user's own files; InputError where both have a part of one name."""
+    if not own:
+        return parts
+    store = TextStore(out / "text", _cache(config))
+    _fetch(own, store, say)
+    (kept, counts), found = parts, store.subsets()
+    if twice := {subset.name for subset in kept} & {subset.name for subset in found}:
+        raise InputError(f"two sources make a part {min(twice)}; give the key of source.parts another name")
+    return kept + found, counts + described(store)
 
 
 def _cut(config: Config, out: Path, parts: Parts, say: Say) -> Corpus:

@@ -75,7 +75,7 @@ def _submit(config: Config, out: Path, vocabulary: Vocabulary, backend: str, job
         import datatrove as _  # noqa: F401
     except ImportError:
         raise ConfigurationError(
-            f"executor={config.executor.kind} needs datatrove; install it with `pip install ssa-pretrain[cluster]`, or use "
+            f"executor={config.executor.kind} needs datatrove; install it with `pip install -e '.[cluster]'`, or use "
             "executor=local"
         ) from None
     run = out / "work" / "runs" / f"{config.executor.kind}-{time.time_ns()}"

@@ -53,7 +53,7 @@ def submit(executor: RayExecutor, out: Path, run: Path, shards: int, say: Say) -
     """Starts the driver; ConfigurationError where Ray is not installed."""
     if find_spec("ray") is None:
         raise ConfigurationError(
-            "executor=ray needs ray; install it with `pip install ssa-pretrain[cluster]`, or use executor=local"
+            "executor=ray needs ray; install it with `pip install -e '.[cluster]'`, or use executor=local"
         )
     tasks = min(executor.tasks, shards)
     workers = executor.workers or -1

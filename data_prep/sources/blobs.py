@@ -96,7 +96,7 @@ class Bucket:
             from botocore.config import Config
         except ImportError:
             raise InputError(
-                "the text of blobs is read with boto3, which is not installed; install the extra: pip install 'ssa-pretrain[hub]'"
+                "the text of blobs is read with boto3, which is not installed; install the extra: pip install -e '.[hub]'"
             ) from None
         # S3's own "slow down" answers are botocore's to wait for; a body cut short it leaves to its caller.
         config = Config(

@@ -193,4 +193,4 @@ def test_missing_programs_and_packages_are_named(corpus, capsys, monkeypatch):
     assert "executor=slurm needs sbatch, which is not on PATH" in capsys.readouterr().err
     monkeypatch.setattr("data_prep.executors.ray_cluster.find_spec", lambda name: None)
     assert main(settings(corpus, "x", *RAY)) == 3
-    assert "executor=ray needs ray; install it with `pip install ssa-pretrain[cluster]`" in capsys.readouterr().err
+    assert "executor=ray needs ray; install it with `pip install -e '.[cluster]'`" in capsys.readouterr().err

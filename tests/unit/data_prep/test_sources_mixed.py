@@ -1,0 +1,158 @@
+"""Several sources in one dataset: what each gives, what is remembered, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import sentences
+from hub_server import start_hub
+from test_sources_hub import table
+
+from data_prep.cli import checked, compose_settings
+from data_prep.config import JsonlSource
+from data_prep.errors import ConfigurationError
+from data_prep.sources.hub_settings import HubSource
+
+COMMON = (
+    "out=data",
+    "tokenizer.vocab_size=600",
+    "backend=hf",
+    "workers=1",
+    "stage=prepare",
+    "split.heldout_fraction=0.1",
+)
+
+
+def write(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+
+
+def parts(out: Path) -> dict[str, int]:
+    """Documents of both splits by part."""
+    found: dict[str, int] = {}
+    for entries in json.loads((out / "manifest.json").read_text())["splits"].values():
+        for entry in entries:
+            found[entry["name"]] = found.get(entry["name"], 0) + entry["documents"]
+    return found
+
+
+def mixed(hub_url: str) -> list[str]:
+    """The source of these tests: a dataset on the hub, JSON lines of the user's, plain files."""
+    return [
+        "source=mixed",
+        f"source.parts.hub={{kind:hub,repo:owner/corpus,endpoint:'{hub_url}',subsets:{{web:{{files:'data/*.parquet'}}}}}}",
+        "source.parts.essays.kind=jsonl",
+        "source.parts.essays.paths=[mine/*.jsonl]",
+        "source.parts.essays.text_column=body",
+        "source.parts.notes={kind:text,paths:[notes]}",
+        "mix.weights={web:0.5,essays:0.3,notes:0.2}",
+    ]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub with one dataset; beside it the user's files."""
+    write(tmp_path / "mine" / "a.jsonl", sentences(100, seed=1))
+    (tmp_path / "notes").mkdir()
+    for number, text in enumerate(sentences(30, seed=2)):
+        (tmp_path / "notes" / f"{number:02d}.md").write_text(text)
+    running, stop = start_hub({"data/train.parquet": table(20, "web"), "README.md": b"# corpus"})
+    yield running
+    stop()
+
+
+def test_one_command_makes_one_dataset_of_a_hubs_files_and_ones_own(run, tmp_path, hub):
+    code, said = run(*mixed(hub.url), *COMMON)
+    assert code == 0, said
+    assert parts(tmp_path / "data") == {"web": 20, "essays": 100, "notes": 30}
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert {entry["name"]: entry["origin"] for entry in manifest["sources"]} == {
+        "web": "hub",
+        "essays": "jsonl",
+        "notes": "text",
+    }
+    assert manifest["weights"] == {"web": 0.5, "essays": 0.3, "notes": 0.2}
+
+
+@pytest.mark.parametrize("mode", ["download", "stream"])
+def test_a_dataset_of_the_hub_alone_is_asked_for_once(run, tmp_path, hub, mode):
+    alone = ("source=hub", "source.repo=owner/corpus", f"source.endpoint={hub.url}", f"source.mode={mode}")
+    alone = (*alone, "split.heldout_fraction=0.3")
+    code, said = run(*alone, *COMMON)
+    assert code == 0, said
+    assert parts(tmp_path / "data") == {"text": 20}
+    hub.requests.clear()
+    assert run(*alone, *COMMON)[0] == 0
+    assert hub.requests == []
+
+
+def test_the_hub_is_asked_once_and_ones_own_files_every_time(run, tmp_path, hub):
+    assert run(*mixed(hub.url), *COMMON)[0] == 0
+    hub.requests.clear()
+    assert run(*mixed(hub.url), *COMMON)[0] == 0
+    assert hub.requests == []
+    write(tmp_path / "mine" / "b.jsonl", sentences(50, seed=3))
+    code, said = run(*mixed(hub.url), *COMMON)
+    assert code == 4 and "made from other text" in said
+    assert run(*mixed(hub.url), *COMMON, "overwrite=true")[0] == 0
+    assert hub.requests == []
+    assert parts(tmp_path / "data") == {"web": 20, "essays": 150, "notes": 30}
+
+
+def test_files_of_a_part_are_those_of_the_source_alone(run, tmp_path, hub):
+    assert run(*mixed(hub.url), *COMMON)[0] == 0
+    tokenizer = tmp_path / "data" / "tokenizer.json"
+    alone = ("source=jsonl", "source.name=essays", "source.paths=[mine/*.jsonl]", "source.text_column=body")
+    file = ("tokenizer=file", f"tokenizer.path={tokenizer}", "tokenizer.eos_token='<|end_of_text|>'")
+    code, said = run(*alone, *file, "out=alone", *COMMON[2:])
+    assert code == 0, said
+    for split in ("train", "heldout"):
+        found, expected = (
+            {path.name: path.read_bytes() for path in (tmp_path / out / split).glob("essays_*")}
+            for out in ("data", "alone")
+        )
+        assert found == expected != {}
+
+
+def test_every_problem_of_every_part_is_named_at_once(run):
+    code, said = run(
+        "source=mixed",
+        "source.parts.a={kind:jsnol,paths:[x]}",
+        "source.parts.b={kind:jsonl}",
+        "source.parts.c={kind:jsonl,paths:[x],colunm:body}",
+        "source.parts.d={kind:hub,repo:nobody,subsets:{e:{}}}",
+        "source.parts.e={kind:text,paths:[x]}",
+        "source.parts.f={kind:parquet,paths:x}",
+        "out=data",
+    )
+    assert code == 3
+    for sentence in (
+        "source.parts.a.kind=jsnol must be one of quickstart, local_docs, hub, jsonl, parquet, text; try jsonl",
+        "source.parts.b.paths= is not set and has no default; give source.parts.b.paths=…",
+        "source.parts.c.colunm is no setting of source=jsonl; it has kind, name, paths, text_column",
+        "source.parts.d.repo='nobody' must be owner/name; try HuggingFaceTB/smollm-corpus",
+        "source.parts.d and source.parts.e both make a part e; give one of them another name",
+        "source.parts.f: ",
+    ):
+        assert sentence in said
+    assert run("source=mixed", "out=data") == (
+        3,
+        "error: source.parts={} must name at least one source; try source.parts.web.kind=jsonl source.parts.web.paths=[web]\n",
+    )
+
+
+def test_published_mix_has_text_for_all_but_one_of_its_parts():
+    config = checked(compose_settings(["source=smollm1", "mix=smollm1", "tokenizer=llama3", "out=data"]))
+    datasets = config.source.settings()
+    assert all(isinstance(source, HubSource) for source in datasets)
+    made = {name for source in datasets for name in source.subsets}
+    assert set(config.mix.weights) - made == {"stackoverflow"}
+    more = ["source.parts.stackoverflow.kind=jsonl", "source.parts.stackoverflow.paths=[so]"]
+    config = checked(compose_settings(["source=smollm1", *more, "out=data"]))
+    assert config.source.settings()[-1] == JsonlSource(name="stackoverflow", paths=["so"])
+
+
+def test_part_of_another_type_is_refused():
+    with pytest.raises(ConfigurationError, match=r"source.parts.web.kind=None must be one of"):
+        checked(compose_settings(["source=mixed", "source.parts.web.paths=[x]", "out=data"]))
