@@ -99,6 +99,12 @@ def _opened(override: str) -> str:
 
 def checked(composed: DictConfig) -> settings.Config:
     """Returns the settings as dataclasses; ConfigurationError with every problem found."""
+    for group, key, choice in (("source", "parts", "mixed"), ("executor", "sbatch", "slurm")):
+        kind = composed[group].get("kind")
+        if key in composed[group] and key not in SCHEMAS[group][kind].__dataclass_fields__:
+            raise ConfigurationError(
+                f"{group}.{key} is a setting of {group}={choice}, not of {kind}; choose that, or leave it out"
+            )
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigurationError("; ".join(f"{key}= is not set and has no default; give {key}=…" for key in missing))

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import InputError
 from data_prep.files import read_json, write_json
 from data_prep.planning import Subset
 
@@ -101,8 +102,10 @@ class TextStore:
         return [Subset(n, self._formats[n][0], tuple(f), self._formats[n][1]) for n, f in self._files.items()]
 
     def _claim(self, name: str, kind: str, column: str) -> None:
-        if self._formats.setdefault(name, (kind, column)) != (kind, column):
-            raise ValueError(f"part {name} has files of two formats, {self._formats[name]} and {(kind, column)}")
+        known = self._formats.setdefault(name, (kind, column))
+        if known != (kind, column):
+            formats = " and of ".join(f"{one} with the text in {where}" for one, where in (known, (kind, column)))
+            raise InputError(f"part {name} would have files of {formats}; give one of the sources another name for it")
 
     def _write(self, name: str, lines: list[bytes]) -> None:
         files = self._files.setdefault(name, [])

@@ -100,6 +100,20 @@ def test_the_hub_is_asked_once_and_ones_own_files_every_time(run, tmp_path, hub)
     assert parts(tmp_path / "data") == {"web": 20, "essays": 150, "notes": 30}
 
 
+def test_two_formats_in_one_part_are_refused(run, tmp_path, hub):
+    more = [
+        "source.parts.more={kind:quickstart}",
+        "source.parts.hub.subsets={python:{files:'data/*.parquet'}}",
+        "mix=all",
+    ]
+    code, said = run(*mixed(hub.url)[:2], *more, *COMMON)
+    assert code == 4
+    assert (
+        "part python would have files of parquet with the text in text and of jsonl with the text in text; give one of"
+        in said
+    )
+
+
 def test_files_of_a_part_are_those_of_the_source_alone(run, tmp_path, hub):
     assert run(*mixed(hub.url), *COMMON)[0] == 0
     tokenizer = tmp_path / "data" / "tokenizer.json"
@@ -151,6 +165,18 @@ def test_published_mix_has_text_for_all_but_one_of_its_parts():
     more = ["source.parts.stackoverflow.kind=jsonl", "source.parts.stackoverflow.paths=[so]"]
     config = checked(compose_settings(["source=smollm1", *more, "out=data"]))
     assert config.source.settings()[-1] == JsonlSource(name="stackoverflow", paths=["so"])
+
+
+@pytest.mark.parametrize(
+    "override,sentence",
+    [
+        ("source.parts.web.kind=jsonl", "source.parts is a setting of source=mixed, not of quickstart; choose that"),
+        ("executor.sbatch.account=x", "executor.sbatch is a setting of executor=slurm, not of local; choose that"),
+    ],
+)
+def test_setting_of_another_choice_is_refused(run, override, sentence):
+    code, said = run("source=quickstart", override, "out=data")
+    assert code == 3 and sentence in said
 
 
 def test_part_of_another_type_is_refused():
