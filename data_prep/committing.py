@@ -17,8 +17,7 @@ from data_prep.files import digest, read_json, write_atomically
 from data_prep.merging import Splits, groups_of
 from data_prep.progress import Say
 from data_prep.run_config import MixConfig, Packing
-from data_prep.shards import RATIO_BINS, counts_path
-from data_prep.tokenizing import Made
+from data_prep.shards import RATIO_BINS, Made, counts_path
 from ssa_pretrain.data.indexed_format import (
     SPLITS,
     Manifest,

@@ -15,7 +15,8 @@ from data_prep.files import read_json, write_json
 from data_prep.planning import Shard, Subset, file_sums, input_digest, plan_shards
 from data_prep.progress import Say
 from data_prep.shards import Job, shard_fingerprint
-from data_prep.sources.catalog import SOURCES, sources_of
+from data_prep.sources.catalog import SOURCES
+from data_prep.sources.mixed import sources_of
 from data_prep.sources.store import TextStore, described, has_other_text, known_text, stored_text
 from data_prep.tokenizer.backends import HuggingFaceBackend
 from data_prep.tokenizer.encoding import Vocabulary

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,11 +24,8 @@ from data_prep.errors import InputError
 from data_prep.files import read_json, sync, write_json
 from data_prep.progress import Say
 from data_prep.run_config import MergeConfig
-from data_prep.shards import has_files, shard_prefix
+from data_prep.shards import Made, has_files, shard_prefix
 from ssa_pretrain.data.indexed_format import HEADER, SPLITS, ShardInfo, file_sha256, read_header
-
-if TYPE_CHECKING:
-    from data_prep.tokenizing import Made
 
 COPY_BYTES = 8 << 20
 
@@ -42,7 +38,7 @@ class Group:
 
     name: str  # of the part
     stem: str  # of the file
-    members: "tuple[Made, ...]"
+    members: tuple[Made, ...]
 
     @property
     def key(self) -> list[list[str]]:
@@ -50,7 +46,7 @@ class Group:
         return [[made.job.shard.stem, made.job.fingerprint] for made in self.members]
 
 
-def merge(out: Path, made: "list[Made]", config: MergeConfig, say: Say) -> Splits:
+def merge(out: Path, made: list[Made], config: MergeConfig, say: Say) -> Splits:
     """Makes the files of the dataset and returns what they are, by split.
 
     Args:
@@ -82,7 +78,7 @@ def merge(out: Path, made: "list[Made]", config: MergeConfig, say: Say) -> Split
     return {split: tuple(files) for split, files in splits.items()}
 
 
-def groups_of(made: "list[Made]", files: int) -> list[Group]:
+def groups_of(made: list[Made], files: int) -> list[Group]:
     """Returns which shards are joined: neighbours of one part, about as many in each of at most `files` groups."""
     groups = []
     for name in dict.fromkeys(one.job.shard.name for one in made):

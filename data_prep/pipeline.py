@@ -23,7 +23,8 @@ from data_prep.errors import InputError
 from data_prep.files import only_writer
 from data_prep.merging import merge
 from data_prep.progress import Say
-from data_prep.tokenizing import Made, made_shards, tokenize
+from data_prep.shards import Made
+from data_prep.tokenizing import made_shards, tokenize
 from ssa_pretrain.data.indexed_format import Manifest
 
 

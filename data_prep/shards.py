@@ -46,6 +46,14 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """A shard that exists."""
+
+    job: Job
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """Work done since the last report."""
 

@@ -4,7 +4,6 @@ import json
 import resource
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,12 @@ from data_prep.planning import Shard
 from data_prep.pool import Recipe, make_shards, num_workers
 from data_prep.progress import Say
 from data_prep.readers import read_piece
-from data_prep.shards import Job, counts_path, has_files, known_record, record_path, shard_prefix
+from data_prep.shards import Job, Made, counts_path, has_files, known_record, record_path, shard_prefix
 from data_prep.tokenizer.backends import choose_backend, is_compared, stay_on_one_thread
 from data_prep.tokenizer.encoding import Encoder
 from ssa_pretrain.data.indexed_format import SPLITS
 
 SAMPLE_DOCUMENTS, SAMPLE_BYTES = 1_000, 250_000  # on which a faster backend must agree, over all shards
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A shard that exists."""
-
-    job: Job
-    record: dict[str, Any]
 
 
 def tokenize(config: Config, out: Path, work: Work, say: Say) -> list[Made] | None:

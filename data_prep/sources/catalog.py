@@ -22,7 +22,6 @@ from typing import Any
 from data_prep import config as settings
 from data_prep.sources.files import find_files
 from data_prep.sources.hub_settings import HubSource
-from data_prep.sources.mixed import MixedSource
 from data_prep.sources.store import TextStore
 
 Progress = Callable[[str], None]
@@ -73,8 +72,3 @@ SOURCES: dict[str, Source] = {
     "parquet": Source(settings.ParquetSource, _own_files, remembered=False),
     "text": Source(settings.TextSource, _own_files, remembered=False),
 }
-
-
-def sources_of(source: Any) -> list[Any]:
-    """Returns the settings of the sources that a run asks: the parts of a mixed one, else the one itself."""
-    return source.settings() if isinstance(source, MixedSource) else [source]

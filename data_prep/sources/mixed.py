@@ -14,6 +14,8 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep.sources.catalog import SOURCES
+
 
 @dataclass(kw_only=True, slots=True)
 class MixedSource:
@@ -50,6 +52,11 @@ class MixedSource:
         return [part_settings(name, values) for name, values in self.parts.items()]
 
 
+def sources_of(source: Any) -> list[Any]:
+    """Returns the settings of the sources that a run asks: the parts of a mixed one, else the one itself."""
+    return source.settings() if isinstance(source, MixedSource) else [source]
+
+
 def part_settings(name: str, values: Any) -> Any:
     """Returns the typed settings of one part.
 
@@ -60,9 +67,6 @@ def part_settings(name: str, values: Any) -> Any:
     Raises:
         ValueError: no such kind or setting, or one of another type, in one sentence.
     """
-    # The catalogue lists the settings of all sources, and so is loaded after this module.
-    from data_prep.sources.catalog import SOURCES
-
     where = f"source.parts.{name}"
     if not isinstance(values, dict) or values.get("kind") not in SOURCES:
         kind = values.get("kind") if isinstance(values, dict) else values

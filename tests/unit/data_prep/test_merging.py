@@ -14,8 +14,7 @@ from data_prep.errors import InputError
 from data_prep.merging import groups_of, merge, merged_stems
 from data_prep.planning import Shard
 from data_prep.run_config import MergeConfig
-from data_prep.shards import Job
-from data_prep.tokenizing import Made
+from data_prep.shards import Job, Made
 from ssa_pretrain.data.indexed_format import check_pair, read_lengths, write_index
 
 DTYPE = np.dtype("<u2")
@@ -144,8 +143,7 @@ from data_prep.binaries import TokenFile
 from data_prep.merging import merge
 from data_prep.planning import Shard
 from data_prep.run_config import MergeConfig
-from data_prep.shards import Job
-from data_prep.tokenizing import Made
+from data_prep.shards import Job, Made
 out, documents, dtype = Path(sys.argv[1]), int(sys.argv[2]), np.dtype("<u2")
 shards = []
 for number in range(4):
