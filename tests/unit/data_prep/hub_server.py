@@ -5,6 +5,7 @@ localhost the other host.
 """
 
 import hashlib
+import io
 import json
 import re
 import threading
@@ -12,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+import pyarrow
+import pyarrow.parquet as parquet
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 REPO = "owner/corpus"
@@ -178,3 +182,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _lfs(raw: bytes) -> dict:
     return {"sha256": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 134}
+
+
+def table(rows: int, name: str) -> bytes:
+    """A Parquet file like fineweb-edu's: text between other columns, one of them nested, five rows a row group."""
+    buffer = io.BytesIO()
+    columns = {
+        "prompt": [f"prompt {n} " + "?" * 20_000 for n in range(rows)],
+        "metadata": [{"url": f"u{n}", "score": n} for n in range(rows)],
+        "text": [f"{name} {n} " + "word " * 400 for n in range(rows)],
+    }
+    parquet.write_table(pyarrow.table(columns), buffer, row_group_size=5, compression="none", use_dictionary=False)
+    return buffer.getvalue()

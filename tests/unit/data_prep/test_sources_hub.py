@@ -1,15 +1,12 @@
 """Datasets on the hub, against a server that speaks its protocol: pinned, whole, resumed, and every fault named."""
 
 import hashlib
-import io
 import json
 from pathlib import Path
 
 import huggingface_hub.constants
-import pyarrow
-import pyarrow.parquet as parquet
 import pytest
-from hub_server import COMMIT, Fault, Hub, start_hub
+from hub_server import COMMIT, Fault, Hub, start_hub, table
 
 from data_prep.errors import InputError
 from data_prep.planning import plan_shards
@@ -19,18 +16,6 @@ from data_prep.sources.hub_corpus import fetch_hub
 from data_prep.sources.hub_settings import HubMode, HubSource, HubSubset
 
 REPO = "owner/corpus"
-
-
-def table(rows: int, name: str) -> bytes:
-    """A Parquet file like fineweb-edu's: text between other columns, one of them nested, five rows a row group."""
-    buffer = io.BytesIO()
-    columns = {
-        "prompt": [f"prompt {n} " + "?" * 20_000 for n in range(rows)],
-        "metadata": [{"url": f"u{n}", "score": n} for n in range(rows)],
-        "text": [f"{name} {n} " + "word " * 400 for n in range(rows)],
-    }
-    parquet.write_table(pyarrow.table(columns), buffer, row_group_size=5, compression="none", use_dictionary=False)
-    return buffer.getvalue()
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import sentences
-from hub_server import start_hub
-from test_sources_hub import table
+from hub_server import start_hub, table
+from texts import sentences
 
 from data_prep.cli import checked, compose_settings
 from data_prep.config import JsonlSource
