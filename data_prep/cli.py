@@ -39,7 +39,7 @@ CONF = Path(__file__).parent / "conf"
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 # Dictionaries whose keys are names of the user's.
-OWN_NAMES = ("mix.weights.", "mix.weights=", "executor.sbatch.", "executor.sbatch=", "source.parts.", "source.parts=")
+OWN_NAMES = ("mix.weights", "executor.sbatch", "source.parts")
 
 SCHEMAS = {
     "source": {**{kind: source.settings for kind, source in SOURCES.items()}, "mixed": MixedSource},
@@ -94,16 +94,17 @@ def compose_settings(overrides: list[str]) -> DictConfig:
 
 def _opened(override: str) -> str:
     """Returns an override that may add keys, where the keys are the user's own names."""
-    return f"++{override}" if override.startswith(OWN_NAMES) else override
+    return f"++{override}" if override.startswith(tuple(name + end for name in OWN_NAMES for end in ".=")) else override
 
 
 def checked(composed: DictConfig) -> settings.Config:
     """Returns the settings as dataclasses; ConfigurationError with every problem found."""
-    for group, key, choice in (("source", "parts", "mixed"), ("executor", "sbatch", "slurm")):
-        kind = composed[group].get("kind")
-        if key in composed[group] and key not in SCHEMAS[group][kind].__dataclass_fields__:
+    for name in OWN_NAMES:  # which `_opened` lets in under any choice
+        group, key = name.split(".")
+        takers = [kind for kind, schema in SCHEMAS.get(group, {}).items() if key in schema.__dataclass_fields__]
+        if takers and key in composed[group] and (kind := composed[group].kind) not in takers:
             raise ConfigurationError(
-                f"{group}.{key} is a setting of {group}={choice}, not of {kind}; choose that, or leave it out"
+                f"{name} is a setting of {group}={takers[0]}, not of {kind}; choose that, or leave it out"
             )
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:

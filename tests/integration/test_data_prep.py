@@ -19,39 +19,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from texts import sentences
 from tokenizers import Tokenizer
 
 from ssa_pretrain.data.indexed_format import check_pair, load_manifest, verify_hashes
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("DATA_PREP_KILL_ROUNDS", "5"))  # of three kills each
-WORDS = [
-    "the",
-    "sparse",
-    "stream",
-    "reads",
-    "blocks",
-    "of",
-    "keys",
-    "while",
-    "the",
-    "full",
-    "stream",
-    "reads",
-    "every",
-    "key",
-    "it",
-    "may",
-    "see",
-    "in",
-    "a",
-    "document",
-]
 
 
 def texts(count: int, seed: int, words: int = 200) -> list[str]:
-    draw = random.Random(seed)
-    return [f"{seed}.{n}: " + " ".join(draw.choices(WORDS, k=draw.randint(20, words))) for n in range(count)]
+    return sentences(count, seed, words=words, prefix=f"{seed}.")
 
 
 def write_jsonl(path: Path, documents: list[str]) -> None:

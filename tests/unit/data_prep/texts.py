@@ -26,7 +26,7 @@ WORDS = [
 ]
 
 
-def sentences(count: int, seed: int) -> list[str]:
-    """Returns `count` different texts of 20 to 200 words."""
+def sentences(count: int, seed: int, *, words: int = 200, prefix: str = "") -> list[str]:
+    """Returns `count` different texts of 20 to `words` words, each behind the prefix and its number."""
     draw = random.Random(seed)
-    return [f"{number}: " + " ".join(draw.choices(WORDS, k=draw.randint(20, 200))) for number in range(count)]
+    return [f"{prefix}{number}: " + " ".join(draw.choices(WORDS, k=draw.randint(20, words))) for number in range(count)]
