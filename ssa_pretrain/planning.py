@@ -10,7 +10,7 @@ communication buffers are not in it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, EngineName, Method, PrecisionName, Recompute
+from ssa_pretrain.config import Config, EngineName, Method, PrecisionName, Recompute, Score
 from ssa_pretrain.flops import RowFlops, peak_flops, row_flops
 from ssa_pretrain.problems import ConfigError, Problem, divisors
 
@@ -198,7 +198,8 @@ def _layer_bytes_a_token(config: Config, size: int) -> int:
     qkv = width + 2 * model.num_kv_heads * model.head_dim * config.parallel.cp
     streams = 2 if method is Method.ssa else 1
     outputs = streams * (width * size + 4 * model.num_attention_heads)  # and their LSEs in fp32
-    indices = 0 if method is Method.full else 4 * config.attention.top_k * model.num_kv_heads
+    lists = model.num_attention_heads if config.attention.score is Score.per_head else model.num_kv_heads
+    indices = 0 if method is Method.full else 4 * config.attention.top_k * lists
     selective = config.engine.recompute is Recompute.selective
     feed_forward = (
         (2 if selective else 3) * model.ffn_hidden_size * size

@@ -1,8 +1,8 @@
 """Rules that join sections of a configuration, the machine and the data; `check` is all of them.
 
-`warning` is what none of them refuses. A rule returns problems and never raises. Rules run in order, and one that reads a key with a problem of its own is left out,
-so that one mistake is one line. What they know of the machine is a `Machine`, which the command line takes; planning for
-another machine leaves it unknown.
+`warning` is what none of them refuses. A rule returns problems and never raises. Rules run in order, and one that reads a key with a
+problem of its own is left out, so that one mistake is one line. What they know of the machine is a `Machine`, which the command line
+takes; planning for another machine leaves it unknown.
 """
 
 import math
@@ -18,6 +18,7 @@ from ssa_pretrain.rules_deepspeed import deepspeed_problems
 from ssa_pretrain.run_folder import ELSEWHERE, unwritable
 
 LLAMA3_CONTEXT = 8192  # the original context in Llama-3 RoPE scaling
+MOST_HEADS_A_GROUP = 32  # query heads to a kv head in the GPU kernels
 FP8_MULTIPLE = 16  # what Transformer Engine asks of both dimensions of an FP8 product
 
 
@@ -233,11 +234,18 @@ def _kernels(config: Config, machine: Machine) -> list[Problem]:
         rule = "is not a format of the GPU kernels"
         advice = "try precision=bf16 or attention.impl=reference"
         found.append(Problem("precision.name", config.precision.name, rule, advice, ("attention.impl",)))
-    if head_dim % 8 or head_dim > 128:
-        rule = "is not a multiple of 8 up to 128, as the GPU kernels need"
-        near = nearest(min(head_dim, 128), range(8, 129, 8))
+    if head_dim % 8 or not 16 <= head_dim <= 128:
+        rule = "is not a multiple of 8 from 16 to 128, as the GPU kernels need"
+        near = nearest(min(head_dim, 128), range(16, 129, 8))
         advice = f"try {join([*near, 'attention.impl=reference'])}"
         found.append(Problem("model.head_dim", head_dim, rule, advice, ("attention.impl",)))
+    heads, kv_heads = config.model.num_attention_heads, config.model.num_kv_heads
+    if heads > MOST_HEADS_A_GROUP * kv_heads:
+        rule = f"gives each kv head more than {MOST_HEADS_A_GROUP} of model.num_attention_heads={heads}, the most that the GPU kernels take"
+        fewest = next(d for d in divisors(heads) if heads <= MOST_HEADS_A_GROUP * d)
+        advice = f"try {fewest} or attention.impl=reference"
+        reads = ("model.num_attention_heads", "attention.impl")
+        found.append(Problem("model.num_kv_heads", kv_heads, rule, advice, reads))
     return found
 
 

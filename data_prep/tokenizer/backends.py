@@ -77,8 +77,9 @@ class GigatokenBackend:
         """Returns the ids of all texts end to end, and how many each has."""
         if not texts:
             return _joined([])
-        layout: Any = self._tokenizer.encode_batch(texts, parallel=False).layout  # awkward's annotations do not know it
-        return np.asarray(layout.content.data), np.diff(np.asarray(layout.offsets.data))
+        # One by one: its call for a batch takes a fifth longer and imports awkward, which takes half a second.
+        documents = [self._tokenizer.encode(text) for text in texts]
+        return np.concatenate(documents), np.array([len(ids) for ids in documents], dtype=np.int64)
 
 
 class TiktokenBackend:

@@ -122,10 +122,12 @@ def build_layout(
 def query_slice(layout: DocumentLayout, queries: slice | torch.Tensor) -> DocumentLayout:
     """Returns the layout for a part of the queries (a slice, or their ascending int64 numbers) over all the keys.
 
+    Of a layout by `query_runs` a slice may reach from one run into the next, so its queries count as lying apart.
+
     Neighbours cost least, and runs of neighbours have `query_runs`: selection in Triton takes 128 / G queries of the batch as one tile, which
     walks all block rows from the first one's document to the last one's.
     """
-    together = isinstance(queries, slice) and queries.step in (None, 1)
+    together = isinstance(queries, slice) and queries.step in (None, 1) and len(layout.runs) < 2
     return replace(
         layout,
         query_start=layout.query_start[queries],

@@ -81,7 +81,7 @@ def _named(models: Iterable[torch.nn.Module], config: Config, *, tied_copies: bo
             copy = local_name == "output_layer.weight" and config.model.tie_embeddings
             if copy and not tied_copies:
                 continue
-            name = local_name if local_name == "output_layer.weight" and not copy else global_name(local_name, offset)
+            name = global_name(local_name, offset, tied=config.model.tie_embeddings)
             yield canonical_name(name), local_name, parameter
 
 

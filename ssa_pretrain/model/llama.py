@@ -224,13 +224,13 @@ def initialise(model: torch.nn.Module, config: Config, *, tp_rank: int, layer_of
         if parameter.dim() < 2:
             parameter.fill_(1.0)
             continue
-        full = _draw(global_name(name, layer_offset), parameter, config)
+        full = _draw(global_name(name, layer_offset, tied=config.model.tie_embeddings), parameter, config)
         parameter.copy_(tensor_rank_part(full, name, parameter, config.parallel.tp, tp_rank))
 
 
-def global_name(name: str, layer_offset: int) -> str:
+def global_name(name: str, layer_offset: int, *, tied: bool) -> str:
     """Return a parameter's name in the whole model: layers counted over all stages, a tied output layer called by its embedding."""
-    if name == "output_layer.weight":
+    if tied and name == "output_layer.weight":
         return "embedding.word_embeddings.weight"
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:

@@ -85,7 +85,7 @@ def gather_gradients(chunks: list) -> dict[str, dict]:
         model = unwrap(chunk)
         offset = model.decoder.layers[0].layer_number - 1
         for name, parameter in model.named_parameters():
-            key = f"{'output:' if name.startswith('output_layer') else ''}{global_name(name, offset)}"
+            key = f"{'output:' if name.startswith('output_layer') else ''}{global_name(name, offset, tied=True)}"
             found[key] = {
                 "grad": parameter.main_grad.clone(),
                 "weight": parameter.detach().clone(),

@@ -1,6 +1,8 @@
 """The benchmark's parts that need no GPU: locality, verdicts, the table of bounds, the plot."""
 
+import importlib
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -67,6 +69,16 @@ def test_the_plot_is_written(tmp_path):
 
     roofline([stage()], 4.3e12, 8e14, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
+
+
+def test_without_matplotlib_the_benchmark_starts_and_leaves_the_plot_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import fails
+    for name in [name for name in sys.modules if name.startswith("ssa_kernels.bench")]:
+        monkeypatch.delitem(sys.modules, name)
+    bench = importlib.import_module("ssa_kernels.bench.__main__")
+    bench.plot.roofline([stage()], 4.3e12, 8e14, tmp_path / "roofline.png")
+    assert "roofline.png is left out: install matplotlib" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_activations_that_lack_a_tensor_end_in_a_sentence(tmp_path):

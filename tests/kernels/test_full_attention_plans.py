@@ -1,5 +1,9 @@
 """Which fused kernel the full stream takes, and the shapes that go in and out of it, without a GPU: on meta tensors."""
 
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 import torch
 
@@ -70,3 +74,29 @@ def test_what_no_kernel_takes_ends_in_a_sentence():
     if not te.is_usable():
         with pytest.raises(ValueError, match=r"needs transformer_engine 2.20"):
             plan(q, k, backend="te")
+
+
+@pytest.mark.parametrize(
+    ("installed", "says"),
+    [
+        (None, None),  # nobody expects what is not there
+        ("2.9.0", "2.9.0 is older than 2.20"),
+        (
+            "2.20.0+0123abc",
+            "does not load",
+        ),  # as a build from source is called, which has no distribution of its own for torch
+        ("3.0", "does not load"),
+    ],
+)
+def test_a_transformer_engine_that_is_left_aside_is_said(monkeypatch, installed, says):
+    def version(name):
+        if installed is None or name != "transformer_engine":
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(te, "version", version)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)  # its import fails
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not te.is_usable.__wrapped__()
+    assert [says in str(one.message) for one in said] == ([True] if says else [])

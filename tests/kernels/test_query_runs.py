@@ -69,7 +69,9 @@ def test_a_layout_of_runs_is_that_of_its_queries(documents, ranks):
         for name in ("query_start", "query_position", "query_first_row", "block_start", "cu_seqlens"):
             assert torch.equal(getattr(part, name), getattr(same, name)), name
         assert [(run.first, run.length) for run in part.runs] == spans and not same.runs
-        assert not query_slice(part, slice(0, 3)).runs, "a part of runs is no runs"
+        piece = query_slice(part, slice(0, 3))
+        assert not piece.runs, "a part of runs is no runs"
+        assert piece.scattered == (len(spans) > 1), "and may reach from one into the next"
         for run in part.runs:
             assert run.cu_seqlens_q[-1] == run.length and run.cu_seqlens_k[-1] == run.end
             for name in ("cu_seqlens_q", "cu_seqlens_k"):

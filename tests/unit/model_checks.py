@@ -163,6 +163,21 @@ def test_the_model_equals_the_definition(placement, mode, gate, tied):
     assert min(wanted[1:3]) > 1e-3 and max(wanted[3:]) < 0.95, "the streams must differ for this to say anything"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_a_tied_output_layer_begins_as_the_embedding(placement, tied):
+    from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+    from ssa_pretrain.model.llama import global_name
+
+    weights = dict(unwrap(build_engine(small_config(tied=tied), placement, VOCAB).chunks[0]).named_parameters())
+    names = [global_name(name, 0, tied=tied) for name in ("embedding.word_embeddings.weight", "output_layer.weight")]
+    assert len(set(names)) == (1 if tied else 2)
+    if not tied:
+        embedding, output = (weights[name] for name in names)
+        cosine = torch.nn.functional.cosine_similarity(embedding, output, dim=1)
+        assert cosine.abs().mean() < 0.5, "rows of 32 independent numbers have a mean of 0.14"
+
+
 def test_a_step_reports_what_an_evaluation_of_its_weights_does(placement):
     from ssa_pretrain.engine import build_engine
 

@@ -184,14 +184,25 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         (
             (*PAPER, "model.head_dim=84"),
             GPU,
-            "model.head_dim=84 is not a multiple of 8 up to 128, as the GPU kernels need; "
+            "model.head_dim=84 is not a multiple of 8 from 16 to 128, as the GPU kernels need; "
             "try 80, 88 or attention.impl=reference",
         ),
         (
             ("experiment=full_1b_8k", "model.head_dim=256"),
             GPU,
-            "model.head_dim=256 is not a multiple of 8 up to 128, as the GPU kernels need; "
+            "model.head_dim=256 is not a multiple of 8 from 16 to 128, as the GPU kernels need; "
             "try 120, 128 or attention.impl=reference",
+        ),
+        (
+            (*PAPER, "model.head_dim=8"),
+            GPU,
+            "model.head_dim=8 is not a multiple of 8 from 16 to 128, as the GPU kernels need; try 16, 24 or attention.impl=reference",
+        ),
+        (
+            (*PAPER, "model.num_attention_heads=96", "model.num_kv_heads=2"),
+            GPU,
+            "model.num_kv_heads=2 gives each kv head more than 32 of model.num_attention_heads=96, the most that the GPU kernels take; "
+            "try 3 or attention.impl=reference",
         ),
         (
             (*PAPER, "precision=fp32"),
@@ -269,6 +280,11 @@ def test_the_same_choices_pass_where_the_machine_has_what_they_need() -> None:
     assert found(*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", machine=replace(GPU, world_size=2)) == []
     assert found(*PAPER, "attention.impl=triton", "engine.layer_spec=transformer_engine", machine=GPU) == []
     assert found(*PAPER, "model.head_dim=80", machine=GPU) == []
+    assert found(*PAPER, "model.num_attention_heads=64", "model.num_kv_heads=2", machine=GPU) == []
+    assert (
+        found(*PAPER, "model.num_attention_heads=64", "model.num_kv_heads=1", "attention.impl=reference", machine=GPU)
+        == []
+    )
     assert found(*PAPER, "model.head_dim=84", "attention.impl=reference", machine=GPU) == []
     assert found(*PAPER, "precision=fp8", "attention.impl=triton", machine=CPU.unknown()) == []
 

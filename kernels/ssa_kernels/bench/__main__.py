@@ -1,6 +1,6 @@
 """`python -m ssa_kernels.bench`: the kernels' figures as ratios, in one process on one GPU, as a table, CSV and a roofline plot.
 
-It first checks every operator against float64 and reports nothing if one is wrong. `--quick` leaves out rows beyond 32k; `--activations`
+It first checks selection, both streams, gate and alignment (check.py) and reports nothing if one is wrong. `--quick` leaves out rows beyond 32k; `--activations`
 adds the locality of real activations (a .pt or .npz file with q, k, v and cu_seqlens of one layer, as many as are given), which works on
 a CPU too. It measures neither a whole training step nor several GPUs.
 """

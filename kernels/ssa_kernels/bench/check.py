@@ -1,7 +1,8 @@
-"""A quick check against float64 before anything is timed: a benchmark of wrong kernels says nothing.
+"""A quick check before anything is timed: a benchmark of wrong kernels says nothing.
 
 One small packed batch of ragged documents; the references of the package in float64, themselves judged by the tests. Outputs and
-gradients may be off by what bf16 operands make of them; chosen blocks may differ only where scores are as good as equal.
+gradients may be off by what bf16 operands make of them. Selection is compared with its reference on the same bf16 operands: chosen blocks
+may differ only where scores are as good as equal. Not checked here, but by the tests: the fused layer, and full attention over equal rows.
 """
 
 import torch

@@ -1,18 +1,23 @@
 """The roofline: each operator's operations per second over its operations per byte, under the ceilings measured in the same run."""
 
+import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from .bounds import L2_BYTES_PER_SECOND, Stage
 
 
 def roofline(stages: list[Stage], copy: float, matmul: float, path: Path) -> None:
-    """Writes the plot to `path`: filled marks against device memory, hollow ones against the L2's gathers."""
+    """Writes the plot to `path`: filled marks against device memory, hollow ones against the L2's gathers. Without matplotlib it says so."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"{path.name} is left out: install matplotlib (extra bench) for the plot", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(9, 6))
     intensity = np.logspace(-1, 4.5, 200)
     axes.loglog(

@@ -43,6 +43,7 @@ def full_attention(
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     check_attention_inputs(q, k, v, num_rows)
     if resolve_impl(impl, q, "full_attention") == "triton" and q.is_cuda:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # Transformer Engine reads no strides
         return _FullAttention.apply(q, k, v, cu_seqlens, num_rows, backend, scale, return_lse)
     _check_rows(cu_seqlens, q.shape[0], num_rows)
     return full_attention_reference(q, k, v, cu_seqlens=cu_seqlens, scale=scale, return_lse=return_lse)

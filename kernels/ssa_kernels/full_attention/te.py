@@ -8,6 +8,7 @@ attention module makes. The log-sum-exp is a natural logarithm: [tokens, H, 1] f
 Not used in deterministic mode: asked for a deterministic backward on packed documents, version 2.20 with cuDNN 9.19 wants terabytes.
 """
 
+import re
 import warnings
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,17 +23,20 @@ ROWS = {"qkv_layout": "bshd_bshd_bshd", "o_format": "bshd", "attn_mask_type": "c
 
 @cache
 def is_usable() -> bool:
-    """Whether a recent enough Transformer Engine with its torch extension is there and loads. It takes seconds, once.
+    """Whether a recent enough Transformer Engine is there and loads with its torch extension; warns of one that does not. It takes seconds, once.
 
     It must come before the process's first use of torch's cuDNN: where a system has a cuDNN beside torch's own, Transformer Engine
     loads the system's libraries, which cannot follow torch's. So plan_fused asks before anything else, whichever kernel it then takes.
     """
     try:
-        version("transformer_engine_torch")
-        major, minor = version("transformer_engine").split(".")[:2]
+        installed = version("transformer_engine")
     except PackageNotFoundError:
         return False
-    if (int(major), int(minor)) < OLDEST:
+    if tuple(int(number) for number in re.findall(r"\d+", installed)[:2]) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        warnings.warn(
+            f"Transformer Engine {installed} is older than {needed}; packed documents take FlashAttention instead. Install {needed} or later."
+        )
         return False
     try:
         import transformer_engine.pytorch.cpp_extensions.fused_attn  # noqa: F401

@@ -1,5 +1,6 @@
 """`select_blocks`: the public function, its checks and the choice of implementation."""
 
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -43,6 +44,7 @@ def select_blocks(
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
     if resolve_impl(impl, q, "select_blocks") == "triton":
+        _check_triton(q, k)
         from .forward import select_blocks_triton  # Triton is not installed everywhere
 
         # A tile of queries walks the block rows from its first query's document to its last one's: neighbours alone bound that.
@@ -61,7 +63,16 @@ def _neighbours(q: torch.Tensor, layout: DocumentLayout) -> list[tuple[torch.Ten
     lengths = [run.length for run in layout.runs]
     ends = list(accumulate(lengths))
     pieces = zip(q.split(lengths), lengths, ends, strict=True)
-    return [(part, query_slice(layout, slice(end - length, end))) for part, length, end in pieces]
+    apart = replace(layout, runs=())  # a slice that is a run does not reach into the next
+    return [(part, query_slice(apart, slice(end - length, end))) for part, length, end in pieces]
+
+
+def _check_triton(q: torch.Tensor, k: torch.Tensor) -> None:
+    group, head_dim = q.shape[1] // k.shape[1], q.shape[2]
+    if group > 32 or not 16 <= head_dim <= 128:
+        raise ValueError(
+            f"H / G = {group} and D = {head_dim} must be at most 32 and in [16, 128] for the Triton kernels; try impl='reference'"
+        )
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, block_size: int, top_k: int, score: str) -> None:

@@ -16,7 +16,8 @@ tokens at a time, which `topk.py` consumes before the next.
 
 What binds is the exponential unit: 2 x T^2 / (2 K) exponentials a head. A tile of tokens may span documents; each token masks by its own
 first row, and tiles within one document (nearly all) skip the mask up to the last tile of blocks. Tiles whose tokens see fewer than top_k
-blocks skip the work: all their candidates are chosen.
+blocks skip the work: all their candidates are chosen. Where a tile begins depends on the documents before, and with it the order of a sum's
+terms: a document's sums agree to a few 1e-7 whatever else is in the batch, not to the bit, so blocks that tie within that may be chosen otherwise.
 
 Not done here: no gradient (selection has none), no choice (topk.py).
 """

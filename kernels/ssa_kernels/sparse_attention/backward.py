@@ -8,7 +8,9 @@ whatever those do not serve (forward.py says what that is), one (query, list) or
 
 All sums have a fixed order that depends on the document alone: gradients are bit-identical from run to run and do not depend on what
 else is in the batch. Memory beyond the results, at 65,536 tokens of 32 heads and 2 kv heads of 64 (N 16, K 16): 336 MB of segment sums,
-17 MB of index, 8 MB of delta; before the sums, 34 MB of tiles while dq runs.
+17 MB of index, 8 MB of delta; before the sums, 34 MB of tiles while dq runs. The segment sums hold max_segments x 2 x K x D x 4 bytes
+(index.py), so they grow with the block size and with the number of documents: 2.2 GB for K 128 there, 4.8 GB for 8 kv heads of 128 and
+K 128, 1.3 GB for documents of one token.
 """
 
 from collections.abc import Callable

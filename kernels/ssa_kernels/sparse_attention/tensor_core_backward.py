@@ -11,7 +11,7 @@ and used in both orientations, by movmatrix. Writes delta where it was not given
 dK, dV. Grid: one program per segment of the bound, in the schedule's order; a warp for every 16 keys of the block. Keys are the rows
 of the products: s^T = K Q^T, dp^T = V dO^T with K and V fixed in registers, and p^T and ds^T feed dv += p^T dO, dk += ds^T Q from the
 registers where they arise (D up to 64; tensor_core_wide.py has the rest). A step takes 16 rows of q (or one list's, if more): one entry of 16 heads, two of 8, 16 of one. Every
-program writes its sums in fp32 to a place of its own; reduce.py adds up a bucket's places in order. No atomics.
+program writes its sums in fp32 to a place of its own; backward.py adds up a bucket's places in order. No atomics.
 """
 
 from triton.experimental import gluon

@@ -78,6 +78,15 @@ def test_tokens_past_the_last_boundary_are_a_document(backend):
     check(make(sum(LENGTHS)), LENGTHS, cu_seqlens=ends(LENGTHS[:-1]), backend=backend)
 
 
+@pytest.mark.parametrize("backend", [*PACKED, "cudnn"])
+def test_parts_of_one_projection_are_read_by_their_strides(backend):
+    mixed = torch.randn(512, 12, 64, device="cuda", dtype=torch.bfloat16)
+    inputs = [part.requires_grad_() for part in mixed.split([8, 2, 2], 1)]
+    assert not any(part.is_contiguous() for part in inputs)
+    lengths = [256, 256]
+    check(inputs, lengths, cu_seqlens=ends(lengths), backend=backend, num_rows=2 if backend == "cudnn" else None)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128)])
 @pytest.mark.parametrize(("num_rows", "length"), [(1, 512), (3, 200), (2, 129), (4, 100)])
 @pytest.mark.parametrize("backend", [None, PACKED[1]])
