@@ -13,6 +13,7 @@
 #   --dry-run                print the exact command and the run's plan; start nothing
 #
 # A flag counts before the variable in brackets. What follows the flags goes to the entry point as it is. Resuming is the same command again.
+# After SIGTERM torchrun waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (600) for the processes to save before it kills them (torch 2.11: always 30).
 set -euo pipefail
 
 nproc=${NPROC_PER_NODE:-auto}
@@ -60,6 +61,7 @@ else
 fi
 
 export PYTHONSAFEPATH=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 command=("$python" -m torch.distributed.run "--nnodes=$nnodes" "--nproc-per-node=$nproc" "${meet[@]}" -m "$module" "$@")
 
@@ -71,7 +73,7 @@ if [[ ! $nproc =~ ^[0-9]+$ ]]; then
 fi
 
 if ((dry_run)); then
-    printf 'PYTHONSAFEPATH=1 OMP_NUM_THREADS=%s ' "$OMP_NUM_THREADS"
+    printf 'PYTHONSAFEPATH=1 OMP_NUM_THREADS=%s TORCH_ELASTIC_SHUTDOWN_TIMEOUT=%s ' "$OMP_NUM_THREADS" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
     printf '%q ' "${command[@]}"
     printf '\n'
     world=()

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from ssa_pretrain.parallel.agreement import together, watched
 
 FACTS = "checkpoint.json"
 SCHEMA = 1
+VISIBLE_SECONDS = 30.0  # until a file of another node must be seen: network storage may be slow in showing it
 NAME = re.compile(r"step_\d{8,}")  # anything else beside the checkpoints (step_00000100_good, a copy) is the user's
+LATER = "vocabulary."  # facts that older checkpoints lack
 Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
 SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
 
@@ -45,7 +48,14 @@ class Checkpoint:
 
 
 def publish(
-    run: Path, step: int, facts: dict[str, Any], write: Callable[[Path], None], *, keep: int, is_first: bool
+    run: Path,
+    step: int,
+    facts: dict[str, Any],
+    write: Callable[[Path], None],
+    *,
+    keep: int,
+    is_first: bool,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Write and publish a checkpoint; every rank calls it.
 
@@ -56,6 +66,7 @@ def publish(
         write: the engine's save, called on every rank with an empty folder.
         keep: newest checkpoints that stay.
         is_first: on the one rank that publishes.
+        say: takes a line for the user.
 
     Returns:
         The published folder.
@@ -72,7 +83,9 @@ def publish(
             scratch.mkdir(parents=True)
 
     def digest() -> None:
-        mine.update(_entries(scratch, _share(_sizes(scratch), dist.get_rank(), dist.get_world_size())))
+        sizes = _sizes(scratch)
+        seen.update(sizes)
+        mine.update(_entries(scratch, _share(sizes, dist.get_rank(), dist.get_world_size())))
 
     def seal() -> None:
         if is_first:
@@ -80,8 +93,6 @@ def publish(
             shutil.rmtree(target, ignore_errors=True)
             os.rename(scratch, target)
             _flush(target.parent)
-            for old in [folder for folder in _published(run) if _step_of(folder) <= step][keep:]:
-                shutil.rmtree(old)
 
     def describe(reason: str) -> str:
         free = shutil.disk_usage(run).free / 2**30
@@ -98,13 +109,18 @@ def publish(
 
     key = f"ssa_pretrain/failed_save/{step}"
     mine: dict[str, Entry] = {}
+    seen: set[str] = set()
     parts: list[dict[str, Entry]] = [{}] * dist.get_world_size()
     with watched(key, exit_code=5):
         everywhere(prepare)
         everywhere(lambda: write(scratch))
         everywhere(digest)
         dist.all_gather_object(parts, mine)
+        everywhere(lambda: _require_all(scratch, _missed(seen), is_first=is_first))
         everywhere(seal)
+    if is_first:
+        for old in [folder for folder in _published(run) if _step_of(folder) <= step][keep:]:
+            _remove(old, say)
     return target
 
 
@@ -179,7 +195,8 @@ def find_damage(folder: Path) -> str | None:
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Return one line for each fact in which a checkpoint and a run differ.
 
-    A key that the configuration got after the checkpoint was written counts with its default, which is what that run did.
+    A key that the configuration got after the checkpoint was written counts with its default, which is what that run did. One of LATER
+    that it lacks is not compared.
     """
     saved = _with_defaults(saved, wanted, config_to_dict(Config()))
     keys = sorted(saved.keys() | wanted.keys())
@@ -195,8 +212,8 @@ def _with_defaults(saved: dict[str, Any], wanted: dict[str, Any], defaults: dict
             default = default.get(name) if isinstance(default, dict) else None
         if isinstance(value, dict) and isinstance(saved.get(key), dict):
             filled[key] = _with_defaults(saved[key], value, default or {})
-        elif key not in saved and default is not None:
-            filled[key] = default
+        elif key not in saved and (default is not None or key.startswith(LATER)):
+            filled[key] = value if default is None else default
     return filled
 
 
@@ -207,7 +224,7 @@ def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_alon
         found: whose weights are to be read.
         wanted: the run's facts.
         shapes_alone: compare only what decides the weights' shapes, so that a new run may change the rest (a longer RoPE). The vocabulary is
-            compared where both name it: 0 is the tokenizer's, which the facts do not hold.
+            compared as padded; model.vocab_size only where both name it, since 0 is the tokenizer's.
 
     Raises:
         CheckpointError: they differ; it names each key with both values.
@@ -218,11 +235,42 @@ def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_alon
         unnamed = 0 in (found.facts.get("model.vocab_size"), wanted.get("model.vocab_size"))
         for key in (*SHAPELESS, *["model.vocab_size"] * unnamed):
             changed.pop(key, None)
-    lines = [line for key, line in changed.items() if key.startswith("model.") or key == "attention.gate"]
+    decisive = ("attention.gate", "vocabulary.padded_size")
+    lines = [line for key, line in changed.items() if key.startswith("model.") or key in decisive]
     if lines:
         raise CheckpointError(
             f"{found.folder} holds another model ({'; '.join(lines)}); give the settings it was trained with, or name another checkpoint"
         )
+
+
+def _missed(seen: set[str]) -> set[str]:
+    """Return files that some rank sees and the first one did not, on every rank; names travel only where what the ranks see differs."""
+    digests: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256("\n".join(sorted(seen)).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return set()
+    views: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(views, seen)
+    return set().union(*views) - views[0]
+
+
+def _require_all(folder: Path, missed: set[str], *, is_first: bool) -> None:
+    """Raise OSError on the first rank where files that other ranks have written do not come to its sight: its list would lack them."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while is_first and (hidden := sorted(name for name in missed if not (folder / name).is_file())):
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"{hidden[0]}, which another rank wrote, is not to be seen here: is output_dir on shared storage?"
+            )
+        time.sleep(0.1)
+
+
+def _remove(folder: Path, say: Callable[[str], None]) -> None:
+    """Remove an old checkpoint, or say why it stays: the newer one is published, and the next save tries again."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        say(f"{folder} could not be removed ({error.strerror}); the next checkpoint tries again")
 
 
 def _seal(folder: Path, step: int, facts: dict[str, Any], entries: dict[str, Entry]) -> None:

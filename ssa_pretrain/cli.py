@@ -6,13 +6,13 @@ composition.py, converted by config_io.py and checked by rules.py, because Hydra
 a folder per process. `dry_run=true` (or `--dry-run`) prints the plan and leaves. Exit code 3: the configuration is wrong;
 4: only the data is.
 
-Every rank of a run reads the same command, and rank 0 alone speaks. Neither torch nor megatron-core is imported.
+Every rank of a run reads the same command, and rank 0 alone speaks; of a problem the first rank of every node does, since nodes may differ. Neither torch nor megatron-core is imported.
 """
 
 import argparse
 import json
 import os
-import re
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +28,7 @@ from ssa_pretrain.composition import Source, compose, hydra_on, sort_overrides
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
 from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.devices import has_gpu
 from ssa_pretrain.ds_config import ds_config
 from ssa_pretrain.planning import describe, make_plan
 from ssa_pretrain.problems import SECRET, ConfigError, Problem
@@ -59,6 +60,8 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
     except ConfigError as error:
         if speaks:
             sys.stderr.write(report(entry, error) + "\n")
+        elif os.environ.get("LOCAL_RANK") == "0":
+            sys.stderr.write(f"{socket.gethostname()}: {report(entry, error)}\n")
         raise SystemExit(error.exit_code) from None
     if plan:
         sys.stdout.write(plan * speaks)
@@ -97,7 +100,7 @@ def this_machine() -> Machine:
     """Returns what rules may know of this process's machine without importing torch; raises ConfigError where the launcher's words make no sense."""
     return Machine(
         world_size=_from_launcher("WORLD_SIZE", default=1),
-        has_gpu=_has_gpu(),
+        has_gpu=has_gpu(),
         has_transformer_engine=find_spec("transformer_engine") is not None,
         has_deepspeed=find_spec("deepspeed") is not None,
         slurm_tasks=_slurm_tasks(),
@@ -240,13 +243,3 @@ def _slurm_tasks() -> int:
         return 1
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
     return int(tasks) if tasks.isdigit() else 1
-
-
-def _has_gpu() -> bool:
-    """Whether the driver shows a GPU and torch was built for it, both read from files."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
-    torch = find_spec("torch")
-    if hidden or torch is None or not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
-        return False
-    version = Path(torch.submodule_search_locations[0]) / "version.py" if torch.submodule_search_locations else None
-    return version is not None and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None

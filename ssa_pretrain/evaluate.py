@@ -44,7 +44,7 @@ def evaluate_run(config: Config) -> None:
     """Evaluate and sample the newest checkpoint of a run; every rank calls it."""
     from ssa_pretrain.checkpoint import CheckpointError, require_same_model
     from ssa_pretrain.parallel.state import joined
-    from ssa_pretrain.trainer import MODES, build_run, facts, judge, newest_checkpoint, say
+    from ssa_pretrain.trainer import MODES, build_run, facts, judge, newest_checkpoint, say, warn_of_another_tokenizer
 
     # User buffers have the shape of a microbatch, and prompts have another.
     config = replace(config, engine=replace(config.engine, overlap_tp=False))
@@ -54,6 +54,7 @@ def evaluate_run(config: Config) -> None:
         if found is None:
             raise CheckpointError(f"{run.folder} holds no checkpoint; train first, or set output_dir to a run's folder")
         require_same_model(found, facts(run))
+        warn_of_another_tokenizer(run, found)
         run.engine.load_weights(found.folder)
         figures = {}
         for mode in MODES:

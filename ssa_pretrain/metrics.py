@@ -200,16 +200,17 @@ class MetricsLogger:
         self.speed = Speed(clock=clock)
         self._tracker = tracker
         self._file = None
+        self._waiting = b""  # lines that a full disk has not taken
+        self.evaluated: set[tuple[int, str]] = set()  # (step, mode) of every record of an evaluation
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / FILE_NAME
             if damage := set_aside_damage(path):
                 self.console.say(damage)
             keep_until(path, resume_step)
-            if tracker is not None and path.exists():
-                for record in read_records(path):
-                    tracker.log(record)
-            self._file = path.open("a", encoding="utf-8")
+            for record in read_records(path) if path.exists() else ():
+                self._note(record)
+            self._file = path.open("ab", buffering=0)
 
     def log_step(self, record: Mapping[str, Any], flops_per_token: float | None = None) -> None:
         """Completes a training record with its times and speeds and writes it.
@@ -261,6 +262,8 @@ class MetricsLogger:
         """Ends the file, the bar and the tracker; safe to call twice."""
         self.console.close()
         if self._file is not None:
+            if self._waiting:
+                self._append("")
             self._file.close()
             self._file = None
         if self._tracker is not None:
@@ -278,8 +281,29 @@ class MetricsLogger:
     def _write(self, record: dict[str, Any]) -> None:
         """Appends one line, whole, and shows the record to the tracker."""
         assert self._file is not None
-        self._file.write(_line(record))
-        self._file.flush()
+        self._append(_line(record))
+        self._note(record)
+
+    def _append(self, line: str) -> None:
+        """Writes to the file. What a full disk does not take waits in memory for the next line."""
+        assert self._file is not None
+        late, self._waiting = bool(self._waiting), self._waiting + line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not late:
+                self.console.say(
+                    f"{FILE_NAME} cannot be written ({error.strerror}); training goes on, and its records wait in memory"
+                )
+            return
+        if late:
+            self.console.say(f"{FILE_NAME} can be written again, and has all records")
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        """Shows a record of the file to what else wants to know of it."""
+        if record.get("kind") == "evaluation":
+            self.evaluated.add((record["step"], record.get("mode", "")))
         if self._tracker is not None:
             self._tracker.log(record)
 

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -20,7 +21,7 @@ from typing import TextIO
 from ssa_pretrain.problems import ConfigError, Problem
 
 LOCK = ".lock"
-LEFTOVERS = ("checkpoints/.step_*.tmp", "checkpoints/.step_*.universal", "metrics.jsonl.*.tmp")
+LEFTOVERS = ("checkpoints/.step_*.tmp", "checkpoints/.step_*.universal", "metrics.jsonl.*.tmp", ".seen_*")
 ELSEWHERE = "try another output_dir"
 GIB = 2**30
 
@@ -76,6 +77,23 @@ def claim(folder: Path, say: Callable[[str], None] = print, *, patience: float =
             say(f"removing {path}, which a run that was stopped has left half written")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return lock
+
+
+def leave_sign(folder: Path) -> str:
+    """Put an empty file of a name that nothing had before into a folder and return the name, for other nodes to look for."""
+    name = f".seen_{secrets.token_hex(8)}"
+    (folder / name).touch()
+    return name
+
+
+def sees(folder: Path, name: str, *, patience: float = 10.0) -> bool:
+    """Return whether a file that another node has just made is visible here, after waiting for at most `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not (folder / name).exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def shortage(folder: Path, needed: int) -> str | None:

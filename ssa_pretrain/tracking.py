@@ -82,6 +82,7 @@ class Tracker:
         run: what wandb.init returned.
         folder: the run's output folder, where the state file lives.
         say: writes one line to the user.
+        settings: names what decides the run's figures.
         clock: seconds that never go back.
     """
 
@@ -90,8 +91,10 @@ class Tracker:
         run: "wandb.Run",
         folder: Path,
         say: Callable[[str], None],
+        settings: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._settings = settings
         self._run: wandb.Run | None = run
         self._state = folder / STATE_FILE
         self._say = say
@@ -100,6 +103,7 @@ class Tracker:
         self._skipped_until = dict(self._received)
         self._sent: deque[tuple[float, str, int]] = deque()
         self.id: str = run.id
+        self._failing = False
         self._save()
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -140,18 +144,33 @@ class Tracker:
         while self._sent and now - self._sent[0][0] >= age:
             _, name, step = self._sent.popleft()
             self._received[name] = step
-        if len(self._sent) < before:
+        if len(self._sent) < before or self._failing:
             self._save()
 
     def _save(self) -> None:
-        """Writes id and received steps, whole or not at all."""
+        """Writes id and received steps, whole or not at all; where that fails, a restart sends again what W&B has."""
         fresh = self._state.with_suffix(f".{os.getpid()}.tmp")
-        fresh.write_text(json.dumps({"id": self.id, "received": self._received}) + "\n")
-        os.replace(fresh, self._state)
+        state = {"id": self.id, "received": self._received, "settings": self._settings}
+        try:
+            fresh.write_text(json.dumps(state) + "\n")
+            os.replace(fresh, self._state)
+        except OSError as error:
+            if not self._failing:
+                self._say(f"{self._state} cannot be written ({error.strerror}); training and W&B go on")
+            self._failing = True
+        else:
+            self._failing = False
 
 
 def start_tracking(
-    settings: WandbConfig, *, name: str, folder: Path, config: Mapping[str, Any], say: Callable[[str], None]
+    settings: WandbConfig,
+    *,
+    name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    say: Callable[[str], None],
+    step: int = 0,
+    decisive: Mapping[str, Any] | None = None,
 ) -> Tracker | None:
     """Starts or resumes the W&B run of an output folder; None when it is switched off or not to be had.
 
@@ -161,10 +180,18 @@ def start_tracking(
         folder: the run's output folder.
         config: the resolved configuration and provenance, plain values; secrets are taken out here.
         say: writes one line to the user.
+        step: the step that the run goes on after.
+        decisive: the part of the configuration that decides the run's figures. Where it is another than before and W&B has steps that are to be
+            made again, they will come out otherwise: that is another run of W&B.
     """
     if settings.mode is WandbMode.off:
         return None
     folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(json.dumps(decisive or {}, sort_keys=True, default=str).encode()).hexdigest()
+    before = _read_state(folder)
+    if before.get("settings", digest) != digest and max(dict(before.get("received", {})).values(), default=0) > step:
+        say(f"W&B: a new run, since it has steps after {step} of other settings")
+        (folder / STATE_FILE).unlink()
     # wandb-core's own exporters report failed uploads of its telemetry through logging, into the console of the run.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     for mode in ("online", "offline") if settings.mode is WandbMode.online else ("offline",):
@@ -174,9 +201,13 @@ def start_tracking(
             after = "writing offline" if mode == "online" else "going on without it"
             say(f"W&B {mode} cannot start ({_first_line(error)}); {after}")
             continue
-        run.define_metric("tokens")
-        run.define_metric("*", step_metric="tokens")
-        return Tracker(run, folder, say)
+        try:
+            run.define_metric("tokens")
+            run.define_metric("*", step_metric="tokens")
+            return Tracker(run, folder, say, digest)
+        except (wandb.Error, OSError) as error:
+            say(f"W&B cannot start ({_first_line(error)}); going on without it")
+            return None
     return None
 
 

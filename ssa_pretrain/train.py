@@ -7,11 +7,14 @@ SIGTERM with a checkpoint.
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from pathlib import Path
 
 from ssa_pretrain.cli import read_config
+
+FIRST_SECONDS = 15.0  # for the first rank to end its log (W&B takes up to ten) and to say why the run ends
 
 
 def main() -> None:
@@ -48,15 +51,23 @@ def mark_end() -> None:
 
 
 def leave(error: Exception, code: int) -> None:
-    """Say what is wrong, once over all ranks, and exit without waiting for other ranks, which may never come."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or getattr(error, "of_one_rank", False):
-        print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from ssa_pretrain.parallel.agreement import end_process
+    """Say what is wrong, once a node, and exit without waiting for other ranks' work, which may never end.
 
-        end_process(code)
-    sys.exit(code)
+    What every rank has to say the first one says first: a launcher ends it as soon as another has left. What one rank alone met has
+    `of_one_rank`, and is its to say at once.
+    """
+    rank, alone = os.environ.get("RANK", "0"), getattr(error, "of_one_rank", False)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(code)
+    from ssa_pretrain.parallel.agreement import end_process, first_has_spoken
+
+    if rank == "0":
+        print(error, file=sys.stderr, flush=True)
+    first_has_spoken(is_first=rank == "0", seconds=0.0 if alone else FIRST_SECONDS)
+    if rank != "0" and (alone or os.environ.get("LOCAL_RANK") == "0"):
+        print(f"rank {rank} ({socket.gethostname()}): {error}", file=sys.stderr, flush=True)
+    end_process(code)
 
 
 def quieten_libraries() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from ssa_pretrain import __version__
@@ -28,19 +29,35 @@ from ssa_pretrain.environment import add_start, versions
 from ssa_pretrain.flops import peak_flops, row_flops
 from ssa_pretrain.log import Console, banner
 from ssa_pretrain.metrics import MetricsLogger
-from ssa_pretrain.parallel.agreement import on_first
+from ssa_pretrain.parallel.agreement import on_first, ranks_without, unlike_first
 from ssa_pretrain.parallel.interruption import Interrupted, Interruption
 from ssa_pretrain.parallel.state import Placement, joined
 from ssa_pretrain.planning import Plan, make_plan
-from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.profiling import profiled
 from ssa_pretrain.rules import warning
-from ssa_pretrain.run_folder import claim, shortage
+from ssa_pretrain.run_folder import claim, leave_sign, sees, shortage
 from ssa_pretrain.schedule import learning_rate
 from ssa_pretrain.tracking import Tracker, provenance, start_tracking
 from ssa_pretrain.weights import find_weights
 
 MODES = ("full", "sparse")
+OF_A_NODE = (
+    "data.path",
+    "output_dir",
+    "logging.",
+    "checkpoint.init_from",
+    "dry_run",
+)  # may be spelled otherwise on each node
+MOST_SHOWN = 8
+NO_FIGURES = (
+    *OF_A_NODE,
+    "name",
+    "checkpoint.",
+    "evaluation.",
+    "profile.",
+    "training.stop_at_step",
+)  # change no step's figures
 
 
 class DivergedError(RuntimeError):
@@ -79,10 +96,48 @@ def train(config: Config) -> None:
 
 @contextmanager
 def claimed(folder: Path, placement: Placement) -> Iterator[None]:
-    """Hold a run's folder against other runs; raises ConfigError on every rank where another has it or it cannot be written."""
+    """Hold a run's folder against other runs.
+
+    Raises:
+        ConfigError: on every rank, where another run has the folder, it cannot be written, or not all ranks see the same one.
+    """
     lock = on_first(lambda: claim(folder), is_first=placement.is_first, errors=(ConfigError,))
     with lock or nullcontext():
+        if placement.world_size > 1:
+            require_shared(folder, placement)
         yield
+
+
+def require_shared(folder: Path, placement: Placement) -> None:
+    """Raise ConfigError on every rank unless all see the first one's folder: else each node would keep a part of every checkpoint."""
+    sign: list[str | None] = [leave_sign(folder) if placement.is_first else None]
+    dist.broadcast_object_list(sign, src=0)
+    blind = ranks_without(lambda: sees(folder, str(sign[0])))
+    if placement.is_first:
+        (folder / str(sign[0])).unlink(missing_ok=True)
+    if blind:
+        more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
+        rule = f"is not one folder for all processes: {blind[0]}{more} does not see what rank 0 wrote there"
+        raise ConfigError([Problem("output_dir", str(folder), rule, "try a folder on storage that all nodes share")])
+
+
+def require_same_run(config: Config, manifest: Manifest) -> None:
+    """Raise ConfigError on every rank where one was started with other settings, other data or other libraries than the first."""
+    values = {name: value for name, value in flattened(config_to_dict(config)) if not name.startswith(OF_A_NODE)}
+    values["data"] = manifest.fingerprint
+    values |= {f"version of {name}": version for name, version in versions().items()}
+    if unlike := unlike_first(values):
+        advice = "give the same command, data and environment on every node"
+        raise ConfigError([Problem(name, value, f"on {where}", advice) for name, value, where in unlike[:MOST_SHOWN]])
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a tree's leaves with their keys, such as "optim.lr"."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def build_run(config: Config, placement: Placement, *, trains: bool = True) -> Run:
@@ -95,6 +150,7 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
 
     Raises:
         DataError: the data is missing, damaged or too small.
+        ConfigError: not all ranks have the same settings, data and libraries.
     """
     length = config.data.sequence_length
     try:
@@ -108,6 +164,8 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
     vocab_size = config.model.vocab_size or manifest.tokenizer.vocab_size
     plan = make_plan(config, placement.world_size, vocab_size)
     count_held_out(config, plan, held_out)
+    if placement.world_size > 1:
+        require_same_run(config, manifest)
     engine = build_engine(config, placement, vocab_size)
     return Run(config, plan, placement, manifest, engine, rows, held_out, Path(config.output_dir))
 
@@ -144,12 +202,23 @@ def initial_weights(run: Run, named: Path) -> Path:
     source = newest_checkpoint(run, named)
     if source is not None:
         require_same_model(source, facts(run), shapes_alone=True)
+        warn_of_another_tokenizer(run, source)
         return source.folder
     if weights := find_weights(named):
         return weights
     raise CheckpointError(
         f"checkpoint.init_from={named} holds no checkpoint and no weights; name a run's folder, a checkpoint's or one of common weights"
     )
+
+
+def warn_of_another_tokenizer(run: Run, found: Checkpoint) -> None:
+    """Say so where a checkpoint's weights were trained on ids of another tokenizer than the data's: they mean other words."""
+    theirs, ours = (facts_of.get("vocabulary.tokenizer_sha256") for facts_of in (found.facts, facts(run)))
+    if theirs not in (None, ours):
+        say(
+            run,
+            f"warning: {found.folder} was trained with another tokenizer than the one of {run.config.data.path}: its ids mean other words",
+        )
 
 
 def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) -> None:
@@ -160,7 +229,7 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) ->
     """
     config, last = run.config, last_step(run)
     ahead = 1 if run.placement.device.type == "cuda" else 0
-    if step == 0 and config.evaluation.at_start:
+    if config.evaluation.at_start if step == 0 else owes_evaluation(run, log, step):
         evaluate(run, log, step)
     saved, unread = step, []  # (record's step, result, FLOPs a token) of the step that is still under way
     while step < last:
@@ -252,6 +321,15 @@ def microbatch(run: Run, rows: TrainingRows | HeldOutRows, number: int, index: i
     return collate(chosen, index=index, isolate_documents=isolate, padding_document=covered)
 
 
+def owes_evaluation(run: Run, log: MetricsLogger, step: int) -> bool:
+    """Return whether the step that a run goes on from should have been evaluated and was not: SIGTERM stopped it there."""
+    if not due(step, run.config.evaluation.interval, run.plan.steps):
+        return False
+    owed = [run.placement.is_first and any((step, mode) not in log.evaluated for mode in MODES)]
+    dist.broadcast_object_list(owed, src=0)
+    return owed[0]
+
+
 def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
     """Evaluate the held-out rows in both modes."""
     rows = count_held_out(run.config, run.plan, run.held_out) * run.config.training.micro_batch_size
@@ -340,6 +418,8 @@ def facts(run: Run) -> dict[str, Any]:
     return kept | {
         "seed": tree["seed"],
         "data.fingerprint": run.manifest.fingerprint,
+        "vocabulary.padded_size": run.plan.padded_vocab_size,
+        "vocabulary.tokenizer_sha256": run.manifest.tokenizer.sha256,
     }
 
 
@@ -425,7 +505,15 @@ def start_reporting(run: Run, console: Console, step: int) -> Tracker | None:
         | {"version": __version__, "versions": versions()}
         | provenance(source, Path(config.data.path))
     )
-    return start_tracking(config.logging.wandb, name=config.name, folder=run.folder, config=described, say=console.say)
+    return start_tracking(
+        config.logging.wandb,
+        name=config.name,
+        folder=run.folder,
+        config=described,
+        say=console.say,
+        step=step,
+        decisive={name: value for name, value in flattened(config_to_dict(config)) if not name.startswith(NO_FIGURES)},
+    )
 
 
 def device_name(placement: Placement) -> str:

@@ -6,13 +6,16 @@ inside such a piece can still be waiting when the failing rank has left them. Fo
 failure through the processes' store and ends the process.
 """
 
+import hashlib
 import multiprocessing
 import os
+import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -25,6 +28,7 @@ FAILURES = (
     CheckpointException,
 )  # torch's writers turn a full disk into RuntimeError
 POLL_SECONDS = 1.0
+SPOKEN = "ssa_pretrain/first_has_spoken"
 GRACE_SECONDS = 10.0  # from a rank's failure until those that still wait for it are ended
 
 T = TypeVar("T")
@@ -74,6 +78,40 @@ def on_first(act: Callable[[], T], *, is_first: bool, errors: tuple[type[Excepti
     return value
 
 
+def unlike_first(values: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    """Return what ranks hold otherwise than the first one, the same list on every rank; every rank calls it, and it is a barrier.
+
+    Args:
+        values: plain values by name.
+
+    Returns:
+        (name, the value, where: "rank 3 (node2), and 0.001 on rank 0 (node1)") of every value that differs, by rank.
+    """
+    digests: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return []
+    here = f"rank {dist.get_rank()} ({socket.gethostname()})"
+    first: list[Any] = [(dict(values), here)]
+    dist.broadcast_object_list(first, src=0)
+    wanted, there = first[0]
+    mine = [
+        (name, values.get(name), f"{here}, and {wanted.get(name)} on {there}")
+        for name in sorted(values.keys() | wanted.keys())
+        if values.get(name) != wanted.get(name)
+    ]
+    found: list[list[tuple[str, Any, str]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return [line for lines in found for line in lines]
+
+
+def ranks_without(act: Callable[[], bool]) -> list[str]:
+    """Return the ranks on which `act` is not true, as "rank 3 (node2)", the same list on every rank; every rank calls it."""
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if act() else f"rank {dist.get_rank()} ({socket.gethostname()})")
+    return [name for name in found if name]
+
+
 @contextmanager
 def watched(key: str, *, exit_code: int) -> Iterator[None]:
     """End this process if a rank has failed under `key` and the block does not end within GRACE_SECONDS of that.
@@ -108,6 +146,18 @@ def watched(key: str, *, exit_code: int) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def first_has_spoken(*, is_first: bool, seconds: float) -> None:
+    """Note on the first rank that it has said what there is to say; on the others wait at most `seconds` for that."""
+    if not dist.is_initialized():
+        return  # nobody has joined yet
+    with suppress(dist.DistError, RuntimeError):  # the store is gone with who kept it
+        store = dist.distributed_c10d._get_default_store()
+        if is_first:
+            store.set(SPOKEN, "")
+        elif seconds:
+            store.wait([SPOKEN], timedelta(seconds=seconds))
 
 
 def end_process(code: int) -> NoReturn:

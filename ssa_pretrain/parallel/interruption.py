@@ -1,8 +1,9 @@
 """SIGTERM, as schedulers and launchers send it before they kill: all ranks stop after the same step, and the run saves.
 
 A rank that was signalled writes into the launcher's store after which step all shall stop: some steps ahead, since ranks may be a step or two apart
-when they look. Every rank looks once a step; one in a world of one looks at its own flag alone. Kills that give no time lose the steps since the
-last checkpoint, as ever.
+when they look. Every rank looks once a step; one in a world of one looks at its own flag alone. Further SIGTERMs change nothing: a launcher and its
+processes are often signalled together, and then the launcher passes its own on. Kills that give no time lose the steps since the last checkpoint,
+as ever.
 """
 
 import signal
@@ -14,8 +15,9 @@ import torch.distributed as dist
 from ssa_pretrain.parallel.state import Placement
 
 KEY = "ssa_pretrain/stop_after"
-# A rank reads a step's figures when it has queued the next, so two ranks are at most two steps apart.
-STEPS_AHEAD = 4
+# A rank reads a step's figures when it has queued the next, so none is more than two steps further than the one that was signalled: each of them
+# looks again after the third.
+STEPS_AHEAD = 3
 
 
 class Interrupted(Exception):
@@ -23,7 +25,7 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Watches for SIGTERM while it is entered; a second one ends the process as without it."""
+    """Watches for SIGTERM while it is entered."""
 
     def __init__(self, placement: Placement) -> None:
         self._alone = placement.world_size == 1
@@ -58,4 +60,3 @@ class Interruption:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        signal.signal(signal.SIGTERM, self._before)

@@ -12,7 +12,9 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ssa_pretrain.config import ParallelConfig
+from ssa_pretrain.devices import has_gpu
 from ssa_pretrain.parallel import cpu_backend
+from ssa_pretrain.problems import ConfigError, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,13 @@ def start(parallel: ParallelConfig, *, seed: int) -> Placement:
     Args:
         parallel: degrees; tp * pp * cp must divide the world size.
         seed: for megatron-core's random states, which nothing of ours draws from.
+
+    Raises:
+        ConfigError: there is a GPU and torch cannot use it, or there are fewer than processes.
     """
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    _require_usable(on_gpu, local_rank)
     if on_gpu:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -76,6 +82,23 @@ def start(parallel: ParallelConfig, *, seed: int) -> Placement:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def _require_usable(on_gpu: bool, local_rank: int) -> None:
+    """Raise ConfigError rather than compute on a CPU where a GPU is meant, or on another process's GPU."""
+    if on_gpu and local_rank >= (count := torch.cuda.device_count()):
+        rule = f"finds {count} GPU{'s' if count > 1 else ''} that this process may see"
+        advice = f"start at most {count} processes on a node, or look at CUDA_VISIBLE_DEVICES"
+        raise ConfigError([Problem("LOCAL_RANK", local_rank, rule, advice)])
+    if on_gpu or not has_gpu():
+        return
+    try:
+        torch.cuda.init()
+        reason = "it sees none"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+    advice = "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
+    raise ConfigError([Problem("this machine's GPU", None, f"cannot be used by torch: {reason}", advice)])
 
 
 @contextmanager

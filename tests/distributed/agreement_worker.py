@@ -2,13 +2,36 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from ssa_pretrain import checkpoint
+from ssa_pretrain import checkpoint, run_folder, trainer
 from ssa_pretrain.checkpoint import CheckpointError, publish
 from ssa_pretrain.parallel import agreement
 from ssa_pretrain.problems import ConfigError, Problem
+
+
+def save_apart(run: Path, said: Path, rank: int) -> None:
+    """Try what a run does first, then a save all the same; both are refused, on both ranks."""
+    run_folder.sees.__kwdefaults__["patience"] = 0.5
+    checkpoint.VISIBLE_SECONDS = 0.5
+    run.mkdir()
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"part_{rank}").write_bytes(bytes(100))
+
+    placement = SimpleNamespace(is_first=rank == 0, world_size=2)
+    for act in (
+        lambda: trainer.require_shared(run, placement),  # type: ignore[arg-type]
+        lambda: publish(run, 1, {}, write, keep=1, is_first=rank == 0),
+    ):
+        try:
+            act()
+        except (ConfigError, CheckpointError) as error:
+            with said.open("a") as file:
+                file.write(f"{error}\n")
 
 
 def main(case: str, run: Path) -> None:
@@ -37,6 +60,21 @@ def main(case: str, run: Path) -> None:
             file.write(path.name + "\n")
         return read(path)
 
+    if case == "unlike":
+        values = {
+            "optim.lr": (0.1, 0.1, 0.5)[rank],
+            "seed": 1,
+            "data": "abc",
+            "version of torch": ("2.13", "2.13", None)[rank],
+        }
+        (run / f"said_{rank}").write_text(repr(agreement.unlike_first(values)))
+        assert agreement.unlike_first({"seed": 1}) == []
+        dist.destroy_process_group()
+        return
+    if case == "apart":  # each rank's output folder is on a disk of its own
+        save_apart(run / str(rank), run / f"said_{rank}", rank)
+        dist.destroy_process_group()
+        return
     checkpoint._sha256 = noted
     publish(run, 1, {}, write, keep=1, is_first=rank == 0)
     try:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import free_port
 from training import command, descendants, environment, records, run, train, wait_for_step
 
 pytestmark = pytest.mark.timeout(600)
@@ -56,6 +57,27 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(cor
     done = run("ssa_pretrain.train", *settings, f"training.stop_at_step={last + 1}", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming after step {last}" in done.stdout
+
+
+def test_ranks_that_were_given_other_settings_do_not_train_together(corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            command("ssa_pretrain.train", *settings, f"optim.lr={rate}"),
+            env=environment()
+            | {"RANK": str(n), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n, rate in enumerate(("1e-3", "0.5"))
+    ]
+    said = [process.communicate(timeout=200)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [3, 3], said
+    for text in said:
+        assert "optim.lr=0.5 on rank 1 (" in text and "and 0.001 on rank 0 (" in text
+        assert "Traceback" not in text
+    assert checkpoints(tmp_path) == []
 
 
 def test_a_process_alone_answers_sigterm_too(corpus, tmp_path):

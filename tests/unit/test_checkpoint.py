@@ -70,6 +70,26 @@ def test_a_save_that_dies_leaves_the_older_one(tmp_path):
     assert find(tmp_path).step == 10
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
+    said, remove = [], shutil.rmtree
+
+    def busy(folder, *arguments, **options):
+        if folder.name == "step_00000005":
+            raise OSError(39, "Directory not empty")
+        remove(folder, *arguments, **options)
+
+    publish(tmp_path, 5, {}, write, keep=1, is_first=True)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    publish(tmp_path, 10, {}, write, keep=1, is_first=True, say=said.append)
+    assert said == [
+        f"{tmp_path}/checkpoints/step_00000005 could not be removed (Directory not empty); the next checkpoint tries again"
+    ]
+    assert find(tmp_path).step == 10
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    publish(tmp_path, 15, {}, write, keep=1, is_first=True)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000015"]
+
+
 def test_folders_with_other_names_are_the_user_s(tmp_path):
     intact = publish(tmp_path, 2, {}, write, keep=1, is_first=True)
     copies = [intact.with_name(name) for name in ("step_00000002_good", "step_00000003_best", "step_3")]
@@ -215,3 +235,17 @@ def test_a_new_run_may_change_what_leaves_the_shapes(tmp_path):
     found.facts["model.vocab_size"] = 512
     with pytest.raises(CheckpointError, match=r"\(model\.vocab_size: checkpoint 512, run 4096\)"):
         require_same_model(found, wanted, shapes_alone=True)
+
+
+def test_weights_of_another_vocabulary_are_refused_where_the_checkpoint_names_it(tmp_path):
+    saved = {"model.vocab_size": 0, "vocabulary.padded_size": 4096, "vocabulary.tokenizer_sha256": "a"}
+    wanted = {"model.vocab_size": 0, "vocabulary.padded_size": 1024, "vocabulary.tokenizer_sha256": "b"}
+    for shapes_alone in (True, False):
+        with pytest.raises(CheckpointError, match=r"\(vocabulary\.padded_size: checkpoint 4096, run 1024\)"):
+            require_same_model(Checkpoint(tmp_path, 5, saved), wanted, shapes_alone=shapes_alone)
+        require_same_model(
+            Checkpoint(tmp_path, 5, saved | {"vocabulary.padded_size": 1024}), wanted, shapes_alone=shapes_alone
+        )
+        older = {"model.vocab_size": 0}
+        require_same_model(Checkpoint(tmp_path, 5, older), wanted, shapes_alone=shapes_alone)
+    assert differences(older, wanted) == [], "a checkpoint from before these facts goes on"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -228,9 +229,16 @@ def test_nothing_given_names_a_beginning() -> None:
 
 @pytest.mark.parametrize(
     ("environment", "speaks"),
-    [({}, True), ({"RANK": "0"}, True), ({"RANK": "1", "LOCAL_RANK": "0"}, False), ({"LOCAL_RANK": "1"}, False)],
+    [
+        ({}, True),
+        ({"RANK": "0"}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, True),  # the first of another node, which may differ from the first
+        ({"RANK": "9", "LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "1"}, False),
+    ],
 )
-def test_one_rank_speaks_and_all_leave_with_3(
+def test_one_rank_a_node_speaks_and_all_leave_with_3(
     environment: dict[str, str], speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -247,7 +255,8 @@ def test_one_rank_speaks_and_all_leave_with_3(
         "  optim.lrr=1 is not a known key; did you mean optim.lr?\n"
         "All keys and groups: python -m ssa_pretrain.train --help\n"
     )
-    assert err == (message if speaks else "")
+    where = f"{socket.gethostname()}: " if environment.get("RANK") == "8" else ""
+    assert err == (where + message if speaks else "")
 
 
 @pytest.mark.parametrize(

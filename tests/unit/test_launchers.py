@@ -88,7 +88,7 @@ def test_quickstart_stops_where_a_step_fails(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (4, "data_prep\n")
 
 
-TORCHRUN = "PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 true -m torch.distributed.run "
+TORCHRUN = "PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 true -m torch.distributed.run "
 
 
 @pytest.mark.parametrize(

@@ -283,3 +283,46 @@ def test_killed_while_writing_the_file_resumes_without_gap(tmp_path: Path) -> No
         resume = max(record["step"] for record in read_records(path)) - 50
     keep_until(tmp_path / FILE_NAME, resume)
     assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == list(range(1, resume + 1))
+
+
+class Full:
+    """A file on a disk that takes `room` bytes more."""
+
+    def __init__(self, file: io.RawIOBase, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        written = self.file.write(data[: self.room])
+        assert written is not None
+        self.room -= written
+        return written
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_a_full_disk_stops_neither_the_run_nor_loses_a_record(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    log = logger(tmp_path, console=Console(total_steps=10, stream=stream), interval=100)
+    disk = Full(log._file, room=300)  # type: ignore[arg-type]
+    log._file = disk  # type: ignore[assignment]
+    for step in range(1, 9):
+        log.log_step(a_step(step))
+    assert stream.getvalue().count("metrics.jsonl cannot be written (No space left on device)") == 1
+    disk.room = 1_000_000
+    log.log_step(a_step(9))
+    log.close()
+    assert stream.getvalue().count("metrics.jsonl can be written again, and has all records") == 1
+    assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == list(range(1, 10))
+
+
+def test_a_log_knows_what_was_evaluated_before_and_since(tmp_path: Path) -> None:
+    with logger(tmp_path) as log:
+        log.log_step(a_step(1))
+        log.log_evaluation(an_evaluation(1, "full"))
+        assert log.evaluated == {(1, "full")}
+    with logger(tmp_path, resume_step=1) as log:
+        log.log_evaluation(an_evaluation(1, "sparse"))
+        assert log.evaluated == {(1, "full"), (1, "sparse")}

@@ -172,6 +172,45 @@ def test_one_wandb_run_over_restarts_and_no_step_twice(tmp_path: Path) -> None:
         assert [row["step"] for row in rows if f"heldout/{mode}/cross_entropy" in row] == [6, 8, 10]
 
 
+def test_steps_that_other_settings_make_again_are_another_wandb_run(tmp_path: Path) -> None:
+    """As after a loss that diverged: from the checkpoint of step 4 with a lower learning rate, in the same folder."""
+    ids, lines = [], []
+    for step, rate, last in ((0, 0.5, 6), (4, 0.5, 7), (4, 0.1, 8), (8, 0.05, 9)):
+        settings = WandbConfig(mode=WandbMode.offline, project="p")
+        tracker = start_tracking(
+            settings, name="x", folder=tmp_path, config={}, say=lines.append, step=step, decisive={"optim.lr": rate}
+        )
+        assert tracker is not None
+        ids.append(tracker.id)
+        for number in range(1, last + 1):  # a restart is shown the records from the first on
+            tracker.log(train_record(number))
+        finish(tracker, tmp_path)
+    assert ids[0] == ids[1] != ids[2], "the same settings go on in the same run"
+    assert ids[3] == ids[2], "and so do others where nothing is made again"
+    assert [line for line in lines if "a new run" in line] == [
+        "W&B: a new run, since it has steps after 4 of other settings"
+    ]
+
+
+def test_a_state_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    tracker = offline(tmp_path, lines=lines)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for step in (1, 2, 3):
+        tracker.log(train_record(step))
+        tracker._settle(0.0)
+    assert (
+        len(lines) == 1 and "wandb.json cannot be written (No space left on device); training and W&B go on" in lines[0]
+    )
+    monkeypatch.undo()
+    finish(tracker, tmp_path)
+    assert json.loads((tmp_path / STATE_FILE).read_text())["received"] == {"train": 3}
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -213,7 +252,8 @@ def test_a_damaged_state_file_starts_a_run_all_the_same(tmp_path: Path, content:
     tracker = offline(tmp_path)
     tracker.log(train_record(1))
     finish(tracker, tmp_path)
-    assert json.loads((tmp_path / STATE_FILE).read_text()) == {"id": tracker.id, "received": {"train": 1}}
+    state = json.loads((tmp_path / STATE_FILE).read_text())
+    assert (state["id"], state["received"]) == (tracker.id, {"train": 1})
     assert (tracker.id == "abc") == ("abc" in content)
 
 
