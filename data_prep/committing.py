@@ -22,6 +22,7 @@ from ssa_pretrain.data.indexed_format import (
     SPLITS,
     Manifest,
     TokenizerInfo,
+    file_sha256,
     load_manifest,
     unigram_entropy,
     verify_hashes,
@@ -40,24 +41,40 @@ def finished_dataset(config: Config, out: Path, fingerprint: str, say: Say) -> M
     Raises:
         InputError: `out` holds another dataset, and overwrite=true was not said.
     """
+    refuse_other(config, out, fingerprint)
     known = read_json(out / "manifest.json")
-    if not isinstance(known, dict):
+    if not isinstance(known, dict) or known.get("fingerprint") != fingerprint:
         return None
-    if known.get("fingerprint") != fingerprint:
-        if config.overwrite:
-            return None
-        raise other_dataset(config)
     if known.get("details", {}).get("merge_files") != config.merge.files:
         say(f"merging again: merge.files={config.merge.files}")
         return None
     try:
         manifest = load_manifest(out)
+        if file_sha256(out / manifest.tokenizer.file) != manifest.tokenizer.sha256:
+            raise ValueError(f"{out / manifest.tokenizer.file} changed after it was written")
         if config.verify is Verify.full:
             verify_hashes(manifest)
     except ValueError as error:
         say(f"repairing: {error}")
         return None
     return manifest
+
+
+def refuse_other(config: Config, out: Path, fingerprint: str) -> None:
+    """Raises InputError where `out` holds another dataset than the one asked for, and overwrite=true was not said."""
+    known = read_json(out / "manifest.json")
+    if isinstance(known, dict) and known.get("fingerprint") != fingerprint and not config.overwrite:
+        raise other_dataset(config)
+
+
+def write_blends(manifest: Manifest) -> None:
+    """Writes train.blend and heldout.blend, unless they are as they should be."""
+    for split in SPLITS:
+        prefixes, weights = manifest.blend(split)
+        lines = [f"{weight:.9g} {prefix}\n" for weight, prefix in zip(weights, prefixes, strict=True)]
+        path, content = manifest.root / f"{split}.blend", "".join(lines).encode()
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomically(path, content)
 
 
 def commit(config: Config, out: Path, work: Work, made: list[Made], splits: Splits) -> Manifest:
@@ -106,12 +123,11 @@ def commit(config: Config, out: Path, work: Work, made: list[Made], splits: Spli
             "target_tokens": config.mix.target_tokens,
             "bytes_per_token_histograms": ratios,
             "members": {g.stem: [m.job.shard.stem for m in g.members] for g in groups_of(made, config.merge.files)},
+            "fingerprints": {one.job.shard.stem: one.job.fingerprint for one in made},
+            "inputs": {shard.stem: text for shard, text in zip(work.corpus.shards, work.corpus.inputs, strict=True)},
         },
     )
-    for split in SPLITS:
-        prefixes, weights = manifest.blend(split)
-        lines = [f"{weight:.9g} {prefix}\n" for weight, prefix in zip(weights, prefixes, strict=True)]
-        write_atomically(out / f"{split}.blend", "".join(lines).encode())
+    write_blends(manifest)
     write_atomically(out / "manifest.json", manifest.to_json().encode())
     return load_manifest(out)
 

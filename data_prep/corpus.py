@@ -171,6 +171,5 @@ def _cut(config: Config, out: Path, parts: Parts, say: Say) -> Corpus:
         shards,
         [input_digest(shard, sums) for shard in shards],
     )
-    write_plan(out, config, corpus)
     say(f"corpus: {corpus.bytes / 1e6:.1f} MB in {len(sums)} files, {len(shards)} shards")
     return corpus

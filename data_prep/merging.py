@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -90,26 +91,31 @@ def groups_of(made: list[Made], files: int) -> list[Group]:
     return groups
 
 
-def merged_stems(out: Path, verify: bool) -> dict[str, str]:
-    """Returns the fingerprint of each shard that lies in a joined file which is as its record says."""
-    stems: dict[str, str] = {}
-    for path in (out / "work" / "merged").glob("*.json"):
-        record = read_json(path)
-        if isinstance(record, dict) and has_files(out, record, verify):
-            stems.update(record["members"])
-    return stems
+def joined_record(out: Path, group: Group, verify: bool) -> dict[str, Any] | None:
+    """Returns the record of a group's joined file, None where there is none of just these shards or the files are not as it says.
+
+    A record that does not hold is removed, so that what is damaged is not taken for joined later, by one who looks less closely.
+    """
+    path = _record_of(out, group)
+    record = read_json(path)
+    if isinstance(record, dict) and record["members"] == group.key and has_files(out, record, verify):
+        return record
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _record_of(out: Path, group: Group) -> Path:
+    return out / "work" / "merged" / f"{group.stem}.json"
 
 
 def _file_of(out: Path, group: Group, keep_shards: bool) -> dict[str, ShardInfo | None]:
     if len(group.members) == 1:
         return {split: _link(out, group, split) for split in SPLITS}
-    path = out / "work" / "merged" / f"{group.stem}.json"
-    record = read_json(path)
-    if not (isinstance(record, dict) and record["members"] == group.key and has_files(out, record, verify=False)):
-        path.unlink(missing_ok=True)
+    record = joined_record(out, group, verify=False)
+    if record is None:
         infos = {split: _join(out, group, split) for split in SPLITS}
         record = {"members": group.key, "splits": {split: info and asdict(info) for split, info in infos.items()}}
-        write_json(path, record)
+        write_json(_record_of(out, group), record)
     if not keep_shards:
         _remove_members(out, group)
     return {split: ShardInfo(**info) if info else None for split, info in record["splits"].items()}

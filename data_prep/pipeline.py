@@ -16,7 +16,7 @@ command continues an interrupted run and does nothing to a finished one. A stage
 
 from pathlib import Path
 
-from data_prep.committing import commit, dataset_fingerprint, finished_dataset
+from data_prep.committing import commit, dataset_fingerprint, finished_dataset, refuse_other, write_blends
 from data_prep.config import Config
 from data_prep.corpus import Corpus, Work, fetch_corpus, find_corpus, need_corpus, plan_work, write_plan
 from data_prep.errors import InputError
@@ -42,7 +42,10 @@ def prepare_dataset(config: Config, say: Say) -> Manifest | None:
     with only_writer(out):
         corpus = fetch_corpus(config, out, say)
         work = plan_work(config, out, corpus, say)
-        if finished := finished_dataset(config, out, dataset_fingerprint(config, work), say):
+        finished = finished_dataset(config, out, dataset_fingerprint(config, work), say)
+        write_plan(out, config, corpus)
+        if finished:
+            write_blends(finished)  # which hold the folder's path, and it may have been moved
             say(f"{out} is up to date: nothing to do")
             return finished
         made = tokenize(config, out, work, say)
@@ -59,6 +62,8 @@ def plan_stage(config: Config, say: Say) -> Corpus | None:
             say(
                 f"plan: the text of source={config.source.kind} comes first; run stage=fetch, then the plan has its shards"
             )
+        else:
+            write_plan(out, config, corpus)
         return corpus
 
 
@@ -66,7 +71,9 @@ def fetch_stage(config: Config, say: Say) -> Corpus:
     """Brings the text to this machine and completes the plan."""
     out = folder(config)
     with only_writer(out):
-        return fetch_corpus(config, out, say)
+        corpus = fetch_corpus(config, out, say)
+        write_plan(out, config, corpus)
+        return corpus
 
 
 def tokenize_stage(config: Config, say: Say) -> list[Made] | None:
@@ -74,6 +81,8 @@ def tokenize_stage(config: Config, say: Say) -> list[Made] | None:
     out = folder(config)
     with only_writer(out):
         work = plan_work(config, out, need_corpus(config, out, say), say)
+        refuse_other(config, out, dataset_fingerprint(config, work))  # whose records in work/ it would replace
+        write_plan(out, config, work.corpus)
         return tokenize(config, out, work, say)
 
 

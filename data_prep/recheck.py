@@ -28,8 +28,12 @@ def recheck(manifest: Manifest, documents: int) -> tuple[list[str], str]:
     plan = read_json(manifest.root / "work" / "plan.json")
     if not isinstance(plan, dict) or not plan.get("shards"):
         return [], "no document was encoded again: out/work is gone"
-    places = _places(manifest)
+    places, inputs = _places(manifest), manifest.details.get("inputs")
     shards = [entry for entry in plan["shards"] if entry["stem"] in places]
+    # Since a run with other settings was refused or begun, the plan and the records may be its.
+    shards = [entry for entry in shards if inputs is None or inputs.get(entry["stem"]) == entry["sha256"]]
+    if not shards:
+        return [], "no document was encoded again: out/work is another run's; the dataset's own command makes it anew"
     sums = read_json(manifest.root / "work" / "inputs.json") or {}
     shards = [entry for entry in shards if all(_unchanged(piece, sums) for piece in entry["pieces"])]
     if not shards:
@@ -64,12 +68,13 @@ def _encoder(manifest: Manifest) -> Encoder:
 def _places(manifest: Manifest) -> dict[str, dict[str, tuple[ShardInfo, int]]]:
     """Returns for each shard, by split, the file that holds it and its first document there."""
     files = {(split, Path(s.prefix).name): s for split in SPLITS for s in manifest.splits[split]}
+    fingerprints = manifest.details.get("fingerprints", {})
     places: dict[str, dict[str, tuple[ShardInfo, int]]] = {}
     for stem, members in manifest.details.get("members", {}).items():
         first = dict.fromkeys(SPLITS, 0)
         for member in members:
             record = read_json(manifest.root / "work" / "shards" / f"{member}.json")
-            if not isinstance(record, dict):
+            if not isinstance(record, dict) or record["fingerprint"] != fingerprints.get(member, record["fingerprint"]):
                 break
             places[member] = {}
             for split in SPLITS:

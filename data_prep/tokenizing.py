@@ -13,8 +13,8 @@ from data_prep.config import Config, Verify
 from data_prep.corpus import Work
 from data_prep.errors import InputError
 from data_prep.executors import launch
-from data_prep.files import remove_unfinished
-from data_prep.merging import merged_stems
+from data_prep.files import digest, remove_unfinished
+from data_prep.merging import groups_of, joined_record
 from data_prep.parity import CORPUS, BackendMismatch, Parity, Sample
 from data_prep.planning import Shard
 from data_prep.pool import Recipe, make_shards, num_workers
@@ -37,42 +37,75 @@ def tokenize(config: Config, out: Path, work: Work, say: Say) -> list[Made] | No
     """
     shares(config.mix, work.jobs)  # refuses a mix that does not fit before anything is made
     _remove_strangers(out, {job.shard.stem for job in work.jobs})
-    records = _known(config, out, work.jobs)
+    records = _records(out, work.jobs)
+    lacking = Lacking(config, out)
     first = True
     while True:
         chosen = choose(config.mix, work.jobs, {stem: _train_tokens(record) for stem, record in records.items()})
-        missing = [job for job in chosen if job.shard.stem not in records]
+        missing = lacking(chosen, records)
         if first and len(missing) < len(chosen):
             say(f"reusing {len(chosen) - len(missing)} of {len(chosen)} shards")
         if not missing:
             return [Made(job, records[job.shard.stem]) for job in chosen]
+        for job in missing:
+            record_path(out, job.shard.stem).unlink(missing_ok=True)  # lest a task of a cluster take it for made
         made = _make(config, out, work, missing, say)
         if made is None:
             return None
         for job, record in zip(missing, made, strict=True):
             records[job.shard.stem] = record
+        lacking.made |= {job.shard.stem for job in missing}
         first = False
 
 
 def made_shards(config: Config, out: Path, work: Work) -> list[Made] | None:
     """Returns the shards that the dataset consists of, None if some are missing."""
-    records = _known(config, out, work.jobs)
+    records = _records(out, work.jobs)
     chosen = choose(config.mix, work.jobs, {stem: _train_tokens(record) for stem, record in records.items()})
-    if any(job.shard.stem not in records for job in chosen):
+    if Lacking(config, out)(chosen, records):
         return None
     return [Made(job, records[job.shard.stem]) for job in chosen]
 
 
-def _known(config: Config, out: Path, jobs: list[Job]) -> dict[str, dict[str, Any]]:
-    """Returns the records of shards that need not be made: their files are there, or part of a merged file that is."""
-    full = config.verify is Verify.full
-    merged = merged_stems(out, full)
-    known = {}
-    for job in jobs:
-        record = known_record(out, job.shard.stem, job.fingerprint)
-        if record is not None and (merged.get(job.shard.stem) == job.fingerprint or has_files(out, record, full)):
-            known[job.shard.stem] = record
-    return known
+def _records(out: Path, jobs: list[Job]) -> dict[str, dict[str, Any]]:
+    """Returns the records of shards that were made, whether or not their files are still there."""
+    found = {job.shard.stem: known_record(out, job.shard.stem, job.fingerprint) for job in jobs}
+    return {stem: record for stem, record in found.items() if record is not None}
+
+
+class Lacking:
+    """Which shards have to be made, or made again, before the dataset's files can be: a shard's own files go once it lies in a joined one.
+
+    `made` holds the shards that are known to have theirs; files are looked at once.
+    """
+
+    def __init__(self, config: Config, out: Path) -> None:
+        self.made: set[str] = set()
+        self._config, self._out = config, out
+        self._joined: set[str] = set()
+
+    def __call__(self, chosen: list[Job], records: dict[str, dict[str, Any]]) -> list[Job]:
+        """Returns those of the chosen shards, in their order, that neither have their files nor lie in the joined file that the settings ask for."""
+        full, lacking = self._config.verify is Verify.full, set()
+        for group in groups_of(
+            [Made(job, records.get(job.shard.stem, {})) for job in chosen], self._config.merge.files
+        ):
+            if digest(group.key) in self._joined:
+                continue
+            if (
+                len(group.members) > 1
+                and joined_record(self._out, group, full)
+                and all(one.record for one in group.members)
+            ):
+                self._joined.add(digest(group.key))
+                continue
+            for one in group.members:
+                stem = one.job.shard.stem
+                if stem not in self.made and one.record and has_files(self._out, one.record, full):
+                    self.made.add(stem)
+                if stem not in self.made:
+                    lacking.add(stem)
+        return [job for job in chosen if job.shard.stem in lacking]
 
 
 def _train_tokens(record: dict[str, Any]) -> int:

@@ -11,7 +11,7 @@ import pytest
 from data_prep import binaries
 from data_prep.binaries import TokenFile, first_bad_block, write_index_file
 from data_prep.errors import InputError
-from data_prep.merging import groups_of, merge, merged_stems
+from data_prep.merging import groups_of, joined_record, merge
 from data_prep.planning import Shard
 from data_prep.run_config import MergeConfig
 from data_prep.shards import Job, Made
@@ -68,13 +68,28 @@ def test_joined_shards_are_removed_and_known_by_their_file(tmp_path):
     before = merge(tmp_path, shards, MergeConfig(files=2), print)
     assert not (tmp_path / "work/shards/train/text_00001.bin").exists()
     assert (tmp_path / "work/shards/train/text_00000.bin").exists()  # alone: the same file under two names
-    assert merged_stems(tmp_path, verify=True) == {"text_00001": "print text 1", "text_00002": "print text 2"}
+    alone, group = groups_of(shards, 2)
+    assert joined_record(tmp_path, group, verify=True)
+    assert joined_record(tmp_path, alone, verify=True) is None
     inode = (tmp_path / "train/text_00001.bin").stat().st_ino
     assert merge(tmp_path, shards, MergeConfig(files=2), print) == before  # from its record, the shards being gone
     assert (tmp_path / "train/text_00001.bin").stat().st_ino == inode
     path = tmp_path / "train/text_00001.bin"
-    path.write_bytes(path.read_bytes()[:-2])
-    assert merged_stems(tmp_path, verify=False) == {}
+    content = bytearray(path.read_bytes())
+    content[1] ^= 1
+    path.write_bytes(content)
+    assert joined_record(tmp_path, group, verify=False), "a flipped bit is seen by its sha256 alone"
+    assert joined_record(tmp_path, group, verify=True) is None
+    assert joined_record(tmp_path, group, verify=False) is None, "and the record is gone then"
+
+
+def test_a_joined_file_of_other_shards_counts_for_none(tmp_path):
+    shards = made(tmp_path, [4, 1, 9])
+    merge(tmp_path, shards, MergeConfig(files=1), print)
+    (whole,) = groups_of(shards, 1)
+    assert joined_record(tmp_path, whole, verify=True)
+    (fewer,) = groups_of(shards[:2], 1)
+    assert joined_record(tmp_path, fewer, verify=True) is None
 
 
 def test_other_number_of_files_leaves_none_of_the_old_ones(tmp_path):

@@ -66,6 +66,84 @@ def test_merged_dataset_needs_no_shards_to_go_on(run, corpus, tmp_path):
     assert "is up to date: nothing to do" in run(*SMALL, "stage=prepare", "merge.files=2")[1]
 
 
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_a_flipped_byte_in_a_joined_file_is_repaired(run, corpus, tmp_path, suffix):
+    settings = (*SMALL, "merge.files=2", "stage=prepare")
+    assert run(*settings)[0] == 0
+    path = tmp_path / "d" / "train" / f"text_00001.{suffix}"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    code, said = run(*settings, "verify=full")
+    assert code == 0 and "repairing: " in said
+    assert path.read_bytes() == whole
+    assert run("stage=validate", "out=d")[0] == 0
+
+
+def test_another_number_of_files_makes_the_shards_again_that_it_needs(run, corpus, tmp_path):
+    assert run(*SMALL, "merge.files=4")[0] == 0
+    assert run(*SMALL, "merge.files=4", "stage=merge")[0] == 0
+    for files in (2, 32):
+        code, said = run(*SMALL, f"merge.files={files}", "stage=merge")
+        assert code == 4 and "shards are missing in out=d; run stage=tokenize first" in said
+        assert load_manifest(tmp_path / "d"), "the dataset is still there"
+        assert run(*SMALL, f"merge.files={files}")[0] == 0
+        assert (
+            run(*SETTINGS, "shard_mb=0.02", "workers=1", "out=whole", f"merge.files={files}", "overwrite=true")[0] == 0
+        )
+        for path in (tmp_path / "whole" / "train").glob("*.*"):
+            assert path.read_bytes() == (tmp_path / "d" / "train" / path.name).read_bytes()
+
+
+def test_a_larger_budget_adds_to_a_merged_dataset(run, corpus, tmp_path):
+    settings = (*SMALL, "merge.files=2", "overwrite=true")
+    for tokens in (2_000, 8_000, 3_000):
+        code, said = run(*settings, f"mix.target_tokens={tokens}")
+        assert code == 0, said
+        fresh = (*SETTINGS, "shard_mb=0.02", "workers=1", "out=fresh", "merge.files=2", "overwrite=true")
+        shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
+        assert run(*fresh, f"mix.target_tokens={tokens}")[0] == 0
+        ours, theirs = (load_manifest(tmp_path / name) for name in ("d", "fresh"))
+        assert [s.bin_sha256 for s in ours.splits["train"]] == [s.bin_sha256 for s in theirs.splits["train"]]
+
+
+def test_a_refused_run_leaves_the_dataset_valid(run, corpus, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text().replace('"text": "', '"text": "Other. '))
+    assert run(*SMALL)[0] == 0
+    plan = (tmp_path / "d" / "work" / "plan.json").read_bytes()
+    for change in ("source.paths=[other.jsonl]", "split.seed=5"):
+        for stage in ("all", "tokenize"):
+            code, said = run(*SMALL, change, f"stage={stage}")
+            assert code == 4 and "holds a dataset made from other text or settings" in said
+    assert (tmp_path / "d" / "work" / "plan.json").read_bytes() == plan
+    assert "encoded again, are as in the dataset" in run_out(run, "stage=validate", "out=d")
+
+
+def test_work_of_another_run_accuses_nobody(run, corpus, tmp_path):
+    assert run(*SMALL, "merge.files=2")[0] == 0
+    manifest = (tmp_path / "d" / "manifest.json").read_bytes()
+    assert run(*SMALL, "merge.files=2", "split.seed=5", "overwrite=true", "stage=tokenize")[0] == 0
+    assert (tmp_path / "d" / "manifest.json").read_bytes() == manifest
+    assert "no document was encoded again: out/work is another run's" in run_out(run, "stage=validate", "out=d")
+    assert run(*SMALL, "merge.files=2")[0] == 0
+
+
+def test_a_damaged_tokenizer_beside_the_files_is_repaired(run, corpus, tmp_path):
+    assert run(*SMALL)[0] == 0
+    path = tmp_path / "d" / "tokenizer.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert "repairing: " in run(*SMALL)[1]
+    assert path.read_bytes() == whole
+
+
+def test_a_moved_dataset_gets_blends_with_its_new_place(run, corpus, tmp_path):
+    assert run(*SMALL)[0] == 0
+    (tmp_path / "d").rename(tmp_path / "e")
+    assert "is up to date" in run(*SMALL[:-1], "out=e")[1]
+    assert f"{tmp_path}/e/train/text_00000" in (tmp_path / "e" / "train.blend").read_text()
+
+
 def test_changed_text_is_found_by_encoding_it_again(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
     assert "encoded again, are as in the dataset" in run_out(run, "stage=validate", "out=d")
