@@ -7,13 +7,17 @@ every mistake with code 1. Exit codes: 0 done, 3 a setting is wrong, 4 an input 
 import argparse
 import difflib
 import errno
+import os
 import re
+import select
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -36,10 +40,26 @@ Settings are KEY=VALUE; --cfg job shows all of them with their values, docs/data
 
 CONF = Path(__file__).parent / "conf"
 
-FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+# What the file system refuses, and what the user can do about it; anything else it says is a fault of this program.
+NO_ROOM = "there is no room left for {path}; make room or choose another out= or cache="
+FORBIDDEN = "{path} may not be read or written by this user; change its permissions or choose another path"
+REFUSALS = {
+    errno.ENOSPC: NO_ROOM,
+    errno.EDQUOT: NO_ROOM,
+    errno.EACCES: FORBIDDEN,
+    errno.EPERM: FORBIDDEN,
+    errno.EROFS: "{path} lies on a disk that can only be read; choose another out= or cache=",
+    errno.ENOTDIR: "{path} cannot be reached, since a part of it is a file and no folder; choose another path",
+    errno.EEXIST: "{path} is a file where a folder is needed; move it away or choose another path",
+    errno.EISDIR: "{path} is a folder where a file is needed; choose another path",
+    errno.ENAMETOOLONG: "{path} is longer than the disk allows; choose a shorter path",
+    errno.ELOOP: "{path} is a link that leads back to itself; remove it or choose another path",
+}
+READER_GONE = 141  # what a shell reports of a program that the closed pipe itself has ended
 
 # Dictionaries whose keys are names of the user's.
-OWN_NAMES = ("mix.weights", "executor.sbatch", "source.parts")
+OWN_NAMES = ("mix.weights", "executor.sbatch", "source.parts", "source.subsets")
+TYPED = ("source.subsets.",)  # those with values of a dataclass, of which Hydra makes none behind a dotted name
 
 SCHEMAS = {
     "source": {**{kind: source.settings for kind, source in SOURCES.items()}, "mixed": MixedSource},
@@ -60,17 +80,20 @@ def main(arguments: list[str]) -> int:
         composed = compose_settings(options.overrides)
         if options.cfg:
             sys.stdout.write(OmegaConf.to_yaml(composed))
-            return 0
-        config = checked(composed)
-        run_stages(config, _say, sys.stdout.write)
+        else:
+            run_stages(checked(composed), _say, sys.stdout.write)
+        sys.stdout.flush()
     except (ConfigurationError, InputError) as error:
         _say(f"error: {error}")
         return error.exit_code
     except OSError as error:
-        if error.errno not in FULL_OR_FORBIDDEN:
+        if error.errno == errno.EPIPE and _reader_gone():
+            for stream in (1, 2):  # for what is still buffered
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            return READER_GONE
+        if error.errno not in REFUSALS:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        _say(f"error: {error.strerror}{where}; make room or choose another out=, then run the same command again")
+        _say(f"error: {REFUSALS[error.errno].format(path=error.filename or 'a file')}, then run the same command again")
         return InputError.exit_code
     except KeyboardInterrupt:
         _say("interrupted; run the same command again to go on")
@@ -85,34 +108,59 @@ def compose_settings(overrides: list[str]) -> DictConfig:
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=group, name=f"base_{name}", node=schema)
+    opened = [_opened(override) for override in overrides]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", [_opened(override) for override in overrides])
+            composed = compose("config", opened)
+        unknown = next(_unknown(composed), None)  # let in by a + of the user's or of `_opened`
+    except OverrideParseException as error:
+        as_typed = dict(zip(opened, overrides, strict=True))
+        raise ConfigurationError(_unreadable(as_typed.get(error.override, error.override))) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigurationError(_explain(error)) from None
+        raise ConfigurationError(_explain(error, overrides)) from None
+    if unknown is not None:
+        raise ConfigurationError(_no_setting(unknown, overrides))
+    return composed
 
 
 def _opened(override: str) -> str:
     """Returns an override that may add keys, where the keys are the user's own names."""
-    return f"++{override}" if override.startswith(tuple(name + end for name in OWN_NAMES for end in ".=")) else override
+    bare = override.lstrip("+")
+    if not bare.startswith(tuple(name + end for name in OWN_NAMES for end in ".=")):
+        return override
+    key, equals, value = bare.partition("=")
+    if equals and key.startswith(TYPED):
+        section, name, *inner = key.split(".")
+        for part in reversed(inner):
+            value = f"{{{part}:{value}}}"
+        bare = f"{section}.{name}={value}"
+    return f"++{bare}"
+
+
+def _unknown(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yields the keys of a composed section that its dataclass lacks."""
+    known = getattr(OmegaConf.get_type(node), "__dataclass_fields__", None)
+    for key in map(str, node):
+        if known is not None and key not in known:
+            yield prefix + key
+        elif OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        elif isinstance(inner := node[key], DictConfig):
+            yield from _unknown(inner, f"{prefix}{key}.")
 
 
 def checked(composed: DictConfig) -> settings.Config:
     """Returns the settings as dataclasses; ConfigurationError with every problem found."""
-    for name in OWN_NAMES:  # which `_opened` lets in under any choice
-        group, key = name.split(".")
-        takers = [kind for kind, schema in SCHEMAS.get(group, {}).items() if key in schema.__dataclass_fields__]
-        if takers and key in composed[group] and (kind := composed[group].kind) not in takers:
-            raise ConfigurationError(
-                f"{name} is a setting of {group}={takers[0]}, not of {kind}; choose that, or leave it out"
-            )
-    missing = sorted(OmegaConf.missing_keys(composed))
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+    except OmegaConfBaseException as error:  # ${…} that leads nowhere
+        raise ConfigurationError(_explain(error, [])) from None
     if missing:
         raise ConfigurationError("; ".join(f"{key}= is not set and has no default; give {key}=…" for key in missing))
     try:
         config = OmegaConf.to_object(composed)
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
-        raise ConfigurationError(_explain(error)) from None
+        raise ConfigurationError(_explain(error, [])) from None
     if not isinstance(config, settings.Config):
         raise TypeError(f"settings became {type(config).__name__}, not Config")
     if problems := config.problems():
@@ -125,6 +173,14 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
+def _reader_gone() -> bool:
+    """Returns whether the program that read our output has ended, as `head` does."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _help() -> str:
     groups = "\n".join(f"  {group}={'|'.join(_choices(group))}" for group in (*SCHEMAS, "mix", "packing"))
     groups += f"\n  stage={'|'.join(stage.value for stage in settings.Stage)}"
@@ -135,19 +191,95 @@ def _choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def _explain(error: BaseException) -> str:
+def _unreadable(override: str) -> str:
+    """Returns what is wrong with an override that Hydra's grammar does not take, and how to write it."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override} is no setting; write KEY=VALUE, --help has examples"
+    if not re.fullmatch(r"[+~]*[A-Za-z_][\w./@:-]*", key, re.ASCII):
+        return f"{override} cannot be read; names of settings have letters of ASCII, digits, - and _, so change {key}"
+    if key in (*SCHEMAS, "mix", "packing"):
+        return f"{override} must be one of {', '.join(_choices(key))}"
+    if value.startswith("["):
+        items = [item.strip().strip("'\"") for item in value.strip("[]").split(",")]
+        plain = all(items) and not re.search(r"['\"\[\]{}$`\\]", "".join(items))
+        shown = ",".join(f'"{item}"' for item in items) if plain else '"a","b"'
+        bracket = "" if value.endswith("]") else "close the bracket, and "
+        return f"{override} cannot be read; {bracket}put each value in quotes inside quotes, '{key}=[{shown}]'"
+    if value.startswith("{"):
+        return f"{override} cannot be read; put each value in quotes inside quotes, '{key}={{name:\"value\"}}'"
+    shown = "VALUE" if re.search(r"['\"$`\\]", value) or not value else value
+    return f"{override} cannot be read; put the value in quotes inside quotes, \"{key}='{shown}'\""
+
+
+def _no_setting(key: str, overrides: list[str]) -> str:
+    """Returns where a key would be known, or else the nearest that is."""
+    group, name = [*key.split("."), ""][:2]
+    known = [*SCHEMAS, *_fields(settings.Config, "", key)]
+    for each, schemas in SCHEMAS.items():
+        kinds = _kinds(each)
+        chosen = _chosen(each, overrides)
+        if each == group:
+            takers = [choice for choice, kind in kinds.items() if name in schemas[kind].__dataclass_fields__]
+            if takers and chosen not in takers:
+                # A kind's own name comes before those of its presets.
+                takers.sort(key=lambda choice: (list(schemas).index(kinds[choice]), choice != kinds[choice], choice))
+                listed = " or ".join(filter(None, (", ".join(takers[:-1]), takers[-1])))
+                section = f"{group}.{name}"
+                return f"{section} is a setting of {group}={listed}, not of {group}={chosen}; add {group}={takers[0]}"
+        if chosen in kinds:
+            known += _fields(schemas[kinds[chosen]], f"{each}.", key)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"{key} is no setting; {f'did you mean {near[0]}?' if near else 'see --cfg job for all keys'}"
+
+
+def _kinds(group: str) -> dict[str, str]:
+    """Returns the kind of each choice of a group, which is the dataclass that its file names."""
+    kinds = {}
+    for choice in _choices(group):
+        found = re.search(r"- base_(\w+)", (CONF / group / f"{choice}.yaml").read_text())
+        kinds[choice] = found[1] if found else choice
+    return kinds
+
+
+def _chosen(group: str, overrides: list[str]) -> str:
+    """Returns the choice of a group: the last one on the command line, else that of conf/config.yaml."""
+    given = [override.partition("=")[2] for override in overrides if override.lstrip("+").startswith(f"{group}=")]
+    if given:
+        return given[-1]
+    found = re.search(rf"- {group}: (\w+)", (CONF / "config.yaml").read_text())
+    return found[1] if found else ""
+
+
+def _fields(schema: Any, prefix: str, key: str) -> Iterator[str]:
+    """Yields the keys of a dataclass and of those inside it; `key` says under which name of the user's to look."""
+    for name, field in schema.__dataclass_fields__.items():
+        yield prefix + name
+        inner = field.type
+        below = f"{prefix}{name}."
+        if key.startswith(below) and get_args(inner):
+            inner = get_args(inner)[-1]
+            below += key.removeprefix(below).split(".")[0] + "."
+        if hasattr(inner, "__dataclass_fields__"):
+            yield from _fields(inner, below, key)
+
+
+def _explain(error: BaseException, overrides: list[str]) -> str:
     """Returns Hydra's complaint as one sentence with the nearest valid choice."""
     text = str(error)
-    if found := re.search(r"Could not override '([^']+)'", text):
-        key = found[1]
-        near = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
-        remedy = f"did you mean {near[0]}?" if near else "see --cfg job for all keys"
-        return f"{key} is no setting; {remedy}"
+    if found := re.search(r"Could not override '([^']*)'", text):
+        return _no_setting(found[1], overrides)
     if found := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, value = found[1], found[2]
         near = difflib.get_close_matches(value, _choices(group), n=1)
         hint = f"; did you mean {group}={near[0]}?" if near else ""
         return f"{group}={value} must be one of {', '.join(_choices(group))}{hint}"
+    if found := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
+        return _unreadable(found[1])
+    if found := re.match(r"Could not delete from config. '(.*)' does not exist", text):
+        return f"{found[1]} is not there, so ~{found[1]} has nothing to leave out; see --cfg job for what is"
+    if found := re.match(r"Multiple values for (\w+)\..*'override \w+: (.*)'", text):
+        return f"{found[1]} has a value already; write {found[1]}={found[2]} without the +"
     # The innermost cause is the complaint itself; what surrounds it repeats the command line.
     inner = error
     while inner.__cause__ is not None:
@@ -156,15 +288,9 @@ def _explain(error: BaseException) -> str:
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     if "is not a ListConfig" in str(inner):
         return f"{key}= takes a list; write {key}=[…], with the brackets"
+    if "does not support deletion" in str(inner):
+        return f"{key} cannot be left out; give it another value"
+    if re.match(r"Key '.*' not in '", str(inner)):
+        return _no_setting(key, overrides)
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
     return f"{key}: {' '.join(lines)}; see docs/data.md for what it takes" if key else " ".join(lines)
-
-
-def _known_keys() -> list[str]:
-    keys = []
-    for group, schemas in SCHEMAS.items():
-        keys += [group, *(f"{group}.{name}" for schema in schemas.values() for name in schema.__dataclass_fields__)]
-    for name, field in settings.Config.__dataclass_fields__.items():
-        keys.append(name)
-        keys += [f"{name}.{inner}" for inner in getattr(field.type, "__dataclass_fields__", {})]
-    return keys

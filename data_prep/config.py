@@ -5,6 +5,7 @@ tokenizer are unions: the Hydra group picks the dataclass. No file is opened her
 where it is read.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -72,9 +73,9 @@ class QuickstartSource:
         found = []
         if self.entries_per_page < 1:
             found.append(f"source.entries_per_page={self.entries_per_page} must be at least 1; try 8")
-        if self.english_docs_mb < 0:
+        if not self.english_docs_mb >= 0:
             found.append(f"source.english_docs_mb={self.english_docs_mb} must not be negative; try 2.5, or 0 for none")
-        if self.python_mb <= 0:
+        if not self.python_mb > 0:
             found.append(f"source.python_mb={self.python_mb} must be positive; try 6")
         return found
 
@@ -98,7 +99,7 @@ class LocalDocsSource:
         found = []
         if not self.packages and not self.wheels:
             found.append("source.packages=[] and source.wheels=[] must name at least one package; try [perl-doc]")
-        if self.python_mb < 0:
+        if not self.python_mb >= 0:
             found.append(f"source.python_mb={self.python_mb} must not be negative; try 10, or 0 for none")
         for pin in self.wheels:
             if not all(pin.partition("==")):
@@ -166,7 +167,7 @@ class BpeTokenizer:
         found = []
         if not 512 <= self.vocab_size <= 1_000_000:
             found.append(f"tokenizer.vocab_size={self.vocab_size} must be from 512 to 1000000; try 8192")
-        if self.sample_mb <= 0:
+        if not self.sample_mb > 0:
             found.append(f"tokenizer.sample_mb={self.sample_mb} must be positive; try 12")
         return found
 
@@ -257,8 +258,8 @@ class Config:
         found = []
         if not self.out.strip():
             found.append("out= must name a folder; try out=outputs/data")
-        if self.shard_mb < 0:
-            found.append(f"shard_mb={self.shard_mb} must not be negative; try 64, or 0 to let the corpus decide")
+        if self.shard_mb and not 0.001 <= self.shard_mb < math.inf:
+            found.append(f"shard_mb={self.shard_mb} must be at least 0.001; try 64, or 0 to let the corpus decide")
         if self.workers < 0:
             found.append(f"workers={self.workers} must not be negative; try 0 for one a core")
         if self.retokenize < 0:
@@ -272,6 +273,11 @@ class Config:
             found.append(
                 "split.heldout_fraction=1 leaves no text to train a tokenizer on; name the one of the training data with "
                 "tokenizer=file tokenizer.path=…/tokenizer.json, or tokenizer=llama3"
+            )
+        if self.split.heldout_fraction == 0 and self.index.heldout_samples > 0:
+            found.append(
+                f"index.heldout_samples={self.index.heldout_samples} needs held-out documents and "
+                "split.heldout_fraction=0 holds none out; set index.heldout_samples=0"
             )
         if self.split.heldout_fraction == 1 and self.mix.target_tokens:
             found.append("split.heldout_fraction=1 makes no train tokens to count; leave mix.target_tokens at 0")

@@ -30,9 +30,14 @@ def build_index(config: Config, say: Say) -> str:
         )
     out = folder(config)
     try:
-        load_manifest(out)
+        manifest = load_manifest(out)
     except ValueError as error:
         raise InputError(str(error)) from None
+    for split, name in (("train", "samples"), ("heldout", "heldout_samples")):
+        if getattr(index, name) and not manifest.splits[split]:
+            raise ConfigurationError(
+                f"index.{name}={getattr(index, name)} needs a {split} split and {out} has none; choose another out= or 0"
+            )
     numbers = (index.sequence_length, index.samples, index.heldout_samples, index.seed)
     command = [sys.executable, "-m", "ssa_pretrain.data.gpt_index", str(out), *map(str, numbers)]
     with only_writer(out):

@@ -10,12 +10,15 @@ remembered with size and modification time, and a file is read again only when e
 
 import json
 import math
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_prep.errors import InputError
 from data_prep.files import digest, read_json, write_atomically
+from data_prep.progress import Say
 from data_prep.readers import Piece, is_compressed, open_parquet
 from ssa_pretrain.data.indexed_format import file_sha256
 
@@ -74,38 +77,54 @@ def plan_shards(subsets: list[Subset], shard_mb: float) -> list[Shard]:
     return shards
 
 
-def expand_paths(paths: list[str], suffixes: tuple[str, ...], format_name: str) -> tuple[str, ...]:
-    """Returns the files that `paths` name, sorted, each once.
+def expand_paths(
+    paths: list[str], suffixes: tuple[str, ...], format_name: str, say: Say | None = None
+) -> tuple[str, ...]:
+    """Returns the files that `paths` name, sorted, each once, however many links lead to it.
 
     Args:
-        paths: files (any suffix), folders (searched for `suffixes`, hidden files left out) or glob patterns.
+        paths: files (any suffix), folders (searched for `suffixes`, also behind links, hidden files left out) or glob patterns.
         suffixes: which files of a folder count.
         format_name: for messages.
+        say: is told how many other files a folder or pattern has.
 
     Raises:
-        InputError: a path that does not exist, or names no file.
+        InputError: a path that does not exist, leads nowhere, may not be read, or names no file.
     """
     files: set[str] = set()
     for text in paths:
         path = Path(text).expanduser()
         if path.is_dir():
-            found = [p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file() and _is_visible(p, path)]
+            every = list(_walk(path))
+            found = [p for p in every if p.name.endswith(suffixes) and p.is_file()]
             if not found:
                 raise InputError(
                     f"{path} holds no {format_name} file ({', '.join(suffixes)}); name another folder or the files"
                 )
         elif path.is_file():
-            found = [path]
+            every = found = [path]
         elif any(c in text for c in "*?["):
-            found = [p for p in _glob(path) if p.is_file()]
+            every = _glob(path)
+            found = [p for p in every if _leads_somewhere(p) and p.is_file()]
             if not found:
                 raise InputError(f"source.paths: the pattern {text} matches no file; try ls {text}")
-        else:
+        elif path.exists():
+            raise InputError(f"source.paths: {path} is neither a file nor a folder; save what comes from it in a file")
+        elif _leads_somewhere(path):
             raise InputError(
                 f"source.paths: {path} does not exist; correct the path (relative ones start at {Path.cwd()})"
             )
+        if say and len(every) > len(found):
+            kinds = sorted({p.suffix or p.name for p in set(every) - set(found)})
+            shown = ", ".join(kinds[:4]) + (", …" if len(kinds) > 4 else "")
+            say(
+                f"source.paths: {len(every) - len(found)} others in {text} ({shown}) are left out; name them to take them"
+            )
         files.update(str(p.absolute()) for p in found)
-    return tuple(sorted(files))
+    own: dict[str, str] = {}
+    for name in sorted(files, key=lambda name: (os.path.islink(name), name)):
+        own.setdefault(os.path.realpath(name), name)
+    return tuple(sorted(own.values()))
 
 
 def file_sums(shards: list[Shard], memory: Path) -> dict[str, str]:
@@ -146,6 +165,8 @@ def _cut(path: str, subset: Subset, limit: int) -> list[Piece]:
     if subset.format == "parquet":
         return _cut_parquet(path, subset, limit)
     if subset.format == "text" or is_compressed(path):
+        if not size and subset.format != "text":
+            raise InputError(f"{path} is empty, which no compressed file is; fetch it again or leave it out")
         return [Piece(path, subset.format, subset.text_column, 0, size, size)]
     starts = range(0, size, limit)
     return [
@@ -166,8 +187,33 @@ def _cut_parquet(path: str, subset: Subset, limit: int) -> list[Piece]:
     return pieces
 
 
-def _is_visible(path: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _walk(top: Path) -> Iterator[Path]:
+    """Yields what is visible below a folder and no folder itself; a folder to which several names lead under its own."""
+    seen: set[str] = set()
+    waiting = [top]
+    while waiting:
+        for place, folders, files in os.walk(waiting.pop(0), onerror=_unreadable):
+            here, real = Path(place), os.path.realpath(place)
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+            waiting += [here / name for name in folders if (here / name).is_symlink()]
+            if real not in seen:
+                yield from (p for p in map(here.joinpath, files) if p.name[0] != "." and _leads_somewhere(p))
+            seen.add(real)
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(
+        f"source.paths: {error.filename} cannot be read ({error.strerror}); try chmod +rx, or name the files instead"
+    )
+
+
+def _leads_somewhere(path: Path) -> bool:
+    """Returns True; InputError for a link to nothing, which would else be text that is left out in silence."""
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            f"source.paths: {path} is a link to {os.readlink(path)}, which does not exist; restore it or remove the link"
+        )
+    return True
 
 
 def _glob(pattern: Path) -> list[Path]:

@@ -143,6 +143,8 @@ def _document_of(line: bytes, column: str) -> Document | None:
         raise ValueError(
             f"the line is not UTF-8 (byte {error.start}); convert the file, e.g. with iconv -t utf-8"
         ) from None
+    except RecursionError:
+        raise ValueError("the line is nested too deeply for a JSON parser; fix or remove it") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"the line is not JSON ({error.msg}, column {error.colno}); fix or remove it") from None
     if not isinstance(record, dict):
@@ -214,7 +216,7 @@ def open_parquet(path: str, text_column: str) -> "pyarrow.parquet.ParquetFile":
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
@@ -224,14 +226,22 @@ def open_parquet(path: str, text_column: str) -> "pyarrow.parquet.ParquetFile":
 
 
 def check_text_column(schema: "pyarrow.Schema", text_column: str, path: str) -> None:
-    """Raises InputError unless a Parquet file has a string column of that name."""
+    """Raises InputError unless a Parquet file has one column of that name and it holds strings, dictionaries of them included."""
     import pyarrow
 
     if text_column not in schema.names:
         names = ", ".join(map(repr, schema.names[:12]))
         raise InputError(f"{path} has no column {text_column!r}, it has {names}; set source.text_column")
-    kind = schema.field(text_column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    if (count := schema.names.count(text_column)) > 1:
+        raise InputError(f"{path} has {count} columns {text_column!r}; write it again with one of that name")
+    kind = plain = schema.field(text_column).type
+    if pyarrow.types.is_dictionary(kind):
+        plain = kind.value_type
+    if str(plain) in ("binary", "large_binary", "binary_view"):
+        raise InputError(
+            f"{path}: column {text_column!r} holds {kind}, not strings; cast it to string and write the file again"
+        )
+    if str(plain) not in ("string", "large_string", "string_view"):
         raise InputError(f"{path}: column {text_column!r} holds {kind}, not strings; set source.text_column")
 
 

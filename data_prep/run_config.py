@@ -3,6 +3,7 @@
 What the text is and how it becomes ids is in data_prep/config.py, which gathers all of them.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -44,10 +45,10 @@ class MixConfig:
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""
         found = []
-        if bad := [name for name, weight in self.weights.items() if weight <= 0]:
+        if bad := [name for name, weight in self.weights.items() if not 0 < weight < math.inf]:
             found.append(f"mix.weights of {', '.join(bad)} must be positive; leave a part out to give it none")
-        if self.target_tokens < 0:
-            found.append(f"mix.target_tokens={self.target_tokens:g} must not be negative; try 100e9, or 0 for all")
+        if not 0 <= self.target_tokens < math.inf:
+            found.append(f"mix.target_tokens={self.target_tokens:g} must be a number from 0; try 100e9, or 0 for all")
         if self.missing not in ("refuse", "drop"):
             found.append(f"mix.missing={self.missing} must be refuse or drop; try refuse")
         return found
@@ -143,9 +144,12 @@ class StatsConfig:
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""
-        return _positive("stats", self, "sequence_length", "budget_tokens", "cores_per_node", "disk_mb_per_s")
+        found = _positive("stats", self, "budget_tokens", "cores_per_node", "disk_mb_per_s")
+        if self.sequence_length < 2:
+            found.append(f"stats.sequence_length={self.sequence_length} must be at least 2; try 8192")
+        return found
 
 
 def _positive(section: str, values: object, *names: str) -> list[str]:
-    wrong = [(name, getattr(values, name)) for name in names if getattr(values, name) <= 0]
+    wrong = [(name, getattr(values, name)) for name in names if not 0 < getattr(values, name) < math.inf]
     return [f"{section}.{name}={value} must be positive; try 1 or more" for name, value in wrong]

@@ -17,6 +17,8 @@ over, and the best of each is shown: what else the machine does then disturbs al
 """
 
 import json
+import os
+import re
 import resource
 import shutil
 import subprocess
@@ -28,9 +30,12 @@ from pathlib import Path
 
 import psutil
 
+from data_prep.errors import ConfigurationError, InputError
+from data_prep.readers import Piece, is_compressed, read_piece
 from data_prep.tokenizer.llama3 import BOS, EOS, llama3_json
 
 ASK_SECONDS = 0.2
+OPTIONS = ("work", "rounds", "rows", "processes", "peers", "megatron")
 RAW = Path(__file__).with_name("raw.py")
 DATATROVE = Path(__file__).with_name("datatrove_writer.py")
 
@@ -49,13 +54,17 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 3
-    text, options = Path(arguments[0]).absolute(), dict(argument.split("=", 1) for argument in arguments[1:])
-    work = Path(options.get("work", "outputs/bench")).absolute()
-    work.mkdir(parents=True, exist_ok=True)
-    size = sum(len(json.loads(line)["text"].encode()) for line in open(text, "rb")) / 1e6
-    commands = rows(text, work, options)
-    if wanted := options.get("rows"):
-        commands = {name: commands[name] for name in wanted.split(",")}
+    try:
+        text, options = Path(arguments[0]).absolute(), settings(arguments[1:])
+        size = text_bytes(text) / 1e6
+        work = Path(options.get("work", "outputs/bench")).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        commands = rows(text, work, options)
+        if wanted := options.get("rows"):
+            commands = {name: _known(name, commands) for name in wanted.split(",")}
+    except (ConfigurationError, InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ConfigurationError.exit_code
     best: dict[str, Result] = {}
     for number in range(int(options.get("rounds", "1"))):
         for name, command in commands.items():
@@ -68,6 +77,39 @@ def main(arguments: list[str]) -> int:
     shutil.rmtree(work / "out", ignore_errors=True)
     print(table(best, size))
     return 0
+
+
+def settings(arguments: list[str]) -> dict[str, str]:
+    """Returns the options; ConfigurationError for one that is unknown or no number."""
+    options = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name not in OPTIONS or not value:
+            raise ConfigurationError(f"{argument} is no option; the options are {', '.join(f'{o}=' for o in OPTIONS)}")
+        options[name] = value
+    for name in ("rounds", "processes"):
+        if not re.fullmatch("[1-9][0-9]*", options.get(name, "1"), re.ASCII):
+            raise ConfigurationError(f"{name}={options[name]} must be a whole number from 1; try {name}=1")
+    for name, there in (("peers", shutil.which), ("megatron", os.path.isdir)):
+        if name in options and not there(options[name]):
+            raise ConfigurationError(f"{name}={options[name]} does not exist; correct the path")
+    return options
+
+
+def text_bytes(path: Path) -> int:
+    """Returns the bytes of text in a JSON-lines file; InputError where it is none."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; name a file of JSON lines first, then the options")
+    if is_compressed(str(path)):
+        raise InputError(f"{path} is compressed, which not every row reads; unpack it first")
+    size = path.stat().st_size
+    return sum(len(raw) for _, raw in read_piece(Piece(str(path), "jsonl", "text", 0, size, size), lambda _: None))
+
+
+def _known(name: str, commands: dict[str, list[str]]) -> list[str]:
+    if name not in commands:
+        raise ConfigurationError(f"rows={name} is no row; the rows are {', '.join(commands)} (peers= adds more)")
+    return commands[name]
 
 
 def rows(text: Path, work: Path, options: dict[str, str]) -> dict[str, list[str]]:

@@ -60,7 +60,7 @@ def _hub(source: HubSource, store: TextStore, progress: Progress) -> None:
 
 
 def _own_files(source: Any, store: TextStore, progress: Progress) -> None:
-    found = find_files(source)
+    found = find_files(source, progress)
     store.add_files(found.name, found.format, found.files, found.text_column, origin=source.kind)
 
 

@@ -1,5 +1,6 @@
 """The settings of source=hub and its presets: which dataset, which files of it, how they are fetched."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -31,7 +32,7 @@ class HubSubset:
             found.append(f"source.subsets.{name}.files= must not be empty; try '*.parquet'")
         if not self.text_column:
             found.append(f"source.subsets.{name}.text_column= must not be empty; try text")
-        if self.limit_gb < 0:
+        if not self.limit_gb >= 0:
             found.append(f"source.subsets.{name}.limit_gb={self.limit_gb} must not be negative; try 1, or 0 for all")
         return found
 
@@ -57,7 +58,7 @@ class BlobSettings:
         for name, least in (("connections", 1), ("attempts", 1), ("part_rows", 1), ("limit_rows", 0)):
             if (value := getattr(self, name)) < least:
                 found.append(f"source.blobs.{name}={value} must be at least {least}; leave it out for the default")
-        if self.timeout_s <= 0:
+        if not 0 < self.timeout_s < math.inf:
             found.append(f"source.blobs.timeout_s={self.timeout_s} must be positive; try 30")
         if not 0 <= self.min_success <= 1:
             found.append(f"source.blobs.min_success={self.min_success} must be from 0 to 1; try 0.95")
@@ -95,7 +96,7 @@ class HubSource:
         for name in ("connections", "attempts"):
             if (value := getattr(self, name)) < 1:
                 found.append(f"source.{name}={value} must be at least 1; leave it out for the default")
-        if self.part_mb <= 0:
+        if not self.part_mb > 0:
             found.append(f"source.part_mb={self.part_mb} must be positive; try 256")
         for name, subset in self.subsets.items():
             found += subset.problems(name)

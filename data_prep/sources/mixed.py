@@ -83,7 +83,9 @@ def part_settings(name: str, values: Any) -> Any:
             raise ValueError(f"{where}.{missing[0]}= is not set and has no default; give {where}.{missing[0]}=…")
         return OmegaConf.to_object(part)
     except OmegaConfBaseException as error:
-        sentence = str(error).splitlines()[0]
+        sentence, key = str(error).splitlines()[0], str(error.full_key or "")
+        if "is not a ListConfig" in sentence:
+            raise ValueError(f"{where}.{key}= takes a list; write {where}.{key}=[…], with the brackets") from None
         raise ValueError(f"{where}: {sentence}; see docs/data.md for what source={values['kind']} takes") from None
 
 

@@ -174,7 +174,7 @@ class _Remote:
 
 def _opened(handle: Any) -> parquet.ParquetFile:
     try:
-        return parquet.ParquetFile(handle, pre_buffer=True)
+        return parquet.ParquetFile(handle, pre_buffer=True, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
         raise Unusable(f"its footer cannot be read: {error}") from None
 

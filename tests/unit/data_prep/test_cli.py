@@ -1,11 +1,19 @@
 """What the command line says and returns for each mistake: 3 for settings, 4 for inputs, one sentence each, no traceback."""
 
+import errno
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+from data_prep.cli import checked, compose_settings
 from data_prep.files import only_writer
+from data_prep.sources.hub_settings import HubSubset
 
 SMALL = ("tokenizer=bpe8k", "tokenizer.vocab_size=600", "split.heldout_fraction=0.1", "workers=1", "out=dataset")
 
@@ -26,7 +34,7 @@ SMALL = ("tokenizer=bpe8k", "tokenizer.vocab_size=600", "split.heldout_fraction=
         (["out=x", "source=jsonl", "source.paths=a.jsonl"], r"source.paths= takes a list; write source.paths=\[…\]"),
         (
             ["out=x", "workers=-1", "shard_mb=-2"],
-            r"shard_mb=-2.0 must not be negative.*; workers=-1 must not be negative",
+            r"shard_mb=-2.0 must be at least 0.001; try 64, or 0 .*; workers=-1 must not be negative",
         ),
         (["out="], r"out= must name a folder"),
         (["out=x", "split.heldout_fraction=1.1"], r"split.heldout_fraction=1.1 must be from 0 to 1; try 0.02"),
@@ -59,7 +67,59 @@ SMALL = ("tokenizer=bpe8k", "tokenizer.vocab_size=600", "split.heldout_fraction=
             ["out=x", "tokenizer=file", "tokenizer.path=a", "tokenizer.eos_token=b", "policy.add_bos=true"],
             r"policy.add_bos=true needs tokenizer.bos_token",
         ),
-        (["out=x", "a=[", "b"], r"."),
+        (["out=x", "a=[", "b"], r"a=\[ cannot be read; close the bracket, and put each value in quotes"),
+        (["foo"], r"foo is no setting; write KEY=VALUE"),
+        (["out='x"], r"out='x cannot be read; put the value in quotes inside quotes, \"out='VALUE'\""),
+        (["source.subsets={a:{files:ü}}"], r"'source.subsets=\{name:\"value\"\}'"),
+        (
+            ["out=x", "mix.weights.ü=1"],
+            r"mix.weights.ü=1 cannot be read; names of settings .*, so change mix.weights.ü",
+        ),
+        (["out=x", "source=text,jsonl"], r"source=text,jsonl must be one of debian_large, "),
+        (["out=x", "+source=jsonl"], r"source has a value already; write source=jsonl without the \+"),
+        (["out=x", "+foo=1"], r"foo is no setting; see --cfg job for all keys"),
+        (["out=x", "++source.python_mbs=1"], r"source.python_mbs is no setting; did you mean source.python_mb\?"),
+        (["out=x", "~source.python_mb"], r"source.python_mb cannot be left out; give it another value"),
+        (["out=x", "~foo"], r"foo is not there, so ~foo has nothing to leave out"),
+        (["out=${foo}"], r"out: Interpolation key 'foo' not found"),
+        (
+            ["out=x", "source.paths=[a.jsonl]"],
+            r"source.paths is a setting of source=jsonl, parquet or text, not of source=quickstart; add source=jsonl",
+        ),
+        (
+            ["out=x", "executor.tasks=2"],
+            r"executor.tasks is a setting of executor=slurm or ray, not of executor=local; add executor=slurm",
+        ),
+        (
+            ["out=x", "tokenizer=llama3", "tokenizer.eos_token=a"],
+            r"tokenizer.eos_token is a setting of tokenizer=file, not of tokenizer=llama3; add tokenizer=file",
+        ),
+        (
+            ["out=x", "source.subsets.web.files=a"],
+            r"source.subsets is a setting of source=hub, smollm2_135m_100b or smollm_corpus, not of source=quickstart",
+        ),
+        (
+            ["out=x", "source=hub", "source.repo=a/b", "source.subsets.web.file=a"],
+            r"source.subsets.web.file is no setting; did you mean source.subsets.web.files\?",
+        ),
+        (
+            ["out=x", "source=hub", "source.blobs.conections=1"],
+            r"source.blobs.conections is no setting; did you mean source.blobs.connections\?",
+        ),
+        (["out=x", "shard_mb=nan"], r"shard_mb=nan must be at least 0.001"),
+        (["out=x", "shard_mb=inf"], r"shard_mb=inf must be at least 0.001"),
+        (["out=x", "shard_mb=0.0009"], r"shard_mb=0.0009 must be at least 0.001"),
+        (["out=x", "mix.weights.x=nan"], r"mix.weights of x must be positive"),
+        (["out=x", "mix.target_tokens=nan"], r"mix.target_tokens=nan must be a number from 0; try 100e9"),
+        (["out=x", "source.python_mb=nan"], r"source.python_mb=nan must be positive; try 6"),
+        (
+            ["out=x", "stats.sequence_length=1", "stats.budget_tokens=inf"],
+            r"stats.budget_tokens=inf must be positive.*; stats.sequence_length=1 must be at least 2; try 8192",
+        ),
+        (
+            ["out=x", "split.heldout_fraction=0", "index.samples=8", "index.heldout_samples=8"],
+            r"index.heldout_samples=8 needs held-out documents and split.heldout_fraction=0 holds none out; set",
+        ),
     ],
 )
 def test_wrong_settings_end_with_code_3(run, arguments, message):
@@ -168,3 +228,118 @@ def test_folder_that_another_run_writes(run, tmp_path):
         code, said = run("source=jsonl", "source.paths=[x.jsonl]", *SMALL)
     assert code == 4
     assert "is being written by another data_prep; wait for it or choose another out=" in said
+
+
+@pytest.mark.parametrize(
+    "override,value",
+    [
+        ("out=ü", "ü"),
+        ("out=br(ack),x", "br(ack),x"),
+        ("out=a,b", "a,b"),
+        ("out=glob(x)", "glob(x)"),
+        ("tokenizer.eos_token=</s>", "</s>"),
+        ("source.paths=[ü.jsonl, b.jsonl]", ["ü.jsonl", "b.jsonl"]),
+        ("source.paths=[~/x]", ["~/x"]),
+        ("source.paths=[eq=ual/a.jsonl]", ["eq=ual/a.jsonl"]),
+        ("source.paths=[a.jsonl", ["a.jsonl"]),
+    ],
+)
+def test_the_remedy_for_what_the_grammar_refuses_works_in_a_shell(run, override, value):
+    others = ["source=jsonl", "tokenizer=file"]
+    code, said = run(*others, override)
+    found = re.fullmatch(r"error: (.*) cannot be read; .*quotes inside quotes, (.*)\n", said)
+    assert code == 3 and found and found[1] == override, said
+    (as_the_shell_reads_it,) = shlex.split(found[2])
+    composed = compose_settings([*others, as_the_shell_reads_it])
+    key = override.partition("=")[0].split(".")
+    assert (composed[key[0]] if len(key) == 1 else composed[key[0]][key[1]]) == value
+
+
+HUB = ("source=hub", "source.repo=a/b", "out=x")
+TEXT = HubSubset(files="*train*.parquet")
+
+
+@pytest.mark.parametrize(
+    "overrides,subsets",
+    [
+        (["source.subsets.web.files='*.parquet'"], {"text": TEXT, "web": HubSubset()}),
+        (["source.subsets={web:{limit_gb:2}}"], {"text": TEXT, "web": HubSubset(limit_gb=2)}),
+        (["source.subsets.web={limit_gb:2}"], {"text": TEXT, "web": HubSubset(limit_gb=2)}),
+        (["+source.subsets.web.limit_gb=2", "source.subsets.web.text_column=b"], {"text": TEXT, "web": HubSubset(limit_gb=2, text_column="b")}),
+        (["source.subsets.text.limit_gb=3"], {"text": HubSubset(files="*train*.parquet", limit_gb=3)}),
+        (["~source.subsets.text", "source.subsets.web.limit_gb=2"], {"web": HubSubset(limit_gb=2)}),
+    ],
+)  # fmt: skip
+def test_subsets_are_added_and_left_out_by_name(overrides, subsets):
+    assert checked(compose_settings([*HUB, *overrides])).source.subsets == subsets
+
+
+def test_parts_of_a_preset_can_be_left_out():
+    left_out = ["~source.subsets.python-edu", "~source.subsets.cosmopedia-v2"]
+    source = checked(compose_settings(["source=smollm_corpus", *left_out, "out=x"])).source
+    assert list(source.subsets) == ["fineweb-edu-dedup"]
+
+
+@pytest.mark.parametrize(
+    "number,message",
+    [
+        (errno.ENOSPC, "there is no room left for /some/path; make room or choose another out= or cache=, then run"),
+        (errno.EACCES, "/some/path may not be read or written by this user; change its permissions"),
+        (errno.EROFS, "/some/path lies on a disk that can only be read; choose another out="),
+        (errno.ENOTDIR, "/some/path cannot be reached, since a part of it is a file and no folder; choose another"),
+        (errno.EEXIST, "/some/path is a file where a folder is needed; move it away or"),
+        (errno.EISDIR, "/some/path is a folder where a file is needed; choose another path"),
+        (errno.ENAMETOOLONG, "/some/path is longer than the disk allows; choose a shorter path"),
+        (errno.ELOOP, "/some/path is a link that leads back to itself; remove it"),
+    ],
+)
+def test_what_the_file_system_refuses_is_one_sentence(run, monkeypatch, number, message):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number), "/some/path")
+
+    monkeypatch.setattr("data_prep.cli.run_stages", refuse)
+    code, said = run("out=x")
+    assert code == 4 and said.startswith(f"error: {message}") and said.count("\n") == 1, said
+
+
+def test_a_pipe_that_breaks_inside_the_program_is_a_fault_of_the_program(run, monkeypatch):
+    def break_pipe(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("data_prep.cli.run_stages", break_pipe)
+    with pytest.raises(BrokenPipeError):
+        run("out=x")
+
+
+def test_a_reader_that_has_gone_is_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep", "--cfg", "job"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_an_index_of_a_split_that_the_dataset_lacks_is_refused(run, monkeypatch):
+    manifest = SimpleNamespace(splits={"train": (1,), "heldout": ()})
+    monkeypatch.setattr("data_prep.index.load_manifest", lambda _: manifest)
+    code, said = run("stage=index", "out=x", "index.samples=8", "index.heldout_samples=8")
+    assert code == 3
+    assert re.search(
+        r"index.heldout_samples=8 needs a heldout split and .*x has none; choose another out= or 0\n", said
+    )
+
+
+def test_a_folder_says_how_many_files_it_leaves_out(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    jsonl(tmp_path / "mine" / "a.jsonl", ["good"])
+    (tmp_path / "mine" / "b.csv").write_text("x")
+    (tmp_path / "mine" / "README").write_text("x")
+    code, said = run("stage=plan", "source=jsonl", "source.paths=[mine]", "out=x")
+    assert code == 0
+    assert "source.paths: 2 others in mine (.csv, README) are left out; name them to take them" in said.splitlines()

@@ -53,6 +53,64 @@ def test_paths_that_name_nothing(tmp_path, path, message):
         expand_paths([path.format(tmp_path)], (".jsonl", ".jsonl.gz"), "jsonl")
 
 
+def names(folder, *paths):
+    return [os.path.relpath(path, folder) for path in expand_paths([str(p) for p in paths], (".jsonl",), "jsonl")]
+
+
+def test_links_to_folders_are_entered_and_each_file_counts_once(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for path in (inside / "m" / "a.jsonl", inside / "b.jsonl", outside / "c.jsonl"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    (inside / "link").symlink_to(outside)
+    (inside / "again").symlink_to(inside / "m")  # its own name is the one that decides the order
+    (inside / "m" / "loop").symlink_to(inside)
+    (inside / "a.jsonl").symlink_to(inside / "b.jsonl")
+    assert names(inside, inside) == ["b.jsonl", "link/c.jsonl", "m/a.jsonl"]
+    assert names(inside, inside / "b.jsonl", inside / "m" / ".." / "b.jsonl") == ["b.jsonl"]
+
+
+@pytest.mark.parametrize("paths", ["{}", "{}/*.jsonl", "{}/b.jsonl"])
+def test_a_link_to_nothing_is_refused(tmp_path, paths):
+    (tmp_path / "a.jsonl").write_text("x")
+    (tmp_path / "b.jsonl").symlink_to("gone")
+    with pytest.raises(
+        InputError, match=r"b.jsonl is a link to gone, which does not exist; restore it or remove the link"
+    ):
+        expand_paths([paths.format(tmp_path)], (".jsonl",), "jsonl")
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("x")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(
+        InputError, match=r"closed cannot be read \(Permission denied\); try chmod \+rx, or name the files"
+    ):
+        expand_paths([str(tmp_path)], (".jsonl",), "jsonl")
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(InputError, match=r"x.jsonl is neither a file nor a folder; save what comes from it in a file"):
+        expand_paths([str(tmp_path / "x.jsonl")], (".jsonl",), "jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_an_empty_archive_is_refused(tmp_path, suffix):
+    path = tmp_path / f"x.jsonl.{suffix}"
+    path.touch()
+    with pytest.raises(InputError, match=r"is empty, which no compressed file is; fetch it again or leave it out"):
+        plan_shards([Subset("text", "jsonl", (str(path),))], 1.0)
+
+
 def test_sums_are_remembered_until_a_file_changes(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("one")

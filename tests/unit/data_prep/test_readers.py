@@ -123,6 +123,10 @@ def test_progress_adds_up_to_the_size_on_disk(tmp_path, suffix):
         (b'{"text": "\xff"}', r"the line is not UTF-8 \(byte 10\); convert the file, e.g. with iconv -t utf-8"),
         (b'["a"]', r"the line is a JSON list, not an object; write \{\"text\": …\} instead"),
         (b'{"body": "a", "id": 1}', r"no key 'text', the object has 'body', 'id'; set source.text_column"),
+        (
+            b'{"text": "a", "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+            r"the line is nested too deeply for a JSON parser; fix",
+        ),
         (b'{"text": 3}', r"'text' holds int, not a string; fix the line or set source.text_column"),
         (b'{"text": null}', r"'text' holds NoneType, not a string"),
         (b'{"text": "\\ud83d"}', r"'text' holds half a surrogate pair \(\\ud800 to \\udfff\), no character; repair it"),
@@ -167,6 +171,33 @@ def parquet(path: Path, texts: list[str | None] = TEXTS, rows: int = 2) -> Path:
     return path
 
 
+def of_type(path: Path, kind: pyarrow.DataType) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(TEXTS, pyarrow.string()).cast(kind)}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())],
+    ids=str,
+)
+def test_parquet_strings_of_every_kind(tmp_path, kind):
+    path = of_type(tmp_path / "x.parquet", kind)
+    shards = plan_shards([Subset("text", "parquet", (str(path),))], 1)
+    assert texts_of(*shards[0].pieces) == TEXTS
+
+
+def test_a_flipped_bit_of_a_page_with_a_checksum_is_found(tmp_path):
+    path = tmp_path / "x.parquet"
+    table = pyarrow.table({"text": ["abcdefgh" * 100]})
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, **options)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"abcdefgh")] ^= 1
+    path.write_bytes(raw)
+    assert "x.parquet: row group 0 is damaged (" in message_of(Piece(str(path), "parquet", "text", 0, 1, 1))
+
+
 @pytest.mark.parametrize("limit", [1, 300, 1_000_000])
 def test_parquet_cut_at_row_groups_gives_every_document_once(tmp_path, limit):
     path = parquet(tmp_path / "x.parquet")
@@ -185,6 +216,18 @@ def test_parquet_cut_at_row_groups_gives_every_document_once(tmp_path, limit):
         ),
         (parquet, "body", "has no column 'body', it has 'id', 'text'; set source.text_column"),
         (parquet, "id", "column 'id' holds int64, not strings; set source.text_column"),
+        (
+            lambda p: of_type(p, pyarrow.binary()),
+            "text",
+            "column 'text' holds binary, not strings; cast it to string and write the file again",
+        ),
+        (
+            lambda p: pyarrow.parquet.write_table(
+                pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["text"] * 2), p
+            ),
+            "text",
+            "x.parquet has 2 columns 'text'; write it again with one of that name",
+        ),
     ],
 )
 def test_bad_parquet_is_named_when_planned(tmp_path, make, column, message):

@@ -146,7 +146,7 @@ def test_every_problem_of_every_part_is_named_at_once(run):
         "source.parts.c.colunm is no setting of source=jsonl; it has kind, name, paths, text_column",
         "source.parts.d.repo='nobody' must be owner/name; try HuggingFaceTB/smollm-corpus",
         "source.parts.d and source.parts.e both make a part e; give one of them another name",
-        "source.parts.f: ",
+        "source.parts.f.paths= takes a list; write source.parts.f.paths=[…], with the brackets",
     ):
         assert sentence in said
     assert run("source=mixed", "out=data") == (
@@ -169,8 +169,14 @@ def test_published_mix_has_text_for_all_but_one_of_its_parts():
 @pytest.mark.parametrize(
     "override,sentence",
     [
-        ("source.parts.web.kind=jsonl", "source.parts is a setting of source=mixed, not of quickstart; choose that"),
-        ("executor.sbatch.account=x", "executor.sbatch is a setting of executor=slurm, not of local; choose that"),
+        (
+            "source.parts.web.kind=jsonl",
+            "source.parts is a setting of source=mixed or smollm1, not of source=quickstart; add source=mixed",
+        ),
+        (
+            "executor.sbatch.account=x",
+            "executor.sbatch is a setting of executor=slurm, not of executor=local; add executor=slurm",
+        ),
     ],
 )
 def test_setting_of_another_choice_is_refused(run, override, sentence):
