@@ -9,6 +9,14 @@ VENV ?= .venv
 OUT ?= outputs/quickstart
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+# They stand in commands as they are, one of them rm -rf.
+ifneq ($(words $(VENV)),1)
+$(error VENV=$(VENV) must be one folder without spaces in its name; try VENV=.venv)
+endif
+ifneq ($(words $(OUT)),1)
+$(error OUT=$(OUT) must be one folder without spaces in its name; try OUT=outputs/quickstart)
+endif
+
 BIN := $(VENV)/bin
 SETUP := pyproject.toml constraints.txt launchers/setup.sh
 

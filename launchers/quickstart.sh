@@ -6,7 +6,7 @@
 #
 #   --venv DIR   the virtual environment to use (.venv)
 #   --out DIR    everything goes here (outputs/quickstart)
-#   --dry-run    print the four commands and start nothing
+#   --dry-run    check the settings, print the four commands and start nothing
 #   KEY=VALUE    settings of the run, such as training.steps=50
 #
 # Each program finds out by itself what is done already: say the same again after an interruption and it goes on.
@@ -16,13 +16,32 @@ venv=.venv
 out=outputs/quickstart
 dry_run=0
 settings=()
+
+stop() {
+    printf 'quickstart: %s\n' "$*" >&2
+    exit 3
+}
+
 while (($#)); do
-    case $1 in
-        --venv) venv=${2:?--venv needs a folder} && shift 2 ;;
-        --out) out=${2:?--out needs a folder} && shift 2 ;;
-        --dry-run) dry_run=1 && shift ;;
+    flag=${1%%=*} value=${2-} words=2
+    [[ $1 != --* ]] || flag=${flag//_/-}
+    [[ $1 != --*=* ]] || { value=${1#*=} && words=1; }
+    case $flag in
+        --venv | --out)
+            [[ -n $value ]] || stop "$flag needs a value; see --help"
+            if [[ $flag == --venv ]]; then venv=$value; else out=$value; fi
+            shift "$words"
+            ;;
+        --dry-run)
+            [[ $1 != *=* ]] || stop "--dry-run takes no value; leave out =${1#*=}"
+            dry_run=1 && shift
+            ;;
         -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
-        -*) printf 'quickstart: %s is no flag of this; see --help\n' "$1" >&2 && exit 3 ;;
+        -*) stop "$1 is no flag of this; see --help" ;;
+        output_dir | +output_dir | ++output_dir) stop "$1 is said with --out, which all four programs follow; try --out=${1#*=}" ;;
+        data.path | +data.path | ++data.path)
+            stop "$1 is said with --out, whose folder data/ has the text; try --out=DIR, or launchers/torchrun.sh for other data"
+            ;;
         *) settings+=("$1") && shift ;;
     esac
 done
@@ -44,8 +63,22 @@ step() {
     fi
 }
 
+# Said here, since the interpreter's own words would be a trace and the shell's a bare 127.
+missing=
+finding='import importlib.util, sys; sys.exit(importlib.util.find_spec("ssa_pretrain") is None)'
+if ! command -v -- "$python" >/dev/null; then
+    missing="--venv=$venv has no bin/python; say make quickstart, which makes .venv, or --venv=DIR of an environment with this project"
+elif ! "$python" -c "$finding" 2>/dev/null; then
+    missing="--venv=$venv has no package ssa_pretrain; say make quickstart, which makes .venv, or $python -m pip install -e ."
+fi
+[[ -z $missing ]] || ((dry_run)) || stop "$missing"
+
 # A bad setting is said once and at once: before the text is prepared, and before torchrun would add a trace of its own.
-((dry_run)) || "$python" -m ssa_pretrain.plan parallel=tp2 parallel.world_size=2 model.vocab_size=4096 "${run[@]}" >/dev/null
+if [[ -n $missing ]]; then
+    printf 'quickstart: the settings are not checked: %s\n' "$missing" >&2
+else
+    "$python" -m ssa_pretrain.plan parallel=tp2 parallel.world_size=2 model.vocab_size=4096 "${run[@]}" >/dev/null
+fi
 step 1/4 "Text: English and Python into indexed binaries" \
     "$python" -m data_prep source=quickstart tokenizer=bpe4k "out=$out/data"
 ((dry_run)) || WORLD_SIZE=2 "$python" -m ssa_pretrain.plan --check parallel=tp2 "${run[@]}"

@@ -12,7 +12,8 @@
 #   --module NAME            the entry point                             (ssa_pretrain.train)
 #   --dry-run                print the exact command and the run's plan; start nothing
 #
-# A flag counts before the variable in brackets. What follows the flags goes to the entry point as it is. Resuming is the same command again.
+# --nproc_per_node=8 is as good. A flag counts before the variable in brackets. What follows the flags goes to the entry point as it is.
+# Resuming is the same command again.
 # After SIGTERM torchrun waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (600) for the processes to save before it kills them (torch 2.11: always 30).
 set -euo pipefail
 
@@ -30,20 +31,26 @@ stop() {
 }
 
 while (($#)); do
-    case $1 in
+    flag=${1%%=*} value=${2-} words=2
+    [[ $1 != --* ]] || flag=${flag//_/-}
+    [[ $1 != --*=* ]] || { value=${1#*=} && words=1; }
+    case $flag in
         --nproc-per-node | --nnodes | --rdzv-endpoint | --rdzv-id | --python | --module)
-            (($# > 1)) || stop "$1 needs a value; see --help"
-            case $1 in
-                --nproc-per-node) nproc=$2 ;;
-                --nnodes) nnodes=$2 ;;
-                --rdzv-endpoint) endpoint=$2 ;;
-                --rdzv-id) id=$2 ;;
-                --python) python=$2 ;;
-                --module) module=$2 ;;
+            [[ -n $value ]] || stop "$flag needs a value; see --help"
+            case $flag in
+                --nproc-per-node) nproc=$value ;;
+                --nnodes) nnodes=$value ;;
+                --rdzv-endpoint) endpoint=$value ;;
+                --rdzv-id) id=$value ;;
+                --python) python=$value ;;
+                --module) module=$value ;;
             esac
-            shift 2
+            shift "$words"
             ;;
-        --dry-run) dry_run=1 && shift ;;
+        --dry-run)
+            [[ $1 != *=* ]] || stop "--dry-run takes no value; leave out =${1#*=}"
+            dry_run=1 && shift
+            ;;
         -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
         --) shift && break ;;
         --*) stop "$1 is no flag of this; put flags of the entry point after --" ;;
@@ -63,6 +70,13 @@ fi
 export PYTHONSAFEPATH=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# Said here, since the interpreter's own words would be a trace and the shell's a bare 127.
+remedy="try --python=.venv/bin/python, which make quickstart makes"
+command -v -- "$python" >/dev/null || stop "--python=$python is not there or cannot be run; $remedy"
+finding='import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)'
+"$python" -c "$finding" "${module%%.*}" 2>/dev/null || stop "--python=$python has no package ${module%%.*}; $remedy, or pip install -e . into that one"
+
 command=("$python" -m torch.distributed.run "--nnodes=$nnodes" "--nproc-per-node=$nproc" "${meet[@]}" -m "$module" "$@")
 
 # What auto and gpu come to here, by torchrun's own count; empty where the interpreter cannot say.
@@ -70,6 +84,7 @@ count=$nproc
 if [[ ! $nproc =~ ^[0-9]+$ ]]; then
     counting='import sys; from torch.distributed.run import determine_local_world_size as count; print(count(sys.argv[1]))'
     count=$("$python" -c "$counting" "$nproc" 2>/dev/null) || count=
+    [[ $count =~ ^[1-9][0-9]*$ ]] || count=
 fi
 
 if ((dry_run)); then
@@ -77,7 +92,11 @@ if ((dry_run)); then
     printf '%q ' "${command[@]}"
     printf '\n'
     world=()
-    [[ -n $count ]] && world=("parallel.world_size=$((nnodes * count))")
+    if [[ -n $count ]]; then
+        world=("parallel.world_size=$((nnodes * count))")
+    elif [[ " $*" != *" parallel.world_size="* ]]; then
+        printf 'torchrun.sh: the plan is for 1 process, since the GPUs of a node cannot be counted here; --nproc-per-node=N gives their number\n' >&2
+    fi
     # The plan's own guess at a command is left out: the exact one stands above.
     "$python" -m "$module" "$@" ${world[@]+"${world[@]}"} dry_run=true | sed '/^command  /d'
     exit
