@@ -6,12 +6,34 @@ be slower by orders of magnitude without anyone noticing. CPU tensors run Triton
 (TRITON_INTERPRET=1 in the environment before Triton is imported), which is how the kernels are tested without a GPU.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
+from torch._C import _len_torch_function_stack
 
 Impl = Literal["triton", "reference"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def past_modes(operator: Callable[P, R]) -> Callable[P, R]:
+    """Returns the operator as it runs where a torch function mode is active (megatron-core on a CPU, a default device): past that mode.
+
+    A reference is many small operations, and each of them, down to the reading of a shape, would go through the mode's Python first, which
+    takes a fifth of the time. Operators name the device of whatever they make, so no mode has anything to add.
+    """
+
+    @wraps(operator)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not _len_torch_function_stack():
+            return operator(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return operator(*args, **kwargs)
+
+    return called
 
 
 def resolve_impl(impl: str | None, tensor: torch.Tensor, operator: str) -> Impl:

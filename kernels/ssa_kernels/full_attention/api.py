@@ -3,12 +3,13 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import resolve_impl
+from ..dispatch import past_modes, resolve_impl
 from ..documents import DocumentLayout
 from .fused import fused_backward, fused_forward, plan_fused
 from .reference import full_attention_reference
 
 
+@past_modes
 def full_attention(
     q: torch.Tensor,
     k: torch.Tensor,

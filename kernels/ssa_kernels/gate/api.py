@@ -2,9 +2,10 @@
 
 import torch
 
-from ..dispatch import resolve_impl
+from ..dispatch import past_modes, resolve_impl
 
 
+@past_modes
 def gate(o: torch.Tensor, gate_logits: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
     """Returns the gated stream `[tokens, H, D]` in o's dtype, computed in float32 (float64 for float64); differentiable in both.
 

@@ -2,10 +2,11 @@
 
 import torch
 
-from ..dispatch import resolve_impl
+from ..dispatch import past_modes, resolve_impl
 from .reference import gate_and_align_reference
 
 
+@past_modes
 def gate_and_align(
     o_full: torch.Tensor,
     o_sparse: torch.Tensor,

@@ -17,10 +17,11 @@ product then accumulates in float32, and no gradient in the weight's dtype is ev
 import torch
 import torch.distributed as dist
 
-from ..dispatch import resolve_impl
+from ..dispatch import past_modes, resolve_impl
 from .reference import LinearCrossEntropyReference
 
 
+@past_modes
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,

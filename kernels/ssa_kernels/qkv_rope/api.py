@@ -2,10 +2,11 @@
 
 import torch
 
-from ..dispatch import resolve_impl
+from ..dispatch import past_modes, resolve_impl
 from .reference import qkv_rope_reference
 
 
+@past_modes
 def qkv_rope(
     mixed: torch.Tensor,
     angles: torch.Tensor,

@@ -5,13 +5,14 @@ from itertools import accumulate
 
 import torch
 
-from ..dispatch import resolve_impl
+from ..dispatch import past_modes, resolve_impl
 from ..documents import DocumentLayout, as_layout, query_slice
 from .reference import select_blocks_reference
 
 SCORES = ("softmax_sum", "per_head", "official_compat")
 
 
+@past_modes
 def select_blocks(
     q: torch.Tensor,
     k: torch.Tensor,

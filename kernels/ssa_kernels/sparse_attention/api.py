@@ -2,11 +2,12 @@
 
 import torch
 
-from ..dispatch import resolve_impl
+from ..dispatch import past_modes, resolve_impl
 from ..documents import DocumentLayout, as_layout
 from .reference import sparse_attention_reference
 
 
+@past_modes
 def sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,

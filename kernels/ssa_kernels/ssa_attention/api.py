@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..captured_mass import captured_mass
-from ..dispatch import resolve_impl
+from ..dispatch import past_modes, resolve_impl
 from ..documents import DocumentLayout, as_layout
 from ..full_attention.api import check_attention_inputs, full_attention
 from ..gate_and_align.api import check_gate_inputs, gate_and_align, main_operand
@@ -40,6 +40,7 @@ class SSAOutput(NamedTuple):
     captured_mass: torch.Tensor  # scalar, float32, no gradient: the mean over tokens x H
 
 
+@past_modes
 def ssa_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from ..dispatch import resolve_impl
+from ..dispatch import past_modes, resolve_impl
 
 
+@past_modes
 def swiglu(x: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
     """Returns `[..., F]` in x's dtype for x `[..., 2 F]`: silu of the first half times the second; differentiable.
 
