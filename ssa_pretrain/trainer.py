@@ -125,7 +125,7 @@ def require_same_run(config: Config, manifest: Manifest) -> None:
     """Raise ConfigError on every rank where one was started with other settings, other data or other libraries than the first."""
     values = {name: value for name, value in flattened(config_to_dict(config)) if not name.startswith(OF_A_NODE)}
     values["data"] = manifest.fingerprint
-    values |= {f"version of {name}": version for name, version in versions().items()}
+    values |= {f"version of {name}": version for name, version in versions().items() if name != "python"}
     if unlike := unlike_first(values):
         advice = "give the same command, data and environment on every node"
         raise ConfigError([Problem(name, value, f"on {where}", advice) for name, value, where in unlike[:MOST_SHOWN]])

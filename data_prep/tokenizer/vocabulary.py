@@ -59,13 +59,18 @@ def _described(
 ) -> tuple[Vocabulary, HuggingFaceBackend]:
     tokenizer = load_tokenizer(path)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
+    added = tokenizer.get_added_tokens_decoder().values()
+    known = ", ".join([token.content for token in added if token.special][:8]) or "none"
     for key, token in (("eos", eos), ("bos", bos)):
         if token is not None and token not in vocab:
-            specials = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-            known = ", ".join(specials[:8]) or "none"
             raise InputError(
                 f"{path} has no token {token!r}; set tokenizer.{key}_token to one that it has (its special tokens: {known})"
             )
+    if eos not in {token.content for token in added}:
+        raise InputError(
+            f"{path}: {eos!r} is an ordinary token, which a text may hold, and would end documents there; set tokenizer.eos_token to a special "
+            f"one (it has {known})"
+        )
     vocabulary = _vocabulary(
         config, path, name, max(vocab.values()) + 1, vocab[eos], vocab[bos] if bos is not None else None
     )

@@ -155,3 +155,10 @@ def test_token_that_the_file_lacks(vocabulary, key):
         InputError, match=rf"has no token '</s>'; set tokenizer.{key}_token to one that it has \(its special"
     ):
         from_file(Path(vocabulary.path), **{key: "</s>"})
+
+
+def test_an_end_that_any_text_may_hold_is_refused(vocabulary):
+    with pytest.raises(
+        InputError, match=r"'a' is an ordinary token, which a text may hold, and would end documents there"
+    ):
+        from_file(Path(vocabulary.path), eos="a")
