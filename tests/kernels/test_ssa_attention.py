@@ -19,9 +19,9 @@ def interpreting():
 ENDS = torch.tensor([0, 19, 20, 45])
 
 
-def make():
+def make(dim=8):
     generator = torch.Generator().manual_seed(11)
-    sizes = ((45, 4, 8), (45, 2, 8), (45, 2, 8), (45, 4))
+    sizes = ((45, 4, dim), (45, 2, dim), (45, 2, dim), (45, 4))
     return [(2 * torch.randn(size, generator=generator, dtype=torch.float64)).requires_grad_() for size in sizes]
 
 
@@ -89,7 +89,7 @@ def test_rows_that_are_not_equal_end_in_a_sentence():
 @pytest.mark.parametrize("main", ["full", 0])
 def test_the_kernels_in_the_interpreter(main):
     """All the package's Triton kernels behind one call, in float32, against the references in float64."""
-    inputs = make()
+    inputs = make(dim=16)
     given = main if isinstance(main, str) else torch.tensor([main])
     common = {"block_size": 4, "top_k": 3, "cu_seqlens": ENDS, "main": given, "scale": 0.4}
     exact = ssa_attention(*inputs, impl="reference", **common)

@@ -11,6 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def outside_make() -> dict[str, str]:
+    """Returns this process's variables without those by which make knows that it runs inside make: `make test` started the tests."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "OUT", "VENV")
+    }
+
+
 def call(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a launcher from the repository's root with the variables given and those of this process that torchrun does not read."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -481,7 +490,12 @@ def test_help_is_the_files_own_comment(script: str) -> None:
 @pytest.mark.parametrize("folder", ["/tmp/my dir", ""])
 def test_make_takes_no_folder_that_is_several_words(target: str, name: str, folder: str) -> None:
     done = subprocess.run(
-        ["make", "--dry-run", target, f"{name}={folder}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        ["make", "--dry-run", target, f"{name}={folder}"],
+        cwd=ROOT,
+        env=outside_make(),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2 and done.stdout == ""
     assert f"{name}={folder} must be one folder without spaces in its name; try {name}=" in done.stderr
@@ -491,6 +505,7 @@ def test_make_clean_removes_the_folders_it_is_given() -> None:
     done = subprocess.run(
         ["make", "--dry-run", "clean", "OUT=/tmp/o", "VENV=/tmp/v"],
         cwd=ROOT,
+        env=outside_make(),
         capture_output=True,
         text=True,
         timeout=60,
