@@ -92,11 +92,8 @@ class Lacking:
         ):
             if digest(group.key) in self._joined:
                 continue
-            if (
-                len(group.members) > 1
-                and joined_record(self._out, group, full)
-                and all(one.record for one in group.members)
-            ):
+            joined = len(group.members) > 1 and all(one.record for one in group.members)
+            if joined and joined_record(self._out, group, full):
                 self._joined.add(digest(group.key))
                 continue
             for one in group.members:

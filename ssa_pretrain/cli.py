@@ -6,7 +6,8 @@ composition.py, converted by config_io.py and checked by rules.py, because Hydra
 a folder per process. `dry_run=true` (or `--dry-run`) prints the plan and leaves. Exit code 3: the configuration is wrong;
 4: only the data is.
 
-Every rank of a run reads the same command, and rank 0 alone speaks; of a problem the first rank of every node does, since nodes may differ. Neither torch nor megatron-core is imported.
+Every rank of a run reads the same command, and rank 0 alone speaks; of a problem the first rank of every node does, since nodes may
+differ. Neither torch nor megatron-core is imported.
 """
 
 import argparse

@@ -42,22 +42,10 @@ from ssa_pretrain.tracking import Tracker, provenance, start_tracking
 from ssa_pretrain.weights import find_weights
 
 MODES = ("full", "sparse")
-OF_A_NODE = (
-    "data.path",
-    "output_dir",
-    "logging.",
-    "checkpoint.init_from",
-    "dry_run",
-)  # may be spelled otherwise on each node
+# Beginnings of keys: what may be spelled otherwise on each node, and what changes no step's figures.
+OF_A_NODE = ("data.path", "output_dir", "logging.", "checkpoint.init_from", "dry_run")
+NO_FIGURES = (*OF_A_NODE, "name", "checkpoint.", "evaluation.", "profile.", "training.stop_at_step")
 MOST_SHOWN = 8
-NO_FIGURES = (
-    *OF_A_NODE,
-    "name",
-    "checkpoint.",
-    "evaluation.",
-    "profile.",
-    "training.stop_at_step",
-)  # change no step's figures
 
 
 class DivergedError(RuntimeError):
