@@ -169,11 +169,18 @@ class AttentionConfig:
     commitment_weight: float = 1.0  # SmoothL1(sg(full), sparse) inside the alignment
     full_ratio: float = 0.5  # p, probability that the full stream is the main one
     stream_draw: StreamDraw = StreamDraw.microbatch
+    counterpart_share: float = (
+        1.0  # r, share of microbatches that compute the other stream too, for the alignment; 1: the paper
+    )
+    counterpart_tilt: float = (
+        0.0  # 0 to 1, how much rarer than r it is where the sparse stream is the main one; the mean share stays r
+    )
     impl: KernelImpl = KernelImpl.auto
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        found = at_least("attention", self, 1, "top_k") + between("attention", self, 0.0, 1.0, "full_ratio")
+        shares = ("full_ratio", "counterpart_share", "counterpart_tilt")
+        found = at_least("attention", self, 1, "top_k") + between("attention", self, 0.0, 1.0, *shares)
         found += at_least("attention", self, 0.0, "alignment_weight", "sparsity_weight", "commitment_weight")
         sizes = (16, 32, 64, 128)
         if self.block_size not in sizes:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssa_pretrain.config import Config, Method, PrecisionName
+from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.ds_config import ds_config
 from ssa_pretrain.engine import common_weights, deepspeed_checkpoint
@@ -31,12 +31,11 @@ from ssa_pretrain.engine.deepspeed_setup import (
     prepare_process,
 )
 from ssa_pretrain.engine.interface import EvaluationResult, StepResult
-from ssa_pretrain.engine.megatron import MegatronEngine, _Run
+from ssa_pretrain.engine.megatron import MegatronEngine, Route, _Run
 from ssa_pretrain.engine.pending import PendingStep
 from ssa_pretrain.model.gpt import Llama
 from ssa_pretrain.model.llama import build_model
 from ssa_pretrain.parallel.context import ContextParallel
-from ssa_pretrain.parallel.routing import main_stream
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.profiling import OPTIMIZER_RANGE
@@ -59,21 +58,18 @@ class DeepSpeedEngine(MegatronEngine):
 
     def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
         """See `Engine.train_step`."""
-        ds, attention = self.ds, self.config.attention
+        ds = self.ds
         batches = self._local(batches)
         count, (labels, _, dilution) = len(batches), self._count(batches)
         if count != ds.gradient_accumulation_steps():
             raise ValueError(f"{count} microbatches were given, and the batch makes {ds.gradient_accumulation_steps()}")
-        streams = [main_stream(attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches]
-        both = attention.method is Method.ssa
-        scale = attention.alignment_weight / (self.config.model.num_layers * count * self.config.parallel.tp)
+        routes = self._routes(batches, step, dilution)
         for group, decay in zip(ds.basic_optimizer.param_groups, (self.config.optim.weight_decay, 0.0), strict=True):
             group["lr"], group["weight_decay"] = learning_rate, decay
         ds.train()
-        alignment_scale = (scale * dilution).float() if both else None
         run, grad_norm = _Run(count * self.placement.dp / labels, dilution), None
-        for batch, main in zip(batches, streams, strict=True):
-            ds.backward(self._loss(run, batch, main, counterpart=both, alignment_scale=alignment_scale))
+        for batch, route in zip(batches, routes, strict=True):
+            ds.backward(self._loss(run, batch, route))
             if self._norm_is_ours and ds.is_gradient_accumulation_boundary():
                 grad_norm = self._grad_norm()
             with torch.profiler.record_function(OPTIMIZER_RANGE):  # before a step's last microbatch it only counts
@@ -100,10 +96,11 @@ class DeepSpeedEngine(MegatronEngine):
         batches = self._local(batches)
         labels, tokens, dilution = self._count(batches)
         run, idle = _Run(1.0, dilution), self._idle_batches(len(batches))
+        route = Route(mode, counterpart=True)
         for batch in batches:
-            self._loss(run, batch, mode, counterpart=True, alignment_scale=None)
+            self._loss(run, batch, route)
         for batch in idle:
-            self._loss(_Run(1.0), batch, mode, counterpart=True, alignment_scale=None)
+            self._loss(_Run(1.0), batch, route)
         sums = self._sums(self._reduce(run).tolist())
         return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels), int(tokens))
 
@@ -112,7 +109,7 @@ class DeepSpeedEngine(MegatronEngine):
         """See `Engine.last_logits`."""
         self.ds.eval()
         (batch,) = self._local([batch])
-        packed = self._packed(batch, mode, counterpart=False, alignment_scale=None)
+        packed = self._packed(batch, Route(mode))
         positions = batch.positions.unsqueeze(0)
         logits = self.ds(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)
         return logits[0, batch.cu_seqlens[1:].long() - 1].float()
@@ -191,9 +188,9 @@ class DeepSpeedEngine(MegatronEngine):
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total
 
-    def _loss(self, run: _Run, batch: Batch, main: str, *, counterpart: bool, alignment_scale: Tensor | None) -> Tensor:
+    def _loss(self, run: _Run, batch: Batch, route: Route) -> Tensor:
         """Run a microbatch forward and return its part of the step's loss; what it finds goes into `run`."""
-        packed = self._packed(batch, main, counterpart=counterpart, alignment_scale=alignment_scale)
+        packed = self._packed(batch, route)
         run.packed.append(packed)
         positions = batch.positions.unsqueeze(0)
         losses = self.ds(batch.tokens, positions, None, labels=batch.labels, packed_seq_params=packed)

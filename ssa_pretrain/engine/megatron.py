@@ -30,7 +30,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from ssa_kernels import build_layout
-from ssa_pretrain.config import Config, Method, PrecisionName
+from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine import common_weights, megatron_checkpoint
 from ssa_pretrain.engine.interface import EvaluationResult, StepResult
@@ -40,7 +40,7 @@ from ssa_pretrain.engine.user_buffers import start_user_buffers
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import build_model
 from ssa_pretrain.parallel.context import ContextParallel
-from ssa_pretrain.parallel.routing import main_stream
+from ssa_pretrain.parallel.routing import counterpart_factors, main_stream
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.weights import find_weights
@@ -83,23 +83,13 @@ class MegatronEngine:
         """Leave the global batch's gradients in their buffers; return what the passes found and the labels that count, on the device."""
         batches = self._local(batches)
         count, (labels, _, dilution) = len(batches), self._count(batches)
-        attention = self.config.attention
-        streams = [main_stream(attention, seed=self.config.seed, step=step, microbatch=b.index) for b in batches]
-        both = attention.method is Method.ssa
-        scale = attention.alignment_weight / (self.config.model.num_layers * count * self.config.parallel.tp)
+        routes = self._routes(batches, step, dilution)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         run = _Run(count * self.placement.dp / labels, dilution)
-        self._forward_backward(
-            batches,
-            streams,
-            run,
-            counterpart=both,
-            alignment_scale=(scale * dilution).float() if both else None,
-            forward_only=False,
-        )
+        self._forward_backward(batches, routes, run, forward_only=False)
         return run, labels
 
     def update(self, learning_rate: float) -> Tensor:
@@ -121,9 +111,7 @@ class MegatronEngine:
             chunk.eval()
         run = _Run(1.0, dilution)
         if batches:
-            self._forward_backward(
-                batches, [mode] * len(batches), run, counterpart=True, alignment_scale=None, forward_only=True
-            )
+            self._forward_backward(batches, [Route(mode, counterpart=True)] * len(batches), run, forward_only=True)
         sums = self._sums(self._reduce(run).tolist())
         return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels), int(tokens))
 
@@ -137,7 +125,7 @@ class MegatronEngine:
         ends = batch.cu_seqlens[1:].long() - 1
 
         def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module):
-            packed = self._packed(next(iterator), mode, counterpart=False, alignment_scale=None)
+            packed = self._packed(next(iterator), Route(mode))
             out = chunk(
                 batch.tokens, batch.positions.unsqueeze(0), None, packed_seq_params=packed, runtime_gather_output=True
             )
@@ -215,7 +203,21 @@ class MegatronEngine:
         labels, real, every = total
         return labels, real, every / real
 
-    def _packed(self, batch: Batch, main: str, *, counterpart: bool, alignment_scale: Tensor | None) -> PackedTokens:
+    def _routes(self, batches: Sequence[Batch], step: int, dilution: Tensor) -> list["Route"]:
+        """Return what each of this rank's microbatches computes in a training step."""
+        attention, seed, count = self.config.attention, self.config.seed, len(batches)
+        every = range(count * self.placement.dp)
+        streams = [main_stream(attention, seed=seed, step=step, microbatch=m) for m in every]
+        factors = counterpart_factors(attention, seed=seed, step=step, streams=streams)
+        scale = attention.alignment_weight / (self.config.model.num_layers * count * self.config.parallel.tp)
+        return [
+            Route(streams[b.index], counterpart=True, alignment_scale=(scale * factors[b.index] * dilution).float())
+            if factors[b.index]
+            else Route(streams[b.index])
+            for b in batches
+        ]
+
+    def _packed(self, batch: Batch, route: "Route") -> PackedTokens:
         length = self.config.data.sequence_length
         layout = build_layout(
             batch.cu_seqlens,
@@ -233,31 +235,29 @@ class MegatronEngine:
             documents=self.context.queries(layout),
             gather=self.context.gather if self.context.size > 1 else None,
             num_rows=batch.num_rows,
-            main=main,
-            counterpart=counterpart,
-            alignment_scale=alignment_scale,
+            main=route.main,
+            counterpart=route.counterpart,
+            alignment_scale=route.alignment_scale,
         )
 
     def _forward_backward(
         self,
         batches: Sequence[Batch],
-        streams: Sequence[str],
+        routes: Sequence["Route"],
         run: "_Run",
         *,
-        counterpart: bool,
-        alignment_scale: Tensor | None,
         forward_only: bool,
     ) -> None:
         """Run core's schedule over the microbatches; what it finds goes into `run`."""
 
-        def forward_step(iterator: Iterator[tuple[Batch, str]], chunk: torch.nn.Module):
-            batch, main = next(iterator)
-            packed = self._packed(batch, main, counterpart=counterpart, alignment_scale=alignment_scale)
+        def forward_step(iterator: Iterator[tuple[Batch, Route]], chunk: torch.nn.Module):
+            batch, route = next(iterator)
+            packed = self._packed(batch, route)
             run.packed.append(packed)
             out = chunk(batch.tokens, batch.positions.unsqueeze(0), None, labels=batch.labels, packed_seq_params=packed)
             return out, lambda losses: run.loss(losses, batch.loss_mask)
 
-        iterators = [iter(list(zip(batches, streams, strict=True))) for _ in self.chunks]
+        iterators = [iter(list(zip(batches, routes, strict=True))) for _ in self.chunks]
         self._schedule(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -312,6 +312,21 @@ class MegatronEngine:
         out = logits if logits is not None else torch.empty(rows, int(width), device=self.placement.device)
         dist.broadcast(out, src=last, group=pp)
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a microbatch computes.
+
+    Attributes:
+        main: the stream that becomes the layers' output, "full" or "sparse".
+        counterpart: whether the other stream is computed too.
+        alignment_scale: d(total loss) / d(one layer's local alignment), on the device; None: no gradient.
+    """
+
+    main: str
+    counterpart: bool = False
+    alignment_scale: Tensor | None = None
 
 
 class _Run:
