@@ -170,16 +170,13 @@ class AttentionConfig:
     full_ratio: float = 0.5  # p, probability that the full stream is the main one
     stream_draw: StreamDraw = StreamDraw.microbatch
     counterpart_share: float = (
-        1.0  # r, share of microbatches that compute the other stream too, for the alignment; 1: the paper
-    )
-    counterpart_tilt: float = (
-        0.0  # 0 to 1, how much rarer than r it is where the sparse stream is the main one; the mean share stays r
+        1.0  # r, share of the queries whose other stream is computed too, for the alignment; 1: the paper
     )
     impl: KernelImpl = KernelImpl.auto
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
-        shares = ("full_ratio", "counterpart_share", "counterpart_tilt")
+        shares = ("full_ratio", "counterpart_share")
         found = at_least("attention", self, 1, "top_k") + between("attention", self, 0.0, 1.0, *shares)
         found += at_least("attention", self, 0.0, "alignment_weight", "sparsity_weight", "commitment_weight")
         sizes = (16, 32, 64, 128)

@@ -29,7 +29,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from ssa_kernels import build_layout
+from ssa_kernels import build_layout, query_runs
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine import common_weights, megatron_checkpoint
@@ -40,7 +40,7 @@ from ssa_pretrain.engine.user_buffers import start_user_buffers
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import build_model
 from ssa_pretrain.parallel.context import ContextParallel
-from ssa_pretrain.parallel.routing import counterpart_factors, main_stream
+from ssa_pretrain.parallel.routing import counterpart_factor, counterpart_spans, main_stream
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.weights import find_weights
@@ -205,17 +205,22 @@ class MegatronEngine:
 
     def _routes(self, batches: Sequence[Batch], step: int, dilution: Tensor) -> list["Route"]:
         """Return what each of this rank's microbatches computes in a training step."""
-        attention, seed, count = self.config.attention, self.config.seed, len(batches)
-        every = range(count * self.placement.dp)
-        streams = [main_stream(attention, seed=seed, step=step, microbatch=m) for m in every]
-        factors = counterpart_factors(attention, seed=seed, step=step, streams=streams)
-        scale = attention.alignment_weight / (self.config.model.num_layers * count * self.config.parallel.tp)
-        return [
-            Route(streams[b.index], counterpart=True, alignment_scale=(scale * factors[b.index] * dilution).float())
-            if factors[b.index]
-            else Route(streams[b.index])
-            for b in batches
-        ]
+        attention, seed, data = self.config.attention, self.config.seed, self.config.data
+        rows = self.config.training.micro_batch_size
+        tokens = rows * data.sequence_length
+        scale = attention.alignment_weight / (self.config.model.num_layers * len(batches) * self.config.parallel.tp)
+        routes = []
+        for batch in batches:
+            draw = {"seed": seed, "step": step, "microbatch": batch.index}
+            main = main_stream(attention, **draw)
+            spans = counterpart_spans(attention, **draw, rows=rows, row_length=data.sequence_length)
+            if not spans:
+                routes.append(Route(main))
+                continue
+            factor = counterpart_factor(attention, rows=rows)
+            spans = None if spans == [(0, tokens)] else spans
+            routes.append(Route(main, True, spans, (scale * factor * dilution).float()))
+        return routes
 
     def _packed(self, batch: Batch, route: "Route") -> PackedTokens:
         length = self.config.data.sequence_length
@@ -237,6 +242,7 @@ class MegatronEngine:
             num_rows=batch.num_rows,
             main=route.main,
             counterpart=route.counterpart,
+            sample=query_runs(layout, route.spans) if route.spans else None,
             alignment_scale=route.alignment_scale,
         )
 
@@ -321,11 +327,13 @@ class Route:
     Attributes:
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: whether the other stream is computed too.
+        spans: (first, length) of the queries that compute it; None: all.
         alignment_scale: d(total loss) / d(one layer's local alignment), on the device; None: no gradient.
     """
 
     main: str
     counterpart: bool = False
+    spans: list[tuple[int, int]] | None = None
     alignment_scale: Tensor | None = None
 
 

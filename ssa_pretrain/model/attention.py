@@ -23,8 +23,10 @@ from torch import Tensor
 
 from ssa_kernels import (
     DocumentLayout,
+    captured_mass,
     full_attention,
     gate,
+    gate_and_align,
     qkv_rope,
     select_blocks,
     sparse_attention,
@@ -53,6 +55,7 @@ class PackedTokens(PackedSeqParams):
         gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, of which `documents` tells; else None.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: also compute the other stream, for the alignment and the captured mass.
+        sample: the queries that do, by runs of neighbours; None: all.
         alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None switches the gradient off.
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
     """
@@ -63,6 +66,7 @@ class PackedTokens(PackedSeqParams):
     gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     main: str = "full"
     counterpart: bool = False
+    sample: DocumentLayout | None = None
     alignment_scale: float | Tensor | None = None
     diagnostics: dict[int, LayerDiagnostics] = field(default_factory=dict)
 
@@ -136,7 +140,9 @@ class SSAAttention(MegatronModule):
         q, k, v, gate_logits = self._project(hidden_states, rotary_pos_emb, packed.positions)
         if packed.gather is not None:
             k, v = packed.gather(k, v)
-        attend = self._both_streams if packed.counterpart else self._main_stream
+        attend = self._main_stream
+        if packed.counterpart:
+            attend = self._both_streams if packed.sample is None else self._sampled_streams
         out = attend(q, k, v, gate_logits, packed)
         return self.linear_proj(out.flatten(1).unsqueeze(1))
 
@@ -176,21 +182,47 @@ class SSAAttention(MegatronModule):
             weights=(a.sparsity_weight, a.commitment_weight),
             impl=self.impl,
         )
+        return self._align(out, loss, mass, packed)
+
+    def _align(self, out: Tensor, loss: Tensor, mass: Tensor, packed: PackedTokens) -> Tensor:
+        """Return `out` with the alignment attached, the layer's diagnostics noted."""
         packed.diagnostics[self.layer_number] = LayerDiagnostics(loss.detach(), mass.detach())
         if packed.alignment_scale is not None and torch.is_grad_enabled():
             out = attach_loss(out, loss, packed.alignment_scale)
         return out
 
+    def _sampled_streams(
+        self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens
+    ) -> Tensor:
+        """Return the gated main stream [T, H, D] of all queries, aligned with the other stream where `packed.sample` has it."""
+        a, layout = self.attention, packed.sample
+        main, lse_main = self._stream(packed.main, q, k, v, packed.documents, packed.num_rows)
+        other_name = "sparse" if packed.main == "full" else "full"
+        logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
+
+        def sampled(x: Tensor) -> Tensor:
+            return torch.cat([x[run.first : run.end] for run in layout.runs])
+
+        other, lse_other = self._stream(other_name, sampled(q), k, v, layout)
+        streams = {packed.main: (sampled(main), sampled(lse_main)), other_name: (other, lse_other)}
+        (o_full, lse_full), (o_sparse, lse_sparse) = streams["full"], streams["sparse"]
+        weights = (a.sparsity_weight, a.commitment_weight)
+        _, loss = gate_and_align(o_full, o_sparse, sampled(logits), main=packed.main, weights=weights, impl=self.impl)
+        mass = captured_mass(lse_full, lse_sparse).mean()
+        return self._align(gate(main, logits, impl=self.impl), loss, mass, packed)
+
+    def _stream(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, num_rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return a stream's output [queries, H, D], not gated, and its log-sum-exp [queries, H]."""
+        a, common = self.attention, {"cu_seqlens": layout, "impl": self.impl}
+        if name == "full":
+            return full_attention(q, k, v, return_lse=True, num_rows=num_rows, **common)
+        sizes = {"block_size": a.block_size}
+        indices = select_blocks(q.detach(), k.detach(), top_k=a.top_k, score=a.score.value, **sizes, **common)
+        return sparse_attention(q, k, v, indices, **sizes, **common)
+
     def _main_stream(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens) -> Tensor:
         """Return the gated main stream [T, H, D], nothing else computed."""
-        a = self.attention
-        common = {"cu_seqlens": packed.documents, "impl": self.impl}
-
-        if packed.main == "full":
-            out, _ = full_attention(q, k, v, num_rows=packed.num_rows, **common)
-        else:
-            indices = select_blocks(
-                q.detach(), k.detach(), block_size=a.block_size, top_k=a.top_k, score=a.score.value, **common
-            )
-            out, _ = sparse_attention(q, k, v, indices, block_size=a.block_size, **common)
+        out, _ = self._stream(packed.main, q, k, v, packed.documents, packed.num_rows)
         return out if gate_logits is None else gate(out, gate_logits, impl=self.impl)

@@ -3,19 +3,22 @@
 The microbatch is counted over the global batch, so the draws do not depend on the layout: tensor, pipeline and context ranks agree,
 recomputation and resumed runs repeat them, and splitting the batch over more data ranks moves no draw.
 
-The counterpart stream serves the alignment loss only, a mean over the microbatches of a step, A = (1/M) * sum of a_m. With
-`counterpart_share` r < 1 a sample of n microbatches estimates it: n is r * M rounded at random to one of its neighbours so that its mean is r * M, the
-sample is uniform without replacement, and each microbatch of it counts M / (n * P(n > 0)) times, P(n > 0) = min(1, r * M). Given n > 0
-the sum has the mean A / P(n > 0); a step without a counterpart has none, so the mean over draws is A: the estimate is unbiased (Horvitz and
-Thompson, 1952, with the ratio in place of r where n > 0, whose variance is smaller). `counterpart_tilt` t draws the two main streams apart, at
-the shares r * (1 - t) where it is sparse (the counterpart is full attention then, and dear) and r * (1 + t * (1 - p) / p) where it is full.
+The counterpart stream serves the alignment loss only, a mean over queries. With `counterpart_share` r < 1 a sample of the queries of
+every row estimates it: a row is cut into 2 * PAIRS equal chunks, chunk i is paired with chunk 2 * PAIRS - 1 - i, and round(r * PAIRS) pairs are
+drawn without replacement, rounded at random so that the mean is r * PAIRS. Every query is drawn with the same probability, so the mean over the
+sample is an unbiased estimate of the mean over the row, normalised by the queries that had a counterpart. A query's full attention costs what lies
+before it, and the two chunks of a pair lie mirrored: each pair of a row costs the same, every microbatch takes the same time, and no data rank
+waits for another because of the draw. Where r * PAIRS < 1 a microbatch may have no sample at all, with probability 1 - P; the others' gradient
+then counts 1 / P times.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
 
 from ssa_pretrain.config import AttentionConfig, Method, StreamDraw
+
+PAIRS = 8  # of chunks per row: a share of 1/8 is one pair, 1/16 of the row at each end's distance
+COUNTERPART = b"ssa-counterpart"
 
 
 def main_stream(attention: AttentionConfig, *, seed: int, step: int, microbatch: int) -> str:
@@ -33,38 +36,38 @@ def main_stream(attention: AttentionConfig, *, seed: int, step: int, microbatch:
     return "full" if _uniform(seed, step, draw) < attention.full_ratio else "sparse"
 
 
-def counterpart_shares(attention: AttentionConfig) -> dict[str, float]:
-    """Returns the share of microbatches with a counterpart by their main stream."""
-    share, tilt, p = attention.counterpart_share, attention.counterpart_tilt, attention.full_ratio
-    if not tilt or not 0.0 < p < 1.0:
-        return {"full": share, "sparse": share}
-    return {"full": share * (1.0 + tilt * (1.0 - p) / p), "sparse": share * (1.0 - tilt)}
-
-
-def counterpart_factors(attention: AttentionConfig, *, seed: int, step: int, streams: Sequence[str]) -> list[float]:
-    """Returns for every microbatch of a step the factor on its alignment's gradient; 0 where it computes no counterpart.
+def counterpart_spans(
+    attention: AttentionConfig, *, seed: int, step: int, microbatch: int, rows: int, row_length: int
+) -> list[tuple[int, int]]:
+    """Returns (first query, number of queries) of the spans of a microbatch that compute the counterpart, ascending; neighbours are joined.
 
     Args:
-        attention: the method, its counterpart_share and counterpart_tilt.
+        attention: the method and its counterpart_share.
         seed: the run's seed.
         step: optimizer step, from 0.
-        streams: the main stream of each microbatch of the global batch, in its order.
+        microbatch: index in the global batch, from 0.
+        rows: rows of the microbatch.
+        row_length: tokens per row, a multiple of 2 * PAIRS.
     """
-    factors = [0.0] * len(streams)
-    if attention.method is not Method.ssa:
-        return factors
-    every = range(len(streams))
-    strata = [(every, attention.counterpart_share)]
-    if attention.counterpart_tilt:
-        shares = counterpart_shares(attention)
-        strata = [([m for m in every if streams[m] == stream], share) for stream, share in shares.items()]
-    for number, (members, share) in enumerate(strata):
-        wanted = share * len(members)
-        count = math.floor(wanted + _uniform(seed, step, number, person=b"ssa-counterparts"))
-        order = sorted(members, key=lambda m: _uniform(seed, step, number, m, person=b"ssa-counterparts"))
-        for m in order[:count]:
-            factors[m] = len(members) / (count * min(1.0, wanted))
-    return factors
+    if attention.method is not Method.ssa or attention.counterpart_share == 0.0:
+        return []
+    chunk, spans = row_length // (2 * PAIRS), []
+    for row in range(rows):
+        key = (seed, step, microbatch, row)
+        count = math.floor(attention.counterpart_share * PAIRS + _uniform(*key, person=COUNTERPART))
+        pairs = sorted(range(PAIRS), key=lambda pair: _uniform(*key, pair, person=COUNTERPART))[:count]
+        for number in sorted([*pairs, *(2 * PAIRS - 1 - pair for pair in pairs)]):
+            first = row * row_length + number * chunk
+            if spans and sum(spans[-1]) == first:
+                spans[-1] = (spans[-1][0], spans[-1][1] + chunk)
+            else:
+                spans.append((first, chunk))
+    return spans
+
+
+def counterpart_factor(attention: AttentionConfig, *, rows: int) -> float:
+    """Returns 1 / P, P being the probability that a microbatch of `rows` rows draws any span."""
+    return 1.0 / (1.0 - max(0.0, 1.0 - attention.counterpart_share * PAIRS) ** rows)
 
 
 def _uniform(*key: int, person: bytes = b"ssa-stream") -> float:

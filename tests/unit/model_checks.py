@@ -237,6 +237,40 @@ def test_the_alignment_weighs_in_that_gradient(placement):
     assert abs(norms[1] / norms[0] - 1) > 0.03 and abs(norms[2] / norms[1] - 1) > 0.03
 
 
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_the_mean_gradient_over_draws_of_the_counterpart_is_that_of_all_queries(placement, monkeypatch, mode):
+    """With one pair of chunks per row every query is drawn equally often: the mean over the PAIRS draws is exact, not statistical."""
+    from ssa_pretrain.engine import build_engine, megatron
+    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+    from ssa_pretrain.parallel.routing import PAIRS
+
+    config = small_config()
+    config.attention.full_ratio, config.attention.alignment_weight = float(mode == "full"), 500.0
+    engine = build_engine(config, placement, VOCAB)
+    parameters = list(unwrap(engine.chunks[0]).parameters())
+
+    def gradient() -> tuple[list[Tensor], list[float]]:
+        run, _ = engine.forward_backward(microbatches(), step=0)
+        sums = engine._sums(engine._reduce(run).tolist())
+        return [p.main_grad.clone() for p in parameters], sums.alignment + sums.mass
+
+    wanted, metrics = gradient()
+    config.attention.counterpart_share = 1 / PAIRS
+    chunk, found = LENGTH // (2 * PAIRS), []
+    for pair in range(PAIRS):
+        spans = [(pair * chunk, chunk), ((2 * PAIRS - 1 - pair) * chunk, chunk)]
+        monkeypatch.setattr(megatron, "counterpart_spans", lambda *_, spans=spans, **__: spans)
+        found.append(gradient())
+    assert [sum(values) / PAIRS for values in zip(*(m for _, m in found), strict=True)] == pytest.approx(metrics)
+    differs = False
+    for number, gradient_wanted in enumerate(wanted):
+        mean = torch.stack([gradients[number] for gradients, _ in found]).mean(0)
+        scale = float(gradient_wanted.abs().max())
+        torch.testing.assert_close(mean, gradient_wanted, rtol=1e-5, atol=1e-5 * scale)
+        differs |= bool((found[0][0][number] - gradient_wanted).abs().max() > 1e-3 * scale)
+    assert differs
+
+
 def padded(tokens: np.ndarray) -> Row:
     """Return one document as a row, its padding behind it."""
     row, starts = np.full(LENGTH + 1, 7, dtype=np.int64), np.zeros(LENGTH + 1, dtype=bool)

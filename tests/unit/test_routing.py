@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ssa_pretrain.config import AttentionConfig, Method, StreamDraw
-from ssa_pretrain.parallel.routing import counterpart_factors, counterpart_shares, main_stream
+from ssa_pretrain.parallel.routing import counterpart_factor, counterpart_spans, main_stream
 
 
 def draws(attention: AttentionConfig, seed: int = 1, steps: int = 500, microbatches: int = 8) -> list[str]:
@@ -49,30 +49,37 @@ def test_one_stream_methods_never_draw(method, stream):
     assert set(draws(AttentionConfig(method=method), steps=50)) == {stream}
 
 
-def factors(attention: AttentionConfig, microbatches: int, step: int, seed: int = 1) -> list[float]:
-    streams = [main_stream(attention, seed=seed, step=step, microbatch=m) for m in range(microbatches)]
-    return counterpart_factors(attention, seed=seed, step=step, streams=streams)
+def spans(share: float, step: int, rows: int = 2, length: int = 64, **more) -> list[tuple[int, int]]:
+    attention = AttentionConfig(counterpart_share=share, **more)
+    return counterpart_spans(attention, seed=1, step=step, microbatch=3, rows=rows, row_length=length)
 
 
-def test_every_microbatch_counts_once_where_the_share_is_one():
-    assert all(factors(AttentionConfig(), 8, step) == [1.0] * 8 for step in range(20))
-    assert all(factors(AttentionConfig(method=Method.full), 8, step) == [0.0] * 8 for step in range(20))
+def test_all_queries_have_a_counterpart_where_the_share_is_one():
+    assert all(spans(1.0, step) == [(0, 128)] for step in range(20))
+    assert spans(0.0, 0) == [] and spans(1.0, 0, method=Method.full) == []
 
 
-@pytest.mark.parametrize("microbatches", [1, 3, 8, 30])
-@pytest.mark.parametrize(("share", "tilt"), [(0.25, 0.0), (0.125, 0.0), (0.3, 0.0), (0.25, 0.5), (0.5, 0.9)])
-def test_the_alignments_gradient_is_unbiased(share, tilt, microbatches):
-    """The mean factor of each position over draws is 1, and as many microbatches compute a counterpart as the share and the batch allow."""
-    attention, steps = AttentionConfig(counterpart_share=share, counterpart_tilt=tilt), 4000
-    found = np.array([factors(attention, microbatches, step) for step in range(steps)])
-    standard_error = found.std(axis=0) / steps**0.5
-    assert (abs(found.mean(axis=0) - 1) <= 4.5 * standard_error).all()
-    counts = (found > 0).sum(axis=1)
-    assert abs(counts.mean() - share * microbatches) <= 4.5 * counts.std() / steps**0.5 + 1e-9
-    if not tilt:
-        assert {*counts} <= {math.floor(share * microbatches), math.ceil(share * microbatches)}
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.125, 0.3, 0.05])
+def test_every_query_is_drawn_with_the_probability_of_the_share(share):
+    """And each row of a step has as close to the share as its chunks allow."""
+    steps, drawn = 4000, np.zeros((4000, 128), dtype=bool)
+    for step in range(steps):
+        for first, length in spans(share, step):
+            drawn[step, first : first + length] = True
+    error = (share * (1 - share) / steps) ** 0.5
+    assert abs(drawn.mean(axis=0) - share).max() <= 4.5 * error
+    counts = {*drawn.reshape(steps, 2, 64).sum(axis=2).ravel()}
+    assert counts <= {8 * math.floor(share * 8), 8 * math.ceil(share * 8)}
 
 
-def test_tilted_shares_are_rarer_where_the_sparse_stream_is_the_main_one():
-    attention = AttentionConfig(counterpart_share=0.25, counterpart_tilt=0.5)
-    assert counterpart_shares(attention) == {"full": 0.375, "sparse": 0.125}
+def test_each_draw_has_the_same_causal_work():
+    """Chunks come in mirrored pairs, so the pairs (query, earlier key) of a row are those of every other draw."""
+    work = {sum(sum(range(first, first + length)) for first, length in spans(0.25, step, rows=1)) for step in range(50)}
+    assert len(work) == 1
+
+
+def test_a_microbatch_without_a_sample_is_accounted_for():
+    attention = AttentionConfig(counterpart_share=0.05)
+    empty = sum(not spans(0.05, step) for step in range(4000)) / 4000
+    assert 1 / counterpart_factor(attention, rows=2) == pytest.approx(1 - empty, abs=0.035)
+    assert counterpart_factor(AttentionConfig(counterpart_share=0.25), rows=1) == 1.0
