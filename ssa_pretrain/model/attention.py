@@ -196,14 +196,15 @@ class SSAAttention(MegatronModule):
     ) -> Tensor:
         """Return the gated main stream [T, H, D] of all queries, aligned with the other stream where `packed.sample` has it."""
         a, layout = self.attention, packed.sample
-        main, lse_main = self._stream(packed.main, q, k, v, packed.documents, packed.num_rows)
+        assert layout is not None  # forward() has looked
+        main, lse_main = self._stream(packed.main, q, k, v, packed.documents, packed.num_rows, return_lse=True)
         other_name = "sparse" if packed.main == "full" else "full"
         logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
 
         def sampled(x: Tensor) -> Tensor:
             return torch.cat([x[run.first : run.end] for run in layout.runs])
 
-        other, lse_other = self._stream(other_name, sampled(q), k, v, layout)
+        other, lse_other = self._stream(other_name, sampled(q), k, v, layout, return_lse=True)
         streams = {packed.main: (sampled(main), sampled(lse_main)), other_name: (other, lse_other)}
         (o_full, lse_full), (o_sparse, lse_sparse) = streams["full"], streams["sparse"]
         weights = (a.sparsity_weight, a.commitment_weight)
@@ -212,12 +213,20 @@ class SSAAttention(MegatronModule):
         return self._align(gate(main, logits, impl=self.impl), loss, mass, packed)
 
     def _stream(
-        self, name: str, q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, num_rows: int | None = None
+        self,
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: DocumentLayout,
+        num_rows: int | None = None,
+        *,
+        return_lse: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Return a stream's output [queries, H, D], not gated, and its log-sum-exp [queries, H]."""
+        """Return a stream's output [queries, H, D], not gated, and its log-sum-exp [queries, H] (of the full one only if asked for)."""
         a, common = self.attention, {"cu_seqlens": layout, "impl": self.impl}
         if name == "full":
-            return full_attention(q, k, v, return_lse=True, num_rows=num_rows, **common)
+            return full_attention(q, k, v, return_lse=return_lse, num_rows=num_rows, **common)
         sizes = {"block_size": a.block_size}
         indices = select_blocks(q.detach(), k.detach(), top_k=a.top_k, score=a.score.value, **sizes, **common)
         return sparse_attention(q, k, v, indices, **sizes, **common)
