@@ -55,7 +55,7 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         speaks = _from_launcher(rank, default=0) == 0
         machine = this_machine()
         if entry == "evaluate":
-            machine = replace(machine, splits=("heldout",))
+            machine = replace(machine, splits=("heldout",), has_wandb=None)
         config = resolve_config(entry, arguments, machine, speaks=speaks)
         plan = _planned(config, arguments) if _plans(entry, config) else ""
     except ConfigError as error:
@@ -104,6 +104,7 @@ def this_machine() -> Machine:
         has_gpu=has_gpu(),
         has_transformer_engine=find_spec("transformer_engine") is not None,
         has_deepspeed=find_spec("deepspeed") is not None,
+        has_wandb=bool((client := find_spec("wandb")) and client.origin),  # a folder ./wandb has no origin
         slurm_tasks=_slurm_tasks(),
     )
 

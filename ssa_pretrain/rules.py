@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, Method, PrecisionName
+from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, Method, PrecisionName, WandbMode
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
 from ssa_pretrain.rules_deepspeed import deepspeed_problems
@@ -31,6 +31,7 @@ class Machine:
         has_gpu: a GPU is visible and torch can use it.
         has_transformer_engine: Transformer Engine is installed.
         has_deepspeed: DeepSpeed is installed.
+        has_wandb: W&B's client is installed.
         has_files: data and checkpoints can be looked at.
         splits: what the command reads of the data.
         slurm_tasks: processes that srun started, where each of them takes itself for the only one; else 1.
@@ -40,6 +41,7 @@ class Machine:
     has_gpu: bool | None = None
     has_transformer_engine: bool | None = None
     has_deepspeed: bool | None = None
+    has_wandb: bool | None = None
     has_files: bool = True
     splits: tuple[str, ...] = ("train", "heldout")
     slurm_tasks: int = 1
@@ -64,7 +66,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         partial(_fp8, machine=machine),
         partial(_overlap_tp, machine=machine),
     ]
-    rules += [partial(deepspeed_problems, installed=machine.has_deepspeed)]
+    rules += [partial(deepspeed_problems, installed=machine.has_deepspeed), partial(_wandb, machine=machine)]
     if machine.has_files:
         rules += [partial(_launcher, machine=machine), _output_dir, _initial_weights]
         rules += [partial(_data, splits=machine.splits)]
@@ -311,6 +313,15 @@ def _fp8(config: Config, machine: Machine) -> list[Problem]:
     return [
         Problem(key, value, rule.format(width), "try precision=bf16", reads) for key, (value, width) in wrong.items()
     ]
+
+
+def _wandb(config: Config, machine: Machine) -> list[Problem]:
+    """W&B's client, which only a tracked run needs."""
+    mode = config.logging.wandb.mode
+    if machine.has_wandb is not False or mode is WandbMode.off:
+        return []
+    rule, advice = "needs the package wandb, which is not installed", "try pip install wandb, or logging.wandb.mode=off"
+    return [Problem("logging.wandb.mode", mode, rule, advice)]
 
 
 def _launcher(config: Config, machine: Machine) -> list[Problem]:

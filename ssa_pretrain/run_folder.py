@@ -21,7 +21,10 @@ from typing import TextIO
 from ssa_pretrain.problems import ConfigError, Problem
 
 LOCK = ".lock"
-LEFTOVERS = ("checkpoints/.step_*.tmp", "checkpoints/.step_*.universal", "metrics.jsonl.*.tmp", ".seen_*")
+LEFTOVERS = (
+    *("checkpoints/.step_*.tmp", "checkpoints/.step_*.universal"),
+    *("metrics.jsonl.*.tmp", "wandb.*.tmp", ".seen_*"),
+)
 ELSEWHERE = "try another output_dir"
 GIB = 2**30
 
@@ -75,7 +78,7 @@ def claim(folder: Path, say: Callable[[str], None] = print, *, patience: float =
     for pattern in LEFTOVERS:
         for path in folder.glob(pattern):
             say(f"removing {path}, which a run that was stopped has left half written")
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return lock
 
 

@@ -1,38 +1,40 @@
 """Weights & Biases as a view of a run: one W&B run per training run across restarts, and never a reason to stop or to wait.
 
-The id lives in the run's folder (`wandb.json`), beside the last step of every series that W&B surely has. A restart takes the id up again and
-is shown metrics.jsonl from its beginning: it sends what is missing and nothing twice. W&B's client keeps the last 15 seconds in memory, so a
-step counts as received only `SETTLE_SECONDS` after it was sent; a kill may thus repeat the rows of those seconds, with the same step and,
-training being reproducible, the same numbers, but it never leaves a gap. The x axis is tokens (`define_metric`), W&B's own step is ours.
+W&B's client runs in a process of its own (`tracking_process.py`), and training only writes records to a pipe. Whatever the client or its
+service does there (an exception of any class, an exit, a crash, a hang) ends that process, not the training: one line reports it, the run goes
+on untracked, and the next start sends what is missing. Nothing here waits longer than its limit.
+
+A restart takes up the id in the run's folder (`wandb.json`) and is shown metrics.jsonl from its beginning; what W&B has of it is not sent
+again. If training is killed, the pipe ends, and the process hands over what it was sent before it ends too.
 
 The run's configuration carries the resolved settings, the code's git commit and the data manifest's hash; what looks like a secret is
-replaced before it leaves the process, and neither code, console output nor git remotes are sent.
-
-A server that is away, slow or broken costs at most `START_SECONDS` once, at the start: the run then writes offline and says so in a line,
-with the command that uploads it later. A failure afterwards ends the tracking, not the training. metrics.jsonl has every number anyway.
+replaced before it leaves the process, and neither code, console output nor git remotes are sent. A server that is away, slow or broken costs
+seconds, once, at the start: the run then writes offline and prints the command that uploads it later. Stdlib only.
 """
 
 import hashlib
 import json
-import logging
 import os
 import re
+import select
+import signal
 import subprocess
+import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import wandb
-
 from ssa_pretrain.config import WandbConfig, WandbMode
 from ssa_pretrain.problems import SECRET
 
-STATE_FILE = "wandb.json"
-START_SECONDS = 8.0
-FINISH_SECONDS = 10.0
-SETTLE_SECONDS = 20.0
+CLIENT_SECONDS = 8.0  # for each of W&B's service, login and server, at the start
+START_SECONDS = 60.0  # for W&B's process to be ready: importing its client on a busy machine takes most of it
+FINISH_SECONDS = 11.0  # for the upload of the last rows
+CLOSE_SECONDS = 2.0
+STALL_SECONDS = 60.0  # without a byte taken, after which W&B's process counts as hung
+MOST_WAITING = 2**24  # bytes in memory, above which training waits for W&B's process to read
+LOG = "wandb/process.log"
 HIDDEN = "<hidden>"
 
 # Shapes of credentials: W&B, Hugging Face, GitHub, AWS, OpenAI-like keys, JSON web tokens, and passwords inside URLs.
@@ -40,10 +42,11 @@ _CREDENTIAL = re.compile(
     r"\b[0-9a-f]{40}\b|\bwandb_v1_\w{20,}|\bhf_\w{20,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b"
     r"|\bsk-[\w-]{20,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
+_PROGRAM = "from ssa_pretrain.tracking_process import main; main()"
 
 
 def redact(value: Any) -> Any:
-    """The value with everything that looks like a secret replaced: entries by their key's name, strings by their shape.
+    """Returns the value with everything that looks like a secret replaced: entries by their key's name, strings by their shape.
 
     Args:
         value: mappings, lists and plain values, nested in any way.
@@ -58,7 +61,7 @@ def redact(value: Any) -> Any:
 
 
 def provenance(source: Path, data: Path | None) -> dict[str, Any]:
-    """Where a run's code and data come from: git commit, whether files differ from it, sha256 of the data's manifest.
+    """Returns where a run's code and data come from: git commit, whether files differ from it, sha256 of the data's manifest.
 
     Args:
         source: a folder of the code; outside of a git checkout the commit is None.
@@ -79,87 +82,52 @@ class Tracker:
     """A W&B run that takes the records of metrics.jsonl, from the first one on after every restart.
 
     Args:
-        run: what wandb.init returned.
-        folder: the run's output folder, where the state file lives.
+        process: W&B's process, ready.
         say: writes one line to the user.
-        settings: names what decides the run's figures.
-        clock: seconds that never go back.
     """
 
-    def __init__(
-        self,
-        run: "wandb.Run",
-        folder: Path,
-        say: Callable[[str], None],
-        settings: str = "",
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._settings = settings
-        self._run: wandb.Run | None = run
-        self._state = folder / STATE_FILE
+    def __init__(self, process: "_Process", say: Callable[[str], None]) -> None:
+        assert process.ready is not None
+        self._process: _Process | None = process
         self._say = say
-        self._clock = clock
-        self._received: dict[str, int] = dict(_read_state(folder).get("received", {}))
-        self._skipped_until = dict(self._received)
-        self._sent: deque[tuple[float, str, int]] = deque()
-        self.id: str = run.id
-        self._failing = False
-        self._save()
+        self.id: str = process.ready["id"]
+        self._stored_step: int = process.ready["step"]
+        self._sync = f"wandb sync {process.ready['folder']}"
+        self._offline: bool = process.ready["offline"]
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Sends a record unless W&B has it from before a restart.
+        """Hands a record over unless W&B has it from before a restart.
 
         Args:
             record: a record of metrics.jsonl.
         """
-        name, step = series(record), record["step"]
-        if self._run is None or step <= self._skipped_until.get(name, -1):
+        if self._process is None or (record["kind"] == "train" and record["step"] <= self._stored_step):
             return
-        try:
-            self._run.log(redact(flatten(record)), step=step)
-        except (wandb.Error, OSError) as error:
-            self._say(f"W&B stopped taking records ({_first_line(error)}); metrics.jsonl goes on")
-            self._run = None
-            return
-        self._sent.append((self._clock(), name, step))
-        self._settle(SETTLE_SECONDS)
+        self._process.send(record)
+        self._process.pump()
+        while self._process.waiting > MOST_WAITING and not self._process.failure():
+            self._process.pump(1.0)
+        if reason := self._process.failure():
+            self._process.end(0.0)
+            self._process = None
+            self._say(
+                f"W&B stopped taking records ({reason}); training and metrics.jsonl go on, and the next start sends what W&B lacks"
+            )
 
     def finish(self) -> None:
-        """Ends the run; what could not be uploaded in time stays on disk for `wandb sync`."""
-        if self._run is None:
+        """Ends the run; what could not be uploaded in time is sent by the next start, and stays on disk for `wandb sync`."""
+        if self._process is None:
             return
-        run, self._run = self._run, None
-        try:
-            run.finish()
-        except (wandb.Error, OSError, TimeoutError) as error:
-            self._say(f"W&B did not finish ({_first_line(error)}); upload later with: wandb sync {_run_folder(run)}")
-            return
-        self._settle(0.0)
-        if run.offline:
-            self._say(f"W&B wrote offline; upload with: wandb sync {_run_folder(run)}")
-
-    def _settle(self, age: float) -> None:
-        """Counts as received what was sent at least `age` seconds ago."""
-        now, before = self._clock(), len(self._sent)
-        while self._sent and now - self._sent[0][0] >= age:
-            _, name, step = self._sent.popleft()
-            self._received[name] = step
-        if len(self._sent) < before or self._failing:
-            self._save()
-
-    def _save(self) -> None:
-        """Writes id and received steps, whole or not at all; where that fails, a restart sends again what W&B has."""
-        fresh = self._state.with_suffix(f".{os.getpid()}.tmp")
-        state = {"id": self.id, "received": self._received, "settings": self._settings}
-        try:
-            fresh.write_text(json.dumps(state) + "\n")
-            os.replace(fresh, self._state)
-        except OSError as error:
-            if not self._failing:
-                self._say(f"{self._state} cannot be written ({error.strerror}); training and W&B go on")
-            self._failing = True
-        else:
-            self._failing = False
+        process, self._process = self._process, None
+        process.send({"finish": True})
+        process.end(FINISH_SECONDS)
+        if not process.finished:
+            reason = process.failure() or f"no end after {FINISH_SECONDS:g} s"
+            self._say(
+                f"W&B did not finish ({reason}); the next start sends what W&B lacks, or upload with: {self._sync}"
+            )
+        elif self._offline:
+            self._say(f"W&B wrote offline; upload with: {self._sync}")
 
 
 def start_tracking(
@@ -172,7 +140,7 @@ def start_tracking(
     step: int = 0,
     decisive: Mapping[str, Any] | None = None,
 ) -> Tracker | None:
-    """Starts or resumes the W&B run of an output folder; None when it is switched off or not to be had.
+    """Starts or resumes the W&B run of an output folder; returns None where it is switched off or cannot start.
 
     Args:
         settings: the configuration's `logging.wandb`.
@@ -181,49 +149,191 @@ def start_tracking(
         config: the resolved configuration and provenance, plain values; secrets are taken out here.
         say: writes one line to the user.
         step: the step that the run goes on after.
-        decisive: the part of the configuration that decides the run's figures. Where it is another than before and W&B has steps that are to be
-            made again, they will come out otherwise: that is another run of W&B.
+        decisive: the part of the configuration that decides the run's values. If it changed since W&B took steps that are now to be trained
+            again, their values will differ: that is a new run of W&B.
     """
     if settings.mode is WandbMode.off:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(decisive or {}, sort_keys=True, default=str).encode()).hexdigest()
-    before = _read_state(folder)
-    if before.get("settings", digest) != digest and max(dict(before.get("received", {})).values(), default=0) > step:
-        say(f"W&B: a new run, since it has steps after {step} of other settings")
-        (folder / STATE_FILE).unlink()
-    # wandb-core's own exporters report failed uploads of its telemetry through logging, into the console of the run.
-    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    opening = {
+        "project": settings.project,
+        "entity": settings.entity,
+        "group": settings.group,
+        "tags": settings.tags,
+        "name": name,
+        "folder": str(folder),
+        "config": redact(dict(config)),
+        "step": step,
+        "settings": digest,
+        "patience": CLIENT_SECONDS,
+    }
     for mode in ("online", "offline") if settings.mode is WandbMode.online else ("offline",):
+        after = "writing offline" if mode == "online" else "going on without it"
         try:
-            run = _init(settings, mode, name, folder, config)
-        except (wandb.Error, OSError, TimeoutError) as error:
-            after = "writing offline" if mode == "online" else "going on without it"
-            say(f"W&B {mode} cannot start ({_first_line(error)}); {after}")
+            process = _Process(folder / LOG, say)
+        except OSError as error:
+            say(f"W&B {mode} cannot start ({error.strerror or error}); {after}")
             continue
-        try:
-            run.define_metric("tokens")
-            run.define_metric("*", step_metric="tokens")
-            return Tracker(run, folder, say, digest)
-        except (wandb.Error, OSError) as error:
-            say(f"W&B cannot start ({_first_line(error)}); going on without it")
-            return None
+        process.send(opening | {"mode": mode})
+        if process.wait_ready(START_SECONDS):
+            return Tracker(process, say)
+        reason = process.failure() or f"not ready after {START_SECONDS:g} s"
+        process.end(0.0)
+        say(f"W&B {mode} cannot start ({reason}); {after}")
     return None
 
 
+class _Process:
+    """W&B's process and the pipes to it; no call raises for what happens there, or blocks without a limit.
+
+    Args:
+        log: the file that takes what W&B's client and service print.
+        say: takes the lines that the process has for the user.
+
+    Attributes:
+        ready: what the process said when it could take records: W&B's id, last step and folder; None before.
+        finished: whether it handed over everything and W&B ended the run.
+    """
+
+    def __init__(self, log: Path, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        path = os.pathsep.join(place for place in sys.path if place)
+        # A service that another program shares by WANDB_SERVICE may hold this run, and may end at any time.
+        environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"} | {"PYTHONPATH": path}
+        with log.open("ab") as file:
+            self._log_start = file.tell()
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                stderr=file,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C is training's: it ends the run, and the run this
+            )
+        assert self._child.stdin is not None and self._child.stdout is not None
+        self._input, self._output = self._child.stdin.fileno(), self._child.stdout.fileno()
+        os.set_blocking(self._input, False)
+        os.set_blocking(self._output, False)
+        self._to_write, self._read = bytearray(), b""
+        self._progress = time.monotonic()
+        self._closed = False  # the process reads or writes no more
+        self._reason = ""
+        self.ready: dict[str, Any] | None = None
+        self.finished = False
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that the process has not taken yet."""
+        return len(self._to_write)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Queues a message; `pump` writes it."""
+        if not self._to_write:
+            self._progress = time.monotonic()
+        self._to_write += json.dumps(message, default=str).encode() + b"\n"
+
+    def pump(self, seconds: float = 0.0) -> None:
+        """Writes and reads what the pipes take and hold, after waiting at most `seconds` for either."""
+        if self._closed:
+            return
+        poll = select.poll()
+        poll.register(self._output, select.POLLIN)
+        if self._to_write:
+            poll.register(self._input, select.POLLOUT)
+        ready = {descriptor for descriptor, _ in poll.poll(1000 * seconds)}
+        try:
+            while self._input in ready and self._to_write:
+                del self._to_write[: os.write(self._input, self._to_write[: 2**16])]
+                self._progress = time.monotonic()
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self._to_write.clear()  # it has ended; what it said last is read below and in `end`
+        if self._output in ready:
+            chunk = os.read(self._output, 2**16)
+            self._closed = not chunk
+            *lines, self._read = (self._read + chunk).split(b"\n")
+            for line in lines:
+                self._take(json.loads(line))
+
+    def wait_ready(self, seconds: float) -> bool:
+        """Returns whether the process took up the run within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self.ready is None and not self.failure() and time.monotonic() < deadline:
+            self.pump(0.5)
+        return self.ready is not None and not self._closed
+
+    def failure(self) -> str:
+        """Returns why the process takes no more records; empty while it does."""
+        if self._reason:
+            return self._reason
+        if self._closed:
+            try:
+                code = self._child.wait(1.0)
+            except subprocess.TimeoutExpired:
+                return "its process closed the pipe"
+            if code < 0:
+                return f"its process was killed by {signal.Signals(-code).name}"
+            return f"its process ended with exit code {code}{self._last_line()}"
+        if self._to_write and time.monotonic() - self._progress > STALL_SECONDS:
+            return f"its process has taken nothing for {STALL_SECONDS:g} s"
+        return ""
+
+    def end(self, seconds: float) -> None:
+        """Waits at most `seconds` for the process to end by itself, then ends it; a finished one is only closing its files and connections."""
+        deadline, finished = time.monotonic() + seconds, self.finished
+        while not self._closed and (left := deadline - time.monotonic()) > 0:
+            self.pump(min(0.5, left))
+            if self.finished and not finished:
+                deadline, finished = min(deadline, time.monotonic() + CLOSE_SECONDS), True
+        self.failure()
+        for number in (signal.SIGALRM, signal.SIGKILL):  # the first lets it end W&B's service too
+            if self._child.poll() is not None:
+                break
+            self._child.send_signal(number)
+            try:
+                self._child.wait(2.0)
+            except subprocess.TimeoutExpired:
+                continue
+        for pipe in (self._child.stdin, self._child.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        """Notes what the process said."""
+        if "say" in message:
+            self._say(message["say"])
+        self.ready = message.get("ready", self.ready)
+        self._reason = message.get("failed", self._reason)
+        self.finished = message.get("finished", self.finished)
+
+    def _last_line(self) -> str:
+        """Returns the last line of the log since this process began, which mostly says why it ended."""
+        with self._log.open("rb") as file:
+            file.seek(self._log_start)
+            lines = file.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f": {redact(last)[:200]}" if last else ""
+
+
 def series(record: Mapping[str, Any]) -> str:
-    """The name of the series that a record continues: train, or split and mode of an evaluation."""
+    """Returns the name of the series that a record continues: train, or split and mode of an evaluation."""
     return "train" if record["kind"] == "train" else f"{record['split']}/{record['mode']}"
 
 
 def flatten(record: Mapping[str, Any]) -> dict[str, float | int | str]:
-    """A record as W&B's flat names; lists by layer become one name a layer, missing values none.
+    """Returns a record as W&B's flat names; a list by layer becomes one name per layer, missing values none.
 
     Args:
         record: a record of metrics.jsonl.
     """
     prefix = series(record)
     flat: dict[str, float | int | str] = {"tokens": record["tokens"], "step": record["step"]}
+    if record["kind"] != "train":  # its own x axis: a late evaluation goes into a later step's row
+        flat |= {f"{record['split']}_tokens": record["tokens"], f"{record['split']}_step": record["step"]}
     for key, value in record.items():
         if key in ("kind", "split", "mode", "tokens", "step") or value is None:
             continue
@@ -233,53 +343,6 @@ def flatten(record: Mapping[str, Any]) -> dict[str, float | int | str]:
         else:
             flat[f"{prefix}/{key}"] = value
     return flat
-
-
-def _init(settings: WandbConfig, mode: str, name: str, folder: Path, config: Mapping[str, Any]) -> "wandb.Run":
-    """wandb.init with a short patience and nothing sent that was not asked for."""
-    return wandb.init(
-        project=settings.project,
-        entity=settings.entity or None,
-        group=settings.group or None,
-        tags=settings.tags or None,
-        name=name,
-        id=_read_state(folder).get("id"),
-        resume="allow",
-        job_type="pretrain",
-        dir=str(folder),
-        config=redact(dict(config)),
-        mode=mode,  # pyright: ignore[reportArgumentType]
-        settings=wandb.Settings(
-            init_timeout=START_SECONDS,
-            login_timeout=START_SECONDS,
-            finish_timeout=FINISH_SECONDS,
-            finish_timeout_raises=True,
-            console="off",
-            disable_code=True,
-            disable_git=True,
-            silent=True,
-        ),
-    )
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    """The state file's content; empty where it is missing or unreadable, which starts a new W&B run."""
-    try:
-        state = json.loads((folder / STATE_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
-
-
-def _run_folder(run: "wandb.Run") -> Path:
-    """The folder that `wandb sync` takes: files/ lies inside it."""
-    return Path(run.dir).parent
-
-
-def _first_line(error: BaseException) -> str:
-    """An error's first line, without secrets."""
-    lines = redact(str(error)).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ssa_pretrain.cli import read_config
 
-FIRST_SECONDS = 15.0  # for the first rank to end its log (W&B takes up to ten) and to say why the run ends
+FIRST_SECONDS = 15.0  # for the first rank to end its log (W&B takes up to eleven) and to say why the run ends
 
 
 def main() -> None:

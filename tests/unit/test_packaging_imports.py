@@ -34,7 +34,8 @@ def users(name: str) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("wandb", ["ssa_pretrain/tracking.py"]),
+        ("wandb", ["ssa_pretrain/tracking_process.py"]),
+        ("ssa_pretrain.tracking_process", []),
         ("hydra", ["ssa_pretrain/cli.py", "ssa_pretrain/composition.py", "data_prep/cli.py"]),
         ("transformers", ["ssa_pretrain/export.py", "ssa_pretrain/evaluate.py"]),
         ("megatron.core.parallel_state", ["ssa_pretrain/parallel/"]),

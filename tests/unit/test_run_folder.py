@@ -55,8 +55,15 @@ def test_a_second_run_is_refused_with_the_holder_s_name_until_that_is_killed(tmp
 
 
 def test_what_killed_runs_left_goes_and_nothing_else(tmp_path: Path) -> None:
-    kept = ["checkpoints/step_00000002", "checkpoints/.hidden", "metrics.jsonl", "metrics.jsonl.damaged-1"]
+    kept = [
+        "checkpoints/step_00000002",
+        "checkpoints/.hidden",
+        "metrics.jsonl",
+        "metrics.jsonl.damaged-1",
+        "wandb.json",
+    ]
     left = ["checkpoints/.step_00000004.tmp", "checkpoints/.step_00000002.universal", "metrics.jsonl.77.tmp"]
+    left += ["wandb.77.tmp"]
     (tmp_path / "checkpoints").mkdir()
     for name in (*kept, *left):
         if "step" in name:

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -14,104 +13,27 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb_runs import (
+    KEY,
+    LACKS,
+    evaluation_record,
+    history,
+    no_account,
+    offline,
+    segments,
+    stored_records,
+    train_record,
+)
 
+from ssa_pretrain import tracking
+from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.tracking import HIDDEN, STATE_FILE, Tracker, flatten, provenance, redact, start_tracking
+from ssa_pretrain.tracking import HIDDEN, Tracker, flatten, provenance, redact, start_tracking
+from ssa_pretrain.tracking_process import STATE_FILE
 
-KEY = "0123456789abcdef" * 2 + "01234567"  # 40 hex digits, the shape of a W&B key
-BLOCK = 32_768
-
-
-@pytest.fixture(autouse=True)
-def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither the machine's W&B key nor its settings reach a test."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-
-
-def stored_records(file: Path) -> Iterator[Record]:
-    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes.
-
-    Blocks of 32 KiB hold chunks of crc (4), length (2), type (1: whole, 2: first, 3: middle, 4: last) and data.
-    """
-    data = file.read_bytes()
-    assert data[:4] == b":W&B"
-    position, whole = 7, b""
-    while position + 7 <= len(data):
-        room = BLOCK - position % BLOCK
-        if room < 7:
-            position += room
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        if kind == 0:
-            break
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
-def segments(folder: Path) -> list[Path]:
-    return sorted(folder.glob("wandb/*run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-
-
-def finish(tracker: Tracker, folder: Path) -> None:
-    """Ends a run and waits for its file: W&B's other process closes it a moment later."""
-    tracker.finish()
-    newest = segments(folder)[-1]
-    end = time.monotonic() + 60
-    while "exit" not in [record.WhichOneof("record_type") for record in stored_records(newest)]:
-        assert time.monotonic() < end, f"{newest} was not finished"
-        time.sleep(0.1)
-
-
-def history(folder: Path) -> list[dict]:
-    """Every row of every segment of a run, in the order of upload."""
-    rows = []
-    for file in segments(folder):
-        for record in stored_records(file):
-            if record.WhichOneof("record_type") == "history":
-                rows.append({(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item})
-    return rows
-
-
-def train_record(step: int) -> dict:
-    layers = [0.5, 0.25]
-    return {
-        "kind": "train",
-        "step": step,
-        "tokens": 100 * step,
-        "loss": 1.0 / step,
-        "captured_mass_by_layer": layers,
-        "mfu": None,
-    }
-
-
-def evaluation_record(step: int, mode: str) -> dict:
-    return {
-        "kind": "evaluation",
-        "step": step,
-        "tokens": 100 * step,
-        "split": "heldout",
-        "mode": mode,
-        "cross_entropy": 2.5,
-    }
-
-
-def offline(folder: Path, config: dict | None = None, lines: list[str] | None = None) -> Tracker:
-    settings = WandbConfig(mode=WandbMode.offline, project="p", group="g", tags=["t"])
-    tracker = start_tracking(
-        settings, name="a-run", folder=folder, config=config or {}, say=(lines if lines is not None else []).append
-    )
-    assert tracker is not None
-    return tracker
+__all__ = ["no_account"]
 
 
 def test_off_writes_nothing(tmp_path: Path) -> None:
@@ -125,11 +47,11 @@ def test_offline_run_reads_back(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         tracker.log(train_record(step))
     tracker.log(evaluation_record(3, "sparse"))
-    finish(tracker, tmp_path)
+    tracker.finish()
     tracker.finish()
 
     (file,) = segments(tmp_path)
-    kinds: dict[str, list[Record]] = {}
+    kinds: dict[str, list] = {}
     for record in stored_records(file):
         kinds.setdefault(record.WhichOneof("record_type") or "", []).append(record)
     run = kinds["run"][0].run
@@ -143,8 +65,8 @@ def test_offline_run_reads_back(tmp_path: Path) -> None:
     stored = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert stored["optim"] == {"lr": 0.5} and stored["data_manifest_sha256"] == "abc"
     assert {(m.metric.name or m.metric.glob_name, m.metric.step_metric) for m in kinds["metric"]} >= {
-        ("tokens", ""),
-        ("*", "tokens"),
+        ("train/*", "tokens"),
+        ("heldout/*", "heldout_tokens"),
     }
     rows = history(tmp_path)
     assert [(row["tokens"], row["train/loss"]) for row in rows[:3]] == [(100, 1.0), (200, 0.5), (300, 1 / 3)]
@@ -152,24 +74,6 @@ def test_offline_run_reads_back(tmp_path: Path) -> None:
     assert rows[2]["heldout/sparse/cross_entropy"] == 2.5 and rows[2]["_step"] == 3
     assert len(lines) == 1 and lines[0].startswith("W&B wrote offline; upload with: wandb sync ")
     assert Path(lines[0].rsplit(" ", 1)[1]) == file.parent
-
-
-def test_one_wandb_run_over_restarts_and_no_step_twice(tmp_path: Path) -> None:
-    """Stop after step 6, resume from the checkpoint of step 4, twice over: one id, each step once."""
-    ids = set()
-    for first, last in ((1, 6), (5, 8), (7, 10)):
-        tracker = offline(tmp_path)
-        ids.add(tracker.id)
-        for step in range(first, last + 1):
-            tracker.log(train_record(step))
-        tracker.log(evaluation_record(last, "full"))
-        tracker.log(evaluation_record(last, "sparse"))
-        finish(tracker, tmp_path)
-    rows = history(tmp_path)
-    assert len(ids) == 1 and len(segments(tmp_path)) == 3
-    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 11))
-    for mode in ("full", "sparse"):
-        assert [row["step"] for row in rows if f"heldout/{mode}/cross_entropy" in row] == [6, 8, 10]
 
 
 def test_steps_that_other_settings_make_again_are_another_wandb_run(tmp_path: Path) -> None:
@@ -184,77 +88,23 @@ def test_steps_that_other_settings_make_again_are_another_wandb_run(tmp_path: Pa
         ids.append(tracker.id)
         for number in range(1, last + 1):  # a restart is shown the records from the first on
             tracker.log(train_record(number))
-        finish(tracker, tmp_path)
+        tracker.finish()
     assert ids[0] == ids[1] != ids[2], "the same settings go on in the same run"
     assert ids[3] == ids[2], "and so do others where nothing is made again"
     assert [line for line in lines if "a new run" in line] == [
-        "W&B: a new run, since it has steps after 4 of other settings"
+        "W&B: a new run, because the one before has steps after 4, which other settings made"
     ]
 
 
-def test_a_state_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     lines: list[str] = []
+    (tmp_path / STATE_FILE).mkdir()
     tracker = offline(tmp_path, lines=lines)
-
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
     for step in (1, 2, 3):
         tracker.log(train_record(step))
-        tracker._settle(0.0)
-    assert (
-        len(lines) == 1 and "wandb.json cannot be written (No space left on device); training and W&B go on" in lines[0]
-    )
-    monkeypatch.undo()
-    finish(tracker, tmp_path)
-    assert json.loads((tmp_path / STATE_FILE).read_text())["received"] == {"train": 3}
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.metrics import MetricsLogger
-from ssa_pretrain.tracking import start_tracking
-folder, done, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-tracker = start_tracking(WandbConfig(mode=WandbMode.offline), name="x", folder=folder, config={}, say=print)
-metrics = MetricsLogger(folder, total_steps=90, tokens_per_step=1, resume_step=done, interval=1000, tracker=tracker)
-for step in range(done + 1, last + 1):
-    metrics.log_step({"step": step, "tokens": step, "loss": 1.0 / step, "cross_entropy": 1.0, "learning_rate": 1.0})
-print("logged", flush=True)
-sys.stdin.read()
-metrics.close()
-"""
-
-
-def test_kill_9_leaves_no_gap_and_what_it_repeats_is_equal(tmp_path: Path) -> None:
-    """Killed after steps 50 and 80, resumed from the checkpoints of steps 40 and 70; W&B's client loses what it held."""
-    for done, last in ((0, 50), (40, 80), (70, 90)):
-        command = [sys.executable, "-c", WRITER, tmp_path, str(done), str(last)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdin is not None
-        while process.stdout.readline() not in ("logged\n", ""):
-            pass
-        if last < 90:
-            os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    rows = history(tmp_path)
-    assert {row["step"] for row in rows} == set(range(1, 91))
-    assert all(row["train/loss"] == 1.0 / row["step"] and row["_step"] == row["step"] for row in rows)
-    assert len(segments(tmp_path)) == 3
-    assert json.loads((tmp_path / STATE_FILE).read_text())["received"] == {"train": 90}
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"id": "abc", "received": {}}'])
-def test_a_damaged_state_file_starts_a_run_all_the_same(tmp_path: Path, content: str) -> None:
-    (tmp_path / STATE_FILE).write_text(content)
-    tracker = offline(tmp_path)
-    tracker.log(train_record(1))
-    finish(tracker, tmp_path)
-    state = json.loads((tmp_path / STATE_FILE).read_text())
-    assert (state["id"], state["received"]) == (tracker.id, {"train": 1})
-    assert (tracker.id == "abc") == ("abc" in content)
+    tracker.finish()
+    assert lines[0].startswith(f"{tmp_path / STATE_FILE} cannot be written (") and len(lines) == 2
+    assert lines[0].endswith("; training and W&B go on") and [row["step"] for row in history(tmp_path)] == [1, 2, 3]
 
 
 class Broken(BaseHTTPRequestHandler):
@@ -289,6 +139,7 @@ def bad_server(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_a_server_that_does_not_serve_costs_seconds_and_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_server: str
 ) -> None:
+    monkeypatch.setattr(tracking, "CLIENT_SECONDS", 2.0)
     monkeypatch.setenv("WANDB_BASE_URL", bad_server)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     lines: list[str] = []
@@ -301,7 +152,7 @@ def test_a_server_that_does_not_serve_costs_seconds_and_no_step(
     )
     for step in (1, 2, 3):
         tracker.log(train_record(step))
-    finish(tracker, tmp_path)
+    tracker.finish()
     assert [row["step"] for row in history(tmp_path)] == [1, 2, 3]
     assert "wandb sync" in lines[1]
 
@@ -313,31 +164,159 @@ def test_no_key_means_offline_and_no_question(tmp_path: Path) -> None:
     tracker.finish()
 
 
-def test_a_dead_wandb_process_ends_tracking_and_not_the_training(tmp_path: Path) -> None:
+def service(tracker: Tracker) -> psutil.Process:
+    assert tracker._process is not None
+    (found,) = psutil.Process(tracker._process._child.pid).children()
+    return found
+
+
+def test_a_service_that_stands_still_costs_seconds_at_the_end_and_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
+    lines: list[str] = []
+    tracker = offline(tmp_path, lines=lines)
+    child, core = tracker._process._child, service(tracker)  # pyright: ignore[reportOptionalMemberAccess]
+    core.suspend()
+    began = time.monotonic()
+    for step in (1, 2, 3):
+        tracker.log(train_record(step))
+    tracker.finish()
+    assert time.monotonic() - began < 10
+    assert len(lines) == 1 and lines[0].startswith("W&B did not finish (") and LACKS in lines[0]
+    core.wait(10)
+    assert child.poll() is not None, "nothing is left behind"
+    tracker = offline(tmp_path, lines=lines)
+    for step in (1, 2, 3, 4):
+        tracker.log(train_record(step))
+    tracker.finish()
+    assert [row["step"] for row in history(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_process_that_stands_still_ends_tracking_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "MOST_WAITING", 2**16)
+    lines: list[str] = []
+    tracker = offline(tmp_path, lines=lines)
+    child = tracker._process._child  # pyright: ignore[reportOptionalMemberAccess]
+    child.send_signal(signal.SIGSTOP)
+    for step in range(1, 2000):
+        tracker.log(train_record(step))
+    tracker.finish()
+    assert lines == [
+        f"W&B stopped taking records (its process has taken nothing for 0.5 s); training and metrics.jsonl go on, and {LACKS}"
+    ]
+    assert child.poll() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise KeyboardInterrupt", "killed by SIGINT"),
+        ("raise TypeError('of its own')", "TypeError: of its own"),
+        ("import sys; sys.exit('no such service')", "no such service"),
+        ("import os; os._exit(7)", "ended with exit code 7"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        ("import time; time.sleep(60)", "not ready after 2 s"),
+    ],
+)
+def test_a_client_that_fails_in_any_way_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
+) -> None:
+    """W&B's package replaced by one that does the worst."""
+    (tmp_path / "wandb.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tracking, "START_SECONDS", 2.0)
+    lines: list[str] = []
+    settings, folder = WandbConfig(mode=WandbMode.online), tmp_path / "run"
+    assert start_tracking(settings, name="x", folder=folder, config={}, say=lines.append) is None
+    assert [line.rsplit("; ", 1)[1] for line in lines] == ["writing offline", "going on without it"]
+    assert all(
+        line.startswith(f"W&B {mode} cannot start (") for mode, line in zip(("online", "offline"), lines, strict=True)
+    )
+    assert all(reason in line for line in lines), lines
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "define_metric"])
+def test_an_exception_of_the_client_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """The client's own code with one function that raises what only the client knows."""
+    site = tmp_path / "site"
+    site.mkdir()
+    owner = "wandb" if failing == "init" else "wandb.Run"
+    (site / "broken_client.py").write_text(
+        f"import wandb\nfrom wandb.sdk.mailbox import HandleAbandonedError\n"
+        f"def fail(*_, **__): raise HandleAbandonedError('left alone')\n{owner}.{failing} = fail\n"
+    )
+    monkeypatch.setattr(tracking, "_PROGRAM", f"import broken_client; {tracking._PROGRAM}")
+    monkeypatch.syspath_prepend(site)
+    lines: list[str] = []
+    folder, settings = tmp_path / "run", WandbConfig(mode=WandbMode.offline)
+    tracker = start_tracking(settings, name="x", folder=folder, config={}, say=lines.append)
+    if failing == "log":
+        assert tracker is not None
+        for step in range(1, 3000):
+            tracker.log(train_record(step))
+            if lines:
+                break
+            time.sleep(0.002)
+        tracker.finish()
+        assert lines == [f"W&B stopped taking records (left alone); training and metrics.jsonl go on, and {LACKS}"]
+    else:
+        assert tracker is None and lines == ["W&B offline cannot start (left alone); going on without it"]
+
+
+def test_a_service_of_another_program_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nowhere")
+    tracker = offline(tmp_path)
+    tracker.finish()
+    assert len(segments(tmp_path)) == 1
+
+
+def test_files_have_the_mode_that_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        tracker = offline(tmp_path / "run")
+        tracker.log(train_record(1))
+        tracker.finish()
+    finally:
+        os.umask(before)
+    ours = [path for path in (tmp_path / "run").rglob("*") if not path.is_symlink()]
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in ours}
+    assert {modes[name] for name in (STATE_FILE, "process.log", f"run-{tracker.id}.wandb")} == {"0o640"}
+    assert set(modes.values()) <= {"0o640", "0o750"}, modes
+
+
+def test_without_the_package_a_run_with_logging_off_imports_everything() -> None:
+    """Every entry point with all that it imports, and none of it W&B."""
     code = """
-import os, signal, sys, time, psutil
-sys.path.insert(0, sys.argv[2])
+import sys
+sys.modules["wandb"] = None
+import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.__main__, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report
+import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron, ssa_pretrain.tracking
 from pathlib import Path
-from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.tracking import start_tracking
-lines = []
-tracker = start_tracking(WandbConfig(mode=WandbMode.offline), name="x", folder=Path(sys.argv[1]), config={}, say=lines.append)
-tracker.log({"kind": "train", "step": 1, "tokens": 1, "loss": 1.0})
-for child in psutil.Process().children(recursive=True):
-    child.kill()
-began = time.monotonic()
-for step in range(2, 200):
-    tracker.log({"kind": "train", "step": step, "tokens": step, "loss": 1.0})
-    time.sleep(0.005)
-tracker.finish()
-assert time.monotonic() - began < 15, time.monotonic() - began
-assert len(lines) == 1, lines
-print(lines[0])
-os._exit(0)
+from ssa_pretrain.config import WandbConfig
+assert ssa_pretrain.tracking.start_tracking(WandbConfig(), name="x", folder=Path("x"), config={}, say=print) is None
+assert not any(name.split(".")[0] == "wandb" for name, module in sys.modules.items() if module)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path, "."], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "metrics.jsonl goes on" in done.stdout or "upload later with: wandb sync" in done.stdout
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_tracking_without_the_package_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit) as left:
+        read_config("train", ["experiment=quickstart", "logging=wandb_offline"])
+    assert left.value.code == 3
+    assert (
+        "logging.wandb.mode=offline needs the package wandb, which is not installed; try pip install wandb, or logging.wandb.mode=off"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        read_config("evaluate", ["experiment=quickstart", "logging=wandb", "data.path=nowhere"])
+    assert "logging.wandb" not in capsys.readouterr().err, "an evaluation is not tracked"
 
 
 def test_secrets_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +331,7 @@ def test_secrets_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     tracker = offline(tmp_path / "run", config)
     tracker.log(train_record(1) | {"stream": canaries[0]})
-    finish(tracker, tmp_path / "run")
+    tracker.finish()
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert written
     for path in written:
@@ -382,6 +361,8 @@ def test_flatten_names() -> None:
     assert flatten(evaluation_record(3, "full") | {"captured_mass_by_layer": [None, 0.5]}) == {
         "tokens": 300,
         "step": 3,
+        "heldout_tokens": 300,
+        "heldout_step": 3,
         "heldout/full/cross_entropy": 2.5,
         "heldout/full/captured_mass/layer_01": 0.5,
     }
