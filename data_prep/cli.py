@@ -32,7 +32,7 @@ USAGE = """\
 Text in, indexed binaries out.
 
   python -m data_prep source=quickstart tokenizer=bpe8k out=outputs/quickstart/data
-  python -m data_prep source=jsonl source.paths=[texts/*.jsonl.gz] tokenizer=llama3 out=outputs/mine
+  python -m data_prep source=jsonl 'source.paths=[texts/*.jsonl.gz]' tokenizer=llama3 out=outputs/mine
   python -m data_prep stage=validate out=outputs/mine
 
 Settings are KEY=VALUE; --cfg job shows all of them with their values, docs/data.md explains them.

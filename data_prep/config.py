@@ -291,7 +291,7 @@ def _named_paths(name: str, paths: list[str]) -> list[str]:
     if not name or not all(c.isalnum() or c in "-_" for c in name):
         found.append(f"source.name={name!r} must be made of letters, digits, - and _; try text")
     if not paths:
-        found.append("source.paths=[] must name at least one file, folder or pattern; try source.paths=[my_folder]")
+        found.append("source.paths=[] must name at least one file, folder or pattern; try 'source.paths=[my_folder]'")
     return found
 
 

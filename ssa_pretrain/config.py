@@ -396,7 +396,7 @@ class ProfileConfig:
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
         low = [step for step in self.at if step < 1]
-        return [Problem("profile.at", self.at, "must count steps from 1", "try profile.at=[10]")] if low else []
+        return [Problem("profile.at", self.at, "must count steps from 1", "try 'profile.at=[10]'")] if low else []
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,6 +7,7 @@ streams). Under context parallelism a rank keeps 1 / cp of a microbatch's tokens
 communication buffers are not in it.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -314,8 +315,8 @@ def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:
 def _command(config: Config, plan: Plan, overrides: Sequence[str]) -> str:
     """How to start the run on as many processes."""
     dropped = ("dry_run", "parallel.world_size")
-    kept = [word for word in overrides if word.lstrip("+").split("=")[0] not in dropped] or [f"name={config.name}", "…"]
-    program = f"-m ssa_pretrain.train {' '.join(kept)}"
+    kept = [word for word in overrides if word.lstrip("+").split("=")[0] not in dropped]
+    program = f"-m ssa_pretrain.train {shlex.join(kept) or f'name={config.name} …'}"
     if plan.world_size == 1:
         return f"python {program}"
     if plan.world_size <= GPUS_A_NODE:

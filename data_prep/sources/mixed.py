@@ -28,7 +28,7 @@ class MixedSource:
         """Returns what is wrong with the values, one sentence each."""
         if not self.parts:
             return [
-                "source.parts={} must name at least one source; try source.parts.web.kind=jsonl source.parts.web.paths=[web]"
+                "source.parts={} must name at least one source; try source.parts.web.kind=jsonl 'source.parts.web.paths=[web]'"
             ]
         found: list[str] = []
         makers: dict[str, str] = {}

@@ -1,10 +1,9 @@
-"""The commands of README.md and docs/, run as written or as their dry run; the quickstart small, twice, with every file that it promises."""
+"""`make quickstart`, small and twice, with every file that it promises; the commands of the guides are test_docs.py's."""
 
 import json
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 VENV = Path(sys.prefix)
 
 
@@ -33,13 +31,6 @@ def run(*command: str | Path, timeout: int = 300) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def shell_lines(page: Path) -> list[str]:
-    """The commands in a page's sh blocks, without their remarks."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [re.sub(r"\s{2,}#.*", "", line).strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def test_the_first_screen_has_the_two_commands() -> None:
     top = "\n".join(README.splitlines()[:16])
     assert re.search(r"^make quickstart\b", top, re.MULTILINE) and re.search(r"^make test\b", top, re.MULTILINE)
@@ -56,36 +47,6 @@ def test_make_starts_them_after_a_finished_set_up(tmp_path: Path, target: str) -
         "test": f'OMP_NUM_THREADS=1 {tmp_path}/bin/python -m pytest -n 2 --dist loadfile -m "not gpu" -x',
     }
     assert done.stdout.strip() == expected[target]
-
-
-TORCHRUN = sorted(
-    {
-        line
-        for page in PAGES
-        for line in shell_lines(page)
-        if line.startswith("launchers/torchrun.sh") and "…" not in line
-    }
-)
-
-
-@pytest.mark.parametrize("line", TORCHRUN)
-def test_launch_commands_of_the_guides_plan_what_they_say(line: str) -> None:
-    """The command as written, except that it plans instead of starting."""
-    command = [word for word in shlex.split(line) if word != "--dry-run"]
-    done = run(command[0], "--dry-run", *command[1:])
-    assert done.returncode == 0, done.stderr
-    nodes = re.search(r"--nnodes (\d+)", line)
-    assert f"{8 * int(nodes[1] if nodes else 1)} processes" in done.stdout
-
-
-def test_there_are_launch_commands_to_try() -> None:
-    assert len(TORCHRUN) >= 3
-
-
-def test_links_between_pages_lead_somewhere() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
 
 
 def test_paths_in_the_file_map_exist() -> None:

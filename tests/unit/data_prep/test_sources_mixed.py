@@ -151,7 +151,7 @@ def test_every_problem_of_every_part_is_named_at_once(run):
         assert sentence in said
     assert run("source=mixed", "out=data") == (
         3,
-        "error: source.parts={} must name at least one source; try source.parts.web.kind=jsonl source.parts.web.paths=[web]\n",
+        "error: source.parts={} must name at least one source; try source.parts.web.kind=jsonl 'source.parts.web.paths=[web]'\n",
     )
 
 

@@ -1,0 +1,247 @@
+"""README.md, docs/ and kernels/README.md: their commands as they stand, in bash and in zsh, and their links.
+
+Each shell runs every sh block with programs that only note their words, so what a shell does to them (zsh expands brackets) is seen. Then each command
+runs: as it is where a CPU takes seconds, as its plan or dry run where it would need GPUs, a cluster, a download or hours. NOT_RUN has the rest.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from data_prep.cli import checked, compose_settings
+from ssa_pretrain.bench.__main__ import read_options
+from ssa_pretrain.cli import read_config
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+VENV = Path(sys.prefix)
+SHELLS = [["bash"], *([["zsh", "-f"]] if shutil.which("zsh") else [])]
+# Why a command is not run as it stands or as its dry run; its words are still checked.
+NOT_RUN = {
+    "make": "is the quickstart, or the tests themselves (test_commands.py)",
+    "pip": "would change the environment",
+    "wandb": "asks for a key",
+    "deepspeed": "starts one process per GPU; its settings are planned",
+    "torchrun": "needs two GPUs; its settings are read",
+}
+PROGRAMS = ("make", "pip", "wandb", "deepspeed", "torchrun", "python", "srun", "scontrol")
+COMMAND = re.compile(rf"^\s*(?:{'|'.join(PROGRAMS)}|source|launchers/\w+\.sh)\s")
+# Blocks that run as typed, one after the other, in what `make quickstart` leaves.
+TYPED = {
+    "README.md": ["source .venv"],
+    "docs/configuration.md": ["mkdir -p my_conf"],
+}
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def fences(page: Path) -> Iterator[tuple[str, str]]:
+    """Yields a page's fenced blocks: language, text."""
+    yield from re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def blocks() -> list[tuple[str, str]]:
+    return [(name(page), text) for page in GUIDES for language, text in fences(page) if language == "sh"]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The variables of a new shell on a machine without a GPU."""
+    kept = {key: os.environ[key] for key in ("HOME", "LANG", "TMPDIR") if key in os.environ}
+    return kept | {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | changes
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone after `make quickstart`: its environment, and other text in its data's place."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in ROOT.iterdir():
+        if path.name not in ("outputs", "data", ".venv", ".git"):
+            (folder / path.name).symlink_to(path)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").write_text(f'PATH="{VENV / "bin"}:$PATH"\n')
+    (folder / "hosts").write_text("node0 slots=8\nnode1 slots=8\n")
+    words, random = (ROOT / "docs" / "data.md").read_text().split(), Random(0)
+    with (folder / "text.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": " ".join(random.choices(words, k=120))}) + "\n" for _ in range(1000))
+    command = [sys.executable, "-m", "data_prep", "source=jsonl", "source.paths=[text.jsonl]", "tokenizer=bpe4k"]
+    command += ["out=outputs/quickstart/data"]
+    subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True)
+    return folder
+
+
+def words_of(shell: list[str], folder: Path) -> list[list[str]]:
+    """The words of every command of every block, as a shell hands them over."""
+    notes, programs = folder / "notes", folder / "programs"
+    programs.mkdir(parents=True)
+    note = f'#!/bin/sh\n{{ printf "%s\\0" "${{0##*/programs/}}" "$@"; printf "\\n\\0"; }} >> {notes}\n'
+    for program in PROGRAMS:
+        (programs / program).write_text(note)
+    (folder / "launchers").symlink_to(programs)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
+    for program in ("torchrun.sh", "deepspeed.sh", "quickstart.sh"):
+        (programs / program).write_text(note.replace("${0##*/programs/}", "launchers/${0##*/}"))
+    for path in programs.iterdir():
+        path.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "n[0-3]"}
+    path = f"{programs}:{os.environ['PATH']}"
+    for number, (page, text) in enumerate(blocks()):
+        shown = [*(["bash"] if text.startswith("#!/bin/bash") else shell), "-c", text]
+        done = subprocess.run(shown, cwd=folder, env=environment(PATH=path, **slurm), capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, f"{page}, block {number} in {shell[0]}: {done.stderr}"
+    return [command.split("\0")[:-1] for command in notes.read_text().split("\n\0")[:-1]]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """The commands' words, once each; the same in every shell."""
+    found = [words_of(shell, tmp_path_factory.mktemp(shell[0])) for shell in SHELLS]
+    assert all(sorted(words) == sorted(found[0]) for words in found)
+    return [list(words) for words in dict.fromkeys(map(tuple, found[0]))]
+
+
+def test_every_command_stands_in_a_block_that_is_tested() -> None:
+    for page in GUIDES:
+        for language, text in fences(page):
+            if language != "sh":
+                assert not any(COMMAND.match(line) for line in text.splitlines()), f"{name(page)}: ```sh\n{text}"
+
+
+def test_what_zsh_would_expand_stands_in_quotes() -> None:
+    """In code within sentences and tables too, and on machines without zsh."""
+    for page in GUIDES:
+        spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S))
+        spans += [line for language, text in fences(page) if language == "sh" for line in text.splitlines()]
+        for span in spans:
+            bare = re.sub(r"""'[^']*'|"[^"]*"|#.*""", "", span)
+            assert not re.search(r"(^|\s)[\w.]+=[^\s=]*[\[\]*?]", bare), f"{name(page)}: {span}"
+
+
+def test_the_readme_is_typed_without_remarks() -> None:
+    """zsh at a prompt takes a remark behind a command for its arguments."""
+    assert not [
+        line
+        for language, text in fences(ROOT / "README.md")
+        if language == "sh"
+        for line in text.splitlines()
+        if "#" in line
+    ]
+
+
+@pytest.fixture(scope="module")
+def typed(clone: Path) -> subprocess.CompletedProcess[str]:
+    """TYPED in one shell: in zsh where it is installed, since bash takes no less."""
+    found = [text for page, text in blocks() if any(text.startswith(start) for start in TYPED.get(page, ()))]
+    assert len(found) == 2
+    lines = "\n".join(found)
+    return subprocess.run(
+        [*SHELLS[-1], "-e"], input=lines, cwd=clone, env=environment(), capture_output=True, text=True
+    )
+
+
+def test_the_first_blocks_of_a_newcomer_work_as_typed(clone: Path, typed: subprocess.CompletedProcess[str]) -> None:
+    assert typed.returncode == 0, typed.stdout + typed.stderr
+    for run, steps in (("mine", 10), ("mine_full", 5)):
+        assert f"-> outputs/{run}\n" in typed.stderr
+        last = (clone / "outputs" / run / "metrics.jsonl").read_text().splitlines()[-1]
+        assert json.loads(last)["step"] == steps
+    assert (clone / "outputs" / "mine" / "report.html").is_file()
+
+
+def test_launchers_take_every_command_of_theirs(clone: Path, commands: list[list[str]]) -> None:
+    found = [words[words.index(word) :] for words in commands for word in words if word.startswith("launchers/")]
+    assert len(found) >= 10
+    lines = "\n".join(shlex.join([words[0], "--dry-run", *words[1:]]) for words in found if "--dry-run" not in words)
+    lines = lines.replace("/shared/venv/bin/python", "python")
+    done = subprocess.run(
+        ["bash", "-e"],
+        input=f"source .venv/bin/activate\n{lines}",
+        cwd=clone,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("typed")
+def test_python_takes_every_command_of_its(
+    clone: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings, flags, options and files of all others, in this process."""
+    monkeypatch.chdir(clone)
+    for words in commands:
+        if words[0] in ("python", "torchrun", "deepspeed"):
+            check_python(words, capsys)
+        elif words[0] == "pip":
+            check_extras(words)
+        elif words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        else:
+            assert words[0] in NOT_RUN or words[0].startswith("launchers/") or words[0] in ("srun", "scontrol"), words
+
+
+def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The words of a module's command, or of a launcher that starts one."""
+    start = next((i for i, word in enumerate(words) if word in ("-m", "--module")), None)
+    if start is None:
+        assert (ROOT / words[1]).is_file(), words
+        return
+    module, rest = words[start + 1], words[start + 2 :]
+    assert (ROOT / module.replace(".", "/")).exists() or (ROOT / f"{module.replace('.', '/')}.py").exists(), words
+    if module == "data_prep":
+        checked(compose_settings(rest))
+    elif module == "ssa_pretrain.bench":
+        read_options(rest, int(words[words.index("--nproc-per-node") + 1]) if words[0] == "torchrun" else 1)
+    elif module in ("ssa_pretrain.train", "ssa_pretrain.evaluate", "ssa_pretrain.plan"):
+        shows = any(word in ("--help", "--cfg", "--info") for word in rest)
+        with pytest.raises(SystemExit) as left:
+            read_config(module.split(".")[1] if shows else "plan", rest)
+        assert left.value.code == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
+
+
+def check_extras(words: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for named in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+        assert set(named.split(",")) <= set(extras), words
+
+
+def test_the_refused_configuration_is_shown_as_it_is_printed(clone: Path) -> None:
+    (text,) = [text for _, text in fences(ROOT / "docs" / "configuration.md") if text.startswith("$ ")]
+    command, *lines = text.splitlines()
+    python = shlex.split(command)[2:]
+    done = subprocess.run([sys.executable, *python], cwd=clone, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 3
+    printed = done.stderr.splitlines()
+    for line, found in zip(lines, printed, strict=False):
+        assert re.fullmatch(".*".join(map(re.escape, line.split("…"))), found), f"{line}\n{found}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+            path, _, anchor = target.partition("#")
+            found = page.parent / path if path else page
+            assert found.exists(), f"{name(page)} links to {target}"
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.M) if anchor else []
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, f"{name(page)} links to {target}; its headings are {slugs}"
+
+
+def test_the_readme_leads_to_every_guide() -> None:
+    readme = (ROOT / "README.md").read_text()
+    linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([\w/.]+)\)", readme)}
+    assert {page for page in PAGES if page.name != "README.md" or page.parent != ROOT} <= linked
