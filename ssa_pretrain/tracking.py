@@ -17,6 +17,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -92,7 +93,7 @@ class Tracker:
         self._say = say
         self.id: str = process.ready["id"]
         self._stored_step: int = process.ready["step"]
-        self._sync = f"wandb sync {process.ready['folder']}"
+        self._sync = f"wandb sync {shlex.quote(process.ready['folder'])}"
         self._offline: bool = process.ready["offline"]
 
     def log(self, record: Mapping[str, Any]) -> None:

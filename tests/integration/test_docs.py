@@ -120,12 +120,29 @@ def test_every_command_stands_in_a_block_that_is_tested() -> None:
                 assert not any(COMMAND.match(line) for line in text.splitlines()), f"{name(page)}: ```sh\n{text}"
 
 
+def spans(page: Path) -> list[str]:
+    """A page's code within sentences and tables."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+
+
+def test_commands_within_sentences_name_what_there_is() -> None:
+    for page in PAGES:
+        for span in spans(page):
+            if found := re.match(r"(?:python|torchrun .*) -m ([a-z_.]+)(?: |$)", span):
+                module = ROOT / ("kernels" if found[1].startswith("ssa_kernels") else "") / found[1].replace(".", "/")
+                assert module.is_dir() or module.with_suffix(".py").is_file(), f"{name(page)}: {span}"
+            if found := re.match(r"make ([a-z-]+)", span):
+                assert re.search(rf"^{found[1]}:", (ROOT / "Makefile").read_text(), re.M), f"{name(page)}: {span}"
+            if found := re.match(r"(?:launchers/|python tests/)[\w./]+", span):
+                assert (ROOT / found[0].removeprefix("python ")).exists(), f"{name(page)}: {span}"
+
+
 def test_what_zsh_would_expand_stands_in_quotes() -> None:
     """In code within sentences and tables too, and on machines without zsh."""
     for page in GUIDES:
-        spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S))
-        spans += [line for language, text in fences(page) if language == "sh" for line in text.splitlines()]
-        for span in spans:
+        lines = [line for language, text in fences(page) if language == "sh" for line in text.splitlines()]
+        for span in spans(page) + lines:
             bare = re.sub(r"""'[^']*'|"[^"]*"|#.*""", "", span)
             assert not re.search(r"(^|\s)[\w.]+=[^\s=]*[\[\]*?]", bare), f"{name(page)}: {span}"
 

@@ -225,6 +225,12 @@ def test_the_command_fills_nodes_of_up_to_eight(world_size: int, words: str) -> 
     assert words in describe(config, make_plan(config, world_size))
 
 
+def test_the_command_can_be_typed() -> None:
+    config = experiment("experiment=ssa_1b_8k", "profile.at=[20,21]", world_size=1)
+    shown = describe(config, make_plan(config, 1), ["experiment=ssa_1b_8k", "profile.at=[20,21]", "dry_run=true"])
+    assert "python -m ssa_pretrain.train experiment=ssa_1b_8k 'profile.at=[20,21]'\n" in shown + "\n"
+
+
 @pytest.mark.parametrize(
     ("method", "length", "warns"), [("ssa", 256, True), ("moba", 128, True), ("ssa", 272, False), ("full", 256, False)]
 )
