@@ -332,17 +332,9 @@ def main() -> None:
         signal.alarm(START_SECONDS)
         session = Session(opening, tell)
         signal.alarm(0)
-        run = session.run
-        tell(
-            {
-                "ready": {
-                    "id": session.state.id,
-                    "step": session.state.step_of(session.history.next - 1),
-                    "offline": opening["mode"] == "offline",
-                    "folder": str(Path(run.dir).parent),
-                }
-            }
-        )
+        step, place = session.state.step_of(session.history.next - 1), str(Path(session.run.dir).parent)
+        ready = {"id": session.state.id, "step": step, "offline": opening["mode"] == "offline", "folder": place}
+        tell({"ready": ready})
         orderly = False
         for message in messages:
             if orderly := "finish" in message:

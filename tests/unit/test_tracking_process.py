@@ -141,6 +141,58 @@ def test_rows_are_whole_and_once_whatever_is_lost(seed: int) -> None:
         assert sorted(evaluated) == [0, 10, 20, 30]
 
 
+def test_an_evaluation_that_no_step_follows_has_a_row_of_its_own() -> None:
+    """Stopped and evaluated later, twice, and then trained on: every step and evaluation once, rows one ahead per insertion."""
+    stored: list[tuple[int, dict]] = []
+    state, recorded = State(), [train_record(1), train_record(2)]
+    for added in (
+        [],
+        [evaluation_record(2, "full")],
+        [train_record(3), train_record(4)],
+        [evaluation_record(4, "full")],
+        [train_record(5)],
+    ):
+        recorded += added
+        session = History(
+            state, stored[-1][0] if stored else -1, lambda values, row: stored.append((row, values)), lambda: None
+        )
+        for record in recorded:
+            session.add(record)
+        session.finish(orderly=True)
+    assert [row for row, _ in stored] == [1, 2, 3, 4, 5, 6, 7]
+    assert [values.get("heldout_step") or values["step"] for _, values in stored] == [1, 2, 2, 3, 4, 4, 5]
+    assert state.inserted == [3, 6] and state.step_of(7) == 5
+
+
+LEFT_BEHIND = """
+import os, signal, sys, time
+from pathlib import Path
+from ssa_pretrain.config import WandbConfig, WandbMode
+from ssa_pretrain.tracking import start_tracking
+tracker = start_tracking(WandbConfig(mode=WandbMode.offline), name="x", folder=Path(sys.argv[1]), config={}, say=print)
+tracker.log({"kind": "train", "step": 1, "tokens": 100, "loss": 1.0})
+helper = os.fork()
+if helper == 0:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print(helper, tracker._process._child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_that_a_killed_run_forked_does_not_keep_the_client(tmp_path: Path) -> None:
+    """It holds the pipe open, so that the input does not end."""
+    done = subprocess.run([sys.executable, "-c", LEFT_BEHIND, tmp_path], stdout=subprocess.PIPE, text=True)
+    helper, client = map(int, done.stdout.split())
+    try:
+        gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in (client,) if psutil.pid_exists(pid)], 15)
+        assert not alive, gone
+    finally:
+        psutil.Process(helper).kill()
+    assert [row["step"] for row in history(tmp_path)] == [1]
+
+
 @pytest.mark.parametrize(
     ("content", "run", "step"),
     [
