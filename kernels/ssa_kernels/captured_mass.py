@@ -7,9 +7,21 @@ to rounding, and is 1 where the blocks cover everything. The paper calls it atte
 
 import torch
 
+from .checks import check_tensors
+
+WIDE = (torch.float32, torch.float64)
+
 
 def captured_mass(lse_full: torch.Tensor, lse_sparse: torch.Tensor) -> torch.Tensor:
-    """Returns m for each token and head, float32 `[tokens, H]`, from both streams' natural-log lse of that shape."""
+    """Returns m for each token and head, float32 `[tokens, H]`, from both streams' natural-log lse of that shape, float32 or float64.
+
+    Raises:
+        ValueError: for tensors of unlike shapes or devices, or of another dtype.
+    """
+    check_tensors(lse_full=lse_full, lse_sparse=lse_sparse)
+    for name, lse in (("lse_full", lse_full), ("lse_sparse", lse_sparse)):
+        if lse.dtype not in WIDE:
+            raise ValueError(f"{name} of {lse.dtype} must be float32 or float64, as the attention operators give it")
     if lse_full.shape != lse_sparse.shape:
         raise ValueError(f"lse_sparse of shape {tuple(lse_sparse.shape)} must have lse_full's {tuple(lse_full.shape)}")
     return torch.exp(lse_sparse.detach().float() - lse_full.detach().float())

@@ -45,7 +45,7 @@ def resolve_impl(impl: str | None, tensor: torch.Tensor, operator: str) -> Impl:
         operator: the operator's name, for messages.
 
     Raises:
-        ValueError: an unknown name, or Triton asked for (or needed on CUDA) where it cannot run.
+        ValueError: an unknown name, or Triton asked for (or needed on CUDA) where it cannot run or not in the tensor's dtype.
     """
     if impl not in (None, "triton", "reference"):
         raise ValueError(f"impl={impl!r} of {operator} must be None, 'triton' or 'reference'; try None")
@@ -61,7 +61,25 @@ def resolve_impl(impl: str | None, tensor: torch.Tensor, operator: str) -> Impl:
             f"impl='triton' of {operator} needs CUDA tensors, got {tensor.device}; "
             "try impl='reference', or TRITON_INTERPRET=1 in the environment for a test"
         )
+    _check_dtype(tensor, operator)
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"tensors of {operator} on {tensor.device} must be on the current device cuda:{torch.cuda.current_device()}, where kernels "
+            f"are launched; try torch.cuda.set_device({tensor.device.index})"
+        )
     return "triton"
+
+
+def _check_dtype(tensor: torch.Tensor, operator: str) -> None:
+    """Raises ValueError for the dtypes that only the reference serves."""
+    if tensor.dtype == torch.float64:
+        raise ValueError(
+            f"{operator}'s kernels compute in float32, so float64 must not reach them; try impl='reference', or float32"
+        )
+    if tensor.dtype == torch.bfloat16 and tensor.is_cpu:
+        raise ValueError(
+            f"impl='triton' of {operator} on a CPU is Triton's interpreter, whose bfloat16 is wrong; try float32 or float16, or impl='reference'"
+        )
 
 
 def _interpreting() -> bool:

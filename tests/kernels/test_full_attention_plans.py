@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ssa_kernels import build_layout
+from ssa_kernels.documents import document_ends
 from ssa_kernels.full_attention import te
-from ssa_kernels.full_attention.fused import FusedPlan, boundaries, fused_backward, fused_forward, plan_fused
+from ssa_kernels.full_attention.fused import FusedPlan, fused_backward, fused_forward, plan_fused
 
 ENDS = torch.tensor([0, 128, 256])
 
@@ -42,9 +43,9 @@ def test_deterministic_mode_takes_the_kernel_that_can_be():
 
 
 def test_boundaries_reach_the_last_token():
-    assert boundaries(torch.tensor([0, 128]), 256).tolist() == [0, 128, 256]
-    assert boundaries(torch.tensor([0, 300]), 256).tolist() == [0, 256, 256]
-    assert boundaries(ENDS, 256).dtype == torch.int32
+    assert document_ends(torch.tensor([0, 128]), 256).tolist() == [0, 128, 256]
+    assert document_ends(torch.tensor([0, 300]), 256).tolist() == [0, 256, 256]
+    assert document_ends(ENDS, 256).dtype == torch.int32
 
 
 @pytest.mark.parametrize(("backend", "num_rows"), [("cudnn", 2), ("flash", None)])

@@ -3,9 +3,10 @@
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..checks import aligned, check_attention, check_scale, check_whole, looks_at_values
 from ..dispatch import past_modes, resolve_impl
-from ..documents import DocumentLayout
-from .fused import fused_backward, fused_forward, plan_fused
+from ..documents import DocumentLayout, check_documents
+from .fused import check_backend, fused_backward, fused_forward, plan_fused
 from .reference import full_attention_reference
 
 
@@ -31,7 +32,7 @@ def full_attention(
 
     Args:
         q: `[tokens, H, D]`.
-        k, v: `[tokens, G, D]`, G dividing H.
+        k, v: `[tokens, G, D]`, G dividing H, in q's dtype.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it.
         scale: factor of the logits, default D^-1/2.
         return_lse: whether to give the log-sum-exp: `[tokens, H]`, float32, natural logarithm, no gradient. Else None.
@@ -40,13 +41,21 @@ def full_attention(
         backend: which fused kernel to use on a GPU: None, "cudnn", "te" or "flash" (fused.py says when each is picked).
         impl: None, "triton" (the fused GPU kernels) or "reference". This operator has no Triton kernel of its own: on CPU tensors
             under Triton's interpreter the reference stands in.
+
+    Raises:
+        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (the GPU kernels: bfloat16 and
+            float16, D a multiple of 8 up to 128).
     """
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    check_attention_inputs(q, k, v, num_rows)
+    check_attention(q, k, v)
+    check_documents(cu_seqlens, q, k)
+    check_rows(cu_seqlens, q.shape[0], num_rows)
+    check_backend(backend, num_rows)
+    scale = check_scale(scale, q.shape[-1])
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # Transformer Engine reads no strides
     if resolve_impl(impl, q, "full_attention") == "triton" and q.is_cuda:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # Transformer Engine reads no strides
-        return _FullAttention.apply(q, k, v, cu_seqlens, num_rows, backend, scale, return_lse)
-    _check_rows(cu_seqlens, q.shape[0], num_rows)
+        return _FullAttention.apply(
+            aligned(q), aligned(k), aligned(v), cu_seqlens, num_rows, backend, scale, return_lse
+        )
     return full_attention_reference(q, k, v, cu_seqlens=cu_seqlens, scale=scale, return_lse=return_lse)
 
 
@@ -68,27 +77,22 @@ class _FullAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_o, _):
         q, k, v, o, lse, ends, *states = ctx.saved_tensors
-        grads = fused_backward(grad_o.contiguous(), q, k, v, o, lse, tuple(states), ends, ctx.plan)
+        grads = fused_backward(aligned(grad_o), q, k, v, o, lse, tuple(states), ends, ctx.plan)
         return *grads, *(None,) * 5
 
 
-def check_attention_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_rows: int | None) -> None:
-    """Raises ValueError unless the shapes fit each other and the rows."""
-    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be [tokens, H, D] and twice [tokens, G, D], "
-            "with G dividing H"
-        )
-    if num_rows is not None and (num_rows < 1 or q.shape[0] % num_rows):
-        raise ValueError(f"num_rows={num_rows} must divide tokens={q.shape[0]}; try None for documents of any length")
-
-
-def _check_rows(cu_seqlens: torch.Tensor | DocumentLayout, tokens: int, num_rows: int | None) -> None:
-    ends = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, DocumentLayout) else cu_seqlens
-    if num_rows is None or not ends.is_cpu:
+def check_rows(cu_seqlens: torch.Tensor | DocumentLayout, tokens: int, num_rows: object) -> None:
+    """Raises ValueError unless num_rows is None or a number of equal rows that the documents may be (on a CPU: are)."""
+    if num_rows is None:
         return
-    lengths = (ends[1:] - ends[:-1])[:num_rows]
-    if len(lengths) < num_rows or (lengths * num_rows != tokens).any():
+    rows = check_whole("num_rows", num_rows, least=1, hint=", or None")
+    if tokens % rows:
+        raise ValueError(f"num_rows={rows} must divide tokens={tokens}; try None for documents of any length")
+    ends = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, DocumentLayout) else cu_seqlens
+    if not looks_at_values(ends):
+        return
+    lengths = (ends[1:] - ends[:-1])[:rows]
+    if len(lengths) < rows or (lengths * rows != tokens).any():
         raise ValueError(
-            f"num_rows={num_rows} must say that the documents are equal spans of {tokens} tokens, got {ends.tolist()[:8]}...; try None"
+            f"num_rows={rows} must say that the documents are equal spans of {tokens} tokens, got {ends.tolist()[:8]}...; try None"
         )

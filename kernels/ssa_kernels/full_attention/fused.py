@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..documents import DocumentLayout, QueryRun
+from ..documents import DocumentLayout, QueryRun, document_ends
 from . import te
 from .runs import runs_backward, runs_forward
 
@@ -72,8 +72,12 @@ def plan_fused(
         )
     row_length = tokens // num_rows if num_rows else 0
     chosen = backend or _pick(q, row_length)
-    _check_backend(chosen, num_rows)
-    ends = boundaries(cu_seqlens, tokens)
+    check_backend(chosen, num_rows)
+    if chosen == "te" and not te.is_usable():
+        raise ValueError(
+            f"backend='te' needs transformer_engine {te.OLDEST[0]}.{te.OLDEST[1]} or later with its torch extension; try backend='flash'"
+        )
+    ends = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, DocumentLayout) else document_ends(cu_seqlens, tokens)
     if chosen == "cudnn" or (chosen == "te" and row_length >= MIN_CUDNN_ROW):
         return FusedPlan(chosen, tokens // row_length, row_length, scale), ends
     max_length = cu_seqlens.max_length if isinstance(cu_seqlens, DocumentLayout) else (row_length or tokens)
@@ -101,25 +105,14 @@ def _pick(q: torch.Tensor, row_length: int) -> str:
     return "te" if hopper_or_later and te.is_usable() else "flash"
 
 
-def _check_backend(backend: str, num_rows: int | None) -> None:
-    if backend not in ("cudnn", "te", "flash"):
+def check_backend(backend: object, num_rows: object) -> None:
+    """Raises ValueError for a name that is none, or one that needs num_rows without it."""
+    if backend not in (None, "cudnn", "te", "flash"):
         raise ValueError(f"backend={backend!r} of full_attention must be None, 'cudnn', 'te' or 'flash'; try None")
     if backend == "cudnn" and num_rows is None:
         raise ValueError(
             "backend='cudnn' needs num_rows, since it takes rows of equal length only; try backend='te' or 'flash'"
         )
-    if backend == "te" and not te.is_usable():
-        raise ValueError(
-            f"backend='te' needs transformer_engine {te.OLDEST[0]}.{te.OLDEST[1]} or later with its torch extension; try backend='flash'"
-        )
-
-
-def boundaries(cu_seqlens: torch.Tensor | DocumentLayout, num_tokens: int) -> torch.Tensor:
-    """Returns int32 boundaries ending with num_tokens: tokens past the last document form one more, as in `documents.py`."""
-    if isinstance(cu_seqlens, DocumentLayout):
-        return cu_seqlens.cu_seqlens
-    end = cu_seqlens.new_full((1,), num_tokens, dtype=torch.int32)
-    return torch.cat([cu_seqlens.to(torch.int32), end]).clamp(max=num_tokens)
 
 
 def fused_forward(

@@ -21,6 +21,6 @@ def full_attention_reference(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns (o, lse) in plain PyTorch; arguments as in `full_attention`."""
     block_size = cu_seqlens.block_size if isinstance(cu_seqlens, DocumentLayout) else 16  # blocks play no part here
-    layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
+    layout = as_layout(cu_seqlens, q, k, block_size=block_size)
     o, lse = masked_attention(q, k, v, layout, scale)
     return o, lse if return_lse else None

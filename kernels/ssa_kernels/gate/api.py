@@ -2,6 +2,7 @@
 
 import torch
 
+from ..checks import check_gate
 from ..dispatch import past_modes, resolve_impl
 
 
@@ -11,14 +12,17 @@ def gate(o: torch.Tensor, gate_logits: torch.Tensor, *, impl: str | None = None)
 
     Args:
         o: `[tokens, H, D]`, a stream's output.
-        gate_logits: `[tokens, H]`.
+        gate_logits: `[tokens, H]`, in o's dtype or float32.
         impl: None, "triton" or "reference".
+
+    Raises:
+        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only).
     """
-    if o.dim() != 3 or gate_logits.shape != o.shape[:2]:
-        raise ValueError(f"gate_logits {tuple(gate_logits.shape)} must fit o {tuple(o.shape)}: its first two sizes")
+    check_gate("o", o, gate_logits)
+    o, gate_logits = o.contiguous(), gate_logits.contiguous()
     if resolve_impl(impl, o, "gate") == "reference":
         wide = torch.promote_types(o.dtype, torch.float32)
         return (o.to(wide) * gate_logits.to(wide).sigmoid().unsqueeze(-1)).to(o.dtype)
     from .autograd import Gate  # here, because it imports Triton
 
-    return Gate.apply(o.contiguous(), gate_logits.contiguous())
+    return Gate.apply(o, gate_logits)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..checks import check_gate, check_number, check_one_dtype, check_tensors
 from ..dispatch import past_modes, resolve_impl
 from .reference import gate_and_align_reference
 
@@ -19,8 +20,8 @@ def gate_and_align(
     """Returns (out, loss): the gated main stream and the layer's alignment loss.
 
     Args:
-        o_full, o_sparse: `[tokens, H, D]`, both streams' outputs.
-        gate_logits: `[tokens, H]`.
+        o_full, o_sparse: `[tokens, H, D]`, both streams' outputs, of one dtype.
+        gate_logits: `[tokens, H]`, in their dtype or float32.
         main: the stream that becomes `out`: "full", "sparse", or a tensor of one integer or bool beside the others, not 0 for full
             (a drawn stream that stays on the device: no synchronisation, and a CUDA graph can be replayed with another draw).
         weights: of the sparsity loss (gradient into the full stream) and the commitment loss (into the sparse stream).
@@ -28,34 +29,50 @@ def gate_and_align(
 
     Returns:
         out `[tokens, H, D]` in o_full's dtype, and the loss, a float32 scalar: the mean over tokens x H x D. Differentiable in
-        o_full, o_sparse and gate_logits. Bit-identical from run to run.
+        o_full, o_sparse and gate_logits. Bit-identical from run to run. Without any token or head the loss is 0.
+
+    Raises:
+        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only).
     """
-    check_gate_inputs(o_full, gate_logits, main)
+    check_gate_inputs("o_full", o_full, gate_logits, main)
+    weights = check_weights(weights)
+    check_tensors(o_full=o_full, o_sparse=o_sparse)
+    check_one_dtype(o_full=o_full, o_sparse=o_sparse)
     if o_sparse.shape != o_full.shape:
         raise ValueError(f"o_sparse {tuple(o_sparse.shape)} must fit o_full {tuple(o_full.shape)}: the same shape")
+    tensors = tuple(x.contiguous() for x in (o_full, o_sparse, gate_logits))
     if resolve_impl(impl, o_full, "gate_and_align") == "reference":
-        return gate_and_align_reference(o_full, o_sparse, gate_logits, main=main, weights=weights)
+        return gate_and_align_reference(*tensors, main=main, weights=weights)
     from .autograd import GateAndAlign  # here, because it imports Triton
 
-    tensors = (x.contiguous() for x in (o_full, o_sparse, gate_logits))
-    return GateAndAlign.apply(*tensors, main_operand(main), tuple(weights))
+    return GateAndAlign.apply(*tensors, main_operand(main), weights)
 
 
-def check_gate_inputs(o: torch.Tensor, gate_logits: torch.Tensor, main: str | torch.Tensor) -> None:
-    """Raises ValueError unless the logits fit a stream's output (or q) and main names a stream."""
-    if isinstance(main, str):
-        if main not in ("full", "sparse"):
+def check_gate_inputs(name: str, o: torch.Tensor, gate_logits: torch.Tensor, main: str | torch.Tensor) -> None:
+    """Raises ValueError unless the logits fit a stream's output (or q) of that name and main names a stream."""
+    check_gate(name, o, gate_logits)
+    if not isinstance(main, torch.Tensor):
+        if not isinstance(main, str) or main not in ("full", "sparse"):
             raise ValueError(f"main={main!r} must be 'full', 'sparse' or a tensor of one integer (not 0 for full)")
-    elif main.numel() != 1 or main.is_floating_point() or main.device != o.device:
+        return
+    if main.numel() != 1 or main.is_floating_point() or main.is_complex() or main.device != o.device:
         raise ValueError(
             f"main of shape {tuple(main.shape)}, {main.dtype} on {main.device} must be one integer or bool on {o.device}"
         )
-    if o.dim() != 3 or gate_logits.shape != o.shape[:2]:
+
+
+def check_weights(weights: object) -> tuple[float, float]:
+    """Returns the two weights as floats; raises ValueError for anything but two finite numbers."""
+    if not isinstance(weights, tuple | list) or len(weights) != 2:
         raise ValueError(
-            f"gate_logits {tuple(gate_logits.shape)} must fit o_full {tuple(o.shape)}: its first two sizes"
+            f"weights={weights!r} must be two numbers, of the sparsity and the commitment loss; try (1.0, 1.0)"
         )
+    sparsity, commitment = weights
+    return check_number("sparsity weight", sparsity), check_number("commitment weight", commitment)
 
 
 def main_operand(main: str | torch.Tensor) -> str | torch.Tensor:
-    """Returns main as the kernels take it: a name, or an int32 tensor."""
-    return main if isinstance(main, str) else main.to(torch.int32)
+    """Returns main as the kernels take it: a name, or an int32 tensor that is 0 where main is."""
+    if isinstance(main, str) or main.dtype == torch.int32:
+        return main
+    return (main != 0).to(torch.int32)

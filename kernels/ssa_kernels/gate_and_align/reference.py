@@ -27,8 +27,9 @@ def gate_and_align_reference(
     wide = torch.promote_types(o_full.dtype, torch.float32)
     gate = torch.sigmoid(gate_logits.to(wide))[..., None]
     full, sparse = gate * o_full.to(wide), gate * o_sparse.to(wide)
-    sparsity = F.smooth_l1_loss(full, sparse.detach())
-    commitment = F.smooth_l1_loss(full.detach(), sparse)
+    mean = "mean" if o_full.numel() else "sum"  # of nothing: 0, not NaN
+    sparsity = F.smooth_l1_loss(full, sparse.detach(), reduction=mean)
+    commitment = F.smooth_l1_loss(full.detach(), sparse, reduction=mean)
     if isinstance(main, str):
         out = full if main == "full" else sparse
     else:

@@ -10,6 +10,9 @@ turns it into P where it lies, reading each row twice, the second time from the 
 Under tensor parallelism each rank holds a span of the vocabulary: ranks exchange two numbers a token (their log-sum-exp, and the label's
 logit or 0) in one gather, and dh is each rank's own part, which the caller sums.
 
+A token whose label is -100 is ignored, as torch's cross entropy does it: its loss is 0 and no gradient comes of it. Any other label outside the
+vocabulary is refused on a CPU. On a GPU, where nothing is waited for, it is ignored as well.
+
 The gradient of W may be added straight into a float32 buffer (`main_grad`, where megatron-core accumulates over microbatches): the matrix
 product then accumulates in float32, and no gradient in the weight's dtype is ever written.
 """
@@ -17,8 +20,9 @@ product then accumulates in float32, and no gradient in the weight's dtype is ev
 import torch
 import torch.distributed as dist
 
+from ..checks import INTEGERS, check_floats, check_tensors, elements_apart, looks_at_values
 from ..dispatch import past_modes, resolve_impl
-from .reference import LinearCrossEntropyReference
+from .reference import IGNORED, LinearCrossEntropyReference, counted
 
 
 @past_modes
@@ -36,30 +40,61 @@ def linear_cross_entropy(
     Args:
         hidden: `[tokens, M]`.
         weight: `[V, M]`, this rank's rows of the output layer, in rank order: rank r holds ids r V to (r + 1) V - 1.
-        labels: int64 `[tokens]`, ids in the whole vocabulary.
+        labels: int64 or int32 `[tokens]`, ids in the whole vocabulary, or -100 for a token that is ignored. On a GPU any label outside the
+            vocabulary is.
         group: the ranks that share the vocabulary; None for one.
-        accumulate_into: float32 `[V, M]`; the weight's gradient is added to it in the backward, and autograd sees none for the weight.
+        accumulate_into: float32 `[V, M]`, each element in a place of its own; the weight's gradient is added to it in the backward, and
+            autograd sees none for the weight.
         impl: None, "triton" or "reference".
+
+    Raises:
+        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only).
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, {hidden.dtype} and weight {tuple(weight.shape)}, {weight.dtype} must be [tokens, M] and [V, M] "
-            "of one dtype"
-        )
-    if labels.shape != hidden.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels {tuple(labels.shape)}, {labels.dtype} must be one integer for each of {hidden.shape[0]} tokens"
-        )
-    if accumulate_into is not None and (
-        accumulate_into.shape != weight.shape or accumulate_into.dtype != torch.float32
-    ):
-        raise ValueError(
-            f"accumulate_into {tuple(accumulate_into.shape)}, {accumulate_into.dtype} must be float32 of the weight's shape {tuple(weight.shape)}"
-        )
     group = None if group is None or dist.get_world_size(group) == 1 else group
+    _check(hidden, weight, labels, accumulate_into, 1 if group is None else dist.get_world_size(group))
+    hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
     if resolve_impl(impl, hidden, "linear_cross_entropy") == "reference":
         return LinearCrossEntropyReference.apply(hidden, weight, labels, group, accumulate_into)
     from .autograd import LinearCrossEntropy  # here, because it imports Triton
 
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return LinearCrossEntropy.apply(hidden.contiguous(), weight, labels, group, accumulate_into, wanted)
+    return LinearCrossEntropy.apply(hidden, weight, labels, group, accumulate_into, wanted)
+
+
+def _check(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, accumulate_into: torch.Tensor | None, ranks: int
+) -> None:
+    """Raises ValueError unless dtypes, devices and shapes fit each other, and labels the vocabulary of all ranks."""
+    check_tensors(hidden=hidden, weight=weight, labels=labels)
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or 0 in weight.shape
+        or hidden.dtype != weight.dtype
+    ):
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, {hidden.dtype} and weight {tuple(weight.shape)}, {weight.dtype} must be [tokens, M] and [V, M] "
+            "of one dtype, V and M at least 1"
+        )
+    check_floats(hidden=hidden)
+    if labels.shape != hidden.shape[:1] or labels.dtype not in INTEGERS:
+        raise ValueError(
+            f"labels {tuple(labels.shape)}, {labels.dtype} must be one integer for each of {hidden.shape[0]} tokens, int64 or int32"
+        )
+    if looks_at_values(labels) and bool(
+        (outside := ~counted(labels, weight.shape[0] * ranks) & (labels != IGNORED)).any()
+    ):
+        raise ValueError(
+            f"label {int(labels[outside][0])} must lie in [0, {weight.shape[0] * ranks}), the vocabulary, or be {IGNORED} to be ignored"
+        )
+    if accumulate_into is not None:
+        check_tensors(hidden=hidden, accumulate_into=accumulate_into)
+        if accumulate_into.shape != weight.shape or accumulate_into.dtype != torch.float32:
+            raise ValueError(
+                f"accumulate_into {tuple(accumulate_into.shape)}, {accumulate_into.dtype} must be float32 of the weight's shape {tuple(weight.shape)}"
+            )
+        if not elements_apart(accumulate_into):
+            raise ValueError(
+                f"accumulate_into with strides {accumulate_into.stride()} must have a place for each element; try accumulate_into.clone()"
+            )

@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from .forward import probabilities_in_place, statistics
 from .products import weight_gradient
-from .reference import combine_ranks
+from .reference import combine_ranks, counted
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -17,6 +17,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """One product, one kernel; under tensor parallelism two, with a gather of two numbers a token between them."""
         logits = hidden @ weight.t()
         columns = weight.shape[0]
+        counts = counted(labels, columns * (1 if group is None else dist.get_world_size(group)))
         if group is None:
             lse, target = statistics(logits, labels, 0, overwrite=training)
         else:
@@ -25,16 +26,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             if training:
                 probabilities_in_place(logits, labels, first, lse)
         if training:
-            ctx.save_for_backward(hidden, weight, logits)
+            ctx.save_for_backward(hidden, weight, logits, counts)
             ctx.accumulate_into = accumulate_into
-        return lse - target
+        return torch.where(counts, lse - target, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
         """Two products; the gradients of the losses go on the narrow operands."""
-        hidden, weight, probabilities = ctx.saved_tensors
-        scale = grad_losses.unsqueeze(1)
+        hidden, weight, probabilities, counts = ctx.saved_tensors
+        scale = torch.where(counts, grad_losses, 0.0).unsqueeze(1)
         grad_hidden = ((probabilities @ weight) * scale).to(hidden.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_hidden, *(None,) * 5

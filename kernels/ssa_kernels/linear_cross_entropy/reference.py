@@ -6,6 +6,8 @@ from torch.autograd.function import once_differentiable
 
 from .products import weight_gradient
 
+IGNORED = -100  # the label that torch's cross entropy ignores, too
+
 
 class LinearCrossEntropyReference(torch.autograd.Function):
     """(hidden, weight, labels, group, accumulate_into) -> losses; the softmax in float32, or float64 for float64 inputs."""
@@ -16,19 +18,20 @@ class LinearCrossEntropyReference(torch.autograd.Function):
         logits = hidden @ weight.t()
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         lse, target, column = row_statistics(wide, labels, group)
+        counts = counted(labels, weight.shape[0] * (1 if group is None else dist.get_world_size(group)))
         probabilities = torch.exp(wide - lse.unsqueeze(1))
         own = (column >= 0) & (column < weight.shape[0])
         probabilities[own.nonzero().squeeze(1), column[own]] -= 1.0
-        ctx.save_for_backward(hidden, weight, probabilities.to(hidden.dtype))
+        ctx.save_for_backward(hidden, weight, probabilities.to(hidden.dtype), counts)
         ctx.accumulate_into = accumulate_into
-        return (lse - target).to(torch.promote_types(torch.float32, wide.dtype))
+        return torch.where(counts, lse - target, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
         """Two products."""
-        hidden, weight, probabilities = ctx.saved_tensors
-        scale = grad_losses.unsqueeze(1)
+        hidden, weight, probabilities, counts = ctx.saved_tensors
+        scale = torch.where(counts, grad_losses, 0.0).unsqueeze(1)
         grad_hidden = ((probabilities @ weight) * scale).to(hidden.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_hidden, *(None,) * 4
@@ -36,12 +39,17 @@ class LinearCrossEntropyReference(torch.autograd.Function):
         return grad_hidden, weight_gradient(probabilities, scaled, ctx.accumulate_into), *(None,) * 3
 
 
+def counted(labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Returns bool `[tokens]`: whether a label lies in the vocabulary, so that its token bears a loss."""
+    return (labels >= 0) & (labels < vocabulary)
+
+
 def row_statistics(
     wide: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns each token's log-sum-exp and its label's logit over all ranks, and the label's column on this rank (outside it: elsewhere)."""
     columns = wide.shape[1]
-    column = labels - columns * (dist.get_rank(group) if group is not None else 0)
+    column = labels.long() - columns * (dist.get_rank(group) if group is not None else 0)
     own = (column >= 0) & (column < columns)
     target = wide.gather(1, column.clamp(0, columns - 1).unsqueeze(1)).squeeze(1) * own
     lse = torch.logsumexp(wide, dim=1)

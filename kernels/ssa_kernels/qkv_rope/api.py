@@ -2,6 +2,7 @@
 
 import torch
 
+from ..checks import INTEGERS, check_floats, check_tensors, check_whole, looks_at_values
 from ..dispatch import past_modes, resolve_impl
 from .reference import qkv_rope_reference
 
@@ -24,26 +25,33 @@ def qkv_rope(
         mixed: `[tokens, G * W]` with W = (group_size + 2) * D + num_gates: for each kv head its group's queries, its keys, its values
             and its gates' logits, as one projection gives them.
         angles: float32 `[positions, D]` or `[positions, D / 2]`, a rotation's angle by position; only the first half of the columns is read.
-            How they come about (base, Llama-3 scaling) is the caller's.
-        positions: int64 or int32 `[tokens]`, each token's row in `angles`.
+            How they come about (base, Llama-3 scaling) is the caller's. They get no gradient.
+        positions: int64 or int32 `[tokens]`, each token's row in `angles`. On a CPU one outside is refused; on a GPU, where nothing is
+            waited for, the kernels take the nearest row.
         num_kv_heads: G.
         group_size: query heads of a kv head.
         head_dim: D, even.
         num_gates: logits of a kv head, 0 for none: the fourth result is then None, else `[tokens, G * num_gates]`.
         impl: None, "triton" or "reference".
+
+    Raises:
+        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only).
     """
     sizes = {
-        "num_kv_heads": num_kv_heads,
-        "group_size": group_size,
-        "head_dim": head_dim,
-        "num_gates": num_gates,
+        "num_kv_heads": check_whole("num_kv_heads", num_kv_heads, least=1),
+        "group_size": check_whole("group_size", group_size, least=1),
+        "head_dim": check_whole("head_dim", head_dim, least=1),
+        "num_gates": check_whole("num_gates", num_gates, least=0),
     }
     check_projection(mixed, angles, positions, **sizes)
+    mixed, positions = mixed.contiguous(), positions.contiguous()
+    if angles.stride(1) != 1:
+        angles = angles.contiguous()
     if resolve_impl(impl, mixed, "qkv_rope") == "reference":
         return qkv_rope_reference(mixed, angles, positions, **sizes)
     from .autograd import QKVRope  # here, because it imports Triton
 
-    q, k, v, gate = QKVRope.apply(mixed.contiguous(), angles, positions, num_kv_heads, group_size, head_dim, num_gates)
+    q, k, v, gate = QKVRope.apply(mixed, angles, positions, *sizes.values())
     return q, k, v, gate if num_gates else None
 
 
@@ -57,7 +65,9 @@ def check_projection(
     head_dim: int,
     num_gates: int,
 ) -> None:
-    """Raises ValueError unless the shapes fit each other."""
+    """Raises ValueError unless dtypes, devices and shapes fit each other, and positions the angles."""
+    check_tensors(mixed=mixed, angles=angles, positions=positions)
+    check_floats(mixed=mixed)
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim={head_dim} must be even and at least 2: RoPE turns pairs")
     width = num_kv_heads * ((group_size + 2) * head_dim + num_gates)
@@ -66,11 +76,20 @@ def check_projection(
             f"mixed {tuple(mixed.shape)} must be [tokens, {width}]: {num_kv_heads} kv heads of {group_size} queries, a key and a value of "
             f"{head_dim} and {num_gates} gates"
         )
-    if positions.shape != mixed.shape[:1] or positions.is_floating_point():
+    if positions.shape != mixed.shape[:1] or positions.dtype not in INTEGERS:
         raise ValueError(
-            f"positions {tuple(positions.shape)}, {positions.dtype} must be one integer for each of {mixed.shape[0]} tokens"
+            f"positions {tuple(positions.shape)}, {positions.dtype} must be one integer for each of {mixed.shape[0]} tokens, "
+            "int64 or int32"
         )
-    if angles.dim() != 2 or angles.shape[1] < head_dim // 2 or angles.dtype != torch.float32 or angles.stride(1) != 1:
+    rows = angles.shape[0] if angles.dim() == 2 else 0
+    if rows < 1 or angles.shape[1] < head_dim // 2 or angles.dtype != torch.float32:
         raise ValueError(
-            f"angles {tuple(angles.shape)}, {angles.dtype} must be float32 [positions, {head_dim}], its rows contiguous"
+            f"angles {tuple(angles.shape)}, {angles.dtype} must be float32 [positions, {head_dim}] or [positions, {head_dim // 2}], at least "
+            "one position"
         )
+    if angles.requires_grad and torch.is_grad_enabled():
+        raise ValueError("angles get no gradient, so they must not require one; try angles.detach()")
+    if looks_at_values(positions) and len(positions):
+        lowest, highest = (int(x) for x in torch.aminmax(positions))
+        if lowest < 0 or highest >= rows:
+            raise ValueError(f"positions from {lowest} to {highest} must lie in [0, {rows}), the rows of angles")

@@ -13,9 +13,9 @@ from ..launch import cdiv, launch
 from .forward import BLOCK_TOKENS, NUM_WARPS, rotate_head, rotation, tile_sizes
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_positions"])
 def qkv_rope_backward_kernel(
-    dq_ptr, dk_ptr, dv_ptr, dgate_ptr, angles_ptr, positions_ptr, dmixed_ptr, num_tokens, angle_stride,
+    dq_ptr, dk_ptr, dv_ptr, dgate_ptr, angles_ptr, positions_ptr, dmixed_ptr, num_tokens, num_positions, angle_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, GATES: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_GATES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -28,7 +28,7 @@ def qkv_rope_backward_kernel(
     pair = tl.arange(0, BLOCK_HALF)
     pair_ok = pair < HALF
     ok = token_ok[:, None] & pair_ok[None, :]
-    cos, sin = rotation(angles_ptr, positions_ptr, token, token_ok, pair, pair_ok, angle_stride)
+    cos, sin = rotation(angles_ptr, positions_ptr, token, token_ok, pair, pair_ok, num_positions, angle_stride)
 
     target = (token * (KV_HEADS * WIDTH) + kv_head * WIDTH)[:, None] + pair[None, :]
     from_q = (token * (KV_HEADS * GROUP * HEAD_DIM) + kv_head * (GROUP * HEAD_DIM))[:, None] + pair[None, :]
@@ -65,7 +65,7 @@ def qkv_rope_backward(
     if tokens > 0:
         launch(
             qkv_rope_backward_kernel, (cdiv(tokens, BLOCK_TOKENS), num_kv_heads),
-            grad_q, grad_k, grad_v, grad_gate, angles, positions, grad_mixed, tokens, angles.stride(0),
+            grad_q, grad_k, grad_v, grad_gate, angles, positions, grad_mixed, tokens, angles.shape[0], angles.stride(0),
             KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim, GATES=num_gates,
             **tile_sizes(head_dim, num_gates), num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -18,9 +18,10 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def rotation(angles_ptr, positions_ptr, token, token_ok, pair, pair_ok, angle_stride):
-    """cos and sin [tokens, pairs] of a tile of tokens."""
+def rotation(angles_ptr, positions_ptr, token, token_ok, pair, pair_ok, num_positions, angle_stride):
+    """cos and sin [tokens, pairs] of a tile of tokens; a position outside the angles takes the nearest row."""
     position = tl.load(positions_ptr + token, mask=token_ok, other=0).to(tl.int64)
+    position = tl.minimum(tl.maximum(position, 0), num_positions - 1)
     ok = token_ok[:, None] & pair_ok[None, :]
     angle = tl.load(angles_ptr + position[:, None] * angle_stride + pair[None, :], mask=ok, other=0.0)
     return tl.cos(angle), tl.sin(angle)
@@ -36,9 +37,9 @@ def rotate_head(source_ptr, target_ptr, source, target, ok, cos, sin, HALF: tl.c
     tl.store(target_ptr + target + HALF, (second * cos + first * sin).to(kind), mask=ok)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_positions"])
 def qkv_rope_forward_kernel(
-    mixed_ptr, angles_ptr, positions_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, num_tokens, angle_stride,
+    mixed_ptr, angles_ptr, positions_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, num_tokens, num_positions, angle_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, GATES: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_GATES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +52,7 @@ def qkv_rope_forward_kernel(
     pair = tl.arange(0, BLOCK_HALF)
     pair_ok = pair < HALF
     ok = token_ok[:, None] & pair_ok[None, :]
-    cos, sin = rotation(angles_ptr, positions_ptr, token, token_ok, pair, pair_ok, angle_stride)
+    cos, sin = rotation(angles_ptr, positions_ptr, token, token_ok, pair, pair_ok, num_positions, angle_stride)
 
     source = (token * (KV_HEADS * WIDTH) + kv_head * WIDTH)[:, None] + pair[None, :]
     to_q = (token * (KV_HEADS * GROUP * HEAD_DIM) + kv_head * (GROUP * HEAD_DIM))[:, None] + pair[None, :]
@@ -87,7 +88,7 @@ def qkv_rope_forward(
     if tokens > 0:
         launch(
             qkv_rope_forward_kernel, (cdiv(tokens, BLOCK_TOKENS), num_kv_heads),
-            mixed, angles, positions, q, k, v, gate, tokens, angles.stride(0),
+            mixed, angles, positions, q, k, v, gate, tokens, angles.shape[0], angles.stride(0),
             KV_HEADS=num_kv_heads, GROUP=group_size, HEAD_DIM=head_dim, GATES=num_gates,
             **tile_sizes(head_dim, num_gates), num_warps=NUM_WARPS,
         )  # fmt: skip

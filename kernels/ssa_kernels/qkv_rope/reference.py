@@ -27,9 +27,9 @@ def qkv_rope_reference(
     parts = [group_size * head_dim, head_dim, head_dim, num_gates]
     q, k, v, gate = mixed.view(tokens, num_kv_heads, sum(parts)).split(parts, dim=-1)
     q = q.reshape(tokens, num_kv_heads * group_size, head_dim)
-    chosen = angles[positions.long(), :half]
+    chosen = angles[positions.long().clamp(0, angles.shape[0] - 1), :half]
     cos, sin = (torch.cat([x, x], dim=-1).unsqueeze(1) for x in (chosen.cos(), chosen.sin()))
-    gate = gate.reshape(tokens, -1) if num_gates else None
+    gate = gate.reshape(tokens, num_kv_heads * num_gates) if num_gates else None
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous(), gate
 
 

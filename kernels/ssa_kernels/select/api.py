@@ -5,6 +5,7 @@ from itertools import accumulate
 
 import torch
 
+from ..checks import check_attention, check_scale, check_whole
 from ..dispatch import past_modes, resolve_impl
 from ..documents import DocumentLayout, as_layout, query_slice
 from .reference import select_blocks_reference
@@ -28,7 +29,7 @@ def select_blocks(
 
     Args:
         q: `[tokens, H, D]`.
-        k: `[tokens, G, D]`, G dividing H.
+        k: `[tokens, G, D]`, G dividing H, in q's dtype.
         block_size: keys per block.
         top_k: blocks per query, the own block included.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it.
@@ -40,10 +41,15 @@ def select_blocks(
         int32 `[tokens, G, top_k]` (`[tokens, H, top_k]` for per_head): block numbers within the query's own document, ascending, -1
         padded at the end. The own block is always in; the others are the earlier blocks of largest importance, equal ones decided
         for the more recent.
+
+    Raises:
+        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only;
+            the kernels: D in [16, 128], H / G up to 32).
     """
-    _check(q, k, block_size, top_k, score)
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
+    check_attention(q, k)
+    scale = check_scale(scale, q.shape[-1])
+    layout = as_layout(cu_seqlens, q, k, block_size=block_size)
+    block_size, top_k = layout.block_size, check_selection(layout.block_size, top_k, score)
     if resolve_impl(impl, q, "select_blocks") == "triton":
         _check_triton(q, k)
         from .forward import select_blocks_triton  # Triton is not installed everywhere
@@ -54,7 +60,7 @@ def select_blocks(
             for part, run_layout in _neighbours(q, layout)
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
-    return select_blocks_reference(q, k, layout=layout, top_k=top_k, scale=scale, score=score)
+    return select_blocks_reference(q.contiguous(), k.contiguous(), layout=layout, top_k=top_k, scale=scale, score=score)
 
 
 def _neighbours(q: torch.Tensor, layout: DocumentLayout) -> list[tuple[torch.Tensor, DocumentLayout]]:
@@ -76,16 +82,13 @@ def _check_triton(q: torch.Tensor, k: torch.Tensor) -> None:
         )
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, block_size: int, top_k: int, score: str) -> None:
-    if q.dim() != 3 or k.dim() != 3 or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [tokens, H, D] and [tokens, G, D] with G dividing H"
-        )
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1: the own block is always chosen; try 16")
+def check_selection(block_size: int, top_k: object, score: object) -> int:
+    """Returns top_k as an int; raises ValueError unless it and the score fit each other and the block size."""
+    top_k = check_whole("top_k", top_k, least=1, hint=": the own block is always chosen; try 16")
     if score not in SCORES:
         raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}; try softmax_sum")
     if score == "official_compat" and not 1 < top_k <= block_size:
         raise ValueError(
             f"top_k={top_k} must lie in [2, block_size={block_size}] for score='official_compat'; try {block_size}"
         )
+    return top_k

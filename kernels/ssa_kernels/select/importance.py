@@ -31,7 +31,7 @@ def block_means_kernel(
     K, START, LENGTH, MEANS, stride_token, stride_head, D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr
 ):
     """MEANS[row, g, :] = mean of K[start : start + length, g, :]; zeros for empty rows and padding."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = tl.load(START + row).to(tl.int64)
     length = tl.load(LENGTH + row)
     token, d = tl.arange(0, BP), tl.arange(0, DP)
@@ -250,6 +250,7 @@ def importance_kernel(
             out_valid = base + out_token < num_queries
             out_list = (tile * TT + out_token) * kv_heads + group
         out_first, out_last = _token_range(FIRST, POSITION, base + out_token, out_valid, num_queries, K)
+        out_last = tl.minimum(out_last, out_first + stride_list)  # a document may be longer than max_length says
         out_at = IMPORTANCE + out_list.to(tl.int64) * stride_list - out_first
         bins = tl.full([BC, TT], -1.0, tl.float32)
         for row in tl.range(lo, hi, BC, num_stages=STAGES):

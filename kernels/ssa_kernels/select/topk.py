@@ -251,14 +251,15 @@ def top_k_kernel(
     else:
         source = IMPORTANCE + row.to(tl.int64) * stride_list
         survivors = SURVIVORS + row.to(tl.int64) * C
+        end = tl.minimum(own, stride_list)  # a document may be longer than max_length says
         none = tl.full([], 0, tl.int32)
         if OFFICIAL:
-            middle = own // K * K
+            middle = tl.minimum(own // K * K, end)
             half = tl.where(middle > 0, K // 2, K)
             key, cut = _exact_threshold(source, none, middle, half, W, SIGNED)
             found = _compact(source, survivors, none, middle, key, cut, none, C, W, SIGNED, True)
-            key, cut = _exact_threshold(source, middle, own, half - 1, W, SIGNED)
-            found = _compact(source, survivors, middle, own, key, cut, found, C, W, SIGNED, True)
+            key, cut = _exact_threshold(source, middle, end, half - 1, W, SIGNED)
+            found = _compact(source, survivors, middle, end, key, cut, found, C, W, SIGNED, True)
         else:
             if BINS_A_ROW > 0:
                 N: tl.constexpr = triton.next_power_of_2(BINS_A_ROW)
@@ -266,10 +267,10 @@ def top_k_kernel(
                 maxima = tl.load(BINS + row.to(tl.int64) * BINS_A_ROW + i, mask=i < BINS_A_ROW, other=-1.0)
                 key = _threshold(maxima.to(tl.int32, bitcast=True), k, S // 4, N) - 1
             else:
-                key = _bin_threshold(source, own, k, S // 4, W, SIGNED) - 1
-            found = _compact(source, survivors, none, own, key, own, none, C, W, SIGNED, False)
+                key = _bin_threshold(source, end, k, S // 4, W, SIGNED) - 1
+            found = _compact(source, survivors, none, end, key, end, none, C, W, SIGNED, False)
             if found > C:
-                key, cut = _exact_threshold(source, none, own, k, W, SIGNED)
-                found = _compact(source, survivors, none, own, key, cut, none, C, W, SIGNED, True)
+                key, cut = _exact_threshold(source, none, end, k, W, SIGNED)
+                found = _compact(source, survivors, none, end, key, cut, none, C, W, SIGNED, True)
         tl.debug_barrier()  # the survivors were written by other threads of the warp
         _finish(source, survivors, out, found, own, k, S, SP, C, SIGNED)

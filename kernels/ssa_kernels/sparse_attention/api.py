@@ -2,6 +2,7 @@
 
 import torch
 
+from ..checks import aligned, check_attention, check_scale, check_tensors, looks_at_values
 from ..dispatch import past_modes, resolve_impl
 from ..documents import DocumentLayout, as_layout
 from .reference import sparse_attention_reference
@@ -23,29 +24,53 @@ def sparse_attention(
 
     Args:
         q: `[tokens, H, D]`.
-        k, v: `[tokens, G, D]`, G dividing H.
-        indices: int32 `[tokens, G or H, top_k]` from `select_blocks`: block numbers within the query's document, ascending,
-            -1 padded at the end, the own block among them.
+        k, v: `[tokens, G, D]`, G dividing H, in q's dtype.
+        indices: int32 `[tokens, G or H, top_k]` from `select_blocks`: block numbers within the query's document up to its own block,
+            ascending, -1 padded at the end. Others are refused on a CPU; on a GPU, where nothing is waited for, the caller answers for
+            them (no kernel leaves its tensors).
         block_size: keys per block.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it.
         scale: factor of the logits, default D^-1/2.
         impl: None, "triton" or "reference".
 
     Returns:
-        o `[tokens, H, D]` in q's dtype, differentiable in q, k and v, and lse `[tokens, H]`, float32, natural logarithm, no gradient.
+        o `[tokens, H, D]` in q's dtype, differentiable in q, k and v, and lse `[tokens, H]`, float32, natural logarithm, no gradient. A query
+        without blocks has o = 0 and lse = -inf.
+
+    Raises:
+        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only).
     """
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if heads % kv_heads:
-        raise ValueError(f"num_query_heads={heads} must be a multiple of num_kv_heads={kv_heads}")
-    if indices.shape[0] != q.shape[0] or indices.shape[1] not in (kv_heads, heads):
-        raise ValueError(
-            f"indices of shape {tuple(indices.shape)} must be [{q.shape[0]}, {kv_heads} or {heads}, top_k]; try select_blocks"
-        )
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
+    check_attention(q, k, v)
+    scale = check_scale(scale, q.shape[-1])
+    layout = as_layout(cu_seqlens, q, k, block_size=block_size)
+    _check_indices(indices, q, k, layout)
+    q, k, v, indices = (x.contiguous() for x in (q, k, v, indices))
     if resolve_impl(impl, q, "sparse_attention") == "triton":
         from .autograd import SparseAttention  # here, because it imports Triton
 
-        tensors = (x.contiguous() for x in (q, k, v, indices))
-        return SparseAttention.apply(*tensors, layout, scale)
+        return SparseAttention.apply(aligned(q), aligned(k), aligned(v), aligned(indices), layout, scale)
     return sparse_attention_reference(q, k, v, indices, layout=layout, scale=scale)
+
+
+def _check_indices(indices: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout) -> None:
+    """Raises ValueError unless the indices are lists of blocks for each query (their values on a CPU only)."""
+    check_tensors(q=q, indices=indices)
+    (queries, heads), kv_heads = q.shape[:2], k.shape[1]
+    fits = indices.dim() == 3 and indices.shape[0] == queries and indices.shape[1] in (kv_heads, heads)
+    if not fits or indices.shape[2] < 1 or indices.dtype != torch.int32:
+        raise ValueError(
+            f"indices of shape {tuple(indices.shape)} and {indices.dtype} must be int32 [{queries}, {kv_heads} or {heads}, top_k] with top_k at "
+            "least 1; try select_blocks"
+        )
+    if not looks_at_values(indices):
+        return
+    own = (layout.query_position // layout.block_size)[:, None, None]
+    before, after = indices[..., :-1], indices[..., 1:]
+    wrong = (indices < -1) | (indices > own)
+    wrong[..., 1:] |= (after >= 0) & ((before < 0) | (before >= after))
+    if bool(wrong.any()):
+        query = int(wrong.flatten(1).any(1).nonzero()[0])
+        raise ValueError(
+            f"indices of query {query}, {indices[query].tolist()}, must be block numbers in [0, {int(own[query])}], its own block, ascending and "
+            "-1 padded at the end; try select_blocks"
+        )

@@ -7,6 +7,7 @@ itself and hands the latter the delta that it has.
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..checks import aligned
 from .backward import sparse_attention_backward
 from .forward import sparse_attention_forward
 
@@ -26,5 +27,5 @@ class SparseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, _):
         q, k, v, indices, o, lse = ctx.saved_tensors
-        dq, dk, dv = sparse_attention_backward(q, k, v, indices, o, lse, do.contiguous(), ctx.layout, ctx.scale)
+        dq, dk, dv = sparse_attention_backward(q, k, v, indices, o, lse, aligned(do), ctx.layout, ctx.scale)
         return dq, dk, dv, None, None, None

@@ -40,7 +40,7 @@ def portable_forward_kernel(
     acc = tl.zeros([ROWS_PADDED, DIM], tl.float32)
     for slot in range(TOP_K):
         block = tl.load(indices_ptr + entry * TOP_K + slot)
-        if (block >= 0) & (block * BLOCK_SIZE <= position):
+        if (block >= 0) & (block <= position // BLOCK_SIZE):
             key = tl.arange(0, KEYS)
             visible = (key < BLOCK_SIZE) & (block * BLOCK_SIZE + key <= position)
             token = (start + block * BLOCK_SIZE + key).to(tl.int64)

@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 
 from ..captured_mass import captured_mass
+from ..checks import aligned, check_attention, check_scale
 from ..dispatch import past_modes, resolve_impl
 from ..documents import DocumentLayout, as_layout
-from ..full_attention.api import check_attention_inputs, full_attention
-from ..gate_and_align.api import check_gate_inputs, gate_and_align, main_operand
-from ..select.api import select_blocks
+from ..full_attention.api import check_rows, full_attention
+from ..gate_and_align.api import check_gate_inputs, check_weights, gate_and_align, main_operand
+from ..select.api import check_selection, select_blocks
 from ..sparse_attention.api import sparse_attention
 
 
@@ -63,21 +64,26 @@ def ssa_attention(
 
     Args:
         q: `[tokens, H, D]`.
-        k, v: `[tokens, G, D]`, G dividing H.
-        gate_logits: `[tokens, H]`, or None for no gate (a gate of 1).
+        k, v: `[tokens, G, D]`, G dividing H, in q's dtype.
+        gate_logits: `[tokens, H]` in q's dtype or float32, or None for no gate (a gate of 1).
         block_size, top_k, score: as in `select_blocks`.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it; a layout with `max_length` is faster.
         main, weights: as in `gate_and_align`.
         scale: factor of the logits, default D^-1/2.
         num_rows: as in `full_attention`.
         impl: None, "triton" or "reference".
+
+    Raises:
+        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (`full_attention` and
+            `select_blocks` say what their kernels do).
     """
-    check_attention_inputs(q, k, v, num_rows)
+    check_attention(q, k, v)
     logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
-    check_gate_inputs(q, logits, main)
-    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
-    layout = as_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
-    selection = Selection(block_size, top_k, score)
+    check_gate_inputs("q", q, logits, main)
+    weights, scale = check_weights(weights), check_scale(scale, q.shape[-1])
+    layout = as_layout(cu_seqlens, q, k, block_size=block_size)
+    check_rows(layout, q.shape[0], num_rows)
+    selection = Selection(layout.block_size, check_selection(layout.block_size, top_k, score), score)
     if resolve_impl(impl, q, "ssa_attention") == "reference" or not q.is_cuda:
         return composed(
             q,
@@ -92,14 +98,12 @@ def ssa_attention(
             num_rows=num_rows,
             impl=impl,
         )
-    if top_k * block_size >= layout.max_length:
+    if selection.top_k * layout.block_size >= layout.max_length:
         return covered(q, k, v, logits, layout=layout, main=main, scale=scale, num_rows=num_rows, impl=impl)
     from .autograd import SSAAttention  # here, because it imports Triton
 
-    tensors = (x.contiguous() for x in (q, k, v, logits))
-    return SSAOutput(
-        *SSAAttention.apply(*tensors, main_operand(main), tuple(weights), layout, selection, scale, num_rows)
-    )
+    tensors = (aligned(x) for x in (q, k, v, logits))
+    return SSAOutput(*SSAAttention.apply(*tensors, main_operand(main), weights, layout, selection, scale, num_rows))
 
 
 def composed(

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ..checks import check_floats, check_tensors
 from ..dispatch import past_modes, resolve_impl
 
 
@@ -13,14 +14,20 @@ def swiglu(x: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
     The reference works in x's dtype, operation by operation, as the library's own does; the kernels in float32 with one rounding.
 
     Args:
-        x: contiguous in its last dim.
+        x: one dim or more.
         impl: None, "triton" or "reference".
+
+    Raises:
+        ValueError: for another shape or dtype, and for what an implementation does not serve (float64: the reference only).
     """
-    if x.shape[-1] % 2:
+    check_tensors(x=x)
+    check_floats(x=x)
+    if x.dim() < 1 or x.shape[-1] % 2:
         raise ValueError(f"x {tuple(x.shape)} must have an even last size: gate and value side by side")
+    x = x.contiguous()
     if resolve_impl(impl, x, "swiglu") == "reference":
         a, b = torch.chunk(x, 2, dim=-1)
         return F.silu(a) * b
     from .autograd import SwiGLU  # here, because it imports Triton
 
-    return SwiGLU.apply(x.contiguous())
+    return SwiGLU.apply(x)
