@@ -71,15 +71,15 @@ def check_scale(scale: object, head_dim: int) -> float:
     return float(head_dim**-0.5) if scale is None else check_number("scale", scale)
 
 
-def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None) -> None:
-    """Raises ValueError unless q is [queries, H, D], and k and v are [keys, G, D] with G dividing H, of one dtype on one device."""
-    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    check_tensors(**named)
-    check_one_dtype(**named)
+def check_attention(**tensors: torch.Tensor) -> None:
+    """Raises ValueError unless q is [queries, H, D], and k (and v) [keys, G, D] with G dividing H, of one dtype on one device."""
+    check_tensors(**tensors)
+    check_one_dtype(**tensors)
+    q, k, *v = tensors.values()
     fits = q.dim() == 3 and k.dim() == 3 and 0 not in q.shape and 0 not in k.shape
-    if not fits or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1] or (v is not None and v.shape != k.shape):
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
-        others = "k" if v is None else "k and v"
+    if not fits or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1] or any(x.shape != k.shape for x in v):
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        others = "k and v" if v else "k"
         raise ValueError(f"{shapes} must be [queries, H, D] and {others} [keys, G, D], no size 0, with G dividing H")
 
 

@@ -145,10 +145,10 @@ def _backward(
             scale=scale,
         )
         return tuple(grad[0] for grad in grads)
-    leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     with torch.enable_grad():
-        again, _ = _forward(*leaves, mask, scale)
-    return torch.autograd.grad(again, leaves, grad_o)
+        again, _ = _forward(q, k, v, mask, scale)
+    return torch.autograd.grad(again, (q, k, v), grad_o)
 
 
 def _bias(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,16 @@ def past_modes(operator: Callable[P, R]) -> Callable[P, R]:
     return called
 
 
+def dense_gradient(out: torch.Tensor) -> torch.Tensor:
+    """Returns a reference's result, whose gradient the reference will get contiguous, as the kernels do.
+
+    Else the order of sums, and with it the last bits, would depend on the strides of what comes in.
+    """
+    if out.requires_grad:
+        out.register_hook(torch.Tensor.contiguous)
+    return out
+
+
 def resolve_impl(impl: str | None, tensor: torch.Tensor, operator: str) -> Impl:
     """Returns "triton" or "reference" for an operator whose inputs lie where `tensor` does.
 

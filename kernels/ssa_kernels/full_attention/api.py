@@ -46,7 +46,7 @@ def full_attention(
         ValueError: for arguments that do not fit each other, and for what an implementation does not serve (the GPU kernels: bfloat16 and
             float16, D a multiple of 8 up to 128).
     """
-    check_attention(q, k, v)
+    check_attention(q=q, k=k, v=v)
     check_documents(cu_seqlens, q, k)
     check_rows(cu_seqlens, q.shape[0], num_rows)
     check_backend(backend, num_rows)

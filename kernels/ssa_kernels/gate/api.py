@@ -3,7 +3,7 @@
 import torch
 
 from ..checks import check_gate
-from ..dispatch import past_modes, resolve_impl
+from ..dispatch import dense_gradient, past_modes, resolve_impl
 
 
 @past_modes
@@ -22,7 +22,7 @@ def gate(o: torch.Tensor, gate_logits: torch.Tensor, *, impl: str | None = None)
     o, gate_logits = o.contiguous(), gate_logits.contiguous()
     if resolve_impl(impl, o, "gate") == "reference":
         wide = torch.promote_types(o.dtype, torch.float32)
-        return (o.to(wide) * gate_logits.to(wide).sigmoid().unsqueeze(-1)).to(o.dtype)
+        return dense_gradient((o.to(wide) * gate_logits.to(wide).sigmoid().unsqueeze(-1)).to(o.dtype))
     from .autograd import Gate  # here, because it imports Triton
 
     return Gate.apply(o, gate_logits)

@@ -55,9 +55,10 @@ def check_gate_inputs(name: str, o: torch.Tensor, gate_logits: torch.Tensor, mai
         if not isinstance(main, str) or main not in ("full", "sparse"):
             raise ValueError(f"main={main!r} must be 'full', 'sparse' or a tensor of one integer (not 0 for full)")
         return
-    if main.numel() != 1 or main.is_floating_point() or main.is_complex() or main.device != o.device:
+    check_tensors(**{name: o, "main": main})
+    if main.numel() != 1 or main.is_floating_point() or main.is_complex():
         raise ValueError(
-            f"main of shape {tuple(main.shape)}, {main.dtype} on {main.device} must be one integer or bool on {o.device}"
+            f"main of shape {tuple(main.shape)} and {main.dtype} must be one integer or bool (0 for sparse, else full)"
         )
 
 
@@ -68,7 +69,7 @@ def check_weights(weights: object) -> tuple[float, float]:
             f"weights={weights!r} must be two numbers, of the sparsity and the commitment loss; try (1.0, 1.0)"
         )
     sparsity, commitment = weights
-    return check_number("sparsity weight", sparsity), check_number("commitment weight", commitment)
+    return check_number("weights[0]", sparsity), check_number("weights[1]", commitment)
 
 
 def main_operand(main: str | torch.Tensor) -> str | torch.Tensor:

@@ -14,6 +14,8 @@ Under tensor parallelism each rank passes its own heads and the caller averages:
 import torch
 import torch.nn.functional as F
 
+from ..dispatch import dense_gradient
+
 
 def gate_and_align_reference(
     o_full: torch.Tensor,
@@ -34,4 +36,4 @@ def gate_and_align_reference(
         out = full if main == "full" else sparse
     else:
         out = torch.where(main.reshape(()) != 0, full, sparse)
-    return out.to(o_full.dtype), weights[0] * sparsity + weights[1] * commitment
+    return dense_gradient(out.to(o_full.dtype)), weights[0] * sparsity + weights[1] * commitment

@@ -80,7 +80,7 @@ def _check(
     check_floats(hidden=hidden)
     if labels.shape != hidden.shape[:1] or labels.dtype not in INTEGERS:
         raise ValueError(
-            f"labels {tuple(labels.shape)}, {labels.dtype} must be one integer for each of {hidden.shape[0]} tokens, int64 or int32"
+            f"labels {tuple(labels.shape)}, {labels.dtype} must be one integer for each of {hidden.shape[0]} tokens of hidden, int64 or int32"
         )
     if looks_at_values(labels) and bool(
         (outside := ~counted(labels, weight.shape[0] * ranks) & (labels != IGNORED)).any()

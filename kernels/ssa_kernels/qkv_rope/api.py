@@ -73,13 +73,13 @@ def check_projection(
     width = num_kv_heads * ((group_size + 2) * head_dim + num_gates)
     if mixed.dim() != 2 or mixed.shape[1] != width:
         raise ValueError(
-            f"mixed {tuple(mixed.shape)} must be [tokens, {width}]: {num_kv_heads} kv heads of {group_size} queries, a key and a value of "
-            f"{head_dim} and {num_gates} gates"
+            f"mixed {tuple(mixed.shape)} must be [tokens, {width}] for num_kv_heads={num_kv_heads}, group_size={group_size}, "
+            f"head_dim={head_dim} and num_gates={num_gates}"
         )
     if positions.shape != mixed.shape[:1] or positions.dtype not in INTEGERS:
         raise ValueError(
-            f"positions {tuple(positions.shape)}, {positions.dtype} must be one integer for each of {mixed.shape[0]} tokens, "
-            "int64 or int32"
+            f"positions {tuple(positions.shape)}, {positions.dtype} must be one integer for each of {mixed.shape[0]} tokens "
+            "of mixed, int64 or int32"
         )
     rows = angles.shape[0] if angles.dim() == 2 else 0
     if rows < 1 or angles.shape[1] < head_dim // 2 or angles.dtype != torch.float32:

@@ -11,6 +11,8 @@ inputs), the result in the input's dtype.
 
 import torch
 
+from ..dispatch import dense_gradient
+
 
 def qkv_rope_reference(
     mixed: torch.Tensor,
@@ -29,8 +31,9 @@ def qkv_rope_reference(
     q = q.reshape(tokens, num_kv_heads * group_size, head_dim)
     chosen = angles[positions.long().clamp(0, angles.shape[0] - 1), :half]
     cos, sin = (torch.cat([x, x], dim=-1).unsqueeze(1) for x in (chosen.cos(), chosen.sin()))
-    gate = gate.reshape(tokens, num_kv_heads * num_gates) if num_gates else None
-    return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous(), gate
+    gate = dense_gradient(gate.reshape(tokens, num_kv_heads * num_gates)) if num_gates else None
+    q, k, v = (dense_gradient(x) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()))
+    return q, k, v, gate
 
 
 def rotate(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ def select_blocks(
         ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only;
             the kernels: D in [16, 128], H / G up to 32).
     """
-    check_attention(q, k)
+    check_attention(q=q, k=k)
     scale = check_scale(scale, q.shape[-1])
     layout = as_layout(cu_seqlens, q, k, block_size=block_size)
     block_size, top_k = layout.block_size, check_selection(layout.block_size, top_k, score)

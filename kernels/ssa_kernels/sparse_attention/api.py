@@ -40,7 +40,7 @@ def sparse_attention(
     Raises:
         ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only).
     """
-    check_attention(q, k, v)
+    check_attention(q=q, k=k, v=v)
     scale = check_scale(scale, q.shape[-1])
     layout = as_layout(cu_seqlens, q, k, block_size=block_size)
     _check_indices(indices, q, k, layout)

@@ -77,7 +77,7 @@ def ssa_attention(
         ValueError: for arguments that do not fit each other, and for what an implementation does not serve (`full_attention` and
             `select_blocks` say what their kernels do).
     """
-    check_attention(q, k, v)
+    check_attention(q=q, k=k, v=v)
     logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
     check_gate_inputs("q", q, logits, main)
     weights, scale = check_weights(weights), check_scale(scale, q.shape[-1])

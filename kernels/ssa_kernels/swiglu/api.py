@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import check_floats, check_tensors
-from ..dispatch import past_modes, resolve_impl
+from ..dispatch import dense_gradient, past_modes, resolve_impl
 
 
 @past_modes
@@ -27,7 +27,7 @@ def swiglu(x: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
     x = x.contiguous()
     if resolve_impl(impl, x, "swiglu") == "reference":
         a, b = torch.chunk(x, 2, dim=-1)
-        return F.silu(a) * b
+        return dense_gradient(F.silu(a) * b)
     from .autograd import SwiGLU  # here, because it imports Triton
 
     return SwiGLU.apply(x)
