@@ -64,16 +64,16 @@ def masked_attention(
         if mask.shape[0] not in (1, heads):
             mask = mask.repeat_interleave(heads // mask.shape[0], 0)
         tensors = (q[queries].transpose(0, 1), k_HTD[:, keys], v_HTD[:, keys])
-        o, lse = _Attend.apply(*tensors, mask, start - keys.start, own - keys.start, scale)
-        if mask_of is not None:  # torch's fused attention gives 0 for the logarithm of an empty sum
-            lse = lse.masked_fill(~mask.any(-1), float("-inf"))
+        o, lse = _Attend.apply(
+            *tensors, _bias(mask, q) if q.is_cpu else mask, start - keys.start, own - keys.start, scale
+        )
         outs.append(o.transpose(0, 1))
         lses.append(lse.transpose(0, 1))
     return torch.cat(outs), torch.cat(lses)
 
 
 class _Attend(torch.autograd.Function):
-    """One chunk: q [H, T, D], k and v [H, S, D], mask [1 or H, T, S], first and own key of each query [T] -> o [H, T, D], lse [H, T]."""
+    """One chunk: q [H, T, D], k and v [H, S, D], mask [1 or H, T, S] (on a CPU its `_bias`), each query's first and own key [T] -> (o, lse)."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, first, own, scale):
@@ -108,16 +108,16 @@ class _Attend(torch.autograd.Function):
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse) of a chunk."""
-    if q.is_cpu:
-        bias = _bias(mask, q)
+    """(o, lse) of a chunk, by torch's fused attention where the mask is a bias."""
+    if mask.dtype != torch.bool:
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[None], k[None], v[None], 0.0, False, attn_mask=bias, scale=scale
+            q[None], k[None], v[None], 0.0, False, attn_mask=_every_head(mask, q), scale=scale
         )
         return o[0], lse[0]
     wide = torch.promote_types(q.dtype, torch.float32)
-    logits = (q.to(wide) @ k.to(wide).transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
-    return (logits.softmax(-1) @ v.to(wide)).to(q.dtype), logits.detach().logsumexp(-1)
+    empty = ~mask.any(-1, keepdim=True)  # a query that sees nothing: 0, as from the fused kernel
+    logits = (q.to(wide) @ k.to(wide).transpose(-1, -2) * scale).masked_fill(~(mask | empty), float("-inf"))
+    return (logits.softmax(-1).masked_fill(empty, 0.0) @ v.to(wide)).to(q.dtype), logits.detach().logsumexp(-1)
 
 
 def _backward(
@@ -131,7 +131,7 @@ def _backward(
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
     """(dq, dk, dv) of a chunk."""
-    if q.is_cpu:
+    if mask.dtype != torch.bool:
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_o[None],
             q[None],
@@ -141,7 +141,7 @@ def _backward(
             lse[None],
             0.0,
             False,
-            attn_mask=_bias(mask, q),
+            attn_mask=_every_head(mask, q),
             scale=scale,
         )
         return tuple(grad[0] for grad in grads)
@@ -152,8 +152,12 @@ def _backward(
 
 
 def _bias(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """The mask as torch's fused attention takes it, [1, H, T, S]."""
-    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    """The mask as numbers to add to the logits, which is how torch's fused attention takes it."""
+    return torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+
+
+def _every_head(bias: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """A view [1, H, T, S] of a bias [1 or H, T, S]."""
     return bias[None].expand(1, q.shape[0], -1, -1)
 
 

@@ -49,6 +49,12 @@ def layout_of(ends=ENDS, tokens=T, **options):
     return build_layout(ends, num_tokens=tokens, block_size=2, **options)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that is not on a CPU, as far as it is asked."""
+
+    is_cpu = False
+
+
 # Documents
 def test_a_document_longer_than_max_length_is_refused():
     assert layout_of(max_length=14).max_length == 14
@@ -103,10 +109,6 @@ def test_boundaries_may_be_strided_and_of_either_dtype():
 
 def test_boundaries_that_cannot_be_checked_are_put_in_order():
     """What happens on a GPU, where nothing is waited for; `is_cpu` is all that tells the two apart."""
-
-    class Elsewhere(torch.Tensor):
-        is_cpu = False
-
     for given, wanted in (
         ([0, 5, 4, 24], [0, 5, 5, 24, 24]),
         ([3, 5], [0, 5, 24]),
@@ -466,3 +468,23 @@ def test_what_is_not_finite_stays_in_its_document(where, poison, impl):
         before, after = (run(*inputs, OPERATORS[name]) for inputs in ((clean, grad), (dirty, dirty_grad)))
         for a, b in zip(before, after, strict=True):
             assert torch.equal(a[outside], b[outside]), name
+
+
+def test_the_reference_on_a_gpu_is_the_one_on_a_cpu():
+    """Written out instead of fused: without blocks, beside NaN, forward and backward."""
+    grad, results = draw(T, 4, 16, seed=8), []
+    indices = select_blocks(*streams()[:2], **BLOCKS, cu_seqlens=ENDS)
+    indices[12, 0] = -1
+    for kind in (torch.Tensor, Elsewhere):
+        leaves = [x.as_subclass(kind).requires_grad_() for x in streams()]
+        with torch.no_grad():
+            leaves[2][4] = torch.nan
+        out, lse = sparse_attention(*leaves, indices, block_size=2, cu_seqlens=ENDS)
+        results.append(
+            [x.as_subclass(torch.Tensor).detach() for x in (out, lse, *torch.autograd.grad(out, leaves, grad))]
+        )
+    outside = torch.ones(T, dtype=torch.bool)
+    outside[3:10] = False
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one[outside], other[outside], rtol=1e-5, atol=1e-5)
+        assert not one[outside].isnan().any() and not other[outside].isnan().any()

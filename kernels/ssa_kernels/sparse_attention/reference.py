@@ -16,15 +16,17 @@ def sparse_attention_reference(
     """Returns (o, lse); arguments as in `sparse_attention`, with the layout built."""
     chosen = chosen_rows(indices, layout)
     row_of_key = key_rows(layout)
-    return masked_attention(
+    o, lse = masked_attention(
         q, k, v, layout, scale, lambda queries, keys: chosen[queries][..., row_of_key[keys]].transpose(0, 1)
     )
+    empty = (indices < 0).all(-1).repeat_interleave(q.shape[1] // indices.shape[1], 1)
+    return o, lse.masked_fill(empty, float("-inf"))  # torch's fused attention gives 0 for the logarithm of no sum
 
 
 def chosen_rows(indices: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
     """Returns bool `[T, G or H, R]`: whether a query chose a block row."""
     rows = indices + layout.query_first_row[:, None, None]
-    rows = torch.where(indices < 0, layout.num_block_rows, rows).long()
+    rows = torch.where(indices < 0, layout.num_block_rows, rows).clamp(0, layout.num_block_rows).long()
     chosen = torch.zeros(*indices.shape[:2], layout.num_block_rows + 1, dtype=torch.bool, device=indices.device)
     return chosen.scatter_(2, rows, True)[..., :-1]
 
