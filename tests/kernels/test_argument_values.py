@@ -337,15 +337,21 @@ def test_a_query_without_blocks_has_no_output_and_no_mass(impl):
 @pytest.mark.parametrize("score", ["softmax_sum", "per_head", "official_compat"])
 def test_selection_stays_in_its_workspace_where_max_length_is_too_short(score):
     """On a GPU a document's length is not looked at: what is chosen may be wrong then, but is a choice."""
-    tokens = 1300
+    tokens, queries = 1300, [3, 900, 1100, 1101, 1299]
     q, k, _ = streams(tokens)
-    right = build_layout(torch.tensor([0, tokens]), num_tokens=tokens, block_size=2)
-    part = query_slice(right, torch.tensor([3, 900, 1100, 1101, 1299]))
+    part = query_slice(build_layout(torch.tensor([0, tokens]), num_tokens=tokens, block_size=2), torch.tensor(queries))
     short = replace(part, max_length=8)
-    indices = select_blocks(q[[3, 900, 1100, 1101, 1299]], k, **BLOCKS, cu_seqlens=short, score=score, impl="triton")
-    own = (part.query_position // 2)[:, None, None]
-    assert ((indices[..., :1] >= 0) & (indices[..., :1] < own) & (indices[..., 1:] == own)).all()
-    assert (indices[1:, :, 0] < 512).all()  # only what the workspace holds
+    indices = select_blocks(q[queries], k, **BLOCKS, cu_seqlens=short, score=score, impl="triton")
+    own = (part.query_position // 2)[:, None]
+    assert ((indices[..., 0] >= 0) & (indices[..., 0] < own) & (indices[..., 1] == own)).all()
+    if score == "official_compat":
+        return
+    means = k.view(tokens // 2, 2, 2, 16).mean(1).repeat_interleave(2, 1)  # [blocks, H, D]
+    logits = torch.einsum("thd,chd->thc", q[queries], means) / 4
+    logits = logits.masked_fill(torch.arange(tokens // 2) >= own[:, None], -torch.inf)
+    importance = logits if score == "per_head" else logits.softmax(-1).view(5, 2, 2, -1).sum(2)
+    best = importance[..., :512].argmax(-1)  # what the workspace has room for
+    assert torch.equal(indices[..., 0].long(), best)
 
 
 # What an implementation does not serve
@@ -380,6 +386,18 @@ def test_logits_in_float32_beside_a_stream_in_16_bits(impl):
         ValueError, match=r"gate_logits of torch.bfloat16 must have o's dtype torch.float16, or float32"
     ):
         gate(o, logits.bfloat16(), impl=impl)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_a_main_stream_of_any_integer(dtype, impl):
+    o, logits = draw(5, 2, 16), draw(5, 2)
+    for value in (0, 1, 2**32):  # the last one is 0 in its lower half
+        if value <= 1 or dtype == torch.int64:
+            main = torch.tensor([[value]], dtype=dtype)
+            out, _ = gate_and_align(o, o + 1, logits, main=main, impl=impl)
+            named, _ = gate_and_align(o, o + 1, logits, main="full" if value else "sparse", impl=impl)
+            assert torch.equal(out, named)
 
 
 # Nothing
