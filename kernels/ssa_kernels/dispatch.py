@@ -42,7 +42,7 @@ def dense_gradient(out: torch.Tensor) -> torch.Tensor:
     Else the order of sums, and with it the last bits, would depend on the strides of what comes in.
     """
     if out.requires_grad:
-        out.register_hook(torch.Tensor.contiguous)
+        out.register_hook(lambda grad: grad if grad is None else grad.contiguous())
     return out
 
 
