@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import free_port
-from training import ROOT, command, descendants, environment, records, run, train, wait_for_step
+from training import ROOT, command, descendants, environment, records, run, run_command, train, wait_for_step
 
 pytestmark = pytest.mark.timeout(1200)
 STEPS = 18
@@ -145,15 +145,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_ends_the_run_and_leaves_the_ear
     # No file may grow past 1 MB: a full disk, as the writers see it.
     limited = ["bash", "-c", 'ulimit -f 1024; exec "$@"', "bash"]
     arguments = command("ssa_pretrain.train", *settings, "training.stop_at_step=2", processes=2)
-    done = subprocess.run(
-        [*limited, *arguments],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    done = run_command([*limited, *arguments])
     assert done.returncode != 0
     assert "step 2 could not be saved in" in done.stderr
     assert "earlier checkpoints are as they were" in done.stderr
