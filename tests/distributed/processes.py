@@ -5,6 +5,7 @@ in what is imported. Tests of the start itself, of imports and of signals to a l
 """
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import random
@@ -71,6 +72,8 @@ def run_ranks(command: list[str], variables: list[dict[str, str]], *, timeout: f
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{n}.out", Path(folder) / f"{n}.err") for n in range(len(variables))]
+        for path in itertools.chain(*outputs):
+            path.touch()
         processes = [
             FORKSERVER.Process(target=_be, args=(command, environment() | more, *files))
             for more, files in zip(variables, outputs, strict=True)
@@ -99,7 +102,7 @@ def _be(command: list[str], variables: dict[str, str], stdout: Path, stderr: Pat
     os.environ.update(variables)
     os.chdir(ROOT)
     for number, path in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     torch.set_num_threads(1)
