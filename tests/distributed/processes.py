@@ -21,7 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torch", "ssa_pretrain.trainer", "ssa_pretrain.engine.megatron_checkpoint"])
+FORKSERVER.set_forkserver_preload(
+    ["torch", "hydra", "ssa_pretrain.composition", "ssa_pretrain.trainer", "ssa_pretrain.engine.megatron"]
+)
 
 
 @dataclass(frozen=True, slots=True)
