@@ -13,6 +13,17 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
+def require_means_as_near(found: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor) -> None:
+    """Fail unless losses and other means are at most twice as far from the exact ones as the baseline's, each relative to itself, all taken together.
+
+    A mean's error is of either sign and may be small by chance, which a few of them do not average out: one rounding to bf16 is always allowed. What is
+    0 in the exact result is left out.
+    """
+    counted = exact != 0
+    ours, theirs = ((means[counted] / exact[counted]) for means in (found, baseline))
+    require_as_near(ours, theirs, torch.ones_like(ours), factor=2.0, floor=2**-9, name="means")
+
+
 def require_as_near(
     found: torch.Tensor,
     baseline: torch.Tensor,
