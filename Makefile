@@ -34,7 +34,7 @@ quickstart: $(VENV)/.quickstart  ## set up, prepare real text, pretrain a small 
 	@launchers/quickstart.sh --venv $(VENV) --out $(OUT)
 
 test: $(VENV)/.dev  ## set up and run the tests (CPU)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu:  ## the GPU tests, in an environment that has CUDA torch already: make test-gpu PYTHON=python3
 	@$(or $(PYTHON),python3) -m pytest -m gpu $(PYTEST_ARGS)
@@ -61,5 +61,5 @@ $(VENV)/.quickstart: $(SETUP)
 	@touch $@
 
 $(VENV)/.dev: $(SETUP)
-	@launchers/setup.sh $(VENV) quickstart,llama3,gigatoken,deepspeed,dev
+	@launchers/setup.sh $(VENV) quickstart,llama3,gigatoken,deepspeed,hub,cluster,bench,dev
 	@touch $@ $(VENV)/.quickstart

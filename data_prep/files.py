@@ -74,6 +74,7 @@ def only_writer(folder: Path) -> Iterator[None]:
             raise InputError(
                 f"out={folder} is being written by another data_prep; wait for it or choose another out="
             ) from None
+        remove_unfinished([folder])  # a killed writer's; in the other folders the next one that tokenizes removes them
         yield
 
 

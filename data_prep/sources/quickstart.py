@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from data_prep.config import QuickstartSource
 from data_prep.errors import InputError
@@ -114,14 +114,8 @@ class SourceFile:
 
 def _python_files() -> Iterator[SourceFile]:
     """Yields the .py files of the standard library and of PACKAGES, too short, too long and unreadable ones left out."""
-    library = Path(sysconfig.get_path("stdlib"))
-    own = [
-        ("python", p)
-        for p in library.rglob("*.py")
-        if "site-packages" not in p.parts and "dist-packages" not in p.parts
-    ]
-    for package, path in [*own, *_package_files()]:
-        if LEFT_OUT.intersection(path.parts):
+    for package, path, place in [*_library_files(), *_package_files()]:
+        if LEFT_OUT.intersection(place.parts):
             continue
         try:
             if not READ_BYTES[0] <= path.stat().st_size <= READ_BYTES[1]:
@@ -132,7 +126,17 @@ def _python_files() -> Iterator[SourceFile]:
             continue
 
 
-def _package_files() -> Iterator[tuple[str, Path]]:
+def _library_files() -> Iterator[tuple[str, Path, PurePath]]:
+    """Yields (python, file, its place in the standard library)."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in library.rglob("*.py"):
+        place = path.relative_to(library)
+        if place.parts[0] not in ("site-packages", "dist-packages"):
+            yield "python", path, place
+
+
+def _package_files() -> Iterator[tuple[str, Path, PurePath]]:
+    """Yields (package, file, its place in the environment), wherever the environment is: it may be in a folder called tests."""
     for name in PACKAGES:
         try:
             found = distribution(name)
@@ -140,7 +144,7 @@ def _package_files() -> Iterator[tuple[str, Path]]:
             continue
         for file in found.files or []:
             if file.suffix == ".py":
-                yield name, Path(str(found.locate_file(file)))
+                yield name, Path(str(found.locate_file(file))), file
 
 
 def _sources(files: Iterable[SourceFile]) -> Iterator[tuple[str, str]]:

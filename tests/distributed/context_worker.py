@@ -1,13 +1,10 @@
 """The processes of the context-parallel tests: as layout_worker.py, but over documents that fall badly, and four steps past the first.
 
-Started once, it imports everything and forks the processes of one world size after another: imports would take most of the time otherwise.
-A row of 96 tokens is cut at 24, 48 and 72 for two context ranks and every 12 for four, in blocks of 16: no cut but one lies on the block grid.
+Arguments: a JSON file with the cases (name -> configuration overrides) and the folder for results. A row of 96 tokens is cut at 24, 48 and 72 for two context ranks and every 12 for four, in blocks of 16: no cut but one lies on the block grid.
 """
 
 import itertools
 import json
-import multiprocessing
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,6 @@ import torch
 import torch.distributed as dist
 from layout_worker import LENGTH, VOCAB, configure, gather_gradients
 from megatron.core import parallel_state
-from processes import free_port
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch, collate
@@ -125,10 +121,9 @@ def check_the_order(context: ContextParallel) -> None:
     assert found.flatten().tolist() == [10 * p for p in (tokens - 1, 0, 7, 7, tokens // 2)]
 
 
-def run_rank(rank: int, world_size: int, port: int, cases: dict[str, dict], out: Path) -> None:
-    """Be one process of a world size: run its cases, layout by layout."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+def main() -> None:
+    """Run all cases of the file, layout by layout."""
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configs = {name: configure(overrides) for name, overrides in cases.items()}
     by_layout = itertools.groupby(
         sorted(configs, key=lambda name: repr(configs[name].parallel)), key=lambda name: configs[name].parallel
@@ -143,21 +138,6 @@ def run_rank(rank: int, world_size: int, port: int, cases: dict[str, dict], out:
             run_case(name, configs[name], placement, out)
         dist.barrier()
         parallel_state.destroy_model_parallel()
-
-
-def main() -> None:
-    """Run the file's cases, by world size; one process, whose checkpoints the others load, comes first."""
-    worlds, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    fork = multiprocessing.get_context("fork")
-    for world, cases in sorted((int(world), cases) for world, cases in worlds.items()):
-        port = free_port()
-        ranks = [fork.Process(target=run_rank, args=(rank, world, port, cases, out)) for rank in range(world)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
-            sys.exit(f"a process of {world} failed")
 
 
 if __name__ == "__main__":

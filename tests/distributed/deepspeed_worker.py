@@ -20,13 +20,18 @@ import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parent))
 
-from layout_worker import VOCAB, batches, configure
+from layout_worker import LENGTH, VOCAB, batches, configure
 from megatron.core import parallel_state
 
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.state import Placement, start
 
-SMALL = {"model.num_layers": 2, "training.micro_batch_size": 2, "optim.clip_grad": 0.5}  # the norms are about 1.1
+SMALL = {
+    "model.num_layers": 2,
+    "training.micro_batch_size": 2,
+    "training.global_batch_tokens": 8 * LENGTH,
+    "optim.clip_grad": 0.5,  # the norms are about 1.1
+}
 
 
 def train(engine, config, placement: Placement, steps: range) -> list[list[float]]:
@@ -50,6 +55,11 @@ def judge(engine, mine) -> list[list[float]]:
     return found
 
 
+def logits(engine, config) -> list[list[float]]:
+    """Return the last tokens' logits in the sparse stream."""
+    return [engine.last_logits(batches(config, 0, 1, 99)[0], mode="sparse").float().flatten().tolist()]
+
+
 def save(engine, folder: Path) -> None:
     """Write a checkpoint as the trainer does."""
     if dist.get_rank() == 0:
@@ -69,14 +79,14 @@ def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
         if "save_at" in job:
             save(engine, out / f"{job['name']}.checkpoint")
             found += train(engine, config, placement, range(job["save_at"], job["stop"]))
-        return found + judge(engine, held_out)
+        found += judge(engine, held_out)
+        return [*found, *logits(engine, config)] if job.get("logits") else found
     if job["do"] == "resume":
         engine.load(out / f"{job['from']}.checkpoint")
         return train(engine, config, placement, range(job["first"], job["stop"])) + judge(engine, held_out)
     if job["do"] == "weights":
         engine.load_weights(out / f"{job['from']}.checkpoint")
-        logits = engine.last_logits(batches(config, 0, 1, 99)[0], mode="sparse")
-        return [*judge(engine, held_out), [float(logits.abs().mean()), float(logits.std())]]
+        return judge(engine, held_out) + logits(engine, config)
     return judge(engine, held_out if placement.dp_rank < placement.dp - 1 else [])
 
 

@@ -24,14 +24,14 @@ from ssa_pretrain.engine.megatron_checkpoint import unwrap
 from ssa_pretrain.model.llama import global_name
 from ssa_pretrain.parallel.state import Placement, start
 
-VOCAB, LENGTH, ROWS = 96, 96, 8
+VOCAB, LENGTH, ROWS = 96, 96, 4
 
 
 def configure(overrides: dict) -> Config:
     """Return the small test model's configuration with a case's dotted overrides."""
     tree = config_to_dict(Config())
     base = {
-        "model.num_layers": 8,
+        "model.num_layers": 4,
         "model.hidden_size": 32,
         "model.ffn_hidden_size": 48,
         "model.head_dim": 8,
@@ -61,15 +61,16 @@ def configure(overrides: dict) -> Config:
 def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
     """Return this data rank's microbatches of the global batch: packed documents of uneven lengths, the last row half padding."""
     generator = np.random.default_rng(step)
+    num_rows = config.training.global_batch_tokens // LENGTH
     rows = []
-    for _ in range(ROWS):
+    for _ in range(num_rows):
         starts = np.zeros(LENGTH + 1, dtype=bool)
         starts[generator.integers(1, LENGTH)] = True
         rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
     rows[-1].tokens[-LENGTH // 2 :] = 0
     rows[-1] = replace(rows[-1], padding=LENGTH // 2)
     size = config.training.micro_batch_size
-    return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, ROWS // size, dp)]
+    return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, num_rows // size, dp)]
 
 
 def gather_gradients(chunks: list) -> dict[str, dict]:

@@ -73,11 +73,12 @@ COMPARED = [name for cases in CASES.values() for name in cases if not name.start
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict]:
-    """Run all cases once."""
+    """Run all cases once, one set of processes per world size; one process, whose checkpoint the others load, comes first."""
     folder = tmp_path_factory.mktemp("context")
-    listing = folder / "cases.json"
-    listing.write_text(json.dumps(CASES))
-    run_workers(WORKER, 1, str(listing), str(folder), timeout=800)
+    for world, cases in CASES.items():
+        listing = folder / f"cases{world}.json"
+        listing.write_text(json.dumps(cases))
+        run_workers(WORKER, world, str(listing), str(folder), timeout=800)
     found = {}
     for name in (name for cases in CASES.values() for name in cases):
         parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"{name}.*.pt"))]

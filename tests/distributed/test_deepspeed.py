@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from errors import relative, require_as_near, require_means_as_near
 from processes import run_workers
 
 pytest.importorskip("deepspeed")
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 TOLERANCE = 1e-5
 STOP, SAVED, RESUMED = 3, 2, 5
+FIGURES = 6  # cross entropy, norm, two layers' alignments and captured masses
 
 TP = {"parallel.tp": 2}
 SP = TP | {"parallel.sequence_parallel": True}
@@ -78,12 +80,14 @@ def two_processes() -> list[dict]:
             jobs.append(train("megatron.dp2.untied", place | UNTIED))
             jobs.append(weights("megatron.dp2.weights", "megatron.dp2", place))
         elif layout == "tp2_sp":
-            jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED))
+            jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED, logits=True))
+            jobs.append(train("megatron.tp2_sp.fp32", place, logits=True))
         for stage in STAGES if layout != "tp2" else ():
             jobs.append(train(f"{layout}.zero{stage}", place | deepspeed(stage), **SAVING))
             jobs.append(resume(f"{layout}.zero{stage}.resumed", f"{layout}.zero{stage}", place | deepspeed(stage)))
         for name in (name for name, (at, _, _) in VARIANTS.items() if at == layout):
             more = SAVING if name in ("dp2.bf16.zero0", "dp2.bf16.zero1") else {}
+            more |= {"logits": True} if name == "tp2_sp.bf16.zero1" else {}
             jobs.append(train(name, place | VARIANTS[name][1], **more))
     jobs.append(resume("dp2.bf16.zero0.resumed", "dp2.bf16.zero0", deepspeed(0) | BF16_GRADS))
     jobs.append(resume("tp2.from_dp2.zero3", "dp2.zero3", TP | deepspeed(3)))
@@ -124,12 +128,15 @@ def figures(tmp_path_factory) -> dict[str, torch.Tensor]:
     return found
 
 
-def close(found: list, wanted: list, rtol: float = TOLERANCE) -> None:
+def close(found: list, wanted: list) -> None:
+    """Each figure to 1e-5 of itself, logits to 1e-5 of their norm."""
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(
-            torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64), rtol=rtol, atol=0.0
-        )
+        ours, theirs = (torch.tensor(row, dtype=torch.float64) for row in (one, other))
+        if len(ours) > FIGURES:
+            assert relative(ours, theirs) < TOLERANCE
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=0.0)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -143,11 +150,31 @@ def test_a_variant_trains_as_the_megatron_engine_does(figures, name):
     layout, _, reference = VARIANTS[name]
     suffix = next((s for s, changes in SUFFIXES.items() if changes == reference), "")
     wanted = figures[f"megatron.{layout}{suffix}"]
-    if name == "tp2_sp.bf16.zero1":  # a norm's sum over tensor ranks is rounded to bf16 here and kept in fp32 there
-        close(figures[name][:1], wanted[:1], rtol=1e-4)
-        close(figures[name][:STOP], wanted[:STOP], rtol=2e-3)
+    if name == "tp2_sp.bf16.zero1":
+        near_bf16(figures[name], wanted, figures["megatron.tp2_sp.fp32"])
     else:
         close(figures[name][:STOP], wanted[:STOP])
+
+
+def near_bf16(found: list, wanted: list, exact: list) -> None:
+    """Where DeepSpeed rounds a norm weight's sum over tensor ranks to bf16 and core does not, the runs part after the first step.
+
+    That step's forward is the same operations on the same weights. The norms' weights hold 6% of the squared norm of the gradient, and a rounding of
+    them by 2^-9 moves the norm by 2^-13. Later both engines are about as far from fp32, over 384 logits to half as much again.
+    """
+    forward = [0, 2, 3, 4, 5]
+    first, target = (torch.tensor(rows[0], dtype=torch.float64) for rows in (found, wanted))
+    torch.testing.assert_close(first[forward], target[forward], rtol=TOLERANCE, atol=0.0)
+    torch.testing.assert_close(first[1], target[1], rtol=2**-13, atol=0.0)
+
+    def means(rows: list) -> torch.Tensor:
+        return torch.tensor(rows[:-1], dtype=torch.float64)[:, forward]
+
+    def last_logits(rows: list) -> torch.Tensor:
+        return torch.tensor(rows[-1], dtype=torch.float64)
+
+    require_as_near(last_logits(found), last_logits(wanted), last_logits(exact), factor=1.5)
+    require_means_as_near(means(found), means(wanted), means(exact))
 
 
 def test_one_process_trains_as_two_do(figures):

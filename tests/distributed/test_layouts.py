@@ -12,51 +12,81 @@ WORKER = Path(__file__).with_name("layout_worker.py")
 TOLERANCE = 1e-5
 
 TP, PP, DP = "parallel.tp", "parallel.pp", "world"
-LAYOUTS = {
-    "tp2": {TP: 2},
-    "pp2": {PP: 2},
-    "dp2": {DP: 2},
-    "tp2_pp2": {TP: 2, PP: 2},
-    "tp2_dp2": {TP: 2, DP: 2},
-    "pp4_vpp2": {PP: 4, "parallel.vpp": 2},
-    "tp2_sp": {TP: 2, "parallel.sequence_parallel": True},
-    "tp2_sp_pp2": {TP: 2, PP: 2, "parallel.sequence_parallel": True},
+TWO = {"tp2": {TP: 2}, "tp2_sp": {TP: 2, "parallel.sequence_parallel": True}, "pp2": {PP: 2}, "dp2": {DP: 2}}
+FOUR = {
+    "tp2_pp2": TWO["tp2"] | TWO["pp2"],
+    "tp2_dp2": TWO["tp2"] | TWO["dp2"],
+    "tp2_sp_pp2": TWO["tp2_sp"] | TWO["pp2"],
+    "pp4_vpp2": {PP: 4, "parallel.vpp": 2, "model.num_layers": 8},
 }
+LAYOUTS = {"single": {}, "single_of_8": {"model.num_layers": 8}} | TWO | FOUR
+STREAMS = {"full": 1.0, "sparse": 0.0, "drawn": 0.5}
 VARIANTS = {
     "plain": {},
     "no_distributed_optimizer": {"engine.distributed_optimizer": False},
-    "accumulate_2": {"training.micro_batch_size": 4},
+    "accumulate_2": {"training.micro_batch_size": 2},
+    "one_microbatch": {"training.micro_batch_size": 4},
+    "no_alignment": {"attention.alignment_weight": 0.0},
     "selective": {"engine.recompute": "selective"},
     "full_recompute": {"engine.recompute": "full"},
+    "overlap": {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True},
 }
-STREAMS = {"full": 1.0, "sparse": 0.0, "drawn": 0.5}
+BOTH = ("full", "sparse")
+# Layouts and streams of each variant. On two processes a layout's own code meets each stream; four processes combine two layouts, and there a drawn
+# stream runs both. A variant is crossed with the layouts whose communication it changes or repeats: the optimizer's with data parallelism and with
+# the norm over tensor and pipeline ranks, larger microbatches with every kind of message, recomputation with tensor parallelism and the pipelines.
+VARIED: dict[str, dict[str, tuple[str, ...]]] = {
+    "plain": {"single": tuple(STREAMS), "single_of_8": tuple(STREAMS)}
+    | dict.fromkeys(TWO, tuple(STREAMS))
+    | dict.fromkeys(FOUR, ("drawn",)),
+    "no_distributed_optimizer": {
+        "single": BOTH,
+        "dp2": BOTH,
+        "pp2": ("sparse",),
+        "tp2_sp": ("full",),
+        "tp2_dp2": ("sparse",),
+        "tp2_sp_pp2": ("full",),
+    },
+    "accumulate_2": {
+        "single": BOTH,
+        "dp2": ("full",),
+        "pp2": ("sparse",),
+        "tp2": ("full",),
+        "tp2_dp2": ("full",),
+        "tp2_sp_pp2": ("sparse",),
+    },
+    "selective": {
+        "single": BOTH,
+        "tp2": ("full",),
+        "tp2_sp": ("sparse",),
+        "pp2": ("full",),
+        "tp2_pp2": ("sparse",),
+        "pp4_vpp2": ("full",),
+    },
+    "full_recompute": {
+        "single": BOTH,
+        "tp2": ("sparse",),
+        "tp2_sp": ("full",),
+        "pp2": ("sparse",),
+        "tp2_sp_pp2": ("full",),
+        "pp4_vpp2": ("sparse",),
+    },
+    "overlap": {"dp2": ("drawn",), "tp2_dp2": ("drawn",)},
+    "one_microbatch": {"single": BOTH},
+    "no_alignment": {"single": BOTH},
+}
 
 
 def build_cases() -> dict[int, dict[str, dict]]:
-    """Return the cases by world size: each layout under each forced stream, and with each variant in one of them."""
+    """Return the cases by world size, named layout.variant.stream."""
     cases: dict[int, dict[str, dict]] = {1: {}, 2: {}, 4: {}}
-
-    def add(name: str, overrides: dict) -> None:
-        world = overrides.get(TP, 1) * overrides.get(PP, 1) * overrides.get(DP, 1)
-        cases[world][name] = {k: v for k, v in overrides.items() if k != DP}
-
-    for stream, ratio in STREAMS.items():
-        add(f"single.plain.{stream}", {"attention.full_ratio": ratio})
-        for layout, degrees in LAYOUTS.items():
-            add(f"{layout}.plain.{stream}", degrees | {"attention.full_ratio": ratio})
-    for variant, changes in VARIANTS.items():
-        for layout, degrees in {"single": {}, **LAYOUTS}.items():
-            if variant == "plain" or (layout == "pp4_vpp2" and variant == "accumulate_2"):
-                continue  # interleaving needs microbatches in multiples of the stages
-            for stream in ("full", "sparse") if layout in ("single", "tp2", "dp2", "pp2") else ("sparse",):
-                add(f"{layout}.{variant}.{stream}", degrees | changes | {"attention.full_ratio": STREAMS[stream]})
-    overlap = {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True}
-    for layout in ("dp2", "tp2_dp2"):
-        add(f"{layout}.overlap.drawn", LAYOUTS[layout] | overlap)
-    add("single.one_microbatch.full", {"training.micro_batch_size": 8, "attention.full_ratio": 1.0})
-    add("single.one_microbatch.sparse", {"training.micro_batch_size": 8, "attention.full_ratio": 0.0})
-    add("single.no_alignment.full", {"attention.alignment_weight": 0.0, "attention.full_ratio": 1.0})
-    add("single.no_alignment.sparse", {"attention.alignment_weight": 0.0, "attention.full_ratio": 0.0})
+    for variant, layouts in VARIED.items():
+        for layout, streams in layouts.items():
+            degrees = dict(LAYOUTS[layout])
+            world = degrees.get(TP, 1) * degrees.get(PP, 1) * degrees.pop(DP, 1)
+            for stream in streams:
+                changes = degrees | VARIANTS[variant] | {"attention.full_ratio": STREAMS[stream]}
+                cases[world][f"{layout}.{variant}.{stream}"] = changes
     return cases
 
 
@@ -72,7 +102,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, dict]:
-    """Run all cases once, one set of processes a world size."""
+    """Run all cases once, one set of processes per world size."""
     for world, cases in CASES.items():
         listing = folder / f"cases{world}.json"
         listing.write_text(json.dumps(cases))
@@ -129,16 +159,17 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def reference(name: str) -> str:
     """Return the single-process case that a case must equal."""
-    return f"single.plain.{name.rsplit('.', 1)[1]}"
+    layout, _, stream = name.split(".")
+    return f"{'single_of_8' if 'model.num_layers' in LAYOUTS[layout] else 'single'}.plain.{stream}"
 
 
 AFTER_THE_LAST_STREAMS = (
-    "decoder.layers.7.mlp",
-    "decoder.layers.7.pre_mlp_layernorm",
-    "decoder.layers.7.self_attention.linear_proj",
+    "decoder.layers.3.mlp",
+    "decoder.layers.3.pre_mlp_layernorm",
+    "decoder.layers.3.self_attention.linear_proj",
     "decoder.final_layernorm",
 )
-COMPARED = [n for n in NAMES if not n.startswith("single.plain") and "no_alignment" not in n]
+COMPARED = [n for n in NAMES if n != reference(n) and "no_alignment" not in n]
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -164,3 +195,11 @@ def test_alignment_weighs_in_every_gradient(results, stream):
         if key.startswith(AFTER_THE_LAST_STREAMS):
             continue
         assert relative(off["parameters"][key]["grad"], tensors["grad"]) > 1e-3, key
+
+
+@pytest.mark.parametrize("layout", ["single", "single_of_8"])
+def test_the_streams_differ_and_both_are_drawn(results, layout):
+    """Or a layout with drawn streams would not show that it runs both, in each step."""
+    full, sparse, drawn = (results[f"{layout}.plain.{stream}"]["records"][:2, 1] for stream in STREAMS)
+    for one, other in ((full, sparse), (full, drawn), (sparse, drawn)):
+        assert ((one - other).abs() / one).min() > 1e-3

@@ -1,4 +1,4 @@
-"""Two GPUs under context parallelism against one: the references in fp32 to 1e-5, the kernels in bf16 to its rounding."""
+"""Two GPUs under context parallelism against one: the references in fp32 to 1e-5, the kernels in bf16 about as far from fp32 as one GPU."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from errors import relative, require_as_near, require_means_as_near
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 WORKER = Path(__file__).with_name("context_worker.py")
@@ -35,25 +36,24 @@ def results(tmp_path_factory) -> list[dict]:
     return found
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the norm of the difference over the norm of what is wanted."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-@pytest.mark.parametrize(("precision", "figures", "gradients"), [("fp32", 1e-5, 1e-5), ("bf16", 3e-2, 3e-2)])
-def test_two_gpus_equal_one(results, precision, figures, gradients):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_gpus_equal_one(results, precision):
     one, two = results
     assert one.keys() == two.keys() and len(one) == 20
     for name, wanted in one.items():
         if not name.startswith(precision):
             continue
-        found = two[name]
+        found, exact = two[name], one[f"fp32.{name.partition('.')[2]}"]
         for what in ("figures", "evaluated"):
-            ours, theirs = (torch.tensor(r[what], dtype=torch.float64) for r in (found, wanted))
-            torch.testing.assert_close(
-                ours[:, 1:], theirs[:, 1:], rtol=figures, atol=0.0, msg=lambda text, n=name: f"{n}: {text}"
-            )
-            torch.testing.assert_close(ours[:, 0], theirs[:, 0], rtol=min(figures, 1e-3), atol=0.0)
+            ours, theirs, right = (torch.tensor(r[what], dtype=torch.float64) for r in (found, wanted, exact))
+            if precision == "fp32":
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.0, msg=lambda text, n=name: f"{n}: {text}")
+            else:
+                require_means_as_near(ours, theirs, right)
         for key, gradient in wanted["gradients"].items():
-            off = relative(found["gradients"][key], gradient)
-            assert off < gradients, f"{name}: {key} off by {off:.1e}"
+            if precision == "fp32":
+                off = relative(found["gradients"][key], gradient)
+                assert off < 1e-5, f"{name}: {key} off by {off:.1e}"
+            else:
+                ours, right = found["gradients"][key], exact["gradients"][key]
+                require_as_near(ours, gradient, right, factor=1.5, name=f"{name}: {key}")

@@ -44,7 +44,7 @@ def test_make_starts_them_after_a_finished_set_up(tmp_path: Path, target: str) -
     done = run("make", "--dry-run", target, f"VENV={tmp_path}", "PYTEST_ARGS=-x")
     expected = {
         "quickstart": f"launchers/quickstart.sh --venv {tmp_path} --out outputs/quickstart",
-        "test": f'OMP_NUM_THREADS=1 {tmp_path}/bin/python -m pytest -n 2 --dist loadfile -m "not gpu" -x',
+        "test": f'OMP_NUM_THREADS=1 {tmp_path}/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" -x',
     }
     assert done.stdout.strip() == expected[target]
 

@@ -66,6 +66,9 @@ SRUN = """#!/bin/bash
 while [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done
 exec "$@"
 """
+SCONTROL = """#!/bin/bash
+echo "${@: -1}"  # show hostnames LIST, of one host
+"""
 
 
 def has_slurm() -> bool:
@@ -87,7 +90,13 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         return "real"
     (tmp_path / "bin").mkdir()
     (tmp_path / "jobs").mkdir()
-    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL), ("srun", SRUN)):
+    for name, text in (
+        ("sbatch", SBATCH),
+        ("squeue", SQUEUE),
+        ("scancel", SCANCEL),
+        ("srun", SRUN),
+        ("scontrol", SCONTROL),
+    ):
         path = tmp_path / "bin" / name
         path.write_text(text.format(python=sys.executable, state=str(tmp_path / "jobs")) if "{state" in text else text)
         path.chmod(0o755)

@@ -115,8 +115,7 @@ def test_damaged_tokens_met_by_one_rank_are_named_and_end_all(corpus, tmp_path):
     begin = time.monotonic()
     done = run("ssa_pretrain.train", *SETTINGS, f"data.path={damaged}", f"output_dir={tmp_path / 'run'}", processes=2)
     assert time.monotonic() - begin < 120
-    assert done.returncode == 1  # torchrun's
-    assert "exitcode  : 4" in done.stderr
+    assert done.returncode == 4
     assert "holds the id 65535 at byte" in done.stderr and "repair it with" in done.stderr
     assert "Traceback (most recent call last):\n  File" not in done.stderr.split("holds the id")[0]
 

@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 from processes import free_port
-from training import ROOT, command, descendants, environment, records, run, train, wait_for_step
+from training import ROOT, command, descendants, environment, records, run, run_command, train, wait_for_step
 
 pytestmark = pytest.mark.timeout(1200)
-STEPS = 18
+STEPS = 9
 SETTINGS = (
     "experiment=quickstart",
+    "model.num_layers=2",
     f"training.steps={STEPS}",
-    "training.global_batch_tokens=2048",
+    "training.global_batch_tokens=1024",
     "training.micro_batch_size=2",
     "data.sequence_length=256",
     "evaluation.rows=4",
-    "evaluation.interval=8",
-    "checkpoint.interval=6",
+    "evaluation.interval=4",
+    "checkpoint.interval=3",
 )
 
 
@@ -46,10 +47,10 @@ def kill_at(step: int, folder: Path, arguments: list[str]) -> None:
 
 def test_killed_and_rerun_is_bit_identical(uninterrupted, corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
-    kill_at(7, tmp_path, command("ssa_pretrain.train", *settings, processes=2))
+    kill_at(4, tmp_path, command("ssa_pretrain.train", *settings, processes=2))
     done = run("ssa_pretrain.train", *settings, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "resuming after step 6" in done.stdout
+    assert "resuming after step 3" in done.stdout
     assert records(tmp_path, "train") == records(uninterrupted, "train")
     assert records(tmp_path, "evaluation") == records(uninterrupted, "evaluation")
     again = run("ssa_pretrain.train", *settings, processes=2)
@@ -59,7 +60,7 @@ def test_killed_and_rerun_is_bit_identical(uninterrupted, corpus, tmp_path):
 
 def test_resumed_on_other_layouts(uninterrupted, corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
-    for layout, stop in (("tp2", 6), ("pp2", 12), ("dp", STEPS)):
+    for layout, stop in (("tp2", 3), ("pp2", 6), ("dp", STEPS)):
         train(*settings, f"parallel={layout}", f"training.stop_at_step={stop}", processes=2)
     found, wanted = records(tmp_path, "train"), records(uninterrupted, "train")
     assert [r["step"] for r in found] == list(range(1, STEPS + 1))
@@ -121,9 +122,9 @@ def test_a_changed_configuration_is_refused(uninterrupted, corpus):
 
 def test_a_start_from_another_model_s_weights_is_refused(uninterrupted, corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", f"checkpoint.init_from={uninterrupted}")
-    done = run("ssa_pretrain.train", *settings, "model.num_layers=2")
+    done = run("ssa_pretrain.train", *settings, "model.num_layers=3")
     assert done.returncode == 5
-    assert "holds another model (model.num_layers: checkpoint 4, run 2); give the settings" in done.stderr
+    assert "holds another model (model.num_layers: checkpoint 2, run 3); give the settings" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -145,15 +146,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_ends_the_run_and_leaves_the_ear
     # No file may grow past 1 MB: a full disk, as the writers see it.
     limited = ["bash", "-c", 'ulimit -f 1024; exec "$@"', "bash"]
     arguments = command("ssa_pretrain.train", *settings, "training.stop_at_step=2", processes=2)
-    done = subprocess.run(
-        [*limited, *arguments],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    done = run_command([*limited, *arguments])
     assert done.returncode != 0
     assert "step 2 could not be saved in" in done.stderr
     assert "earlier checkpoints are as they were" in done.stderr

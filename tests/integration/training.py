@@ -1,7 +1,6 @@
 """Helpers for tests that train for real: the commands of the README as processes, on the quickstart's corpus."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,14 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from processes import ROOT, environment, ranks, run_ranks
+
+__all__ = ["ROOT", "command", "descendants", "environment", "records", "run", "run_command", "train", "wait_for_step"]
+
 TIMES = ("tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_seconds")
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of a training process: one thread, no GPU, this checkout first."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def command(module: str, *overrides: str, processes: int = 1) -> list[str]:
@@ -26,9 +22,21 @@ def command(module: str, *overrides: str, processes: int = 1) -> list[str]:
 
 
 def run(module: str, *overrides: str, processes: int = 1, timeout: float = 500) -> subprocess.CompletedProcess:
-    """Run a module to its end, whatever it returns."""
+    """Run a module to its end, whatever it returns; for several processes, return the first exit code that is not 0 and all that they wrote."""
+    variables = ranks(processes) if processes > 1 else [{}]
+    ended = run_ranks(["-m", module, *overrides], variables, timeout=timeout)
+    return subprocess.CompletedProcess(
+        [module, *overrides],
+        next((one.code for one in ended if one.code), 0),
+        "".join(one.stdout for one in ended),
+        "".join(one.stderr for one in ended),
+    )
+
+
+def run_command(arguments: list[str], *, timeout: float = 500) -> subprocess.CompletedProcess:
+    """Run a command as a process of its own, launcher and all."""
     return subprocess.run(
-        command(module, *overrides, processes=processes),
+        arguments,
         env=environment(),
         cwd=ROOT,
         capture_output=True,

@@ -68,7 +68,7 @@ def test_what_is_imported_is_declared(folder: str, extras: tuple[str, ...]) -> N
 
 def test_constraints_pin_every_requirement_within_its_range() -> None:
     pins = {normal(name): version for name, version in PINNED.items()}
-    for requirement in requirements("quickstart", "llama3", "gigatoken", "cluster", "deepspeed", "hub", "dev"):
+    for requirement in requirements("quickstart", "llama3", "gigatoken", "cluster", "deepspeed", "hub", "bench", "dev"):
         assert normal(requirement.name) in pins, f"constraints.txt does not pin {requirement.name}"
         assert requirement.specifier.contains(pins[normal(requirement.name)]), (
             f"the pin of {requirement.name} is out of range"

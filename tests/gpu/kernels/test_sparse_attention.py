@@ -1,12 +1,13 @@
 """Sparse attention's kernels on a GPU, against float64 on the same inputs and against the same mathematics in low precision.
 
 Tolerance: a kernel's error (relative, in the norm, against float64) may be at most twice that of plain PyTorch in the kernel's dtype for
-the output and 2.5 times for the gradients, and below 3e-3 for bfloat16. PyTorch rounds the logits and weights to that dtype, the
-kernels only the weights, so a right kernel stays well below.
+the output and 2.5 times for the gradients. PyTorch rounds the logits and weights to that dtype, the kernels only the weights, so a right
+kernel stays well below.
 """
 
 import pytest
 import torch
+from errors import require_as_near
 
 from ssa_kernels import build_layout, query_slice, sparse_attention
 from ssa_kernels.sparse_attention.backward import sparse_attention_backward
@@ -64,8 +65,11 @@ def dense(q, k, v, mask, scale):
     return (weights @ v).transpose(0, 1), logits.detach().double().logsumexp(-1).T
 
 
-def relative(ours, exact):
-    return float((ours.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
+def plainly(q, k, v, do, mask):
+    """Returns o, lse, dq, dk, dv of plain operations in the inputs' precision."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o, lse = dense(*leaves, mask, q.shape[-1] ** -0.5)
+    return [o.detach(), lse, *torch.autograd.grad(o, leaves, do)]
 
 
 def make(lengths, heads, kv_heads, head_dim, dtype=torch.bfloat16, seed=1, size=1.0):
@@ -95,21 +99,12 @@ def check(
     indices = random_choices(layout, lists or kv_heads, top_k, kind=kind)
     mask = visible(indices, layout, heads)
     ours = run(q, k, v, do, indices, layout)
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    o, lse = dense(*leaves, mask, head_dim**-0.5)
-    exact = [o.detach(), *torch.autograd.grad(o, leaves, do.double())]
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o, _ = dense(*leaves, mask, head_dim**-0.5)
-    plain = [o.detach(), *torch.autograd.grad(o, leaves, do)]
-    bound = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}[dtype]
-    for name, got, right, low, factor in zip(
-        ("o", "dq", "dk", "dv"), (ours[0], *ours[2:]), exact, plain, (2, 2.5, 2.5, 2.5), strict=True
-    ):
-        error = relative(got, right)
-        assert error <= factor * relative(low, right) + 1e-6, (name, error, relative(low, right))
-        if size == 1.0:
-            assert error < bound, (name, error)
-    torch.testing.assert_close(ours[1].double(), lse, rtol=1e-5, atol=2e-5)
+    exact, plain = (plainly(*inputs, mask) for inputs in ([x.double() for x in (q, k, v, do)], (q, k, v, do)))
+    for name, got, low, right in zip(("o", "lse", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+        if name == "lse":
+            torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=2e-5)
+        else:
+            require_as_near(got, low, right, factor=2.0 if name == "o" else 2.5, floor=1e-6, name=name)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 6, 8, 16, 32])
@@ -171,7 +166,8 @@ def test_choices_that_cover_everything_are_full_attention():
     full = torch.nn.functional.scaled_dot_product_attention(
         *(x.double() for x in parts), is_causal=True, enable_gqa=True
     )
-    assert relative(o[:200], full[0].transpose(0, 1)) < 3e-3
+    plain = plainly(q, k, v, do, visible(indices, layout, 16))[0]
+    require_as_near(o[:200], plain[:200], full[0].transpose(0, 1), factor=2.0)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -230,8 +226,9 @@ def test_a_part_of_the_queries():
     rest[part] = False
     others = rest.nonzero()[:, 0]
     theirs = run(q[others], k, v, do[others], indices[others].contiguous(), query_slice(layout, others))
-    for name, a, b, c in zip(("dk", "dv"), whole[3:], ours[3:], theirs[3:], strict=True):
-        assert relative(b.float() + c.float(), a) < 6e-3, name
+    exact = plainly(*(x.double() for x in (q, k, v, do)), visible(indices, layout, 16))
+    for name, a, b, c, right in zip(("dk", "dv"), whole[3:], ours[3:], theirs[3:], exact[3:], strict=True):
+        require_as_near(b.float() + c.float(), a, right, factor=2.0, name=name)
 
 
 def test_a_delta_that_is_known_already():
@@ -242,8 +239,9 @@ def test_a_delta_that_is_known_already():
     own = sparse_attention_backward(q, k, v, indices, o, lse, do, layout, 0.125)
     delta = (o.float() * do.float()).sum(-1)
     given = sparse_attention_backward(q, k, v, indices, None, lse, do, layout, 0.125, delta=delta)
-    for a, b in zip(own, given, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+    exact = plainly(*(x.double() for x in (q, k, v, do)), visible(indices, layout, 16))
+    for a, b, right in zip(own, given, exact[2:], strict=True):
+        require_as_near(b, a, right, factor=1.5)
 
 
 def test_nothing_waits_or_compiles_again():

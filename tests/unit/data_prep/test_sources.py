@@ -236,6 +236,27 @@ def test_quickstart_pages_hold_several_entries_of_one_topic(quickstart_texts):
     assert longest[len(longest) // 2] > 2500  # half the documents are longer than 512 tokens of 4 bytes, and some
 
 
+def test_packages_are_found_in_a_folder_called_tests(tmp_path, monkeypatch):
+    """Tests are left out by their place in a package or in the standard library, whatever the folders above are called."""
+    site, library = tmp_path / "tests" / "site-packages", tmp_path / "test" / "site-packages" / "python"
+    for path in (
+        site / "demo" / "kept.py",
+        site / "demo" / "tests" / "left.py",
+        library / "kept.py",
+        library / "test" / "left.py",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {path}\n" + "keep = 1\n" * 300)
+    (site / "demo-1.dist-info").mkdir()
+    (site / "demo-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: demo\nVersion: 1\n")
+    (site / "demo-1.dist-info" / "RECORD").write_text("demo/kept.py,,\ndemo/tests/left.py,,\n")
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setattr(quickstart, "PACKAGES", ("demo",))
+    monkeypatch.setattr(quickstart.sysconfig, "get_path", lambda _: str(library))
+    found = sorted(text.splitlines()[0] for text in quickstart.python_sources(1.0))
+    assert found == sorted([f"# {site / 'demo' / 'kept.py'}", f"# {library / 'kept.py'}"])
+
+
 def test_quickstart_python_is_python(quickstart_texts):
     parsed = 0
     for text in quickstart_texts["python"]:

@@ -26,6 +26,9 @@ def test_stages_one_by_one_are_the_whole(run, corpus, tmp_path):
         assert (tmp_path / "d" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes().replace(b"whole", b"d")
     assert "is up to date: nothing to do" in run("stage=merge", *SMALL)[1]
     assert "tokenizing" not in run("stage=tokenize", *SMALL)[1]
+    unfinished = tmp_path / "d" / "stats.html.12345.tmp"  # as of a run that was killed in its last moment
+    unfinished.touch()
+    assert "is up to date: nothing to do" in run(*SMALL)[1] and not unfinished.exists()
 
 
 def test_stage_that_comes_too_early_says_which_is_missing(run, corpus):
