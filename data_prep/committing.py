@@ -1,9 +1,11 @@
 """The manifest: what a finished dataset is, written last and renamed into place, and what would replace it.
 
 Beside it go tokenizer.json and, for tools that take megatron-core's blends, train.blend and heldout.blend: `weight prefix` pairs,
-as `--data-path` takes them. `Manifest.blend` gives the same to programs.
+as `--data-path` takes them. Their paths are relative to the dataset's folder, so that it can be moved. `Manifest.blend` gives the same
+to programs, with absolute paths.
 """
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,20 +15,21 @@ from data_prep.budget import shares
 from data_prep.config import Config, Verify
 from data_prep.corpus import Work, other_dataset
 from data_prep.errors import InputError
-from data_prep.files import digest, read_json, write_atomically
+from data_prep.files import digest, write_atomically
 from data_prep.merging import Splits, groups_of
 from data_prep.progress import Say
+from data_prep.recipe import known_dataset, recipe_of, write_recipe
 from data_prep.run_config import MixConfig, Packing
 from data_prep.shards import RATIO_BINS, Made, counts_path
 from ssa_pretrain.data.indexed_format import (
     SPLITS,
     Manifest,
     TokenizerInfo,
-    file_sha256,
     load_manifest,
     unigram_entropy,
     verify_hashes,
 )
+from ssa_pretrain.data.repair import DatasetError
 
 
 def dataset_fingerprint(config: Config, work: Work) -> str:
@@ -42,36 +45,40 @@ def finished_dataset(config: Config, out: Path, fingerprint: str, say: Say) -> M
         InputError: `out` holds another dataset, and overwrite=true was not said.
     """
     refuse_other(config, out, fingerprint)
-    known = read_json(out / "manifest.json")
-    if not isinstance(known, dict) or known.get("fingerprint") != fingerprint:
-        return None
-    if known.get("details", {}).get("merge_files") != config.merge.files:
-        say(f"merging again: merge.files={config.merge.files}")
-        return None
     try:
         manifest = load_manifest(out)
-        if file_sha256(out / manifest.tokenizer.file) != manifest.tokenizer.sha256:
-            raise ValueError(f"{out / manifest.tokenizer.file} changed after it was written")
+        if manifest.fingerprint != fingerprint:
+            return None
+        if manifest.details.get("merge_files") != config.merge.files:
+            say(f"merging again: merge.files={config.merge.files}")
+            return None
         if config.verify is Verify.full:
             verify_hashes(manifest)
-    except ValueError as error:
-        say(f"repairing: {error}")
+    except DatasetError as error:
+        if os.path.lexists(out / "manifest.json"):
+            say(f"repairing: {error.what}")
         return None
     return manifest
 
 
 def refuse_other(config: Config, out: Path, fingerprint: str) -> None:
     """Raises InputError where `out` holds another dataset than the one asked for, and overwrite=true was not said."""
-    known = read_json(out / "manifest.json")
-    if isinstance(known, dict) and known.get("fingerprint") != fingerprint and not config.overwrite:
+    known = known_dataset(out)
+    if known and known.fingerprint != fingerprint and not config.overwrite:
         raise other_dataset(config)
+
+
+def keep_recipe(config: Config, out: Path, work: Work) -> None:
+    """Writes the recipe of a dataset of which all shards are made."""
+    write_recipe(out, recipe_of(config, out, digest(work.corpus.inputs), dataset_fingerprint(config, work)))
 
 
 def write_blends(manifest: Manifest) -> None:
     """Writes train.blend and heldout.blend, unless they are as they should be."""
     for split in SPLITS:
-        prefixes, weights = manifest.blend(split)
-        lines = [f"{weight:.9g} {prefix}\n" for weight, prefix in zip(weights, prefixes, strict=True)]
+        _, weights = manifest.blend(split)
+        shards = zip(weights, manifest.splits[split], strict=True)
+        lines = [f"{weight:.9g} {shard.prefix}\n" for weight, shard in shards]
         path, content = manifest.root / f"{split}.blend", "".join(lines).encode()
         if not path.is_file() or path.read_bytes() != content:
             write_atomically(path, content)

@@ -8,16 +8,16 @@ Each input file is known by its sha256. Hashing is the one step that reads every
 remembered with size and modification time, and a file is read again only when either has changed.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.errors import InputError
-from data_prep.files import digest, read_json, write_atomically
+from data_prep.files import digest
 from data_prep.progress import Say
 from data_prep.readers import Piece, is_compressed, open_parquet
 from ssa_pretrain.data.indexed_format import file_sha256
@@ -127,25 +127,22 @@ def expand_paths(
     return tuple(sorted(own.values()))
 
 
-def file_sums(shards: list[Shard], memory: Path) -> dict[str, str]:
+def file_sums(shards: list[Shard], known: dict[str, Any]) -> dict[str, str]:
     """Returns the sha256 of every input file.
 
     Args:
         shards: the plan.
-        memory: JSON file in which the sums are remembered between runs.
+        known: size, modification time and sum of files that were read before; gets those of the others.
     """
-    known = read_json(memory) or {}
     paths = sorted({piece.path for shard in shards for piece in shard.pieces})
     stats = {}
     for path in paths:
         stat = Path(path).stat()
         stats[path] = [stat.st_size, stat.st_mtime_ns]
     new = [path for path in paths if known.get(path, [None, None])[:2] != stats[path]]
-    if new:
-        with ThreadPoolExecutor(4) as pool:
-            for path, sha256 in zip(new, pool.map(lambda p: file_sha256(Path(p)), new), strict=True):
-                known[path] = [*stats[path], sha256]
-        write_atomically(memory, json.dumps(known).encode())
+    with ThreadPoolExecutor(4) as pool:
+        for path, sha256 in zip(new, pool.map(lambda p: file_sha256(Path(p)), new), strict=True):
+            known[path] = [*stats[path], sha256]
     return {path: known[path][2] for path in paths}
 
 

@@ -50,8 +50,8 @@ def page(figures: dict[str, Any]) -> str:
     """
     train = figures["splits"]["train"]
     body = [
-        f"<h1>{escape(figures['dataset'].rsplit('/', 1)[-1])}</h1>",
-        f"<p>{escape(figures['dataset'])} · tokenizer {escape(figures['tokenizer'])}</p>",
+        f"<h1>{escape(figures['dataset'])}</h1>",
+        f"<p>tokenizer {escape(figures['tokenizer'])}</p>",
         _tiles(figures),
         _card("Documents by length", "Of the train split, each part by a colour; tokens of a document, EOS included.")(
             histogram({name: own["histogram"] for name, own in train.items()}, _length_label, every=4)
@@ -66,7 +66,7 @@ def page(figures: dict[str, Any]) -> str:
         _card("Sources", "What each origin gave.")(_sources_table(figures["sources"])),
         _card("The same in full", _plan_text(figures))(_plan_table(figures["plan"])),
     ]
-    title = escape(figures["dataset"].rsplit("/", 1)[-1])
+    title = escape(figures["dataset"])
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: data</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'

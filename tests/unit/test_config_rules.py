@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ssa_pretrain.cli import resolve_config, this_machine
-from ssa_pretrain.data.indexed_format import token_dtype, write_index
+from ssa_pretrain.data.indexed_format import file_sha256, token_dtype, write_index
 from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.rules import Machine
 
@@ -327,7 +327,7 @@ def dataset(tmp_path: Path) -> Path:
             with prefix.with_suffix(".idx").open("wb") as file:
                 write_index(file, np.array([tokens // 2] * 2), dtype)
             sizes = {f"{end}_bytes": prefix.with_suffix(f".{end}").stat().st_size for end in ("bin", "idx")}
-            hashes = {f"{end}_sha256": "0" * 64 for end in ("bin", "idx")}
+            hashes = {f"{end}_sha256": file_sha256(prefix.with_suffix(f".{end}")) for end in ("bin", "idx")}
             shards.append(
                 {"name": name, "prefix": f"{split}/{name}", "documents": 2, "tokens": tokens} | sizes | hashes
             )
