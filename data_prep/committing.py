@@ -18,9 +18,11 @@ from data_prep.errors import InputError
 from data_prep.files import digest, write_atomically
 from data_prep.merging import Splits, groups_of
 from data_prep.progress import Say
+from data_prep.readers import described
 from data_prep.recipe import known_dataset, recipe_of, write_recipe
 from data_prep.run_config import MixConfig, Packing
 from data_prep.shards import RATIO_BINS, Made, counts_path
+from data_prep.unreadable import total_skipped
 from ssa_pretrain.data.indexed_format import (
     SPLITS,
     Manifest,
@@ -38,17 +40,25 @@ def dataset_fingerprint(config: Config, work: Work) -> str:
     return digest(shards if config.mix == MixConfig() else [shards, asdict(config.mix)])
 
 
-def finished_dataset(config: Config, out: Path, fingerprint: str, say: Say) -> Manifest | None:
+def finished_dataset(config: Config, out: Path, work: Work, say: Say) -> Manifest | None:
     """Returns the dataset in `out` if it is the one asked for and whole, None if there is work to do.
 
     Raises:
-        InputError: `out` holds another dataset, and overwrite=true was not said.
+        InputError: `out` holds another dataset, or one that lacks text, and overwrite=true was not given.
     """
+    fingerprint = dataset_fingerprint(config, work)
+    skips = any(piece.on_error == "skip" for job in work.jobs for piece in job.shard.pieces)
     refuse_other(config, out, fingerprint)
     try:
         manifest = load_manifest(out)
         if manifest.fingerprint != fingerprint:
             return None
+        if (skipped := manifest.details.get("skipped")) and not skips:
+            if config.overwrite:
+                return None
+            raise InputError(
+                f"out={config.out} was made with on_error=skip and lacks {described(skipped)}; add source.on_error=skip, or choose another out="
+            )
         if manifest.details.get("merge_files") != config.merge.files:
             say(f"merging again: merge.files={config.merge.files}")
             return None
@@ -88,7 +98,8 @@ def commit(config: Config, out: Path, work: Work, made: list[Made], splits: Spli
     """Writes the manifest of the files that were made, and returns it."""
     vocabulary = work.vocabulary
     documents = {split: sum(shard.documents for shard in splits[split]) for split in SPLITS}
-    _check_not_empty(documents, config.split.heldout_fraction)
+    skipped = total_skipped(made)
+    _check_not_empty(documents, config.split.heldout_fraction, skipped)
     write_atomically(out / "tokenizer.json", Path(vocabulary.path).read_bytes())
     counts = np.zeros((len(SPLITS), vocabulary.vocab_size), dtype=np.int64)
     for one in made:
@@ -122,6 +133,7 @@ def commit(config: Config, out: Path, work: Work, made: list[Made], splits: Spli
         weights=shares(config.mix, work.jobs) if config.mix.weights else {},
         details={
             **totals,
+            "skipped": skipped,
             "documents": documents,
             "split": asdict(config.split),
             "merge_files": config.merge.files,
@@ -139,10 +151,13 @@ def commit(config: Config, out: Path, work: Work, made: list[Made], splits: Spli
     return load_manifest(out)
 
 
-def _check_not_empty(documents: dict[str, int], fraction: float) -> None:
+def _check_not_empty(documents: dict[str, int], fraction: float, skipped: dict[str, int]) -> None:
     total = sum(documents.values())
     if total == 0:
-        raise InputError("the corpus is empty: no document has any text; check source.paths and source.text_column")
+        left_out = f" ({described(skipped)} were left out by on_error=skip)" if skipped else ""
+        raise InputError(
+            f"the corpus is empty: no document has any text{left_out}; check source.paths and source.text_column"
+        )
     if documents["train"] == 0 and fraction < 1:
         raise InputError(
             f"the train split is empty: all {total} documents were held out by split.heldout_fraction={fraction}; lower it"

@@ -4,12 +4,12 @@
 not been asked yet. Both give the same `Corpus` for the same files and settings, whoever runs them and how often.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.config import Config
-from data_prep.errors import InputError
+from data_prep.errors import InputError, UnreadableText
 from data_prep.files import digest, read_json, write_json
 from data_prep.planning import Shard, Subset, file_sums, input_digest, plan_shards
 from data_prep.progress import Say
@@ -17,11 +17,12 @@ from data_prep.recipe import Recipe, known_dataset, parts_of, plain, recipe_of
 from data_prep.run_config import Packing
 from data_prep.shards import Job, shard_fingerprint
 from data_prep.sources.catalog import SOURCES
-from data_prep.sources.mixed import sources_of
+from data_prep.sources.mixed import part_names, sources_of
 from data_prep.sources.store import TextStore, described, has_other_text, known_text, stored_text
 from data_prep.tokenizer.backends import HuggingFaceBackend
 from data_prep.tokenizer.encoding import Vocabulary
 from data_prep.tokenizer.vocabulary import prepare_vocabulary
+from data_prep.unreadable import with_skip_advice
 from ssa_pretrain.data.repair import command
 
 HOW = (
@@ -180,7 +181,7 @@ def _divided(config: Config) -> tuple[list[Any], list[Any]]:
 
 def _key(kept: list[Any]) -> dict[str, Any]:
     """What the remembered text depends on."""
-    settings = [plain(source) for source in kept]
+    settings = [_without(plain(source), ("on_error",)) for source in kept]
     return {"version": EXTRACTION_VERSION, **(settings[0] if len(settings) == 1 else {"parts": settings})}
 
 
@@ -207,7 +208,17 @@ def _with_own_files(parts: Parts, own: list[Any], config: Config, out: Path, say
 
 def _cut(config: Config, out: Path, parts: Parts, say: Say) -> Corpus:
     subsets, sources = parts
-    shards = plan_shards(subsets, config.shard_mb)
+    on_error = {
+        name: source.on_error.value
+        for source in sources_of(config.source)
+        if hasattr(source, "on_error")
+        for name in part_names(source)
+    }
+    subsets = [replace(subset, on_error=on_error.get(subset.name, "fail")) for subset in subsets]
+    try:
+        shards = plan_shards(subsets, config.shard_mb)
+    except UnreadableText as error:
+        raise UnreadableText(with_skip_advice(str(error), config)) from None
     if not shards:
         raise InputError("the corpus is empty: its files hold no bytes; check source.paths")
     memory = out / "work" / "inputs.json"

@@ -45,6 +45,7 @@ from data_prep.progress import Say
 from data_prep.recipe import known_dataset, recipe_of, write_recipe
 from data_prep.shards import Made
 from data_prep.tokenizing import made_shards, tokenize
+from data_prep.unreadable import naming_all_files
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.data.repair import command
 
@@ -61,15 +62,17 @@ def prepare_dataset(config: Config, say: Say) -> Manifest | None:
     """
     with _writing(config) as out:
         corpus = fetch_corpus(config, out, say)
-        work = plan_work(config, out, corpus, say)
-        finished = finished_dataset(config, out, dataset_fingerprint(config, work), say)
+        with naming_all_files(config, corpus.shards, say):
+            work = plan_work(config, out, corpus, say)
+        finished = finished_dataset(config, out, work, say)
         write_plan(out, config, corpus)
         if finished:
             keep_recipe(config, out, work)  # an older version wrote none, and its paths may have changed
             write_blends(finished)
             say(f"{out} is up to date: nothing to do")
             return finished
-        made = tokenize(config, out, work, say)
+        with naming_all_files(config, corpus.shards, say):
+            made = tokenize(config, out, work, say)
         return None if made is None else _finish(config, out, work, made, say)
 
 
@@ -99,17 +102,22 @@ def fetch_stage(config: Config, say: Say) -> Corpus:
 def tokenize_stage(config: Config, say: Say) -> list[Made] | None:
     """Makes the shards and returns them, None where jobs were queued."""
     with _writing(config) as out:
-        work = plan_work(config, out, need_corpus(config, out, say), say)
+        corpus = need_corpus(config, out, say)
+        with naming_all_files(config, corpus.shards, say):
+            work = plan_work(config, out, corpus, say)
         refuse_other(config, out, dataset_fingerprint(config, work))  # whose records in work/ it would replace
         write_plan(out, config, work.corpus)
-        return tokenize(config, out, work, say)
+        with naming_all_files(config, work.corpus.shards, say):
+            return tokenize(config, out, work, say)
 
 
 def merge_stage(config: Config, say: Say) -> Manifest:
     """Makes the files of the dataset from its shards, and the manifest."""
     with _writing(config) as out:
-        work = plan_work(config, out, need_corpus(config, out, say), say)
-        if finished := finished_dataset(config, out, dataset_fingerprint(config, work), say):
+        corpus = need_corpus(config, out, say)
+        with naming_all_files(config, corpus.shards, say):
+            work = plan_work(config, out, corpus, say)
+        if finished := finished_dataset(config, out, work, say):
             keep_recipe(config, out, work)
             say(f"{out} is up to date: nothing to do")
             return finished

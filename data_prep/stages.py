@@ -8,6 +8,7 @@ from data_prep.errors import InputError
 from data_prep.index import build_index
 from data_prep.pipeline import fetch_stage, folder, merge_stage, plan_stage, prepare_dataset, tokenize_stage
 from data_prep.progress import Say
+from data_prep.readers import described
 from data_prep.stats import stats_stage
 from data_prep.validate import validate_dataset
 from ssa_pretrain.data.indexed_format import Manifest
@@ -76,6 +77,8 @@ def summary(manifest: Manifest) -> str:
         f"{manifest.bytes_per_token:.2f} bytes a token; unigram entropy {entropy['train']:.3f} nats (train), "
         f"{entropy['heldout']:.3f} (held out)"
     )
+    if skipped := manifest.details.get("skipped"):
+        lines.append(f"left out by on_error=skip: {described(skipped)}")
     lines.append(f"{manifest.root / 'manifest.json'}")
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ from data_prep.files import only_writer, read_json, write_atomically, write_json
 from data_prep.merging import lengths_of
 from data_prep.pipeline import folder
 from data_prep.progress import Say
+from data_prep.readers import described
 from data_prep.run_config import StatsConfig
 from data_prep.stats_page import page
 from ssa_pretrain.data.indexed_format import SPLITS, Manifest, file_sha256, load_manifest, token_dtype
@@ -85,6 +86,7 @@ def collect(manifest: Manifest, config: StatsConfig, rates: list[dict[str, Any]]
         "bytes_per_token": manifest.bytes_per_token,
         "source_documents": details["source_documents"],
         "empty_documents": details["empty_documents"],
+        "skipped": details.get("skipped", {}),
         "shards": details["shards"],
         "files": {split: len(manifest.splits[split]) for split in SPLITS},
         "bytes_on_disk": sum(s.bin_bytes + s.idx_bytes for files in manifest.splits.values() for s in files),
@@ -189,6 +191,8 @@ def table(figures: dict[str, Any], out: Path) -> str:
     lines.append(
         f"{figures['bytes_per_token']:.3f} bytes a token, {figures['empty_documents']} empty documents left out"
     )
+    if figures["skipped"]:
+        lines.append(f"left out by on_error=skip: {described(figures['skipped'])}")
     length = figures["key"]["sequence_length"]
     lines += [f"fill of rows of {length} as {name}: {100 * share:.1f} %" for name, share in figures["fill"].items()]
     plan, budget = figures["plan"], figures["budget"]["tokens"]

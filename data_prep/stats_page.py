@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from data_prep.readers import described
+
 STYLE = """
 :root{color-scheme:light dark;--page:#f9f9f7;--card:#fff;--ink:#16181d;--soft:#5b6069;--rule:#e4e4df;
 --a:#2463c4;--b:#c2571a;--c:#13806b;--d:#8a4fbf;--e:#a8820c;--f:#6b7280}
@@ -51,7 +53,7 @@ def page(figures: dict[str, Any]) -> str:
     train = figures["splits"]["train"]
     body = [
         f"<h1>{escape(figures['dataset'])}</h1>",
-        f"<p>tokenizer {escape(figures['tokenizer'])}</p>",
+        f"<p>tokenizer {escape(figures['tokenizer'])}{_left_out(figures['skipped'])}</p>",
         _tiles(figures),
         _card("Documents by length", "Of the train split, each part by a colour; tokens of a document, EOS included.")(
             histogram({name: own["histogram"] for name, own in train.items()}, _length_label, every=4)
@@ -72,6 +74,10 @@ def page(figures: dict[str, Any]) -> str:
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
+
+
+def _left_out(skipped: dict[str, int]) -> str:
+    return f" · left out by on_error=skip: {escape(described(skipped))}" if skipped else ""
 
 
 def histogram(series: dict[str, Sequence[float]], label, *, every: int) -> str:
