@@ -106,6 +106,16 @@ def test_a_stage_that_comes_too_early_names_the_command_of_the_one_before(datase
     assert load_manifest(dataset.parent / "d").to_json() == load_manifest(dataset).to_json()
 
 
+def test_a_repair_keeps_the_tokenizer_whatever_the_library_would_train_now(dataset, monkeypatch, capsys):
+    before = (dataset / "manifest.json").read_bytes()
+    shutil.rmtree(dataset / "work")
+    flip(dataset / "train" / "text_00000.bin")
+    monkeypatch.setattr("tokenizers.__version__", "99.0")
+    monkeypatch.setattr("data_prep.tokenizer.bpe.train_bpe", lambda *_: pytest.fail("it was trained again"))
+    assert main([f"out='{dataset}'", "verify=full", "stage=prepare"]) == 0
+    assert (dataset / "manifest.json").read_bytes() == before
+
+
 def test_training_names_the_same_command(dataset):
     from ssa_pretrain.data.errors import DamagedData
     from ssa_pretrain.data.rows import TrainingRows
@@ -135,24 +145,28 @@ def test_without_a_source_a_run_means_the_dataset_itself(dataset, capsys):
     assert len(load_manifest(dataset).splits["train"]) == 1
 
 
+OTHER = [
+    (("source=quickstart",), "its text came from source=jsonl"),
+    (("source=quickstart", "stage=fetch"), "its text came from source=jsonl"),
+    (("source=quickstart", "stage=plan"), "its text came from source=jsonl"),
+    (
+        ("source=jsonl", "source.paths=[other.jsonl]", *SETTINGS[2:]),
+        "the text is not the text that it was made from",
+    ),
+    (("source=jsonl", "source.paths=[other.jsonl]", *SETTINGS[2:], "stage=plan"), "the text is not the text"),
+    (("source.paths=[other.jsonl]",), "the text is not the text that it was made from"),
+    (("split.seed=5",), "made with split.seed=0, not with split.seed=5"),
+    (("tokenizer.vocab_size=600", "stage=tokenize"), "made with tokenizer.vocab_size=512, not with"),
+    (("mix.target_tokens=100",), ""),
+]
+
+
 @pytest.mark.parametrize(
-    "change,reason",
-    [
-        (("source=quickstart",), "its text came from source=jsonl"),
-        (("source=quickstart", "stage=fetch"), "its text came from source=jsonl"),
-        (("source=quickstart", "stage=plan"), "its text came from source=jsonl"),
-        (
-            ("source=jsonl", "source.paths=[other.jsonl]", *SETTINGS[2:]),
-            "the text is not the text that it was made from",
-        ),
-        (("source=jsonl", "source.paths=[other.jsonl]", *SETTINGS[2:], "stage=plan"), "the text is not the text"),
-        (("source.paths=[other.jsonl]",), "the text is not the text that it was made from"),
-        (("split.seed=5",), "made with split.seed=0, not with split.seed=5"),
-        (("tokenizer.vocab_size=600", "stage=tokenize"), "made with tokenizer.vocab_size=512, not with"),
-        (("mix.target_tokens=100",), ""),
-    ],
+    "change,reason,manifest",
+    # Without a recipe a source has to be given; the user's own text is then compared by its content.
+    [(*case, state) for state in ("sound", "damaged", "missing") for case in OTHER]
+    + [(*case, "older") for case in OTHER[:3]],
 )
-@pytest.mark.parametrize("manifest", ["sound", "damaged", "missing", "older"])
 def test_other_text_or_settings_are_refused_before_anything_is_written(dataset, change, reason, manifest, capsys):
     (dataset.parent.parent / "other.jsonl").write_text('{"text": "other words"}\n' * 50)
     if manifest == "damaged":
@@ -160,8 +174,6 @@ def test_other_text_or_settings_are_refused_before_anything_is_written(dataset, 
     elif manifest == "missing":
         (dataset / "manifest.json").unlink()
     elif manifest == "older":
-        if "source=quickstart" not in change:
-            pytest.skip("without a recipe a source has to be given; other text is compared by its content")
         (dataset / "recipe.json").unlink()
     before = files_of(dataset)
     assert main([f"out='{dataset}'", *change]) == 4
