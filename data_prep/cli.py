@@ -11,7 +11,7 @@ import os
 import re
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from data_prep import config as settings
 from data_prep.errors import ConfigurationError, InputError
+from data_prep.own_settings import NAME, kind_of, own_settings
 from data_prep.run_config import LocalExecutor, RayExecutor, SlurmExecutor
 from data_prep.sources.catalog import SOURCES
 from data_prep.sources.mixed import MixedSource
@@ -77,7 +78,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     try:
-        composed = compose_settings(options.overrides)
+        composed = compose_settings(options.overrides, own_settings(options.overrides, SCHEMAS, _say))
         if options.cfg:
             sys.stdout.write(OmegaConf.to_yaml(composed))
         else:
@@ -101,8 +102,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def compose_settings(overrides: list[str]) -> DictConfig:
-    """Returns the settings as Hydra composes them; ConfigurationError for an unknown key, group or type."""
+def compose_settings(overrides: list[str], recipe: Sequence[str] = ()) -> DictConfig:
+    """Returns the settings as Hydra composes them; ConfigurationError for an unknown key, group or type.
+
+    Args:
+        overrides: the command line.
+        recipe: overrides that come before it: the recipe of the dataset in `out`.
+    """
     store = ConfigStore.instance()
     store.store(name="base_config", node=settings.Config)
     for group, schemas in SCHEMAS.items():
@@ -111,15 +117,15 @@ def compose_settings(overrides: list[str]) -> DictConfig:
     opened = [_opened(override) for override in overrides]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", opened)
+            composed = compose("config", [*recipe, *opened])
         unknown = next(_unknown(composed), None)  # let in by a + of the user's or of `_opened`
     except OverrideParseException as error:
         as_typed = dict(zip(opened, overrides, strict=True))
         raise ConfigurationError(_unreadable(as_typed.get(error.override, error.override))) from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigurationError(_explain(error, overrides)) from None
+        raise ConfigurationError(_explain(error, [*recipe, *overrides])) from None
     if unknown is not None:
-        raise ConfigurationError(_no_setting(unknown, overrides))
+        raise ConfigurationError(_no_setting(unknown, [*recipe, *overrides]))
     return composed
 
 
@@ -246,7 +252,7 @@ def _chosen(group: str, overrides: list[str]) -> str:
     """Returns the choice of a group: the last one on the command line, else that of conf/config.yaml."""
     given = [override.partition("=")[2] for override in overrides if override.lstrip("+").startswith(f"{group}=")]
     if given:
-        return given[-1]
+        return kind_of(group) if given[-1] == NAME else given[-1]
     found = re.search(rf"- {group}: (\w+)", (CONF / "config.yaml").read_text())
     return found[1] if found else ""
 

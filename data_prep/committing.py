@@ -1,9 +1,11 @@
 """The manifest: what a finished dataset is, written last and renamed into place, and what would replace it.
 
 Beside it go tokenizer.json and, for tools that take megatron-core's blends, train.blend and heldout.blend: `weight prefix` pairs,
-as `--data-path` takes them. `Manifest.blend` gives the same to programs.
+as `--data-path` takes them. Their paths are relative to the dataset's folder, so that it can be moved. `Manifest.blend` gives the same
+to programs, with absolute paths.
 """
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,20 +15,23 @@ from data_prep.budget import shares
 from data_prep.config import Config, Verify
 from data_prep.corpus import Work, other_dataset
 from data_prep.errors import InputError
-from data_prep.files import digest, read_json, write_atomically
+from data_prep.files import digest, write_atomically
 from data_prep.merging import Splits, groups_of
 from data_prep.progress import Say
+from data_prep.readers import described
+from data_prep.recipe import known_dataset, recipe_of, write_recipe
 from data_prep.run_config import MixConfig, Packing
 from data_prep.shards import RATIO_BINS, Made, counts_path
+from data_prep.unreadable import total_skipped
 from ssa_pretrain.data.indexed_format import (
     SPLITS,
     Manifest,
     TokenizerInfo,
-    file_sha256,
     load_manifest,
     unigram_entropy,
     verify_hashes,
 )
+from ssa_pretrain.data.repair import DatasetError
 
 
 def dataset_fingerprint(config: Config, work: Work) -> str:
@@ -35,43 +40,55 @@ def dataset_fingerprint(config: Config, work: Work) -> str:
     return digest(shards if config.mix == MixConfig() else [shards, asdict(config.mix)])
 
 
-def finished_dataset(config: Config, out: Path, fingerprint: str, say: Say) -> Manifest | None:
+def finished_dataset(config: Config, out: Path, work: Work, say: Say) -> Manifest | None:
     """Returns the dataset in `out` if it is the one asked for and whole, None if there is work to do.
 
     Raises:
-        InputError: `out` holds another dataset, and overwrite=true was not said.
+        InputError: `out` holds another dataset, or one that lacks text, and overwrite=true was not given.
     """
+    fingerprint = dataset_fingerprint(config, work)
+    skips = any(piece.on_error == "skip" for job in work.jobs for piece in job.shard.pieces)
     refuse_other(config, out, fingerprint)
-    known = read_json(out / "manifest.json")
-    if not isinstance(known, dict) or known.get("fingerprint") != fingerprint:
-        return None
-    if known.get("details", {}).get("merge_files") != config.merge.files:
-        say(f"merging again: merge.files={config.merge.files}")
-        return None
     try:
         manifest = load_manifest(out)
-        if file_sha256(out / manifest.tokenizer.file) != manifest.tokenizer.sha256:
-            raise ValueError(f"{out / manifest.tokenizer.file} changed after it was written")
+        if manifest.fingerprint != fingerprint:
+            return None
+        if (skipped := manifest.details.get("skipped")) and not skips:
+            if config.overwrite:
+                return None
+            raise InputError(
+                f"out={config.out} was made with on_error=skip and lacks {described(skipped)}; add source.on_error=skip, or choose another out="
+            )
+        if manifest.details.get("merge_files") != config.merge.files:
+            say(f"merging again: merge.files={config.merge.files}")
+            return None
         if config.verify is Verify.full:
             verify_hashes(manifest)
-    except ValueError as error:
-        say(f"repairing: {error}")
+    except DatasetError as error:
+        if os.path.lexists(out / "manifest.json"):
+            say(f"repairing: {error.what}")
         return None
     return manifest
 
 
 def refuse_other(config: Config, out: Path, fingerprint: str) -> None:
     """Raises InputError where `out` holds another dataset than the one asked for, and overwrite=true was not said."""
-    known = read_json(out / "manifest.json")
-    if isinstance(known, dict) and known.get("fingerprint") != fingerprint and not config.overwrite:
+    known = known_dataset(out)
+    if known and known.fingerprint != fingerprint and not config.overwrite:
         raise other_dataset(config)
+
+
+def keep_recipe(config: Config, out: Path, work: Work) -> None:
+    """Writes the recipe of a dataset of which all shards are made."""
+    write_recipe(out, recipe_of(config, out, digest(work.corpus.inputs), dataset_fingerprint(config, work)))
 
 
 def write_blends(manifest: Manifest) -> None:
     """Writes train.blend and heldout.blend, unless they are as they should be."""
     for split in SPLITS:
-        prefixes, weights = manifest.blend(split)
-        lines = [f"{weight:.9g} {prefix}\n" for weight, prefix in zip(weights, prefixes, strict=True)]
+        _, weights = manifest.blend(split)
+        shards = zip(weights, manifest.splits[split], strict=True)
+        lines = [f"{weight:.9g} {shard.prefix}\n" for weight, shard in shards]
         path, content = manifest.root / f"{split}.blend", "".join(lines).encode()
         if not path.is_file() or path.read_bytes() != content:
             write_atomically(path, content)
@@ -81,7 +98,8 @@ def commit(config: Config, out: Path, work: Work, made: list[Made], splits: Spli
     """Writes the manifest of the files that were made, and returns it."""
     vocabulary = work.vocabulary
     documents = {split: sum(shard.documents for shard in splits[split]) for split in SPLITS}
-    _check_not_empty(documents, config.split.heldout_fraction)
+    skipped = total_skipped(made)
+    _check_not_empty(documents, config.split.heldout_fraction, skipped)
     write_atomically(out / "tokenizer.json", Path(vocabulary.path).read_bytes())
     counts = np.zeros((len(SPLITS), vocabulary.vocab_size), dtype=np.int64)
     for one in made:
@@ -115,6 +133,7 @@ def commit(config: Config, out: Path, work: Work, made: list[Made], splits: Spli
         weights=shares(config.mix, work.jobs) if config.mix.weights else {},
         details={
             **totals,
+            "skipped": skipped,
             "documents": documents,
             "split": asdict(config.split),
             "merge_files": config.merge.files,
@@ -132,10 +151,13 @@ def commit(config: Config, out: Path, work: Work, made: list[Made], splits: Spli
     return load_manifest(out)
 
 
-def _check_not_empty(documents: dict[str, int], fraction: float) -> None:
+def _check_not_empty(documents: dict[str, int], fraction: float, skipped: dict[str, int]) -> None:
     total = sum(documents.values())
     if total == 0:
-        raise InputError("the corpus is empty: no document has any text; check source.paths and source.text_column")
+        left_out = f" ({described(skipped)} were left out by on_error=skip)" if skipped else ""
+        raise InputError(
+            f"the corpus is empty: no document has any text{left_out}; check source.paths and source.text_column"
+        )
     if documents["train"] == 0 and fraction < 1:
         raise InputError(
             f"the train split is empty: all {total} documents were held out by split.heldout_fraction={fraction}; lower it"

@@ -16,6 +16,7 @@ from data_prep.run_config import (
     IndexConfig,
     MergeConfig,
     MixConfig,
+    OnError,
     Packing,
     PackingConfig,
     StatsConfig,
@@ -117,6 +118,7 @@ class JsonlSource:
     name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
     paths: list[str] = MISSING  # files, folders or glob patterns
     text_column: str = "text"  # key of the text in each object
+    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""
@@ -131,6 +133,7 @@ class ParquetSource:
     name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
     paths: list[str] = MISSING  # files, folders or glob patterns
     text_column: str = "text"  # column of the text; must be a string column
+    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""
@@ -145,6 +148,7 @@ class TextSource:
     name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
     paths: list[str] = MISSING  # files, folders or glob patterns
     suffixes: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py"])  # which files of a folder count
+    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""

@@ -4,24 +4,33 @@
 not been asked yet. Both give the same `Corpus` for the same files and settings, whoever runs them and how often.
 """
 
-from dataclasses import asdict, dataclass
-from enum import Enum
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.config import Config
-from data_prep.errors import InputError
-from data_prep.files import read_json, write_json
+from data_prep.errors import InputError, UnreadableText
+from data_prep.files import digest, read_json, write_json
 from data_prep.planning import Shard, Subset, file_sums, input_digest, plan_shards
 from data_prep.progress import Say
+from data_prep.recipe import Recipe, known_dataset, parts_of, plain, recipe_of
+from data_prep.run_config import Packing
 from data_prep.shards import Job, shard_fingerprint
 from data_prep.sources.catalog import SOURCES
-from data_prep.sources.mixed import sources_of
+from data_prep.sources.mixed import part_names, sources_of
 from data_prep.sources.store import TextStore, described, has_other_text, known_text, stored_text
 from data_prep.tokenizer.backends import HuggingFaceBackend
 from data_prep.tokenizer.encoding import Vocabulary
 from data_prep.tokenizer.vocabulary import prepare_vocabulary
+from data_prep.unreadable import with_skip_advice
+from ssa_pretrain.data.repair import command
 
+HOW = (
+    "endpoint",
+    "connections",
+    "attempts",
+    "timeout_s",
+)  # settings of a source that say how text is fetched, not which
 EXTRACTION_VERSION = 2  # raise it when a source would extract other text from the same packages
 
 Parts = tuple[list[Subset], list[dict[str, Any]]]
@@ -61,7 +70,7 @@ def fetch_corpus(config: Config, out: Path, say: Say) -> Corpus:
     parts: Parts = ([], [])
     if kept:
         key = _key(kept)
-        if (out / "manifest.json").exists() and not config.overwrite and has_other_text(out / "text", key):
+        if known_dataset(out) and not config.overwrite and has_other_text(out / "text", key):
             raise other_dataset(config)  # before its text is replaced
         parts = stored_text(out / "text", key, lambda store: _fetch(kept, store, say), _cache(config))
     return _cut(config, out, _with_own_files(parts, own, config, out, say), say)
@@ -79,7 +88,8 @@ def need_corpus(config: Config, out: Path, say: Say) -> Corpus:
     corpus = find_corpus(config, out, say)
     if corpus is None:
         raise InputError(
-            f"the text of source={config.source.kind} is not in out={config.out} yet; run stage=fetch first"
+            f"the text of source={config.source.kind} is not in out={config.out} yet; run stage=fetch first: "
+            f"`{command(out, 'stage=fetch')}`"
         )
     return corpus
 
@@ -95,12 +105,53 @@ def plan_work(config: Config, out: Path, corpus: Corpus, say: Say) -> Work:
     return Work(corpus, vocabulary, exact, jobs)
 
 
-def other_dataset(config: Config) -> InputError:
+def other_dataset(config: Config, reason: str = "") -> InputError:
     """Returns the refusal to replace what lies in `out`."""
     return InputError(
         f"out={config.out} holds a dataset made from other text or settings; choose another out=, or add overwrite=true "
-        "to replace it"
+        f"to replace it{reason and f' ({reason})'}"
     )
+
+
+def refuse_other_source(config: Config, out: Path) -> None:
+    """Raises InputError where the settings show that they are not those of the dataset in `out`, before anything is written.
+
+    Sources that bring text into the folder, a tokenizer that is trained there, and what is part of the dataset's fingerprint are compared by
+    their settings. The user's own files are compared by their content once it is read.
+    """
+    known = known_dataset(out)
+    if known is None or config.overwrite:
+        return
+    kept, _ = _divided(config)
+    if kept and known.recipe is None and known.kind and known.kind != config.source.kind:
+        raise other_dataset(config, f"its text came from source={known.kind}, not from source={config.source.kind}")
+    if known.recipe is None:
+        return
+    asked, theirs = recipe_of(config, out), known.recipe
+    if kept and _fetched(asked) != _fetched(theirs):
+        made, given = theirs.settings["source"]["kind"], config.source.kind
+        raise other_dataset(
+            config, f"its text came from source={made}" + (" with other settings" if made == given else "")
+        )
+    sections = ["split", "policy", "mix"]
+    sections += ["tokenizer"] if config.tokenizer.kind == "bpe" else []  # a tokenizer's path may be another
+    sections += ["packing"] if config.packing.kind is Packing.official_row else []
+    for section in sections:
+        for key, value in asked.settings[section].items():
+            if (other := theirs.settings[section].get(key, value)) != value:
+                raise other_dataset(config, f"made with {section}.{key}={other}, not with {section}.{key}={value}")
+
+
+def _fetched(recipe: Recipe) -> list[Any]:
+    """The settings of the sources that bring text into the dataset's folder or its cache, but for how they fetch it."""
+    sources = [part for part in parts_of(recipe.settings["source"]) if SOURCES[part["kind"]].remembered]
+    return [_without(source, HOW) for source in sources]
+
+
+def _without(settings: Any, names: tuple[str, ...]) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _without(value, names) for key, value in settings.items() if key not in names}
 
 
 def write_plan(out: Path, config: Config, corpus: Corpus | None) -> None:
@@ -130,13 +181,8 @@ def _divided(config: Config) -> tuple[list[Any], list[Any]]:
 
 def _key(kept: list[Any]) -> dict[str, Any]:
     """What the remembered text depends on."""
-    settings = [asdict(source, dict_factory=_plain) for source in kept]
+    settings = [_without(plain(source), ("on_error",)) for source in kept]
     return {"version": EXTRACTION_VERSION, **(settings[0] if len(settings) == 1 else {"parts": settings})}
-
-
-def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dictionary that JSON can hold, and gives back as it was."""
-    return {name: value.value if isinstance(value, Enum) else value for name, value in items}
 
 
 def _cache(config: Config) -> Path:
@@ -162,14 +208,31 @@ def _with_own_files(parts: Parts, own: list[Any], config: Config, out: Path, say
 
 def _cut(config: Config, out: Path, parts: Parts, say: Say) -> Corpus:
     subsets, sources = parts
-    shards = plan_shards(subsets, config.shard_mb)
+    on_error = {
+        name: source.on_error.value
+        for source in sources_of(config.source)
+        if hasattr(source, "on_error")
+        for name in part_names(source)
+    }
+    subsets = [replace(subset, on_error=on_error.get(subset.name, "fail")) for subset in subsets]
+    try:
+        shards = plan_shards(subsets, config.shard_mb)
+    except UnreadableText as error:
+        raise UnreadableText(with_skip_advice(str(error), config)) from None
     if not shards:
         raise InputError("the corpus is empty: its files hold no bytes; check source.paths")
-    sums = file_sums(shards, out / "work" / "inputs.json")
+    memory = out / "work" / "inputs.json"
+    known_sums = read_json(memory) or {}
+    sums = file_sums(shards, known_sums)
     corpus = Corpus(
         [{"kind": config.source.kind, **source} for source in sources],
         shards,
         [input_digest(shard, sums) for shard in shards],
     )
+    known = known_dataset(out)
+    if known and known.inputs not in ("", digest(corpus.inputs)) and not config.overwrite:
+        raise other_dataset(config, "the text is not the text that it was made from")  # before anything is written
+    if read_json(memory) != known_sums:
+        write_json(memory, known_sums)
     say(f"corpus: {corpus.bytes / 1e6:.1f} MB in {len(sums)} files, {len(shards)} shards")
     return corpus

@@ -15,3 +15,7 @@ class InputError(ValueError):
     """A file, package or text that the settings name is missing or unreadable."""
 
     exit_code = 4
+
+
+class UnreadableText(InputError):
+    """Text of an input file cannot be read: not UTF-8, no JSON, no text where it should be, a damaged archive."""

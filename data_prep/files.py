@@ -47,7 +47,7 @@ def read_json(path: Path) -> Any:
     """Returns the JSON content of one of our own files, or None where it is absent or damaged: it is then made anew."""
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

@@ -27,6 +27,7 @@ from data_prep.progress import Say
 from data_prep.run_config import MergeConfig
 from data_prep.shards import Made, has_files, shard_prefix
 from ssa_pretrain.data.indexed_format import HEADER, SPLITS, ShardInfo, file_sha256, read_header
+from ssa_pretrain.data.repair import DatasetError, repair_advice
 
 COPY_BYTES = 8 << 20
 
@@ -187,17 +188,17 @@ def _check_sizes(out: Path, info: ShardInfo) -> np.dtype:
     try:
         header = read_header(idx)
         actual = bin_.stat().st_size
-    except (OSError, ValueError) as error:
-        raise _damaged(info, str(error)) from None
+    except (OSError, DatasetError) as error:
+        raise _damaged(out, info, error.what if isinstance(error, DatasetError) else str(error)) from None
     described = header.dtype.itemsize * sum(
         int(part.sum(dtype=np.int64)) for part in lengths_of(idx, header.num_sequences)
     )
     if not actual == described == info.bin_bytes or header.num_sequences != info.documents:
         raise _damaged(
-            info, f"{bin_} has {actual} bytes, its .idx describes {described}, its record says {info.bin_bytes}"
+            out, info, f"{bin_} has {actual} bytes, its .idx describes {described}, its record says {info.bin_bytes}"
         )
     if file_sha256(idx) != info.idx_sha256:
-        raise _damaged(info, f"{idx} changed after it was written")
+        raise _damaged(out, info, f"{idx} changed after it was written")
     return header.dtype
 
 
@@ -208,8 +209,8 @@ def _copy(out: Path, info: ShardInfo, file: TokenFile) -> None:
             checksum.update(block)
             file.write(block)
     if checksum.hexdigest() != info.bin_sha256:
-        raise _damaged(info, f"{out / info.prefix}.bin changed after it was written")
+        raise _damaged(out, info, f"{out / info.prefix}.bin changed after it was written")
 
 
-def _damaged(info: ShardInfo, what: str) -> InputError:
-    return InputError(f"shard {Path(info.prefix).name} cannot be merged: {what}; run stage=tokenize verify=full first")
+def _damaged(out: Path, info: ShardInfo, what: str) -> InputError:
+    return InputError(f"shard {Path(info.prefix).name} cannot be merged: {what}; {repair_advice(out)}")

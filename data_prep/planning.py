@@ -8,18 +8,18 @@ Each input file is known by its sha256. Hashing is the one step that reads every
 remembered with size and modification time, and a file is read again only when either has changed.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from data_prep.errors import InputError
-from data_prep.files import digest, read_json, write_atomically
+from data_prep.errors import InputError, UnreadableText
+from data_prep.files import digest
 from data_prep.progress import Say
-from data_prep.readers import Piece, is_compressed, open_parquet
+from data_prep.readers import EMPTY_ARCHIVE, MOST_NAMED, Piece, is_compressed, open_parquet
 from ssa_pretrain.data.indexed_format import file_sha256
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson")
@@ -33,6 +33,7 @@ class Subset:
     format: str
     files: tuple[str, ...]
     text_column: str = "text"
+    on_error: str = "fail"  # fail or skip: what becomes of text that cannot be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +62,41 @@ def plan_shards(subsets: list[Subset], shard_mb: float) -> list[Shard]:
         subsets: parts of the corpus.
         shard_mb: most MB of input of a shard (an uncuttable file may have more); 0 takes a thirty-second of the corpus, rounded
             up to a power of two from 2 to 512 MB, so that a corpus that grows a little keeps its plan.
+
+    Raises:
+        UnreadableText: naming every file that cannot be opened.
     """
     limit = max(1, int(shard_mb * 1e6)) if shard_mb else _default_limit(subsets)
-    shards = []
+    shards, unreadable = [], []
     for subset in subsets:
         group: list[Piece] = []
         groups = [group]
         for path in subset.files:
-            for piece in _cut(path, subset, limit):
+            try:
+                pieces = _cut(path, subset, limit)
+            except UnreadableText as error:
+                if subset.on_error == "fail":
+                    unreadable.append(str(error))
+                pieces = [
+                    Piece(path, subset.format, subset.text_column, 0, 0, Path(path).stat().st_size, subset.on_error)
+                ]
+            for piece in pieces:
                 if group and sum(p.size for p in group) + piece.size > limit:
                     group = []
                     groups.append(group)
                 group.append(piece)
         shards += [Shard(subset.name, index, tuple(pieces)) for index, pieces in enumerate(groups) if pieces]
+    if unreadable:
+        raise UnreadableText(listed(unreadable))
     return shards
+
+
+def listed(problems: list[str]) -> str:
+    """Returns the problems of several files as one message, a line each."""
+    if len(problems) == 1:
+        return problems[0]
+    shown = problems[:MOST_NAMED] + [f"and {len(problems) - MOST_NAMED} more"] * (len(problems) > MOST_NAMED)
+    return f"{len(problems)} files have text that cannot be read:\n  " + "\n  ".join(shown)
 
 
 def expand_paths(
@@ -127,31 +149,30 @@ def expand_paths(
     return tuple(sorted(own.values()))
 
 
-def file_sums(shards: list[Shard], memory: Path) -> dict[str, str]:
+def file_sums(shards: list[Shard], known: dict[str, Any]) -> dict[str, str]:
     """Returns the sha256 of every input file.
 
     Args:
         shards: the plan.
-        memory: JSON file in which the sums are remembered between runs.
+        known: size, modification time and sum of files that were read before; gets those of the others.
     """
-    known = read_json(memory) or {}
     paths = sorted({piece.path for shard in shards for piece in shard.pieces})
     stats = {}
     for path in paths:
         stat = Path(path).stat()
         stats[path] = [stat.st_size, stat.st_mtime_ns]
     new = [path for path in paths if known.get(path, [None, None])[:2] != stats[path]]
-    if new:
-        with ThreadPoolExecutor(4) as pool:
-            for path, sha256 in zip(new, pool.map(lambda p: file_sha256(Path(p)), new), strict=True):
-                known[path] = [*stats[path], sha256]
-        write_atomically(memory, json.dumps(known).encode())
+    with ThreadPoolExecutor(4) as pool:
+        for path, sha256 in zip(new, pool.map(lambda p: file_sha256(Path(p)), new), strict=True):
+            known[path] = [*stats[path], sha256]
     return {path: known[path][2] for path in paths}
 
 
 def input_digest(shard: Shard, sums: dict[str, str]) -> str:
     """Returns the sha256 of what a shard's text is: contents and ranges, not where the files lie."""
     pieces = [{**asdict(piece), "path": sums[piece.path]} for piece in shard.pieces]
+    for piece in pieces:
+        del piece["on_error"]  # the bytes do not depend on it: without it there are none where text cannot be read
     return digest([shard.stem, pieces])
 
 
@@ -166,11 +187,12 @@ def _cut(path: str, subset: Subset, limit: int) -> list[Piece]:
         return _cut_parquet(path, subset, limit)
     if subset.format == "text" or is_compressed(path):
         if not size and subset.format != "text":
-            raise InputError(f"{path} is empty, which no compressed file is; fetch it again or leave it out")
-        return [Piece(path, subset.format, subset.text_column, 0, size, size)]
+            raise UnreadableText(f"{path} {EMPTY_ARCHIVE}")
+        return [Piece(path, subset.format, subset.text_column, 0, size, size, subset.on_error)]
     starts = range(0, size, limit)
     return [
-        Piece(path, subset.format, subset.text_column, a, min(a + limit, size), min(limit, size - a)) for a in starts
+        Piece(path, subset.format, subset.text_column, a, min(a + limit, size), min(limit, size - a), subset.on_error)
+        for a in starts
     ]
 
 
@@ -182,7 +204,7 @@ def _cut_parquet(path: str, subset: Subset, limit: int) -> list[Piece]:
         for group in range(metadata.num_row_groups):
             size += metadata.row_group(group).total_byte_size
             if size >= limit or group == metadata.num_row_groups - 1:
-                pieces.append(Piece(path, "parquet", subset.text_column, start, group + 1, size))
+                pieces.append(Piece(path, "parquet", subset.text_column, start, group + 1, size, subset.on_error))
                 start, size = group + 1, 0
     return pieces
 

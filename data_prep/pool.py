@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import SplitConfig
-from data_prep.errors import InputError
+from data_prep.errors import InputError, UnreadableText
 from data_prep.parity import CORPUS, BackendMismatch, Parity, Sample
 from data_prep.planning import Shard
 from data_prep.processes import FORK, end_with_parent, in_own_memory
@@ -63,6 +63,7 @@ class _Failure:
     message: str
     remedy: str = ""
     our_fault: bool = False
+    unreadable: bool = False  # text of the input
 
 
 def num_workers(asked: int) -> int:
@@ -193,7 +194,9 @@ def _answer(worker: _Worker) -> Any:
 
 def _as_error(failure: _Failure, shard: Shard) -> Exception:
     message = f"{failure.message} (shard {shard.stem})" + (f"; {failure.remedy}" if failure.remedy else "")
-    return RuntimeError(message) if failure.our_fault else InputError(message)
+    if failure.our_fault:
+        return RuntimeError(message)
+    return UnreadableText(message) if failure.unreadable else InputError(message)
 
 
 def _work(recipe: Recipe, jobs: list[Job], sums: Any, pipe: Connection, parents_end: Connection) -> None:
@@ -221,7 +224,7 @@ def _result(recipe: Recipe, job: Job, sums: Any, number: int) -> tuple[dict[str,
     try:
         return write_shard(recipe.out, job.shard, job.fingerprint, recipe.encoder, recipe.split, report)
     except InputError as error:
-        return _Failure(str(error))
+        return _Failure(str(error), unreadable=isinstance(error, UnreadableText))
     except OSError as error:
         if error.errno is None:
             raise

@@ -2,7 +2,8 @@
 
 A `Piece` is a range of one file that can be read on its own: bytes of an uncompressed JSON-lines file (the lines that begin in
 the range), row groups of a Parquet file, or a whole file. Reading yields texts in file order. Anything that is not a document
-is an InputError with file and line; nothing is skipped in silence.
+is an error with file and line, or with `on_error=skip` is left out and counted: a line, a row, or a file from where it is damaged.
+Nothing is skipped in silence.
 
 JSON is parsed by orjson where that is installed (extra `gigatoken`), two to four times as fast. What it refuses is parsed again
 by the standard library, which takes a little more (NaN, a byte order mark) and says more clearly what is wrong: so the documents and
@@ -13,12 +14,14 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, UnreadableText
 
 if TYPE_CHECKING:
     import pyarrow
@@ -31,7 +34,11 @@ except ImportError:
 
 READ_BYTES = 1 << 20  # of lines in memory at a time
 
+EMPTY_ARCHIVE = "is empty, which no compressed file is; fetch it again or leave it out"
+MOST_NAMED = 100  # files of which the first problem is kept
+
 Advance = Callable[[int], None]
+Refuse = Callable[[str, Callable[[], str], int], None]  # of a line, row or file; says why; how many
 Document = tuple[str, bytes]  # a text and its UTF-8
 
 
@@ -49,25 +56,59 @@ class Piece:
     start: int
     stop: int
     size: int
+    on_error: str = "fail"  # fail or skip
 
 
-def read_piece(piece: Piece, advance: Advance) -> Iterator[Document]:
+@dataclass(slots=True)
+class Skipped:
+    """What was left out of some text, since it could not be read."""
+
+    counts: Counter[str] = field(default_factory=Counter)  # lines, rows and files
+    problems: dict[str, list[Any]] = field(default_factory=dict)  # by file: the first problem, and how many there are
+
+    def add(self, path: str, what: str, reason: Callable[[], str], count: int) -> None:
+        """Counts what was left out of a file."""
+        self.counts[what] += count
+        if path in self.problems:
+            self.problems[path][1] += count
+        elif len(self.problems) < MOST_NAMED:
+            self.problems[path] = [reason(), count]
+
+
+def described(counts: dict[str, int]) -> str:
+    """Returns counts of what was left out, in words."""
+    return ", ".join(f"{count:,} {what if count > 1 else what[:-1]}" for what, count in sorted(counts.items()))
+
+
+def read_piece(piece: Piece, advance: Advance, skipped: Skipped | None = None) -> Iterator[Document]:
     """Yields the documents of a piece; calls `advance` with the bytes of input done since the last call.
 
+    Args:
+        piece: what to read.
+        advance: is told of the progress.
+        skipped: gets what `on_error=skip` leaves out.
+
     Raises:
-        InputError: naming file, place and remedy.
+        UnreadableText: naming file, place and remedy.
+        InputError: the file is gone or may not be read.
     """
+    tally = skipped if skipped is not None else Skipped()
+    refuse = partial(tally.add, piece.path) if piece.on_error == "skip" else _refuse
     try:
         if piece.format == "jsonl":
-            yield from _read_jsonl(piece, advance)
+            yield from _read_jsonl(piece, advance, refuse)
         elif piece.format == "parquet":
-            yield from _read_parquet(piece, advance)
+            yield from _read_parquet(piece, advance, refuse)
         else:
-            yield _read_text(piece, advance)
+            yield from _read_text(piece, advance, refuse)
     except FileNotFoundError:
         raise InputError(f"{piece.path} does not exist any more; restore it or run again without it") from None
     except PermissionError:
         raise InputError(f"{piece.path} may not be read by this user; try chmod +r") from None
+
+
+def _refuse(_: str, reason: Callable[[], str], count: int) -> None:
+    raise UnreadableText(reason())
 
 
 def is_compressed(path: str) -> bool:
@@ -75,9 +116,9 @@ def is_compressed(path: str) -> bool:
     return path.endswith((".gz", ".zst"))
 
 
-def _read_jsonl(piece: Piece, advance: Advance) -> Iterator[Document]:
+def _read_jsonl(piece: Piece, advance: Advance, refuse: Refuse) -> Iterator[Document]:
     if is_compressed(piece.path):
-        yield from _read_compressed_jsonl(piece, advance)
+        yield from _read_compressed_jsonl(piece, advance, refuse)
         return
     with open(piece.path, "rb") as file:
         if piece.start:
@@ -88,10 +129,7 @@ def _read_jsonl(piece: Piece, advance: Advance) -> Iterator[Document]:
         position = file.tell()
         while position < piece.stop and (lines := file.readlines(READ_BYTES)):
             for line in lines:
-                try:
-                    document = _document_of(line, piece.text_column)
-                except ValueError as problem:
-                    raise InputError(f"{piece.path}:{_line_number(piece.path, position)}: {problem}") from None
+                document = _document_or_not(line, piece, refuse, lambda at=position: _line_number(piece.path, at))
                 position += len(line)
                 advance(len(line))
                 if document is not None:
@@ -100,20 +138,29 @@ def _read_jsonl(piece: Piece, advance: Advance) -> Iterator[Document]:
                     return
 
 
-def _read_compressed_jsonl(piece: Piece, advance: Advance) -> Iterator[Document]:
+def _read_compressed_jsonl(piece: Piece, advance: Advance, refuse: Refuse) -> Iterator[Document]:
     done = number = 0
     with open(piece.path, "rb") as raw:
+        if not raw.seek(0, 2):
+            refuse("files", lambda: f"{piece.path} {EMPTY_ARCHIVE}", 1)
+        raw.seek(0)
         lines = _decompressed(piece.path, raw)
-        while line := _next_line(lines, piece.path, number):
+        while line := _next_line(lines, piece.path, number, refuse):
             number += 1
-            try:
-                document = _document_of(line, piece.text_column)
-            except ValueError as problem:
-                raise InputError(f"{piece.path}:{number}: {problem}") from None
+            document = _document_or_not(line, piece, refuse, lambda at=number: at)
             advance(raw.tell() - done)
             done = raw.tell()
             if document is not None:
                 yield document
+
+
+def _document_or_not(line: bytes, piece: Piece, refuse: Refuse, number: Callable[[], int]) -> Document | None:
+    try:
+        return _document_of(line, piece.text_column)
+    except ValueError as error:
+        problem = str(error)
+    refuse("lines", lambda: f"{piece.path}:{number()}: {problem}", 1)
+    return None
 
 
 def _decompressed(path: str, raw: BinaryIO) -> io.BufferedReader:
@@ -124,13 +171,14 @@ def _decompressed(path: str, raw: BinaryIO) -> io.BufferedReader:
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
 
 
-def _next_line(lines: io.BufferedReader, path: str, number: int) -> bytes:
+def _next_line(lines: io.BufferedReader, path: str, number: int, refuse: Refuse) -> bytes:
+    """Returns the next line, nothing at the end or where the archive is damaged."""
     try:
         return lines.readline()
     except (EOFError, OSError, zlib.error) as error:
-        raise InputError(
-            f"{path} is damaged or cut short after line {number} ({_one_line(error)}); fetch it again"
-        ) from None
+        problem = f"{path} is damaged or cut short after line {number} ({_one_line(error)}); fetch it again"
+    refuse("files", lambda: problem, 1)
+    return b""
 
 
 def _document_of(line: bytes, column: str) -> Document | None:
@@ -183,36 +231,48 @@ def _line_number(path: str, position: int) -> int:
     return lines
 
 
-def _read_parquet(piece: Piece, advance: Advance) -> Iterator[Document]:
+def _read_parquet(piece: Piece, advance: Advance, refuse: Refuse) -> Iterator[Document]:
     import pyarrow
 
     per_group = piece.size // max(1, piece.stop - piece.start)
-    with open_parquet(piece.path, piece.text_column) as file:
+    try:
+        file = open_parquet(piece.path, piece.text_column)
+    except UnreadableText as error:
+        problem = str(error)
+        refuse("files", lambda: problem, 1)
+        return
+    with file:
         for group in range(piece.start, piece.stop):
             row = 0
             try:
                 for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[piece.text_column]):
                     for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                        if raw is None:
-                            raise InputError(
-                                f"{piece.path}: row {row} of row group {group} has no text in column "
-                                f"{piece.text_column!r}; drop such rows first"
-                            )
-                        yield raw.decode("utf-8"), raw
+                        document = _document_of_row(raw, piece, refuse, f"row {row} of row group {group}")
                         row += 1
-            except UnicodeDecodeError:
-                raise InputError(
-                    f"{piece.path}: row {row} of row group {group} is not UTF-8; write the file again"
-                ) from None
+                        if document is not None:
+                            yield document
             except (pyarrow.ArrowException, OSError) as error:
-                raise InputError(
-                    f"{piece.path}: row group {group} is damaged ({_one_line(error)}); fetch it again"
-                ) from None
+                if isinstance(error, FileNotFoundError | PermissionError):
+                    raise
+                problem = f"{piece.path}: row group {group} is damaged ({_one_line(error)}); fetch it again"
+                refuse("rows", lambda problem=problem: problem, file.metadata.row_group(group).num_rows - row)
             advance(per_group)
 
 
+def _document_of_row(raw: bytes | None, piece: Piece, refuse: Refuse, where: str) -> Document | None:
+    if raw is None:
+        problem = f"{piece.path}: {where} has no text in column {piece.text_column!r}; drop such rows first"
+    else:
+        try:
+            return raw.decode("utf-8"), raw
+        except UnicodeDecodeError:
+            problem = f"{piece.path}: {where} is not UTF-8; write the file again"
+    refuse("rows", lambda: problem, 1)
+    return None
+
+
 def open_parquet(path: str, text_column: str) -> "pyarrow.parquet.ParquetFile":
-    """Returns an open Parquet file that is known to have a string column of that name, or raises InputError."""
+    """Returns an open Parquet file that is known to have a string column of that name, or raises UnreadableText."""
     import pyarrow.parquet
 
     try:
@@ -220,40 +280,41 @@ def open_parquet(path: str, text_column: str) -> "pyarrow.parquet.ParquetFile":
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        raise InputError(f"{path} is not a readable Parquet file ({_one_line(error)}); fetch it again") from None
+        raise UnreadableText(f"{path} is not a readable Parquet file ({_one_line(error)}); fetch it again") from None
     check_text_column(file.schema_arrow, text_column, path)
     return file
 
 
 def check_text_column(schema: "pyarrow.Schema", text_column: str, path: str) -> None:
-    """Raises InputError unless a Parquet file has one column of that name and it holds strings, dictionaries of them included."""
+    """Raises UnreadableText unless a Parquet file has one column of that name and it holds strings, dictionaries of them included."""
     import pyarrow
 
     if text_column not in schema.names:
         names = ", ".join(map(repr, schema.names[:12]))
-        raise InputError(f"{path} has no column {text_column!r}, it has {names}; set source.text_column")
+        raise UnreadableText(f"{path} has no column {text_column!r}, it has {names}; set source.text_column")
     if (count := schema.names.count(text_column)) > 1:
-        raise InputError(f"{path} has {count} columns {text_column!r}; write it again with one of that name")
+        raise UnreadableText(f"{path} has {count} columns {text_column!r}; write it again with one of that name")
     kind = plain = schema.field(text_column).type
     if pyarrow.types.is_dictionary(kind):
         plain = kind.value_type
     if str(plain) in ("binary", "large_binary", "binary_view"):
-        raise InputError(
+        raise UnreadableText(
             f"{path}: column {text_column!r} holds {kind}, not strings; cast it to string and write the file again"
         )
     if str(plain) not in ("string", "large_string", "string_view"):
-        raise InputError(f"{path}: column {text_column!r} holds {kind}, not strings; set source.text_column")
+        raise UnreadableText(f"{path}: column {text_column!r} holds {kind}, not strings; set source.text_column")
 
 
-def _read_text(piece: Piece, advance: Advance) -> Document:
+def _read_text(piece: Piece, advance: Advance, refuse: Refuse) -> Iterator[Document]:
     raw = Path(piece.path).read_bytes()
     advance(len(raw))
     try:
-        return raw.decode("utf-8"), raw
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{piece.path} is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8, or leave it out"
-        ) from None
+        problem = f"{piece.path} is not UTF-8 (byte {error.start}); convert it with iconv -t utf-8, or leave it out"
+        refuse("files", lambda: problem, 1)
+    else:
+        yield text, raw
 
 
 def _one_line(error: BaseException) -> str:

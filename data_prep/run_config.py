@@ -1,4 +1,4 @@
-"""The settings that say how much is made, in what shape, and where: mix, packing, merge, executor, index, stats.
+"""The settings that say how much is made, in what shape, and where: on_error, mix, packing, merge, executor, index, stats.
 
 What the text is and how it becomes ids is in data_prep/config.py, which gathers all of them.
 """
@@ -8,6 +8,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
+
+
+class OnError(Enum):
+    """What becomes of lines, rows and files that cannot be read as text."""
+
+    fail = "fail"  # the run ends, and names all files that have some
+    skip = "skip"  # they are left out and counted
 
 
 class Packing(Enum):

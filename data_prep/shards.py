@@ -21,7 +21,7 @@ from data_prep.config import SplitConfig
 from data_prep.files import digest, read_json, write_atomically, write_json
 from data_prep.parity import Sample
 from data_prep.planning import Shard
-from data_prep.readers import Document, read_piece
+from data_prep.readers import Document, Skipped, read_piece
 from data_prep.splitting import is_heldout
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
 from ssa_pretrain.data.indexed_format import SPLITS, ShardInfo, file_sha256
@@ -99,14 +99,19 @@ def known_record(out: Path, stem: str, fingerprint: str) -> dict[str, Any] | Non
     return record
 
 
+def skipped_of(record: dict[str, Any]) -> dict[str, int]:
+    """Returns how many lines, rows and files a shard lacks, since they could not be read; records of older versions lack none."""
+    return record.get("skipped", {}).get("counts", {})
+
+
 def has_files(out: Path, record: dict[str, Any], verify: bool) -> bool:
-    """Returns whether a record's files are there with their sizes; `verify` compares checksums, too."""
+    """Returns whether a record's files are there: sizes and the checksum of the .idx; `verify` compares that of the .bin, too."""
     for info in filter(None, record["splits"].values()):
         for kind in ("bin", "idx"):
             path = out / f"{info['prefix']}.{kind}"
             if not path.is_file() or path.stat().st_size != info[f"{kind}_bytes"]:
                 return False
-            if verify and file_sha256(path) != info[f"{kind}_sha256"]:
+            if (verify or kind == "idx") and file_sha256(path) != info[f"{kind}_sha256"]:
                 return False
     return True
 
@@ -132,7 +137,8 @@ def write_shard(
     ratios = np.zeros(RATIO_BINS, dtype=np.int64)
     text_bytes = documents = empty = 0
     sample = Sample([], [])
-    for batch, consumed in _batches(shard):
+    skipped = Skipped()
+    for batch, consumed in _batches(shard, skipped):
         full = [(text, raw) for text, raw in batch if not raw.isspace() and raw]
         empty += len(batch) - len(full)
         documents += len(full)
@@ -149,6 +155,7 @@ def write_shard(
         "text_bytes": text_bytes,
         "source_documents": documents,
         "empty_documents": empty,
+        "skipped": {"counts": dict(skipped.counts), "problems": skipped.problems},
         "bytes_per_token_histogram": ratios.tolist(),
         "splits": {name: info and asdict(info) for name, info in splits.items()},
     }
@@ -162,7 +169,7 @@ def commit_shard(out: Path, stem: str, record: dict[str, Any]) -> None:
     write_json(record_path(out, stem), record)
 
 
-def _batches(shard: Shard) -> Iterator[tuple[list[Document], int]]:
+def _batches(shard: Shard, skipped: Skipped) -> Iterator[tuple[list[Document], int]]:
     """Yields documents in groups of bounded size, each with the bytes of input read for it."""
     consumed = size = 0
     batch: list[Document] = []
@@ -172,7 +179,7 @@ def _batches(shard: Shard) -> Iterator[tuple[list[Document], int]]:
         consumed += count
 
     for piece in shard.pieces:
-        for document in read_piece(piece, advance):
+        for document in read_piece(piece, advance, skipped):
             batch.append(document)
             size += len(document[1])
             if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:

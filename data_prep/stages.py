@@ -8,9 +8,11 @@ from data_prep.errors import InputError
 from data_prep.index import build_index
 from data_prep.pipeline import fetch_stage, folder, merge_stage, plan_stage, prepare_dataset, tokenize_stage
 from data_prep.progress import Say
+from data_prep.readers import described
 from data_prep.stats import stats_stage
 from data_prep.validate import validate_dataset
 from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.repair import command, repair_advice
 
 Write = Callable[[str], object]
 
@@ -35,7 +37,9 @@ def run_stages(config: Config, say: Say, write: Write) -> None:
     elif stage is Stage.tokenize:
         made = tokenize_stage(config, say)
         if made is not None:
-            write(f"{len(made)} shards are made; stage=merge makes the dataset of them\n")
+            write(
+                f"{len(made)} shards are made; `{command(folder(config), 'stage=merge')}` makes the dataset of them\n"
+            )
     elif stage is Stage.merge:
         write(summary(merge_stage(config, say)) + "\n")
     elif stage is Stage.validate:
@@ -73,6 +77,8 @@ def summary(manifest: Manifest) -> str:
         f"{manifest.bytes_per_token:.2f} bytes a token; unigram entropy {entropy['train']:.3f} nats (train), "
         f"{entropy['heldout']:.3f} (held out)"
     )
+    if skipped := manifest.details.get("skipped"):
+        lines.append(f"left out by on_error=skip: {described(skipped)}")
     lines.append(f"{manifest.root / 'manifest.json'}")
     return "\n".join(lines)
 
@@ -91,6 +97,6 @@ def _validate(config: Config, say: Say) -> str:
         say(f"damaged: {problem}")
     if found := len(verdict.problems):
         root = verdict.manifest.root
-        raise InputError(f"{root} has {found} problems; run data_prep again with verify=full to repair it")
+        raise InputError(f"{root} has {found} problem{'s' * (found > 1)}; {repair_advice(root)}")
     sound = f"valid: every file, id and document is as the manifest says; {verdict.rechecked}"
     return f"{summary(verdict.manifest)}\n{sound}\n"

@@ -23,13 +23,14 @@ from data_prep.files import only_writer, read_json, write_atomically, write_json
 from data_prep.merging import lengths_of
 from data_prep.pipeline import folder
 from data_prep.progress import Say
+from data_prep.readers import described
 from data_prep.run_config import StatsConfig
 from data_prep.stats_page import page
 from ssa_pretrain.data.indexed_format import SPLITS, Manifest, file_sha256, load_manifest, token_dtype
 
 BINS_AN_OCTAVE = 4
 NODES = (1, 8, 64)
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,11 @@ def stats_stage(config: Config, say: Say) -> str:
         known = read_json(out / "stats.json")
         if isinstance(known, dict) and known.get("key") == key and (out / "stats.html").is_file():
             say(f"{out / 'stats.json'} is up to date")
-            return table(known)
+            return table(known, out)
         figures = {"key": key, **collect(manifest, config.stats, read_rates(out))}
         write_atomically(out / "stats.html", page(figures).encode())
         write_json(out / "stats.json", figures)
-    return table(figures)
+    return table(figures, out)
 
 
 def collect(manifest: Manifest, config: StatsConfig, rates: list[dict[str, Any]]) -> dict[str, Any]:
@@ -78,13 +79,14 @@ def collect(manifest: Manifest, config: StatsConfig, rates: list[dict[str, Any]]
     details, tokens = manifest.details, manifest.tokens("train")
     shares = manifest.weights or {name: own.tokens / max(1, tokens) for name, own in parts["train"].items()}
     return {
-        "dataset": str(manifest.root),
+        "dataset": manifest.root.name,
         "tokenizer": manifest.tokenizer.name,
         "policy": manifest.policy,
         "text_bytes": details["text_bytes"],
         "bytes_per_token": manifest.bytes_per_token,
         "source_documents": details["source_documents"],
         "empty_documents": details["empty_documents"],
+        "skipped": details.get("skipped", {}),
         "shards": details["shards"],
         "files": {split: len(manifest.splits[split]) for split in SPLITS},
         "bytes_on_disk": sum(s.bin_bytes + s.idx_bytes for files in manifest.splits.values() for s in files),
@@ -170,8 +172,8 @@ def read_rates(out: Path) -> list[dict[str, Any]]:
     return rates
 
 
-def table(figures: dict[str, Any]) -> str:
-    """Returns the figures for a terminal; the last line says where the page is."""
+def table(figures: dict[str, Any], out: Path) -> str:
+    """Returns the statistics of the dataset in `out` for a terminal; the last line has the path of the page."""
     rows = [("split", "part", "documents", "tokens", "mean", "longest", "epochs")]
     for split, parts in figures["splits"].items():
         for name, own in parts.items():
@@ -189,6 +191,8 @@ def table(figures: dict[str, Any]) -> str:
     lines.append(
         f"{figures['bytes_per_token']:.3f} bytes a token, {figures['empty_documents']} empty documents left out"
     )
+    if figures["skipped"]:
+        lines.append(f"left out by on_error=skip: {described(figures['skipped'])}")
     length = figures["key"]["sequence_length"]
     lines += [f"fill of rows of {length} as {name}: {100 * share:.1f} %" for name, share in figures["fill"].items()]
     plan, budget = figures["plan"], figures["budget"]["tokens"]
@@ -202,7 +206,7 @@ def table(figures: dict[str, Any]) -> str:
             f"at {plan['core_mb_per_s']} MB/s a core ({plan['backend']}): {plan['core_hours']} core-hours; {hours} nodes of "
             f"{plan['cores_per_node']} cores, bound by their {plan['bound_by']}"
         )
-    lines.append(f"statistics: {Path(figures['dataset']) / 'stats.html'}")
+    lines.append(f"statistics: {out / 'stats.html'}")
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from data_prep.readers import described
+
 STYLE = """
 :root{color-scheme:light dark;--page:#f9f9f7;--card:#fff;--ink:#16181d;--soft:#5b6069;--rule:#e4e4df;
 --a:#2463c4;--b:#c2571a;--c:#13806b;--d:#8a4fbf;--e:#a8820c;--f:#6b7280}
@@ -50,8 +52,8 @@ def page(figures: dict[str, Any]) -> str:
     """
     train = figures["splits"]["train"]
     body = [
-        f"<h1>{escape(figures['dataset'].rsplit('/', 1)[-1])}</h1>",
-        f"<p>{escape(figures['dataset'])} · tokenizer {escape(figures['tokenizer'])}</p>",
+        f"<h1>{escape(figures['dataset'])}</h1>",
+        f"<p>tokenizer {escape(figures['tokenizer'])}{_left_out(figures['skipped'])}</p>",
         _tiles(figures),
         _card("Documents by length", "Of the train split, each part by a colour; tokens of a document, EOS included.")(
             histogram({name: own["histogram"] for name, own in train.items()}, _length_label, every=4)
@@ -66,12 +68,16 @@ def page(figures: dict[str, Any]) -> str:
         _card("Sources", "What each origin gave.")(_sources_table(figures["sources"])),
         _card("The same in full", _plan_text(figures))(_plan_table(figures["plan"])),
     ]
-    title = escape(figures["dataset"].rsplit("/", 1)[-1])
+    title = escape(figures["dataset"])
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: data</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
+
+
+def _left_out(skipped: dict[str, int]) -> str:
+    return f" · left out by on_error=skip: {escape(described(skipped))}" if skipped else ""
 
 
 def histogram(series: dict[str, Sequence[float]], label, *, every: int) -> str:

@@ -20,9 +20,10 @@ from data_prep.planning import Shard
 from data_prep.pool import Recipe, make_shards, num_workers
 from data_prep.progress import Say
 from data_prep.readers import read_piece
-from data_prep.shards import Job, Made, counts_path, has_files, known_record, record_path, shard_prefix
+from data_prep.shards import Job, Made, counts_path, has_files, known_record, record_path, shard_prefix, skipped_of
 from data_prep.tokenizer.backends import choose_backend, is_compared, stay_on_one_thread
 from data_prep.tokenizer.encoding import Encoder
+from data_prep.unreadable import tell_skipped
 from ssa_pretrain.data.indexed_format import SPLITS
 
 SAMPLE_DOCUMENTS, SAMPLE_BYTES = 1_000, 250_000  # on which a faster backend must agree, over all shards
@@ -46,13 +47,15 @@ def tokenize(config: Config, out: Path, work: Work, say: Say) -> list[Made] | No
         if first and len(missing) < len(chosen):
             say(f"reusing {len(chosen) - len(missing)} of {len(chosen)} shards")
         if not missing:
-            return [Made(job, records[job.shard.stem]) for job in chosen]
+            made = [Made(job, records[job.shard.stem]) for job in chosen]
+            tell_skipped(made, say)
+            return made
         for job in missing:
             record_path(out, job.shard.stem).unlink(missing_ok=True)  # lest a task of a cluster take it for made
-        made = _make(config, out, work, missing, say)
-        if made is None:
+        new = _make(config, out, work, missing, say)
+        if new is None:
             return None
-        for job, record in zip(missing, made, strict=True):
+        for job, record in zip(missing, new, strict=True):
             records[job.shard.stem] = record
         lacking.made |= {job.shard.stem for job in missing}
         first = False
@@ -69,8 +72,13 @@ def made_shards(config: Config, out: Path, work: Work) -> list[Made] | None:
 
 def _records(out: Path, jobs: list[Job]) -> dict[str, dict[str, Any]]:
     """Returns the records of shards that were made, whether or not their files are still there."""
-    found = {job.shard.stem: known_record(out, job.shard.stem, job.fingerprint) for job in jobs}
-    return {stem: record for stem, record in found.items() if record is not None}
+    found = {}
+    for job in jobs:
+        record = known_record(out, job.shard.stem, job.fingerprint)
+        # A shard that lacks text is not what on_error=fail asks for.
+        if record is not None and (not skipped_of(record) or any(p.on_error == "skip" for p in job.shard.pieces)):
+            found[job.shard.stem] = record
+    return found
 
 
 class Lacking:
@@ -174,7 +182,7 @@ def _first_documents(shards: list[Shard]) -> list[str]:
         try:
             texts += _beginning(shard, SAMPLE_DOCUMENTS // len(chosen), SAMPLE_BYTES // len(chosen))
         except InputError as error:
-            raise InputError(f"{error} (shard {shard.stem})") from None
+            raise type(error)(f"{error} (shard {shard.stem})") from None
     return texts
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data_prep.binaries import first_bad_block, with_suffix
 from data_prep.errors import InputError
 from data_prep.recheck import recheck
+from data_prep.recipe import read_recipe
 from ssa_pretrain.data.indexed_format import (
     Manifest,
     ShardInfo,
@@ -27,6 +28,7 @@ from ssa_pretrain.data.indexed_format import (
     read_lengths,
     unigram_entropy,
 )
+from ssa_pretrain.data.repair import DatasetError
 
 IDS_AT_ONCE = 1 << 22
 THREADS = 4
@@ -52,10 +54,14 @@ def validate_dataset(out: Path, retokenize: int = 0) -> Verdict:
         InputError: the manifest itself is missing or does not fit its files, so that nothing further can be read.
     """
     try:
-        manifest = load_manifest(out)
+        manifest = load_manifest(out, hashes=False)  # all that differ are listed below
     except ValueError as error:
         raise InputError(str(error)) from None
     found = []
+    try:
+        read_recipe(out)
+    except InputError as error:
+        found.append(str(error))
     if file_sha256(manifest.root / manifest.tokenizer.file) != manifest.tokenizer.sha256:
         found.append(f"{manifest.tokenizer.file}: its content is not that of the manifest's sha256")
     total = sum(shard.bin_bytes + shard.idx_bytes for shards in manifest.splits.values() for shard in shards)
@@ -94,10 +100,10 @@ def check_shard(manifest: Manifest, shard: ShardInfo) -> tuple[list[str], np.nda
         found.append(f"{shard.prefix}.idx: its content is not that of the manifest's sha256")
     try:
         header = check_pair(prefix)
-    except ValueError as error:
+    except DatasetError as error:
         if changed:
             found.append(f"{shard.prefix}.bin: its content is not that of the manifest's sha256")
-        return [*found, str(error)], counts
+        return [*found, error.what], counts
     lengths = read_lengths(with_suffix(prefix, ".idx"))
     ends = np.cumsum(lengths, dtype=np.int64)
     if changed:

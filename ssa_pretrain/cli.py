@@ -16,7 +16,6 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,9 +132,7 @@ def _plans(entry: str, config: Config) -> bool:
 
 def _planned(config: Config, arguments: Sequence[str]) -> str:
     """The plan as a table; the data, where it is prepared already, says the vocabulary."""
-    vocab_size = None
-    with suppress(ValueError):
-        vocab_size = load_manifest(config.data.path).tokenizer.vocab_size
+    vocab_size = _prepared_vocabulary(Path(config.data.path))
     plan = make_plan(config, config.parallel.world_size or this_machine().world_size or 1, vocab_size)
     overrides = [argument for argument in arguments if not argument.startswith("--")]
     table = describe(config, plan, overrides) + "\n"
@@ -144,6 +141,16 @@ def _planned(config: Config, arguments: Sequence[str]) -> str:
     if config.engine.name is EngineName.deepspeed:
         table += f"DeepSpeed's configuration:\n{json.dumps(ds_config(config, plan.dp), indent=2)}\n"
     return table
+
+
+def _prepared_vocabulary(path: Path) -> int | None:
+    """The vocabulary size of prepared data, None where there is none yet; raises ConfigError where it is damaged."""
+    if not (path.is_file() or os.path.lexists(path / "manifest.json")):
+        return None
+    try:
+        return load_manifest(path).tokenizer.vocab_size
+    except ValueError as error:
+        raise ConfigError([Problem("data.path", str(path), f"is not usable: {error}", exit_code=4)]) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.config import Config
-from data_prep.errors import ConfigurationError, InputError
+from data_prep.errors import ConfigurationError, InputError, UnreadableText
 from data_prep.executors.step import write_job
 from data_prep.progress import Display, Say
 from data_prep.shards import Job, known_record
@@ -106,7 +106,8 @@ def _collect(out: Path, jobs: list[Job], records: dict[str, dict[str, Any]], dis
 
 def _check(handle: Handle, running: bool, out: Path, jobs: list[Job], records: dict[str, dict[str, Any]]) -> None:
     for path in sorted((Path(handle.where()) / "failures").glob("*.json")):
-        raise InputError(json.loads(path.read_bytes())["message"])
+        failure = json.loads(path.read_bytes())
+        raise (UnreadableText if failure["unreadable"] else InputError)(failure["message"])
     missing = [job.shard.stem for job in jobs if job.shard.stem not in records]
     if missing and not running:
         raise InputError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import SplitConfig
+from data_prep.errors import UnreadableText
 from data_prep.files import write_json
 from data_prep.parity import Parity
 from data_prep.planning import Shard
@@ -55,7 +56,10 @@ class TokenizeShards:
         try:
             run_task(run, rank, world_size)
         except (ValueError, RuntimeError) as error:
-            write_json(run / "failures" / f"{rank:05d}.json", {"task": rank, "message": str(error)})
+            write_json(
+                run / "failures" / f"{rank:05d}.json",
+                {"task": rank, "message": str(error), "unreadable": isinstance(error, UnreadableText)},
+            )
             raise
 
 

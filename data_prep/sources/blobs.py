@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import pyarrow.parquet as parquet
 
 from data_prep.errors import InputError
 from data_prep.files import digest, read_json
+from data_prep.recipe import plain
 from data_prep.sources.hub import Say, is_fetched, record_path, write_record
 from data_prep.sources.hub_settings import BlobSettings
 from ssa_pretrain.data.indexed_format import file_sha256
@@ -190,9 +191,8 @@ def _write_part(
         "dropped": dropped,
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_record(
-        path, settings={k: v for k, v in asdict(settings).items() if k in ("endpoint", "bucket", "prefix")}, **record
-    )
+    where = {name: plain(getattr(settings, name)) for name in ("endpoint", "bucket", "prefix")}
+    write_record(path, settings=where, **record)
     return record
 
 

@@ -6,6 +6,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from data_prep.run_config import OnError
+
 
 class HubMode(Enum):
     """How the files of a dataset reach this machine."""
@@ -79,6 +81,7 @@ class HubSource:
     attempts: int = 5  # tries of a file before the run gives up
     part_mb: float = 256.0  # MB of uncompressed text of one Parquet file (stream): what a kill can lose
     blobs: BlobSettings = field(default_factory=BlobSettings)
+    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""

@@ -39,7 +39,7 @@ class MixedSource:
                 found.append(str(error))
                 continue
             found += [problem.replace("source.", f"source.parts.{name}.", 1) for problem in part.problems()]
-            for made in _made(part):
+            for made in part_names(part):
                 other = makers.setdefault(made, name)
                 if other != name:
                     found.append(
@@ -89,7 +89,7 @@ def part_settings(name: str, values: Any) -> Any:
         raise ValueError(f"{where}: {sentence}; see docs/data.md for what source={values['kind']} takes") from None
 
 
-def _made(part: Any) -> list[str]:
+def part_names(part: Any) -> list[str]:
     """Returns the names of the parts of the corpus that a source makes, where its settings name them."""
     if hasattr(part, "subsets"):
         return list(part.subsets)

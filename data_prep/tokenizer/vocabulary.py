@@ -1,16 +1,19 @@
 """Which tokenizer a run uses: makes or finds its tokenizer.json, checks it, and looks up the ids that the policy needs."""
 
+import hashlib
 from pathlib import Path
 
 from data_prep.config import BpeTokenizer, Config, Llama3Tokenizer, Specials
 from data_prep.errors import InputError
-from data_prep.files import read_json, write_atomically, write_json
+from data_prep.files import digest, read_json, write_atomically, write_json
 from data_prep.planning import Shard
+from data_prep.recipe import known_dataset, recipe_of
 from data_prep.run_config import Packing
 from data_prep.tokenizer import bpe, llama3
 from data_prep.tokenizer.backends import HuggingFaceBackend, load_tokenizer
 from data_prep.tokenizer.encoding import Vocabulary
-from ssa_pretrain.data.indexed_format import file_sha256
+from ssa_pretrain.data.indexed_format import file_sha256, read_manifest
+from ssa_pretrain.data.repair import DatasetError
 
 
 def prepare_vocabulary(
@@ -48,10 +51,29 @@ def _trained(choice: BpeTokenizer, config: Config, shards: list[Shard], inputs: 
     known = read_json(record)
     if isinstance(known, dict) and known.get("key") == key and path.is_file() and file_sha256(path) == known["sha256"]:
         return path
+    content = _of_dataset(config, inputs, work.parent)
+    if content is None:
+        content = bpe.train_bpe(choice, config.split, shards).encode()
     record.unlink(missing_ok=True)
-    write_atomically(path, bpe.train_bpe(choice, config.split, shards).encode())
+    write_atomically(path, content)
     write_json(record, {"key": key, "sha256": file_sha256(path)})
     return path
+
+
+def _of_dataset(config: Config, inputs: list[str], out: Path) -> bytes | None:
+    """Returns the tokenizer of the dataset in `out` if these settings trained it on this text: another release of `tokenizers` may train another."""
+    known = known_dataset(out)
+    if known is None or known.recipe is None or known.inputs != digest(inputs):
+        return None
+    asked = recipe_of(config, out)
+    if any(asked.settings[section] != known.recipe.settings[section] for section in ("tokenizer", "split")):
+        return None
+    try:
+        tokenizer = read_manifest(out).tokenizer
+        content = (out / tokenizer.file).read_bytes()
+    except (DatasetError, OSError):
+        return None
+    return content if hashlib.sha256(content).hexdigest() == tokenizer.sha256 else None
 
 
 def _described(

@@ -2,7 +2,8 @@
 
 This project's training reads rows by itself (rows.py) and needs no index. For those who train with megatron-core's datasets, `gpt_datasets`
 hands them the manifest's blend as it is, and keeps their indices under `cache_folder`: its name has the manifest's hash in it, so that
-indices of other bytes are never met. GPTDataset alone looks at the path and the settings, and would serve an old index for new files.
+indices of other bytes are never met. GPTDataset itself looks only at the path and the settings, and would serve an old index for new files;
+here the path is relative to the dataset's folder, so that indices outlive a move of it.
 
     python -m ssa_pretrain.data.gpt_index DATASET SEQUENCE_LENGTH SAMPLES HELDOUT_SAMPLES SEED
 
@@ -33,6 +34,13 @@ class DatasetTokenizer:
     unique_identifiers: dict[str, Any]
 
 
+class MovableGPTDataset(GPTDataset):
+    """A GPTDataset whose index is known by the shard's path inside the dataset; the tokenizer's identifiers name the dataset."""
+
+    def __init__(self, indexed_dataset: Any, dataset_path: str | None, *arguments: Any) -> None:
+        super().__init__(indexed_dataset, dataset_path and "/".join(Path(dataset_path).parts[-2:]), *arguments)
+
+
 def cache_folder(manifest: Manifest) -> Path:
     """Return the folder for indices of exactly this dataset."""
     return manifest.root / "cache" / file_sha256(manifest.root / "manifest.json")[:16]
@@ -57,9 +65,8 @@ def gpt_datasets(
         seed: of the order.
         cache: where indices are looked for and written; `cache_folder` by default.
     """
-    tokenizer = DatasetTokenizer(
-        manifest.tokenizer.eos_id, manifest.tokenizer.vocab_size, {"class": "file", "sha256": manifest.tokenizer.sha256}
-    )
+    known_by = {"class": "file", "sha256": manifest.tokenizer.sha256, "dataset": manifest.fingerprint}
+    tokenizer = DatasetTokenizer(manifest.tokenizer.eos_id, manifest.tokenizer.vocab_size, known_by)
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
@@ -71,7 +78,7 @@ def gpt_datasets(
         eod_mask_loss=False,
     )
     sizes = [samples, heldout_samples or None, None]
-    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()  # pyright: ignore[reportArgumentType]
+    return BlendedMegatronDatasetBuilder(MovableGPTDataset, sizes, lambda: True, config).build()  # pyright: ignore[reportArgumentType]
 
 
 def build(manifest: Manifest, sequence_length: int, samples: int, heldout_samples: int, seed: int) -> tuple[Path, bool]:

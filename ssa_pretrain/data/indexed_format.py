@@ -15,8 +15,8 @@ A shard is two files. `.bin` holds the token arrays of all documents back to bac
 We write one sequence a document, so an `.idx` has 42 + 20 N bytes. megatron-core's IndexedDataset reads these files as they
 are, but it checks nothing: a truncated `.bin` opens, a stale `.idx` beside a new `.bin` opens, a flipped bit is a token id.
 Hence the manifest: one JSON file beside the shards, written last and renamed into place, which records the size and sha256
-of each file. A folder without it is not a dataset. `load_manifest` compares paths, sizes and headers (no token is read);
-`verify_hashes` reads everything.
+of each file and a checksum of its own content. A folder without it is not a dataset. `load_manifest` compares paths, sizes, headers
+and the sha256 of the small files (.idx, tokenizer), but reads no tokens; `verify_hashes` reads everything. Files may be links.
 
 Source of the layout: megatron-core 0.16.1, megatron/core/datasets/indexed_dataset.py (BSD-3-Clause), checked byte by byte in
 tests/unit/data_prep/test_indexed_format.py. Needs the standard library and numpy; the multimodal mode array is not supported.
@@ -25,11 +25,22 @@ tests/unit/data_prep/test_indexed_format.py. Needs the standard library and nump
 import hashlib
 import json
 import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from ssa_pretrain.data.repair import (
+    DatasetError,
+    beginning_advice,
+    content_checksum,
+    dangling_link,
+    leads_nowhere,
+    repair_advice,
+)
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -49,6 +60,7 @@ DTYPES: dict[int, np.dtype] = {
 }
 
 UINT16_VOCAB_LIMIT = 65_500
+HASH_THREADS = 4
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -84,24 +96,24 @@ def read_header(path: Path) -> IndexHeader:
     Raises:
         ValueError: the file is too short, has another magic or version, an unknown dtype, or another size than it says.
     """
-    remedy = "run data_prep again to rebuild it"
+    remedy = repair_advice(path.parent.parent)
     with open(path, "rb") as file:
         raw = file.read(HEADER.size)
         size = file.seek(0, 2)
     if len(raw) < HEADER.size:
-        raise ValueError(f"{path} is cut short: {size} bytes, the header alone has {HEADER.size}; {remedy}")
+        raise DatasetError(f"{path} is cut short: {size} bytes, the header alone has {HEADER.size}", remedy)
     magic, version, code, num_sequences, num_indices = HEADER.unpack(raw)
     if magic != MAGIC:
-        raise ValueError(f"{path} is no .idx file: it does not begin with {MAGIC!r}; {remedy}")
+        raise DatasetError(f"{path} is not an .idx file: it does not begin with {MAGIC!r}", remedy)
     if version != VERSION:
-        raise ValueError(f"{path} has version {version} of the format, this code reads {VERSION}; {remedy}")
+        raise DatasetError(f"{path} has version {version} of the format, this code reads {VERSION}", remedy)
     if code not in DTYPES:
-        raise ValueError(f"{path} has the unknown dtype code {code}, known are {sorted(DTYPES)}; {remedy}")
+        raise DatasetError(f"{path} has the unknown dtype code {code}, known are {sorted(DTYPES)}", remedy)
     if num_indices < 1:
-        raise ValueError(f"{path} lists no document indices, at least one is needed; {remedy}")
+        raise DatasetError(f"{path} lists no document indices, at least one is needed", remedy)
     header = IndexHeader(DTYPES[code], num_sequences, num_indices - 1)
     if header.idx_bytes != size:
-        raise ValueError(f"{path} has {size} bytes, its header asks for {header.idx_bytes}; {remedy}")
+        raise DatasetError(f"{path} has {size} bytes, its header asks for {header.idx_bytes}", remedy)
     return header
 
 
@@ -139,27 +151,21 @@ def check_pair(prefix: Path) -> IndexHeader:
         ValueError: naming the first thing that does not fit.
     """
     idx, bin_ = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
-    header = read_header(idx)
+    header, remedy = read_header(idx), repair_advice(prefix.parent.parent)
     num, itemsize = header.num_sequences, header.dtype.itemsize
     lengths = read_lengths(idx)
     expected = itemsize * int(lengths.sum(dtype=np.int64))
     actual = bin_.stat().st_size
     if expected != actual:
-        raise ValueError(
-            f"{bin_} has {actual} bytes, {idx.name} describes {expected}; run data_prep again to rebuild it"
-        )
+        raise DatasetError(f"{bin_} has {actual} bytes, {idx.name} describes {expected}", remedy)
     offsets = np.fromfile(idx, dtype="<i8", count=num, offset=HEADER.size + 4 * num)
     right = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)[:-1] * itemsize)) if num else offsets
     if not np.array_equal(offsets, right):
         first = int(np.flatnonzero(offsets != right)[0])
-        raise ValueError(
-            f"{idx} points sequence {first} at byte {offsets[first]}, not {right[first]}; run data_prep again"
-        )
+        raise DatasetError(f"{idx} points sequence {first} at byte {offsets[first]}, not {right[first]}", remedy)
     documents = np.fromfile(idx, dtype="<i8", offset=HEADER.size + 12 * num)
     if documents[0] != 0 or documents[-1] != num or (np.diff(documents) < 0).any():
-        raise ValueError(
-            f"{idx} has document indices that do not run from 0 to {num}; run data_prep again to rebuild it"
-        )
+        raise DatasetError(f"{idx} has document indices that do not run from 0 to {num}", remedy)
     return header
 
 
@@ -231,41 +237,57 @@ class Manifest:
         content["splits"] = {split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()}
         order = ["schema", "tokenizer", "policy", "splits", "sources", "unigram_entropy_nats", "bytes_per_token"]
         ordered = {key: content.pop(key) for key in order} | content
-        return json.dumps(ordered, indent=1) + "\n"
+        return json.dumps(ordered | {"checksum": content_checksum(ordered)}, indent=1) + "\n"
 
 
-def load_manifest(path: Path | str) -> Manifest:
-    """Returns the manifest of a dataset after checking it against the files: paths, existence, sizes, headers.
+def load_manifest(path: Path | str, *, hashes: bool = True) -> Manifest:
+    """Returns the manifest of a dataset after checking it against the files: names, existence, sizes, headers, sums of small files.
+
+    The sums of the .idx files are what takes time: 20 bytes per document, 2 GB for 100 billion tokens.
 
     Args:
         path: the dataset's folder, or its manifest.json.
+        hashes: compares the sha256 of each .idx file and of the tokenizer.
 
     Raises:
-        ValueError: one sentence with what is wrong, where, and what to do.
+        DatasetError: one sentence with what is wrong, where, and what to do.
     """
-    file = Path(path)
-    if file.is_dir() or file.suffix != ".json":
-        file = file / "manifest.json"
-    manifest = _parse(file)
-    _check_file(manifest.root, manifest.tokenizer.file, None)
-    for split, shards in manifest.splits.items():
-        for shard in shards:
-            _check_shard(manifest, split, shard)
+    manifest = read_manifest(path)
+    every = [shard for shards in manifest.splits.values() for shard in shards]
+    try:
+        _check_file(manifest, manifest.tokenizer.file, None)
+        for split, shards in manifest.splits.items():
+            for shard in shards:
+                _check_shard(manifest, split, shard)
+        if hashes:
+            small = [(f"{shard.prefix}.idx", shard.idx_sha256) for shard in every]
+            _compare_hashes(manifest, [(manifest.tokenizer.file, manifest.tokenizer.sha256), *small])
+    except OSError as error:
+        raise DatasetError(
+            f"{error.filename} cannot be read ({error.strerror})", "make it readable (chmod +r)"
+        ) from None
     return manifest
 
 
 def verify_hashes(manifest: Manifest) -> None:
-    """Reads every file of a dataset and compares its sha256 with the manifest; ValueError names the first that differs."""
+    """Reads every file of a dataset and compares its sha256 with the manifest; DatasetError names the first that differs."""
     expected = [(manifest.tokenizer.file, manifest.tokenizer.sha256)]
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
         expected += [(shard.prefix + ".bin", shard.bin_sha256), (shard.prefix + ".idx", shard.idx_sha256)]
-    for relative, sha256 in expected:
-        actual = file_sha256(manifest.root / relative)
-        if actual != sha256:
-            raise ValueError(
-                f"{manifest.root / relative} has sha256 {actual[:12]}…, the manifest says {sha256[:12]}…: its content "
-                "changed after it was written; delete it and run data_prep again"
-            )
+    _compare_hashes(manifest, expected)
+
+
+def _compare_hashes(manifest: Manifest, expected: Iterable[tuple[str, str]]) -> None:
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        checks = [(name, sha256, pool.submit(file_sha256, manifest.root / name)) for name, sha256 in expected]
+        for name, sha256, check in checks:
+            if (actual := check.result()) != sha256:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise DatasetError(
+                    f"{manifest.root / name} has sha256 {actual[:12]}…, the manifest says {sha256[:12]}…: its content changed "
+                    "after it was written",
+                    repair_advice(manifest.root),
+                )
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -280,56 +302,95 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parse(file: Path) -> Manifest:
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(
-            f"{file} does not exist: no finished dataset lies there; run `python -m data_prep out=…` first"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}); run data_prep again") from None
+def read_manifest(path: Path | str) -> Manifest:
+    """Returns the manifest of a dataset as it is written, compared with its own checksum; looks at no other file.
+
+    Args:
+        path: as `load_manifest`.
+
+    Raises:
+        DatasetError: it is missing or damaged, or names files outside its folder.
+    """
+    file = Path(path)
+    if file.is_dir() or file.suffix != ".json":
+        file = file / "manifest.json"
+    content = _json_of(file)
+    remedy = repair_advice(file.parent.resolve())
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else None
-        raise ValueError(f"{file}: schema={found} is not the {SCHEMA} that this version reads; run data_prep again")
+        raise DatasetError(f"{file}: schema={found} is not the {SCHEMA} that this version reads", remedy)
+    sound = content.get("checksum") == content_checksum(content)
+    changed = DatasetError(f"{file} does not match its own checksum: it changed after it was written", remedy)
+    known = {f.name for f in fields(Manifest)} - {"root", "tokenizer", "splits", "sources"}
     try:
-        splits = {s: tuple(ShardInfo(**shard) for shard in content["splits"][s]) for s in SPLITS}
-        known = {f.name for f in fields(Manifest)} - {"root", "tokenizer", "splits", "sources"}
-        return Manifest(
+        manifest = Manifest(
             root=file.parent.resolve(),
             tokenizer=TokenizerInfo(**content["tokenizer"]),
-            splits=splits,
+            splits={s: tuple(ShardInfo(**shard) for shard in content["splits"][s]) for s in SPLITS},
             sources=tuple(content["sources"]),
             **{key: value for key, value in content.items() if key in known},
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} lacks a field or has one too many ({error}); run data_prep again") from None
+        _check_names(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        if "checksum" in content and not sound:
+            raise changed from None
+        raise DatasetError(f"{file} lacks a field or has one too many ({error})", remedy) from None
+    if "checksum" in content and not sound:
+        raise changed
+    # Manifests of older versions have no checksum, and just the fields below.
+    if not sound and (unknown := set(content) - known - {"tokenizer", "splits", "sources"}):
+        raise DatasetError(f"{file} has the unknown field {min(unknown)!r} and no checksum: it is damaged", remedy)
+    return manifest
 
 
-def _check_file(root: Path, relative: str, size: int | None) -> Path:
-    path = (root / relative).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"{root}/manifest.json names {relative!r}, which lies outside its folder; run data_prep again")
+def _json_of(file: Path) -> Any:
+    if link := dangling_link(file, Path(file.anchor)):
+        raise leads_nowhere(link, file.parent)
+    try:
+        return json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DatasetError(
+            f"{file} does not exist: no finished dataset lies there", beginning_advice(file.parent)
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(f"{file} cannot be read as JSON ({error})", repair_advice(file.parent.resolve())) from None
+
+
+def _check_names(manifest: Manifest) -> None:
+    prefixes = [shard.prefix for shards in manifest.splits.values() for shard in shards]
+    for name in (manifest.tokenizer.file, *prefixes):
+        parts = PurePosixPath(name)
+        if not parts.name or parts.is_absolute() or ".." in parts.parts:
+            raise DatasetError(
+                f"{manifest.root}/manifest.json names {name!r}, which lies outside its folder",
+                repair_advice(manifest.root),
+            )
+
+
+def _check_file(manifest: Manifest, relative: str, size: int | None) -> Path:
+    path, remedy = manifest.root / relative, repair_advice(manifest.root)
+    if link := dangling_link(path, manifest.root):
+        raise leads_nowhere(link, manifest.root)
     if not path.is_file():
-        raise ValueError(f"{path} is missing though manifest.json lists it; copy it back or run data_prep again")
+        raise DatasetError(f"{path} is missing though manifest.json lists it", remedy)
     if size is not None and path.stat().st_size != size:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, manifest.json says {size}; delete it and run data_prep again"
-        )
+        raise DatasetError(f"{path} has {path.stat().st_size} bytes, manifest.json says {size}", remedy)
     return path
 
 
 def _check_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
-    _check_file(manifest.root, shard.prefix + ".bin", shard.bin_bytes)
-    header = read_header(_check_file(manifest.root, shard.prefix + ".idx", shard.idx_bytes))
-    where = f"{split} shard {shard.prefix}"
+    _check_file(manifest, shard.prefix + ".bin", shard.bin_bytes)
+    header = read_header(_check_file(manifest, shard.prefix + ".idx", shard.idx_bytes))
+    where, remedy = f"{split} shard {shard.prefix}", repair_advice(manifest.root)
     if header.num_documents != shard.documents or header.dtype.itemsize * shard.tokens != shard.bin_bytes:
-        raise ValueError(
+        raise DatasetError(
             f"{where}: {header.num_documents} documents of {header.dtype} in .idx, but manifest.json says "
-            f"{shard.documents} documents, {shard.tokens} tokens, {shard.bin_bytes} bytes; run data_prep again"
+            f"{shard.documents} documents, {shard.tokens} tokens, {shard.bin_bytes} bytes",
+            remedy,
         )
     if header.dtype != token_dtype(manifest.tokenizer.vocab_size):
-        raise ValueError(
+        raise DatasetError(
             f"{where} holds {header.dtype}, a vocabulary of {manifest.tokenizer.vocab_size} is stored as "
-            f"{token_dtype(manifest.tokenizer.vocab_size)}; run data_prep again"
+            f"{token_dtype(manifest.tokenizer.vocab_size)}",
+            remedy,
         )

@@ -18,6 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from ssa_pretrain.data.errors import DamagedData
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.data.order import Blend, key_number, permute
+from ssa_pretrain.data.repair import repair_advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class TokenStream:
             document = int(np.searchsorted(pointers, at * size, side="right")) - 1
             raise DamagedData(
                 f"{self._prefixes[f]}.bin holds the id {tokens[at - begin]} at byte {at * size}, document {document}; the vocabulary ends at "
-                f"{self._vocab_size - 1}: the file is damaged, repair it with the data_prep command that made it and verify=full"
+                f"{self._vocab_size - 1}: the file is damaged; {repair_advice(self._prefixes[f].parents[1])}"
             )
         first, last = np.searchsorted(pointers, [begin * size, (begin + count) * size])
         starts = np.zeros(count, dtype=bool)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssa_pretrain.cli import resolve_config, this_machine
-from ssa_pretrain.data.indexed_format import token_dtype, write_index
+from ssa_pretrain.cli import read_config, resolve_config, this_machine
+from ssa_pretrain.data.indexed_format import file_sha256, token_dtype, write_index
 from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.rules import Machine
 
@@ -327,7 +327,7 @@ def dataset(tmp_path: Path) -> Path:
             with prefix.with_suffix(".idx").open("wb") as file:
                 write_index(file, np.array([tokens // 2] * 2), dtype)
             sizes = {f"{end}_bytes": prefix.with_suffix(f".{end}").stat().st_size for end in ("bin", "idx")}
-            hashes = {f"{end}_sha256": "0" * 64 for end in ("bin", "idx")}
+            hashes = {f"{end}_sha256": file_sha256(prefix.with_suffix(f".{end}")) for end in ("bin", "idx")}
             shards.append(
                 {"name": name, "prefix": f"{split}/{name}", "documents": 2, "tokens": tokens} | sizes | hashes
             )
@@ -369,6 +369,21 @@ def test_a_damaged_dataset_is_a_data_problem(dataset: Path) -> None:
     lines = found(*BASE, f"data.path={dataset}", machine=HERE)
     assert len(lines) == 1
     assert "python.bin has 5 bytes, manifest.json says 4000" in lines[0]
+
+
+@pytest.mark.parametrize(("name", "byte"), [("train/python.idx", 35), ("tokenizer.json", 1), ("manifest.json", 60)])
+def test_a_flipped_bit_of_a_small_file_is_refused_by_every_command(
+    dataset: Path, capsys: pytest.CaptureFixture[str], name: str, byte: int
+) -> None:
+    path = dataset / name
+    raw = bytearray(path.read_bytes())
+    raw[byte] ^= 1  # of the index: the length of the first document
+    path.write_bytes(raw)
+    for entry in ("train", "evaluate", "plan"):
+        with pytest.raises(SystemExit) as left:
+            read_config(entry, [*BASE, f"data.path={dataset}"])
+        said = capsys.readouterr().err
+        assert left.value.code == 4 and path.name in said and "with verify=full" in said, (entry, said)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,10 @@ def users(name: str) -> set[str]:
     [
         ("wandb", ["ssa_pretrain/tracking_process.py"]),
         ("ssa_pretrain.tracking_process", []),
-        ("hydra", ["ssa_pretrain/cli.py", "ssa_pretrain/composition.py", "data_prep/cli.py"]),
+        (
+            "hydra",
+            ["ssa_pretrain/cli.py", "ssa_pretrain/composition.py", "data_prep/cli.py", "data_prep/own_settings.py"],
+        ),
         ("transformers", ["ssa_pretrain/export.py", "ssa_pretrain/evaluate.py"]),
         ("megatron.core.parallel_state", ["ssa_pretrain/parallel/"]),
         ("triton", ["kernels/"]),

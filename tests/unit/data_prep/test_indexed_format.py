@@ -2,11 +2,15 @@
 
 import io
 import json
+import os
+import re
+import shlex
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from texts import edit_manifest
 
 from ssa_pretrain.data.indexed_format import (
     Manifest,
@@ -22,6 +26,7 @@ from ssa_pretrain.data.indexed_format import (
     verify_hashes,
     write_index,
 )
+from ssa_pretrain.data.repair import DatasetError, content_checksum, out_argument
 
 
 def write_pair(folder: Path, prefix: str, documents: list[list[int]], vocab_size: int = 512) -> ShardInfo:
@@ -72,12 +77,6 @@ def dataset(tmp_path: Path) -> Path:
     )
     (root / "manifest.json").write_text(manifest.to_json())
     return root
-
-
-def edit(root: Path, change) -> None:
-    content = json.loads((root / "manifest.json").read_text())
-    change(content)
-    (root / "manifest.json").write_text(json.dumps(content))
 
 
 def test_index_bytes_are_the_documented_layout():
@@ -150,7 +149,7 @@ def test_core_writes_the_same_bytes(tmp_path):
     "damage,message",
     [
         (lambda raw: raw[:20], "is cut short: 20 bytes, the header alone has 34"),
-        (lambda raw: b"X" + raw[1:], "is no .idx file: it does not begin with"),
+        (lambda raw: b"X" + raw[1:], "is not an .idx file: it does not begin with"),
         (lambda raw: raw[:9] + b"\x02" + raw[10:], "has version 2 of the format, this code reads 1"),
         (lambda raw: raw[:17] + b"\x63" + raw[18:], "has the unknown dtype code 99"),
         (lambda raw: raw[:26] + b"\x00" + raw[27:], "lists no document indices"),
@@ -206,16 +205,57 @@ def test_manifest_that_is_not_json(dataset):
 
 @pytest.mark.parametrize("prefix", ["../outside/text_00000", "/etc/text_00000"])
 def test_prefix_outside_the_folder(dataset, prefix):
-    edit(dataset, lambda c: c["splits"]["train"][0].update(prefix=prefix))
+    edit_manifest(dataset, lambda c: c["splits"]["train"][0].update(prefix=prefix))
     with pytest.raises(ValueError, match="which lies outside its folder"):
         load_manifest(dataset)
 
 
-def test_link_that_leads_outside_the_folder(dataset, tmp_path):
-    target = tmp_path / "elsewhere.bin"
-    (dataset / "train/text_00000.bin").rename(target)
-    (dataset / "train/text_00000.bin").symlink_to(target)
+@pytest.mark.parametrize("prefix", ["a/../../text_00000", "", ".."])
+def test_names_that_are_not_of_a_file_inside(dataset, prefix):
+    edit_manifest(dataset, lambda c: c["splits"]["train"][0].update(prefix=prefix))
     with pytest.raises(ValueError, match="which lies outside its folder"):
+        load_manifest(dataset)
+
+
+def linked(dataset: Path, names: list[str]) -> Path:
+    """Moves files of a dataset into a store beside it and leaves links to them, as git-annex and DVC do."""
+    store = dataset.parent / "store"
+    store.mkdir()
+    for number, name in enumerate(names):
+        (dataset / name).rename(store / str(number))
+        (dataset / name).symlink_to(os.path.relpath(store / str(number), (dataset / name).parent))
+    return store
+
+
+FILES = [
+    "manifest.json",
+    "tokenizer.json",
+    *(f"{s}/text_00000.{e}" for s in ("train", "heldout") for e in ("bin", "idx")),
+]
+
+
+@pytest.mark.parametrize("names", [FILES, ["train/text_00000.bin"], ["manifest.json"], ["train"]])
+def test_a_dataset_of_links_opens_and_is_checked(dataset, names):
+    expected = load_manifest(dataset).to_json()
+    store = linked(dataset, names)
+    (dataset.parent / "by_a_link").symlink_to(dataset)
+    for path in (dataset, dataset.parent / "by_a_link", dataset / "manifest.json"):
+        manifest = load_manifest(path)
+        assert manifest.to_json() == expected and manifest.root == dataset
+        verify_hashes(manifest)
+    for blob in (blob for blob in store.rglob("*") if blob.is_file()):
+        blob.write_bytes(blob.read_bytes() + b"x")
+    with pytest.raises(DatasetError, match=r"bytes, manifest.json says|cannot be read as JSON"):
+        load_manifest(dataset)
+
+
+@pytest.mark.parametrize("name", [*FILES, "train", "."])
+def test_a_link_that_leads_nowhere_is_named(dataset, name):
+    path = dataset if name == "." else dataset / name
+    path.rename(dataset.parent / "gone")
+    path.symlink_to("elsewhere")
+    message = f"{path} is a link that leads nowhere: elsewhere does not exist; fetch the file that it stands for"
+    with pytest.raises(DatasetError, match=f"^{re.escape(message)}$"):
         load_manifest(dataset)
 
 
@@ -239,7 +279,7 @@ def test_link_that_leads_outside_the_folder(dataset, tmp_path):
     ],
 )
 def test_manifest_that_does_not_fit_its_files(dataset, change, message):
-    edit(dataset, change)
+    edit_manifest(dataset, change)
     with pytest.raises(ValueError, match=message):
         load_manifest(dataset)
 
@@ -253,12 +293,65 @@ def test_missing_file_is_named(dataset, name):
         load_manifest(dataset)
 
 
-@pytest.mark.parametrize("name", ["train/text_00000.bin", "heldout/text_00000.idx", "tokenizer.json"])
-def test_flipped_bit_is_found_by_the_hashes(dataset, name):
-    path = dataset / name
+def flip(path: Path, byte: int, bit: int) -> None:
     raw = bytearray(path.read_bytes())
-    raw[-1] ^= 4
+    raw[byte] ^= 1 << bit
     path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["train/text_00000.idx", "heldout/text_00000.idx", "tokenizer.json", "manifest.json"])
+def test_every_flipped_bit_of_a_small_file_is_found_at_opening(dataset, name):
+    path = dataset / name
+    whole = path.read_bytes()
+    for byte in range(0, len(whole), 1 if len(whole) < 100 else 7):
+        flip(path, byte, byte % 8)
+        with pytest.raises(DatasetError) as caught:
+            load_manifest(dataset)
+        assert path.name in str(caught.value) or "manifest.json" in str(caught.value)
+        path.write_bytes(whole)
+    load_manifest(dataset)
+
+
+def test_a_changed_index_is_named_with_the_command_that_repairs_it(dataset):
+    flip(dataset / "train/text_00000.idx", -1, 2)
+    what = r"/train/text_00000.idx (has sha256 \w+…, the manifest says \w+…: its content changed after it was written|.*); "
+    older = "copy the file again, or repeat the data_prep command that made the dataset, with verify=full$"
+    with pytest.raises(DatasetError, match=what + older):
+        load_manifest(dataset)
+    assert load_manifest(dataset, hashes=False).tokens("train") == 6
+    recipe = {"settings": {}}
+    (dataset / "recipe.json").write_text(json.dumps(recipe | {"checksum": content_checksum(recipe)}))
+    with pytest.raises(DatasetError, match=f"{what}repair it with `python -m data_prep out={dataset} verify=full`$"):
+        load_manifest(dataset)
+
+
+def test_flipped_bit_of_the_tokens_is_found_by_the_hashes(dataset):
+    flip(dataset / "train/text_00000.bin", -1, 2)
     manifest = load_manifest(dataset)
-    with pytest.raises(ValueError, match=rf"{name} has sha256 \w+…, the manifest says \w+…: its content changed"):
+    with pytest.raises(
+        DatasetError, match=r"text_00000.bin has sha256 \w+…, the manifest says \w+…: its content changed"
+    ):
         verify_hashes(manifest)
+
+
+def test_a_manifest_of_an_older_version_has_no_checksum_and_opens(dataset):
+    content = json.loads((dataset / "manifest.json").read_text())
+    checksum = content.pop("checksum")
+    (dataset / "manifest.json").write_text(json.dumps(content))
+    assert load_manifest(dataset).tokens("train") == 6
+    (dataset / "manifest.json").write_text(json.dumps(content | {"chdcksum": checksum}))
+    with pytest.raises(DatasetError, match="has the unknown field 'chdcksum' and no checksum: it is damaged"):
+        load_manifest(dataset)
+    edit_manifest(dataset, lambda c: c.pop("chdcksum") and c.update(of_a_newer_version=1))
+    assert load_manifest(dataset).tokens("train") == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain/a.b-c", "with space", "größe", "it's", "a'b\\", "dollar$x", 'double"quote', "a=b,c(d)", "back\\slash"],
+)
+def test_the_argument_for_a_folder_is_read_back_as_it_is(tmp_path, name):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (argument,) = shlex.split(out_argument(tmp_path / name))
+    assert OverridesParser.create().parse_override(argument).value() == str(tmp_path / name)

@@ -178,6 +178,11 @@ def test_8_text_tokenized_anew_in_place_never_meets_the_old_indices_of_gptdatase
         assert len(train) >= 40 and len(held) >= 4  # megatron-core rounds the share of each file up
         assert max(int(train[i]["tokens"].max()) for i in range(40)) < manifest.tokenizer.vocab_size
         assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before  # those of the stage were used
+        (tmp_path / "d").rename(tmp_path / "moved")
+        gpt_datasets(load_manifest(tmp_path / "moved"), sequence_length=64, samples=40, heldout_samples=4, seed=1234)
+        moved = cache_folder(load_manifest(tmp_path / "moved"))
+        assert {p.name: p.stat().st_mtime_ns for p in moved.iterdir()} == before  # and are in another place, too
+        (tmp_path / "moved").rename(tmp_path / "d")
         assert run(*SMALL, "stage=prepare", "merge.files=3", "split.seed=5", "overwrite=true")[0] == 0
         other, built = build(load_manifest(tmp_path / "d"), 64, 40, 4, 1234)
         assert built and other != folder and not folder.exists()

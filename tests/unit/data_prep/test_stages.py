@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from texts import edit_manifest
 
 from ssa_pretrain.data.indexed_format import load_manifest, read_lengths
 from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
@@ -140,23 +141,31 @@ def test_a_damaged_tokenizer_beside_the_files_is_repaired(run, corpus, tmp_path)
     assert path.read_bytes() == whole
 
 
-def test_a_moved_dataset_gets_blends_with_its_new_place(run, corpus, tmp_path):
+def test_blends_and_statistics_survive_a_move(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
+    for name in ("train.blend", "stats.json", "stats.html", "manifest.json"):
+        assert str(tmp_path) not in (tmp_path / "d" / name).read_text()
+    assert (tmp_path / "d" / "train.blend").read_text().split()[1] == "train/text_00000"
+    before = {path.name: path.read_bytes() for path in (tmp_path / "d").glob("*.*")}
     (tmp_path / "d").rename(tmp_path / "e")
-    assert "is up to date" in run(*SMALL[:-1], "out=e")[1]
-    assert f"{tmp_path}/e/train/text_00000" in (tmp_path / "e" / "train.blend").read_text()
+    said = run_out(run, *SMALL[:-1], "out=e")
+    assert f"statistics: {tmp_path}/e/stats.html" in said
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "e").glob("*.*") if path.name != "recipe.json"}
+    assert kept.items() <= before.items()
 
 
 def test_changed_text_is_found_by_encoding_it_again(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
     assert "encoded again, are as in the dataset" in run_out(run, "stage=validate", "out=d")
     root = tmp_path / "d"
-    content = json.loads((root / "manifest.json").read_text())
-    content["details"]["members"]["text_00000"], content["details"]["members"]["text_00001"] = (
-        content["details"]["members"]["text_00001"],
-        content["details"]["members"]["text_00000"],
+
+    def swap(content):
+        members = content["details"]["members"]
+        members["text_00000"], members["text_00001"] = members["text_00001"], members["text_00000"]
+
+    edit_manifest(
+        root, swap
     )  # as if the files of two shards had been given each other's names before they were committed
-    (root / "manifest.json").write_text(json.dumps(content))
     code, said = run("stage=validate", "out=d")
     assert code == 4 and "document 0 is not the text that begins '0: " in said and "(shard text_00000, " in said
 
@@ -234,7 +243,9 @@ def test_mix_gives_weights_to_training_and_to_megatron_core(run, tmp_path):
     prefixes, weights = manifest.blend("train")
     assert sum(weights) == pytest.approx(1) and all(Path(p + ".bin").is_file() for p in prefixes)
     pairs = (tmp_path / "m" / "train.blend").read_text().split()
-    assert pairs[1::2] == prefixes and [float(w) for w in pairs[::2]] == pytest.approx(weights, rel=1e-6)
+    assert [f"{tmp_path}/m/{name}" for name in pairs[1::2]] == prefixes and [
+        float(w) for w in pairs[::2]
+    ] == pytest.approx(weights, rel=1e-6)
     code, said = run("source=jsonl", "source.paths=[web.jsonl]", *lists, "out=n", "mix=smollm1")
     assert code == 3 and "mix.weights has no weight for text" in said
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from texts import edit_manifest
 
 from data_prep.cli import main
 from data_prep.errors import InputError
@@ -100,15 +101,19 @@ def test_damage_is_found_and_the_undamaged_copy_is_not_accused(dataset, damage, 
 
 def rewrite(root: Path, shard: int, change, split: str = "train") -> str:
     """Changes the ids of a shard and makes the manifest's sums agree, as a tool with a fault would; returns the prefix."""
-    content = json.loads((root / "manifest.json").read_text())
-    info = content["splits"][split][shard]
-    path = root / f"{info['prefix']}.bin"
-    ids = np.fromfile(path, dtype=np.uint16)
-    change(ids)
-    ids.tofile(path)
-    info["bin_sha256"] = file_sha256(path)
-    (root / "manifest.json").write_text(json.dumps(content))
-    return info["prefix"]
+    prefix = ""
+
+    def change_shard(content):
+        nonlocal prefix
+        info = content["splits"][split][shard]
+        prefix, path = info["prefix"], root / f"{info['prefix']}.bin"
+        ids = np.fromfile(path, dtype=np.uint16)
+        change(ids)
+        ids.tofile(path)
+        info["bin_sha256"] = file_sha256(path)
+
+    edit_manifest(root, change_shard)
+    return prefix
 
 
 def test_id_outside_the_vocabulary(copy):
@@ -134,9 +139,7 @@ def test_end_inside_a_document(copy):
 
 
 def test_missing_beginning(copy):
-    content = json.loads((copy / "manifest.json").read_text())
-    content["policy"]["add_bos"] = True
-    (copy / "manifest.json").write_text(json.dumps(content))
+    edit_manifest(copy, lambda content: content["policy"].update(add_bos=True))
     assert "document 0 does not begin with BOS (id 0)" in findings(copy)
 
 
@@ -157,7 +160,7 @@ def test_command_reports_and_returns_4(copy, capsys):
     assert main(["stage=validate", f"out={copy}"]) == 4
     said = capsys.readouterr().err
     assert "damaged: train/text_00001.bin: its content is not that of the manifest's sha256" in said
-    assert "problems; run data_prep again with verify=full to repair it" in said
+    assert f"{copy} has 2 problems; repair it with `python -m data_prep out={copy} verify=full`" in said
 
 
 def test_command_without_a_dataset_returns_4(tmp_path, capsys):

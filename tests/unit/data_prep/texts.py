@@ -1,6 +1,12 @@
-"""Texts for small corpora."""
+"""Texts for small corpora, and manifests with other content."""
 
+import json
 import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ssa_pretrain.data.repair import content_checksum
 
 WORDS = [
     "the",
@@ -30,3 +36,10 @@ def sentences(count: int, seed: int, *, words: int = 200, prefix: str = "") -> l
     """Returns `count` different texts of 20 to `words` words, each behind the prefix and its number."""
     draw = random.Random(seed)
     return [f"{prefix}{number}: " + " ".join(draw.choices(WORDS, k=draw.randint(20, words))) for number in range(count)]
+
+
+def edit_manifest(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a manifest as a tool with a fault would: its checksum is right again."""
+    content = json.loads((root / "manifest.json").read_text())
+    change(content)
+    (root / "manifest.json").write_text(json.dumps(content | {"checksum": content_checksum(content)}))

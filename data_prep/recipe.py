@@ -1,0 +1,148 @@
+"""The recipe of a dataset: the settings that made it, kept in out/recipe.json, so that it is repaired without them being given again.
+
+It holds what determines the dataset (source, tokenizer, policy, split, packing, mix, merge, shard_mb) and where downloads are kept. How
+a run is carried out (executor, workers, backend) is not part of it. Paths are absolute. Users and passwords inside addresses are left out.
+data_prep/own_settings.py turns a recipe into the settings of a run.
+
+A recipe belongs to the dataset whose fingerprint it has. One without a fingerprint is that of a run which has not made all its shards;
+it protects nothing.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from data_prep.config import Config
+from data_prep.errors import InputError
+from data_prep.files import digest, read_json, write_json
+from ssa_pretrain.data.indexed_format import read_manifest
+from ssa_pretrain.data.repair import DatasetError, content_checksum
+
+SCHEMA = 1
+SECTIONS = ("source", "tokenizer", "policy", "split", "packing", "mix", "merge")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What recipe.json holds."""
+
+    settings: dict[str, Any]  # by section, plain data; `cache` and `shard_mb` besides
+    out: str  # where the dataset lay
+    inputs: str = ""  # sha256 of what the text is; empty until it is known
+    fingerprint: str = ""  # of the dataset; empty until all its shards are made
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of the finished dataset in a folder, though it may be damaged."""
+
+    fingerprint: str
+    inputs: str  # sha256 of what its text is; empty where that is not known
+    kind: str  # of its source; likewise
+    recipe: Recipe | None  # its own
+
+
+def recipe_of(config: Config, out: Path, inputs: str = "", fingerprint: str = "") -> Recipe:
+    """Returns the recipe of a run."""
+    settings = {section: plain(getattr(config, section)) for section in SECTIONS}
+    for source in parts_of(settings["source"]):
+        if "paths" in source:
+            source["paths"] = [_absolute(path) for path in source["paths"]]
+    if settings["tokenizer"].get("path"):
+        settings["tokenizer"]["path"] = _absolute(settings["tokenizer"]["path"])
+    settings |= {"shard_mb": config.shard_mb, "cache": _absolute(config.cache)}
+    return Recipe(settings, str(out), inputs, fingerprint)
+
+
+def plain(section: Any) -> Any:
+    """Returns settings as JSON has them, without names and passwords inside addresses."""
+    if hasattr(section, "__dataclass_fields__"):
+        section = asdict(section)
+    if isinstance(section, dict):
+        return {str(key): plain(value) for key, value in section.items()}
+    if isinstance(section, list | tuple):
+        return [plain(value) for value in section]
+    if isinstance(section, Enum):
+        return section.value
+    return without_credentials(section) if isinstance(section, str) else section
+
+
+def without_credentials(text: str) -> str:
+    """Returns an address without user, password and query; other text as it is."""
+    if not text.lower().startswith(("http://", "https://")):
+        return text
+    parts = urlsplit(text)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def write_recipe(out: Path, recipe: Recipe) -> None:
+    """Writes out/recipe.json, unless it holds just that."""
+    content = {"schema": SCHEMA, **asdict(recipe)}
+    try:
+        if read_recipe(out) == recipe:
+            return
+    except InputError:
+        pass
+    write_json(out / "recipe.json", content | {"checksum": content_checksum(content)})
+
+
+def read_recipe(out: Path) -> Recipe | None:
+    """Returns the recipe of a dataset, None where there is none; InputError where it is damaged."""
+    path = out / "recipe.json"
+    try:
+        content = json.loads(path.read_bytes())
+        if content["checksum"] != content_checksum(content):
+            raise ValueError("it does not match its own checksum")
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema={content['schema']} is not the {SCHEMA} that this version reads")
+        return Recipe(**{field.name: content[field.name] for field in fields(Recipe)})
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); repeat the command that made the dataset, with its source= and other settings: that "
+            "writes it again"
+        ) from None
+
+
+def known_dataset(out: Path) -> Known | None:
+    """Returns what is known of the finished dataset in a folder, None where there is none.
+
+    The manifest says so; where it is missing or damaged, the recipe does.
+    """
+    try:
+        recipe = read_recipe(out)
+    except InputError:
+        recipe = None
+    try:
+        manifest = read_manifest(out)
+        fingerprint, sources, inputs = manifest.fingerprint, manifest.sources, manifest.details.get("inputs")
+    except DatasetError:
+        if recipe and recipe.fingerprint:
+            return Known(recipe.fingerprint, recipe.inputs, recipe.settings["source"]["kind"], recipe)
+        damaged = read_json(out / "manifest.json")
+        if not isinstance(damaged, dict) or not damaged.get("fingerprint"):
+            return None
+        fingerprint, sources, inputs = damaged["fingerprint"], (), None
+    kind = sources[0].get("kind", "") if sources else ""
+    own = recipe if recipe and recipe.fingerprint == fingerprint else None
+    return Known(fingerprint, digest(list(inputs.values())) if inputs else "", kind, own)
+
+
+def holds_dataset(out: Path) -> bool:
+    """Returns whether files of a dataset lie in a folder, finished or not."""
+    patterns = ("manifest.json", "work/shards/*.json", "train/*.bin", "heldout/*.bin")
+    return any(any(out.glob(pattern)) for pattern in patterns)
+
+
+def parts_of(source: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the plain settings of each source: the parts of a mixed one, else the one itself."""
+    return list(source["parts"].values()) if source["kind"] == "mixed" else [source]
+
+
+def _absolute(path: str) -> str:
+    return os.path.normpath(Path(path).expanduser().absolute())

@@ -1,0 +1,93 @@
+"""What is wrong with a dataset, and the command that repairs it, as one sentence. Standard library only.
+
+A dataset keeps the settings that made it in recipe.json (data_prep/recipe.py), so the command that repairs it names only its folder.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used; str() is one sentence.
+
+    Attributes:
+        what: the file and what is wrong with it.
+        remedy: what to do, with the command where there is one.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy
+        super().__init__(what, remedy)
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}"
+
+
+def command(root: Path, settings: str) -> str:
+    """Returns the command that runs data_prep on the dataset in a folder by its recipe, as a shell takes it."""
+    return f"python -m data_prep {out_argument(root.absolute())} {settings}"
+
+
+def out_argument(root: Path) -> str:
+    """Returns `out=FOLDER` quoted for Hydra's grammar and for a shell."""
+    path = str(root)
+    if re.fullmatch(r"[A-Za-z0-9_/.+@%-]+", path):
+        return f"out={path}"
+    quoted = f"out={quoted_value(path)}"
+    return shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
+
+
+def quoted_value(text: str) -> str:
+    """Returns a text as a quoted value of Hydra's grammar, where only quotes and the backslashes before them are escaped."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+
+
+def repair_advice(root: Path) -> str:
+    """Returns how to repair the dataset in a folder: one that knows its recipe needs no settings for that."""
+    if has_recipe(root):
+        return f"repair it with `{command(root, 'verify=full')}`"
+    return "copy the file again, or repeat the data_prep command that made the dataset, with verify=full"
+
+
+def beginning_advice(root: Path) -> str:
+    """Returns how a dataset comes to lie in a folder that has no manifest."""
+    out = out_argument(root.absolute())
+    if has_recipe(root):
+        return f"run `python -m data_prep {out} verify=full` to finish it"
+    return (
+        f"run `python -m data_prep source=quickstart {out}` for the sample corpus, or correct the path (docs/data.md)"
+    )
+
+
+def has_recipe(root: Path) -> bool:
+    """Returns whether a dataset has a sound recipe.json."""
+    try:
+        content = json.loads((root / "recipe.json").read_bytes())
+        return content["checksum"] == content_checksum(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def content_checksum(content: dict[str, Any]) -> str:
+    """Returns the sha256 of the content of a JSON file of ours, its field `checksum` left out; indentation does not count."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def dangling_link(path: Path, root: Path) -> Path | None:
+    """Returns the link that leads nowhere on the way from `root` to a file, None where there is none."""
+    below = [path, *(place for place in path.parents if root in place.parents)]
+    return next((place for place in reversed(below) if os.path.islink(place) and not os.path.exists(place)), None)
+
+
+def leads_nowhere(link: Path, root: Path) -> DatasetError:
+    """Returns the error for a link of a dataset whose target is missing."""
+    remedy = "fetch the file that it stands for"
+    if has_recipe(root):
+        remedy += f", or {repair_advice(root)}"
+    return DatasetError(f"{link} is a link that leads nowhere: {os.readlink(link)} does not exist", remedy)
