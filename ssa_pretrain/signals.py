@@ -14,10 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import Any
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECOND_SECONDS = 0.2  # a Ctrl-C so soon after the first is the same one, which a wrapper has passed on
@@ -86,7 +83,7 @@ def survive_terminal() -> None:
 class _Terminal(io.FileIO):
     """A terminal that takes what is written even when it is gone."""
 
-    def write(self, data: "ReadableBuffer", /) -> int:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data) or 0
         except OSError as error:
