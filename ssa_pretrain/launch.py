@@ -57,6 +57,9 @@ def start(program: str, job: Job, environment: Mapping[str, str]) -> int:
             if code:
                 return code
         code = supervisor.run(job.runs, ours, waits=job.waits)
+        if job.waits and supervisor.stop and not supervisor.abandoned:
+            how = "passed on to DeepSpeed's launcher, which gives the ranks 30 seconds to save"
+            return report(program, STOPPED, f"{supervisor.stop.name}: {how}; {AGAIN}")
         return report(program, *supervisor.verdict(code))
 
 

@@ -129,12 +129,12 @@ class Supervisor:
             return INTERRUPTED, "SIGINT again: left at once, without the steps since the last checkpoint"
         if endings and endings[0].code and not endings[0].follows and not self._was_lost_before(endings[0], number):
             return endings[0].code, endings[0].text
-        if self.stop and self._overdue():
+        if code == 0 and (not self._reports or endings):
+            return 0, ""
+        if self.stop and time.monotonic() - self._asked_at > self._patience:
             return 1, f"{self.stop.name}: the ranks did not stop within {self._patience:g} s and were killed; {AGAIN}"
         if self.stop and (not lost or number in STOPS):
             return STOPPED, f"{self.stop.name}: {NOT_BEGUN}"
-        if code == 0 and (not self._reports or endings):
-            return 0, ""
         if code <= 0:
             how = f"was killed by {number.name}" if number else "returned 0, but the run did not come to its end"
             return 1, f"the launcher's own process {how}; {AGAIN}"

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from ssa_pretrain.process import rank_process
+from ssa_pretrain.signals import on_signals
 
 
 def launch(modes: list[str]) -> int:
@@ -44,6 +45,9 @@ def live(mode: str) -> None:
         Path(here).write_text(str(os.getpid()))
         if mode == "waits":
             time.sleep(60)
+        if mode == "finishes":
+            with on_signals(lambda number: None):
+                time.sleep(1)
         if mode == "fails":
             raise ValueError("a bad value")
         if mode == "loses its peer":

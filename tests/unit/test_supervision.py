@@ -125,6 +125,20 @@ def test_codes_of_ranks_pass_and_a_good_end_says_nothing() -> None:
     assert run("0", "0") == (0, "")  # as after --help
 
 
+def test_a_run_that_ends_well_after_a_signal_has_ended_well() -> None:
+    when(lambda: up(0, 1), lambda: time.sleep(0.5) or os.kill(os.getpid(), signal.SIGTERM))
+    assert run("finishes", "finishes") == (0, "")
+
+
+def test_a_command_that_stops_its_nodes_itself_is_told_and_waited_for() -> None:
+    with Supervisor(30) as supervisor:
+        when(lambda: Path("up").exists(), lambda: os.kill(os.getpid(), signal.SIGHUP))
+        code = supervisor.run(
+            ["sh", "-c", "trap 'sleep 0.5; exit 9' TERM; touch up; sleep 60 & wait"], environment(), waits=True
+        )
+        assert (code, supervisor.stop) == (9, signal.SIGHUP)
+
+
 def test_a_launcher_that_returns_0_without_its_ranks_is_no_success() -> None:
     with Supervisor(30, reports=True) as supervisor:
         assert supervisor.verdict(supervisor.run(["true"], environment())) == (
