@@ -2,11 +2,23 @@
 
 if __name__ == "__main__":
     import os
+    import signal
     import sys
 
-    from data_prep.cli import main
+    def interrupt(number: int, frame: object) -> None:
+        """Ends the run with one line; a second Ctrl-C, while workers are being ended, leaves at once."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
 
-    code = main(sys.argv[1:])
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        from data_prep.cli import main
+
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        code = 130
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # all files are closed, and taking the interpreter apart costs tenths of a second

@@ -221,10 +221,12 @@ class ParallelConfig:
     cp: int = 1  # context: a row's tokens over ranks, keys and values gathered in each layer
     sequence_parallel: bool = False  # shard norms and residuals over tp along the sequence
     world_size: int = 0  # processes; 0: what the launcher says (set it to plan a larger machine)
+    timeout_minutes: float = 10.0  # that a rank waits for the others in a collective before it ends the run
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
         found = at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + at_least("parallel", self, 0, "world_size")
+        found += between("parallel", self, 0.1, 1440.0, "timeout_minutes")
         if self.vpp > 1 and self.pp in (1, 2):
             rule = "interleaves pipeline stages, and parallel.pp=1 has none"
             if self.pp == 2:

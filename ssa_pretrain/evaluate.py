@@ -7,13 +7,14 @@ Takes the run's own command line. A checkpoint loads on any layout, so one proce
 """
 
 import json
+import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import Config
-from ssa_pretrain.train import leave, quieten_libraries
+from ssa_pretrain.process import leave, quieten_libraries, rank_process
+from ssa_pretrain.signals import INTERRUPTED
 
 PROMPTS = 6
 NEW_TOKENS = 48
@@ -22,22 +23,25 @@ TOKENS_MULTIPLE = 16  # of a packed sequence on a rank: FP8 products need 8, con
 
 
 def main() -> None:
-    """Read the command line, evaluate, sample, write."""
-    config = read_config("evaluate")
-    quieten_libraries()
-    from ssa_pretrain.checkpoint import CheckpointError
-    from ssa_pretrain.data.errors import DataError
-    from ssa_pretrain.problems import ConfigError
-    from ssa_pretrain.weights import WeightsError
+    """Reads the command line, evaluates, samples, writes."""
+    with rank_process("interrupted; the same command evaluates again", code=INTERRUPTED, signals=[signal.SIGINT]):
+        from ssa_pretrain.cli import read_config
 
-    try:
-        evaluate_run(config)
-    except (CheckpointError, WeightsError) as error:
-        leave(error, 5)
-    except DataError as error:
-        leave(error, 4)
-    except ConfigError as error:
-        leave(error, error.exit_code)
+        config = read_config("evaluate")
+        quieten_libraries()
+        from ssa_pretrain.checkpoint import CheckpointError
+        from ssa_pretrain.data.errors import DataError
+        from ssa_pretrain.problems import ConfigError
+        from ssa_pretrain.weights import WeightsError
+
+        try:
+            evaluate_run(config)
+        except (CheckpointError, WeightsError) as error:
+            leave(error, 5)
+        except DataError as error:
+            leave(error, 4)
+        except ConfigError as error:
+            leave(error, error.exit_code)
 
 
 def evaluate_run(config: Config) -> None:

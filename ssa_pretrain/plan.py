@@ -9,7 +9,7 @@ its list of problems and exits 3 or 4: a launcher asks once before it starts man
 
 import sys
 
-from ssa_pretrain.cli import read_config
+from ssa_pretrain.signals import leaves_on_ctrl_c
 
 CHECK = "--check"
 
@@ -17,7 +17,10 @@ CHECK = "--check"
 def main() -> None:
     """Prints the plan of the command line's configuration, or checks it."""
     arguments = [argument for argument in sys.argv[1:] if argument != CHECK]
-    read_config("train" if CHECK in sys.argv else "plan", arguments)
+    with leaves_on_ctrl_c("ssa_pretrain.plan"):
+        from ssa_pretrain.cli import read_config
+
+        read_config("train" if CHECK in sys.argv else "plan", arguments)
 
 
 if __name__ == "__main__":

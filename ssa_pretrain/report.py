@@ -22,6 +22,7 @@ from ssa_pretrain.environment import last_start
 from ssa_pretrain.log import compact, duration
 from ssa_pretrain.metrics import FILE_NAME, perplexity, read_records
 from ssa_pretrain.report_page import page
+from ssa_pretrain.signals import leaves_on_ctrl_c
 
 NEEDED = {"train": ("tokens",), "evaluation": ("mode", "cross_entropy")}
 
@@ -294,4 +295,5 @@ def _cells(figures: Figures, key: str, form: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with leaves_on_ctrl_c("ssa_pretrain.report"):
+        sys.exit(main())

@@ -44,7 +44,15 @@ from ssa_pretrain.weights import find_weights
 MODES = ("full", "sparse")
 # Beginnings of keys: what may be spelled otherwise on each node, and what changes no step's figures.
 OF_A_NODE = ("data.path", "output_dir", "logging.", "checkpoint.init_from", "dry_run")
-NO_FIGURES = (*OF_A_NODE, "name", "checkpoint.", "evaluation.", "profile.", "training.stop_at_step")
+NO_FIGURES = (
+    *OF_A_NODE,
+    "name",
+    "checkpoint.",
+    "evaluation.",
+    "profile.",
+    "training.stop_at_step",
+    "parallel.timeout_minutes",
+)
 MOST_SHOWN = 8
 
 
@@ -71,14 +79,14 @@ def train(config: Config) -> None:
 
     Raises:
         DivergedError: a loss or gradient norm is not finite.
-        Interrupted: SIGTERM came; a checkpoint of the last step is published.
+        Interrupted: the run was asked to stop; a checkpoint of the last step is published.
     """
     with joined(config.parallel, seed=config.seed) as placement, claimed(Path(config.output_dir), placement):
         run = build_run(config, placement)
         if placement.is_first and (lacking := shortage(run.folder, run.plan.checkpoint_bytes)):
             say(run, lacking)
         step = restore(run)
-        with open_log(run, step) as log, Interruption(placement) as interruption:
+        with Interruption(placement) as interruption, open_log(run, step) as log:
             loop(run, log, step, interruption)
 
 
@@ -245,7 +253,7 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) ->
             log.pause()
         if interrupted:
             raise Interrupted(
-                f"SIGTERM: stopped after step {step}; its checkpoint is published, and the same command goes on from it"
+                f"{interruption.reason}: stopped after step {step}; its checkpoint is published, and the same command goes on from it"
             )
     if saved != step:
         save(run, step)

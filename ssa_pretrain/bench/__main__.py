@@ -30,7 +30,8 @@ import yaml
 from ssa_pretrain.config import Config, ModelConfig, ParallelConfig, PrecisionName
 from ssa_pretrain.environment import versions
 from ssa_pretrain.flops import peak_flops
-from ssa_pretrain.train import quieten_libraries
+from ssa_pretrain.process import quieten_libraries
+from ssa_pretrain.signals import leaves_on_ctrl_c
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine")
@@ -185,4 +186,5 @@ def installed() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with leaves_on_ctrl_c("ssa_pretrain.bench"):
+        main()

@@ -2,7 +2,7 @@
 
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.engine.interface import Engine, EvaluationResult, StepResult
-from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.parallel.state import Placement, limit_waiting
 
 __all__ = ["Engine", "EvaluationResult", "StepResult", "build_engine"]
 
@@ -12,7 +12,9 @@ def build_engine(config: Config, placement: Placement, vocab_size: int) -> Engin
     if config.engine.name is EngineName.megatron:
         from ssa_pretrain.engine.megatron import MegatronEngine
 
-        return MegatronEngine(config, placement, vocab_size)
+        engine = MegatronEngine(config, placement, vocab_size)
+        limit_waiting(config.parallel)
+        return engine
     from ssa_pretrain.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(config, placement, vocab_size)

@@ -36,7 +36,7 @@ from ssa_pretrain.engine.pending import PendingStep
 from ssa_pretrain.model.gpt import Llama
 from ssa_pretrain.model.llama import build_model
 from ssa_pretrain.parallel.context import ContextParallel
-from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.parallel.state import Placement, limit_waiting
 from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.weights import WeightsError, find_weights
@@ -155,6 +155,7 @@ class DeepSpeedEngine(MegatronEngine):
                     mpu=TensorParallelState(self.placement),
                     dist_init_required=False,
                 )
+            limit_waiting(self.config.parallel)
             if self.stage == 0:
                 # Its bf16 optimizer takes a step of zero gradients as it starts, and Adam would count it.
                 self._ds.basic_optimizer.state.clear()

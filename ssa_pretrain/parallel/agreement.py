@@ -7,19 +7,19 @@ failure through the processes' store and ends the process.
 """
 
 import hashlib
-import multiprocessing
-import os
 import socket
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+
+from ssa_pretrain.endings import end_process, last_words
 
 FAILURES = (
     OSError,
@@ -28,7 +28,8 @@ FAILURES = (
     CheckpointException,
 )  # torch's writers turn a full disk into RuntimeError
 POLL_SECONDS = 1.0
-SPOKEN = "ssa_pretrain/first_has_spoken"
+SPOKEN, NOTICED = "ssa_pretrain/first_has_spoken", "ssa_pretrain/first_was_heard"
+NOTICE_SECONDS = 2.0
 GRACE_SECONDS = 10.0  # from a rank's failure until those that still wait for it are ended
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ def watched(key: str, *, exit_code: int) -> Iterator[None]:
             if ended.wait(GRACE_SECONDS if rank == 0 else GRACE_SECONDS + 3 * POLL_SECONDS):
                 return
             if rank == 0:
-                print(store.get(key).decode(), file=sys.stderr, flush=True)
+                last_words(store.get(key).decode(), code=exit_code)
         except dist.DistError:
             if ended.wait(GRACE_SECONDS):
                 return  # the store went with a run that was at its end
@@ -149,23 +150,22 @@ def watched(key: str, *, exit_code: int) -> Iterator[None]:
 
 
 def first_has_spoken(*, is_first: bool, seconds: float) -> None:
-    """Note on the first rank that it has said what there is to say; on the others wait at most `seconds` for that."""
+    """On rank 0, record that its error has been reported; on other ranks, wait up to `seconds` for that.
+
+    Rank 0 gives the others a moment to notice: it may host the store that they ask.
+    """
     if not dist.is_initialized():
-        return  # nobody has joined yet
-    with suppress(dist.DistError, RuntimeError):  # the store is gone with who kept it
+        return  # no rank has joined yet
+    with suppress(dist.DistError, RuntimeError):  # the rank that hosted the store has exited
         store = dist.distributed_c10d._get_default_store()
         if is_first:
             store.set(SPOKEN, "")
+            deadline = time.monotonic() + NOTICE_SECONDS
+            while store.add(NOTICED, 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
         elif seconds:
             store.wait([SPOKEN], timedelta(seconds=seconds))
-
-
-def end_process(code: int) -> NoReturn:
-    """End this process at once, without waiting for other ranks, which may never come; its checkpoint writers end with it."""
-    sys.stdout.flush()
-    for child in multiprocessing.active_children():  # os._exit would leave them behind
-        child.kill()
-    os._exit(code)
+            store.add(NOTICED, 1)
 
 
 def _words(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def start(parallel: ParallelConfig, *, seed: int) -> Placement:
         seed: for megatron-core's random states, which nothing of ours draws from.
 
     Raises:
-        ConfigError: there is a GPU and torch cannot use it, or there are fewer than processes.
+        ConfigError: there is a GPU and torch cannot use it, there are fewer than processes, or another program has the port where they meet.
     """
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -64,12 +65,13 @@ def start(parallel: ParallelConfig, *, seed: int) -> Placement:
         device = torch.device("cpu")
         cpu_backend.install()
     if not dist.is_initialized():
-        _join("nccl" if on_gpu else "gloo")
+        _join("nccl" if on_gpu else "gloo", timeout(parallel))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=parallel.timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Placement(
@@ -130,10 +132,27 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _join(backend: str) -> None:
-    timeout = datetime.timedelta(minutes=30)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:  # no launcher, no network: a store inside this process
+def timeout(parallel: ParallelConfig) -> datetime.timedelta:
+    """Returns how long a rank waits for the others in a collective."""
+    return datetime.timedelta(minutes=parallel.timeout_minutes)
+
+
+def limit_waiting(parallel: ParallelConfig) -> None:
+    """Gives every process group the configured timeout, also those that libraries have made with torch's own."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout(parallel), group)
+
+
+def _join(backend: str, limit: datetime.timedelta) -> None:
+    if "WORLD_SIZE" not in os.environ:  # no launcher, no network: a store inside this process
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+        return
+    try:
+        dist.init_process_group(backend, timeout=limit)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        rule = f"where the ranks meet is in use by another program on {socket.gethostname()}"
+        advice = "try another: --master-port of launchers/deepspeed.sh, MASTER_PORT elsewhere"
+        raise ConfigError([Problem("MASTER_PORT", os.environ.get("MASTER_PORT"), rule, advice)]) from None

@@ -7,12 +7,13 @@ Arguments: a JSON file with the jobs in order and the folder for results. A job 
     weights  load the weights of the folder `from`, then both evaluations and last_logits
     uneven   evaluate where the last data rank has no microbatch
 
-All jobs of one layout share its process groups, and all jobs of one world size its processes: starting them costs more than the steps.
+After each job every process group, also DeepSpeed's own, must have the configured timeout. All jobs of one layout share its process groups, and all jobs of one world size its processes: starting them costs more than the steps.
 """
 
 import itertools
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ SMALL = {
     "training.micro_batch_size": 2,
     "training.global_batch_tokens": 8 * LENGTH,
     "optim.clip_grad": 0.5,  # the norms are about 1.1
+    "parallel.timeout_minutes": 7.0,
 }
 
 
@@ -90,6 +92,12 @@ def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
     return judge(engine, held_out if placement.dp_rank < placement.dp - 1 else [])
 
 
+def timeouts() -> set[timedelta]:
+    """Returns how long this rank waits for the others, over all its process groups."""
+    groups = list(dist.distributed_c10d._world.pg_map)
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
 def main() -> None:
     """Run the jobs in order."""
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
@@ -99,6 +107,7 @@ def main() -> None:
         for job in chosen:
             found = run(job, placement, out)
             (out / f"{job['name']}.{placement.rank}.json").write_text(json.dumps(found))
+            assert timeouts() == {timedelta(minutes=7)}, (job, timeouts())
             torch.distributed.barrier()
         parallel_state.destroy_model_parallel()
 

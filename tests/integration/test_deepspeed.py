@@ -1,16 +1,15 @@
 """engine=deepspeed as its users start it: DeepSpeed's launcher, kill -9, the same command again; and what lies in its checkpoints."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import free_port
-from training import ROOT, descendants, environment, records, run, wait_for_step
+from training import ROOT, descendants, environment, is_alive, launched, records, run, wait_for_step
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)
@@ -29,24 +28,15 @@ SETTINGS = (
 )
 
 
-def launched(*arguments: str) -> list[str]:
-    """Return the launcher's command for two processes."""
-    script = ROOT / "launchers" / "deepspeed.sh"
-    return [str(script), "--python", sys.executable, "--num-gpus", "2", "--master-port", str(free_port()), *arguments]
-
-
 def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        launched(*arguments), env=environment() | variables, cwd=ROOT, capture_output=True, text=True, timeout=600
+        launched("deepspeed.sh", *arguments),
+        env=environment() | variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
-
-
-def alive(pid: int) -> bool:
-    """Return whether a process runs: neither gone nor a zombie."""
-    try:
-        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +49,46 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_killed_node_launcher_is_a_failure_without_orphans_and_the_same_command_goes_on(
-    uninterrupted, corpus, tmp_path
-):
-    """What the launcher by itself calls success, leaving its workers to train on."""
-    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
+def interrupted(folder: Path, settings: tuple[str, ...], step: int, choose, number: signal.Signals) -> tuple[int, str]:
+    """Returns the exit code and the last line of a run that is sent a signal after a step, to the process chosen of its family; none is left."""
     with subprocess.Popen(
-        launched(*settings), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        launched("deepspeed.sh", *settings),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         wait_for_step(
-            process, tmp_path, 3, seconds=400, said=lambda: process.stderr.read() if process.poll() is not None else ""
+            process, folder, step, seconds=400, said=lambda: process.stderr.read() if process.poll() is not None else ""
         )
         family = descendants(process.pid)
-        commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in family}
-        (node,) = [pid for pid, text in commands.items() if "deepspeed.launcher.launch" in text]
-        os.kill(node, signal.SIGKILL)
+        os.kill(choose(process.pid, family), number)
         said = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
-    assert "a process was killed; say the same again to resume" in said
-    time.sleep(3)
-    assert not [pid for pid in family if alive(pid)]
+    assert not [pid for pid in family if is_alive(pid)]
+    return process.returncode, said.splitlines()[-1]
+
+
+def test_sigterm_saves_and_a_killed_node_launcher_is_a_failure_and_the_same_command_goes_on(
+    uninterrupted, corpus, tmp_path
+):
+    """DeepSpeed's launcher by itself leaves its ranks training on after either, and calls the second success."""
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
+    longer = tuple("training.steps=400" if line.startswith("training.steps") else line for line in settings)
+    code, said = interrupted(tmp_path, longer, 3, lambda shell, _: shell, signal.SIGTERM)
+    last = records(tmp_path, "train")[-1]["step"]
+    goes_on = "its checkpoint is published, and the same command goes on from it"
+    assert (code, said) == (7, f"deepspeed.sh: SIGTERM: stopped after step {last}; {goes_on}")
+    assert (tmp_path / "checkpoints" / f"step_{last:08d}").is_dir()
+    shutil.rmtree(tmp_path)
+
+    def node_launcher(_: int, family: list[int]) -> int:
+        (found,) = [pid for pid in family if "deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_text()]
+        return found
+
+    code, said = interrupted(tmp_path, settings, 3, node_launcher, signal.SIGKILL)
+    assert code == 1
+    assert said.endswith("run the same command again to go on from the newest checkpoint")
     done = launch(*settings)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming after step 2" in done.stdout

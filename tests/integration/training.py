@@ -1,6 +1,8 @@
 """Helpers for tests that train for real: the commands of the README as processes, on the quickstart's corpus."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,26 @@ def command(module: str, *overrides: str, processes: int = 1) -> list[str]:
     """Return the command that runs a module, under torchrun for several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return [sys.executable, *launcher, "-m", module, *overrides]
+
+
+def launched(script: str, *arguments: str) -> list[str]:
+    """Returns the command of a launcher for two processes."""
+    count = {"torchrun.sh": "--nproc-per-node", "deepspeed.sh": "--num-gpus"}[script]
+    return [str(ROOT / "launchers" / script), "--python", sys.executable, count, "2", *arguments]
+
+
+def is_alive(pid: int) -> bool:
+    """Returns whether a process runs: neither gone nor a zombie."""
+    try:
+        return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def signals_act_as_usual() -> None:
+    """To be run in a new process: signals that whoever started the tests ignores, as nohup does, are not ignored there."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run(module: str, *overrides: str, processes: int = 1, timeout: float = 500) -> subprocess.CompletedProcess:

@@ -132,6 +132,8 @@ def test_all_problems_come_at_once() -> None:
         ("parallel.tp", 0, "parallel.tp=0 must be at least 1; try 1"),
         ("parallel.world_size", -1, "parallel.world_size=-1 must be at least 0; try 0"),
         ("parallel.cp", 0, "parallel.cp=0 must be at least 1; try 1"),
+        ("parallel.timeout_minutes", 0.0, "parallel.timeout_minutes=0.0 must lie in 0.1 to 1440; try 0.1"),
+        ("parallel.timeout_minutes", 2000.0, "parallel.timeout_minutes=2000.0 must lie in 0.1 to 1440; try 1440"),
         (
             "parallel.vpp",
             2,

@@ -1,0 +1,64 @@
+"""Acts as a launcher of ranks (`launcher MODE MODE …`) and as one of its ranks (`rank MODE`), for test_supervision.py."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ssa_pretrain.process import rank_process
+from ssa_pretrain.signals import on_signals
+
+
+def launch(modes: list[str]) -> int:
+    """Starts a rank per mode, as DeepSpeed's launcher does: the first that fails ends all, and its code is returned."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "rank", mode],
+            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(modes))},
+        )
+        for rank, mode in enumerate(modes)
+    ]
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if failed := [code for code in codes if code]:
+            for rank in ranks:
+                rank.terminate()
+            for rank in ranks:
+                rank.wait()
+            return failed[0]
+        if None not in codes:
+            return 0
+        time.sleep(0.05)
+
+
+def live(mode: str) -> None:
+    """One rank."""
+    here = f"up_{os.environ['RANK']}"
+    if mode == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        Path(here).write_text(str(os.getpid()))
+        time.sleep(60)
+    with rank_process("stopped before training began"):
+        subprocess.Popen(["sleep", "60"])  # a helper that outlives its rank
+        Path(here).write_text(str(os.getpid()))
+        if mode == "waits":
+            time.sleep(60)
+        if mode == "finishes":
+            with on_signals(lambda number: None):
+                time.sleep(1)
+        if mode == "fails":
+            raise ValueError("a bad value")
+        if mode == "loses its peer":
+            while (peer := Path("up_1")).exists() and Path(f"/proc/{peer.read_text()}/cmdline").read_bytes():
+                time.sleep(0.02)
+            raise RuntimeError("Connection closed by peer")
+        if mode.isdecimal():
+            sys.exit(int(mode))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "launcher":
+        sys.exit(launch(sys.argv[2:]))
+    live(sys.argv[2])

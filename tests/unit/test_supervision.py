@@ -1,0 +1,177 @@
+"""A launcher's supervisor, on processes without torch: signals, what ranks report, and what is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ssa_pretrain import supervision
+from ssa_pretrain.supervision import AGAIN, NOT_BEGUN, Supervisor
+
+SCRIPT = Path(__file__).with_name("rank_for_supervision.py")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+
+
+def when(condition, act) -> None:
+    """Acts in a thread of its own as soon as a condition holds."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 30
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def up(*ranks: int) -> bool:
+    return all(Path(f"up_{rank}").exists() and Path(f"up_{rank}").read_text() for rank in ranks)
+
+
+def pid(rank: int) -> int:
+    return int(Path(f"up_{rank}").read_text())
+
+
+def run(*modes: str, patience: float = 30, reports: bool = True) -> tuple[int, str]:
+    """Returns the verdict on a launcher with a rank per mode; fails if a process is left."""
+    with Supervisor(patience, reports=reports) as supervisor:
+        code = supervisor.run([sys.executable, str(SCRIPT), "launcher", *modes], environment())
+        assert not supervision.find_members(supervisor.folder)
+        return supervisor.verdict(code)
+
+
+@pytest.fixture(autouse=True)
+def as_started_from_a_terminal() -> Iterator[None]:
+    """Signals that whoever started the tests ignores, as nohup does, act as usual."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(supervision, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(supervision, "LOST_SECONDS", 0.5)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_reaches_all_ranks_and_their_sentence_names_it(name: str) -> None:
+    when(lambda: up(0, 1), lambda: os.kill(os.getpid(), signal.Signals[name]))
+    assert run("waits", "waits") == (7, f"{name}: stopped before training began")
+
+
+def test_a_signal_before_there_is_a_rank_ends_the_launcher_at_once() -> None:
+    with Supervisor(30) as supervisor:
+        os.kill(os.getpid(), signal.SIGINT)
+        when(lambda: True, lambda: None)
+        code = supervisor.run(["sleep", "60"], environment())
+        assert supervisor.verdict(code) == (7, f"SIGINT: {NOT_BEGUN}")
+
+
+def test_a_second_ctrl_c_kills_all_at_once() -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    when(lambda: up(0, 1), twice)
+    sentence = "SIGINT again: left at once, without the steps since the last checkpoint"
+    assert run("deaf", "deaf") == (130, sentence)
+
+
+def test_further_sigterms_change_nothing_and_ranks_that_do_not_stop_are_killed_in_the_end() -> None:
+    when(lambda: up(0, 1), lambda: [os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.3) for _ in range(3)])
+    assert run("deaf", "deaf", patience=1) == (
+        1,
+        f"SIGTERM: the ranks did not stop within 1 s and were killed; {AGAIN}",
+    )
+
+
+@pytest.mark.parametrize("other", ["waits", "deaf", "loses its peer"])
+def test_a_killed_rank_is_named_with_its_signal(capfd, other: str) -> None:
+    when(lambda: up(0, 1), lambda: time.sleep(0.6) or os.kill(pid(1), signal.SIGKILL))
+    assert run(other, "waits") == (1, f"rank 1 was killed by SIGKILL; {AGAIN}")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_rank_that_is_killed_before_it_was_seen_is_no_stop_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "find_ranks", lambda launcher: {})
+    when(lambda: up(0, 1), lambda: os.kill(pid(1), signal.SIGKILL))
+    assert run("waits", "waits") == (1, f"a rank was killed by SIGKILL; {AGAIN}")
+
+
+def test_an_unexpected_error_has_its_trace_and_is_named_last(capfd) -> None:
+    assert run("waits", "fails") == (1, "rank 1 failed, its trace is above: ValueError: a bad value")
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_codes_of_ranks_pass_and_a_good_end_says_nothing() -> None:
+    assert run("waits", "3") == (3, "")  # it has printed what is wrong
+    assert run("done", "done") == (0, "")
+    assert run("0", "0") == (0, "")  # as after --help
+
+
+def test_a_run_that_ends_well_after_a_signal_has_ended_well() -> None:
+    when(lambda: up(0, 1), lambda: time.sleep(0.5) or os.kill(os.getpid(), signal.SIGTERM))
+    assert run("finishes", "finishes") == (0, "")
+
+
+def test_a_command_that_stops_its_nodes_itself_is_told_and_waited_for() -> None:
+    with Supervisor(30) as supervisor:
+        when(lambda: Path("up").exists(), lambda: os.kill(os.getpid(), signal.SIGHUP))
+        code = supervisor.run(
+            ["sh", "-c", "trap 'sleep 0.5; exit 9' TERM; touch up; sleep 60 & wait"], environment(), waits=True
+        )
+        assert (code, supervisor.stop) == (9, signal.SIGHUP)
+
+
+def test_a_launcher_that_returns_0_without_its_ranks_is_no_success() -> None:
+    with Supervisor(30, reports=True) as supervisor:
+        assert supervisor.verdict(supervisor.run(["true"], environment())) == (
+            1,
+            f"the launcher's own process returned 0, but the run did not come to its end; {AGAIN}",
+        )
+
+
+def test_a_killed_launcher_takes_its_ranks_along() -> None:
+    def kill() -> None:
+        parent = Path(f"/proc/{pid(0)}/stat").read_text().rpartition(")")[2].split()[1]
+        os.kill(int(parent), signal.SIGKILL)
+
+    when(lambda: up(0, 1), kill)
+    assert run("waits", "deaf") == (1, f"the launcher's own process was killed by SIGKILL; {AGAIN}")
+
+
+def test_entry_points_that_report_nothing_keep_their_code() -> None:
+    with Supervisor(30) as supervisor:
+        assert supervisor.verdict(supervisor.run(["sh", "-c", "exit 9"], environment())) == (9, "")
+        assert supervisor.verdict(supervisor.run(["true"], environment())) == (0, "")
+
+
+def test_ranks_end_with_a_supervisor_that_is_killed() -> None:
+    code = (
+        "import os, sys; from ssa_pretrain.supervision import Supervisor\n"
+        "with Supervisor(9) as supervisor: supervisor.run(sys.argv[1:], os.environ)"
+    )
+    command = [sys.executable, "-c", code, sys.executable, str(SCRIPT), "launcher", "waits", "waits"]
+    with subprocess.Popen(command, env=environment()) as process:
+        when(lambda: up(0, 1), process.kill)
+        process.wait(30)
+    deadline = time.monotonic() + 10
+    while any(supervision.member(pid(rank)) for rank in (0, 1)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(supervision.member(pid(rank)) for rank in (0, 1))
