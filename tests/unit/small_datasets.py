@@ -38,9 +38,9 @@ def write_dataset(
     heldout: Mapping[str, Documents],
     *,
     vocab_size: int = 30_000,
-    **fields: Any,
+    policy: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Write one shard per source and manifest.json; `fields` are the manifest's, such as policy and weights."""
+    """Write one shard per source and manifest.json."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "tokenizer.json").write_text("{}")
     sha256 = hashlib.sha256(b"{}").hexdigest()
@@ -49,6 +49,7 @@ def write_dataset(
         tokenizer=TokenizerInfo(
             file="tokenizer.json", sha256=sha256, vocab_size=vocab_size, eos_id=0, bos_id=None, name="none"
         ),
+        policy=policy or {},
         splits={
             "train": tuple(write_shard(root, name, 0, documents) for name, documents in train.items()),
             "heldout": tuple(write_shard(root, f"{name}_heldout", 0, documents) for name, documents in heldout.items()),
@@ -57,7 +58,6 @@ def write_dataset(
         unigram_entropy_nats={},
         bytes_per_token=1.0,
         fingerprint="abc",
-        **({"policy": {}} | fields),
     )
     (root / "manifest.json").write_text(manifest.to_json())
     return manifest
