@@ -132,13 +132,14 @@ def _plans(entry: str, config: Config) -> bool:
 
 
 def _planned(config: Config, arguments: Sequence[str]) -> str:
-    """The plan as a table; the data, where it is prepared already, says the vocabulary."""
-    vocab_size = None
+    """The plan as a table; the data, where it is prepared already, gives the vocabulary and the epochs."""
+    manifest = None
     with suppress(ValueError):
-        vocab_size = load_manifest(config.data.path).tokenizer.vocab_size
+        manifest = load_manifest(config.data.path)
+    vocab_size = manifest.tokenizer.vocab_size if manifest else None
     plan = make_plan(config, config.parallel.world_size or this_machine().world_size or 1, vocab_size)
     overrides = [argument for argument in arguments if not argument.startswith("--")]
-    table = describe(config, plan, overrides) + "\n"
+    table = describe(config, plan, overrides, manifest) + "\n"
     if said := warning(config):
         table += f"{'warning':<11}{said}\n"
     if config.engine.name is EngineName.deepspeed:
