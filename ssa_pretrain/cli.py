@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from ssa_pretrain.composition import Source, compose, hydra_on, sort_overrides
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
-from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.devices import has_gpu
 from ssa_pretrain.ds_config import ds_config
 from ssa_pretrain.planning import describe, make_plan
@@ -131,11 +131,12 @@ def _plans(entry: str, config: Config) -> bool:
 
 
 def _planned(config: Config, arguments: Sequence[str]) -> str:
-    """The plan as a table; the data, where it is prepared already, says the vocabulary."""
-    vocab_size = _prepared_vocabulary(Path(config.data.path))
+    """The plan as a table; the data, where it is prepared already, gives the vocabulary and the epochs."""
+    manifest = _prepared(Path(config.data.path))
+    vocab_size = manifest.tokenizer.vocab_size if manifest else None
     plan = make_plan(config, config.parallel.world_size or this_machine().world_size or 1, vocab_size)
     overrides = [argument for argument in arguments if not argument.startswith("--")]
-    table = describe(config, plan, overrides) + "\n"
+    table = describe(config, plan, overrides, manifest) + "\n"
     if said := warning(config):
         table += f"{'warning':<11}{said}\n"
     if config.engine.name is EngineName.deepspeed:
@@ -143,12 +144,12 @@ def _planned(config: Config, arguments: Sequence[str]) -> str:
     return table
 
 
-def _prepared_vocabulary(path: Path) -> int | None:
-    """The vocabulary size of prepared data, None where there is none yet; raises ConfigError where it is damaged."""
+def _prepared(path: Path) -> Manifest | None:
+    """The manifest of prepared data, None where there is none yet; raises ConfigError where it is damaged."""
     if not (path.is_file() or os.path.lexists(path / "manifest.json")):
         return None
     try:
-        return load_manifest(path).tokenizer.vocab_size
+        return load_manifest(path)
     except ValueError as error:
         raise ConfigError([Problem("data.path", str(path), f"is not usable: {error}", exit_code=4)]) from None
 

@@ -196,7 +196,9 @@ class DataConfig:
 
     path: str = "???"  # folder with manifest.json
     sequence_length: int = 512  # tokens a row
-    weights: dict[str, float] = field(default_factory=dict)  # tokens by source; empty: in proportion to their size
+    weights: dict[str, float] = field(
+        default_factory=dict
+    )  # tokens by source; empty: the dataset's, or all rows equally often
     isolate_documents: bool = True  # no attention across documents; positions restart at each
 
     def problems(self) -> list[Problem]:
@@ -340,7 +342,7 @@ class EvaluationConfig:
     """Held-out evaluation, in both modes."""
 
     interval: int = 0  # steps between evaluations; 0: only at the end
-    rows: int = 64  # held-out rows; 0: all of them
+    rows: int = 64  # held-out rows, spread over the split; 0: all of it, the last row of each source padded
     at_start: bool = True  # evaluate before the first step too
 
     def problems(self) -> list[Problem]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssa_pretrain.config import Config, EngineName, Method, PrecisionName, Recompute, Score
+from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.mixture import readings
 from ssa_pretrain.flops import RowFlops, peak_flops, row_flops
 from ssa_pretrain.problems import ConfigError, Problem, divisors
 
@@ -210,13 +212,14 @@ def _layer_bytes_a_token(config: Config, size: int) -> int:
     return norms + (attention + feed_forward) // tp
 
 
-def describe(config: Config, plan: Plan, overrides: Sequence[str] = ()) -> str:
+def describe(config: Config, plan: Plan, overrides: Sequence[str] = (), manifest: Manifest | None = None) -> str:
     """Returns the plan as a table for people.
 
     Args:
         config: the configuration.
         plan: its plan.
         overrides: the command line's key=value arguments, for the launch command.
+        manifest: the dataset's, None where it is not prepared yet.
     """
     length = config.data.sequence_length
     degrees = f"tp {plan.tp} x pp {plan.pp} x cp {plan.cp} x dp {plan.dp}" + (
@@ -242,6 +245,7 @@ def describe(config: Config, plan: Plan, overrides: Sequence[str] = ()) -> str:
         *_context(config, plan),
         ("step", f"{plan.tokens_per_step:,} tokens = {plan.rows_per_step:,} rows = {batch}"),
         ("length", f"{plan.steps:,} steps, {plan.warmup_steps:,} of warm-up; {plan.total_tokens:,} tokens"),
+        *_epochs(config, plan, manifest),
         ("memory", f"about {_bytes(plan.memory_bytes)} on the fullest rank ({plan.parameters_per_rank:,} parameters)"),
         ("", memory),
         *_work(config, plan),
@@ -285,6 +289,31 @@ def _context(config: Config, plan: Plan) -> list[tuple[str, str]]:
     keys = 2 * tokens * model.num_kv_heads * model.head_dim // plan.tp
     held = f"a rank has {tokens // plan.cp:,} of a microbatch's {tokens:,} queries and all keys"
     return [("", f"{held}: {_bytes(keys * size)} gathered and {_bytes(keys * 4)} of gradients reduced a layer")]
+
+
+def _epochs(config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple[str, str]]:
+    """How many times the run reads the dataset and each of its sources, and which tokens its first epoch leaves out."""
+    if manifest is None or not manifest.splits["train"]:
+        return []
+    rows = plan.steps * plan.rows_per_step
+    try:
+        found = readings(manifest, config.data.weights, config.data.sequence_length, rows)
+    except ValueError as error:
+        return [("epochs", f"unknown: {error}")]
+    total = sum(reading.source.rows_per_epoch for reading in found)
+    line = f"{rows / total:.3g} over {_count(total, 'row')}"
+    if len(found) > 1:
+        found.sort(key=lambda reading: -reading.epochs)
+        shown = [f"{reading.source.name} {reading.epochs:.3g}" for reading in found[:SHOWN_LINES]]
+        line += f": {', '.join(shown)}"
+        if len(found) > SHOWN_LINES:
+            line += f" … {found[-1].source.name} {found[-1].epochs:.3g}, the least of {len(found)}"
+    lines = [("epochs", line)]
+    if tail := sum(reading.source.tail for reading in found if reading.rows):
+        left = f"the first epoch leaves out the last {tail:,} tokens"
+        each = " of the sources together" if len(found) > 1 else ""
+        lines.append(("", f"{left}{each}, the second reads them"))
+    return lines
 
 
 def _work(config: Config, plan: Plan) -> list[tuple[str, str]]:

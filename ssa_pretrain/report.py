@@ -40,9 +40,11 @@ class Figures:
         config: the saved configuration, nested.
         steps: training records in order.
         evaluations: mode -> evaluation records in order.
-        final: mode -> the newest held-out figures: cross_entropy, perplexity, captured_mass, captured_mass_by_layer, step.
+        final: mode -> the newest held-out metrics: cross_entropy, perplexity, captured_mass, captured_mass_by_layer, and the evaluation that
+            they come from: step, tokens, rows, by.
         unigram: entropy of the held-out tokens under their own frequencies, nats; None without a manifest.
         samples: prompt, mode and text of sampled continuations.
+        sampled: the step after which they were drawn; None where that is not known.
         data: facts of the dataset.
         start: how the run was started last, see environment.py; None where that is not known.
     """
@@ -54,6 +56,7 @@ class Figures:
     final: dict[str, dict[str, Any]]
     unigram: float | None = None
     samples: list[dict[str, str]] = field(default_factory=list)
+    sampled: int | None = None
     data: dict[str, str] = field(default_factory=dict)
     start: dict[str, Any] | None = None
 
@@ -80,6 +83,13 @@ class Figures:
         """Median over the steps; None before the first."""
         rates = sorted(record["tokens_per_second"] for record in self.steps if record.get("tokens_per_second"))
         return rates[len(rates) // 2] if rates else None
+
+    def evaluation(self) -> str:
+        """Which evaluation the final metrics come from: modes, step, tokens, rows, and what ran it."""
+        modes: dict[str, list[str]] = {}
+        for mode, record in self.final.items():
+            modes.setdefault(_evaluation(record), []).append(mode)
+        return "; ".join(f"{' and '.join(names)}: {said}" for said, names in modes.items())
 
     def facts(self) -> list[tuple[str, str]]:
         """What ran, as names and values in reading order; unknown ones are left out."""
@@ -109,6 +119,8 @@ class Figures:
             last = self.steps[-1]
             rows.append(("length", f"{last['step']:,} steps, {last['tokens']:,} tokens"))
             rows.append(("time in steps", duration(self.seconds)))
+        if self.final:
+            rows.append(("evaluation", self.evaluation()))
         if self.tokens_per_second:
             rows.append(("speed", f"{compact(self.tokens_per_second)} tokens/s (median)"))
         if self.steps and self.steps[-1].get("mfu") is not None:
@@ -148,6 +160,7 @@ def read_figures(folder: Path) -> Figures:
         final=_final(evaluations, evaluation),
         unigram=_unigram(manifest),
         samples=[_continuation(sample) for sample in samples],
+        sampled=(evaluation or {}).get("step"),
         data=_dataset(manifest),
         start=last_start(folder),
     )
@@ -155,8 +168,9 @@ def read_figures(folder: Path) -> Figures:
 
 def table(figures: Figures) -> str:
     """The report as text for a terminal, at most 120 columns but for long names."""
-    lines = [f"{figures.name}: held-out text after {figures.steps[-1]['step'] if figures.steps else 0} steps"]
     modes = list(figures.final)
+    steps = [record["step"] for record in figures.final.values() or figures.steps[-1:]]
+    lines = [f"{figures.name}: held-out text after {max(steps, default=0)} steps"]
     if modes:
         lines.append(
             f"  {'':<24}" + "".join(f"{mode:>12}" for mode in modes) + ("     unigram" if figures.unigram else "")
@@ -265,8 +279,8 @@ def _dataset(manifest: dict[str, Any]) -> dict[str, str]:
 
 
 def _final(evaluations: dict[str, list[dict[str, Any]]], written: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """The newest figures of each mode: those of evaluation.json unless training has gone on since."""
-    final = {mode: records[-1] for mode, records in evaluations.items()}
+    """The newest metrics of each mode: those of evaluation.json unless training has gone on since."""
+    final = {mode: records[-1] | {"by": "during training"} for mode, records in evaluations.items()}
     if not written:
         return final
     for mode, figures in written["modes"].items():
@@ -274,13 +288,26 @@ def _final(evaluations: dict[str, list[dict[str, Any]]], written: dict[str, Any]
             continue
         masses = figures.get("captured_mass_by_layer") or []
         final[mode] = {
+            "by": "by ssa_pretrain.evaluate",
             "step": written["step"],
+            "tokens": written.get("tokens"),
+            "rows": written.get("rows"),
             "cross_entropy": figures["cross_entropy"],
             "perplexity": perplexity(figures["cross_entropy"]),
             "captured_mass_by_layer": masses,
             "captured_mass": sum(masses) / len(masses) if masses else None,
         }
     return final
+
+
+def _evaluation(record: dict[str, Any]) -> str:
+    """An evaluation in a phrase, such as "step 60, 1,966,080 tokens, 64 held-out rows, during training"; unknown numbers are left out."""
+    counts = [
+        f"{record[key]:,} {noun}"
+        for key, noun in (("tokens", "tokens"), ("rows", "held-out rows"))
+        if record.get(key) is not None
+    ]
+    return ", ".join([f"step {record['step']:,}", *counts, record["by"]])
 
 
 def _continuation(sample: dict[str, str]) -> dict[str, str]:

@@ -173,8 +173,7 @@ def _held_out(figures: "Figures") -> str:
             cells = "".join("<td></td>" if value is None else f"<td>{value:{form}}</td>" for value in values)
             rows.append(f"<tr><td>{name}</td>{cells}</tr>")
     body = f'<table class="num"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
-    step = max(record["step"] for record in figures.final.values())
-    words = f"After step {step:,}. One set of weights, read with each kind of attention."
+    words = f"One set of weights, read with each kind of attention. {escape(figures.evaluation())}."
     return _card("Full and sparse attention on held-out text", words, body)
 
 
@@ -220,7 +219,8 @@ def _samples(figures: "Figures") -> str:
             for s in samples
         )
         blocks.append(f'<div class="sample"><div class="two">{texts}</div></div>')
-    words = "Drawn from the model at the end of training; the prompt is bold."
+    words = "Drawn from the weights" + (f" of step {figures.sampled:,}" if figures.sampled is not None else "")
+    words += " by ssa_pretrain.evaluate; the prompt is bold."
     return _card("Continuations", words, "".join(blocks), wide=True)
 
 

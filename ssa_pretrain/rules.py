@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, Method, PrecisionName, WandbMode
 from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.mixture import least_tokens
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
 from ssa_pretrain.rules_deepspeed import deepspeed_problems
 from ssa_pretrain.run_folder import ELSEWHERE, unwritable
@@ -60,7 +61,9 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         wrong: keys with problems already; a section stands for all its keys.
     """
     rules = [Config.problems, _heads, _layers, _sequence, _context, _rope, partial(_world, machine=machine)]
-    rules += [partial(_batch, machine=machine), _length, partial(_kernels, machine=machine)]
+    if "train" in machine.splits:  # an evaluation pads its microbatches
+        rules += [partial(_batch, machine=machine)]
+    rules += [_length, partial(_kernels, machine=machine)]
     rules += [
         partial(_layer_spec, machine=machine),
         partial(_fp8, machine=machine),
@@ -355,7 +358,7 @@ def _initial_weights(config: Config) -> list[Problem]:
 
 
 def _data(config: Config, splits: Collection[str]) -> list[Problem]:
-    """The prepared data: a readable manifest, a vocabulary that fits, known sources, two rows in each of the splits that are read."""
+    """The prepared data: a readable manifest, a vocabulary that fits, known sources, enough tokens in each of the splits that are read."""
     path, length = config.data.path, config.data.sequence_length
     try:
         manifest = load_manifest(path)
@@ -369,17 +372,17 @@ def _data(config: Config, splits: Collection[str]) -> list[Problem]:
         if not manifest.splits[split]:
             advice = f"choose another, or prepare it with split.heldout_fraction {'below 1' if split == 'train' else 'above 0'}"
             return [*found, Problem("data.path", path, f"has no {split} documents", advice, exit_code=4)]
-    names = list(dict.fromkeys(shard.name for shard in manifest.splits["train"]))
-    for name in sorted(set(config.data.weights) - set(names) if "train" in splits else ()):
-        advice = f"its sources are {join(names, 'and')}"
+    if "train" not in splits:
+        return found
+    tokens: dict[str, int] = {}
+    for shard in manifest.splits["train"]:
+        tokens[shard.name] = tokens.get(shard.name, 0) + shard.tokens
+    for name in sorted(set(config.data.weights) - set(tokens)):
+        advice = f"its sources are {join(tokens, 'and')}"
         found.append(Problem(f"data.weights.{name}", config.data.weights[name], f"names no source of {path}", advice))
-    tokens: dict[tuple[str, str], int] = {}
-    for split in splits:
-        for shard in manifest.splits[split]:
-            tokens[split, shard.name] = tokens.get((split, shard.name), 0) + shard.tokens
-    (split, name), fewest = min(tokens.items(), key=lambda item: item[1])
-    if fewest < 2 * length + 1:
-        rule = f"needs {2 * length + 1} tokens of each source, and {name} ({split}) in {path} has {fewest}"
+    name, fewest = min(tokens.items(), key=lambda item: item[1])
+    if fewest < least_tokens(length):
+        rule = f"needs {least_tokens(length)} tokens of each source, and {name} (train) in {path} has {fewest}"
         block = max(1, config.attention.block_size)
         longest = (fewest - 1) // 2 // block * block
         advice = f"prepare more text, or try {longest}" if longest else "prepare more text"

@@ -23,7 +23,7 @@ from ssa_pretrain.config_io import config_to_dict, save_config
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.errors import DataError
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
-from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
+from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, EvaluationResult, StepResult, build_engine
 from ssa_pretrain.environment import add_start, versions
 from ssa_pretrain.flops import peak_flops, row_flops
@@ -153,17 +153,22 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
         manifest = load_manifest(Path(config.data.path))
         rows = None
         if trains:
-            rows = TrainingRows(manifest, sequence_length=length, seed=config.seed, weights=config.data.weights)
+            rows = training_rows(config, manifest)
         held_out = HeldOutRows(manifest, sequence_length=length, rows=config.evaluation.rows)
     except ValueError as error:
         raise DataError(str(error)) from error
     vocab_size = config.model.vocab_size or manifest.tokenizer.vocab_size
     plan = make_plan(config, placement.world_size, vocab_size)
-    count_held_out(config, plan, held_out)
     if placement.world_size > 1:
         require_same_run(config, manifest)
     engine = build_engine(config, placement, vocab_size)
     return Run(config, plan, placement, manifest, engine, rows, held_out, Path(config.output_dir))
+
+
+def training_rows(config: Config, manifest: Manifest, order: int = ORDER) -> TrainingRows:
+    """Return the rows of a run in a version of their order."""
+    length, weights = config.data.sequence_length, config.data.weights
+    return TrainingRows(manifest, sequence_length=length, seed=config.seed, weights=weights, order=order)
 
 
 def restore(run: Run) -> int:
@@ -174,6 +179,9 @@ def restore(run: Run) -> int:
     """
     found = newest_checkpoint(run)
     if found is not None:
+        if "data.order" not in found.facts:
+            run.rows = training_rows(run.config, run.manifest, order=1)
+            say(run, f"{found.folder} was written under row order 1: the run keeps it to its end")
         if changed := differences(found.facts, facts(run)):
             raise CheckpointError(
                 f"{found.folder} cannot be continued with this configuration; set these back or choose another output_dir:\n  "
@@ -328,28 +336,24 @@ def owes_evaluation(run: Run, log: MetricsLogger, step: int) -> bool:
 
 def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
     """Evaluate the held-out rows in both modes."""
-    rows = count_held_out(run.config, run.plan, run.held_out) * run.config.training.micro_batch_size
     for mode in MODES:
         result = judge(run, mode)
-        log.log_evaluation(evaluation_record(run, result, step, mode, rows))
+        log.log_evaluation(evaluation_record(run, result, step, mode))
 
 
-def count_held_out(config: Config, plan: Plan, held_out: HeldOutRows) -> int:
-    """Return how many microbatches the held-out rows make: whole ones, the same over all stages of an interleaved pipeline."""
-    size = config.training.micro_batch_size
-    unit = size * (plan.dp * plan.pp if plan.vpp > 1 else 1)
-    count = held_out.num_rows // unit * unit // size
-    if count == 0:
-        raise DataError(
-            f"evaluation.rows={config.evaluation.rows} gives {held_out.num_rows} held-out rows of {config.data.sequence_length} tokens, fewer "
-            f"than the {unit} of one pass; lower training.micro_batch_size or prepare more held-out text"
-        )
-    return count
+def count_held_out(size: int, plan: Plan, num_rows: int) -> int:
+    """Return how many microbatches of `size` rows hold the held-out rows: as many on every data rank, whole rounds of an interleaved pipeline.
+
+    What the rows do not fill is padding, which counts in no mean.
+    """
+    unit = plan.dp * (plan.pp if plan.vpp > 1 else 1)
+    return -(-num_rows // (size * unit)) * unit
 
 
 def judge(run: Run, mode: str) -> EvaluationResult:
-    """Return the held-out figures in a mode, slice by slice under a progress bar."""
-    plan, total = run.plan, count_held_out(run.config, run.plan, run.held_out)
+    """Return the held-out metrics in a mode, slice by slice under a progress bar."""
+    plan = run.plan
+    total = count_held_out(run.config.training.micro_batch_size, plan, run.held_out.num_rows)
     size = 2 * plan.dp * plan.pp
     parts = []
     hidden = not (run.placement.is_first and sys.stderr.isatty())
@@ -363,10 +367,10 @@ def judge(run: Run, mode: str) -> EvaluationResult:
 
 
 def combine(parts: list[EvaluationResult]) -> EvaluationResult:
-    """Return the figures of slices together: cross entropy weighed by labels, layers' means by tokens."""
+    """Return the metrics of slices together: cross entropy weighed by labels (NaN without any), layers' means by tokens."""
     labels, tokens = sum(r.num_labels for r in parts), sum(r.num_tokens for r in parts)
     return EvaluationResult(
-        cross_entropy=sum(r.cross_entropy * r.num_labels for r in parts) / labels,
+        cross_entropy=sum(r.cross_entropy * r.num_labels for r in parts) / labels if labels else math.nan,
         alignment_by_layer=[
             sum(v) / tokens
             for v in zip(*([r.num_tokens * x for x in r.alignment_by_layer] for r in parts), strict=True)
@@ -411,6 +415,8 @@ def facts(run: Run) -> dict[str, Any]:
     kept |= {f"optim.{k}": tree["optim"][k] for k in ("beta1", "beta2", "eps", "weight_decay", "clip_grad")}
     kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32", "fp8_recipe")}
     kept |= {f"engine.{k}": tree["engine"][k] for k in ("name", "distributed_optimizer")}
+    if run.rows and run.rows.order > 1:  # a checkpoint without this fact was written under the first order
+        kept["data.order"] = run.rows.order
     return kept | {
         "seed": tree["seed"],
         "data.fingerprint": run.manifest.fingerprint,
@@ -438,7 +444,7 @@ def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
     }
 
 
-def evaluation_record(run: Run, result: EvaluationResult, step: int, mode: str, rows: int) -> dict[str, Any]:
+def evaluation_record(run: Run, result: EvaluationResult, step: int, mode: str) -> dict[str, Any]:
     """Return an evaluation's metrics."""
     return {
         "step": step,
@@ -449,7 +455,7 @@ def evaluation_record(run: Run, result: EvaluationResult, step: int, mode: str, 
         "alignment_loss": mean(result.alignment_by_layer),
         "captured_mass": mean(result.captured_mass_by_layer),
         "captured_mass_by_layer": result.captured_mass_by_layer,
-        "rows": rows,
+        "rows": run.held_out.num_rows,
     }
 
 

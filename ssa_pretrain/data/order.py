@@ -1,11 +1,16 @@
 """The order of training rows: pure functions of (key, index), so a checkpoint holds no sampler state and no length of a run moves a row.
 
 `permute` is a permutation of range(n) evaluated one index at a time: a four-round Feistel network over the next even number of bits, walked
-until it lands inside the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). `Blend` interleaves sources by a fixed
-pattern in which every prefix holds each source's share to within one row.
+until it lands inside the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). `Blend` interleaves sources so that every
+prefix holds each source's share to within two rows. `PatternBlend` is the earlier interleaving, kept for the checkpoints that were written under it.
 """
 
 import hashlib
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 
@@ -46,9 +51,100 @@ def _mix(x: int) -> int:
 
 
 class Blend:
-    """Which source each row of a mixture comes from, and the how-manieth row of that source it is."""
+    """Which source each row of a mixture comes from, and how many rows of that source precede it.
 
-    def __init__(self, weights: list[float]) -> None:
+    The sources are the leaves of a binary tree. Of the first m rows of a node of weight w, round(m * l / w) go to its left child of weight l and
+    the others to its right child, halves rounded up. Both counts grow by 0 or 1 with each row, so a row takes one way down, and its index in a
+    child is the child's count before it. There is no table and no state; a row costs one division per level, and integers keep it exact.
+
+    The bound. Let e be a node's count less its share of n rows, 0 at the root. A child with r times the node's weight has r * e + d with
+    |d| <= 1/2. A node's sources, the largest first, are cut where the two parts are most nearly equal. If the largest has half of the weight or
+    more, it is a part by itself, a leaf, and the other part has at most half. If it has a third or more, the cut behind it is at most a sixth off
+    the middle; if it has less, consecutive cuts are less than a third apart, so one is at most a sixth off. So a part of several sources has
+    r <= 2/3: |e| < 1/2 * (1 + 2/3 + 4/9 + ...) = 3/2 inside the tree, and |e| < 3/2 + 1/2 = 2 at the leaves.
+
+    With whole weights no rounding is left at multiples of their sum: there, each source has had exactly its share.
+
+    Args:
+        weights: one per source, finite, not negative, not all 0; their sum does not matter.
+
+    Raises:
+        ValueError: they are not.
+    """
+
+    def __init__(self, weights: Sequence[float | Fraction]) -> None:
+        shares = _whole_numbers(weights)
+        self._num_sources = len(shares)
+        largest_first = sorted((s for s, share in enumerate(shares) if share), key=lambda s: -shares[s])
+        ends = list(accumulate((shares[s] for s in largest_first), initial=0))
+        self._nodes: list[tuple[int, int, int, int]] = []  # weight of the left child, of both, the children
+        unbuilt: list[tuple[int, int]] = []  # the sources of each node, a range of `largest_first`
+
+        def child(first: int, last: int) -> int:
+            """Return the number of a node for a range of sources; a single source s is ~s."""
+            if last - first == 1:
+                return ~largest_first[first]
+            unbuilt.append((first, last))
+            return len(unbuilt) - 1
+
+        self._root = child(0, len(largest_first))
+        while len(self._nodes) < len(unbuilt):
+            first, last = unbuilt[len(self._nodes)]
+            cut = _middle(ends, first, last)
+            node = (ends[cut] - ends[first], ends[last] - ends[first], child(first, cut), child(cut, last))
+            self._nodes.append(node)
+
+    def source(self, row: int) -> tuple[int, int]:
+        """Return (source, row of that source) of a mixture's row."""
+        node, row = self._root, int(row)
+        while node >= 0:
+            left, both, first, second = self._nodes[node]
+            before, rest = divmod(2 * row * left + both, 2 * both)
+            node, row = (first, before) if rest + 2 * left >= 2 * both else (second, row - before)
+        return ~node, row
+
+    def counts(self, rows: int) -> list[int]:
+        """Return how many of the first `rows` rows each source has."""
+        found = [0] * self._num_sources
+        below = [(self._root, int(rows))]
+        while below:
+            node, count = below.pop()
+            if node < 0:
+                found[~node] = count
+                continue
+            left, both, first, second = self._nodes[node]
+            taken = (2 * count * left + both) // (2 * both)
+            below += [(first, taken), (second, count - taken)]
+        return found
+
+
+def _whole_numbers(weights: Sequence[float | Fraction]) -> list[int]:
+    """Return whole numbers in the exact ratio of some weights."""
+    if not all(isinstance(w, int | Fraction) or math.isfinite(w) for w in weights):
+        raise ValueError(f"weights={list(weights)} must be finite")
+    exact = [w if isinstance(w, int | Fraction) else Fraction(float(w)) for w in weights]
+    if min(exact, default=0) < 0 or not any(exact):
+        raise ValueError(f"weights={list(weights)} must not be negative, and one must be above 0")
+    denominator = math.lcm(*(w.denominator for w in exact))
+    whole = [int(w * denominator) for w in exact]
+    divisor = math.gcd(*whole)
+    return [w // divisor for w in whole]
+
+
+def _middle(ends: list[int], first: int, last: int) -> int:
+    """Return where ends[first..last] are cut into two parts that are most nearly equal, neither of them empty."""
+    twice = ends[first] + ends[last]
+    cut = bisect_left(ends, twice, first + 1, last - 1, key=lambda end: 2 * end)
+    return min((c for c in (cut - 1, cut) if c > first), key=lambda c: abs(2 * ends[c] - twice))
+
+
+class PatternBlend:
+    """The interleaving of row order 1: a pattern of 4,096 rows in which each source has a rounded number of rows, one at least.
+
+    Shares drift with every repetition of the pattern. It serves only to continue runs that began under it.
+    """
+
+    def __init__(self, weights: Sequence[float | Fraction]) -> None:
         share = np.asarray(weights, dtype=np.float64)
         exact = share / share.sum() * PATTERN_ROWS
         counts = np.floor(exact).astype(np.int64)

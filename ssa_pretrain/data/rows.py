@@ -1,12 +1,16 @@
 """Rows of tokens over indexed binaries: a row is `sequence_length + 1` consecutive tokens of one source.
 
-The source's binaries are read as one stream of tokens in file order; documents flow over rows. Rows are shuffled by a keyed permutation, one
-an epoch, and later epochs cut the stream at another offset. So row n is a function of (manifest fingerprint, seed, n): nothing is built or cached
+The source's binaries are read as one stream of tokens in file order; documents flow over rows. Rows are shuffled by a keyed permutation, one per
+epoch, and later epochs cut the stream at other offsets. So row n is a function of (manifest fingerprint, seed, n): nothing is built or cached
 before training, the reads are contiguous, and a longer run, another batch size or another layout moves no row. Every id that is read is compared
-with the vocabulary: a flipped bit ends training with its file, byte and document. A dataset packed as `official_row` gives one sequence a row
-instead, filled with padding that bears no loss. Files are read through
-megatron-core's `IndexedDataset`; its `GPTDataset` is not used, since its order changes with the length of the run and it does not return
-document boundaries.
+with the vocabulary: a flipped bit ends training with its file, byte and document. A dataset packed as `official_row` gives one sequence per row
+instead, filled with padding that bears no loss. Held-out rows are padded too where a source ends within a row. How often each source is read is
+decided in mixture.py. Files are read through megatron-core's `IndexedDataset`; its `GPTDataset` is not used, since its order changes with the
+length of the run and it does not return document boundaries.
+
+`ORDER` is the version of all this. A checkpoint holds the version that it was written under, and a run that resumes keeps it:
+    1  sources interleaved by `PatternBlend`; the last tokens of a source, fewer than a row, are read in no epoch
+    2  sources interleaved by `Blend`, by default in proportion to their rows; the second epoch ends with the last token
 """
 
 from dataclasses import dataclass
@@ -17,8 +21,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ssa_pretrain.data.errors import DamagedData
 from ssa_pretrain.data.indexed_format import Manifest
-from ssa_pretrain.data.order import Blend, key_number, permute
+from ssa_pretrain.data.mixture import Source, is_padded, row_shares, training_sources
+from ssa_pretrain.data.order import Blend, PatternBlend, key_number, permute
 from ssa_pretrain.data.repair import repair_advice
+
+ORDER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,7 @@ class TokenStream:
 class SequenceRows:
     """One source's sequences, each a row of its own, padded: what a dataset packed as `official_row` gives.
 
-    A sequence has at most L tokens, its EOS the last. The padding begins a document of its own and bears no loss.
+    A sequence has at most L tokens, its EOS the last.
     """
 
     def __init__(self, stream: TokenStream, length: int, pad_id: int) -> None:
@@ -97,74 +104,113 @@ class SequenceRows:
     def read(self, number: int) -> Row:
         """Return sequence `number` as a row of L + 1."""
         own = self._stream.sequence(number)
-        tokens = np.full(self._length + 1, self._pad, dtype=np.int64)
-        tokens[: len(own)] = own
-        starts = np.zeros(self._length + 1, dtype=bool)
-        starts[[0, len(own)]] = True
-        return Row(tokens, starts, self._length + 1 - len(own))
+        starts = np.zeros(len(own), dtype=bool)
+        starts[:1] = True
+        return padded(Row(own, starts), self._length, self._pad)
+
+
+def padded(row: Row, length: int, pad_id: int) -> Row:
+    """Return a row of at most L tokens filled up to L + 1; the padding begins a document of its own and bears no loss."""
+    missing = length + 1 - len(row.tokens)
+    tokens = np.append(row.tokens, np.full(missing, pad_id))
+    starts = np.append(row.starts, np.zeros(missing, dtype=bool))
+    starts[len(row.tokens)] = True
+    return Row(tokens, starts, missing)
 
 
 class TrainingRows:
-    """The endless, shuffled, blended rows of the training split."""
+    """The endless, shuffled, blended rows of the training split.
 
-    def __init__(self, manifest: Manifest, *, sequence_length: int, seed: int, weights: dict[str, float]) -> None:
-        self._length = sequence_length
+    Args:
+        manifest: the dataset.
+        sequence_length: L.
+        seed: of the shuffle.
+        weights: share of each source in the tokens; empty: the manifest's, or else every source's rows equally often.
+        order: version of the order, see above.
+    """
+
+    def __init__(
+        self, manifest: Manifest, *, sequence_length: int, seed: int, weights: dict[str, float], order: int = ORDER
+    ) -> None:
+        if not 1 <= order <= ORDER:
+            raise ValueError(f"row order {order} is not known; this version of ssa_pretrain has 1 to {ORDER}")
+        self.order, self._length = order, sequence_length
         self._key = f"{manifest.fingerprint}:{seed}"
-        self._names, self._streams = open_streams(manifest, "train", sequence_length)
+        self._streams = open_streams(manifest, "train")
         self._sequences = open_sequences(manifest, self._streams, sequence_length)
-        weights = weights or {name: share for name, share in manifest.weights.items() if name in self._names}
-        if unknown := sorted(set(weights) - set(self._names)):
-            raise ValueError(f"data.weights={unknown} must name sources of the training split; they are {self._names}")
-        shares = [
-            weights.get(name, 0.0) if weights else float(s.num_tokens)
-            for name, s in zip(self._names, self._streams, strict=True)
-        ]
-        # Shares count tokens and the blend draws rows: where a row is one sequence, a source of long ones is drawn less often.
-        if self._sequences:
-            shares = [share * s.num_sequences / s.num_tokens for share, s in zip(shares, self._streams, strict=True)]
-        self._blend = Blend(shares)
+        self._sources = training_sources(manifest, sequence_length)
+        shares = row_shares(manifest, weights, sequence_length, order=order)
+        self._blend = PatternBlend(shares) if order == 1 else Blend(shares)
 
     def row(self, index: int) -> Row:
         """Return row `index` of the run, from 0 without end."""
-        source, n = self._blend.source(index)
-        stream, length = self._streams[source], self._length
-        per_epoch = self._sequences[source].num_rows if self._sequences else (stream.num_tokens - length) // length
-        epoch, at = divmod(n, per_epoch)
-        key = f"{self._key}:{self._names[source]}:{epoch}"
+        number, n = self._blend.source(index)
+        source = self._sources[number]
+        epoch, at = divmod(n, source.rows_per_epoch)
+        key = f"{self._key}:{source.name}:{epoch}"
+        place = permute(at, source.rows_per_epoch, key)
         if self._sequences:
-            return self._sequences[source].read(permute(at, per_epoch, key))
-        shift = key_number(key + ":shift", length) if epoch else 0
-        return stream.read(shift + permute(at, per_epoch, key) * length, length + 1)
+            return self._sequences[number].read(place)
+        shift = self._shift(source, epoch, key + ":shift")
+        return self._streams[number].read(shift + place * self._length, self._length + 1)
+
+    def _shift(self, source: Source, epoch: int, key: str) -> int:
+        """Return where an epoch's first row begins: at the first token, then so that the last row ends with the last token, then anywhere between."""
+        if epoch == 0:
+            return 0
+        if self.order == 1:
+            return key_number(key, self._length)
+        return source.tail if epoch == 1 else key_number(key, source.tail + 1)
 
 
 class HeldOutRows:
-    """A fixed set of rows of the held-out split, spread evenly over its sources."""
+    """A fixed set of rows of the held-out split, spread evenly over its sources.
+
+    All of them hold each token of the split: where a source's last row is not full, it is padded. A smaller set is chosen among full rows.
+
+    Attributes:
+        num_rows: rows of the set.
+
+    Raises:
+        ValueError: the split has no row, or rows of another length.
+    """
 
     def __init__(self, manifest: Manifest, *, sequence_length: int, rows: int) -> None:
-        self._length = sequence_length
-        _, self._streams = open_streams(manifest, "heldout", sequence_length)
+        self._length, self._pad = sequence_length, manifest.tokenizer.eos_id
+        self._streams = open_streams(manifest, "heldout")
         self._sequences = open_sequences(manifest, self._streams, sequence_length)
         counts = [s.num_rows for s in self._sequences] or [(s.num_tokens - 1) // sequence_length for s in self._streams]
+        if not self._sequences and not 0 < rows <= sum(counts):
+            counts = [-(-(s.num_tokens - 1) // sequence_length) for s in self._streams]
         self._ends = np.cumsum(counts)
         available = int(self._ends[-1])
+        if not available:
+            raise ValueError(
+                f"{manifest.root} has no held-out source of two tokens, a token and its label; prepare more text"
+            )
         self.num_rows = min(rows or available, available)
         self._places = [i * available // self.num_rows for i in range(self.num_rows)]
 
     def row(self, index: int) -> Row:
-        """Return held-out row `index`, below num_rows."""
+        """Return held-out row `index`; from num_rows on, rows of nothing but padding, which fill the last microbatches."""
+        if index >= self.num_rows:
+            return padded(Row(np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)), self._length, self._pad)
         place = self._places[index]
         source = int(np.searchsorted(self._ends, place, side="right"))
         at = place - (int(self._ends[source - 1]) if source else 0)
         if self._sequences:
             return self._sequences[source].read(at)
-        return self._streams[source].read(at * self._length, self._length + 1)
+        stream, begin = self._streams[source], at * self._length
+        if begin + self._length < stream.num_tokens:
+            return stream.read(begin, self._length + 1)
+        return padded(stream.read(begin, stream.num_tokens - begin), self._length, self._pad)
 
 
-def open_streams(manifest: Manifest, split: str, sequence_length: int) -> tuple[list[str], list[TokenStream]]:
-    """Return the names and token streams of a split's sources, in the manifest's order.
+def open_streams(manifest: Manifest, split: str) -> list[TokenStream]:
+    """Return the token streams of a split's sources, in the manifest's order.
 
     Raises:
-        ValueError: the split has no documents, or a source is shorter than two rows.
+        ValueError: the split has no documents.
     """
     if not manifest.splits[split]:
         fraction = "below 1" if split == "train" else "above 0"
@@ -174,14 +220,7 @@ def open_streams(manifest: Manifest, split: str, sequence_length: int) -> tuple[
     prefixes: dict[str, list[Path]] = {}
     for shard in manifest.splits[split]:
         prefixes.setdefault(shard.name, []).append(manifest.root / shard.prefix)
-    streams = [TokenStream(p, manifest.tokenizer.vocab_size) for p in prefixes.values()]
-    for name, stream in zip(prefixes, streams, strict=True):
-        if stream.num_tokens < 2 * sequence_length + 1:
-            raise ValueError(
-                f"data.sequence_length={sequence_length} needs at least {2 * sequence_length + 1} tokens of each source, but {name} ({split}) "
-                f"in {manifest.root} has {stream.num_tokens}; shorten the rows or prepare more text"
-            )
-    return list(prefixes), streams
+    return [TokenStream(p, manifest.tokenizer.vocab_size) for p in prefixes.values()]
 
 
 def open_sequences(manifest: Manifest, streams: list[TokenStream], sequence_length: int) -> list[SequenceRows]:
@@ -190,7 +229,7 @@ def open_sequences(manifest: Manifest, streams: list[TokenStream], sequence_leng
     Raises:
         ValueError: the dataset's rows have another length.
     """
-    if manifest.policy.get("packing") != "official_row":
+    if not is_padded(manifest):
         return []
     if (row := manifest.policy["row_tokens"]) != sequence_length:
         raise ValueError(

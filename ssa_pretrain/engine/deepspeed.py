@@ -102,7 +102,8 @@ class DeepSpeedEngine(MegatronEngine):
         for batch in idle:
             self._loss(_Run(1.0), batch, route)
         sums = self._sums(self._reduce(run).tolist())
-        return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels), int(tokens))
+        cross_entropy = sums.loss / max(1.0, float(labels))
+        return EvaluationResult(cross_entropy, sums.alignment, sums.mass, int(labels), int(tokens))
 
     @torch.no_grad()
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:

@@ -31,7 +31,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """Held-out figures of one mode; the same on every rank. Means as in a step, over `num_labels` and `num_tokens`, padding apart."""
+    """Held-out metrics of one mode; the same on every rank. Means as in a step, over `num_labels` and `num_tokens`, padding apart; 0 over none."""
 
     cross_entropy: float
     alignment_by_layer: list[float]

@@ -113,7 +113,8 @@ class MegatronEngine:
         if batches:
             self._forward_backward(batches, [Route(mode, counterpart=True)] * len(batches), run, forward_only=True)
         sums = self._sums(self._reduce(run).tolist())
-        return EvaluationResult(sums.loss / float(labels), sums.alignment, sums.mass, int(labels), int(tokens))
+        cross_entropy = sums.loss / max(1.0, float(labels))
+        return EvaluationResult(cross_entropy, sums.alignment, sums.mass, int(labels), int(tokens))
 
     @torch.no_grad()
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:

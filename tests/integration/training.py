@@ -1,7 +1,6 @@
 """Helpers for tests that train for real: the commands of the README as processes, on the quickstart's corpus."""
 
 import json
-import os
 import signal
 import subprocess
 import sys

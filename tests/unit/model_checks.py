@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from small_datasets import cut, write_dataset
 from torch import Tensor
 
 from ssa_kernels import qkv_rope
@@ -381,3 +383,86 @@ def test_rope_turns_by_position_with_llama3_scaling(placement, factor):
     sizes = {"num_kv_heads": 1, "group_size": 2, "head_dim": 64, "num_gates": 0}
     turned, *_ = qkv_rope(mixed, table.flatten(1), positions, **sizes)
     torch.testing.assert_close(turned, wanted.float(), rtol=0.0, atol=1e-4)
+
+
+def held_out_metrics(engine, config: Config, held_out, mode: str) -> list[float]:
+    """Return what the trainer finds on held-out rows: cross entropy, alignments, masses, labels, tokens."""
+    from ssa_pretrain.trainer import judge
+
+    plan, first = SimpleNamespace(dp=1, pp=1, vpp=1), SimpleNamespace(dp_rank=0, is_first=False)
+    found = judge(SimpleNamespace(engine=engine, config=config, held_out=held_out, plan=plan, placement=first), mode)
+    counts = [found.num_labels, found.num_tokens]
+    return [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer, *counts]
+
+
+@pytest.mark.parametrize("packing", ["megatron", "official_row"])
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_held_out_metrics_do_not_depend_on_the_micro_batch_size(placement, tmp_path, mode, packing):
+    """Seven rows, or eight with one in which a source ends: no size but one divides them."""
+    from ssa_pretrain.data.rows import HeldOutRows
+    from ssa_pretrain.engine import build_engine
+
+    policy = {"packing": packing, "row_tokens": LENGTH}
+    sizes = {"long": 7 * LENGTH + 30, "short": 50}
+    held = {name: [d % VOCAB for d in cut(size, seed=size)] for name, size in sizes.items()}
+    manifest = write_dataset(tmp_path, {}, held, vocab_size=VOCAB, policy=policy)
+    config = small_config()
+    engine = build_engine(config, placement, VOCAB)
+    for rows in (0, 7):
+        held_out = HeldOutRows(manifest, sequence_length=LENGTH, rows=rows)
+        found = []
+        for size in range(1, 6):
+            config.training.micro_batch_size = size
+            found.append(held_out_metrics(engine, config, held_out, mode))
+        for other in found[1:]:
+            assert other == pytest.approx(found[0], rel=1e-6, abs=0)
+        if not rows:
+            documents = sum(map(len, held.values()))
+            assert found[0][-2] == sum(sizes.values()) - documents, "all labels, each once"
+
+
+@pytest.mark.parametrize("length", [16, 32, 48])
+def test_samples_are_no_longer_than_a_row(placement, tmp_path, monkeypatch, length):
+    """Positions end with the row. Prompts of the data, and any others: of one token, of nearly a row, of a row and more."""
+    from tokenizers import Tokenizer, models
+
+    from ssa_pretrain import evaluate
+    from ssa_pretrain.data.rows import HeldOutRows
+    from ssa_pretrain.engine import build_engine
+
+    words = {f"w{i}": i for i in range(VOCAB)}
+    held = {"held": [d % (VOCAB - 1) + 1 for d in cut(20 * length, longest=3 * length)]}
+    manifest = write_dataset(tmp_path, {}, held, vocab_size=VOCAB)
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
+    config = small_config()
+    config.attention.top_k, config.data.sequence_length = 1, length
+    run = SimpleNamespace(
+        config=config,
+        engine=build_engine(config, placement, VOCAB),
+        manifest=manifest,
+        held_out=HeldOutRows(manifest, sequence_length=length, rows=0),
+        placement=SimpleNamespace(is_first=False),
+        plan=SimpleNamespace(cp=1, tp=1, vocab_size=VOCAB),
+    )
+    drawn = [len(prompt) for prompt in evaluate.held_out_prompts(run)]
+    assert drawn == [length // 2] * evaluate.PROMPTS, "half a row for the prompt, half for its continuation"
+    lengths = [1, length - 1, length, length + 7]
+    for prompts in (None, [list(range(1, n + 1)) for n in lengths]):
+        if prompts:
+            monkeypatch.setattr(evaluate, "held_out_prompts", lambda _, prompts=prompts: prompts)
+        found = [
+            [len(sample[part].split()) for part in ("prompt", "text")]
+            for sample in evaluate.sample(run, ("full", "sparse"))
+        ]
+        assert all(prompt > 0 and prompt + text <= length for prompt, text in found)
+        assert any(text and prompt + text == length for prompt, text in found), "an EOS ends some of them, not all"
+        assert len(found) == 2 * len(prompts or drawn)
+
+
+def test_the_filling_of_packed_prompts_has_documents_no_longer_than_a_row():
+    from ssa_pretrain.evaluate import packed_prompts
+
+    batch = packed_prompts([[1, 2, 3], [4]], 64, 16)
+    assert batch.cu_seqlens.diff().tolist() == [3, 1, 16, 16, 16, 12]
+    assert batch.positions.max() == 15
+    assert packed_prompts([[1] * 16], 16, 16).cu_seqlens.tolist() == [0, 16]

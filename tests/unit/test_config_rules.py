@@ -407,6 +407,13 @@ def test_what_does_not_fit_the_data_is_one_line(dataset: Path, override: str, me
     assert lines[0].endswith(message.format(path=dataset))
 
 
+def test_an_evaluation_pads_rows_and_microbatches(dataset: Path) -> None:
+    """Held-out sources may be shorter than a row, and the global batch is training's."""
+    command = (*BASE, f"data.path={dataset}", "data.sequence_length=4096", "training.micro_batch_size=7")
+    assert found(*command, machine=replace(HERE, splits=("heldout",))) == []
+    assert len(found(*command, machine=HERE)) == 2
+
+
 def test_an_output_dir_that_cannot_be_written_is_a_problem(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     ours = (*BASE, f"data.path={dataset}")

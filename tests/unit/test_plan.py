@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_datasets import cut, write_dataset
 
 from ssa_pretrain.cli import CONF, read_config, resolve_config
 from ssa_pretrain.config import Config, OptimConfig, Schedule
+from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.planning import GIB, Plan, describe, make_plan
 from ssa_pretrain.problems import ConfigError
 from ssa_pretrain.rules import Machine
@@ -209,6 +211,43 @@ def test_the_table_says_what_a_person_asks() -> None:
     assert "dry_run" not in table
     start = experiment("experiment=ssa_1b_32k", world_size=1)
     assert "weights of outputs/ssa_1b_8k" in describe(start, make_plan(start, 1))
+
+
+def epochs(manifest: Manifest, *overrides: str) -> list[str]:
+    """The plan's lines on epochs for 30 steps of 8 rows of 32 tokens."""
+    run = ("experiment=quickstart", "data.sequence_length=32", "training.global_batch_tokens=256", "training.steps=30")
+    config = experiment(*run, "training.micro_batch_size=1", "attention.top_k=1", *overrides)
+    lines = describe(config, make_plan(config, 1, 4000), manifest=manifest).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("epochs"))
+    return [line[11:] for line in lines[first : first + 2] if not line.startswith("memory")]
+
+
+def test_the_plan_counts_epochs(tmp_path: Path) -> None:
+    """240 rows of two sources of 99 and 19 rows: without weights both are read as often."""
+    both = write_dataset(tmp_path / "both", {"english": cut(3200), "python": cut(640 + 7)}, {})
+    left = "the first epoch leaves out the last 69 tokens of the sources together, the second reads them"
+    assert epochs(both) == ["2.03 over 118 rows: python 2.05, english 2.03", left]
+    assert epochs(both, "data.weights={english:1,python:1}")[0] == "2.03 over 118 rows: python 6.32, english 1.21"
+    mix = dataclasses.replace(both, weights={"english": 1.0, "python": 0.0})
+    left = "the first epoch leaves out the last 31 tokens of the sources together, the second reads them"
+    assert epochs(mix) == ["2.03 over 118 rows: english 2.42, python 0", left]
+    one = write_dataset(tmp_path / "one", {"english": cut(3200)}, {})
+    assert epochs(one) == ["2.42 over 99 rows", "the first epoch leaves out the last 31 tokens, the second reads them"]
+    six = write_dataset(tmp_path / "six", {f"s{i}": cut(32 * (i + 4), base=i) for i in range(6)}, {})
+    assert epochs(six, "data.weights={s0:6,s1:5,s2:4,s3:3,s4:2,s5:1}")[0].endswith(" … s5 1.38, the least of 6")
+    packed = dataclasses.replace(one, policy={"packing": "official_row", "row_tokens": 32})
+    documents = one.splits["train"][0].documents
+    assert epochs(packed) == [f"{240 / documents:.3g} over {documents} rows"]
+
+
+def test_the_plan_says_why_it_counts_no_epochs(tmp_path: Path) -> None:
+    short = write_dataset(tmp_path / "short", {"english": cut(60)}, {"english": cut(99)})
+    words = f"unknown: data.sequence_length=32 needs at least 65 tokens of each source, but english (train) in {short.root} has 60; "
+    assert epochs(short)[0] == words + "shorten the rows or prepare more text"
+    held = dataclasses.replace(short, splits={"train": (), "heldout": short.splits["heldout"]})
+    config = experiment("experiment=quickstart")
+    for manifest in (None, held):
+        assert "epochs" not in describe(config, make_plan(config, 1, 4000), manifest=manifest)
 
 
 @pytest.mark.parametrize(

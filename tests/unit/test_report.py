@@ -152,6 +152,31 @@ def test_evaluation_file_counts_unless_training_went_on(run: Path) -> None:
     assert read_figures(run).final["full"]["cross_entropy"] == 5.0
 
 
+def test_the_report_names_the_evaluation_that_a_number_comes_from(run: Path) -> None:
+    """During training, from `evaluate`, or from either in one mode; numbers that a file lacks are left out."""
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text() + "".join(json.dumps(r) + "\n" for r in (train(11), train(12))))
+
+    def shown() -> str:
+        figures = read_figures(run)
+        lines = table(figures).splitlines()
+        (said,) = [line.split(None, 1)[1] for line in lines if line.startswith("evaluation ")]
+        assert f"{said}." in " ".join(parsed(page(figures)).text)
+        return f"{lines[0].partition('after ')[2]}: {said}"
+
+    assert shown() == "10 steps: full and sparse: step 10, 10,000 tokens, during training"
+    later = [evaluation(12, mode, 4.5) | {"rows": 1064} for mode in ("full", "sparse")]
+    path.write_text(path.read_text() + "".join(json.dumps(record) + "\n" for record in later))
+    assert shown() == "12 steps: full and sparse: step 12, 12,000 tokens, 1,064 held-out rows, during training"
+    written = {"step": 12, "modes": {"full": {"cross_entropy": 4.0}}}
+    (run / "evaluation.json").write_text(json.dumps(written))
+    during = "sparse: step 12, 12,000 tokens, 1,064 held-out rows, during training"
+    assert shown() == f"12 steps: full: step 12, by ssa_pretrain.evaluate; {during}"
+    (run / "evaluation.json").write_text(json.dumps(written | {"tokens": 12_000, "rows": 2000}))
+    assert shown() == f"12 steps: full: step 12, 12,000 tokens, 2,000 held-out rows, by ssa_pretrain.evaluate; {during}"
+    assert "Drawn from the weights of step 12 by ssa_pretrain.evaluate" in page(read_figures(run))
+
+
 def test_a_run_in_its_first_moments_has_a_report(run: Path) -> None:
     for name in ("config.yaml", "samples.json"):
         (run / name).unlink()

@@ -1,36 +1,15 @@
 """Rows over indexed binaries: every token where it should be, documents known, nothing that depends on the length of a run."""
 
-import hashlib
-from pathlib import Path
-
 import numpy as np
 import pytest
+from small_datasets import cut, write_dataset, write_shard
 
 from ssa_pretrain.data.batches import collate
-from ssa_pretrain.data.indexed_format import Manifest, ShardInfo, TokenizerInfo, write_index
+from ssa_pretrain.data.indexed_format import Manifest, TokenizerInfo
+from ssa_pretrain.data.mixture import readings
 from ssa_pretrain.data.rows import HeldOutRows, Row, TokenStream, TrainingRows
 
 LENGTH = 32
-
-
-def write_shard(root: Path, name: str, number: int, documents: list[np.ndarray]) -> ShardInfo:
-    """Write one .bin/.idx pair of uint16 documents."""
-    prefix = root / f"{name}_{number}"
-    tokens = np.concatenate(documents).astype("<u2")
-    prefix.with_name(prefix.name + ".bin").write_bytes(tokens.tobytes())
-    with prefix.with_name(prefix.name + ".idx").open("wb") as file:
-        write_index(file, np.array([len(d) for d in documents]), np.dtype("<u2"))
-    sizes = {end: prefix.with_name(prefix.name + end).read_bytes() for end in (".bin", ".idx")}
-    return ShardInfo(
-        name=name,
-        prefix=prefix.name,
-        documents=len(documents),
-        tokens=len(tokens),
-        bin_bytes=len(sizes[".bin"]),
-        idx_bytes=len(sizes[".idx"]),
-        bin_sha256=hashlib.sha256(sizes[".bin"]).hexdigest(),
-        idx_sha256=hashlib.sha256(sizes[".idx"]).hexdigest(),
-    )
 
 
 def documents(seed: int, count: int, base: int) -> list[np.ndarray]:
@@ -148,8 +127,140 @@ def test_held_out_rows_are_spread_and_fixed(manifest):
     some = HeldOutRows(manifest, sequence_length=LENGTH, rows=3)
     all_starts = [int(every.row(i).tokens[0]) for i in range(every.num_rows)]
     assert all_starts == [20_000 + i * LENGTH for i in range(every.num_rows)]
+    full = [start for i, start in enumerate(all_starts) if not every.row(i).padding]
     picked = [int(some.row(i).tokens[0]) for i in range(some.num_rows)]
-    assert picked == [all_starts[i * len(all_starts) // 3] for i in range(3)]
+    assert picked == [full[i * len(full) // 3] for i in range(3)]
+
+
+@pytest.mark.parametrize("rest", [0, 1, 2, LENGTH - 1])
+def test_held_out_rows_hold_each_token_once(tmp_path, rest):
+    """Rows of two sources, the last of each `rest` labels long and padded (none where the source ends with a row), and a source below a row."""
+    held = {
+        "long": cut(4 * LENGTH + 1 + rest, base=100),
+        "short": cut(LENGTH + 1 + rest, base=1000),
+        "tiny": [np.arange(2000, 2005)],
+    }
+    rows = HeldOutRows(write_dataset(tmp_path, {}, held), sequence_length=LENGTH, rows=0)
+    assert rows.num_rows == 4 + 1 + 1 + 2 * (rest > 0)
+    read, labels = [], 0
+    for i in range(rows.num_rows):
+        row = rows.row(i)
+        own = len(row.tokens) - row.padding
+        assert len(row.tokens) == LENGTH + 1
+        assert not row.padding or (row.starts[own] and (row.tokens[own:] == 0).all())
+        read += row.tokens[1:own].tolist()
+        labels += int(collate([row], index=0).loss_mask.sum())
+    assert sorted(read) == [
+        *range(101, 101 + 4 * LENGTH + rest),
+        *range(1001, 1001 + LENGTH + rest),
+        *range(2001, 2005),
+    ]
+    assert labels == len(read) - sum(len(documents) - 1 for documents in held.values())
+
+
+def test_rows_past_the_held_out_ones_are_padding(manifest):
+    rows = HeldOutRows(manifest, sequence_length=LENGTH, rows=2)
+    batch = collate([rows.row(2)], index=0)
+    assert batch.num_padding == LENGTH and batch.loss_mask.sum() == 0
+
+
+def test_a_held_out_split_without_a_label_is_refused(tmp_path):
+    manifest = write_dataset(tmp_path, {}, {"one": [np.array([5])]})
+    with pytest.raises(
+        ValueError, match="has no held-out source of two tokens, a token and its label; prepare more text"
+    ):
+        HeldOutRows(manifest, sequence_length=LENGTH, rows=0)
+
+
+def starts_of(rows: TrainingRows, numbers: range) -> list[int]:
+    return [int(rows.row(i).tokens[0]) for i in numbers]
+
+
+@pytest.mark.parametrize("rest", [0, 1, 17, LENGTH - 1])
+@pytest.mark.parametrize("per_epoch", [2, 3, 20])
+def test_two_epochs_read_each_token(tmp_path, per_epoch, rest):
+    """The first begins with the first token, the second ends with the last."""
+    total = (per_epoch + 1) * LENGTH + rest
+    manifest = write_dataset(tmp_path, {"english": cut(total)}, {})
+    rows = TrainingRows(manifest, sequence_length=LENGTH, seed=3, weights={})
+    read = {int(t) for i in range(2 * per_epoch) for t in rows.row(i).tokens}
+    assert read == set(range(total))
+    for epoch in range(2, 8):
+        shifts = {s % LENGTH for s in starts_of(rows, range(epoch * per_epoch, (epoch + 1) * per_epoch))}
+        assert len(shifts) == 1, "each epoch cuts the stream into rows that do not overlap"
+
+
+def test_without_weights_all_rows_are_read_equally_often(tmp_path):
+    """A source of a few rows beside one of many: after any whole number of epochs each row was read as often, and after any part of one nearly."""
+    manifest = write_dataset(tmp_path, {"large": cut(500 * LENGTH), "small": cut(3 * LENGTH + 5, base=20_000)}, {})
+    rows = TrainingRows(manifest, sequence_length=LENGTH, seed=3, weights={})
+    small = [s for s in starts_of(rows, range(499 + 2)) if s >= 20_000]
+    assert sorted(small) == [20_000, 20_000 + LENGTH]
+    found = readings(manifest, {}, LENGTH, 3 * 501)
+    assert [(r.source.name, r.rows, r.epochs) for r in found] == [("large", 3 * 499, 3.0), ("small", 3 * 2, 3.0)]
+    assert [r.source.tail for r in found] == [LENGTH - 1, LENGTH + 4]
+
+
+def test_readings_are_what_is_read(manifest):
+    weights = {"python": 3.0, "english": 1.0}
+    rows = TrainingRows(manifest, sequence_length=LENGTH, seed=1, weights=weights)
+    english, python = readings(manifest, weights, LENGTH, 100)
+    starts = starts_of(rows, range(100))
+    assert (
+        (english.rows, python.rows) == (sum(s < 10_000 for s in starts), sum(s >= 10_000 for s in starts)) == (25, 75)
+    )
+    assert python.epochs == 75 / python.source.rows_per_epoch > 4
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"english": -1.0}, r"data.weights=\{'english': -1.0\} must be finite and not negative"),
+        ({"english": 0.0}, "one must be above 0"),
+    ],
+)
+def test_weights_that_are_no_shares_are_refused(manifest, weights, words):
+    with pytest.raises(ValueError, match=words):
+        TrainingRows(manifest, sequence_length=LENGTH, seed=1, weights=weights)
+
+
+OLD = [
+    1056,
+    416,
+    10288,
+    832,
+    1312,
+    1440,
+    10256,
+    1504,
+    1472,
+    1024,
+    10032,
+    640,
+    256,
+    768,
+    10096,
+    1408,
+    320,
+    384,
+    10448,
+    160,
+]
+OLD_SECOND = [200, 1096, 648, 776, 712]
+
+
+def test_order_1_never_changes(manifest):
+    """Runs that began under it resume by it; in the first epoch of a single source, order 2 has the same rows."""
+    old, new = (TrainingRows(manifest, sequence_length=LENGTH, seed=5, weights={}, order=order) for order in (1, 2))
+    assert starts_of(old, range(40, 60)) == OLD
+    assert starts_of(new, range(40, 60)) != OLD
+    one = {"english": 1.0}
+    old, new = (TrainingRows(manifest, sequence_length=LENGTH, seed=5, weights=one, order=order) for order in (1, 2))
+    per_epoch = readings(manifest, one, LENGTH, 1)[0].source.rows_per_epoch
+    assert starts_of(old, range(per_epoch)) == starts_of(new, range(per_epoch))
+    assert starts_of(old, range(per_epoch, per_epoch + 5)) == OLD_SECOND
+    with pytest.raises(ValueError, match="row order 3 is not known; this version of ssa_pretrain has 1 to 2"):
+        TrainingRows(manifest, sequence_length=LENGTH, seed=5, weights=one, order=3)
 
 
 def example_row(starts: list[int]) -> Row:

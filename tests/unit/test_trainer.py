@@ -4,13 +4,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from small_datasets import cut, write_dataset
 
+from ssa_pretrain.checkpoint import Checkpoint, CheckpointError
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import collate
-from ssa_pretrain.data.rows import Row
+from ssa_pretrain.data.rows import Row, TrainingRows
 from ssa_pretrain.engine import EvaluationResult
 from ssa_pretrain.flops import row_flops
-from ssa_pretrain.trainer import combine, due, flops_per_token, mean, start_reporting
+from ssa_pretrain.trainer import (
+    combine,
+    count_held_out,
+    due,
+    facts,
+    flops_per_token,
+    mean,
+    restore,
+    start_reporting,
+    training_rows,
+)
 
 
 def test_slices_weigh_by_labels_and_tokens():
@@ -26,6 +38,65 @@ def test_slices_weigh_by_labels_and_tokens():
 def test_slices_without_a_second_stream_have_no_layers():
     part = EvaluationResult(2.0, [], [], num_labels=1, num_tokens=2)
     assert combine([part, part]) == EvaluationResult(2.0, [], [], num_labels=2, num_tokens=4)
+
+
+def test_slices_without_labels_weigh_nothing():
+    empty = EvaluationResult(0.0, [1.0], [0.5], num_labels=0, num_tokens=10)
+    assert combine([empty, EvaluationResult(2.0, [4.0], [1.0], 20, 20)]).cross_entropy == 2.0
+    assert np.isnan(combine([empty]).cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("dp", "pp", "vpp", "size", "rows", "expected"),
+    [
+        (1, 1, 1, 1, 7, 7),
+        (1, 1, 1, 3, 7, 3),
+        (3, 1, 1, 2, 7, 6),
+        (3, 1, 1, 2, 6, 3),
+        (2, 4, 1, 2, 7, 4),
+        (2, 4, 2, 2, 7, 8),
+    ],
+)
+def test_microbatches_hold_all_held_out_rows(dp, pp, vpp, size, rows, expected):
+    """As many on each data rank, whole rounds of an interleaved pipeline, and no slice of an evaluation that is padding only."""
+    plan = SimpleNamespace(dp=dp, pp=pp, vpp=vpp)
+    found = count_held_out(size, plan, rows)
+    assert found == expected and found * size >= rows and found % dp == 0
+    last_slice = (found - 1) // (2 * dp * pp) * 2 * dp * pp
+    assert last_slice * size < rows
+
+
+def test_a_checkpoint_keeps_its_row_order(tmp_path, monkeypatch):
+    """One without the fact was written under order 1; what a run has read and will read stays as it was."""
+    manifest = write_dataset(tmp_path, {"english": cut(3000), "python": cut(700, base=10_000)}, {})
+    config = Config()
+    config.data.sequence_length, config.data.path = 32, str(tmp_path)
+    said = []
+    monkeypatch.setattr("ssa_pretrain.trainer.say", lambda _, text: said.append(text))
+
+    def restored(changes: dict) -> tuple[list[int], dict]:
+        run = SimpleNamespace(
+            config=config, manifest=manifest, plan=SimpleNamespace(padded_vocab_size=30_016), folder=tmp_path
+        )
+        run.engine, run.rows = SimpleNamespace(load=lambda _: None), training_rows(config, manifest)
+        written = facts(run)
+        assert written.pop("data.order") == 2
+        found = Checkpoint(tmp_path / "step_00000007", 7, written | changes)
+        monkeypatch.setattr("ssa_pretrain.trainer.newest_checkpoint", lambda *_: found)
+        assert restore(run) == 7
+        assert facts(run) == found.facts, "the next checkpoint passes the order on"
+        return [int(run.rows.row(i).tokens[0]) for i in range(40)], found.facts
+
+    def rows(order: int) -> list[int]:
+        made = TrainingRows(manifest, sequence_length=32, seed=config.seed, weights={}, order=order)
+        return [int(made.row(i).tokens[0]) for i in range(40)]
+
+    assert restored({"data.order": 2})[0] == rows(2)
+    assert not [text for text in said if "order" in text]
+    assert restored({})[0] == rows(1) != rows(2)
+    assert f"{tmp_path / 'step_00000007'} was written under row order 1: the run keeps it to its end" in said
+    with pytest.raises(CheckpointError, match=r"data\.order: checkpoint 3, run 2"):
+        restored({"data.order": 3})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""One process of a test of held-out evaluation: on each layout, both modes over a dataset's held-out rows, with several micro-batch sizes.
+
+Arguments: a JSON file with the cases (name -> settings), the dataset's folder and the folder for results. A case's results are, for each
+micro-batch size of SIZES, the metrics of both modes.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from layout_worker import LENGTH, configure
+from megatron.core import parallel_state
+
+from ssa_pretrain.parallel.state import start
+from ssa_pretrain.trainer import MODES, Run, build_run, judge
+
+SIZES = (1, 2, 3, 5)
+SMALL = {"model.num_layers": 6, "evaluation.rows": 0}
+
+
+def metrics(run: Run, mode: str) -> list[float]:
+    """Return the held-out metrics of a mode, and the labels and tokens that they are over."""
+    found = judge(run, mode)
+    counts = [found.num_labels, found.num_tokens]
+    return [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer, *counts]
+
+
+def main() -> None:
+    """Run the cases in order."""
+    cases, data, out = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], Path(sys.argv[3])
+    for name, settings in cases.items():
+        config = configure(SMALL | {"data.path": data} | settings)
+        placement = start(config.parallel, seed=1)
+        config = replace(config, training=replace(config.training, global_batch_tokens=placement.dp * LENGTH))
+        run = build_run(config, placement, trains=False)
+        found = []
+        for size in SIZES:
+            run.config.training.micro_batch_size = size
+            found.append([metrics(run, mode) for mode in MODES])
+        (out / f"{name}.{placement.rank}.json").write_text(json.dumps(found))
+        parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()
