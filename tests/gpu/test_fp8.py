@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from errors import require_as_near
-from small_model import VOCAB, random_batches, small_config
+from small_model import LENGTH, VOCAB, random_batches, small_config
 
 from ssa_pretrain.config import Config, Fp8Recipe, KernelImpl, LayerSpec, Method, PrecisionName
 
@@ -57,5 +57,5 @@ def test_prompts_of_any_length_are_continued_in_fp8(placement):
     config.precision.name = PrecisionName.fp8
     engine = build_engine(config, placement, VOCAB)
     for length in (33, 40):
-        logits = engine.last_logits(packed_prompts([[1] * length, [2] * 7], TOKENS_MULTIPLE), mode="sparse")
+        logits = engine.last_logits(packed_prompts([[1] * length, [2] * 7], TOKENS_MULTIPLE, LENGTH), mode="sparse")
         assert logits[:2].isfinite().all()
