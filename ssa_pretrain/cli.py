@@ -24,6 +24,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from ssa_pretrain import saved_run
 from ssa_pretrain.composition import Source, compose, hydra_on, sort_overrides
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
@@ -49,14 +50,17 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         SystemExit: 0 after showing something; 3 or 4 after one message that lists every problem.
     """
     arguments, speaks = sys.argv[1:] if argv is None else argv, True
+    given = arguments
     try:
         rank = next((name for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "RANK")
         speaks = _from_launcher(rank, default=0) == 0
         machine = this_machine()
         if entry == "evaluate":
             machine = replace(machine, splits=("heldout",), has_wandb=None)
-        config = resolve_config(entry, arguments, machine, speaks=speaks)
-        plan = _planned(config, arguments) if _plans(entry, config) else ""
+            given, note = saved_run.expand(arguments, machine.world_size or 1)
+            sys.stderr.write(f"{note}\n" if note and speaks else "")
+        config = resolve_config(entry, given, machine, speaks=speaks)
+        plan = _planned(entry, config, arguments) if _plans(entry, config) else ""
     except ConfigError as error:
         if speaks:
             sys.stderr.write(report(entry, error) + "\n")
@@ -130,13 +134,13 @@ def _plans(entry: str, config: Config) -> bool:
     return entry == "plan" or config.dry_run
 
 
-def _planned(config: Config, arguments: Sequence[str]) -> str:
+def _planned(entry: str, config: Config, arguments: Sequence[str]) -> str:
     """The plan as a table; the data, where it is prepared already, gives the vocabulary and the epochs."""
     manifest = _prepared(Path(config.data.path))
     vocab_size = manifest.tokenizer.vocab_size if manifest else None
     plan = make_plan(config, config.parallel.world_size or this_machine().world_size or 1, vocab_size)
     overrides = [argument for argument in arguments if not argument.startswith("--")]
-    table = describe(config, plan, overrides, manifest) + "\n"
+    table = describe(config, plan, overrides, manifest, entry="evaluate" if entry == "evaluate" else "train") + "\n"
     if said := warning(config):
         table += f"{'warning':<11}{said}\n"
     if config.engine.name is EngineName.deepspeed:

@@ -225,9 +225,11 @@ def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     elif module == "ssa_pretrain.bench":
         read_options(rest, int(words[words.index("--nproc-per-node") + 1]) if words[0] == "torchrun" else 1)
     elif module in ("ssa_pretrain.train", "ssa_pretrain.evaluate", "ssa_pretrain.plan"):
-        shows = any(word in ("--help", "--cfg", "--info") for word in rest)
+        entry = module.split(".")[1]
+        if not any(word in ("--help", "--cfg", "--info", "--explain", "-sc") for word in rest):
+            entry, rest = "plan" if entry == "train" else entry, [*rest, NO_DATA, "dry_run=true"]
         with pytest.raises(SystemExit) as left:
-            read_config(module.split(".")[1] if shows else "plan", rest if shows else [*rest, NO_DATA])
+            read_config(entry, rest)
         assert left.value.code == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
 
 
