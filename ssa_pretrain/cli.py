@@ -1,7 +1,7 @@
 """The command line of every entry point: a typed `Config`, or one message that lists every problem.
 
 Hydra's command line keeps its meaning: groups, `experiment=`, overrides, `--help`, `--cfg job [--resolve]`,
-`--info defaults`, `-cd`, `-cp`, `-cn`. What only shows something is handed to `hydra.main`; a run is composed by
+`--info defaults`, `-cd`, `-cp`, `-cn`; `--explain KEY` is ours. What only shows something is handed to `hydra.main`; a run is composed by
 composition.py, converted by config_io.py and checked by rules.py, because Hydra itself stops at the first error and writes
 a folder per process. `dry_run=true` (or `--dry-run`) prints the plan and leaves. Exit code 3: the configuration is wrong;
 4: only the data is.
@@ -25,12 +25,13 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from ssa_pretrain import saved_run
-from ssa_pretrain.composition import Source, compose, hydra_on, sort_overrides
+from ssa_pretrain.composition import Source, compose, group_options, hydra_on, sort_overrides
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.devices import has_gpu
 from ssa_pretrain.ds_config import ds_config
+from ssa_pretrain.explain import explain
 from ssa_pretrain.planning import describe, make_plan
 from ssa_pretrain.problems import SECRET, ConfigError, Problem
 from ssa_pretrain.rules import Machine, check, warning
@@ -40,7 +41,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
-    """Returns the checked configuration of a command; shows and leaves for `--help`, `--cfg`, `dry_run=true` and their like.
+    """Returns the checked configuration of a command; shows and leaves for `--help`, `--cfg`, `--explain`, `dry_run=true` and their like.
 
     Args:
         entry: the entry point's name, as in `python -m ssa_pretrain.<entry>`.
@@ -88,10 +89,14 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks:
         if command.flags:
             raise ConfigError(problems)
         tree, found = compose(overrides, command.source)
+        groups = group_options(command.source) if command.explained is not None else {}
     problems += found
     if tree:
         config, found = config_from_dict(tree)
         problems += [problem for problem in found if problem.key not in {earlier.key for earlier in problems}]
+        if command.explained is not None and not problems:
+            sys.stdout.write(f"{explain(command.explained, config, groups)}\n" * speaks)
+            raise SystemExit(0)
         wrong = {problem.key for problem in problems}
         if "experiment" not in wrong:  # without the experiment that was meant, every rule would cry
             problems += check(config, machine.unknown() if _plans(entry, config) else machine, wrong)
@@ -167,12 +172,14 @@ class _Command:
         source: where the configuration lies.
         flags: Hydra's flags that only show something, as hydra.main wants them.
         completes: the shell asks for completions, and the overrides are its own.
+        explained: the key, section or pattern that --explain asks for, empty for all; None without that flag.
     """
 
     overrides: list[str]
     source: Source
     flags: list[str]
     completes: bool
+    explained: str | None = None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -186,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--info", "-i", const="all", nargs="?", choices=info)
     for names in (("--package", "-p"), ("--config-path", "-cp"), ("--config-name", "-cn"), ("--config-dir", "-cd")):
         parser.add_argument(*names)
+    parser.add_argument("--explain", nargs="?", const="")
     parser.add_argument("--local_rank", "--local-rank")  # some launchers append it; the environment says it too
     parser.add_argument("overrides", nargs="*")
     return parser
@@ -221,7 +229,10 @@ def _read_command(argv: Sequence[str]) -> tuple[_Command, list[Problem]]:
     if parsed.cfg:
         flags += ["--resolve"] * parsed.resolve + [f"--package={parsed.package}"] * bool(parsed.package)
     overrides = [*parsed.overrides, *late, *["dry_run=true"] * parsed.dry_run]
-    return _Command(overrides, Source(folder, name, extra), flags, parsed.shell_completion), problems
+    explained = parsed.explain
+    if explained and "=" in explained:  # a setting after the bare flag, or the key with its value
+        overrides, explained = [*overrides, explained], explained.partition("=")[0]
+    return _Command(overrides, Source(folder, name, extra), flags, parsed.shell_completion, explained), problems
 
 
 def _dashed(argument: str) -> Problem:

@@ -19,6 +19,7 @@ from random import Random
 import pytest
 
 from data_prep.cli import checked, compose_settings
+from data_prep.cli import main as data_prep
 from ssa_pretrain.bench.__main__ import read_options
 from ssa_pretrain.cli import read_config
 
@@ -220,7 +221,9 @@ def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         return
     module, rest = words[start + 1], words[start + 2 :]
     assert (ROOT / module.replace(".", "/")).exists() or (ROOT / f"{module.replace('.', '/')}.py").exists(), words
-    if module == "data_prep":
+    if module == "data_prep" and rest[0] == "--explain":
+        assert data_prep(rest) == 0
+    elif module == "data_prep":
         checked(compose_settings(rest))
     elif module == "ssa_pretrain.bench":
         read_options(rest, int(words[words.index("--nproc-per-node") + 1]) if words[0] == "torchrun" else 1)
