@@ -32,6 +32,7 @@ from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.devices import has_gpu
 from ssa_pretrain.ds_config import ds_config
 from ssa_pretrain.explain import explain
+from ssa_pretrain.outlook import outlook
 from ssa_pretrain.planning import describe, make_plan
 from ssa_pretrain.problems import SECRET, ConfigError, Problem
 from ssa_pretrain.rules import Machine, check, warning
@@ -146,6 +147,7 @@ def _planned(entry: str, config: Config, arguments: Sequence[str]) -> str:
     plan = make_plan(config, config.parallel.world_size or this_machine().world_size or 1, vocab_size)
     overrides = [argument for argument in arguments if not argument.startswith("--")]
     table = describe(config, plan, overrides, manifest, entry="evaluate" if entry == "evaluate" else "train") + "\n"
+    table += "".join(f"{name:<11}{text}\n" for name, text in outlook(entry, config, plan, manifest))
     if said := warning(config):
         table += f"{'warning':<11}{said}\n"
     if config.engine.name is EngineName.deepspeed:
