@@ -25,6 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from ssa_pretrain import saved_run
+from ssa_pretrain.completion import answer
 from ssa_pretrain.composition import Source, compose, group_options, hydra_on, sort_overrides
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
@@ -78,11 +79,12 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
 def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks: bool = True) -> Config:
     """Returns the checked configuration of a command on a machine; raises ConfigError with all problems at once."""
     command, problems = _read_command(argv)
+    if command.completes:
+        sys.stdout.write(answer(command.overrides, os.environ.get("COMP_LINE", ""), command.source.folder) * speaks)
+        raise SystemExit(0)
     if not command.source.folder.is_dir():
         raise ConfigError(problems)
     with hydra_on(command.source):
-        if command.completes:
-            _show(entry, command, command.overrides, speaks=speaks)
         overrides, found = sort_overrides(command.overrides, command.source)
         problems += found
         if command.flags and not problems:
@@ -225,7 +227,7 @@ def _read_command(argv: Sequence[str]) -> tuple[_Command, list[Problem]]:
             problems.append(Problem(flag, path, "is not a folder", f"the project's own is {CONF}"))
             extra = "" if path == extra else extra
     name = (parsed.config_name or "config").removesuffix(".yaml")
-    shown = ("help", "hydra_help", "version", "shell_completion")
+    shown = ("help", "hydra_help", "version")
     flags = [f"--{flag.replace('_', '-')}" for flag in shown if getattr(parsed, flag)]
     flags += [f"--{flag}={getattr(parsed, flag)}" for flag in ("cfg", "info") if getattr(parsed, flag)]
     if parsed.cfg:
