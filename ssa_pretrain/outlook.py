@@ -12,7 +12,7 @@ from typing import Any
 
 from ssa_pretrain.checkpoint_facts import differences, run_facts
 from ssa_pretrain.config import Config
-from ssa_pretrain.data.indexed_format import Manifest, load_manifest
+from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.planning import Plan
 from ssa_pretrain.run_folder import LOCK, unwritable
 
@@ -21,29 +21,23 @@ MOST_SHOWN = 4
 
 
 def outlook(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple[str, str]]:
-    """Returns the plan's last rows, name and text: the folder of the run, and the data where it cannot be read.
+    """Returns the plan's last rows, name and text: the folder of the run, and the data where they are missing.
 
     Args:
         entry: the entry point.
         config: a configuration without problems.
         plan: its plan.
-        manifest: of its data; None where it could not be read.
+        manifest: of its data; None where it is not prepared yet.
     """
     rows = [("output", _folder(entry, config, plan, manifest))]
     return rows if manifest else [("data", _data(config.data.path)), *rows]
 
 
 def _data(path: str) -> str:
-    """Why the data cannot be read, and the command that prepares it."""
+    """That there are no data yet, and the command that prepares them."""
     source, tokenizer = ("quickstart", "bpe8k") if "quickstart" in path else ("…", "…")
     command = f"python -m data_prep source={source} tokenizer={tokenizer} out={quote(path)}"
-    if not (Path(path) / "manifest.json").is_file():
-        return f"{path} is not prepared yet: {command}"
-    try:
-        load_manifest(path)
-    except ValueError as error:
-        return f"{path} is not usable: {error}"
-    return f"{path} is prepared by now"
+    return f"{path} is not prepared yet: {command}"
 
 
 def _folder(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -> str:
@@ -80,7 +74,8 @@ def _folder(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -
 
 def _newest(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint's record that can be read."""
-    for path in sorted(folder.glob("checkpoints/step_*/checkpoint.json"), key=lambda p: p.parent.name, reverse=True):
+    steps = {path.parent.name.removeprefix("step_"): path for path in folder.glob("checkpoints/step_*/checkpoint.json")}
+    for _, path in sorted(((int(step), path) for step, path in steps.items() if step.isdecimal()), reverse=True):
         with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(path.read_text())
             return {"step": int(record["step"]), "facts": dict(record["facts"])}
