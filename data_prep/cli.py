@@ -5,6 +5,7 @@ every mistake with code 1. Exit codes: 0 done, 3 a setting is wrong, 4 an input 
 """
 
 import argparse
+import copy
 import difflib
 import errno
 import os
@@ -13,7 +14,7 @@ import select
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -28,6 +29,7 @@ from data_prep.run_config import LocalExecutor, RayExecutor, SlurmExecutor
 from data_prep.sources.catalog import SOURCES
 from data_prep.sources.mixed import MixedSource
 from data_prep.stages import run_stages
+from ssa_pretrain.settings.explain import explained, settings_of
 
 USAGE = """\
 Text in, indexed binaries out.
@@ -36,7 +38,7 @@ Text in, indexed binaries out.
   python -m data_prep source=jsonl 'source.paths=[texts/*.jsonl.gz]' tokenizer=llama3 out=outputs/mine
   python -m data_prep stage=validate out=outputs/mine
 
-Settings are KEY=VALUE; --cfg job shows all of them with their values, docs/data.md explains them.
+Settings are KEY=VALUE; --cfg job shows all of them with their values, --explain KEY says what one means, docs/data.md has the guide.
 """
 
 CONF = Path(__file__).parent / "conf"
@@ -67,6 +69,7 @@ SCHEMAS = {
     "tokenizer": {"bpe": settings.BpeTokenizer, "llama3": settings.Llama3Tokenizer, "file": settings.FileTokenizer},
     "executor": {"local": LocalExecutor, "slurm": SlurmExecutor, "ray": RayExecutor},
 }
+GROUPS = (*SCHEMAS, "mix", "packing")
 
 
 def main(arguments: list[str]) -> int:
@@ -75,12 +78,15 @@ def main(arguments: list[str]) -> int:
         "python -m data_prep", description=_help(), formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--cfg", choices=["job"], help="print the settings and stop")
+    parser.add_argument("--explain", nargs="?", const="", metavar="KEY", help="print what a setting means and stop")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     try:
         composed = compose_settings(options.overrides, own_settings(options.overrides, SCHEMAS, _say))
         if options.cfg:
             sys.stdout.write(OmegaConf.to_yaml(composed))
+        elif options.explain is not None:
+            sys.stdout.write(explain(options.explain, composed, options.overrides) + "\n")
         else:
             run_stages(checked(composed), _say, sys.stdout.write)
         sys.stdout.flush()
@@ -172,6 +178,40 @@ def checked(composed: DictConfig) -> settings.Config:
     if problems := config.problems():
         raise ConfigurationError("; ".join(problems))
     return config
+
+
+def explain(asked: str, composed: DictConfig, overrides: list[str]) -> str:
+    """Returns what a key, a section or a pattern of keys means and its value; ConfigurationError where nothing is called so."""
+    values = OmegaConf.to_container(composed, enum_to_str=True)
+    kinds = {group: OmegaConf.get_type(composed[group]) for group in SCHEMAS}
+    text = explained(
+        asked, settings_of(settings.Config, cast("dict[str, Any]", values), kinds), lambda key: _ranges(key, composed)
+    )
+    if text is None and any(sign in asked for sign in "*?["):
+        raise ConfigurationError(f"{asked} matches no setting; try 'source.*', or --explain alone for all of them")
+    if text is None:
+        raise ConfigurationError(_no_setting(asked, overrides))
+    head, *table = text.splitlines()
+    return "\n".join([head, *[f"  choices: {', '.join(_choices(asked))}"] * (asked in GROUPS), *table])
+
+
+def _ranges(key: str, composed: DictConfig) -> list[str]:
+    """Returns the rules that a number keeps, as its section words them when it is asked about values at both ends."""
+    given, rules = OmegaConf.select(composed, key), {}
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        return []
+    for probe in (-1, 0, 1, 10**15 + 1):
+        tried = copy.deepcopy(composed)
+        OmegaConf.update(tried, key, probe)
+        if OmegaConf.is_missing(tried, "out"):
+            OmegaConf.update(tried, "out", "data")
+        try:
+            section: Any = OmegaConf.to_object(tried[key.split(".")[0]] if "." in key else tried)
+        except OmegaConfBaseException:  # another setting is missing, and rules may read it
+            return []
+        said = (re.match(rf"{re.escape(key)}=\S+ (must [^;]+);", problem) for problem in section.problems())
+        rules |= {found[1]: None for found in said if found}
+    return list(rules)
 
 
 def _say(line: str) -> None:

@@ -64,7 +64,7 @@ class Verify(Enum):
 class QuickstartSource:
     """English and Python that pip alone provides; about 13 MB."""
 
-    kind: str = "quickstart"
+    kind: str = "quickstart"  # the kind of source that was chosen, by source=
     entries_per_page: int = 8  # encyclopaedia entries of one topic joined into a document; 1 leaves them apart
     english_docs_mb: float = 2.5  # most MB of documentation prose taken from installed Python packages
     python_mb: float = 6.0  # most MB of Python source taken from installed packages
@@ -85,7 +85,7 @@ class QuickstartSource:
 class LocalDocsSource:
     """Documentation packages of Debian or Ubuntu, and Python source from this machine; 70 MB by default."""
 
-    kind: str = "local_docs"
+    kind: str = "local_docs"  # the kind of source that was chosen, by source=
     packages: list[str] = field(
         default_factory=list
     )  # Debian packages; data_prep/sources/recipes.py has those it can read
@@ -114,7 +114,7 @@ class LocalDocsSource:
 class JsonlSource:
     """JSON lines, plain or compressed (.gz, .zst): one object a line, one document an object."""
 
-    kind: str = "jsonl"
+    kind: str = "jsonl"  # the kind of source that was chosen, by source=
     name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
     paths: list[str] = MISSING  # files, folders or glob patterns
     text_column: str = "text"  # key of the text in each object
@@ -129,7 +129,7 @@ class JsonlSource:
 class ParquetSource:
     """Parquet files, one document a row."""
 
-    kind: str = "parquet"
+    kind: str = "parquet"  # the kind of source that was chosen, by source=
     name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
     paths: list[str] = MISSING  # files, folders or glob patterns
     text_column: str = "text"  # column of the text; must be a string column
@@ -144,7 +144,7 @@ class ParquetSource:
 class TextSource:
     """Plain UTF-8 files, one document a file."""
 
-    kind: str = "text"
+    kind: str = "text"  # the kind of source that was chosen, by source=
     name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
     paths: list[str] = MISSING  # files, folders or glob patterns
     suffixes: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py"])  # which files of a folder count
@@ -162,7 +162,7 @@ class TextSource:
 class BpeTokenizer:
     """A byte-level BPE trained on the train split of the corpus itself."""
 
-    kind: str = "bpe"
+    kind: str = "bpe"  # the kind of tokenizer that was chosen, by tokenizer=
     vocab_size: int = 8192  # entries, special tokens included
     sample_mb: float = 12.0  # most MB of train documents to learn from, chosen by document hash
 
@@ -180,7 +180,7 @@ class BpeTokenizer:
 class Llama3Tokenizer:
     """Llama 3's tokenizer, converted from the tokenizer.model that Meta's llama-models package ships."""
 
-    kind: str = "llama3"
+    kind: str = "llama3"  # the kind of tokenizer that was chosen, by tokenizer=
     path: str | None = None  # a tokenizer.model elsewhere; null looks into the installed package llama-models
 
     def problems(self) -> list[str]:
@@ -192,7 +192,7 @@ class Llama3Tokenizer:
 class FileTokenizer:
     """Any tokenizer.json of Hugging Face's `tokenizers`."""
 
-    kind: str = "file"
+    kind: str = "file"  # the kind of tokenizer that was chosen, by tokenizer=
     path: str = MISSING  # the tokenizer.json
     eos_token: str = MISSING  # token that ends a document, as written in the file
     bos_token: str | None = None  # token that begins a document; needed only by policy.add_bos
@@ -238,14 +238,14 @@ class Config:
     stage: Stage = Stage.all
     out: str = MISSING  # folder of the dataset
     cache: str = "outputs/cache/data_prep"  # folder of downloads and converted tokenizers, shared by datasets
-    source: Any = MISSING
-    tokenizer: Any = MISSING
+    source: Any = MISSING  # where the text comes from
+    tokenizer: Any = MISSING  # what makes ids of it
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
-    executor: Any = MISSING
+    executor: Any = MISSING  # where the work runs
     index: IndexConfig = field(default_factory=IndexConfig)
     stats: StatsConfig = field(default_factory=StatsConfig)
     shard_mb: float = (

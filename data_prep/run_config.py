@@ -77,7 +77,7 @@ class MergeConfig:
 class LocalExecutor:
     """Processes of this machine."""
 
-    kind: str = "local"
+    kind: str = "local"  # the executor that was chosen, by executor=
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""
@@ -88,11 +88,11 @@ class LocalExecutor:
 class SlurmExecutor:
     """A Slurm job array, by datatrove; `out` and the environment must be on a disk that all nodes share."""
 
-    kind: str = "slurm"
-    partition: str = MISSING
+    kind: str = "slurm"  # the executor that was chosen, by executor=
+    partition: str = MISSING  # Slurm partition of the jobs
     tasks: int = 16  # jobs of the array; each takes an equal part of the shards
     cpus_per_task: int = 1  # processes of one job
-    mem_per_cpu_gb: int = 2
+    mem_per_cpu_gb: int = 2  # GB of memory per process
     time: str = "12:00:00"  # limit of a job
     qos: str = ""  # "" asks for none
     wait: bool = True  # false returns once the jobs are queued; run the same command again to go on
@@ -107,12 +107,12 @@ class SlurmExecutor:
 class RayExecutor:
     """Ray tasks, by datatrove; `out` and the environment must be on a disk that all nodes share."""
 
-    kind: str = "ray"
+    kind: str = "ray"  # the executor that was chosen, by executor=
     address: str = ""  # of a running cluster; "" starts one on this machine
     tasks: int = 16  # each takes an equal part of the shards
     workers: int = 0  # tasks at a time; 0: as many as there are cores
     cpus_per_task: int = 1  # processes of one task
-    mem_per_cpu_gb: float = 1.0
+    mem_per_cpu_gb: float = 1.0  # GB of memory per process
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""
@@ -126,9 +126,9 @@ class RayExecutor:
 class IndexConfig:
     """Indices that megatron-core's GPTDataset would build when training starts; this project's own training needs none."""
 
-    sequence_length: int = 8192
+    sequence_length: int = 8192  # tokens per sample
     samples: int = 0  # samples of the train split; 0 builds nothing
-    heldout_samples: int = 0
+    heldout_samples: int = 0  # samples of the heldout split; 0 builds nothing
     seed: int = 1234  # GPTDataset's random_seed
 
     def problems(self) -> list[str]:
@@ -146,7 +146,7 @@ class StatsConfig:
 
     sequence_length: int = 8192  # rows whose fill is reported
     budget_tokens: float = 100e9  # a training run of so many tokens: epochs of each part, and the cost of making them
-    cores_per_node: int = 64
+    cores_per_node: int = 64  # cores of one node, for the cost of making so many tokens
     disk_mb_per_s: float = 1000.0  # read rate of a node, which bounds the time where cores do not
 
     def problems(self) -> list[str]:

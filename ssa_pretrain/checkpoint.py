@@ -21,15 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain.config import Config
-from ssa_pretrain.config_io import config_to_dict
+from ssa_pretrain.checkpoint_facts import differences
 from ssa_pretrain.parallel.agreement import together, watched
 
 FACTS = "checkpoint.json"
 SCHEMA = 1
 VISIBLE_SECONDS = 30.0  # until a file of another node must be seen: network storage may be slow in showing it
 NAME = re.compile(r"step_\d{8,}")  # anything else beside the checkpoints (step_00000100_good, a copy) is the user's
-LATER = "vocabulary."  # facts that older checkpoints lack
 Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
 SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
 
@@ -190,31 +188,6 @@ def find_damage(folder: Path) -> str | None:
         if _sha256(path) != entry["sha256"]:
             return f"{name} has another sha256"
     return None
-
-
-def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return one line for each fact in which a checkpoint and a run differ.
-
-    A key that the configuration got after the checkpoint was written counts with its default, which is what that run did. One of LATER
-    that it lacks is not compared.
-    """
-    saved = _with_defaults(saved, wanted, config_to_dict(Config()))
-    keys = sorted(saved.keys() | wanted.keys())
-    return [f"{k}: checkpoint {saved.get(k)!r}, run {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
-
-
-def _with_defaults(saved: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Saved facts and, for keys that only the wanted ones have, the configuration's defaults; "model.x" is found in `defaults` below "model"."""
-    filled = dict(saved)
-    for key, value in wanted.items():
-        default: Any = defaults
-        for name in key.split("."):
-            default = default.get(name) if isinstance(default, dict) else None
-        if isinstance(value, dict) and isinstance(saved.get(key), dict):
-            filled[key] = _with_defaults(saved[key], value, default or {})
-        elif key not in saved and (default is not None or key.startswith(LATER)):
-            filled[key] = value if default is None else default
-    return filled
 
 
 def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_alone: bool = False) -> None:

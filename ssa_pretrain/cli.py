@@ -1,7 +1,7 @@
 """The command line of every entry point: a typed `Config`, or one message that lists every problem.
 
 Hydra's command line keeps its meaning: groups, `experiment=`, overrides, `--help`, `--cfg job [--resolve]`,
-`--info defaults`, `-cd`, `-cp`, `-cn`. What only shows something is handed to `hydra.main`; a run is composed by
+`--info defaults`, `-cd`, `-cp`, `-cn`; `--explain KEY` is ours. What only shows something is handed to `hydra.main`; a run is composed by
 composition.py, converted by config_io.py and checked by rules.py, because Hydra itself stops at the first error and writes
 a folder per process. `dry_run=true` (or `--dry-run`) prints the plan and leaves. Exit code 3: the configuration is wrong;
 4: only the data is.
@@ -24,12 +24,16 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from ssa_pretrain.composition import Source, compose, hydra_on, sort_overrides
+from ssa_pretrain import saved_run
+from ssa_pretrain.completion import answer
+from ssa_pretrain.composition import Source, compose, group_options, hydra_on, sort_overrides
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.devices import has_gpu
 from ssa_pretrain.ds_config import ds_config
+from ssa_pretrain.explain import explain
+from ssa_pretrain.outlook import outlook
 from ssa_pretrain.planning import describe, make_plan
 from ssa_pretrain.problems import SECRET, ConfigError, Problem
 from ssa_pretrain.rules import Machine, check, warning
@@ -39,7 +43,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
-    """Returns the checked configuration of a command; shows and leaves for `--help`, `--cfg`, `dry_run=true` and their like.
+    """Returns the checked configuration of a command; shows and leaves for `--help`, `--cfg`, `--explain`, `dry_run=true` and their like.
 
     Args:
         entry: the entry point's name, as in `python -m ssa_pretrain.<entry>`.
@@ -49,14 +53,17 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         SystemExit: 0 after showing something; 3 or 4 after one message that lists every problem.
     """
     arguments, speaks = sys.argv[1:] if argv is None else argv, True
+    given = arguments
     try:
         rank = next((name for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "RANK")
         speaks = _from_launcher(rank, default=0) == 0
         machine = this_machine()
         if entry == "evaluate":
             machine = replace(machine, splits=("heldout",), has_wandb=None)
-        config = resolve_config(entry, arguments, machine, speaks=speaks)
-        plan = _planned(config, arguments) if _plans(entry, config) else ""
+            given, note = saved_run.expand(arguments, machine.world_size or 1)
+            sys.stderr.write(f"{note}\n" if note and speaks else "")
+        config = resolve_config(entry, given, machine, speaks=speaks)
+        plan = _planned(entry, config, arguments) if _plans(entry, config) else ""
     except ConfigError as error:
         if speaks:
             sys.stderr.write(report(entry, error) + "\n")
@@ -72,11 +79,12 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
 def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks: bool = True) -> Config:
     """Returns the checked configuration of a command on a machine; raises ConfigError with all problems at once."""
     command, problems = _read_command(argv)
+    if command.completes:
+        sys.stdout.write(answer(command.overrides, os.environ.get("COMP_LINE", ""), command.source.folder) * speaks)
+        raise SystemExit(0)
     if not command.source.folder.is_dir():
         raise ConfigError(problems)
     with hydra_on(command.source):
-        if command.completes:
-            _show(entry, command, command.overrides, speaks=speaks)
         overrides, found = sort_overrides(command.overrides, command.source)
         problems += found
         if command.flags and not problems:
@@ -84,10 +92,14 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks:
         if command.flags:
             raise ConfigError(problems)
         tree, found = compose(overrides, command.source)
+        groups = group_options(command.source) if command.explained is not None else {}
     problems += found
     if tree:
         config, found = config_from_dict(tree)
         problems += [problem for problem in found if problem.key not in {earlier.key for earlier in problems}]
+        if command.explained is not None and not problems:
+            sys.stdout.write(f"{explain(command.explained, config, groups)}\n" * speaks)
+            raise SystemExit(0)
         wrong = {problem.key for problem in problems}
         if "experiment" not in wrong:  # without the experiment that was meant, every rule would cry
             problems += check(config, machine.unknown() if _plans(entry, config) else machine, wrong)
@@ -130,13 +142,14 @@ def _plans(entry: str, config: Config) -> bool:
     return entry == "plan" or config.dry_run
 
 
-def _planned(config: Config, arguments: Sequence[str]) -> str:
+def _planned(entry: str, config: Config, arguments: Sequence[str]) -> str:
     """The plan as a table; the data, where it is prepared already, gives the vocabulary and the epochs."""
     manifest = _prepared(Path(config.data.path))
     vocab_size = manifest.tokenizer.vocab_size if manifest else None
     plan = make_plan(config, config.parallel.world_size or this_machine().world_size or 1, vocab_size)
     overrides = [argument for argument in arguments if not argument.startswith("--")]
-    table = describe(config, plan, overrides, manifest) + "\n"
+    table = describe(config, plan, overrides, manifest, entry="evaluate" if entry == "evaluate" else "train") + "\n"
+    table += "".join(f"{name:<11}{text}\n" for name, text in outlook(entry, config, plan, manifest))
     if said := warning(config):
         table += f"{'warning':<11}{said}\n"
     if config.engine.name is EngineName.deepspeed:
@@ -163,12 +176,14 @@ class _Command:
         source: where the configuration lies.
         flags: Hydra's flags that only show something, as hydra.main wants them.
         completes: the shell asks for completions, and the overrides are its own.
+        explained: the key, section or pattern that --explain asks for, empty for all; None without that flag.
     """
 
     overrides: list[str]
     source: Source
     flags: list[str]
     completes: bool
+    explained: str | None = None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -182,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--info", "-i", const="all", nargs="?", choices=info)
     for names in (("--package", "-p"), ("--config-path", "-cp"), ("--config-name", "-cn"), ("--config-dir", "-cd")):
         parser.add_argument(*names)
+    parser.add_argument("--explain", nargs="?", const="")
     parser.add_argument("--local_rank", "--local-rank")  # some launchers append it; the environment says it too
     parser.add_argument("overrides", nargs="*")
     return parser
@@ -211,13 +227,16 @@ def _read_command(argv: Sequence[str]) -> tuple[_Command, list[Problem]]:
             problems.append(Problem(flag, path, "is not a folder", f"the project's own is {CONF}"))
             extra = "" if path == extra else extra
     name = (parsed.config_name or "config").removesuffix(".yaml")
-    shown = ("help", "hydra_help", "version", "shell_completion")
+    shown = ("help", "hydra_help", "version")
     flags = [f"--{flag.replace('_', '-')}" for flag in shown if getattr(parsed, flag)]
     flags += [f"--{flag}={getattr(parsed, flag)}" for flag in ("cfg", "info") if getattr(parsed, flag)]
     if parsed.cfg:
         flags += ["--resolve"] * parsed.resolve + [f"--package={parsed.package}"] * bool(parsed.package)
     overrides = [*parsed.overrides, *late, *["dry_run=true"] * parsed.dry_run]
-    return _Command(overrides, Source(folder, name, extra), flags, parsed.shell_completion), problems
+    explained = parsed.explain
+    if explained and "=" in explained:  # a setting after the bare flag, or the key with its value
+        overrides, explained = [*overrides, explained], explained.partition("=")[0]
+    return _Command(overrides, Source(folder, name, extra), flags, parsed.shell_completion, explained), problems
 
 
 def _dashed(argument: str) -> Problem:

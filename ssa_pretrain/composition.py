@@ -83,6 +83,11 @@ def compose(overrides: Sequence[str], source: Source) -> tuple[dict[str, Any], l
     return _resolve(composed)
 
 
+def group_options(source: Source) -> dict[str, list[str]]:
+    """Returns the options of each group, those in the user's own folder included; needs `hydra_on`."""
+    return {group: _options(group, source) for group in _groups()}
+
+
 def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], list[Problem]]:
     """One override as Hydra shall see it (or what was meant, for the sake of the other checks), and its problems."""
     key, value = override.key_or_group, line.partition("=")[2]

@@ -102,7 +102,7 @@ class WandbMode(StrEnum):
 class RopeScalingConfig:
     """Llama-3 RoPE scaling; low 1, high 4 and original context 8,192 are megatron-core's and Llama 3's constants."""
 
-    enabled: bool = False
+    enabled: bool = False  # stretch RoPE to a longer context, as Llama 3.1 did
     factor: float = 4.0  # how many times longer the context becomes
 
     def problems(self) -> list[Problem]:
@@ -114,20 +114,20 @@ class RopeScalingConfig:
 class ModelConfig:
     """Shape of the Llama."""
 
-    name: str = "tiny"
-    num_layers: int = 4
-    hidden_size: int = 128  # M
+    name: str = "tiny"  # what the banner and the plan call the shape
+    num_layers: int = 4  # transformer layers
+    hidden_size: int = 128  # M, width of the residual stream
     ffn_hidden_size: int = 384  # F, SwiGLU's inner width
-    num_attention_heads: int = 4  # H
-    num_kv_heads: int = 2  # H_kv
-    head_dim: int = 32  # D
+    num_attention_heads: int = 4  # H, query heads
+    num_kv_heads: int = 2  # H_kv, key and value heads; each serves num_attention_heads / num_kv_heads query heads
+    head_dim: int = 32  # D, width of one head
     vocab_size: int = 0  # 0: the tokenizer's, from the data's manifest
     vocab_divisor: int = 128  # the embedding is padded to a multiple of this, the same on every layout
-    tie_embeddings: bool = True
-    rope_theta: float = 500_000.0
+    tie_embeddings: bool = True  # the output layer shares the embedding's weights
+    rope_theta: float = 500_000.0  # base of RoPE's wavelengths
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    init_std: float = 0.02  # standard deviation of the initial weights
 
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Returns the embedding's rows for a vocabulary."""
@@ -160,10 +160,10 @@ class AttentionConfig:
     """The attention method and its constants."""
 
     method: Method = Method.ssa
-    block_size: int = 16  # B, keys a block
-    top_k: int = 16  # S, blocks a query, its own included
+    block_size: int = 16  # B, keys per block
+    top_k: int = 16  # S, blocks per query, its own included
     score: Score = Score.softmax_sum
-    gate: bool = True  # one sigmoid gate a token and head on the attention's output
+    gate: bool = True  # one sigmoid gate per token and head on the attention's output
     alignment_weight: float = 10.0  # alpha, on the mean over layers of the alignment loss
     sparsity_weight: float = 1.0  # SmoothL1(full, sg(sparse)) inside the alignment
     commitment_weight: float = 1.0  # SmoothL1(sg(full), sparse) inside the alignment
@@ -194,8 +194,8 @@ class AttentionConfig:
 class DataConfig:
     """Indexed binaries written by data_prep and how they become rows."""
 
-    path: str = "???"  # folder with manifest.json
-    sequence_length: int = 512  # tokens a row
+    path: str = "???"  # folder of a dataset that data_prep wrote (with manifest.json)
+    sequence_length: int = 512  # tokens per row
     weights: dict[str, float] = field(
         default_factory=dict
     )  # tokens by source; empty: the dataset's, or all rows equally often
@@ -217,10 +217,10 @@ class DataConfig:
 class ParallelConfig:
     """Degrees of parallelism; the data-parallel one is world_size / (tp * pp * cp)."""
 
-    tp: int = 1  # tensor
-    pp: int = 1  # pipeline
-    vpp: int = 1  # virtual pipeline stages a rank; 1: no interleaving
-    cp: int = 1  # context: a row's tokens over ranks, keys and values gathered in each layer
+    tp: int = 1  # tensor parallel: ranks that share each layer's matrices
+    pp: int = 1  # pipeline parallel: stages that the layers are dealt out to
+    vpp: int = 1  # virtual pipeline stages per rank; 1: no interleaving
+    cp: int = 1  # context parallel: a row's tokens over ranks, keys and values gathered in each layer
     sequence_parallel: bool = False  # shard norms and residuals over tp along the sequence
     world_size: int = 0  # processes; 0: what the launcher says (set it to plan a larger machine)
     timeout_minutes: float = 10.0  # that a rank waits for the others in a collective before it ends the run
@@ -273,15 +273,15 @@ class EngineConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = 1e-3  # peak
-    min_lr: float = 0.0  # at the end
+    lr: float = 1e-3  # peak learning rate, reached after the warm-up
+    min_lr: float = 0.0  # learning rate at the end of the schedule
     schedule: Schedule = Schedule.cosine
-    warmup_fraction: float = 0.01  # of all steps
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices; norms are exempt
-    clip_grad: float = 1.0  # global norm; 0: no clipping
+    warmup_fraction: float = 0.01  # share of all steps in which the learning rate rises from 0 to its peak
+    beta1: float = 0.9  # decay of AdamW's mean of the gradients
+    beta2: float = 0.95  # decay of AdamW's mean of their squares
+    eps: float = 1e-8  # added to AdamW's denominator
+    weight_decay: float = 0.1  # AdamW's decoupled decay, on matrices; norms are exempt
+    clip_grad: float = 1.0  # largest global norm of the gradients; 0: no clipping
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with this section alone."""
@@ -314,8 +314,8 @@ class TrainingConfig:
 
     total_tokens: int = 0  # tokens to train on; with steps = 0 it decides the steps (rounded up)
     steps: int = 0  # optimizer steps; 0: from total_tokens
-    global_batch_tokens: int = 0  # tokens an optimizer step, over all ranks
-    micro_batch_size: int = 1  # rows a rank and microbatch
+    global_batch_tokens: int = 0  # tokens per optimizer step, over all ranks
+    micro_batch_size: int = 1  # rows per rank and microbatch
     stop_at_step: int = 0  # leave after this step with a checkpoint, the schedule unchanged; 0: run to the end
 
     def problems(self) -> list[Problem]:
@@ -369,10 +369,10 @@ class WandbConfig:
     """Weights & Biases. The key comes from WANDB_API_KEY or `wandb login`, never from here."""
 
     mode: WandbMode = WandbMode.off
-    project: str = "ssa_pretrain"
-    entity: str = ""
-    group: str = ""
-    tags: list[str] = field(default_factory=list)
+    project: str = "ssa_pretrain"  # W&B project
+    entity: str = ""  # W&B user or team; empty: the account's default
+    group: str = ""  # W&B group that the run appears in; empty: none
+    tags: list[str] = field(default_factory=list)  # W&B tags
 
 
 @dataclass(kw_only=True, slots=True)
@@ -407,9 +407,11 @@ class ProfileConfig:
 class Config:
     """A whole run."""
 
-    name: str = "run"
-    output_dir: str = "outputs/run"
-    seed: int = 1234
+    name: str = "run"  # the run's name, in the banner and in W&B
+    output_dir: str = (
+        "outputs/run"  # folder of the run: configuration, metrics, checkpoints; the same folder again resumes
+    )
+    seed: int = 1234  # of initial weights, order of the rows and drawn streams
     dry_run: bool = False  # print the plan and leave
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)

@@ -1,10 +1,13 @@
 """Entry point: held-out metrics in both modes and sampled continuations of a run's newest checkpoint.
 
+    python -m ssa_pretrain.evaluate outputs/quickstart evaluation.rows=8
+    python -m ssa_pretrain.evaluate outputs/quickstart/checkpoints/step_00000100
     python -m ssa_pretrain.evaluate experiment=quickstart
 
-Takes the run's own command line. A checkpoint loads on any layout, so one process can judge what many trained, and the metrics depend neither on
-the layout nor on training.micro_batch_size. Writes `evaluation.json` and `samples.json` into the run's folder. evaluation.rows says how much of the
-held-out split is read; 0 is all of it. A prompt and its continuation together have at most as many tokens as a row.
+Takes a run's folder, whose `config.yaml` is the configuration then, or one of its checkpoints, or the run's own command line. A checkpoint loads
+on any layout, so one process can judge what many trained, and the metrics depend neither on the layout nor on training.micro_batch_size. Writes
+`evaluation.json` and `samples.json` into the run's folder. evaluation.rows sets how much of the held-out split is read; 0 is all of it. A prompt
+and its continuation together have at most as many tokens as a row.
 """
 
 import json
@@ -15,6 +18,7 @@ from pathlib import Path
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.process import leave, quieten_libraries, rank_process
+from ssa_pretrain.saved_run import NoCheckpointError, named_checkpoint
 from ssa_pretrain.signals import INTERRUPTED
 
 PROMPTS = 6
@@ -28,6 +32,10 @@ def main() -> None:
     with rank_process("interrupted; the same command evaluates again", code=INTERRUPTED, signals=[signal.SIGINT]):
         from ssa_pretrain.cli import read_config
 
+        try:
+            checkpoint = named_checkpoint(sys.argv[1:])
+        except NoCheckpointError as error:
+            return leave(error, 5)
         config = read_config("evaluate")
         quieten_libraries()
         from ssa_pretrain.checkpoint import CheckpointError
@@ -36,7 +44,7 @@ def main() -> None:
         from ssa_pretrain.weights import WeightsError
 
         try:
-            evaluate_run(config)
+            evaluate_run(config, checkpoint)
         except (CheckpointError, WeightsError) as error:
             leave(error, 5)
         except DataError as error:
@@ -45,8 +53,8 @@ def main() -> None:
             leave(error, error.exit_code)
 
 
-def evaluate_run(config: Config) -> None:
-    """Evaluate and sample the newest checkpoint of a run; every rank calls it."""
+def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
+    """Evaluate and sample a checkpoint of a run, by default its newest; every rank calls it."""
     from ssa_pretrain.checkpoint import CheckpointError, require_same_model
     from ssa_pretrain.parallel.state import joined
     from ssa_pretrain.trainer import MODES, build_run, facts, judge, newest_checkpoint, say, warn_of_another_tokenizer
@@ -58,9 +66,9 @@ def evaluate_run(config: Config) -> None:
         rows = placement.dp * config.training.micro_batch_size
         batch = replace(config.training, global_batch_tokens=rows * config.data.sequence_length)
         run = build_run(replace(config, training=batch), placement, trains=False)
-        found = newest_checkpoint(run)
+        found = newest_checkpoint(run, checkpoint)
         if found is None:
-            raise CheckpointError(f"{run.folder} holds no checkpoint; train first, or set output_dir to a run's folder")
+            raise CheckpointError(f"{run.folder} holds no checkpoint; give the folder of a run that has saved one")
         require_same_model(found, facts(run))
         warn_of_another_tokenizer(run, found)
         run.engine.load_weights(found.folder)

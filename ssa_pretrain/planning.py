@@ -212,7 +212,9 @@ def _layer_bytes_a_token(config: Config, size: int) -> int:
     return norms + (attention + feed_forward) // tp
 
 
-def describe(config: Config, plan: Plan, overrides: Sequence[str] = (), manifest: Manifest | None = None) -> str:
+def describe(
+    config: Config, plan: Plan, overrides: Sequence[str] = (), manifest: Manifest | None = None, *, entry: str = "train"
+) -> str:
     """Returns the plan as a table for people.
 
     Args:
@@ -220,6 +222,7 @@ def describe(config: Config, plan: Plan, overrides: Sequence[str] = (), manifest
         plan: its plan.
         overrides: the command line's key=value arguments, for the launch command.
         manifest: the dataset's, None where it is not prepared yet.
+        entry: the entry point that the command starts.
     """
     length = config.data.sequence_length
     degrees = f"tp {plan.tp} x pp {plan.pp} x cp {plan.cp} x dp {plan.dp}" + (
@@ -250,7 +253,7 @@ def describe(config: Config, plan: Plan, overrides: Sequence[str] = (), manifest
         ("", memory),
         *_work(config, plan),
         *_files(config, plan),
-        ("command", _command(config, plan, overrides)),
+        ("command", _command(config, plan, overrides, entry)),
     ]
     return "\n".join(f"{name:<11}{value}" for name, value in rows)
 
@@ -341,11 +344,11 @@ def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:
     return [*start, ("files", f"{config.output_dir}/: config.yaml, metrics.jsonl, {disk}"), ("", room)]
 
 
-def _command(config: Config, plan: Plan, overrides: Sequence[str]) -> str:
+def _command(config: Config, plan: Plan, overrides: Sequence[str], entry: str) -> str:
     """How to start the run on as many processes."""
     dropped = ("dry_run", "parallel.world_size")
     kept = [word for word in overrides if word.lstrip("+").split("=")[0] not in dropped]
-    program = f"-m ssa_pretrain.train {shlex.join(kept) or f'name={config.name} …'}"
+    program = f"-m ssa_pretrain.{entry} {shlex.join(kept) or f'name={config.name} …'}"
     if plan.world_size == 1:
         return f"python {program}"
     if plan.world_size <= GPUS_A_NODE:

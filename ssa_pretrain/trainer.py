@@ -17,7 +17,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ssa_pretrain import __version__
-from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, differences, newest, publish, require_same_model
+from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, newest, publish, require_same_model
+from ssa_pretrain.checkpoint_facts import differences, run_facts
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import config_to_dict, save_config
 from ssa_pretrain.data.batches import Batch, collate
@@ -407,22 +408,15 @@ def newest_checkpoint(run: Run, folder: Path | None = None) -> Checkpoint | None
 
 def facts(run: Run) -> dict[str, Any]:
     """Return what a resumed run must share with the one that wrote the checkpoint: all that decides the losses but layout and schedule."""
-    tree = config_to_dict(run.config)
-    kept = {f"model.{k}": v for k, v in tree["model"].items() if k != "name"}
-    kept |= {f"attention.{k}": v for k, v in tree["attention"].items() if k != "impl"}
-    kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
-    kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size")}
-    kept |= {f"optim.{k}": tree["optim"][k] for k in ("beta1", "beta2", "eps", "weight_decay", "clip_grad")}
-    kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32", "fp8_recipe")}
-    kept |= {f"engine.{k}": tree["engine"][k] for k in ("name", "distributed_optimizer")}
+    kept = run_facts(
+        run.config,
+        fingerprint=run.manifest.fingerprint,
+        padded_vocab_size=run.plan.padded_vocab_size,
+        tokenizer_sha256=run.manifest.tokenizer.sha256,
+    )
     if run.rows and run.rows.order > 1:  # a checkpoint without this fact was written under the first order
         kept["data.order"] = run.rows.order
-    return kept | {
-        "seed": tree["seed"],
-        "data.fingerprint": run.manifest.fingerprint,
-        "vocabulary.padded_size": run.plan.padded_vocab_size,
-        "vocabulary.tokenizer_sha256": run.manifest.tokenizer.sha256,
-    }
+    return kept
 
 
 def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:

@@ -44,9 +44,9 @@ class BlobSettings:
     """Where the text of listed blobs is, and how hard to try."""
 
     endpoint: str | None = None  # address of an S3 service; null takes AWS
-    bucket: str = "softwareheritage"
+    bucket: str = "softwareheritage"  # S3 bucket of the blobs
     prefix: str = "content/"  # a blob's key is the prefix and its id
-    id_column: str = "blob_id"
+    id_column: str = "blob_id"  # column that names each blob
     connections: int = 64  # requests under way at a time
     attempts: int = 6  # tries of a request before the run gives up
     timeout_s: float = 30.0  # longest wait for a connection or for the next bytes
@@ -71,7 +71,7 @@ class BlobSettings:
 class HubSource:
     """A dataset on the Hugging Face hub, or on a server that speaks its protocol (HF_ENDPOINT, or `endpoint`)."""
 
-    kind: str = "hub"
+    kind: str = "hub"  # the kind of source that was chosen, by source=
     repo: str = MISSING  # owner/name
     revision: str = "main"  # branch, tag or commit; what a branch stands for is looked up once and kept in the cache
     endpoint: str | None = None  # null leaves it to huggingface_hub, which reads HF_ENDPOINT

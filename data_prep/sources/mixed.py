@@ -21,8 +21,8 @@ from data_prep.sources.catalog import SOURCES
 class MixedSource:
     """Several sources by name; each is a mapping with `kind` and the settings of that kind."""
 
-    kind: str = "mixed"
-    parts: dict[str, Any] = MISSING
+    kind: str = "mixed"  # the kind of source that was chosen, by source=
+    parts: dict[str, Any] = MISSING  # by name: the settings of each part's source
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""

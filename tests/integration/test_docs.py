@@ -19,6 +19,7 @@ from random import Random
 import pytest
 
 from data_prep.cli import checked, compose_settings
+from data_prep.cli import main as data_prep
 from ssa_pretrain.bench.__main__ import read_options
 from ssa_pretrain.cli import read_config
 
@@ -220,14 +221,18 @@ def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         return
     module, rest = words[start + 1], words[start + 2 :]
     assert (ROOT / module.replace(".", "/")).exists() or (ROOT / f"{module.replace('.', '/')}.py").exists(), words
-    if module == "data_prep":
+    if module == "data_prep" and rest[0] == "--explain":
+        assert data_prep(rest) == 0
+    elif module == "data_prep":
         checked(compose_settings(rest))
     elif module == "ssa_pretrain.bench":
         read_options(rest, int(words[words.index("--nproc-per-node") + 1]) if words[0] == "torchrun" else 1)
     elif module in ("ssa_pretrain.train", "ssa_pretrain.evaluate", "ssa_pretrain.plan"):
-        shows = any(word in ("--help", "--cfg", "--info") for word in rest)
+        entry = module.split(".")[1]
+        if not any(word in ("--help", "--cfg", "--info", "--explain", "-sc") for word in rest):
+            entry, rest = "plan" if entry == "train" else entry, [*rest, NO_DATA, "dry_run=true"]
         with pytest.raises(SystemExit) as left:
-            read_config(module.split(".")[1] if shows else "plan", rest if shows else [*rest, NO_DATA])
+            read_config(entry, rest)
         assert left.value.code == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
 
 

@@ -4,6 +4,7 @@ The two runs differ in `attention=` alone. They run side by side, one core each.
 """
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,15 +65,18 @@ def test_ssa_captures_more_mass_than_full_attention_does(runs):
         assert ssa > full
 
 
-def test_evaluation_and_samples_of_a_run(runs, corpus):
-    done = run(
-        "ssa_pretrain.evaluate", *SETTINGS, "evaluation.rows=4", f"data.path={corpus}", f"output_dir={runs['ssa']}"
-    )
+def test_evaluation_and_samples_of_a_run_s_folder_that_was_moved(runs, tmp_path):
+    moved = tmp_path / "a run, moved"
+    shutil.copytree(runs["ssa"], moved)
+    done = run("ssa_pretrain.evaluate", str(moved), "evaluation.rows=4")
     assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads((runs["ssa"] / "evaluation.json").read_text())
+    assert not (runs["ssa"] / "evaluation.json").exists()
+    figures = json.loads((moved / "evaluation.json").read_text())
     assert figures["step"] == 48
     assert set(figures["modes"]) == {"full", "sparse"}
-    samples = json.loads((runs["ssa"] / "samples.json").read_text())
+    for mode, metrics in figures["modes"].items():
+        assert f"held-out, {mode:<6}: cross entropy {metrics['cross_entropy']:.4f}" in done.stdout
+    samples = json.loads((moved / "samples.json").read_text())
     assert {s["mode"] for s in samples} == {"full", "sparse"}
     assert all(s["text"] for s in samples)
 

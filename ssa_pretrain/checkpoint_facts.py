@@ -1,0 +1,58 @@
+"""What a run and the checkpoint that it resumes from must agree on, as plain values; neither torch nor an engine is imported."""
+
+from typing import Any
+
+from ssa_pretrain.config import Config
+from ssa_pretrain.config_io import config_to_dict
+
+LATER = "vocabulary."  # facts that older checkpoints lack
+
+
+def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
+    """Returns what a resumed run must share with the one that wrote the checkpoint: all that decides the losses but layout and schedule.
+
+    Args:
+        config: the run's configuration.
+        fingerprint: of the data.
+        padded_vocab_size: rows of the embedding.
+        tokenizer_sha256: of the data's tokenizer.
+    """
+    tree = config_to_dict(config)
+    kept = {f"model.{k}": v for k, v in tree["model"].items() if k != "name"}
+    kept |= {f"attention.{k}": v for k, v in tree["attention"].items() if k != "impl"}
+    kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
+    kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size")}
+    kept |= {f"optim.{k}": tree["optim"][k] for k in ("beta1", "beta2", "eps", "weight_decay", "clip_grad")}
+    kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32", "fp8_recipe")}
+    kept |= {f"engine.{k}": tree["engine"][k] for k in ("name", "distributed_optimizer")}
+    return kept | {
+        "seed": tree["seed"],
+        "data.fingerprint": fingerprint,
+        "vocabulary.padded_size": padded_vocab_size,
+        "vocabulary.tokenizer_sha256": tokenizer_sha256,
+    }
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return one line for each fact in which a checkpoint and a run differ.
+
+    A key that the configuration got after the checkpoint was written counts with its default, which is what that run did. One of LATER
+    that it lacks is not compared.
+    """
+    saved = _with_defaults(saved, wanted, config_to_dict(Config()))
+    keys = sorted(saved.keys() | wanted.keys())
+    return [f"{k}: checkpoint {saved.get(k)!r}, run {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
+
+
+def _with_defaults(saved: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Saved facts and, for keys that only the wanted ones have, the configuration's defaults; "model.x" is found in `defaults` below "model"."""
+    filled = dict(saved)
+    for key, value in wanted.items():
+        default: Any = defaults
+        for name in key.split("."):
+            default = default.get(name) if isinstance(default, dict) else None
+        if isinstance(value, dict) and isinstance(saved.get(key), dict):
+            filled[key] = _with_defaults(saved[key], value, default or {})
+        elif key not in saved and (default is not None or key.startswith(LATER)):
+            filled[key] = value if default is None else default
+    return filled

@@ -1,0 +1,94 @@
+"""Completion of `python -m ssa_pretrain.…` in bash and zsh: groups, their options, keys, their values, flags.
+
+    eval "$(python -m ssa_pretrain.train -sc install=bash)"
+
+The shell's function asks `-sc query=bash` with the line in COMP_LINE. Hydra's own completion knows programs by their file and not modules. Where
+nothing fits, the shell completes files. Neither torch nor Hydra is used.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+from itertools import pairwise
+from pathlib import Path
+
+from ssa_pretrain.config_io import known_keys
+from ssa_pretrain.problems import ConfigError, Problem
+
+FLAGS = ("--help", "--version", "--explain", "--dry-run", "--cfg", "--resolve", "--package", "--info")
+FLAGS += ("--config-path", "--config-name", "--config-dir", "--shell-completion")
+SCRIPT = r"""_ssa_pretrain_complete() {
+    local line=${COMP_LINE:0:$COMP_POINT} candidate typed prefix= program
+    COMPREPLY=()
+    [[ $line =~ -m[[:space:]]+ssa_pretrain\.(train|evaluate|plan)[[:space:]] ]] || return 0
+    typed=${line##*[[:space:]]}
+    [[ $COMP_WORDBREAKS == *=* && $typed == *=* ]] && prefix=${typed%=*}=
+    program=${line%%[[:space:]]*}
+    [[ $program == *python* ]] || program=python
+    while IFS= read -r candidate; do
+        [[ -n ${ZSH_VERSION-} ]] && candidate=${candidate% }
+        COMPREPLY+=("${candidate#"$prefix"}")
+    done < <(COMP_LINE=$line "$program" -m ssa_pretrain.train -sc query=bash 2>/dev/null)
+}
+complete -o nospace -o default -o bashdefault -F _ssa_pretrain_complete python python3 torchrun
+"""
+
+
+def answer(asked: Sequence[str], line: str, conf: Path) -> str:
+    """Returns what `-sc` prints.
+
+    Args:
+        asked: the words beside the flag: one of install=bash, uninstall=bash, query=bash, or the same for zsh.
+        line: the command line up to the cursor, for a query.
+        conf: the folder of the groups.
+
+    Raises:
+        ConfigError: anything else is asked for.
+    """
+    action, _, shell = (asked[0] if len(asked) == 1 else "").partition("=")
+    if shell not in ("bash", "zsh") or action not in ("install", "uninstall", "query"):
+        advice = 'try eval "$(python -m ssa_pretrain.train -sc install=bash)"'
+        raise ConfigError(
+            [Problem("--shell-completion", " ".join(asked), "must be install=bash or install=zsh", advice)]
+        )
+    if action == "install":
+        load = "autoload -Uz compinit bashcompinit\ncompinit\nbashcompinit\n" if shell == "zsh" else ""
+        return load + SCRIPT
+    if action == "uninstall":
+        return "complete -r python python3 torchrun\n"
+    return "".join(f"{candidate}\n" for candidate in candidates(line, conf))
+
+
+def candidates(line: str, conf: Path) -> list[str]:
+    """Returns what the last word of a line may become; a whole word ends in a space, a key in its =."""
+    words = line.split()
+    typed = "" if not words or line[-1:].isspace() else words.pop()
+    folders = [conf, *(Path(b) for a, b in pairwise(words) if a in ("-cd", "--config-dir"))]
+    keys, groups = known_keys(), _groups(folders)
+    key, equals, _ = typed.partition("=")
+    sign = key[: len(key) - len(key.lstrip("+"))]
+    if words and words[-1] == "--explain":
+        sections = {name.rpartition(".")[0] for name in keys} - {""}
+        found = [f"{name} " for name in sorted({*keys, *groups, *sections})]
+    elif typed.startswith("-"):
+        found = [f"{flag} " for flag in FLAGS]
+    elif equals:
+        bare = key.removeprefix(sign)
+        kind = keys.get(bare)
+        values = groups.get(bare, [])
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            values = [str(member.value) for member in kind]
+        elif kind is bool:
+            values = ["true", "false"]
+        found = [f"{key}={value} " for value in values]
+    else:
+        found = [f"{sign}{name}=" for name in sorted({*keys, *groups})]
+    return [word for word in found if word.startswith(typed)]
+
+
+def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """The options of each group, by group, over all folders."""
+    found: dict[str, set[str]] = {}
+    for folder in folders:
+        for path in folder.glob("*/*.yaml"):
+            found.setdefault(path.parent.name, set()).add(path.stem)
+    return {group: sorted(options) for group, options in found.items()}

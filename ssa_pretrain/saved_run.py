@@ -1,0 +1,118 @@
+"""A run's folder on the command line: `evaluate RUN key=value …`, where the run's own `config.yaml` is the configuration.
+
+RUN is the folder of a run, wherever it lies now, or one of its checkpoints. `expand` puts it into the words that any entry point takes: the
+configuration's folder, `output_dir`, and what a saved configuration says of training that an evaluation does not need. The user's own settings
+follow and win. Checkpoints load on any layout, so a number of processes that the run's layout does not fit gets none. Neither torch nor Hydra is imported.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssa_pretrain.config import ParallelConfig
+from ssa_pretrain.config_io import load_config
+from ssa_pretrain.problems import ConfigError, Problem
+
+CONFIG = "config.yaml"
+FACTS = "checkpoint.json"
+# Flags that take the word behind them.
+TAKE_A_WORD = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
+TAKE_A_WORD += ("--info", "-i", "--explain", "--local_rank", "--local-rank")
+
+
+class NoCheckpointError(ValueError):
+    """A run's folder without a checkpoint."""
+
+
+def named_run(arguments: Sequence[str]) -> int | None:
+    """Returns the index of the argument that is a folder rather than a flag or key=value; None where there is none."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith("-") or (index and arguments[index - 1] in TAKE_A_WORD):
+            continue
+        key, equals, _ = argument.partition("=")
+        if not equals or ("/" in key and Path(argument).is_dir()):
+            return index
+    return None
+
+
+def named_checkpoint(arguments: Sequence[str]) -> Path | None:
+    """Returns the checkpoint that a command names, None where it names a run or nothing.
+
+    Raises:
+        NoCheckpointError: it names a run that has no checkpoint.
+    """
+    if (index := named_run(arguments)) is None:
+        return None
+    folder = Path(arguments[index])
+    if (folder / FACTS).is_file():
+        return folder
+    if (folder / CONFIG).is_file() and not any((folder / "checkpoints").glob("step_*")):
+        raise NoCheckpointError(
+            f"{folder} holds no checkpoint; wait for the run's first one, or give another run's folder"
+        )
+    return None
+
+
+def expand(arguments: Sequence[str], world_size: int) -> tuple[list[str], str]:
+    """Returns a command line with its run's folder written out, and a line for the user where the run's layout does not fit; else empty.
+
+    Args:
+        arguments: the command line.
+        world_size: processes of this command.
+
+    Raises:
+        ConfigError: the folder is none of a run, or its configuration cannot be read.
+    """
+    if (index := named_run(arguments)) is None:
+        return list(arguments), ""
+    named, rest = arguments[index], [*arguments[:index], *arguments[index + 1 :]]
+    if any(word.partition("=")[0] in ("-cp", "--config-path") for word in rest):
+        rule = "is a run's folder, and --config-path names another configuration"
+        raise ConfigError([Problem(named, None, rule, "give one of the two")])
+    folder = _run_of(named)
+    try:
+        saved = load_config(folder / CONFIG)
+    except ConfigError:  # the composition reports each key of it
+        saved = None
+    layout, note = _layout(saved.parallel, world_size, rest) if saved else ([], "")
+    placed = [f"output_dir={_quoted(str(folder))}", "checkpoint.init_from=''", "parallel.world_size=0", *layout]
+    return ["--config-path", str(folder), *placed, *rest], note
+
+
+def _run_of(named: str) -> Path:
+    """The run's folder that an argument names, itself or by one of its checkpoints."""
+    folder = Path(named)
+    if not folder.is_dir():
+        rule = "is neither a run's folder nor key=value"
+        raise ConfigError([Problem(named, None, rule, "give a folder that holds a run's config.yaml, or key=value")])
+    if (folder / FACTS).is_file() and not (folder / CONFIG).is_file():
+        run = folder.absolute().parents[1]
+        run = folder.parents[1] if len(folder.parts) > 2 else run
+        if not (run / CONFIG).is_file():
+            rule = f"is a checkpoint outside a run's folder: {run / CONFIG} does not exist"
+            raise ConfigError([Problem(named, None, rule, "give a checkpoint that lies in its run's folder")])
+        return run
+    if not (folder / CONFIG).is_file():
+        rule = f"is not a run's folder: {folder / CONFIG} does not exist"
+        advice = "give the output_dir of a run, or the run's own command line"
+        raise ConfigError([Problem(named, None, rule, advice)])
+    return folder
+
+
+def _layout(saved: ParallelConfig, world_size: int, rest: Sequence[str]) -> tuple[list[str], str]:
+    """The overrides that undo a layout which the processes do not fit, unless the user gives one; and the line about them."""
+    unit = saved.tp * saved.pp * saved.cp
+    if unit < 1 or world_size % unit == 0 or any(word.lstrip("+").startswith("parallel") for word in rest):
+        return [], ""
+    fields = [f for f in dataclasses.fields(ParallelConfig) if f.name != "world_size"]
+    plain = [f"parallel.{f.name}={str(f.default).lower()}" for f in fields]
+    degrees = f"tp {saved.tp}, pp {saved.pp}, cp {saved.cp}"
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    note = f"the run's layout ({degrees}) takes a multiple of {unit} processes; on {processes} it is evaluated without"
+    return [*plain, "engine.overlap_tp=false"], note
+
+
+def _quoted(text: str) -> str:
+    """Text as a value of Hydra's grammar."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

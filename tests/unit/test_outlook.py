@@ -1,0 +1,74 @@
+"""The plan's last lines: is the data prepared, and what does output_dir mean for the command."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ssa_pretrain.checkpoint_facts import run_facts
+from ssa_pretrain.cli import read_config, resolve_config
+from ssa_pretrain.rules import Machine
+from ssa_pretrain.run_folder import claim
+
+BASE = ("experiment=quickstart", "model.vocab_size=4096", "training.steps=9")
+
+
+def rows(*arguments: str, capsys: pytest.CaptureFixture[str], entry: str = "train") -> dict[str, str]:
+    """The plan's rows by name; of a name that comes twice the last."""
+    with pytest.raises(SystemExit) as left:
+        read_config(entry, [*BASE, *arguments, "--dry-run"])
+    out, err = capsys.readouterr()
+    assert (left.value.code, err) == (0, "")
+    return {line[:11].strip(): line[11:] for line in out.splitlines()}
+
+
+def add_checkpoint(folder: Path, step: int, *arguments: str) -> None:
+    """The record of a checkpoint that a command's run would write."""
+    config = resolve_config("train", [*BASE, *arguments], Machine(world_size=1, has_files=False))
+    facts = run_facts(config, fingerprint="data", padded_vocab_size=4096, tokenizer_sha256="tokenizer")
+    path = folder / "checkpoints" / f"step_{step:08d}" / "checkpoint.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"schema": 1, "step": step, "facts": facts, "files": {}}))
+
+
+def test_data_that_is_missing_comes_with_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows("data.path=data/quickstart", f"output_dir={tmp_path}", capsys=capsys)["data"]
+    command = "python -m data_prep source=quickstart tokenizer=bpe8k out=data/quickstart"
+    assert found == f"data/quickstart is not prepared yet: {command}"
+    found = rows("data.path='my data'", f"output_dir={tmp_path}", capsys=capsys)["data"]
+    assert found == "my data is not prepared yet: python -m data_prep source=… tokenizer=… out='my data'"
+
+
+def test_what_the_folder_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    place = f"output_dir={run}"
+    assert rows(place, capsys=capsys)["output"] == f"{run} holds no checkpoint: the run starts at step 0"
+    assert rows(place, capsys=capsys, entry="evaluate")["output"] == f"{run} holds no checkpoint"
+    assert not run.exists()
+    add_checkpoint(run, 3)
+    add_checkpoint(run, 6)
+    (run / "checkpoints" / "step_00000009_copy").mkdir()  # the user's
+    assert rows(place, capsys=capsys)["output"] == f"{run}: the run resumes after step 6 of 9"
+    assert rows(place, capsys=capsys, entry="plan")["output"] == f"{run}: the run resumes after step 6 of 9"
+    assert rows(place, capsys=capsys, entry="evaluate")["output"] == f"{run}: the checkpoint of step 6 is evaluated"
+    for asked, last in (("training.steps=6", 6), ("training.stop_at_step=5", 5)):
+        finished = f"{run} is finished: it has 6 steps, and {last} are asked for"
+        assert rows(place, asked, capsys=capsys)["output"] == finished
+    assert rows(place, "optim.beta2=0.99", "seed=5", capsys=capsys)["output"] == (
+        f"{run}: the run would be refused at the checkpoint of step 6, which differs "
+        "(optim.beta2: checkpoint 0.95, run 0.99; seed: checkpoint 1234, run 5)"
+    )
+
+
+def test_a_folder_in_use_or_unwritable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = claim(tmp_path / "run")
+    assert lock is not None
+    with lock:
+        found = rows(f"output_dir={tmp_path / 'run'}", capsys=capsys)["output"]
+    assert found.startswith(f"{tmp_path / 'run'} is in use by process {os.getpid()} on ")
+    assert found.endswith(": the run would be refused")
+    assert "is in use" not in rows(f"output_dir={tmp_path / 'run'}", capsys=capsys)["output"]
+    (tmp_path / "file").touch()
+    found = rows(f"output_dir={tmp_path / 'file'}", capsys=capsys)["output"]
+    assert found == f"{tmp_path / 'file'} is a file, not a folder"
