@@ -56,6 +56,8 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         machine = this_machine()
         if entry == "evaluate":
             machine = replace(machine, splits=("heldout",))
+        # Of a run's ranks only rank 0 looks: it holds the folder itself when a later one comes to this point.
+        machine = replace(machine, claims_folder=entry == "train" and speaks)
         config = resolve_config(entry, arguments, machine, speaks=speaks)
         plan = _planned(config, arguments) if _plans(entry, config) else ""
     except ConfigError as error:

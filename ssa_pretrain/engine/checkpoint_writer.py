@@ -22,8 +22,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -48,14 +49,14 @@ class ThreadedStrategy(SaveShardedStrategy):
             CheckpointException: on every rank, if any could not write its part.
         """
         shards, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        checkpoint.save(
+        save(
             mcore_to_pyt_state_dict(shards, False),
             storage_writer=ThreadedWriter(Path(checkpoint_dir)),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
 
-class ThreadedWriter(checkpoint.FileSystemWriter):
+class ThreadedWriter(FileSystemWriter):
     """torch's writer with up to NUM_THREADS files written side by side, any of whose failures is raised."""
 
     def __init__(self, folder: Path) -> None:

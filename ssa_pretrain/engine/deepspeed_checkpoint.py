@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.engine.deepspeed_setup import environment_of_a_converter
+from ssa_pretrain.log import stamped
 from ssa_pretrain.parallel.agreement import on_first
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.weights import WeightsError
@@ -55,7 +56,8 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
     universal = folder.with_name(f".{folder.name}.universal")
 
     def reshape() -> None:
-        print(f"{folder} was written on {_words(saved)}: reshaping it for {_words(wanted)}", flush=True)
+        said = f"{folder} was written on {_words(saved)}: reshaping it for {_words(wanted)}"
+        print(stamped(said, config.logging.timestamps), flush=True)
         _convert(folder, universal, wanted)
 
     on_first(reshape, is_first=placement.is_first, errors=(WeightsError, OSError))
