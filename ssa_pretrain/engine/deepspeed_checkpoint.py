@@ -11,6 +11,7 @@ deepspeed_universal.py cuts them for the tensor ranks to come.
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -146,12 +147,17 @@ def _convert(folder: Path, universal: Path, wanted: dict[str, int]) -> None:
     shutil.rmtree(universal, ignore_errors=True)
     command = [sys.executable, "-m", "ssa_pretrain.deepspeed_universal"]
     done = subprocess.run(
-        [*command, str(folder / TAG), str(universal), str(wanted["tp"])],
+        [*command, str(folder / TAG), str(universal), str(wanted["tp"]), str(os.getpid())],
         env=environment_of_a_converter(),
         capture_output=True,
         text=True,
         check=False,
     )
+    if done.returncode < 0:
+        raise WeightsError(
+            f"{folder} could not be reshaped: DeepSpeed's converter was killed by signal {-done.returncode} (9: is memory short?); "
+            "give the same command again"
+        )
     if done.returncode:
         raise WeightsError(f"{folder} could not be reshaped; DeepSpeed's converter says:\n{done.stderr[-2000:]}")
 
