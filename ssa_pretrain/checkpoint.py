@@ -1,9 +1,13 @@
 """Publishing checkpoints and finding them again; what is inside them is the engine's matter.
 
-A checkpoint is a folder `checkpoints/step_00000100` that appears whole or not at all: the engine writes into a hidden folder beside it, the first
-rank adds `checkpoint.json` (step, the facts that a resume must agree on, size and sha256 of every file, which the ranks share among them), everything
-is flushed, and one rename publishes it. There is no pointer to the newest one that could be stale: the newest *intact* folder is found by looking. A folder whose files
-do not match its list is named, left where it is and passed over. Old ones are removed only after a newer one is published.
+A checkpoint is a folder `checkpoints/step_00000100` that appears atomically: the engine writes into a hidden folder beside it, rank 0 adds
+`checkpoint.json` (step, the facts that a resume must agree on, size and sha256 of every file, which the ranks share among them), everything
+is flushed, and one rename publishes it. There is no pointer to the newest one that could be stale: the newest *intact* folder is found by looking. A folder whose
+files do not match its list is named and passed over.
+
+A checkpoint is removed once `keep` newer ones are published and intact. Whether they are is looked up, not assumed: files are hashed again only if they
+have changed since this process wrote or hashed them (`Verdicts`). A damaged one takes nobody's place and goes with the old ones. One of another
+schema cannot be judged, and stays.
 """
 
 import hashlib
@@ -22,10 +26,10 @@ import torch
 import torch.distributed as dist
 
 from ssa_pretrain.checkpoint_facts import differences
+from ssa_pretrain.checkpoint_integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema, sha256
+from ssa_pretrain.checkpoint_integrity import find_damage as find_damage
 from ssa_pretrain.parallel.agreement import together, watched
 
-FACTS = "checkpoint.json"
-SCHEMA = 1
 VISIBLE_SECONDS = 30.0  # until a file of another node must be seen: network storage may be slow in showing it
 NAME = re.compile(r"step_\d{8,}")  # anything else beside the checkpoints (step_00000100_good, a copy) is the user's
 Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
@@ -54,17 +58,19 @@ def publish(
     keep: int,
     is_first: bool,
     say: Callable[[str], None] = print,
+    verdicts: Verdicts | None = None,
 ) -> Path:
-    """Write and publish a checkpoint; every rank calls it.
+    """Write and publish a checkpoint, then remove old ones; every rank calls it.
 
     Args:
         run: the run's output folder.
         step: optimizer steps done.
         facts: what a resume must agree on; plain values.
         write: the engine's save, called on every rank with an empty folder.
-        keep: newest checkpoints that stay.
+        keep: newest intact checkpoints that stay.
         is_first: on the one rank that publishes.
         say: takes a line for the user.
+        verdicts: what is known of earlier checkpoints; None: nothing.
 
     Returns:
         The published folder.
@@ -117,13 +123,29 @@ def publish(
         everywhere(lambda: _require_all(scratch, _missed(seen), is_first=is_first))
         everywhere(seal)
     if is_first:
-        for old in [folder for folder in _published(run) if _step_of(folder) <= step][keep:]:
+        verdicts = verdicts or Verdicts()
+        verdicts.note_intact(target)
+        for old in _outdated(run, step, keep, verdicts, say):
             _remove(old, say)
     return target
 
 
-def newest(run: Path, *, is_first: bool, device: torch.device, say: Callable[[str], None]) -> Checkpoint | None:
+def newest(
+    run: Path,
+    *,
+    is_first: bool,
+    device: torch.device,
+    say: Callable[[str], None],
+    verdicts: Verdicts | None = None,
+) -> Checkpoint | None:
     """Return the newest intact checkpoint of a run (or the one that `run` itself is), the same on every rank, or None where there is none.
+
+    Args:
+        run: the run's output folder, or a checkpoint.
+        is_first: on the one rank that reads the files.
+        device: of this process.
+        say: takes a line for the user.
+        verdicts: takes what is found, for `publish`.
 
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
@@ -132,9 +154,10 @@ def newest(run: Path, *, is_first: bool, device: torch.device, say: Callable[[st
     folders = [run] if named else _published(run)
     verdict = torch.full((), -1, dtype=torch.int64, device=device)  # -1: no checkpoint, -2: none intact, else which one
     if is_first:
+        verdicts = verdicts or Verdicts()
         verdict.fill_(-2 if folders else -1)
         for folder in folders:
-            damage = find_damage(folder)
+            damage = verdicts.damage(folder)
             if damage is None:
                 verdict.fill_(0 if named else _step_of(folder))
                 break
@@ -143,7 +166,7 @@ def newest(run: Path, *, is_first: bool, device: torch.device, say: Callable[[st
     step = int(verdict)
     if step == -2:
         raise CheckpointError(
-            f"no checkpoint in {run / 'checkpoints'} is intact; restore one, or start anew in another output_dir"
+            f"no checkpoint in {run / 'checkpoints'} is intact; restore one, or start again in another output_dir"
         )
     if step == -1:
         return None
@@ -168,26 +191,6 @@ def read(folder: Path) -> Checkpoint:
             f"{folder} is of schema {schema}, and this version of ssa_pretrain reads {SCHEMA}; go on with the version that wrote it"
         )
     return found
-
-
-def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a published checkpoint's files (a missing one, a size, a sha256), or None; another schema's are not judged."""
-    try:
-        record = json.loads((folder / FACTS).read_text())
-        if record["schema"] != SCHEMA:
-            return None
-        files = record["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{FACTS} cannot be read"
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes for {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
-            return f"{name} has another sha256"
-    return None
 
 
 def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_alone: bool = False) -> None:
@@ -238,6 +241,23 @@ def _require_all(folder: Path, missed: set[str], *, is_first: bool) -> None:
         time.sleep(0.1)
 
 
+def _outdated(run: Path, step: int, keep: int, verdicts: Verdicts, say: Callable[[str], None]) -> list[Path]:
+    """Return the checkpoints that are older than the `keep` newest intact ones up to a step; later ones were damaged when the run resumed."""
+    intact, old = 0, []
+    for folder in _published(run):
+        if _step_of(folder) > step or is_of_another_schema(folder):
+            continue
+        if intact == keep:
+            old.append(folder)
+            continue
+        known = verdicts.knows(folder)
+        damage = verdicts.damage(folder)
+        if damage and not known:
+            say(f"checkpoint {folder} is damaged ({damage}); it does not count among checkpoint.keep={keep}")
+        intact += damage is None
+    return old
+
+
 def _remove(folder: Path, say: Callable[[str], None]) -> None:
     """Remove an old checkpoint, or say why it stays: the newer one is published, and the next save tries again."""
     try:
@@ -262,7 +282,7 @@ def _entries(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
     """Return size and sha256 of files of a folder, which are on disk then."""
     found: dict[str, Entry] = {}
     for name in names:
-        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
         _flush(folder / name)
     return found
 
@@ -296,11 +316,6 @@ def _folder_of(run: Path, step: int) -> Path:
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

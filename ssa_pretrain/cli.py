@@ -62,6 +62,8 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
             machine = replace(machine, splits=("heldout",), has_wandb=None)
             given, note = saved_run.expand(arguments, machine.world_size or 1)
             sys.stderr.write(f"{note}\n" if note and speaks else "")
+        # Of a run's ranks only rank 0 looks: it holds the folder itself when a later one comes to this point.
+        machine = replace(machine, claims_folder=entry == "train" and speaks)
         config = resolve_config(entry, given, machine, speaks=speaks)
         plan = _planned(entry, config, arguments) if _plans(entry, config) else ""
     except ConfigError as error:

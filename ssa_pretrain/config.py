@@ -98,6 +98,14 @@ class WandbMode(StrEnum):
     off = "off"
 
 
+class Timestamps(StrEnum):
+    """What stands before every line on the console."""
+
+    off = "off"
+    time = "time"  # 14:05:31, local time
+    datetime = "datetime"  # 2026-11-29 14:05:31
+
+
 @dataclass(kw_only=True, slots=True)
 class RopeScalingConfig:
     """Llama-3 RoPE scaling; low 1, high 4 and original context 8,192 are megatron-core's and Llama 3's constants."""
@@ -355,7 +363,7 @@ class CheckpointConfig:
     """Checkpoints and where a run starts from."""
 
     interval: int = 0  # steps between checkpoints; 0: only at the end
-    keep: int = 2  # newest complete checkpoints that are kept
+    keep: int = 2  # newest intact checkpoints that are kept
     weights: bool = True  # put the weights into each checkpoint in the common format too, which both engines read
     init_from: str = ""  # whose weights start a new run (step 0, fresh optimizer): a run's folder, a checkpoint's or one of common weights
 
@@ -377,9 +385,10 @@ class WandbConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LoggingConfig:
-    """What a run says and where."""
+    """What a run prints and where."""
 
     interval: int = 10  # steps between console lines; metrics.jsonl has every step
+    timestamps: Timestamps = Timestamps.off  # before every console line
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def problems(self) -> list[Problem]:

@@ -1,9 +1,10 @@
 """A DeepSpeed checkpoint reshaped: DeepSpeed's converter to its universal form, then cut for a number of tensor ranks.
 
-    python -m ssa_pretrain.deepspeed_universal CHECKPOINT/deepspeed OUT TP
+    python -m ssa_pretrain.deepspeed_universal CHECKPOINT/deepspeed OUT TP [PARENT]
 
 OUT then holds a folder `tp_NN` for each tensor rank, which DeepSpeed loads as a universal checkpoint of a model that is the rank's part. DeepSpeed's
-own cutting is not used: under ZeRO-3 it knows AutoTP's models alone. A process without a GPU suffices; a resume on other degrees calls this by itself.
+own cutting is not used: under ZeRO-3 it knows only AutoTP's models. A process without a GPU suffices; a resume on other degrees calls this by itself
+and names its process as the PARENT, with which the converter and its workers end.
 """
 
 import argparse
@@ -14,12 +15,17 @@ from pathlib import Path
 
 import torch
 
+from ssa_pretrain.parallel.parent import end_with_parent, forks_end_with_this
+
 TAG = "deepspeed"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
 
 def main() -> None:
     """Convert, then cut."""
+    if len(sys.argv) > 4:
+        end_with_parent(int(sys.argv[4]))
+        forks_end_with_this()
     source, out, tp = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     whole = out / "whole"
     convert(source, whole)

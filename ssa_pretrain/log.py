@@ -1,18 +1,23 @@
-"""What a run says to a person: a banner, one line a logging interval, one line an evaluation, a progress bar on a terminal.
+"""What a run prints for a person: a banner, one line per logging interval, evaluation and checkpoint, its end, a progress bar on a terminal.
 
-The console belongs to one process; the others get a `Console` that says nothing. On a terminal the lines scroll above a progress bar; in a
-pipe they are plain text with no control characters, so that a log file reads well. A training line has at most 120 columns. The formatting
-functions are pure: they turn the record of `metrics.jsonl` into text and keep nothing.
+The console belongs to one process; the others get a `Console` that prints nothing. On a terminal the lines scroll above a progress bar; in a
+pipe they are plain text with no control characters, so that a log file reads well. A training line has at most 120 columns, to which
+`logging.timestamps` adds. The formatting functions are pure: they turn the record of `metrics.jsonl` into text and keep nothing.
 """
 
 import sys
 from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+from ssa_pretrain.config import Timestamps
+
 MAX_COLUMNS = 120
+FORMATS = {Timestamps.off: "", Timestamps.time: "%H:%M:%S ", Timestamps.datetime: "%Y-%m-%d %H:%M:%S "}
 
 
 def compact(number: float) -> str:
@@ -84,6 +89,46 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     return _joined(parts)
 
 
+def save_line(step: int, seconds: float, folder: Path) -> str:
+    """Returns the line for a published checkpoint.
+
+    Args:
+        step: optimizer steps done.
+        seconds: from the beginning of the save until old checkpoints were removed.
+        folder: the checkpoint's.
+    """
+    return f"save {step}  {seconds:.1f} s  {folder}"
+
+
+def end_line(step: int, first_step: int, total_steps: int, tokens: int, seconds: float) -> str:
+    """Returns the last line of a run that did what it was asked to.
+
+    Args:
+        step: optimizer steps done.
+        first_step: those done before this process began.
+        total_steps: the run's last step; where it stops before, training.stop_at_step asked for that.
+        tokens: trained on since the run's beginning.
+        seconds: that this process trained, evaluations and checkpoints included.
+    """
+    what = "done" if step >= total_steps else "stopped at training.stop_at_step"
+    since = f", since step {first_step}" if first_step else ""
+    return f"{what}: step {step}/{total_steps}, {compact(tokens)} tokens, {duration(seconds)}{since}"
+
+
+def stamped(text: str, timestamps: Timestamps, now: datetime | None = None) -> str:
+    """Returns text with the time before each of its lines.
+
+    Args:
+        text: one line or several.
+        timestamps: how much of the time; off leaves the text as it is.
+        now: None: the present, local time.
+    """
+    if timestamps is Timestamps.off:
+        return text
+    mark = (now or datetime.now()).strftime(FORMATS[timestamps])
+    return "\n".join(mark + line for line in text.split("\n"))
+
+
 def banner(facts: Mapping[str, str]) -> str:
     """The run's facts as lines "name  value", names in one column."""
     width = max((len(name) for name in facts), default=0)
@@ -98,12 +143,19 @@ class Console:
         first_step: steps done before this process began (a resume).
         enabled: False for every process but one: nothing is written.
         stream: where to write; standard error by default, which torchrun passes through unbuffered.
+        timestamps: what stands before each line.
     """
 
     def __init__(
-        self, *, total_steps: int, first_step: int = 0, enabled: bool = True, stream: TextIO | None = None
+        self,
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        timestamps: Timestamps = Timestamps.off,
     ) -> None:
-        self.total_steps = total_steps
+        self.total_steps, self.timestamps = total_steps, timestamps
         self.enabled = enabled
         self.stream = stream or sys.stderr
         self._bar: tqdm | None = None
@@ -113,9 +165,10 @@ class Console:
             )
 
     def say(self, text: str) -> None:
-        """Writes text as it is, line by line."""
+        """Writes text, line by line."""
         if not self.enabled:
             return
+        text = stamped(text, self.timestamps)
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
             return

@@ -44,6 +44,12 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
+def evaluations(path: Path) -> set[tuple[int, str]]:
+    """Returns step and mode of every evaluation in a metrics file, which need not exist; lines that are not records are passed over."""
+    records = [record for _, _, record in _parsed(path) if isinstance(record, dict)] if path.exists() else []
+    return {(record["step"], record.get("mode", "")) for record in records if record.get("kind") == "evaluation"}
+
+
 def set_aside_damage(path: Path) -> str | None:
     """Moves a metrics file that holds lines which are no records aside, whole, and puts the records of it in its place.
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, Method, PrecisionName, WandbMode
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.data.mixture import least_tokens
-from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
+from ssa_pretrain.problems import ConfigError, Problem, divisors, join, nearest, nearest_multiples
 from ssa_pretrain.rules_deepspeed import deepspeed_problems
-from ssa_pretrain.run_folder import ELSEWHERE, unwritable
+from ssa_pretrain.run_folder import ELSEWHERE, require_free, unwritable
 
 LLAMA3_CONTEXT = 8192  # the original context in Llama-3 RoPE scaling
 MOST_HEADS_A_GROUP = 32  # query heads to a kv head in the GPU kernels
@@ -35,6 +35,7 @@ class Machine:
         has_wandb: W&B's client is installed.
         has_files: data and checkpoints can be looked at.
         splits: what the command reads of the data.
+        claims_folder: this process, or those that it is asked for, will use output_dir for a run.
         slurm_tasks: processes that srun started, where each of them takes itself for the only one; else 1.
     """
 
@@ -46,6 +47,7 @@ class Machine:
     has_files: bool = True
     splits: tuple[str, ...] = ("train", "heldout")
     slurm_tasks: int = 1
+    claims_folder: bool = False
 
     def unknown(self) -> "Machine":
         """Returns a machine of which only the number of processes is known, to plan for."""
@@ -71,7 +73,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
     ]
     rules += [partial(deepspeed_problems, installed=machine.has_deepspeed), partial(_wandb, machine=machine)]
     if machine.has_files:
-        rules += [partial(_launcher, machine=machine), _output_dir, _initial_weights]
+        rules += [partial(_launcher, machine=machine), partial(_output_dir, machine=machine), _initial_weights]
         rules += [partial(_data, splits=machine.splits)]
     found: list[Problem] = []
     for rule in rules:
@@ -336,10 +338,18 @@ def _launcher(config: Config, machine: Machine) -> list[Problem]:
     return [Problem("SLURM_NTASKS", machine.slurm_tasks, rule, advice)]
 
 
-def _output_dir(config: Config) -> list[Problem]:
-    """The folder that a run writes."""
-    reason = unwritable(Path(config.output_dir)) if config.output_dir.strip() else None
-    return [Problem("output_dir", config.output_dir, reason, ELSEWHERE)] if reason else []
+def _output_dir(config: Config, machine: Machine) -> list[Problem]:
+    """The folder that a run writes: it can be written, and no other run holds it."""
+    if not config.output_dir.strip():
+        return []
+    if reason := unwritable(Path(config.output_dir)):
+        return [Problem("output_dir", config.output_dir, reason, ELSEWHERE)]
+    try:
+        if machine.claims_folder:
+            require_free(Path(config.output_dir))
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def _initial_weights(config: Config) -> list[Problem]:

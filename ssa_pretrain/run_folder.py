@@ -1,8 +1,9 @@
-"""A run's output folder: can it be written, has it room, and is it this run's alone.
+"""A run's output folder: can it be written, has it room, and does no other run use it.
 
-One process of a run, the first, holds `.lock` in it for the run's life. The lock is the kernel's (flock): it goes when the process does, however
-that dies, so a run that was killed resumes at once, and the file itself stays. What killed runs left half written is removed under the lock. On
-storage without such locks a run goes on unprotected and says so. Stdlib only.
+Rank 0 of a run holds `.lock` in it for the run's life. The lock is the kernel's (flock): it goes when the process does, however that dies, so a
+run that was killed resumes at once. The file stays; its content names the holder, and is empty after a run that ended by itself. What killed runs left
+half written is removed under the lock. `require_free` only looks, before anything is imported or started. On storage without such locks a run
+goes on unprotected and prints that. Stdlib only.
 """
 
 import errno
@@ -14,9 +15,10 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ssa_pretrain.problems import ConfigError, Problem
 
@@ -26,6 +28,9 @@ LEFTOVERS = (
     *("metrics.jsonl.*.tmp", "wandb.*.tmp", ".seen_*"),
 )
 ELSEWHERE = "try another output_dir"
+PATIENCE_SECONDS = 5.0  # for a holder that may be dying
+ALIVE_SECONDS = 1.0  # for one that is seen to run on this host
+PF_EXITING = 0x4  # Linux: in the flags of a process that is about to end
 GIB = 2**30
 
 
@@ -42,7 +47,25 @@ def unwritable(folder: Path) -> str | None:
     return None
 
 
-def claim(folder: Path, say: Callable[[str], None] = print, *, patience: float = 5.0) -> TextIO | None:
+def require_free(folder: Path, *, patience: float = PATIENCE_SECONDS) -> None:
+    """Return if no process holds a folder's lock, as far as is known; nothing is created or changed.
+
+    Args:
+        folder: the run's output folder, which may not exist yet.
+        patience: seconds to wait for a holder that is just dying.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    try:
+        file = (folder / LOCK).open(encoding="utf-8")
+    except OSError:
+        return
+    with file, suppress(OSError):  # storage that fails here will fail `claim` too, which reports it
+        _lock(file, folder, fcntl.LOCK_SH, patience)
+
+
+def claim(folder: Path, say: Callable[[str], None] = print, *, patience: float = PATIENCE_SECONDS) -> TextIO | None:
     """Make the folder, take its lock and remove what killed runs left half written.
 
     Args:
@@ -51,7 +74,7 @@ def claim(folder: Path, say: Callable[[str], None] = print, *, patience: float =
         patience: seconds to wait for a holder that is just dying.
 
     Returns:
-        The open file that holds the lock until it is closed or the process ends; None on storage without locks.
+        The open file that holds the lock until `release` or the end of the process; None on storage without locks.
 
     Raises:
         ConfigError: another process holds the folder, or it cannot be written.
@@ -60,7 +83,7 @@ def claim(folder: Path, say: Callable[[str], None] = print, *, patience: float =
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+", encoding="utf-8")
-        locked = _lock(lock, folder, time.monotonic() + patience)
+        locked = _lock(lock, folder, fcntl.LOCK_EX, patience)
         if locked:
             lock.truncate(0)
             lock.write(json.dumps(_me()) + "\n")
@@ -80,6 +103,12 @@ def claim(folder: Path, say: Callable[[str], None] = print, *, patience: float =
             say(f"removing {path}, which a run that was stopped has left half written")
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return lock
+
+
+def release(lock: TextIO) -> None:
+    """Give up a folder's lock and remove the holder's name from it."""
+    with lock, suppress(OSError):
+        lock.truncate(0)
 
 
 def leave_sign(folder: Path) -> str:
@@ -110,18 +139,20 @@ def shortage(folder: Path, needed: int) -> str | None:
     )
 
 
-def _lock(file: TextIO, folder: Path, deadline: float) -> bool:
-    """Take a file's lock; False on storage that has none."""
+def _lock(file: TextIO, folder: Path, kind: int, patience: float) -> bool:
+    """Take a file's lock, shared or exclusive; False on storage that has none."""
+    begin = time.monotonic()
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() < deadline:
+            held = _holder(file)
+            if time.monotonic() - begin < (min(patience, ALIVE_SECONDS) if _runs_here(held) else patience):
                 time.sleep(0.1)
                 continue
-            rule = f"is in use by {_holder(file)}"
+            who = f"process {held['pid']} on {held['host']}, started {held['started']}" if held else "another process"
             advice = f"stop that run or {ELSEWHERE}"
-            raise ConfigError([Problem("output_dir", str(folder), rule, advice)]) from None
+            raise ConfigError([Problem("output_dir", str(folder), f"is in use by {who}", advice)]) from None
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 return False
@@ -134,11 +165,23 @@ def _me() -> dict[str, str | int]:
     return {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
 
 
-def _holder(file: TextIO) -> str:
-    """The process that wrote a lock's file, in words."""
+def _holder(file: TextIO) -> dict[str, Any]:
+    """Returns pid, host and start of the process that wrote a lock's file; empty where it does not have them."""
     file.seek(0)
     try:
         held = json.loads(file.read())
-        return f"process {held['pid']} on {held['host']}, started {held['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+        return {name: held[name] for name in ("pid", "host", "started")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _runs_here(held: dict[str, Any]) -> bool:
+    """Returns whether a holder is seen to run on this host and is not about to end."""
+    if held.get("host") != socket.gethostname():
+        return False
+    try:
+        # After the name, which may hold anything: state, parent, group, session, terminal, its group, flags.
+        state, *_, flags = Path(f"/proc/{held['pid']}/stat").read_text().rpartition(")")[2].split()[:7]
+    except (OSError, ValueError):
+        return False
+    return state not in "ZX" and not int(flags) & PF_EXITING

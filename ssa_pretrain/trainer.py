@@ -6,11 +6,12 @@ holds weights and optimizer alone, and rerunning the command goes on as if it ha
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,8 @@ from tqdm import tqdm
 from ssa_pretrain import __version__
 from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, newest, publish, require_same_model
 from ssa_pretrain.checkpoint_facts import differences, run_facts
-from ssa_pretrain.config import Config
+from ssa_pretrain.checkpoint_integrity import Verdicts
+from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.config_io import config_to_dict, save_config
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.errors import DataError
@@ -28,16 +30,17 @@ from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, EvaluationResult, StepResult, build_engine
 from ssa_pretrain.environment import add_start, versions
 from ssa_pretrain.flops import peak_flops, row_flops
-from ssa_pretrain.log import Console, banner
-from ssa_pretrain.metrics import MetricsLogger
+from ssa_pretrain.log import Console, banner, end_line, save_line, stamped
+from ssa_pretrain.metrics import FILE_NAME, MetricsLogger, evaluations
 from ssa_pretrain.parallel.agreement import on_first, ranks_without, unlike_first
 from ssa_pretrain.parallel.interruption import Interrupted, Interruption
+from ssa_pretrain.parallel.routing import drawn_by_microbatch
 from ssa_pretrain.parallel.state import Placement, joined
 from ssa_pretrain.planning import Plan, make_plan
 from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.profiling import profiled
 from ssa_pretrain.rules import warning
-from ssa_pretrain.run_folder import claim, leave_sign, sees, shortage
+from ssa_pretrain.run_folder import claim, leave_sign, release, sees, shortage
 from ssa_pretrain.schedule import learning_rate
 from ssa_pretrain.tracking import Tracker, provenance, start_tracking
 from ssa_pretrain.weights import find_weights
@@ -54,6 +57,7 @@ NO_FIGURES = (
     "training.stop_at_step",
     "parallel.timeout_minutes",
 )
+MICRO_BATCH = "training.micro_batch_size"
 MOST_SHOWN = 8
 
 
@@ -73,36 +77,52 @@ class Run:
     rows: TrainingRows | None  # None: the run only evaluates
     held_out: HeldOutRows
     folder: Path
+    verdicts: Verdicts = field(default_factory=Verdicts)  # of its checkpoints; used on rank 0
 
 
 def train(config: Config) -> None:
-    """Train to the configured step, from the newest intact checkpoint if there is one.
+    """Train to the configured step, from the newest intact checkpoint if there is one; a run that has reached it is left as it is.
 
     Raises:
         DivergedError: a loss or gradient norm is not finite.
         Interrupted: the run was asked to stop; a checkpoint of the last step is published.
     """
-    with joined(config.parallel, seed=config.seed) as placement, claimed(Path(config.output_dir), placement):
+    with joined(config.parallel, seed=config.seed) as placement, claimed(config, placement):
         run = build_run(config, placement)
+        found = continued(run)
+        if found is not None and (reason := finished(run, found.step)):
+            say(run, reason)
+            return
         if placement.is_first and (lacking := shortage(run.folder, run.plan.checkpoint_bytes)):
             say(run, lacking)
-        step = restore(run)
-        with Interruption(placement) as interruption, open_log(run, step) as log:
-            loop(run, log, step, interruption)
+        first_step, begin = restore(run, found), time.monotonic()
+        with Interruption(placement) as interruption, open_log(run, first_step) as log:
+            loop(run, log, first_step, interruption)
+        step, seconds = max(first_step, last_step(run)), time.monotonic() - begin
+        tokens = step * run.plan.tokens_per_step
+        log.console.say(end_line(step, first_step, run.plan.steps, tokens, seconds))
 
 
 @contextmanager
-def claimed(folder: Path, placement: Placement) -> Iterator[None]:
+def claimed(config: Config, placement: Placement) -> Iterator[None]:
     """Hold a run's folder against other runs.
 
     Raises:
         ConfigError: on every rank, where another run has the folder, it cannot be written, or not all ranks see the same one.
     """
-    lock = on_first(lambda: claim(folder), is_first=placement.is_first, errors=(ConfigError,))
-    with lock or nullcontext():
+    folder, timestamps = Path(config.output_dir), config.logging.timestamps
+
+    def take() -> TextIO | None:
+        return claim(folder, lambda text: print(stamped(text, timestamps), flush=True))
+
+    lock = on_first(take, is_first=placement.is_first, errors=(ConfigError,))
+    try:
         if placement.world_size > 1:
             require_shared(folder, placement)
         yield
+    finally:
+        if lock is not None:
+            release(lock)
 
 
 def require_shared(folder: Path, placement: Placement) -> None:
@@ -172,22 +192,65 @@ def training_rows(config: Config, manifest: Manifest, order: int = ORDER) -> Tra
     return TrainingRows(manifest, sequence_length=length, seed=config.seed, weights=weights, order=order)
 
 
-def restore(run: Run) -> int:
-    """Load the newest checkpoint, or the weights that the run starts from; return the steps done.
+def continued(run: Run) -> Checkpoint | None:
+    """Return the newest intact checkpoint of a run that this configuration continues, None where there is none yet.
 
     Raises:
-        CheckpointError: the checkpoint belongs to a run that this configuration would not continue, or none is intact.
+        CheckpointError: it belongs to a run that this configuration would not continue, or none is intact.
     """
     found = newest_checkpoint(run)
+    if found is not None and "data.order" not in found.facts:
+        run.rows = training_rows(run.config, run.manifest, order=1)
+        say(run, f"{found.folder} was written under row order 1: the run keeps it to its end")
+    if found is not None and (changed := changes(run, found)):
+        raise CheckpointError(
+            f"{found.folder} cannot be continued with this configuration; set these back or choose another output_dir:\n  "
+            + "\n  ".join(changed)
+        )
+    return found
+
+
+def changes(run: Run, found: Checkpoint) -> list[str]:
+    """Return one line for each setting that a checkpoint's run must not change, with both values."""
+    lines = {line.partition(":")[0]: line for line in differences(found.facts, facts(run))}
+    if MICRO_BATCH in lines:
+        if reason := needs_equal_microbatches(run.config):
+            lines[MICRO_BATCH] += f" ({reason})"
+        else:
+            del lines[MICRO_BATCH]
+    return list(lines.values())
+
+
+def needs_equal_microbatches(config: Config) -> str | None:
+    """Return why a run must keep its micro-batch size; None where rows, streams and losses do not depend on it."""
+    if setting := drawn_by_microbatch(config.attention):
+        return f"each microbatch draws its streams at {setting}, so other microbatches would draw others"
+    if config.precision.name is PrecisionName.fp8:
+        return "precision=fp8 scales each microbatch by its own values"
+    return None
+
+
+def finished(run: Run, step: int) -> str | None:
+    """Return why a run that resumes after a step has nothing left to do, the same on every rank; None where it has."""
+    last, training = last_step(run), run.config.training
+    if step < last:
+        return None
+    evaluated = evaluations(run.folder / FILE_NAME) if run.placement.is_first else set()
+    if step == last and owes_evaluation(run, evaluated, step):
+        return None
+    where = f"{run.folder} is " + (f"finished at step {step}" if step >= run.plan.steps else f"at step {step}")
+    if last < run.plan.steps:
+        asked = f"training.stop_at_step={last}"
+    elif training.steps:
+        asked = f"training.steps={training.steps}"
+    else:
+        asked = f"training.total_tokens={training.total_tokens} ({last} steps)"
+    return f"{where}, and {asked} asks for no more: nothing was changed; a larger value continues the run"
+
+
+def restore(run: Run, found: Checkpoint | None) -> int:
+    """Load a checkpoint, or the weights that a new run starts from; return the steps done."""
     if found is not None:
-        if "data.order" not in found.facts:
-            run.rows = training_rows(run.config, run.manifest, order=1)
-            say(run, f"{found.folder} was written under row order 1: the run keeps it to its end")
-        if changed := differences(found.facts, facts(run)):
-            raise CheckpointError(
-                f"{found.folder} cannot be continued with this configuration; set these back or choose another output_dir:\n  "
-                + "\n  ".join(changed)
-            )
         run.engine.load(found.folder)
         say(run, f"resuming after step {found.step} from {found.folder}")
         return found.step
@@ -234,7 +297,7 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) ->
     """
     config, last = run.config, last_step(run)
     ahead = 1 if run.placement.device.type == "cuda" else 0
-    if config.evaluation.at_start if step == 0 else owes_evaluation(run, log, step):
+    if config.evaluation.at_start if step == 0 else owes_evaluation(run, log.evaluated, step):
         evaluate(run, log, step)
     saved, unread = step, []  # (record's step, result, FLOPs a token) of the step that is still under way
     while step < last:
@@ -257,15 +320,14 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) ->
         if evaluating and not interrupted:
             evaluate(run, log, step)
         if saving:
-            save(run, step)
+            save(run, log, step)
             saved = step
-            log.pause()
         if interrupted:
             raise Interrupted(
                 f"{interruption.reason}: stopped after step {step}; its checkpoint is published, and the same command goes on from it"
             )
     if saved != step:
-        save(run, step)
+        save(run, log, step)
 
 
 def refuse_what_is_not_finite(run: Run, result: StepResult, step: int) -> None:
@@ -326,11 +388,17 @@ def microbatch(run: Run, rows: TrainingRows | HeldOutRows, number: int, index: i
     return collate(chosen, index=index, isolate_documents=isolate, padding_document=covered)
 
 
-def owes_evaluation(run: Run, log: MetricsLogger, step: int) -> bool:
-    """Return whether the step that a run goes on from should have been evaluated and was not: SIGTERM stopped it there."""
+def owes_evaluation(run: Run, evaluated: set[tuple[int, str]], step: int) -> bool:
+    """Return whether the step that a run goes on from should have been evaluated and was not: a signal stopped it there.
+
+    Args:
+        run: the run.
+        evaluated: step and mode of its evaluations so far; read on rank 0.
+        step: steps done.
+    """
     if not due(step, run.config.evaluation.interval, run.plan.steps):
         return False
-    owed = [run.placement.is_first and any((step, mode) not in log.evaluated for mode in MODES)]
+    owed = [run.placement.is_first and any((step, mode) not in evaluated for mode in MODES)]
     dist.broadcast_object_list(owed, src=0)
     return owed[0]
 
@@ -385,15 +453,27 @@ def combine(parts: list[EvaluationResult]) -> EvaluationResult:
     )
 
 
-def save(run: Run, step: int) -> None:
-    """Publish a checkpoint."""
+def save(run: Run, log: MetricsLogger, step: int) -> None:
+    """Publish a checkpoint; its time does not count in the speed of the steps."""
+    begin = time.monotonic()
 
     def write(folder: Path) -> None:
         run.engine.save(folder)
         if run.config.checkpoint.weights:
             run.engine.save_weights(folder)
 
-    publish(run.folder, step, facts(run), write, keep=run.config.checkpoint.keep, is_first=run.placement.is_first)
+    folder = publish(
+        run.folder,
+        step,
+        facts(run),
+        write,
+        keep=run.config.checkpoint.keep,
+        is_first=run.placement.is_first,
+        say=log.console.say,
+        verdicts=run.verdicts,
+    )
+    log.console.say(save_line(step, time.monotonic() - begin, folder))
+    log.pause()
 
 
 def newest_checkpoint(run: Run, folder: Path | None = None) -> Checkpoint | None:
@@ -403,6 +483,7 @@ def newest_checkpoint(run: Run, folder: Path | None = None) -> Checkpoint | None
         is_first=run.placement.is_first,
         device=run.placement.device,
         say=lambda text: say(run, text),
+        verdicts=run.verdicts,
     )
 
 
@@ -460,7 +541,12 @@ def mean(values: list[float]) -> float | None:
 
 def open_log(run: Run, step: int) -> MetricsLogger:
     """Return the run's logger after saying what is about to happen; only the first rank writes."""
-    console = Console(total_steps=run.plan.steps, first_step=step, enabled=run.placement.is_first)
+    console = Console(
+        total_steps=run.plan.steps,
+        first_step=step,
+        enabled=run.placement.is_first,
+        timestamps=run.config.logging.timestamps,
+    )
     peak = peak_flops(device_name(run.placement), run.config.precision.name)
     tracker = start_reporting(run, console, step) if run.placement.is_first else None
     return MetricsLogger(
@@ -518,6 +604,6 @@ def device_name(placement: Placement) -> str:
 
 
 def say(run: Run, text: str) -> None:
-    """Print a line, once."""
+    """Print text, once."""
     if run.placement.is_first:
-        print(text, flush=True)
+        print(stamped(text, run.config.logging.timestamps), flush=True)

@@ -66,7 +66,13 @@ class WeightsWriter:
     def flush(self) -> None:
         """Write what has been added into a file."""
         if self.pending:
-            save_file(self.pending, self.folder / f"{self.prefix}_{self.count:04d}.safetensors")
+            path = self.folder / f"{self.prefix}_{self.count:04d}.safetensors"
+            path.touch()
+            mode = (
+                path.stat().st_mode
+            )  # what the umask gives; safetensors renames a file over it that only its owner may read
+            save_file(self.pending, path)
+            path.chmod(mode)
             self.count += 1
             self.size, self.pending = 0, {}
 

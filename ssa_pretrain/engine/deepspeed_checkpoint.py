@@ -11,6 +11,7 @@ deepspeed_universal.py cuts them for the tensor ranks to come.
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.engine.deepspeed_setup import environment_of_a_converter
+from ssa_pretrain.log import stamped
 from ssa_pretrain.parallel.agreement import on_first
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.weights import WeightsError
@@ -55,7 +57,8 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
     universal = folder.with_name(f".{folder.name}.universal")
 
     def reshape() -> None:
-        print(f"{folder} was written on {_words(saved)}: reshaping it for {_words(wanted)}", flush=True)
+        said = f"{folder} was written on {_words(saved)}: reshaping it for {_words(wanted)}"
+        print(stamped(said, config.logging.timestamps), flush=True)
         _convert(folder, universal, wanted)
 
     on_first(reshape, is_first=placement.is_first, errors=(WeightsError, OSError))
@@ -144,12 +147,17 @@ def _convert(folder: Path, universal: Path, wanted: dict[str, int]) -> None:
     shutil.rmtree(universal, ignore_errors=True)
     command = [sys.executable, "-m", "ssa_pretrain.deepspeed_universal"]
     done = subprocess.run(
-        [*command, str(folder / TAG), str(universal), str(wanted["tp"])],
+        [*command, str(folder / TAG), str(universal), str(wanted["tp"]), str(os.getpid())],
         env=environment_of_a_converter(),
         capture_output=True,
         text=True,
         check=False,
     )
+    if done.returncode < 0:
+        raise WeightsError(
+            f"{folder} could not be reshaped: DeepSpeed's converter was killed by signal {-done.returncode} (9: is memory short?); "
+            "give the same command again"
+        )
     if done.returncode:
         raise WeightsError(f"{folder} could not be reshaped; DeepSpeed's converter says:\n{done.stderr[-2000:]}")
 

@@ -5,10 +5,8 @@ that folder is the project's own, one a host and set of versions; a build is ann
 the one operator that it would build by itself, an all-reduce through shared memory, is left out: gloo does the same.
 """
 
-import ctypes
 import logging
 import os
-import signal
 import socket
 from pathlib import Path
 
@@ -17,9 +15,8 @@ import torch.distributed as dist
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_deepspeed import AdamImpl
+from ssa_pretrain.parallel.parent import end_with_parent
 from ssa_pretrain.parallel.state import Placement
-
-PR_SET_PDEATHSIG = 1
 
 
 class TensorParallelState:
@@ -83,12 +80,8 @@ def extensions_folder() -> Path:
 
 def die_with_launcher() -> None:
     """Have the kernel end this process when the launcher that started it dies: DeepSpeed's leaves its workers behind when it is killed."""
-    if "WORLD_SIZE" not in os.environ:
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died in between
-        os.kill(os.getpid(), signal.SIGKILL)
+    if "WORLD_SIZE" in os.environ:
+        end_with_parent(os.getppid())
 
 
 def build_optimizer(model: torch.nn.Module, config: Config, placement: Placement) -> torch.optim.Optimizer:

@@ -13,6 +13,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 
+from ssa_pretrain.engine.checkpoint_writer import ThreadedStrategy
+
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -23,7 +25,7 @@ def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None
     """Write weights and optimizer into `folder`, which exists and is empty."""
     state = _model_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(METADATA))
-    dist_checkpointing.save(state, str(folder), content_metadata=dict(METADATA))
+    dist_checkpointing.save(state, str(folder), sharded_strategy=ThreadedStrategy(), content_metadata=dict(METADATA))
 
 
 def wrote(folder: Path) -> bool:

@@ -70,6 +70,17 @@ def counterpart_factor(attention: AttentionConfig, *, rows: int) -> float:
     return 1.0 / (1.0 - max(0.0, 1.0 - attention.counterpart_share * PAIRS) ** rows)
 
 
+def drawn_by_microbatch(attention: AttentionConfig) -> str | None:
+    """Returns the setting, such as "attention.full_ratio=0.5", by which a microbatch draws streams, so that other microbatches draw others; or None."""
+    if attention.method is not Method.ssa:
+        return None
+    if 0.0 < attention.full_ratio < 1.0 and attention.stream_draw is StreamDraw.microbatch:
+        return f"attention.full_ratio={attention.full_ratio:g}"
+    if 0.0 < attention.counterpart_share < 1.0:
+        return f"attention.counterpart_share={attention.counterpart_share:g}"
+    return None
+
+
 def _uniform(*key: int, person: bytes = b"ssa-stream") -> float:
     """Returns a number in [0, 1) that depends on the key only."""
     digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8, person=person).digest()

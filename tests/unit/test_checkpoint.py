@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain import checkpoint
+from ssa_pretrain import checkpoint, checkpoint_integrity
 from ssa_pretrain.checkpoint import (
     FACTS,
     Checkpoint,
@@ -19,6 +19,7 @@ from ssa_pretrain.checkpoint import (
     read,
     require_same_model,
 )
+from ssa_pretrain.checkpoint_integrity import Verdicts
 from ssa_pretrain.config import OptimConfig, RopeScalingConfig
 
 
@@ -34,8 +35,9 @@ def write(folder):
     (folder / "empty").touch()
 
 
-def find(run, lines=None):
-    return newest(run, is_first=True, device=torch.device("cpu"), say=(lines if lines is not None else []).append)
+def find(run, lines=None, verdicts=None):
+    say = (lines if lines is not None else []).append
+    return newest(run, is_first=True, device=torch.device("cpu"), say=say, verdicts=verdicts)
 
 
 def test_published_checkpoints_are_found_newest_first_and_old_ones_go(tmp_path):
@@ -133,10 +135,103 @@ def test_damage_is_named_and_passed_over(tmp_path, message):
     assert lines == [f"checkpoint {damaged} is damaged ({message}); looking for an older one"]
 
 
+def left(run):
+    """The checkpoints of a run by step, and whether each is intact."""
+    folders = (run / "checkpoints").iterdir()
+    return {int(folder.name[5:]): find_damage(folder) is None for folder in sorted(folders)}
+
+
+def hashed_folders(monkeypatch):
+    """The folders whose files are hashed to be judged, in order and once each in a row."""
+    found, plain = [], checkpoint_integrity.sha256
+
+    def counted(path):
+        if found[-1:] != [path.parent.name]:
+            found.append(path.parent.name)
+        return plain(path)
+
+    monkeypatch.setattr(checkpoint_integrity, "sha256", counted)
+    return found
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_damaged_ones_take_no_intact_one_s_place_and_go_with_the_old(tmp_path, keep, monkeypatch):
+    """A run that fell back past two damaged checkpoints: only once `keep` newer ones are intact may an intact one go."""
+    for step in (1, 2, 3, 4, 5):
+        publish(tmp_path, step, {}, write, keep=9, is_first=True)
+    flip_bit(tmp_path / "checkpoints" / "step_00000004")
+    (tmp_path / "checkpoints" / "step_00000005" / FACTS).write_text("{")
+    verdicts, lines = Verdicts(), []
+    assert find(tmp_path, verdicts=verdicts).step == 3
+    hashed = hashed_folders(monkeypatch)
+    publish(tmp_path, 6, {}, write, keep=keep, is_first=True, verdicts=verdicts, say=lines.append)
+    assert hashed == ["step_00000002"] * (keep == 3), "what was judged at the start or written here is not hashed again"
+    assert lines == [], "the start has named them"
+    damaged = {} if keep == 1 else {4: False, 5: False}
+    assert left(tmp_path) == dict.fromkeys((6, 3, 2)[:keep], True) | damaged
+    for step in (7, 8):
+        publish(tmp_path, step, {}, write, keep=keep, is_first=True, verdicts=verdicts)
+    assert left(tmp_path) == dict.fromkeys((8, 7, 6)[:keep], True)
+
+
+def test_a_damaged_one_after_the_step_resumed_from_is_not_counted_and_is_replaced(tmp_path):
+    for step in (2, 4, 6):
+        publish(tmp_path, step, {}, write, keep=9, is_first=True)
+    for step in (4, 6):
+        flip_bit(tmp_path / "checkpoints" / f"step_{step:08d}")
+    verdicts = Verdicts()
+    assert find(tmp_path, verdicts=verdicts).step == 2
+    for step, wanted in ((3, {2: True, 3: True}), (4, {3: True, 4: True}), (6, {4: True, 6: True})):
+        publish(tmp_path, step, {}, write, keep=2, is_first=True, verdicts=verdicts)
+        assert {k: v for k, v in left(tmp_path).items() if k <= step} == wanted
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage_done_while_a_run_goes_on_is_named_and_not_counted(tmp_path, message):
+    verdicts, lines = Verdicts(), []
+    for step in (2, 4):
+        publish(tmp_path, step, {}, write, keep=2, is_first=True, verdicts=verdicts)
+    damaged = tmp_path / "checkpoints" / "step_00000004"
+    DAMAGE[message](damaged)
+    for step in (6, 7):
+        publish(tmp_path, step, {}, write, keep=3, is_first=True, verdicts=verdicts, say=lines.append)
+    assert left(tmp_path) == {2: True, 4: False, 6: True, 7: True}
+    assert lines == [f"checkpoint {damaged} is damaged ({message}); it does not count among checkpoint.keep=3"]
+
+
+def test_one_of_another_schema_is_neither_counted_nor_removed(tmp_path):
+    for step in (1, 2, 3):
+        publish(tmp_path, step, {}, write, keep=9, is_first=True)
+    facts = tmp_path / "checkpoints" / "step_00000002" / FACTS
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"schema": 0}))
+    publish(tmp_path, 4, {}, write, keep=2, is_first=True)
+    assert set(left(tmp_path)) == {4, 3, 2}
+    publish(tmp_path, 5, {}, write, keep=2, is_first=True)
+    assert set(left(tmp_path)) == {5, 4, 2}
+
+
+@pytest.mark.parametrize("files", [[], {"weights.bin": 7}, {"weights.bin": {"bytes": 1}}])
+def test_a_list_of_files_of_another_form_is_damage(tmp_path, files):
+    facts = publish(tmp_path, 5, {}, write, keep=2, is_first=True) / FACTS
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"files": files}))
+    assert find_damage(facts.parent) == f"{FACTS} cannot be read"
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    """By a stand-in for the failing disk."""
+
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_first=True)
+    monkeypatch.setattr(checkpoint_integrity, "sha256", fail)
+    assert find_damage(folder) == "empty cannot be read: Input/output error"
+
+
 def test_none_intact_is_an_error_and_never_a_fresh_start(tmp_path):
     flip_bit(publish(tmp_path, 5, {}, write, keep=2, is_first=True))
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint in .* is intact; restore one, or start anew in another output_dir"
+        CheckpointError, match=r"no checkpoint in .* is intact; restore one, or start again in another output_dir"
     ):
         find(tmp_path)
 

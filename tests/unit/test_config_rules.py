@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import re
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from ssa_pretrain.cli import read_config, resolve_config, this_machine
 from ssa_pretrain.data.indexed_format import file_sha256, token_dtype, write_index
 from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.rules import Machine
+from ssa_pretrain.run_folder import claim, release
 
 CPU = Machine(world_size=1, has_gpu=False, has_transformer_engine=False, has_files=False)
 GPU = Machine(world_size=1, has_gpu=True, has_transformer_engine=True, has_files=False)
@@ -422,6 +426,34 @@ def test_an_output_dir_that_cannot_be_written_is_a_problem(dataset: Path, tmp_pa
     ]
     assert found(*ours, f"output_dir={tmp_path}/new", machine=HERE) == []
     assert found(*ours, f"output_dir={tmp_path}/file", "dry_run=true", machine=HERE) == []
+
+
+def test_an_output_dir_in_use_is_a_problem_of_whoever_would_start_a_run(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`evaluate` reads beside a run, a plan starts nothing, and rank 1 must not take its own rank 0 for another run."""
+    folder = tmp_path / "run"
+    ours = [*BASE, f"data.path={dataset}", f"output_dir={folder}"]
+    lock = claim(folder)
+    assert lock is not None
+    with pytest.raises(SystemExit) as caught:
+        read_config("train", ours)
+    assert caught.value.code == 3
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "ssa_pretrain.train: 1 problem in the configuration; nothing was started."
+    holder = rf"process {os.getpid()} on {socket.gethostname()}, started \S+"
+    key = re.escape(str(Problem("output_dir", str(folder), "", "")).rstrip("; "))
+    assert re.fullmatch(rf"  {key} is in use by {holder}; stop that run or try another output_dir", said[1]), said
+    assert read_config("evaluate", ours).output_dir == str(folder)
+    with pytest.raises(SystemExit) as caught:
+        read_config("train", [*ours, "dry_run=true"])
+    assert caught.value.code == 0
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert read_config("train", ours).output_dir == str(folder)
+    monkeypatch.setenv("RANK", "0")
+    release(lock)
+    assert read_config("train", ours).output_dir == str(folder)
 
 
 @pytest.mark.parametrize(

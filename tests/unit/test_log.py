@@ -1,10 +1,25 @@
 """ssa_pretrain/log.py: lines that fit, numbers that read, a console that is plain in a pipe and silent where it should be."""
 
 import io
+import re
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 
-from ssa_pretrain.log import MAX_COLUMNS, Console, banner, compact, duration, evaluation_line, train_line
+from ssa_pretrain.config import Timestamps
+from ssa_pretrain.log import (
+    MAX_COLUMNS,
+    Console,
+    banner,
+    compact,
+    duration,
+    end_line,
+    evaluation_line,
+    save_line,
+    stamped,
+    train_line,
+)
 
 TRAIN = {
     "step": 10,
@@ -81,6 +96,33 @@ def test_train_line_says_nan() -> None:
 def test_evaluation_line() -> None:
     assert evaluation_line(EVALUATION) == "eval 100  heldout sparse  ce 5.500  perplexity 244.69  64 rows"
     assert "mass 0.90" in evaluation_line(EVALUATION | {"captured_mass": 0.9})
+
+
+def test_a_save_s_line_has_its_duration() -> None:
+    assert save_line(60, 12.34, Path("outputs/x/step_60")) == "save 60  12.3 s  outputs/x/step_60"
+
+
+@pytest.mark.parametrize(
+    ("steps", "line"),
+    [
+        ((60, 0, 60), "done: step 60/60, 491k tokens, 2m05s"),
+        ((60, 40, 60), "done: step 60/60, 491k tokens, 2m05s, since step 40"),
+        ((60, 0, 100), "stopped at training.stop_at_step: step 60/100, 491k tokens, 2m05s"),
+    ],
+)
+def test_the_end_of_a_run_is_a_line(steps: tuple[int, int, int], line: str) -> None:
+    assert end_line(*steps, tokens=491_000, seconds=125.2) == line
+
+
+def test_timestamps_stand_before_every_line() -> None:
+    now = datetime(2026, 11, 29, 4, 5, 6)
+    assert stamped("a\nb", Timestamps.off, now) == "a\nb"
+    assert stamped("a\nb", Timestamps.time, now) == "04:05:06 a\n04:05:06 b"
+    assert stamped("a", Timestamps.datetime, now) == "2026-11-29 04:05:06 a"
+    stream = io.StringIO()
+    with Console(total_steps=3, stream=stream, timestamps=Timestamps.datetime) as console:
+        console.say("one\ntwo")
+    assert re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (one|two)\n){2}", stream.getvalue())
 
 
 def test_banner_lines_up() -> None:

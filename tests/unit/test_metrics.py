@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.log import Console
-from ssa_pretrain.metrics import FILE_NAME, MetricsLogger, Speed, keep_until, perplexity, read_records, set_aside_damage
+from ssa_pretrain.metrics import (
+    FILE_NAME,
+    MetricsLogger,
+    Speed,
+    evaluations,
+    keep_until,
+    perplexity,
+    read_records,
+    set_aside_damage,
+)
 
 
 class Clock:
@@ -326,3 +335,16 @@ def test_a_log_knows_what_was_evaluated_before_and_since(tmp_path: Path) -> None
     with logger(tmp_path, resume_step=1) as log:
         log.log_evaluation(an_evaluation(1, "sparse"))
         assert log.evaluated == {(1, "full"), (1, "sparse")}
+
+
+def test_the_evaluations_of_a_file_are_known_without_opening_a_log(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert evaluations(path) == set()
+    with logger(tmp_path) as metrics:
+        metrics.log_step(a_step(1))
+        metrics.log_evaluation(an_evaluation(1, "full"))
+        metrics.log_evaluation(an_evaluation(1, "sparse"))
+    path.write_bytes(b"no record\n" + path.read_bytes() + b'{"kind": "evalu')
+    before = path.read_bytes()
+    assert evaluations(path) == {(1, "full"), (1, "sparse")}
+    assert path.read_bytes() == before

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from ssa_pretrain.config import AttentionConfig, Method, StreamDraw
-from ssa_pretrain.parallel.routing import counterpart_factor, counterpart_spans, main_stream
+from ssa_pretrain.parallel.routing import (
+    counterpart_factor,
+    counterpart_spans,
+    drawn_by_microbatch,
+    main_stream,
+)
 
 
 def draws(attention: AttentionConfig, seed: int = 1, steps: int = 500, microbatches: int = 8) -> list[str]:
@@ -83,3 +88,38 @@ def test_a_microbatch_without_a_sample_is_accounted_for():
     empty = sum(not spans(0.05, step) for step in range(4000)) / 4000
     assert 1 / counterpart_factor(attention, rows=2) == pytest.approx(1 - empty, abs=0.035)
     assert counterpart_factor(AttentionConfig(counterpart_share=0.25), rows=1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("attention", "setting"),
+    [
+        ({}, "attention.full_ratio=0.5"),
+        ({"full_ratio": 0.125}, "attention.full_ratio=0.125"),
+        ({"stream_draw": StreamDraw.step}, None),
+        ({"full_ratio": 0.0}, None),
+        ({"full_ratio": 1.0}, None),
+        ({"full_ratio": 1.0, "counterpart_share": 0.25}, "attention.counterpart_share=0.25"),
+        ({"stream_draw": StreamDraw.step, "counterpart_share": 0.25}, "attention.counterpart_share=0.25"),
+        ({"full_ratio": 1.0, "counterpart_share": 0.0}, None),
+        ({"method": Method.full}, None),
+        ({"method": Method.moba, "counterpart_share": 0.25}, None),
+    ],
+)
+def test_what_makes_streams_depend_on_the_microbatches_is_named(attention, setting):
+    """And holds: a batch of four rows draws the same whether it is cut into four microbatches, two or one."""
+    config = AttentionConfig(**attention)
+    assert drawn_by_microbatch(config) == setting
+
+    def streams(size: int, seed: int) -> list[tuple]:
+        drawn = []
+        for m in range(4 // size):
+            main = main_stream(config, seed=seed, step=3, microbatch=m)
+            spans = counterpart_spans(config, seed=seed, step=3, microbatch=m, rows=size, row_length=32)
+            queries = sorted(m * size * 32 + first + i for first, length in spans for i in range(length))
+            drawn += [
+                (main, [q - row * 32 for q in queries if q // 32 == row]) for row in range(m * size, (m + 1) * size)
+            ]
+        return drawn
+
+    alike = all(streams(1, seed) == streams(2, seed) == streams(4, seed) for seed in range(40))
+    assert alike is (setting is None)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +16,7 @@ import pytest
 
 from ssa_pretrain import run_folder
 from ssa_pretrain.problems import ConfigError
-from ssa_pretrain.run_folder import LOCK, claim, shortage, unwritable
+from ssa_pretrain.run_folder import LOCK, claim, release, require_free, shortage, unwritable
 
 HOLD = "import sys, time, pathlib; from ssa_pretrain.run_folder import claim; held = claim(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
 
@@ -46,6 +47,11 @@ def test_a_second_run_is_refused_with_the_holder_s_name_until_that_is_killed(tmp
             assert f"is in use by process {holder.pid} on {socket.gethostname()}, started 2" in line
             assert line.endswith("; stop that run or try another output_dir")
             assert caught.value.exit_code == 3
+            before = (tmp_path / LOCK).read_text()
+            with pytest.raises(ConfigError) as looked:
+                require_free(tmp_path, patience=60)  # not waited for: the holder is seen to run
+            assert str(looked.value) == str(caught.value)
+            assert (tmp_path / LOCK).read_text() == before
         finally:
             holder.send_signal(signal.SIGKILL)
     with held(tmp_path) as lock:  # at once, although the file is still there
@@ -88,12 +94,40 @@ def test_a_refused_run_removes_nothing(tmp_path: Path) -> None:
     assert scratch.exists()
 
 
+def test_a_look_at_a_free_folder_changes_nothing(tmp_path: Path) -> None:
+    require_free(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    release(held(tmp_path))
+    assert (tmp_path / LOCK).read_text() == "", "the next holder's name is not taken for this one's"
+    (tmp_path / LOCK).chmod(0o444)
+    with (tmp_path / LOCK).open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # another process looks at the same time
+        require_free(tmp_path, patience=0)
+    held(tmp_path).close()
+
+
+def test_a_holder_that_is_dying_is_waited_for(tmp_path: Path) -> None:
+    lock = held(tmp_path)
+    (tmp_path / LOCK).write_text('{"pid": 1, "host": "another", "started": "x"}\n')
+    timer = threading.Timer(1.5, lock.close)
+    timer.start()
+    require_free(tmp_path, patience=60)
+    timer.join()
+    assert lock.closed
+    with held(tmp_path):
+        (tmp_path / LOCK).write_text("{")
+        with pytest.raises(ConfigError, match="is in use by another process; stop that run"):
+            require_free(tmp_path, patience=0)
+
+
 def test_storage_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
     lines: list[str] = []
+    (tmp_path / LOCK).touch()
+    require_free(tmp_path)
     assert claim(tmp_path, lines.append) is None
     assert lines == [f"{tmp_path} lies on storage without file locks: do not start a second run in it"]
 

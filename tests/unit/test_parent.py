@@ -1,0 +1,55 @@
+"""ssa_pretrain/parallel/parent.py: what a process has started ends with it, forked workers of its children too, however it is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = """
+import multiprocessing, os, sys, time
+from ssa_pretrain.parallel.parent import end_with_parent, forks_end_with_this
+end_with_parent(int(sys.argv[1]))
+forks_end_with_this()
+worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+worker.start()
+print(os.getpid(), worker.pid, flush=True)
+time.sleep(600)
+"""
+PARENT = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], str(os.getpid())])"
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and more than an entry that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_killed_process_takes_its_child_and_that_one_s_workers_along() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, CHILD],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as parent:
+        assert parent.stdout is not None
+        family = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(family) == 2 and all(runs(pid) for pid in family)
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(runs(pid) for pid in family):
+        assert time.monotonic() < deadline, family
+        time.sleep(0.02)
+
+
+def test_a_parent_that_is_gone_already_ends_it_at_once() -> None:
+    alone = "from ssa_pretrain.parallel.parent import end_with_parent; end_with_parent(2**22 + 1); print('still here')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", alone], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
