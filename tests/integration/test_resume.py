@@ -41,7 +41,9 @@ def kill_at(step: int, folder: Path, arguments: list[str]) -> None:
         arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
         wait_for_step(process, folder, step, seconds=300)
-        for victim in (process.pid, *descendants(process.pid)):
+        ranks = descendants(process.pid)
+        assert len(ranks) == 2, "a save has started processes, which a killed rank would leave behind"
+        for victim in (process.pid, *ranks):
             os.kill(victim, signal.SIGKILL)
 
 
