@@ -72,7 +72,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(co
     sentence = f"SIGHUP: stopped after step {last}; its checkpoint is published, and the same command goes on from it"
     said = log.read_text().splitlines()
     assert said[-1] == f"torchrun.sh: {sentence}"
-    assert said[-2].startswith("step ")
+    assert said[-2].startswith(f"save {last} ")
     assert checkpoints(tmp_path) == [f"step_{last:08d}"]
     done = run("ssa_pretrain.train", *settings, f"training.stop_at_step={last + 1}", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -118,7 +118,7 @@ def test_ctrl_c_stops_a_process_alone_with_a_checkpoint_and_one_line(corpus, tmp
     assert checkpoints(tmp_path) == [f"step_{last:08d}"]
     sentence = "its checkpoint is published, and the same command goes on from it"
     assert said.splitlines()[-1] == f"SIGINT: stopped after step {last}; {sentence}"
-    assert said.splitlines()[-2].startswith("step ")
+    assert said.splitlines()[-2].startswith(f"save {last} ")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -70,8 +71,9 @@ def start_training(folder: Path, mode: str, done: int, last: int, evaluates: boo
     if killed in ("training", "all"):
         process.kill()
     for child in children:
-        if killed == "all" or killed == ("service" if "core" in child.name() else "client"):
-            child.kill()
+        with suppress(psutil.NoSuchProcess):  # it has ended by itself
+            if killed == "all" or killed == ("service" if "core" in child.name() else "client"):
+                child.kill()
     rest = process.communicate("\n" if killed not in ("training", "all") else None)[0]
     assert process.returncode == (-signal.SIGKILL if killed in ("training", "all") else 0)
     return printed + rest

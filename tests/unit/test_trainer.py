@@ -14,6 +14,7 @@ from ssa_pretrain.engine import EvaluationResult
 from ssa_pretrain.flops import row_flops
 from ssa_pretrain.trainer import (
     combine,
+    continued,
     count_held_out,
     due,
     facts,
@@ -83,7 +84,7 @@ def test_a_checkpoint_keeps_its_row_order(tmp_path, monkeypatch):
         assert written.pop("data.order") == 2
         found = Checkpoint(tmp_path / "step_00000007", 7, written | changes)
         monkeypatch.setattr("ssa_pretrain.trainer.newest_checkpoint", lambda *_: found)
-        assert restore(run) == 7
+        assert restore(run, continued(run)) == 7
         assert facts(run) == found.facts, "the next checkpoint passes the order on"
         return [int(run.rows.row(i).tokens[0]) for i in range(40)], found.facts
 
