@@ -53,7 +53,7 @@ def main(case: str, run: Path) -> None:
     def refuse() -> None:
         raise ConfigError([Problem("output_dir", "x", "is in use")])
 
-    read = checkpoint._sha256
+    read = checkpoint.sha256
 
     def noted(path: Path) -> str:
         with (run / f"read_{rank}").open("a") as file:
@@ -75,7 +75,7 @@ def main(case: str, run: Path) -> None:
         save_apart(run / str(rank), run / f"said_{rank}", rank)
         dist.destroy_process_group()
         return
-    checkpoint._sha256 = noted
+    checkpoint.sha256 = noted
     publish(run, 1, {}, write, keep=1, is_first=rank == 0)
     try:
         if case == "first":
