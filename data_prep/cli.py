@@ -30,6 +30,7 @@ from data_prep.sources.catalog import SOURCES
 from data_prep.sources.mixed import MixedSource
 from data_prep.stages import run_stages
 from ssa_pretrain.settings.explain import explained, settings_of
+from ssa_pretrain.settings.typed import UnwritableNameError, as_typed, field_type
 
 USAGE = """\
 Text in, indexed binaries out.
@@ -120,19 +121,49 @@ def compose_settings(overrides: list[str], recipe: Sequence[str] = ()) -> DictCo
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=group, name=f"base_{name}", node=schema)
-    opened = [_opened(override) for override in overrides]
+    as_given = {line: override for override in overrides for line in _typed(override, overrides)}
+    opened = list(as_given)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", [*recipe, *opened])
         unknown = next(_unknown(composed), None)  # let in by a + of the user's or of `_opened`
     except OverrideParseException as error:
-        as_typed = dict(zip(opened, overrides, strict=True))
-        raise ConfigurationError(_unreadable(as_typed.get(error.override, error.override))) from None
+        raise ConfigurationError(_unreadable(as_given.get(error.override, error.override))) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigurationError(_explain(error, [*recipe, *overrides])) from None
     if unknown is not None:
         raise ConfigurationError(_no_setting(unknown, [*recipe, *overrides]))
     return composed
+
+
+def _typed(override: str, overrides: list[str]) -> list[str]:
+    """Returns the overrides that one stands for, with text as it was typed."""
+    opened = _opened(override)
+    try:
+        lines = as_typed(opened, lambda key: _type_of(key, overrides))
+    except HydraException:  # the composition reports it
+        return [opened]
+    except UnwritableNameError as error:
+        raise ConfigurationError(f"{override} {error}; choose another name") from None
+    if split := [line for line in lines if line.lstrip("+").startswith(TYPED)]:
+        name = split[0].partition("=")[0].split(".")[2]
+        raise ConfigurationError(
+            f"{override} has the name {name}, which the command line reads as a number; choose another name, such as part_{name}"
+        )
+    return lines
+
+
+def _type_of(key: str, overrides: list[str]) -> Any:
+    """Returns the type of a setting, that of a group's choice included; None where nothing is known of it."""
+    group, _, name = key.partition(".")
+    if group in (*SCHEMAS, "mix", "packing") and not name:
+        return str
+    if group not in SCHEMAS:
+        return field_type(settings.Config, key)
+    schema = SCHEMAS[group].get(_kinds(group).get(_chosen(group, overrides), ""))
+    if schema is MixedSource and name.startswith("parts"):
+        return str | None  # each part's kind has types of its own, which convert text
+    return field_type(schema, name)
 
 
 def _opened(override: str) -> str:

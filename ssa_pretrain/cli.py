@@ -55,8 +55,7 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
     arguments, speaks = sys.argv[1:] if argv is None else argv, True
     given = arguments
     try:
-        rank = next((name for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "RANK")
-        speaks = _from_launcher(rank, default=0) == 0
+        speaks = _speaks()
         machine = this_machine()
         if entry == "evaluate":
             machine = replace(machine, splits=("heldout",), has_wandb=None)
@@ -120,6 +119,13 @@ def this_machine() -> Machine:
         has_wandb=bool((client := find_spec("wandb")) and client.origin),  # a folder ./wandb has no origin
         slurm_tasks=_slurm_tasks(),
     )
+
+
+def _speaks() -> bool:
+    """Returns whether this process prints: rank 0, and any that no launcher has started; raises ConfigError where RANK is not a number."""
+    names = ("RANK", "LOCAL_RANK", *["SLURM_PROCID"] * ("WORLD_SIZE" in os.environ))
+    rank = _from_launcher(next((name for name in names if name in os.environ), "RANK"), default=0)
+    return rank == 0 or "WORLD_SIZE" not in os.environ
 
 
 def _from_launcher(name: str, *, default: int) -> int:

@@ -18,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -25,6 +26,7 @@ from yaml import YAMLError
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import MISSING, SECRET_ADVICE, SECRET_RULE, config_to_dict, known_keys, unknown_key
 from ssa_pretrain.problems import SECRET, Problem, join, show
+from ssa_pretrain.settings.typed import PATH_PART, UnwritableNameError, as_typed, field_type, typed_files
 from ssa_pretrain.suggestions import closest
 
 NO_CHOICE = "experiment"  # the group of which nothing need be chosen
@@ -54,7 +56,7 @@ class Source:
 def hydra_on(source: Source) -> Iterator[None]:
     """Hydra initialised on a configuration folder, with the dataclasses' defaults stored as `base`."""
     ConfigStore.instance().store(name="base", node=config_to_dict(Config()))
-    with hydra.initialize_config_dir(config_dir=str(source.folder), version_base="1.3"):
+    with typed_files(Config), hydra.initialize_config_dir(config_dir=str(source.folder), version_base="1.3"):
         yield
 
 
@@ -68,8 +70,13 @@ def sort_overrides(lines: Sequence[str], source: Source) -> tuple[list[str], lis
             problems.append(_unreadable(line, error, source))
             continue
         accepted, found = _look_at(line, override, source)
-        good += accepted
         problems += found
+        for accepted_line in accepted:
+            try:
+                good += as_typed(accepted_line, lambda key: _type_of(key, source))
+            except UnwritableNameError as error:
+                advice = "put the mapping into a YAML file of yours (-cd FOLDER)"
+                problems.append(Problem(line.lstrip("+"), None, str(error), advice))
     return good, problems
 
 
@@ -88,19 +95,33 @@ def group_options(source: Source) -> dict[str, list[str]]:
     return {group: _options(group, source) for group in _groups()}
 
 
+def files_of(overrides: Sequence[str], source: Source) -> list[tuple[str, Path]]:
+    """Returns the package and the path of every YAML file that a command composes, from weak to strong; needs `hydra_on`."""
+    loader = GlobalHydra.instance().config_loader()
+    defaults = loader.compute_defaults_list(source.name, list(overrides), RunMode.RUN).defaults
+    found = []
+    for default in defaults:
+        for folder in filter(None, (str(source.folder), source.extra)):
+            path = Path(folder, f"{default.config_path}.yaml")
+            if path.is_file():
+                found.append((default.package or "", path))
+                break
+    return found
+
+
 def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], list[Problem]]:
     """One override as Hydra shall see it (or what was meant, for the sake of the other checks), and its problems."""
     key, value = override.key_or_group, line.partition("=")[2]
     if problem := _refused(line, override):
         return [], [problem]
     if options := _options(key, source):
-        given = override.value()
-        chosen = given if isinstance(given, list) else [given]
-        if key == NO_CHOICE and given is None:
+        if key == NO_CHOICE and override.value() is None:
             return [], []
+        given = _as_typed_value(line, source)
+        chosen = given if isinstance(given, list) else [given]
         wrong = [choice for choice in chosen if choice not in options]
         return _no_option(key, wrong[0], options) if wrong else ([f"{key}={value}"], [])
-    if _is_section(key) and not isinstance(override.value(), dict) and not _has_groups(source):
+    if _is_section(key) and not isinstance(override.value(), dict) and not has_groups(source):
         return [], [_no_group(key, override.value(), source)]
     if _is_settable(key) or override.is_hydra_override():
         return [line if override.is_hydra_override() else f"++{key}={value}"], []
@@ -112,6 +133,17 @@ def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], 
     advice = f"did you mean {near[0]}=…? It has {join(options)}"
     meant = [f"{near[0]}={value}"] if value in options else []
     return meant, [Problem(key, value, "is not a known key or group", advice)]
+
+
+def _type_of(key: str, source: Source) -> Any:
+    """The type of what a key or a group takes; an option's name is text."""
+    return str if _options(key, source) else field_type(Config, key)
+
+
+def _as_typed_value(line: str, source: Source) -> Any:
+    """The value of a group's override, with names as they were typed."""
+    (typed,) = as_typed(line, lambda key: _type_of(key, source))
+    return OverridesParser.create().parse_override(typed).value()
 
 
 def _refused(line: str, override: Override) -> Problem | None:
@@ -146,8 +178,8 @@ def _is_section(key: str) -> bool:
     return any(name.startswith(f"{key}.") for name in known_keys())
 
 
-def _has_groups(source: Source) -> bool:
-    """Whether the folder offers options for any section; a saved run's does not."""
+def has_groups(source: Source) -> bool:
+    """Returns whether the folder offers options for any section, which a saved run's does not; needs `hydra_on`."""
     return any(_options(section, source) for section in {name.split(".")[0] for name in known_keys() if "." in name})
 
 
@@ -170,6 +202,9 @@ def _unreadable(line: str, error: HydraException, source: Source) -> Problem:
         return Problem(line, None, "is not key=value", f"try {near[0]}=…" if near else "see --help")
     if not _is_settable(key) and not _options(key, source):
         return unknown_key(key, value)
+    if not all(PATH_PART.fullmatch(part) for part in key.split(".")):
+        advice = "put the mapping into a YAML file of yours (-cd FOLDER)"
+        return Problem(line, None, "has a name that the command line cannot take", advice)
     reason = str(error).splitlines()[0]
     return Problem(line, None, f"cannot be read ({reason})", "quote special characters: 'key=\"value\"'")
 
@@ -177,7 +212,11 @@ def _unreadable(line: str, error: HydraException, source: Source) -> Problem:
 def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], list[Problem]]:
     """A group's unknown option, or a value given to a section that is a group."""
     rule = f"is not an option of the group {group}"
-    if near := closest(str(choice), options, 1):
+    path = Path(choice if isinstance(choice, str) else "")
+    if path.is_file() and path.stem not in options and path.parent.name == group:
+        return [], [Problem(group, choice, rule, f"try -cd {path.parent.parent} {group}={path.stem}")]
+    typed = path.stem if path.suffix in (".yaml", ".yml") else str(choice)
+    if near := closest(typed, options, 1) if isinstance(choice, str) else []:
         # The whole words are at fault, not the section: its rules are checked on what was meant.
         advice = f"did you mean {group}={near[0]}? It has {join(options)}"
         return [f"{group}={near[0]}"], [Problem(f"{group}={show(choice)}", None, rule, advice)]
@@ -187,6 +226,11 @@ def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], 
 def _groups() -> list[str]:
     """The groups of the configuration folder."""
     return [name for name in GlobalHydra.instance().config_loader().list_groups("") if name != "hydra"]
+
+
+def options_by_group(source: Source) -> dict[str, list[str]]:
+    """Returns the options of every group; needs `hydra_on`."""
+    return {group: _options(group, source) for group in _groups()}
 
 
 def _options(group: str, source: Source) -> list[str]:
@@ -204,6 +248,8 @@ def _resolve(composed: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
     def walk(node: Any, key: str) -> Any:
         if isinstance(node, dict):
             return {name: walk(child, f"{key}.{name}" if key else str(name)) for name, child in node.items()}
+        if isinstance(node, list):
+            return [walk(child, f"{key}[{i}]") for i, child in enumerate(node)]
         if not (isinstance(node, str) and "${" in node):
             return node
         if SECRET.search(node):

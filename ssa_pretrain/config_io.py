@@ -18,6 +18,7 @@ import yaml
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.problems import SECRET, ConfigError, Problem, join, show
+from ssa_pretrain.settings.typed import read_yaml
 from ssa_pretrain.suggestions import closest
 
 MISSING = "???"
@@ -50,7 +51,7 @@ def save_config(config: Config, path: Path | str) -> None:
 
 def load_config(path: Path | str) -> Config:
     """Returns the configuration that `save_config` wrote; ConfigError (a ValueError) lists what does not fit."""
-    tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    tree = read_yaml(Path(path).read_text(encoding="utf-8"), Config)
     if not isinstance(tree, dict):
         raise ConfigError(
             [Problem(str(path), None, "does not hold a configuration", "give a config.yaml that a run saved")]
@@ -101,14 +102,14 @@ def _section(cls: Any, tree: Any, prefix: str, problems: list[Problem]) -> Any:
             values[name] = _section(kind, tree[name], f"{prefix}{name}.", problems)
             continue
         try:
-            values[name] = _convert(kind, tree[name])
-        except _MismatchError as mismatch:
+            values[name] = convert(kind, tree[name])
+        except MismatchError as mismatch:
             advice = mismatch.advice or f"try {show(getattr(defaults, name))}"
             problems.append(Problem(prefix + name, show(tree[name]), mismatch.rule, advice))
     return cls(**values)
 
 
-class _MismatchError(Exception):
+class MismatchError(Exception):
     """A value that is not of its field's type; without advice of its own, the default is the advice."""
 
     def __init__(self, rule: str, advice: str = "") -> None:
@@ -117,10 +118,10 @@ class _MismatchError(Exception):
         self.advice = advice
 
 
-def _convert(kind: Any, value: Any) -> Any:
-    """A value as the field's type; raises _MismatchError."""
+def convert(kind: Any, value: Any) -> Any:
+    """Returns a value as a field's type; raises MismatchError."""
     if value == MISSING:
-        raise _MismatchError("is missing", "give it a value")
+        raise MismatchError("is missing", "give it a value")
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _choice(kind, value)
     if kind is Any:
@@ -135,11 +136,11 @@ def _convert(kind: Any, value: Any) -> Any:
         return _text(value)
     if get_origin(kind) is list:
         if not isinstance(value, list):
-            raise _MismatchError("must be a list", f"try [{'' if value is None else value}]")
-        return [_convert(get_args(kind)[0], item) for item in value]
+            raise MismatchError("must be a list", f"try [{'' if value is None else value}]")
+        return [convert(get_args(kind)[0], item) for item in value]
     if not isinstance(value, dict):
-        raise _MismatchError("must be a mapping of names to values", "try {name: 1.0}")
-    return {_text(name): _convert(get_args(kind)[1], item) for name, item in value.items()}
+        raise MismatchError("must be a mapping of names to values", "try {name: 1.0}")
+    return {_text(name): convert(get_args(kind)[1], item) for name, item in value.items()}
 
 
 def _choice(kind: type[Enum], value: Any) -> Enum:
@@ -149,7 +150,7 @@ def _choice(kind: type[Enum], value: Any) -> Enum:
     if value in names:
         return kind(value)
     near = closest(str(value), names, 1)
-    raise _MismatchError(f"must be {join(names)}", f"did you mean {near[0]}?" if near else f"try {names[0]}")
+    raise MismatchError(f"must be {join(names)}", f"did you mean {near[0]}?" if near else f"try {names[0]}")
 
 
 def _boolean(value: Any) -> bool:
@@ -159,18 +160,18 @@ def _boolean(value: Any) -> bool:
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]
     advice = {"1": "try true", "0": "try false"}.get(str(value), "")
-    raise _MismatchError("must be true or false", advice)
+    raise MismatchError("must be true or false", advice)
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise _MismatchError("must be a number", _example(value))
+        raise MismatchError("must be a number", _example(value))
     try:
         number = float(value)
     except (ValueError, OverflowError):
-        raise _MismatchError("must be a number", _example(value)) from None
+        raise MismatchError("must be a number", _example(value)) from None
     if not math.isfinite(number):
-        raise _MismatchError("must be a finite number")
+        raise MismatchError("must be a finite number")
     return number
 
 
@@ -179,16 +180,16 @@ def _integer(value: Any) -> int:
         return value
     try:
         number = _number(value)
-    except _MismatchError as mismatch:
-        raise _MismatchError(mismatch.rule.replace("number", "whole number"), mismatch.advice) from None
+    except MismatchError as mismatch:
+        raise MismatchError(mismatch.rule.replace("number", "whole number"), mismatch.advice) from None
     if number != int(number):
-        raise _MismatchError("must be a whole number", f"try {math.floor(number)} or {math.ceil(number)}")
+        raise MismatchError("must be a whole number", f"try {math.floor(number)} or {math.ceil(number)}")
     return int(number)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise _MismatchError("must be text")
+        raise MismatchError("must be text")
     return str(value)
 
 

@@ -233,15 +233,21 @@ def test_nothing_given_names_a_beginning() -> None:
         ({}, True),
         ({"RANK": "0"}, True),
         ({"RANK": "0", "LOCAL_RANK": "0"}, True),
-        ({"RANK": "8", "LOCAL_RANK": "0"}, True),  # the first of another node, which may differ from the first
-        ({"RANK": "9", "LOCAL_RANK": "1"}, False),
-        ({"LOCAL_RANK": "1"}, False),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}, True),  # the first of another node, which may differ
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, False),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, False),
+        # Without WORLD_SIZE a process is a world of its own, such as in a pod or in a shell on a job's node.
+        ({"RANK": "1"}, True),
+        ({"LOCAL_RANK": "1"}, True),
+        ({"RANK": "3", "LOCAL_RANK": "3"}, True),
+        ({"SLURM_PROCID": "3"}, True),
+        ({"OMPI_COMM_WORLD_RANK": "1", "PMI_RANK": "1"}, True),
     ],
 )
 def test_one_rank_a_node_speaks_and_all_leave_with_3(
     environment: dict[str, str], speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -255,7 +261,8 @@ def test_one_rank_a_node_speaks_and_all_leave_with_3(
         "  optim.lrr=1 is not a known key; did you mean optim.lr?\n"
         "All keys and groups: python -m ssa_pretrain.train --help\n"
     )
-    where = f"{socket.gethostname()}: " if environment.get("RANK") == "8" else ""
+    node = environment.get("WORLD_SIZE") and environment.get("LOCAL_RANK") == "0"
+    where = f"{socket.gethostname()}: " if node else ""
     assert err == (where + message if speaks else "")
 
 
@@ -377,7 +384,7 @@ def test_cfg_job_of_a_wrong_key_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_ranks_show_nothing(tmp_path: Path) -> None:
-    done = run("--help", cwd=tmp_path, RANK="1")
+    done = run("--help", cwd=tmp_path, RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stdout) == (0, "")
 
 
