@@ -6,6 +6,9 @@ quotes, and a YAML file's words are read as text, wherever their field is text, 
 always text. Everything else is read as before, so numbers stay numbers, and so does YAML's null, which a text field refuses.
 """
 
+# Hydra's generated parser carries no types.
+# pyright: reportGeneralTypeIssues=false, reportOptionalIterable=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false, reportCallIssue=false, reportIndexIssue=false
+
 import dataclasses
 import re
 import types

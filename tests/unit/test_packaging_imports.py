@@ -38,7 +38,13 @@ def users(name: str) -> set[str]:
         ("ssa_pretrain.tracking_process", []),
         (
             "hydra",
-            ["ssa_pretrain/cli.py", "ssa_pretrain/composition.py", "ssa_pretrain/settings/typed.py", "data_prep/cli.py", "data_prep/own_settings.py"],
+            [
+                "ssa_pretrain/cli.py",
+                "ssa_pretrain/composition.py",
+                "ssa_pretrain/settings/typed.py",
+                "data_prep/cli.py",
+                "data_prep/own_settings.py",
+            ],
         ),
         ("transformers", ["ssa_pretrain/export.py", "ssa_pretrain/evaluate.py"]),
         ("megatron.core.parallel_state", ["ssa_pretrain/parallel/"]),
