@@ -36,6 +36,7 @@ CLOSE_SECONDS = 2.0
 STALL_SECONDS = 60.0  # without a byte taken, after which W&B's process counts as hung
 MOST_WAITING = 2**24  # bytes in memory, above which training waits for W&B's process to read
 LOG = "wandb/process.log"
+STATE_FILE = "wandb.json"
 HIDDEN = "<hidden>"
 
 # Shapes of credentials: W&B, Hugging Face, GitHub, AWS, OpenAI-like keys, JSON web tokens, and passwords inside URLs.
@@ -182,6 +183,23 @@ def start_tracking(
         process.end(0.0)
         say(f"W&B {mode} cannot start ({reason}); {after}")
     return None
+
+
+def lacks(settings: WandbConfig, folder: Path, newest: Mapping[str, int]) -> bool:
+    """Returns whether the W&B run of an output folder ended without records that the run has; False where there is none, or W&B is off.
+
+    Args:
+        settings: the configuration's `logging.wandb`.
+        folder: the run's output folder.
+        newest: the last step of each series that the run has.
+    """
+    if settings.mode is WandbMode.off:
+        return False
+    try:
+        received = json.loads((folder / STATE_FILE).read_text())["received"]
+        return any(int(received.get(name, -1)) < step for name, step in newest.items())
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return False
 
 
 class _Process:

@@ -37,9 +37,8 @@ import wandb
 from google.protobuf.message import DecodeError
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
-from ssa_pretrain.tracking import flatten, redact, series
+from ssa_pretrain.tracking import STATE_FILE, flatten, redact, series
 
-STATE_FILE = "wandb.json"
 START_SECONDS = 25
 LOG_SECONDS = 60
 FINISH_SECONDS = 8.0  # for the upload; the alarm comes a little later

@@ -42,7 +42,7 @@ from ssa_pretrain.profiling import profiled
 from ssa_pretrain.rules import warning
 from ssa_pretrain.run_folder import claim, leave_sign, release, sees, shortage
 from ssa_pretrain.schedule import learning_rate
-from ssa_pretrain.tracking import Tracker, provenance, start_tracking
+from ssa_pretrain.tracking import Tracker, lacks, provenance, start_tracking
 from ssa_pretrain.weights import find_weights
 
 MODES = ("full", "sparse")
@@ -236,7 +236,7 @@ def finished(run: Run, step: int) -> str | None:
     if step < last:
         return None
     evaluated = evaluations(run.folder / FILE_NAME) if run.placement.is_first else set()
-    if step == last and owes_evaluation(run, evaluated, step):
+    if step == last and (owes_evaluation(run, evaluated, step) or owes_tracker(run, evaluated, step)):
         return None
     where = f"{run.folder} is " + (f"finished at step {step}" if step >= run.plan.steps else f"at step {step}")
     if last < run.plan.steps:
@@ -399,6 +399,14 @@ def owes_evaluation(run: Run, evaluated: set[tuple[int, str]], step: int) -> boo
     if not due(step, run.config.evaluation.interval, run.plan.steps):
         return False
     owed = [run.placement.is_first and any((step, mode) not in evaluated for mode in MODES)]
+    dist.broadcast_object_list(owed, src=0)
+    return owed[0]
+
+
+def owes_tracker(run: Run, evaluated: set[tuple[int, str]], step: int) -> bool:
+    """Return whether W&B was ended without records of the run's last step; arguments as of `owes_evaluation`."""
+    newest = {"train": step} | {f"heldout/{mode}": step for mode in MODES if (step, mode) in evaluated}
+    owed = [run.placement.is_first and lacks(run.config.logging.wandb, run.folder, newest)]
     dist.broadcast_object_list(owed, src=0)
     return owed[0]
 

@@ -1,13 +1,15 @@
 """The trainer's arithmetic: slices of an evaluation put together, when things are due."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from small_datasets import cut, write_dataset
 
 from ssa_pretrain.checkpoint import Checkpoint, CheckpointError
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, WandbMode
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row, TrainingRows
 from ssa_pretrain.engine import EvaluationResult
@@ -18,6 +20,7 @@ from ssa_pretrain.trainer import (
     count_held_out,
     due,
     facts,
+    finished,
     flops_per_token,
     mean,
     restore,
@@ -135,3 +138,38 @@ def test_a_step_is_counted_by_its_documents():
     wanted = row_flops(config.model, config.attention, [40, 24], 500).model / 64
     assert flops_per_token(run, batches) == pytest.approx(wanted)
     assert wanted < row_flops(config.model, config.attention, [64], 500).model / 64
+
+
+RECEIVED = {"train": 4, "heldout/full": 4, "heldout/sparse": 4}
+
+
+@pytest.mark.parametrize(
+    ("state", "mode", "owed"),
+    [
+        (None, WandbMode.online, False),  # no W&B run yet, and a finished run starts none
+        (RECEIVED, WandbMode.online, False),
+        (RECEIVED | {"train": 3}, WandbMode.offline, True),
+        (RECEIVED | {"train": 3}, WandbMode.off, False),
+        ({"train": 4, "heldout/full": 4}, WandbMode.online, True),
+        ({"train": 4, "heldout/full": 4, "heldout/sparse": 2}, WandbMode.online, True),
+        ([], WandbMode.online, False),
+    ],
+)
+def test_a_run_whose_w_and_b_lacks_records_is_not_finished(tmp_path, state, mode, owed):
+    metrics = [{"kind": "train", "step": step} for step in range(1, 5)]
+    metrics += [{"kind": "evaluation", "step": 4, "mode": name} for name in ("full", "sparse")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
+    if state is not None:
+        (tmp_path / "wandb.json").write_text(json.dumps({"id": "x", "received": state}))
+    config = Config()
+    config.training.steps, config.logging.wandb.mode = 4, mode
+    run = SimpleNamespace(
+        config=config, plan=SimpleNamespace(steps=4), placement=SimpleNamespace(is_first=True), folder=tmp_path
+    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert (finished(run, 4) is None) is owed
+        config.training.steps = run.plan.steps = 3
+        assert finished(run, 4) is not None, "a shorter run would send other settings"
+    finally:
+        dist.destroy_process_group()
