@@ -18,7 +18,6 @@ from pathlib import Path
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.process import leave, quieten_libraries, rank_process
-from ssa_pretrain.saved_run import NoCheckpointError, named_checkpoint
 from ssa_pretrain.signals import INTERRUPTED
 
 PROMPTS = 6
@@ -31,6 +30,7 @@ def main() -> None:
     """Reads the command line, evaluates, samples, writes."""
     with rank_process("interrupted; the same command evaluates again", code=INTERRUPTED, signals=[signal.SIGINT]):
         from ssa_pretrain.cli import read_config
+        from ssa_pretrain.saved_run import NoCheckpointError, named_checkpoint
 
         try:
             checkpoint = named_checkpoint(sys.argv[1:])
