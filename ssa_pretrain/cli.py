@@ -111,7 +111,8 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks:
             sys.stdout.write(f"{explain(command.explained, config, groups)}\n" * speaks)
             raise SystemExit(0)
         wrong = {problem.key for problem in problems}
-        if "experiment" not in wrong:  # without the experiment that was meant, every rule would complain
+        # Without the experiment or the run that was meant, by its name or by a path, every rule would complain.
+        if "experiment" not in wrong and not any("/" in key and "=" not in key for key in wrong):
             known = machine.unknown() if _plans(entry, config) else machine
             problems += check(config, known, wrong)
             problems = with_tried_advice(problems, config, known) if problems else []

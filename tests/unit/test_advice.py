@@ -4,6 +4,7 @@ import copy
 import itertools
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,5 +177,13 @@ def test_a_configuration_without_groups_is_advised_in_keys() -> None:
 )
 def test_a_path_where_a_setting_is_wanted(word: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONF.parent)
-    (found,) = problems([word, "model.vocab_size=512"], Machine(world_size=1, has_files=False))[:1]
+    found = problems([word, "model.vocab_size=512"], Machine(world_size=1, has_files=False))[0]
     assert message in str(found)
+
+
+def test_a_path_in_place_of_a_setting_is_the_only_problem(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: mine\n")
+    found = [str(problem) for problem in problems([str(tmp_path)], Machine(world_size=1, has_files=False))]
+    assert found == [
+        f"{tmp_path} is a folder, not key=value; try -cp {tmp_path} output_dir={tmp_path} to go on with that run"
+    ]
