@@ -8,13 +8,11 @@ import argparse
 import copy
 import difflib
 import errno
-import os
 import re
-import select
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NoReturn, cast, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -30,6 +28,7 @@ from data_prep.sources.catalog import SOURCES
 from data_prep.sources.mixed import MixedSource
 from data_prep.stages import run_stages
 from ssa_pretrain.settings.explain import explained, settings_of
+from ssa_pretrain.settings.output import READER_GONE, discard_output, pipe_may_close, reader_gone, version_line
 from ssa_pretrain.settings.typed import UnwritableNameError, as_typed, field_type
 
 USAGE = """\
@@ -59,7 +58,7 @@ REFUSALS = {
     errno.ENAMETOOLONG: "{path} is longer than the disk allows; choose a shorter path",
     errno.ELOOP: "{path} is a link that leads back to itself; remove it or choose another path",
 }
-READER_GONE = 141  # what a shell reports of a program that the closed pipe itself has ended
+PACKAGES = ("tokenizers", "tiktoken", "gigatoken", "pyarrow", "datatrove")  # whose versions --version prints
 
 # Dictionaries whose keys are names of the user's.
 OWN_NAMES = ("mix.weights", "executor.sbatch", "source.parts", "source.subsets")
@@ -73,16 +72,26 @@ SCHEMAS = {
 GROUPS = (*SCHEMAS, "mix", "packing")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose refusals are a setting's."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigurationError."""
+        raise ConfigurationError(
+            f"{message}; settings are written KEY=VALUE, without dashes, and --help lists the flags"
+        )
+
+
 def main(arguments: list[str]) -> int:
     """Runs data_prep and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m data_prep", description=_help(), formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = _Parser("python -m data_prep", description=_help(), formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cfg", choices=["job"], help="print the settings and stop")
     parser.add_argument("--explain", nargs="?", const="", metavar="KEY", help="print what a setting means and stop")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--version", action="version", version=version_line("data_prep", PACKAGES))
     try:
+        with pipe_may_close():
+            options = parser.parse_args(arguments)
         composed = compose_settings(options.overrides, own_settings(options.overrides, SCHEMAS, _say))
         if options.cfg:
             sys.stdout.write(OmegaConf.to_yaml(composed))
@@ -95,9 +104,8 @@ def main(arguments: list[str]) -> int:
         _say(f"error: {error}")
         return error.exit_code
     except OSError as error:
-        if error.errno == errno.EPIPE and _reader_gone():
-            for stream in (1, 2):  # for what is still buffered
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if error.errno == errno.EPIPE and reader_gone():
+            discard_output()
             return READER_GONE
         if error.errno not in REFUSALS:
             raise
@@ -248,14 +256,6 @@ def _ranges(key: str, composed: DictConfig) -> list[str]:
 def _say(line: str) -> None:
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
-
-
-def _reader_gone() -> bool:
-    """Returns whether the program that read our output has ended, as `head` does."""
-    poll = select.poll()
-    for stream in (1, 2):
-        poll.register(stream, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _help() -> str:

@@ -11,6 +11,9 @@
 # Each thing that can be missing ends with one sentence that says what to do, exit code 1.
 set -euo pipefail
 
+case ${1-} in
+    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+esac
 venv=${1:?usage: launchers/setup.sh VENV EXTRAS}
 extras=${2:?usage: launchers/setup.sh VENV EXTRAS}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -25,18 +25,21 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from ssa_pretrain import saved_run
+from ssa_pretrain.advice import in_keys_only, with_tried_advice
 from ssa_pretrain.completion import answer
-from ssa_pretrain.composition import Source, compose, group_options, hydra_on, sort_overrides
+from ssa_pretrain.composition import Source, compose, group_options, has_groups, hydra_on, sort_overrides
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.devices import has_gpu
 from ssa_pretrain.ds_config import ds_config
+from ssa_pretrain.environment import PACKAGES
 from ssa_pretrain.explain import explain
 from ssa_pretrain.outlook import outlook
 from ssa_pretrain.planning import describe, make_plan
 from ssa_pretrain.problems import SECRET, ConfigError, Problem
 from ssa_pretrain.rules import Machine, check, warning
+from ssa_pretrain.settings.output import captured, pipe_may_close, version_line
 from ssa_pretrain.suggestions import closest
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -50,20 +53,21 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         argv: the command's arguments; None: the process's.
 
     Raises:
-        SystemExit: 0 after showing something; 3 or 4 after one message that lists every problem.
+        SystemExit: 0 after showing something (141 where its reader left early); 3 or 4 after one message that lists every problem.
     """
     arguments, speaks = sys.argv[1:] if argv is None else argv, True
     given = arguments
     try:
         speaks = _speaks()
-        machine = this_machine()
+        machine = replace(this_machine(), entry=entry)
         if entry == "evaluate":
             machine = replace(machine, splits=("heldout",), has_wandb=None)
             given, note = saved_run.expand(arguments, machine.world_size or 1)
             sys.stderr.write(f"{note}\n" if note and speaks else "")
         # Of a run's ranks only rank 0 looks: it holds the folder itself when a later one comes to this point.
         machine = replace(machine, claims_folder=entry == "train" and speaks)
-        config = resolve_config(entry, given, machine, speaks=speaks)
+        with pipe_may_close():
+            config = resolve_config(entry, given, machine, speaks=speaks)
         plan = _planned(entry, config, arguments) if _plans(entry, config) else ""
     except ConfigError as error:
         if speaks:
@@ -72,7 +76,8 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
             sys.stderr.write(f"{socket.gethostname()}: {report(entry, error)}\n")
         raise SystemExit(error.exit_code) from None
     if plan:
-        sys.stdout.write(plan * speaks)
+        with pipe_may_close():
+            sys.stdout.write(plan * speaks)
         raise SystemExit(0)
     return config
 
@@ -80,6 +85,9 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
 def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks: bool = True) -> Config:
     """Returns the checked configuration of a command on a machine; raises ConfigError with all problems at once."""
     command, problems = _read_command(argv)
+    if command.asks_version:
+        sys.stdout.write(f"{version_line('ssa_pretrain', PACKAGES[1:])}\n" * speaks)
+        raise SystemExit(0)
     if command.completes:
         sys.stdout.write(answer(command.overrides, os.environ.get("COMP_LINE", ""), command.source.folder) * speaks)
         raise SystemExit(0)
@@ -94,6 +102,7 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks:
             raise ConfigError(problems)
         tree, found = compose(overrides, command.source)
         groups = group_options(command.source) if command.explained is not None else {}
+        only_keys = not has_groups(command.source)
     problems += found
     if tree:
         config, found = config_from_dict(tree)
@@ -102,10 +111,13 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks:
             sys.stdout.write(f"{explain(command.explained, config, groups)}\n" * speaks)
             raise SystemExit(0)
         wrong = {problem.key for problem in problems}
-        if "experiment" not in wrong:  # without the experiment that was meant, every rule would cry
-            problems += check(config, machine.unknown() if _plans(entry, config) else machine, wrong)
+        # Without the experiment or the run that was meant, by its name or by a path, every rule would complain.
+        if "experiment" not in wrong and not any("/" in key and "=" not in key for key in wrong):
+            known = machine.unknown() if _plans(entry, config) else machine
+            problems += check(config, known, wrong)
+            problems = with_tried_advice(problems, config, known) if problems else []
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([replace(p, advice=in_keys_only(p.advice)) for p in problems] if only_keys else problems)
     return config
 
 
@@ -184,6 +196,7 @@ class _Command:
         source: where the configuration lies.
         flags: Hydra's flags that only show something, as hydra.main wants them.
         completes: the shell asks for completions, and the overrides are its own.
+        asks_version: it asks for the version.
         explained: the key, section or pattern that --explain asks for, empty for all; None without that flag.
     """
 
@@ -191,6 +204,7 @@ class _Command:
     source: Source
     flags: list[str]
     completes: bool
+    asks_version: bool = False
     explained: str | None = None
 
 
@@ -235,7 +249,7 @@ def _read_command(argv: Sequence[str]) -> tuple[_Command, list[Problem]]:
             problems.append(Problem(flag, path, "is not a folder", f"the project's own is {CONF}"))
             extra = "" if path == extra else extra
     name = (parsed.config_name or "config").removesuffix(".yaml")
-    shown = ("help", "hydra_help", "version")
+    shown = ("help", "hydra_help")
     flags = [f"--{flag.replace('_', '-')}" for flag in shown if getattr(parsed, flag)]
     flags += [f"--{flag}={getattr(parsed, flag)}" for flag in ("cfg", "info") if getattr(parsed, flag)]
     if parsed.cfg:
@@ -244,7 +258,8 @@ def _read_command(argv: Sequence[str]) -> tuple[_Command, list[Problem]]:
     explained = parsed.explain
     if explained and "=" in explained:  # a setting after the bare flag, or the key with its value
         overrides, explained = [*overrides, explained], explained.partition("=")[0]
-    return _Command(overrides, Source(folder, name, extra), flags, parsed.shell_completion, explained), problems
+    source = Source(folder, name, extra)
+    return _Command(overrides, source, flags, parsed.shell_completion, parsed.version, explained), problems
 
 
 def _dashed(argument: str) -> Problem:
@@ -259,15 +274,18 @@ def _dashed(argument: str) -> Problem:
 
 def _show(entry: str, command: _Command, overrides: Sequence[str], *, speaks: bool) -> None:
     """Lets hydra.main answer --help, --cfg and their like, and leaves."""
-    if speaks:
-        GlobalHydra.instance().clear()
-        before, source = sys.argv, command.source
-        sys.argv = [f"ssa_pretrain.{entry}", *overrides, *command.flags]
-        try:
-            hydra.main(version_base="1.3", config_path=str(source.folder), config_name=source.name)(_nothing)()
-        finally:
-            sys.argv = before
-    raise SystemExit(0)
+    GlobalHydra.instance().clear()
+    before, source = sys.argv, command.source
+    sys.argv = [f"ssa_pretrain.{entry}", *overrides, *command.flags]
+    try:
+        shown = hydra.main(version_base="1.3", config_path=str(source.folder), config_name=source.name)(_nothing)
+        text, code = captured(shown)
+    finally:
+        sys.argv = before
+    if "--help" in command.flags:
+        text = text.replace("-m ssa_pretrain.train", f"-m ssa_pretrain.{entry}")
+    sys.stdout.write(text * speaks)
+    raise SystemExit(code)
 
 
 def _nothing(_: DictConfig) -> None:

@@ -18,7 +18,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -93,20 +92,6 @@ def compose(overrides: Sequence[str], source: Source) -> tuple[dict[str, Any], l
 def group_options(source: Source) -> dict[str, list[str]]:
     """Returns the options of each group, those in the user's own folder included; needs `hydra_on`."""
     return {group: _options(group, source) for group in _groups()}
-
-
-def files_of(overrides: Sequence[str], source: Source) -> list[tuple[str, Path]]:
-    """Returns the package and the path of every YAML file that a command composes, from weak to strong; needs `hydra_on`."""
-    loader = GlobalHydra.instance().config_loader()
-    defaults = loader.compute_defaults_list(source.name, list(overrides), RunMode.RUN).defaults
-    found = []
-    for default in defaults:
-        for folder in filter(None, (str(source.folder), source.extra)):
-            path = Path(folder, f"{default.config_path}.yaml")
-            if path.is_file():
-                found.append((default.package or "", path))
-                break
-    return found
 
 
 def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], list[Problem]]:
@@ -197,6 +182,8 @@ def _unreadable(line: str, error: HydraException, source: Source) -> Problem:
     key = key.lstrip("+~")
     if SECRET.search(key):
         return Problem(key, None, SECRET_RULE, SECRET_ADVICE)
+    if not equals and ("/" in line or line.endswith((".yaml", ".yml"))):
+        return Problem(line, None, *_path(Path(line), source))
     if not equals:
         near = closest(line, [*known_keys(), *_groups()], 1)
         return Problem(line, None, "is not key=value", f"try {near[0]}=…" if near else "see --help")
@@ -207,6 +194,20 @@ def _unreadable(line: str, error: HydraException, source: Source) -> Problem:
         return Problem(line, None, "has a name that the command line cannot take", advice)
     reason = str(error).splitlines()[0]
     return Problem(line, None, f"cannot be read ({reason})", "quote special characters: 'key=\"value\"'")
+
+
+def _path(named: Path, source: Source) -> tuple[str, str]:
+    """What a path is that stands where a setting is wanted, and what to do."""
+    experiments = _options(NO_CHOICE, source)
+    if named.is_dir():
+        is_run = (named / "config.yaml").is_file()
+        advice = f"try -cp {named} output_dir={named} to go on with that run" if is_run else "see --help"
+        return "is a folder, not key=value", advice
+    near = closest(named.stem, experiments, 1)
+    if named.is_file() and named.stem not in experiments and named.parent.name == NO_CHOICE:
+        return "is a file, not key=value", f"try -cd {named.parent.parent} {NO_CHOICE}={named.stem}"
+    rule = "is a file, not key=value" if named.exists() else "is not key=value"
+    return rule, f"did you mean {NO_CHOICE}={near[0]}?" if near else f"see --explain {NO_CHOICE} for all experiments"
 
 
 def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], list[Problem]]:
@@ -226,11 +227,6 @@ def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], 
 def _groups() -> list[str]:
     """The groups of the configuration folder."""
     return [name for name in GlobalHydra.instance().config_loader().list_groups("") if name != "hydra"]
-
-
-def options_by_group(source: Source) -> dict[str, list[str]]:
-    """Returns the options of every group; needs `hydra_on`."""
-    return {group: _options(group, source) for group in _groups()}
 
 
 def _options(group: str, source: Source) -> list[str]:

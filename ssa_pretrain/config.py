@@ -332,7 +332,7 @@ class TrainingConfig:
         found += at_least("training", self, 1, "micro_batch_size")
         if self.global_batch_tokens < 1:
             rule = "must be the tokens of an optimizer step over all ranks"
-            advice = "try data.sequence_length times the rows of a step"
+            advice = "try 8192"
             found.append(Problem("training.global_batch_tokens", self.global_batch_tokens, rule, advice))
         both = ("training.total_tokens", "training.steps")
         if self.steps == 0 and self.total_tokens == 0:
@@ -341,7 +341,9 @@ class TrainingConfig:
             found.append(Problem("training.steps", 0, rule, advice, both))
         if self.steps > 0 and self.total_tokens > 0:
             rule = f"and training.total_tokens={self.total_tokens} are two lengths"
-            found.append(Problem("training.steps", self.steps, rule, "set one of them to 0", both))
+            found.append(
+                Problem("training.steps", self.steps, rule, "try training.steps=0 or training.total_tokens=0", both)
+            )
         return found
 
 

@@ -29,7 +29,12 @@ THEN = "--then"
 def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a launcher's command line and returns its exit code."""
     survive_terminal()
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if words else 3
     launcher, *words = words
+    if launcher not in ("steps", "torchrun", "deepspeed"):
+        return report("ssa_pretrain.launch", 3, f"{launcher} is not a launcher; try torchrun, deepspeed or steps")
     if launcher == "steps":
         return steps(words, environment)
     program, read = {"torchrun": ("torchrun.sh", torchrun_job), "deepspeed": ("deepspeed.sh", deepspeed_job)}[launcher]

@@ -109,7 +109,7 @@ def make_plan(config: Config, world_size: int, vocab_size: int | None = None) ->
         raise ConfigError([Problem("model.vocab_size", 0, "is the tokenizer's, and no data was found", advice)])
     steps = training.steps or -(-training.total_tokens // tokens)
     padded = config.model.padded_vocab_size(vocab)
-    total, largest = _parameters(config, padded)
+    total, largest = parameters(config, padded)
     num_microbatches = tokens // (dp * training.micro_batch_size * length)
     return Plan(
         world_size=world_size,
@@ -134,8 +134,8 @@ def make_plan(config: Config, world_size: int, vocab_size: int | None = None) ->
     )
 
 
-def _parameters(config: Config, padded_vocab: int) -> tuple[int, int]:
-    """Parameters of the whole model (tied embeddings once) and of the rank that holds most."""
+def parameters(config: Config, padded_vocab: int) -> tuple[int, int]:
+    """Returns the parameters of the whole model (tied embeddings once) and of the rank that holds most."""
     model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
     width = model.num_attention_heads * model.head_dim
     gate = model.num_attention_heads if config.attention.gate else 0

@@ -44,7 +44,8 @@ def rank_process(stopped: str, *, code: int = STOPPED, signals: Sequence[signal.
         code: the exit code then.
         signals: those that ask it to stop.
     """
-    folder, rank = launch_folder(), int(os.environ.get("RANK", "0"))
+    given = os.environ.get("RANK", "0")  # anything but a number is reported with the configuration
+    folder, rank = launch_folder(), int(given) if given.isdecimal() else 0
 
     def leave_at_once(number: signal.Signals) -> None:
         # Without a stop of the launcher's, the signal most likely is its way to end the ranks that are left.

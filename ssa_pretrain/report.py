@@ -18,10 +18,11 @@ from typing import Any
 
 import yaml
 
-from ssa_pretrain.environment import last_start
+from ssa_pretrain.environment import PACKAGES, last_start
 from ssa_pretrain.log import compact, duration
 from ssa_pretrain.metrics import FILE_NAME, perplexity, read_records
 from ssa_pretrain.report_page import page
+from ssa_pretrain.settings.output import pipe_may_close, version_line
 from ssa_pretrain.signals import leaves_on_ctrl_c
 
 NEEDED = {"train": ("tokens",), "evaluation": ("mode", "cross_entropy")}
@@ -200,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="output_dir of a run")
     parser.add_argument("--out", type=Path, help="file to write; default: FOLDER/report.html")
+    parser.add_argument("--version", action="version", version=version_line("ssa_pretrain", PACKAGES[1:]))
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as leaving:
@@ -322,5 +324,5 @@ def _cells(figures: Figures, key: str, form: str) -> str:
 
 
 if __name__ == "__main__":
-    with leaves_on_ctrl_c("ssa_pretrain.report"):
+    with leaves_on_ctrl_c("ssa_pretrain.report"), pipe_may_close():
         sys.exit(main())

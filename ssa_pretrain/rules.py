@@ -37,6 +37,7 @@ class Machine:
         splits: what the command reads of the data.
         claims_folder: this process, or those that it is asked for, will use output_dir for a run.
         slurm_tasks: processes that srun started, where each of them takes itself for the only one; else 1.
+        entry: the entry point, which advice names.
     """
 
     world_size: int | None = None
@@ -47,6 +48,7 @@ class Machine:
     has_files: bool = True
     splits: tuple[str, ...] = ("train", "heldout")
     slurm_tasks: int = 1
+    entry: str = "train"
     claims_folder: bool = False
 
     def unknown(self) -> "Machine":
@@ -183,7 +185,7 @@ def _world(config: Config, machine: Machine) -> list[Problem]:
     asked, parallel = config.parallel.world_size, config.parallel
     if machine.has_files and machine.world_size is not None and asked not in (0, machine.world_size):
         processes = f"{machine.world_size} process{'es' if machine.world_size > 1 else ''}"
-        advice = "leave it at 0 to train, or add dry_run=true to plan"
+        advice = f"leave it at 0 to {machine.entry}, or add dry_run=true to plan"
         return [Problem("parallel.world_size", asked, f"but {processes} started", advice)]
     world, unit = asked or machine.world_size or 1, parallel.tp * parallel.pp * parallel.cp
     if unit < 1 or world % unit == 0:
@@ -193,7 +195,10 @@ def _world(config: Config, machine: Machine) -> list[Problem]:
     choices = nearest_multiples(world, unit)
     if asked:
         return [Problem("parallel.world_size", asked, rule, f"try {join(choices)}", reads[:3])]
-    advice = f"try torchrun --nproc-per-node {max(choices)} -m ssa_pretrain.train …"
+    module = "" if machine.entry == "train" else f"--module ssa_pretrain.{machine.entry} "
+    advice = f"try launchers/torchrun.sh --nproc-per-node {max(choices)} {module}…"
+    if machine.entry == "evaluate":
+        advice = f"try parallel=dp, since a checkpoint loads on any layout, or {advice[4:]}"
     return [Problem("world_size", world, rule, advice, reads)]
 
 
@@ -253,7 +258,7 @@ def _kernels(config: Config, machine: Machine) -> list[Problem]:
     heads, kv_heads = config.model.num_attention_heads, config.model.num_kv_heads
     if heads > MOST_HEADS_A_GROUP * kv_heads:
         rule = f"gives each kv head more than {MOST_HEADS_A_GROUP} of model.num_attention_heads={heads}, the most that the GPU kernels take"
-        fewest = next(d for d in divisors(heads) if heads <= MOST_HEADS_A_GROUP * d)
+        fewest = next((d for d in divisors(heads) if heads <= MOST_HEADS_A_GROUP * d), heads)
         advice = f"try {fewest} or attention.impl=reference"
         reads = ("model.num_attention_heads", "attention.impl")
         found.append(Problem("model.num_kv_heads", kv_heads, rule, advice, reads))

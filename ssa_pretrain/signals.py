@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -71,25 +72,33 @@ def leaves_on_ctrl_c(program: str, sentence: str = "interrupted") -> Iterator[No
 
 
 def survive_terminal() -> None:
-    """Lets this process write on when its terminal is closed, to nobody: an error there would end a run before it has saved."""
+    """Lets this process write on when its terminal is closed or the program that reads its output ends: an error there would end a run unsaved."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream and stream.isatty():
-            raw = _Terminal(stream.fileno(), "w", closefd=False)
+        if stream and (stream.isatty() or _is_pipe(stream)):
+            raw = _Reader(stream.fileno(), "w", closefd=False)
             buffered = io.BufferedWriter(raw)
             setattr(sys, name, io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=True))
 
 
-class _Terminal(io.FileIO):
-    """A terminal that takes what is written even when it is gone."""
+class _Reader(io.FileIO):
+    """A terminal or a pipe that takes what is written even when nobody reads it any more."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data) or 0
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
             return memoryview(data).nbytes
+
+
+def _is_pipe(stream: Any) -> bool:
+    """Whether a stream is written into a pipe."""
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # one without a file below it
+        return False
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

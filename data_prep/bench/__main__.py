@@ -33,6 +33,7 @@ import psutil
 from data_prep.errors import ConfigurationError, InputError
 from data_prep.readers import Piece, is_compressed, read_piece
 from data_prep.tokenizer.llama3 import BOS, EOS, llama3_json
+from ssa_pretrain.settings.output import pipe_may_close
 
 ASK_SECONDS = 0.2
 OPTIONS = ("work", "rounds", "rows", "processes", "peers", "megatron")
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
     """Runs the benchmark and prints a table in Markdown."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return 3
+        return 0 if arguments else 3
     try:
         text, options = Path(arguments[0]).absolute(), settings(arguments[1:])
         size = text_bytes(text) / 1e6
@@ -205,4 +206,5 @@ def table(best: dict[str, Result], size: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with pipe_may_close():
+        sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ answers for. Rows are written as soon as they are measured. Settings, as key=val
     precision  bf16 or fp32
     out        folder, default outputs/bench
 
-Exit codes: 0 done, 3 wrong arguments.
+Without a GPU only small cases run: model=tiny length=256 rows=1 precision=fp32. Exit codes: 0 done, 3 wrong arguments.
 """
 
 import gc
@@ -28,14 +28,19 @@ from typing import Any, NoReturn
 import yaml
 
 from ssa_pretrain.config import Config, ModelConfig, ParallelConfig, PrecisionName
+from ssa_pretrain.devices import has_gpu
 from ssa_pretrain.environment import versions
 from ssa_pretrain.flops import peak_flops
+from ssa_pretrain.planning import parameters
 from ssa_pretrain.process import quieten_libraries
+from ssa_pretrain.settings.output import pipe_may_close
 from ssa_pretrain.signals import leaves_on_ctrl_c
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine")
 ONE_PROCESS = ("8k", "32k", "optimizer", "fp8", "recompute")
+CPU_PARAMETERS = 50_000_000
+CPU_TOKENS = 4096  # of a microbatch
 TWO_PROCESSES = ("dp2", "tp2", "tp2_overlap")
 
 
@@ -81,6 +86,18 @@ def read_options(arguments: Sequence[str], world_size: int) -> Options:
     return options
 
 
+def require_small(options: Options) -> None:
+    """Leaves with 3 where a case is too large for a CPU."""
+    config = run_config(options)
+    count, _ = parameters(config, config.model.padded_vocab_size(config.model.vocab_size or 4096))
+    tokens = options.rows * options.length * (4 if "32k" in options.cases else 1)
+    if count > CPU_PARAMETERS or tokens > CPU_TOKENS:
+        refuse(
+            f"model={options.model} ({count / 1e6:,.0f} million parameters) with {tokens:,} tokens needs a GPU, and torch sees none; "
+            "for a small case on the CPU try cases=8k model=tiny length=256 rows=1 precision=fp32"
+        )
+
+
 def refuse(sentence: str) -> NoReturn:
     """Say what is wrong and leave."""
     print(f"ssa_pretrain.bench: {sentence}", file=sys.stderr)
@@ -90,7 +107,12 @@ def refuse(sentence: str) -> NoReturn:
 def main() -> None:
     """Measure the cases and write the tables."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     options = read_options(sys.argv[1:], world_size)
+    if not has_gpu():
+        require_small(options)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     if world_size > 1 and os.environ.get("RANK") == "0":
@@ -186,5 +208,5 @@ def installed() -> str:
 
 
 if __name__ == "__main__":
-    with leaves_on_ctrl_c("ssa_pretrain.bench"):
+    with leaves_on_ctrl_c("ssa_pretrain.bench"), pipe_may_close():
         main()

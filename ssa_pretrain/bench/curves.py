@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssa_pretrain.metrics import FILE_NAME, read_records
+from ssa_pretrain.settings.output import pipe_may_close
 
 WINDOW = 10  # steps that a point of a curve averages
 
@@ -69,7 +70,10 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line, print the table, draw the plot."""
+    """Reads the command line, prints the table, draws the plot."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     folders = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("out=")]
     out = next((argument[4:] for argument in sys.argv[1:] if argument.startswith("out=")), "")
     missing = [str(folder) for folder in folders if not (folder / FILE_NAME).is_file()]
@@ -84,4 +88,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with pipe_may_close():
+        main()

@@ -61,6 +61,8 @@ class TensorParallelState:
 def prepare_process(placement: Placement) -> None:
     """Set what DeepSpeed reads from its surroundings; to be called before it is imported for the first time."""
     os.environ.setdefault("DS_ACCELERATOR", placement.device.type)
+    if "WORLD_SIZE" not in os.environ:  # a world of its own, whatever a pod or a job has put there
+        os.environ["LOCAL_RANK"] = str(placement.device.index or 0)
     os.environ.setdefault("LOCAL_RANK", str(placement.device.index or 0))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     import deepspeed

@@ -56,7 +56,7 @@ def start(parallel: ParallelConfig, *, seed: int) -> Placement:
         ConfigError: there is a GPU and torch cannot use it, there are fewer than processes, or another program has the port where they meet.
     """
     on_gpu = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = launched_local_rank()
     _require_usable(on_gpu, local_rank)
     if on_gpu:
         device = torch.device("cuda", local_rank)
@@ -84,6 +84,11 @@ def start(parallel: ParallelConfig, *, seed: int) -> Placement:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def launched_local_rank() -> int:
+    """Returns this process's number on its node; 0 where no launcher has set WORLD_SIZE, whatever else the environment holds."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if "WORLD_SIZE" in os.environ else 0
 
 
 def _require_usable(on_gpu: bool, local_rank: int) -> None:

@@ -6,9 +6,6 @@ quotes, and a YAML file's words are read as text, wherever their field is text, 
 always text. Everything else is read as before, so numbers stay numbers, and so does YAML's null, which a text field refuses.
 """
 
-# Hydra's generated parser carries no types.
-# pyright: reportGeneralTypeIssues=false, reportOptionalIterable=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false, reportCallIssue=false, reportIndexIssue=false
-
 import dataclasses
 import re
 import types
@@ -138,7 +135,8 @@ def _is_text(kind: Any, *, null: bool = False) -> bool:
     return isinstance(kind, type) and issubclass(kind, str | Enum)
 
 
-def _parse(line: str) -> OverrideParser.OverrideContext:
+def _parse(line: str) -> Any:
+    """The grammar's tree of an override; its classes are generated and have no types."""
     lexer = OverrideLexer(InputStream(line))
     parser = OverrideParser(CommonTokenStream(lexer))
     for part in (lexer, parser):
@@ -147,7 +145,7 @@ def _parse(line: str) -> OverrideParser.OverrideContext:
     return parser.override()
 
 
-def _read_by_looks(ctx: ParserRuleContext) -> Token | None:
+def _read_by_looks(ctx: Any) -> Token | None:
     """The word of a value or of a name that Hydra makes something else of than text."""
     tokens = [node.symbol for node in ctx.getChildren() if node.symbol.type != OverrideLexer.WS]
     return tokens[0] if len(tokens) == 1 and tokens[0].type in READ_BY_LOOKS else None
@@ -155,14 +153,15 @@ def _read_by_looks(ctx: ParserRuleContext) -> Token | None:
 
 def _to_quote(ctx: Any, kind: Any) -> Iterator[Token]:
     """Yields the words below a node of the grammar that are text and would not be read as text."""
+    node: Any = ctx
     if isinstance(ctx, OverrideParser.PrimitiveContext):
         token = _read_by_looks(ctx)
         if token and _is_text(kind, null=token.type == OverrideLexer.NULL):
             yield token
     elif isinstance(ctx, OverrideParser.DictKeyValuePairContext):
-        yield from _to_quote(ctx.element(), _below(kind, ctx.dictKey().getText().strip()))
+        yield from _to_quote(node.element(), _below(kind, node.dictKey().getText().strip()))
     elif isinstance(ctx, OverrideParser.ListContainerContext):
-        for element in ctx.element():
+        for element in node.element():
             yield from _to_quote(element, _inner(kind))
     elif isinstance(ctx, ParserRuleContext):
         for child in ctx.getChildren():
@@ -178,7 +177,7 @@ def _odd_names(ctx: Any) -> bool:
     return any(_odd_names(child) for child in ctx.getChildren())
 
 
-def _one_by_one(line: str, value: OverrideParser.ValueContext, type_of: Callable[[str], Any]) -> list[str]:
+def _one_by_one(line: str, value: Any, type_of: Callable[[str], Any]) -> list[str]:
     """The entries of a mapping as overrides of their own: a name is text there."""
     head, mapping = line[: value.start.start].rstrip().removesuffix("="), value.element().dictContainer()
     lines, rest = [], []

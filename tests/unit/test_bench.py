@@ -47,7 +47,7 @@ def test_the_command_line():
         (["cases=dp2"], "need torchrun --nproc-per-node 2"),
         (["rounds=0"], "rounds=0 must be a positive whole number"),
         (["model=huge"], "model=huge is no file of conf/model; try .*llama_1b"),
-        (["--help"], "'--help' is none of cases=, model="),
+        (["--halp"], "'--halp' is none of cases=, model="),
         (["precision=fp8"], "precision=fp8 must be bf16 or fp32"),
     ],
 )

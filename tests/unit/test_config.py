@@ -166,7 +166,7 @@ def test_all_problems_come_at_once() -> None:
         (
             "training.total_tokens",
             10_000,
-            "training.steps=10 and training.total_tokens=10000 are two lengths; set one of them to 0",
+            "training.steps=10 and training.total_tokens=10000 are two lengths; try training.steps=0 or training.total_tokens=0",
         ),
         (
             "training.steps",
@@ -177,8 +177,7 @@ def test_all_problems_come_at_once() -> None:
         (
             "training.global_batch_tokens",
             0,
-            "training.global_batch_tokens=0 must be the tokens of an optimizer step over all ranks; "
-            "try data.sequence_length times the rows of a step",
+            "training.global_batch_tokens=0 must be the tokens of an optimizer step over all ranks; try 8192",
         ),
         ("evaluation.rows", -1, "evaluation.rows=-1 must be at least 0; try 0"),
         ("checkpoint.interval", -5, "checkpoint.interval=-5 must be at least 0; try 0"),

@@ -1,5 +1,6 @@
 """What surrounds DeepSpeed: locks of killed builds, the folder of builds, and how a checkpoint is cut for other tensor ranks."""
 
+import os
 import re
 from types import SimpleNamespace
 
@@ -28,6 +29,18 @@ def builds(tmp_path, monkeypatch):
     lock = tmp_path / "cpu_adam" / "lock"
     lock.touch()
     return lock
+
+
+def test_deepspeed_takes_a_process_without_a_launcher_for_the_first_of_its_node(monkeypatch):
+    pytest.importorskip("deepspeed")
+    placement = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    deepspeed_setup.prepare_process(placement)
+    assert os.environ["LOCAL_RANK"] == "3"
+    monkeypatch.delenv("WORLD_SIZE")
+    deepspeed_setup.prepare_process(placement)
+    assert os.environ["LOCAL_RANK"] == "0"
 
 
 def test_the_lock_of_a_killed_build_is_named_and_removed(builds, capsys):

@@ -30,6 +30,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         state._require_usable(True, 4)
 
 
+def test_a_process_without_a_launcher_takes_the_first_gpu_whatever_its_surroundings_hold(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert state.launched_local_rank() == 0
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert state.launched_local_rank() == 3
+
+
 def test_a_machine_without_a_gpu_is_a_cpu(monkeypatch):
     monkeypatch.setattr(state, "has_gpu", lambda: False)
     state._require_usable(False, 3)

@@ -93,6 +93,20 @@ def test_a_signal_that_was_ignored_stays_ignored_and_a_forked_child_s_is_not_our
     assert (seen, done.stdout) == ([], "[]\n"), done.stderr
 
 
+def test_a_reader_that_leaves_ends_no_run() -> None:
+    """`train … | head`: the run goes on, and so do its saves."""
+    code = "from ssa_pretrain.signals import survive_terminal\nsurvive_terminal()\nprint('there', flush=True)\ninput()\nprint('nobody', flush=True)"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin and process.stdout and process.stderr
+        assert process.stdout.readline() == b"there\n"
+        process.stdout.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_a_terminal_that_is_closed_ends_no_run() -> None:
     """What a run prints then is lost; an error would end it before it has saved."""
     ours, theirs = os.openpty()

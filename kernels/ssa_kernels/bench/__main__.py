@@ -7,6 +7,7 @@ a CPU too. It measures neither a whole training step nor several GPUs.
 
 import argparse
 import csv
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -103,4 +104,5 @@ def _write(path: Path, records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as head may leave
     sys.exit(main())

@@ -1,0 +1,160 @@
+"""Advice that holds: what a problem advises is tried out before it is printed.
+
+A rule knows its own keys, and the value that it advises may break another rule: `training.steps=0` where `training.total_tokens` is 0 as well. So
+each advised setting is put into the configuration and all rules are asked again; what one of them refuses is not advised. Where nothing is left,
+the nearest value that all rules accept is looked for. Sentences that advise no setting stay as they are.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from enum import Enum
+from typing import Any
+
+from ssa_pretrain.config import Config
+from ssa_pretrain.config_io import MismatchError, convert, known_keys
+from ssa_pretrain.problems import Problem, join
+from ssa_pretrain.rules import Machine, check
+
+GROUP_KEYS = {"precision": "precision.name", "engine": "engine.name", "attention": "attention.method"}
+ONE_STAGE = "parallel.tp=1 parallel.pp=1 parallel.vpp=1 parallel.cp=1 parallel.sequence_parallel=false"  # parallel=dp
+SETTING = re.compile(r"(?:([a-z_][\w.]*)=)?([^\s=]+)")
+INTEGERS = sorted(
+    {*range(129), *range(0, 4097, 16), *(factor << power for factor in (1, 3, 5, 7) for power in range(45))}
+)
+USUAL = 300  # where a whole number was meant and none was typed
+MOST_ADVISED = 2
+
+
+def with_tried_advice(problems: Sequence[Problem], config: Config, machine: Machine) -> list[Problem]:
+    """Returns problems whose advised settings all rules accept.
+
+    Args:
+        problems: all that is wrong with a configuration.
+        config: the configuration; a field whose value could not be converted has its default.
+        machine: what is known of the machine.
+    """
+    trial = _Trial(config, replace(machine, has_files=False), {problem.key for problem in problems})
+    return [_tried(problem, trial) for problem in problems]
+
+
+def settings_advised(problem: Problem) -> list[str]:
+    """Returns the settings, as key=value, that a problem's advice names after "try" or "add"."""
+    verb, _, text = problem.advice.partition(" ")
+    found = []
+    for part in re.split(r",? or |, ", text) if verb in ("try", "add") else []:
+        match = SETTING.fullmatch(part)
+        found += [f"{match[1] or problem.key}={match[2]}"] if match else []
+    return found
+
+
+def in_keys_only(advice: str) -> str:
+    """Returns advice for a configuration without groups: `engine=megatron` is `engine.name=megatron` there."""
+    advice = re.sub(r"\b(precision|engine|attention)=(\w+)", lambda found: f"{GROUP_KEYS[found[1]]}={found[2]}", advice)
+    return advice.replace("parallel=dp", ONE_STAGE)
+
+
+class _Trial:
+    """All rules over one configuration with other values."""
+
+    def __init__(self, config: Config, machine: Machine, wrong: Collection[str]) -> None:
+        self.config = config
+        self.machine = machine
+        self.wrong = set(wrong)
+        # Those of rules are in the configuration, and another value may end them; the others it does not hold.
+        self.unread = self.wrong - {problem.key for problem in check(config, machine)}
+
+    def accepts(self, problem: Problem, key: str, value: Any, *, alone: bool = False) -> bool:
+        """Returns whether a value ends a problem and brings no other one; `alone`: none of the same key."""
+        ended = {problem.key, key}
+        found = {other.key for other in check(with_value(self.config, key, value), self.machine, self.unread - ended)}
+        return not found & ended if alone else found <= self.wrong - ended
+
+
+def with_value(config: Any, key: str, value: Any) -> Any:
+    """Returns a configuration with another value of a dotted key."""
+    name, _, rest = key.partition(".")
+    return replace(config, **{name: with_value(getattr(config, name), rest, value) if rest else value})
+
+
+def _tried(problem: Problem, trial: _Trial) -> Problem:
+    """A problem with advice that holds."""
+    kind, named = known_keys().get(problem.key), settings_advised(problem)
+    if not named or not (kind in (bool, int, float) or (isinstance(kind, type) and issubclass(kind, Enum))):
+        return problem
+    for alone in (False, True):  # where no value will do by itself, one that is right for its own key is the first step
+        good = [setting for setting in named if _holds(problem, setting, trial, alone=alone)]
+        if len(good) == len(named):
+            return problem
+        words = [setting.removeprefix(f"{problem.key}=") for setting in good]
+        if found := words or _nearest(problem, kind, trial, alone=alone):
+            return replace(problem, advice=f"try {join(found)}")
+    return replace(problem, advice=f"see --explain {problem.key}")
+
+
+def _holds(problem: Problem, setting: str, trial: _Trial, *, alone: bool) -> bool:
+    """Whether an advised setting is one that all rules accept; one that is not of the configuration's is believed."""
+    key, _, text = setting.partition("=")
+    key = GROUP_KEYS.get(key, key)
+    kinds = known_keys()
+    if key not in kinds:
+        return True
+    try:
+        return trial.accepts(problem, key, convert(kinds[key], text), alone=alone)
+    except MismatchError:
+        return False
+
+
+def _nearest(problem: Problem, kind: Any, trial: _Trial, *, alone: bool = False) -> list[Any]:
+    """The values nearest to the one that was given which all rules accept; a second one only if it is near as well."""
+    found, target = [], _number(problem.value) if kind in (int, float) else None
+    for value in dict.fromkeys(_candidates(problem, kind, trial)):
+        if trial.accepts(problem, problem.key, value, alone=alone):
+            found.append(value)
+        if len(found) == MOST_ADVISED or (found and (target is None or found == [target])):
+            break
+    if target and len(found) > 1 and not target / 2 <= found[1] <= target * 2:
+        found.pop()
+    return sorted(found) if kind in (int, float) else found
+
+
+def _candidates(problem: Problem, kind: Any, trial: _Trial) -> Iterator[Any]:
+    """Yields values that might do, the likeliest first."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        yield from kind
+    elif kind is bool:
+        yield from (False, True)
+    elif kind in (int, float):
+        default = value_of(Config(), problem.key)
+        target = _number(problem.value)
+        if target is None:
+            target = default or (USUAL if kind is int else 0.1)
+            yield target
+        unit = _batch_unit(trial) if problem.key == "training.global_batch_tokens" else 1
+        numbers = INTEGERS if kind is int else (0.0, 0.01, 0.1, 0.5, 1.0)
+        yield from sorted(
+            (default, *(number * unit for number in numbers)), key=lambda number: (abs(number - target), number)
+        )
+
+
+def _batch_unit(trial: _Trial) -> int:
+    """The tokens of one microbatch of all data-parallel ranks."""
+    config, parallel = trial.config, trial.config.parallel
+    world = parallel.world_size or trial.machine.world_size or 1
+    dp = max(1, world // max(1, parallel.tp * parallel.pp * parallel.cp))
+    return max(1, config.data.sequence_length * config.training.micro_batch_size * dp)
+
+
+def _number(value: Any) -> float | None:
+    """How large a number was meant; a sign is more likely wrong than its digits."""
+    try:
+        return None if isinstance(value, bool) else min(abs(float(str(value))), 2.0**45)
+    except ValueError:
+        return None
+
+
+def value_of(config: Any, key: str) -> Any:
+    """Returns the value of a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
