@@ -6,6 +6,7 @@ from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import config_to_dict
 
 LATER = "vocabulary."  # facts that older checkpoints lack
+MICRO_BATCH = "training.micro_batch_size"
 
 
 def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
@@ -31,6 +32,22 @@ def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, token
         "vocabulary.padded_size": padded_vocab_size,
         "vocabulary.tokenizer_sha256": tokenizer_sha256,
     }
+
+
+def refused_changes(saved: dict[str, Any], wanted: dict[str, Any], equal_microbatches: str | None) -> list[str]:
+    """Returns one line for each fact that a resumed run must not change, with both values.
+
+    Args:
+        saved: the checkpoint's facts.
+        wanted: the run's.
+        equal_microbatches: why the micro-batch size must stay; None: it may change.
+    """
+    lines = {line.partition(":")[0]: line for line in differences(saved, wanted)}
+    if MICRO_BATCH in lines and equal_microbatches is None:
+        del lines[MICRO_BATCH]
+    elif MICRO_BATCH in lines:
+        lines[MICRO_BATCH] += f" ({equal_microbatches})"
+    return list(lines.values())
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ssa_pretrain.checkpoint_facts import differences, run_facts
+from ssa_pretrain.checkpoint_facts import refused_changes, run_facts
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.parallel.routing import needs_equal_microbatches
 from ssa_pretrain.planning import Plan
 from ssa_pretrain.run_folder import LOCK, unwritable
 
@@ -62,7 +63,7 @@ def _folder(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -
     saved = {k: v for k, v in found["facts"].items() if k != "data.order"}  # the run takes the checkpoint's
     if manifest is None:
         saved, wanted = ({k: v for k, v in facts.items() if k not in OF_DATA} for facts in (saved, wanted))
-    if changed := differences(saved, wanted):
+    if changed := refused_changes(saved, wanted, needs_equal_microbatches(config)):
         more = f"; and {len(changed) - MOST_SHOWN} more" * (len(changed) > MOST_SHOWN)
         listed = "; ".join(changed[:MOST_SHOWN])
         return f"{folder}: the run would be refused at the checkpoint of step {step}, which differs ({listed}{more})"

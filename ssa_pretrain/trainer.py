@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from ssa_pretrain import __version__
 from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, newest, publish, require_same_model
-from ssa_pretrain.checkpoint_facts import differences, run_facts
+from ssa_pretrain.checkpoint_facts import refused_changes, run_facts
 from ssa_pretrain.checkpoint_integrity import Verdicts
-from ssa_pretrain.config import Config, PrecisionName
+from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import config_to_dict, save_config
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.errors import DataError
@@ -34,7 +34,7 @@ from ssa_pretrain.log import Console, banner, end_line, save_line, stamped
 from ssa_pretrain.metrics import FILE_NAME, MetricsLogger, evaluations
 from ssa_pretrain.parallel.agreement import on_first, ranks_without, unlike_first
 from ssa_pretrain.parallel.interruption import Interrupted, Interruption
-from ssa_pretrain.parallel.routing import drawn_by_microbatch
+from ssa_pretrain.parallel.routing import needs_equal_microbatches
 from ssa_pretrain.parallel.state import Placement, joined
 from ssa_pretrain.planning import Plan, make_plan
 from ssa_pretrain.problems import ConfigError, Problem
@@ -57,7 +57,6 @@ NO_FIGURES = (
     "training.stop_at_step",
     "parallel.timeout_minutes",
 )
-MICRO_BATCH = "training.micro_batch_size"
 MOST_SHOWN = 8
 
 
@@ -202,32 +201,14 @@ def continued(run: Run) -> Checkpoint | None:
     if found is not None and "data.order" not in found.facts:
         run.rows = training_rows(run.config, run.manifest, order=1)
         say(run, f"{found.folder} was written under row order 1: the run keeps it to its end")
-    if found is not None and (changed := changes(run, found)):
+    if found is not None and (
+        changed := refused_changes(found.facts, facts(run), needs_equal_microbatches(run.config))
+    ):
         raise CheckpointError(
             f"{found.folder} cannot be continued with this configuration; set these back or choose another output_dir:\n  "
             + "\n  ".join(changed)
         )
     return found
-
-
-def changes(run: Run, found: Checkpoint) -> list[str]:
-    """Return one line for each setting that a checkpoint's run must not change, with both values."""
-    lines = {line.partition(":")[0]: line for line in differences(found.facts, facts(run))}
-    if MICRO_BATCH in lines:
-        if reason := needs_equal_microbatches(run.config):
-            lines[MICRO_BATCH] += f" ({reason})"
-        else:
-            del lines[MICRO_BATCH]
-    return list(lines.values())
-
-
-def needs_equal_microbatches(config: Config) -> str | None:
-    """Return why a run must keep its micro-batch size; None where rows, streams and losses do not depend on it."""
-    if setting := drawn_by_microbatch(config.attention):
-        return f"each microbatch draws its streams at {setting}, so other microbatches would draw others"
-    if config.precision.name is PrecisionName.fp8:
-        return "precision=fp8 scales each microbatch by its own values"
-    return None
 
 
 def finished(run: Run, step: int) -> str | None:

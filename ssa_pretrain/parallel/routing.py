@@ -15,7 +15,7 @@ then counts 1 / P times.
 import hashlib
 import math
 
-from ssa_pretrain.config import AttentionConfig, Method, StreamDraw
+from ssa_pretrain.config import AttentionConfig, Config, Method, PrecisionName, StreamDraw
 
 PAIRS = 8  # of chunks per row: a share of 1/8 is one pair, 1/16 of the row at each end's distance
 COUNTERPART = b"ssa-counterpart"
@@ -78,6 +78,15 @@ def drawn_by_microbatch(attention: AttentionConfig) -> str | None:
         return f"attention.full_ratio={attention.full_ratio:g}"
     if 0.0 < attention.counterpart_share < 1.0:
         return f"attention.counterpart_share={attention.counterpart_share:g}"
+    return None
+
+
+def needs_equal_microbatches(config: Config) -> str | None:
+    """Returns why a run must keep its micro-batch size; None where rows, streams and losses do not depend on it."""
+    if setting := drawn_by_microbatch(config.attention):
+        return f"each microbatch draws its streams at {setting}, so other microbatches would draw others"
+    if config.precision.name is PrecisionName.fp8:
+        return "precision=fp8 scales each microbatch by its own values"
     return None
 
 

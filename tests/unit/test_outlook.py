@@ -61,6 +61,18 @@ def test_what_the_folder_means(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
 
 
+def test_the_micro_batch_size_may_change_where_a_run_takes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smaller, drawn_by_step = "training.micro_batch_size=1", "attention.stream_draw=step"
+    add_checkpoint(tmp_path / "microbatch", 6)
+    add_checkpoint(tmp_path / "step", 6, drawn_by_step)
+    found = rows(f"output_dir={tmp_path / 'microbatch'}", smaller, capsys=capsys)["output"]
+    assert "would be refused" in found and "each microbatch draws its streams at attention.full_ratio=0.5" in found
+    found = rows(f"output_dir={tmp_path / 'step'}", smaller, drawn_by_step, capsys=capsys)["output"]
+    assert found.endswith("the run resumes after step 6 of 9")
+
+
 def test_a_folder_in_use_or_unwritable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = claim(tmp_path / "run")
     assert lock is not None
