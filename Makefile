@@ -43,7 +43,7 @@ lint: $(VENV)/.dev  ## ruff (rules and format), import-linter, shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
-	@$(BIN)/shellcheck launchers/*.sh .ci/run
+	@$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR launchers/*.sh .ci/run
 
 types: $(VENV)/.dev  ## pyright
 	@$(BIN)/pyright --pythonpath $(BIN)/python

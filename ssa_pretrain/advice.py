@@ -6,16 +6,20 @@ the nearest value that all rules accept is looked for. Sentences that advise no 
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import MismatchError, convert, known_keys
 from ssa_pretrain.problems import Problem, join
 from ssa_pretrain.rules import Machine, check
 
+CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUP_KEYS = {"precision": "precision.name", "engine": "engine.name", "attention": "attention.method"}
 ONE_STAGE = "parallel.tp=1 parallel.pp=1 parallel.vpp=1 parallel.cp=1 parallel.sequence_parallel=false"  # parallel=dp
 SETTING = re.compile(r"(?:([a-z_][\w.]*)=)?([^\s=]+)")
@@ -64,10 +68,12 @@ class _Trial:
         # Those of rules are in the configuration, and another value may end them; the others it does not hold.
         self.unread = self.wrong - {problem.key for problem in check(config, machine)}
 
-    def accepts(self, problem: Problem, key: str, value: Any, *, alone: bool = False) -> bool:
-        """Returns whether a value ends a problem and brings no other one; `alone`: none of the same key."""
-        ended = {problem.key, key}
-        found = {other.key for other in check(with_value(self.config, key, value), self.machine, self.unread - ended)}
+    def accepts(self, problem: Problem, values: Mapping[str, Any], *, alone: bool = False) -> bool:
+        """Returns whether values by key end a problem and bring no other one; `alone`: none of the same keys."""
+        ended, config = {problem.key, *values}, self.config
+        for key, value in values.items():
+            config = with_value(config, key, value)
+        found = {other.key for other in check(config, self.machine, self.unread - ended)}
         return not found & ended if alone else found <= self.wrong - ended
 
 
@@ -95,21 +101,34 @@ def _tried(problem: Problem, trial: _Trial) -> Problem:
 def _holds(problem: Problem, setting: str, trial: _Trial, *, alone: bool) -> bool:
     """Whether an advised setting is one that all rules accept; one that is not of the configuration's is believed."""
     key, _, text = setting.partition("=")
-    key = GROUP_KEYS.get(key, key)
-    kinds = known_keys()
-    if key not in kinds:
+    values, kinds = _option(key, text, trial.config) if key in GROUP_KEYS else {key: text}, known_keys()
+    if not values.keys() <= kinds.keys():
         return True
     try:
-        return trial.accepts(problem, key, convert(kinds[key], text), alone=alone)
+        return trial.accepts(problem, {k: convert(kinds[k], value) for k, value in values.items()}, alone=alone)
     except MismatchError:
         return False
+
+
+def _option(group: str, name: str, config: Config) -> dict[str, Any]:
+    """What choosing a group's option sets, by dotted key: its file's values, and the defaults of what only the present option's file sets."""
+    present = value_of(config, GROUP_KEYS[group]).value
+    values = {key: value_of(Config(), key) for key in _option_file(group, present)}
+    return values | {GROUP_KEYS[group]: name} | _option_file(group, name)
+
+
+def _option_file(group: str, name: str) -> dict[str, Any]:
+    """The values in an option's file by dotted key; none where there is no such file."""
+    path = CONF / group / f"{name}.yaml"
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return {f"{group}.{key}": value for key, value in (settings or {}).items()}
 
 
 def _nearest(problem: Problem, kind: Any, trial: _Trial, *, alone: bool = False) -> list[Any]:
     """The values nearest to the one that was given which all rules accept; a second one only if it is near as well."""
     found, target = [], _number(problem.value) if kind in (int, float) else None
     for value in dict.fromkeys(_candidates(problem, kind, trial)):
-        if trial.accepts(problem, problem.key, value, alone=alone):
+        if trial.accepts(problem, {problem.key: value}, alone=alone):
             found.append(value)
         if len(found) == MOST_ADVISED or (found and (target is None or found == [target])):
             break

@@ -108,7 +108,7 @@ def test_extra_contradicts_nothing(extra: str, line: str) -> None:
         (
             ("deepspeed.zero_stage=0",),
             "deepspeed.zero_stage=0 keeps gradients in bf16 under precision=bf16, and precision.grad_reduce_in_fp32=true asks for "
-            "fp32; try deepspeed.zero_stage=1, or engine=megatron",
+            "fp32; try 1",
         ),
         (
             ("deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true", "precision.grad_reduce_in_fp32=false"),

@@ -103,7 +103,7 @@ def test_further_sigterms_change_nothing_and_ranks_that_do_not_stop_are_killed_i
 
 @pytest.mark.parametrize("other", ["waits", "deaf", "loses its peer"])
 def test_a_killed_rank_is_named_with_its_signal(capfd, other: str) -> None:
-    when(lambda: up(0, 1), lambda: time.sleep(0.6) or os.kill(pid(1), signal.SIGKILL))
+    when(lambda: up(0, 1), lambda: time.sleep(2.0) or os.kill(pid(1), signal.SIGKILL))
     assert run(other, "waits") == (1, f"rank 1 was killed by SIGKILL; {AGAIN}")
     assert "Traceback" not in capfd.readouterr().err
 
