@@ -237,7 +237,10 @@ def find_ranks(launcher: int) -> dict[int, Member]:
     for parent in parents:
         for task in Path(f"/proc/{parent}/task").glob("*"):
             for child in map(int, _read(task / "children").split()):
-                rank = next((pair[5:] for pair in _environment(child) if pair.startswith("RANK=")), "")
+                environment = _environment(child)
+                if not any(environment):
+                    continue  # a rank that is just dying has none any more, and its helpers, which have its RANK, are not it
+                rank = next((pair[5:] for pair in environment if pair.startswith("RANK=")), "")
                 if not rank.isdigit():
                     parents.append(child)
                 elif running := member(child):

@@ -103,9 +103,33 @@ def test_further_sigterms_change_nothing_and_ranks_that_do_not_stop_are_killed_i
 
 @pytest.mark.parametrize("other", ["waits", "deaf", "loses its peer"])
 def test_a_killed_rank_is_named_with_its_signal(capfd, other: str) -> None:
-    when(lambda: up(0, 1), lambda: time.sleep(2.0) or os.kill(pid(1), signal.SIGKILL))
+    when(lambda: up(0, 1), lambda: time.sleep(0.6) or os.kill(pid(1), signal.SIGKILL))
     assert run(other, "waits") == (1, f"rank 1 was killed by SIGKILL; {AGAIN}")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_helper_is_not_taken_for_its_rank_while_that_is_dying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process loses its environment before its children get another parent."""
+    read, dying, helpers = supervision._environment, [], []
+
+    def look() -> None:
+        helpers.append(supervision.find_ranks(launcher.pid))
+        dying.append(pid(1))
+        helpers.append(supervision.find_ranks(launcher.pid))
+
+    monkeypatch.setattr(supervision, "_environment", lambda one: [""] if one in dying else read(one))
+    with Supervisor(30) as supervisor:
+        mark = {supervision.LAUNCH: str(supervisor.folder)}
+        command = [sys.executable, str(SCRIPT), "launcher", "waits", "waits"]
+        launcher = subprocess.Popen(command, env=environment() | mark)
+        while not up(0, 1):
+            time.sleep(0.02)
+        look()
+        launcher.kill()
+        for process in supervision.find_members(supervisor.folder):
+            process.send(signal.SIGKILL)
+        launcher.wait()
+    assert [sorted(ranks) for ranks in helpers] == [[0, 1], [0]]
 
 
 def test_a_rank_that_is_killed_before_it_was_seen_is_no_stop_either(monkeypatch: pytest.MonkeyPatch) -> None:
