@@ -1,10 +1,10 @@
 """A profiled step on a GPU: every part of it is found by its kernels' names, and little is left over."""
 
 import pytest
-from small_model import VOCAB, random_batches, small_config
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method
 from ssa_pretrain.profiling import breakdown, profiled, read_trace
+from support.small_model import VOCAB, random_batches, small_config
 
 pytestmark = pytest.mark.gpu
 PARTS = (

@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from texts import sentences
 from tokenizers import Tokenizer
 
 from ssa_pretrain.data.indexed_format import check_pair, load_manifest, verify_hashes
+from support.texts import sentences
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("DATA_PREP_KILL_ROUNDS", "5"))  # of three kills each

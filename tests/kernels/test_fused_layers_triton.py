@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from errors import require_as_near
 
 from ssa_kernels import gate, linear_cross_entropy, qkv_rope, swiglu
+from support.errors import require_as_near
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(

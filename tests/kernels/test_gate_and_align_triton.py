@@ -1,11 +1,11 @@
 """The Triton kernels of gate and alignment in Triton's interpreter, small, against the float64 oracle."""
 
-import oracle
 import pytest
 import torch
-from errors import require_as_near
 
 from ssa_kernels import gate_and_align
+from support import oracle
+from support.errors import require_as_near
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(

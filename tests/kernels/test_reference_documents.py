@@ -1,11 +1,11 @@
 """Document layouts: where tokens and blocks lie, whatever the documents' lengths, and how an implementation is picked."""
 
-import oracle
 import pytest
 import torch
 
 from ssa_kernels import build_layout
 from ssa_kernels.dispatch import resolve_impl
+from support import oracle
 
 
 @pytest.mark.parametrize(

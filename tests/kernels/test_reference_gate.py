@@ -1,10 +1,10 @@
 """Gate and alignment: values, each stream's own term, the linear branch of SmoothL1, the gate's gradient."""
 
-import oracle
 import pytest
 import torch
 
 from ssa_kernels import gate_and_align
+from support import oracle
 
 
 def make(size=1.0, dtype=torch.float64):

@@ -1,11 +1,11 @@
 """Block selection's reference against the oracle: exactness, form, ties, documents, causality, decoding."""
 
-import oracle
 import pytest
 import torch
 
 from ssa_kernels import build_layout, query_slice, select_blocks
 from ssa_kernels.select.reference import block_means, choose_blocks
+from support import oracle
 
 RAGGED = [0, 1, 16, 16, 32, 49, 49, 110]  # documents of 1, 15, 0, 16, 17, 0 and 61 tokens, and what is left
 

@@ -3,12 +3,12 @@
 The interpreter takes some 50 ms a query, so queries are sliced out of longer rows. float32 throughout: its bfloat16 product is wrong.
 """
 
-import oracle
 import pytest
 import torch
 
 from ssa_kernels import build_layout, query_runs, query_slice, select_blocks
 from ssa_kernels.select import reference
+from support import oracle
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(

@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from errors import relative, require_as_near
 
 from ssa_kernels import build_layout, query_slice, sparse_attention
+from support import oracle
+from support.errors import relative, require_as_near
 
 triton = pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(
@@ -69,7 +69,7 @@ def public(q, k, v, do, indices, layout, impl="triton"):
 
 @pytest.fixture(scope="module")
 def tensor_core():
-    import gluon_on_cpu
+    from support import gluon_on_cpu
 
     return gluon_on_cpu.load()
 

@@ -1,11 +1,11 @@
 """One whole layer against the oracle put together piece by piece: output, loss, captured mass, every gradient."""
 
-import oracle
 import pytest
 import torch
 
 from ssa_kernels import build_layout, full_attention, ssa_attention
 from ssa_kernels.ssa_attention.api import Selection, composed, covered
+from support import oracle
 
 
 def interpreting():

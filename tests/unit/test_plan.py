@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_datasets import cut, write_dataset
 
 from ssa_pretrain.cli import CONF, read_config, resolve_config
 from ssa_pretrain.config import Config, OptimConfig, Schedule
@@ -15,6 +14,7 @@ from ssa_pretrain.planning import GIB, Plan, describe, make_plan
 from ssa_pretrain.problems import ConfigError
 from ssa_pretrain.rules import Machine
 from ssa_pretrain.schedule import learning_rate
+from support.small_datasets import cut, write_dataset
 
 
 def experiment(*overrides: str, world_size: int = 1) -> Config:

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from wandb_runs import (
+
+from ssa_pretrain import tracking
+from ssa_pretrain.cli import read_config
+from ssa_pretrain.config import WandbConfig, WandbMode
+from ssa_pretrain.tracking import HIDDEN, Tracker, flatten, provenance, redact, start_tracking
+from ssa_pretrain.tracking_process import STATE_FILE
+from support.wandb_runs import (
     KEY,
     LACKS,
     evaluation_record,
@@ -26,12 +32,6 @@ from wandb_runs import (
     stored_records,
     train_record,
 )
-
-from ssa_pretrain import tracking
-from ssa_pretrain.cli import read_config
-from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.tracking import HIDDEN, Tracker, flatten, provenance, redact, start_tracking
-from ssa_pretrain.tracking_process import STATE_FILE
 
 __all__ = ["no_account"]
 

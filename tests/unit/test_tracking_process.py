@@ -10,12 +10,12 @@ from random import Random
 
 import psutil
 import pytest
-from wandb_runs import KEY, evaluation_record, history, no_account, offline, train_record
-from wandb_server import serving
 
 from ssa_pretrain.config import WandbConfig, WandbMode
 from ssa_pretrain.tracking import start_tracking
 from ssa_pretrain.tracking_process import STATE_FILE, History, State, read_state
+from support.wandb_runs import KEY, evaluation_record, history, no_account, offline, train_record
+from support.wandb_server import serving
 
 __all__ = ["no_account"]
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch.distributed as dist
-from small_datasets import cut, write_dataset
 
 from ssa_pretrain.checkpoint import Checkpoint, CheckpointError
 from ssa_pretrain.config import Config, WandbMode
@@ -27,6 +26,7 @@ from ssa_pretrain.trainer import (
     start_reporting,
     training_rows,
 )
+from support.small_datasets import cut, write_dataset
 
 
 def test_slices_weigh_by_labels_and_tokens():

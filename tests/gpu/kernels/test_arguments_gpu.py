@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from errors import require_as_near
 
 from ssa_kernels import (
     build_layout,
@@ -26,6 +25,7 @@ from ssa_kernels import (
 )
 from ssa_kernels.documents import ARRAYS
 from ssa_kernels.full_attention import te
+from support.errors import require_as_near
 
 pytestmark = pytest.mark.gpu
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from errors import require_as_near
 
 from ssa_kernels import build_layout, full_attention
 from ssa_kernels.full_attention import te
+from support.errors import require_as_near
 
 pytestmark = pytest.mark.gpu
 

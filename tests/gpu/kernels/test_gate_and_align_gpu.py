@@ -1,11 +1,11 @@
 """Gate and alignment on a GPU: bf16 against the oracle, sizes past 2^31 elements, no waiting, CUDA graphs, one compilation."""
 
-import oracle
 import pytest
 import torch
-from errors import relative, require_as_near
 
 from ssa_kernels import gate_and_align
+from support import oracle
+from support.errors import relative, require_as_near
 
 pytestmark = pytest.mark.gpu
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from errors import relative, require_as_near, require_means_as_near
-from exact_layer import exact_layer
 
 from ssa_kernels import build_layout, full_attention, query_runs, select_blocks, sparse_attention, ssa_attention
+from support.errors import relative, require_as_near, require_means_as_near
+from support.exact_layer import exact_layer
 
 pytestmark = pytest.mark.gpu
 

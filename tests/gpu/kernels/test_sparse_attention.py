@@ -7,11 +7,11 @@ kernel stays well below.
 
 import pytest
 import torch
-from errors import require_as_near
 
 from ssa_kernels import build_layout, query_slice, sparse_attention
 from ssa_kernels.sparse_attention.backward import sparse_attention_backward
 from ssa_kernels.sparse_attention.forward import sparse_attention_forward
+from support.errors import require_as_near
 
 pytestmark = pytest.mark.gpu
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from errors import require_as_near
-from exact_layer import exact_layer
 
 from ssa_kernels import build_layout, ssa_attention
 from ssa_kernels.ssa_attention.api import Selection, composed
+from support.errors import require_as_near
+from support.exact_layer import exact_layer
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from hub_server import COMMIT, Fault, Hub, start_hub, table
 
 from data_prep.errors import InputError
 from data_prep.planning import plan_shards
@@ -14,6 +13,7 @@ from data_prep.readers import read_piece
 from data_prep.sources import hub as hub_module
 from data_prep.sources.hub_corpus import fetch_hub
 from data_prep.sources.hub_settings import HubMode, HubSource, HubSubset
+from support.hub_server import COMMIT, Fault, Hub, start_hub, table
 
 REPO = "owner/corpus"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from texts import sentences
 
 from data_prep.planning import Subset, plan_shards
 from data_prep.readers import Skipped, read_piece
 from ssa_pretrain.data.indexed_format import load_manifest
+from support.texts import sentences
 
 SETTINGS = ("tokenizer.vocab_size=512", "split.heldout_fraction=0.1", "workers=2", "stage=prepare")
 GOOD = [json.dumps({"text": text}).encode() for text in sentences(60, seed=1)]

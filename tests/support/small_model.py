@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from errors import require_as_near, require_means_as_near
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method, PrecisionName
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.parallel.state import Placement
+from support.errors import require_as_near, require_means_as_near
 
 VOCAB, LENGTH = 1024, 1024
 

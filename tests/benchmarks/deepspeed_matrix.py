@@ -1,6 +1,6 @@
 """The whole matrix of engine=deepspeed against engine=megatron, by hand: ZeRO 0 to 3 x TP 1, 2 (SP on and off) x DP 1, 2, twenty steps each.
 
-    python tests/distributed/deepspeed_matrix.py OUT.md [STEPS]
+    PYTHONPATH=tests python tests/benchmarks/deepspeed_matrix.py OUT.md [STEPS]
 
 Prints and writes one line a case: the largest relative difference over all steps and both evaluations of the cross entropy, the gradient norm, and
 every layer's alignment and captured mass. Exit code 1 if one exceeds 1e-5. The subset that tests run is test_deepspeed.py.
@@ -11,11 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))
+from support.processes import SUPPORT, run_workers
 
-from processes import run_workers
-
-WORKER = Path(__file__).with_name("deepspeed_worker.py")
+WORKER = SUPPORT / "deepspeed_worker.py"
 TOLERANCE = 1e-5
 LAYOUTS = {
     1: {"tp1 dp1": {}},

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = Path(__file__).resolve().parent
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     ["torch", "hydra", "ssa_pretrain.composition", "ssa_pretrain.trainer", "ssa_pretrain.engine.megatron"]
@@ -46,7 +47,7 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     """Return the environment of a process that trains: one thread, no GPU, this checkout first."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(SUPPORT.parent)])
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 

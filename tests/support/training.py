@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from processes import ROOT, environment, ranks, run_ranks
+from support.processes import ROOT, environment, ranks, run_ranks
 
 __all__ = ["ROOT", "command", "descendants", "environment", "records", "run", "run_command", "train", "wait_for_step"]
 

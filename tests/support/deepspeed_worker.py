@@ -18,14 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-sys.path.append(str(Path(__file__).parent))
-
-from layout_worker import LENGTH, VOCAB, batches, configure
 from megatron.core import parallel_state
 
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.state import Placement, start
+from support.layout_worker import LENGTH, VOCAB, batches, configure
 
 SMALL = {
     "model.num_layers": 2,

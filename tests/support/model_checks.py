@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small_datasets import cut, write_dataset
 from torch import Tensor
 
 from ssa_kernels import qkv_rope
 from ssa_pretrain.config import Config, Method, PrecisionName
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
+from support.small_datasets import cut, write_dataset
 
 VOCAB, LENGTH = 90, 80
 HEADS, GROUPS, DIM = 4, 2, 8

@@ -1,8 +1,8 @@
 """Tokens/s and peak memory of DeepSpeed's ZeRO stages beside the megatron engine, the 1B model at 8k, in one table.
 
-    python tests/gpu/deepspeed_bench.py --gpus 1 --out results        # megatron; ZeRO 1, 2, 3; ZeRO 2 with offload
-    python tests/gpu/deepspeed_bench.py --gpus 2 --out results        # the same on dp 2, and on tp 2 with sequence parallelism
-    python tests/gpu/deepspeed_bench.py --gpus 1 --only megatron zero1 --microbatches 16
+    python tests/benchmarks/deepspeed_bench.py --gpus 1 --out results        # megatron; ZeRO 1, 2, 3; ZeRO 2 with offload
+    python tests/benchmarks/deepspeed_bench.py --gpus 2 --out results        # the same on dp 2, and on tp 2 with sequence parallelism
+    python tests/benchmarks/deepspeed_bench.py --gpus 1 --only megatron zero1 --microbatches 16
 
 Each case is a torchrun of its own on random tokens. A time is the mean over the steps after the warm-up, the device waited for at both ends. The table
 goes to `deepspeed_N.csv` and `deepspeed_N.md`; a case that fails is a line with its error, and the command then returns 1. `ratio` is tokens/s over the
@@ -12,6 +12,7 @@ megatron engine's on the same layout. Losses of the last step stand beside, so t
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -88,6 +89,7 @@ def launch(arguments: argparse.Namespace, name: str, own: list[str]) -> dict:
         done = subprocess.run(
             [*command, f"--case={json.dumps([*own, *arguments.overrides])}"],
             cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
             capture_output=True,
             text=True,
             timeout=arguments.timeout,
@@ -107,7 +109,6 @@ def launch(arguments: argparse.Namespace, name: str, own: list[str]) -> dict:
 
 def measure(arguments: argparse.Namespace, own: list[str]) -> None:
     """Time one case on this rank; the first prints the result."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
     import numpy as np
     import torch
     import torch.distributed as dist
