@@ -1,109 +1,29 @@
-"""The typed configuration of a run: one dataclass a section, one line a field with its meaning and unit.
+"""The typed configuration of a run: one dataclass per section, one line per field with its meaning and unit.
 
-Hydra composes YAML from `conf/`; `ssa_pretrain.cli` turns the result into a `Config` and reports every problem at once.
-Past that border the configuration is a plain value that nobody changes. Each section checks itself (`problems`); rules
-across sections live in rules.py. This module imports neither torch nor Hydra.
+Hydra composes YAML from `conf/`; the command line turns the result into a `Config` and reports every problem at once.
+From then on the configuration is a plain value that nothing changes. Each section checks itself (`problems`). Rules
+across sections are in rules/. Imports neither torch nor Hydra.
 """
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from typing import Any
 
-from ssa_pretrain.config_deepspeed import DeepSpeedConfig
+from ssa_pretrain.config.choices import (
+    AdamImpl,
+    EngineName,
+    Fp8Recipe,
+    KernelImpl,
+    LayerSpec,
+    Method,
+    PrecisionName,
+    Recompute,
+    Schedule,
+    Score,
+    StreamDraw,
+    Timestamps,
+    WandbMode,
+)
 from ssa_pretrain.problems import Problem, above_zero, at_least, between, divisors, join, nearest
-
-
-class Method(StrEnum):
-    """What a layer's attention computes in training."""
-
-    ssa = "ssa"  # both streams, gated, aligned; the main stream is drawn
-    full = "full"  # the full stream alone
-    moba = "moba"  # the sparse stream alone
-
-
-class Score(StrEnum):
-    """How a token scores the blocks before its own."""
-
-    softmax_sum = "softmax_sum"
-    per_head = "per_head"
-    official_compat = "official_compat"
-
-
-class KernelImpl(StrEnum):
-    """Which implementation of the attention kernels runs."""
-
-    auto = "auto"  # Triton on a GPU, the reference elsewhere
-    triton = "triton"
-    reference = "reference"
-
-
-class StreamDraw(StrEnum):
-    """How often the main stream is drawn."""
-
-    microbatch = "microbatch"
-    step = "step"
-
-
-class EngineName(StrEnum):
-    """Which library runs forward, backward and the optimizer step."""
-
-    megatron = "megatron"
-    deepspeed = "deepspeed"
-
-
-class Recompute(StrEnum):
-    """Which activations are computed again in the backward."""
-
-    none = "none"
-    selective = "selective"  # SwiGLU's output, F wide and cheap to make again; attention is kept
-    full = "full"  # whole layers
-
-
-class LayerSpec(StrEnum):
-    """Which layers megatron-core builds the model from."""
-
-    auto = "auto"  # Transformer Engine where it is installed and a GPU is used, local elsewhere
-    local = "local"
-    transformer_engine = "transformer_engine"
-
-
-class PrecisionName(StrEnum):
-    """Number format of the matrix products."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp8 = "fp8"
-
-
-class Fp8Recipe(StrEnum):
-    """How Transformer Engine scales FP8 tensors."""
-
-    tensorwise = "tensorwise"  # by the tensor's own largest value
-    delayed = "delayed"  # by the largest values of earlier steps
-    blockwise = "blockwise"  # by 128 values, or 128 x 128 of a weight
-
-
-class Schedule(StrEnum):
-    """Shape of the learning rate after the warm-up."""
-
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
-class WandbMode(StrEnum):
-    """Where Weights & Biases writes."""
-
-    online = "online"
-    offline = "offline"
-    off = "off"
-
-
-class Timestamps(StrEnum):
-    """What stands before every line on the console."""
-
-    off = "off"
-    time = "time"  # 14:05:31, local time
-    datetime = "datetime"  # 2026-11-29 14:05:31
 
 
 @dataclass(kw_only=True, slots=True)
@@ -137,8 +57,22 @@ class ModelConfig:
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     init_std: float = 0.02  # standard deviation of the initial weights
 
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads, H * D; also that of the attention's output."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all keys, or of all values: G * D."""
+        return self.num_kv_heads * self.head_dim
+
+    def qkv_width(self, *, gate: bool) -> int:
+        """Returns the width of the projection to queries, keys, values and, with `gate`, one gate per query head."""
+        return self.query_width + 2 * self.kv_width + (self.num_attention_heads if gate else 0)
+
     def padded_vocab_size(self, vocab_size: int) -> int:
-        """Returns the embedding's rows for a vocabulary."""
+        """Returns the number of rows of the embedding for a vocabulary."""
         return -(-vocab_size // self.vocab_divisor) * self.vocab_divisor
 
     def problems(self) -> list[Problem]:
@@ -274,6 +208,33 @@ class EngineConfig:
             reads = tuple(f"engine.{name}" for name in needed)
             advice = "try engine.overlap_param_gather=false"
             found.append(Problem("engine.overlap_param_gather", self.overlap_param_gather, rule, advice, reads))
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class DeepSpeedConfig:
+    """DeepSpeed's own choices."""
+
+    zero_stage: int = 1  # 0: nothing is sharded over dp, 1: optimizer states, 2: and gradients, 3: and weights
+    offload_optimizer: bool = False  # optimizer states and step on the CPU, as the paper trained (stages 1, 2, 3)
+    adam: AdamImpl = AdamImpl.torch
+    contiguous_gradients: bool = True  # copy gradients into one buffer as they come
+    reduce_bucket_size: int = 500_000_000  # numbers reduced at a time
+    allgather_bucket_size: int = 500_000_000  # numbers gathered at a time
+    flops_profiler_step: int = 0  # step whose forward DeepSpeed profiles into output_dir/flops_profile.txt; 0: none
+    extra: dict[str, Any] = field(default_factory=dict)  # further keys of DeepSpeed's configuration, as it spells them
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with this section alone."""
+        found = at_least("deepspeed", self, 0, "flops_profiler_step")
+        found += above_zero("deepspeed", self, "reduce_bucket_size", "allgather_bucket_size")
+        if self.zero_stage not in (0, 1, 2, 3):
+            advice = f"try {min(3, max(0, self.zero_stage))}"
+            found.append(Problem("deepspeed.zero_stage", self.zero_stage, "must be 0, 1, 2 or 3", advice))
+        if self.offload_optimizer and self.zero_stage == 0:
+            rule = "moves what a ZeRO stage shards, and deepspeed.zero_stage=0 shards nothing"
+            reads = ("deepspeed.zero_stage",)
+            found.append(Problem("deepspeed.offload_optimizer", True, rule, "try deepspeed.zero_stage=2", reads))
         return found
 
 
