@@ -7,25 +7,25 @@ from enum import StrEnum
 
 
 class Method(StrEnum):
-    """What a layer's attention computes in training."""
+    """Attention method: what each layer computes in training."""
 
-    ssa = "ssa"  # both streams, gated, aligned; the main stream is drawn
-    full = "full"  # the full stream alone
-    moba = "moba"  # the sparse stream alone
+    ssa = "ssa"  # both streams, gated and aligned; the main stream is drawn at random
+    full = "full"  # only the full stream
+    moba = "moba"  # only the sparse stream
 
 
 class Score(StrEnum):
-    """How a token scores the blocks before its own."""
+    """How a query scores the blocks before its own."""
 
-    softmax_sum = "softmax_sum"
-    per_head = "per_head"
-    official_compat = "official_compat"
+    softmax_sum = "softmax_sum"  # softmax over blocks, summed over the heads of a kv head (SSA)
+    per_head = "per_head"  # logit of each query head by itself (MoBA)
+    official_compat = "official_compat"  # softmax_sum with the chunked top-k of the official SSA code
 
 
 class KernelImpl(StrEnum):
-    """Which implementation of the attention kernels runs."""
+    """Implementation of the attention kernels."""
 
-    auto = "auto"  # Triton on a GPU, the reference elsewhere
+    auto = "auto"  # Triton on a GPU, the reference on a CPU
     triton = "triton"
     reference = "reference"
 
@@ -38,33 +38,33 @@ class StreamDraw(StrEnum):
 
 
 class EngineName(StrEnum):
-    """Which library runs forward, backward and the optimizer step."""
+    """Library that runs forward, backward and the optimizer step."""
 
     megatron = "megatron"
     deepspeed = "deepspeed"
 
 
 class AdamImpl(StrEnum):
-    """Whose AdamW steps."""
+    """Implementation of AdamW."""
 
-    torch = "torch"  # torch's fused one, on a GPU and on a CPU; nothing is compiled
-    deepspeed = "deepspeed"  # FusedAdam, or CPUAdam under offload: compiled on first use, which takes minutes
+    torch = "torch"  # torch's fused AdamW, on a GPU or a CPU; nothing is compiled
+    deepspeed = "deepspeed"  # FusedAdam, or CPUAdam with offload_optimizer; compiled on first use, which takes minutes
 
 
 class Recompute(StrEnum):
-    """Which activations are computed again in the backward."""
+    """Activations that are recomputed in the backward pass to save memory."""
 
     none = "none"
-    selective = "selective"  # SwiGLU's output, F wide and cheap to make again; attention is kept
-    full = "full"  # whole layers
+    selective = "selective"  # SwiGLU's output, which is F wide and cheap to recompute; attention is kept
+    full = "full"  # whole layers; only their inputs are kept
 
 
 class LayerSpec(StrEnum):
-    """Which layers megatron-core builds the model from."""
+    """Layers that megatron-core builds the model from."""
 
-    auto = "auto"  # Transformer Engine where it is installed and a GPU is used, local elsewhere
-    local = "local"
-    transformer_engine = "transformer_engine"
+    auto = "auto"  # Transformer Engine if it is installed and a GPU is used, otherwise local
+    local = "local"  # megatron-core's own layers, without Transformer Engine
+    transformer_engine = "transformer_engine"  # Transformer Engine's fused layers; needs a GPU
 
 
 class PrecisionName(StrEnum):
@@ -78,9 +78,9 @@ class PrecisionName(StrEnum):
 class Fp8Recipe(StrEnum):
     """How Transformer Engine scales FP8 tensors."""
 
-    tensorwise = "tensorwise"  # by the tensor's own largest value
+    tensorwise = "tensorwise"  # by the largest value of the tensor
     delayed = "delayed"  # by the largest values of earlier steps
-    blockwise = "blockwise"  # by 128 values, or 128 x 128 of a weight
+    blockwise = "blockwise"  # per 128 values, or per 128 x 128 values of a weight
 
 
 class Schedule(StrEnum):
@@ -92,15 +92,15 @@ class Schedule(StrEnum):
 
 
 class WandbMode(StrEnum):
-    """Where Weights & Biases writes."""
+    """Where Weights & Biases sends the metrics."""
 
-    online = "online"
-    offline = "offline"
-    off = "off"
+    online = "online"  # to its server
+    offline = "offline"  # to disk; `wandb sync` uploads them later
+    off = "off"  # nowhere
 
 
 class Timestamps(StrEnum):
-    """What stands before every line on the console."""
+    """Time stamp before every console line."""
 
     off = "off"
     time = "time"  # 14:05:31, local time

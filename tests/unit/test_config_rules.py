@@ -271,7 +271,7 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         (
             (*PAPER, "profile.at=[0,3]"),
             GPU,
-            "profile.at=[0, 3] must count steps from 1; try 'profile.at=[10]'",
+            "profile.at=[0, 3] must be steps, counted from 1; try 'profile.at=[10]'",
         ),
     ],
 )
