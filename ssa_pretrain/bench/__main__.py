@@ -28,10 +28,10 @@ from typing import Any, NoReturn
 import yaml
 
 from ssa_pretrain.config import Config, ModelConfig, ParallelConfig, PrecisionName
-from ssa_pretrain.devices import has_gpu
+from ssa_pretrain.config.machine import has_gpu
 from ssa_pretrain.environment import versions
-from ssa_pretrain.flops import peak_flops
-from ssa_pretrain.planning import parameters
+from ssa_pretrain.planning.flops import peak_flops
+from ssa_pretrain.planning.memory import count_parameters
 from ssa_pretrain.process import quieten_libraries
 from ssa_pretrain.settings.output import pipe_may_close
 from ssa_pretrain.signals import leaves_on_ctrl_c
@@ -89,7 +89,7 @@ def read_options(arguments: Sequence[str], world_size: int) -> Options:
 def require_small(options: Options) -> None:
     """Leaves with 3 where a case is too large for a CPU."""
     config = run_config(options)
-    count, _ = parameters(config, config.model.padded_vocab_size(config.model.vocab_size or 4096))
+    count, _ = count_parameters(config, config.model.padded_vocab_size(config.model.vocab_size or 4096))
     tokens = options.rows * options.length * (4 if "32k" in options.cases else 1)
     if count > CPU_PARAMETERS or tokens > CPU_TOKENS:
         refuse(

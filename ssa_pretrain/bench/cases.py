@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from ssa_pretrain.bench.plain_megatron import PlainModel
 from ssa_pretrain.bench.variants import (
     LEARNING_RATE,
     Variant,
@@ -19,9 +20,8 @@ from ssa_pretrain.bench.variants import (
 )
 from ssa_pretrain.config import Config, Method, PrecisionName, Recompute
 from ssa_pretrain.engine.megatron import MegatronEngine
-from ssa_pretrain.engine.plain import PlainModel
-from ssa_pretrain.flops import row_flops
 from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.planning.flops import row_flops
 
 Built = TypeVar("Built")
 ACCUMULATED = 8  # microbatches of a whole step

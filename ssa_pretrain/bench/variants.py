@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from ssa_pretrain.bench.plain_megatron import PlainModel
 from ssa_pretrain.config import Config, Method
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine.megatron import MegatronEngine
-from ssa_pretrain.engine.plain import PlainModel
 from ssa_pretrain.parallel.state import Placement
 
 MEAN_DOCUMENT = 1024

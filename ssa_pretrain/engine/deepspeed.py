@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa_pretrain.config import Config, PrecisionName
+from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.ds_config import ds_config
 from ssa_pretrain.engine import common_weights, deepspeed_checkpoint
 from ssa_pretrain.engine.deepspeed_setup import (
     TensorParallelState,

@@ -114,11 +114,11 @@ def measure(arguments: argparse.Namespace, own: list[str]) -> None:
     import torch.distributed as dist
 
     from ssa_pretrain.cli import resolve_config
+    from ssa_pretrain.config.machine import Machine
     from ssa_pretrain.data.batches import collate
     from ssa_pretrain.data.rows import Row
     from ssa_pretrain.engine import build_engine
     from ssa_pretrain.parallel.state import start, stop
-    from ssa_pretrain.rules import Machine
 
     def settings(dp: int) -> list[str]:
         return [

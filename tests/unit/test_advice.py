@@ -12,9 +12,10 @@ import pytest
 from ssa_pretrain.advice import GROUP_KEYS, in_keys_only, settings_advised, with_tried_advice
 from ssa_pretrain.cli import CONF, resolve_config
 from ssa_pretrain.composition import Source, compose, hydra_on, sort_overrides
+from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.config.rules import check
 from ssa_pretrain.config_io import config_from_dict, known_keys
 from ssa_pretrain.problems import ConfigError, Problem
-from ssa_pretrain.rules import Machine, check
 
 MACHINES = (
     Machine(world_size=8, has_files=False),

@@ -137,14 +137,14 @@ def test_all_problems_come_at_once() -> None:
         (
             "parallel.vpp",
             2,
-            "parallel.vpp=2 interleaves pipeline stages, and parallel.pp=1 has none; "
+            "parallel.vpp=2 interleaves pipeline stages, but parallel.pp=1 has only one; "
             "try parallel.vpp=1 or parallel.pp=4",
         ),
         (
             "parallel.sequence_parallel",
             True,
-            "parallel.sequence_parallel=true shards the sequence over tensor-parallel ranks and needs more than one "
-            "(parallel.tp=1); try parallel.sequence_parallel=false or parallel.tp=2",
+            "parallel.sequence_parallel=true shards the sequence over tensor-parallel ranks, but "
+            "parallel.tp=1 has only one; try parallel.sequence_parallel=false or parallel.tp=2",
         ),
         ("deepspeed.zero_stage", 4, "deepspeed.zero_stage=4 must be 0, 1, 2 or 3; try 3"),
         ("deepspeed.reduce_bucket_size", 0, "deepspeed.reduce_bucket_size=0 must be above 0; try 500000000"),
@@ -166,18 +166,18 @@ def test_all_problems_come_at_once() -> None:
         (
             "training.total_tokens",
             10_000,
-            "training.steps=10 and training.total_tokens=10000 are two lengths; try training.steps=0 or training.total_tokens=0",
+            "training.steps=10 and training.total_tokens=10000 both set the length of the run; try training.steps=0 or training.total_tokens=0",
         ),
         (
             "training.steps",
             0,
-            "training.steps=0 and training.total_tokens=0 leave the length open; try training.steps=300, "
+            "training.steps=0 and training.total_tokens=0 leave the length of the run undefined; try training.steps=300, "
             "or start from an experiment: experiment=quickstart",
         ),
         (
             "training.global_batch_tokens",
             0,
-            "training.global_batch_tokens=0 must be the tokens of an optimizer step over all ranks; try 8192",
+            "training.global_batch_tokens=0 must be set to the tokens per optimizer step over all ranks; try 8192",
         ),
         ("evaluation.rows", -1, "evaluation.rows=-1 must be at least 0; try 0"),
         ("checkpoint.interval", -5, "checkpoint.interval=-5 must be at least 0; try 0"),
@@ -203,7 +203,7 @@ def test_rules_over_two_fields_of_a_section() -> None:
     for section, message in (
         (
             {"parallel": {"pp": 2, "vpp": 2}},
-            "parallel.vpp=2 is refused at parallel.pp=2, where megatron-core's interleaved schedule trains wrongly; "
+            "parallel.vpp=2 is not supported at parallel.pp=2, where megatron-core's interleaving trains incorrectly; "
             "try parallel.vpp=1 or parallel.pp=4",
         ),
         (

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssa_pretrain.cli import read_config, resolve_config, this_machine
+from ssa_pretrain.cli import read_config, resolve_config
+from ssa_pretrain.config.machine import Machine, this_machine
 from ssa_pretrain.data.indexed_format import file_sha256, token_dtype, write_index
 from ssa_pretrain.problems import ConfigError, Problem
-from ssa_pretrain.rules import Machine
 from ssa_pretrain.run_folder import claim, release
 
 CPU = Machine(world_size=1, has_gpu=False, has_transformer_engine=False, has_files=False)
@@ -157,18 +157,18 @@ def test_the_quickstart_passes_with_and_without_a_gpu(machine: Machine) -> None:
         (
             (*BASE, "parallel.pp=4", "model.num_layers=8", "parallel.vpp=2", "training.global_batch_tokens=6144"),
             4,
-            "training.global_batch_tokens=6144 makes 3 microbatches, and interleaving (parallel.vpp=2) needs a multiple "
+            "training.global_batch_tokens=6144 gives 3 microbatches, but interleaving (parallel.vpp=2) needs a multiple "
             "of parallel.pp=4; try 8192",
         ),
         (
             (*BASE, "training.stop_at_step=301"),
             1,
-            "training.stop_at_step=301 lies past the last step, 300; try 0 or at most 300",
+            "training.stop_at_step=301 is past the last step, 300; try 0 or at most 300",
         ),
         (
             (*PAPER, "training.stop_at_step=31791", "attention.impl=reference"),
             1,
-            "training.stop_at_step=31791 lies past the last step, 31790; try 0 or at most 31790",
+            "training.stop_at_step=31791 is past the last step, 31790; try 0 or at most 31790",
         ),
     ],
 )
@@ -188,30 +188,30 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         (
             (*PAPER, "model.head_dim=84"),
             GPU,
-            "model.head_dim=84 is not a multiple of 8 from 16 to 128, as the GPU kernels need; "
+            "model.head_dim=84 must be a multiple of 8 from 16 to 128 for the GPU kernels; "
             "try 80, 88 or attention.impl=reference",
         ),
         (
             ("experiment=full_1b_8k", "model.head_dim=256"),
             GPU,
-            "model.head_dim=256 is not a multiple of 8 from 16 to 128, as the GPU kernels need; "
+            "model.head_dim=256 must be a multiple of 8 from 16 to 128 for the GPU kernels; "
             "try 120, 128 or attention.impl=reference",
         ),
         (
             (*PAPER, "model.head_dim=8"),
             GPU,
-            "model.head_dim=8 is not a multiple of 8 from 16 to 128, as the GPU kernels need; try 16, 24 or attention.impl=reference",
+            "model.head_dim=8 must be a multiple of 8 from 16 to 128 for the GPU kernels; try 16, 24 or attention.impl=reference",
         ),
         (
             (*PAPER, "model.num_attention_heads=96", "model.num_kv_heads=2"),
             GPU,
-            "model.num_kv_heads=2 gives each kv head more than 32 of model.num_attention_heads=96, the most that the GPU kernels take; "
+            "model.num_kv_heads=2 puts more than 32 of model.num_attention_heads=96 on each kv head, the limit of the GPU kernels; "
             "try 3 or attention.impl=reference",
         ),
         (
             (*PAPER, "precision=fp32"),
             GPU,
-            "precision.name=fp32 is not a format of the GPU kernels; try precision=bf16 or attention.impl=reference",
+            "precision.name=fp32 is not supported by the GPU kernels; try precision=bf16 or attention.impl=reference",
         ),
         (
             (*BASE, "engine.layer_spec=transformer_engine"),
@@ -237,13 +237,13 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         (
             (*PAPER, "precision=fp8", "model.ffn_hidden_size=8200"),
             GPU,
-            "model.ffn_hidden_size=8200 makes a matrix of 8200 on a rank, and precision=fp8 needs a multiple of 16; "
+            "model.ffn_hidden_size=8200 gives a matrix dimension of 8200 on each rank, but precision=fp8 needs a multiple of 16; "
             "try precision=bf16",
         ),
         (
             (*PAPER, "precision=fp8", "model.num_attention_heads=34"),
             GPU,
-            "model.head_dim=64 makes a matrix of 2466 on a rank, and precision=fp8 needs a multiple of 16; "
+            "model.head_dim=64 gives a matrix dimension of 2466 on each rank, but precision=fp8 needs a multiple of 16; "
             "try precision=bf16",
         ),
         (
@@ -255,12 +255,12 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         (
             (*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", "engine.layer_spec=local"),
             replace(GPU, world_size=2),
-            "engine.overlap_tp=true is Transformer Engine's, not engine.layer_spec=local's; try engine.overlap_tp=false",
+            "engine.overlap_tp=true needs Transformer Engine's layers, not engine.layer_spec=local; try engine.overlap_tp=false",
         ),
         (
             (*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", "precision=fp32", "attention.impl=reference"),
             replace(GPU, world_size=2),
-            "engine.overlap_tp=true is Transformer Engine's, and precision=fp32 runs without it (it multiplies fp32 in TF32); try "
+            "engine.overlap_tp=true needs Transformer Engine's layers, but precision=fp32 runs without them (they multiply fp32 in TF32); try "
             "engine.overlap_tp=false",
         ),
         (
@@ -271,7 +271,7 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         (
             (*PAPER, "profile.at=[0,3]"),
             GPU,
-            "profile.at=[0, 3] must count steps from 1; try 'profile.at=[10]'",
+            "profile.at=[0, 3] must be steps, counted from 1; try 'profile.at=[10]'",
         ),
     ],
 )
@@ -476,7 +476,7 @@ def test_processes_of_srun_that_nothing_joins_are_refused(
     assert this_machine().slurm_tasks == tasks
     lines = found(*BASE, f"data.path={dataset}", machine=replace(HERE, slurm_tasks=tasks))
     assert lines == [] if tasks == 1 else len(lines) == 1
-    assert tasks == 1 or lines[0].startswith(f"SLURM_NTASKS={tasks} says that Slurm started as many processes")
+    assert tasks == 1 or lines[0].startswith(f"SLURM_NTASKS={tasks} means that many separate processes")
     assert found(*BASE, "dry_run=true", machine=replace(HERE, slurm_tasks=tasks)) == []
 
 

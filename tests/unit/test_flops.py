@@ -4,8 +4,8 @@ import pytest
 
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import AttentionConfig, Config, ModelConfig, PrecisionName
-from ssa_pretrain.flops import RowFlops, causal_pairs, context_pairs, peak_flops, row_flops, sparse_pairs
-from ssa_pretrain.rules import Machine
+from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.planning.flops import RowFlops, causal_pairs, context_pairs, peak_flops, row_flops, sparse_pairs
 
 
 def experiment(*overrides: str) -> Config:

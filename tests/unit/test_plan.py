@@ -9,10 +9,11 @@ import pytest
 
 from ssa_pretrain.cli import CONF, read_config, resolve_config
 from ssa_pretrain.config import Config, OptimConfig, Schedule
+from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.data.indexed_format import Manifest
-from ssa_pretrain.planning import GIB, Plan, describe, make_plan
+from ssa_pretrain.planning.plan import Plan, make_plan
+from ssa_pretrain.planning.table import GIB, describe
 from ssa_pretrain.problems import ConfigError
-from ssa_pretrain.rules import Machine
 from ssa_pretrain.schedule import learning_rate
 from support.small_datasets import cut, write_dataset
 
@@ -135,7 +136,7 @@ def test_context_parallel_ranks_hold_their_tokens_and_all_keys() -> None:
     assert "8 processes = tp 1 x pp 1 x cp 4 x dp 2" in table
     assert "ranks 4-7     replica 1, stage 0" in table
     held = "a rank has 8,192 of a microbatch's 32,768 queries and all keys"
-    assert f"{held}: 16.0 MiB gathered and 32.0 MiB of gradients reduced a layer" in table
+    assert f"{held}: 16.0 MiB gathered and 32.0 MiB of gradients reduced per layer" in table
 
 
 def test_the_schedule_is_exact_in_its_corners() -> None:
@@ -202,7 +203,7 @@ def test_the_table_says_what_a_person_asks() -> None:
         "ranks 2-3     replica 1, stage 0",
         "3,145,728 tokens = 384 rows = dp 16 x 12 microbatches of 2",
         "31,790 steps, 318 of warm-up; 100,002,693,120 tokens",
-        "8.88 GFLOP a token",
+        "8.88 GFLOP per token",
         "64 checkpoints of about 18.1 GiB, the newest 2 kept",
         "torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
         "-m ssa_pretrain.train experiment=ssa_1b_8k",
@@ -225,16 +226,16 @@ def epochs(manifest: Manifest, *overrides: str) -> list[str]:
 def test_the_plan_counts_epochs(tmp_path: Path) -> None:
     """240 rows of two sources of 99 and 19 rows: without weights both are read as often."""
     both = write_dataset(tmp_path / "both", {"english": cut(3200), "python": cut(640 + 7)}, {})
-    left = "the first epoch leaves out the last 69 tokens of the sources together, the second reads them"
+    left = "the first epoch leaves out the last 69 tokens, summed over the sources; the second reads them"
     assert epochs(both) == ["2.03 over 118 rows: python 2.05, english 2.03", left]
     assert epochs(both, "data.weights={english:1,python:1}")[0] == "2.03 over 118 rows: python 6.32, english 1.21"
     mix = dataclasses.replace(both, weights={"english": 1.0, "python": 0.0})
-    left = "the first epoch leaves out the last 31 tokens of the sources together, the second reads them"
+    left = "the first epoch leaves out the last 31 tokens, summed over the sources; the second reads them"
     assert epochs(mix) == ["2.03 over 118 rows: english 2.42, python 0", left]
     one = write_dataset(tmp_path / "one", {"english": cut(3200)}, {})
-    assert epochs(one) == ["2.42 over 99 rows", "the first epoch leaves out the last 31 tokens, the second reads them"]
+    assert epochs(one) == ["2.42 over 99 rows", "the first epoch leaves out the last 31 tokens; the second reads them"]
     six = write_dataset(tmp_path / "six", {f"s{i}": cut(32 * (i + 4), base=i) for i in range(6)}, {})
-    assert epochs(six, "data.weights={s0:6,s1:5,s2:4,s3:3,s4:2,s5:1}")[0].endswith(" … s5 1.38, the least of 6")
+    assert epochs(six, "data.weights={s0:6,s1:5,s2:4,s3:3,s4:2,s5:1}")[0].endswith(" … s5 1.38, the lowest of 6")
     packed = dataclasses.replace(one, policy={"packing": "official_row", "row_tokens": 32})
     documents = one.splits["train"][0].documents
     assert epochs(packed) == [f"{240 / documents:.3g} over {documents} rows"]

@@ -12,7 +12,7 @@ from ssa_pretrain.config import Config, WandbMode
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row, TrainingRows
 from ssa_pretrain.engine import EvaluationResult
-from ssa_pretrain.flops import row_flops
+from ssa_pretrain.planning.flops import row_flops
 from ssa_pretrain.trainer import (
     combine,
     continued,

@@ -87,9 +87,7 @@ def row_flops(
         vocab_size: V where the model's is the tokenizer's; padding is not work.
     """
     tokens, layers = sum(document_lengths), model.num_layers
-    width = model.num_attention_heads * model.head_dim
-    gate = model.num_attention_heads if attention.gate else 0
-    qkv = width + 2 * model.num_kv_heads * model.head_dim + gate
+    width, qkv = model.query_width, model.qkv_width(gate=attention.gate)
     weights = model.hidden_size * (qkv + width + 3 * model.ffn_hidden_size)
     full = sum(causal_pairs(length) for length in document_lengths)
     sparse = sum(sparse_pairs(length, attention.block_size, attention.top_k) for length in document_lengths)
