@@ -33,8 +33,8 @@ from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict,
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.devices import has_gpu
 from ssa_pretrain.ds_config import ds_config
-from ssa_pretrain.environment import PACKAGES
 from ssa_pretrain.explain import explain
+from ssa_pretrain.monitor.environment import PACKAGES
 from ssa_pretrain.outlook import outlook
 from ssa_pretrain.planning import describe, make_plan
 from ssa_pretrain.problems import SECRET, ConfigError, Problem

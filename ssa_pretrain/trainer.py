@@ -28,21 +28,21 @@ from ssa_pretrain.data.errors import DataError
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, EvaluationResult, StepResult, build_engine
-from ssa_pretrain.environment import add_start, versions
 from ssa_pretrain.flops import peak_flops, row_flops
-from ssa_pretrain.log import Console, banner, end_line, save_line, stamped
-from ssa_pretrain.metrics import FILE_NAME, MetricsLogger, evaluations
+from ssa_pretrain.monitor.console import Console, banner, end_line, save_line, stamped
+from ssa_pretrain.monitor.environment import add_start, versions
+from ssa_pretrain.monitor.metrics import FILE_NAME, MetricsLogger, evaluations
+from ssa_pretrain.monitor.profiling import profiled
+from ssa_pretrain.monitor.tracking import Tracker, lacks, provenance, start_tracking
 from ssa_pretrain.parallel.agreement import on_first, ranks_without, unlike_first
 from ssa_pretrain.parallel.interruption import Interrupted, Interruption
 from ssa_pretrain.parallel.routing import needs_equal_microbatches
 from ssa_pretrain.parallel.state import Placement, joined
 from ssa_pretrain.planning import Plan, make_plan
 from ssa_pretrain.problems import ConfigError, Problem
-from ssa_pretrain.profiling import profiled
 from ssa_pretrain.rules import warning
 from ssa_pretrain.run_folder import claim, leave_sign, release, sees, shortage
 from ssa_pretrain.schedule import learning_rate
-from ssa_pretrain.tracking import Tracker, lacks, provenance, start_tracking
 from ssa_pretrain.weights import find_weights
 
 MODES = ("full", "sparse")

@@ -29,8 +29,8 @@ import yaml
 
 from ssa_pretrain.config import Config, ModelConfig, ParallelConfig, PrecisionName
 from ssa_pretrain.devices import has_gpu
-from ssa_pretrain.environment import versions
 from ssa_pretrain.flops import peak_flops
+from ssa_pretrain.monitor.environment import versions
 from ssa_pretrain.planning import parameters
 from ssa_pretrain.process import quieten_libraries
 from ssa_pretrain.settings.output import pipe_may_close

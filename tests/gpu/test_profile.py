@@ -4,7 +4,7 @@ import pytest
 from small_model import VOCAB, random_batches, small_config
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method
-from ssa_pretrain.profiling import breakdown, profiled, read_trace
+from ssa_pretrain.monitor.profiling import breakdown, profiled, read_trace
 
 pytestmark = pytest.mark.gpu
 PARTS = (

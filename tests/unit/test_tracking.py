@@ -1,4 +1,4 @@
-"""ssa_pretrain/tracking.py against the real W&B client: offline files read back, servers that are away, broken or mute, secrets."""
+"""ssa_pretrain/monitor/tracking.py against the real W&B client: offline files read back, servers that are away, broken or mute, secrets."""
 
 import json
 import os
@@ -27,11 +27,11 @@ from wandb_runs import (
     train_record,
 )
 
-from ssa_pretrain import tracking
 from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.tracking import HIDDEN, Tracker, flatten, provenance, redact, start_tracking
-from ssa_pretrain.tracking_process import STATE_FILE
+from ssa_pretrain.monitor import tracking
+from ssa_pretrain.monitor.tracking import HIDDEN, Tracker, flatten, provenance, redact, start_tracking
+from ssa_pretrain.monitor.tracking_process import STATE_FILE
 
 __all__ = ["no_account"]
 
@@ -293,11 +293,11 @@ def test_without_the_package_a_run_with_logging_off_imports_everything() -> None
     code = """
 import sys
 sys.modules["wandb"] = None
-import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.__main__, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report
-import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron, ssa_pretrain.tracking
+import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.__main__, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report.__main__
+import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron, ssa_pretrain.monitor.tracking
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig
-assert ssa_pretrain.tracking.start_tracking(WandbConfig(), name="x", folder=Path("x"), config={}, say=print) is None
+assert ssa_pretrain.monitor.tracking.start_tracking(WandbConfig(), name="x", folder=Path("x"), config={}, say=print) is None
 assert not any(name.split(".")[0] == "wandb" for name, module in sys.modules.items() if module)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

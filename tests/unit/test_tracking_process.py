@@ -1,4 +1,4 @@
-"""ssa_pretrain/tracking_process.py: whatever is killed, W&B has every step and every evaluation once."""
+"""ssa_pretrain/monitor/tracking_process.py: whatever is killed, W&B has every step and every evaluation once."""
 
 import json
 import signal
@@ -14,8 +14,8 @@ from wandb_runs import KEY, evaluation_record, history, no_account, offline, tra
 from wandb_server import serving
 
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.tracking import start_tracking
-from ssa_pretrain.tracking_process import STATE_FILE, History, State, read_state
+from ssa_pretrain.monitor.tracking import start_tracking
+from ssa_pretrain.monitor.tracking_process import STATE_FILE, History, State, read_state
 
 __all__ = ["no_account"]
 
@@ -23,8 +23,8 @@ TRAINING = """
 import json, os, sys, time
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.metrics import MetricsLogger
-from ssa_pretrain.tracking import start_tracking
+from ssa_pretrain.monitor.metrics import MetricsLogger
+from ssa_pretrain.monitor.tracking import start_tracking
 folder, mode, done, last, evaluates = Path(sys.argv[1]), WandbMode(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 settings = WandbConfig(mode=mode, project="p", entity="e")
 tracker = start_tracking(settings, name="x", folder=folder, config={}, say=print, step=done)
@@ -170,7 +170,7 @@ LEFT_BEHIND = """
 import os, signal, sys, time
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.tracking import start_tracking
+from ssa_pretrain.monitor.tracking import start_tracking
 tracker = start_tracking(WandbConfig(mode=WandbMode.offline), name="x", folder=Path(sys.argv[1]), config={}, say=print)
 tracker.log({"kind": "train", "step": 1, "tokens": 100, "loss": 1.0})
 helper = os.fork()

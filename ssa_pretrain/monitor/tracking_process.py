@@ -37,7 +37,7 @@ import wandb
 from google.protobuf.message import DecodeError
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
-from ssa_pretrain.tracking import STATE_FILE, flatten, redact, series
+from ssa_pretrain.monitor.tracking import STATE_FILE, flatten, redact, series
 
 START_SECONDS = 25
 LOG_SECONDS = 60

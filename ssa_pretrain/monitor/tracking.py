@@ -44,7 +44,7 @@ _CREDENTIAL = re.compile(
     r"\b[0-9a-f]{40}\b|\bwandb_v1_\w{20,}|\bhf_\w{20,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b"
     r"|\bsk-[\w-]{20,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
-_PROGRAM = "from ssa_pretrain.tracking_process import main; main()"
+_PROGRAM = "from ssa_pretrain.monitor.tracking_process import main; main()"
 
 
 def redact(value: Any) -> Any:

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ssa_pretrain.log import Console, evaluation_line, train_line
-from ssa_pretrain.tracking import Tracker
+from ssa_pretrain.monitor.console import Console, evaluation_line, train_line
+from ssa_pretrain.monitor.tracking import Tracker
 
 FILE_NAME = "metrics.jsonl"
 

@@ -1,4 +1,4 @@
-"""ssa_pretrain/log.py: lines that fit, numbers that read, a console that is plain in a pipe and silent where it should be."""
+"""ssa_pretrain/monitor/console.py: lines that fit, numbers that read, a console that is plain in a pipe and silent where it should be."""
 
 import io
 import re
@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.config import Timestamps
-from ssa_pretrain.log import (
+from ssa_pretrain.monitor.console import (
     MAX_COLUMNS,
     Console,
     banner,
-    compact,
-    duration,
     end_line,
     evaluation_line,
     save_line,
@@ -36,31 +34,6 @@ TRAIN = {
     "eta_seconds": 125.0,
 }
 EVALUATION = {"step": 100, "split": "heldout", "mode": "sparse", "cross_entropy": 5.5, "perplexity": 244.69, "rows": 64}
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (950, "950"),
-        (999.6, "1.00k"),
-        (8192, "8.19k"),
-        (16_384_000, "16.4M"),
-        (9.996e6, "10.0M"),
-        (1e11, "100B"),
-        (5e15, "5000T"),
-    ],
-)
-def test_compact(number: float, text: str) -> None:
-    assert compact(number) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(-3, "0s"), (59.4, "59s"), (59.6, "1m00s"), (248, "4m08s"), (7500, "2h05m"), (273_600, "3d04h")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_train_line_reads_as_written() -> None:
