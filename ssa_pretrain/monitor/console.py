@@ -141,7 +141,7 @@ class Console:
                 total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=self.stream, leave=False
             )
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Writes text, line by line."""
         if not self.enabled:
             return

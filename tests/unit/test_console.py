@@ -94,7 +94,7 @@ def test_timestamps_stand_before_every_line() -> None:
     assert stamped("a", Timestamps.datetime, now) == "2026-11-29 04:05:06 a"
     stream = io.StringIO()
     with Console(total_steps=3, stream=stream, timestamps=Timestamps.datetime) as console:
-        console.say("one\ntwo")
+        console.print("one\ntwo")
     assert re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (one|two)\n){2}", stream.getvalue())
 
 
@@ -106,7 +106,7 @@ def test_console_in_a_pipe_is_plain() -> None:
     stream = io.StringIO()
     with Console(total_steps=3, stream=stream) as console:
         for step in (1, 2, 3):
-            console.say(f"line {step}")
+            console.print(f"line {step}")
             console.advance(step)
     assert stream.getvalue() == "line 1\nline 2\nline 3\n"
 
@@ -121,7 +121,7 @@ class Terminal(io.StringIO):
 def test_console_on_a_terminal_draws_a_bar_under_the_lines() -> None:
     stream = Terminal()
     with Console(total_steps=4, first_step=2, stream=stream) as console:
-        console.say("a line")
+        console.print("a line")
         console.advance(4)
         console.close()
     text = stream.getvalue()
@@ -132,6 +132,6 @@ def test_console_on_a_terminal_draws_a_bar_under_the_lines() -> None:
 def test_disabled_console_says_nothing() -> None:
     stream = Terminal()
     with Console(total_steps=4, enabled=False, stream=stream) as console:
-        console.say("a line")
+        console.print("a line")
         console.advance(1)
     assert stream.getvalue() == ""

@@ -11,7 +11,7 @@ import pytest
 
 from ssa_pretrain.config import Config, Method
 from ssa_pretrain.config_io import save_config
-from ssa_pretrain.monitor.environment import add_start
+from ssa_pretrain.monitor.environment import record_start
 from ssa_pretrain.report.__main__ import main, table
 from ssa_pretrain.report.page import page
 from ssa_pretrain.report.summary import ReportError, read_summary
@@ -252,8 +252,8 @@ def test_a_record_that_lacks_something_is_named_by_its_line(
 
 def test_the_report_says_where_a_run_was_started_last_and_nothing_where_that_is_unknown(run: Path) -> None:
     assert "ran on" not in table(read_summary(run))
-    add_start(run, step=0, device="CPU", processes=1)
-    add_start(run, step=5, device="NVIDIA H200", processes=2)
+    record_start(run, step=0, device="CPU", processes=1)
+    record_start(run, step=5, device="NVIDIA H200", processes=2)
     with (run / "environment.jsonl").open("a") as file:
         file.write('{"step": 9, "started": "cut off by a ki')
     text = table(read_summary(run))
