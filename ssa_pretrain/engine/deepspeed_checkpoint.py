@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.engine.deepspeed_setup import environment_of_a_converter
-from ssa_pretrain.log import stamped
+from ssa_pretrain.monitor.console import stamped
 from ssa_pretrain.parallel.agreement import on_first
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.weights import WeightsError

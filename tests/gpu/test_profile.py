@@ -3,7 +3,7 @@
 import pytest
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method
-from ssa_pretrain.profiling import breakdown, profiled, read_trace
+from ssa_pretrain.monitor.profiling import breakdown, profiled, read_trace
 from support.small_model import VOCAB, random_batches, small_config
 
 pytestmark = pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""ssa_pretrain/metrics.py: a file without gaps, duplicates or torn lines through kills and resumes; speed by a given clock."""
+"""ssa_pretrain/monitor/metrics.py: a file without gaps, duplicates or torn lines through kills and resumes; speed by a given clock."""
 
 import io
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain.log import Console
-from ssa_pretrain.metrics import (
+from ssa_pretrain.monitor.console import Console
+from ssa_pretrain.monitor.metrics import (
     FILE_NAME,
     MetricsLogger,
     Speed,
@@ -267,7 +267,7 @@ def test_perplexity_overflows_to_infinity() -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from ssa_pretrain.metrics import MetricsLogger
+from ssa_pretrain.monitor.metrics import MetricsLogger
 metrics = MetricsLogger(Path(sys.argv[1]), total_steps=10**9, tokens_per_step=1, resume_step=int(sys.argv[2]), interval=10**9)
 print("ready", flush=True)
 for step in range(int(sys.argv[2]) + 1, 10**9):

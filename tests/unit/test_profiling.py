@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ssa_pretrain.profiling import OPTIMIZER_RANGE, breakdown, part_of, profiled, read_trace, table
+from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE, breakdown, part_of, profiled, read_trace, table
 
 
 def kernel(name: str, begin: float, duration: float, correlation: int = 0, cat: str = "kernel") -> dict:

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ssa_pretrain.log import Console, evaluation_line, train_line
-from ssa_pretrain.tracking import Tracker
+from ssa_pretrain.monitor.console import Console, evaluation_line, train_line
+from ssa_pretrain.monitor.tracking import Tracker
 
 FILE_NAME = "metrics.jsonl"
 
@@ -212,7 +212,7 @@ class MetricsLogger:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / FILE_NAME
             if damage := set_aside_damage(path):
-                self.console.say(damage)
+                self.console.print(damage)
             keep_until(path, resume_step)
             for record in read_records(path) if path.exists() else ():
                 self._note(record)
@@ -243,7 +243,7 @@ class MetricsLogger:
         self._write(full)
         step = full["step"]
         if step % self.interval == 0 or step in (1, self.total_steps):
-            self.console.say(train_line(full, self.total_steps))
+            self.console.print(train_line(full, self.total_steps))
         self.console.advance(step)
 
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
@@ -257,7 +257,7 @@ class MetricsLogger:
         full = {"kind": "evaluation", **record}
         full.setdefault("perplexity", perplexity(full["cross_entropy"]))
         self._write(full)
-        self.console.say(evaluation_line(full))
+        self.console.print(evaluation_line(full))
         self.speed.pause()
 
     def pause(self) -> None:
@@ -299,12 +299,12 @@ class MetricsLogger:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
             if not late:
-                self.console.say(
+                self.console.print(
                     f"{FILE_NAME} cannot be written ({error.strerror}); training goes on, and its records wait in memory"
                 )
             return
         if late:
-            self.console.say(f"{FILE_NAME} can be written again, and has all records")
+            self.console.print(f"{FILE_NAME} can be written again, and has all records")
 
     def _note(self, record: Mapping[str, Any]) -> None:
         """Shows a record of the file to what else wants to know of it."""

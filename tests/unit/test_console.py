@@ -1,4 +1,4 @@
-"""ssa_pretrain/log.py: lines that fit, numbers that read, a console that is plain in a pipe and silent where it should be."""
+"""ssa_pretrain/monitor/console.py: lines that fit, numbers that read, a console that is plain in a pipe and silent where it should be."""
 
 import io
 import re
@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.config import Timestamps
-from ssa_pretrain.log import (
+from ssa_pretrain.monitor.console import (
     MAX_COLUMNS,
     Console,
     banner,
-    compact,
-    duration,
     end_line,
     evaluation_line,
     save_line,
@@ -36,31 +34,6 @@ TRAIN = {
     "eta_seconds": 125.0,
 }
 EVALUATION = {"step": 100, "split": "heldout", "mode": "sparse", "cross_entropy": 5.5, "perplexity": 244.69, "rows": 64}
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (950, "950"),
-        (999.6, "1.00k"),
-        (8192, "8.19k"),
-        (16_384_000, "16.4M"),
-        (9.996e6, "10.0M"),
-        (1e11, "100B"),
-        (5e15, "5000T"),
-    ],
-)
-def test_compact(number: float, text: str) -> None:
-    assert compact(number) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(-3, "0s"), (59.4, "59s"), (59.6, "1m00s"), (248, "4m08s"), (7500, "2h05m"), (273_600, "3d04h")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_train_line_reads_as_written() -> None:
@@ -121,7 +94,7 @@ def test_timestamps_stand_before_every_line() -> None:
     assert stamped("a", Timestamps.datetime, now) == "2026-11-29 04:05:06 a"
     stream = io.StringIO()
     with Console(total_steps=3, stream=stream, timestamps=Timestamps.datetime) as console:
-        console.say("one\ntwo")
+        console.print("one\ntwo")
     assert re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (one|two)\n){2}", stream.getvalue())
 
 
@@ -133,7 +106,7 @@ def test_console_in_a_pipe_is_plain() -> None:
     stream = io.StringIO()
     with Console(total_steps=3, stream=stream) as console:
         for step in (1, 2, 3):
-            console.say(f"line {step}")
+            console.print(f"line {step}")
             console.advance(step)
     assert stream.getvalue() == "line 1\nline 2\nline 3\n"
 
@@ -148,7 +121,7 @@ class Terminal(io.StringIO):
 def test_console_on_a_terminal_draws_a_bar_under_the_lines() -> None:
     stream = Terminal()
     with Console(total_steps=4, first_step=2, stream=stream) as console:
-        console.say("a line")
+        console.print("a line")
         console.advance(4)
         console.close()
     text = stream.getvalue()
@@ -159,6 +132,6 @@ def test_console_on_a_terminal_draws_a_bar_under_the_lines() -> None:
 def test_disabled_console_says_nothing() -> None:
     stream = Terminal()
     with Console(total_steps=4, enabled=False, stream=stream) as console:
-        console.say("a line")
+        console.print("a line")
         console.advance(1)
     assert stream.getvalue() == ""
