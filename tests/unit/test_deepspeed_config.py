@@ -112,7 +112,7 @@ def test_extra_contradicts_nothing(extra: str, line: str) -> None:
         ),
         (
             ("deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true", "precision.grad_reduce_in_fp32=false"),
-            "deepspeed.offload_optimizer=true moves what a ZeRO stage shards, and deepspeed.zero_stage=0 shards nothing; "
+            "deepspeed.offload_optimizer=true needs sharded optimizer states, but deepspeed.zero_stage=0 shards nothing; "
             "try deepspeed.zero_stage=2",
         ),
         (
