@@ -84,8 +84,8 @@ def test_documents_are_counted_apart() -> None:
 def test_mfu_counts_one_stream_and_what_ssa_adds_stands_beside() -> None:
     ssa, full, moba = (flops(experiment(f"experiment={name}_1b_8k")) for name in ("ssa", "full", "moba"))
     assert ssa.model == full.model
-    assert ssa.beside == pytest.approx(3 * (ssa.sparse_attention + ssa.alignment) + ssa.selection)
-    assert full.beside == 3 * full.alignment == 3 * 8192 * 2048 * 16  # its gate
+    assert ssa.overhead == pytest.approx(3 * (ssa.sparse_attention + ssa.alignment) + ssa.selection)
+    assert full.overhead == 3 * full.alignment == 3 * 8192 * 2048 * 16  # its gate
     assert moba.full_attention == 0
     assert moba.model == 3 * (moba.linear + moba.logits + moba.sparse_attention)
     assert moba.sparse_attention == ssa.sparse_attention

@@ -135,7 +135,7 @@ def test_context_parallel_ranks_hold_their_tokens_and_all_keys() -> None:
     table = describe(config, make_plan(config, 8))
     assert "8 processes = tp 1 x pp 1 x cp 4 x dp 2" in table
     assert "ranks 4-7     replica 1, stage 0" in table
-    held = "a rank has 8,192 of a microbatch's 32,768 queries and all keys"
+    held = "a rank holds 8,192 of a microbatch's 32,768 queries and all keys"
     assert f"{held}: 16.0 MiB gathered and 32.0 MiB of gradients reduced per layer" in table
 
 
