@@ -1,7 +1,6 @@
-"""The ratios that are reported and what they must reach.
+"""The ratios that are reported, and their goals.
 
-Goals are those of the project on one H200 or H100 with the 1B model; on another device or model
-ratios are shown without them.
+The goals hold for the 1B model on one H200 or H100. On other models and devices ratios are printed without them.
 """
 
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ class Goal:
 
     Attributes:
         label: as in the table.
-        over, under: names of the variants.
-        of: "speed" (tokens/s of `over` by that of `under`), "memory" (peaks) or "time" (ms).
-        must, aim: what the ratio has to reach; None: reported only.
+        over, under: names of the variants, numerator and denominator.
+        of: what is divided: "speed" (tokens/s), "memory" (peak) or "time" (ms).
+        must, aim: what the ratio has to reach and what it should reach; None: only reported.
     """
 
     label: str
