@@ -1,4 +1,4 @@
-"""The configuration tree: conversion of plain values, what each section says of itself, saving and loading."""
+"""The configuration tree: conversion of plain values, the problems of each section, saving and loading."""
 
 import dataclasses
 from enum import Enum
@@ -188,7 +188,7 @@ def test_all_problems_come_at_once() -> None:
         ("seed", -1, "seed=-1 must lie in 0 to 4294967295; try 1234"),
     ],
 )
-def test_a_section_says_what_is_wrong_with_it(key: str, value: object, message: str) -> None:
+def test_a_section_reports_its_problems(key: str, value: object, message: str) -> None:
     tree = nested(key, value)
     training = {"steps": 10, "global_batch_tokens": 512} | tree.get("training", {})
     config, problems = config_from_dict(tree | {"training": training})
@@ -256,7 +256,7 @@ def test_saved_yaml_is_plain(tmp_path: Path) -> None:
     assert not any(isinstance(leaf, Enum) for leaf in leaves(config_to_dict(config)))
 
 
-def test_loading_what_is_no_configuration_says_so(tmp_path: Path) -> None:
+def test_loading_what_is_not_a_configuration_fails(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("- a list\n")
     with pytest.raises(ConfigError, match=r"config\.yaml does not hold a configuration"):

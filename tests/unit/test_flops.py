@@ -17,7 +17,7 @@ def flops(config: Config, lengths: list[int] | None = None) -> RowFlops:
 
 
 def test_the_1b_model_at_8k_by_hand() -> None:
-    """Llama 1B: per token 2 operations a weight, the vocabulary once; causal attention over (T + 1) / 2 keys on average."""
+    """Llama 1B: per token 2 operations per weight, the vocabulary once; causal attention over (T + 1) / 2 keys on average."""
     row = flops(experiment("experiment=full_1b_8k"))
     layer = 2048 * (32 * 64) + 2 * 2048 * (2 * 64) + 2048 * 32 + (32 * 64) * 2048 + 3 * 2048 * 8192
     assert row.linear == 8192 * 16 * 2 * layer == 8192 * 16 * 2 * 59_310_080
@@ -28,7 +28,7 @@ def test_the_1b_model_at_8k_by_hand() -> None:
     assert row.model / 8192 == pytest.approx(8.881e9, rel=1e-3)
 
 
-def test_the_count_agrees_with_a_published_measurement_s_arithmetic() -> None:
+def test_the_count_agrees_with_a_published_measurement() -> None:
     """Plain GPTModel, 1B, 8k: 54.4k tokens/s were counted as 483 TFLOP/s with causal attention."""
     row = flops(experiment("experiment=full_1b_8k", "attention.gate=false"))
     assert 54.4e3 * row.model / 8192 == pytest.approx(483e12, rel=2e-3)
@@ -71,7 +71,7 @@ def test_context_parallel_ranks_share_the_pairs() -> None:
         assert context_pairs(lengths, cp) == wanted
 
 
-def test_documents_are_counted_apart() -> None:
+def test_each_document_is_counted_separately() -> None:
     config = experiment("experiment=ssa_1b_8k")
     whole, halves = flops(config, [8192]), flops(config, [4096, 4096])
     assert halves.linear == whole.linear
@@ -81,7 +81,7 @@ def test_documents_are_counted_apart() -> None:
     assert halves.selection == 2 * one.selection
 
 
-def test_mfu_counts_one_stream_and_what_ssa_adds_stands_beside() -> None:
+def test_mfu_counts_one_stream_and_ssa_s_overhead_is_separate() -> None:
     ssa, full, moba = (flops(experiment(f"experiment={name}_1b_8k")) for name in ("ssa", "full", "moba"))
     assert ssa.model == full.model
     assert ssa.overhead == pytest.approx(3 * (ssa.sparse_attention + ssa.alignment) + ssa.selection)
@@ -89,7 +89,7 @@ def test_mfu_counts_one_stream_and_what_ssa_adds_stands_beside() -> None:
     assert moba.full_attention == 0
     assert moba.model == 3 * (moba.linear + moba.logits + moba.sparse_attention)
     assert moba.sparse_attention == ssa.sparse_attention
-    # 15 whole blocks and half of the own one, but for a document's first 240 tokens, of 4,096.5 keys.
+    # 15 whole blocks and half of the own block, of 4,096.5 keys; the first 240 tokens of a document read fewer.
     assert ssa.sparse_attention / ssa.full_attention == pytest.approx((15 * 16 + 8.5) / 4096.5, rel=0.02)
 
 
