@@ -109,27 +109,6 @@ def causal_pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def context_pairs(document_lengths: Sequence[int], cp: int) -> list[int]:
-    """Returns the number of pairs that each context-parallel rank computes for the full stream. They sum up to that of one process.
-
-    Rank i has chunks i and 2 * cp - 1 - i of the packed tokens. With one document per row all ranks have the same number. With many, the largest
-    number over the mean is the slowdown of the full stream.
-
-    Args:
-        document_lengths: tokens of each document of the microbatch, in order. Their sum is a multiple of 2 * cp.
-        cp: context-parallel degree.
-    """
-    chunk = sum(document_lengths) // (2 * cp)
-    pairs, first = [0] * cp, 0
-    for length in document_lengths:
-        for number in range(first // chunk, -(-(first + length) // chunk)):
-            rank = min(number, 2 * cp - 1 - number)
-            begin, end = max(number * chunk - first, 0), min((number + 1) * chunk - first, length)
-            pairs[rank] += causal_pairs(end) - causal_pairs(begin)
-        first += length
-    return pairs
-
-
 def sparse_pairs(length: int, block_size: int, top_k: int) -> int:
     """Returns the number of pairs of a document's sparse stream: a query's own block up to itself, and up to top_k - 1 earlier blocks."""
     blocks, rest = divmod(length, block_size)

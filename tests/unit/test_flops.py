@@ -5,7 +5,7 @@ import pytest
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import AttentionConfig, Config, ModelConfig, PrecisionName
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.planning.flops import RowFlops, causal_pairs, context_pairs, peak_flops, row_flops, sparse_pairs
+from ssa_pretrain.planning.flops import RowFlops, causal_pairs, peak_flops, row_flops, sparse_pairs
 
 
 def experiment(*overrides: str) -> Config:
@@ -55,20 +55,6 @@ def test_pairs_by_brute_force(length: int, block_size: int, top_k: int) -> None:
     row = row_flops(ModelConfig(num_attention_heads=4, num_kv_heads=2, head_dim=32), attention, [length], 4096)
     means, logits_and_softmax = length * 2 * 32, candidates * 4 * (2 * 32 + 3)
     assert row.selection == 4 * (means + logits_and_softmax)
-
-
-def test_context_parallel_ranks_share_the_pairs() -> None:
-    for cp in (1, 2, 4):
-        for rows in ([256], [256, 256], [256] * 3):
-            shares = context_pairs(rows, cp)
-            assert shares == [sum(map(causal_pairs, rows)) // cp] * cp
-        lengths = [1, 100, 27, 128, 60, 1, 67]  # 384 tokens: by counting every query of every rank
-        places = [place for length in lengths for place in range(length)]
-        chunk = len(places) // (2 * cp)
-        wanted = [0] * cp
-        for token, place in enumerate(places):
-            wanted[min(token // chunk, 2 * cp - 1 - token // chunk)] += place + 1
-        assert context_pairs(lengths, cp) == wanted
 
 
 def test_each_document_is_counted_separately() -> None:
