@@ -80,31 +80,38 @@ def write_ratios(folder: Path, results: Mapping[str, Result]) -> str:
     found = [
         (goal if _has_goals(results[goal.over]) else replace(goal, must=None, aim=None), value) for goal, value in found
     ]
+    text = "\n".join([*_ratio_lines(found), "", *_result_lines(results)]) + "\n"
+    (folder / TABLE).write_text(text, encoding="utf-8")
+    _plot(folder / PLOT, found)
+    return text
+
+
+def _ratio_lines(found: Sequence[tuple[Goal, float]]) -> list[str]:
+    """The table of ratios with their goals."""
     lines = ["| ratio | measured | must | aim | |", "|---|---|---|---|---|"]
     for goal, value in found:
         sign = "≤" if goal.of in SMALLER_IS_BETTER else "≥"
         must, aim = (f"{sign} {limit:g}" if limit is not None else "" for limit in (goal.must, goal.aim))
         lines.append(f"| {goal.label} | {value:.3f} | {must} | {aim} | {verdict(goal, value)} |")
-    lines += [
-        "",
-        "| variant | ms | tokens/s per GPU | TFLOP/s per GPU | MFU | peak, GiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    return lines
+
+
+def _result_lines(results: Mapping[str, Result]) -> list[str]:
+    """The table of results, with device, versions and command of the newest."""
+    lines = ["| variant | ms | tokens/s per GPU | TFLOP/s per GPU | MFU | peak, GiB |", "|---|---|---|---|---|---|"]
     for result in results.values():
-        cells = [
+        cells = (
             f"{result.ms:.2f}",
-            _shown(result.tokens_per_second_per_gpu, ",.0f"),
-            _shown(result.model_tflops_per_gpu, ".0f"),
-        ]
-        cells += [_shown(result.mfu, ".1%"), _shown(result.peak_gib, ".1f")]
+            _cell(result.tokens_per_second_per_gpu, ",.0f"),
+            _cell(result.model_tflops_per_gpu, ".0f"),
+            _cell(result.mfu, ".1%"),
+            _cell(result.peak_gib, ".1f"),
+        )
         lines.append(f"| {result.variant} | {' | '.join(cells)} |")
     if results:
         last = list(results.values())[-1]
         lines += ["", f"{last.world_size} x {last.device}; {last.versions}.", f"`{last.command}`"]
-    text = "\n".join(lines) + "\n"
-    (folder / TABLE).write_text(text, encoding="utf-8")
-    _plot(folder / PLOT, found)
-    return text
+    return lines
 
 
 def _has_goals(result: Result) -> bool:
@@ -112,7 +119,7 @@ def _has_goals(result: Result) -> bool:
     return result.model == "llama_1b" and ("H100" in result.device or "H200" in result.device)
 
 
-def _shown(value: float | None, form: str) -> str:
+def _cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 

@@ -116,7 +116,7 @@ def test_all_problems_come_at_once() -> None:
         ("model.num_layers", 0, "model.num_layers=0 must be at least 1; try 1"),
         ("model.hidden_size", -8, "model.hidden_size=-8 must be at least 1; try 1"),
         ("model.vocab_size", -1, "model.vocab_size=-1 must be at least 0; try 0"),
-        ("model.head_dim", 33, "model.head_dim=33 must be even: RoPE turns pairs; try 32 or 34"),
+        ("model.head_dim", 33, "model.head_dim=33 must be even: RoPE rotates pairs; try 32 or 34"),
         ("model.num_kv_heads", 3, "model.num_kv_heads=3 must divide model.num_attention_heads=4; try 2 or 4"),
         ("model.rope_theta", 0.0, "model.rope_theta=0.0 must be above 0; try 500000.0"),
         ("model.norm_eps", -1e-5, "model.norm_eps=-1e-05 must be above 0; try 1e-05"),

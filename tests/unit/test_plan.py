@@ -185,7 +185,7 @@ def test_coordinates_are_megatron_core_s() -> None:
             None,
             r"world_size=3 must be a multiple",
         ),
-        (("experiment=quickstart",), 1, None, r"model\.vocab_size=0 is the tokenizer's, and no data was found"),
+        (("experiment=quickstart",), 1, None, r"model\.vocab_size=0 is the tokenizer's, but no data was found"),
     ],
 )
 def test_an_impossible_plan_is_rejected_with_the_reason(
