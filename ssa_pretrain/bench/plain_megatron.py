@@ -35,8 +35,8 @@ class PlainModel:
         low = config.precision.name is not PrecisionName.fp32
         self.length, self.device = config.data.sequence_length, placement.device
         core = _core_config(config, fused=fused, low=low)
-        spec = get_gpt_layer_with_transformer_engine_spec if fused else get_gpt_layer_local_spec
-        layer = spec() if fused else spec(normalization="RMSNorm")
+        local = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer = get_gpt_layer_with_transformer_engine_spec() if fused else local
         model: torch.nn.Module = GPTModel(
             config=core,
             transformer_layer_spec=layer,
@@ -45,7 +45,7 @@ class PlainModel:
             parallel_output=True,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
-            rotary_base=config.model.rope_theta,
+            rotary_base=config.model.rope_theta,  # pyright: ignore[reportArgumentType]: core takes any number
             pg_collection=placement.groups,
         ).to(placement.device)
         if low:
