@@ -35,8 +35,10 @@ class PlainModel:
         low = config.precision.name is not PrecisionName.fp32
         self.length, self.device = config.data.sequence_length, placement.device
         core = _core_config(config, fused=fused, low=low)
-        local = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer = get_gpt_layer_with_transformer_engine_spec() if fused else local
+        if fused:
+            layer = get_gpt_layer_with_transformer_engine_spec()
+        else:
+            layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         model: torch.nn.Module = GPTModel(
             config=core,
             transformer_layer_spec=layer,
