@@ -29,7 +29,7 @@ import yaml
 
 from ssa_pretrain.config import Config, ModelConfig, ParallelConfig, PrecisionName
 from ssa_pretrain.config.machine import has_gpu
-from ssa_pretrain.environment import versions
+from ssa_pretrain.monitor.environment import versions
 from ssa_pretrain.planning.flops import peak_flops
 from ssa_pretrain.planning.memory import count_parameters
 from ssa_pretrain.process import quieten_libraries

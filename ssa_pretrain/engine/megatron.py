@@ -39,10 +39,10 @@ from ssa_pretrain.engine.pending import PendingStep
 from ssa_pretrain.engine.user_buffers import start_user_buffers
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import build_model
+from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.routing import counterpart_factor, counterpart_spans, main_stream
 from ssa_pretrain.parallel.state import Placement
-from ssa_pretrain.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.weights import find_weights
 
 

@@ -135,7 +135,7 @@ def test_the_kernels_folder_does_not_pass_for_the_package_of_that_name() -> None
 
 
 def test_the_report_and_the_metrics_need_no_torch() -> None:
-    code = "import sys, ssa_pretrain.report, ssa_pretrain.metrics; print([m for m in ('torch', 'megatron', 'hydra') if m in sys.modules])"
+    code = "import sys, ssa_pretrain.report.__main__, ssa_pretrain.report.compare; print([m for m in ('torch', 'megatron', 'hydra', 'matplotlib') if m in sys.modules])"
     assert isolated(code, "1").stdout.strip() == "[]"
 
 

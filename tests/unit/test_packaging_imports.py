@@ -34,8 +34,8 @@ def users(name: str) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("wandb", ["ssa_pretrain/tracking_process.py"]),
-        ("ssa_pretrain.tracking_process", []),
+        ("wandb", ["ssa_pretrain/monitor/tracking_process.py"]),
+        ("ssa_pretrain.monitor.tracking_process", []),
         (
             "hydra",
             [

@@ -1,19 +1,20 @@
-"""Charts as SVG text: lines over a common x axis, and a heat map. Pure functions of numbers, no plotting library.
+"""Charts as SVG text: lines over a common x axis, a heat map, and a histogram. Pure functions of numbers, no plotting library.
 
-Colours are classes, not values: the page's style sheet gives them, once for light and once for dark. Each point within reach of a pointer
-carries a `<title>` with its values, which browsers show on hover. Axis ticks fall on 1, 2, 2.5 or 5 times a power of ten.
+Colours are CSS classes. style.css defines them, once for light and once for dark. Points, cells and bars carry a `<title>` with their values,
+which browsers show on hover. Axis ticks fall on 1, 2, 2.5 or 5 times a power of ten.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from ssa_pretrain.log import compact
+from ssa_pretrain.settings.quantities import compact
 
-WIDE, HALF = 1060, 500  # pixels that a drawing has on the page, so that its letters come out as large as the text
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 26, 28
+WIDE, HALF = 1060, 500  # a drawing's width on the page in pixels: at that scale its letters are as large as the text
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 26, 28  # margins for labels, pixels
 MAX_POINTS = 400
+COLOURS = "abcdef"  # classes of style.css, by the index of a series
 
 Points = Sequence[tuple[float, float]]
 
@@ -23,12 +24,12 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        name: what the legend calls it.
+        name: shown in the legend.
         points: (x, y) in increasing x.
         style: CSS class of its colour.
-        faint: drawn thin and without a name, as the background of a smoothed line.
-        marks: radius of a dot at every point, for lines of few points; 0: none. Of two lines that coincide, the lower one shows as a ring.
-        dashed: broken, for a line that something is compared with.
+        faint: drawn thin and left out of the legend, as the background of a smoothed line.
+        marks: radius of a dot at every point, for lines with few points; 0: none. If two lines coincide, larger dots show as rings.
+        dashed: for a reference line.
     """
 
     name: str
@@ -46,8 +47,8 @@ class Axis:
     Attributes:
         low, high: values at the ends.
         start, end: pixels at the ends.
-        log: decades instead of differences.
-        ticks: values that get a mark.
+        log: logarithmic.
+        ticks: values that get a label.
     """
 
     low: float
@@ -58,14 +59,14 @@ class Axis:
     ticks: list[float] = field(default_factory=list)
 
     def at(self, value: float) -> float:
-        """The pixel of a value."""
+        """Returns the pixel of a value."""
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         value = math.log10(max(value, self.low)) if self.log else value
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round values from at most `low` to at least `high`."""
+    """Returns about `count` round values. The first is at most `low`, the last at least `high`."""
     if high <= low:
         high = low + (abs(low) or 1.0) * 0.1
     raw = (high - low) / count
@@ -76,7 +77,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten that enclose the values; with 2 and 5 between them where there are few."""
+    """Returns powers of ten that enclose the values. Over at most two decades, 2 and 5 times each power are added."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     last = max(last, first + 1)
     steps = (1, 2, 5) if last - first <= 2 else (1,)
@@ -87,11 +88,11 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def smooth(points: Points, share: float = 0.05) -> list[tuple[float, float]]:
-    """Means over a window around each point that shrinks towards both ends, so that a falling line is not drawn late.
+    """Returns the mean over a centred window at each point. The window shrinks towards both ends, so that a falling line is not delayed.
 
     Args:
         points: (x, y) in increasing x.
-        share: the window, as a part of all points.
+        share: size of the window as a fraction of all points.
     """
     half, sums = max(1, round(len(points) * share / 2)), [0.0]
     for _, y in points:
@@ -104,7 +105,7 @@ def smooth(points: Points, share: float = 0.05) -> list[tuple[float, float]]:
 
 
 def thin(points: Points, most: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most `most` + 1 of the points, evenly, the last one always."""
+    """Returns at most `most` + 1 evenly spaced points, always including the last one."""
     step = max(1, math.ceil(len(points) / most))
     kept = list(points[::step])
     return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
@@ -121,15 +122,15 @@ def line_chart(
     width: int = HALF,
     height: int = 250,
 ) -> str:
-    """An SVG of lines over a common x axis, without a legend (`legend` makes it).
+    """Returns an SVG of lines over a common x axis, empty if no line has points. `legend` makes its legend.
 
     Args:
         lines: drawn in order; those without points are left out.
-        title: what a screen reader says.
+        title: text for screen readers.
         y_name: unit of the y axis, written at its top.
         x_name: unit of the x axis.
         log: logarithmic y axis; values at or below zero are left out.
-        y_text: how a y value is written.
+        y_text: formats a y value.
         width, height: of the drawing, pixels.
     """
     drawn = [(line, [p for p in thin(line.points) if not log or p[1] > 0]) for line in lines]
@@ -149,97 +150,158 @@ def line_chart(
 
 
 def heat_map(
-    rows: Sequence[Points],
+    bands: Sequence[Points],
     *,
     title: str,
     low: float = 0.0,
     high: float = 1.0,
     x_name: str = "tokens",
-    row_name: str = "layer",
+    band_name: str = "layer",
     width: int = HALF,
     columns: int = 60,
 ) -> str:
-    """An SVG with one band a row, time to the right, the value as the strength of one colour, the last value in figures.
+    """Returns an SVG of horizontal bands. Strength of colour shows the value over x; the last value stands at a band's end as a number.
 
     Args:
-        rows: for each row (x, value); all over the same x range.
-        title: what a screen reader says.
+        bands: (x, value) of each band, all over the same x range.
+        title: text for screen readers.
         low, high: values of the weakest and the strongest colour.
         x_name: unit of the x axis.
-        row_name: what a row is.
+        band_name: what a band is.
         width: of the drawing, pixels.
-        columns: cells a row; a cell is the mean of the values in it.
+        columns: cells per band; a cell shows the mean of its values.
     """
-    rows = [row for row in rows if row]
-    if not rows:
+    bands = [points for points in bands if points]
+    if not bands:
         return ""
-    band = max(12.0, min(30.0, 260 / len(rows)))
-    height = round(TOP + BOTTOM + band * len(rows))
-    first, last = min(row[0][0] for row in rows), max(row[-1][0] for row in rows)
+    thickness = max(12.0, min(30.0, 260 / len(bands)))
+    height = round(TOP + BOTTOM + thickness * len(bands))
+    first, last = min(points[0][0] for points in bands), max(points[-1][0] for points in bands)
     last = max(last, first + 1)
     x = Axis(
         first, last, LEFT, width - 52, ticks=[t for t in nice_ticks(first, last, width // 90) if first <= t <= last]
     )
     body, cell = [], (x.end - x.start) / columns
-    for index, row in enumerate(rows):
-        top = TOP + band * index
-        middle = top + band / 2 + 4
+    for index, points in enumerate(bands):
+        top = TOP + thickness * index
+        middle = top + thickness / 2 + 4
         body.append(f'<text class="tick" x="{LEFT - 8}" y="{middle:.1f}" text-anchor="end">{index}</text>')
-        for column, value in enumerate(_cells(row, first, last, columns)):
+        for column, value in enumerate(_cells(points, first, last, columns)):
             strength = min(1.0, max(0.0, (value - low) / (high - low)))
             body.append(
-                f'<rect class="cell" x="{x.start + column * cell:.1f}" y="{top:.1f}" width="{cell:.1f}" height="{band - 2:.1f}"'
-                f' fill-opacity="{0.06 + 0.94 * strength:.2f}"><title>{escape(row_name)} {index}: {value:.3f}</title></rect>'
+                f'<rect class="cell" x="{x.start + column * cell:.1f}" y="{top:.1f}" width="{cell:.1f}" height="{thickness - 2:.1f}"'
+                f' fill-opacity="{0.06 + 0.94 * strength:.2f}"><title>{escape(band_name)} {index}: {value:.3f}</title></rect>'
             )
-        body.append(f'<text class="value" x="{x.end + 8}" y="{middle:.1f}">{row[-1][1]:.3f}</text>')
+        body.append(f'<text class="value" x="{x.end + 8}" y="{middle:.1f}">{points[-1][1]:.3f}</text>')
     bottom = height - BOTTOM + 2
     body += [_x_tick(x, tick, bottom) for tick in x.ticks if x.at(tick) < width - 90]
     body.append(f'<text class="unit" x="{width}" y="{bottom + 18:.0f}" text-anchor="end">{escape(x_name)}</text>')
-    body.append(f'<text class="unit" x="{LEFT - 8}" y="12" text-anchor="end">{escape(row_name)}</text>')
+    body.append(f'<text class="unit" x="{LEFT - 8}" y="12" text-anchor="end">{escape(band_name)}</text>')
+    return _svg(title, width, height, body)
+
+
+def histogram(
+    series: Mapping[str, Sequence[float]],
+    bin_text: Callable[[int], str],
+    *,
+    title: str,
+    every: int,
+    width: int = WIDE,
+    height: int = 240,
+) -> str:
+    """Returns an SVG of stacked bars over common bins, empty if all bins are. `colour_legend` makes its legend.
+
+    Args:
+        series: height of each bin, by name of the series.
+        bin_text: formats a bin's lower border.
+        title: text for screen readers.
+        every: bins from one label of the x axis to the next.
+        width, height: of the drawing, pixels.
+    """
+    totals = [sum(values) for values in zip(*series.values(), strict=True)]
+    filled = [i for i, total in enumerate(totals) if total]
+    if not filled:
+        return ""
+    first, end, top = filled[0], filled[-1] + 1, max(totals)
+    y = Axis(0, top, height - BOTTOM, TOP / 2, ticks=[0, top / 2, top])
+    step = (width - LEFT) / (end - first)
+    body = [_rule(y, tick, compact(tick), width) for tick in y.ticks]
+    for i in range(first, end):
+        x, below = LEFT + (i - first) * step, 0.0
+        for index, (name, values) in enumerate(series.items()):
+            if values[i]:
+                high, low = y.at(below + values[i]), y.at(below)
+                body.append(
+                    f'<rect class="{_colour(index)}" x="{x:.1f}" y="{high:.2f}" width="{max(1, step - 1):.1f}" height="{low - high:.2f}">'
+                    f"<title>{escape(name)}, {escape(bin_text(i))} to {escape(bin_text(i + 1))}: {values[i]:,.0f}</title></rect>"
+                )
+                below += values[i]
+        if i % every == 0:
+            body.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{escape(bin_text(i))}</text>')
     return _svg(title, width, height, body)
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """The names of a chart's lines beside a stroke of their colour, as HTML."""
-    items = [
-        f'<span class="key"><svg width="22" height="10" aria-hidden="true"><path class="{line.style}'
-        f'{" dashed" if line.dashed else ""}" d="M0 5H22"/></svg>{escape(line.name)}</span>'
-        for line in lines
-        if line.points and not line.faint
+    """Returns the names of a chart's lines beside a stroke of their colour, as HTML."""
+    drawn = [line for line in lines if line.points and not line.faint]
+    return _legend(
+        (f'<path class="{line.style}{" dashed" if line.dashed else ""}" d="M0 5H22"/>', line.name) for line in drawn
+    )
+
+
+def colour_legend(names: Iterable[str]) -> str:
+    """Returns the names of a histogram's series beside a swatch of their colour, as HTML."""
+    swatch = '<rect class="{}" width="22" height="10" rx="3"/>'
+    return _legend((swatch.format(_colour(index)), name) for index, name in enumerate(names))
+
+
+def _legend(items: Iterable[tuple[str, str]]) -> str:
+    """Returns drawings of 22 by 10 pixels with their names."""
+    keys = [
+        f'<span class="key"><svg width="22" height="10" aria-hidden="true">{drawing}</svg>{escape(name)}</span>'
+        for drawing, name in items
     ]
-    return f'<div class="legend">{"".join(items)}</div>' if items else ""
+    return f'<div class="legend">{"".join(keys)}</div>' if keys else ""
+
+
+def _colour(index: int) -> str:
+    """Returns the CSS class of a series."""
+    return COLOURS[index % len(COLOURS)]
 
 
 def _svg(title: str, width: int, height: int, body: Sequence[str]) -> str:
-    """A drawing that scales with the page's width."""
+    """Returns a drawing that scales with the page's width."""
     inner = "".join(body)
     return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{inner}</svg>'
 
 
 def _grid(x: Axis, y: Axis, y_text: Callable[[float], str], x_name: str, y_name: str) -> str:
-    """Horizontal rules, ticks of both axes, units."""
-    parts = []
-    for tick in y.ticks:
-        at = y.at(tick)
-        parts.append(f'<path class="rule" d="M{LEFT} {at:.1f}H{x.end}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{escape(y_text(tick))}</text>'
-        )
+    """Returns horizontal rules, labels of both axes, units."""
+    parts = [_rule(y, tick, y_text(tick), x.end) for tick in y.ticks]
     parts += [_x_tick(x, tick, y.start) for tick in x.ticks if x.at(tick) < x.end - 60]
     parts.append(f'<text class="unit" x="0" y="12">{escape(y_name)}</text>')
     parts.append(f'<text class="unit" x="{x.end}" y="{y.start + 18:.0f}" text-anchor="end">{escape(x_name)}</text>')
     return "".join(parts)
 
 
+def _rule(y: Axis, value: float, text: str, right: float) -> str:
+    """Returns a horizontal rule at a value with its label."""
+    at = y.at(value)
+    return (
+        f'<path class="rule" d="M{LEFT} {at:.1f}H{right}"/>'
+        f'<text class="tick" x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{escape(text)}</text>'
+    )
+
+
 def _x_tick(x: Axis, tick: float, bottom: float) -> str:
-    """A mark under the x axis."""
+    """Returns a label under the x axis."""
     at = x.at(tick)
     anchor = "start" if at < x.start + 4 else "middle"
     return f'<text class="tick" x="{at:.1f}" y="{bottom + 18:.0f}" text-anchor="{anchor}">{compact(tick)}</text>'
 
 
 def _line(line: Line, points: Points, x: Axis, y: Axis) -> str:
-    """The stroke of a line, and its dots if it has few points."""
+    """Returns the stroke of a line, and its dots if it has marks."""
     path = "L".join(f"{x.at(a):.1f} {y.at(b):.1f}" for a, b in points)
     style = line.style + (" faint" if line.faint else "") + (" dashed" if line.dashed else "")
     dots = (
@@ -251,7 +313,7 @@ def _line(line: Line, points: Points, x: Axis, y: Axis) -> str:
 
 
 def _targets(line: Line, points: Points, x: Axis, y: Axis, y_text: Callable[[float], str], x_name: str) -> str:
-    """Invisible discs that show a point's values on hover."""
+    """Returns invisible discs that show a point's values on hover."""
     return "".join(
         f'<circle class="target" cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="7">'
         f"<title>{escape(line.name)}: {escape(y_text(b))} at {compact(a)} {escape(x_name)}</title></circle>"
@@ -259,14 +321,14 @@ def _targets(line: Line, points: Points, x: Axis, y: Axis, y_text: Callable[[flo
     )
 
 
-def _cells(row: Points, first: float, last: float, columns: int) -> list[float]:
-    """Means of a row's values over `columns` equal spans of x; an empty span takes the one before it."""
+def _cells(points: Points, first: float, last: float, columns: int) -> list[float]:
+    """Returns means of the values over `columns` equal intervals of x. An empty interval repeats the one before it."""
     sums, counts = [0.0] * columns, [0] * columns
-    for a, b in row:
+    for a, b in points:
         index = min(columns - 1, int((a - first) / (last - first) * columns))
         sums[index] += b
         counts[index] += 1
-    cells, value = [], row[0][1]
+    cells, value = [], points[0][1]
     for total, count in zip(sums, counts, strict=True):
         value = total / count if count else value
         cells.append(value)
