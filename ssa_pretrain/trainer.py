@@ -29,7 +29,7 @@ from ssa_pretrain.data.errors import DataError
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, EvaluationResult, StepResult, build_engine
-from ssa_pretrain.monitor.console import Console, banner, end_line, save_line, stamped
+from ssa_pretrain.monitor.console import Console, banner, end_line, save_line, with_timestamps
 from ssa_pretrain.monitor.environment import provenance, record_start, versions
 from ssa_pretrain.monitor.metrics import FILE_NAME, MetricsLogger, evaluations
 from ssa_pretrain.monitor.profiling import profiled
@@ -112,7 +112,7 @@ def claimed(config: Config, placement: Placement) -> Iterator[None]:
     folder, timestamps = Path(config.output_dir), config.logging.timestamps
 
     def take() -> TextIO | None:
-        return claim(folder, lambda text: print(stamped(text, timestamps), flush=True))
+        return claim(folder, lambda text: print(with_timestamps(text, timestamps), flush=True))
 
     lock = on_first(take, is_first=placement.is_first, errors=(ConfigError,))
     try:
@@ -595,4 +595,4 @@ def device_name(placement: Placement) -> str:
 def say(run: Run, text: str) -> None:
     """Print text, once."""
     if run.placement.is_first:
-        print(stamped(text, run.config.logging.timestamps), flush=True)
+        print(with_timestamps(text, run.config.logging.timestamps), flush=True)

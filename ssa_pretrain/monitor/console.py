@@ -1,8 +1,8 @@
-"""What a run prints for a person: a banner, one line per logging interval, evaluation and checkpoint, its end, a progress bar on a terminal.
+"""What a run prints: a banner, one line per logging interval, evaluation and checkpoint, its end, and a progress bar on a terminal.
 
-The console belongs to one process; the others get a `Console` that prints nothing. On a terminal the lines scroll above a progress bar; in a
-pipe they are plain text with no control characters, so that a log file reads well. A training line has at most 120 columns, to which
-`logging.timestamps` adds. The formatting functions are pure: they turn the record of `metrics.jsonl` into text and keep nothing.
+One process prints; the others get a `Console` that prints nothing. On a terminal, lines scroll above the progress bar. In a pipe they are plain
+text without control characters, so a log file is readable. A training line has at most 120 columns, plus the time if `logging.timestamps` is
+set. The formatting functions are pure: they turn a record of metrics.jsonl into text.
 """
 
 import sys
@@ -22,7 +22,7 @@ FORMATS = {Timestamps.off: "", Timestamps.time: "%H:%M:%S ", Timestamps.datetime
 
 
 def train_line(record: Mapping[str, Any], total_steps: int) -> str:
-    """One line for a training record, at most 120 columns; what a record does not know is left out.
+    """Returns one line for a training record, at most 120 columns. Missing values are left out.
 
     Args:
         record: a "train" record of metrics.jsonl.
@@ -43,16 +43,16 @@ def train_line(record: Mapping[str, Any], total_steps: int) -> str:
         parts["gnorm"] = f"gnorm {_number(record['grad_norm'], '#.2g')}"
     parts["lr"] = f"lr {_number(record['learning_rate'], '.1e')}"
     parts["speed"] = f"{compact(record['tokens_per_second'])} tok/s"
-    if record.get("mfu") is not None:  # where the device's peak is known; elsewhere FLOP/s say little
+    if record.get("mfu") is not None:  # None if the device's peak is unknown; FLOP/s tell little then
         parts["flops"] = f"{_number(record['tflops_per_second'], '#.3g')} TF/s"
         parts["mfu"] = f"MFU {record['mfu']:.0%}"
     if record.get("eta_seconds") is not None:
         parts["eta"] = f"ETA {duration(record['eta_seconds'])}"
-    return _joined(parts)
+    return _join(parts)
 
 
 def evaluation_line(record: Mapping[str, Any]) -> str:
-    """One line for an evaluation record, at most 120 columns."""
+    """Returns one line for an evaluation record, at most 120 columns."""
     parts = {
         "step": f"eval {record['step']}",
         "what": f"{record['split']} {record['mode']}",
@@ -63,7 +63,7 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
         parts["mass"] = f"mass {record['captured_mass']:.2f}"
     if record.get("rows") is not None:
         parts["rows"] = f"{record['rows']} rows"
-    return _joined(parts)
+    return _join(parts)
 
 
 def save_line(step: int, seconds: float, folder: Path) -> str:
@@ -71,56 +71,56 @@ def save_line(step: int, seconds: float, folder: Path) -> str:
 
     Args:
         step: optimizer steps done.
-        seconds: from the beginning of the save until old checkpoints were removed.
+        seconds: from the start of the save until old checkpoints were removed.
         folder: the checkpoint's.
     """
     return f"save {step}  {seconds:.1f} s  {folder}"
 
 
 def end_line(step: int, first_step: int, total_steps: int, tokens: int, seconds: float) -> str:
-    """Returns the last line of a run that did what it was asked to.
+    """Returns the last line of a run that ended without an error.
 
     Args:
         step: optimizer steps done.
-        first_step: those done before this process began.
-        total_steps: the run's last step; where it stops before, training.stop_at_step asked for that.
-        tokens: trained on since the run's beginning.
-        seconds: that this process trained, evaluations and checkpoints included.
+        first_step: steps done before this process started.
+        total_steps: the run's last step; `step` is smaller if training.stop_at_step stopped the run.
+        tokens: trained on since the start of the run.
+        seconds: training time of this process, including evaluations and checkpoints.
     """
     what = "done" if step >= total_steps else "stopped at training.stop_at_step"
     since = f", since step {first_step}" if first_step else ""
     return f"{what}: step {step}/{total_steps}, {compact(tokens)} tokens, {duration(seconds)}{since}"
 
 
-def stamped(text: str, timestamps: Timestamps, now: datetime | None = None) -> str:
-    """Returns text with the time before each of its lines.
+def with_timestamps(text: str, timestamps: Timestamps, now: datetime | None = None) -> str:
+    """Returns text with the time at the start of each line.
 
     Args:
         text: one line or several.
-        timestamps: how much of the time; off leaves the text as it is.
-        now: None: the present, local time.
+        timestamps: format of the time; off returns the text unchanged.
+        now: local time; None: the current time.
     """
     if timestamps is Timestamps.off:
         return text
-    mark = (now or datetime.now()).strftime(FORMATS[timestamps])
-    return "\n".join(mark + line for line in text.split("\n"))
+    prefix = (now or datetime.now()).strftime(FORMATS[timestamps])
+    return "\n".join(prefix + line for line in text.split("\n"))
 
 
 def banner(facts: Mapping[str, str]) -> str:
-    """The run's facts as lines "name  value", names in one column."""
+    """Returns facts as lines "name  value", with the names in one column."""
     width = max((len(name) for name in facts), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
 
 
 class Console:
-    """Where a run's lines go; on a terminal they scroll above a progress bar that counts steps.
+    """Prints a run's lines. On a terminal they scroll above a progress bar that counts steps.
 
     Args:
         total_steps: the run's last step.
-        first_step: steps done before this process began (a resume).
-        enabled: False for every process but one: nothing is written.
-        stream: where to write; standard error by default, which torchrun passes through unbuffered.
-        timestamps: what stands before each line.
+        first_step: steps done before this process started (a resume).
+        enabled: True on one process only; the others print nothing.
+        stream: standard error by default, which torchrun passes through unbuffered.
+        timestamps: format of the time before each line.
     """
 
     def __init__(
@@ -142,10 +142,10 @@ class Console:
             )
 
     def print(self, text: str) -> None:
-        """Writes text, line by line."""
+        """Prints text of one or more lines."""
         if not self.enabled:
             return
-        text = stamped(text, self.timestamps)
+        text = with_timestamps(text, self.timestamps)
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
             return
@@ -153,7 +153,7 @@ class Console:
         self.stream.flush()
 
     def advance(self, step: int) -> None:
-        """Moves the bar to a step; in a pipe this does nothing."""
+        """Moves the bar to a step. Does nothing in a pipe."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -173,14 +173,14 @@ class Console:
 
 
 def _number(value: float | None, form: str) -> str:
-    """A number in a format, its exponent without padding; null stands for what is not finite."""
+    """Returns a formatted number with an unpadded exponent. None stands for nan and inf."""
     if value is None:
         return "nan"
     return format(value, form).rstrip(".").replace("e-0", "e-").replace("e+0", "e+")
 
 
-def _joined(parts: dict[str, str]) -> str:
-    """Parts on one line: two spaces apart where they fit, else one, else without those that can be read elsewhere."""
+def _join(parts: dict[str, str]) -> str:
+    """Joins parts into one line: two spaces apart if they fit, else one space, else without the least important parts."""
     for dropped in (set(), {"flops"}, {"flops", "gnorm"}, {"flops", "gnorm", "ce"}):
         kept = [text for name, text in parts.items() if name not in dropped]
         for gap in ("  ", " "):

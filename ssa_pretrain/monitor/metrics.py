@@ -1,12 +1,13 @@
-"""A run's numbers: `metrics.jsonl` (one JSON object a line, every step), the console's lines, and W&B.
+"""A run's metrics: `metrics.jsonl` (one JSON object per line, one line per step), the console's lines, and W&B.
 
-The file is the record; console and W&B are views of it. Every line is flushed, so that a killed run loses at most the line it was writing.
-Step is the only clock: a run that resumes from step s first drops the records past s (in a new file, renamed over the old one), so that the
-file of a run killed ten times equals that of a run never killed, but for the times in it. Only one process writes. A resumed run that finds a
-line which is no record keeps the file as `metrics.jsonl.damaged-1` and goes on with the other lines: the file is a log, the checkpoint decides.
+The file is the record; console and W&B are views of it. Every line is flushed, so a killed run loses at most the line it was writing. Step is
+the only clock: a run that resumes from step s first drops the records past s (in a new file that replaces the old one). So the file of a run
+that was killed ten times equals the file of a run that was never killed, except for its times. Only one process writes. If a resumed run finds
+a line that is not a record, it keeps the file as `metrics.jsonl.damaged-1` and continues with the other lines: the file is a log, the
+checkpoint decides.
 
-Speed is tokens over seconds in a window of recent steps, by the monotonic clock, so that neither the first step nor a pause for an
-evaluation bends it for long. Numbers that JSON does not have (nan, inf) are written as null: every line stays readable by any reader.
+Speed is tokens over seconds in a window of recent steps, by the monotonic clock. The first step and pauses for evaluations do not distort it.
+Values that JSON does not have (nan, inf) are written as null, so any reader can parse every line.
 
 Records: {"kind": "train", "step", "tokens", "loss", "cross_entropy", ...} and {"kind": "evaluation", "step", "split", "mode", ...};
 docs/metrics.md lists every key.
@@ -30,57 +31,57 @@ FILE_NAME = "metrics.jsonl"
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file in order, without a last line that a killed run left unfinished.
+    """Yields the records of a metrics file in order, without an incomplete last line left by a killed run.
 
     Args:
         path: metrics.jsonl.
 
     Raises:
-        ValueError: a line other than the last is no JSON object.
+        ValueError: a line other than the last is not a record.
     """
-    for number, _, record in _parsed(path):
+    for number, _, record in _parse_lines(path):
         if isinstance(record, str):
             raise ValueError(f"{path}:{number} {record}; remove the line or start a new output_dir")
         yield record
 
 
 def evaluations(path: Path) -> set[tuple[int, str]]:
-    """Returns step and mode of every evaluation in a metrics file, which need not exist; lines that are not records are passed over."""
-    records = [record for _, _, record in _parsed(path) if isinstance(record, dict)] if path.exists() else []
+    """Returns step and mode of every evaluation in a metrics file, which may not exist. Skips lines that are not records."""
+    records = [record for _, _, record in _parse_lines(path) if isinstance(record, dict)] if path.exists() else []
     return {(record["step"], record.get("mode", "")) for record in records if record.get("kind") == "evaluation"}
 
 
-def set_aside_damage(path: Path) -> str | None:
-    """Moves a metrics file that holds lines which are no records aside, whole, and puts the records of it in its place.
+def replace_damaged_file(path: Path) -> str | None:
+    """If a metrics file has lines that are not records, renames it and writes a new one with the records only.
 
     Args:
-        path: metrics.jsonl; need not exist.
+        path: metrics.jsonl; may not exist.
 
     Returns:
-        What happened, in a sentence; None where every line but an unfinished last one is a record.
+        What happened, in a sentence; None if every line is a record, except an incomplete last one.
     """
     if not path.exists():
         return None
-    lines = list(_parsed(path))
+    lines = list(_parse_lines(path))
     bad = [(number, record) for number, _, record in lines if isinstance(record, str)]
     if not bad:
         return None
     numbers = itertools.count(1)
-    aside = next(p for p in (path.with_name(f"{path.name}.damaged-{n}") for n in numbers) if not p.exists())
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with fresh.open("wb") as file:
+    renamed = next(p for p in (path.with_name(f"{path.name}.damaged-{n}") for n in numbers) if not p.exists())
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
         file.writelines(line.rstrip(b"\n") + b"\n" for _, line, record in lines if not isinstance(record, str))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path, aside)
-    os.replace(fresh, path)
-    number, what = bad[0]
+    os.replace(path, renamed)
+    os.replace(temporary, path)
+    number, problem = bad[0]
     count = f" ({len(bad)} such lines)" if len(bad) > 1 else ""
-    return f"{path}:{number} {what}{count}: the file was kept as {aside.name}, and the run goes on with the records of the other lines"
+    return f"{path}:{number} {problem}{count}: the file was kept as {renamed.name}, and the run continues with the other lines"
 
 
-def _parsed(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
-    """A metrics file's lines, counted from 1, each with its record or with what is wrong with it; an unfinished last line is left out."""
+def _parse_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
+    """Yields each line's number from 1, its bytes, and its record or what is wrong with it. Skips an incomplete last line."""
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
@@ -89,52 +90,52 @@ def _parsed(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
             if number < len(lines) or line.endswith(b"\n"):
                 yield number, line, "is not a JSON object"
             continue
-        whole = isinstance(record, dict) and type(record.get("step")) is int
-        yield number, line, record if whole else "is no record of a step"
+        valid = isinstance(record, dict) and type(record.get("step")) is int
+        yield number, line, record if valid else "is not a record of a step"
 
 
-def keep_until(path: Path, step: int) -> int:
+def drop_records_after(path: Path, step: int) -> int:
     """Drops the records past a step, atomically.
 
     Args:
-        path: metrics.jsonl; need not exist.
-        step: last step that stays, the one the run resumes from; 0 (a run that starts anew) drops everything.
+        path: metrics.jsonl; may not exist.
+        step: the step that the run resumes from, the last one that is kept; 0 (a new run) drops everything.
 
     Returns:
-        How many records were dropped.
+        The number of dropped records.
     """
     if not path.exists():
         return 0
     dropped = 0
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with fresh.open("w", encoding="utf-8") as file:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         for record in read_records(path):
             if 0 < step >= record["step"]:
-                file.write(_line(record))
+                file.write(_json_line(record))
             else:
                 dropped += 1
         file.flush()
         os.fsync(file.fileno())
-    os.replace(fresh, path)
+    os.replace(temporary, path)
     return dropped
 
 
 class Speed:
-    """Tokens a second over the last steps, and the time that the rest will take.
+    """Tokens per second over recent steps, and the time left.
 
     Args:
-        window: steps that count.
-        clock: seconds that never go back.
+        window: number of steps.
+        clock: monotonic, in seconds.
     """
 
     def __init__(self, window: int = 20, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._marks: deque[tuple[float, int]] = deque(maxlen=window)
+        self._window: deque[tuple[float, int]] = deque(maxlen=window)
         self._steps = 0
         self._last = clock()
 
     def step(self, tokens: int) -> float:
-        """Counts a step and returns the seconds it took since the last one or the last `pause`.
+        """Counts a step and returns its seconds since the last step or the last `pause`.
 
         Args:
             tokens: tokens of this step.
@@ -143,25 +144,25 @@ class Speed:
         seconds, self._last = now - self._last, now
         self._steps += 1
         if self._steps == 2:
-            self._marks.clear()  # the first step compiles and allocates; it stands in only until there is a second
-        self._marks.append((seconds, tokens))
+            self._window.clear()  # the first step compiles and allocates; it counts only until there is a second
+        self._window.append((seconds, tokens))
         return seconds
 
     def pause(self) -> None:
-        """Leaves out of the count the time since the last step (an evaluation, a checkpoint)."""
+        """Excludes the time since the last step (an evaluation, a checkpoint)."""
         self._last = self._clock()
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the window; 0 before the first step."""
-        seconds = sum(mark[0] for mark in self._marks)
-        return sum(mark[1] for mark in self._marks) / seconds if seconds > 0 else 0.0
+        """Mean over the window; 0 before the first step."""
+        seconds = sum(entry[0] for entry in self._window)
+        return sum(entry[1] for entry in self._window) / seconds if seconds > 0 else 0.0
 
     def eta(self, steps_left: int) -> float:
-        """Seconds that `steps_left` more steps take at the window's mean."""
-        if not self._marks:
+        """Returns the seconds that `steps_left` more steps take at the window's mean."""
+        if not self._window:
             return 0.0
-        return steps_left * sum(mark[0] for mark in self._marks) / len(self._marks)
+        return steps_left * sum(entry[0] for entry in self._window) / len(self._window)
 
 
 class MetricsLogger:
@@ -171,14 +172,14 @@ class MetricsLogger:
         folder: the run's output folder.
         total_steps: the run's last step.
         tokens_per_step: the global batch.
-        resume_step: step the run starts after; records past it are dropped.
+        resume_step: step that the run continues after; records past it are dropped.
         interval: steps between console lines.
-        flops_per_token: model FLOPs of a token, forward and backward; None leaves TFLOP/s and MFU unknown.
+        flops_per_token: model FLOPs per token, forward and backward; None leaves TFLOP/s and MFU unknown.
         peak_flops: FLOP/s of all devices together; None leaves MFU unknown.
-        console: where lines go; None makes one.
-        tracker: W&B, or None; it is shown the records of before a restart first.
+        console: for the lines; None builds one.
+        tracker: W&B, or None; it receives the records from before a restart first.
         enabled: True on the one process that writes.
-        clock: seconds that never go back.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -206,31 +207,31 @@ class MetricsLogger:
         self.speed = Speed(clock=clock)
         self._tracker = tracker
         self._file = None
-        self._waiting = b""  # lines that a full disk has not taken
-        self.evaluated: set[tuple[int, str]] = set()  # (step, mode) of every record of an evaluation
+        self._waiting = b""  # lines that could not be written yet: the disk was full
+        self.evaluated: set[tuple[int, str]] = set()  # (step, mode) of every evaluation record
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / FILE_NAME
-            if damage := set_aside_damage(path):
+            if damage := replace_damaged_file(path):
                 self.console.print(damage)
-            keep_until(path, resume_step)
+            drop_records_after(path, resume_step)
             for record in read_records(path) if path.exists() else ():
-                self._note(record)
+                self._forward(record)
             self._file = path.open("ab", buffering=0)
 
     def log_step(self, record: Mapping[str, Any], flops_per_token: float | None = None) -> None:
-        """Completes a training record with its times and speeds and writes it.
+        """Adds times and speeds to a training record and writes it.
 
         Args:
-            flops_per_token: model FLOPs of a token of this step, whose documents decide them; None: the logger's own.
-            record: at least step, tokens (since the run's beginning), loss, cross_entropy and learning_rate; plain numbers, lists, strings.
+            record: at least step, tokens (since the start of the run), loss, cross_entropy and learning_rate; plain numbers, lists, strings.
+            flops_per_token: model FLOPs per token of this step, which depend on its documents; None: the logger's own.
         """
         if self._file is None:
             return
         seconds = self.speed.step(self.tokens_per_step)
         rate = self.speed.tokens_per_second
-        a_token = flops_per_token or self.flops_per_token
-        flops = rate * a_token if a_token else None
+        flops_per_token = flops_per_token or self.flops_per_token
+        flops = rate * flops_per_token if flops_per_token else None
         full = {
             "kind": "train",
             **record,
@@ -247,7 +248,7 @@ class MetricsLogger:
         self.console.advance(step)
 
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
-        """Writes an evaluation's record; its time does not count in the speed of the steps.
+        """Writes an evaluation's record. Its time does not count towards the speed.
 
         Args:
             record: step, tokens, split, mode, cross_entropy, captured_mass, captured_mass_by_layer, rows; perplexity is added.
@@ -261,11 +262,11 @@ class MetricsLogger:
         self.speed.pause()
 
     def pause(self) -> None:
-        """Says that what happened since the last step (a checkpoint, a wait) is no part of the next one's time."""
+        """Excludes the time since the last step (a checkpoint, a wait) from the next step's time."""
         self.speed.pause()
 
     def close(self) -> None:
-        """Ends the file, the bar and the tracker; safe to call twice."""
+        """Closes the file, the bar and the tracker. May be called twice."""
         self.console.close()
         if self._file is not None:
             if self._waiting:
@@ -285,13 +286,13 @@ class MetricsLogger:
         self.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        """Appends one line, whole, and shows the record to the tracker."""
+        """Appends a record to the file and forwards it."""
         assert self._file is not None
-        self._append(_line(record))
-        self._note(record)
+        self._append(_json_line(record))
+        self._forward(record)
 
     def _append(self, line: str) -> None:
-        """Writes to the file. What a full disk does not take waits in memory for the next line."""
+        """Writes to the file. If the disk is full, the rest waits in memory until the next line."""
         assert self._file is not None
         late, self._waiting = bool(self._waiting), self._waiting + line.encode()
         try:
@@ -300,14 +301,14 @@ class MetricsLogger:
         except OSError as error:
             if not late:
                 self.console.print(
-                    f"{FILE_NAME} cannot be written ({error.strerror}); training goes on, and its records wait in memory"
+                    f"{FILE_NAME} cannot be written ({error.strerror}); training continues, and its records wait in memory"
                 )
             return
         if late:
-            self.console.print(f"{FILE_NAME} can be written again, and has all records")
+            self.console.print(f"{FILE_NAME} can be written again and has all records")
 
-    def _note(self, record: Mapping[str, Any]) -> None:
-        """Shows a record of the file to what else wants to know of it."""
+    def _forward(self, record: Mapping[str, Any]) -> None:
+        """Forwards a record to the tracker and remembers which evaluations exist."""
         if record.get("kind") == "evaluation":
             self.evaluated.add((record["step"], record.get("mode", "")))
         if self._tracker is not None:
@@ -315,21 +316,21 @@ class MetricsLogger:
 
 
 def perplexity(cross_entropy: float) -> float:
-    """Exp of a cross entropy in nats; infinity where that is too large to hold, NaN of NaN."""
+    """Returns exp of a cross entropy in nats: infinity if that overflows, NaN for NaN."""
     return math.inf if cross_entropy >= 700 else math.exp(cross_entropy)
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    """A record as one line of JSON."""
-    return json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n"
+def _json_line(record: Mapping[str, Any]) -> str:
+    """Returns a record as one line of JSON."""
+    return json.dumps(_without_nan(record), allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
-    """The value with null for what JSON cannot say."""
+def _without_nan(value: Any) -> Any:
+    """Returns the value with None for numbers that JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_without_nan(item) for item in value]
     return value

@@ -1,10 +1,10 @@
-"""Where a step's time goes: torch's profiler around chosen steps, and a table made of its trace.
+"""Where a step's time goes: torch's profiler around chosen steps, and a table computed from its trace.
 
-`breakdown` is a pure function of a trace's events. Every kernel on the device belongs to one part, by its name and, for the optimizer, by the range it
-was launched from. Communication is exposed where no other kernel runs beside it and hidden elsewhere; idle is when nothing runs. A trace without a
-device (a CPU run) is judged by the operators' own times instead.
+`breakdown` is a pure function of a trace's events. Every kernel on the device belongs to one category, by its name and, for the optimizer, by
+the range it was launched from. Communication is hidden while another kernel runs, and exposed otherwise. The device is idle when nothing runs.
+A trace without a device (a CPU run) is broken down by the operators' own times instead.
 
-Not done: kernels of one part that run beside each other are counted twice in it; the profiler itself slows the host, so idle is an upper bound.
+Limits: concurrent kernels of one category are counted twice. The profiler slows the host, so idle time is an upper bound.
 """
 
 import gzip
@@ -19,8 +19,8 @@ from typing import Any
 OPTIMIZER_RANGE = "ssa_pretrain: optimizer"
 COMMUNICATION, OTHER = "communication", "other"
 
-# (part, what a kernel's or operator's name holds), the first match counts.
-PARTS: tuple[tuple[str, str], ...] = (
+# (category, pattern of a kernel's or operator's name); the first match counts.
+CATEGORIES: tuple[tuple[str, str], ...] = (
     (COMMUNICATION, r"nccl|^c10d::|gloo"),
     ("optimizer", r"multi_tensor|adam|l2norm|_foreach_"),
     ("attention, full", r"fmha|flash|sdpa|cudnn_generated|scaled_dot_product"),
@@ -45,70 +45,72 @@ class Breakdown:
     """Times in microseconds.
 
     Attributes:
-        span: from the first kernel's begin to the last one's end.
-        parts: by name, communication left out.
-        exposed, hidden: communication with nothing beside it, and beside other work.
-        idle: time in the span when nothing runs.
+        total: from the start of the first kernel to the end of the last.
+        categories: time by category, without communication.
+        exposed, hidden: communication without and with concurrent work.
+        idle: part of the total in which nothing runs.
     """
 
-    span: float
-    parts: dict[str, float]
+    total: float
+    categories: dict[str, float]
     exposed: float
     hidden: float
     idle: float
 
 
 def breakdown(events: Iterable[Mapping[str, Any]]) -> Breakdown:
-    """Return where the time of a trace went.
+    """Returns where the time of a trace went.
 
     Args:
         events: `traceEvents` of a Chrome trace as torch.profiler writes it.
     """
     complete = [e for e in events if e.get("ph") == "X" and "dur" in e]
     kernels = [e for e in complete if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    launched = _ranges_of(complete) if kernels else {}
-    pieces = [(e, float(e["ts"]), float(e["dur"])) for e in kernels] or list(_own_times(complete))
-    if not pieces:
+    launched = _launched_in_optimizer(complete) if kernels else {}
+    intervals = [(e, float(e["ts"]), float(e["dur"])) for e in kernels] or list(_own_times(complete))
+    if not intervals:
         return Breakdown(0.0, {}, 0.0, 0.0, 0.0)
-    parts: dict[str, float] = {}
+    categories: dict[str, float] = {}
     work: list[tuple[float, float]] = []
-    talk: list[tuple[float, float]] = []
-    for event, begin, duration in pieces:
+    communication: list[tuple[float, float]] = []
+    for event, begin, duration in intervals:
         correlation = event.get("args", {}).get("correlation")
-        part = part_of(event["name"], in_optimizer=launched.get(correlation, False))
-        (talk if part == COMMUNICATION else work).append((begin, begin + duration))
-        if part != COMMUNICATION:
-            parts[part] = parts.get(part, 0.0) + duration
-    work, talk = _union(work), _union(talk)
-    everything = _union(work + talk)
-    span = everything[-1][1] - everything[0][0] if kernels else _length(everything)
-    hidden = _length(work) + _length(talk) - _length(everything)
-    return Breakdown(span, parts, _length(talk) - hidden, hidden, span - _length(everything))
+        category = category_of(event["name"], in_optimizer=launched.get(correlation, False))
+        if category == COMMUNICATION:
+            communication.append((begin, begin + duration))
+        else:
+            work.append((begin, begin + duration))
+            categories[category] = categories.get(category, 0.0) + duration
+    work, communication = _union(work), _union(communication)
+    busy = _union(work + communication)
+    total = busy[-1][1] - busy[0][0] if kernels else _length(busy)
+    hidden = _length(work) + _length(communication) - _length(busy)
+    return Breakdown(total, categories, _length(communication) - hidden, hidden, total - _length(busy))
 
 
-def part_of(name: str, *, in_optimizer: bool = False) -> str:
-    """Return the part that a kernel or operator belongs to.
+def category_of(name: str, *, in_optimizer: bool = False) -> str:
+    """Returns the category of a kernel or operator.
 
     Args:
-        name: as the trace has it.
-        in_optimizer: whether it was launched within the optimizer's range, where only communication is something else.
+        name: as in the trace.
+        in_optimizer: whether it was launched within the optimizer's range; everything except communication is then the optimizer.
     """
-    found = next((part for part, pattern in PARTS if re.search(pattern, name, re.IGNORECASE)), OTHER)
+    found = next((category for category, pattern in CATEGORIES if re.search(pattern, name, re.IGNORECASE)), OTHER)
     return "optimizer" if in_optimizer and found != COMMUNICATION else found
 
 
 def table(found: Breakdown) -> str:
-    """Return a breakdown as a markdown table, the largest part first."""
-    rows = sorted(found.parts.items(), key=lambda item: -item[1])
+    """Returns a breakdown as a markdown table, the largest category first."""
+    rows = sorted(found.categories.items(), key=lambda item: -item[1])
     rows += [("communication, exposed", found.exposed), ("communication, hidden", found.hidden), ("idle", found.idle)]
-    span = found.span or 1.0
-    lines = ["| part | ms | of the step |", "|---|---|---|"]
-    lines += [f"| {name} | {us / 1e3:.2f} | {us / span:.1%} |" for name, us in rows]
-    return "\n".join([*lines, f"| **the step** | {found.span / 1e3:.2f} | |"]) + "\n"
+    total = found.total or 1.0
+    lines = ["| category | ms | share of the step |", "|---|---|---|"]
+    lines += [f"| {name} | {us / 1e3:.2f} | {us / total:.1%} |" for name, us in rows]
+    return "\n".join([*lines, f"| **step** | {found.total / 1e3:.2f} | |"]) + "\n"
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a trace file, packed or not."""
+    """Returns the events of a trace file, compressed or not."""
     opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")
     with opened as file:
         return json.load(file)["traceEvents"]
@@ -116,12 +118,12 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def profiled(folder: Path, *, step: int, rank: int, memory: bool) -> Iterator[None]:
-    """Profile what happens inside: trace, table and, on a GPU, a memory snapshot, into `folder`; waits for the device before and after.
+    """Profiles the code inside the context. Waits for the device before and after.
 
     Args:
-        folder: made if it does not exist.
-        step: names the files.
-        rank: likewise.
+        folder: for the trace, the table and, on a GPU, the memory snapshot; created if it does not exist.
+        step: used in file names.
+        rank: used in file names.
         memory: also record every allocation (open the snapshot at pytorch.org/memory_viz).
     """
     import torch
@@ -150,8 +152,8 @@ def profiled(folder: Path, *, step: int, rank: int, memory: bool) -> Iterator[No
     Path(f"{stem}.md").write_text(table(breakdown(read_trace(trace))), encoding="utf-8")
 
 
-def _ranges_of(events: Sequence[Mapping[str, Any]]) -> dict[Any, bool]:
-    """Return by correlation number whether the launch lies in the optimizer's range, on the thread that it names."""
+def _launched_in_optimizer(events: Sequence[Mapping[str, Any]]) -> dict[Any, bool]:
+    """Returns by correlation number whether a launch lies in the optimizer's range on the same thread."""
     ranges = [
         (e.get("tid"), float(e["ts"]), float(e["ts"]) + float(e["dur"]))
         for e in events
@@ -167,33 +169,33 @@ def _ranges_of(events: Sequence[Mapping[str, Any]]) -> dict[Any, bool]:
 
 
 def _own_times(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], float, float]]:
-    """Return each operator of a CPU trace with its begin and the time that none of its inner operators took."""
+    """Yields each operator of a CPU trace with its start and its time without the operators inside it."""
     threads: dict[Any, list[Mapping[str, Any]]] = {}
     for event in events:
         if event.get("cat") == "cpu_op":
             threads.setdefault((event.get("pid"), event.get("tid")), []).append(event)
-    for found in threads.values():
-        found.sort(key=lambda e: (float(e["ts"]), -float(e["dur"])))
-        open_: list[list[Any]] = []  # [event, end, time of the inner ones]
-        for event in [*found, {"ts": float("inf"), "dur": 0.0}]:
-            while open_ and open_[-1][1] <= float(event["ts"]):
-                inner, _, taken = open_.pop()
-                yield inner, float(inner["ts"]), max(0.0, float(inner["dur"]) - taken)
-            if open_:
-                open_[-1][2] += float(event["dur"])
-            open_.append([event, float(event["ts"]) + float(event["dur"]), 0.0])
+    for operators in threads.values():
+        operators.sort(key=lambda e: (float(e["ts"]), -float(e["dur"])))
+        stack: list[list[Any]] = []  # [event, end, time of its inner operators]
+        for event in [*operators, {"ts": float("inf"), "dur": 0.0}]:
+            while stack and stack[-1][1] <= float(event["ts"]):
+                ended, _, inner = stack.pop()
+                yield ended, float(ended["ts"]), max(0.0, float(ended["dur"]) - inner)
+            if stack:
+                stack[-1][2] += float(event["dur"])
+            stack.append([event, float(event["ts"]) + float(event["dur"]), 0.0])
 
 
-def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return spans in order, those that touch made one."""
-    found: list[tuple[float, float]] = []
-    for begin, end in sorted(spans):
-        if found and begin <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
+def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns sorted, disjoint intervals: those that touch are merged."""
+    merged: list[tuple[float, float]] = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
-            found.append((begin, end))
-    return found
+            merged.append((begin, end))
+    return merged
 
 
-def _length(spans: Iterable[tuple[float, float]]) -> float:
-    return sum(end - begin for begin, end in spans)
+def _length(intervals: Iterable[tuple[float, float]]) -> float:
+    return sum(end - begin for begin, end in intervals)

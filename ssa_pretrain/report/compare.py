@@ -6,6 +6,7 @@ with the same table, the training cross entropy of all runs in one chart, and th
 
 import sys
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,13 @@ def page(runs: Runs) -> str:
         card("Held-out text", "The last evaluation of each run.", number_table(HEAD, final_metrics(runs)), wide=True),
         card(
             "Training cross entropy",
-            f"Mean over about {WINDOW} steps. The first tenth of each run is left out: it falls so far that the rest would look flat.",
+            f"Mean over about {WINDOW} steps, fewer at both ends. The first tenth of each run is left out: it falls so far that the rest would look flat.",
             loss and legend(losses) + loss,
             wide=True,
         ),
         card("Captured attention mass", "Held-out text, full mode.", mass and legend(masses) + mass, wide=True),
     ]
-    return document("runs side by side", "<h1>Runs side by side</h1>" + grid(cards))
+    return document("runs side by side", f"<h1>Runs side by side</h1><p>{escape(', '.join(runs))}</p>" + grid(cards))
 
 
 def _cross_entropy(records: Sequence[Mapping[str, Any]]) -> Points:

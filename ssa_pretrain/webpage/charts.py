@@ -150,53 +150,94 @@ def line_chart(
 
 
 def heat_map(
-    rows: Sequence[Points],
+    bands: Sequence[Points],
     *,
     title: str,
     low: float = 0.0,
     high: float = 1.0,
     x_name: str = "tokens",
-    row_name: str = "layer",
+    band_name: str = "layer",
     width: int = HALF,
     columns: int = 60,
 ) -> str:
-    """Returns an SVG with one band per row. Strength of colour shows the value over x; the last value stands at the band's end as a number.
+    """Returns an SVG of horizontal bands. Strength of colour shows the value over x; the last value stands at a band's end as a number.
 
     Args:
-        rows: (x, value) of each row, all over the same x range.
+        bands: (x, value) of each band, all over the same x range.
         title: text for screen readers.
         low, high: values of the weakest and the strongest colour.
         x_name: unit of the x axis.
-        row_name: what a row is.
+        band_name: what a band is.
         width: of the drawing, pixels.
-        columns: cells per row; a cell shows the mean of its values.
+        columns: cells per band; a cell shows the mean of its values.
     """
-    rows = [row for row in rows if row]
-    if not rows:
+    bands = [points for points in bands if points]
+    if not bands:
         return ""
-    band = max(12.0, min(30.0, 260 / len(rows)))
-    height = round(TOP + BOTTOM + band * len(rows))
-    first, last = min(row[0][0] for row in rows), max(row[-1][0] for row in rows)
+    thickness = max(12.0, min(30.0, 260 / len(bands)))
+    height = round(TOP + BOTTOM + thickness * len(bands))
+    first, last = min(points[0][0] for points in bands), max(points[-1][0] for points in bands)
     last = max(last, first + 1)
     x = Axis(
         first, last, LEFT, width - 52, ticks=[t for t in nice_ticks(first, last, width // 90) if first <= t <= last]
     )
     body, cell = [], (x.end - x.start) / columns
-    for index, row in enumerate(rows):
-        top = TOP + band * index
-        middle = top + band / 2 + 4
+    for index, points in enumerate(bands):
+        top = TOP + thickness * index
+        middle = top + thickness / 2 + 4
         body.append(f'<text class="tick" x="{LEFT - 8}" y="{middle:.1f}" text-anchor="end">{index}</text>')
-        for column, value in enumerate(_cells(row, first, last, columns)):
+        for column, value in enumerate(_cells(points, first, last, columns)):
             strength = min(1.0, max(0.0, (value - low) / (high - low)))
             body.append(
-                f'<rect class="cell" x="{x.start + column * cell:.1f}" y="{top:.1f}" width="{cell:.1f}" height="{band - 2:.1f}"'
-                f' fill-opacity="{0.06 + 0.94 * strength:.2f}"><title>{escape(row_name)} {index}: {value:.3f}</title></rect>'
+                f'<rect class="cell" x="{x.start + column * cell:.1f}" y="{top:.1f}" width="{cell:.1f}" height="{thickness - 2:.1f}"'
+                f' fill-opacity="{0.06 + 0.94 * strength:.2f}"><title>{escape(band_name)} {index}: {value:.3f}</title></rect>'
             )
-        body.append(f'<text class="value" x="{x.end + 8}" y="{middle:.1f}">{row[-1][1]:.3f}</text>')
+        body.append(f'<text class="value" x="{x.end + 8}" y="{middle:.1f}">{points[-1][1]:.3f}</text>')
     bottom = height - BOTTOM + 2
     body += [_x_tick(x, tick, bottom) for tick in x.ticks if x.at(tick) < width - 90]
     body.append(f'<text class="unit" x="{width}" y="{bottom + 18:.0f}" text-anchor="end">{escape(x_name)}</text>')
-    body.append(f'<text class="unit" x="{LEFT - 8}" y="12" text-anchor="end">{escape(row_name)}</text>')
+    body.append(f'<text class="unit" x="{LEFT - 8}" y="12" text-anchor="end">{escape(band_name)}</text>')
+    return _svg(title, width, height, body)
+
+
+def histogram(
+    series: Mapping[str, Sequence[float]],
+    bin_text: Callable[[int], str],
+    *,
+    title: str,
+    every: int,
+    width: int = WIDE,
+    height: int = 240,
+) -> str:
+    """Returns an SVG of stacked bars over common bins, empty if all bins are. `colour_legend` makes its legend.
+
+    Args:
+        series: height of each bin, by name of the series.
+        bin_text: formats a bin's lower border.
+        title: text for screen readers.
+        every: bins from one label of the x axis to the next.
+        width, height: of the drawing, pixels.
+    """
+    totals = [sum(values) for values in zip(*series.values(), strict=True)]
+    filled = [i for i, total in enumerate(totals) if total]
+    if not filled:
+        return ""
+    first, end, top = filled[0], filled[-1] + 1, max(totals)
+    y = Axis(0, top, height - BOTTOM, TOP / 2, ticks=[0, top / 2, top])
+    step = (width - LEFT) / (end - first)
+    body = [_rule(y, tick, compact(tick), width) for tick in y.ticks]
+    for i in range(first, end):
+        x, below = LEFT + (i - first) * step, 0.0
+        for index, (name, values) in enumerate(series.items()):
+            if values[i]:
+                high, low = y.at(below + values[i]), y.at(below)
+                body.append(
+                    f'<rect class="{_colour(index)}" x="{x:.1f}" y="{high:.2f}" width="{max(1, step - 1):.1f}" height="{low - high:.2f}">'
+                    f"<title>{escape(name)}, {escape(bin_text(i))} to {escape(bin_text(i + 1))}: {values[i]:,.0f}</title></rect>"
+                )
+                below += values[i]
+        if i % every == 0:
+            body.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{escape(bin_text(i))}</text>')
     return _svg(title, width, height, body)
 
 
@@ -251,7 +292,7 @@ def legend(lines: Sequence[Line]) -> str:
 
 def colour_legend(names: Iterable[str]) -> str:
     """Returns the names of a histogram's series beside a swatch of their colour, as HTML."""
-    swatch = '<rect class="{}" x="5" width="12" height="10" rx="3"/>'
+    swatch = '<rect class="{}" width="22" height="10" rx="3"/>'
     return _legend((swatch.format(_colour(index)), name) for index, name in enumerate(names))
 
 
@@ -321,14 +362,14 @@ def _targets(line: Line, points: Points, x: Axis, y: Axis, y_text: Callable[[flo
     )
 
 
-def _cells(row: Points, first: float, last: float, columns: int) -> list[float]:
-    """Returns means of a row's values over `columns` equal intervals of x. An empty interval repeats the one before it."""
+def _cells(points: Points, first: float, last: float, columns: int) -> list[float]:
+    """Returns means of the values over `columns` equal intervals of x. An empty interval repeats the one before it."""
     sums, counts = [0.0] * columns, [0] * columns
-    for a, b in row:
+    for a, b in points:
         index = min(columns - 1, int((a - first) / (last - first) * columns))
         sums[index] += b
         counts[index] += 1
-    cells, value = [], row[0][1]
+    cells, value = [], points[0][1]
     for total, count in zip(sums, counts, strict=True):
         value = total / count if count else value
         cells.append(value)

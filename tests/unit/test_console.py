@@ -1,4 +1,4 @@
-"""ssa_pretrain/monitor/console.py: lines that fit, numbers that read, a console that is plain in a pipe and silent where it should be."""
+"""ssa_pretrain/monitor/console.py: lines that fit, a console that is plain in a pipe and silent if disabled."""
 
 import io
 import re
@@ -15,8 +15,8 @@ from ssa_pretrain.monitor.console import (
     end_line,
     evaluation_line,
     save_line,
-    stamped,
     train_line,
+    with_timestamps,
 )
 
 TRAIN = {
@@ -62,7 +62,7 @@ def test_train_line_fits_when_every_number_is_long() -> None:
         assert word in line
 
 
-def test_train_line_says_nan() -> None:
+def test_train_line_shows_nan() -> None:
     assert "loss nan" in train_line(TRAIN | {"loss": float("nan")}, 300)
 
 
@@ -71,7 +71,7 @@ def test_evaluation_line() -> None:
     assert "mass 0.90" in evaluation_line(EVALUATION | {"captured_mass": 0.9})
 
 
-def test_a_save_s_line_has_its_duration() -> None:
+def test_the_line_of_a_save_has_its_duration() -> None:
     assert save_line(60, 12.34, Path("outputs/x/step_60")) == "save 60  12.3 s  outputs/x/step_60"
 
 
@@ -87,11 +87,11 @@ def test_the_end_of_a_run_is_a_line(steps: tuple[int, int, int], line: str) -> N
     assert end_line(*steps, tokens=491_000, seconds=125.2) == line
 
 
-def test_timestamps_stand_before_every_line() -> None:
+def test_every_line_starts_with_the_time() -> None:
     now = datetime(2026, 11, 29, 4, 5, 6)
-    assert stamped("a\nb", Timestamps.off, now) == "a\nb"
-    assert stamped("a\nb", Timestamps.time, now) == "04:05:06 a\n04:05:06 b"
-    assert stamped("a", Timestamps.datetime, now) == "2026-11-29 04:05:06 a"
+    assert with_timestamps("a\nb", Timestamps.off, now) == "a\nb"
+    assert with_timestamps("a\nb", Timestamps.time, now) == "04:05:06 a\n04:05:06 b"
+    assert with_timestamps("a", Timestamps.datetime, now) == "2026-11-29 04:05:06 a"
     stream = io.StringIO()
     with Console(total_steps=3, stream=stream, timestamps=Timestamps.datetime) as console:
         console.print("one\ntwo")
@@ -112,7 +112,7 @@ def test_console_in_a_pipe_is_plain() -> None:
 
 
 class Terminal(io.StringIO):
-    """Says that it is a terminal."""
+    """Claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -125,11 +125,11 @@ def test_console_on_a_terminal_draws_a_bar_under_the_lines() -> None:
         console.advance(4)
         console.close()
     text = stream.getvalue()
-    assert "2/4" in text, "the bar starts at the step that the run resumed from"
+    assert "2/4" in text, "the bar starts at the step that the run resumes from"
     assert "a line\n" in text and "\r" in text
 
 
-def test_disabled_console_says_nothing() -> None:
+def test_disabled_console_prints_nothing() -> None:
     stream = Terminal()
     with Console(total_steps=4, enabled=False, stream=stream) as console:
         console.print("a line")

@@ -44,16 +44,16 @@ def test_fill_of_both_packings(dataset):
     assert fill["official_row"] == pytest.approx((real.sum() - len(real) + sum(pieces)) / (32 * sum(pieces)))
 
 
-def test_official_row_has_the_fill_that_was_foretold(run, corpus, tmp_path, dataset):
-    foretold = json.loads((dataset / "stats.json").read_text())["fill"]["official_row"]
+def test_official_row_has_the_predicted_fill(run, corpus, tmp_path, dataset):
+    predicted = json.loads((dataset / "stats.json").read_text())["fill"]["official_row"]
     packing = ("packing=official_row", "packing.row_tokens=32")
     assert run(*SETTINGS, *ROWS, *packing, "shard_mb=0.1", "out=o")[0] == 0
     stats = json.loads((tmp_path / "o" / "stats.json").read_text())
-    assert stats["fill"] == {"official_row": pytest.approx(foretold)}
+    assert stats["fill"] == {"official_row": pytest.approx(predicted)}
     assert lengths(tmp_path / "o").max() == 32
 
 
-def test_page_holds_every_part_and_nothing_from_elsewhere(dataset):
+def test_the_page_shows_every_part_and_loads_nothing(dataset):
     text = (dataset / "stats.html").read_text()
     HTMLParser().feed(text)
     assert text.startswith("<!doctype html>") and text.count('<svg class="chart"') == 3
@@ -61,7 +61,7 @@ def test_page_holds_every_part_and_nothing_from_elsewhere(dataset):
     assert f"{lengths(dataset).sum():,}" in text
 
 
-def test_second_run_leaves_the_page_alone_and_another_budget_does_not(run, dataset):
+def test_a_second_run_keeps_the_page_unless_the_budget_changed(run, dataset):
     before = (dataset / "stats.html").stat().st_mtime_ns
     assert "stats.json is up to date" in run("stage=stats", *ROWS, "out=d")[1]
     assert (dataset / "stats.html").stat().st_mtime_ns == before
@@ -69,7 +69,7 @@ def test_second_run_leaves_the_page_alone_and_another_budget_does_not(run, datas
     assert json.loads((dataset / "stats.json").read_text())["budget"]["tokens"] == 2e6
 
 
-def test_cost_scales_with_nodes_until_the_disk_is_busy(dataset):
+def test_cost_scales_with_nodes_until_the_disk_is_the_limit(dataset):
     from data_prep.run_config import StatsConfig
 
     manifest = load_manifest(dataset)
@@ -85,7 +85,7 @@ def test_cost_scales_with_nodes_until_the_disk_is_busy(dataset):
     assert plan["bin_bytes"] == 2e9 and cost(manifest, StatsConfig(), [])["core_hours"] is None
 
 
-def test_torn_line_of_rates_is_left_out(tmp_path):
+def test_an_incomplete_line_of_rates_is_skipped(tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "rates.jsonl").write_text('{"text_bytes": 1}\n{"text_by')
     assert read_rates(tmp_path) == [{"text_bytes": 1}]
