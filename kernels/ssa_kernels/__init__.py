@@ -8,7 +8,7 @@ Shape letters: T query tokens, H query heads, G kv heads, D head dim, N chosen b
 """
 
 from .captured_mass import captured_mass
-from .documents import DocumentLayout, build_layout, query_runs, query_slice
+from .documents import DocumentLayout, build_layout, query_slice, query_spans
 from .full_attention import full_attention
 from .gate import gate
 from .gate_and_align.api import gate_and_align
@@ -29,8 +29,8 @@ __all__ = [
     "gate_and_align",
     "linear_cross_entropy",
     "qkv_rope",
-    "query_runs",
     "query_slice",
+    "query_spans",
     "select_blocks",
     "sparse_attention",
     "ssa_attention",

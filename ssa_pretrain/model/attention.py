@@ -202,7 +202,7 @@ class SSAAttention(MegatronModule):
         logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
 
         def sampled(x: Tensor) -> Tensor:
-            return torch.cat([x[run.first : run.end] for run in layout.runs])
+            return torch.cat([x[span.first : span.end] for span in layout.spans])
 
         other, lse_other = self._stream(other_name, sampled(q), k, v, layout, return_lse=True)
         streams = {packed.main: (sampled(main), sampled(lse_main)), other_name: (other, lse_other)}

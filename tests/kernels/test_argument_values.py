@@ -13,7 +13,7 @@ from ssa_kernels import (
     gate_and_align,
     linear_cross_entropy,
     qkv_rope,
-    query_runs,
+    query_spans,
     query_slice,
     select_blocks,
     sparse_attention,
@@ -211,12 +211,12 @@ def test_a_part_of_the_queries_that_cannot_be_is_refused(queries, message):
 
 
 def test_what_is_no_layout_has_no_parts():
-    for part in (lambda x: query_slice(x, slice(0, 2)), lambda x: query_runs(x, [(0, 2)])):
+    for part in (lambda x: query_slice(x, slice(0, 2)), lambda x: query_spans(x, [(0, 2)])):
         with pytest.raises(ValueError, match="layout must be a DocumentLayout by build_layout, got Tensor"):
             part(ENDS)
     for span in ((0, 2.0), (True, 2), (0, "2")):
         with pytest.raises(ValueError, match=r"of a run=.* must be an int"):
-            query_runs(layout_of(), [span])
+            query_spans(layout_of(), [span])
 
 
 # Values in tensors

@@ -6,7 +6,7 @@ The interpreter takes some 50 ms a query, so queries are sliced out of longer ro
 import pytest
 import torch
 
-from ssa_kernels import build_layout, query_runs, query_slice, select_blocks
+from ssa_kernels import build_layout, query_spans, query_slice, select_blocks
 from ssa_kernels.select import reference
 from support import oracle
 
@@ -154,7 +154,7 @@ def test_runs_of_queries_far_apart():
     tokens, spans = 1400, [(2, 2), (1396, 4)]
     layout = build_layout(torch.arange(0, tokens + 1, 4), num_tokens=tokens, block_size=1, max_length=4)
     q, k = make(tokens, 2, 1)
-    part = query_runs(layout, spans)
+    part = query_spans(layout, spans)
     queries = torch.cat([torch.arange(first, first + length) for first, length in spans])
     arguments = {"block_size": 1, "top_k": 2, "cu_seqlens": part}
     ours, theirs = (select_blocks(q[queries], k, impl=impl, **arguments) for impl in ("triton", "reference"))

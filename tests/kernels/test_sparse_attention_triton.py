@@ -229,7 +229,7 @@ def test_inverted_index(segment):
     for choice, block in enumerate(indices.flatten().tolist()):
         query, kv_head = choice // 6, choice // 3 % 2
         if 0 <= block <= int(layout.query_position[query]) // 4:
-            expected.setdefault(kv_head * rows + int(layout.query_first_row[query]) + block, []).append(choice)
+            expected.setdefault(kv_head * rows + int(layout.query_first_block_row[query]) + block, []).append(choice)
     assert found == expected
     assert sorted(index.schedule.tolist()) == list(range(index.max_segments))
     assert sorted(index.schedule[:used].tolist()) == list(range(used))

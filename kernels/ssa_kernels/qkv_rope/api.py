@@ -49,7 +49,7 @@ def qkv_rope(
         angles = angles.contiguous()
     if resolve_impl(impl, mixed, "qkv_rope") == "reference":
         return qkv_rope_reference(mixed, angles, positions, **sizes)
-    from .autograd import QKVRope  # here, because it imports Triton
+    from .triton import QKVRope  # imported here because Triton may be missing on a CPU machine
 
     q, k, v, gate = QKVRope.apply(mixed, angles, positions, *sizes.values())
     return q, k, v, gate if num_gates else None

@@ -52,7 +52,7 @@ def select_blocks(
     block_size, top_k = layout.block_size, check_selection(layout.block_size, top_k, score)
     if resolve_impl(impl, q, "select_blocks") == "triton":
         _check_triton(q, k)
-        from .forward import select_blocks_triton  # Triton is not installed everywhere
+        from .launch import select_blocks_triton  # Triton is not installed everywhere
 
         # A tile of queries walks the block rows from its first query's document to its last one's: neighbours alone bound that.
         found = [
@@ -65,12 +65,12 @@ def select_blocks(
 
 def _neighbours(q: torch.Tensor, layout: DocumentLayout) -> list[tuple[torch.Tensor, DocumentLayout]]:
     """The queries and layout of each run of neighbours; of one run, or where none are noted, all together."""
-    if len(layout.runs) < 2:
+    if len(layout.spans) < 2:
         return [(q, layout)]
-    lengths = [run.length for run in layout.runs]
+    lengths = [run.length for run in layout.spans]
     ends = list(accumulate(lengths))
     pieces = zip(q.split(lengths), lengths, ends, strict=True)
-    apart = replace(layout, runs=())  # a slice that is a run does not reach into the next
+    apart = replace(layout, spans=())  # a slice that is a run does not reach into the next
     return [(part, query_slice(apart, slice(end - length, end))) for part, length, end in pieces]
 
 

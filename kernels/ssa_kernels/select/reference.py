@@ -58,7 +58,7 @@ def choose_blocks(
     for first in range(0, q.shape[0], QUERIES_PER_CHUNK):
         queries = slice(first, first + QUERIES_PER_CHUNK)
         own = layout.query_position[queries] // layout.block_size
-        first_row = layout.query_first_row[queries]
+        first_row = layout.query_first_block_row[queries]
         # Only the block rows of the chunk's documents, up to its last query.
         rows = slice(int(first_row.min()), int((first_row + own).max()) + 1)
         first_row = first_row - rows.start

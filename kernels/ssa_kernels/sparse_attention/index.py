@@ -28,8 +28,7 @@ import triton
 import triton.language as tl
 
 from ..documents import DocumentLayout
-from ..launch import cdiv, launch
-from ..streams import urgent_stream
+from ..launch import cdiv, high_priority_stream, launch
 
 CHOICES_PER_PROGRAM = 1024
 BUCKETS_PER_PROGRAM = 128
@@ -167,7 +166,7 @@ def invert(indices: torch.Tensor, layout: DocumentLayout, *, kv_heads: int, segm
     buckets = torch.empty(num_choices, dtype=torch.int16 if num_buckets < 2**15 else torch.int32, device=device)
     launch(
         bucket_kernel, (cdiv(num_choices, CHOICES_PER_PROGRAM),),
-        indices, layout.query_position, layout.query_first_row, buckets, num_choices, num_rows,
+        indices, layout.query_position, layout.query_first_block_row, buckets, num_choices, num_rows,
         LISTS=lists, LISTS_PER_KV_HEAD=lists // kv_heads, TOP_K=top_k, BLOCK_SIZE=layout.block_size,
         KV_HEADS=kv_heads, TILE=CHOICES_PER_PROGRAM,
     )  # fmt: skip
@@ -221,7 +220,7 @@ def invert_beside(
         inverted = invert(indices, layout, kv_heads=kv_heads, segment=segment)
         return lambda: inverted
     current = torch.cuda.current_stream(indices.device)
-    beside = urgent_stream(indices.device)
+    beside = high_priority_stream(indices.device)
     beside.wait_stream(current)
     with torch.cuda.stream(beside):
         inverted = invert(indices, layout, kv_heads=kv_heads, segment=segment)

@@ -6,8 +6,8 @@ queries, for torch's fused attention (dense.py, which says why not a gather). Gr
 
 import torch
 
-from ..dense import masked_attention
 from ..documents import DocumentLayout
+from ..masked_attention import masked_attention
 
 
 def sparse_attention_reference(
@@ -25,7 +25,7 @@ def sparse_attention_reference(
 
 def chosen_rows(indices: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
     """Returns bool `[T, G or H, R]`: whether a query chose a block row."""
-    rows = indices + layout.query_first_row[:, None, None]
+    rows = indices + layout.query_first_block_row[:, None, None]
     rows = torch.where(indices < 0, layout.num_block_rows, rows).clamp(0, layout.num_block_rows).long()
     chosen = torch.zeros(*indices.shape[:2], layout.num_block_rows + 1, dtype=torch.bool, device=indices.device)
     return chosen.scatter_(2, rows, True)[..., :-1]
@@ -35,4 +35,4 @@ def key_rows(layout: DocumentLayout) -> torch.Tensor:
     """Returns int64 `[keys]`: the block row in which each key lies."""
     key = torch.arange(layout.num_tokens, dtype=torch.int32, device=layout.cu_seqlens.device)
     document = torch.searchsorted(layout.cu_seqlens[1:], key, right=True)
-    return (layout.document_first_row[document] + (key - layout.cu_seqlens[document]) // layout.block_size).long()
+    return (layout.document_first_block_row[document] + (key - layout.cu_seqlens[document]) // layout.block_size).long()

@@ -13,11 +13,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..full_attention.fused import fused_backward, fused_forward, plan_fused
-from ..gate_and_align.backward import gate_backward
-from ..gate_and_align.forward import gate_forward
+from ..gate_and_align.triton import gate_backward, gate_forward
 from ..select.api import select_blocks
-from ..sparse_attention.backward import sparse_attention_backward
-from ..sparse_attention.forward import sparse_attention_forward
+from ..sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
 from ..sparse_attention.index import invert_beside, segment_length
 
 

@@ -33,12 +33,12 @@ def check(q, k, cu_seqlens, block_size, top_k, score="softmax_sum", tolerance=1e
         row = reference._importance(
             q[token : token + 1].double(),
             means.permute(1, 2, 0),
-            part.query_first_row,
+            part.query_first_block_row,
             own[token : token + 1],
             scale,
             score,
         )[0]
-        first = int(layout.query_first_row[token])
+        first = int(layout.query_first_block_row[token])
         for mine, theirs, values in zip(ours[token].tolist(), exact[token].tolist(), row, strict=True):
             assert int(own[token]) in mine and mine == sorted(x for x in mine if x >= 0) + [x for x in mine if x < 0]
             lost = [float(values[first + block]) for block in set(theirs) - set(mine)]

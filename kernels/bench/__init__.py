@@ -1,0 +1,1 @@
+"""The kernels' benchmark: `PYTHONPATH=kernels python -m bench`. Reading order: __main__, cases, timing, check, bounds, plot, locality."""
