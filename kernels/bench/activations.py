@@ -7,6 +7,7 @@ import torch
 
 from ssa_kernels import full_attention, select_blocks, sparse_attention
 from ssa_kernels.documents import build_layout
+
 from .cases import Row
 from .locality import load_activations, shared_fraction, sink_fraction
 from .shapes import BLOCK_SIZE, TOP_K

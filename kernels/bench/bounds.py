@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from ssa_kernels import gate_and_align
+
 from .cases import Problem
 from .shapes import BLOCK_SIZE, TOP_K, Shape
 from .timing import median_ms, repetitions_for

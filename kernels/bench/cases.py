@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ssa_kernels import full_attention, gate_and_align, select_blocks, sparse_attention, ssa_attention
 from ssa_kernels.documents import DocumentLayout
 from ssa_kernels.full_attention import te
+
 from . import shapes
 from .shapes import BLOCK_SIZE, TOP_K, Shape
 from .timing import median_ms, medians_ms, repetitions_for, workspace_bytes

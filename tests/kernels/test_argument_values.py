@@ -13,8 +13,8 @@ from ssa_kernels import (
     gate_and_align,
     linear_cross_entropy,
     qkv_rope,
-    query_spans,
     query_slice,
+    query_spans,
     select_blocks,
     sparse_attention,
     ssa_attention,
@@ -215,7 +215,7 @@ def test_what_is_no_layout_has_no_parts():
         with pytest.raises(ValueError, match="layout must be a DocumentLayout by build_layout, got Tensor"):
             part(ENDS)
     for span in ((0, 2.0), (True, 2), (0, "2")):
-        with pytest.raises(ValueError, match=r"of a run=.* must be an int"):
+        with pytest.raises(ValueError, match=r"of a span=.* must be an int"):
             query_spans(layout_of(), [span])
 
 
@@ -277,7 +277,7 @@ def test_positions_outside_the_angles_are_refused(impl):
 @interpreted
 def test_the_kernel_reads_no_angle_outside():
     """On a GPU positions are not looked at beforehand."""
-    from ssa_kernels.qkv_rope.forward import qkv_rope_forward
+    from ssa_kernels.qkv_rope.triton import qkv_rope_forward
 
     table = torch.full((20, 16), float("nan"))
     table[5:14] = draw(9, 16)
@@ -302,8 +302,7 @@ def test_chosen_blocks_that_cannot_be_are_refused(wrong, impl):
 @interpreted
 def test_the_kernels_read_no_block_outside():
     """On a GPU chosen blocks are not looked at beforehand."""
-    from ssa_kernels.sparse_attention.backward import sparse_attention_backward
-    from ssa_kernels.sparse_attention.forward import sparse_attention_forward
+    from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
 
     q, k, v = streams()
     layout, do = layout_of(), draw(T, 4, 16, seed=5)

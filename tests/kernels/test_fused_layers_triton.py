@@ -151,7 +151,7 @@ def test_no_gradient_leaves_the_logits_alone():
 
 def test_kernels_over_two_spans_of_the_vocabulary():
     """What two tensor ranks do, one after another: own statistics, combined, and P by the combined log-sum-exp."""
-    from ssa_kernels.linear_cross_entropy.forward import probabilities_in_place, statistics
+    from ssa_kernels.linear_cross_entropy.triton import probabilities_in_place, statistics
 
     logits = 3 * torch.randn(9, 60)
     labels = torch.randint(0, 60, (9,))

@@ -87,7 +87,7 @@ def test_each_stream_gets_its_own_term_only():
 
 
 def test_deltas_are_row_sums_of_the_rounded_gradients():
-    from ssa_kernels.gate_and_align.backward import gate_backward
+    from ssa_kernels.gate_and_align.triton import gate_backward
 
     inputs = [x.detach() for x in make(dtype=torch.float16, size=3.0)]
     grad_out = torch.randn_like(inputs[0])
@@ -100,7 +100,7 @@ def test_deltas_are_row_sums_of_the_rounded_gradients():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_captured_mass_from_any_layout_of_the_lse(rows):
-    from ssa_kernels.gate_and_align.forward import gate_forward
+    from ssa_kernels.gate_and_align.triton import gate_forward
 
     inputs = [x.detach() for x in make(tokens=21)]
     lse_full = torch.randn(rows, 4, 21 // rows).transpose(1, 2)  # [rows, tokens / rows, H], as a library lays it out
@@ -112,7 +112,7 @@ def test_captured_mass_from_any_layout_of_the_lse(rows):
 
 
 def test_partials_are_summed_whatever_their_number():
-    from ssa_kernels.gate_and_align.forward import REDUCE_BLOCK, sum_partials_kernel
+    from ssa_kernels.gate_and_align.triton import REDUCE_BLOCK, sum_partials_kernel
 
     for count in (1, REDUCE_BLOCK - 1, REDUCE_BLOCK, 2 * REDUCE_BLOCK + 5):
         partials = torch.rand(2, count)

@@ -13,14 +13,14 @@ from ssa_kernels import (
     build_layout,
     captured_mass,
     full_attention,
-    query_spans,
     query_slice,
+    query_spans,
     select_blocks,
     sparse_attention,
     ssa_attention,
 )
 from ssa_kernels.documents import layout_to
-from ssa_kernels.full_attention import runs as run_calls
+from ssa_kernels.full_attention import spans as span_calls
 from ssa_kernels.full_attention.fused import FusedPlan, fused_backward, fused_forward, plan_fused
 
 TOKENS, SCALE = 120, 8**-0.5
@@ -68,25 +68,25 @@ def test_a_layout_of_runs_is_that_of_its_queries(documents, ranks):
         part, same = query_spans(layout, spans), query_slice(layout, take(torch.arange(TOKENS), spans))
         for name in ("query_start", "query_position", "query_first_block_row", "block_start", "cu_seqlens"):
             assert torch.equal(getattr(part, name), getattr(same, name)), name
-        assert [(run.first, run.length) for run in part.runs] == spans and not same.runs
+        assert [(span.first, span.length) for span in part.spans] == spans and not same.spans
         piece = query_slice(part, slice(0, 3))
-        assert not piece.runs, "a part of runs is no runs"
+        assert not piece.spans, "a part of spans is no spans"
         assert piece.scattered == (len(spans) > 1), "and may reach from one into the next"
-        for run in part.runs:
-            assert run.cu_seqlens_q[-1] == run.length and run.cu_seqlens_k[-1] == run.end
+        for span in part.spans:
+            assert span.cu_seqlens_q[-1] == span.length and span.cu_seqlens_k[-1] == span.end
             for name in ("cu_seqlens_q", "cu_seqlens_k"):
-                array = getattr(run, name)
+                array = getattr(span, name)
                 assert array.dtype == torch.int32 and array[0] == 0 and (array.diff() >= 0).all()
-            keys_before = layout.query_start[run.first : run.end]
+            keys_before = layout.query_start[span.first : span.end]
             for query, start in enumerate(
                 keys_before.tolist()
             ):  # each query's document, and its place counted from the end
-                document = int(torch.searchsorted(run.cu_seqlens_q, query, right=True)) - 1
-                assert run.cu_seqlens_k[document] == start
-                from_end = int(run.cu_seqlens_q[document + 1]) - query
-                assert int(run.cu_seqlens_k[document + 1]) - from_end == run.first + query
+                document = int(torch.searchsorted(span.cu_seqlens_q, query, right=True)) - 1
+                assert span.cu_seqlens_k[document] == start
+                from_end = int(span.cu_seqlens_q[document + 1]) - query
+                assert int(span.cu_seqlens_k[document + 1]) - from_end == span.first + query
     moved = layout_to(query_spans(layout, RANKS["2"][0]), "meta")
-    assert all(run.cu_seqlens_q.is_meta and run.cu_seqlens_k.is_meta for run in moved.runs)
+    assert all(span.cu_seqlens_q.is_meta and span.cu_seqlens_k.is_meta for span in moved.spans)
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
@@ -137,13 +137,13 @@ def test_a_layer_s_means_over_ranks_are_those_over_all_tokens():
     assert loss > 1e-3 and mass < 0.99
 
 
-def flash(q, k, v, run, max_length, scale):
+def flash(q, k, v, span, max_length, scale):
     """The library's forward, differentiable: (o, lse [H, queries])."""
     outs, lses = [], []
     for (q0, q1), (k0, k1) in zip(
-        pairwise(run.cu_seqlens_q.tolist()), pairwise(run.cu_seqlens_k.tolist()), strict=True
+        pairwise(span.cu_seqlens_q.tolist()), pairwise(span.cu_seqlens_k.tolist()), strict=True
     ):
-        assert q1 - q0 <= min(run.length, max_length) and k1 - k0 <= min(run.end, max_length)
+        assert q1 - q0 <= min(span.length, max_length) and k1 - k0 <= min(span.end, max_length)
         if q0 == q1:
             continue
         rows, keys = q[q0:q1].transpose(0, 1), k[k0:k1].transpose(0, 1).repeat_interleave(2, 0)
@@ -158,19 +158,19 @@ def flash(q, k, v, run, max_length, scale):
 def plain_flash(monkeypatch):
     """Puts `flash` in the library's place."""
 
-    def forward(q, k, v, run, max_length, scale):
-        o, lse = flash(q, k, v, run, max_length, scale)
+    def forward(q, k, v, span, max_length, scale):
+        o, lse = flash(q, k, v, span, max_length, scale)
         return o.detach(), lse.detach(), torch.zeros(2), torch.zeros(())
 
-    def backward(grad_o, q, k, v, o, lse, states, run, max_length, scale):
+    def backward(grad_o, q, k, v, o, lse, states, span, max_length, scale):
         assert lse.is_contiguous() and len(states) == 2
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        again, lse_again = flash(q, k, v, run, max_length, scale)
+        again, lse_again = flash(q, k, v, span, max_length, scale)
         assert torch.equal(again, o) and torch.equal(lse_again, lse), "the backward must get what the forward gave"
         return torch.autograd.grad(again, (q, k, v), grad_o)
 
-    monkeypatch.setattr(run_calls, "flash_forward", forward)
-    monkeypatch.setattr(run_calls, "flash_backward", backward)
+    monkeypatch.setattr(span_calls, "flash_forward", forward)
+    monkeypatch.setattr(span_calls, "flash_backward", backward)
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
@@ -182,7 +182,7 @@ def test_the_fused_calls_of_a_rank_are_the_reference(documents, ranks):
     grad = torch.randn(TOKENS, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for spans in RANKS[ranks]:
         part = query_spans(layout, spans)
-        plan = FusedPlan("flash", 0, layout.max_length, SCALE, part.runs)
+        plan = FusedPlan("flash", 0, layout.max_length, SCALE, part.spans)
         leaves = [x.clone().requires_grad_() for x in (take(q, spans), k, v)]
         wanted, wanted_lse = full_attention(*leaves, cu_seqlens=part, return_lse=True)
         plain = [x.detach() for x in leaves]
@@ -213,16 +213,16 @@ def test_shapes_of_the_library_s_operators():
 def test_wrong_runs_end_in_a_sentence():
     layout = layout_of("one")
     for spans in ([], [(0, 0)], [(30, 10), (0, 10)], [(0, 20), (10, 20)], [(100, 30)], [(-1, 5)]):
-        with pytest.raises(ValueError, match="must be \\(first, length\\) of runs"):
+        with pytest.raises(ValueError, match="must be \\(first, length\\) of spans"):
             query_spans(layout, spans)
     part = query_spans(layout, [(0, 30), (90, 30)])
     with pytest.raises(ValueError, match="must have all 120"):
         query_spans(part, [(0, 10)])
     q, k = (torch.empty(n, 2, 64, dtype=torch.bfloat16) for n in (60, TOKENS))
-    with pytest.raises(ValueError, match="the layout's runs 60; pass"):
+    with pytest.raises(ValueError, match="the layout's spans 60; pass"):
         plan_fused(q[:50], k, part, num_rows=None, backend=None, scale=SCALE)
     for backend, num_rows in (("te", None), ("cudnn", 1), (None, 1)):
-        with pytest.raises(ValueError, match="must be None for runs"):
+        with pytest.raises(ValueError, match="must be None for spans"):
             plan_fused(q, k, part, num_rows=num_rows, backend=backend, scale=SCALE)
     with pytest.raises(ValueError, match="or a layout by query_spans"):
         plan_fused(q, k, query_slice(layout, slice(0, 60)), num_rows=None, backend="flash", scale=SCALE)

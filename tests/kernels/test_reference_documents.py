@@ -27,7 +27,9 @@ def test_layout_equals_counting(cu_seqlens, tokens, block_size):
     assert used <= layout.num_block_rows <= tokens
     assert list(zip(layout.block_start.tolist(), layout.block_length.tolist(), strict=True))[:used] == blocks
     assert not layout.block_length[used:].any()
-    assert all(array.dtype == torch.int32 for array in (layout.cu_seqlens, layout.query_first_block_row, layout.block_start))
+    assert all(
+        array.dtype == torch.int32 for array in (layout.cu_seqlens, layout.query_first_block_row, layout.block_start)
+    )
 
 
 def test_implementation_is_picked_by_device_and_never_in_silence():

@@ -76,8 +76,8 @@ def tensor_core():
 
 def on_tensor_cores(module, q, k, v, do, indices, layout, delta=None, segment=5, add_to=(None, None, None)):
     """Returns o, lse, dq, dk, dv of the tensor-core kernels."""
-    from ssa_kernels.sparse_attention.backward import add_segments
     from ssa_kernels.sparse_attention.index import invert
+    from ssa_kernels.sparse_attention.segment_sums import add_segments
 
     scale = q.shape[-1] ** -0.5
     o, lse = module.forward(q, k, v, indices, layout, scale)
@@ -127,8 +127,7 @@ def test_portable_kernels(heads, kv_heads, head_dim, block_size, top_k, lists, d
 
 @interpreted
 def test_the_portable_backward_adds_too_and_takes_an_index_started_earlier():
-    from ssa_kernels.sparse_attention.backward import sparse_attention_backward
-    from ssa_kernels.sparse_attention.forward import sparse_attention_forward
+    from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
     from ssa_kernels.sparse_attention.index import invert_beside
 
     q, k, v, do, indices, layout = make(DOCUMENTS, 4, 2, 16, 16, 2, None, torch.float32)
@@ -239,7 +238,7 @@ def test_inverted_index(segment):
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("v_columns", [False, True])
 def test_tiles_hold_every_element_once(left, v_columns):
-    from ssa_kernels.sparse_attention.tiles import pack_tiles
+    from ssa_kernels.sparse_attention.tensor_core.tiles import pack_tiles
 
     layout = build_layout(torch.tensor([0, 20, 36], dtype=torch.int32), num_tokens=36, block_size=32)
     k = torch.arange(1, 36 * 2 * 24 + 1, dtype=torch.float32).view(36, 2, 24)
@@ -259,7 +258,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from ssa_kernels.sparse_attention import tensor_core, tensor_core_backward, tensor_core_few_heads, tensor_core_forward, tensor_core_wide
+from ssa_kernels.sparse_attention.tensor_core import backward, few_heads, forward, launch, wide_heads
 
 def usage(kernel, constants, num_warps=1, **options):
     signature, aligned = {}, {}
@@ -286,20 +285,20 @@ def usage(kernel, constants, num_warps=1, **options):
     return {**numbers, "shared": made.metadata.shared}
 
 found = {}
-for rows, dim in ((16, 64), (32, 64), (4, 128)):
-    common = dict(LISTS=2, KV_HEADS=2, ROWS=rows, HEAD_DIM=dim, DIM=dim, BLOCK_SIZE=16, TOP_K=16, DTYPE=gl.bfloat16)
-    query = dict(common, ROWS_PADDED=tensor_core.padded_rows(rows), SLOTS=16)
-    few = rows <= tensor_core.FEW
-    forward = tensor_core_few_heads.forward_kernel if few else tensor_core_forward.forward_kernel
-    dq = tensor_core_few_heads.dq_kernel if few else tensor_core_backward.dq_kernel
-    found[f"forward {rows} {dim}"] = usage(forward, dict(query, LIMIT=1e30))
-    found[f"dq {rows} {dim}"] = usage(dq, dict(query, HAS_DELTA=False, ADD=False))
-    found[f"dq added {rows} {dim}"] = usage(dq, dict(query, HAS_DELTA=True, ADD=True))
-    keys = dict(common, SLOT=rows, N=max(16, rows))
-    if dim > 64 or rows <= tensor_core.RING_ROWS:
-        found[f"dkdv {rows} {dim}"] = usage(tensor_core_wide.dkdv_kernel, dict(keys, STAGES=tensor_core.RING))
+for heads, dim in ((16, 64), (32, 64), (4, 128)):
+    common = dict(LISTS=2, KV_HEADS=2, HEADS=heads, HEAD_DIM=dim, DIM=dim, BLOCK_SIZE=16, TOP_K=16, DTYPE=gl.bfloat16)
+    query = dict(common, PADDED_HEADS=launch.padded_heads(heads), PADDED_TOP_K=16)
+    few = heads <= launch.FEW_HEADS
+    forward_kernel = few_heads.forward_kernel if few else forward.forward_kernel
+    dq = few_heads.dq_kernel if few else backward.dq_kernel
+    found[f"forward {heads} {dim}"] = usage(forward_kernel, dict(query, LIMIT=1e30))
+    found[f"dq {heads} {dim}"] = usage(dq, dict(query, HAS_DELTA=False, ADD=False))
+    found[f"dq added {heads} {dim}"] = usage(dq, dict(query, HAS_DELTA=True, ADD=True))
+    keys = dict(common, ENTRY_ROWS=heads, STEP_ROWS=max(16, heads))
+    if dim > 64 or heads <= launch.RING_HEADS:
+        found[f"dkdv {heads} {dim}"] = usage(wide_heads.dkdv_kernel, dict(keys, STAGES=launch.RING_STAGES))
     else:
-        found[f"dkdv {rows} {dim}"] = usage(tensor_core_backward.dkdv_kernel, keys)
+        found[f"dkdv {heads} {dim}"] = usage(backward.dkdv_kernel, keys)
 print(json.dumps(found))
 """
 

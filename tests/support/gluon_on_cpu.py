@@ -17,12 +17,11 @@ import triton.experimental
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-KERNELS = ("tensor_core_forward", "tensor_core_backward", "tensor_core_few_heads", "tensor_core_wide")
-MODULES = ("fragments", *KERNELS, "tensor_core")
+MODULES = ("fragments", "query", "segment", "forward", "backward", "few_heads", "wide_heads", "launch")
 
 
 def load():
-    """Returns sparse_attention's tensor_core, imported afresh with all that it needs over the stand-in."""
+    """Returns tensor_core/launch.py, imported again on top of the stand-in, with everything that it imports."""
     gl = _language()
     gluon = types.ModuleType("triton.experimental.gluon")
     gluon.jit, gluon.constexpr_function, gluon.language = _jit, lambda function: function, gl
@@ -31,7 +30,7 @@ def load():
     ampere.async_copy = types.SimpleNamespace(
         async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda outstanding: None
     )
-    names = [f"ssa_kernels.sparse_attention.{name}" for name in MODULES]
+    names = [f"ssa_kernels.sparse_attention.tensor_core.{name}" for name in MODULES]
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.experimental, "gluon", gluon, raising=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssa_kernels import build_layout, query_slice, select_blocks
-from ssa_kernels.select import forward, importance, reference, topk
+from ssa_kernels.select import importance, launch, reference, topk
 
 pytestmark = pytest.mark.gpu
 
@@ -162,7 +162,7 @@ def test_the_workspace_is_bounded():
     indices = select_blocks(q, k, block_size=16, top_k=16, cu_seqlens=layout)
     beside = torch.cuda.max_memory_allocated() - before - indices.nbytes
     sums, means = tokens * 32 * 4, layout.num_block_rows * 2 * 64 * 2
-    assert beside <= forward.WORKSPACE_BYTES + sums + means + 2**20
+    assert beside <= launch.WORKSPACE_BYTES + sums + means + 2**20
 
 
 def test_neither_waits_nor_recompiles():

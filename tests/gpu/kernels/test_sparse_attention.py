@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ssa_kernels import build_layout, query_slice, sparse_attention
-from ssa_kernels.sparse_attention.backward import sparse_attention_backward
-from ssa_kernels.sparse_attention.forward import sparse_attention_forward
+from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
 from support.errors import require_as_near
 
 pytestmark = pytest.mark.gpu
@@ -245,12 +244,13 @@ def test_a_delta_that_is_known_already():
 
 
 def test_nothing_waits_or_compiles_again():
-    from ssa_kernels.sparse_attention import index, tensor_core_backward, tensor_core_forward, tensor_core_wide
+    from ssa_kernels.sparse_attention import index
+    from ssa_kernels.sparse_attention.tensor_core import backward, forward, wide_heads
 
     kernels = [
-        tensor_core_forward.forward_kernel,
-        tensor_core_backward.dq_kernel,
-        tensor_core_wide.dkdv_kernel,
+        forward.forward_kernel,
+        backward.dq_kernel,
+        wide_heads.dkdv_kernel,
         index.segment_kernel,
     ]
 
