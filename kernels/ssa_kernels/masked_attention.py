@@ -1,17 +1,18 @@
-"""Attention under a mask of (kv head, query, key), by chunks of queries: what both reference streams are made of.
+"""Attention under a mask of (kv head, query, key), by chunks of queries: the basis of both reference streams.
 
-A chunk of queries meets only the keys between the start of its first query's document and its last query, so causality and
-document borders save work, and memory stays at (chunk x keys). On the CPU a chunk is one call of torch's fused attention, which
-also returns the log-sum-exp; elsewhere (GPU comparisons) it is written out. Gradients come from torch.
+A chunk of queries meets only the keys from the start of its first query's document to its last query. Causality and document boundaries
+thus save work, and memory stays at (chunk x keys). On a CPU a chunk is one call of torch's fused attention, which also returns the
+log-sum-exp. Elsewhere (for comparisons on a GPU) it is written out. Gradients come from torch.
 
-What a mask hides is multiplied by 0, and 0 * NaN is NaN: a document with NaN, Inf or logits that overflow would reach the others of its chunk,
-forward and backward, which it does in no kernel. So where anything that is not finite comes out of a chunk, the chunk runs again
-document by document, with zeros in place of all others: to every other document the same bits as beside finite neighbours.
+What a mask hides is multiplied by 0, and 0 * NaN is NaN: a document with NaN, Inf or logits that overflow would affect the other documents
+of its chunk, forward and backward, which it does in none of the kernels. So if a chunk's results are not all finite, the chunk is computed
+again document by document, with zeros in place of all other documents. Every other document then gets the same bits as beside finite
+neighbours.
 
-Measured against gathering each query's chosen keys (one core, H 8, 2 kv heads, D 32, K 16, N 8, forward + backward, ms): tokens
-512: 15 against 58; 1024: 43 against 127; 2048: 149 against 242. At N 4 the gather draws level at 2048. So there is one way here.
+Measured against gathering each query's chosen keys (one core, H 8, 2 kv heads, D 32, K 16, N 8, forward + backward): 15 ms against 58 at
+512 tokens, 43 against 127 at 1024, 149 against 242 at 2048. At N 4 the gather breaks even at 2048 tokens. So this is the only way here.
 
-Not done here: nothing of Triton, no dropout, no gradient through the log-sum-exp.
+Not done here: Triton, dropout, a gradient through the log-sum-exp.
 """
 
 import math
@@ -40,9 +41,9 @@ def masked_attention(
     Args:
         q: `[T, H, D]`.
         k, v: `[keys, G, D]`.
-        layout: documents, and where each query stands in them.
+        layout: the documents and each query's position in them.
         scale: factor of the logits.
-        mask_of: (queries, keys) -> bool `[G or H, queries, keys]`, True where a query may look; None for everywhere.
+        mask_of: (queries, keys) -> bool `[G or H, queries, keys]`, True if the query may attend to the key; None for all keys.
 
     Returns:
         o `[T, H, D]` in q's dtype and lse `[T, H]`, float32 (float64 for float64 inputs), natural logarithm, no gradient.
@@ -73,11 +74,11 @@ def masked_attention(
 
 
 class _Attend(torch.autograd.Function):
-    """One chunk: q [H, T, D], k and v [H, S, D], mask [1 or H, T, S] (on a CPU its `_bias`), each query's first and own key [T] -> (o, lse)."""
+    """One chunk: q [H, T, D], k and v [H, S, D], mask [1 or H, T, S] (on a CPU its `_bias`), first and own key per query [T] -> (o, lse)."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, first, own, scale):
-        """All documents at once, or one by one."""
+        """Computes all documents at once, or one by one if a result is not finite."""
         o, lse = _forward(q, k, v, mask, scale)
         if not _finite(o, lse):
             for queries, keys in _documents(first, own):
@@ -91,7 +92,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_o, _):
-        """As the forward."""
+        """Computes all documents at once, or one by one if a gradient is not finite."""
         q, k, v, mask, first, own, o, lse = ctx.saved_tensors
         grad_o = grad_o.contiguous()
         grads = _backward(grad_o, q, k, v, o, lse, mask, ctx.scale)
@@ -100,22 +101,22 @@ class _Attend(torch.autograd.Function):
             for queries, keys in _documents(first, own):
                 g_d, q_d, o_d, lse_d = (_only(x, queries) for x in (grad_o, q, o, lse))
                 alone = _backward(g_d, q_d, _only(k, keys), _only(v, keys), o_d, lse_d, mask, ctx.scale)
-                for whole, part, place in zip(grads, alone, (queries, keys, keys), strict=True):
-                    whole[:, place] = part[:, place]
+                for whole, one, place in zip(grads, alone, (queries, keys, keys), strict=True):
+                    whole[:, place] = one[:, place]
         return *grads, *(None,) * 4
 
 
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse) of a chunk, by torch's fused attention where the mask is a bias."""
+    """Returns (o, lse) of a chunk, by torch's fused attention if the mask is a bias."""
     if mask.dtype != torch.bool:
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[None], k[None], v[None], 0.0, False, attn_mask=_every_head(mask, q), scale=scale
         )
         return o[0], lse[0]
     wide = torch.promote_types(q.dtype, torch.float32)
-    empty = ~mask.any(-1, keepdim=True)  # a query that sees nothing: 0, as from the fused kernel
+    empty = ~mask.any(-1, keepdim=True)  # a query that sees nothing gets 0, as from the fused kernel
     logits = (q.to(wide) @ k.to(wide).transpose(-1, -2) * scale).masked_fill(~(mask | empty), float("-inf"))
     return (logits.softmax(-1).masked_fill(empty, 0.0) @ v.to(wide)).to(q.dtype), logits.detach().logsumexp(-1)
 
@@ -130,7 +131,7 @@ def _backward(
     mask: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
-    """(dq, dk, dv) of a chunk."""
+    """Returns (dq, dk, dv) of a chunk."""
     if mask.dtype != torch.bool:
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_o[None],
@@ -152,22 +153,22 @@ def _backward(
 
 
 def _bias(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """The mask as numbers to add to the logits, which is how torch's fused attention takes it."""
+    """Returns the mask as numbers to add to the logits, as torch's fused attention takes it."""
     return torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
 
 
 def _every_head(bias: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """A view [1, H, T, S] of a bias [1 or H, T, S]."""
+    """Returns a view [1, H, T, S] of a bias [1 or H, T, S]."""
     return bias[None].expand(1, q.shape[0], -1, -1)
 
 
 def _finite(*tensors: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite (or False for sums that overflow, which costs time only)."""
+    """Returns whether no element is NaN or infinite. Also False if a sum overflows, which only costs time."""
     return all(math.isfinite(float(x.sum())) for x in tensors)
 
 
 def _documents(first: torch.Tensor, own: torch.Tensor) -> list[tuple[slice, slice]]:
-    """The queries and the keys of each document of a chunk."""
+    """Returns the queries and the keys of each document of a chunk."""
     _, counts = torch.unique_consecutive(first, return_counts=True)
     found, start = [], 0
     for count in counts.tolist():
@@ -177,8 +178,8 @@ def _documents(first: torch.Tensor, own: torch.Tensor) -> list[tuple[slice, slic
     return found
 
 
-def _only(x: torch.Tensor, part: slice) -> torch.Tensor:
-    """x [H, n, ...] with zeros outside a part of n."""
+def _only(x: torch.Tensor, kept: slice) -> torch.Tensor:
+    """Returns x [H, n, ...] with zeros outside the slice `kept` of n."""
     alone = torch.zeros_like(x)
-    alone[:, part] = x[:, part]
+    alone[:, kept] = x[:, kept]
     return alone

@@ -5,13 +5,14 @@ With p = exp(s - lse) recomputed, per query t, head h and chosen key j (Dao et a
     delta[h] = sum_d do[h, d] o[h, d]        dp[h, j] = do[h] . v[j]        ds = p (dp - delta)
     dq[h] = scale sum_j ds[h, j] k[j]        dk[j] = scale sum_{t, h} ds[h, j] q[t, h]        dv[j] = sum_{t, h} p[h, j] do[t, h]
 
-dQ. Grid: lists * queries programs of one warp, as in the forward and over the same tiles (V in the order of rows). K is loaded once
-and used in both orientations, by movmatrix. Writes delta where it was not given.
+dQ. Grid: lists * queries programs of one warp, as in the forward and over the same tiles, with V in the order of rows. K is loaded once and
+used in both orientations, by movmatrix. The kernel writes delta if it was not given.
 
-dK, dV. Grid: one program per segment of the bound, in the schedule's order; a warp for every 16 keys of the block. Keys are the rows
-of the products: s^T = K Q^T, dp^T = V dO^T with K and V fixed in registers, and p^T and ds^T feed dv += p^T dO, dk += ds^T Q from the
-registers where they arise (D up to 64; tensor_core_wide.py has the rest). A step takes 16 rows of q (or one list's, if more): one entry of 16 heads, two of 8, 16 of one. Every
-program writes its sums in fp32 to a place of its own; backward.py adds up a bucket's places in order. No atomics.
+dK, dV. Grid: one program per segment of the bound, in the schedule's order, with a warp per 16 keys of the block. Keys are the rows of the
+products: s^T = K Q^T and dp^T = V dO^T with K and V fixed in registers. p^T and ds^T feed dv += p^T dO and dk += ds^T Q from the registers
+in which they were computed (D up to 64; wide_heads.py serves wider heads). A step takes 16 rows of q, or one entry's if those are more: one
+entry of 16 heads, two of 8, 16 of one. Every program writes its sums in float32 to a place of its own, and segment_sums.py adds up a
+bucket's places in order. There are no atomics.
 """
 
 from triton.experimental import gluon
@@ -39,7 +40,7 @@ from .segment import entries, head_of_row, segment_of_program
 def _ds_and_keys(
     q, do, k, v, lse, delta, scale_log2, MMA: gl.constexpr, PADDED_HEADS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr
 ):  # fmt: skip
-    """Returns (ds without a mask, K as right operand [16, DIM]) of one tile."""
+    """Returns (unmasked ds, K as right operand [16, DIM]) of one tile."""
     zeros = gl.zeros([PADDED_HEADS, 16], gl.float32, MMA)
     k_words = tile_rows(k, DIM, False)
     s = mma_v2(q, as_right_transposed(k_words, MMA, 16, DIM, DTYPE), zeros)
@@ -56,7 +57,7 @@ def dq_kernel(
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, PADDED_TOP_K: gl.constexpr,
     DTYPE: gl.constexpr, HAS_DELTA: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """dq of one query and list, ADD: added to what is there. q_ptr, do_ptr, o_ptr, tiles_ptr: words."""
+    """dq of one query and list. ADD: added to what is there. q_ptr, do_ptr, o_ptr and tiles_ptr point to words."""
     MMA: gl.constexpr = mma_layout(1)
     TILES: gl.constexpr = BLOCK_SIZE // 16
     WORDS: gl.constexpr = 8 * DIM
@@ -107,7 +108,7 @@ def _load_step(
     LISTS: gl.constexpr, HEADS: gl.constexpr, ENTRY_ROWS: gl.constexpr, STEP_ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr,
     LAYOUT: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """Loads a step's rows of q and dO (words), and lse, delta and own key (-1 for rows that do not exist) of each column of s^T."""
+    """Returns a step's rows of q and dO as words, and lse, delta and own key (-1 for unused rows) of each column of s^T."""
     word = gl.arange(0, DIM // 2, gl.SliceLayout(0, LAYOUT))
     vector = entry.to(gl.int64) * HEADS + head_of_row(HEADS, ENTRY_ROWS, STEP_ROWS, gl.SliceLayout(1, LAYOUT))
     place = (vector * (HEAD_DIM // 2))[:, None] + word[None, :]
@@ -123,7 +124,7 @@ def _load_step(
 
 @gluon.jit
 def _keys(ptr, place, inside, MMA: gl.constexpr, BLOCK_SIZE: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
-    """A block's rows of k or v as left operand."""
+    """Returns a block's rows of k or v as left operand."""
     words = gl.load(ptr + place, mask=inside, other=0)
     return as_left(to_contraction_order(words, BLOCK_SIZE, DIM), MMA, BLOCK_SIZE, DIM, DTYPE)
 
@@ -135,7 +136,7 @@ def dkdv_kernel(
     LISTS: gl.constexpr, KV_HEADS: gl.constexpr, HEADS: gl.constexpr, ENTRY_ROWS: gl.constexpr, STEP_ROWS: gl.constexpr,
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Sums of dk (without its scale) and dv over one segment. q_ptr, do_ptr, k_ptr, v_ptr: words."""
+    """Sums of dk (without its scale) and dv over one segment. q_ptr, do_ptr, k_ptr and v_ptr point to words."""
     MMA: gl.constexpr = mma_layout(BLOCK_SIZE // 16)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     KEYS: gl.constexpr = words_layout(BLOCK_SIZE, DIM // 2, 16)

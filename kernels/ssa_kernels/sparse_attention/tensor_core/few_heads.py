@@ -1,15 +1,15 @@
-"""Forward and dQ on tensor cores where a list serves at most 8 heads: keys as rows of the products (Gluon).
+"""Forward and dQ on tensor cores for at most 8 heads per list: keys are the rows of the products (Gluon).
 
-The mathematics of tensor_core_forward.py and tensor_core_backward.py with every product transposed:
+The mathematics of forward.py and backward.py with every product transposed:
 
     s^T = K q^T      o^T = V^T p^T      dp^T = V do^T      dq^T = K^T ds^T
 
-mma.m16n8k16 has 16 rows and 8 columns. With the heads as rows, 4 heads would leave three quarters of each instruction and of the
-registers of q, dO and the accumulators empty; as columns they leave a half. At D 128 that is the difference between 255 registers
-a thread, with 8 warps a multiprocessor, and fewer than 180. The keys' fragments are the same registers: a right operand of K^T is a left
-operand of K. Only p^T and ds^T arise as accumulators and are wanted as right operands: one movmatrix for each 8 keys.
+mma.m16n8k16 has 16 rows and 8 columns. With heads as rows, 4 heads would leave three quarters of each instruction, and of the registers of
+q, dO and the accumulators, empty. With heads as columns they leave half. At D 128 that is the difference between 255 registers per thread,
+with 8 warps per multiprocessor, and fewer than 180. The keys' fragments are the same registers: a right operand of K^T is a left operand of
+K. Only p^T and ds^T are computed as accumulators and needed as right operands, which takes one movmatrix per 8 keys.
 
-Grid, order of tiles, reference maximum and its repetition: as there.
+Grid, order of tiles, reference maximum and restart are those of forward.py.
 """
 
 from triton.experimental import gluon
@@ -33,19 +33,19 @@ from .fragments import (
 )
 from .query import load_packed, own_tile_mask, query_of_program, tile_number, vector_words
 
-COLUMNS = gl.constexpr(8)  # of the instruction: heads, padded
+COLUMNS = gl.constexpr(8)  # of the instruction: the heads of a list, padded
 
 
 @gluon.jit
 def _scores(tile, x, MMA: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
-    """[16 keys, 8 heads]: the products of a tile's rows with the heads' x, a right operand [DIM, 8]."""
+    """Returns the products [16 keys, 8 heads] of a tile's rows with the heads' x, a right operand [DIM, 8]."""
     keys = as_left(tile_rows(tile, DIM, True), MMA, 16, DIM, DTYPE)
     return mma_v2(keys, x, gl.zeros([16, COLUMNS], gl.float32, MMA))
 
 
 @gluon.jit
 def _values(tile, MMA: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
-    """V^T of a tile as left operand [DIM, 16]."""
+    """Returns V^T of a tile as left operand [DIM, 16]."""
     return left(tile_columns(tile, DIM, DTYPE, True), MMA)
 
 
@@ -54,7 +54,7 @@ def _add_full_tiles(
     q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2,
     MMA: gl.constexpr, DIM: gl.constexpr, TILES: gl.constexpr, STRIDE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Adds the full tiles to l [16, 8] (not yet summed over keys) and acc [DIM, 8]."""
+    """Returns l [16, 8] (not yet summed over keys) and acc [DIM, 8] with the full tiles added."""
     if full > 0:
         WORDS: gl.constexpr = 8 * DIM
         tile = tiles_ptr + tile_number(indices_ptr, 0, last, TILES).to(gl.int64) * STRIDE
@@ -80,7 +80,7 @@ def forward_kernel(
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, PADDED_TOP_K: gl.constexpr,
     DTYPE: gl.constexpr, LIMIT: gl.constexpr,
 ):  # fmt: skip
-    """o and lse of one query and list. q_ptr, tiles_ptr: words. PADDED_HEADS is 8."""
+    """o and lse of one query and list. q_ptr and tiles_ptr point to words. PADDED_HEADS is 8."""
     MMA: gl.constexpr = mma_layout(1)
     TILES: gl.constexpr = BLOCK_SIZE // 16
     WORDS: gl.constexpr = 8 * DIM
@@ -129,7 +129,7 @@ def forward_kernel(
 
 @gluon.jit
 def _ds_and_keys(q, do, k, v, lse, delta, scale_log2, MMA: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
-    """Returns (ds^T without a mask, K^T as left operand [DIM, 16]) of one tile."""
+    """Returns (unmasked ds^T, K^T as left operand [DIM, 16]) of one tile."""
     p = gl.exp2(_scores(k, q, MMA, DIM, DTYPE) * scale_log2 - lse[None, :])
     ds = p * (_scores(v, do, MMA, DIM, DTYPE) - delta[None, :])
     return ds, left(turned(tile_rows(k, DIM, True), 16, DIM, DTYPE), MMA)
@@ -143,7 +143,7 @@ def dq_kernel(
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, PADDED_TOP_K: gl.constexpr,
     DTYPE: gl.constexpr, HAS_DELTA: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """dq of one query and list, ADD: added to what is there. q_ptr, do_ptr, o_ptr, tiles_ptr: words. PADDED_HEADS is 8."""
+    """dq of one query and list. ADD: added to what is there. Pointers to q, dO, O and tiles point to words. PADDED_HEADS is 8."""
     MMA: gl.constexpr = mma_layout(1)
     TILES: gl.constexpr = BLOCK_SIZE // 16
     WORDS: gl.constexpr = 8 * DIM

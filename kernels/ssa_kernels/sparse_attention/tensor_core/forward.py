@@ -1,18 +1,18 @@
-"""Forward on tensor cores, for 16-bit elements: one warp a (query, list), tiles of 16 keys straight into registers (Gluon).
+"""Forward on tensor cores, for 16-bit elements: one warp per (query, list), tiles of 16 keys loaded straight into registers (Gluon).
 
-For query t, heads h of a list (R of them, one kv head), chosen keys J:
+For query t, the heads h of a list (which share one kv head) and the chosen keys J:
 
     s[h, j] = scale q[h] . k[j]      m[h] = max of s over the tile that holds the query's own key
     p = exp(s - m)      l[h] = sum_j p[h, j]      o[h] = sum_j p[h, j] v[j] / l[h]      lse[h] = m[h] + log l[h]
 
-The own tile comes first: the only one that needs the causal mask, and its maximum is the reference m of all, so nothing is rescaled in
-the loop. Any reference gives the same o and lse as long as nothing overflows; a later logit more than LIMIT above it would. The sum
-shows it (l not below LIMIT, NaN included), and then the query starts again with the exact maximum of all its logits. Smaller logits
-may underflow, as they do under the exact maximum: l >= 1 from the own tile.
+The own tile comes first. It is the only one that needs the causal mask, and its maximum is the reference m of all tiles, so the loop
+rescales nothing. Any reference gives the same o and lse unless something overflows, which takes a later logit that exceeds m by more than
+LIMIT allows. The sum shows it (l not below LIMIT, NaN included); the query then starts again with the exact maximum of all its logits.
+Smaller logits may underflow, as they do under the exact maximum: the own tile alone makes l >= 1.
 
-Grid: lists * queries programs of one warp, the list outermost: neighbours share a kv head, whose tiles then fill L1 and L2. Each tile is
-loaded while the one before it is being worked on; its number is loaded one step earlier still. A query without any block (all -1)
-gives o = 0 and lse = -inf. Reads of each program do not depend on other queries: results do not depend on the batch.
+Grid: lists * queries programs of one warp, the list outermost: neighbouring programs share a kv head, whose tiles then fill L1 and L2. Each
+tile is loaded during the work on the one before it, and its number one step earlier still. A query without any block (all -1) gets o = 0
+and lse = -inf. A program reads nothing of other queries, so results do not depend on the batch.
 """
 
 from triton.experimental import gluon
@@ -36,7 +36,7 @@ from .query import load_packed, own_tile_mask, query_of_program, tile_number, ve
 
 @gluon.jit
 def _values(tile, MMA: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
-    """V of a tile as right operand [16, DIM]."""
+    """Returns V of a tile as right operand [16, DIM]."""
     return right(gl.permute(tile_columns(tile, DIM, DTYPE, False), [1, 0]), MMA)
 
 
@@ -45,7 +45,7 @@ def _add_full_tiles(
     q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2,
     MMA: gl.constexpr, PADDED_HEADS: gl.constexpr, DIM: gl.constexpr, TILES: gl.constexpr, STRIDE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Adds the full tiles to l (not yet summed over keys) and acc."""
+    """Returns l (not yet summed over keys) and acc with the full tiles added."""
     if full > 0:
         WORDS: gl.constexpr = 8 * DIM
         tile = tiles_ptr + tile_number(indices_ptr, 0, last, TILES).to(gl.int64) * STRIDE
@@ -72,7 +72,7 @@ def forward_kernel(
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, PADDED_TOP_K: gl.constexpr,
     DTYPE: gl.constexpr, LIMIT: gl.constexpr,
 ):  # fmt: skip
-    """o and lse of one query and list. q_ptr, tiles_ptr: words."""
+    """o and lse of one query and list. q_ptr and tiles_ptr point to words."""
     MMA: gl.constexpr = mma_layout(1)
     TILES: gl.constexpr = BLOCK_SIZE // 16
     WORDS: gl.constexpr = 8 * DIM

@@ -1,12 +1,12 @@
-"""dK and dV on tensor cores for heads wider than 64: rows of q and dO through shared memory (Gluon).
+"""dK and dV on tensor cores for heads wider than 64, and for up to 16 heads per list: rows of q and dO go through shared memory (Gluon).
 
-The mathematics, the grid and the sums of tensor_core_backward.py's dkdv_kernel. There a step's rows wait in registers for their turn; at
-D 128 the sums of dk and dv alone take 128 registers a thread, K and V 64, and the compiler spills. Here the rows are copied into a ring
-of STAGES buffers (cp.async, which needs no registers), STAGES - 1 steps ahead of their use, and read from there in both orientations
-(ldmatrix, plain and transposed). d keeps its natural order.
+The mathematics, the grid and the sums are those of backward.py's dkdv_kernel, where a step's rows wait in registers. At D 128 the sums of dk
+and dv alone take 128 registers per thread and K and V take 64, so the compiler would spill. Here the rows are copied into a ring of STAGES
+buffers (cp.async, which needs no registers), STAGES - 1 steps ahead of their use, and read from there in both orientations (ldmatrix, plain
+and transposed). d keeps its natural order.
 
-A turn of the ring: wait until this step's copy has landed (the compiler adds a barrier to that, after which every warp has also read the
-step before), copy into the buffer that the step before has left, compute.
+One turn of the ring: wait until this step's copy has landed (the compiler adds a barrier, after which every warp has also read the previous
+step), copy into the buffer that the previous step has freed, compute.
 """
 
 from triton.experimental import gluon
@@ -19,7 +19,7 @@ from .segment import entries, head_of_row, segment_of_program
 
 @gluon.constexpr_function
 def copy_layout(dim, warps):
-    """Rows [n, dim] in pieces of 16 bytes, neighbouring lanes along a row."""
+    """Returns the layout of rows [n, dim] in pieces of 16 bytes, with neighbouring lanes along a row."""
     return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [warps, 1], [1, 0])
 
 
@@ -33,9 +33,9 @@ def _rows_of(
     STEP_ROWS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """Where the rows [STEP_ROWS] of entries begin in an array of WIDTH elements a head. Rows of a slot that do not exist repeat the last."""
+    """Returns pointers to the rows [STEP_ROWS] of entries in an array with WIDTH elements per head."""
     head = head_of_row(HEADS, ENTRY_ROWS, STEP_ROWS, LAYOUT)
-    if STEP_ROWS == ENTRY_ROWS:  # one entry, a scalar: what differs between rows is known before the loop
+    if STEP_ROWS == ENTRY_ROWS:  # one entry, a scalar, so what differs between rows is loop-invariant
         return ptr + entry.to(gl.int64) * (HEADS * WIDTH) + head * WIDTH
     else:
         return ptr + (entry.to(gl.int64) * HEADS + head) * WIDTH
@@ -46,7 +46,7 @@ def _copy_rows(
     q_ptr, do_ptr, q_buffer, do_buffer, entry,
     HEADS: gl.constexpr, ENTRY_ROWS: gl.constexpr, STEP_ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr, COPY: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copy of a step's rows."""
+    """Starts the copy of a step's rows into its buffers."""
     dim = gl.arange(0, DIM, gl.SliceLayout(0, COPY))[None, :]
     q = _rows_of(q_ptr, entry, HEAD_DIM, HEADS, ENTRY_ROWS, STEP_ROWS, gl.SliceLayout(1, COPY))[:, None] + dim
     do = _rows_of(do_ptr, entry, HEAD_DIM, HEADS, ENTRY_ROWS, STEP_ROWS, gl.SliceLayout(1, COPY))[:, None] + dim
@@ -65,7 +65,7 @@ def _load_columns(
     lse_ptr, delta_ptr, query_key_ptr, entry, used,
     LISTS: gl.constexpr, HEADS: gl.constexpr, ENTRY_ROWS: gl.constexpr, STEP_ROWS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """lse, delta and own key (-1 for rows that do not exist) of each column of s^T."""
+    """Returns lse, delta and own key (-1 for unused rows) of each column of s^T."""
     own_key = gl.where(used, gl.load(query_key_ptr + entry // LISTS), -1)
     lse = gl.load(_rows_of(lse_ptr, entry, 1, HEADS, ENTRY_ROWS, STEP_ROWS, COLUMNS))
     return lse, gl.load(_rows_of(delta_ptr, entry, 1, HEADS, ENTRY_ROWS, STEP_ROWS, COLUMNS)), own_key
@@ -79,7 +79,7 @@ def dkdv_kernel(
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, DTYPE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Sums of dk (without its scale) and dv over one segment. q_ptr, do_ptr, k_ptr, v_ptr: elements, not words."""
+    """Sums of dk (without its scale) and dv over one segment. q_ptr, do_ptr, k_ptr and v_ptr point to elements, not words."""
     MMA: gl.constexpr = mma_layout(BLOCK_SIZE // 16)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, MMA)
     COPY: gl.constexpr = copy_layout(DIM, BLOCK_SIZE // 16)
@@ -94,7 +94,7 @@ def dkdv_kernel(
         q_ring = gl.allocate_shared_memory(DTYPE, [STAGES, STEP_ROWS, DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
         do_ring = gl.allocate_shared_memory(DTYPE, [STAGES, STEP_ROWS, DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
         for i in gl.static_range(STAGES):
-            if HEAD_DIM < DIM:  # columns that no copy writes
+            if HEAD_DIM < DIM:  # no copy writes these columns
                 q_ring.index(i).store(gl.zeros([STEP_ROWS, DIM], DTYPE, COPY))
                 do_ring.index(i).store(gl.zeros([STEP_ROWS, DIM], DTYPE, COPY))
         for i in gl.static_range(STAGES - 1):
