@@ -1,8 +1,8 @@
-"""`PYTHONPATH=kernels python -m bench`: the kernels' figures as ratios, in one process on one GPU, as a table, CSV and a roofline plot.
+"""`PYTHONPATH=kernels python -m bench`: times the kernels as ratios, in one process on one GPU; writes a table, CSV and a roofline plot.
 
-It first checks selection, both streams, gate and alignment (check.py) and reports nothing if one is wrong. `--quick` leaves out rows beyond 32k; `--activations`
-adds the locality of real activations (a .pt or .npz file with q, k, v and cu_seqlens of one layer, as many as are given), which works on
-a CPU too. It measures neither a whole training step nor several GPUs.
+It first checks selection, both streams, gate and alignment (check.py) and stops without a result if one is wrong. `--quick` leaves out rows
+beyond 32k. `--activations` adds the locality of real activations (.pt or .npz files with q, k, v and cu_seqlens of one layer), which works
+on a CPU too. It measures neither a whole training step nor several GPUs.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from .timing import copy_bandwidth, matmul_rate
 
 
 def main() -> int:
-    """Runs the benchmark; returns the exit status, 1 where a check failed or a bound was missed."""
+    """Runs the benchmark and returns the exit status: 1 if a check failed or a bound was missed."""
     arguments = _parse()
     if not torch.cuda.is_available():
         if not arguments.activations:
             print(
-                "The benchmark needs an NVIDIA GPU; without one it only tells the locality of --activations.",
+                "The benchmark needs an NVIDIA GPU; without one it only computes the locality of --activations.",
                 file=sys.stderr,
             )
             return 1
@@ -37,7 +37,7 @@ def main() -> int:
         return 0
     wrong = failures() + failures(heads=32, kv_heads=8, head_dim=128)
     if wrong:
-        print("Wrong results, so no figures:", *wrong, sep="\n  ", file=sys.stderr)
+        print("Wrong results, so nothing is timed:", *wrong, sep="\n  ", file=sys.stderr)
         return 1
     copy, matmul = copy_bandwidth(), matmul_rate()
     print(
@@ -66,13 +66,17 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="only 8k and 32k")
     parser.add_argument(
-        "--activations", type=Path, nargs="*", default=[], help="q, k, v, cu_seqlens of layers, .pt or .npz"
+        "--activations",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="files with q, k, v and cu_seqlens of a layer, .pt or .npz",
     )
     return parser.parse_args()
 
 
 def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
-    """What is asked of the kernels, in the order of the table in README.md."""
+    """Yields the table's rows with their bounds, in the order of README.md."""
     yield from cases.streams(shapes.SHAPE_8K, (4.0, 5.2), (3.0, 3.7))
     yield from cases.streams(shapes.SHAPE_32K, (11.5, 15.0), (6.2, 8.5))
     yield from cases.layer(shapes.SHAPE_8K, 1.28, 1.20)
@@ -92,8 +96,10 @@ def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
 
 
 def _line(row: Row) -> str:
-    asked = "" if row.must is None else f"must {row.must:g}" + (f", aim {row.aim:g}" if row.aim is not None else "")
-    return f"{row.name:<62} {row.value:8.3f} {row.unit:<2}  {asked:<20} {row.verdict:<6}  {row.detail}"
+    bounds_text = (
+        "" if row.must is None else f"must {row.must:g}" + (f", aim {row.aim:g}" if row.aim is not None else "")
+    )
+    return f"{row.name:<62} {row.value:8.3f} {row.unit:<2}  {bounds_text:<20} {row.verdict:<6}  {row.detail}"
 
 
 def _write(path: Path, records: list[dict]) -> None:
@@ -104,5 +110,5 @@ def _write(path: Path, records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as head may leave
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as head may close the pipe
     sys.exit(main())

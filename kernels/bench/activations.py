@@ -1,4 +1,4 @@
-"""Rows of the table for real activations: the locality of their chosen blocks, and on a GPU the sparse stream's time on them."""
+"""Rows of the table for real activations: the locality of their chosen blocks and, on a GPU, the sparse stream's time on them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +15,14 @@ from .timing import median_ms
 
 
 def activation_rows(path: Path, device: torch.device) -> Iterator[Row]:
-    """Locality rho_2, rho_4, rho_8, the pull of block 0, and on a GPU times against full attention over the same documents."""
+    """Yields rho_2, rho_4, rho_8, the share of choices with block 0 and, on a GPU, the time over full attention on the same documents."""
     tensors = load_activations(path, device)
     q, k, v = (tensors[name] for name in ("q", "k", "v"))
     layout = build_layout(tensors["cu_seqlens"], num_tokens=k.shape[0], block_size=BLOCK_SIZE)
     common = {"block_size": BLOCK_SIZE, "cu_seqlens": layout}
     indices = select_blocks(q, k, top_k=TOP_K, **common)
     for group in (2, 4, 8):
-        detail = f"{1 / group:g} where they choose alike, 1 where they share nothing"
+        detail = f"{1 / group:g} if they choose the same blocks, 1 if they share none"
         yield Row(f"{path.name}: rho_{group}", shared_fraction(indices, layout, group), "", detail=detail)
     yield Row(f"{path.name}: choices that hold block 0", sink_fraction(indices, layout), "")
     if device.type != "cuda":

@@ -1,8 +1,8 @@
 """What binds each operator: its measured time against the floors that memory, L2, the tensor cores and the exponentials set.
 
-Work is counted from the mathematics, at the shape's averages: a query sees half a row of keys, top_k * block_size chosen ones, half a
-row of block means. A floor is work over rate; the largest floor names what binds, and floor / time says how near it is. Device memory
-counts what must move once; L2 counts gathers: every chosen block of K and V again for each (token, kv head), Q and dO again for each
+Work is counted from the mathematics, at the shape's averages: a query sees half a row of keys, top_k * block_size chosen ones, half a row of
+block means. A floor is work over rate. The largest floor names what binds; floor / time is how close the operator comes. Device memory
+counts what must move once. L2 counts gathers: every chosen block of K and V again for each (token, kv head), and Q and dO again for each
 block in dK/dV. Rates: the copy and the matrix product of this run; L2 and exponentials are the card's (H100 SXM and H200).
 """
 
@@ -18,10 +18,10 @@ from .cases import Problem
 from .shapes import BLOCK_SIZE, TOP_K, Shape
 from .timing import median_ms, repetitions_for
 
-# Gathers of 16-key blocks were seen at 9.4 TB/s, which ncu called 92% of the L2's output. Neighbouring tokens that choose the same block
-# meet it in L1, so a gather may come out faster than this.
+# Gathers of 16-key blocks were measured at 9.4 TB/s, 92% of the L2's output according to ncu. Neighbouring tokens that choose the same block
+# find it in the L1, so a gather may exceed this rate.
 L2_BYTES_PER_SECOND = 10.3e12
-# 16 a clock and multiprocessor, 1.98 GHz.
+# 16 per clock and multiprocessor, 1.98 GHz.
 EXPONENTIALS_PER_SECOND = 132 * 16 * 1.98e9
 
 
@@ -39,11 +39,11 @@ class Stage:
 
     @property
     def binds(self) -> str:
-        """Returns what sets the largest floor."""
+        """What sets the largest floor."""
         return max(self.floors, key=self.floors.get)
 
     def as_record(self) -> dict[str, float | str]:
-        """Returns a line of bounds.csv."""
+        """Returns the stage as a line of bounds.csv."""
         floors = {f"floor_{name}_ms": value for name, value in self.floors.items()}
         work = {
             "flops": self.flops,
@@ -70,7 +70,7 @@ def measure(shape: Shape, copy: float, matmul: float) -> list[Stage]:
     pairs_sparse = tokens * heads * min(TOP_K * BLOCK_SIZE, shape.row_length / 2)
     pairs_selection = pairs_full / BLOCK_SIZE
     gathered = tokens * kv_heads * TOP_K * BLOCK_SIZE * head_dim * 2 * 2
-    # Q and dO of a group's heads, for each (token, kv head, chosen block).
+    # Q and dO of a group's heads, per (token, kv head, chosen block).
     gathered_again = tokens * TOP_K * heads * head_dim * 2 * 2
     index_bytes = tokens * kv_heads * TOP_K * 4
 
@@ -105,7 +105,7 @@ def measure(shape: Shape, copy: float, matmul: float) -> list[Stage]:
 
 
 def table(stages: list[Stage]) -> str:
-    """Returns the stages as text."""
+    """Returns the stages as a table of text."""
     lines = [f"{'operator':<18} {'ms':>8} {'TFLOP/s':>8} {'TB/s':>6} {'L2 TB/s':>8}   floor"]
     for stage in stages:
         rates = (stage.flops / 1e9, stage.memory_bytes / 1e9, stage.l2_bytes / 1e9)

@@ -1,8 +1,8 @@
-"""What is measured: each case returns rows of the table, a value with what it must and should reach.
+"""What is measured: each case yields rows of the table, a value with what it must and should reach.
 
-Full attention is torch's `scaled_dot_product_attention` held to one backend, forward and backward through autograd, on the same
-tensors. Ours is timed through the public functions and autograd as well: nothing is prepared outside the timed region but the
-documents' layout, which one microbatch shares between all its layers.
+Full attention is torch's `scaled_dot_product_attention` restricted to one backend, forward and backward through autograd, on the same
+tensors. Ours is timed through the public functions and autograd as well. Only the documents' layout is prepared outside the timed region,
+because one microbatch shares it between all its layers.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ Bounds = tuple[float, float] | None
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `must` and `aim` are bounds on the value: from below where `higher` is better, else from above."""
+    """One line of the table. `must` and `aim` are bounds on the value: lower bounds if `higher` is better, else upper bounds."""
 
     name: str
     value: float
@@ -38,13 +38,13 @@ class Row:
     def bounded(
         cls, name: str, value: float, unit: str, bounds: Bounds, *, higher: bool = True, detail: str = ""
     ) -> "Row":
-        """Returns a row with (must, aim), or with neither."""
+        """Returns a row with bounds (must, aim), or without bounds."""
         must, aim = bounds or (None, None)
         return cls(name, value, unit, must, aim, higher, detail)
 
     @property
     def verdict(self) -> str:
-        """Returns "aim", "must" or "missed", or nothing where nothing is asked."""
+        """Returns the bound that the value reaches, "aim" or "must", else "missed"; empty if the row has no bounds."""
         if self.must is None:
             return ""
         sign = 1 if self.higher else -1
@@ -58,7 +58,7 @@ class Problem:
 
     def __init__(self, shape: Shape, layout: DocumentLayout | None = None) -> None:
         self.shape = shape
-        self.one_document_a_row = layout is None
+        self.one_document_per_row = layout is None
         self.layout = shapes.equal_rows(shape) if layout is None else layout
         self.q = shapes.random_heads(shape, shape.heads, 1).requires_grad_()
         self.k = shapes.random_heads(shape, shape.kv_heads, 2).requires_grad_()
@@ -79,7 +79,7 @@ class Problem:
 
     def full(self, backend: str | None = None) -> torch.Tensor:
         """Returns the full stream's output by this package."""
-        num_rows = self.shape.num_rows if self.one_document_a_row else None
+        num_rows = self.shape.num_rows if self.one_document_per_row else None
         return full_attention(self.q, self.k, self.v, cu_seqlens=self.layout, num_rows=num_rows, backend=backend)[0]
 
     def sdpa(self, backend: SDPBackend) -> torch.Tensor:
@@ -160,7 +160,7 @@ def layer(shape: Shape, must: float, aim: float) -> Iterator[Row]:
 
 
 def gate(shape: Shape, copy: float) -> Iterator[Row]:
-    """Gate and alignment: bytes that must move, over the time and the copy's bandwidth of the same run."""
+    """Gate and alignment: the bytes that must move per second, over the copy's bandwidth of the same run."""
     a, b, grad = (shapes.random_heads(shape, shape.heads, seed) for seed in (1, 2, 3))
     logits = torch.randn(shape.tokens, shape.heads, device="cuda", dtype=torch.bfloat16)
     leaves = [x.requires_grad_() for x in (a, b, logits)]
@@ -169,7 +169,7 @@ def gate(shape: Shape, copy: float) -> Iterator[Row]:
     outs = gate_and_align(*leaves, main="full")
     backward_ms = median_ms(lambda: torch.autograd.grad(outs, leaves, (grad, one), retain_graph=True), 40)
     forward_bytes = 3 * a.nbytes + logits.nbytes
-    # The two deltas are fp32, so twice the logits' size each.
+    # The two deltas are float32, so each is twice the logits' size.
     backward_bytes = 5 * a.nbytes + 2 * logits.nbytes + 2 * 2 * logits.nbytes
     for name, bytes_moved, ms in (("fwd", forward_bytes, forward_ms), ("bwd", backward_bytes, backward_ms)):
         share = bytes_moved / (ms * 1e-3) / copy
@@ -178,12 +178,12 @@ def gate(shape: Shape, copy: float) -> Iterator[Row]:
 
 
 def documents(shape: Shape, mean_length: int, must: float, aim: float) -> Iterator[Row]:
-    """Rows packed of short documents against one document a row: selection + sparse, forward and backward."""
+    """Rows packed with short documents against one document per row: selection + sparse, forward and backward."""
     whole = Problem(shape)
     _, whole_ms = whole.time(whole.selection_and_sparse)
     packed = Problem(shape, shapes.random_documents(shape, mean_length))
     _, packed_ms = packed.time(packed.selection_and_sparse)
-    name = f"documents of mean length {mean_length} / one a row, {shape.name}"
+    name = f"documents of mean length {mean_length} / one per row, {shape.name}"
     yield Row(f"{name}, fwd+bwd", packed_ms / whole_ms, "x", must, aim, False, f"{packed_ms:.2f} / {whole_ms:.2f} ms")
     _, full_ms = packed.time(packed.full)
     yield Row(
@@ -195,7 +195,7 @@ def documents(shape: Shape, mean_length: int, must: float, aim: float) -> Iterat
 
 
 def sink(shape: Shape, must: float, aim: float) -> Iterator[Row]:
-    """Every query chooses block 0 and 14 even ones, against 15 even ones: sparse attention, forward and backward."""
+    """Every query chooses block 0 and 14 evenly drawn blocks, against 15 evenly drawn ones: sparse attention, forward and backward."""
     problem = Problem(shape)
     times = []
     for with_sink in (False, True):
@@ -214,7 +214,7 @@ def sink(shape: Shape, must: float, aim: float) -> Iterator[Row]:
 
 
 def memory(shape: Shape, must: float) -> Iterator[Row]:
-    """Peak memory of selection + sparse beyond inputs, outputs, what the backward must save, and the gradients."""
+    """Peak memory of selection + sparse beyond inputs, outputs, tensors saved for the backward, and gradients."""
     problem = Problem(shape)
     problem.both(problem.selection_and_sparse)()
     for leaf in (problem.q, problem.k, problem.v):

@@ -1,8 +1,8 @@
-"""A quick check before anything is timed: a benchmark of wrong kernels says nothing.
+"""A quick check before anything is timed: times of wrong kernels mean nothing.
 
-One small packed batch of ragged documents; the references of the package in float64, themselves judged by the tests. Outputs and
-gradients may be off by what bf16 operands make of them. Selection is compared with its reference on the same bf16 operands: chosen blocks
-may differ only where scores are as good as equal. Not checked here, but by the tests: the fused layer, and full attention over equal rows.
+It uses one small packed batch of ragged documents and the package's references in float64, which the tests verify. Outputs and gradients may
+deviate as far as bf16 operands allow. Selection is compared with its reference on the same bf16 operands: chosen blocks may differ only
+where scores are as good as equal. The tests, and not this check, cover the fused layer and full attention over equal rows.
 """
 
 import torch
@@ -13,12 +13,12 @@ from ssa_kernels.documents import build_layout
 # bf16 rounds to 2^-9 relative; operands, P and the output are each rounded once or twice, gradients once more.
 OUTPUT_TOLERANCE = 6e-3
 GRADIENT_TOLERANCE = 1.2e-2
-# Share of queries that may choose otherwise than the reference: scores that two orders of fp32 sums swap.
+# Share of queries whose choice may differ from the reference's: two orders of float32 sums swap nearly equal scores.
 CHOICE_TOLERANCE = 2e-3
 
 
 def failures(heads: int = 32, kv_heads: int = 2, head_dim: int = 64) -> list[str]:
-    """Returns a sentence for each operator whose result is off; empty when all is well."""
+    """Returns a sentence per wrong result; empty if everything is correct."""
     lengths = [1, 15, 16, 17, 700, 275, 1024]
     ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
     tokens = sum(lengths)
@@ -49,7 +49,7 @@ def failures(heads: int = 32, kv_heads: int = 2, head_dim: int = 64) -> list[str
     found += _compare("sparse_attention", sparse, (q, k, v), (grad,))
     found += _compare("full_attention", full, (q, k, v), (grad,))
     gate_inputs = (q, draw(tokens, heads, head_dim), draw(tokens, heads))
-    # The loss is a mean: a gradient of its number of terms makes both terms count alike.
+    # The loss is a mean: a gradient of its number of terms gives both outputs the same weight.
     return found + _compare("gate_and_align", gate, gate_inputs, (grad, torch.tensor(float(q.numel()), device="cuda")))
 
 

@@ -1,8 +1,8 @@
 """Locality of chosen blocks: how much neighbouring tokens share, on real activations or synthetic choices.
 
-rho_n = (distinct blocks among n consecutive tokens) / (blocks they chose in all): 1 where they share nothing, 1/n where they choose
-the same. Union tiles over 4 tokens pay in the forward below about 0.55 and in dQ below about 0.4 (prototype on an H200), so this
-number decides the tile. Only groups inside one document whose tokens all chose the full top_k count.
+rho_n = (distinct blocks among n consecutive tokens) / (blocks that they chose in all): 1 if they share none, 1/n if they choose the same.
+Union tiles over 4 tokens pay off below about 0.55 in the forward and below about 0.4 in dQ (a prototype on an H200), so rho decides the
+tile. Only groups count that lie in one document and whose tokens all chose the full top_k.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def shared_fraction(indices: torch.Tensor, layout: DocumentLayout, group: int) -
 
 
 def sink_fraction(indices: torch.Tensor, layout: DocumentLayout) -> float:
-    """Returns the share of full choices that hold block 0 of their document, queries whose own block it is left out."""
+    """Returns the share of full choices that include block 0 of their document, without the queries whose own block it is."""
     away = (layout.query_position >= layout.block_size)[:, None] & (indices[..., -1] >= 0)
     return float((indices[..., 0] == 0)[away].double().mean())
 

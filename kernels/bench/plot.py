@@ -1,4 +1,4 @@
-"""The roofline: each operator's operations per second over its operations per byte, under the ceilings measured in the same run."""
+"""The roofline: each operator's operations per second over its operations per byte, below the ceilings measured in the same run."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from .bounds import L2_BYTES_PER_SECOND, Stage
 
 
 def roofline(stages: list[Stage], copy: float, matmul: float, path: Path) -> None:
-    """Writes the plot to `path`: filled marks against device memory, hollow ones against the L2's gathers. Without matplotlib it says so."""
+    """Writes the plot to `path`: filled marks against device memory, hollow ones against the L2's gathers. Without matplotlib prints a hint instead."""
     try:
         import matplotlib
     except ModuleNotFoundError:

@@ -23,7 +23,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all."""
+        """The total number of tokens."""
         return self.num_rows * self.row_length
 
 
@@ -42,13 +42,13 @@ def random_heads(shape: Shape, heads: int, seed: int) -> torch.Tensor:
 
 
 def equal_rows(shape: Shape) -> DocumentLayout:
-    """Returns the layout of one document a row."""
+    """Returns the layout of one document per row."""
     ends = torch.arange(shape.num_rows + 1, device="cuda", dtype=torch.int32) * shape.row_length
     return build_layout(ends, num_tokens=shape.tokens, block_size=BLOCK_SIZE, max_length=shape.row_length)
 
 
 def random_documents(shape: Shape, mean_length: int, seed: int = 0) -> DocumentLayout:
-    """Returns the layout of documents with exponentially distributed lengths, cut at the rows' ends as packing cuts them."""
+    """Returns the layout of documents with exponentially distributed lengths, cut at the ends of rows, as packing does."""
     generator = torch.Generator().manual_seed(seed)
     ends = [0]
     for row in range(shape.num_rows):
@@ -62,8 +62,8 @@ def random_documents(shape: Shape, mean_length: int, seed: int = 0) -> DocumentL
 def uniform_choices(shape: Shape, layout: DocumentLayout, *, sink: bool, seed: int = 0) -> torch.Tensor:
     """Returns int32 [tokens, G, TOP_K] choices drawn evenly from each query's earlier blocks, the own block added.
 
-    The earlier blocks are dealt into TOP_K - 1 classes by their number, and one block is drawn from each, so that none repeats. With
-    `sink`, the first class always gives block 0.
+    The earlier blocks are split into TOP_K - 1 classes by their number, and one block is drawn from each, so none repeats. With `sink`,
+    block 0 is always drawn from the first class.
     """
     generator = torch.Generator("cuda").manual_seed(seed)
     classes = TOP_K - 1

@@ -1,7 +1,7 @@
-"""Medians of CUDA-event times, peak memory, and the card's own ceilings, measured in the same process.
+"""Medians of CUDA-event times, peak memory, and the card's ceilings, measured in the same process.
 
-A call is timed by a pair of events around it, after warm-up; the median of the repetitions counts. Inputs of the sizes used here are
-several times the L2 cache, so one set of them is enough (k and v are not, but q, o and their gradients push them out in between).
+A call is timed by a pair of events around it, after warm-up; the result is the median of the repetitions. The inputs are several times
+larger than the L2 cache, so one set of them is enough (k and v are smaller, but q, o and their gradients evict them in between).
 """
 
 import statistics
@@ -16,7 +16,7 @@ def median_ms(call: Callable[[], object], repetitions: int = 20, warmup: int = 3
 
 
 def medians_ms(calls: list[Callable[[], object]], repetitions: int = 20, warmup: int = 3) -> list[float]:
-    """Returns the calls' median times, taken in turns: what is nearly equal should meet the same clocks."""
+    """Returns the calls' median times. The calls run in turns, so that nearly equal ones meet the same clocks."""
     for _ in range(warmup):
         for call in calls:
             call()
@@ -33,12 +33,12 @@ def medians_ms(calls: list[Callable[[], object]], repetitions: int = 20, warmup:
 
 
 def repetitions_for(expected_ms: float) -> int:
-    """Returns how often to repeat a call of about this length: about a second in all, 3 to 40 times."""
+    """Returns how often to repeat a call of about this length: 3 to 40 times, for about a second in total."""
     return max(3, min(40, int(1000 / max(expected_ms, 1.0))))
 
 
 def workspace_bytes(call: Callable[[], object], kept: Callable[[object], int]) -> int:
-    """Returns the peak of memory during `call` beyond what was there before and beyond the bytes that `kept` finds in its result."""
+    """Returns the peak of memory during `call`, without what was allocated before and without the bytes that `kept` finds in its result."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

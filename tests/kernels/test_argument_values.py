@@ -89,9 +89,9 @@ def test_a_document_longer_than_max_length_is_refused():
         ({"cu_seqlens": ENDS[None]}, "of shape \\(1, 4\\)"),
         ({"cu_seqlens": ENDS[:1]}, "of shape \\(1,\\)"),
         ({"cu_seqlens": ENDS[1:]}, "must start with 0"),
-        ({"cu_seqlens": torch.tensor([0, 5, 4, 24])}, "never fall"),
-        ({"cu_seqlens": torch.tensor([0, 25])}, "end at most at num_tokens=24"),
-        ({"cu_seqlens": torch.tensor([0, 2**33])}, "end at most at num_tokens=24"),
+        ({"cu_seqlens": torch.tensor([0, 5, 4, 24])}, "never decrease"),
+        ({"cu_seqlens": torch.tensor([0, 25])}, "not exceed num_tokens=24"),
+        ({"cu_seqlens": torch.tensor([0, 2**33])}, "not exceed num_tokens=24"),
         ({"cu_seqlens": ENDS.to("meta")}, "cu_seqlens on meta holds no values"),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_layout_of_something_else_is_refused(name, impl):
         operator(q, k, v, indices, cu_seqlens=part, **common)
     with pytest.raises(ValueError, match="q has 5 tokens and the layout 24 queries"):
         operator(q[:5], k, v, indices[:5], cu_seqlens=layout, **common)
-    with pytest.raises(ValueError, match=r"q has 5 tokens and k 24: without a layout .* need as many"):
+    with pytest.raises(ValueError, match=r"q has 5 tokens and k 24: without a layout .* must be equal"):
         operator(q[:5], k, v, indices[:5], cu_seqlens=ENDS, **common)
     with pytest.raises(ValueError, match="a layout on meta, must be on q's device cpu"):
         operator(q, k, v, indices, cu_seqlens=layout_to(layout, "meta"), **common)
@@ -250,7 +250,7 @@ def test_labels_of_minus_100_are_ignored_and_others_outside_refused(impl):
 def test_a_buffer_whose_elements_share_places_is_refused(impl):
     hidden, weight, labels = draw(6, 8), draw(11, 8), torch.arange(6)
     for shared in (torch.zeros(1, 8).expand(11, 8), torch.zeros(18).as_strided((11, 8), (1, 1))):
-        with pytest.raises(ValueError, match=r"accumulate_into with strides .* must have a place for each element"):
+        with pytest.raises(ValueError, match=r"accumulate_into with strides .* must not overlap in memory"):
             linear_cross_entropy(hidden, weight, labels, accumulate_into=shared, impl=impl)
     for wrong in (torch.zeros(11, 8, device="meta"), torch.zeros(11, 8).bfloat16(), torch.zeros(8, 11), [1]):
         with pytest.raises(ValueError, match="accumulate_into"):
@@ -356,7 +356,7 @@ def test_selection_stays_in_its_workspace_where_max_length_is_too_short(score):
 # What an implementation does not serve
 def test_float64_is_the_reference_s_and_bfloat16_not_the_interpreter_s():
     for dtype, sentence in (
-        (torch.float64, "kernels compute in float32, so float64 must not reach them; try impl='reference', or float32"),
+        (torch.float64, "kernels compute in float32, so they do not take float64; try impl='reference', or float32"),
         (
             torch.bfloat16,
             "on a CPU is Triton's interpreter, whose bfloat16 is wrong; try float32 or float16, or impl='reference'",

@@ -77,7 +77,7 @@ def test_rows_that_are_not_equal_end_in_a_sentence():
     assert torch.equal(
         full_attention(q, k, v, cu_seqlens=equal, num_rows=3)[0], full_attention(q, k, v, cu_seqlens=equal)[0]
     )
-    with pytest.raises(ValueError, match="num_rows=3 must say"):
+    with pytest.raises(ValueError, match="num_rows=3 must mean"):
         full_attention(q, k, v, cu_seqlens=ENDS, num_rows=3)
     with pytest.raises(ValueError, match="num_rows=2 must divide tokens=45"):
         full_attention(q, k, v, cu_seqlens=ENDS, num_rows=2)

@@ -286,11 +286,11 @@ def test_misfits_are_refused_before_anything_is_launched():
             draw(T, 2336), draw(77, 64).float(), torch.arange(T), **ROPE
         ),
         "labels on cpu must be on": lambda: linear_cross_entropy(draw(4, 16), draw(9, 16), torch.arange(4)),
-        "float64 must not reach them": lambda: gate(t["q"].double(), draw(T, 32).double()),
+        "they do not take float64": lambda: gate(t["q"].double(), draw(T, 32).double()),
         "indices of shape .* must be int32": lambda: sparse_attention(**t, indices=indices.long(), **at),
         "v \\(384, 1, 32\\) must be": lambda: sparse_attention(t["q"], t["k"], t["v"][..., :32], indices, **at),
         "q has 10 tokens and the layout 384 queries": lambda: select_blocks(t["q"][:10], t["k"], top_k=4, **at),
-        "need as many": lambda: sparse_attention(t["q"][:10], t["k"], t["v"], indices[:10], block_size=16, cu_seqlens=ends()),
+        "must be equal": lambda: sparse_attention(t["q"][:10], t["k"], t["v"], indices[:10], block_size=16, cu_seqlens=ends()),
         "entries must have": lambda: replace(layout, query_start=layout.query_start[:5]),
     }  # fmt: skip
     for sentence, call in wrong.items():
