@@ -1,4 +1,7 @@
-"""Keeps every test of this folder on one core."""
+"""Makes this folder's oracle importable for the tests beside it, and runs every test on one core."""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch

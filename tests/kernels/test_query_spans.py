@@ -1,4 +1,4 @@
-"""Runs of queries over all keys, which is what a context-parallel rank computes: the references, and the calls that the fused kernel gets.
+"""Spans of queries over all keys, which is what a context-parallel rank computes: the references, and the calls of the fused kernel.
 
 `flash` stands for the library's kernel in plain torch and float64: packed documents with boundaries of their own for queries and keys, the
 causal mask aligned at the bottom right, and keys without queries that get no gradient.
@@ -70,7 +70,7 @@ def test_a_layout_of_runs_is_that_of_its_queries(documents, ranks):
             assert torch.equal(getattr(part, name), getattr(same, name)), name
         assert [(span.first, span.length) for span in part.spans] == spans and not same.spans
         piece = query_slice(part, slice(0, 3))
-        assert not piece.spans, "a part of spans is no spans"
+        assert not piece.spans, "a slice of a layout by spans has no spans"
         assert piece.scattered == (len(spans) > 1), "and may reach from one into the next"
         for span in part.spans:
             assert span.cu_seqlens_q[-1] == span.length and span.cu_seqlens_k[-1] == span.end
@@ -156,7 +156,7 @@ def flash(q, k, v, span, max_length, scale):
 
 @pytest.fixture
 def plain_flash(monkeypatch):
-    """Puts `flash` in the library's place."""
+    """Replaces the library's kernel by `flash`."""
 
     def forward(q, k, v, span, max_length, scale):
         o, lse = flash(q, k, v, span, max_length, scale)

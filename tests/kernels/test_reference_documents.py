@@ -1,4 +1,4 @@
-"""Document layouts: where tokens and blocks lie, whatever the documents' lengths, and how an implementation is picked."""
+"""Document layouts for documents of any length, and the choice of the implementation."""
 
 import pytest
 import torch

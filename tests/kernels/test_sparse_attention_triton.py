@@ -1,6 +1,6 @@
 """Sparse attention's Triton kernels in Triton's interpreter, small, against the float64 oracle; and compiled, without a GPU, for Hopper.
 
-The tensor-core kernels run here as well (gluon_on_cpu.py says how, and what that cannot show). Errors are relative in the norm: float32 to sums of
+The tensor-core kernels run here as well (gluon_on_cpu.py explains how, and what that cannot check). Errors are relative in the norm: float32 to sums of
 at most 128 terms; float16 beside the reference's, which rounds p, ds and results once as the kernels do.
 """
 
@@ -27,7 +27,7 @@ DOCUMENTS = [0, 1, 18, 18, 34]
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """torch.empty gives NaN, so that whatever a kernel does not write shows."""
+    """Makes torch.empty return NaN, so that everything that a kernel does not write is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -146,17 +146,17 @@ def test_the_portable_backward_adds_too_and_takes_an_index_started_earlier():
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "block_size", "top_k", "lists", "adds"),
     [
-        (16, 1, 64, 16, 3, None, True),  # heads as rows: a full tile of them
-        (12, 1, 80, 16, 3, None, False),  # a part of it, padded features
+        (16, 1, 64, 16, 3, None, True),  # heads as rows: a full tile
+        (12, 1, 80, 16, 3, None, False),  # a partial tile, padded features
         (32, 1, 64, 16, 2, None, True),  # two tiles
-        (4, 1, 128, 16, 2, None, True),  # heads as columns; four entries a step; rows through shared memory
+        (4, 1, 128, 16, 2, None, True),  # heads as columns; four entries per step; rows through shared memory
         (16, 1, 128, 16, 2, None, False),
-        (6, 1, 64, 16, 3, None, False),  # slots with rows that do not exist
+        (6, 1, 64, 16, 3, None, False),  # entries with unused rows
         (2, 1, 64, 32, 2, 2, False),  # every head chooses; blocks of several tiles
     ],
 )
 def test_tensor_core_kernels(tensor_core, heads, kv_heads, head_dim, block_size, top_k, lists, adds):
-    """Where they add to gradients that are there, the sum is rounded once: nearer than a rounded gradient that is added and rounded again."""
+    """When they add to existing gradients, the sum is rounded once: closer than a rounded gradient that is added and rounded again."""
     inputs = make(DOCUMENTS, heads, kv_heads, head_dim, block_size, top_k, lists)
     alone = on_tensor_cores(tensor_core, *inputs)
     check(alone, inputs)
@@ -168,7 +168,7 @@ def test_tensor_core_kernels(tensor_core, heads, kv_heads, head_dim, block_size,
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # what overflows is thrown away
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # overflowing results are discarded
 @pytest.mark.parametrize("heads", [16, 8])
 def test_logits_far_above_the_reference(tensor_core, heads):
     inputs = make(DOCUMENTS, heads, 1, 64, 16, 3, size=40.0)
@@ -304,7 +304,7 @@ print(json.dumps(found))
 
 
 def test_compiled_for_hopper_nothing_spills():
-    """Every conversion between layouts is trivial (else it would not compile), and the registers are what the design counts on."""
+    """Every conversion between layouts is trivial (else it would not compile), and the kernels use no more registers than planned."""
     path = str(Path(sys.modules["ssa_kernels"].__file__).parents[1])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""One whole layer against the oracle put together piece by piece: output, loss, captured mass, every gradient."""
+"""One whole layer against the oracle, assembled from its parts: output, loss, captured mass, every gradient."""
 
 import pytest
 import torch

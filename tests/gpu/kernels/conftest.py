@@ -1,4 +1,7 @@
-"""Skips the kernels' GPU tests where there is no GPU, and seeds torch before each."""
+"""Skips the kernels' GPU tests without a GPU, and makes the oracle of tests/kernels importable."""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch

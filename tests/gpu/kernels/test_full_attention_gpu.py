@@ -41,7 +41,7 @@ def ends(lengths):
 
 
 def check(inputs, lengths, scale=None, **options):
-    """Outputs and gradients are as near to float64 as those of plain operations in bf16, which round the logits too."""
+    """Outputs and gradients are as close to float64 as those of plain operations in bf16, which round the logits too."""
     o, lse = full_attention(*inputs, return_lse=True, scale=scale, **options)
     grad = torch.randn_like(o)
     grads = torch.autograd.grad(o, inputs, grad)

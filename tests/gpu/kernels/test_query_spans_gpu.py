@@ -1,4 +1,4 @@
-"""What each rank of a context-parallel group computes, one rank after another on one GPU, against all queries at once."""
+"""The work of each rank of a context-parallel group, one rank after another on one GPU, against all queries together."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_blocks_and_sparse_stream_bit_for_bit(documents, score):
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 2, 64), (8, 2, 128), (6, 1, 96)])
 def test_full_stream_against_float64(documents, heads, kv_heads, head_dim):
-    """No further from float64 than the kernel is with all queries at once, but for one more rounding of the keys' sums."""
+    """As close to float64 as the kernel with all queries together, except for one more rounding of the keys' sums."""
     q, k, v, _ = make(heads, kv_heads, head_dim)
     layout, grad = layout_of(documents), torch.randn_like(q)
     exact_in = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -68,7 +68,7 @@ def test_full_stream_against_float64(documents, heads, kv_heads, head_dim):
         assert relative(o, take(exact, spans)) < 1.1 * relative(whole, exact) + 2**-10
         torch.testing.assert_close(lse.double(), take(exact_lse, spans), rtol=0, atol=1e-4)
         dq, dk, dv = torch.autograd.grad(o, (mine, k, v), take(grad, spans))
-        if documents != "single_tokens":  # there nearly all of dq is 0, and what is computed for it rounding
+        if documents != "single_tokens":  # there nearly all of dq is exactly 0, so what is computed for it is rounding
             assert relative(dq, take(wanted[0], spans)) < 1.5 * relative(whole_grads[0], wanted[0])
         sums = [total + part.float() for total, part in zip(sums, (dk, dv), strict=True)]
     for got, whole_grad, want in zip(sums, whole_grads[1:], wanted[1:], strict=True):

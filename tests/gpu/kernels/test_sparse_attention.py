@@ -22,7 +22,7 @@ def cumulative(lengths):
 
 
 def random_choices(layout, lists, top_k, seed=0, kind="random"):
-    """Returns indices [T, lists, top_k]: the own block and earlier ones, ascending, -1 padded."""
+    """Returns indices [T, lists, top_k]: the own block and earlier ones, ascending, padded with -1."""
     generator = torch.Generator("cuda").manual_seed(seed)
     own = (layout.query_position // layout.block_size)[:, None, None]
     blocks = max(int(own.max()) + 1, top_k)
@@ -139,7 +139,7 @@ def test_skewed_choices(kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [30.0, 300.0])
 def test_large_logits(dtype, size):
-    # The reference is the own tile's maximum: at these sizes later logits lie hundreds above it.
+    # The reference is the own tile's maximum: at these sizes later logits exceed it by hundreds.
     check((700, 33), 16, 1, 64, 16, 16, dtype=dtype, size=size)
 
 
