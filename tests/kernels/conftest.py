@@ -1,7 +1,4 @@
-"""Makes this folder's oracle importable for the tests beside it, and runs every test on one core."""
-
-import sys
-from pathlib import Path
+"""Keeps every test of this folder on one core."""
 
 import pytest
 import torch

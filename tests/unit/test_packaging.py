@@ -58,7 +58,9 @@ def imported(folder: Path) -> dict[str, Path]:
 def test_what_is_imported_is_declared(folder: str, extras: tuple[str, ...]) -> None:
     declared = {normal(requirement.name) for requirement in requirements(*extras)}
     providers = importlib.metadata.packages_distributions()
-    ours = {"ssa_pretrain", "data_prep", "ssa_kernels", "bench"} | {path.stem for path in (ROOT / folder).rglob("*.py")}
+    ours = {"ssa_pretrain", "data_prep", "ssa_kernels", "bench", "support"} | {
+        path.stem for path in (ROOT / folder).rglob("*.py")
+    }
     for name, path in imported(ROOT / folder).items():
         if name in sys.stdlib_module_names or name in ours:
             continue

@@ -1,7 +1,4 @@
-"""Skips the kernels' GPU tests without a GPU, and makes the oracle of tests/kernels importable."""
-
-import sys
-from pathlib import Path
+"""Skips the kernels' GPU tests where there is no GPU, and seeds torch before each."""
 
 import pytest
 import torch
