@@ -29,7 +29,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from ssa_kernels import build_layout, query_runs
+from ssa_kernels import build_layout, query_spans
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine import common_weights, megatron_checkpoint
@@ -243,7 +243,7 @@ class MegatronEngine:
             num_rows=batch.num_rows,
             main=route.main,
             counterpart=route.counterpart,
-            sample=query_runs(layout, route.spans) if route.spans else None,
+            sample=query_spans(layout, route.spans) if route.spans else None,
             alignment_scale=route.alignment_scale,
         )
 
