@@ -57,7 +57,7 @@ def digest(content: Any) -> str:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def dataset_lock(folder: Path) -> Iterator[None]:
     """Holds a lock on a folder: two runs that write one dataset would mix their files.
 
     The kernel drops the lock when the process ends, however it ends, so no stale lock is left behind.

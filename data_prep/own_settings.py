@@ -2,7 +2,7 @@
 
 Settings of the command line come on top of it, so `merge.files=8` joins the same dataset into other files, and `source.paths=[…]` gives the
 place to which its text has moved. Paths that are gone are looked for where they lay beside the dataset when it was made. The stages
-that only read a dataset (validate, stats, index) need no recipe.
+that only read a dataset (validate, stats) need no recipe.
 """
 
 import glob
@@ -22,7 +22,7 @@ from data_prep.recipe import Recipe, holds_dataset, parts_of, read_recipe
 from ssa_pretrain.data.repair import out_argument, quoted_value
 
 NAME = "recipe"  # of our choice in each group of settings
-READING = ("validate", "stats", "index")
+READING = ("validate", "stats")
 
 
 def own_settings(overrides: list[str], schemas: dict[str, dict[str, Any]], say: Callable[[str], None]) -> list[str]:

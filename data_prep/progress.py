@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-Say = Callable[[str], None]  # takes lines for people
+Log = Callable[[str], None]  # takes lines for people
 
 LINE_SECONDS = 5.0
 

@@ -35,7 +35,7 @@ except ImportError:
 READ_BYTES = 1 << 20  # of lines in memory at a time
 
 EMPTY_ARCHIVE = "is empty, which no compressed file is; fetch it again or leave it out"
-MOST_NAMED = 100  # files of which the first problem is kept
+MAX_PROBLEM_FILES = 100  # files of which the first problem is kept
 
 Advance = Callable[[int], None]
 Refuse = Callable[[str, Callable[[], str], int], None]  # of a line, row or file; says why; how many
@@ -71,11 +71,11 @@ class Skipped:
         self.counts[what] += count
         if path in self.problems:
             self.problems[path][1] += count
-        elif len(self.problems) < MOST_NAMED:
+        elif len(self.problems) < MAX_PROBLEM_FILES:
             self.problems[path] = [reason(), count]
 
 
-def described(counts: dict[str, int]) -> str:
+def format_skipped(counts: dict[str, int]) -> str:
     """Returns counts of what was left out, in words."""
     return ", ".join(f"{count:,} {what if count > 1 else what[:-1]}" for what, count in sorted(counts.items()))
 

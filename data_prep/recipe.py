@@ -37,7 +37,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownDataset:
     """What is known of the finished dataset in a folder, though it may be damaged."""
 
     fingerprint: str
@@ -48,8 +48,8 @@ class Known:
 
 def recipe_of(config: Config, out: Path, inputs: str = "", fingerprint: str = "") -> Recipe:
     """Returns the recipe of a run."""
-    settings = {section: plain(getattr(config, section)) for section in SECTIONS}
-    for source in parts_of(settings["source"]):
+    settings = {section: to_plain(getattr(config, section)) for section in SECTIONS}
+    for source in plain_sources(settings["source"]):
         if "paths" in source:
             source["paths"] = [_absolute(path) for path in source["paths"]]
     if settings["tokenizer"].get("path"):
@@ -58,14 +58,14 @@ def recipe_of(config: Config, out: Path, inputs: str = "", fingerprint: str = ""
     return Recipe(settings, str(out), inputs, fingerprint)
 
 
-def plain(section: Any) -> Any:
+def to_plain(section: Any) -> Any:
     """Returns settings as JSON has them, without names and passwords inside addresses."""
     if hasattr(section, "__dataclass_fields__"):
         section = asdict(section)
     if isinstance(section, dict):
-        return {str(key): plain(value) for key, value in section.items()}
+        return {str(key): to_plain(value) for key, value in section.items()}
     if isinstance(section, list | tuple):
-        return [plain(value) for value in section]
+        return [to_plain(value) for value in section]
     if isinstance(section, Enum):
         return section.value
     return without_credentials(section) if isinstance(section, str) else section
@@ -109,7 +109,7 @@ def read_recipe(out: Path) -> Recipe | None:
         ) from None
 
 
-def known_dataset(out: Path) -> Known | None:
+def known_dataset(out: Path) -> KnownDataset | None:
     """Returns what is known of the finished dataset in a folder, None where there is none.
 
     The manifest says so; where it is missing or damaged, the recipe does.
@@ -123,14 +123,14 @@ def known_dataset(out: Path) -> Known | None:
         fingerprint, sources, inputs = manifest.fingerprint, manifest.sources, manifest.details.get("inputs")
     except DatasetError:
         if recipe and recipe.fingerprint:
-            return Known(recipe.fingerprint, recipe.inputs, recipe.settings["source"]["kind"], recipe)
+            return KnownDataset(recipe.fingerprint, recipe.inputs, recipe.settings["source"]["kind"], recipe)
         damaged = read_json(out / "manifest.json")
         if not isinstance(damaged, dict) or not damaged.get("fingerprint"):
             return None
         fingerprint, sources, inputs = damaged["fingerprint"], (), None
     kind = sources[0].get("kind", "") if sources else ""
     own = recipe if recipe and recipe.fingerprint == fingerprint else None
-    return Known(fingerprint, digest(list(inputs.values())) if inputs else "", kind, own)
+    return KnownDataset(fingerprint, digest(list(inputs.values())) if inputs else "", kind, own)
 
 
 def holds_dataset(out: Path) -> bool:
@@ -139,7 +139,7 @@ def holds_dataset(out: Path) -> bool:
     return any(any(out.glob(pattern)) for pattern in patterns)
 
 
-def parts_of(source: dict[str, Any]) -> list[dict[str, Any]]:
+def plain_sources(source: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the plain settings of each source: the parts of a mixed one, else the one itself."""
     return list(source["parts"].values()) if source["kind"] == "mixed" else [source]
 

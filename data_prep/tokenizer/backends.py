@@ -1,7 +1,7 @@
 """The programs that turn text into ids: Hugging Face's `tokenizers`, which defines the result, and two that are faster.
 
 gigatoken 0.10.0 (MIT) reads the same tokenizer.json and encodes byte-level BPEs some twenty times as fast; tiktoken (MIT) some four
-times, given the ranks and the word pattern of that file. Neither is trusted: data_prep/parity.py compares their ids with those of
+times, given the ranks and the word pattern of that file. Neither is trusted: data_prep/tokenizer/parity.py compares their ids with those of
 `tokenizers` on documents from all over the corpus and on one of every batch, and nothing is committed before. So the bytes of a
 dataset do not depend on the backend, and neither does a fingerprint.
 
@@ -31,7 +31,7 @@ GROUP_CHARACTERS = 125_000
 Encoded = tuple[np.ndarray, np.ndarray]  # ids of all texts end to end, and how many each has (int64)
 
 
-class Unsuited(Exception):
+class UnsupportedTokenizer(Exception):
     """A backend cannot use this tokenizer; says why."""
 
 
@@ -60,7 +60,7 @@ class HuggingFaceBackend:
 
 
 class GigatokenBackend:
-    """gigatoken; Unsuited if it does not know the kind of tokenizer."""
+    """gigatoken; UnsupportedTokenizer if it does not know the kind of tokenizer."""
 
     def __init__(self, path: str, specials_as_text: bool) -> None:
         import gigatoken
@@ -71,7 +71,7 @@ class GigatokenBackend:
         try:
             self._tokenizer = gigatoken.Tokenizer.from_json(content)
         except RuntimeError as error:
-            raise Unsuited(str(error).splitlines()[0]) from None
+            raise UnsupportedTokenizer(str(error).splitlines()[0]) from None
 
     def encode(self, texts: list[str]) -> Encoded:
         """Returns the ids of all texts end to end, and how many each has."""
@@ -83,14 +83,14 @@ class GigatokenBackend:
 
 
 class TiktokenBackend:
-    """tiktoken, given the vocabulary as ranks; Unsuited unless the file is a byte-level BPE with one word pattern."""
+    """tiktoken, given the vocabulary as ranks; UnsupportedTokenizer unless the file is a byte-level BPE with one word pattern."""
 
     def __init__(self, path: str, specials_as_text: bool) -> None:
         import tiktoken
 
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            spelling = {letter: byte for byte, letter in byte_letters().items()}
+            spelling = {letter: byte for byte, letter in bytes_to_unicode().items()}
             added = {token["content"]: token["id"] for token in content["added_tokens"]}
             ranks = {
                 bytes(spelling[letter] for letter in token): rank
@@ -106,7 +106,7 @@ class TiktokenBackend:
                 special_tokens=added,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise Unsuited(f"not a byte-level BPE of one pattern: {error}") from None
+            raise UnsupportedTokenizer(f"not a byte-level BPE of one pattern: {error}") from None
         self._specials_as_text = specials_as_text
 
     def encode(self, texts: list[str]) -> Encoded:
@@ -119,7 +119,7 @@ class TiktokenBackend:
 BACKENDS = {"hf": HuggingFaceBackend, "gigatoken": GigatokenBackend, "tiktoken": TiktokenBackend}
 
 
-def stay_on_one_thread() -> None:
+def use_one_thread() -> None:
     """Keeps `tokenizers` from starting threads, here and in children: the worker processes are the parallelism.
 
     It looks at this variable in every call.
@@ -155,13 +155,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{path} is not a tokenizer.json ({error}); fetch it again") from None
 
 
-def is_compared(asked: BackendChoice) -> bool:
+def needs_parity_check(asked: BackendChoice) -> bool:
     """Returns whether a setting may lead to a backend whose ids have to be compared."""
     return asked is not BackendChoice.hf and any(find_spec(name) for name in _candidates(asked))
 
 
 def choose_backend(
-    asked: BackendChoice, path: str, specials_as_text: bool, objections: dict[str, str], exact: Backend | None = None
+    asked: BackendChoice, path: str, specials_as_text: bool, rejections: dict[str, str], exact: Backend | None = None
 ) -> tuple[str, str, Backend]:
     """Returns the name of the backend to try, the reason for people, and the backend itself, loaded.
 
@@ -169,7 +169,7 @@ def choose_backend(
         asked: the setting.
         path: the tokenizer.json.
         specials_as_text: whether names of special tokens are text.
-        objections: why a backend cannot be used, by name; further ones are added.
+        rejections: why a backend cannot be used, by name; further ones are added.
         exact: the Hugging Face backend, where it is loaded already.
 
     Raises:
@@ -178,21 +178,21 @@ def choose_backend(
     if asked is BackendChoice.hf:
         return "hf", "as asked", exact or HuggingFaceBackend(path, specials_as_text)
     for name in _candidates(asked):
-        if name not in objections:
+        if name not in rejections:
             if find_spec(name) is None:
-                objections[name] = f"{name} is not installed (pip install {name} makes it faster)"
+                rejections[name] = f"{name} is not installed (pip install {name} makes it faster)"
                 continue
             try:
                 backend = open_backend(name, path, specials_as_text)
-            except Unsuited as error:
-                objections[name] = f"{name} does not know this tokenizer ({error})"
+            except UnsupportedTokenizer as error:
+                rejections[name] = f"{name} does not know this tokenizer ({error})"
                 continue
-            return name, "; ".join([*objections.values(), "its ids are compared with hf's"]), backend
+            return name, "; ".join([*rejections.values(), "its ids are compared with hf's"]), backend
     if asked is not BackendChoice.auto:
         raise ConfigurationError(
-            f"backend={asked.value} cannot be used: {objections[asked.value]}; set backend=hf, or auto for the fastest that can"
+            f"backend={asked.value} cannot be used: {rejections[asked.value]}; set backend=hf, or auto for the fastest that can"
         )
-    return "hf", "; ".join(objections.values()), exact or HuggingFaceBackend(path, specials_as_text)
+    return "hf", "; ".join(rejections.values()), exact or HuggingFaceBackend(path, specials_as_text)
 
 
 def _candidates(asked: BackendChoice) -> tuple[str, ...]:
@@ -213,7 +213,7 @@ def without_added_tokens(content: str) -> str:
     return json.dumps(json.loads(content) | {"added_tokens": []})
 
 
-def byte_letters() -> dict[int, str]:
+def bytes_to_unicode() -> dict[int, str]:
     """Returns the letter that GPT-2's byte-level alphabet writes for each byte: itself where it can be printed."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -11,10 +11,10 @@ import tokenizers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.config import BpeTokenizer, SplitConfig
+from data_prep.corpus.planning import Shard
+from data_prep.corpus.splitting import is_heldout, unit_hash
 from data_prep.files import digest
-from data_prep.planning import Shard
 from data_prep.readers import read_piece
-from data_prep.splitting import is_heldout, unit_hash
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"

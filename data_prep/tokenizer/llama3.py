@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from data_prep.errors import InputError
 from data_prep.files import write_atomically
-from data_prep.tokenizer.backends import byte_letters
+from data_prep.tokenizer.backends import bytes_to_unicode
 from data_prep.tokenizer.bpe import byte_level
 
 PACKAGE = "llama-models"
@@ -85,7 +85,7 @@ def _convert(raw: bytes) -> str:
     for line in raw.splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
-    spelling = byte_letters()
+    spelling = bytes_to_unicode()
     vocab = {_spell(token, spelling): rank for token, rank in ranks.items()}
     merges = [(_spell(left, spelling), _spell(right, spelling)) for left, right in _merges(ranks)]
     tokenizer = byte_level(Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=True)))

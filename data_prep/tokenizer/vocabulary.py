@@ -4,9 +4,9 @@ import hashlib
 from pathlib import Path
 
 from data_prep.config import BpeTokenizer, Config, Llama3Tokenizer, Specials
+from data_prep.corpus.planning import Shard
 from data_prep.errors import InputError
 from data_prep.files import digest, read_json, write_atomically, write_json
-from data_prep.planning import Shard
 from data_prep.recipe import known_dataset, recipe_of
 from data_prep.run_config import Packing
 from data_prep.tokenizer import bpe, llama3

@@ -99,7 +99,7 @@ def settings(tmp_path: Path, tokenizer_json: Path) -> list[str]:
 
 def test_any_number_of_workers_gives_the_same_bytes_and_no_torch(tmp_path, settings):
     spy = "import runpy, sys; sys.argv[0] = 'data_prep'; "
-    spy += "import data_prep.cli as c, data_prep.pool; code = c.main(sys.argv[1:]); "
+    spy += "import data_prep.cli as c, data_prep.shards.pool; code = c.main(sys.argv[1:]); "
     spy += "print('torch loaded:', 'torch' in sys.modules); sys.exit(code)"
     digests = {}
     for workers in (1, 2, 8):

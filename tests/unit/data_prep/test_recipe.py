@@ -265,9 +265,9 @@ def test_a_recipe_holds_no_credentials(tmp_path):
 def test_paths_that_name_a_new_dataset_take_the_defaults(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen: list[str] = []
-    say: Callable[[str], None] = seen.append
+    log: Callable[[str], None] = seen.append
     from data_prep.cli import SCHEMAS
     from data_prep.own_settings import own_settings
 
     for overrides in (["out=new"], [], ["out=new", "source=jsonl"], ["out='"], ["out=${oc.env:NOT_SET}"]):
-        assert own_settings(overrides, SCHEMAS, say) == [] and not seen
+        assert own_settings(overrides, SCHEMAS, log) == [] and not seen

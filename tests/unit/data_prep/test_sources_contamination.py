@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from data_prep.sources.contamination import WORDS, HeldOut, run_hashes, word_hashes
+from data_prep.sources.packages.contamination import WORDS, HeldOut, run_hashes, word_hashes
 
 DRAW = random.Random(0)
 VOCABULARY = [f"word{n}" for n in range(5000)]

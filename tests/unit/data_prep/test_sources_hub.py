@@ -8,12 +8,12 @@ import huggingface_hub.constants
 import pytest
 from hub_server import COMMIT, Fault, Hub, start_hub, table
 
+from data_prep.corpus.planning import plan_shards
 from data_prep.errors import InputError
-from data_prep.planning import plan_shards
 from data_prep.readers import read_piece
-from data_prep.sources import hub as hub_module
-from data_prep.sources.hub_corpus import fetch_hub
-from data_prep.sources.hub_settings import HubMode, HubSource, HubSubset
+from data_prep.sources.hub import download as hub_module
+from data_prep.sources.hub.parts import fetch_hub
+from data_prep.sources.hub.settings import HubMode, HubPart, HubSource
 
 REPO = "owner/corpus"
 
@@ -28,14 +28,14 @@ def hub(monkeypatch):
         "README.md": b"# corpus",
     }
     running, stop = start_hub(files)
-    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "data_prep.sources.hub"):
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "data_prep.sources.hub.download"):
         monkeypatch.setattr(f"{module}.time.sleep", lambda _: None)
     yield running
     stop()
 
 
 def source(hub: Hub, mode: HubMode = HubMode.download, attempts: int = 3, **subset) -> HubSource:
-    chosen = HubSubset(**{"files": "*train*.parquet", **subset})
+    chosen = HubPart(**{"files": "*train*.parquet", **subset})
     return HubSource(repo=REPO, endpoint=hub.url, mode=mode, subsets={"web": chosen}, attempts=attempts, part_mb=0.02)
 
 
@@ -227,7 +227,7 @@ def test_wrong_names_are_explained(hub, tmp_path):
 
 def test_settings_check_themselves():
     wrong = HubSource(
-        repo="corpus", endpoint="ftp://x", connections=0, part_mb=0, subsets={"a/b": HubSubset(files="", limit_gb=-1)}
+        repo="corpus", endpoint="ftp://x", connections=0, part_mb=0, subsets={"a/b": HubPart(files="", limit_gb=-1)}
     )
     found = "\n".join(wrong.problems())
     for text in (
@@ -239,7 +239,7 @@ def test_settings_check_themselves():
         assert text in found
     for text in ("the name 'a/b' must be", "files= must not be empty", "limit_gb=-1 must not be negative"):
         assert text in found
-    assert HubSource(repo="a/b", subsets={"text": HubSubset()}).problems() == []
+    assert HubSource(repo="a/b", subsets={"text": HubPart()}).problems() == []
 
 
 def test_presets_are_valid_and_name_the_documented_parts():

@@ -10,7 +10,7 @@ from texts import sentences
 from data_prep.cli import checked, compose_settings
 from data_prep.config import JsonlSource
 from data_prep.errors import ConfigurationError
-from data_prep.sources.hub_settings import HubSource
+from data_prep.sources.hub.settings import HubSource
 
 COMMON = (
     "out=data",

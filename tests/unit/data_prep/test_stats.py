@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.stats import cost, read_rates
-from data_prep.stats_page import compact, histogram
+from data_prep.dataset.stats import cost, read_rates
+from data_prep.dataset.stats_page import compact, histogram
 from ssa_pretrain.data.indexed_format import load_manifest, read_lengths
 
 SETTINGS = ("source=jsonl", "source.paths=[corpus.jsonl]", "tokenizer.vocab_size=512", "split.heldout_fraction=0.1")
@@ -101,4 +101,4 @@ def test_histogram_escapes_names_and_survives_nothing():
 
 def test_stats_without_a_dataset(run):
     code, said = run("stage=stats", "out=nothing")
-    assert code == 4 and "no finished dataset lies there" in said
+    assert code == 4 and "there is no finished dataset" in said

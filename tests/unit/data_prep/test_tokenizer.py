@@ -10,9 +10,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from data_prep.config import BpeTokenizer, Config, FileTokenizer, PolicyConfig, SplitConfig
+from data_prep.corpus.planning import plan_shards
+from data_prep.corpus.splitting import is_heldout
 from data_prep.errors import InputError
-from data_prep.planning import Subset, plan_shards
-from data_prep.splitting import is_heldout
+from data_prep.sources.files import Part
 from data_prep.tokenizer.bpe import EOS, train_bpe
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
 from data_prep.tokenizer.vocabulary import prepare_vocabulary
@@ -32,7 +33,7 @@ NASTY = [
 
 @pytest.fixture
 def plan(corpus):
-    return plan_shards([Subset("text", "jsonl", (str(corpus),))], 0)
+    return plan_shards([Part("text", "jsonl", (str(corpus),))], 0)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_held_out_documents_do_not_shape_the_tokenizer(tmp_path):
     for name, content in (("all", texts), ("kept", kept)):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": t}) + "\n" for t in content))
-        plan = plan_shards([Subset("text", "jsonl", (str(path),))], 0)
+        plan = plan_shards([Part("text", "jsonl", (str(path),))], 0)
         results.append(train_bpe(BpeTokenizer(vocab_size=560), split, plan))
     assert 0 < len(kept) < 200
     assert results[0] == results[1]

@@ -10,8 +10,9 @@ import pyarrow.parquet
 import pytest
 from texts import sentences
 
-from data_prep.planning import Subset, plan_shards
+from data_prep.corpus.planning import plan_shards
 from data_prep.readers import Skipped, read_piece
+from data_prep.sources.files import Part
 from ssa_pretrain.data.indexed_format import load_manifest
 
 SETTINGS = ("tokenizer.vocab_size=512", "split.heldout_fraction=0.1", "workers=2", "stage=prepare")
@@ -38,7 +39,7 @@ def lines(path: Path, *every: bytes) -> Path:
 
 def read(path: Path, kind: str, limit: float = 1.0) -> tuple[list[str], Skipped]:
     skipped = Skipped()
-    shards = plan_shards([Subset("text", kind, (str(path),), "text", "skip")], limit)
+    shards = plan_shards([Part("text", kind, (str(path),), "text", "skip")], limit)
     pieces = [piece for shard in shards for piece in shard.pieces]
     return [text for piece in pieces for text, _ in read_piece(piece, lambda _: None, skipped)], skipped
 

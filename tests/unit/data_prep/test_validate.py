@@ -10,8 +10,8 @@ import pytest
 from texts import edit_manifest
 
 from data_prep.cli import main
+from data_prep.dataset.validate import validate_dataset
 from data_prep.errors import InputError
-from data_prep.validate import validate_dataset
 from ssa_pretrain.data.indexed_format import file_sha256, load_manifest
 
 
@@ -155,7 +155,7 @@ def test_other_tokenizer_beside_the_shards(copy):
 
 def test_command_reports_and_returns_4(copy, capsys):
     assert main(["stage=validate", f"out={copy}"]) == 0
-    assert "valid: every file, id and document is as the manifest says" in capsys.readouterr().out
+    assert "valid: every file, id and document matches the manifest" in capsys.readouterr().out
     flip(copy / "train" / "text_00001.bin", random.Random(0))
     assert main(["stage=validate", f"out={copy}"]) == 4
     said = capsys.readouterr().err
@@ -165,4 +165,4 @@ def test_command_reports_and_returns_4(copy, capsys):
 
 def test_command_without_a_dataset_returns_4(tmp_path, capsys):
     assert main(["stage=validate", f"out={tmp_path}"]) == 4
-    assert "no finished dataset lies there" in capsys.readouterr().err
+    assert "there is no finished dataset" in capsys.readouterr().err
