@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.errors import InputError
-from data_prep.recipe import Recipe, holds_dataset, parts_of, read_recipe
+from data_prep.recipe import Recipe, holds_dataset, plain_sources, read_recipe
 from ssa_pretrain.data.repair import out_argument, quoted_value
 
 NAME = "recipe"  # of our choice in each group of settings
@@ -51,7 +51,7 @@ def own_settings(overrides: list[str], schemas: dict[str, dict[str, Any]], say: 
         return []
     settings = recipe.settings
     if not any(key.startswith("source.") for key in given):
-        for source in parts_of(settings["source"]):
+        for source in plain_sources(settings["source"]):
             if "paths" in source:
                 source["paths"] = [_found(path, recipe, out, "source.paths=[…]") for path in source["paths"]]
     if settings["tokenizer"].get("path") and not any(key.startswith("tokenizer") for key in given):

@@ -1,15 +1,15 @@
-"""Text of blobs that a dataset lists by id: from Software Heritage's public bucket into Parquet files.
+"""The text of blobs that a dataset lists by id: from Software Heritage's public bucket into Parquet files.
 
-python-edu of the SmolLM corpus is such a list. The text of blob X is the object content/X of the S3 bucket `softwareheritage`,
-gzip of bytes that are decoded as UTF-8 with errors ignored, as the corpus' authors do; requests are not signed, so no AWS account
-is needed. Eight million small objects, so many requests are under way at a time.
+python-edu of the SmolLM corpus is such a list. The text of blob X is the object content/X of the S3 bucket `softwareheritage`: gzip of bytes
+that are decoded as UTF-8 with errors ignored, as the authors of the corpus do. Requests are not signed, so no AWS account is needed. There
+are eight million small objects, so many requests run concurrently.
 
-    FOLDER/blobs_00000.parquet             the rows of a part that have text, with `text` beside the columns of the list
+    FOLDER/blobs_00000.parquet                the listed rows that have text, with `text` beside the columns of the list
     FOLDER/blobs_00000.parquet.fetched.json   written last: size, sha256, counts, and which blobs were dropped and why
 
-A part of `part_rows` blobs is what a killed run loses. A blob that the bucket does not have (`missing`), does not give
-(`denied`) or gives damaged time after time (`damaged`) is dropped and recorded; a request that never gets an answer ends the run,
-since that is no fact about the blob.
+A killed run loses at most the current file of `part_rows` blobs. A blob is dropped and recorded if the bucket does not have it (`missing`),
+refuses it (`denied`) or sends it damaged in every attempt (`damaged`). A request without any answer ends the run, since that says nothing
+about the blob.
 """
 
 import gzip
@@ -29,36 +29,37 @@ import pyarrow.parquet as parquet
 
 from data_prep.errors import InputError
 from data_prep.files import digest, read_json
+from data_prep.progress import Log
 from data_prep.recipe import to_plain
-from data_prep.sources.hub.download import Log, is_fetched, record_path, write_record
+from data_prep.sources.hub.download import is_fetched, record_path, write_record
 from data_prep.sources.hub.settings import BlobSettings
 from ssa_pretrain.data.indexed_format import file_sha256
 
-LONGEST_PAUSE = 30.0
-FEW_ROWS = 1_000  # a share of fewer blobs says little
-NO_SUCH = {"NoSuchKey", "404", "NotFound"}
+MAX_PAUSE_SECONDS = 30.0
+MIN_ROWS_FOR_SHARE = 1_000  # the share of fewer blobs is not checked until the end
+MISSING = {"NoSuchKey", "404", "NotFound"}
 DENIED = {"AccessDenied", "403", "Forbidden"}
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """What became of one blob: its text, or why there is none (missing, denied or damaged)."""
+    """The result for one blob: its text, or why there is none (missing, denied or damaged)."""
 
     text: str | None
     reason: str = ""
 
 
 def fetch_blobs(lists: list[Path], settings: BlobSettings, folder: Path, log: Log) -> tuple[list[Path], dict[str, Any]]:
-    """Returns Parquet files with the text of all listed blobs, and how many had any.
+    """Returns Parquet files with the text of all listed blobs, and counts of blobs with and without text.
 
     Args:
         lists: Parquet files with a column of ids.
         settings: where the blobs are.
-        folder: where the parts lie; its name must depend on the lists' content.
+        folder: where the Parquet files go; its name must depend on the content of the lists.
         log: takes lines for the user.
 
     Raises:
-        InputError: a request failed for good, or too few blobs have text.
+        InputError: a request failed in all attempts, or too few blobs have text.
     """
     facts = {"bucket": settings.bucket, "prefix": settings.prefix, "part_rows": settings.part_rows}
     place = folder / digest(facts)[:12]
@@ -67,15 +68,15 @@ def fetch_blobs(lists: list[Path], settings: BlobSettings, folder: Path, log: Lo
     counts: Counter = Counter()
     client = None
     with ThreadPoolExecutor(settings.connections) as pool:
-        for number, rows in enumerate(_parts(lists, settings)):
+        for number, rows in enumerate(_chunks(lists, settings)):
             path = place / f"blobs_{number:05d}.parquet"
             record = read_json(record_path(path)) if is_fetched(path) else None
             if record is None or record["ids"] != _ids_digest(rows, settings):
                 client = client or Bucket(settings)
-                record = _write_part(path, rows, client, pool, settings)
+                record = _write_file(path, rows, client, pool, settings)
                 log(_progress(number, record))
             counts.update(record["counts"])
-            _check_share(counts, settings, FEW_ROWS)
+            _check_share(counts, settings, MIN_ROWS_FOR_SHARE)
             if record["counts"].get("text"):
                 paths.append(path)
     _check_share(counts, settings, 1)
@@ -88,7 +89,7 @@ def fetch_blobs(lists: list[Path], settings: BlobSettings, folder: Path, log: Lo
 
 
 class Bucket:
-    """An S3 bucket that is read without signing requests."""
+    """An S3 bucket that is read with unsigned requests."""
 
     def __init__(self, settings: BlobSettings) -> None:
         try:
@@ -99,7 +100,7 @@ class Bucket:
             raise InputError(
                 "the text of blobs is read with boto3, which is not installed; install the extra: pip install -e '.[hub]'"
             ) from None
-        # S3's own "slow down" answers are botocore's to wait for; a body cut short it leaves to its caller.
+        # botocore waits after S3's "slow down" answers. It does not retry a truncated body; `text` does.
         config = Config(
             signature_version=botocore.UNSIGNED,
             max_pool_connections=settings.connections,
@@ -112,7 +113,7 @@ class Bucket:
         self._client = boto3.client("s3", region_name="us-east-1", endpoint_url=settings.endpoint, config=config)
 
     def text(self, blob_id: str) -> Blob:
-        """Returns a blob's text, or why it has none; InputError where no attempt got an answer."""
+        """Returns a blob's text, or why it has none; InputError if no attempt got an answer."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         key = self._settings.prefix + blob_id
@@ -127,7 +128,7 @@ class Bucket:
                     return Blob(None, "damaged")
             except ClientError as error:
                 code = str(error.response.get("Error", {}).get("Code"))
-                if code in NO_SUCH:
+                if code in MISSING:
                     return Blob(None, "missing")
                 if code in DENIED:
                     return Blob(None, "denied")
@@ -136,19 +137,19 @@ class Bucket:
             except (BotoCoreError, OSError) as error:
                 if last:
                     raise self._failure(key, error) from None
-            time.sleep(min(LONGEST_PAUSE, 2**attempt * random.uniform(0.1, 0.3)))
+            time.sleep(min(MAX_PAUSE_SECONDS, 2**attempt * random.uniform(0.1, 0.3)))
         raise AssertionError("attempts is at least 1")
 
     def _failure(self, key: str, error: Exception) -> InputError:
         where = self._settings.endpoint or "AWS"
         return InputError(
             f"s3://{self._settings.bucket}/{key} at {where} could not be read in {self._settings.attempts} attempts "
-            f"({' '.join(str(error).split())[:300]}); run again to go on, finished parts are kept"
+            f"({' '.join(str(error).split())[:300]}); run again to continue, finished files are kept"
         )
 
 
-def _parts(lists: list[Path], settings: BlobSettings) -> Iterator[pyarrow.Table]:
-    """Yields the listed rows, `part_rows` at a time, a part never reaching from one file into the next."""
+def _chunks(lists: list[Path], settings: BlobSettings) -> Iterator[pyarrow.Table]:
+    """Yields the listed rows, at most `part_rows` at a time and never from two files at once."""
     left = settings.limit_rows or None
     for path in lists:
         try:
@@ -168,7 +169,7 @@ def _parts(lists: list[Path], settings: BlobSettings) -> Iterator[pyarrow.Table]
             raise InputError(f"{path} is damaged ({error}); delete it and run again") from None
 
 
-def _write_part(
+def _write_file(
     path: Path, rows: pyarrow.Table, bucket: Bucket, pool: ThreadPoolExecutor, settings: BlobSettings
 ) -> dict[str, Any]:
     started = time.monotonic()
@@ -204,9 +205,9 @@ def _share(counts: Counter) -> float:
     return counts["text"] / max(1, sum(counts.values()))
 
 
-def _check_share(counts: Counter, settings: BlobSettings, least_rows: int) -> None:
+def _check_share(counts: Counter, settings: BlobSettings, min_rows: int) -> None:
     total = sum(counts.values())
-    if total >= least_rows and _share(counts) < settings.min_success:
+    if total >= min_rows and _share(counts) < settings.min_success:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "text")
         raise InputError(
             f"only {_share(counts):.2%} of {total} blobs have text ({reasons or 'no blob was listed'}), less than "
@@ -219,4 +220,4 @@ def _progress(number: int, record: dict[str, Any]) -> str:
     total = sum(counts.values())
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if reason != "text")
     rate = total / max(0.1, record["seconds"])
-    return f"blobs: part {number}, {total:,} blobs, {rate:,.0f}/s{f', {dropped}' if dropped else ''}"
+    return f"blobs: file {number}, {total:,} blobs, {rate:,.0f}/s{f', {dropped}' if dropped else ''}"

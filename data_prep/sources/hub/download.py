@@ -1,13 +1,13 @@
-"""Datasets on the Hugging Face hub: what is in them at which commit, and their files on this disk.
+"""Datasets on the Hugging Face hub: listing their files at one commit, and downloading them.
 
-    cache/hub/OWNER--NAME/REVISION.json           the commit that a branch or tag stands for, its files, sizes and sha256
+    cache/hub/OWNER--NAME/REVISION.json           the commit of a branch or tag, its files, sizes and sha256
     cache/hub/OWNER--NAME/COMMIT/PATH             a file (download), with PATH.fetched.json beside it
-    cache/hub/OWNER--NAME/COMMIT/PATH.stream/     Parquet files with the text column (stream), data_prep/sources/hub/streaming.py
+    cache/hub/OWNER--NAME/COMMIT/PATH.stream-COLUMN/   Parquet files with the text column, data_prep/sources/hub/streaming.py
 
-The listing is asked for once, so a run that goes on next week reads the same commit, and one whose files are all here needs no
-network. A record (`.fetched.json`) is written last and says commit, size and sha256; without it a file is not there. Transport,
-redirects and tokens are huggingface_hub's; what is added is retrying a file that its own retries gave up, and comparing the
-content with the sha256 that the hub states: it does not do that itself.
+The listing is fetched once. So a run that continues next week reads the same commit, and a run whose files are all on this machine needs
+no network. A record (`.fetched.json`) with commit, size and sha256 is written last. A file without a record counts as missing.
+huggingface_hub does transport, redirects and tokens. This module adds two things that it does not do: retrying a file after its own
+retries have failed, and comparing the content with the sha256 in the hub's listing.
 """
 
 import fnmatch
@@ -23,21 +23,20 @@ from typing import Any
 
 from data_prep.errors import InputError
 from data_prep.files import read_json, write_json
+from data_prep.progress import Log
 from data_prep.sources.hub.settings import HubSource
 from ssa_pretrain.data.indexed_format import file_sha256
 
-Log = Callable[[str], None]
-
-LONGEST_PAUSE = 30.0
+MAX_PAUSE_SECONDS = 30.0
 
 
 class TransferError(Exception):
-    """A transfer came to an end with something else than the file; another try may do better."""
+    """A transfer ended with wrong content. Another attempt may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a dataset; `sha256` is None for the small ones that the hub keeps in git."""
+    """A file of a dataset; `sha256` is None for small files, which the hub keeps in git."""
 
     path: str
     size: int
@@ -54,29 +53,29 @@ class Listing:
     files: tuple[RemoteFile, ...]
 
     def matching(self, pattern: str) -> list[RemoteFile]:
-        """Returns the files that a pattern names, by path; InputError where there are none."""
+        """Returns the files that match a pattern, sorted by path; InputError if there are none."""
         found = sorted((f for f in self.files if fnmatch.fnmatchcase(f.path, pattern)), key=lambda f: f.path)
         if not found:
             kinds = sorted({os.path.dirname(f.path) + "/*" + "".join(Path(f.path).suffixes[-1:]) for f in self.files})
             raise InputError(
-                f"{self.repo} has no file {pattern}; it has {', '.join(kinds[:8])}: set source.subsets.…files, or "
+                f"{self.repo} has no file {pattern}; it has {', '.join(kinds[:8])}; set source.subsets.…files, or "
                 "source.revision=refs/convert/parquet for the hub's own conversion to Parquet"
             )
         return found
 
 
 def list_dataset(source: HubSource, folder: Path) -> Listing:
-    """Returns the dataset at the commit that `source.revision` stands for; asks the hub the first time only.
+    """Returns the dataset at the commit of `source.revision`. Only the first call asks the hub.
 
     Args:
         source: checked settings.
         folder: the dataset's folder in the cache.
     """
-    memory = folder / f"{source.revision.replace('/', '--')}.json"
-    if isinstance(known := read_json(memory), dict):
+    listing_file = folder / f"{source.revision.replace('/', '--')}.json"
+    if isinstance(known := read_json(listing_file), dict):
         files = tuple(RemoteFile(**file) for file in known["files"])
         return Listing(known["repo"], known["commit"], known["licence"], files)
-    from huggingface_hub import HfApi  # half a second, for this source alone
+    from huggingface_hub import HfApi  # takes half a second, and only this source needs it
 
     with explain_errors(f"dataset {source.repo}"):
         api = HfApi(endpoint=source.endpoint)
@@ -94,46 +93,46 @@ def list_dataset(source: HubSource, folder: Path) -> Listing:
     ]
     licence = (info.card_data or {}).get("license")
     listing = Listing(source.repo, info.sha, licence if isinstance(licence, str) else None, tuple(files))
-    write_json(memory, {**asdict(listing), "files": [asdict(file) for file in files]})
+    write_json(listing_file, {**asdict(listing), "files": [asdict(file) for file in files]})
     return listing
 
 
 def download_all(source: HubSource, listing: Listing, files: list[RemoteFile], folder: Path, log: Log) -> list[Path]:
-    """Returns the files on this disk, in order, after fetching what the cache lacks.
+    """Returns the local files, in order, after downloading those that the cache lacks.
 
     Raises:
-        InputError: naming the file, when all attempts at it failed or its content is not what the hub states.
+        InputError: all attempts at a file failed, or its content does not match the listing; names the file.
     """
-    place = folder / listing.commit
-    missing = [file for file in files if not is_fetched(place / file.path)]
+    commit_folder = folder / listing.commit
+    missing = [file for file in files if not is_fetched(commit_folder / file.path)]
     if missing:
         log(
             f"hub: {source.repo}@{listing.commit[:12]}, {len(missing)} files, {sum(f.size for f in missing) / 1e9:.2f} GB"
         )
-        run_all(lambda file: _download(source, listing, file, place), missing, source.connections)
-    return [place / file.path for file in files]
+        run_all(lambda file: _download(source, listing, file, commit_folder), missing, source.connections)
+    return [commit_folder / file.path for file in files]
 
 
 def is_fetched(path: Path) -> bool:
-    """Returns whether a file is there with its record and the size in it."""
+    """Returns whether a file exists with a record of its size."""
     record = read_json(record_path(path))
     return isinstance(record, dict) and path.is_file() and path.stat().st_size == record["size"]
 
 
 def record_path(path: Path) -> Path:
-    """Returns where the record of a fetched file is."""
+    """Returns the path of the record of a fetched file."""
     return path.with_name(path.name + ".fetched.json")
 
 
 def write_record(path: Path, **facts: Any) -> None:
-    """Says that a file is whole: flushes it to the disk, then writes size, sha256 and `facts` beside it."""
+    """Marks a file as complete: flushes it to the disk, then writes its size and `facts` beside it."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     write_json(record_path(path), {"size": path.stat().st_size, **facts})
 
 
 def run_all(work: Callable[[Any], Any], items: list[Any], connections: int) -> list[Any]:
-    """Returns work(item) for all items, several at a time; the first failure ends it, what is under way finishes."""
+    """Returns work(item) for all items, several at a time. After the first failure no new item starts."""
     with ThreadPoolExecutor(min(connections, max(1, len(items)))) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:
@@ -144,9 +143,9 @@ def run_all(work: Callable[[Any], Any], items: list[Any], connections: int) -> l
 
 
 def retry(work: Callable[[], Any], attempts: int, what: str) -> Any:
-    """Returns work(), tried again after a pause that doubles where the transport failed; the last failure is an InputError.
+    """Returns work(), retried after a doubling pause if the transfer fails; the last failure is an InputError.
 
-    What no repetition mends (no such file, no permission) is passed on at once.
+    Permanent errors (no such file, no permission) are raised at once.
     """
     import httpx2  # huggingface_hub's transport
     from huggingface_hub.errors import HfHubHTTPError
@@ -160,16 +159,16 @@ def retry(work: Callable[[], Any], attempts: int, what: str) -> Any:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             if attempt + 1 == attempts:
                 raise InputError(
-                    f"{what} could not be fetched in {attempts} attempts ({reason}); run again to go on, finished files "
+                    f"{what} could not be fetched in {attempts} attempts ({reason}); run again to continue, finished files "
                     "are kept"
                 ) from None
-            time.sleep(min(LONGEST_PAUSE, 2**attempt * random.uniform(0.25, 0.5)))
+            time.sleep(min(MAX_PAUSE_SECONDS, 2**attempt * random.uniform(0.25, 0.5)))
     raise AssertionError("attempts is at least 1")
 
 
 @contextmanager
 def explain_errors(what: str) -> Iterator[None]:
-    """Turns the hub's final answers into one sentence with a remedy."""
+    """Turns the hub's permanent errors into an InputError of one sentence with a remedy."""
     from huggingface_hub import errors
 
     try:
@@ -188,24 +187,24 @@ def explain_errors(what: str) -> Iterator[None]:
         ) from None
     except errors.EntryNotFoundError:
         raise InputError(
-            f"{what} is not on the server any more; delete its listing in the cache, or pin another source.revision"
+            f"{what} is no longer on the server; delete its listing in the cache, or pin another source.revision"
         ) from None
     except errors.HfHubHTTPError as error:
         raise InputError(f"{what}: the server answered {' '.join(str(error).split())[:300]}; try again later") from None
 
 
 def _is_transient(error: Any) -> bool:
-    """Returns whether an answer of the server may be another one next time."""
+    """Returns whether a server error may be gone on the next attempt."""
     status = error.response.status_code if error.response is not None else 0
     return status in (408, 425, 429) or status >= 500
 
 
-def _download(source: HubSource, listing: Listing, file: RemoteFile, place: Path) -> None:
+def _download(source: HubSource, listing: Listing, file: RemoteFile, folder: Path) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    path = place / file.path
+    path = folder / file.path
     what = f"{source.repo}/{file.path}"
 
     def fetch() -> str:
@@ -215,14 +214,14 @@ def _download(source: HubSource, listing: Listing, file: RemoteFile, place: Path
             file.path,
             repo_type="dataset",
             revision=listing.commit,
-            local_dir=place,
+            local_dir=folder,
             endpoint=source.endpoint,
         )
         size, sha256 = path.stat().st_size, file_sha256(path)
         if size != file.size:
-            raise TransferError(f"it has {size} bytes where the hub's listing states {file.size}")
+            raise TransferError(f"it has {size} bytes, but the hub's listing has {file.size}")
         if file.sha256 is not None and sha256 != file.sha256:
-            raise TransferError(f"its sha256 is {sha256[:12]}… where the hub's listing states {file.sha256[:12]}…")
+            raise TransferError(f"its sha256 is {sha256[:12]}…, but the hub's listing has {file.sha256[:12]}…")
         return sha256
 
     with explain_errors(what):

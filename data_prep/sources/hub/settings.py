@@ -1,4 +1,4 @@
-"""The settings of source=hub and its presets: which dataset, which files of it, how they are fetched."""
+"""The settings of source=hub and its presets: which dataset, which of its files, how they are fetched."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,8 +12,10 @@ from data_prep.run_config import OnError
 class HubMode(Enum):
     """How the files of a dataset reach this machine."""
 
-    download = "download"  # whole files as they are, compared with the sha256 that the hub states
-    stream = "stream"  # the text column alone, row group by row group over HTTP range requests, into Parquet files of our own
+    download = "download"  # whole files, compared with the sha256 in the hub's listing
+    stream = (
+        "stream"  # only the text column, row group by row group over HTTP range requests, into Parquet files of our own
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,7 +24,7 @@ class HubPart:
 
     files: str = "*.parquet"  # pattern over paths in the dataset; * also crosses folders
     text_column: str = "text"  # column, or key of JSON lines, that holds the text
-    limit_gb: float = 0.0  # stop after so many GB of files (download) or of uncompressed text (stream); 0 takes all
+    limit_gb: float = 0.0  # stop after this many GB of files (download) or of uncompressed text (stream); 0 takes all
     blobs: bool = False  # the files list blob ids; their text is in Software Heritage's bucket
 
     def problems(self, name: str) -> list[str]:
@@ -47,12 +49,12 @@ class BlobSettings:
     bucket: str = "softwareheritage"  # S3 bucket of the blobs
     prefix: str = "content/"  # a blob's key is the prefix and its id
     id_column: str = "blob_id"  # column that names each blob
-    connections: int = 64  # requests under way at a time
-    attempts: int = 6  # tries of a request before the run gives up
+    connections: int = 64  # concurrent requests
+    attempts: int = 6  # attempts per request before the run ends
     timeout_s: float = 30.0  # longest wait for a connection or for the next bytes
-    part_rows: int = 20_000  # blobs of one Parquet file: what a kill can lose
-    limit_rows: int = 0  # stop after so many blobs; 0 takes all
-    min_success: float = 0.95  # least share of blobs that must have text, else the run ends
+    part_rows: int = 20_000  # blobs per Parquet file: what a kill can lose
+    limit_rows: int = 0  # stop after this many blobs; 0 takes all
+    min_success: float = 0.95  # minimum share of blobs with text; below it the run ends
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the values, one sentence each."""
@@ -69,17 +71,17 @@ class BlobSettings:
 
 @dataclass(kw_only=True, slots=True)
 class HubSource:
-    """A dataset on the Hugging Face hub, or on a server that speaks its protocol (HF_ENDPOINT, or `endpoint`)."""
+    """A dataset on the Hugging Face hub, or on a server with the same protocol (HF_ENDPOINT, or `endpoint`)."""
 
     kind: str = "hub"  # the kind of source that was chosen, by source=
     repo: str = MISSING  # owner/name
-    revision: str = "main"  # branch, tag or commit; what a branch stands for is looked up once and kept in the cache
-    endpoint: str | None = None  # null leaves it to huggingface_hub, which reads HF_ENDPOINT
+    revision: str = "main"  # branch, tag or commit; the commit of a branch is looked up once and kept in the cache
+    endpoint: str | None = None  # null: huggingface_hub decides, which reads HF_ENDPOINT
     mode: HubMode = HubMode.download
     subsets: dict[str, HubPart] = MISSING  # parts of the corpus by name
-    connections: int = 4  # files under way at a time
-    attempts: int = 5  # tries of a file before the run gives up
-    part_mb: float = 256.0  # MB of uncompressed text of one Parquet file (stream): what a kill can lose
+    connections: int = 4  # concurrent files
+    attempts: int = 5  # attempts per file before the run ends
+    part_mb: float = 256.0  # MB of uncompressed text per Parquet file (stream): what a kill can lose
     blobs: BlobSettings = field(default_factory=BlobSettings)
     on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
 

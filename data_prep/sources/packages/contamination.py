@@ -1,12 +1,12 @@
-"""Whether training text holds what is held out: equal documents, and any run of thirteen equal words.
+"""Whether training text contains held-out text: equal documents, and any thirteen consecutive equal words (an n-gram).
 
-Text is compared in a normal form: ASCII letters in lower case, every other ASCII character that is no digit a space, characters
-beyond ASCII as they are. Two documents are the same if their normal forms are; they overlap if one run of `WORDS` words is in both (the length that
-GPT-3's authors chose, arXiv 2005.14165, appendix C). A held-out document of fewer words is compared whole.
+Text is compared in a normal form. ASCII letters are in lower case, every other ASCII character except digits is a space, and characters
+beyond ASCII are unchanged. Two documents are equal if their normal forms are. They overlap if they share an n-gram of `WORDS` words, the
+length in GPT-3's paper (arXiv 2005.14165, appendix C). A held-out document with fewer words is only compared as a whole.
 
-All in numpy, at some 40 MB/s on one core: with H[i] the polynomial hash of the first i bytes modulo 2**64, the hash of a word is a
-difference of two H divided by a power of the (odd, so invertible) base, and the hash of a run is the same again over words. Two
-different runs agree by chance once in 2**64 pairs, times a small factor; a false alarm costs one training document, nothing else.
+Everything is numpy, at about 40 MB/s on one core. Let H[i] be the polynomial hash of the first i bytes modulo 2**64. The hash of a word is a
+difference of two H, divided by a power of the base, which is odd and so invertible. The hash of an n-gram is computed in the same way over
+words. Two different n-grams collide once in 2**64 pairs, times a small factor. A false positive costs one training document.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ _WORD_BASE = 0xC2B2AE3D27D4EB4F
 _MODULUS = 1 << 64
 _FILTER_BITS = 26
 
-# Lower-case letters and digits stay, bytes of other scripts count as letters, the rest is space.
+# Lower-case letters and digits stay, bytes of other scripts count as letters, everything else is a space.
 _NORMAL = bytes((c | 0x20 if 65 <= c <= 90 else c) if c >= 128 or chr(c).isalnum() else 32 for c in range(256))
 
 
@@ -36,64 +36,64 @@ def word_hashes(text: bytes) -> np.ndarray:
     return _spread(_range_hashes(codes, starts, stops, _BYTE_BASE))
 
 
-def run_hashes(words: np.ndarray, length: int = WORDS) -> np.ndarray:
-    """Returns a uint64 hash [runs] of each run of `length` words; empty where there are fewer words."""
+def ngram_hashes(words: np.ndarray, length: int = WORDS) -> np.ndarray:
+    """Returns a uint64 hash [n-grams] of each n-gram of `length` words; empty if there are fewer words."""
     first = np.arange(max(0, len(words) - length + 1))
     return _spread(_range_hashes(words, first, first + length, _WORD_BASE))
 
 
 def document_hash(words: np.ndarray) -> int:
-    """Returns a 64-bit hash of a whole document, given the hashes of its words."""
+    """Returns a 64-bit hash of a document, given the hashes of its words."""
     return int(_range_hashes(words, np.array([0]), np.array([len(words)]), _WORD_BASE)[0])
 
 
 @dataclass(slots=True)
-class Verdict:
+class Overlap:
     """What a training document shares with the held-out text."""
 
-    duplicate: bool  # its normal form is that of a held-out document
-    shared_runs: int  # runs of WORDS words that are also held out
+    duplicate: bool  # its normal form equals that of a held-out document
+    shared_ngrams: int  # n-grams of WORDS words that are also held out
 
 
 class HeldOut:
-    """The held-out documents, as an index to compare training documents with."""
+    """An index of the held-out documents, to compare training documents with."""
 
     def __init__(self, texts: Iterable[bytes]) -> None:
         self._documents: set[int] = set()
-        runs = [np.empty(0, dtype=np.uint64)]
+        ngrams = [np.empty(0, dtype=np.uint64)]
         for text in texts:
             words = word_hashes(text)
             self._documents.add(document_hash(words))
-            runs.append(run_hashes(words))
-        self._runs = np.unique(np.concatenate(runs))
-        # A table of bits answers for nearly all runs that are not held out; the search in order is for the rest.
+            ngrams.append(ngram_hashes(words))
+        self._ngrams = np.unique(np.concatenate(ngrams))
+        # A bit table rejects nearly all n-grams that are not held out. Binary search decides the rest.
         self._table = np.zeros(1 << _FILTER_BITS, dtype=bool)
-        self._table[self._runs >> np.uint64(64 - _FILTER_BITS)] = True
+        self._table[self._ngrams >> np.uint64(64 - _FILTER_BITS)] = True
 
     @property
     def num_documents(self) -> int:
-        """Different held-out documents."""
+        """Number of different held-out documents."""
         return len(self._documents)
 
     @property
-    def num_runs(self) -> int:
-        """Different held-out runs."""
-        return len(self._runs)
+    def num_ngrams(self) -> int:
+        """Number of different held-out n-grams."""
+        return len(self._ngrams)
 
     def overlaps(self, text: bytes) -> bool:
-        """Returns whether a training document (UTF-8) may not be trained on."""
-        verdict = self.compare(text)
-        return verdict.duplicate or verdict.shared_runs > 0
+        """Returns whether a training document (UTF-8) overlaps with held-out text and must be dropped."""
+        overlap = self.compare(text)
+        return overlap.duplicate or overlap.shared_ngrams > 0
 
-    def compare(self, text: bytes) -> Verdict:
+    def compare(self, text: bytes) -> Overlap:
         """Returns what a training document (UTF-8) shares with the held-out text."""
         words = word_hashes(text)
-        runs = run_hashes(words)
-        near = runs[self._table[runs >> np.uint64(64 - _FILTER_BITS)]]
-        places = np.searchsorted(self._runs, near)
-        found = places < len(self._runs)
-        shared = int(np.count_nonzero(self._runs[places[found]] == near[found]))
-        return Verdict(document_hash(words) in self._documents, shared)
+        ngrams = ngram_hashes(words)
+        near = ngrams[self._table[ngrams >> np.uint64(64 - _FILTER_BITS)]]
+        places = np.searchsorted(self._ngrams, near)
+        found = places < len(self._ngrams)
+        shared = int(np.count_nonzero(self._ngrams[places[found]] == near[found]))
+        return Overlap(document_hash(words) in self._documents, shared)
 
 
 def _range_hashes(values: np.ndarray, starts: np.ndarray, stops: np.ndarray, base: int) -> np.ndarray:
@@ -117,7 +117,7 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 
 def _spread(hashes: np.ndarray) -> np.ndarray:
-    """Returns hashes whose every bit depends on every bit (the finaliser of splitmix64)."""
+    """Returns well-mixed hashes: every bit depends on every input bit (the finaliser of SplitMix64)."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return hashes ^ (hashes >> np.uint64(31))

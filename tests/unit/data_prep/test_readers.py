@@ -130,7 +130,10 @@ def test_progress_adds_up_to_the_size_on_disk(tmp_path, suffix):
         ),
         (b'{"text": 3}', r"'text' holds int, not a string; fix the line or set source.text_column"),
         (b'{"text": null}', r"'text' holds NoneType, not a string"),
-        (b'{"text": "\\ud83d"}', r"'text' holds half a surrogate pair \(\\ud800 to \\udfff\), no character; repair it"),
+        (
+            b'{"text": "\\ud83d"}',
+            r"'text' holds half a surrogate pair \(\\ud800 to \\udfff\), which is not a character; repair it",
+        ),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
@@ -267,4 +270,4 @@ def test_file_that_vanishes(tmp_path):
     path = jsonl(tmp_path / "x.jsonl")
     piece = whole(path)
     path.unlink()
-    assert "x.jsonl does not exist any more; restore it" in message_of(piece)
+    assert "x.jsonl no longer exists; restore it" in message_of(piece)

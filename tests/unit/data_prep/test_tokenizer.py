@@ -132,7 +132,7 @@ def test_vocabulary_counts_added_tokens_and_holes(vocabulary, tmp_path):
 @pytest.mark.parametrize(
     "content,message",
     [
-        (None, r"tokenizer.path=.*t.json is no file; name a tokenizer.json"),
+        (None, r"tokenizer.path=.*t.json is not a file; name a tokenizer.json"),
         (
             b"\xff\xfe",
             r"t.json is not a tokenizer.json \(it is not text\); for Llama 3's tokenizer.model use tokenizer=llama3",
@@ -160,6 +160,6 @@ def test_token_that_the_file_lacks(vocabulary, key):
 
 def test_an_end_that_any_text_may_hold_is_refused(vocabulary):
     with pytest.raises(
-        InputError, match=r"'a' is an ordinary token, which a text may hold, and would end documents there"
+        InputError, match=r"'a' is an ordinary token, which may occur in a text and would end the document there"
     ):
         from_file(Path(vocabulary.path), eos="a")
