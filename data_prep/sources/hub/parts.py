@@ -4,11 +4,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from data_prep.corpus.planning import Part
 from data_prep.errors import InputError
 from data_prep.files import digest
 from data_prep.progress import Log
-from data_prep.sources.files import JSONL_SUFFIXES
+from data_prep.sources.files import JSONL_SUFFIXES, Part
 from data_prep.sources.hub.blobs import fetch_blobs
 from data_prep.sources.hub.download import Listing, RemoteFile, download_all, list_dataset
 from data_prep.sources.hub.settings import HubMode, HubPart, HubSource
