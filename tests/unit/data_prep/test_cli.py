@@ -327,4 +327,7 @@ def test_a_folder_says_how_many_files_it_leaves_out(run, tmp_path):
     (tmp_path / "mine" / "README").write_text("x")
     code, said = run("stage=plan", "source=jsonl", "source.paths=[mine]", "out=x")
     assert code == 0
-    assert "source.paths: 2 others in mine (.csv, README) are left out; name them to take them" in said.splitlines()
+    assert (
+        "source.paths: 2 other files in mine (.csv, README) are left out; name them to include them"
+        in said.splitlines()
+    )

@@ -273,7 +273,7 @@ def test_a_link_that_leads_nowhere_is_named(dataset, name):
         (lambda c: c["splits"]["train"][0].update(tokens=7), "manifest.json has 2 documents, 7 tokens"),
         (
             lambda c: c["tokenizer"].update(vocab_size=128_256),
-            "holds uint16, a vocabulary of 128256 is stored as int32",
+            "holds uint16, but a vocabulary of 128256 is stored as int32",
         ),
         (lambda c: c["tokenizer"].update(file="other.json"), "other.json is missing though manifest.json lists it"),
     ],

@@ -27,7 +27,7 @@ def shard(out: Path, number: int, lengths: list[int], split: str = "train", name
     file = TokenFile(out / f"work/shards/{split}/{stem}")
     file.write((np.arange(sum(lengths)) + 1000 * number).astype(DTYPE).tobytes())
     info = file.close(name, f"work/shards/{split}/{stem}", DTYPE, [np.array(lengths, dtype=np.int32)], len(lengths))
-    return {field: getattr(info, field) for field in info.__slots__}
+    return info.to_record()
 
 
 def made(out: Path, counts: list[int], name: str = "text") -> list[FinishedShard]:
@@ -110,7 +110,7 @@ def test_parts_are_never_joined(tmp_path):
 @pytest.mark.parametrize(
     "suffix,change,message",
     [
-        (".bin", lambda raw: raw[:-2], r"text_00001.bin has \d+ bytes, its .idx describes \d+, its record says \d+"),
+        (".bin", lambda raw: raw[:-2], r"text_00001.bin has \d+ bytes, its .idx describes \d+, its record has \d+"),
         (".bin", lambda raw: raw[:4] + bytes([raw[4] ^ 1]) + raw[5:], r"text_00001.bin changed after it was written"),
         (
             ".idx",
@@ -168,7 +168,7 @@ for number in range(4):
     file.write(np.ones(documents // 4, dtype=dtype).tobytes())
     lengths = [np.ones(documents // 4, dtype=np.int32)]
     info = file.close("text", prefix, dtype, lengths, documents // 4)
-    record = {"splits": {"train": {k: getattr(info, k) for k in info.__slots__}, "heldout": None}}
+    record = {"splits": {"train": info.to_record(), "heldout": None}}
     shards.append(FinishedShard(Job(Shard("text", number, ()), str(number)), record))
 del file, lengths
 child = __import__("os").fork()

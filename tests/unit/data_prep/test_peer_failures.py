@@ -123,7 +123,7 @@ def test_5_flipped_bit_ends_training_with_file_byte_and_document(run, corpus, tm
     path.write_bytes(raw)
     rows = TrainingRows(load_manifest(tmp_path / "d"), sequence_length=64, seed=0, weights={})
     with pytest.raises(
-        ValueError, match=r"text_00000.bin holds the id \d+ at byte 40, document 0; the vocabulary ends"
+        ValueError, match=r"text_00000.bin holds the id \d+ at byte 40, document 0, but the vocabulary ends"
     ):
         for n in range(10_000):
             rows.row(n)

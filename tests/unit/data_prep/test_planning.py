@@ -100,7 +100,7 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
 
 def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
     os.mkfifo(tmp_path / "x.jsonl")
-    with pytest.raises(InputError, match=r"x.jsonl is neither a file nor a folder; save what comes from it in a file"):
+    with pytest.raises(InputError, match=r"x.jsonl is neither a file nor a folder; save its content to a file first"):
         expand_paths([str(tmp_path / "x.jsonl")], (".jsonl",), "jsonl")
 
 

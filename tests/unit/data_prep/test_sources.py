@@ -17,7 +17,7 @@ from data_prep.errors import InputError
 from data_prep.sources.packages import local_docs, quickstart
 from data_prep.sources.packages.debian import unpacked_packages
 from data_prep.sources.packages.markup import dictionary_pages, html_text, plain_text, sword_blocks
-from data_prep.sources.packages.recipes import Recipe
+from data_prep.sources.packages.recipes import PackageRecipe
 from data_prep.sources.store import TextStore, stored_text
 
 
@@ -203,7 +203,7 @@ def test_package_without_a_recipe_is_named_before_any_download(tmp_path):
 
 
 def test_package_without_text_is_named(debian, tmp_path, monkeypatch):
-    monkeypatch.setitem(local_docs.RECIPES, "perl-doc", Recipe("reference", "plain", "nowhere/*", "x"))
+    monkeypatch.setitem(local_docs.RECIPES, "perl-doc", PackageRecipe("reference", "plain", "nowhere/*", "x"))
     with pytest.raises(InputError, match=r"package perl-doc 5.36 has no text in the files of its recipe; leave it out"):
         local_docs.extract_local_docs(
             LocalDocsSource(packages=["perl-doc"]), tmp_path / "c", print, TextStore(tmp_path)

@@ -185,7 +185,7 @@ def test_dead_server_is_no_fact_about_a_blob(store, tmp_path, quick):
     store.faults = {"f": [(500, "InternalError")] * 100}
     with pytest.raises(
         InputError,
-        match=r"s3://softwareheritage/content/f at http.* could not be read in 3 attempts .*run again to go on",
+        match=r"s3://softwareheritage/content/f at http.* could not be read in 3 attempts .*run again to continue",
     ):
         fetch(store, tmp_path, list("abcdefgh"))
     store.faults.clear()

@@ -146,7 +146,7 @@ def test_content_of_another_sha256_is_refused(hub, tmp_path):
     name = "data/train-00000.parquet"
     hub.content[name] = hub.files[name][:-1] + b"x"
     with pytest.raises(
-        InputError, match=r"train-00000.parquet could not be fetched in 2 attempts \(its sha256 is \w+… where"
+        InputError, match=r"train-00000.parquet could not be fetched in 2 attempts \(its sha256 is \w+…, but"
     ):
         fetch_hub(source(hub, attempts=2), tmp_path, print)
 
@@ -165,7 +165,7 @@ def test_content_of_another_size_is_refused(hub, tmp_path, mode):
 
 def test_stream_refuses_another_commit(hub, tmp_path):
     hub.served_commit = "d" * 40
-    with pytest.raises(InputError, match=r"the server answers with commit dddd.* where its listing states c0ffee"):
+    with pytest.raises(InputError, match=r"the server returns commit dddd.* but its listing has c0ffee"):
         fetch_hub(source(hub, HubMode.stream, attempts=1), tmp_path, print)
 
 
@@ -203,7 +203,7 @@ def test_jsonl_on_the_hub_is_downloaded_and_not_streamed(hub, tmp_path):
 
 def test_wrong_names_are_explained(hub, tmp_path):
     with pytest.raises(
-        InputError, match=r"owner/corpus has no file \*.arrow; it has /\*.md, data/\*.parquet: set source.subsets"
+        InputError, match=r"owner/corpus has no file \*.arrow; it has /\*.md, data/\*.parquet; set source.subsets"
     ):
         fetch_hub(source(hub, files="*.arrow"), tmp_path, print)
     with pytest.raises(InputError, match=r"README.md, which is neither Parquet nor JSON lines"):
