@@ -4,6 +4,7 @@ machine that lacks something is told in one sentence.
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -132,6 +133,7 @@ def test_the_kernels_folder_does_not_pass_for_the_package_of_that_name() -> None
         "without the flag a folder, but never a package"
     )
     assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert importlib.util.find_spec("kernels") is None, "tests/kernels passes for a package in the tests' own process"
 
 
 def test_the_report_and_the_metrics_need_no_torch() -> None:
