@@ -44,7 +44,7 @@ CASES: dict[str, tuple[int, list[list[str]]]] = {
 
 
 def main() -> int:
-    """Run the cases and return the exit code."""
+    """Runs the cases and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
