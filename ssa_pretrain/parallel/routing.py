@@ -15,7 +15,7 @@ then counts 1 / P times.
 import hashlib
 import math
 
-from ssa_pretrain.config import AttentionConfig, Config, PrecisionName, StreamDraw
+from ssa_pretrain.config import AttentionConfig, Config, Method, PrecisionName, StreamDraw
 
 PAIRS = 8  # of chunks per row: a share of 1/8 is one pair, 1/16 of the row at each end's distance
 COUNTERPART = b"ssa-counterpart"
@@ -30,8 +30,8 @@ def main_stream(attention: AttentionConfig, *, seed: int, step: int, microbatch:
         step: optimizer step, from 0.
         microbatch: index in the global batch, from 0.
     """
-    if len(attention.method.streams) == 1:
-        return attention.method.streams[0]
+    if attention.method is not Method.ssa:
+        return "full" if attention.method is Method.full else "sparse"
     draw = microbatch if attention.stream_draw is StreamDraw.microbatch else 0
     return "full" if _uniform(seed, step, draw) < attention.full_ratio else "sparse"
 
@@ -49,7 +49,7 @@ def counterpart_spans(
         rows: rows of the microbatch.
         row_length: tokens per row, a multiple of 2 * PAIRS.
     """
-    if len(attention.method.streams) == 1 or attention.counterpart_share == 0.0:
+    if attention.method is not Method.ssa or attention.counterpart_share == 0.0:
         return []
     chunk, spans = row_length // (2 * PAIRS), []
     for row in range(rows):
@@ -72,7 +72,7 @@ def counterpart_factor(attention: AttentionConfig, *, rows: int) -> float:
 
 def drawn_by_microbatch(attention: AttentionConfig) -> str | None:
     """Returns the setting, such as "attention.full_ratio=0.5", by which a microbatch draws streams, so that other microbatches draw others; or None."""
-    if len(attention.method.streams) == 1:
+    if attention.method is not Method.ssa:
         return None
     if 0.0 < attention.full_ratio < 1.0 and attention.stream_draw is StreamDraw.microbatch:
         return f"attention.full_ratio={attention.full_ratio:g}"

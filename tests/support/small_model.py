@@ -15,7 +15,7 @@ VOCAB, LENGTH = 1024, 1024
 
 
 def small_config(method: Method, spec: LayerSpec, impl: KernelImpl) -> Config:
-    """Returns a four-layer model with the 1B model's head shape."""
+    """Return a four-layer model of the 1B model's head shape."""
     config = Config()
     model = config.model
     model.num_layers, model.hidden_size, model.ffn_hidden_size = 4, 512, 1024
@@ -29,19 +29,19 @@ def small_config(method: Method, spec: LayerSpec, impl: KernelImpl) -> Config:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A run of a few steps: cross entropy, gradient norm, alignment and captured mass by step, and the trained model's logits."""
+    """A run of a few steps: cross entropy, gradient norm, alignment and captured mass by step, and logits of the trained model."""
 
     means: torch.Tensor
     logits: torch.Tensor
 
     def require_as_near(self, baseline: "Trained", exact: "Trained") -> None:
-        """Fails unless this run is about as far from the exact one as the baseline is, in its means and logits."""
+        """Fail unless this run is about as far from the exact one as the baseline, in its means and its logits."""
         require_means_as_near(self.means, baseline.means, exact.means)
         require_as_near(self.logits, baseline.logits, exact.logits, factor=1.5, name="logits")
 
 
 def train(placement: Placement, config: Config, *, steps: int) -> Trained:
-    """Returns the results of a few steps of a new engine on the same two microbatches."""
+    """Return what a new engine gives in some steps on the same two microbatches."""
     from ssa_pretrain.engine import build_engine
 
     engine, means = build_engine(config, placement, VOCAB), []
@@ -56,7 +56,7 @@ def train(placement: Placement, config: Config, *, steps: int) -> Trained:
 
 
 def random_batches(count: int) -> list[Batch]:
-    """Returns microbatches of two rows with uneven documents."""
+    """Return microbatches of two rows with uneven documents."""
     generator = np.random.default_rng(0)
     found = []
     for index in range(count):
