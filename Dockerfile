@@ -1,4 +1,4 @@
-# Two images from one file; neither runs as root, neither holds data, keys or this repository's history (.dockerignore lists what goes in).
+# Two images from one file. Neither runs as root or holds data, keys or the repository's history (.dockerignore lists what goes in).
 #
 #   docker build --target cpu --tag ssa_pretrain:cpu .
 #   mkdir -p outputs && docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD/outputs:/run_ssa/outputs" ssa_pretrain:cpu             # the quickstart
@@ -27,8 +27,8 @@ ENTRYPOINT ["/opt/ssa_pretrain/launchers/quickstart.sh", "--venv", "/usr/local"]
 FROM ${GPU_BASE} AS gpu
 WORKDIR /opt/ssa_pretrain
 COPY . .
-# The base's own torch, Triton and Transformer Engine stay: it constrains pip to them, and constraints.txt is for CPU builds.
-# DeepSpeed is pure Python here (20 MB; operators are built when asked for) and is built beside the torch that it looks for.
+# The base image keeps its own torch, Triton and Transformer Engine: it constrains pip to them. constraints.txt is for CPU builds.
+# DeepSpeed is pure Python here (20 MB; operators are built on demand). It is built in this environment because its build looks for torch.
 RUN python -m pip install --no-cache-dir --editable . \
     && python -m pip install --no-cache-dir --no-build-isolation "$(grep '^deepspeed==' constraints.txt)" \
     && useradd --uid 10001 --create-home ssa \

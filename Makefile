@@ -1,15 +1,15 @@
-# Two commands matter: `make quickstart` and `make test`. Both set up everything they need in $(VENV) first; a second run skips that.
+# Two commands matter: `make quickstart` and `make test`. Both first set up what they need in $(VENV), once.
 #
 #   PYTHON=/path/to/python3.12   builds the environment on another interpreter
 #   VENV=/path/to/venv           puts it elsewhere
-#   TORCH_INDEX=url              where CPU builds of torch are (see launchers/setup.sh); empty: pip's own index alone
+#   TORCH_INDEX=url              the index for CPU builds of torch (see launchers/setup.sh); empty: only pip's own index
 #   PYTEST_ARGS="-k select -x"   is passed to pytest
 
 VENV ?= .venv
 OUT ?= outputs/quickstart
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
-# They stand in commands as they are, one of them rm -rf.
+# They go unquoted into commands, one of which is rm -rf.
 ifneq ($(words $(VENV)),1)
 $(error VENV=$(VENV) must be one folder without spaces in its name; try VENV=.venv)
 endif
@@ -20,42 +20,42 @@ endif
 BIN := $(VENV)/bin
 SETUP := pyproject.toml constraints.txt launchers/setup.sh
 
-# No process takes the repository's root for a place of packages: `kernels/` would pass for one.
+# Keep the repository's root off sys.path: there, `kernels/` would pass for a package.
 export PYTHONSAFEPATH := 1
 export TORCH_INDEX PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-gpu lint types format clean
 
-help:  ## this list
+help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 quickstart: $(VENV)/.quickstart  ## set up, prepare real text, pretrain a small SSA Llama on two processes, evaluate, report
 	@launchers/quickstart.sh --venv $(VENV) --out $(OUT)
 
-test: $(VENV)/.dev  ## set up and run the tests (CPU)
+test: $(VENV)/.dev  ## set up, run the tests (CPU)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(PYTEST_ARGS)
 
-test-gpu:  ## the GPU tests, in an environment that has CUDA torch already: make test-gpu PYTHON=python3
+test-gpu:  ## run the GPU tests in an environment that already has CUDA torch: make test-gpu PYTHON=python3
 	@$(or $(PYTHON),python3) -m pytest -m gpu $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev  ## ruff (rules and format), import-linter, shellcheck
+lint: $(VENV)/.dev  ## run ruff (rules and format), import-linter, shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
 	@$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR launchers/*.sh .ci/run
 
-types: $(VENV)/.dev  ## pyright
+types: $(VENV)/.dev  ## run pyright
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/.dev  ## rewrite files as ruff would
+format: $(VENV)/.dev  ## rewrite files as ruff formats them
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
 clean:  ## remove the environment, caches and the quickstart's output
 	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache .import_linter_cache build ssa_pretrain.egg-info
 
-# A stamp is newer than what it was made from, so that make skips a finished set-up. The second includes the first.
+# make skips a set-up whose stamp is newer than its sources. The second set-up includes the first.
 $(VENV)/.quickstart: $(SETUP)
 	@launchers/setup.sh $(VENV) quickstart
 	@touch $@

@@ -13,6 +13,11 @@ class Method(StrEnum):
     full = "full"  # only the full stream
     moba = "moba"  # only the sparse stream
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Returns the streams that a layer computes in training: the one fact that rules, FLOPs, memory and routing need of a method."""
+        return {Method.ssa: ("full", "sparse"), Method.full: ("full",), Method.moba: ("sparse",)}[self]
+
 
 class Score(StrEnum):
     """How a query scores the blocks before its own."""

@@ -6,7 +6,7 @@ for SwiGLU, RMSNorm and two attention streams). Under context parallelism a rank
 but the keys and values of all of them. Allocator overhead and communication buffers are not included.
 """
 
-from ssa_pretrain.config import Config, EngineName, Method, PrecisionName, Recompute, Score
+from ssa_pretrain.config import Config, EngineName, PrecisionName, Recompute, Score
 
 
 def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
@@ -78,10 +78,10 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
     # Keys and values are gathered over the context ranks: cp times as many tokens as queries.
     width = model.query_width
     qkv = width + 2 * model.kv_width * config.parallel.cp
-    streams = 2 if method is Method.ssa else 1
+    streams = len(method.streams)
     outputs = streams * (width * size + 4 * model.num_attention_heads)  # with their log-sum-exps in fp32
     lists = model.num_attention_heads if config.attention.score is Score.per_head else model.num_kv_heads
-    indices = 0 if method is Method.full else 4 * config.attention.top_k * lists
+    indices = 0 if "sparse" not in method.streams else 4 * config.attention.top_k * lists
     selective = config.engine.recompute is Recompute.selective
     # SwiGLU's input, and its output unless that is recomputed.
     feed_forward = (2 if selective else 3) * model.ffn_hidden_size * size

@@ -1,12 +1,12 @@
-"""Tokens/s and peak memory of DeepSpeed's ZeRO stages beside the megatron engine, the 1B model at 8k, in one table.
+"""Compares DeepSpeed's ZeRO stages with the megatron engine: tokens/s and peak memory of the 1B model at 8k, in one table.
 
     python tests/benchmarks/deepspeed_bench.py --gpus 1 --out results        # megatron; ZeRO 1, 2, 3; ZeRO 2 with offload
     python tests/benchmarks/deepspeed_bench.py --gpus 2 --out results        # the same on dp 2, and on tp 2 with sequence parallelism
     python tests/benchmarks/deepspeed_bench.py --gpus 1 --only megatron zero1 --microbatches 16
 
-Each case is a torchrun of its own on random tokens. A time is the mean over the steps after the warm-up, the device waited for at both ends. The table
-goes to `deepspeed_N.csv` and `deepspeed_N.md`; a case that fails is a line with its error, and the command then returns 1. `ratio` is tokens/s over the
-megatron engine's on the same layout. Losses of the last step stand beside, so that a fast wrong case shows.
+Each case is a torchrun of its own on random tokens. A time is the mean over the steps after the warm-up, with a synchronisation at both ends. The table
+goes to `deepspeed_N.csv` and `deepspeed_N.md`. A case that fails becomes a line with its error, and the exit code is then 1. `ratio` is tokens/s
+relative to the megatron engine on the same layout. The table also has the loss of the last step, so that a fast but wrong case is seen.
 """
 
 import argparse
@@ -23,7 +23,7 @@ COLUMNS = ("case", "gpus", "tokens_per_second", "ratio", "seconds_a_step", "peak
 
 
 def cases(gpus: int) -> dict[str, list[str]]:
-    """Return the overrides of each case by name."""
+    """Returns the overrides of each case by name."""
     layouts = {"": []} if gpus == 1 else {"dp2.": [], "tp2.": ["parallel=tp2_sp"]}
     found = {}
     for prefix, layout in layouts.items():
@@ -36,17 +36,17 @@ def cases(gpus: int) -> dict[str, list[str]]:
 
 
 def main() -> int:
-    """Run the cases and write the table; return the exit code."""
+    """Runs the cases, writes the table and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--experiment", default="ssa_1b_8k")
-    parser.add_argument("--microbatches", type=int, default=8, help="a step and rank")
+    parser.add_argument("--microbatches", type=int, default=8, help="per step and rank")
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a case")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds per case")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="further settings, for every case")
     arguments = parser.parse_intermixed_args()
@@ -70,7 +70,7 @@ def chosen(only: list[str] | None, name: str) -> bool:
 
 
 def launch(arguments: argparse.Namespace, name: str, own: list[str]) -> dict:
-    """Run one case in processes of its own and return its row."""
+    """Runs one case in processes of its own and returns its row."""
     flags = [
         f"--{flag.replace('_', '-')}={getattr(arguments, flag)}"
         for flag in ("gpus", "experiment", "microbatches", "micro_batch_size", "steps", "warmup")
@@ -102,13 +102,13 @@ def launch(arguments: argparse.Namespace, name: str, own: list[str]) -> dict:
             row["error"] = errors[0].strip()[:200] if errors else f"exit code {done.returncode}"
             print(done.stderr[-4000:], file=sys.stderr)
     except subprocess.TimeoutExpired:
-        row["error"] = f"no end after {arguments.timeout:g} s"
+        row["error"] = f"did not end within {arguments.timeout:g} s"
     print(row, flush=True)
     return row
 
 
 def measure(arguments: argparse.Namespace, own: list[str]) -> None:
-    """Time one case on this rank; the first prints the result."""
+    """Times one case on this rank; rank 0 prints the result."""
     import numpy as np
     import torch
     import torch.distributed as dist
@@ -165,19 +165,19 @@ def measure(arguments: argparse.Namespace, own: list[str]) -> None:
     )
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     if placement.is_first:
-        figures = {
+        results = {
             "tokens_per_second": round(config.training.global_batch_tokens / seconds),
             "seconds_a_step": round(seconds, 4),
             "peak_gib": round(float(peak) / 2**30, 1),
             "loss": round(result.cross_entropy, 4),
             "grad_norm": round(result.grad_norm, 4),
         }
-        print("RESULT " + json.dumps(figures), flush=True)
+        print("RESULT " + json.dumps(results), flush=True)
     stop()
 
 
 def write(rows: list[dict], stem: Path) -> None:
-    """Write the table as CSV and markdown, and print the latter."""
+    """Writes the table as CSV and markdown, and prints the latter."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     with stem.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

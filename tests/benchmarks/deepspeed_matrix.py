@@ -1,9 +1,9 @@
-"""The whole matrix of engine=deepspeed against engine=megatron, by hand: ZeRO 0 to 3 x TP 1, 2 (SP on and off) x DP 1, 2, twenty steps each.
+"""Compares engine=deepspeed with engine=megatron on the whole matrix: ZeRO 0 to 3 x TP 1, 2 (SP on and off) x DP 1, 2, twenty steps each.
 
     PYTHONPATH=tests python tests/benchmarks/deepspeed_matrix.py OUT.md [STEPS]
 
-Prints and writes one line a case: the largest relative difference over all steps and both evaluations of the cross entropy, the gradient norm, and
-every layer's alignment and captured mass. Exit code 1 if one exceeds 1e-5. The subset that tests run is test_deepspeed.py.
+Prints and writes one line per case: the largest relative difference, over all steps and both evaluations, in the cross entropy, the gradient norm, and
+the alignment and captured mass of every layer. Exit code 1 if one exceeds 1e-5. tests/distributed/test_deepspeed.py runs a subset.
 """
 
 import json
@@ -30,7 +30,7 @@ LAYOUTS = {
 
 
 def main() -> int:
-    """Run all cases and return the exit code."""
+    """Runs all cases and returns the exit code."""
     out, steps = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 20
     rows = [
         "| layout | ZeRO | cross entropy | gradient norm | alignment, captured mass |",
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def differences(found: list, wanted: list) -> tuple[float, float, float]:
-    """Return the largest relative differences of the cross entropy, the gradient norm and all else."""
+    """Returns the largest relative differences in the cross entropy, in the gradient norm and in all else."""
     errors = [[abs(a - b) / abs(b) for a, b in zip(x, y, strict=True)] for x, y in zip(found, wanted, strict=True)]
     return max(e[0] for e in errors), max(e[1] for e in errors), max(max(e[2:]) for e in errors)
 

@@ -33,7 +33,7 @@ def test_ranks_share_the_hashing_and_all_get_the_message_of_the_one_that_could_n
 
 
 def test_a_rank_that_waits_inside_the_save_for_the_failed_one_is_ended(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="a worker of 2 left with 5") as caught:
+    with pytest.raises(AssertionError, match="a worker of 2 ended with exit code 5") as caught:
         run_workers(WORKER, 2, "inside", str(tmp_path), timeout=300)
     assert REASON in str(caught.value)
     assert "Traceback" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The quickstart's corpus, prepared once for all workers of a session by the README's command."""
+"""The quickstart's corpus, prepared once per session, for all workers, by the README's command."""
 
 import fcntl
 import subprocess
@@ -12,7 +12,7 @@ from support.training import ROOT, environment
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, worker_id) -> Path:
-    """Return the folder of the prepared corpus, which no test may change: real English and Python."""
+    """Returns the folder of the prepared corpus, real English and Python. No test may change it."""
     own = tmp_path_factory.getbasetemp()
     shared = own if worker_id == "master" else own.parent
     out = shared / "corpus"

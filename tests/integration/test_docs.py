@@ -1,7 +1,7 @@
 """README.md, docs/ and kernels/README.md: their commands as they stand, in bash and in zsh, and their links.
 
-Each shell runs every sh block with programs that only note their words, so what a shell does to them (zsh expands brackets) is seen. Then each command
-runs: as it is where a CPU takes seconds, as its plan or dry run where it would need GPUs, a cluster, a download or hours. NOT_RUN has the rest.
+Each shell runs every sh block with stand-in programs that only record their words. That shows what a shell does to them (zsh expands brackets). Then each
+command runs: as it is if a CPU takes seconds, as its plan or dry run if it would need GPUs, a cluster, a download or hours. NOT_RUN has the rest.
 """
 
 import json
@@ -28,7 +28,7 @@ GUIDES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "d
 PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 VENV = Path(sys.prefix)
 SHELLS = [["bash"], *([["zsh", "-f"]] if shutil.which("zsh") else [])]
-# Why a command is not run as it stands or as its dry run; its words are still checked.
+# Why a command is run neither as it stands nor as a dry run; its words are still checked.
 NOT_RUN = {
     "make": "is the quickstart, or the tests themselves (test_commands.py)",
     "pip": "would change the environment",
@@ -37,9 +37,9 @@ NOT_RUN = {
     "torchrun": "needs two GPUs; its settings are read",
 }
 PROGRAMS = ("make", "pip", "wandb", "deepspeed", "torchrun", "python", "srun", "scontrol")
-NO_DATA = "model.vocab_size=4096"  # the tokenizer's, of data that are not there
+NO_DATA = "model.vocab_size=4096"  # in place of the tokenizer of data that does not exist here
 COMMAND = re.compile(rf"^\s*(?:{'|'.join(PROGRAMS)}|source|launchers/\w+\.sh)\s")
-# Blocks that run as typed, one after the other, in what `make quickstart` leaves.
+# Blocks that run as typed, one after the other, in what `make quickstart` leaves behind.
 TYPED = {
     "README.md": ["source .venv"],
     "docs/configuration.md": ["mkdir -p my_conf"],
@@ -47,6 +47,7 @@ TYPED = {
 
 
 def name(page: Path) -> str:
+    """Returns a page's path from the root."""
     return str(page.relative_to(ROOT))
 
 
@@ -67,7 +68,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone after `make quickstart`: its environment, and other text in its data's place."""
+    """A clone after `make quickstart`: its environment, and a dataset of other text in place of the quickstart's."""
     folder = tmp_path_factory.mktemp("clone")
     for path in ROOT.iterdir():
         if path.name not in ("outputs", "data", ".venv", ".git"):
@@ -85,7 +86,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_of(shell: list[str], folder: Path) -> list[list[str]]:
-    """The words of every command of every block, as a shell hands them over."""
+    """Returns the words of every command of every block, as a shell passes them."""
     notes, programs = folder / "notes", folder / "programs"
     programs.mkdir(parents=True)
     note = f'#!/bin/sh\n{{ printf "%s\\0" "${{0##*/programs/}}" "$@"; printf "\\n\\0"; }} >> {notes}\n'
@@ -109,7 +110,7 @@ def words_of(shell: list[str], folder: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """The commands' words, once each; the same in every shell."""
+    """The words of each command, once; they are the same in every shell."""
     found = [words_of(shell, tmp_path_factory.mktemp(shell[0])) for shell in SHELLS]
     assert all(sorted(words) == sorted(found[0]) for words in found)
     return [list(words) for words in dict.fromkeys(map(tuple, found[0]))]
@@ -123,7 +124,7 @@ def test_every_command_stands_in_a_block_that_is_tested() -> None:
 
 
 def spans(page: Path) -> list[str]:
-    """A page's code within sentences and tables."""
+    """Returns a page's code within sentences and tables."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
 
@@ -141,7 +142,7 @@ def test_commands_within_sentences_name_what_there_is() -> None:
 
 
 def test_what_zsh_would_expand_stands_in_quotes() -> None:
-    """In code within sentences and tables too, and on machines without zsh."""
+    """This holds for code within sentences and tables too, and is tested on machines without zsh."""
     for page in GUIDES:
         lines = [line for language, text in fences(page) if language == "sh" for line in text.splitlines()]
         for span in spans(page) + lines:
@@ -149,8 +150,8 @@ def test_what_zsh_would_expand_stands_in_quotes() -> None:
             assert not re.search(r"(^|\s)[\w.]+=[^\s=]*[\[\]*?]", bare), f"{name(page)}: {span}"
 
 
-def test_the_readme_is_typed_without_remarks() -> None:
-    """zsh at a prompt takes a remark behind a command for its arguments."""
+def test_the_readme_is_typed_without_comments() -> None:
+    """At a prompt, zsh takes a comment after a command for arguments."""
     assert not [
         line
         for language, text in fences(ROOT / "README.md")
@@ -162,7 +163,7 @@ def test_the_readme_is_typed_without_remarks() -> None:
 
 @pytest.fixture(scope="module")
 def typed(clone: Path) -> subprocess.CompletedProcess[str]:
-    """TYPED in one shell: in zsh where it is installed, since bash takes no less."""
+    """TYPED in one shell: zsh if it is installed, since bash accepts whatever zsh does."""
     found = [text for page, text in blocks() if any(text.startswith(start) for start in TYPED.get(page, ()))]
     assert len(found) == 2
     lines = "\n".join(found)
@@ -180,7 +181,7 @@ def test_the_first_blocks_of_a_newcomer_work_as_typed(clone: Path, typed: subpro
     assert (clone / "outputs" / "mine" / "report.html").is_file()
 
 
-def test_launchers_take_every_command_of_theirs(clone: Path, commands: list[list[str]]) -> None:
+def test_launchers_accept_every_command_of_theirs(clone: Path, commands: list[list[str]]) -> None:
     found = [words[words.index(word) :] for words in commands for word in words if word.startswith("launchers/")]
     assert len(found) >= 10
     lines = "\n".join(shlex.join([words[0], "--dry-run", *words[1:]]) for words in found if "--dry-run" not in words)
@@ -197,10 +198,10 @@ def test_launchers_take_every_command_of_theirs(clone: Path, commands: list[list
 
 
 @pytest.mark.usefixtures("typed")
-def test_python_takes_every_command_of_its(
+def test_programs_accept_every_command_of_theirs(
     clone: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Settings, flags, options and files of all others, in this process."""
+    """Checks the settings, flags, options and files of all other commands, in this process."""
     monkeypatch.chdir(clone)
     for words in commands:
         if words[0] in ("python", "torchrun", "deepspeed"):
@@ -214,7 +215,7 @@ def test_python_takes_every_command_of_its(
 
 
 def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """The words of a module's command, or of a launcher that starts one."""
+    """Checks the words of a module's command, or of a launcher that starts one."""
     start = next((i for i, word in enumerate(words) if word in ("-m", "--module")), None)
     if start is None:
         assert (ROOT / words[1]).is_file(), words
@@ -237,6 +238,7 @@ def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def check_extras(words: list[str]) -> None:
+    """Checks that pip's extras exist."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for named in re.findall(r"\[([\w,]+)\]", " ".join(words)):
         assert set(named.split(",")) <= set(extras), words

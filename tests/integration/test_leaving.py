@@ -61,7 +61,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(co
             preexec_fn=signals_act_as_usual,
         ) as launcher,
     ):
-        wait_for_step(launcher, tmp_path, 3, seconds=200, said=lambda: log.read_text()[-3000:])
+        wait_for_step(launcher, tmp_path, 3, seconds=200, output=lambda: log.read_text()[-3000:])
         family = descendants(launcher.pid)
         (second,) = [pid for pid in family if rank(pid) == "1"]
         os.kill(second, signal.SIGHUP)

@@ -1,7 +1,7 @@
-"""Processes for tests, forked from one that has imported torch and megatron-core: those imports take longer than most of what is tested.
+"""Processes for tests, forked from one that has imported torch and megatron-core: those imports take longer than most tests.
 
-The parent is `multiprocessing`'s fork server. It runs no operation and joins no process group, so that its children differ from new processes only
-in what is imported. Tests of the start itself, of imports and of signals to a launcher use real ones.
+The parent is `multiprocessing`'s fork server. It runs no operation and joins no process group, so its children differ from new processes only
+in what is already imported. Tests of the start itself, of imports and of signals to a launcher use real processes.
 """
 
 import atexit
@@ -29,7 +29,7 @@ FORKSERVER.set_forkserver_preload(
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a process ended: its exit code, negative for a signal, and its output."""
+    """A process that has ended: its exit code (negative for a signal) and its output."""
 
     code: int
     stdout: str
@@ -37,7 +37,7 @@ class Ended:
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on, below those that the system gives to connections: a process takes it seconds later."""
+    """Returns a free TCP port below the range that the system gives to connections: a process binds it only seconds later."""
     while True:
         with socket.socket() as probe, suppress(OSError):
             port = random.randrange(15_000, 30_000)
@@ -46,39 +46,39 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a process that trains: one thread, no GPU, this checkout first."""
+    """Returns the environment of a process that trains: one thread, no GPU, this checkout first on the path."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(SUPPORT.parent)])
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def run_workers(script: Path, world_size: int, *arguments: str, timeout: float = 600.0) -> None:
-    """Run `script` in `world_size` processes that can find each other; fail with the output of the first one that fails."""
+    """Runs `script` in `world_size` processes that can find each other; fails with the output of the first process that fails."""
     for ended in run_ranks([str(script), *arguments], ranks(world_size), timeout=timeout):
         if ended.code:
             output = (ended.stdout + ended.stderr)[-6000:]
-            raise AssertionError(f"a worker of {world_size} left with {ended.code}:\n{output}")
+            raise AssertionError(f"a worker of {world_size} ended with exit code {ended.code}:\n{output}")
 
 
 def ranks(world_size: int) -> list[dict[str, str]]:
-    """Return the variables that a launcher on one node sets for each process."""
+    """Returns the variables that a launcher on one node sets for each process."""
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def run_ranks(command: list[str], variables: list[dict[str, str]], *, timeout: float) -> list[Ended]:
-    """Run one process for each set of variables to its end; none is stopped because another has failed.
+    """Runs one process per set of variables to its end; none is stopped because another has failed.
 
     Args:
         command: a script's path or `-m` and a module, then arguments.
-        variables: what each process finds in its environment beside `environment()`.
-        timeout: seconds for all of them; what runs then is killed.
+        variables: each process's environment, on top of `environment()`.
+        timeout: seconds for all of them; processes that still run then are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{n}.out", Path(folder) / f"{n}.err") for n in range(len(variables))]
         for path in itertools.chain(*outputs):
             path.touch()
         processes = [
-            FORKSERVER.Process(target=_be, args=(command, environment() | more, *files))
+            FORKSERVER.Process(target=_become, args=(command, environment() | more, *files))
             for more, files in zip(variables, outputs, strict=True)
         ]
         try:
@@ -94,11 +94,11 @@ def run_ranks(command: list[str], variables: list[dict[str, str]], *, timeout: f
                 process.join()
         texts = [(out.read_text(), err.read_text()) for out, err in outputs]
     assert not late, f"{len(late)} of {len(processes)} processes did not end in {timeout} s:\n{texts}"
-    return [Ended(process.exitcode, *said) for process, said in zip(processes, texts, strict=True)]
+    return [Ended(process.exitcode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
-def _be(command: list[str], variables: dict[str, str], stdout: Path, stderr: Path) -> None:
-    """Be a new process with this command: its environment, folder, output, threads, and the functions that run at its end."""
+def _become(command: list[str], variables: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """Becomes a new process with this command: its environment, folder, output, threads, and the functions that run at its end."""
     import torch
 
     os.environ.clear()

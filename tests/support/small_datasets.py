@@ -13,7 +13,7 @@ Documents = Sequence[np.ndarray]
 
 
 def write_shard(root: Path, name: str, number: int, documents: Documents) -> ShardInfo:
-    """Write one .bin/.idx pair of uint16 documents."""
+    """Writes one .bin/.idx pair of uint16 documents."""
     prefix = root / f"{name}_{number}"
     tokens = np.concatenate(documents).astype("<u2")
     prefix.with_name(prefix.name + ".bin").write_bytes(tokens.tobytes())
@@ -40,7 +40,7 @@ def write_dataset(
     vocab_size: int = 30_000,
     policy: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Write one shard per source and manifest.json."""
+    """Writes one shard per part, and manifest.json."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "tokenizer.json").write_text("{}")
     sha256 = hashlib.sha256(b"{}").hexdigest()
@@ -64,7 +64,7 @@ def write_dataset(
 
 
 def cut(length: int, *, base: int = 0, seed: int = 0, longest: int = 80) -> list[np.ndarray]:
-    """Return documents of uneven lengths, `length` tokens in all, whose tokens name their place: base, base + 1, ..."""
+    """Returns documents of uneven lengths, `length` tokens in all. Tokens count up from `base`."""
     lengths = np.random.default_rng(seed).integers(1, longest, length)
     ends = np.cumsum(lengths)
     return np.split(base + np.arange(length), ends[ends < length])

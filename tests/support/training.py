@@ -17,7 +17,7 @@ TIMES = ("tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_second
 
 
 def command(module: str, *overrides: str, processes: int = 1) -> list[str]:
-    """Return the command that runs a module, under torchrun for several processes."""
+    """Returns the command that runs a module, under torchrun if there are several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return [sys.executable, *launcher, "-m", module, *overrides]
 
@@ -29,7 +29,7 @@ def launched(script: str, *arguments: str) -> list[str]:
 
 
 def is_alive(pid: int) -> bool:
-    """Returns whether a process runs: neither gone nor a zombie."""
+    """Returns whether a process runs: it is neither gone nor a zombie."""
     try:
         return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -37,13 +37,13 @@ def is_alive(pid: int) -> bool:
 
 
 def signals_act_as_usual() -> None:
-    """To be run in a new process: signals that whoever started the tests ignores, as nohup does, are not ignored there."""
+    """Restores default signal handling in a new process: whoever started the tests may ignore signals, as nohup does."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def run(module: str, *overrides: str, processes: int = 1, timeout: float = 500) -> subprocess.CompletedProcess:
-    """Run a module to its end, whatever it returns; for several processes, return the first exit code that is not 0 and all that they wrote."""
+    """Runs a module to its end, whatever its exit code. For several processes, returns the first exit code that is not 0 and all output."""
     variables = ranks(processes) if processes > 1 else [{}]
     ended = run_ranks(["-m", module, *overrides], variables, timeout=timeout)
     return subprocess.CompletedProcess(
@@ -55,7 +55,7 @@ def run(module: str, *overrides: str, processes: int = 1, timeout: float = 500) 
 
 
 def run_command(arguments: list[str], *, timeout: float = 500) -> subprocess.CompletedProcess:
-    """Run a command as a process of its own, launcher and all."""
+    """Runs a command as a real process, with its launcher."""
     return subprocess.run(
         arguments,
         env=environment(),
@@ -68,19 +68,19 @@ def run_command(arguments: list[str], *, timeout: float = 500) -> subprocess.Com
 
 
 def train(*overrides: str, processes: int = 1, timeout: float = 500) -> None:
-    """Train to the end or fail with what the process said."""
+    """Trains to the end; fails with the output of the processes."""
     done = run("ssa_pretrain.train", *overrides, processes=processes, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Return a run's records of one kind, without what depends on the clock."""
+    """Returns a run's records of one kind, without the values that depend on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["kind"] == kind]
 
 
 def descendants(pid: int) -> list[int]:
-    """Return a process's descendants, parents first: torchrun puts its workers into sessions of their own."""
+    """Returns a process's descendants, parents first. torchrun puts its workers into sessions of their own."""
     found = [pid]
     for parent in found:
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
@@ -89,11 +89,11 @@ def descendants(pid: int) -> list[int]:
 
 
 def wait_for_step(
-    process: subprocess.Popen, folder: Path, step: int, *, seconds: float, said: Callable[[], str] = str
+    process: subprocess.Popen, folder: Path, step: int, *, seconds: float, output: Callable[[], str] = str
 ) -> None:
-    """Wait until `step` is in the metrics of a run that goes on; fail with what it `said` if it ends, or takes longer."""
+    """Waits until `step` is in the metrics of a run that is still running; fails with its `output` if it ends or takes longer."""
     metrics, deadline = folder / "metrics.jsonl", time.monotonic() + seconds
     while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
-        assert process.poll() is None, f"the run ended before step {step}: {said()}"
-        assert time.monotonic() < deadline, f"the run never reached step {step}: {said()}"
+        assert process.poll() is None, f"the run ended before step {step}: {output()}"
+        assert time.monotonic() < deadline, f"the run did not reach step {step}: {output()}"
         time.sleep(0.05)

@@ -4,6 +4,7 @@ machine that lacks something is told in one sentence.
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ def requirements(*extras: str) -> list[Requirement]:
 
 
 def imported(folder: Path) -> dict[str, Path]:
-    """Top-level names that a folder's files import, each with a file that does."""
+    """Returns the top-level names that a folder's files import, each with one of those files."""
     found: dict[str, Path] = {}
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -78,7 +79,7 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
 
 
 def test_constraints_pin_what_the_requirements_require() -> None:
-    """Every distribution that the pinned ones pull in on a CPU is pinned too, so that two set-ups are equal."""
+    """Every distribution that the pinned ones need on a CPU is pinned too, so that two set-ups are equal."""
     pins = {normal(name) for name in PINNED}
     for name in pins:
         try:
@@ -94,12 +95,12 @@ def test_constraints_pin_what_the_requirements_require() -> None:
 
 
 def cuda(name: str) -> bool:
-    """Whether only a CUDA build of torch brings this."""
+    """Returns whether only CUDA builds of torch install this."""
     return normal(name).startswith(("nvidia-", "cuda-"))
 
 
 def test_this_environment_is_the_pinned_one() -> None:
-    """What the tests run on is what constraints.txt promises; another environment's results would not speak for it."""
+    """The tests run on the versions of constraints.txt; results of another environment would prove nothing about them."""
     for name in ("torch", "megatron-core", "numpy", "hydra-core", "omegaconf", "wandb", "tokenizers"):
         assert importlib.metadata.version(name).split("+")[0] == PINNED[name]
 
@@ -126,12 +127,13 @@ print(ssa_kernels.__name__)
 
 
 def test_the_kernels_folder_does_not_pass_for_the_package_of_that_name() -> None:
-    """Transformers asks whether `kernels` can be found, and breaks where the answer is a package without a version."""
+    """Transformers looks for a package `kernels` and fails if it finds one without a version."""
     assert isolated(PROBE, "1").stdout.split() == ["absent", "ssa_kernels"]
     assert isolated(PROBE, "").stdout.split() == ["folder", "ssa_kernels"], (
-        "without the flag a folder, but never a package"
+        "without the flag it is a folder, but never a package"
     )
     assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert importlib.util.find_spec("kernels") is None, "tests/kernels passes for a package in the tests' own process"
 
 
 def test_the_report_and_the_metrics_need_no_torch() -> None:
@@ -139,14 +141,14 @@ def test_the_report_and_the_metrics_need_no_torch() -> None:
     assert isolated(code, "1").stdout.strip() == "[]"
 
 
-def test_the_configuration_lies_where_the_package_looks() -> None:
+def test_the_package_finds_its_configuration() -> None:
     from ssa_pretrain.cli import CONF
 
     assert (CONF / "config.yaml").is_file() and (CONF / "experiment" / "quickstart.yaml").is_file()
 
 
 def tools(folder: Path, *names: str) -> Path:
-    """A folder that holds links to the named programs and nothing else, for use as the whole PATH."""
+    """Returns a folder with links to the named programs and nothing else, to be used as PATH."""
     folder.mkdir(exist_ok=True)
     for name in ("bash", "dirname", "env", "mkdir", "touch", *names):
         (folder / name).symlink_to(shutil.which(name) or name)
@@ -159,7 +161,7 @@ def script(path: Path, text: str) -> None:
 
 
 def set_up(path: Path, tmp_path: Path, **environment: str) -> str:
-    """Runs setup.sh with one folder as PATH, expects it to fail, and returns the one sentence that it ends with."""
+    """Runs setup.sh with one folder as PATH, expects it to fail, and returns its last line, one sentence."""
     clean = {"PATH": str(path), "HOME": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
     command = [str(ROOT / "launchers" / "setup.sh"), str(tmp_path / "venv"), "dev"]
     done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=300)
@@ -190,7 +192,7 @@ def test_a_python_that_is_too_old(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["venv", "ensurepip"])
 def test_a_python_without_venv(tmp_path: Path, missing: str) -> None:
-    """Debian splits both off the interpreter; here the interpreter is kept from seeing one of them."""
+    """Debian packages both apart from the interpreter; here one of them is hidden from it."""
     path = tools(tmp_path / "bin", "cc")
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / f"{missing}.py").write_text("raise ImportError\n")

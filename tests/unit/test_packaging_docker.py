@@ -1,4 +1,4 @@
-"""Dockerfile and .dockerignore: two targets that do not run as root, take in named files only and hold no secret."""
+"""Dockerfile and .dockerignore: two targets that do not run as root, contain only named files and hold no secret."""
 
 import fnmatch
 import re
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(instruction, arguments) of the Dockerfile in order, continued lines joined."""
+    """Returns (instruction, arguments) of the Dockerfile in order, with continued lines joined."""
     text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
     return [
         (word.upper(), rest.strip())
@@ -20,7 +20,7 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """The instructions of every stage by its name."""
+    """Returns the instructions of each stage by its name."""
     found: dict[str, list[tuple[str, str]]] = {}
     name = ""
     for word, rest in instructions():
@@ -53,7 +53,7 @@ def test_a_target_ends_without_root_and_with_an_entry_point_that_exists(target: 
 
 
 def test_the_gpu_image_has_both_engines() -> None:
-    """DeepSpeed in the tested version; of constraints.txt no more, since its torch is a CPU build's."""
+    """DeepSpeed has the tested version. Nothing else comes from constraints.txt, whose torch is a CPU build."""
     (install,) = [rest for word, rest in stages()["gpu"] if word == "RUN"]
     pattern = re.search(r"""--no-build-isolation "\$\(grep '(\S+)' constraints\.txt\)\"""", install)
     assert pattern, install
@@ -68,9 +68,9 @@ def test_no_secret_is_written_or_asked_for_at_build_time() -> None:
     ] == []
 
 
-def test_only_named_things_go_in_and_everything_that_the_build_needs_does() -> None:
+def test_the_image_has_what_the_build_needs_and_only_named_files() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
-    assert lines[0] == "*", "first everything is left out"
+    assert lines[0] == "*", "the first line leaves everything out"
     taken = {line[1:] for line in lines if line.startswith("!")}
     assert taken <= {path.name for path in ROOT.iterdir()}
     assert {
@@ -85,4 +85,4 @@ def test_only_named_things_go_in_and_everything_that_the_build_needs_does() -> N
         "LICENSE",
     } == taken
     last = lines[-1]
-    assert fnmatch.fnmatch("conf/.env.local", last), "a file of keys inside a folder that goes in stays out"
+    assert fnmatch.fnmatch("conf/.env.local", last), "a file of keys stays out, even inside a folder that goes in"

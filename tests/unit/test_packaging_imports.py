@@ -1,4 +1,4 @@
-"""Who may import what, where import-linter's layers are too coarse: a table of names and the only files that may know them."""
+"""Who may import what, where import-linter's layers are too coarse: a table of names and the only files that may import them."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ SOURCES = [path for folder in ("ssa_pretrain", "data_prep", "kernels") for path 
 
 
 def names(path: Path) -> set[str]:
-    """Every module that a file imports and every dotted name that it uses, as written."""
+    """Returns every module that a file imports and every dotted name that it uses, as written."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -23,7 +23,7 @@ def names(path: Path) -> set[str]:
 
 
 def users(name: str) -> set[str]:
-    """Files, relative to the root, that import a module or a part of it."""
+    """Returns the files, relative to the root, that import a module or a part of it."""
     found = set()
     for path in SOURCES:
         if any(used == name or used.startswith(name + ".") for used in names(path)):
@@ -52,12 +52,12 @@ def users(name: str) -> set[str]:
         ("pickle", []),
     ],
 )
-def test_only_these_files_know(name: str, allowed: list[str]) -> None:
+def test_only_these_files_import_it(name: str, allowed: list[str]) -> None:
     strangers = {path for path in users(name) if not any(path.startswith(prefix) for prefix in allowed)}
     assert strangers == set()
 
 
-def test_kernels_import_torch_and_triton_alone() -> None:
+def test_kernels_import_only_torch_and_triton() -> None:
     import sys
 
     known = sys.stdlib_module_names | {"torch", "triton", "ssa_kernels", "transformer_engine"}
@@ -71,7 +71,7 @@ def test_kernels_import_torch_and_triton_alone() -> None:
         assert modules <= known, f"{path.relative_to(ROOT)} imports {sorted(modules - known)}"
 
 
-def test_no_environment_variable_is_read_in_the_depths() -> None:
+def test_only_set_up_reads_environment_variables() -> None:
     """Launchers and the set-up of a process read the environment; models, data, metrics and kernels do not.
 
     DeepSpeed itself is told by the environment where it runs and compiles: deepspeed_setup.py is the set-up of its processes.

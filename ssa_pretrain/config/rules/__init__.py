@@ -7,7 +7,7 @@ Rules run in order. A rule that reads a key with a problem of its own is skipped
 
 from collections.abc import Collection
 
-from ssa_pretrain.config import Config, Method
+from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config.rules.deepspeed import DEEPSPEED_RULES
 from ssa_pretrain.config.rules.files import FILE_RULES
@@ -35,7 +35,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
 def warning(config: Config) -> str:
     """Returns a warning about a suspicious setting that no rule rejects; usually empty."""
     attention, length = config.attention, config.data.sequence_length
-    if attention.method is Method.full or attention.top_k * attention.block_size < length:
+    if "sparse" not in attention.method.streams or attention.top_k * attention.block_size < length:
         return ""
     blocks = f"attention.top_k={attention.top_k} blocks of attention.block_size={attention.block_size}"
     return (

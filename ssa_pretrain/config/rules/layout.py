@@ -2,7 +2,7 @@
 
 import math
 
-from ssa_pretrain.config import Config, EngineName, Method
+from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
 
@@ -62,7 +62,7 @@ def _context(config: Config, _: Machine) -> list[Problem]:
     if config.engine.name is not EngineName.megatron:
         advice = "try engine=megatron or parallel.cp=1"
         return [Problem("parallel.cp", parallel.cp, "needs engine.name=megatron", advice, ("engine.name",))]
-    if config.attention.method is Method.ssa and config.attention.counterpart_share < 1.0:
+    if len(config.attention.method.streams) > 1 and config.attention.counterpart_share < 1.0:
         rule = f"must be 1 under parallel.cp={parallel.cp}: the sampled queries are not spread over context ranks"
         share = config.attention.counterpart_share
         return [Problem("attention.counterpart_share", share, rule, "try 1 or parallel.cp=1", ("parallel.cp",))]

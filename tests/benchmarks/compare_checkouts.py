@@ -1,0 +1,118 @@
+"""Shows that two checkouts train alike: every metric but the times is equal to the bit, on a table of tiny CPU trainings.
+
+    python tests/benchmarks/compare_checkouts.py BEFORE AFTER                    # two folders, each a checkout
+    python tests/benchmarks/compare_checkouts.py BEFORE AFTER --only ssa cp2     # some cases
+    python tests/benchmarks/compare_checkouts.py BEFORE AFTER --data FOLDER      # a dataset that is there already
+
+Each case runs the same command lines in both checkouts, with this interpreter's libraries, and compares the lines of metrics.jsonl. Only command lines
+are used, so that it works across any refactoring that keeps them. Prints one line per case. Exit code 1 if a value differs or a run fails.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+TIMES = {"tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_seconds"}
+SMALL = (
+    "experiment=quickstart",
+    "model.num_layers=2",
+    "data.sequence_length=256",
+    "training.steps=6",
+    "training.global_batch_tokens=2048",
+    "training.micro_batch_size=2",
+    "evaluation.rows=4",
+    "evaluation.interval=3",
+    "checkpoint.interval=3",
+)
+ENGINES = {"": [], "deepspeed.": ["engine=deepspeed", "deepspeed.zero_stage=2"]}
+METHODS = ("ssa", "full", "moba")
+# Name: processes, and the overrides of each command in turn; a second command continues the run of the first.
+CASES: dict[str, tuple[int, list[list[str]]]] = {
+    **{f"{prefix}{m}": (1, [[*own, f"attention={m}"]]) for prefix, own in ENGINES.items() for m in METHODS},
+    "counterpart_share": (1, [["attention.counterpart_share=0.5"]]),
+    "resume": (1, [["training.stop_at_step=3"], []]),
+    "deepspeed.resume": (2, [[*ENGINES["deepspeed."], "training.stop_at_step=3"], ENGINES["deepspeed."]]),
+    "cp2": (2, [["parallel=cp2"]]),
+    "tp2_pp2": (4, [["parallel=tp2_pp2"]]),
+}
+
+
+def main() -> int:
+    """Runs the cases and returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--data", type=Path, help="a prepared dataset; without it BEFORE prepares the quickstart's")
+    arguments = parser.parse_args()
+    differing = []
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        data = (arguments.data or prepare(arguments.before, scratch / "data")).resolve()
+        for case in arguments.only:
+            found = [
+                train(checkout, case, data, scratch / case / side)
+                for side, checkout in (("before", arguments.before), ("after", arguments.after))
+            ]
+            outcome = compare(*found)
+            print(f"{case:20} {outcome or f'equal: {len(found[0])} records, {count(found[0])} values'}", flush=True)
+            differing += [case] if outcome else []
+    return int(bool(differing))
+
+
+def prepare(checkout: Path, out: Path) -> Path:
+    """Returns the folder of a dataset that a checkout has prepared."""
+    run(checkout, ["-m", "data_prep", "source=quickstart", "tokenizer=bpe4k", f"out={out}"])
+    return out
+
+
+def train(checkout: Path, case: str, data: Path, out: Path) -> list[dict[str, Any]]:
+    """Returns the records of a case's run in a checkout, without times."""
+    processes, commands = CASES[case]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    for overrides in commands:
+        run(
+            checkout,
+            [*launcher, "-m", "ssa_pretrain.train", *SMALL, *overrides, f"data.path={data}", f"output_dir={out}"],
+        )
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def run(checkout: Path, arguments: list[str]) -> None:
+    """Runs Python in a checkout; ends this program with the output if that fails."""
+    root = checkout.resolve()
+    path = os.pathsep.join([str(root), str(root / "kernels")])
+    own = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=os.environ | own, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(
+            f"{checkout}: exit code {done.returncode} of {' '.join(arguments)}\n{done.stdout}{done.stderr[-4000:]}"
+        )
+
+
+def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
+    """Returns the first difference between two lists of records; empty if there is none."""
+    for one, other in zip_longest(before, after, fillvalue={}):
+        for key in one | other:
+            if key not in one or key not in other or one[key] != other[key]:
+                place = f"{(one or other)['kind']} record of step {(one or other)['step']}"
+                return f"DIFFERS: {place}: {key} is {one.get(key, 'absent')} before, {other.get(key, 'absent')} after"
+    return ""
+
+
+def count(records: list[dict[str, Any]]) -> int:
+    """Returns the number of values compared, those of lists counted each."""
+    return sum(len(value) if isinstance(value, list) else 1 for record in records for value in record.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
