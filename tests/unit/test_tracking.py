@@ -294,7 +294,7 @@ def test_without_the_package_a_run_with_logging_off_imports_everything() -> None
 import sys
 sys.modules["wandb"] = None
 import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.__main__, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report
-import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron, ssa_pretrain.tracking
+import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron.engine, ssa_pretrain.tracking
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig
 assert ssa_pretrain.tracking.start_tracking(WandbConfig(), name="x", folder=Path("x"), config={}, say=print) is None
