@@ -1,7 +1,8 @@
-"""What we compare with: megatron-core's own GPTModel with full attention, from core's own layer spec, nothing of ours in it.
+"""The baseline of benchmarks: megatron-core's own GPTModel with full attention, built from core's own layer spec.
 
-With Transformer Engine's layers on a GPU that has it, core's local layers elsewhere. It runs under the same data-parallel wrapper and gradient
-buffers as our engine, over rows that are one document each; fused RoPE, fused SwiGLU and core's fused cross entropy are on where core has them.
+It uses Transformer Engine's layers if they are installed and there is a GPU, otherwise core's local layers. It runs under the same data-parallel
+wrapper and gradient buffers as our engine, over rows that are one document each. Fused RoPE, fused SwiGLU and core's fused cross entropy are on
+wherever core offers them.
 """
 
 import torch
@@ -21,11 +22,11 @@ from ssa_pretrain.parallel.state import Placement
 
 
 class PlainModel:
-    """Core's GPTModel of our model's shape on one rank.
+    """Core's GPTModel with our model's shape, on one rank.
 
     Args:
-        config: shape, sequence length and precision; the attention section is not read.
-        placement: this process.
+        config: shape, sequence length and precision; the attention section is ignored.
+        placement: this process's coordinates.
         vocab_size: tokens, before padding.
     """
 
@@ -54,12 +55,12 @@ class PlainModel:
             use_distributed_optimizer=config.engine.distributed_optimizer,
         )
         self.model = DistributedDataParallel(config=core, ddp_config=ddp, module=model)
-        # Transformer Engine's causal attention takes no mask; core's local one is given it.
+        # Transformer Engine's causal attention takes no mask; core's local attention needs one.
         causal = torch.ones(self.length, self.length, dtype=torch.bool, device=placement.device).triu(1)
         self.mask = None if fused else causal[None, None]
 
     def forward_backward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Leave the gradients of the mean loss in their buffers and return it; tokens and labels are [rows, sequence_length]."""
+        """Adds the mean loss's gradients to their buffers and returns the loss; tokens and labels are [B, sequence_length]."""
         self.model.zero_grad_buffer()
         positions = torch.arange(self.length, device=self.device).expand_as(tokens)
         loss = self.model(tokens, positions, self.mask, labels=labels).float().mean()
