@@ -10,10 +10,10 @@ TOLERANCE = 1e-5
 
 
 def assemble(folder: Path, name: str, tolerance: float = TOLERANCE) -> dict:
-    """Return a case's records and whole gradients, put together from all ranks' parts, which must agree where they overlap."""
+    """Returns a case's records and whole gradients, put together from all ranks' parts, which must agree where they overlap."""
     parts = [torch.load(path, weights_only=True, map_location="cpu") for path in sorted(folder.glob(f"{name}.*.pt"))]
     for part in parts[1:]:
-        assert part["records"] == parts[0]["records"], f"{name}: ranks report different figures"
+        assert part["records"] == parts[0]["records"], f"{name}: ranks report different results"
     whole: dict[str, dict[str, torch.Tensor]] = {}
     for key in {key for part in parts for key in part["parameters"]}:
         holders = [p for p in parts if key in p["parameters"]]
@@ -29,7 +29,7 @@ def assemble(folder: Path, name: str, tolerance: float = TOLERANCE) -> dict:
 
 
 def join(shards: list[dict], what: str, key: str, tolerance: float) -> torch.Tensor:
-    """Return a parameter's tensor from its tensor-parallel shards."""
+    """Returns a parameter's tensor from its tensor-parallel shards."""
     tensors, dim = [s[what] for s in shards], shards[0]["dim"]
     if dim < 0 or len(tensors) == 1:
         for other in tensors[1:]:
