@@ -36,7 +36,7 @@ class PlainModel:
         self.length, self.device = config.data.sequence_length, placement.device
         core = _core_config(config, fused=fused, low=low)
         spec = get_gpt_layer_with_transformer_engine_spec if fused else get_gpt_layer_local_spec
-        layer = spec() if fused else spec(normalization="RMSNorm")
+        layer = spec() if fused else spec(normalization="RMSNorm")  # pyright: ignore[reportCallIssue]
         model: torch.nn.Module = GPTModel(
             config=core,
             transformer_layer_spec=layer,
@@ -45,7 +45,7 @@ class PlainModel:
             parallel_output=True,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
-            rotary_base=config.model.rope_theta,
+            rotary_base=config.model.rope_theta,  # pyright: ignore[reportArgumentType]
             pg_collection=placement.groups,
         ).to(placement.device)
         if low:
