@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from ssa_pretrain.config import Config
+from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.config.rules import check
 from ssa_pretrain.config_io import MismatchError, convert, known_keys
 from ssa_pretrain.problems import Problem, join
-from ssa_pretrain.rules import Machine, check
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUP_KEYS = {"precision": "precision.name", "engine": "engine.name", "attention": "attention.method"}

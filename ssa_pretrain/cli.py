@@ -2,7 +2,7 @@
 
 Hydra's command line keeps its meaning: groups, `experiment=`, overrides, `--help`, `--cfg job [--resolve]`,
 `--info defaults`, `-cd`, `-cp`, `-cn`; `--explain KEY` is ours. What only shows something is handed to `hydra.main`; a run is composed by
-composition.py, converted by config_io.py and checked by rules.py, because Hydra itself stops at the first error and writes
+composition.py, converted by config_io.py and checked by config/rules, because Hydra itself stops at the first error and writes
 a folder per process. `dry_run=true` (or `--dry-run`) prints the plan and leaves. Exit code 3: the configuration is wrong;
 4: only the data is.
 
@@ -17,7 +17,6 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -29,16 +28,17 @@ from ssa_pretrain.advice import in_keys_only, with_tried_advice
 from ssa_pretrain.completion import answer
 from ssa_pretrain.composition import Source, compose, group_options, has_groups, hydra_on, sort_overrides
 from ssa_pretrain.config import Config, EngineName
+from ssa_pretrain.config.deepspeed import ds_config
+from ssa_pretrain.config.machine import Machine, launcher_number, this_machine
+from ssa_pretrain.config.rules import check, warning
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
-from ssa_pretrain.devices import has_gpu
-from ssa_pretrain.ds_config import ds_config
-from ssa_pretrain.environment import PACKAGES
 from ssa_pretrain.explain import explain
+from ssa_pretrain.monitor.environment import PACKAGES
 from ssa_pretrain.outlook import outlook
-from ssa_pretrain.planning import describe, make_plan
+from ssa_pretrain.planning.plan import make_plan
+from ssa_pretrain.planning.table import describe
 from ssa_pretrain.problems import SECRET, ConfigError, Problem
-from ssa_pretrain.rules import Machine, check, warning
 from ssa_pretrain.settings.output import captured, pipe_may_close, version_line
 from ssa_pretrain.suggestions import closest
 
@@ -121,32 +121,11 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, speaks:
     return config
 
 
-def this_machine() -> Machine:
-    """Returns what rules may know of this process's machine without importing torch; raises ConfigError where the launcher's words make no sense."""
-    return Machine(
-        world_size=_from_launcher("WORLD_SIZE", default=1),
-        has_gpu=has_gpu(),
-        has_transformer_engine=find_spec("transformer_engine") is not None,
-        has_deepspeed=find_spec("deepspeed") is not None,
-        has_wandb=bool((client := find_spec("wandb")) and client.origin),  # a folder ./wandb has no origin
-        slurm_tasks=_slurm_tasks(),
-    )
-
-
 def _speaks() -> bool:
     """Returns whether this process prints: rank 0, and any that no launcher has started; raises ConfigError where RANK is not a number."""
     names = ("RANK", "LOCAL_RANK", *["SLURM_PROCID"] * ("WORLD_SIZE" in os.environ))
-    rank = _from_launcher(next((name for name in names if name in os.environ), "RANK"), default=0)
+    rank = launcher_number(next((name for name in names if name in os.environ), "RANK"), default=0)
     return rank == 0 or "WORLD_SIZE" not in os.environ
-
-
-def _from_launcher(name: str, *, default: int) -> int:
-    """A number that the launcher set in the environment, `default` where it set none; no number, or one below the default, is a problem."""
-    given = os.environ.get(name, str(default))
-    if given.isdecimal() and int(given) >= default:
-        return int(given)
-    rule = f"in the environment must be a whole number from {default} on"
-    raise ConfigError([Problem(name, given, rule, f"unset {name}, or start with launchers/torchrun.sh, which sets it")])
 
 
 def report(entry: str, error: ConfigError) -> str:
@@ -290,11 +269,3 @@ def _show(entry: str, command: _Command, overrides: Sequence[str], *, speaks: bo
 
 def _nothing(_: DictConfig) -> None:
     """The task that hydra.main never reaches: every flag given to it only shows something."""
-
-
-def _slurm_tasks() -> int:
-    """The processes of this step of a Slurm job (of the job, outside a step), unless a launcher joins them."""
-    if "WORLD_SIZE" in os.environ:
-        return 1
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
-    return int(tasks) if tasks.isdigit() else 1

@@ -1,6 +1,6 @@
 """`--explain KEY` for the configuration of a run: the key's meaning, type, range, default and value in the command's configuration.
 
-The text comes from config.py (see settings/explain.py). So does the range: each section's `problems` is asked what it says of values at both
+The text comes from config/schema.py (see settings/explain.py). So does the range: each section's `problems` is asked what it says of values at both
 ends. Torch is not imported.
 """
 

@@ -14,7 +14,7 @@ from ssa_pretrain.checkpoint_facts import refused_changes, run_facts
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.parallel.routing import needs_equal_microbatches
-from ssa_pretrain.planning import Plan
+from ssa_pretrain.planning.plan import Plan
 from ssa_pretrain.run_folder import LOCK, unwritable
 
 OF_DATA = ("data.fingerprint", "vocabulary.tokenizer_sha256")  # unknown without the data

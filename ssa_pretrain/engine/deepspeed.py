@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa_pretrain.config import Config, PrecisionName
+from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.ds_config import ds_config
 from ssa_pretrain.engine import common_weights, deepspeed_checkpoint
 from ssa_pretrain.engine.deepspeed_setup import (
     TensorParallelState,
@@ -35,10 +35,10 @@ from ssa_pretrain.engine.megatron import MegatronEngine, Route, _Run
 from ssa_pretrain.engine.pending import PendingStep
 from ssa_pretrain.model.gpt import Llama
 from ssa_pretrain.model.llama import build_model
+from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, limit_waiting
 from ssa_pretrain.problems import ConfigError, Problem
-from ssa_pretrain.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.weights import WeightsError, find_weights
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain.config import Config
-from ssa_pretrain.config_deepspeed import AdamImpl
+from ssa_pretrain.config import AdamImpl, Config
 from ssa_pretrain.parallel.parent import end_with_parent
 from ssa_pretrain.parallel.state import Placement
 

@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ssa_pretrain.config import ParallelConfig
-from ssa_pretrain.devices import has_gpu
+from ssa_pretrain.config.machine import has_gpu
 from ssa_pretrain.parallel import cpu_backend
 from ssa_pretrain.problems import ConfigError, Problem
 

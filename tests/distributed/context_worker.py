@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from layout_worker import LENGTH, VOCAB, configure, gather_gradients
 from megatron.core import parallel_state
 
 from ssa_pretrain.config import Config
@@ -21,6 +20,7 @@ from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, start
+from support.layout_worker import LENGTH, VOCAB, configure, gather_gradients
 
 STEPS = 4
 # Where documents begin in each row of a step. Single tokens at the row's ends and on both sides of the ranks' borders; one document over all

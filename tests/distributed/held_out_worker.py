@@ -9,11 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from layout_worker import LENGTH, configure
 from megatron.core import parallel_state
 
 from ssa_pretrain.parallel.state import start
 from ssa_pretrain.trainer import MODES, Run, build_run, judge
+from support.layout_worker import LENGTH, configure
 
 SIZES = (1, 2, 3, 5)
 SMALL = {"model.num_layers": 6, "evaluation.rows": 0}

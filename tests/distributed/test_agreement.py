@@ -5,9 +5,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from processes import run_workers
 
 from ssa_pretrain.checkpoint import FACTS, find_damage
+from support.processes import run_workers
 
 WORKER = Path(__file__).parent / "agreement_worker.py"
 REASON = "(rank 1: OSError: [Errno 28] No space left on device); earlier checkpoints are as they were: free space and"

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_workers
-from test_layouts import TOLERANCE, assemble, relative
+
+from support.errors import relative
+from support.layout_results import TOLERANCE, assemble
+from support.processes import run_workers
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes of all cases
 WORKER = Path(__file__).with_name("context_worker.py")

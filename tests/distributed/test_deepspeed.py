@@ -1,20 +1,20 @@
 """engine=deepspeed trains as engine=megatron does: every ZeRO stage, tensor and sequence parallelism, resume, other degrees, common weights.
 
 fp32, to 1e-5 relative, step by step: cross entropy, gradient norm, every layer's alignment and captured mass, with the streams drawn (both occur).
-The clipping threshold is far below the norms, so a wrong norm moves the next step. tests/distributed/deepspeed_matrix.py runs the whole matrix.
+The clipping threshold is far below the norms, so a wrong norm moves the next step. tests/benchmarks/deepspeed_matrix.py runs the whole matrix.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from errors import relative, require_as_near, require_means_as_near
-from processes import run_workers
+
+from support.errors import relative, require_as_near, require_means_as_near
+from support.processes import SUPPORT, run_workers
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes
-WORKER = Path(__file__).with_name("deepspeed_worker.py")
+WORKER = SUPPORT / "deepspeed_worker.py"
 TOLERANCE = 1e-5
 STOP, SAVED, RESUMED = 3, 2, 5
 FIGURES = 6  # cross entropy, norm, two layers' alignments and captured masses

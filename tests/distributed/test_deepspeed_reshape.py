@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import run_workers
+
+from support.processes import run_workers
 
 pytest.importorskip("deepspeed")
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import run_workers
-from small_datasets import cut, write_dataset
+
+from support.processes import run_workers
+from support.small_datasets import cut, write_dataset
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes

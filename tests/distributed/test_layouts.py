@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_workers
+
+from support.errors import relative
+from support.layout_results import TOLERANCE, assemble
+from support.processes import SUPPORT, run_workers
 
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes of all cases
-WORKER = Path(__file__).with_name("layout_worker.py")
-TOLERANCE = 1e-5
+WORKER = SUPPORT / "layout_worker.py"
 
 TP, PP, DP = "parallel.tp", "parallel.pp", "world"
 TWO = {"tp2": {TP: 2}, "tp2_sp": {TP: 2, "parallel.sequence_parallel": True}, "pp2": {PP: 2}, "dp2": {DP: 2}}
@@ -110,38 +112,6 @@ def results(folder) -> dict[str, dict]:
     return {name: assemble(folder, name) for name in NAMES}
 
 
-def assemble(folder: Path, name: str, tolerance: float = TOLERANCE) -> dict:
-    """Return a case's records and whole gradients, put together from all ranks' parts, which must agree where they overlap."""
-    parts = [torch.load(path, weights_only=True, map_location="cpu") for path in sorted(folder.glob(f"{name}.*.pt"))]
-    for part in parts[1:]:
-        assert part["records"] == parts[0]["records"], f"{name}: ranks report different figures"
-    whole: dict[str, dict[str, torch.Tensor]] = {}
-    for key in {key for part in parts for key in part["parameters"]}:
-        holders = [p for p in parts if key in p["parameters"]]
-        shards: dict[int, dict] = {}
-        for part in holders:
-            entry = part["parameters"][key]
-            first = shards.setdefault(part["tp_rank"], entry)
-            assert torch.equal(first["grad"], entry["grad"]), f"{name}: data ranks hold different gradients of {key}"
-        whole[key] = {
-            what: join([shards[r] for r in sorted(shards)], what, key, tolerance) for what in ("grad", "weight")
-        }
-    return {"records": torch.tensor(parts[0]["records"], dtype=torch.float64), "parameters": whole}
-
-
-def join(shards: list[dict], what: str, key: str, tolerance: float) -> torch.Tensor:
-    """Return a parameter's tensor from its tensor-parallel shards."""
-    tensors, dim = [s[what] for s in shards], shards[0]["dim"]
-    if dim < 0 or len(tensors) == 1:
-        for other in tensors[1:]:
-            assert relative(other, tensors[0]) < tolerance, f"tensor ranks hold different {what} of {key}"
-        return tensors[0]
-    if "linear_fc1" in key:
-        halves = [t.chunk(2, dim=0) for t in tensors]
-        return torch.cat([h[0] for h in halves] + [h[1] for h in halves])
-    return torch.cat(tensors, dim=dim)
-
-
 @pytest.mark.parametrize("name", ["dp2.overlap.drawn", "tp2_dp2.overlap.drawn"])
 def test_a_save_straight_after_a_step_holds_its_weights(results, folder, name):
     parts = [torch.load(path, weights_only=True, map_location="cpu") for path in sorted(folder.glob(f"{name}.*.pt"))]
@@ -150,11 +120,6 @@ def test_a_save_straight_after_a_step_holds_its_weights(results, folder, name):
         assert part["saved"].keys() == twin["saved"].keys() != set()
         for key, weight in part["saved"].items():
             assert torch.equal(weight, twin["saved"][key]), f"{key} differs between data ranks"
-
-
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the norm of the difference over the norm of what is wanted."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def reference(name: str) -> str:

@@ -1,12 +1,7 @@
-"""What the tests on GPUs share lies beside them; without a GPU each of them is skipped with the reason."""
-
-import sys
-from pathlib import Path
+"""Skips every test of this folder where there is no GPU."""
 
 import pytest
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from errors import relative, require_as_near, require_means_as_near
+
+from support.errors import relative, require_as_near, require_means_as_near
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 WORKER = Path(__file__).with_name("context_worker.py")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from errors import require_means_as_near
-from small_model import LENGTH, VOCAB, random_batches, train
 
 from ssa_pretrain.config import Config, EngineName, KernelImpl, LayerSpec, PrecisionName
+from support.errors import require_means_as_near
+from support.small_model import LENGTH, VOCAB, random_batches, train
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.gpu

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from errors import require_means_as_near
-from small_model import VOCAB, random_batches, small_config, train
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method, PrecisionName
+from support.errors import require_means_as_near
+from support.small_model import VOCAB, random_batches, small_config, train
 
 pytestmark = pytest.mark.gpu
 

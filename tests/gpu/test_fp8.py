@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from errors import require_as_near
-from small_model import LENGTH, VOCAB, random_batches, small_config
 
 from ssa_pretrain.config import Config, Fp8Recipe, KernelImpl, LayerSpec, Method, PrecisionName
+from support.errors import require_as_near
+from support.small_model import LENGTH, VOCAB, random_batches, small_config
 
 pytestmark = pytest.mark.gpu
 STEPS = 30

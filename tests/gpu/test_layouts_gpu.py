@@ -1,7 +1,7 @@
 """Layouts of two GPUs train as one GPU does: in fp32 to 1e-5 in every gradient, in bf16 and FP8
 with the kernels about as far from fp32 as one GPU does.
 
-The cases run in the processes of tests/distributed/layout_worker.py, started by torchrun over NCCL.
+The cases run in the processes of tests/support/layout_worker.py, started by torchrun over NCCL.
 """
 
 import json
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from errors import require_as_near, require_means_as_near
-from test_layouts import WORKER, assemble, relative
 
-ROOT = Path(__file__).parents[2]
+from support.errors import relative, require_as_near, require_means_as_near
+from support.layout_results import assemble
+from support.processes import ROOT, SUPPORT
+
+WORKER = SUPPORT / "layout_worker.py"
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
 TP, PP, DP = "parallel.tp", "parallel.pp", "world"

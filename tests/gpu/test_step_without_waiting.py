@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from small_model import LENGTH, VOCAB, small_config
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
+from support.small_model import LENGTH, VOCAB, small_config
 
 pytestmark = pytest.mark.gpu
 

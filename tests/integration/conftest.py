@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
-
-from training import ROOT, environment
+from support.training import ROOT, environment
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from training import records
 
 from ssa_pretrain.checkpoint import CheckpointError
-from ssa_pretrain.cli import resolve_config, this_machine
+from ssa_pretrain.cli import resolve_config
+from ssa_pretrain.config.machine import this_machine
 from ssa_pretrain.trainer import train
+from support.training import records
 
 SETTINGS = (
     "experiment=quickstart",

@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from texts import sentences
 from tokenizers import Tokenizer
 
 from ssa_pretrain.data.indexed_format import check_pair, load_manifest, verify_hashes
+from support.texts import sentences
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("DATA_PREP_KILL_ROUNDS", "5"))  # of three kills each
@@ -368,7 +368,7 @@ def test_quickstart_gives_both_parts_on_both_sides(tmp_path):
     said = finish(start(tmp_path, *settings))
     manifest = load_manifest(tmp_path / "dataset")
     for split in ("train", "heldout"):
-        assert {shard.name for shard in manifest.splits[split]} == {"english", "python"}
+        assert {shard.part for shard in manifest.splits[split]} == {"english", "python"}
         # Text that is neither one word nor noise: between the entropy of letters and that of a uniform choice of tokens.
         assert 4 < manifest.unigram_entropy_nats[split] < np.log(4096)
     assert manifest.tokenizer.vocab_size == 4096

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import ROOT, descendants, environment, is_alive, launched, records, run, wait_for_step
+
+from support.training import ROOT, descendants, environment, is_alive, launched, records, run, wait_for_step
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from training import records, run, train
+
+from support.training import records, run, train
 
 pytestmark = pytest.mark.timeout(1200)
 SETTINGS = (

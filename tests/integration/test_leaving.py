@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import free_port
-from training import (
+
+from support.processes import free_port
+from support.training import (
     command,
     descendants,
     environment,

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import free_port
-from training import ROOT, command, descendants, environment, records, run, run_command, train, wait_for_step
+
+from support.processes import free_port
+from support.training import ROOT, command, descendants, environment, records, run, run_command, train, wait_for_step
 
 pytestmark = pytest.mark.timeout(1200)
 STEPS = 9

@@ -1,12 +1,7 @@
-"""Puts this folder's oracle within reach of the tests beside it, and keeps every test on one core."""
-
-import sys
-from pathlib import Path
+"""Keeps every test of this folder on one core."""
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

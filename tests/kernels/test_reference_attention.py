@@ -1,11 +1,11 @@
 """Both streams' references against the oracle: outputs, gradients, isolation, causality, and how the streams relate."""
 
-import oracle
 import pytest
 import torch
-from errors import require_as_near
 
 from ssa_kernels import build_layout, captured_mass, full_attention, query_slice, select_blocks, sparse_attention
+from support import oracle
+from support.errors import require_as_near
 
 RAGGED = [0, 1, 16, 16, 32, 49, 49, 110]
 SCALE = 8**-0.5

@@ -12,9 +12,10 @@ import pytest
 from ssa_pretrain.advice import GROUP_KEYS, in_keys_only, settings_advised, with_tried_advice
 from ssa_pretrain.cli import CONF, resolve_config
 from ssa_pretrain.composition import Source, compose, hydra_on, sort_overrides
+from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.config.rules import check
 from ssa_pretrain.config_io import config_from_dict, known_keys
 from ssa_pretrain.problems import ConfigError, Problem
-from ssa_pretrain.rules import Machine, check
 
 MACHINES = (
     Machine(world_size=8, has_files=False),
@@ -104,7 +105,7 @@ def test_what_is_advised_is_accepted() -> None:
         (("training.steps=-5",), "training.steps=-5 must be at least 0; try 5"),
         (("training.steps=-5", "training.total_tokens=1e6"), "training.steps=-5 must be at least 0; try 0"),
         (("training.steps=0", "training.total_tokens=-7"), "training.total_tokens=-7 must be at least 0; try 7"),
-        (("training.total_tokens=1e6",), "and training.total_tokens=1000000 are two lengths; try training.steps=0 or training.total_tokens=0"),
+        (("training.total_tokens=1e6",), "and training.total_tokens=1000000 both set the length of the run; try training.steps=0 or training.total_tokens=0"),
         (("training.global_batch_tokens=0",), "over all ranks; try 8192"),
         (("deepspeed.zero_stage=7",), "deepspeed.zero_stage=7 must be 0, 1, 2 or 3; try 1"),
         (("deepspeed.zero_stage=2", "parallel.cp=2"), "deepspeed.zero_stage=2 has no effect under engine=megatron; try 1"),

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssa_pretrain.cli import CONF, read_config, resolve_config, this_machine
+from ssa_pretrain.cli import CONF, read_config, resolve_config
 from ssa_pretrain.config import Config, Method, PrecisionName
+from ssa_pretrain.config.machine import Machine, this_machine
 from ssa_pretrain.config_io import known_keys, load_config, save_config
-from ssa_pretrain.planning import describe, make_plan
+from ssa_pretrain.planning.plan import make_plan
+from ssa_pretrain.planning.table import describe
 from ssa_pretrain.problems import ConfigError
-from ssa_pretrain.rules import Machine
 
 ROOT = CONF.parent
 PLAN = Machine(world_size=1, has_files=False)

@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 
 from ssa_pretrain.cli import resolve_config
+from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config_io import known_keys
 from ssa_pretrain.problems import ConfigError
-from ssa_pretrain.rules import Machine
 from ssa_pretrain.suggestions import closest, typing_distance
 
 KEYS = list(known_keys())

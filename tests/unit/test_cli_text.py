@@ -9,9 +9,9 @@ from data_prep.cli import checked, compose_settings
 from data_prep.errors import ConfigurationError
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import Config, WandbMode
+from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config_io import load_config, save_config
 from ssa_pretrain.problems import ConfigError
-from ssa_pretrain.rules import Machine
 
 RUN = ("experiment=quickstart",)
 WORDS = (

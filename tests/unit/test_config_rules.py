@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssa_pretrain.cli import read_config, resolve_config, this_machine
+from ssa_pretrain.cli import read_config, resolve_config
+from ssa_pretrain.config.machine import Machine, this_machine
 from ssa_pretrain.data.indexed_format import file_sha256, token_dtype, write_index
 from ssa_pretrain.problems import ConfigError, Problem
-from ssa_pretrain.rules import Machine
 from ssa_pretrain.run_folder import claim, release
 
 CPU = Machine(world_size=1, has_gpu=False, has_transformer_engine=False, has_files=False)
@@ -51,7 +51,7 @@ EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp
 @pytest.mark.parametrize("world_size", [1, 8, 64])
 @pytest.mark.parametrize("experiment", PAPERS)
 def test_the_paper_s_experiments_pass_every_check(experiment: str, world_size: int) -> None:
-    layout = ("parallel=tp2",) if experiment == "ssa_1b_32k" and world_size == 64 else ()  # 96 rows a step
+    layout = ("parallel=tp2",) if experiment == "ssa_1b_32k" and world_size == 64 else ()  # 96 rows per step
     machine = Machine(world_size=world_size, has_gpu=True, has_transformer_engine=True, has_files=False)
     assert found(f"experiment={experiment}", "training.micro_batch_size=1", *layout, machine=machine) == []
     if world_size == 1:
@@ -157,18 +157,18 @@ def test_the_quickstart_passes_with_and_without_a_gpu(machine: Machine) -> None:
         (
             (*BASE, "parallel.pp=4", "model.num_layers=8", "parallel.vpp=2", "training.global_batch_tokens=6144"),
             4,
-            "training.global_batch_tokens=6144 makes 3 microbatches, and interleaving (parallel.vpp=2) needs a multiple "
+            "training.global_batch_tokens=6144 gives 3 microbatches, but interleaving (parallel.vpp=2) needs a multiple "
             "of parallel.pp=4; try 8192",
         ),
         (
             (*BASE, "training.stop_at_step=301"),
             1,
-            "training.stop_at_step=301 lies past the last step, 300; try 0 or at most 300",
+            "training.stop_at_step=301 is past the last step, 300; try 0 or at most 300",
         ),
         (
             (*PAPER, "training.stop_at_step=31791", "attention.impl=reference"),
             1,
-            "training.stop_at_step=31791 lies past the last step, 31790; try 0 or at most 31790",
+            "training.stop_at_step=31791 is past the last step, 31790; try 0 or at most 31790",
         ),
     ],
 )
@@ -188,30 +188,30 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         (
             (*PAPER, "model.head_dim=84"),
             GPU,
-            "model.head_dim=84 is not a multiple of 8 from 16 to 128, as the GPU kernels need; "
+            "model.head_dim=84 must be a multiple of 8 from 16 to 128 for the GPU kernels; "
             "try 80, 88 or attention.impl=reference",
         ),
         (
             ("experiment=full_1b_8k", "model.head_dim=256"),
             GPU,
-            "model.head_dim=256 is not a multiple of 8 from 16 to 128, as the GPU kernels need; "
+            "model.head_dim=256 must be a multiple of 8 from 16 to 128 for the GPU kernels; "
             "try 120, 128 or attention.impl=reference",
         ),
         (
             (*PAPER, "model.head_dim=8"),
             GPU,
-            "model.head_dim=8 is not a multiple of 8 from 16 to 128, as the GPU kernels need; try 16, 24 or attention.impl=reference",
+            "model.head_dim=8 must be a multiple of 8 from 16 to 128 for the GPU kernels; try 16, 24 or attention.impl=reference",
         ),
         (
             (*PAPER, "model.num_attention_heads=96", "model.num_kv_heads=2"),
             GPU,
-            "model.num_kv_heads=2 gives each kv head more than 32 of model.num_attention_heads=96, the most that the GPU kernels take; "
+            "model.num_kv_heads=2 puts more than 32 of model.num_attention_heads=96 on each kv head, the limit of the GPU kernels; "
             "try 3 or attention.impl=reference",
         ),
         (
             (*PAPER, "precision=fp32"),
             GPU,
-            "precision.name=fp32 is not a format of the GPU kernels; try precision=bf16 or attention.impl=reference",
+            "precision.name=fp32 is not supported by the GPU kernels; try precision=bf16 or attention.impl=reference",
         ),
         (
             (*BASE, "engine.layer_spec=transformer_engine"),
@@ -237,13 +237,13 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         (
             (*PAPER, "precision=fp8", "model.ffn_hidden_size=8200"),
             GPU,
-            "model.ffn_hidden_size=8200 makes a matrix of 8200 on a rank, and precision=fp8 needs a multiple of 16; "
+            "model.ffn_hidden_size=8200 gives a matrix dimension of 8200 on each rank, but precision=fp8 needs a multiple of 16; "
             "try precision=bf16",
         ),
         (
             (*PAPER, "precision=fp8", "model.num_attention_heads=34"),
             GPU,
-            "model.head_dim=64 makes a matrix of 2466 on a rank, and precision=fp8 needs a multiple of 16; "
+            "model.head_dim=64 gives a matrix dimension of 2466 on each rank, but precision=fp8 needs a multiple of 16; "
             "try precision=bf16",
         ),
         (
@@ -255,12 +255,12 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         (
             (*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", "engine.layer_spec=local"),
             replace(GPU, world_size=2),
-            "engine.overlap_tp=true is Transformer Engine's, not engine.layer_spec=local's; try engine.overlap_tp=false",
+            "engine.overlap_tp=true needs Transformer Engine's layers, not engine.layer_spec=local; try engine.overlap_tp=false",
         ),
         (
             (*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", "precision=fp32", "attention.impl=reference"),
             replace(GPU, world_size=2),
-            "engine.overlap_tp=true is Transformer Engine's, and precision=fp32 runs without it (it multiplies fp32 in TF32); try "
+            "engine.overlap_tp=true needs Transformer Engine's layers, but precision=fp32 runs without them (they multiply fp32 in TF32); try "
             "engine.overlap_tp=false",
         ),
         (
@@ -271,15 +271,15 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         (
             (*PAPER, "profile.at=[0,3]"),
             GPU,
-            "profile.at=[0, 3] must count steps from 1; try 'profile.at=[10]'",
+            "profile.at=[0, 3] must be steps, counted from 1; try 'profile.at=[10]'",
         ),
     ],
 )
-def test_what_the_machine_lacks_is_one_line(overrides: tuple[str, ...], machine: Machine, message: str) -> None:
+def test_what_the_machine_is_missing_is_one_line(overrides: tuple[str, ...], machine: Machine, message: str) -> None:
     assert found(*overrides, machine=machine) == [message]
 
 
-def test_the_same_choices_pass_where_the_machine_has_what_they_need() -> None:
+def test_the_same_choices_pass_if_the_machine_has_what_they_need() -> None:
     assert found(*PAPER, "precision=fp8", machine=GPU) == []
     assert found(*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", machine=replace(GPU, world_size=2)) == []
     assert found(*PAPER, "attention.impl=triton", "engine.layer_spec=transformer_engine", machine=GPU) == []
@@ -294,7 +294,7 @@ def test_the_same_choices_pass_where_the_machine_has_what_they_need() -> None:
 
 
 def test_one_mistake_is_one_line() -> None:
-    """A wrong head count, say, does not also complain of the layout that reads it."""
+    """A wrong head count does not also report the layout that reads it."""
     assert found(*BASE, "model.num_kv_heads=0", "parallel=tp2", machine=Machine(world_size=2, has_files=False)) == [
         "model.num_kv_heads=0 must be at least 1; try 2 or 4"
     ]
@@ -376,7 +376,7 @@ def test_a_damaged_dataset_is_a_data_problem(dataset: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "byte"), [("train/python.idx", 35), ("tokenizer.json", 1), ("manifest.json", 60)])
-def test_a_flipped_bit_of_a_small_file_is_refused_by_every_command(
+def test_a_flipped_bit_in_a_small_file_is_rejected_by_every_command(
     dataset: Path, capsys: pytest.CaptureFixture[str], name: str, byte: int
 ) -> None:
     path = dataset / name
@@ -396,11 +396,11 @@ def test_a_flipped_bit_of_a_small_file_is_refused_by_every_command(
         ("model.vocab_size=999", "is smaller than the 1000 ids of {path}'s tokenizer; try 0 (the tokenizer's) or 1000"),
         (
             "data.weights.german=1",
-            "data.weights.german=1.0 names no source of {path}; its sources are english and python",
+            "data.weights.german=1.0 names no part of {path}; its parts are english and python",
         ),
         (
             "data.sequence_length=1024",
-            "data.sequence_length=1024 needs 2049 tokens of each source, and python (train) in {path} has 2000; "
+            "data.sequence_length=1024 needs 2049 tokens of each part, and python (train) in {path} has 2000; "
             "prepare more text, or try 992",
         ),
     ],
@@ -428,10 +428,10 @@ def test_an_output_dir_that_cannot_be_written_is_a_problem(dataset: Path, tmp_pa
     assert found(*ours, f"output_dir={tmp_path}/file", "dry_run=true", machine=HERE) == []
 
 
-def test_an_output_dir_in_use_is_a_problem_of_whoever_would_start_a_run(
+def test_an_output_dir_in_use_is_a_problem_only_for_a_run(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`evaluate` reads beside a run, a plan starts nothing, and rank 1 must not take its own rank 0 for another run."""
+    """`evaluate` may read during a run, a plan starts nothing, and rank 1 must not mistake its own rank 0 for another run."""
     folder = tmp_path / "run"
     ours = [*BASE, f"data.path={dataset}", f"output_dir={folder}"]
     lock = claim(folder)
@@ -466,7 +466,7 @@ def test_an_output_dir_in_use_is_a_problem_of_whoever_would_start_a_run(
         ({}, 1),
     ],
 )
-def test_processes_of_srun_that_nothing_joins_are_refused(
+def test_srun_processes_without_a_launcher_are_rejected(
     dataset: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], tasks: int
 ) -> None:
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE"):
@@ -476,11 +476,11 @@ def test_processes_of_srun_that_nothing_joins_are_refused(
     assert this_machine().slurm_tasks == tasks
     lines = found(*BASE, f"data.path={dataset}", machine=replace(HERE, slurm_tasks=tasks))
     assert lines == [] if tasks == 1 else len(lines) == 1
-    assert tasks == 1 or lines[0].startswith(f"SLURM_NTASKS={tasks} says that Slurm started as many processes")
+    assert tasks == 1 or lines[0].startswith(f"SLURM_NTASKS={tasks} means that many separate processes")
     assert found(*BASE, "dry_run=true", machine=replace(HERE, slurm_tasks=tasks)) == []
 
 
-def test_a_start_from_weights_needs_another_run_s_folder(dataset: Path, tmp_path: Path) -> None:
+def test_initial_weights_come_from_another_run_s_folder(dataset: Path, tmp_path: Path) -> None:
     ours = (*BASE, f"data.path={dataset}", f"output_dir={tmp_path}/run")
     assert found(*ours, "checkpoint.init_from=/nowhere", machine=HERE) == [
         "checkpoint.init_from=/nowhere does not exist; give an earlier run's folder, a checkpoint's or one of common weights"
@@ -493,7 +493,7 @@ def test_a_start_from_weights_needs_another_run_s_folder(dataset: Path, tmp_path
     assert found(*ours, f"checkpoint.init_from={tmp_path}/other", machine=HERE) == []
 
 
-def test_planning_looks_at_no_file_and_at_no_process(dataset: Path) -> None:
+def test_planning_checks_no_files_and_no_processes(dataset: Path) -> None:
     wrong_here = ("checkpoint.init_from=/nowhere", "data.path=/nowhere", "parallel.world_size=2", "parallel=tp2")
     assert found(*BASE, *wrong_here, "dry_run=true", machine=HERE) == []
     assert "parallel.world_size=2 but 1 process started; leave it at 0 to train, or add dry_run=true to plan" in found(

@@ -1,12 +1,12 @@
-"""DeepSpeed's configuration: what is generated from a run's, what `deepspeed.extra` may say, and what is refused before anything is built."""
+"""DeepSpeed's configuration: what is generated, what `deepspeed.extra` may set, and what is rejected before anything is built."""
 
 import pytest
 
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import Config
-from ssa_pretrain.ds_config import ds_config
+from ssa_pretrain.config.deepspeed import ds_config
+from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.problems import ConfigError
-from ssa_pretrain.rules import Machine
 
 MACHINE = Machine(world_size=2, has_gpu=True, has_transformer_engine=True, has_deepspeed=True, has_files=False)
 PAPER = ("experiment=ssa_1b_8k", "engine=deepspeed", "model.vocab_size=128256")
@@ -77,15 +77,15 @@ def test_extra_adds_nested_keys_and_may_repeat() -> None:
             "deepspeed.extra.train_batch_size=8 is computed from the batch; "
             "set training.global_batch_tokens and training.micro_batch_size",
         ),
-        ("fp16.enabled=true", "deepspeed.extra.fp16.enabled=true is decided elsewhere; set precision"),
-        ("wandb.enabled=true", "deepspeed.extra.wandb.enabled=true is decided elsewhere; set logging=wandb"),
+        ("fp16.enabled=true", "deepspeed.extra.fp16.enabled=true is set elsewhere; set precision"),
+        ("wandb.enabled=true", "deepspeed.extra.wandb.enabled=true is set elsewhere; set logging=wandb"),
         (
             "optimizer.type=Adam",
-            "deepspeed.extra.optimizer.type=Adam is decided elsewhere; set optim.lr and the rest of optim",
+            "deepspeed.extra.optimizer.type=Adam is set elsewhere; set optim.lr and the rest of optim",
         ),
         (
             "zero_optimisation.stage=1",
-            "deepspeed.extra.zero_optimisation.stage=1 is no key that is passed on to DeepSpeed; did you mean zero_optimization?",
+            "deepspeed.extra.zero_optimisation.stage=1 is not a key that is passed on to DeepSpeed; did you mean zero_optimization?",
         ),
     ],
 )
@@ -98,21 +98,21 @@ def test_extra_contradicts_nothing(extra: str, line: str) -> None:
     [
         (
             ("parallel=pp2",),
-            "parallel.pp=2 is refused under engine=deepspeed, whose pipelines need a model written in its own pipeline classes; "
+            "parallel.pp=2 is not supported under engine=deepspeed: its pipelines need a model built from its own pipeline classes; "
             "try engine=megatron",
         ),
         (
             ("precision=fp8",),
-            "precision.name=fp8 is refused under engine=deepspeed, which runs bf16 and fp32; try engine=megatron",
+            "precision.name=fp8 is not supported under engine=deepspeed, which runs bf16 and fp32; try engine=megatron",
         ),
         (
             ("deepspeed.zero_stage=0",),
-            "deepspeed.zero_stage=0 keeps gradients in bf16 under precision=bf16, and precision.grad_reduce_in_fp32=true asks for "
+            "deepspeed.zero_stage=0 keeps gradients in bf16 under precision=bf16, but precision.grad_reduce_in_fp32=true asks for "
             "fp32; try 1",
         ),
         (
             ("deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true", "precision.grad_reduce_in_fp32=false"),
-            "deepspeed.offload_optimizer=true moves what a ZeRO stage shards, and deepspeed.zero_stage=0 shards nothing; "
+            "deepspeed.offload_optimizer=true needs sharded optimizer states, but deepspeed.zero_stage=0 shards nothing; "
             "try deepspeed.zero_stage=2",
         ),
         (
@@ -121,11 +121,11 @@ def test_extra_contradicts_nothing(extra: str, line: str) -> None:
         ),
     ],
 )
-def test_what_is_refused_names_what_can(overrides: tuple[str, ...], line: str) -> None:
+def test_what_is_not_supported_names_the_alternative(overrides: tuple[str, ...], line: str) -> None:
     assert problems(*overrides) == [line]
 
 
-def test_without_deepspeed_the_engine_is_refused() -> None:
+def test_without_deepspeed_the_engine_is_rejected() -> None:
     without = Machine(world_size=2, has_gpu=True, has_transformer_engine=True, has_deepspeed=False, has_files=False)
     (line,) = problems(machine=without)
     rule = "engine.name=deepspeed needs DeepSpeed, which is not installed"
@@ -136,6 +136,6 @@ def test_context_parallelism_names_the_engine_that_has_it() -> None:
     line = "parallel.cp=2 needs engine.name=megatron; try engine=megatron or parallel.cp=1"
     assert problems("parallel.cp=2") == [line]
     assert problems("parallel=tp2_sp", "engine.overlap_tp=true") == [
-        "engine.overlap_tp=true is refused under engine=deepspeed, which does not share Transformer Engine's user buffers; "
+        "engine.overlap_tp=true is not supported under engine=deepspeed: it cannot share Transformer Engine's user buffers; "
         "try engine=megatron or engine.overlap_tp=false"
     ]

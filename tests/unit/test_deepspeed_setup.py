@@ -109,7 +109,7 @@ def test_a_converted_checkpoint_is_cut_as_the_model_is(name, rank):
 
 
 def test_a_word_that_deepspeed_does_not_know_is_one_sentence():
-    from ssa_pretrain.ds_config import ds_config
+    from ssa_pretrain.config.deepspeed import ds_config
 
     config = Config()
     config.deepspeed.extra = {"zero_optimization": {"stage3_prefetch_buket_size": 3}}

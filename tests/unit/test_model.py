@@ -1,11 +1,11 @@
-"""Runs model_checks.py in a process of its own: the engine redirects torch's CUDA calls for its whole process, which other tests must not see."""
+"""Runs support/model_checks.py in a process of its own: the engine redirects torch's CUDA calls for its whole process, which other tests must not see."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-CHECKS = Path(__file__).with_name("model_checks.py")
+CHECKS = Path(__file__).parents[1] / "support" / "model_checks.py"
 
 
 def test_the_model_equals_its_definition():

@@ -8,7 +8,7 @@ import pytest
 
 from ssa_pretrain.checkpoint_facts import run_facts
 from ssa_pretrain.cli import read_config, resolve_config
-from ssa_pretrain.rules import Machine
+from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.run_folder import claim
 
 BASE = ("experiment=quickstart", "model.vocab_size=4096", "training.steps=9")

@@ -14,7 +14,7 @@ import pytest
 from ssa_pretrain import supervision
 from ssa_pretrain.supervision import AGAIN, NOT_BEGUN, Supervisor
 
-SCRIPT = Path(__file__).with_name("rank_for_supervision.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "rank_for_supervision.py"
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch.distributed as dist
-from small_datasets import cut, write_dataset
 
 from ssa_pretrain.checkpoint import Checkpoint, CheckpointError
 from ssa_pretrain.config import Config, WandbMode
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row, TrainingRows
 from ssa_pretrain.engine import EvaluationResult
-from ssa_pretrain.flops import row_flops
+from ssa_pretrain.planning.flops import row_flops
 from ssa_pretrain.trainer import (
     combine,
     continued,
@@ -27,6 +26,7 @@ from ssa_pretrain.trainer import (
     start_reporting,
     training_rows,
 )
+from support.small_datasets import cut, write_dataset
 
 
 def test_slices_weigh_by_labels_and_tokens():
@@ -121,7 +121,7 @@ def test_a_run_s_banner_warns_of_blocks_that_cover_the_row(tmp_path, monkeypatch
         )
         placement = SimpleNamespace(device=SimpleNamespace(type="cpu"))
         run = SimpleNamespace(config=config, plan=plan, placement=placement, folder=tmp_path)
-        start_reporting(run, SimpleNamespace(say=said.append), 0)
+        start_reporting(run, SimpleNamespace(print=said.append), 0)
     assert "\nwarning  attention.top_k=16 blocks" in said[0] and "warning" not in said[1]
 
 

@@ -1,12 +1,7 @@
-"""The kernels' tests that need a GPU: the oracle lies with the small tests."""
-
-import sys
-from pathlib import Path
+"""Skips the kernels' GPU tests where there is no GPU, and seeds torch before each."""
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from errors import require_as_near
 
 from ssa_kernels import gate, linear_cross_entropy, qkv_rope, swiglu
 from ssa_kernels.qkv_rope.reference import qkv_rope_reference
+from support.errors import require_as_near
 
 pytestmark = pytest.mark.gpu
 

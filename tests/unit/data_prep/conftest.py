@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from texts import sentences
 
 from data_prep.cli import main
+from support.texts import sentences
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import edit_manifest
 
 from ssa_pretrain.data.indexed_format import (
     Manifest,
@@ -27,6 +26,7 @@ from ssa_pretrain.data.indexed_format import (
     write_index,
 )
 from ssa_pretrain.data.repair import DatasetError, content_checksum, out_argument
+from support.texts import edit_manifest
 
 
 def write_pair(folder: Path, prefix: str, documents: list[list[int]], vocab_size: int = 512) -> ShardInfo:

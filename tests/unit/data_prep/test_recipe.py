@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from texts import sentences
 
 from data_prep.cli import main
 from data_prep.recipe import read_recipe
 from ssa_pretrain.data.indexed_format import load_manifest, verify_hashes
+from support.texts import sentences
 
 SETTINGS = ("source=jsonl", "source.paths=[corpus.jsonl]", "tokenizer.vocab_size=512", "split.heldout_fraction=0.1")
 MADE = (*SETTINGS, "shard_mb=0.02", "workers=1", "merge.files=2", "stage=prepare")

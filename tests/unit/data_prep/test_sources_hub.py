@@ -6,7 +6,6 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from hub_server import COMMIT, Fault, Hub, start_hub, table
 
 from data_prep.corpus.planning import plan_shards
 from data_prep.errors import InputError
@@ -14,6 +13,7 @@ from data_prep.readers import read_piece
 from data_prep.sources.hub import download as hub_module
 from data_prep.sources.hub.parts import fetch_hub
 from data_prep.sources.hub.settings import HubMode, HubPart, HubSource
+from support.hub_server import COMMIT, Fault, Hub, start_hub, table
 
 REPO = "owner/corpus"
 

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from hub_server import start_hub, table
-from texts import sentences
 
 from data_prep.cli import checked, compose_settings
 from data_prep.config import JsonlSource
 from data_prep.errors import ConfigurationError
 from data_prep.sources.hub.settings import HubSource
+from support.hub_server import start_hub, table
+from support.texts import sentences
 
 COMMON = (
     "out=data",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import edit_manifest
 
 from ssa_pretrain.data.indexed_format import load_manifest, read_lengths
 from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
+from support.texts import edit_manifest
 
 SETTINGS = ("source=jsonl", "source.paths=[corpus.jsonl]", "tokenizer.vocab_size=512", "split.heldout_fraction=0.1")
 SMALL = (*SETTINGS, "shard_mb=0.02", "workers=1", "out=d")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import edit_manifest
 
 from data_prep.cli import main
 from data_prep.dataset.validate import validate_dataset
 from data_prep.errors import InputError
 from ssa_pretrain.data.indexed_format import file_sha256, load_manifest
+from support.texts import edit_manifest
 
 
 @pytest.fixture(scope="module")

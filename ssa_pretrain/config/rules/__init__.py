@@ -1,0 +1,55 @@
+"""Rules across sections of a configuration, the machine and the files. `check` runs all of them.
+
+A rule lives where the values it reads live: layout, machine, deepspeed, files. It returns problems and never raises.
+Rules run in order. A rule that reads a key with a problem of its own is skipped, so that one mistake is one line.
+`warning` reports a suspicious setting that no rule rejects.
+"""
+
+from collections.abc import Collection
+
+from ssa_pretrain.config import Config, Method
+from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.config.rules.deepspeed import DEEPSPEED_RULES
+from ssa_pretrain.config.rules.files import FILE_RULES
+from ssa_pretrain.config.rules.layout import LAYOUT_RULES
+from ssa_pretrain.config.rules.machine import MACHINE_RULES
+from ssa_pretrain.problems import Problem
+
+
+def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list[Problem]:
+    """Returns every problem of a configuration.
+
+    Args:
+        config: the typed configuration.
+        machine: what is known about the machine.
+        wrong: keys that already have problems; a section stands for all its keys.
+    """
+    rules = (_sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *(FILE_RULES if machine.has_files else ()))
+    found: list[Problem] = []
+    for rule in rules:
+        bad = {*wrong, *(problem.key for problem in found)}
+        found += [problem for problem in rule(config, machine) if not _touches(problem, bad)]
+    return found
+
+
+def warning(config: Config) -> str:
+    """Returns a warning about a suspicious setting that no rule rejects; usually empty."""
+    attention, length = config.attention, config.data.sequence_length
+    if attention.method is Method.full or attention.top_k * attention.block_size < length:
+        return ""
+    blocks = f"attention.top_k={attention.top_k} blocks of attention.block_size={attention.block_size}"
+    return (
+        f"{blocks} cover whole rows of data.sequence_length={length}, so sparse attention is full attention: alignment 0, captured mass 1; "
+        "lower top_k or lengthen the rows"
+    )
+
+
+def _touches(problem: Problem, wrong: Collection[str]) -> bool:
+    """Whether a problem's key, or one that its rule reads, is wrong already or lies in a section that is."""
+    keys = (problem.key, *problem.reads)
+    return any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in wrong)
+
+
+def _sections(config: Config, _: Machine) -> list[Problem]:
+    """Each section's own rules."""
+    return config.problems()

@@ -1,0 +1,75 @@
+"""Rules of the files: output folder, initial weights and data. They run only if `Machine.has_files`."""
+
+from pathlib import Path
+
+from ssa_pretrain.config import Config
+from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.mixture import least_tokens
+from ssa_pretrain.problems import ConfigError, Problem, join
+from ssa_pretrain.run_folder import ELSEWHERE, require_free, unwritable
+
+
+def _output_dir(config: Config, machine: Machine) -> list[Problem]:
+    """The output folder is writable and not in use by another run."""
+    if not config.output_dir.strip():
+        return []
+    if reason := unwritable(Path(config.output_dir)):
+        return [Problem("output_dir", config.output_dir, reason, ELSEWHERE)]
+    try:
+        if machine.claims_folder:
+            require_free(Path(config.output_dir))
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def _initial_weights(config: Config, _: Machine) -> list[Problem]:
+    """The folder of the initial weights exists and is not the run's own."""
+    folder, output_dir = config.checkpoint.init_from, Path(config.output_dir).resolve()
+    if not folder:
+        return []
+    if not Path(folder).is_dir():
+        advice = "give an earlier run's folder, a checkpoint's or one of common weights"
+        return [Problem("checkpoint.init_from", folder, "does not exist", advice)]
+    if output_dir in (Path(folder).resolve(), *Path(folder).resolve().parents):
+        rule = f"lies in this run's own output_dir={config.output_dir}"
+        advice = "leave it out: the same command again resumes"
+        return [Problem("checkpoint.init_from", folder, rule, advice, ("output_dir",))]
+    return []
+
+
+def _data(config: Config, machine: Machine) -> list[Problem]:
+    """The data is usable: readable manifest, vocabulary that fits, known sources, enough tokens in the splits that are read."""
+    path, length = config.data.path, config.data.sequence_length
+    try:
+        manifest = load_manifest(path)
+    except ValueError as error:
+        return [Problem("data.path", path, f"is not usable: {error}", exit_code=4)]
+    found, vocab = [], manifest.tokenizer.vocab_size
+    if 0 < config.model.vocab_size < vocab:
+        rule, advice = f"is smaller than the {vocab} ids of {path}'s tokenizer", f"try 0 (the tokenizer's) or {vocab}"
+        found.append(Problem("model.vocab_size", config.model.vocab_size, rule, advice))
+    for split in machine.splits:
+        if not manifest.splits[split]:
+            advice = f"choose another, or prepare it with split.heldout_fraction {'below 1' if split == 'train' else 'above 0'}"
+            return [*found, Problem("data.path", path, f"has no {split} documents", advice, exit_code=4)]
+    if "train" not in machine.splits:
+        return found
+    tokens: dict[str, int] = {}
+    for shard in manifest.splits["train"]:
+        tokens[shard.part] = tokens.get(shard.part, 0) + shard.tokens
+    for name in sorted(set(config.data.weights) - set(tokens)):
+        advice = f"its parts are {join(tokens, 'and')}"
+        found.append(Problem(f"data.weights.{name}", config.data.weights[name], f"names no part of {path}", advice))
+    name, fewest = min(tokens.items(), key=lambda item: item[1])
+    if fewest < least_tokens(length):
+        rule = f"needs {least_tokens(length)} tokens of each part, and {name} (train) in {path} has {fewest}"
+        block = max(1, config.attention.block_size)
+        longest = (fewest - 1) // 2 // block * block
+        advice = f"prepare more text, or try {longest}" if longest else "prepare more text"
+        found.append(Problem("data.sequence_length", length, rule, advice))
+    return found
+
+
+FILE_RULES = (_output_dir, _initial_weights, _data)

@@ -1,0 +1,144 @@
+"""Floating-point operations of a row, and the peak of a device. MFU is the fraction of the peak that a run uses.
+
+A multiply-add counts as two operations, and the backward as twice the forward. Recomputation is not counted. Causal
+attention counts the (query, key) pairs that exist: half a square for one document, less for many. Each pair takes two
+products of 2 * D operations per head.
+
+MFU counts the matrix products and *one* attention stream: the full one for ssa and full, the sparse one for moba, which
+has no other. The extra work of SSA (sparse stream, selection, gates, alignment) is the price of the method, not work of
+the model: it is counted here and shown next to MFU, but never included in it. All counts are those of the algorithm. A
+kernel that pads or masks does more.
+
+Source of the peaks: NVIDIA's data sheets, dense (without 2:4 sparsity), at boost clocks. Standard library only.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ssa_pretrain.config import AttentionConfig, Method, ModelConfig, PrecisionName, Score
+
+TERA = 1e12
+
+# Words in the device name that the driver reports; TFLOP/s in bf16, fp8 and fp32 (vector units, since TF32 is off).
+# The first match wins.
+_PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
+    ("GB200", 2500.0, 5000.0, 80.0),
+    ("B200", 2250.0, 4500.0, 75.0),
+    ("GH200", 989.4, 1978.9, 66.9),
+    ("H200 NVL", 835.5, 1671.0, 60.0),
+    ("H200", 989.4, 1978.9, 66.9),
+    ("H100 NVL", 835.5, 1671.0, 60.0),
+    ("H100 PCIe", 756.5, 1513.0, 51.2),
+    ("H100", 989.4, 1978.9, 66.9),
+    ("H800 PCIe", 756.5, 1513.0, 51.2),
+    ("H800", 989.4, 1978.9, 66.9),
+    ("H20", 148.0, 296.0, 44.0),
+    ("A100", 312.0, None, 19.5),
+    ("A800", 312.0, None, 19.5),
+    ("L40S", 362.05, 733.0, 91.6),
+    ("L40", 181.05, 362.0, 90.5),
+    ("L4", 121.0, 242.5, 30.3),
+    ("A10", 125.0, None, 31.2),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFlops:
+    """Forward operations of one row in training, over all layers. What the method does not compute is 0.
+
+    Attributes:
+        linear: projections to q, k, v, gates and output, and the feed-forward.
+        logits: the output layer.
+        full_attention: the full stream.
+        sparse_attention: the sparse stream.
+        selection: block means, logits against them and their softmax (one operation per step of it). It has no backward.
+        alignment: gates and SmoothL1 terms.
+    """
+
+    linear: float
+    logits: float
+    full_attention: float
+    sparse_attention: float
+    selection: float
+    alignment: float
+
+    @property
+    def model(self) -> float:
+        """Forward and backward operations that MFU counts."""
+        return 3.0 * (self.linear + self.logits + (self.full_attention or self.sparse_attention))
+
+    @property
+    def overhead(self) -> float:
+        """Forward and backward operations of the method that MFU does not count."""
+        counterpart = self.sparse_attention if self.full_attention else 0.0
+        return 3.0 * (counterpart + self.alignment) + self.selection
+
+
+def row_flops(
+    model: ModelConfig, attention: AttentionConfig, document_lengths: Sequence[int], vocab_size: int | None = None
+) -> RowFlops:
+    """Returns the forward operations of one row.
+
+    Args:
+        model: the shape of the model.
+        attention: the method and its constants.
+        document_lengths: tokens of each document in the row; [sequence_length] for a row without boundaries.
+        vocab_size: V without padding, which is not work; None: model.vocab_size.
+    """
+    tokens, layers = sum(document_lengths), model.num_layers
+    width, qkv = model.query_width, model.qkv_width(gate=attention.gate)
+    weights = model.hidden_size * (qkv + width + 3 * model.ffn_hidden_size)
+    full = sum(causal_pairs(length) for length in document_lengths)
+    sparse = sum(sparse_pairs(length, attention.block_size, attention.top_k) for length in document_lengths)
+    has_full, has_sparse = attention.method is not Method.moba, attention.method is not Method.full
+    # A gate is one product per output. The two SmoothL1 terms share difference, size, square and branch, and are summed.
+    elementwise = (has_full + has_sparse) * attention.gate + (7 if has_full and has_sparse else 0)
+    return RowFlops(
+        linear=2.0 * tokens * weights * layers,
+        logits=2.0 * tokens * model.hidden_size * (vocab_size or model.vocab_size),
+        full_attention=4.0 * width * layers * full * has_full,
+        sparse_attention=4.0 * width * layers * sparse * has_sparse,
+        selection=has_sparse * layers * sum(_selection(length, model, attention) for length in document_lengths),
+        alignment=float(elementwise * tokens * width * layers),
+    )
+
+
+def causal_pairs(length: int) -> int:
+    """Returns the number of (query, key) pairs of a document in causal attention."""
+    return length * (length + 1) // 2
+
+
+def sparse_pairs(length: int, block_size: int, top_k: int) -> int:
+    """Returns the number of pairs of a document's sparse stream: a query's own block up to itself, and up to top_k - 1 earlier blocks."""
+    blocks, rest = divmod(length, block_size)
+    own = blocks * causal_pairs(block_size) + causal_pairs(rest)
+    # Block b has b earlier blocks. Each of its queries attends to min(top_k - 1, b) of them.
+    ramp = min(top_k - 1, blocks)
+    earlier = ramp * (ramp - 1) // 2 + (blocks - ramp) * (top_k - 1)
+    return own + block_size * (block_size * earlier + rest * min(top_k - 1, blocks))
+
+
+def _selection(length: int, model: ModelConfig, attention: AttentionConfig) -> float:
+    """Operations of selection in one layer and document: mean keys, logits, a softmax per head and its sum over the heads of a kv head."""
+    blocks, rest = divmod(length, attention.block_size)
+    candidates = attention.block_size * blocks * (blocks - 1) // 2 + rest * blocks
+    means = length * model.num_kv_heads * model.head_dim
+    softmax = 0 if attention.score is Score.per_head else 3
+    return float(means + candidates * model.num_attention_heads * (2 * model.head_dim + softmax))
+
+
+def peak_flops(device_name: str, precision: PrecisionName) -> float | None:
+    """Returns the dense peak of a device in operations per second, None if it is unknown.
+
+    Args:
+        device_name: the name that the driver reports, such as "NVIDIA H100 80GB HBM3".
+        precision: number format of the matrix products.
+    """
+    if "MIG" in device_name:  # a part of a device
+        return None
+    for name, bf16, fp8, fp32 in _PEAKS:
+        if re.search(rf"\b{name}\b", device_name):
+            peak = {PrecisionName.bf16: bf16, PrecisionName.fp8: fp8, PrecisionName.fp32: fp32}[precision]
+            return peak * TERA if peak is not None else None
+    return None

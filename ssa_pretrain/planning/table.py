@@ -1,0 +1,172 @@
+"""The plan as a table for people, as `dry_run=true` and `python -m ssa_pretrain.plan` print it."""
+
+import shlex
+from collections.abc import Sequence
+
+from ssa_pretrain.config import Config, Method, PrecisionName
+from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.mixture import readings
+from ssa_pretrain.planning.flops import peak_flops
+from ssa_pretrain.planning.plan import Plan
+from ssa_pretrain.problems import divisors
+
+GIB = 2**30
+GPUS_PER_NODE = 8
+TYPICAL_MFU = 0.4  # what published trainers reach in bf16 on H100s
+MAX_LINES = 4  # ranks or parts that are listed
+
+
+def describe(
+    config: Config, plan: Plan, overrides: Sequence[str] = (), manifest: Manifest | None = None, *, entry: str = "train"
+) -> str:
+    """Returns the plan as a table for people.
+
+    Args:
+        config: the configuration.
+        plan: its plan.
+        overrides: the command line's key=value arguments, for the launch command.
+        manifest: the dataset's manifest; None if the data is not prepared yet.
+        entry: the entry point that the launch command starts.
+    """
+    length = config.data.sequence_length
+    degrees = f"tp {plan.tp} x pp {plan.pp} x cp {plan.cp} x dp {plan.dp}"
+    degrees += f", vpp {plan.vpp}" if plan.vpp > 1 else ""
+    batch = f"dp {plan.dp} x {plan.num_microbatches} microbatches of {config.training.micro_batch_size}"
+    parts = {
+        "weights": plan.weight_bytes,
+        "gradients": plan.gradient_bytes,
+        "optimizer": plan.optimizer_bytes,
+        "activations": plan.activation_bytes,
+    }
+    memory = " + ".join(f"{_bytes(size)} {name}" for name, size in parts.items())
+    vocabulary = f"vocabulary {plan.vocab_size:,}, padded to {plan.padded_vocab_size:,}"
+    rows = [
+        ("run", config.name),
+        ("model", f"{config.model.name}, {plan.parameters:,} parameters; {vocabulary}"),
+        ("attention", _attention(config)),
+        ("precision", f"{config.precision.name}; engine {config.engine.name}, recompute {config.engine.recompute}"),
+        ("data", f"{config.data.path}, rows of {length:,} tokens"),
+        ("layout", f"{_count(plan.world_size, 'process')} = {degrees}"),
+        *_ranks(plan),
+        *_context(config, plan),
+        ("step", f"{plan.tokens_per_step:,} tokens = {plan.rows_per_step:,} rows = {batch}"),
+        ("length", f"{plan.steps:,} steps, {plan.warmup_steps:,} of warm-up; {plan.total_tokens:,} tokens"),
+        *_epochs(config, plan, manifest),
+        ("memory", f"about {_bytes(plan.memory_bytes)} on the fullest rank ({plan.parameters_per_rank:,} parameters)"),
+        ("", memory),
+        *_work(config, plan),
+        *_files(config, plan),
+        ("command", _command(config, plan, overrides, entry)),
+    ]
+    return "\n".join(f"{name:<11}{value}" for name, value in rows)
+
+
+def _attention(config: Config) -> str:
+    """The attention method in a few words."""
+    attention = config.attention
+    field = f"{attention.top_k} blocks of {attention.block_size} = {attention.top_k * attention.block_size} keys"
+    if attention.method is Method.full:
+        return f"full; evaluated sparse with {field}"
+    if attention.method is Method.moba:
+        return f"moba: only the sparse stream, {field}"
+    terms = f"alignment weight {attention.alignment_weight:g}, full ratio {attention.full_ratio:g}"
+    return f"ssa: both streams, sparse with {field}; {terms}"
+
+
+def _ranks(plan: Plan) -> list[tuple[str, str]]:
+    """Replica and stage of the first few groups of ranks."""
+    if plan.world_size == 1:
+        return []
+    lines = []
+    for first in range(0, plan.world_size, plan.tp * plan.cp)[:MAX_LINES]:
+        _, _, dp, pp = plan.coordinates(first)
+        last = first + plan.tp * plan.cp - 1
+        ranks = f"rank {first}" if first == last else f"ranks {first}-{last}"
+        lines.append(("", f"{ranks:<13} replica {dp}, stage {pp}"))
+    return [*lines, ("", "…")] if plan.world_size > MAX_LINES * plan.tp * plan.cp else lines
+
+
+def _context(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """What a context-parallel rank holds and communicates."""
+    if plan.cp == 1:
+        return []
+    model, size = config.model, 4 if config.precision.name is PrecisionName.fp32 else 2
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    keys = 2 * tokens * model.kv_width // plan.tp
+    held = f"a rank holds {tokens // plan.cp:,} of a microbatch's {tokens:,} queries and all keys"
+    return [("", f"{held}: {_bytes(keys * size)} gathered and {_bytes(keys * 4)} of gradients reduced per layer")]
+
+
+def _epochs(config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple[str, str]]:
+    """How often the run reads the dataset and each of its parts, and which tokens the first epoch leaves out."""
+    if manifest is None or not manifest.splits["train"]:
+        return []
+    rows = plan.steps * plan.rows_per_step
+    try:
+        found = readings(manifest, config.data.weights, config.data.sequence_length, rows)
+    except ValueError as error:
+        return [("epochs", f"unknown: {error}")]
+    total = sum(reading.part.rows_per_epoch for reading in found)
+    line = f"{rows / total:.3g} over {_count(total, 'row')}"
+    if len(found) > 1:
+        found.sort(key=lambda reading: -reading.epochs)
+        shown = [f"{reading.part.name} {reading.epochs:.3g}" for reading in found[:MAX_LINES]]
+        line += f": {', '.join(shown)}"
+        if len(found) > MAX_LINES:
+            line += f" … {found[-1].part.name} {found[-1].epochs:.3g}, the lowest of {len(found)}"
+    lines = [("epochs", line)]
+    if tail := sum(reading.part.tail for reading in found if reading.rows):
+        left = f"the first epoch leaves out the last {tail:,} tokens"
+        each = ", summed over the parts" if len(found) > 1 else ""
+        lines.append(("", f"{left}{each}; the second reads them"))
+    return lines
+
+
+def _work(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """Floating-point operations, and the hours they take at a typical MFU."""
+    share = plan.row.overhead / plan.row.model
+    overhead = f"; {config.attention.method} adds {share:.1%} that MFU does not count" if share > 0.001 else ""
+    total = plan.flops_per_token * plan.total_tokens
+    lines = [("work", f"{plan.flops_per_token / 1e9:.3g} GFLOP per token, {total:.3g} FLOP in total{overhead}")]
+    peak = peak_flops("H100", config.precision.name)
+    if config.precision.name is not PrecisionName.fp32 and peak:
+        hours = total / (TYPICAL_MFU * peak * plan.world_size) / 3600
+        gpus = _count(plan.world_size, "H100")
+        lines.append(("time", f"about {hours:,.1f} h on {gpus} at {TYPICAL_MFU:.0%} MFU"))
+    return lines
+
+
+def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """What the run writes."""
+    interval, keep = config.checkpoint.interval, config.checkpoint.keep
+    saves = plan.steps // interval + (plan.steps % interval > 0) if interval else 1
+    kept = min(keep, saves)
+    disk = f"{_count(saves, 'checkpoint')} of about {_bytes(plan.checkpoint_bytes)}, the newest {kept} kept"
+    room = f"needs {_bytes((kept + 1) * plan.checkpoint_bytes)} of disk while one is written"
+    start = [("start", f"weights of {config.checkpoint.init_from}")] if config.checkpoint.init_from else []
+    return [*start, ("files", f"{config.output_dir}/: config.yaml, metrics.jsonl, {disk}"), ("", room)]
+
+
+def _command(config: Config, plan: Plan, overrides: Sequence[str], entry: str) -> str:
+    """The command that starts the run on this many processes."""
+    dropped = ("dry_run", "parallel.world_size")
+    kept = [word for word in overrides if word.lstrip("+").split("=")[0] not in dropped]
+    program = f"-m ssa_pretrain.{entry} {shlex.join(kept) or f'name={config.name} …'}"
+    if plan.world_size == 1:
+        return f"python {program}"
+    if plan.world_size <= GPUS_PER_NODE:
+        return f"torchrun --standalone --nproc-per-node {plan.world_size} {program}"
+    per_node = max(divisor for divisor in divisors(plan.world_size) if divisor <= GPUS_PER_NODE)
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    return f"torchrun --nnodes {plan.world_size // per_node} --nproc-per-node {per_node} {rendezvous} {program}"
+
+
+def _count(number: int, noun: str) -> str:
+    """A number and its noun, in the plural if needed."""
+    plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{plural}"
+
+
+def _bytes(size: int) -> str:
+    """A size in GiB, or in MiB if it is small."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"

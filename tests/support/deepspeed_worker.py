@@ -1,0 +1,113 @@
+"""One process of DeepSpeed's tests: runs a script of small jobs on two engines, layout by layout, and writes what each job saw.
+
+Arguments: a JSON file with the jobs in order and the folder for results. A job is {"name", "do", "set", …} with `set` the configuration's overrides:
+
+    train    steps [0, stop) on a new engine, then both held-out evaluations; `save`: checkpoints into a folder after step `save_at`
+    resume   load the folder `from`, then steps [first, stop)
+    weights  load the weights of the folder `from`, then both evaluations and last_logits
+    uneven   evaluate where the last data rank has no microbatch
+
+After each job every process group, also DeepSpeed's own, must have the configured timeout. All jobs of one layout share its process groups, and all jobs of one world size its processes: starting them costs more than the steps.
+"""
+
+import itertools
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from ssa_pretrain.engine import build_engine
+from ssa_pretrain.parallel.state import Placement, start
+from support.layout_worker import LENGTH, VOCAB, batches, configure
+
+SMALL = {
+    "model.num_layers": 2,
+    "training.micro_batch_size": 2,
+    "training.global_batch_tokens": 8 * LENGTH,
+    "optim.clip_grad": 0.5,  # the norms are about 1.1
+    "parallel.timeout_minutes": 7.0,
+}
+
+
+def train(engine, config, placement: Placement, steps: range) -> list[list[float]]:
+    """Return each step's figures."""
+    found = []
+    for step in steps:
+        mine = batches(config, placement.dp_rank, placement.dp, step)
+        result = engine.train_step(mine, step=step, learning_rate=1e-2)
+        found.append(
+            [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
+        )
+    return found
+
+
+def judge(engine, mine) -> list[list[float]]:
+    """Return the held-out figures of both modes, a 1 in place of the gradient's norm."""
+    found = []
+    for mode in ("full", "sparse"):
+        result = engine.evaluate(mine, mode=mode)
+        found.append([result.cross_entropy, 1.0, *result.alignment_by_layer, *result.captured_mass_by_layer])
+    return found
+
+
+def logits(engine, config) -> list[list[float]]:
+    """Return the last tokens' logits in the sparse stream."""
+    return [engine.last_logits(batches(config, 0, 1, 99)[0], mode="sparse").float().flatten().tolist()]
+
+
+def save(engine, folder: Path) -> None:
+    """Write a checkpoint as the trainer does."""
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    engine.save(folder)
+    engine.save_weights(folder)
+
+
+def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
+    """Run one job and return its figures."""
+    config = configure(SMALL | job["set"])
+    engine = build_engine(config, placement, VOCAB)
+    held_out = batches(config, placement.dp_rank, placement.dp, 99)
+    if job["do"] == "train":
+        found = train(engine, config, placement, range(job.get("save_at", job["stop"])))
+        if "save_at" in job:
+            save(engine, out / f"{job['name']}.checkpoint")
+            found += train(engine, config, placement, range(job["save_at"], job["stop"]))
+        found += judge(engine, held_out)
+        return [*found, *logits(engine, config)] if job.get("logits") else found
+    if job["do"] == "resume":
+        engine.load(out / f"{job['from']}.checkpoint")
+        return train(engine, config, placement, range(job["first"], job["stop"])) + judge(engine, held_out)
+    if job["do"] == "weights":
+        engine.load_weights(out / f"{job['from']}.checkpoint")
+        return judge(engine, held_out) + logits(engine, config)
+    return judge(engine, held_out if placement.dp_rank < placement.dp - 1 else [])
+
+
+def timeouts() -> set[timedelta]:
+    """Returns how long this rank waits for the others, over all its process groups."""
+    groups = list(dist.distributed_c10d._world.pg_map)
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+def main() -> None:
+    """Run the jobs in order."""
+    jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for _, group in itertools.groupby(jobs, key=lambda job: repr(configure(SMALL | job["set"]).parallel)):
+        chosen = list(group)
+        placement = start(configure(SMALL | chosen[0]["set"]).parallel, seed=1)
+        for job in chosen:
+            found = run(job, placement, out)
+            (out / f"{job['name']}.{placement.rank}.json").write_text(json.dumps(found))
+            assert timeouts() == {timedelta(minutes=7)}, (job, timeouts())
+            torch.distributed.barrier()
+        parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Processes for tests, forked from one that has imported torch and megatron-core: those imports take longer than most of what is tested.
+
+The parent is `multiprocessing`'s fork server. It runs no operation and joins no process group, so that its children differ from new processes only
+in what is imported. Tests of the start itself, of imports and of signals to a launcher use real ones.
+"""
+
+import atexit
+import itertools
+import multiprocessing
+import os
+import random
+import runpy
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = Path(__file__).resolve().parent
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    ["torch", "hydra", "ssa_pretrain.composition", "ssa_pretrain.trainer", "ssa_pretrain.engine.megatron"]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a process ended: its exit code, negative for a signal, and its output."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def free_port() -> int:
+    """Return a TCP port that nothing listens on, below those that the system gives to connections: a process takes it seconds later."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = random.randrange(15_000, 30_000)
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a process that trains: one thread, no GPU, this checkout first."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(SUPPORT.parent)])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def run_workers(script: Path, world_size: int, *arguments: str, timeout: float = 600.0) -> None:
+    """Run `script` in `world_size` processes that can find each other; fail with the output of the first one that fails."""
+    for ended in run_ranks([str(script), *arguments], ranks(world_size), timeout=timeout):
+        if ended.code:
+            output = (ended.stdout + ended.stderr)[-6000:]
+            raise AssertionError(f"a worker of {world_size} left with {ended.code}:\n{output}")
+
+
+def ranks(world_size: int) -> list[dict[str, str]]:
+    """Return the variables that a launcher on one node sets for each process."""
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def run_ranks(command: list[str], variables: list[dict[str, str]], *, timeout: float) -> list[Ended]:
+    """Run one process for each set of variables to its end; none is stopped because another has failed.
+
+    Args:
+        command: a script's path or `-m` and a module, then arguments.
+        variables: what each process finds in its environment beside `environment()`.
+        timeout: seconds for all of them; what runs then is killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [(Path(folder) / f"{n}.out", Path(folder) / f"{n}.err") for n in range(len(variables))]
+        for path in itertools.chain(*outputs):
+            path.touch()
+        processes = [
+            FORKSERVER.Process(target=_be, args=(command, environment() | more, *files))
+            for more, files in zip(variables, outputs, strict=True)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            deadline = time.monotonic() + timeout
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            late = [process for process in processes if process.is_alive()]
+            for process in late:
+                process.kill()
+                process.join()
+        texts = [(out.read_text(), err.read_text()) for out, err in outputs]
+    assert not late, f"{len(late)} of {len(processes)} processes did not end in {timeout} s:\n{texts}"
+    return [Ended(process.exitcode, *said) for process, said in zip(processes, texts, strict=True)]
+
+
+def _be(command: list[str], variables: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """Be a new process with this command: its environment, folder, output, threads, and the functions that run at its end."""
+    import torch
+
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    torch.set_num_threads(1)
+    try:
+        if command[0] == "-m":
+            sys.argv = command[1:]
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            warnings.simplefilter("ignore")
+            sys.argv = command
+            sys.path.insert(0, str(Path(command[0]).parent))
+            runpy.run_path(command[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
