@@ -32,7 +32,7 @@ from ssa_kernels import (
     sparse_attention,
     ssa_attention,
 )
-from ssa_pretrain.config import AttentionConfig, KernelImpl
+from ssa_pretrain.config import AttentionConfig
 from ssa_pretrain.model.alignment import attach_loss
 
 
@@ -44,7 +44,7 @@ class LayerDiagnostics:
     captured_mass: Tensor | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedTokens(PackedSeqParams):
     """One microbatch's packing and routing, handed to every layer.
 
@@ -60,8 +60,8 @@ class PackedTokens(PackedSeqParams):
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
     """
 
-    positions: Tensor = None
-    documents: DocumentLayout = None
+    positions: Tensor
+    documents: DocumentLayout
     num_rows: int | None = None
     gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     main: str = "full"
@@ -88,6 +88,7 @@ class SSAAttention(MegatronModule):
         submodules: SSAAttentionSubmodules,
         layer_number: int,
         attention: AttentionConfig,
+        impl: str | None,
         pg_collection: ProcessGroupCollection,
         **_: object,
     ) -> None:
@@ -98,7 +99,7 @@ class SSAAttention(MegatronModule):
         self.group_size = config.num_attention_heads // config.num_query_groups
         self.num_kv_heads = config.num_query_groups // pg_collection.tp.size()
         self.num_gates = self.group_size if attention.gate else 0
-        self.impl = None if attention.impl is KernelImpl.auto else attention.impl.value
+        self.impl = impl
         rows_per_group = (self.group_size + 2) * self.head_dim + self.num_gates
         common = {
             "config": config,

@@ -1,23 +1,32 @@
-"""megatron-core's GPTModel with the output layer and its cross entropy as one operator (ssa_kernels.linear_cross_entropy).
+"""The Llama: megatron-core's GPTModel with a fused output layer, and the modules that its layer spec (spec.py) names beside the attention.
 
-Core's own way holds the logits twice in fp32 beside the bf16 ones, 16.8 GB for 16,384 tokens and 128,256 ids. Here they are one bf16 buffer.
-Without labels (logits for a reader) the model is core's.
+*Output layer.* The output projection and its cross entropy are one operator (ssa_kernels.linear_cross_entropy). Core keeps the logits twice in
+fp32 beside the bf16 ones: 16.8 GB for 16,384 tokens and 128,256 ids. Here they are one bf16 buffer. Without labels the model is core's.
+
+*FeedForward.* SwiGLU's output is F wide, the widest tensor of a layer after the layer's own input, and costs one pass over memory. Selective
+recomputation drops it after linear_fc2 and recomputes it in the backward: nothing else in the layer saves as much memory for as little time.
 """
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    CheckpointWithoutOutput,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ssa_kernels import linear_cross_entropy
+from ssa_kernels import linear_cross_entropy, swiglu
 
 
 class Llama(GPTModel):
-    """A pipeline stage of the Llama.
+    """One pipeline stage of the Llama.
 
     Args:
-        impl: implementation of the cross entropy's kernels, None by device.
-        fuse_gradient_accumulation: add the tied weight's gradient straight into its fp32 buffer.
+        impl: implementation of the cross entropy's kernels, None to choose by device.
+        fuse_gradient_accumulation: whether the tied weight's gradient is added directly to its fp32 buffer.
     """
 
     def __init__(self, *args: object, impl: str | None, fuse_gradient_accumulation: bool, **kwargs: object) -> None:
@@ -27,8 +36,8 @@ class Llama(GPTModel):
 
     def _postprocess(
         self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None, **rest
-    ):
-        """Return losses [1, tokens] where labels are given on the last stage, else what core returns."""
+    ) -> Tensor:
+        """Returns losses [1, tokens] if labels are given on the last stage, otherwise what core returns."""
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, **rest)
         tied = self.share_embeddings_and_output_weights
@@ -49,12 +58,48 @@ class Llama(GPTModel):
         return losses.unsqueeze(0)
 
     def _gradient_buffer(self, weight: Tensor) -> Tensor | None:
-        """Return where the output layer's gradient is added, None to hand it to autograd.
+        """Returns the buffer that the output layer's gradient is added to, None to return the gradient to autograd.
 
-        Only a weight that the embedding of this very stage uses too may be added to behind autograd's back: its other gradient then tells
+        Only a weight that this stage's embedding shares may bypass autograd: the embedding's gradient still goes through autograd, which tells
         data parallelism that the weight is done.
         """
         buffer = getattr(weight, "main_grad", None)
         shared_here = self.share_embeddings_and_output_weights and self.pre_process
         fits = buffer is not None and buffer.dtype is torch.float32
         return buffer if self.fuse_gradient_accumulation and shared_here and fits and self.training else None
+
+
+class FeedForward(MLP):
+    """fc2(silu(a) * b) with [a, b] = fc1(x), without biases. `impl` names the kernels' implementation, None to choose by device."""
+
+    def __init__(self, *args: object, impl: str | None = None, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.impl = impl
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: object
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns (output, None) for hidden states [tokens, 1, M]."""
+        assert per_token_scale is None  # only mixtures of experts have one
+        projected, _ = self.linear_fc1(hidden_states)
+        if self.config.recompute_granularity == "selective" and self.training:
+            recomputed = CheckpointWithoutOutput(fp8=None)  # the kernel is the same under FP8
+            output, bias = self.linear_fc2(recomputed.checkpoint(self._activate, projected))
+            recomputed.discard_output_and_register_recompute(output)
+            return output, bias
+        return self.linear_fc2(self._activate(projected))
+
+    def _activate(self, projected: Tensor) -> Tensor:
+        return swiglu(projected, impl=self.impl)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, with the constructor that core's local layers expect.
+
+    Core's own wrapper around `torch.nn.RMSNorm` refuses sequence parallelism. There each tensor rank sees a slice of the tokens, so the weight's
+    gradient must be summed over tensor ranks; core does that for parameters with `sequence_parallel = True`.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel

@@ -1,13 +1,9 @@
-"""The Llama: megatron-core's GPTModel (gpt.py) with SSA attention and our feed-forward in its layer spec.
+"""Builds the Llama of a run: megatron-core's layer configuration and the spec that names each layer's modules.
 
-Two specs. *local*: megatron-core's own linear layers and our RMSNorm, on CPU and on GPUs without Transformer Engine. *transformer_engine*:
-norm fused into the QKV and the first MLP projection, FP8 where the precision asks for it. The two have the same weights; the checkpoint keys
-of the local spec's norms are mapped onto Transformer Engine's.
-
-Initial weights are a function of (seed, parameter name) alone, so every layout starts from the same model on one kind of device.
+There are two specs. *local* uses megatron-core's own linear layers and our RMSNorm; it serves CPUs and GPUs without Transformer Engine.
+*transformer_engine* fuses each norm into the projection after it (QKV, linear_fc1) and supports FP8. Both have the same weights: the local
+spec's norms are saved under Transformer Engine's names.
 """
-
-import hashlib
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -26,13 +22,12 @@ from megatron.core.transformer.transformer_layer import (
 
 from ssa_pretrain.config import Config, EngineConfig, EngineName, KernelImpl, LayerSpec, PrecisionName, Recompute
 from ssa_pretrain.model.attention import SSAAttention, SSAAttentionSubmodules
-from ssa_pretrain.model.gpt import Llama
-from ssa_pretrain.model.mlp import FeedForward
-from ssa_pretrain.model.norm import RMSNorm
+from ssa_pretrain.model.init import init_weights
+from ssa_pretrain.model.llama import FeedForward, Llama, RMSNorm
 
 
 def transformer_config(config: Config) -> TransformerConfig:
-    """Return megatron-core's configuration of the layers for a run's `Config`."""
+    """Returns megatron-core's configuration of the layers for a run's `Config`."""
     model, parallel, engine = config.model, config.parallel, config.engine
     low = config.precision.name is not PrecisionName.fp32
     on_gpu = torch.cuda.is_available()
@@ -75,19 +70,19 @@ def transformer_config(config: Config) -> TransformerConfig:
 
 
 def build_model(config: Config, vocab_size: int, groups: ProcessGroupCollection, vp_stage: int | None = None) -> Llama:
-    """Return this rank's part of the Llama, initialised: one pipeline stage (or virtual stage) of one tensor rank.
+    """Returns this rank's part of the Llama with its initial weights: one pipeline stage (or virtual stage) of one tensor rank.
 
     Args:
         config: the run.
         vocab_size: tokens of the tokenizer, before padding.
         groups: process groups of megatron-core.
-        vp_stage: the virtual pipeline stage, None without interleaving.
+        vp_stage: the virtual pipeline stage; None without interleaving.
     """
     core = transformer_config(config)
     stages, rank = config.parallel.pp, groups.pp.rank()
     virtual = config.parallel.vpp
     scaling = config.model.rope_scaling
-    # The buffers that gradients are added into are megatron-core's.
+    # The gradient buffers belong to megatron-core.
     fused = config.engine.fuse_gradient_accumulation and config.engine.name is EngineName.megatron
     model = Llama(
         config=core,
@@ -110,19 +105,19 @@ def build_model(config: Config, vocab_size: int, groups: ProcessGroupCollection,
     if fused:
         _fuse_gradient_accumulation(model)
     offset = get_transformer_layer_offset(core, vp_stage, rank)
-    initialise(model, config, tp_rank=groups.tp.rank(), layer_offset=offset)
+    init_weights(model, config, tp_rank=groups.tp.rank(), layer_offset=offset)
     return model
 
 
 def kernel_impl(config: Config) -> str | None:
-    """Return the kernels' implementation as the operators name it, None by device."""
+    """Returns the name of the kernels' implementation as operators take it, None to choose by device."""
     return None if config.attention.impl is KernelImpl.auto else config.attention.impl.value
 
 
 def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:
-    """Let Transformer Engine's layers add weight gradients into the fp32 buffers in the matrix product itself.
+    """Makes Transformer Engine's layers add weight gradients to the fp32 buffers inside the matrix product.
 
-    Core's own switch is one for the whole model and refuses to build core's embedding and output layer without Apex.
+    Core's own switch applies to the whole model, and without Apex it refuses to build core's embedding and output layer.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -130,9 +125,10 @@ def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:
 
 
 def uses_transformer_engine(config: Config) -> bool:
-    """Return whether the layers come from Transformer Engine: as told, or where it is installed beside a GPU and precision is not fp32.
+    """Returns whether the layers are Transformer Engine's.
 
-    Transformer Engine multiplies fp32 matrices in TF32, which keeps 10 bits of the 23.
+    `auto` means yes if it is installed, there is a GPU and the precision is not fp32: it multiplies fp32 matrices in TF32, which keeps
+    10 of the 23 mantissa bits.
     """
     if config.engine.layer_spec is not LayerSpec.auto:
         return config.engine.layer_spec is LayerSpec.transformer_engine
@@ -147,7 +143,10 @@ def _recompute(engine: EngineConfig) -> dict:
     if engine.recompute is Recompute.full:
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if engine.recompute is Recompute.selective:
-        return {"recompute_granularity": "selective", "recompute_modules": []}  # SwiGLU's output (mlp.py)
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": [],
+        }  # FeedForward recomputes SwiGLU's output itself
     return {}
 
 
@@ -162,96 +161,54 @@ def _block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def _feed_forward(config: Config, up: type, down: type) -> ModuleSpec:
-    return ModuleSpec(
-        module=FeedForward,
-        params={"impl": kernel_impl(config), "ffn_hidden_size": config.model.ffn_hidden_size},
-        submodules=MLPSubmodules(linear_fc1=up, linear_fc2=down),
-    )
-
-
 def _local_layer(config: Config) -> ModuleSpec:
-    attention = ModuleSpec(
-        module=SSAAttention,
-        params={"attention": config.attention},
-        submodules=SSAAttentionSubmodules(linear_qkv=ColumnParallelLinear, linear_proj=RowParallelLinear),
-    )
-    mlp = _feed_forward(config, ColumnParallelLinear, RowParallelLinear)
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
-        ),
+    return _layer(
+        config,
+        ColumnParallelLinear,
+        RowParallelLinear,
+        norm=RMSNorm,
+        sharded_state_dict_keys_map={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
     )
 
 
 def _transformer_engine_layer(config: Config) -> tuple[ModuleSpec, type]:
+    """Returns the spec of a layer and the module of the norm after the last layer."""
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TENorm, TERowParallelLinear
 
+    return _layer(config, TELayerNormColumnParallelLinear, TERowParallelLinear, norm=IdentityOp), TENorm
+
+
+def _layer(config: Config, column_parallel: type, row_parallel: type, *, norm: type, **rest: dict) -> ModuleSpec:
+    """Returns the spec of a layer.
+
+    Args:
+        config: the run.
+        column_parallel: module of the projections into heads and feed-forward.
+        row_parallel: module of the projections back to M.
+        norm: module in front of attention and feed-forward.
+        rest: further submodules' settings.
+    """
+    impl = kernel_impl(config)
     attention = ModuleSpec(
         module=SSAAttention,
-        params={"attention": config.attention},
-        submodules=SSAAttentionSubmodules(linear_qkv=TELayerNormColumnParallelLinear, linear_proj=TERowParallelLinear),
+        params={"attention": config.attention, "impl": impl},
+        submodules=SSAAttentionSubmodules(linear_qkv=column_parallel, linear_proj=row_parallel),
     )
-    mlp = _feed_forward(config, TELayerNormColumnParallelLinear, TERowParallelLinear)
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-        ),
+    feed_forward = ModuleSpec(
+        module=FeedForward,
+        params={"impl": impl, "ffn_hidden_size": config.model.ffn_hidden_size},
+        submodules=MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel),
     )
-    return layer, TENorm
-
-
-@torch.no_grad()
-def initialise(model: torch.nn.Module, config: Config, *, tp_rank: int, layer_offset: int) -> None:
-    """Set norms to 1 and every matrix to N(0, init_std), drawn whole by (seed, name) and cut to this tensor rank's part."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            parameter.fill_(1.0)
-            continue
-        full = _draw(global_name(name, layer_offset, tied=config.model.tie_embeddings), parameter, config)
-        parameter.copy_(tensor_rank_part(full, name, parameter, config.parallel.tp, tp_rank))
-
-
-def global_name(name: str, layer_offset: int, *, tied: bool) -> str:
-    """Return a parameter's name in the whole model: layers counted over all stages, a tied output layer called by its embedding."""
-    if tied and name == "output_layer.weight":
-        return "embedding.word_embeddings.weight"
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(int(parts[2]) + layer_offset)
-    return ".".join(parts)
-
-
-def _draw(name: str, parameter: torch.Tensor, config: Config) -> torch.Tensor:
-    shape = list(parameter.shape)
-    if (dim := getattr(parameter, "partition_dim", -1)) >= 0:
-        shape[dim] *= config.parallel.tp
-    seed = int.from_bytes(hashlib.sha256(f"{config.seed}:{name}".encode()).digest()[:8], "little") >> 1
-    generator = torch.Generator(device=parameter.device).manual_seed(seed)
-    return torch.empty(shape, device=parameter.device).normal_(std=config.model.init_std, generator=generator)
-
-
-def tensor_rank_part(full: torch.Tensor, name: str, parameter: torch.Tensor, tp: int, tp_rank: int) -> torch.Tensor:
-    """Return a tensor rank's part of a whole parameter."""
-    dim = getattr(parameter, "partition_dim", -1)
-    if dim < 0 or tp == 1:
-        return full
-    if "linear_fc1" in name:  # [gate; up], each sharded on its own
-        return torch.cat([half.chunk(tp, dim=0)[tp_rank] for half in full.chunk(2, dim=0)])
-    return full.chunk(tp, dim=dim)[tp_rank]
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=attention,
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=feed_forward,
+        mlp_bda=get_bias_dropout_add,
+        **rest,
+    )
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)

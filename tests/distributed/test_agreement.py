@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain.checkpoint import FACTS, find_damage
+from ssa_pretrain.checkpoint.integrity import FACTS, find_damage
 from support.processes import run_workers
 
 WORKER = Path(__file__).parent / "agreement_worker.py"

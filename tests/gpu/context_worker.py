@@ -15,7 +15,7 @@ from ssa_pretrain.config import Config, KernelImpl, Method, PrecisionName, Recom
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
-from ssa_pretrain.engine.megatron_checkpoint import unwrap
+from ssa_pretrain.engine.megatron.checkpoint import unwrap
 from ssa_pretrain.parallel.state import start, stop
 
 VOCAB, LENGTH, STEPS = 1024, 2048, 4
@@ -76,7 +76,7 @@ def run_case(config: Config, placement) -> dict:
     engine.optimizer.step = step_and_capture
     figures, evaluated = [], []
     for index in range(STEPS):
-        found = engine.train_step(batches(index), step=index, learning_rate=1e-2)
+        found = engine.train_step(batches(index), step=index, learning_rate=1e-2).result()
         figures.append([found.cross_entropy, found.grad_norm, *found.alignment_by_layer, *found.captured_mass_by_layer])
     for mode in ("full", "sparse"):
         judged = engine.evaluate(batches(99), mode=mode)

@@ -30,7 +30,9 @@ def losses(placement, precision: PrecisionName, recipe: Fp8Recipe) -> np.ndarray
     config.precision.name, config.precision.fp8_recipe = precision, recipe
     engine = build_engine(config, placement, VOCAB)
     batches = random_batches(2)
-    return np.array([engine.train_step(batches, step=s, learning_rate=1e-3).cross_entropy for s in range(STEPS)])
+    return np.array(
+        [engine.train_step(batches, step=s, learning_rate=1e-3).result().cross_entropy for s in range(STEPS)]
+    )
 
 
 @pytest.mark.parametrize("recipe", list(Fp8Recipe))

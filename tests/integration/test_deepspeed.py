@@ -98,7 +98,7 @@ def test_sigterm_saves_and_a_killed_node_launcher_is_a_failure_and_the_same_comm
 
 
 def test_its_own_recovery_script_gives_the_weights(uninterrupted, tmp_path):
-    from ssa_pretrain.weights import WeightsReader
+    from ssa_pretrain.checkpoint.weights import WeightsReader
 
     folder = uninterrupted / "checkpoints" / "step_00000006"
     done = subprocess.run(

@@ -38,7 +38,7 @@ def train(engine, config, placement: Placement, steps: range) -> list[list[float
     found = []
     for step in steps:
         mine = batches(config, placement.dp_rank, placement.dp, step)
-        result = engine.train_step(mine, step=step, learning_rate=1e-2)
+        result = engine.train_step(mine, step=step, learning_rate=1e-2).result()
         found.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
         )

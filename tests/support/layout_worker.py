@@ -20,8 +20,8 @@ from ssa_pretrain.config_io import config_from_dict, config_to_dict
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
-from ssa_pretrain.engine.megatron_checkpoint import unwrap
-from ssa_pretrain.model.llama import global_name
+from ssa_pretrain.engine.megatron.checkpoint import unwrap
+from ssa_pretrain.model.sharding import global_name, partition_dim
 from ssa_pretrain.parallel.state import Placement, start
 
 VOCAB, LENGTH, ROWS = 96, 96, 4
@@ -87,10 +87,12 @@ def gather_gradients(chunks: list) -> dict[str, dict]:
         offset = model.decoder.layers[0].layer_number - 1
         for name, parameter in model.named_parameters():
             key = f"{'output:' if name.startswith('output_layer') else ''}{global_name(name, offset, tied=True)}"
+            dim = getattr(parameter, "partition_dim", -1)
+            assert dim == (-1 if partition_dim(name) is None else partition_dim(name)), f"{name} is cut along dim {dim}"
             found[key] = {
                 "grad": parameter.main_grad.clone(),
                 "weight": parameter.detach().clone(),
-                "dim": getattr(parameter, "partition_dim", -1),
+                "dim": dim,
             }
     return found
 
@@ -108,9 +110,8 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
 
     engine.optimizer.step = step_and_capture
     for index in range(2):
-        result = engine.train_step(
-            batches(config, placement.dp_rank, placement.dp, index), step=index, learning_rate=1e-2
-        )
+        local = batches(config, placement.dp_rank, placement.dp, index)
+        result = engine.train_step(local, step=index, learning_rate=1e-2).result()
         records.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
         )

@@ -150,7 +150,7 @@ class Oracle:
 @pytest.mark.parametrize(("gate", "tied"), [(True, True), (False, False)])
 def test_the_model_equals_the_definition(placement, mode, gate, tied):
     from ssa_pretrain.engine import build_engine
-    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
 
     config = small_config(gate=gate, tied=tied)
     engine = build_engine(config, placement, VOCAB)
@@ -168,8 +168,8 @@ def test_the_model_equals_the_definition(placement, mode, gate, tied):
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_a_tied_output_layer_begins_as_the_embedding(placement, tied):
     from ssa_pretrain.engine import build_engine
-    from ssa_pretrain.engine.megatron_checkpoint import unwrap
-    from ssa_pretrain.model.llama import global_name
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
+    from ssa_pretrain.model.sharding import global_name
 
     weights = dict(unwrap(build_engine(small_config(tied=tied), placement, VOCAB).chunks[0]).named_parameters())
     names = [global_name(name, 0, tied=tied) for name in ("embedding.word_embeddings.weight", "output_layer.weight")]
@@ -187,7 +187,7 @@ def test_a_step_reports_what_an_evaluation_of_its_weights_does(placement):
     config.attention.full_ratio = 1.0
     engine = build_engine(config, placement, VOCAB)
     judged = engine.evaluate([microbatch()], mode="full")
-    stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0)
+    stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0).result()
     assert stepped.cross_entropy == pytest.approx(judged.cross_entropy, rel=1e-6)
     assert stepped.alignment_by_layer == pytest.approx(judged.alignment_by_layer, rel=1e-6)
 
@@ -199,7 +199,7 @@ def test_the_gradient_is_that_of_cross_entropy_plus_weighted_alignment(placement
     half the slope of their value.
     """
     from ssa_pretrain.engine import build_engine
-    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
 
     config = small_config()
     config.attention.full_ratio = float(mode == "full")
@@ -235,16 +235,17 @@ def test_the_alignment_weighs_in_that_gradient(placement):
         config = small_config()
         config.attention.full_ratio, config.attention.alignment_weight = 1.0, weight
         engine = build_engine(config, placement, VOCAB)
-        norms.append(engine.train_step(microbatches(), step=0, learning_rate=0.0).grad_norm)
+        norms.append(engine.train_step(microbatches(), step=0, learning_rate=0.0).result().grad_norm)
     assert abs(norms[1] / norms[0] - 1) > 0.03 and abs(norms[2] / norms[1] - 1) > 0.03
 
 
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 def test_the_mean_gradient_over_draws_of_the_counterpart_is_that_of_all_queries(placement, monkeypatch, mode):
     """With one pair of chunks per row every query is drawn equally often: the mean over the PAIRS draws is exact, not statistical."""
-    from ssa_pretrain.engine import build_engine, megatron
-    from ssa_pretrain.engine.megatron_checkpoint import unwrap
-    from ssa_pretrain.parallel.routing import PAIRS
+    from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.engine import step as engine_step
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
+    from ssa_pretrain.schedule import PAIRS
 
     config = small_config()
     config.attention.full_ratio, config.attention.alignment_weight = float(mode == "full"), 500.0
@@ -252,16 +253,16 @@ def test_the_mean_gradient_over_draws_of_the_counterpart_is_that_of_all_queries(
     parameters = list(unwrap(engine.chunks[0]).parameters())
 
     def gradient() -> tuple[list[Tensor], list[float]]:
-        run, _ = engine.forward_backward(microbatches(), step=0)
-        sums = engine._sums(engine._reduce(run).tolist())
-        return [p.main_grad.clone() for p in parameters], sums.alignment + sums.mass
+        sums = engine.forward_backward(microbatches(), step=0)
+        result = engine.microbatches.step_result(sums, torch.zeros(())).result()
+        return [p.main_grad.clone() for p in parameters], result.alignment_by_layer + result.captured_mass_by_layer
 
     wanted, metrics = gradient()
     config.attention.counterpart_share = 1 / PAIRS
     chunk, found = LENGTH // (2 * PAIRS), []
     for pair in range(PAIRS):
         spans = [(pair * chunk, chunk), ((2 * PAIRS - 1 - pair) * chunk, chunk)]
-        monkeypatch.setattr(megatron, "counterpart_spans", lambda *_, spans=spans, **__: spans)
+        monkeypatch.setattr(engine_step, "counterpart_spans", lambda *_, spans=spans, **__: spans)
         found.append(gradient())
     assert [sum(values) / PAIRS for values in zip(*(m for _, m in found), strict=True)] == pytest.approx(metrics)
     differs = False
@@ -286,7 +287,7 @@ def padded(tokens: np.ndarray) -> Row:
 def test_padding_counts_nowhere(placement, mode, rows_a_microbatch):
     """Two documents, packed into one row or each a row of its own with padding: the same losses, masses and gradients."""
     from ssa_pretrain.engine import build_engine
-    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
 
     generator = np.random.default_rng(5)
     documents = [generator.integers(0, VOCAB, n) for n in (61, LENGTH - 61)]
@@ -304,7 +305,7 @@ def test_padding_counts_nowhere(placement, mode, rows_a_microbatch):
     step, gradients = engine.optimizer.step, []
     engine.optimizer.step = lambda: gradients.append([p.main_grad.clone() for p in parameters]) or step()
     judged = [engine.evaluate(batches, mode=mode) for batches in (packed, alone)]
-    stepped = [engine.train_step(batches, step=0, learning_rate=0.0) for batches in (packed, alone)]
+    stepped = [engine.train_step(batches, step=0, learning_rate=0.0).result() for batches in (packed, alone)]
     assert [(r.num_labels, r.num_tokens) for r in judged] == [(LENGTH - 2, LENGTH)] * 2
     for wanted, found in (judged, stepped):
         assert found.cross_entropy == pytest.approx(wanted.cross_entropy, rel=1e-5)
@@ -332,7 +333,7 @@ def test_gradients_are_clipped_to_the_limit(placement, limit):
         return step()
 
     engine.optimizer.step_with_ready_grads = look_and_step
-    norm = engine.train_step(microbatches(), step=0, learning_rate=0.0).grad_norm
+    norm = engine.train_step(microbatches(), step=0, learning_rate=0.0).result().grad_norm
     assert norm > 0.01 and reached == [pytest.approx(min(norm, limit) if limit else norm, rel=1e-4)]
 
 
@@ -344,7 +345,7 @@ def test_one_stream_methods_train_that_stream(placement, method):
     config.attention.method = method
     engine = build_engine(config, placement, VOCAB)
     judged = engine.evaluate([microbatch()], mode="full" if method is Method.full else "sparse")
-    stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0)
+    stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0).result()
     assert stepped.cross_entropy == pytest.approx(judged.cross_entropy, rel=1e-6)
     assert stepped.alignment_by_layer == [] and stepped.captured_mass_by_layer == []
 

@@ -46,7 +46,7 @@ def train(placement: Placement, config: Config, *, steps: int) -> Trained:
 
     engine, means = build_engine(config, placement, VOCAB), []
     for step in range(steps):
-        result = engine.train_step(random_batches(2), step=step, learning_rate=1e-3)
+        result = engine.train_step(random_batches(2), step=step, learning_rate=1e-3).result()
         means.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
         )

@@ -5,8 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssa_pretrain import weights
-from ssa_pretrain.weights import WeightsError, WeightsReader, WeightsWriter, canonical_name, find_weights, write_index
+from ssa_pretrain.checkpoint import weights
+from ssa_pretrain.checkpoint.weights import (
+    WeightsError,
+    WeightsReader,
+    WeightsWriter,
+    canonical_name,
+    find_weights,
+    write_index,
+)
 
 
 def written(folder: Path, tensors: dict[str, torch.Tensor], prefix: str = "stage_000") -> Path:

@@ -1,10 +1,10 @@
-"""A DeepSpeed checkpoint reshaped: DeepSpeed's converter to its universal form, then cut for a number of tensor ranks.
+"""Reshapes a DeepSpeed checkpoint: converts it to DeepSpeed's universal form, then cuts that for a number of tensor ranks.
 
-    python -m ssa_pretrain.deepspeed_universal CHECKPOINT/deepspeed OUT TP [PARENT]
+    python -m ssa_pretrain.engine.deepspeed.universal CHECKPOINT/deepspeed OUT TP [PARENT]
 
-OUT then holds a folder `tp_NN` for each tensor rank, which DeepSpeed loads as a universal checkpoint of a model that is the rank's part. DeepSpeed's
-own cutting is not used: under ZeRO-3 it knows only AutoTP's models. A process without a GPU suffices; a resume on other degrees calls this by itself
-and names its process as the PARENT, with which the converter and its workers end.
+OUT then holds a folder `tp_NN` per tensor rank, which DeepSpeed loads as the universal checkpoint of a model that is that rank's part. DeepSpeed
+cannot cut by itself here: under ZeRO-3 it knows only AutoTP's models. No GPU is needed. A resume on other degrees runs this command and passes
+its own process id as PARENT; the converter and its workers end when that process does.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ssa_pretrain.model.sharding import part, whole_shape
 from ssa_pretrain.parallel.parent import end_with_parent, forks_end_with_this
 
 TAG = "deepspeed"
@@ -22,20 +23,20 @@ STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
 
 def main() -> None:
-    """Convert, then cut."""
+    """Converts, then cuts."""
     if len(sys.argv) > 4:
         end_with_parent(int(sys.argv[4]))
         forks_end_with_this()
     source, out, tp = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    whole = out / "whole"
-    convert(source, whole)
+    universal = out / "whole"
+    convert(source, universal)
     for rank in range(tp):
-        cut(whole, out / f"tp_{rank:02d}" / TAG, tp, rank)
-    shutil.rmtree(whole)
+        cut(universal, out / f"tp_{rank:02d}" / TAG, tp, rank)
+    shutil.rmtree(universal)
 
 
 def convert(source: Path, out: Path) -> None:
-    """Run DeepSpeed's converter on the folder of a tag."""
+    """Runs DeepSpeed's converter on the folder of a tag."""
     from deepspeed.checkpoint import ds_to_universal
 
     workers = min(4, os.cpu_count() or 1)
@@ -52,45 +53,29 @@ def convert(source: Path, out: Path) -> None:
     )
 
 
-def cut(whole: Path, out: Path, tp: int, rank: int) -> None:
-    """Write one tensor rank's part of a universal checkpoint."""
-    shapes = _shapes(whole)
-    for folder in (p for p in (whole / "zero").iterdir() if p.is_dir()):
-        target = out / "zero" / folder.name
+def cut(universal: Path, out: Path, tp: int, rank: int) -> None:
+    """Writes one tensor rank's part of a universal checkpoint."""
+    shapes = _whole_shapes(universal)
+    for folder in (p for p in (universal / "zero").iterdir() if p.is_dir()):
+        name, target = folder.name, out / "zero" / folder.name
         target.mkdir(parents=True)
         for state in STATES:
-            held = torch.load(folder / f"{state}.pt", weights_only=False)
-            full = (held["param"] if isinstance(held, dict) else held).view(shapes[folder.name])
-            torch.save({"param": part(folder.name, full, tp, rank).clone()}, target / f"{state}.pt")
+            saved = torch.load(folder / f"{state}.pt", weights_only=False)
+            whole = (saved["param"] if isinstance(saved, dict) else saved).view(shapes[name])
+            torch.save({"param": part(name, whole, tp, rank).clone()}, target / f"{state}.pt")
         if (folder / "step.pt").exists():
             shutil.copy2(folder / "step.pt", target)
-    shutil.copy2(whole / "zero" / "optimizer_state.pt", out / "zero")
-    for path in whole.glob("*_model_states.pt"):
+    shutil.copy2(universal / "zero" / "optimizer_state.pt", out / "zero")
+    for path in universal.glob("*_model_states.pt"):
         shutil.copy2(path, out)
 
 
-def part(name: str, full: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
-    """Return a tensor rank's part of a whole parameter, or of one of its moments."""
-    if tp == 1 or full.dim() < 2:
-        return full
-    if "linear_fc1" in name:  # [gate; up], each sharded on its own
-        return torch.cat([half.chunk(tp, dim=0)[rank] for half in full.chunk(2, dim=0)])
-    return full.chunk(tp, dim=1 if "linear_proj" in name or "linear_fc2" in name else 0)[rank]
-
-
-def _shapes(whole: Path) -> dict[str, list[int]]:
-    """Return the parameters' whole shapes, from the tensor ranks' parts that the model files tell of."""
-    files = sorted(whole.glob("*mp_rank_*_model_states.pt"))
+def _whole_shapes(universal: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the parameters' whole shapes, from the shapes of one tensor rank's parts in the model files."""
+    files = sorted(universal.glob("*mp_rank_*_model_states.pt"))
     tp = 1 + max(int(path.name.split("mp_rank_")[1][:2]) for path in files)
-    record = torch.load(files[0], map_location="cpu", weights_only=False)["param_shapes"]
-    shapes = {}
-    for group in record:
-        for name, shape in group.items():
-            size = list(shape)
-            if len(size) > 1:
-                size[1 if "linear_proj" in name or "linear_fc2" in name else 0] *= tp
-            shapes[name] = size
-    return shapes
+    groups = torch.load(files[0], map_location="cpu", weights_only=False)["param_shapes"]
+    return {name: whole_shape(name, shape, tp) for group in groups for name, shape in group.items()}
 
 
 if __name__ == "__main__":
