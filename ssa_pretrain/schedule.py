@@ -24,12 +24,12 @@ from typing import Protocol
 
 from ssa_pretrain.config import AttentionConfig, Config, Method, OptimConfig, PrecisionName, Schedule, StreamDraw
 
-PAIRS = 8  # of chunks per row: a share of 1/8 is one pair, 1/16 of the row at each end's distance
+PAIRS = 8  # of chunks per row; a share of 1/8 is one pair: two mirrored chunks of 1/16 of the row each
 COUNTERPART = b"ssa-counterpart"
 
 
 class Length(Protocol):
-    """What a schedule must know of a run; `planning.Plan` is one."""
+    """What a schedule must know about a run; `planning.Plan` provides it."""
 
     @property
     def steps(self) -> int:
@@ -45,8 +45,8 @@ class Length(Protocol):
 def learning_rate(step: int, optim: OptimConfig, plan: Length) -> float:
     """Returns the learning rate of an optimizer step.
 
-    With S steps of which W are warm-up, it is lr * (step + 1) / (W + 1) for step < W, lr at step W, and would reach min_lr
-    at step S, one past the last: neither the first nor the last step is spent at zero.
+    With S steps of which W are warm-up, it is lr * (step + 1) / (W + 1) for step < W, lr at step W, and min_lr at step S, one past the
+    last: neither the first nor the last step is wasted at zero.
 
     Args:
         step: optimizer steps done before this one; 0 for the first.
@@ -80,7 +80,7 @@ def main_stream(attention: AttentionConfig, *, seed: int, step: int, microbatch:
 def counterpart_spans(
     attention: AttentionConfig, *, seed: int, step: int, microbatch: int, rows: int, row_length: int
 ) -> list[tuple[int, int]]:
-    """Returns (first query, number of queries) of the spans of a microbatch that compute the counterpart, ascending; neighbours are joined.
+    """Returns (first query, number of queries) of the spans that compute the counterpart, ascending; adjacent spans are merged.
 
     Args:
         attention: the method and its counterpart_share.
@@ -107,12 +107,12 @@ def counterpart_spans(
 
 
 def counterpart_factor(attention: AttentionConfig, *, rows: int) -> float:
-    """Returns 1 / P, P being the probability that a microbatch of `rows` rows draws any span."""
+    """Returns 1 / P, where P is the probability that a microbatch of `rows` rows draws any span."""
     return 1.0 / (1.0 - max(0.0, 1.0 - attention.counterpart_share * PAIRS) ** rows)
 
 
 def drawn_by_microbatch(attention: AttentionConfig) -> str | None:
-    """Returns the setting, such as "attention.full_ratio=0.5", by which a microbatch draws streams, so that other microbatches draw others; or None."""
+    """Returns the setting by which each microbatch draws its streams, such as "attention.full_ratio=0.5"; None if nothing is drawn per microbatch."""
     if attention.method is not Method.ssa:
         return None
     if 0.0 < attention.full_ratio < 1.0 and attention.stream_draw is StreamDraw.microbatch:
@@ -123,15 +123,15 @@ def drawn_by_microbatch(attention: AttentionConfig) -> str | None:
 
 
 def needs_equal_microbatches(config: Config) -> str | None:
-    """Returns why a run must keep its micro-batch size; None where rows, streams and losses do not depend on it."""
+    """Returns why a run must keep its micro-batch size; None if rows, streams and losses do not depend on it."""
     if setting := drawn_by_microbatch(config.attention):
-        return f"each microbatch draws its streams at {setting}, so other microbatches would draw others"
+        return f"each microbatch draws its streams at {setting}, so other microbatches would draw other streams"
     if config.precision.name is PrecisionName.fp8:
         return "precision=fp8 scales each microbatch by its own values"
     return None
 
 
 def _uniform(*key: int, person: bytes = b"ssa-stream") -> float:
-    """Returns a number in [0, 1) that depends on the key only."""
+    """Returns a number in [0, 1) that depends only on the key."""
     digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8, person=person).digest()
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)

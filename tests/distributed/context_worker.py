@@ -117,7 +117,7 @@ def check_the_order(context: ContextParallel) -> None:
     ((context.rank + 1) * (k_all * whole).sum() + (v_all * 5).sum()).backward()
     assert torch.equal(k.grad, whole[mine.positions] * sum(range(1, context.size + 1)))
     assert torch.equal(v.grad, torch.full_like(v, 5.0 * context.size))
-    found = context.rows_at(mine.tokens[0][:, None] * 10, torch.tensor([tokens - 1, 0, 7, 7, tokens // 2]), tokens)
+    found = context.values_at(mine.tokens[0][:, None] * 10, torch.tensor([tokens - 1, 0, 7, 7, tokens // 2]), tokens)
     assert found.flatten().tolist() == [10 * p for p in (tokens - 1, 0, 7, 7, tokens // 2)]
 
 

@@ -10,7 +10,7 @@ from ssa_pretrain.checkpoint.integrity import FACTS, find_damage
 from support.processes import run_workers
 
 WORKER = Path(__file__).parent / "agreement_worker.py"
-REASON = "(rank 1: OSError: [Errno 28] No space left on device); earlier checkpoints are as they were: free space and"
+REASON = "(rank 1: OSError: [Errno 28] No space left on device); earlier checkpoints are unchanged: free space and"
 
 
 def is_untouched(run: Path) -> bool:

@@ -118,7 +118,7 @@ def flip_bit(folder):
 
 DAMAGE = {
     "weights.bin has another sha256": flip_bit,
-    "weights.bin has 100 bytes for 2560": lambda folder: (folder / "weights.bin").write_bytes(bytes(100)),
+    "weights.bin has 100 bytes instead of 2560": lambda folder: (folder / "weights.bin").write_bytes(bytes(100)),
     "weights.bin is missing": lambda folder: (folder / "weights.bin").unlink(),
     f"{FACTS} cannot be read": lambda folder: (folder / FACTS).write_text("{"),
 }
@@ -241,7 +241,7 @@ def test_an_intact_one_has_no_damage(tmp_path):
 
 def test_reading_a_folder_that_is_none(tmp_path):
     with pytest.raises(
-        CheckpointError, match=r"is no checkpoint .*name a folder such as RUN/checkpoints/step_00000100"
+        CheckpointError, match=r"is not a checkpoint .*name a folder such as RUN/checkpoints/step_00000100"
     ):
         read(tmp_path)
 
@@ -296,16 +296,14 @@ def test_another_schema_is_an_error_and_no_older_checkpoint_is_taken(tmp_path):
     newer = publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
     record = json.loads((newer / FACTS).read_text())
     (newer / FACTS).write_text(json.dumps(record | {"schema": 2, "files": ["another form"]}))
-    with pytest.raises(
-        CheckpointError, match=r"step_00000010 is of schema 2, and this version of ssa_pretrain reads 1"
-    ):
+    with pytest.raises(CheckpointError, match=r"step_00000010 has schema 2, and this version of ssa_pretrain reads 1"):
         find(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"schema": 1, "step": 5, "facts": 7, "files": {}}', '{"step": 5}'])
 def test_facts_of_another_form_are_no_checkpoint(tmp_path, text):
     (tmp_path / FACTS).write_text(text)
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         read(tmp_path)
 
 
@@ -316,7 +314,7 @@ def test_weights_of_another_shape_are_refused_with_each_key(tmp_path):
         require_same_model(found, saved | {"model.num_layers": 2, "attention.gate": False}, shapes_only=True)
     assert str(caught.value) == (
         f"{tmp_path} holds another model (attention.gate: checkpoint True, run False; model.num_layers: checkpoint 4, run 2); "
-        "give the settings it was trained with, or name another checkpoint"
+        "set what it was trained with, or name another checkpoint"
     )
 
 

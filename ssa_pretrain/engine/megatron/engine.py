@@ -96,7 +96,7 @@ class MegatronEngine:
                 batch.tokens, batch.positions.unsqueeze(0), None, packed_seq_params=packed, runtime_gather_output=True
             )
             tokens = self.context.num_tokens(batch)
-            return out, lambda logits, non_loss_data: self.context.rows_at(logits[0], ends, tokens).float()
+            return out, lambda logits, non_loss_data: self.context.values_at(logits[0], ends, tokens).float()
 
         count = self.config.parallel.pp if len(self.chunks) > 1 else 1  # interleaving needs whole rounds of the stages
         outputs = self._schedule(
