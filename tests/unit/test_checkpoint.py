@@ -195,7 +195,7 @@ def test_damage_done_while_a_run_goes_on_is_named_and_not_counted(tmp_path, mess
     for step in (6, 7):
         publish(tmp_path, step, {}, write, keep=3, is_rank_0=True, verdicts=verdicts, report=lines.append)
     assert left(tmp_path) == {2: True, 4: False, 6: True, 7: True}
-    assert lines == [f"checkpoint {damaged} is damaged ({message}); it does not count among checkpoint.keep=3"]
+    assert lines == [f"checkpoint {damaged} is damaged ({message}); it does not count towards checkpoint.keep=3"]
 
 
 def test_one_of_another_schema_is_neither_counted_nor_removed(tmp_path):
