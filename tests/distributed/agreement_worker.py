@@ -13,8 +13,8 @@ from ssa_pretrain.parallel import agreement
 from ssa_pretrain.problems import ConfigError, Problem
 
 
-def save_apart(run: Path, said: Path, rank: int) -> None:
-    """Try what a run does first, then a save all the same; both are refused, on both ranks."""
+def save_apart(run: Path, output: Path, rank: int) -> None:
+    """Tries a run's first check, then a save without it; both are refused on both ranks."""
     run_folder.sees.__kwdefaults__["patience"] = 0.5
     publishing.VISIBLE_SECONDS = 0.5
     run.mkdir()
@@ -31,12 +31,12 @@ def save_apart(run: Path, said: Path, rank: int) -> None:
         try:
             act()
         except (ConfigError, CheckpointError) as error:
-            with said.open("a") as file:
+            with output.open("a") as file:
                 file.write(f"{error}\n")
 
 
 def main(case: str, run: Path) -> None:
-    """Act out a case."""
+    """Runs a case."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     agreement.GRACE_SECONDS = 2.0
@@ -48,7 +48,7 @@ def main(case: str, run: Path) -> None:
         if rank == 1:
             raise OSError(28, "No space left on device")
         if case == "inside":
-            dist.barrier()  # as a library would, that counts on all ranks coming
+            dist.barrier()  # like a library that expects every rank
         write(folder)
 
     def refuse() -> None:
@@ -72,7 +72,7 @@ def main(case: str, run: Path) -> None:
         assert agreement.unlike_first({"seed": 1}) == []
         dist.destroy_process_group()
         return
-    if case == "apart":  # each rank's output folder is on a disk of its own
+    if case == "apart":  # each rank's output folder is on a separate disk
         save_apart(run / str(rank), run / f"said_{rank}", rank)
         dist.destroy_process_group()
         return

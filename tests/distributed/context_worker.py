@@ -31,7 +31,7 @@ PADDING = 20  # tokens of the last row, of its label too
 
 
 def packed_rows(seed: int) -> list[Row]:
-    """Return random tokens in the documents of STARTS, and padding at the end of the last row."""
+    """Returns random tokens in the documents of STARTS, and padding at the end of the last row."""
     generator = np.random.default_rng(seed)
     rows = []
     for places in STARTS:
@@ -44,13 +44,13 @@ def packed_rows(seed: int) -> list[Row]:
 
 
 def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
-    """Return this data rank's microbatches of the global batch, whole."""
+    """Returns this data rank's microbatches of the global batch, whole."""
     rows, size = packed_rows(step), config.training.micro_batch_size
     return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, ROWS // size, dp)]
 
 
 def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
-    """Run four steps, evaluate, ask for logits, perhaps take a fifth step from a checkpoint, and write this rank's part."""
+    """Runs four steps, evaluate, ask for logits, perhaps take a fifth step from a checkpoint, and write this rank's part."""
     engine = build_engine(config, placement, VOCAB)
     records, captured = [], {}
     step = engine.optimizer.step
@@ -105,7 +105,7 @@ def check_the_sum_s_precision(context: ContextParallel) -> None:
 
 
 def check_the_order(context: ContextParallel) -> None:
-    """Gathering what was split gives the whole back, and each token's gradient is the sum of what all ranks say of it."""
+    """Gathering restores what was split, and each token's gradient is the sum over all ranks."""
     tokens = 8 * context.size
     whole = torch.arange(tokens * 6, dtype=torch.float64).view(tokens, 2, 3)
     batch = Batch(0, *(torch.arange(tokens)[None] for _ in range(3)), torch.arange(tokens), torch.tensor([0, tokens]))
@@ -122,7 +122,7 @@ def check_the_order(context: ContextParallel) -> None:
 
 
 def main() -> None:
-    """Run all cases of the file, layout by layout."""
+    """Runs all cases of the file, layout by layout."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configs = {name: configure(overrides) for name, overrides in cases.items()}
     by_layout = itertools.groupby(

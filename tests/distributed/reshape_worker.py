@@ -13,7 +13,7 @@ from ssa_pretrain.engine.deepspeed import checkpoint
 
 
 def main(case: str, folder: Path) -> None:
-    """Act out a case: the converter fails on the first rank, or the second one cannot load."""
+    """Runs a case: the converter fails on rank 0, or rank 1 cannot load."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
 

@@ -14,7 +14,7 @@ REASON = "(rank 1: OSError: [Errno 28] No space left on device); earlier checkpo
 
 
 def is_untouched(run: Path) -> bool:
-    """Whether the first checkpoint alone is there, whole."""
+    """Returns whether only the first checkpoint is there, and intact."""
     (first,) = [p for p in (run / "checkpoints").iterdir() if not p.name.startswith(".")]
     return first.name == "step_00000001" and find_damage(first) is None
 

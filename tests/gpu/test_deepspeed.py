@@ -14,7 +14,7 @@ MICROBATCHES = 2  # what small_model.train gives to a step
 
 
 def settings(spec: LayerSpec, stage: int | None, *, offload: bool = False) -> Config:
-    """Return a four-layer model of the 1B model's head shape, on the megatron engine (no stage) or on DeepSpeed."""
+    """Returns a four-layer model of the 1B model's head shape, on the megatron engine (no stage) or on DeepSpeed."""
     config = Config()
     model = config.model
     model.num_layers, model.hidden_size, model.ffn_hidden_size = 4, 512, 1024
@@ -41,7 +41,7 @@ def placement():
 
 
 def exact_settings() -> Config:
-    """Return the same model without low precision."""
+    """Returns the same model without low precision."""
     config = settings(LayerSpec.local, None)
     config.precision.name, config.attention.impl = PrecisionName.fp32, KernelImpl.reference
     return config

@@ -37,7 +37,7 @@ def test_specs_and_kernels_agree(placement, method):
 def test_a_checkpoint_resumes(placement, spec, tmp_path):
     """The first step is the same to the bit; cuDNN's attention adds dQ up in an order of its own each time, so later ones nearly are.
 
-    A wrong count of steps or moments would move the cross entropy, which falls by 0.3 a step, far more.
+    A wrong count of steps or moments would move the cross entropy, which falls by 0.3 per step, far more.
     """
     from ssa_pretrain.engine import build_engine
 

@@ -1,4 +1,4 @@
-"""A training step on a GPU is only queued: nothing in it waits for the device, and other documents in the rows compile nothing anew."""
+"""A training step on a GPU is only queued: nothing in it waits for the device, and other documents in the rows compile no kernel again."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def placement():
 
 
 def rows_with_documents(seed: int) -> list[Batch]:
-    """Return two microbatches of two rows, with another number of documents in each; from the third seed on one document a row."""
+    """Returns two microbatches of two rows, each with a different number of documents; from the third seed on, one document per row."""
     generator = np.random.default_rng(seed)
     found = []
     for index in range(2):

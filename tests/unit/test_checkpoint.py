@@ -1,4 +1,4 @@
-"""Checkpoints appear whole, damage is found and passed over, and a run does not continue another's."""
+"""Checkpoints appear atomically, damaged ones are found and skipped, and a run does not continue another run's checkpoint."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_a_save_that_dies_leaves_the_older_one(tmp_path):
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
-    said, remove = [], shutil.rmtree
+    output, remove = [], shutil.rmtree
 
     def busy(folder, *arguments, **options):
         if folder.name == "step_00000005":
@@ -81,8 +81,8 @@ def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(tmp_path, monkey
 
     publish(tmp_path, 5, {}, write, keep=1, is_rank_0=True)
     monkeypatch.setattr(shutil, "rmtree", busy)
-    publish(tmp_path, 10, {}, write, keep=1, is_rank_0=True, report=said.append)
-    assert said == [
+    publish(tmp_path, 10, {}, write, keep=1, is_rank_0=True, report=output.append)
+    assert output == [
         f"{tmp_path}/checkpoints/step_00000005 could not be removed (Directory not empty); the next checkpoint tries again"
     ]
     assert find(tmp_path).step == 10
@@ -125,7 +125,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_damage_is_named_and_passed_over(tmp_path, message):
+def test_damage_is_reported_and_skipped(tmp_path, message):
     publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
     damaged = publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
     DAMAGE[message](damaged)
@@ -134,14 +134,14 @@ def test_damage_is_named_and_passed_over(tmp_path, message):
     assert lines == [f"checkpoint {damaged} is damaged ({message}); looking for an older one"]
 
 
-def left(run):
-    """The checkpoints of a run by step, and whether each is intact."""
+def intact_by_step(run):
+    """Returns the checkpoints of a run by step, and whether each is intact."""
     folders = (run / "checkpoints").iterdir()
     return {int(folder.name[5:]): find_damage(folder) is None for folder in sorted(folders)}
 
 
 def hashed_folders(monkeypatch):
-    """The folders whose files are hashed to be judged, in order and once each in a row."""
+    """Returns a list that receives the folders whose files are hashed, in order, without repeats in a row."""
     found, plain = [], integrity.sha256
 
     def counted(path):
@@ -167,10 +167,10 @@ def test_damaged_ones_take_no_intact_one_s_place_and_go_with_the_old(tmp_path, k
     assert hashed == ["step_00000002"] * (keep == 3), "what was judged at the start or written here is not hashed again"
     assert lines == [], "the start has named them"
     damaged = {} if keep == 1 else {4: False, 5: False}
-    assert left(tmp_path) == dict.fromkeys((6, 3, 2)[:keep], True) | damaged
+    assert intact_by_step(tmp_path) == dict.fromkeys((6, 3, 2)[:keep], True) | damaged
     for step in (7, 8):
         publish(tmp_path, step, {}, write, keep=keep, is_rank_0=True, verdicts=verdicts)
-    assert left(tmp_path) == dict.fromkeys((8, 7, 6)[:keep], True)
+    assert intact_by_step(tmp_path) == dict.fromkeys((8, 7, 6)[:keep], True)
 
 
 def test_a_damaged_one_after_the_step_resumed_from_is_not_counted_and_is_replaced(tmp_path):
@@ -182,7 +182,7 @@ def test_a_damaged_one_after_the_step_resumed_from_is_not_counted_and_is_replace
     assert find(tmp_path, verdicts=verdicts).step == 2
     for step, wanted in ((3, {2: True, 3: True}), (4, {3: True, 4: True}), (6, {4: True, 6: True})):
         publish(tmp_path, step, {}, write, keep=2, is_rank_0=True, verdicts=verdicts)
-        assert {k: v for k, v in left(tmp_path).items() if k <= step} == wanted
+        assert {k: v for k, v in intact_by_step(tmp_path).items() if k <= step} == wanted
 
 
 @pytest.mark.parametrize("message", DAMAGE)
@@ -194,7 +194,7 @@ def test_damage_done_while_a_run_goes_on_is_named_and_not_counted(tmp_path, mess
     DAMAGE[message](damaged)
     for step in (6, 7):
         publish(tmp_path, step, {}, write, keep=3, is_rank_0=True, verdicts=verdicts, report=lines.append)
-    assert left(tmp_path) == {2: True, 4: False, 6: True, 7: True}
+    assert intact_by_step(tmp_path) == {2: True, 4: False, 6: True, 7: True}
     assert lines == [f"checkpoint {damaged} is damaged ({message}); it does not count towards checkpoint.keep=3"]
 
 
@@ -204,9 +204,9 @@ def test_one_of_another_schema_is_neither_counted_nor_removed(tmp_path):
     facts = tmp_path / "checkpoints" / "step_00000002" / FACTS
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"schema": 0}))
     publish(tmp_path, 4, {}, write, keep=2, is_rank_0=True)
-    assert set(left(tmp_path)) == {4, 3, 2}
+    assert set(intact_by_step(tmp_path)) == {4, 3, 2}
     publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
-    assert set(left(tmp_path)) == {5, 4, 2}
+    assert set(intact_by_step(tmp_path)) == {5, 4, 2}
 
 
 @pytest.mark.parametrize("files", [[], {"weights.bin": 7}, {"weights.bin": {"bytes": 1}}])

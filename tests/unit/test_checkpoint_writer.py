@@ -55,7 +55,7 @@ def test_core_reads_what_was_written_and_no_process_was_started(tmp_path):
 
 
 def test_a_file_that_does_not_fit_the_disk_is_an_error_whichever_thread_wrote_it(tmp_path):
-    """One file of the four is past the limit. Torch's own threads would leave it out and go on."""
+    """One of the four files exceeds the limit. Torch's own threads would omit it and continue."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, hard))
     try:

@@ -43,9 +43,9 @@ def test_deepspeed_takes_a_process_without_a_launcher_for_the_first_of_its_node(
 
 def test_the_lock_of_a_killed_build_is_named_and_removed(builds, capsys):
     setup.announce_build("cpu_adam", SimpleNamespace())
-    said = capsys.readouterr().out
-    assert f"removing {builds}, which a killed build left" in said
-    assert f"compiling DeepSpeed's cpu_adam into {builds.parent}; this takes minutes, once" in said
+    output = capsys.readouterr().out
+    assert f"removing {builds}, which a killed build left" in output
+    assert f"compiling DeepSpeed's cpu_adam into {builds.parent}; this takes minutes, once" in output
     assert not builds.exists()
 
 

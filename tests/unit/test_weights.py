@@ -1,4 +1,4 @@
-"""The common weights format: names, files, and what is said of weights that do not fit."""
+"""The common weights format: names, files, and the messages for weights that do not fit."""
 
 from pathlib import Path
 
