@@ -3,7 +3,7 @@
 Losses and results are step.py's. DeepSpeed does the backward, the reduction over data ranks, the optimizer step and its own checkpoints. Three
 things that it does not do are done here. Under sequence parallelism a norm's gradient must be summed over tensor ranks; without the sum training
 drifts silently. Stage 0 in fp32 reports no gradient norm. Every group's learning rate and weight decay are set at every step, because loading a
-ZeRO-3 universal checkpoint gives all groups the values of the first one.
+ZeRO-3 universal checkpoint gives every group the values of group 0.
 
 DeepSpeed's own engine is built on first use, so that weights are loaded into a plain model.
 """
@@ -34,6 +34,7 @@ from ssa_pretrain.engine.deepspeed.setup import (
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums
 from ssa_pretrain.model.llama import Llama
+from ssa_pretrain.model.sharding import partition_dim
 from ssa_pretrain.model.spec import build_model
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, limit_waiting
@@ -185,7 +186,7 @@ class DeepSpeedEngine:
     def _grad_norm(self) -> Tensor:
         """Returns the global norm of the reduced gradients at stage 0; each parameter of the whole model counts once."""
         tp_rank_0 = self.placement.tp_rank == 0
-        counted = [p for p in self.model.parameters() if tp_rank_0 or getattr(p, "tensor_model_parallel", False)]
+        counted = [p for n, p in self.model.named_parameters() if tp_rank_0 or partition_dim(n) is not None]
         grads = [p.grad for p in counted if p.grad is not None]
         total = torch.stack([g.float().norm() for g in grads]).square().sum()
         dist.all_reduce(total, group=self.placement.groups.tp)
