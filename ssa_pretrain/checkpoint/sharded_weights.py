@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from ssa_pretrain.checkpoint.weights import WeightsReader, WeightsWriter, canonical_name, write_index
@@ -28,7 +29,7 @@ def already_gathered(_: torch.nn.Parameter) -> AbstractContextManager:
 @torch.no_grad()
 def save_weights(
     folder: Path,
-    models: Iterable[torch.nn.Module],
+    models: Iterable[GPTModel],
     config: Config,
     placement: Placement,
     gathered: Gathered = already_gathered,
@@ -62,7 +63,7 @@ def save_weights(
 
 
 @torch.no_grad()
-def load_weights(folder: Path, models: Iterable[torch.nn.Module], config: Config, placement: Placement) -> None:
+def load_weights(folder: Path, models: Iterable[GPTModel], config: Config, placement: Placement) -> None:
     """Fills a model's parameters with this rank's parts of common weights; every rank calls it.
 
     Raises:
@@ -78,13 +79,13 @@ def load_weights(folder: Path, models: Iterable[torch.nn.Module], config: Config
 
 
 def _named_parameters(
-    models: Iterable[torch.nn.Module], config: Config, *, tied_copies: bool = False
+    models: Iterable[GPTModel], config: Config, *, tied_copies: bool = False
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yields every parameter with its canonical name; a last stage's copy of a tied embedding only if `tied_copies`."""
     tied = config.model.tie_embeddings
     for model in models:
         first = next(iter(model.decoder.layers), None)
-        offset = first.layer_number - 1 if first is not None else 0
+        offset = int(first.layer_number) - 1 if first is not None else 0
         for local_name, parameter in model.named_parameters():
             if local_name == "output_layer.weight" and tied and not tied_copies:
                 continue

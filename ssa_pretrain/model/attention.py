@@ -222,7 +222,7 @@ class SSAAttention(MegatronModule):
         num_rows: int | None = None,
         *,
         return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns a stream's ungated output [queries, H, D] and its log-sum-exp [queries, H]; the full stream's only if `return_lse`."""
         a, common = self.attention, {"cu_seqlens": layout, "impl": self.impl}
         if name == "full":
