@@ -85,7 +85,7 @@ def _named_parameters(
     tied = config.model.tie_embeddings
     for model in models:
         first = next(iter(model.decoder.layers), None)
-        offset = int(first.layer_number) - 1 if first is not None else 0
+        offset = int(first.layer_number) - 1 if first is not None else 0  # pyright: ignore[reportArgumentType]
         for local_name, parameter in model.named_parameters():
             if local_name == "output_layer.weight" and tied and not tied_copies:
                 continue
