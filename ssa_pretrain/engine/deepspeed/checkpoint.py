@@ -25,8 +25,8 @@ import torch.distributed as dist
 from ssa_pretrain.checkpoint.weights import WeightsError
 from ssa_pretrain.config import Config
 from ssa_pretrain.engine.deepspeed.setup import converter_environment
-from ssa_pretrain.monitor.console import with_timestamps
 from ssa_pretrain.model.sharding import is_norm, is_paired, is_row_parallel
+from ssa_pretrain.monitor.console import with_timestamps
 from ssa_pretrain.parallel.agreement import on_first
 from ssa_pretrain.parallel.state import Placement
 

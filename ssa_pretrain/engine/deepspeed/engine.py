@@ -36,10 +36,10 @@ from ssa_pretrain.engine.step import Microbatches, Route, StepSums
 from ssa_pretrain.model.llama import Llama
 from ssa_pretrain.model.sharding import partition_dim
 from ssa_pretrain.model.spec import build_model
+from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, limit_waiting
 from ssa_pretrain.problems import ConfigError, Problem
-from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 
 
 class DeepSpeedEngine:

@@ -23,9 +23,9 @@ from ssa_pretrain.engine.megatron import checkpoint
 from ssa_pretrain.engine.megatron.optimizer import build_optimizer
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums
 from ssa_pretrain.model.spec import build_model
+from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, limit_waiting
-from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 
 
 class MegatronEngine:
