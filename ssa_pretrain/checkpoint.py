@@ -26,18 +26,16 @@ import torch
 import torch.distributed as dist
 
 from ssa_pretrain.checkpoint_facts import differences
-from ssa_pretrain.checkpoint_integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema, sha256
+from ssa_pretrain.checkpoint_integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema
 from ssa_pretrain.checkpoint_integrity import find_damage as find_damage
-from ssa_pretrain.parallel.agreement import together, watched
+from ssa_pretrain.errors import CheckpointError, ExitCode
+from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
+from ssa_pretrain.settings.files import file_sha256
 
 VISIBLE_SECONDS = 30.0  # until a file of another node must be seen: network storage may be slow in showing it
 NAME = re.compile(r"step_\d{8,}")  # anything else beside the checkpoints (step_00000100_good, a copy) is the user's
 Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
 SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
-
-
-class CheckpointError(ValueError):
-    """No checkpoint that could be used, or one that does not belong to this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +104,7 @@ def publish(
         )
 
     def everywhere(act: Callable[[], None]) -> None:
-        if message := together(act, key, describe):
+        if message := on_all_ranks(act, key, describe):
             if is_first:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise CheckpointError(message)
@@ -115,7 +113,7 @@ def publish(
     mine: dict[str, Entry] = {}
     seen: set[str] = set()
     parts: list[dict[str, Entry]] = [{}] * dist.get_world_size()
-    with watched(key, exit_code=5):
+    with exits_with_peers(key, exit_code=ExitCode.CHECKPOINT):
         everywhere(prepare)
         everywhere(lambda: write(scratch))
         everywhere(digest)
@@ -282,7 +280,7 @@ def _entries(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
     """Return size and sha256 of files of a folder, which are on disk then."""
     found: dict[str, Entry] = {}
     for name in names:
-        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
         _flush(folder / name)
     return found
 

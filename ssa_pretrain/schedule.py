@@ -41,3 +41,8 @@ def learning_rate(step: int, optim: OptimConfig, plan: Length) -> float:
     progress = min(1.0, (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps))
     share = 1.0 - progress if optim.schedule is Schedule.linear else 0.5 * (1.0 + math.cos(math.pi * progress))
     return optim.min_lr + (optim.lr - optim.min_lr) * share
+
+
+def is_due(step: int, interval: int, last_step: int) -> bool:
+    """Returns whether something that happens every `interval` steps (0: never) and after the last step happens after this one."""
+    return step == last_step or bool(interval and step % interval == 0)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from ssa_pretrain.config import Config
 from ssa_pretrain.engine.deepspeed_setup import environment_of_a_converter
 from ssa_pretrain.monitor.console import with_timestamps
-from ssa_pretrain.parallel.agreement import on_first
+from ssa_pretrain.parallel.agreement import on_rank_0
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.weights import WeightsError
 
@@ -61,7 +61,7 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
         print(with_timestamps(said, config.logging.timestamps), flush=True)
         _convert(folder, universal, wanted)
 
-    on_first(reshape, is_first=placement.is_first, errors=(WeightsError, OSError))
+    on_rank_0(reshape, is_rank_0=placement.is_first, errors=(WeightsError, OSError))
     # No barrier where a rank fails: the others would have left it, or wait in a collective that it is not in. The next start removes the folder.
     _load_universal(universal / f"tp_{placement.tp_rank:02d}", ds)
     dist.barrier()

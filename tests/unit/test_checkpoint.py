@@ -143,14 +143,14 @@ def left(run):
 
 def hashed_folders(monkeypatch):
     """The folders whose files are hashed to be judged, in order and once each in a row."""
-    found, plain = [], checkpoint_integrity.sha256
+    found, plain = [], checkpoint_integrity.file_sha256
 
     def counted(path):
         if found[-1:] != [path.parent.name]:
             found.append(path.parent.name)
         return plain(path)
 
-    monkeypatch.setattr(checkpoint_integrity, "sha256", counted)
+    monkeypatch.setattr(checkpoint_integrity, "file_sha256", counted)
     return found
 
 
@@ -224,7 +224,7 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     folder = publish(tmp_path, 5, {}, write, keep=2, is_first=True)
-    monkeypatch.setattr(checkpoint_integrity, "sha256", fail)
+    monkeypatch.setattr(checkpoint_integrity, "file_sha256", fail)
     assert find_damage(folder) == "empty cannot be read: Input/output error"
 
 
