@@ -1,21 +1,22 @@
-"""The two ways to refuse a user's run, each with its exit code.
+"""The errors with which data_prep refuses a command, on the table of exit codes that all commands share.
 
-Both are ValueErrors of one sentence: what is wrong, where, and what to do. Nothing else is caught. Any other exception
-is a bug in this program and keeps its traceback.
+Each is one sentence that names the fault, its place and the remedy. Any other exception is a bug and keeps its trace.
 """
 
-
-class ConfigurationError(ValueError):
-    """A setting is unknown, has the wrong type, or conflicts with another."""
-
-    exit_code = 3
+from ssa_pretrain.errors import CommandError, ExitCode
 
 
-class InputError(ValueError):
-    """A file, package or text named by the settings is missing or unreadable."""
+class ConfigurationError(CommandError, ValueError):
+    """A setting is unknown, has the wrong type or contradicts another."""
 
-    exit_code = 4
+    exit_code = ExitCode.CONFIGURATION
+
+
+class InputError(CommandError, ValueError):
+    """A file, package or text that the settings name is missing or unreadable."""
+
+    exit_code = ExitCode.DATA
 
 
 class UnreadableText(InputError):
-    """Text of an input file cannot be read: not UTF-8, not JSON, no text where it should be, a damaged archive."""
+    """Text of an input file cannot be read: it is not UTF-8 or not JSON, lacks the text field, or its archive is damaged."""

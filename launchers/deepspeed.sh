@@ -13,10 +13,10 @@
 #   --module NAME       the entry point                                      (ssa_pretrain.train)
 #   --dry-run           print the exact command, the run's plan and DeepSpeed's configuration; start nothing
 #
-# --num_gpus=8 is the same. A flag counts before the variable in brackets. What follows the flags goes to the entry point as it is.
-# Resuming is the same command again.
-# SIGTERM, Ctrl-C and SIGHUP stop all ranks after the same step with a checkpoint (exit code 7). They have TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds
-# (600) for that before they are killed; a second Ctrl-C kills them at once. On several nodes DeepSpeed's launcher gives them 30 seconds.
+# --num_gpus=8 is the same. A flag takes precedence over the variable in brackets. The arguments after the flags go to the entry point unchanged.
+# To resume, run the same command again.
+# SIGTERM, Ctrl-C and SIGHUP stop all ranks after the same step with a checkpoint (exit code 7). They are killed if that takes more than
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (600); a second Ctrl-C kills them at once. On several nodes DeepSpeed's launcher gives them 30 seconds.
 set -euo pipefail
 
 # shellcheck source=launchers/interpreter.bash

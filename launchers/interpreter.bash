@@ -1,14 +1,19 @@
-# For launchers: what bash has to do before ssa_pretrain.launch can decide the rest. To be sourced.
+# What a launcher does in bash, before ssa_pretrain.launch decides everything else. To be sourced.
 
-export PYTHONSAFEPATH=1  # the folder that a launcher is called from is not a place for packages
+export PYTHONSAFEPATH=1  # packages do not come from the folder that a launcher is called from
 
-# Prints a launcher's usage, the comment at its head.
+# Prints the usage of a launcher, which is the comment at its head.
 usage() {
     sed -n '2,/^set/s/^# \{0,1\}//p' "$1"
 }
 
-# Sets `python` to the interpreter of --python among a launcher's flags, of PYTHON, or to python3. Answers --help. Exits with 3 where the interpreter will
-# not do: its own words would be a trace, and the shell's a bare 127.
+# Returns whether an interpreter has the package ssa_pretrain.
+has_package() {
+    "$1" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("ssa_pretrain") is None)' 2>/dev/null
+}
+
+# Sets `python` to the interpreter of --python among the flags of a launcher, else to PYTHON, else to python3, and answers --help. Exits with 3 if the
+# interpreter cannot be used, because Python's own message would be a trace, and the shell's only the code 127.
 #
 #   find_interpreter LAUNCHER [FLAGS ...]
 find_interpreter() {
@@ -22,14 +27,14 @@ find_interpreter() {
             --python) python=${2:-$python} && shift ;;
             --) break ;;
             --*=* | --dry-run | --dry_run) ;;
-            --*) shift ;;  # its value is the next word
+            --*) shift ;;  # the next word is its value
             *) break ;;
         esac
         shift || break
     done
     if ! command -v -- "$python" >/dev/null; then
-        problem="is not there or cannot be run; $remedy"
-    elif ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("ssa_pretrain") is None)' 2>/dev/null; then
+        problem="does not exist or cannot be executed; $remedy"
+    elif ! has_package "$python"; then
         problem="has no package ssa_pretrain; $remedy, or pip install -e . into that one"
     fi
     if [[ -n $problem ]]; then

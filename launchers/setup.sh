@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A virtual environment with this project in it, from a bare Python. What `make` calls; by hand:
+# Builds a virtual environment with this project from a bare Python. `make` calls it; by hand:
 #
 #   launchers/setup.sh VENV EXTRAS        launchers/setup.sh .venv quickstart,dev
 #
 # PYTHON       the interpreter to build on; by default the first of python3, python3.12, python3.11 that is 3.11 or 3.12
 # TORCH_INDEX  where CPU builds of torch are; asked beside pip's own index if it answers within five seconds. A CPU build that
-#              pip finds by itself (a local wheel, a mirror) is as good. TORCH_INDEX= leaves pip alone: on a public machine that
-#              brings the CUDA build.
+#              pip finds by itself (a local wheel, a mirror) is as good. With TORCH_INDEX= pip decides by itself: on a
+#              public machine it installs the CUDA build.
 #
-# Each thing that can be missing ends with one sentence that says what to do, exit code 1.
+# If something is missing, it exits with 1 after one sentence with the remedy.
 set -euo pipefail
 
 case ${1-} in
@@ -31,7 +31,7 @@ supported() {
 find_python() {
     local candidate
     if [[ -n ${PYTHON-} ]]; then
-        command -v "$PYTHON" >/dev/null || stop "PYTHON=$PYTHON is not there; give the path of a Python 3.11 or 3.12."
+        command -v "$PYTHON" >/dev/null || stop "PYTHON=$PYTHON does not exist; give the path of a Python 3.11 or 3.12."
         supported "$PYTHON" || stop "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1), and 3.11 or 3.12 is needed; give the path of one."
         printf '%s' "$PYTHON"
         return
@@ -42,19 +42,19 @@ find_python() {
             return
         fi
     done
-    stop "no Python 3.11 or 3.12 was found; install one (Debian 12, Ubuntu 24.04: sudo apt install python3 python3-venv) or say make PYTHON=/path/to/python."
+    stop "no Python 3.11 or 3.12 was found; install one (Debian 12, Ubuntu 24.04: sudo apt install python3 python3-venv) or run make PYTHON=/path/to/python."
 }
 
 python=$(find_python)
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
-    stop "$python has no venv module; install it (Debian, Ubuntu: sudo apt install python3-venv) or say make PYTHON=/path/to/another/python."
+    stop "$python has no venv module; install it (Debian, Ubuntu: sudo apt install python3-venv) or run make PYTHON=/path/to/another/python."
 command -v cc >/dev/null || command -v gcc >/dev/null ||
     stop "no C compiler was found; install one (Debian, Ubuntu: sudo apt install build-essential)."
 
 [[ ! -d $venv || -f $venv/pyvenv.cfg || -z $(ls -A "$venv") ]] ||
-    stop "VENV=$venv is a folder with other things in it; choose another."
+    stop "VENV=$venv is a folder with other content; choose another."
 if [[ ! -x $venv/bin/python ]] || ! supported "$venv/bin/python"; then
-    "$python" -m venv --clear "$venv" || stop "$python could not make a virtual environment in $venv; is the disk full or read-only?"
+    "$python" -m venv --clear "$venv" || stop "$python could not create a virtual environment in $venv; is the disk full or read-only?"
 fi
 
 quiet=()

@@ -7,15 +7,15 @@
 #   --nproc-per-node N       processes on this node, one per GPU         (NPROC_PER_NODE, or auto: every GPU)
 #   --nnodes N               nodes                                       (NNODES, or 1)
 #   --rdzv-endpoint HOST:PORT  one of the nodes; all must reach it       (RDZV_ENDPOINT; needed for more than one node)
-#   --rdzv-id NAME           tells jobs on one endpoint apart            (RDZV_ID, or ssa_pretrain)
+#   --rdzv-id NAME           distinguishes jobs on one endpoint            (RDZV_ID, or ssa_pretrain)
 #   --python PATH            the interpreter                             (PYTHON, or python3)
 #   --module NAME            the entry point                             (ssa_pretrain.train)
 #   --dry-run                print the exact command and the run's plan; start nothing
 #
-# --nproc_per_node=8 is the same. A flag counts before the variable in brackets. What follows the flags goes to the entry point as it is.
-# Resuming is the same command again.
-# SIGTERM, Ctrl-C and SIGHUP stop all ranks after the same step with a checkpoint (exit code 7). They have TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds
-# (600) for that before they are killed; a second Ctrl-C kills them at once.
+# --nproc_per_node=8 is the same. A flag takes precedence over the variable in brackets. The arguments after the flags go to the entry point unchanged.
+# To resume, run the same command again.
+# SIGTERM, Ctrl-C and SIGHUP stop all ranks after the same step with a checkpoint (exit code 7). They are killed if that takes more than
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (600); a second Ctrl-C kills them at once.
 set -euo pipefail
 
 # shellcheck source=launchers/interpreter.bash

@@ -8,7 +8,6 @@ Saved configurations are YAML.
 
 import dataclasses
 import math
-import os
 import re
 from enum import Enum
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.problems import SECRET, ConfigError, Problem, join, show
+from ssa_pretrain.settings.files import write_atomically
 from ssa_pretrain.settings.typed import read_yaml
 from ssa_pretrain.suggestions import closest
 
@@ -41,12 +41,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path | str) -> None:
     """Writes the whole configuration as YAML that `load_config` and Hydra read back to the same values."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(Path(path), yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def load_config(path: Path | str) -> Config:

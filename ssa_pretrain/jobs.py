@@ -1,7 +1,8 @@
-"""What launchers/torchrun.sh and launchers/deepspeed.sh start: flags, environment variables, hostfile and ports, read and checked.
+"""What launchers/torchrun.sh and launchers/deepspeed.sh start: checks flags, environment variables, hostfile and ports.
 
-A flag counts before the variable of its name. What is wrong raises `Refused` with one sentence. Stdlib only: nothing here imports torch, and what only
-torch or DeepSpeed can count is asked of a process of its own.
+A flag takes precedence over the variable of its name. A problem raises `LaunchError` with one sentence. Stdlib only: what only torch or DeepSpeed can count
+is counted in a process of its own. For the same reason DeepSpeed's `fetch_hostfile` and `parse_resource_filter` are not used: they import torch, which takes
+seconds, and answer a bad line with a trace. The rules here are theirs.
 """
 
 import re
@@ -14,15 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import randrange
 
+from ssa_pretrain.errors import LaunchError
+
 TRAIN = "ssa_pretrain.train"
 POSITIVE = re.compile(r"[1-9][0-9]*")
-USUAL_PORT = 29500
+DEFAULT_PORT = 29500
 TORCHRUN_FLAGS = ("nproc-per-node", "nnodes", "rdzv-endpoint", "rdzv-id", "python", "module")
 DEEPSPEED_FLAGS = ("num-gpus", "num-nodes", "hostfile", "include", "exclude", "master-port", "python", "module")
-
-
-class Refused(Exception):
-    """The command line or the environment cannot be used; the message is one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +29,26 @@ class Job:
     """What a launcher starts.
 
     Attributes:
-        command: the launcher's command, as it could be given by hand.
-        runs: the command that runs in its place.
+        command: the command as it could be given by hand.
+        executed: the command that runs in its place.
         module, arguments: the entry point of the ranks.
-        world_size: the number of processes; None if it cannot be known here.
-        uncounted: what is reported of a plan for an unknown number of processes.
-        waits: whether there are no ranks on this node.
+        world_size: the number of processes; None if it cannot be counted here.
+        uncounted: why it cannot be counted, and the remedy.
+        is_remote: whether DeepSpeed's launcher starts the ranks by ssh, so that they are not children of this process.
     """
 
     command: list[str]
-    runs: list[str]
+    executed: list[str]
     module: str
     arguments: list[str]
     world_size: int | None
     uncounted: str
-    waits: bool = False
+    is_remote: bool = False
 
 
 @dataclass(slots=True)
 class Flags:
-    """A launcher's flags as given, and what follows them."""
+    """The flags of a launcher, and the arguments after them."""
 
     values: dict[str, str] = field(default_factory=dict)
     dry_run: bool = False
@@ -67,34 +66,34 @@ def read_flags(words: Sequence[str], names: Sequence[str]) -> Flags:
         flag = flag.replace("_", "-")
         if flag == "--dry-run":
             if equals:
-                raise Refused(f"--dry-run takes no value; leave out ={value}")
+                raise LaunchError(f"--dry-run takes no value; leave out ={value}")
             found.dry_run = True
         elif flag[2:] in names:
             value = value if equals else words.pop(0) if words else ""
             if not value:
-                raise Refused(f"{flag} needs a value; see --help")
+                raise LaunchError(f"{flag} needs a value; see --help")
             found.values[flag[2:]] = value
         else:
-            raise Refused(f"{word} is not a flag; put flags of the entry point after --")
+            raise LaunchError(f"{word} is not a flag; put flags of the entry point after --")
     found.rest = words
     return found
 
 
 def require(pattern: re.Pattern[str], flag: str, value: str, rule: str, advice: str) -> None:
-    """Raises Refused unless a value matches whole."""
+    """Raises LaunchError unless the whole value matches."""
     if not pattern.fullmatch(value):
-        raise Refused(f"--{flag}={value} must be {rule}; {advice}")
+        raise LaunchError(f"--{flag}={value} must be {rule}; {advice}")
 
 
 def require_package(module: str) -> None:
-    """Raises Refused where this interpreter does not have the entry point's package."""
+    """Raises LaunchError if this interpreter does not have the package of the entry point."""
     package = module.partition(".")[0]
     if find_spec(package) is None:
-        raise Refused(f"--python={sys.executable} has no package {package}, which --module={module} names")
+        raise LaunchError(f"--python={sys.executable} has no package {package}, which --module={module} names")
 
 
 def torchrun_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple[Job, bool]:
-    """Returns what launchers/torchrun.sh starts, and whether it is only shown."""
+    """Returns what launchers/torchrun.sh starts, and whether this is a dry run."""
     flags = read_flags(words, TORCHRUN_FLAGS)
 
     def given(name: str, default: str) -> str:
@@ -108,14 +107,14 @@ def torchrun_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple[
         endpoint = given("rdzv-endpoint", "")
         if not endpoint:
             advice = "the same on every node; try the first node's name and port 29400"
-            raise Refused(f"--nnodes={nnodes} needs --rdzv-endpoint=HOST:PORT, {advice}")
+            raise LaunchError(f"--nnodes={nnodes} needs --rdzv-endpoint=HOST:PORT, {advice}")
         meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={given('rdzv-id', 'ssa_pretrain')}"]
     require_package(module)
     per_node = int(nproc) if nproc.isdecimal() else count_torch(nproc)
     arguments = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc}", *meet, "-m", module, *flags.rest]
     job = Job(
         command=[sys.executable, "-m", "torch.distributed.run", *arguments],
-        runs=[sys.executable, "-m", "ssa_pretrain.torch_agent", *arguments],
+        executed=[sys.executable, "-m", "ssa_pretrain.torch_agent", *arguments],
         module=module,
         arguments=flags.rest,
         world_size=int(nnodes) * per_node if per_node else None,
@@ -125,83 +124,92 @@ def torchrun_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple[
 
 
 def count_torch(nproc: str) -> int | None:
-    """Returns what `auto` and `gpu` come to on this node, by torchrun's own count; None where it cannot tell."""
+    """Returns how many processes torchrun would start on this node for `auto` or `gpu`; None if it cannot tell."""
     code = "from torch.distributed.run import determine_local_world_size as count"
     return _counted(f"{code}; print(count({nproc!r}))")
 
 
 def count_deepspeed() -> int | None:
-    """Returns the GPUs of this node by DeepSpeed's own count; None where it cannot tell."""
+    """Returns how many GPUs DeepSpeed counts on this node; None if it cannot tell."""
     return _counted("from deepspeed.accelerator import get_accelerator as found; print(found().device_count())")
 
 
 def _counted(code: str) -> int | None:
-    """The number that Python code prints last; in a process of its own, since it imports torch."""
+    """Returns the number that Python code prints last. It runs in a process of its own, because it imports torch."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     last = done.stdout.split()[-1:] if done.returncode == 0 else []
     return int(last[0]) if last and POSITIVE.fullmatch(last[0]) else None
 
 
 def deepspeed_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple[Job, bool]:
-    """Returns what launchers/deepspeed.sh starts, and whether it is only shown."""
+    """Returns what launchers/deepspeed.sh starts, and whether this is a dry run."""
     flags = read_flags(words, DEEPSPEED_FLAGS)
-
-    def given(name: str) -> str:
-        return flags.values.get(name) or environment.get(name.upper().replace("-", "_"), "")
-
-    num_gpus, num_nodes, hostfile = given("num-gpus"), given("num-nodes"), given("hostfile")
-    include, exclude = flags.values.get("include", ""), flags.values.get("exclude", "")
-    module = flags.values.get("module", TRAIN)
-    require(POSITIVE, "num-gpus", num_gpus or "1", "a positive number", "try 8")
-    require(POSITIVE, "num-nodes", num_nodes or "1", "a positive number", "try 2")
-    if hostfile and not Path(hostfile).is_file():
-        raise Refused(f"--hostfile={hostfile} is not there; it has a line such as 'node0 slots=8' for each node")
-    if not hostfile and int(num_nodes or 1) > 1:
-        raise Refused(f"--num-nodes={num_nodes} needs --hostfile, with a line such as 'node0 slots=8' for each node")
-    if (include or exclude) and (num_gpus or num_nodes):
-        raise Refused("--include and --exclude name the GPUs; leave out --num-gpus and --num-nodes")
-    if include and exclude:
-        raise Refused("--include and --exclude cannot both be given; name with --include what is left")
-    hosts = read_hostfile(Path(hostfile)) if hostfile else {}
-    if int(num_nodes or 1) > len(hosts) and hostfile:
-        raise Refused(f"--num-nodes={num_nodes} is more than the hosts of --hostfile={hostfile}; try {len(hosts)}")
-    port = master_port(
-        flags.values.get("master-port", ""), environment.get("MASTER_PORT", ""), on_one_node=not hostfile
-    )
-    require_package(module)
-    if not hostfile and (count := int(num_gpus) if num_gpus else count_deepspeed()):
-        hosts = {"localhost": count}
-    used = dict(list(hosts.items())[: int(num_nodes or len(hosts) or 1)])
-    counts = {host: left(host, int(num_gpus or slots), include, exclude) for host, slots in used.items()}
-    if hosts and not sum(counts.values()):
-        given_flag = f"--include={include}" if include else f"--exclude={exclude}"
-        raise Refused(f"{given_flag} leaves no GPU of {' '.join(hosts)}; write HOST:GPU,GPU@HOST")
-    # A hostfile that does not exist means this node; DeepSpeed would look for /job/hostfile otherwise.
-    options = {
-        "num_nodes": num_nodes,
-        "num_gpus": num_gpus,
-        "include": include,
-        "exclude": exclude,
-        "master_port": port,
+    given = {
+        name: environment.get(name.upper().replace("-", "_"), "") for name in ("num-gpus", "num-nodes", "hostfile")
     }
+    given |= flags.values
+    hostfile, module = given["hostfile"], given.get("module", TRAIN)
+    check_deepspeed_flags(given)
+    hosts = read_hostfile(Path(hostfile)) if hostfile else {}
+    if int(given["num-nodes"] or 1) > len(hosts) and hostfile:
+        raise LaunchError(
+            f"--num-nodes={given['num-nodes']} is more than the hosts of --hostfile={hostfile}; try {len(hosts)}"
+        )
+    port = master_port(given.get("master-port", ""), environment.get("MASTER_PORT", ""), on_one_node=not hostfile)
+    require_package(module)
+    if not hostfile and (count := int(given["num-gpus"] or 0) or count_deepspeed()):
+        hosts = {"localhost": count}
+    counts = count_slots(hosts, given)
+    options = {name: given.get(name, "") for name in ("num-nodes", "num-gpus", "include", "exclude")}
+    options["master-port"] = port
+    # Without a hostfile the command names one that does not exist, which means this node; by default DeepSpeed reads /job/hostfile.
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile or '/nonexistent'}"]
-    launcher += [f"--{name}={value}" for name, value in options.items() if value]
+    launcher += [f"--{name.replace('-', '_')}={value}" for name, value in options.items() if value]
     entry = ["--module", module, "engine=deepspeed", *flags.rest]
-    giving = "--hostfile=PATH" if include or exclude else "--num-gpus=N"
+    remedy = "--hostfile=PATH" if options["include"] or options["exclude"] else "--num-gpus=N"
     job = Job(
         command=[*launcher, *entry],
-        runs=[*launcher, "--log_level=critical", *entry],
+        executed=[*launcher, "--log_level=critical", *entry],
         module=module,
         arguments=["engine=deepspeed", *flags.rest],
         world_size=sum(counts.values()) or None,
-        uncounted=f"the GPUs of this node cannot be counted here; {giving} gives their number",
-        waits=len([host for host, count in counts.items() if count]) > 1,
+        uncounted=f"the GPUs of this node cannot be counted here; {remedy} gives their number",
+        is_remote=sum(count > 0 for count in counts.values()) > 1,
     )
     return job, flags.dry_run
 
 
+def check_deepspeed_flags(given: Mapping[str, str]) -> None:
+    """Raises LaunchError if flags of launchers/deepspeed.sh are wrong or contradict each other."""
+    hostfile, num_gpus, num_nodes = given["hostfile"], given["num-gpus"], given["num-nodes"]
+    has_include, has_exclude = "include" in given, "exclude" in given
+    require(POSITIVE, "num-gpus", num_gpus or "1", "a positive number", "try 8")
+    require(POSITIVE, "num-nodes", num_nodes or "1", "a positive number", "try 2")
+    if hostfile and not Path(hostfile).is_file():
+        raise LaunchError(f"--hostfile={hostfile} does not exist; it has a line such as 'node0 slots=8' for each node")
+    if not hostfile and int(num_nodes or 1) > 1:
+        raise LaunchError(
+            f"--num-nodes={num_nodes} needs --hostfile, with a line such as 'node0 slots=8' for each node"
+        )
+    if (has_include or has_exclude) and (num_gpus or num_nodes):
+        raise LaunchError("--include and --exclude name the GPUs; leave out --num-gpus and --num-nodes")
+    if has_include and has_exclude:
+        raise LaunchError("--include and --exclude cannot both be given; name with --include what is left")
+
+
+def count_slots(hosts: Mapping[str, int], given: Mapping[str, str]) -> dict[str, int]:
+    """Returns how many processes each host gets under the flags of launchers/deepspeed.sh; raises LaunchError if none gets any."""
+    include, exclude = given.get("include", ""), given.get("exclude", "")
+    used = list(hosts.items())[: int(given["num-nodes"] or len(hosts) or 1)]
+    counts = {host: num_remaining(host, int(given["num-gpus"] or slots), include, exclude) for host, slots in used}
+    if hosts and not sum(counts.values()):
+        flag = f"--include={include}" if include else f"--exclude={exclude}"
+        raise LaunchError(f"{flag} leaves no GPU of {' '.join(hosts)}; write HOST:GPU,GPU@HOST")
+    return counts
+
+
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Returns the slots of each host of DeepSpeed's hostfile, in its order."""
+    """Returns the slots of each host of a DeepSpeed hostfile, in order."""
     hosts: dict[str, int] = {}
     for line in path.read_text().splitlines():
         if not line.strip() or line.lstrip().startswith("#"):
@@ -210,26 +218,26 @@ def read_hostfile(path: Path) -> dict[str, int]:
         slots = rest[0].removeprefix("slots=") if rest and rest[0].startswith("slots=") else ""
         if not POSITIVE.fullmatch(slots):
             shown = " ".join([host, *rest])
-            raise Refused(
+            raise LaunchError(
                 f"--hostfile={path} has a line '{shown}', which must be HOST slots=GPUS; try '{host} slots=8'"
             )
         if host in hosts:
-            raise Refused(f"--hostfile={path} has {host} twice; leave one line of it, with all its slots")
+            raise LaunchError(f"--hostfile={path} has {host} twice; leave one line of it, with all its slots")
         hosts[host] = int(slots)
     if not hosts:
-        raise Refused(f"--hostfile={path} names no host; write a line such as 'node0 slots=8' for each node")
+        raise LaunchError(f"--hostfile={path} names no host; write a line such as 'node0 slots=8' for each node")
     return hosts
 
 
-def left(host: str, slots: int, include: str, exclude: str) -> int:
-    """Returns how many of a host's GPUs, 0 to slots - 1, a list such as node1:0,2@node2 leaves."""
+def num_remaining(host: str, slots: int, include: str, exclude: str) -> int:
+    """Returns how many of a host's GPUs, 0 to slots - 1, remain after --include or --exclude, such as node1:0,2@node2."""
     if include:
-        return named(host, slots, include)
-    return slots - named(host, slots, exclude) if exclude else slots
+        return num_listed(host, slots, include)
+    return slots - num_listed(host, slots, exclude) if exclude else slots
 
 
-def named(host: str, slots: int, listed: str) -> int:
-    """Returns how many of a host's GPUs a list names; a host without GPUs means all of them."""
+def num_listed(host: str, slots: int, listed: str) -> int:
+    """Returns how many of a host's GPUs a list names; a host without GPUs stands for all of them."""
     specs = [spec.partition(":") for spec in listed.split("@")]
     gpus = {gpu for name, colon, some in specs if name == host and colon for gpu in some.split(",")}
     whole = any(name == host and not colon for name, colon, _ in specs)
@@ -237,29 +245,29 @@ def named(host: str, slots: int, listed: str) -> int:
 
 
 def master_port(flag: str, variable: str, *, on_one_node: bool) -> str:
-    """Returns the port where the ranks meet: as given, else a free one on one node, where nobody has to know it beforehand."""
+    """Returns the port where the ranks meet: the given one, else a free one on one node, else the default."""
     shown, remedy = f"--master-port={flag}", "leave it out for a free one"
     if variable and not flag:
         shown, remedy = f"MASTER_PORT={variable} in the environment", "unset it for a free port, or give --master-port"
     port = flag or variable
     if not port:
-        return str(free_port() if on_one_node else USUAL_PORT)
+        return str(free_port() if on_one_node else DEFAULT_PORT)
     if not (POSITIVE.fullmatch(port) and int(port) <= 65535):
-        raise Refused(f"{shown} must be a port, 1 to 65535; try {USUAL_PORT}")
+        raise LaunchError(f"{shown} must be a port, 1 to 65535; try {DEFAULT_PORT}")
     if on_one_node and not is_free(int(port)):
-        raise Refused(f"{shown} is in use by another process of this node; {remedy}")
+        raise LaunchError(f"{shown} is in use by another process of this node; {remedy}")
     return port
 
 
 def free_port() -> int:
-    """Returns a port that nothing uses, below those that the system gives to connections: a rank takes it seconds later."""
+    """Returns an unused port below the range that the system assigns to connections, because a rank takes it only seconds later."""
     while not is_free(port := randrange(15_000, 30_000)):
         pass
     return port
 
 
 def is_free(port: int) -> bool:
-    """Returns whether a process of this node could listen on a port, on every address as the ranks' store does."""
+    """Returns whether a process of this node can listen on a port, on every address like the ranks' store."""
     dual = socket.has_dualstack_ipv6()
     try:
         family = socket.AF_INET6 if dual else socket.AF_INET

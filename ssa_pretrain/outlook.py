@@ -3,7 +3,6 @@
 Nothing is created, locked for long or changed, and torch is not imported. Checkpoints are taken as they are listed: only a run verifies their files.
 """
 
-import fcntl
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.planning.plan import Plan
 from ssa_pretrain.run_folder import LOCK, unwritable
 from ssa_pretrain.schedule import needs_equal_microbatches
+from ssa_pretrain.settings.files import LockedError, require_unlocked
 
 OF_DATA = ("data.fingerprint", "vocabulary.tokenizer_sha256")  # unknown without the data
 MOST_SHOWN = 4
@@ -85,12 +85,8 @@ def _newest(folder: Path) -> dict[str, Any] | None:
 
 def _holder(folder: Path) -> str:
     """The process that holds a run's folder, empty where none is known to."""
-    with suppress(OSError), (folder / LOCK).open(encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with suppress(ValueError, KeyError, TypeError):
-                held = json.loads(file.read())
-                return f"process {held['pid']} on {held['host']}, started {held['started']}"
-            return "another process"
+    try:
+        require_unlocked(folder / LOCK, patience=0.0)
+    except LockedError as owner:
+        return str(owner)
     return ""

@@ -9,7 +9,7 @@ it prints the same list of problems and exits 3 or 4. Launchers run it once befo
 
 import sys
 
-from ssa_pretrain.signals import leaves_on_ctrl_c
+from ssa_pretrain.process import command
 
 CHECK = "--check"
 
@@ -17,7 +17,7 @@ CHECK = "--check"
 def main() -> None:
     """Prints the plan of the command line's configuration, or checks it."""
     arguments = [argument for argument in sys.argv[1:] if argument != CHECK]
-    with leaves_on_ctrl_c("ssa_pretrain.plan"):
+    with command("ssa_pretrain.plan"):
         from ssa_pretrain.cli import read_config
 
         read_config("train" if CHECK in sys.argv else "plan", arguments)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ssa_pretrain.errors import CommandError, ExitCode
+
 SECRET = re.compile(
     r"(api|access|auth|secret|private)[_-]?(key|token)|(^|[._-])(key|token)$|secret|passw|credential", re.IGNORECASE
 )
@@ -41,21 +43,18 @@ class Problem:
         return f"{self.key}{shown} {self.rule}" + (f"; {self.advice}" if self.advice else "")
 
 
-class ConfigError(ValueError):
+class ConfigError(CommandError, ValueError):
     """A configuration with problems; str() lists them, one a line."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
+        only_data = all(problem.exit_code == ExitCode.DATA for problem in self.problems)
+        self.exit_code = ExitCode.DATA if only_data else ExitCode.CONFIGURATION
         super().__init__("\n".join(f"  {problem}" for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[Problem, ...]]]:
         """Returns how another process makes it again: from the problems, not from their text."""
         return ConfigError, (self.problems,)
-
-    @property
-    def exit_code(self) -> int:
-        """4 when only the data is wrong, else 3."""
-        return 4 if all(problem.exit_code == 4 for problem in self.problems) else 3
 
 
 def show(value: object) -> str:

@@ -1,124 +1,281 @@
-"""What surrounds the work of a process that trains: signals, errors, its exit code and its last sentence.
+"""The life of a process: signals, errors, and the exit code and the one sentence with which it ends.
 
-Exit codes: 0 done, 1 anything else, 3 configuration, 4 data, 5 checkpoint, 6 a loss or gradient that is not finite, 7 stopped on request, 130 left
-at once on a second Ctrl-C. docs/launch.md has the same table for users.
+`command` surrounds a program of one process, `rank_process` a rank. Both turn a `CommandError` into its sentence and its exit code (errors.py).
+
+A rank reports its end to the launcher of its node, which prints it last. For that the launcher (supervision.py) gives its ranks a private folder in the
+environment variable LAUNCH:
+
+    exit_RANK.json     a `RankExit`, the last thing that a rank writes
+    lost               ranks that ended without one, written by the launcher: they were killed
+    stop               the signal that the launcher received, such as SIGINT
+    alive              a FIFO that the launcher keeps open: it closes when the launcher ends, and then the ranks end too
+
+Without the variable (torchrun by hand, a single process, the other nodes of DeepSpeed's launcher) ranks print their sentences themselves. Stdlib only.
 """
 
+import json
 import logging
 import os
+import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
-from ssa_pretrain.endings import (
-    STOP,
-    Ending,
-    another_failed,
-    end_process,
-    end_with_launcher,
-    last_words,
-    launch_folder,
-    signal_name,
-    write_ending,
-)
-from ssa_pretrain.signals import STOPPED, STOPS, on_signals, survive_terminal
+from ssa_pretrain.errors import CommandError, ExitCode
+from ssa_pretrain.signals import STOP_SIGNALS, on_signals, survive_terminal
 
-FIRST_SECONDS = 15.0  # for rank 0 to close its log (W&B takes up to eleven) and to report why the run ends
-NOTICE_SECONDS = 1.0  # for the launcher to notice that another rank was killed, before a SIGTERM is taken for a stop
-FOLLOW_SECONDS = (
-    5.0  # for the launcher to notice that another rank was killed, before a lost connection is reported as an error
-)
+LAUNCH = "SSA_PRETRAIN_LAUNCH"
+ALIVE, LOST, STOP = "alive", "lost", "stop"
+REPORTED, NOTICED = "ssa_pretrain/rank_0_reported", "ssa_pretrain/report_noticed"  # keys of the ranks' store
+RANK_0_SECONDS = 15.0  # for rank 0 to close its log (W&B takes up to 11) and to report why the run ends
+NOTICED_SECONDS = 2.0  # for the other ranks to notice that report
+SIGTERM_SECONDS = 1.0  # for the launcher to notice a killed rank, before a SIGTERM counts as a request to stop
+PEER_SECONDS = 5.0  # for the launcher to notice a killed rank, before a lost connection counts as an error
+LONGEST_LINE = 300
+
+
+@dataclass(frozen=True, slots=True)
+class RankExit:
+    """How a rank ended.
+
+    Attributes:
+        rank: the rank.
+        code: its exit code.
+        text: the sentence for the user; may be empty.
+        of_one_rank: only this rank has the error; False if all ranks have it.
+        follows: it ended only because another rank did.
+        time: when, in seconds since the epoch.
+    """
+
+    rank: int
+    code: int
+    text: str = ""
+    of_one_rank: bool = False
+    follows: bool = False
+    time: float = 0.0
 
 
 @contextmanager
-def rank_process(stopped: str, *, code: int = STOPPED, signals: Sequence[signal.Signals] = STOPS) -> Iterator[None]:
-    """Surrounds a rank's whole life: it ends with its launcher, reports to it how it has ended, and leaves at once when it is asked to stop.
+def command(program: str, interrupted: str = "interrupted") -> Iterator[None]:
+    """Surrounds a program of one process that leaves nothing half done.
+
+    Ctrl-C ends it at once with one line, a `CommandError` with its sentence and its exit code.
 
     Args:
-        stopped: what is reported then, after the signal's name: "stopped before training began; …". `Interruption` takes over while a run trains.
-        code: the exit code then.
-        signals: those that ask it to stop.
+        program: the name before these lines.
+        interrupted: the line after Ctrl-C.
+    """
+
+    def interrupt(number: signal.Signals) -> None:
+        print(f"{program}: {interrupted}", file=sys.stderr, flush=True)
+        os._exit(ExitCode.INTERRUPTED)
+
+    with on_signals(interrupt, [signal.SIGINT]):
+        try:
+            yield
+        except CommandError as error:
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)
+
+
+@contextmanager
+def rank_process(
+    stopped: str, *, code: int = ExitCode.STOPPED, signals: Sequence[signal.Signals] = STOP_SIGNALS
+) -> Iterator[None]:
+    """Surrounds the whole life of a rank: it reports how it ends, ends with its launcher, and exits at once when it is asked to stop.
+
+    Args:
+        stopped: the sentence after the name of the signal: "stopped before training began; …". While a run trains, `Interruption` takes over.
+        code: the exit code after a signal.
+        signals: the signals that ask it to stop.
     """
     given = os.environ.get("RANK", "0")  # anything but a number is reported with the configuration
     folder, rank = launch_folder(), int(given) if given.isdecimal() else 0
 
-    def leave_at_once(number: signal.Signals) -> None:
-        # Without a stop of the launcher's, the signal most likely is its way to end the ranks that are left.
-        if folder and not (folder / STOP).exists() and _follows(folder, rank, NOTICE_SECONDS):
-            write_ending(folder, Ending(rank, code, follows=True))
+    def stop(number: signal.Signals) -> None:
+        # Unless the launcher was asked to stop, this is most likely its way to end the remaining ranks.
+        if folder and not (folder / STOP).exists() and _peer_fails_within(SIGTERM_SECONDS, folder, rank):
+            write_exit(folder, RankExit(rank, code, follows=True))
         elif folder or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            last_words(f"{signal_name(number)}: {stopped}", code=code)
-        end_process(code)
+            report_exit(f"{received_signal(number)}: {stopped}", code=code)
+        exit_now(code)
 
     survive_terminal()
     if folder:
-        end_with_launcher(folder)
-    with on_signals(leave_at_once, signals):
+        exit_when_launcher_ends(folder)
+    with on_signals(stop, signals):
         try:
             yield
-        except SystemExit as leaving:
-            if folder and (isinstance(leaving.code, int) or leaving.code is None):
-                write_ending(folder, Ending(rank, leaving.code or 0))
+        except CommandError as error:
+            exit_with(error)
+        except SystemExit as error:
+            if folder and (isinstance(error.code, int) or error.code is None):
+                write_exit(folder, RankExit(rank, error.code or 0))
             raise
         except BaseException as error:
             if folder:
-                _report_error(folder, rank, error)
+                _report_crash(folder, rank, error)
             raise
         if folder:
-            write_ending(folder, Ending(rank, 0))
+            write_exit(folder, RankExit(rank, ExitCode.DONE))
 
 
-def leave(error: Exception, code: int) -> None:
-    """Reports what is wrong, once per node, and exits without waiting for other ranks' work, which may never end.
+def exit_with(error: CommandError) -> NoReturn:
+    """Reports an error once per node and exits with its code, without waiting for the other ranks' work, which may never end.
 
-    What all ranks have to report rank 0 reports first: a launcher ends it as soon as another has left. What only one rank met has `of_one_rank`,
-    and that rank reports it at once.
+    Rank 0 reports first what all ranks have in common, because a launcher ends it as soon as another rank has exited. A rank that is alone with its error
+    (`of_one_rank`) reports it at once.
     """
-    rank, alone = int(os.environ.get("RANK", "0")), getattr(error, "of_one_rank", False)
+    rank, text, code = int(os.environ.get("RANK", "0")), str(error), int(error.exit_code)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        last_words(str(error), code=code)
+        report_exit(text, code=code)
         sys.exit(code)
-    from ssa_pretrain.parallel.agreement import first_has_spoken
-
     if rank == 0:
-        last_words(str(error), code=code, alone=alone)
-    first_has_spoken(is_first=rank == 0, seconds=0.0 if alone else FIRST_SECONDS)
+        report_exit(text, code=code, of_one_rank=error.of_one_rank)
+    _wait_for_rank_0(rank, 0.0 if error.of_one_rank else RANK_0_SECONDS)
     if rank != 0:
-        last_words(str(error), code=code, alone=alone)
-    end_process(code)
+        report_exit(text, code=code, of_one_rank=error.of_one_rank)
+    exit_now(code)
 
 
-def quieten_libraries() -> None:
-    """Hides megatron-core's remarks on optional packages and settings; what matters of them is in the banner."""
+def report_exit(text: str, *, code: int, of_one_rank: bool = False) -> None:
+    """Reports why this rank ends: to its launcher, else on stderr.
+
+    On stderr it is reported by rank 0, by the first rank of each node and by a rank that is alone with its error.
+
+    Args:
+        text: one sentence.
+        code: the exit code that follows.
+        of_one_rank: only this rank ends for that reason.
+    """
+    rank, folder = int(os.environ.get("RANK", "0")), launch_folder()
+    if rank and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not folder and not of_one_rank and os.environ.get("LOCAL_RANK") != "0":
+            return
+        text = f"rank {rank} ({socket.gethostname()}): {text}"
+    if folder:
+        write_exit(folder, RankExit(rank, code, text, of_one_rank))
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends this process at once. The interpreter's own exit could wait for other ranks, which may never come."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader has gone
+            stream.flush()
+    os._exit(code)
+
+
+def exit_when_launcher_ends(folder: Path) -> None:
+    """Starts a thread that ends this process when the launcher is gone, even by kill -9."""
+
+    def wait() -> None:
+        # Non-blocking, because opening a FIFO would wait for a launcher that is gone.
+        descriptor = os.open(folder / ALIVE, os.O_RDONLY | os.O_NONBLOCK)
+        os.set_blocking(descriptor, True)
+        os.read(descriptor, 1)
+        shutil.rmtree(folder, ignore_errors=True)
+        exit_now(ExitCode.FAILED)
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
+
+
+def launch_folder() -> Path | None:
+    """Returns the folder of the launcher of ours that started this rank; None without one."""
+    folder = os.environ.get(LAUNCH)
+    return Path(folder) if folder and "RANK" in os.environ and Path(folder).is_dir() else None
+
+
+def write_exit(folder: Path, rank_exit: RankExit) -> None:
+    """Writes this rank's exit for the launcher; the first one stays."""
+    path = folder / f"exit_{rank_exit.rank}.json"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(asdict(rank_exit) | {"time": time.time()}))
+    with suppress(FileExistsError):
+        os.link(temporary, path)  # unlike a rename, this fails if the file exists
+    temporary.unlink()
+
+
+def read_exits(folder: Path) -> list[RankExit]:
+    """Returns the exits of this node's ranks, the ones that explain the others first."""
+    found = [RankExit(**json.loads(path.read_text())) for path in folder.glob("exit_*.json")]
+    return sorted(found, key=lambda e: (e.code == 0, e.follows, not e.of_one_rank, e.time if e.of_one_rank else e.rank))
+
+
+def received_signal(number: signal.Signals) -> str:
+    """Returns the name of the signal that the launcher received and passed on, else of the one that this process received."""
+    folder = launch_folder()
+    return (folder / STOP).read_text() if folder and (folder / STOP).exists() else number.name
+
+
+def hide_library_warnings() -> None:
+    """Hides megatron-core's remarks on optional packages and settings; the banner reports those that matter."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # "Unknown MLP type": ours
 
 
-def _report_error(folder: Path, rank: int, error: BaseException) -> None:
-    """Reports an error that nothing expects to the launcher, unless it only follows from another rank's end; ends the process if there are others."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and isinstance(error, RuntimeError) and _follows(folder, rank, FOLLOW_SECONDS):
-        write_ending(folder, Ending(rank, 1, follows=True))
-        time.sleep(FOLLOW_SECONDS)  # DeepSpeed's launcher looks once per second, and should see the other rank first
-        end_process(1)
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    shown = line if len(line) <= 300 else line[:297] + "..."
-    write_ending(folder, Ending(rank, 1, f"rank {rank} failed, its trace is above: {shown}", alone=True))
-    if several:  # the interpreter's own end could wait for other ranks
+def shortened(text: str) -> str:
+    """Returns a text as one line of at most LONGEST_LINE characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 3] + "..."
+
+
+def _report_crash(folder: Path, rank: int, error: BaseException) -> None:
+    """Reports an unexpected error to the launcher, unless it only follows from the end of another rank. Ends the process if there are other ranks."""
+    has_peers = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if has_peers and isinstance(error, RuntimeError) and _peer_fails_within(PEER_SECONDS, folder, rank):
+        write_exit(folder, RankExit(rank, ExitCode.FAILED, follows=True))
+        time.sleep(PEER_SECONDS)  # DeepSpeed's launcher polls once per second, and should notice the other rank first
+        exit_now(ExitCode.FAILED)
+    line = shortened(f"{type(error).__name__}: {error}")
+    text = f"rank {rank} failed, its trace is above: {line}"
+    write_exit(folder, RankExit(rank, ExitCode.FAILED, text, of_one_rank=True))
+    if has_peers:
         traceback.print_exception(error)
-        end_process(1)
+        exit_now(ExitCode.FAILED)
 
 
-def _follows(folder: Path, rank: int, seconds: float) -> bool:
-    """Whether another rank has failed: waits a moment for the launcher to notice."""
+def _peer_fails_within(seconds: float, folder: Path, rank: int) -> bool:
+    """Returns whether another rank of this node fails or is killed within some seconds."""
     deadline = time.monotonic() + seconds
-    while not (found := another_failed(folder, rank)) and time.monotonic() < deadline:
+    while True:
+        failed = any(e.rank != rank and e.code and not e.follows for e in read_exits(folder))
+        if failed or (folder / LOST).exists():
+            return True
+        if time.monotonic() >= deadline:
+            return False
         time.sleep(0.1)
-    return found
+
+
+def _wait_for_rank_0(rank: int, seconds: float) -> None:
+    """On rank 0, records that its error has been reported; on other ranks, waits up to `seconds` for that.
+
+    Rank 0 may host the store that the others ask, so it stays until they have noticed.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return  # no rank has joined yet
+    with suppress(dist.DistError, RuntimeError):  # the rank that hosts the store has exited
+        store = dist.distributed_c10d._get_default_store()
+        if rank == 0:
+            store.set(REPORTED, "")
+            deadline = time.monotonic() + NOTICED_SECONDS
+            while store.add(NOTICED, 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
+        elif seconds:
+            store.wait([REPORTED], timedelta(seconds=seconds))
+            store.add(NOTICED, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ssa_pretrain.config import ParallelConfig
 from ssa_pretrain.config_io import load_config
+from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.problems import ConfigError, Problem
 
 CONFIG = "config.yaml"
@@ -18,10 +19,6 @@ FACTS = "checkpoint.json"
 # Flags that take the word behind them.
 TAKE_A_WORD = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 TAKE_A_WORD += ("--info", "-i", "--explain", "--local_rank", "--local-rank")
-
-
-class NoCheckpointError(ValueError):
-    """A run's folder without a checkpoint."""
 
 
 def named_run(arguments: Sequence[str]) -> int | None:
@@ -39,7 +36,7 @@ def named_checkpoint(arguments: Sequence[str]) -> Path | None:
     """Returns the checkpoint that a command names, None where it names a run or nothing.
 
     Raises:
-        NoCheckpointError: it names a run that has no checkpoint.
+        CheckpointError: it names a run that has no checkpoint.
     """
     if (index := named_run(arguments)) is None:
         return None
@@ -47,7 +44,7 @@ def named_checkpoint(arguments: Sequence[str]) -> Path | None:
     if (folder / FACTS).is_file():
         return folder
     if (folder / CONFIG).is_file() and not any((folder / "checkpoints").glob("step_*")):
-        raise NoCheckpointError(
+        raise CheckpointError(
             f"{folder} holds no checkpoint; wait for the run's first one, or give another run's folder"
         )
     return None

@@ -62,6 +62,11 @@ def learning_rate(step: int, optim: OptimConfig, plan: Length) -> float:
     return optim.min_lr + (optim.lr - optim.min_lr) * share
 
 
+def is_due(step: int, interval: int, last_step: int) -> bool:
+    """Returns whether something that happens every `interval` steps (0: never) and after the last step happens after this one."""
+    return step == last_step or bool(interval and step % interval == 0)
+
+
 def main_stream(attention: AttentionConfig, *, seed: int, step: int, microbatch: int) -> str:
     """Returns "full" or "sparse" for a microbatch.
 

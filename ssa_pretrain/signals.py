@@ -1,8 +1,8 @@
-"""Signals that ask a process to stop: SIGTERM of schedulers, SIGINT of Ctrl-C, SIGHUP of a terminal that was closed.
+"""Signals that ask a process to stop: SIGTERM from a scheduler, SIGINT from Ctrl-C, SIGHUP from a terminal that was closed.
 
-Python runs a signal handler only when its main thread returns to bytecode, and a rank can wait for minutes inside a collective. So the signal's
-number goes through a pipe (`signal.set_wakeup_fd`) to a thread, which acts at once. A signal that was ignored when the process started stays
-ignored: `nohup` ignores SIGHUP that way. Stdlib only.
+Python runs a signal handler only when its main thread returns to bytecode, and a rank can wait for minutes inside a collective. So the number of
+the signal goes through a pipe (`signal.set_wakeup_fd`) to a thread, which acts at once. A signal that was ignored when the process started stays
+ignored; `nohup` ignores SIGHUP that way. Stdlib only.
 """
 
 import errno
@@ -17,17 +17,17 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SECOND_SECONDS = 0.2  # a Ctrl-C so soon after the first is the same one, which a wrapper has passed on
-STOPPED = 7  # exit code of a run that was asked to stop; the same command goes on
-INTERRUPTED = 130  # exit code, as shells report it, of what Ctrl-C ended at once
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SECOND_SECONDS = 0.2  # a Ctrl-C within this time after the first is the same one, passed on by a wrapper
 
 
 @contextmanager
-def on_signals(act: Callable[[signal.Signals], None], signals: Sequence[signal.Signals] = STOPS) -> Iterator[None]:
-    """Calls `act`, from a thread of its own, with each of these signals that the process receives. Only the main thread can enter it.
+def on_signals(
+    act: Callable[[signal.Signals], None], signals: Sequence[signal.Signals] = STOP_SIGNALS
+) -> Iterator[None]:
+    """Calls `act` from a separate thread with each of these signals that the process receives. Only the main thread can enter it.
 
-    Contexts nest: the innermost receives the signals. A forked child receives none of its parent's.
+    Contexts nest, and the innermost receives the signals. A forked child receives none of its parent's.
     """
     watched = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
     read, write = os.pipe()
@@ -40,10 +40,10 @@ def on_signals(act: Callable[[signal.Signals], None], signals: Sequence[signal.S
 
     listener = threading.Thread(target=listen, name="signals", daemon=True)
     listener.start()
-    before = {number: signal.signal(number, _noted) for number in watched}
+    before = {number: signal.signal(number, _do_nothing) for number in watched}
     outer = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     entered = [True]
-    # The pipe is shared with a forked child: a signal to the child would look like one to this process.
+    # A forked child shares the pipe, so a signal to the child would look like one to this process.
     os.register_at_fork(after_in_child=lambda: entered and signal.set_wakeup_fd(-1))
     try:
         yield
@@ -59,30 +59,18 @@ def on_signals(act: Callable[[signal.Signals], None], signals: Sequence[signal.S
         os.close(read)
 
 
-@contextmanager
-def leaves_on_ctrl_c(program: str, sentence: str = "interrupted") -> Iterator[None]:
-    """Ends the process at once and with one line when Ctrl-C is pressed: for programs that keep nothing half done."""
-
-    def leave(number: signal.Signals) -> None:
-        print(f"{program}: {sentence}", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)
-
-    with on_signals(leave, [signal.SIGINT]):
-        yield
-
-
 def survive_terminal() -> None:
-    """Lets this process write on when its terminal is closed or the program that reads its output ends: an error there would end a run unsaved."""
+    """Ignores write errors of stdout and stderr after the terminal is closed or the reader ends; they would end a run without a checkpoint."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream and (stream.isatty() or _is_pipe(stream)):
-            raw = _Reader(stream.fileno(), "w", closefd=False)
+            raw = _RobustFile(stream.fileno(), "w", closefd=False)
             buffered = io.BufferedWriter(raw)
             setattr(sys, name, io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=True))
 
 
-class _Reader(io.FileIO):
-    """A terminal or a pipe that takes what is written even when nobody reads it any more."""
+class _RobustFile(io.FileIO):
+    """A terminal or a pipe that accepts writes even when nobody reads it any more."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -94,12 +82,12 @@ class _Reader(io.FileIO):
 
 
 def _is_pipe(stream: Any) -> bool:
-    """Whether a stream is written into a pipe."""
+    """Returns whether a stream writes into a pipe."""
     try:
         return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError):  # one without a file below it
+    except (OSError, ValueError):  # a stream without a file
         return False
 
 
-def _noted(number: int, frame: FrameType | None) -> None:
-    """A handler that does nothing: the pipe has the signal's number already."""
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """Handles a signal whose number is already in the pipe."""

@@ -1,7 +1,7 @@
-"""torchrun under a launcher of ours: the same arguments, without its report of 40 lines after each rank's sentence.
+"""torchrun under a launcher of ours: the same arguments, without its report of 40 lines after the sentence of a rank.
 
-Its signals go to the launcher, which passes them to the ranks: torch would kill them half a minute later, and leave them behind on a second signal.
-What torch knows of the ranks' exit codes, and why they could not meet, it writes into the launcher's folder (supervision.py).
+It sends its signals to the launcher, which passes them on to the ranks: torch would kill the ranks half a minute later, and leave them behind on a second
+signal. It writes the exit codes of the ranks, or why the nodes did not meet, into the launcher's folder (supervision.py).
 """
 
 import json
@@ -15,8 +15,8 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-from ssa_pretrain.endings import LAUNCH, end_with_launcher
-from ssa_pretrain.signals import STOPS, on_signals
+from ssa_pretrain.process import LAUNCH, exit_when_launcher_ends
+from ssa_pretrain.signals import STOP_SIGNALS, on_signals
 from ssa_pretrain.supervision import AGENT, FAILURES
 
 ANSWER_SECONDS = 10.0  # for another node to answer at the meeting point
@@ -25,9 +25,9 @@ ANSWER_SECONDS = 10.0  # for another node to answer at the meeting point
 def main() -> int:
     """Runs torchrun with the command line's arguments; returns 1 if a rank failed or the nodes did not meet."""
     folder, launcher = Path(os.environ[LAUNCH]), os.getppid()
-    end_with_launcher(folder)
-    with on_signals(lambda number: os.kill(launcher, signal.SIGTERM), STOPS):
-        logging.disable(logging.ERROR)  # torch's own words on each signal and exit code
+    exit_when_launcher_ends(folder)
+    with on_signals(lambda number: os.kill(launcher, signal.SIGTERM), STOP_SIGNALS):
+        logging.disable(logging.ERROR)  # torch's messages on each signal and exit code
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousError
         from torch.distributed.run import parse_args, run
@@ -41,13 +41,13 @@ def main() -> int:
             (folder / FAILURES).write_text(json.dumps(codes))
             return 1
         except RendezvousError as error:
-            (folder / AGENT).write_text(no_meeting(arguments.rdzv_endpoint, arguments.nnodes, error))
+            (folder / AGENT).write_text(rendezvous_failure(arguments.rdzv_endpoint, arguments.nnodes, error))
             return 1
     return 0
 
 
 def require_meeting_point(endpoint: str) -> None:
-    """Raises RendezvousConnectionError where another program answers at the endpoint; torch would ask it for minutes, with a trace each time."""
+    """Raises RendezvousConnectionError if another program answers at the endpoint; torch would retry for minutes, with a trace each time."""
     from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
     from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
@@ -58,7 +58,7 @@ def require_meeting_point(endpoint: str) -> None:
     try:
         socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
     except OSError:
-        return  # nobody is there yet
+        return  # no node is there yet
     answered = threading.Event()
 
     def ask() -> None:
@@ -66,17 +66,16 @@ def require_meeting_point(endpoint: str) -> None:
             TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_SECONDS))
             answered.set()
 
-    asking = threading.Thread(
-        target=ask, daemon=True
-    )  # the store's own timeout does not end its wait for a first answer
+    # A thread, because the store's own timeout does not end its wait for a first answer.
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(ANSWER_SECONDS)
     if not answered.is_set():
         raise RendezvousConnectionError(f"{endpoint} does not answer")
 
 
-def no_meeting(endpoint: str, nnodes: str, error: Exception) -> str:
-    """Returns why nodes did not meet, and what to do."""
+def rendezvous_failure(endpoint: str, nnodes: str, error: Exception) -> str:
+    """Returns why the nodes did not meet, and the remedy."""
     from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
 
     if isinstance(error, RendezvousConnectionError):
@@ -91,4 +90,4 @@ def no_meeting(endpoint: str, nnodes: str, error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # a thread may still wait for a program that does not answer
+    os._exit(main())  # a thread may still wait for an answer

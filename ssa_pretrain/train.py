@@ -1,11 +1,11 @@
 """Entry point: `python -m ssa_pretrain.train experiment=quickstart`, or the same under torchrun.
 
-The configuration is checked, and `--help`, `--cfg job` and `dry_run=true` are answered, before torch is imported. Rerunning a command goes on
-from its newest checkpoint. Exit codes: 0 done, 3 configuration, 4 data, 5 checkpoint, 6 a loss or gradient that is not finite, 7 stopped by
-SIGTERM, Ctrl-C or SIGHUP with a checkpoint, or before there was anything to save.
+The configuration is checked before torch is imported, and so are `--help`, `--cfg job` and `dry_run=true` answered. Rerunning a command resumes from its
+newest checkpoint. Exit codes: 0 done, 3 configuration, 4 data, 5 checkpoint, 6 a loss or gradient norm is not finite, 7 stopped by SIGTERM, Ctrl-C or
+SIGHUP with a checkpoint, or before there was anything to save.
 """
 
-from ssa_pretrain.process import leave, quieten_libraries, rank_process
+from ssa_pretrain.process import hide_library_warnings, rank_process
 
 
 def main() -> None:
@@ -14,27 +14,10 @@ def main() -> None:
         from ssa_pretrain.cli import read_config
 
         config = read_config("train")
-        quieten_libraries()
-        from ssa_pretrain.checkpoint.publish import CheckpointError
-        from ssa_pretrain.checkpoint.weights import WeightsError
-        from ssa_pretrain.data.errors import DataError
-        from ssa_pretrain.parallel.interruption import Interrupted
-        from ssa_pretrain.problems import ConfigError
-        from ssa_pretrain.signals import STOPPED
-        from ssa_pretrain.trainer import DivergedError, train
+        hide_library_warnings()
+        from ssa_pretrain.trainer import train
 
-        try:
-            train(config)
-        except (CheckpointError, WeightsError) as error:
-            leave(error, 5)
-        except DataError as error:
-            leave(error, 4)
-        except ConfigError as error:
-            leave(error, error.exit_code)
-        except DivergedError as error:
-            leave(error, 6)
-        except Interrupted as error:
-            leave(error, STOPPED)
+        train(config)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from data_prep.errors import UnreadableText
 from data_prep.files import digest
 from data_prep.readers import EMPTY_ARCHIVE, MAX_PROBLEM_FILES, Piece, is_compressed, open_parquet
 from data_prep.sources.files import Part
-from ssa_pretrain.data.indexed_format import file_sha256
+from ssa_pretrain.settings.files import file_sha256
 
 
 @dataclass(frozen=True, slots=True)

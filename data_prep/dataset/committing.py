@@ -15,7 +15,7 @@ from data_prep.config import Config, Verify
 from data_prep.corpus.overwriting import overwrite_error
 from data_prep.dataset.merging import Splits
 from data_prep.errors import InputError
-from data_prep.files import digest, write_atomically
+from data_prep.files import digest
 from data_prep.progress import Log
 from data_prep.readers import format_skipped
 from data_prep.recipe import known_dataset, recipe_of, write_recipe
@@ -34,6 +34,7 @@ from ssa_pretrain.data.indexed_format import (
     verify_hashes,
 )
 from ssa_pretrain.data.repair import DatasetError
+from ssa_pretrain.settings.files import write_atomically
 
 
 def dataset_fingerprint(config: Config, work: Work) -> str:

@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import InputError
-from data_prep.files import sync, write_json
+from data_prep.files import write_json
 from data_prep.progress import Log
 from data_prep.run_config import MergeConfig
-from data_prep.shards.binaries import DOCUMENTS_AT_ONCE, TokenFile, temporary_path, with_suffix
+from data_prep.shards.binaries import DOCUMENTS_AT_ONCE, TokenFile, with_suffix
 from data_prep.shards.groups import Group, group_shards, joined_record, joined_record_path
 from data_prep.shards.shard import FinishedShard, shard_prefix
-from ssa_pretrain.data.indexed_format import HEADER, SPLITS, ShardInfo, file_sha256, read_header
+from ssa_pretrain.data.indexed_format import HEADER, SPLITS, ShardInfo, read_header
 from ssa_pretrain.data.repair import DatasetError, repair_advice
+from ssa_pretrain.settings.files import file_sha256, sync, temporary_path
 
 COPY_BYTES = 8 << 20
 

@@ -19,12 +19,13 @@ import numpy as np
 from data_prep.dataset.merging import lengths_of
 from data_prep.dataset.stats_page import BINS_PER_OCTAVE, page
 from data_prep.errors import InputError
-from data_prep.files import dataset_lock, read_json, write_atomically, write_json
+from data_prep.files import dataset_lock, read_json, write_json
 from data_prep.progress import Log
 from data_prep.readers import format_skipped
 from data_prep.run_config import StatsConfig
 from data_prep.shards.binaries import with_suffix
-from ssa_pretrain.data.indexed_format import SPLITS, Manifest, file_sha256, load_manifest, token_dtype
+from ssa_pretrain.data.indexed_format import SPLITS, Manifest, load_manifest, token_dtype
+from ssa_pretrain.settings.files import file_sha256, write_atomically
 
 NODES = (1, 8, 64)
 SCHEMA = 2

@@ -29,12 +29,12 @@ from ssa_pretrain.data.indexed_format import (
     Manifest,
     ShardInfo,
     check_pair,
-    file_sha256,
     load_manifest,
     read_lengths,
     unigram_entropy,
 )
 from ssa_pretrain.data.repair import DatasetError
+from ssa_pretrain.settings.files import file_sha256
 
 IDS_AT_ONCE = 1 << 22
 THREADS = 4

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.files import sync
 from ssa_pretrain.data.indexed_format import HEADER, MAGIC, VERSION, ShardInfo, dtype_code
+from ssa_pretrain.settings.files import sync, temporary_path
 
 CRC_BYTES = 1 << 20  # bytes of .bin per CRC
 DOCUMENTS_AT_ONCE = 1 << 20  # documents whose index entries are in memory at a time
@@ -145,11 +145,6 @@ def first_changed_bytes(prefix: Path) -> tuple[int, int] | None:
 def with_suffix(prefix: Path, suffix: str) -> Path:
     """Returns the path prefix + suffix. Unlike Path.with_suffix it keeps dots in the name."""
     return prefix.with_name(prefix.name + suffix)
-
-
-def temporary_path(path: Path) -> Path:
-    """Returns the path under which this process writes a file before it gets its final name."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def flush_pair(prefix: Path) -> None:

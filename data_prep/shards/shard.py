@@ -19,12 +19,13 @@ import numpy as np
 from data_prep.config import SplitConfig
 from data_prep.corpus.planning import Shard
 from data_prep.corpus.splitting import is_heldout
-from data_prep.files import digest, read_json, write_atomically, write_json
+from data_prep.files import digest, read_json, write_json
 from data_prep.readers import Document, Skipped, read_piece
 from data_prep.shards.binaries import TokenFile, flush_pair
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
 from data_prep.tokenizer.parity import Sample
-from ssa_pretrain.data.indexed_format import SPLITS, ShardInfo, file_sha256
+from ssa_pretrain.data.indexed_format import SPLITS, ShardInfo
+from ssa_pretrain.settings.files import file_sha256, write_atomically
 
 FORMAT_VERSION = 1  # part of every fingerprint; raise it when the same input would give different bytes
 

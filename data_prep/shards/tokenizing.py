@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.config import Config, Verify
 from data_prep.corpus.planning import Shard
 from data_prep.errors import InputError
-from data_prep.files import digest, remove_unfinished
+from data_prep.files import digest
 from data_prep.processes import worker_count
 from data_prep.progress import Log
 from data_prep.readers import read_piece
@@ -34,6 +34,7 @@ from data_prep.tokenizer.backends import choose_backend, needs_parity_check, use
 from data_prep.tokenizer.encoding import Encoder
 from data_prep.tokenizer.parity import CORPUS_SAMPLE, BackendMismatch, Parity, Sample
 from ssa_pretrain.data.indexed_format import SPLITS
+from ssa_pretrain.settings.files import remove_unfinished
 
 SAMPLE_DOCUMENTS, SAMPLE_BYTES = 1_000, 250_000  # over all shards; a faster backend must agree on them
 SAMPLE_SHARDS = 20
@@ -217,9 +218,8 @@ def _first_documents(shard: Shard, num_documents: int, max_bytes: int) -> list[s
 def _remove_leftovers(out: Path, stems: set[str]) -> None:
     """Removes what earlier runs left: unfinished files, and shards that are not in this plan."""
     shards = out / "work" / "shards"
-    remove_unfinished(
-        [out, out / "text", out / "work", shards, *(shards / s for s in SPLITS), *(out / s for s in SPLITS)]
-    )
+    for folder in (out, out / "text", out / "work", shards, *(shards / s for s in SPLITS), *(out / s for s in SPLITS)):
+        remove_unfinished(folder)
     for record in shards.glob("*.json"):
         if record.stem not in stems:
             remove_shard(out, record.stem)

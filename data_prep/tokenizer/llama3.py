@@ -20,9 +20,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, models
 
 from data_prep.errors import InputError
-from data_prep.files import write_atomically
 from data_prep.tokenizer.backends import bytes_to_unicode
 from data_prep.tokenizer.bpe import byte_level
+from ssa_pretrain.settings.files import write_atomically
 
 PACKAGE = "llama-models"
 FILE = "llama_models/llama3/tokenizer.model"

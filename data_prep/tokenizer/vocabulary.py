@@ -6,14 +6,15 @@ from pathlib import Path
 from data_prep.config import BpeTokenizer, Config, Llama3Tokenizer, Specials
 from data_prep.corpus.planning import Shard
 from data_prep.errors import InputError
-from data_prep.files import digest, read_json, write_atomically, write_json
+from data_prep.files import digest, read_json, write_json
 from data_prep.recipe import known_dataset, recipe_of
 from data_prep.run_config import Packing
 from data_prep.tokenizer import bpe, llama3
 from data_prep.tokenizer.backends import HuggingFaceBackend, load_tokenizer
 from data_prep.tokenizer.encoding import Vocabulary
-from ssa_pretrain.data.indexed_format import file_sha256, read_manifest
+from ssa_pretrain.data.indexed_format import read_manifest
 from ssa_pretrain.data.repair import DatasetError
+from ssa_pretrain.settings.files import file_sha256, write_atomically
 
 
 def prepare_vocabulary(

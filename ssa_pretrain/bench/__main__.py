@@ -23,9 +23,8 @@ from pathlib import Path
 
 from ssa_pretrain.bench.options import Options, bench_config, read_options, require_small
 from ssa_pretrain.config.machine import has_gpu
-from ssa_pretrain.process import quieten_libraries
+from ssa_pretrain.process import command, hide_library_warnings
 from ssa_pretrain.settings.output import pipe_may_close
-from ssa_pretrain.signals import leaves_on_ctrl_c
 
 LAUNCHER_VARIABLES = (
     "RANK",
@@ -51,7 +50,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if world_size > 1 and os.environ.get("RANK") == "0":
         _measure_one_gpu(options)
-    quieten_libraries()
+    hide_library_warnings()
     from ssa_pretrain.bench.cases import CASES, LAYOUTS
     from ssa_pretrain.bench.measure import measure
     from ssa_pretrain.bench.tables import append, read, write_ratios
@@ -80,5 +79,5 @@ def _measure_one_gpu(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with leaves_on_ctrl_c("ssa_pretrain.bench"), pipe_may_close():
+    with command("ssa_pretrain.bench"), pipe_may_close():
         main()

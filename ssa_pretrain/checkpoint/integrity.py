@@ -4,9 +4,10 @@
 sizes and times do not change; changing a file in place changes its times.
 """
 
-import hashlib
 import json
 from pathlib import Path
+
+from ssa_pretrain.settings.files import file_sha256
 
 FACTS = "checkpoint.json"
 SCHEMA = 1
@@ -51,7 +52,7 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if sha256(path) != digest:
+            if file_sha256(path) != digest:
                 return f"{name} has another sha256"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -64,12 +65,6 @@ def is_of_another_schema(folder: Path) -> bool:
         return json.loads((folder / FACTS).read_text())["schema"] != SCHEMA
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def sha256(path: Path) -> str:
-    """Returns the hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stamps(folder: Path) -> list[Stamp]:

@@ -26,17 +26,15 @@ import torch
 import torch.distributed as dist
 
 from ssa_pretrain.checkpoint.facts import differences
-from ssa_pretrain.checkpoint.integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema, sha256
-from ssa_pretrain.parallel.agreement import together, watched
+from ssa_pretrain.checkpoint.integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema
+from ssa_pretrain.errors import CheckpointError, ExitCode
+from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
+from ssa_pretrain.settings.files import file_sha256
 
 VISIBLE_SECONDS = 30.0  # until a file of another node must be visible: network storage may be slow to show it
 NAME = re.compile(r"step_\d{8,}")  # folders with other names (step_00000100_good, a copy) are the user's
 Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
 SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
-
-
-class CheckpointError(ValueError):
-    """There is no usable checkpoint, or it does not belong to this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ def publish(
         CheckpointError: on every rank, if any rank could not write its part; earlier checkpoints are unchanged.
     """
     save = _Save(run_folder, step, facts, is_rank_0=is_rank_0)
-    with watched(save.failure_key, exit_code=5):
+    with exits_with_peers(save.failure_key, exit_code=ExitCode.CHECKPOINT):
         save.on_every_rank(save.create_folder)
         save.on_every_rank(lambda: write(save.scratch))
         save.on_every_rank(save.hash_share)
@@ -134,7 +132,7 @@ class _Save:
         Raises:
             CheckpointError: on every rank, if any rank failed.
         """
-        if message := together(act, self.failure_key, self._describe):
+        if message := on_all_ranks(act, self.failure_key, self._describe):
             if self.is_rank_0:
                 shutil.rmtree(self.scratch, ignore_errors=True)
             raise CheckpointError(message)
@@ -325,7 +323,7 @@ def _entries(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
     """Returns size and sha256 of files in a folder, after flushing them to disk."""
     found: dict[str, Entry] = {}
     for name in names:
-        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
         _flush(folder / name)
     return found
 

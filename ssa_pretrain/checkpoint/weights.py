@@ -23,13 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssa_pretrain.errors import WeightsError
+
 INDEX = "weights.json"
 SCHEMA = 1
 FILE_BYTES = 4 * 2**30
-
-
-class WeightsError(ValueError):
-    """Weights or optimizer states are missing or do not fit the run."""
 
 
 def canonical_name(name: str) -> str:

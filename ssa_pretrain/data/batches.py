@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa_pretrain.data.rows import Row
+from ssa_pretrain.config import Config
+from ssa_pretrain.data.rows import HeldOutRows, Row, TrainingRows
 
 PADDING_DOCUMENT = 16  # the smallest block size: any choice of blocks covers it
 
@@ -93,3 +94,31 @@ def collate(
         num_rows=len(tokens) if len(begin) == len(tokens) else None,
         num_padding=num_padding,
     )
+
+
+def microbatch(rows: TrainingRows | HeldOutRows, config: Config, number: int, *, index: int) -> Batch:
+    """Returns microbatch `number` of a sequence of rows; `index` is its place in the global batch."""
+    size = config.training.micro_batch_size
+    return collate(
+        (rows.row(number * size + i) for i in range(size)),
+        index=index,
+        isolate_documents=config.data.isolate_documents,
+        padding_document=config.attention.block_size * config.attention.top_k,
+    )
+
+
+def training_batches(
+    rows: TrainingRows, config: Config, step: int, *, count: int, dp: int, dp_rank: int
+) -> list[Batch]:
+    """Returns the microbatches of a step on one data rank: every dp-th of the global batch.
+
+    Args:
+        rows: the rows of the run.
+        config: the configuration.
+        step: the optimizer step, from 0.
+        count: microbatches per data rank.
+        dp: data ranks.
+        dp_rank: this data rank.
+    """
+    per_step = count * dp
+    return [microbatch(rows, config, step * per_step + i, index=i) for i in range(dp_rank, per_step, dp)]

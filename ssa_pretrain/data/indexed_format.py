@@ -25,7 +25,6 @@ byte in tests/unit/data_prep/test_indexed_format.py. Needs only the standard lib
 array is not supported.
 """
 
-import hashlib
 import json
 import struct
 from collections.abc import Iterable
@@ -44,6 +43,7 @@ from ssa_pretrain.data.repair import (
     dangling_link_error,
     repair_advice,
 )
+from ssa_pretrain.settings.files import file_sha256
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -311,12 +311,6 @@ def unigram_entropy(counts: np.ndarray) -> float:
     """Returns the entropy of token counts [vocab_size] in nats, to 6 digits; 0 where there are none."""
     shares = counts[counts > 0] / max(1, int(counts.sum()))
     return round(float(-(shares * np.log(shares)).sum()), 6) + 0.0
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the sha256 of a file in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(path: Path | str) -> Manifest:

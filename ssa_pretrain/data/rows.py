@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from ssa_pretrain.data.errors import DamagedData
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.data.mixture import Part, is_padded, row_shares, training_parts
 from ssa_pretrain.data.order import Blend, PatternBlend, key_number, permute
 from ssa_pretrain.data.repair import repair_advice
+from ssa_pretrain.errors import DamagedData
 
 ORDER = 2
 

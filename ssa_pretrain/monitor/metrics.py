@@ -16,7 +16,7 @@ docs/metrics.md lists every key.
 import itertools
 import json
 import math
-import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +26,7 @@ from typing import Any, Self
 
 from ssa_pretrain.monitor.console import Console, evaluation_line, train_line
 from ssa_pretrain.monitor.tracking import Tracker
+from ssa_pretrain.settings.files import atomic_file
 
 FILE_NAME = "metrics.jsonl"
 
@@ -68,13 +69,9 @@ def replace_damaged_file(path: Path) -> str | None:
         return None
     numbers = itertools.count(1)
     renamed = next(p for p in (path.with_name(f"{path.name}.damaged-{n}") for n in numbers) if not p.exists())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    shutil.copyfile(path, renamed)
+    with atomic_file(path) as file:
         file.writelines(line.rstrip(b"\n") + b"\n" for _, line, record in lines if not isinstance(record, str))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path, renamed)
-    os.replace(temporary, path)
     number, problem = bad[0]
     count = f" ({len(bad)} such lines)" if len(bad) > 1 else ""
     return f"{path}:{number} {problem}{count}: the file was kept as {renamed.name}, and the run continues with the other lines"
@@ -107,16 +104,12 @@ def drop_records_after(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     dropped = 0
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as file:
         for record in read_records(path):
             if 0 < step >= record["step"]:
-                file.write(_json_line(record))
+                file.write(_json_line(record).encode())
             else:
                 dropped += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return dropped
 
 

@@ -7,7 +7,6 @@ Every exception ends this process, and every wait in it has an alarm or a deadli
 standard input closes, and this process uploads what it received before it exits.
 """
 
-import fcntl
 import json
 import os
 import select
@@ -31,6 +30,7 @@ from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttri
 
 from ssa_pretrain.monitor.redaction import redact
 from ssa_pretrain.monitor.tracking_rows import STATE_FILE, History, State, read_state
+from ssa_pretrain.settings.files import LockedError, lock, unlock, write_atomically
 
 START_SECONDS = 25
 LOG_SECONDS = 60
@@ -136,11 +136,9 @@ class Session:
     def save(self) -> None:
         """Writes the state atomically. If that fails, training and W&B continue, and a line reports it once."""
         file = self._folder / STATE_FILE
-        temporary = self._folder / "wandb" / "state.tmp"  # one name only: the lock excludes other writers
         content = asdict(self.state) | {"received": self.state.received()}
         try:
-            temporary.write_text(json.dumps(content) + "\n")
-            os.replace(temporary, file)
+            write_atomically(file, json.dumps(content) + "\n")
         except OSError as error:
             if not self._save_fails:
                 self._send({"print": f"{file} cannot be written ({error.strerror}); training and W&B continue"})
@@ -210,35 +208,25 @@ def main() -> None:
     messages = _messages(int(sys.argv[1]))
     opening = next(messages)
     folder = Path(opening["folder"])
-    with (folder / "wandb" / ".lock").open("w") as lock:
-        _acquire(lock)
-        signal.alarm(START_SECONDS)
-        session = Session(opening, send)
-        signal.alarm(0)
-        step, wandb_folder = session.state.step_of(session.history.next - 1), str(Path(session.run.dir).parent)
-        ready = {"id": session.state.id, "step": step, "offline": opening["mode"] == "offline", "folder": wandb_folder}
-        send({"ready": ready})
-        orderly = False
-        for message in messages:
-            if orderly := "finish" in message:
-                break
-            session.history.add(message)
-        session.finish(orderly=orderly)
-        send({"finished": True})
-
-
-def _acquire(lock: TextIO) -> None:
-    """Locks a file. Waits for the process of the previous start, which exits within END_SECONDS after its training."""
-    deadline = time.monotonic() + END_SECONDS + 2
-    while time.monotonic() < deadline:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-            continue
-        except OSError:  # storage without locks
-            pass
-        return
+    patience = END_SECONDS + 2  # the process of the previous start exits within END_SECONDS after its training
+    held = None
+    with suppress(LockedError, OSError):
+        held = lock(folder / "wandb" / ".lock", patience=patience, patience_if_alive=patience)
+    signal.alarm(START_SECONDS)
+    session = Session(opening, send)
+    signal.alarm(0)
+    step, wandb_folder = session.state.step_of(session.history.next - 1), str(Path(session.run.dir).parent)
+    ready = {"id": session.state.id, "step": step, "offline": opening["mode"] == "offline", "folder": wandb_folder}
+    send({"ready": ready})
+    orderly = False
+    for message in messages:
+        if orderly := "finish" in message:
+            break
+        session.history.add(message)
+    session.finish(orderly=orderly)
+    send({"finished": True})
+    if held:
+        unlock(held)
 
 
 def _messages(training: int) -> Iterator[dict[str, Any]]:

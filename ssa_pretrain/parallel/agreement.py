@@ -1,25 +1,23 @@
-"""What fails on one rank fails on all: no rank goes on, and none waits for a peer that has left.
+"""What fails on one rank fails on all: no rank continues, and none waits for a peer that has exited.
 
-A rank that raises by itself leaves the others in their next collective until its timeout. Here it reports instead: at the end of a piece of work
-all ranks exchange what went wrong (`together`), or the first rank's error is raised on every rank (`on_first`). A library's own collectives
-inside such a piece can still be waiting when the failing rank has left them. For these `watched` keeps a thread that learns of the
-failure through the processes' store and ends the process.
+A rank that simply raises leaves the others in their next collective until it times out. Here it reports instead: at the end of a piece of work all
+ranks exchange their errors (`on_all_ranks`), or the error of rank 0 is raised on every rank (`on_rank_0`). A library may run collectives of its own
+inside that work, and the other ranks still wait in them when one has failed. For this case `exits_with_peers` runs a thread that learns of the failure
+through the store of the process group and ends the process.
 """
 
 import hashlib
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ssa_pretrain.endings import end_process, last_words
+from ssa_pretrain.process import exit_now, report_exit, shortened
 
 FAILURES = (
     OSError,
@@ -28,47 +26,45 @@ FAILURES = (
     CheckpointException,
 )  # torch's writers turn a full disk into RuntimeError
 POLL_SECONDS = 1.0
-SPOKEN, NOTICED = "ssa_pretrain/first_has_spoken", "ssa_pretrain/first_was_heard"
-NOTICE_SECONDS = 2.0
-GRACE_SECONDS = 10.0  # from a rank's failure until those that still wait for it are ended
+GRACE_SECONDS = 10.0  # from the failure of a rank until the ranks that still wait for it are ended
 
 T = TypeVar("T")
 
 
-def together(act: Callable[[], object], key: str, describe: Callable[[str], str] = str) -> str | None:
-    """Do a piece of work on every rank; every rank calls it, and it is a barrier.
+def on_all_ranks(act: Callable[[], object], key: str, describe: Callable[[str], str] = str) -> str | None:
+    """Runs a piece of work on every rank. Every rank calls this, and it is a barrier.
 
     Args:
         act: this rank's part.
-        key: under which a failure is reported to `watched`.
-        describe: makes the message of a reason, such as "rank 3: OSError: [Errno 28] No space left on device".
+        key: the key under which `exits_with_peers` sees a failure.
+        describe: turns a reason, such as "rank 3: OSError: [Errno 28] No space left on device", into the message.
 
     Returns:
-        None if all ranks did theirs; else on every rank the same message.
+        None if all ranks succeeded, else the same message on every rank.
     """
     message = None
     try:
         act()
     except FAILURES as error:
-        message = describe(f"rank {dist.get_rank()}: {_words(error)}")
+        message = describe(f"rank {dist.get_rank()}: {_describe_error(error)}")
         dist.distributed_c10d._get_default_store().set(key, message)
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     found = [text for text in messages if text]
-    # Where one rank failed at writing, others may only have been told of it.
+    # If a write failed on one rank, the others may only have been told about it.
     return next((text for text in found if "Errno" in text), found[0] if found else None)
 
 
-def on_first(act: Callable[[], T], *, is_first: bool, errors: tuple[type[Exception], ...]) -> T | None:
-    """Return what `act` gives on the first rank, None on the others; every rank calls it.
+def on_rank_0(act: Callable[[], T], *, is_rank_0: bool, errors: tuple[type[Exception], ...]) -> T | None:
+    """Returns the result of `act` on rank 0, None on the others. Every rank calls this.
 
     Args:
-        act: called on the first rank alone.
-        is_first: on that rank.
-        errors: what of `act` is raised on every rank; must survive pickling.
+        act: called on rank 0 only.
+        is_rank_0: whether this is rank 0.
+        errors: exceptions of `act` that are raised on every rank; they must be picklable.
     """
     value, failure = None, [None]
-    if is_first:
+    if is_rank_0:
         try:
             value = act()
         except errors as error:
@@ -79,23 +75,23 @@ def on_first(act: Callable[[], T], *, is_first: bool, errors: tuple[type[Excepti
     return value
 
 
-def unlike_first(values: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
-    """Return what ranks hold otherwise than the first one, the same list on every rank; every rank calls it, and it is a barrier.
+def differences_from_rank_0(values: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    """Returns the values that differ from those of rank 0, the same list on every rank. Every rank calls this, and it is a barrier.
 
     Args:
         values: plain values by name.
 
     Returns:
-        (name, the value, where: "rank 3 (node2), and 0.001 on rank 0 (node1)") of every value that differs, by rank.
+        (name, value, where) of each difference, by rank. `where` is such as "rank 3 (node2), and 0.001 on rank 0 (node1)".
     """
     digests: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest())
     if len(set(digests)) == 1:
         return []
     here = f"rank {dist.get_rank()} ({socket.gethostname()})"
-    first: list[Any] = [(dict(values), here)]
-    dist.broadcast_object_list(first, src=0)
-    wanted, there = first[0]
+    rank_0: list[Any] = [(dict(values), here)]
+    dist.broadcast_object_list(rank_0, src=0)
+    wanted, there = rank_0[0]
     mine = [
         (name, values.get(name), f"{here}, and {wanted.get(name)} on {there}")
         for name in sorted(values.keys() | wanted.keys())
@@ -103,21 +99,21 @@ def unlike_first(values: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     ]
     found: list[list[tuple[str, Any, str]]] = [[]] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    return [line for lines in found for line in lines]
+    return [difference for differences in found for difference in differences]
 
 
-def ranks_without(act: Callable[[], bool]) -> list[str]:
-    """Return the ranks on which `act` is not true, as "rank 3 (node2)", the same list on every rank; every rank calls it."""
+def ranks_without(condition: Callable[[], bool]) -> list[str]:
+    """Returns the ranks on which a condition is false, as "rank 3 (node2)", the same list on every rank. Every rank calls this."""
     found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if act() else f"rank {dist.get_rank()} ({socket.gethostname()})")
+    dist.all_gather_object(found, None if condition() else f"rank {dist.get_rank()} ({socket.gethostname()})")
     return [name for name in found if name]
 
 
 @contextmanager
-def watched(key: str, *, exit_code: int) -> Iterator[None]:
-    """End this process if a rank has failed under `key` and the block does not end within GRACE_SECONDS of that.
+def exits_with_peers(key: str, *, exit_code: int) -> Iterator[None]:
+    """Ends this process if a rank has failed under `key` and the block does not end within GRACE_SECONDS.
 
-    The first rank says what failed before the others leave, since a launcher ends all of them when one has left.
+    Rank 0 reports the failure before the others exit, because a launcher ends all ranks when one has exited.
     """
     if dist.get_world_size() == 1:
         yield
@@ -134,11 +130,11 @@ def watched(key: str, *, exit_code: int) -> Iterator[None]:
             if ended.wait(GRACE_SECONDS if rank == 0 else GRACE_SECONDS + 3 * POLL_SECONDS):
                 return
             if rank == 0:
-                last_words(store.get(key).decode(), code=exit_code)
+                report_exit(store.get(key).decode(), code=exit_code)
         except dist.DistError:
             if ended.wait(GRACE_SECONDS):
-                return  # the store went with a run that was at its end
-        end_process(exit_code)
+                return  # the run has already finished, and its store is gone
+        exit_now(exit_code)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -149,28 +145,8 @@ def watched(key: str, *, exit_code: int) -> Iterator[None]:
         thread.join()
 
 
-def first_has_spoken(*, is_first: bool, seconds: float) -> None:
-    """On rank 0, record that its error has been reported; on other ranks, wait up to `seconds` for that.
-
-    Rank 0 gives the others a moment to notice: it may host the store that they ask.
-    """
-    if not dist.is_initialized():
-        return  # no rank has joined yet
-    with suppress(dist.DistError, RuntimeError):  # the rank that hosted the store has exited
-        store = dist.distributed_c10d._get_default_store()
-        if is_first:
-            store.set(SPOKEN, "")
-            deadline = time.monotonic() + NOTICE_SECONDS
-            while store.add(NOTICED, 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
-                time.sleep(0.05)
-        elif seconds:
-            store.wait([SPOKEN], timedelta(seconds=seconds))
-            store.add(NOTICED, 1)
-
-
-def _words(error: BaseException) -> str:
-    """An error as one line; of torch's checkpoint errors the first rank's cause."""
+def _describe_error(error: BaseException) -> str:
+    """Returns an error as one line; for a checkpoint error of torch, its cause on the first rank that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    line = " ".join(str(error).split())
-    return f"{type(error).__name__}: {line if len(line) <= 300 else line[:297] + '...'}"
+    return f"{type(error).__name__}: {shortened(str(error))}"

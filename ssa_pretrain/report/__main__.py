@@ -5,17 +5,17 @@ both views show; page.py lays out the page. Exit codes: 0 done, 3 wrong argument
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ssa_pretrain.monitor.environment import PACKAGES
 from ssa_pretrain.monitor.metrics import perplexity
+from ssa_pretrain.process import command
 from ssa_pretrain.report.page import page
 from ssa_pretrain.report.summary import ReportError, RunSummary, read_summary
+from ssa_pretrain.settings.files import write_atomically
 from ssa_pretrain.settings.output import pipe_may_close, version_line
-from ssa_pretrain.signals import leaves_on_ctrl_c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,10 +79,8 @@ def write_page(target: Path, text: str) -> None:
     Raises:
         ReportError: it cannot be written.
     """
-    temporary = target.with_name(target.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        write_atomically(target, text)
     except OSError as error:
         raise ReportError(
             f"{target} cannot be written ({error.strerror}); give --out=FILE in an existing, writable folder"
@@ -96,5 +94,5 @@ def _cells(summary: RunSummary, key: str, form: str) -> str:
 
 
 if __name__ == "__main__":
-    with leaves_on_ctrl_c("ssa_pretrain.report"), pipe_may_close():
+    with command("ssa_pretrain.report"), pipe_may_close():
         sys.exit(main())

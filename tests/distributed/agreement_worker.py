@@ -6,16 +6,18 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from ssa_pretrain import run_folder, trainer
+from ssa_pretrain import run_folder
 from ssa_pretrain.checkpoint import publish as publishing
-from ssa_pretrain.checkpoint.publish import CheckpointError, publish
+from ssa_pretrain.checkpoint.publish import publish
+from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.parallel import agreement
 from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.run import require_shared_folder
 
 
 def save_apart(run: Path, output: Path, rank: int) -> None:
-    """Tries a run's first check, then a save without it; both are refused on both ranks."""
-    run_folder.sees.__kwdefaults__["patience"] = 0.5
+    """Tries the first check of a run, then a save without it; both are refused on both ranks."""
+    run_folder.marker_is_visible.__kwdefaults__["patience"] = 0.5
     publishing.VISIBLE_SECONDS = 0.5
     run.mkdir()
 
@@ -25,7 +27,7 @@ def save_apart(run: Path, output: Path, rank: int) -> None:
 
     placement = SimpleNamespace(is_first=rank == 0, world_size=2)
     for act in (
-        lambda: trainer.require_shared(run, placement),  # type: ignore[arg-type]
+        lambda: require_shared_folder(run, placement),  # type: ignore[arg-type]
         lambda: publish(run, 1, {}, write, keep=1, is_rank_0=rank == 0),
     ):
         try:
@@ -54,7 +56,7 @@ def main(case: str, run: Path) -> None:
     def refuse() -> None:
         raise ConfigError([Problem("output_dir", "x", "is in use")])
 
-    read = publishing.sha256
+    read = publishing.file_sha256
 
     def noted(path: Path) -> str:
         with (run / f"read_{rank}").open("a") as file:
@@ -68,19 +70,19 @@ def main(case: str, run: Path) -> None:
             "data": "abc",
             "version of torch": ("2.13", "2.13", None)[rank],
         }
-        (run / f"said_{rank}").write_text(repr(agreement.unlike_first(values)))
-        assert agreement.unlike_first({"seed": 1}) == []
+        (run / f"said_{rank}").write_text(repr(agreement.differences_from_rank_0(values)))
+        assert agreement.differences_from_rank_0({"seed": 1}) == []
         dist.destroy_process_group()
         return
     if case == "apart":  # each rank's output folder is on a separate disk
         save_apart(run / str(rank), run / f"said_{rank}", rank)
         dist.destroy_process_group()
         return
-    publishing.sha256 = noted
+    publishing.file_sha256 = noted
     publish(run, 1, {}, write, keep=1, is_rank_0=rank == 0)
     try:
         if case == "first":
-            agreement.on_first(refuse, is_first=rank == 0, errors=(ConfigError,))
+            agreement.on_rank_0(refuse, is_rank_0=rank == 0, errors=(ConfigError,))
         publish(run, 2, {}, write_with_a_failure, keep=1, is_rank_0=rank == 0)
     except (CheckpointError, ConfigError) as error:
         (run / f"said_{rank}").write_text(str(error))

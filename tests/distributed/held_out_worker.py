@@ -11,8 +11,9 @@ from pathlib import Path
 
 from megatron.core import parallel_state
 
+from ssa_pretrain.evaluation import MODES, evaluate_mode
 from ssa_pretrain.parallel.state import start
-from ssa_pretrain.trainer import MODES, Run, build_run, judge
+from ssa_pretrain.run import Run, build_run
 from support.layout_worker import LENGTH, configure
 
 SIZES = (1, 2, 3, 5)
@@ -21,7 +22,7 @@ SMALL = {"model.num_layers": 6, "evaluation.rows": 0}
 
 def metrics(run: Run, mode: str) -> list[float]:
     """Returns the held-out metrics of a mode, and the labels and tokens that they are over."""
-    found = judge(run, mode)
+    found = evaluate_mode(run, mode)
     counts = [found.num_labels, found.num_tokens]
     return [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer, *counts]
 

@@ -53,7 +53,7 @@ def test_fp8_follows_bf16(placement, recipe):
 def test_prompts_of_any_length_are_continued_in_fp8(placement):
     """Sampling packs prompts that grow by a token at a time; FP8 products need multiples of 8."""
     from ssa_pretrain.engine import build_engine
-    from ssa_pretrain.evaluate import TOKENS_MULTIPLE, packed_prompts
+    from ssa_pretrain.sampling import TOKENS_MULTIPLE, packed_prompts
 
     config = small_config(Method.ssa, LayerSpec.transformer_engine, KernelImpl.auto)
     config.precision.name = PrecisionName.fp8

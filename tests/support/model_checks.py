@@ -388,10 +388,12 @@ def test_rope_turns_by_position_with_llama3_scaling(placement, factor):
 
 def held_out_metrics(engine, config: Config, held_out, mode: str) -> list[float]:
     """Returns what the trainer finds on held-out rows: cross entropy, alignments, masses, labels, tokens."""
-    from ssa_pretrain.trainer import judge
+    from ssa_pretrain.evaluation import evaluate_mode
 
     plan, first = SimpleNamespace(dp=1, pp=1, vpp=1), SimpleNamespace(dp_rank=0, is_first=False)
-    found = judge(SimpleNamespace(engine=engine, config=config, held_out=held_out, plan=plan, placement=first), mode)
+    found = evaluate_mode(
+        SimpleNamespace(engine=engine, config=config, held_out=held_out, plan=plan, placement=first), mode
+    )
     counts = [found.num_labels, found.num_tokens]
     return [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer, *counts]
 
@@ -427,7 +429,7 @@ def test_samples_are_no_longer_than_a_row(placement, tmp_path, monkeypatch, leng
     """Positions end with the row. Prompts of the data, and any others: of one token, of nearly a row, of a row and more."""
     from tokenizers import Tokenizer, models
 
-    from ssa_pretrain import evaluate
+    from ssa_pretrain import sampling
     from ssa_pretrain.data.rows import HeldOutRows
     from ssa_pretrain.engine import build_engine
 
@@ -445,15 +447,15 @@ def test_samples_are_no_longer_than_a_row(placement, tmp_path, monkeypatch, leng
         placement=SimpleNamespace(is_first=False),
         plan=SimpleNamespace(cp=1, tp=1, vocab_size=VOCAB),
     )
-    drawn = [len(prompt) for prompt in evaluate.held_out_prompts(run)]
-    assert drawn == [length // 2] * evaluate.PROMPTS, "half a row for the prompt, half for its continuation"
+    drawn = [len(prompt) for prompt in sampling.held_out_prompts(run)]
+    assert drawn == [length // 2] * sampling.NUM_PROMPTS, "half a row for the prompt, half for its continuation"
     lengths = [1, length - 1, length, length + 7]
     for prompts in (None, [list(range(1, n + 1)) for n in lengths]):
         if prompts:
-            monkeypatch.setattr(evaluate, "held_out_prompts", lambda _, prompts=prompts: prompts)
+            monkeypatch.setattr(sampling, "held_out_prompts", lambda _, prompts=prompts: prompts)
         found = [
             [len(sample[part].split()) for part in ("prompt", "text")]
-            for sample in evaluate.sample(run, ("full", "sparse"))
+            for sample in sampling.sample(run, ("full", "sparse"))
         ]
         assert all(prompt > 0 and prompt + text <= length for prompt, text in found)
         assert any(text and prompt + text == length for prompt, text in found), "an EOS ends some of them, not all"
@@ -461,7 +463,7 @@ def test_samples_are_no_longer_than_a_row(placement, tmp_path, monkeypatch, leng
 
 
 def test_the_filling_of_packed_prompts_has_documents_no_longer_than_a_row():
-    from ssa_pretrain.evaluate import packed_prompts
+    from ssa_pretrain.sampling import packed_prompts
 
     batch = packed_prompts([[1, 2, 3], [4]], 64, 16)
     assert batch.cu_seqlens.diff().tolist() == [3, 1, 16, 16, 16, 12]

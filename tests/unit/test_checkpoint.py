@@ -142,14 +142,14 @@ def intact_by_step(run):
 
 def hashed_folders(monkeypatch):
     """Returns a list that receives the folders whose files are hashed, in order, without repeats in a row."""
-    found, plain = [], integrity.sha256
+    found, plain = [], integrity.file_sha256
 
     def counted(path):
         if found[-1:] != [path.parent.name]:
             found.append(path.parent.name)
         return plain(path)
 
-    monkeypatch.setattr(integrity, "sha256", counted)
+    monkeypatch.setattr(integrity, "file_sha256", counted)
     return found
 
 
@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
-    monkeypatch.setattr(integrity, "sha256", fail)
+    monkeypatch.setattr(integrity, "file_sha256", fail)
     assert find_damage(folder) == "empty cannot be read: Input/output error"
 
 

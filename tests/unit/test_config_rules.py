@@ -13,9 +13,10 @@ import pytest
 
 from ssa_pretrain.cli import read_config, resolve_config
 from ssa_pretrain.config.machine import Machine, this_machine
-from ssa_pretrain.data.indexed_format import file_sha256, token_dtype, write_index
+from ssa_pretrain.data.indexed_format import token_dtype, write_index
 from ssa_pretrain.problems import ConfigError, Problem
-from ssa_pretrain.run_folder import claim, release
+from ssa_pretrain.run_folder import lock_folder
+from ssa_pretrain.settings.files import file_sha256, unlock
 
 CPU = Machine(world_size=1, has_gpu=False, has_transformer_engine=False, has_files=False)
 GPU = Machine(world_size=1, has_gpu=True, has_transformer_engine=True, has_files=False)
@@ -434,7 +435,7 @@ def test_an_output_dir_in_use_is_a_problem_only_for_a_run(
     """`evaluate` may read during a run, a plan starts nothing, and rank 1 must not mistake its own rank 0 for another run."""
     folder = tmp_path / "run"
     ours = [*BASE, f"data.path={dataset}", f"output_dir={folder}"]
-    lock = claim(folder)
+    lock = lock_folder(folder)
     assert lock is not None
     with pytest.raises(SystemExit) as caught:
         read_config("train", ours)
@@ -452,7 +453,7 @@ def test_an_output_dir_in_use_is_a_problem_only_for_a_run(
         monkeypatch.setenv(name, value)
     assert read_config("train", ours).output_dir == str(folder)
     monkeypatch.setenv("RANK", "0")
-    release(lock)
+    unlock(lock)
     assert read_config("train", ours).output_dir == str(folder)
 
 

@@ -15,7 +15,7 @@ from ssa_pretrain.parallel import interruption as module
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.signals import on_signals
 
-ALONE = SimpleNamespace(world_size=1, is_first=True)
+ONE_PROCESS = SimpleNamespace(world_size=1, is_first=True)
 
 
 @pytest.fixture(autouse=True)
@@ -39,23 +39,23 @@ def wait_for(condition) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_one_signal_asks_for_the_end_and_more_change_nothing(name: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with Interruption(ALONE) as interruption:  # type: ignore[arg-type]
-        assert not interruption.ends(1)
+    with Interruption(ONE_PROCESS) as interruption:  # type: ignore[arg-type]
+        assert not interruption.stops_after(1)
         os.kill(os.getpid(), signal.Signals[name])
-        wait_for(lambda: interruption.ends(2))
+        wait_for(lambda: interruption.stops_after(2))
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert (interruption.ends(3), interruption.reason) == (True, name)
+        assert (interruption.stops_after(3), interruption.reason) == (True, name)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_one_that_was_passed_on_does_not(monkeypatch, capfd) -> None:
     left = []
-    monkeypatch.setattr(module, "end_process", left.append)
-    with Interruption(ALONE) as interruption:  # type: ignore[arg-type]
+    monkeypatch.setattr(module, "exit_now", left.append)
+    with Interruption(ONE_PROCESS) as interruption:  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGINT)
         wait_for(lambda: interruption.reason)
-        interruption._ask(signal.SIGINT)
+        interruption._receive(signal.SIGINT)
         assert not left
         monkeypatch.setattr(module, "SECOND_SECONDS", 0.0)
         os.kill(os.getpid(), signal.SIGINT)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain import jobs, launch
+from ssa_pretrain.errors import LaunchError
 
 MODULE = "json.tool"  # an entry point that is there and is not ours
 
@@ -56,7 +57,7 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchrun_command(words: str, environment: dict[str, str], command: str, world_size: int) -> None:
     job, is_shown = jobs.torchrun_job(words.split(), environment)
     assert (job.command, is_shown) == ([sys.executable, "-m", "torch.distributed.run", *command.split()], False)
-    assert job.runs == [sys.executable, "-m", "ssa_pretrain.torch_agent", *command.split()]
+    assert job.executed == [sys.executable, "-m", "ssa_pretrain.torch_agent", *command.split()]
     assert job.world_size == world_size
 
 
@@ -86,12 +87,12 @@ def test_deepspeed_command(tmp_path: Path, words: str, environment: dict[str, st
     words, command = (text.replace("HOSTS", str(tmp_path / "hosts")) for text in (words, command))
     job, is_shown = jobs.deepspeed_job(words.split(), environment)
     assert job.command == [sys.executable, "-m", "deepspeed.launcher.runner", *command.split()]
-    assert [word for word in job.runs if word != "--log_level=critical"] == job.command
+    assert [word for word in job.executed if word != "--log_level=critical"] == job.command
     assert is_shown == ("--dry-run" in words)
 
 
 @pytest.mark.parametrize(
-    ("flags", "processes", "waits"),
+    ("flags", "processes", "is_remote"),
     [
         ("", 14, True),
         ("--num-nodes 2", 12, True),
@@ -105,10 +106,10 @@ def test_deepspeed_command(tmp_path: Path, words: str, environment: dict[str, st
         ("--exclude=n1:0,7@n2:3", 11, True),
     ],
 )
-def test_deepspeed_counts_the_slots_of_a_hostfile(tmp_path: Path, flags: str, processes: int, waits: bool) -> None:
+def test_deepspeed_counts_the_slots_of_a_hostfile(tmp_path: Path, flags: str, processes: int, is_remote: bool) -> None:
     (tmp_path / "hosts").write_text(HOSTS)
     job, _ = jobs.deepspeed_job(["--hostfile", str(tmp_path / "hosts"), *flags.split()], {})
-    assert (job.world_size, job.waits) == (processes, waits)
+    assert (job.world_size, job.is_remote) == (processes, is_remote)
 
 
 @pytest.mark.usefixtures("counted")
@@ -163,7 +164,7 @@ NODE = "with a line such as 'node0 slots=8' for each node"
         ("deepspeed --num-nodes x", "--num-nodes=x must be a positive number; try 2"),
         ("deepspeed --master-port x", "--master-port=x must be a port, 1 to 65535; try 29500"),
         ("deepspeed --master_port=65536", "--master-port=65536 must be a port, 1 to 65535; try 29500"),
-        ("deepspeed --hostfile nowhere", "--hostfile=nowhere is not there; it has a line such as 'node0 slots=8' for each node"),
+        ("deepspeed --hostfile nowhere", "--hostfile=nowhere does not exist; it has a line such as 'node0 slots=8' for each node"),
         ("deepspeed --num-nodes 2", f"--num-nodes=2 needs --hostfile, {NODE}"),
         ("deepspeed --include a:0 --num-gpus 2", "--include and --exclude name the GPUs; leave out --num-gpus and --num-nodes"),
         ("deepspeed --include=a:0 --exclude=b", "--include and --exclude cannot both be given; name with --include what is left"),
@@ -204,7 +205,7 @@ def test_a_time_to_stop_that_is_not_a_number_is_refused(capfd) -> None:
 def test_a_hostfile_that_is_refused(tmp_path: Path, text: str, flags: list[str], message: str) -> None:
     given = f"--hostfile={tmp_path / 'hosts'}"
     (tmp_path / "hosts").write_text(text)
-    with pytest.raises(jobs.Refused) as caught:
+    with pytest.raises(LaunchError) as caught:
         jobs.deepspeed_job([given, *flags], {})
     assert str(caught.value) == (message.replace("PATH", given) if message.startswith("--") else f"{given} {message}")
 
@@ -222,16 +223,16 @@ def test_a_port_in_use_is_refused_where_it_was_given_and_avoided_where_none_was(
                 f"MASTER_PORT={port} in the environment {in_use}; unset it for a free port, or give --master-port",
             ),
         ):
-            with pytest.raises(jobs.Refused) as caught:
+            with pytest.raises(LaunchError) as caught:
                 jobs.deepspeed_job(["--num-gpus=2", *words], environment)
             assert str(caught.value) == message
-        with socket.create_server(("", jobs.USUAL_PORT)) if jobs.is_free(jobs.USUAL_PORT) else taken:
+        with socket.create_server(("", jobs.DEFAULT_PORT)) if jobs.is_free(jobs.DEFAULT_PORT) else taken:
             job, _ = jobs.deepspeed_job(["--num-gpus=2"], {})
     (chosen,) = [word.removeprefix("--master_port=") for word in job.command if word.startswith("--master_port=")]
-    assert 15_000 <= int(chosen) < 30_000 and int(chosen) != jobs.USUAL_PORT
+    assert 15_000 <= int(chosen) < 30_000 and int(chosen) != jobs.DEFAULT_PORT
 
 
 def test_a_job_has_no_place_in_another_launchers_job() -> None:
     outer = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "SLURM_PROCID": "2", "OMP_NUM_THREADS": "4"}
     expected = {"SLURM_PROCID": "2", "OMP_NUM_THREADS": "4", "PYTHONSAFEPATH": "1"}
-    assert launch.of_the_job(outer) == expected, json.dumps(launch.of_the_job(outer))
+    assert launch.job_environment(outer) == expected, json.dumps(launch.job_environment(outer))

@@ -52,9 +52,9 @@ def test_quickstart_prints_its_four_commands() -> None:
 def test_quickstart_passes_settings_and_folders_on() -> None:
     done = call("quickstart.sh", "--venv", "/v e", "--out", "o", "--dry-run", "training.steps=3", "name=a b")
     lines = commands(done.stdout).splitlines()
-    assert lines[0] == r"/v\ e/bin/python -m data_prep source=quickstart tokenizer=bpe4k out=o/data"
+    assert lines[0] == "'/v e/bin/python' -m data_prep source=quickstart tokenizer=bpe4k out=o/data"
     for line in lines[1:3]:
-        assert line.endswith(r"experiment=quickstart output_dir=o data.path=o/data training.steps=3 name=a\ b")
+        assert line.endswith("experiment=quickstart output_dir=o data.path=o/data training.steps=3 'name=a b'")
     assert lines[3].endswith("-m ssa_pretrain.report o")
 
 
@@ -207,7 +207,7 @@ REMEDY = "try --python=.venv/bin/python, which make quickstart builds"
 def test_an_interpreter_that_will_not_do_is_explained(tmp_path: Path, script: str, dry_run: list[str]) -> None:
     bare = bare_python(tmp_path)
     for python, message in (
-        ("/nope", f"--python=/nope is not there or cannot be run; {REMEDY}"),
+        ("/nope", f"--python=/nope does not exist or cannot be executed; {REMEDY}"),
         (str(bare), f"--python={bare} has no package ssa_pretrain; {REMEDY}, or pip install -e . into that one"),
     ):
         done = call(script, *dry_run, f"--python={python}", "a=1")

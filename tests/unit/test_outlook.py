@@ -9,7 +9,7 @@ import pytest
 from ssa_pretrain.checkpoint.facts import run_facts
 from ssa_pretrain.cli import read_config, resolve_config
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.run_folder import claim
+from ssa_pretrain.run_folder import lock_folder
 
 BASE = ("experiment=quickstart", "model.vocab_size=4096", "training.steps=9")
 
@@ -74,7 +74,7 @@ def test_the_micro_batch_size_may_change_where_a_run_takes_it(
 
 
 def test_a_folder_in_use_or_unwritable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lock = claim(tmp_path / "run")
+    lock = lock_folder(tmp_path / "run")
     assert lock is not None
     with lock:
         found = rows(f"output_dir={tmp_path / 'run'}", capsys=capsys)["output"]

@@ -186,7 +186,7 @@ def test_a_python_that_is_too_old(tmp_path: Path) -> None:
         "PYTHON=python3 is Python 3.9.2, and 3.11 or 3.12 is needed; give the path of one."
     )
     assert (
-        set_up(path, tmp_path, PYTHON="/none") == "PYTHON=/none is not there; give the path of a Python 3.11 or 3.12."
+        set_up(path, tmp_path, PYTHON="/none") == "PYTHON=/none does not exist; give the path of a Python 3.11 or 3.12."
     )
 
 
@@ -198,7 +198,7 @@ def test_a_python_without_venv(tmp_path: Path, missing: str) -> None:
     (tmp_path / "hidden" / f"{missing}.py").write_text("raise ImportError\n")
     script(path / "python3", f'PYTHONPATH={tmp_path / "hidden"} exec {sys.executable} "$@"\n')
     assert set_up(path, tmp_path) == (
-        "python3 has no venv module; install it (Debian, Ubuntu: sudo apt install python3-venv) or say make PYTHON=/path/to/another/python."
+        "python3 has no venv module; install it (Debian, Ubuntu: sudo apt install python3-venv) or run make PYTHON=/path/to/another/python."
     )
 
 

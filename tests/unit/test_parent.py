@@ -10,9 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import multiprocessing, os, sys, time
-from ssa_pretrain.parallel.parent import end_with_parent, forks_end_with_this
+from ssa_pretrain.parallel.parent import end_with_parent, end_forks_with_this_process
 end_with_parent(int(sys.argv[1]))
-forks_end_with_this()
+end_forks_with_this_process()
 worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
 worker.start()
 print(os.getpid(), worker.pid, flush=True)

@@ -1,4 +1,4 @@
-"""ssa_pretrain/run_folder.py: one run a folder for as long as its process lives, and what hinders a run is known before it starts."""
+"""ssa_pretrain/run_folder.py: one run per folder while its process lives, and obstacles are known before a run starts."""
 
 import fcntl
 import os
@@ -16,14 +16,15 @@ import pytest
 
 from ssa_pretrain import run_folder
 from ssa_pretrain.problems import ConfigError
-from ssa_pretrain.run_folder import LOCK, claim, release, require_free, shortage, unwritable
+from ssa_pretrain.run_folder import LOCK, lock_folder, require_free, space_warning, unwritable
+from ssa_pretrain.settings.files import unlock
 
-HOLD = "import sys, time, pathlib; from ssa_pretrain.run_folder import claim; held = claim(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+HOLD = "import sys, time, pathlib; from ssa_pretrain.run_folder import lock_folder; held = lock_folder(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
 
 
-def held(folder: Path, say: Callable[[str], None] = print) -> TextIO:
+def held(folder: Path, report: Callable[[str], None] = print) -> TextIO:
     """A folder's lock, taken by this process."""
-    lock = claim(folder, say)
+    lock = lock_folder(folder, report)
     assert lock is not None
     return lock
 
@@ -40,7 +41,7 @@ def test_a_second_run_is_refused_with_the_holder_s_name_until_that_is_killed(tmp
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
             with pytest.raises(ConfigError) as caught:
-                claim(tmp_path, patience=0.2)
+                lock_folder(tmp_path, patience=0.2)
             line = str(caught.value)
             where = f"  output_dir={tmp_path}"[:60]
             assert line.startswith(where)
@@ -67,9 +68,10 @@ def test_what_killed_runs_left_goes_and_nothing_else(tmp_path: Path) -> None:
         "metrics.jsonl",
         "metrics.jsonl.damaged-1",
         "wandb.json",
+        "notes.tmp",
     ]
     left = ["checkpoints/.step_00000004.tmp", "checkpoints/.step_00000002.universal", "metrics.jsonl.77.tmp"]
-    left += ["wandb.77.tmp"]
+    left += ["wandb.json.77.tmp", "config.yaml.77.tmp", "report.html.77.tmp", ".seen_77"]
     (tmp_path / "checkpoints").mkdir()
     for name in (*kept, *left):
         if "step" in name:
@@ -80,9 +82,7 @@ def test_what_killed_runs_left_goes_and_nothing_else(tmp_path: Path) -> None:
     held(tmp_path, lines.append).close()
     assert all((tmp_path / name).exists() for name in kept)
     assert not any((tmp_path / name).exists() for name in left)
-    assert sorted(lines) == sorted(
-        f"removing {tmp_path / name}, which a run that was stopped has left half written" for name in left
-    )
+    assert sorted(lines) == sorted(f"removed {tmp_path / name}, which a killed run left unfinished" for name in left)
 
 
 def test_a_refused_run_removes_nothing(tmp_path: Path) -> None:
@@ -90,14 +90,14 @@ def test_a_refused_run_removes_nothing(tmp_path: Path) -> None:
     with held(tmp_path):
         scratch.mkdir(parents=True)  # the holder is saving
         with pytest.raises(ConfigError, match="is in use by process"):
-            claim(tmp_path, patience=0)
+            lock_folder(tmp_path, patience=0)
     assert scratch.exists()
 
 
 def test_a_look_at_a_free_folder_changes_nothing(tmp_path: Path) -> None:
     require_free(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
-    release(held(tmp_path))
+    unlock(held(tmp_path))
     assert (tmp_path / LOCK).read_text() == "", "the next holder's name is not taken for this one's"
     (tmp_path / LOCK).chmod(0o444)
     with (tmp_path / LOCK).open() as other:
@@ -120,7 +120,7 @@ def test_a_holder_that_is_dying_is_waited_for(tmp_path: Path) -> None:
             require_free(tmp_path, patience=0)
 
 
-def test_storage_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
@@ -128,16 +128,16 @@ def test_storage_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     lines: list[str] = []
     (tmp_path / LOCK).touch()
     require_free(tmp_path)
-    assert claim(tmp_path, lines.append) is None
+    assert lock_folder(tmp_path, lines.append) is None
     assert lines == [f"{tmp_path} lies on storage without file locks: do not start a second run in it"]
 
 
 def test_an_error_of_the_system_is_one_problem(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cannot be written: (Not a directory|File exists); try another output_dir"):
-        claim(tmp_path / "file" / "run")
+        lock_folder(tmp_path / "file" / "run")
     with pytest.raises(ConfigError, match=r"cannot be written: (Not a directory|File exists); try another output_dir"):
-        claim(tmp_path / "file")
+        lock_folder(tmp_path / "file")
 
 
 def test_files_in_the_way_are_named(tmp_path: Path) -> None:
@@ -162,14 +162,14 @@ def test_folders_without_permission_are_named(tmp_path: Path, monkeypatch: pytes
 
 def test_little_room_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3 * 2**29}))
-    assert shortage(tmp_path, 3 * 2**29) is None
-    assert shortage(tmp_path, 2**31) == (
+    assert space_warning(tmp_path, 3 * 2**29) is None
+    assert space_warning(tmp_path, 2**31) == (
         f"warning: {tmp_path} has 1.5 GiB free, and one checkpoint needs about 2.0 GiB; free space before the first one is due"
     )
 
 
 def test_a_refusal_reaches_other_processes_whole(tmp_path: Path) -> None:
     with held(tmp_path), pytest.raises(ConfigError) as caught:
-        claim(tmp_path, patience=0)
+        lock_folder(tmp_path, patience=0)
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (str(copy), copy.exit_code) == (str(caught.value), 3)

@@ -8,7 +8,8 @@ from ssa_pretrain import evaluate
 from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import config_from_dict, save_config
-from ssa_pretrain.saved_run import NoCheckpointError, expand, named_checkpoint
+from ssa_pretrain.errors import CheckpointError
+from ssa_pretrain.saved_run import expand, named_checkpoint
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
 PLAN = ["dry_run=true", "model.vocab_size=4096"]
@@ -104,7 +105,7 @@ def test_a_run_without_checkpoints_is_one_sentence_and_5(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_config(Config(), tmp_path / "new" / "config.yaml")
-    with pytest.raises(NoCheckpointError):
+    with pytest.raises(CheckpointError):
         named_checkpoint([str(tmp_path / "new")])
     monkeypatch.setattr("sys.argv", ["evaluate", str(tmp_path / "new"), "evaluation.rows=8"])
     with pytest.raises(SystemExit) as left:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain import supervision
-from ssa_pretrain.supervision import AGAIN, NOT_BEGUN, Supervisor
+from ssa_pretrain.supervision import NOT_BEGUN, RERUN, Supervisor
 
 SCRIPT = Path(__file__).parents[1] / "support" / "rank_for_supervision.py"
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def run(*modes: str, patience: float = 30, reports: bool = True) -> tuple[int, s
     """Returns the verdict on a launcher with a rank per mode; fails if a process is left."""
     with Supervisor(patience, reports=reports) as supervisor:
         code = supervisor.run([sys.executable, str(SCRIPT), "launcher", *modes], environment())
-        assert not supervision.find_members(supervisor.folder)
+        assert not supervision.find_processes(supervisor.folder)
         return supervisor.verdict(code)
 
 
@@ -64,7 +64,7 @@ def as_started_from_a_terminal() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(supervision, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(supervision, "HELPER_SECONDS", 0.2)
     monkeypatch.setattr(supervision, "LOST_SECONDS", 0.5)
 
 
@@ -97,14 +97,14 @@ def test_further_sigterms_change_nothing_and_ranks_that_do_not_stop_are_killed_i
     when(lambda: up(0, 1), lambda: [os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.3) for _ in range(3)])
     assert run("deaf", "deaf", patience=1) == (
         1,
-        f"SIGTERM: the ranks did not stop within 1 s and were killed; {AGAIN}",
+        f"SIGTERM: the ranks did not stop within 1 s and were killed; {RERUN}",
     )
 
 
 @pytest.mark.parametrize("other", ["waits", "deaf", "loses its peer"])
 def test_a_killed_rank_is_named_with_its_signal(capfd, other: str) -> None:
     when(lambda: up(0, 1), lambda: time.sleep(0.6) or os.kill(pid(1), signal.SIGKILL))
-    assert run(other, "waits") == (1, f"rank 1 was killed by SIGKILL; {AGAIN}")
+    assert run(other, "waits") == (1, f"rank 1 was killed by SIGKILL; {RERUN}")
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -126,7 +126,7 @@ def test_a_helper_is_not_taken_for_its_rank_while_that_is_dying(monkeypatch: pyt
             time.sleep(0.02)
         look()
         launcher.kill()
-        for process in supervision.find_members(supervisor.folder):
+        for process in supervision.find_processes(supervisor.folder):
             process.send(signal.SIGKILL)
         launcher.wait()
     assert [sorted(ranks) for ranks in helpers] == [[0, 1], [0]]
@@ -135,7 +135,7 @@ def test_a_helper_is_not_taken_for_its_rank_while_that_is_dying(monkeypatch: pyt
 def test_a_rank_that_is_killed_before_it_was_seen_is_no_stop_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "find_ranks", lambda launcher: {})
     when(lambda: up(0, 1), lambda: os.kill(pid(1), signal.SIGKILL))
-    assert run("waits", "waits") == (1, f"a rank was killed by SIGKILL; {AGAIN}")
+    assert run("waits", "waits") == (1, f"a rank was killed by SIGKILL; {RERUN}")
 
 
 def test_an_unexpected_error_has_its_trace_and_is_named_last(capfd) -> None:
@@ -167,7 +167,7 @@ def test_a_launcher_that_returns_0_without_its_ranks_is_no_success() -> None:
     with Supervisor(30, reports=True) as supervisor:
         assert supervisor.verdict(supervisor.run(["true"], environment())) == (
             1,
-            f"the launcher's own process returned 0, but the run did not come to its end; {AGAIN}",
+            f"the launcher's own process returned 0, but the run did not come to its end; {RERUN}",
         )
 
 
@@ -177,7 +177,7 @@ def test_a_killed_launcher_takes_its_ranks_along() -> None:
         os.kill(int(parent), signal.SIGKILL)
 
     when(lambda: up(0, 1), kill)
-    assert run("waits", "deaf") == (1, f"the launcher's own process was killed by SIGKILL; {AGAIN}")
+    assert run("waits", "deaf") == (1, f"the launcher's own process was killed by SIGKILL; {RERUN}")
 
 
 def test_entry_points_that_report_nothing_keep_their_code() -> None:

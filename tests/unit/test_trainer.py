@@ -1,32 +1,32 @@
-"""The trainer's arithmetic: slices of an evaluation put together, when things are due."""
+"""A run without training: evaluation slices combined, schedules, the row order of checkpoints, when a run has finished."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint.publish import Checkpoint, CheckpointError
+from ssa_pretrain.checkpoint.publish import Checkpoint
 from ssa_pretrain.config import Config, WandbMode
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row, TrainingRows
 from ssa_pretrain.engine import EvaluationResult
+from ssa_pretrain.errors import CheckpointError
+from ssa_pretrain.evaluation import combine, mean, num_held_out_microbatches
 from ssa_pretrain.planning.flops import row_flops
-from ssa_pretrain.trainer import (
-    combine,
-    continued,
-    count_held_out,
-    due,
-    facts,
-    finished,
-    flops_per_token,
-    mean,
-    restore,
-    start_reporting,
-    training_rows,
-)
+from ssa_pretrain.resume import find_checkpoint, restore, why_finished
+from ssa_pretrain.run import Run, training_rows
+from ssa_pretrain.schedule import is_due
+from ssa_pretrain.trainer import description, flops_per_token
 from support.small_datasets import cut, write_dataset
+
+
+def a_run(config: Config, folder: Path, *, manifest=None, rows=None) -> Run:
+    """Returns a run on a CPU without engine and plan."""
+    placement = SimpleNamespace(is_first=True, device=SimpleNamespace(type="cpu"))
+    return Run(config, None, placement, manifest, None, rows, None, folder)
 
 
 def test_slices_weigh_by_labels_and_tokens():
@@ -64,7 +64,7 @@ def test_slices_without_labels_weigh_nothing():
 def test_microbatches_hold_all_held_out_rows(dp, pp, vpp, size, rows, expected):
     """As many on each data rank, whole rounds of an interleaved pipeline, and no slice of an evaluation that is padding only."""
     plan = SimpleNamespace(dp=dp, pp=pp, vpp=vpp)
-    found = count_held_out(size, plan, rows)
+    found = num_held_out_microbatches(size, plan, rows)
     assert found == expected and found * size >= rows and found % dp == 0
     last_slice = (found - 1) // (2 * dp * pp) * 2 * dp * pp
     assert last_slice * size < rows
@@ -75,20 +75,18 @@ def test_a_checkpoint_keeps_its_row_order(tmp_path, monkeypatch):
     manifest = write_dataset(tmp_path, {"english": cut(3000), "python": cut(700, base=10_000)}, {})
     config = Config()
     config.data.sequence_length, config.data.path = 32, str(tmp_path)
-    said = []
-    monkeypatch.setattr("ssa_pretrain.trainer.say", lambda _, text: said.append(text))
+    lines = []
 
     def restored(changes: dict) -> tuple[list[int], dict]:
-        run = SimpleNamespace(
-            config=config, manifest=manifest, plan=SimpleNamespace(padded_vocab_size=30_016), folder=tmp_path
-        )
-        run.engine, run.rows = SimpleNamespace(load=lambda _: None), training_rows(config, manifest)
-        written = facts(run)
+        run = a_run(config, tmp_path, manifest=manifest, rows=training_rows(config, manifest))
+        run.plan, run.engine = SimpleNamespace(padded_vocab_size=30_016), SimpleNamespace(load=lambda _: None)
+        written = run.contract()
         assert written.pop("data.order") == 2
         found = Checkpoint(tmp_path / "step_00000007", 7, written | changes)
-        monkeypatch.setattr("ssa_pretrain.trainer.newest_checkpoint", lambda *_: found)
-        assert restore(run, continued(run)) == 7
-        assert facts(run) == found.facts, "the next checkpoint passes the order on"
+        monkeypatch.setattr("ssa_pretrain.resume.newest_checkpoint", lambda *_: found)
+        monkeypatch.setattr(Run, "print", lambda _, text: lines.append(text))
+        assert restore(run, find_checkpoint(run)) == 7
+        assert run.contract() == found.facts, "the next checkpoint passes the order on"
         return [int(run.rows.row(i).tokens[0]) for i in range(40)], found.facts
 
     def rows(order: int) -> list[int]:
@@ -96,9 +94,9 @@ def test_a_checkpoint_keeps_its_row_order(tmp_path, monkeypatch):
         return [int(made.row(i).tokens[0]) for i in range(40)]
 
     assert restored({"data.order": 2})[0] == rows(2)
-    assert not [text for text in said if "order" in text]
+    assert not [text for text in lines if "order" in text]
     assert restored({})[0] == rows(1) != rows(2)
-    assert f"{tmp_path / 'step_00000007'} was written under row order 1: the run keeps it to its end" in said
+    assert f"{tmp_path / 'step_00000007'} was written under row order 1: the run keeps it to its end" in lines
     with pytest.raises(CheckpointError, match=r"data\.order: checkpoint 3, run 2"):
         restored({"data.order": 3})
 
@@ -107,22 +105,21 @@ def test_a_checkpoint_keeps_its_row_order(tmp_path, monkeypatch):
     ("step", "interval", "expected"), [(10, 5, True), (11, 5, False), (100, 0, True), (99, 0, False)]
 )
 def test_due_every_interval_and_at_the_end(step, interval, expected):
-    assert due(step, interval, last=100) is expected
+    assert is_due(step, interval, last_step=100) is expected
 
 
-def test_a_run_s_banner_warns_of_blocks_that_cover_the_row(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("ssa_pretrain.trainer.start_tracking", lambda *_, **__: None)
+def test_a_run_s_banner_warns_of_blocks_that_cover_the_row(tmp_path):
+    plan = SimpleNamespace(
+        parameters=1, world_size=1, tp=1, pp=1, cp=1, dp=1, vocab_size=1, steps=1, tokens_per_step=1, total_tokens=1
+    )
+    found = []
     for length in (256, 272):
         config = Config()
         config.data.sequence_length = length
-        plan = SimpleNamespace(
-            parameters=1, world_size=1, tp=1, pp=1, cp=1, dp=1, vocab_size=1, steps=1, tokens_per_step=1, total_tokens=1
-        )
-        placement = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-        run = SimpleNamespace(config=config, plan=plan, placement=placement, folder=tmp_path)
-        start_reporting(run, SimpleNamespace(print=said.append), 0)
-    assert "\nwarning  attention.top_k=16 blocks" in said[0] and "warning" not in said[1]
+        run = a_run(config, tmp_path)
+        run.plan = plan
+        found.append(description(run).get("warning"))
+    assert found[0].startswith("attention.top_k=16 blocks") and found[1] is None
 
 
 def test_mean_of_nothing_is_none():
@@ -163,13 +160,12 @@ def test_a_run_whose_w_and_b_lacks_records_is_not_finished(tmp_path, state, mode
         (tmp_path / "wandb.json").write_text(json.dumps({"id": "x", "received": state}))
     config = Config()
     config.training.steps, config.logging.wandb.mode = 4, mode
-    run = SimpleNamespace(
-        config=config, plan=SimpleNamespace(steps=4), placement=SimpleNamespace(is_first=True), folder=tmp_path
-    )
+    run = a_run(config, tmp_path)
+    run.plan = SimpleNamespace(steps=4)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        assert (finished(run, 4) is None) is owed
+        assert (why_finished(run, 4) is None) is owed
         config.training.steps = run.plan.steps = 3
-        assert finished(run, 4) is not None, "a shorter run would send other settings"
+        assert why_finished(run, 4) is not None, "a shorter run would send other settings"
     finally:
         dist.destroy_process_group()

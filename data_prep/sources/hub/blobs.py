@@ -14,7 +14,6 @@ answer ends the run, since that says nothing about the blob.
 """
 
 import gzip
-import os
 import random
 import time
 import zlib
@@ -34,7 +33,7 @@ from data_prep.progress import Log
 from data_prep.recipe import to_plain
 from data_prep.sources.hub.download import is_fetched, record_path, write_record
 from data_prep.sources.hub.settings import BlobSettings
-from ssa_pretrain.data.indexed_format import file_sha256
+from ssa_pretrain.settings.files import file_sha256, temporary_path
 
 MAX_PAUSE_SECONDS = 30.0
 MIN_ROWS_FOR_SHARE = 1_000  # the share of fewer blobs is not checked until the end
@@ -183,7 +182,7 @@ def _write_file(
             dropped.setdefault(blob.reason, []).append(blob_id)
     texts = pyarrow.array([blob.text for blob in blobs], type=pyarrow.large_string())
     kept = rows.append_column("text", texts).filter(texts.is_valid())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     parquet.write_table(kept, temporary, compression="zstd")
     temporary.replace(path)
     record = {

@@ -26,7 +26,7 @@ from data_prep.errors import InputError
 from data_prep.files import read_json, write_json
 from data_prep.progress import Log
 from data_prep.sources.hub.settings import HubSource
-from ssa_pretrain.data.indexed_format import file_sha256
+from ssa_pretrain.settings.files import file_sha256
 
 MAX_PAUSE_SECONDS = 30.0
 

@@ -7,7 +7,6 @@ into a file depends only on the footer.
 """
 
 import math
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,12 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from data_prep.errors import InputError
-from data_prep.files import read_json, sync, write_json
+from data_prep.files import read_json, write_json
 from data_prep.progress import Log
 from data_prep.readers import check_text_column
 from data_prep.sources.hub.download import Listing, RemoteFile, TransferError, explain_errors, retry, run_all
 from data_prep.sources.hub.settings import HubPart, HubSource
-from ssa_pretrain.data.indexed_format import file_sha256
+from ssa_pretrain.settings.files import file_sha256, sync, temporary_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +153,7 @@ class _Remote:
         path = folder / groups.name
         if path.is_file():
             return
-        temporary = folder / f"{groups.name}.{os.getpid()}.tmp"
+        temporary = temporary_path(path)
         rows = 0
         try:
             with parquet.ParquetWriter(

@@ -27,7 +27,7 @@ from ssa_pretrain.config import Config
 from ssa_pretrain.engine.deepspeed.setup import converter_environment
 from ssa_pretrain.model.sharding import is_norm, is_paired, is_row_parallel
 from ssa_pretrain.monitor.console import with_timestamps
-from ssa_pretrain.parallel.agreement import on_first
+from ssa_pretrain.parallel.agreement import on_rank_0
 from ssa_pretrain.parallel.state import Placement
 
 TAG = "deepspeed"
@@ -63,7 +63,7 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
         print(with_timestamps(line, config.logging.timestamps), flush=True)
         _convert(folder, universal, wanted)
 
-    on_first(reshape, is_first=placement.is_first, errors=(WeightsError, OSError))
+    on_rank_0(reshape, is_rank_0=placement.is_first, errors=(WeightsError, OSError))
     # If a rank fails here, there is no barrier: the others may wait in a collective that it is not in. The next start removes the folder.
     _load_universal(universal / f"tp_{placement.tp_rank:02d}", ds)
     dist.barrier()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ssa_pretrain.model.sharding import part, whole_shape
-from ssa_pretrain.parallel.parent import end_with_parent, forks_end_with_this
+from ssa_pretrain.parallel.parent import end_forks_with_this_process, end_with_parent
 
 TAG = "deepspeed"
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -26,7 +26,7 @@ def main() -> None:
     """Converts, then cuts."""
     if len(sys.argv) > 4:
         end_with_parent(int(sys.argv[4]))
-        forks_end_with_this()
+        end_forks_with_this_process()
     source, out, tp = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     universal = out / "whole"
     convert(source, universal)

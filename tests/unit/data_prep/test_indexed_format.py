@@ -17,7 +17,6 @@ from ssa_pretrain.data.indexed_format import (
     TokenizerInfo,
     check_pair,
     dtype_code,
-    file_sha256,
     load_manifest,
     read_header,
     read_lengths,
@@ -26,6 +25,7 @@ from ssa_pretrain.data.indexed_format import (
     write_index,
 )
 from ssa_pretrain.data.repair import DatasetError, content_checksum, out_argument
+from ssa_pretrain.settings.files import file_sha256
 from support.texts import edit_manifest
 
 

@@ -117,8 +117,8 @@ def test_a_repair_keeps_the_tokenizer_whatever_the_library_would_train_now(datas
 
 
 def test_training_names_the_same_command(dataset):
-    from ssa_pretrain.data.errors import DamagedData
     from ssa_pretrain.data.rows import TrainingRows
+    from ssa_pretrain.errors import DamagedData
 
     manifest = load_manifest(dataset)
     path = dataset / f"{manifest.splits['train'][0].prefix}.bin"

@@ -1,0 +1,77 @@
+"""Every way in which a command ends: its exit code, and the exception that leads to it.
+
+A `CommandError` is an ending that a user can cause. It carries one sentence and an exit code, and is reported without a trace. Every other exception is
+a bug: it keeps its trace and ends the process with 1. docs/launch.md has the table for users. Stdlib only.
+
+`ConfigError` is in problems.py, beside the problems that it lists.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The exit codes of all commands."""
+
+    DONE = 0
+    FAILED = 1  # a bug, a rank that was killed, a collective that timed out
+    CONFIGURATION = 3  # the configuration, the command line, a port in use, an output_dir that cannot be written
+    DATA = 4
+    CHECKPOINT = 5
+    DIVERGED = 6  # a step's loss or gradient norm is not finite
+    STOPPED = 7  # on request: the same command resumes
+    INTERRUPTED = 130  # by Ctrl-C, at once; the code that shells report
+    READER_GONE = 141  # the reader of its output, such as `head`, has left; the code that shells report
+
+
+class CommandError(Exception):
+    """An ending that a user can cause; its text is one sentence.
+
+    Attributes:
+        exit_code: the exit code of the process.
+        of_one_rank: only the rank that raises it has this error, so that rank must report it itself.
+    """
+
+    exit_code: int = ExitCode.FAILED
+    of_one_rank: bool = False
+
+
+class DataError(CommandError, ValueError):
+    """The prepared data cannot serve this run."""
+
+    exit_code = ExitCode.DATA
+
+
+class DamagedData(DataError):
+    """A rank has read something that differs from what was prepared."""
+
+    of_one_rank = True
+
+
+class CheckpointError(CommandError, ValueError):
+    """There is no usable checkpoint, it belongs to another run, or it could not be saved."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
+class WeightsError(CommandError, ValueError):
+    """A folder of weights is incomplete, damaged or of another model."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
+class DivergedError(CommandError, RuntimeError):
+    """A step's loss or gradient norm is not finite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class Interrupted(CommandError):
+    """The run was stopped on request and has saved; the same command resumes it."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class LaunchError(CommandError):
+    """A launcher's flags or environment cannot be used."""
+
+    exit_code = ExitCode.CONFIGURATION

@@ -1,0 +1,95 @@
+"""Evaluation on the held-out split, with full and with sparse attention."""
+
+import math
+import sys
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from ssa_pretrain.data.batches import microbatch
+from ssa_pretrain.engine import EvaluationResult
+from ssa_pretrain.monitor.metrics import MetricsLogger
+from ssa_pretrain.planning.plan import Plan
+from ssa_pretrain.run import Run
+from ssa_pretrain.schedule import is_due
+
+MODES = ("full", "sparse")
+Evaluated = set[tuple[int, str]]  # step and mode of each evaluation in a run's metrics; known on rank 0
+
+
+def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
+    """Evaluates the held-out rows in both modes and logs the results."""
+    for mode in MODES:
+        log.log_evaluation(evaluation_record(run, evaluate_mode(run, mode), step, mode))
+
+
+def evaluate_mode(run: Run, mode: str) -> EvaluationResult:
+    """Returns the held-out metrics of a mode, computed slice by slice under a progress bar."""
+    plan, dp_rank = run.plan, run.placement.dp_rank
+    total = num_held_out_microbatches(run.config.training.micro_batch_size, plan, run.held_out.num_rows)
+    size = 2 * plan.dp * plan.pp
+    results = []
+    hidden = not (run.placement.is_first and sys.stderr.isatty())
+    with tqdm(total=total, desc=f"held-out, {mode}", unit="microbatch", disable=hidden, leave=False) as bar:
+        for begin in range(0, total, size):
+            numbers = range(begin, min(begin + size, total))
+            mine = [microbatch(run.held_out, run.config, i, index=i) for i in numbers if i % plan.dp == dp_rank]
+            results.append(run.engine.evaluate(mine, mode=mode))
+            bar.update(len(numbers))
+    return combine(results)
+
+
+def num_held_out_microbatches(micro_batch_size: int, plan: Plan, num_rows: int) -> int:
+    """Returns how many microbatches hold the held-out rows.
+
+    Every data rank gets the same number, and an interleaved pipeline whole rounds. The places that the rows do not fill are padding, which counts in no mean.
+    """
+    unit = plan.dp * (plan.pp if plan.vpp > 1 else 1)
+    return -(-num_rows // (micro_batch_size * unit)) * unit
+
+
+def combine(results: list[EvaluationResult]) -> EvaluationResult:
+    """Returns the metrics over all slices: cross entropy averaged over labels (NaN without any), the layers' metrics over tokens."""
+    num_labels, num_tokens = sum(r.num_labels for r in results), sum(r.num_tokens for r in results)
+
+    def mean_by_layer(values: list[list[float]]) -> list[float]:
+        weighted = ([r.num_tokens * x for x in by_layer] for r, by_layer in zip(results, values, strict=True))
+        return [sum(layer) / num_tokens for layer in zip(*weighted, strict=True)]
+
+    return EvaluationResult(
+        cross_entropy=sum(r.cross_entropy * r.num_labels for r in results) / num_labels if num_labels else math.nan,
+        alignment_by_layer=mean_by_layer([r.alignment_by_layer for r in results]),
+        captured_mass_by_layer=mean_by_layer([r.captured_mass_by_layer for r in results]),
+        num_labels=num_labels,
+        num_tokens=num_tokens,
+    )
+
+
+def is_evaluation_missing(run: Run, evaluated: Evaluated, step: int) -> bool:
+    """Returns, on every rank, whether the step that a run resumes from was due for an evaluation that a signal prevented."""
+    if not is_due(step, run.config.evaluation.interval, run.plan.steps):
+        return False
+    missing = [run.placement.is_first and any((step, mode) not in evaluated for mode in MODES)]
+    dist.broadcast_object_list(missing, src=0)
+    return missing[0]
+
+
+def evaluation_record(run: Run, result: EvaluationResult, step: int, mode: str) -> dict[str, Any]:
+    """Returns the record of an evaluation for metrics.jsonl."""
+    return {
+        "step": step,
+        "tokens": step * run.plan.tokens_per_step,
+        "split": "heldout",
+        "mode": mode,
+        "cross_entropy": result.cross_entropy,
+        "alignment_loss": mean(result.alignment_by_layer),
+        "captured_mass": mean(result.captured_mass_by_layer),
+        "captured_mass_by_layer": result.captured_mass_by_layer,
+        "rows": run.held_out.num_rows,
+    }
+
+
+def mean(values: list[float]) -> float | None:
+    """Returns the mean; None for an empty list."""
+    return sum(values) / len(values) if values else None

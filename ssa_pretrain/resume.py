@@ -1,0 +1,114 @@
+"""Where a run begins: after its newest intact checkpoint, from given weights, or from nothing; or it has already finished."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ssa_pretrain.checkpoint.facts import refused_changes
+from ssa_pretrain.checkpoint.publish import Checkpoint, newest, require_same_model
+from ssa_pretrain.checkpoint.weights import find_weights
+from ssa_pretrain.errors import CheckpointError
+from ssa_pretrain.evaluation import MODES, Evaluated, is_evaluation_missing
+from ssa_pretrain.monitor.metrics import FILE_NAME, evaluations
+from ssa_pretrain.monitor.tracking import lacks_records
+from ssa_pretrain.run import Run, training_rows
+from ssa_pretrain.schedule import needs_equal_microbatches
+
+
+def find_checkpoint(run: Run) -> Checkpoint | None:
+    """Returns the newest intact checkpoint of the run; None if it has no checkpoint yet.
+
+    A checkpoint that was written under an older row order makes the run keep that order.
+
+    Raises:
+        CheckpointError: no checkpoint is intact, or this configuration may not continue it.
+    """
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        return None
+    if "data.order" not in checkpoint.facts:
+        run.rows = training_rows(run.config, run.manifest, order=1)
+        run.print(f"{checkpoint.folder} was written under row order 1: the run keeps it to its end")
+    if changed := refused_changes(checkpoint.facts, run.contract(), needs_equal_microbatches(run.config)):
+        listed = "\n  ".join(changed)
+        raise CheckpointError(
+            f"{checkpoint.folder} cannot be continued with this configuration; set these back or choose another output_dir:\n  {listed}"
+        )
+    return checkpoint
+
+
+def newest_checkpoint(run: Run, folder: Path | None = None) -> Checkpoint | None:
+    """Returns the newest intact checkpoint of this run, or of the run or checkpoint in `folder`."""
+    return newest(
+        folder or run.folder,
+        is_first=run.placement.is_first,
+        device=run.placement.device,
+        say=run.print,
+        verdicts=run.verdicts,
+    )
+
+
+def restore(run: Run, checkpoint: Checkpoint | None) -> int:
+    """Loads a checkpoint, or the weights that a new run starts from; returns the steps done."""
+    if checkpoint is not None:
+        run.engine.load(checkpoint.folder)
+        run.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
+        return checkpoint.step
+    if run.config.checkpoint.init_from:
+        source = initial_weights(run, Path(run.config.checkpoint.init_from))
+        run.engine.load_weights(source)
+        run.print(f"starting from the weights of {source}")
+    return 0
+
+
+def initial_weights(run: Run, named: Path) -> Path:
+    """Returns the folder with the weights that a new run starts from: the newest checkpoint of a run, a checkpoint itself, or common weights.
+
+    Raises:
+        CheckpointError: `named` has none of these, or those of another model.
+    """
+    checkpoint = newest_checkpoint(run, named)
+    if checkpoint is not None:
+        require_same_model(checkpoint, run.contract(), shapes_alone=True)
+        warn_of_another_tokenizer(run, checkpoint)
+        return checkpoint.folder
+    if weights := find_weights(named):
+        return weights
+    raise CheckpointError(
+        f"checkpoint.init_from={named} holds no checkpoint and no weights; name a run's folder, a checkpoint's or one of common weights"
+    )
+
+
+def warn_of_another_tokenizer(run: Run, checkpoint: Checkpoint) -> None:
+    """Prints a warning if the checkpoint was trained with a different tokenizer than this dataset's."""
+    theirs, ours = (facts.get("vocabulary.tokenizer_sha256") for facts in (checkpoint.facts, run.contract()))
+    if theirs not in (None, ours):
+        run.print(
+            f"warning: {checkpoint.folder} was trained with a different tokenizer than that of {run.config.data.path}: "
+            "the same ids are different words"
+        )
+
+
+def why_finished(run: Run, step: int) -> str | None:
+    """Returns, on every rank, why a run that would resume after a step has nothing left to do; None if it has."""
+    if step < run.last_step:
+        return None
+    evaluated = evaluations(run.folder / FILE_NAME) if run.placement.is_first else set()
+    if step == run.last_step and (is_evaluation_missing(run, evaluated, step) or lacks_rows(run, evaluated, step)):
+        return None
+    training, where = run.config.training, "finished at step" if step >= run.plan.steps else "at step"
+    if run.last_step < run.plan.steps:
+        asked = f"training.stop_at_step={run.last_step}"
+    elif training.steps:
+        asked = f"training.steps={training.steps}"
+    else:
+        asked = f"training.total_tokens={training.total_tokens} ({run.last_step} steps)"
+    return f"{run.folder} is {where} {step}, and {asked} asks for no more: nothing was changed; a larger value continues the run"
+
+
+def lacks_rows(run: Run, evaluated: Evaluated, step: int) -> bool:
+    """Returns, on every rank, whether W&B ended without some rows of the run's last step."""
+    newest_rows = {"train": step} | {f"heldout/{mode}": step for mode in MODES if (step, mode) in evaluated}
+    missing = [run.placement.is_first and lacks_records(run.config.logging.wandb, run.folder, newest_rows)]
+    dist.broadcast_object_list(missing, src=0)
+    return missing[0]
