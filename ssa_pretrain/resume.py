@@ -41,9 +41,9 @@ def newest_checkpoint(run: Run, folder: Path | None = None) -> Checkpoint | None
     """Returns the newest intact checkpoint of this run, or of the run or checkpoint in `folder`."""
     return newest(
         folder or run.folder,
-        is_first=run.placement.is_first,
+        is_rank_0=run.placement.is_first,
         device=run.placement.device,
-        say=run.print,
+        report=run.print,
         verdicts=run.verdicts,
     )
 
@@ -69,7 +69,7 @@ def initial_weights(run: Run, named: Path) -> Path:
     """
     checkpoint = newest_checkpoint(run, named)
     if checkpoint is not None:
-        require_same_model(checkpoint, run.contract(), shapes_alone=True)
+        require_same_model(checkpoint, run.contract(), shapes_only=True)
         warn_of_another_tokenizer(run, checkpoint)
         return checkpoint.folder
     if weights := find_weights(named):
