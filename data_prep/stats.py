@@ -1,11 +1,10 @@
-"""The stage `stats`: figures of a finished dataset as stats.json and as a page, and what a full run of the same kind would cost.
+"""The stage `stats`: statistics of a finished dataset as stats.json and as a page, and what a full dataset of the same kind would cost.
 
-Read from the indices, the manifest and the rates of the runs that made the shards; no token is read. Lengths are counted in bins
-of a quarter octave, so memory does not grow with the number of documents. Done once for a manifest: the second time there is
-nothing to do.
+Reads the indices, the manifest and the rates recorded while the shards were built, but no token. Lengths are counted in bins of a quarter
+octave, so memory does not grow with the number of documents. Statistics that are up to date with the manifest are not computed again.
 
-Cost: the rate of one core is measured, text bytes over processor seconds of the workers; nodes are taken to scale until their disks
-are busy, which is where tokenizing ends up with the fastest backend.
+Cost: the rate of one core is measured as text bytes over the workers' processor seconds. Nodes are assumed to scale until their disks are
+busy, which is the limit with the fastest backend.
 """
 
 import json
@@ -25,10 +24,9 @@ from data_prep.pipeline import folder
 from data_prep.progress import Say
 from data_prep.readers import described
 from data_prep.run_config import StatsConfig
-from data_prep.stats_page import page
+from data_prep.stats_page import BINS_PER_OCTAVE, page
 from ssa_pretrain.data.indexed_format import SPLITS, Manifest, file_sha256, load_manifest, token_dtype
 
-BINS_AN_OCTAVE = 4
 NODES = (1, 8, 64)
 SCHEMA = 2
 
@@ -41,20 +39,20 @@ class Lengths:
     tokens: int
     longest: int
     histogram: list[int]  # documents whose length is at least 2^(i / 4) and below 2^((i + 1) / 4)
-    as_long_as_a_row: int  # documents of at least a row
+    as_long_as_a_row: int  # documents with at least sequence_length tokens
     tokens_in_those: int
 
     @property
     def mean(self) -> float:
-        """Tokens of a document."""
+        """Mean tokens per document."""
         return self.tokens / max(1, self.documents)
 
 
 def stats_stage(config: Config, say: Say) -> str:
-    """Writes stats.json and stats.html and returns the figures as a table.
+    """Writes stats.json and stats.html and returns the statistics as a table.
 
     Raises:
-        InputError: there is no finished dataset in `out`.
+        InputError: `out` contains no finished dataset.
     """
     out = folder(config)
     try:
@@ -67,14 +65,14 @@ def stats_stage(config: Config, say: Say) -> str:
         if isinstance(known, dict) and known.get("key") == key and (out / "stats.html").is_file():
             say(f"{out / 'stats.json'} is up to date")
             return table(known, out)
-        figures = {"key": key, **collect(manifest, config.stats, read_rates(out))}
-        write_atomically(out / "stats.html", page(figures).encode())
-        write_json(out / "stats.json", figures)
-    return table(figures, out)
+        stats = {"key": key, **collect(manifest, config.stats, read_rates(out))}
+        write_atomically(out / "stats.html", page(stats).encode())
+        write_json(out / "stats.json", stats)
+    return table(stats, out)
 
 
 def collect(manifest: Manifest, config: StatsConfig, rates: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns all figures of a dataset, as plain data."""
+    """Returns all statistics of a dataset, as plain data."""
     parts = {split: _parts(manifest, split, config.sequence_length) for split in SPLITS}
     details, tokens = manifest.details, manifest.tokens("train")
     shares = manifest.weights or {name: own.tokens / max(1, tokens) for name, own in parts["train"].items()}
@@ -103,10 +101,10 @@ def collect(manifest: Manifest, config: StatsConfig, rates: list[dict[str, Any]]
 
 
 def fill(manifest: Manifest, parts: dict[str, Lengths], row: int) -> dict[str, float]:
-    """Returns the share of real tokens in the rows of training, under either packing.
+    """Returns the share of real tokens in training rows under each packing.
 
-    megatron: documents flow over rows, and what is left at the end of a part is not used. official_row: each row is one sequence of
-    at most a row, padded; a longer document gives several, each with an EOS of its own.
+    megatron: documents run on from row to row, and the remainder at the end of a part is not used. official_row: each row is one padded
+    sequence; a document longer than a row becomes several sequences, each with its own EOS.
     """
     tokens = sum(own.tokens for own in parts.values())
     used = sum((own.tokens - 1) // row * row for own in parts.values())
@@ -123,7 +121,7 @@ def fill(manifest: Manifest, parts: dict[str, Lengths], row: int) -> dict[str, f
 
 
 def cost(manifest: Manifest, config: StatsConfig, rates: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns what it takes to make `budget_tokens` of such text: bytes, files, and time by the rates that were measured."""
+    """Returns what `budget_tokens` of such text take: bytes, files, and time at the measured rates."""
     per_token = manifest.bytes_per_token
     itemsize = token_dtype(manifest.tokenizer.vocab_size).itemsize
     sequences = sum(s.documents for files in manifest.splits.values() for s in files)
@@ -158,7 +156,7 @@ def cost(manifest: Manifest, config: StatsConfig, rates: list[dict[str, Any]]) -
 
 
 def read_rates(out: Path) -> list[dict[str, Any]]:
-    """Returns what the runs that made the shards measured; a torn last line is left out."""
+    """Returns the rates that were recorded while the shards were built, without an incomplete last line."""
     try:
         lines = (out / "work" / "rates.jsonl").read_text().splitlines()
     except FileNotFoundError:
@@ -172,12 +170,12 @@ def read_rates(out: Path) -> list[dict[str, Any]]:
     return rates
 
 
-def table(figures: dict[str, Any], out: Path) -> str:
+def table(stats: dict[str, Any], out: Path) -> str:
     """Returns the statistics of the dataset in `out` for a terminal; the last line has the path of the page."""
     rows = [("split", "part", "documents", "tokens", "mean", "longest", "epochs")]
-    for split, parts in figures["splits"].items():
+    for split, parts in stats["splits"].items():
         for name, own in parts.items():
-            epochs = f"{figures['budget']['epochs'].get(name, 0):.2f}" if split == "train" else ""
+            epochs = f"{stats['budget']['epochs'].get(name, 0):.2f}" if split == "train" else ""
             counts = (
                 f"{own['documents']:,}",
                 f"{own['tokens']:,}",
@@ -188,14 +186,12 @@ def table(figures: dict[str, Any], out: Path) -> str:
             rows.append((split, name, *counts))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    lines.append(
-        f"{figures['bytes_per_token']:.3f} bytes a token, {figures['empty_documents']} empty documents left out"
-    )
-    if figures["skipped"]:
-        lines.append(f"left out by on_error=skip: {described(figures['skipped'])}")
-    length = figures["key"]["sequence_length"]
-    lines += [f"fill of rows of {length} as {name}: {100 * share:.1f} %" for name, share in figures["fill"].items()]
-    plan, budget = figures["plan"], figures["budget"]["tokens"]
+    lines.append(f"{stats['bytes_per_token']:.3f} bytes per token, {stats['empty_documents']} empty documents skipped")
+    if stats["skipped"]:
+        lines.append(f"left out by on_error=skip: {described(stats['skipped'])}")
+    length = stats["key"]["sequence_length"]
+    lines += [f"fill of rows of {length} as {name}: {100 * share:.1f} %" for name, share in stats["fill"].items()]
+    plan, budget = stats["plan"], stats["budget"]["tokens"]
     lines.append(
         f"{budget / 1e9:g} B tokens of such text: {plan['text_bytes'] / 1e9:,.0f} GB of text, {plan['bin_bytes'] / 1e9:,.0f} GB "
         f"of tokens, {plan['idx_bytes'] / 1e9:.1f} GB of indices, {plan['shards']:,} shards"
@@ -203,7 +199,7 @@ def table(figures: dict[str, Any], out: Path) -> str:
     if plan["core_hours"]:
         hours = ", ".join(f"{h:.2f} h on {n}" for n, h in plan["hours"].items())
         lines.append(
-            f"at {plan['core_mb_per_s']} MB/s a core ({plan['backend']}): {plan['core_hours']} core-hours; {hours} nodes of "
+            f"at {plan['core_mb_per_s']} MB/s per core ({plan['backend']}): {plan['core_hours']} core-hours; {hours} nodes of "
             f"{plan['cores_per_node']} cores, bound by their {plan['bound_by']}"
         )
     lines.append(f"statistics: {out / 'stats.html'}")
@@ -213,11 +209,11 @@ def table(figures: dict[str, Any], out: Path) -> str:
 def _parts(manifest: Manifest, split: str, row: int) -> dict[str, Lengths]:
     parts = {}
     for name in dict.fromkeys(shard.name for shard in manifest.splits[split]):
-        histogram = np.zeros(32 * BINS_AN_OCTAVE, dtype=np.int64)
+        histogram = np.zeros(32 * BINS_PER_OCTAVE, dtype=np.int64)
         documents = tokens = longest = long_documents = long_tokens = 0
         for shard in (shard for shard in manifest.splits[split] if shard.name == name):
             for part in lengths_of(with_suffix(manifest.prefix_path(shard), ".idx"), shard.documents):
-                bins = np.floor(np.log2(np.maximum(part, 1)) * BINS_AN_OCTAVE).astype(np.int64)
+                bins = np.floor(np.log2(np.maximum(part, 1)) * BINS_PER_OCTAVE).astype(np.int64)
                 histogram += np.bincount(bins, minlength=len(histogram))
                 documents += len(part)
                 tokens += int(part.sum(dtype=np.int64))

@@ -33,8 +33,8 @@ from ssa_pretrain.config.machine import Machine, launcher_number, this_machine
 from ssa_pretrain.config.rules import check, warning
 from ssa_pretrain.config_io import SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
-from ssa_pretrain.environment import PACKAGES
 from ssa_pretrain.explain import explain
+from ssa_pretrain.monitor.environment import PACKAGES
 from ssa_pretrain.outlook import outlook
 from ssa_pretrain.planning.plan import make_plan
 from ssa_pretrain.planning.table import describe

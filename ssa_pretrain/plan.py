@@ -1,10 +1,10 @@
-"""The plan of a run as a table, without a GPU and without starting anything.
+"""Entry point: prints the plan of a run as a table. Needs no GPU and starts nothing.
 
     python -m ssa_pretrain.plan experiment=ssa_1b_8k parallel.world_size=64
     python -m ssa_pretrain.plan --check experiment=quickstart
 
-The second form says nothing and exits 0 if `ssa_pretrain.train` would accept the same arguments here, and otherwise prints
-its list of problems and exits 3 or 4: a launcher asks once before it starts many processes.
+With --check it prints nothing and exits 0 if `ssa_pretrain.train` would accept the same arguments on this machine. Otherwise
+it prints the same list of problems and exits 3 or 4. Launchers run it once before they start many processes.
 """
 
 import sys

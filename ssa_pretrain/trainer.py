@@ -29,9 +29,11 @@ from ssa_pretrain.data.errors import DataError
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, EvaluationResult, StepResult, build_engine
-from ssa_pretrain.environment import add_start, versions
-from ssa_pretrain.log import Console, banner, end_line, save_line, stamped
-from ssa_pretrain.metrics import FILE_NAME, MetricsLogger, evaluations
+from ssa_pretrain.monitor.console import Console, banner, end_line, save_line, with_timestamps
+from ssa_pretrain.monitor.environment import provenance, record_start, versions
+from ssa_pretrain.monitor.metrics import FILE_NAME, MetricsLogger, evaluations
+from ssa_pretrain.monitor.profiling import profiled
+from ssa_pretrain.monitor.tracking import Tracker, lacks_records, start_tracking
 from ssa_pretrain.parallel.agreement import on_first, ranks_without, unlike_first
 from ssa_pretrain.parallel.interruption import Interrupted, Interruption
 from ssa_pretrain.parallel.routing import needs_equal_microbatches
@@ -39,10 +41,8 @@ from ssa_pretrain.parallel.state import Placement, joined
 from ssa_pretrain.planning.flops import peak_flops, row_flops
 from ssa_pretrain.planning.plan import Plan, make_plan
 from ssa_pretrain.problems import ConfigError, Problem
-from ssa_pretrain.profiling import profiled
 from ssa_pretrain.run_folder import claim, leave_sign, release, sees, shortage
 from ssa_pretrain.schedule import learning_rate
-from ssa_pretrain.tracking import Tracker, lacks, provenance, start_tracking
 from ssa_pretrain.weights import find_weights
 
 MODES = ("full", "sparse")
@@ -99,7 +99,7 @@ def train(config: Config) -> None:
             loop(run, log, first_step, interruption)
         step, seconds = max(first_step, last_step(run)), time.monotonic() - begin
         tokens = step * run.plan.tokens_per_step
-        log.console.say(end_line(step, first_step, run.plan.steps, tokens, seconds))
+        log.console.print(end_line(step, first_step, run.plan.steps, tokens, seconds))
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def claimed(config: Config, placement: Placement) -> Iterator[None]:
     folder, timestamps = Path(config.output_dir), config.logging.timestamps
 
     def take() -> TextIO | None:
-        return claim(folder, lambda text: print(stamped(text, timestamps), flush=True))
+        return claim(folder, lambda text: print(with_timestamps(text, timestamps), flush=True))
 
     lock = on_first(take, is_first=placement.is_first, errors=(ConfigError,))
     try:
@@ -387,7 +387,7 @@ def owes_evaluation(run: Run, evaluated: set[tuple[int, str]], step: int) -> boo
 def owes_tracker(run: Run, evaluated: set[tuple[int, str]], step: int) -> bool:
     """Return whether W&B was ended without records of the run's last step; arguments as of `owes_evaluation`."""
     newest = {"train": step} | {f"heldout/{mode}": step for mode in MODES if (step, mode) in evaluated}
-    owed = [run.placement.is_first and lacks(run.config.logging.wandb, run.folder, newest)]
+    owed = [run.placement.is_first and lacks_records(run.config.logging.wandb, run.folder, newest)]
     dist.broadcast_object_list(owed, src=0)
     return owed[0]
 
@@ -458,10 +458,10 @@ def save(run: Run, log: MetricsLogger, step: int) -> None:
         write,
         keep=run.config.checkpoint.keep,
         is_first=run.placement.is_first,
-        say=log.console.say,
+        say=log.console.print,
         verdicts=run.verdicts,
     )
-    log.console.say(save_line(step, time.monotonic() - begin, folder))
+    log.console.print(save_line(step, time.monotonic() - begin, folder))
     log.pause()
 
 
@@ -557,8 +557,8 @@ def start_reporting(run: Run, console: Console, step: int) -> Tracker | None:
     config, plan = run.config, run.plan
     run.folder.mkdir(parents=True, exist_ok=True)
     save_config(config, run.folder / "config.yaml")
-    add_start(run.folder, step=step, device=device_name(run.placement), processes=plan.world_size)
-    console.say(
+    record_start(run.folder, step=step, device=device_name(run.placement), processes=plan.world_size)
+    console.print(
         banner(
             {
                 "run": f"{config.name} -> {run.folder}",
@@ -581,7 +581,7 @@ def start_reporting(run: Run, console: Console, step: int) -> Tracker | None:
         name=config.name,
         folder=run.folder,
         config=described,
-        say=console.say,
+        print_line=console.print,
         step=step,
         decisive={name: value for name, value in flattened(config_to_dict(config)) if not name.startswith(NO_FIGURES)},
     )
@@ -595,4 +595,4 @@ def device_name(placement: Placement) -> str:
 def say(run: Run, text: str) -> None:
     """Print text, once."""
     if run.placement.is_first:
-        print(stamped(text, run.config.logging.timestamps), flush=True)
+        print(with_timestamps(text, run.config.logging.timestamps), flush=True)

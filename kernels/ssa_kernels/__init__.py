@@ -1,17 +1,18 @@
 """SSA's attention operators on packed sequences: choose blocks, attend to them, attend to everything, gate and align.
 
-Every operator takes `[tokens, heads, head_dim]` tensors and the packed documents' `cu_seqlens`, and runs by one of two
-implementations of the same mathematics: `reference` (plain PyTorch, any device; it defines what is correct) and `triton`
-(CUDA). `impl=None` picks by the tensors' device, as `dispatch.py` says. Source: SSA, arXiv 2511.20102.
+Every operator takes `[tokens, heads, head_dim]` tensors and the packed documents' `cu_seqlens`, and has two implementations of the same
+mathematics: `reference` (plain PyTorch, any device; it defines what is correct) and `triton` (CUDA). `impl=None` chooses by the tensors'
+device, as `dispatch.py` explains. Source: SSA, arXiv 2511.20102.
 
-Shape letters: T query tokens, H query heads, G kv heads, D head dim, N chosen blocks (top_k), K block size, R block rows.
+Shape letters: T query tokens, S key tokens, H query heads, G kv heads, D head dim, N chosen blocks per query (top_k), K block size, R block
+rows (documents.py), M model dim, F feed-forward dim, V vocabulary. Query heads per kv head: `group_size`.
 """
 
 from .captured_mass import captured_mass
-from .documents import DocumentLayout, build_layout, query_runs, query_slice
+from .documents import DocumentLayout, build_layout, query_slice, query_spans
 from .full_attention import full_attention
 from .gate import gate
-from .gate_and_align.api import gate_and_align
+from .gate_and_align import gate_and_align
 from .linear_cross_entropy import linear_cross_entropy
 from .qkv_rope import qkv_rope
 from .select.api import select_blocks
@@ -29,8 +30,8 @@ __all__ = [
     "gate_and_align",
     "linear_cross_entropy",
     "qkv_rope",
-    "query_runs",
     "query_slice",
+    "query_spans",
     "select_blocks",
     "sparse_attention",
     "ssa_attention",

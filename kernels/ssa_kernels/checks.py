@@ -1,10 +1,10 @@
-"""What every public operator asks of its arguments, before an implementation is chosen, so that each refuses the same in the same words.
+"""Checks of arguments that the public operators share. They run before an implementation is chosen, so both refuse the same arguments.
 
-Types, dtypes, shapes, devices and plain numbers are looked at on the host and cost a few microseconds. Values inside tensors (boundaries,
-positions, labels, chosen blocks) are looked at on a CPU only: on a GPU that would mean waiting for it, so each operator says what it does
-with values outside the range there, and no kernel reads or writes outside its tensors because of them.
+Types, dtypes, shapes, devices and plain numbers are checked on the host, in a few microseconds. Values inside tensors (boundaries, positions,
+labels, chosen blocks) are checked on a CPU only, because on a GPU that would mean waiting. Each operator documents what it does on a GPU
+with values out of range; no kernel reads or writes outside its tensors because of them.
 
-Tensors may be views of any strides and any offset: operators make them contiguous, and `aligned` where a kernel needs it.
+Tensors may be views with any strides and any offset: operators make them contiguous, and `aligned` if a kernel needs it.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-ALIGNMENT = 16  # bytes: what vector loads, asynchronous copies and tensor maps count on
+ALIGNMENT = 16  # bytes; vector loads, asynchronous copies and tensor maps require it
 
 
 def check_tensors(**tensors: object) -> None:
@@ -35,14 +35,14 @@ def check_tensors(**tensors: object) -> None:
 
 
 def check_floats(**tensors: torch.Tensor) -> None:
-    """Raises ValueError unless each has a dtype that operators compute in."""
+    """Raises ValueError unless each tensor has a dtype that operators compute in."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name} of {tensor.dtype} must be bfloat16, float16, float32 or float64")
 
 
 def check_one_dtype(**tensors: torch.Tensor) -> None:
-    """Raises ValueError unless all have the first's dtype, one that operators compute in."""
+    """Raises ValueError unless all tensors have the first one's dtype, and operators compute in it."""
     (first, like), *rest = tensors.items()
     check_floats(**{first: like})
     for name, tensor in rest:
@@ -53,14 +53,14 @@ def check_one_dtype(**tensors: torch.Tensor) -> None:
 
 
 def check_whole(name: str, value: object, *, least: int, hint: str = "") -> int:
-    """Returns a plain number as an int; raises ValueError for one below `least`, a bool, a float or a tensor."""
+    """Returns a plain number as an int. Raises ValueError for a number below `least`, a bool, a float or a tensor."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be an int of at least {least}{hint}")
     return int(value)
 
 
 def check_number(name: str, value: object) -> float:
-    """Returns a plain finite number as a float; raises ValueError for anything else."""
+    """Returns a plain finite number as a float. Raises ValueError for anything else."""
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r} must be a finite number")
     return float(value)
@@ -84,7 +84,7 @@ def check_attention(**tensors: torch.Tensor) -> None:
 
 
 def check_gate(name: str, o: torch.Tensor, gate_logits: torch.Tensor) -> None:
-    """Raises ValueError unless gate_logits are [tokens, H] for a stream [tokens, H, D] of that name, in its dtype or float32, on its device."""
+    """Raises ValueError unless gate_logits are [tokens, H] in o's dtype or float32, for o [tokens, H, D], which messages call `name`."""
     check_tensors(**{name: o, "gate_logits": gate_logits})
     check_floats(**{name: o})
     if o.dim() != 3 or gate_logits.shape != o.shape[:2] or o.shape[2] < 1:
@@ -98,13 +98,13 @@ def check_gate(name: str, o: torch.Tensor, gate_logits: torch.Tensor) -> None:
 
 
 def looks_at_values(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's values may be looked at: on a CPU, and not while torch.compile traces."""
+    """Returns whether a tensor's values may be read: only on a CPU, and not while torch.compile traces."""
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def elements_apart(tensor: torch.Tensor) -> bool:
-    """Whether no two elements of a tensor share a place in memory, so that it can be written to."""
-    reach = 1  # the first place past what the dims so far cover
+    """Returns whether no two elements of a tensor overlap in memory, so that it can be written to."""
+    reach = 1  # the first offset past what the dims so far cover
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if stride < reach:
             return False
@@ -113,6 +113,6 @@ def elements_apart(tensor: torch.Tensor) -> bool:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor contiguous and beginning at a multiple of 16 bytes, copied if need be."""
+    """Returns the tensor contiguous and starting at a multiple of 16 bytes, copied if necessary."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor

@@ -1,9 +1,9 @@
-"""Which implementation runs an operator: Triton on CUDA tensors, the plain PyTorch reference elsewhere.
+"""The choice of an operator's implementation: Triton on CUDA tensors, the plain PyTorch reference elsewhere.
 
-The rule is only about what was asked for and where the tensors lie. Nothing falls back in silence: a caller who asks for
-"triton" gets Triton or an error, and CUDA tensors without Triton installed are an error as well, because the reference would
-be slower by orders of magnitude without anyone noticing. CPU tensors run Triton kernels only under Triton's interpreter
-(TRITON_INTERPRET=1 in the environment before Triton is imported), which is how the kernels are tested without a GPU.
+It depends only on what was asked for and where the tensors are. There is no silent fallback: a caller that asks for "triton" gets Triton or
+an error. CUDA tensors without Triton installed are an error too, because the reference would be slower by orders of magnitude without
+anyone noticing. CPU tensors run Triton kernels only under Triton's interpreter (TRITON_INTERPRET=1 in the environment before Triton is
+imported), which is how the kernels are tested without a GPU.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ R = TypeVar("R")
 
 
 def past_modes(operator: Callable[P, R]) -> Callable[P, R]:
-    """Returns the operator as it runs where a torch function mode is active (megatron-core on a CPU, a default device): past that mode.
+    """Returns the operator, wrapped so that it bypasses any active torch function mode (megatron-core on a CPU, a default device).
 
-    A reference is many small operations, and each of them, down to the reading of a shape, would go through the mode's Python first, which
-    takes a fifth of the time. Operators name the device of whatever they make, so no mode has anything to add.
+    A reference is many small operations. Each of them, down to reading a shape, would go through the mode's Python first, which takes a
+    fifth of the time. Operators name the device of everything that they allocate, so no mode has anything to add.
     """
 
     @wraps(operator)
@@ -37,9 +37,9 @@ def past_modes(operator: Callable[P, R]) -> Callable[P, R]:
 
 
 def dense_gradient(out: torch.Tensor) -> torch.Tensor:
-    """Returns a reference's result, whose gradient the reference will get contiguous, as the kernels do.
+    """Returns `out`, whose incoming gradient is now made contiguous before the reference sees it, as the kernels do.
 
-    Else the order of sums, and with it the last bits, would depend on the strides of what comes in.
+    Otherwise the order of sums, and with it the last bits, would depend on the gradient's strides.
     """
     if out.requires_grad:
         out.register_hook(lambda grad: grad if grad is None else grad.contiguous())
@@ -47,15 +47,15 @@ def dense_gradient(out: torch.Tensor) -> torch.Tensor:
 
 
 def resolve_impl(impl: str | None, tensor: torch.Tensor, operator: str) -> Impl:
-    """Returns "triton" or "reference" for an operator whose inputs lie where `tensor` does.
+    """Returns "triton" or "reference" for an operator whose inputs are on `tensor`'s device.
 
     Args:
-        impl: what the caller asked for; None picks by device.
+        impl: what the caller asked for; None chooses by device.
         tensor: any of the operator's inputs.
         operator: the operator's name, for messages.
 
     Raises:
-        ValueError: an unknown name, or Triton asked for (or needed on CUDA) where it cannot run or not in the tensor's dtype.
+        ValueError: for an unknown name, and if Triton is asked for (or needed on CUDA) but cannot run here or in the tensor's dtype.
     """
     if impl not in (None, "triton", "reference"):
         raise ValueError(f"impl={impl!r} of {operator} must be None, 'triton' or 'reference'; try None")
@@ -81,10 +81,10 @@ def resolve_impl(impl: str | None, tensor: torch.Tensor, operator: str) -> Impl:
 
 
 def _check_dtype(tensor: torch.Tensor, operator: str) -> None:
-    """Raises ValueError for the dtypes that only the reference serves."""
+    """Raises ValueError for dtypes that only the reference supports."""
     if tensor.dtype == torch.float64:
         raise ValueError(
-            f"{operator}'s kernels compute in float32, so float64 must not reach them; try impl='reference', or float32"
+            f"{operator}'s kernels compute in float32, so they do not take float64; try impl='reference', or float32"
         )
     if tensor.dtype == torch.bfloat16 and tensor.is_cpu:
         raise ValueError(
@@ -93,7 +93,7 @@ def _check_dtype(tensor: torch.Tensor, operator: str) -> None:
 
 
 def _interpreting() -> bool:
-    """Whether Triton was imported (or will be) with its interpreter on."""
+    """Returns whether Triton's interpreter is on."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

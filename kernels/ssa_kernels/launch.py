@@ -1,9 +1,9 @@
-"""Launching Triton kernels without paying the JIT's look-up each time.
+"""Launching Triton kernels without the JIT's look-up at every call, and the stream for work beside the current one.
 
-`kernel[grid](...)` inspects every argument in Python and asks the driver about every pointer before it launches: 50 to 90 microseconds on
-a slow host, more than many of these kernels run for, and a layer has two dozen of them. `launch` keeps the compiled kernel under what
-the JIT would specialise it for (types, alignment to 16 bytes, the number 1, compile-time arguments) and hands over bare addresses.
-Triton's interpreter, and what has not been launched before, go the ordinary way.
+`kernel[grid](...)` inspects every argument in Python and asks the driver about every pointer before it launches. That takes 50 to 90
+microseconds on a slow host, more than many of these kernels run for, and a layer launches two dozen of them. `launch` keeps the compiled
+kernel under what the JIT would specialise it for (types, alignment to 16 bytes, the number 1, compile-time arguments) and passes bare
+addresses. Triton's interpreter, and each kernel's first launch, take the ordinary path.
 """
 
 from functools import cache
@@ -22,22 +22,22 @@ def launch(
     Args:
         kernel: a Triton or Gluon JIT function whose compile-time parameters come last.
         grid: one to three sizes.
-        args: tensors, tensor descriptors, numbers: the run-time arguments in their order.
-        stream: where to launch, by default the current stream.
-        settings: compile-time arguments in their order, then options of the compiler, as num_warps.
+        args: the run-time arguments in order: tensors, tensor descriptors, numbers.
+        stream: where to launch, by default on the current stream.
+        settings: compile-time arguments in order, then compiler options such as num_warps.
     """
     if not isinstance(kernel, JITFunction):
         kernel[grid](*args, **settings)
         return
-    kinds, handed = [], []
+    kinds, passed = [], []
     for arg in args:
         if isinstance(arg, torch.Tensor):
             address = arg.data_ptr()
             kinds.append((arg.dtype, address % 16 == 0))
-            handed.append(address)
+            passed.append(address)
         else:
             kinds.append(_kind(arg))
-            handed.append(arg)
+            passed.append(arg)
     found = _compiled(kernel, tuple(settings.items()), tuple(kinds), torch.cuda.current_device())
     if not found:
         if stream is None:
@@ -49,27 +49,39 @@ def launch(
         return
     compiled, constants = found
     handle = {} if stream is None else {"stream": stream.cuda_stream}
-    compiled[grid + (1,) * (3 - len(grid))](*handed, *constants, **handle)
+    compiled[grid + (1,) * (3 - len(grid))](*passed, *constants, **handle)
+
+
+@cache
+def high_priority_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the device's stream whose kernels are scheduled before other waiting ones; the same stream at every call.
+
+    It is for work of a different kind beside the current stream's: small kernels behind a large one, top-k beside later softmax sums.
+    Creating a stream costs more than the work that it hides, so there is one per device. Callers make it wait for the current stream
+    first, and the current stream wait for it afterwards. To their own callers everything then happens in order. CUDA graphs capture both
+    streams, and neither waits on the host.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def cdiv(number: int, divisor: int) -> int:
-    """Returns the quotient, rounded up: `triton.cdiv` without the 10 microseconds that its way through the compiler's constants takes."""
+    """Returns the quotient, rounded up. `triton.cdiv` takes 10 microseconds, because it goes through the compiler's constants."""
     return -(-number // divisor)
 
 
 def next_power_of_2(number: int) -> int:
-    """Returns the smallest power of two that is not below a positive number; as `cdiv`, for the host."""
+    """Returns the smallest power of two that is at least `number`, a positive number. For the host, like `cdiv`."""
     return 1 << (number - 1).bit_length()
 
 
 @cache
 def _compiled(kernel: JITFunction, settings: tuple, kinds: tuple, device: int) -> list:
-    """A place for the compiled kernel and its constants: empty until the first launch fills it."""
+    """Returns the list that holds the compiled kernel and its constants. It is empty until the first launch fills it."""
     return []
 
 
 def _kind(arg: object) -> object:
-    """What a kernel is specialised for in an argument that is no tensor, or more."""
+    """Returns what a kernel is specialised for in an argument that is not a tensor, or finer."""
     if isinstance(arg, TensorDescriptor):
         return arg.base.dtype, tuple(arg.block_shape), len(arg.shape), arg.base.data_ptr() % 16 == 0
     if isinstance(arg, int):

@@ -1,1 +1,4 @@
-"""What a step costs: `python -m ssa_pretrain.bench`. Reading order: __main__, goals, cases, variants, plain_megatron, timing, tables."""
+"""What a step costs: `python -m ssa_pretrain.bench`.
+
+Reading order: __main__, options, goals, cases, variants, plain_megatron, measure, timing, tables.
+"""

@@ -1,6 +1,6 @@
-"""Which variants are compared; goals.py says which ratios are reported of them.
+"""The cases: which variants are compared. The ratios between them are in goals.py.
 
-A case builds what it needs and returns its variants, which take turns; when they are let go, so is all that they held.
+A case builds its models and returns its variants, which take turns. Dropping the variants frees the models.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.planning.flops import row_flops
 
 Built = TypeVar("Built")
-ACCUMULATED = 8  # microbatches of a whole step
+ACCUMULATED = 8  # microbatches in a whole step
 
 
 def speed_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """Forward and backward at 8k: core's own model and our three methods, one document a row and short ones."""
+    """Forward and backward at 8k: core's own model and our three methods, with one document per row and with short documents."""
     plain, plain_bytes = _built(lambda: PlainModel(config, placement, vocab))
     engine, our_bytes = _built(lambda: MegatronEngine(config, placement, vocab))
     rows, short = (batches(config, placement, vocab, 1, short=s) for s in (False, True))
@@ -43,14 +43,14 @@ def speed_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
         view = with_method(engine, method)
         common = {"foreign_bytes": plain_bytes, **counted[method]}
         found.append(Variant(name=f"{method} 8k", run=pass_over(view, rows), **common))
-        if method is not Method.moba:  # short documents have another count of operations: no MFU is claimed for them
+        if method is not Method.moba:  # operations of short documents are not counted: no MFU
             run = pass_over(view, short)
             found.append(Variant(name=f"{method} 8k short", run=run, **{**common, "flops": 0.0}))
     return found
 
 
 def speed_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """Forward and backward at four times the length, one row, RoPE stretched: our three methods."""
+    """Forward and backward of our three methods on one row of four times the length, with RoPE scaling."""
     long = replace(
         config,
         data=replace(config.data, sequence_length=4 * config.data.sequence_length),
@@ -64,7 +64,7 @@ def speed_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]
 
 
 def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """A whole step of ssa over 8 microbatches, and the optimizer alone."""
+    """A whole step of ssa over 8 microbatches, and the optimizer by itself."""
     engine = MegatronEngine(config, placement, vocab)
     rows = batches(config, placement, vocab, ACCUMULATED, short=False)
     counted = _counted(config, placement, ACCUMULATED)[Method.ssa]
@@ -78,7 +78,7 @@ def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]
 
 
 def fp8(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """FP8 against bf16: full and ssa."""
+    """full and ssa in FP8 and in bf16."""
     low = replace(config, precision=replace(config.precision, name=PrecisionName.fp8))
     rows = batches(config, placement, vocab, 1, short=False)
     found = []
@@ -95,7 +95,7 @@ def fp8(config: Config, placement: Placement, vocab: int) -> list[Variant]:
 
 
 def recompute(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """What recomputation costs and saves: ssa with none, selective and full."""
+    """ssa with no, selective and full recomputation."""
     rows = batches(config, placement, vocab, 1, short=False)
     names = {Recompute.none: "none", Recompute.selective: "selective", Recompute.full: "full recompute"}
     configs = {name: replace(config, engine=replace(config.engine, recompute=kind)) for kind, name in names.items()}
@@ -125,17 +125,17 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "dp2": {"engine": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
     "tp2": {"parallel": TP2},
     "tp2_overlap": {"parallel": TP2, "engine": {"overlap_tp": True}},
-}  # settings by group, under torchrun with two processes; each runs `optimizer`
+}  # settings by group for two processes; each runs the case `optimizer`
 
 
 def _built(build: Callable[[], Built]) -> tuple[Built, int]:
-    """Return what `build` makes and the memory that it holds."""
+    """Returns what `build` builds and the bytes that it holds."""
     before = memory_in_use()
     return build(), memory_in_use() - before
 
 
 def _counted(config: Config, placement: Placement, microbatches: int) -> dict[Method, dict[str, Any]]:
-    """Return by method the tokens and model operations of one run over all ranks, each row one document."""
+    """Returns tokens and model operations of one run over all ranks, by method, with one document per row."""
     rows = microbatches * config.training.micro_batch_size * placement.dp
     length = config.data.sequence_length
     found = {}

@@ -1,7 +1,6 @@
-"""The ratios that are reported and what they must reach.
+"""The ratios that are reported, and their goals.
 
-Goals are those of the project on one H200 or H100 with the 1B model; on another device or model
-ratios are shown without them.
+The goals hold for the 1B model on one H200 or H100. On other models and devices ratios are printed without them.
 """
 
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ class Goal:
 
     Attributes:
         label: as in the table.
-        over, under: names of the variants.
-        of: "speed" (tokens/s of `over` by that of `under`), "memory" (peaks) or "time" (ms).
-        must, aim: what the ratio has to reach; None: reported only.
+        over, under: names of the variants, numerator and denominator.
+        of: what is divided: "speed" (tokens/s), "memory" (peak) or "time" (ms).
+        must, aim: what the ratio has to reach and what it should reach; None: only reported.
     """
 
     label: str
@@ -34,8 +33,8 @@ GOALS = (
     Goal(label="moba over full, 32k", over="moba 32k", under="full 32k", must=1.7, aim=2.0),
     Goal(label="optimizer's share of a step", over="optimizer", under="ssa step", of="time", must=0.04, aim=0.025),
     Goal(label="peak memory, ssa over full, 8k", over="ssa 8k", under="full 8k", of="memory", must=1.25, aim=1.15),
-    Goal(label="short documents over one a row, ssa", over="ssa 8k short", under="ssa 8k", must=1.0, aim=1.1),
-    Goal(label="short documents over one a row, full", over="full 8k short", under="full 8k", must=1.0, aim=1.1),
+    Goal(label="short documents over one per row, ssa", over="ssa 8k short", under="ssa 8k", must=1.0, aim=1.1),
+    Goal(label="short documents over one per row, full", over="full 8k short", under="full 8k", must=1.0, aim=1.1),
     Goal(label="ssa fp8 over bf16, 8k", over="ssa 8k fp8", under="ssa 8k bf16"),
     Goal(label="full fp8 over bf16, 8k", over="full 8k fp8", under="full 8k bf16"),
     Goal(label="ssa fp8 over full fp8, 8k", over="ssa 8k fp8", under="full 8k fp8"),

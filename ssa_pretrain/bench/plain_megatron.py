@@ -1,7 +1,8 @@
-"""What we compare with: megatron-core's own GPTModel with full attention, from core's own layer spec, nothing of ours in it.
+"""The baseline: megatron-core's own GPTModel with full attention, from core's own layer spec, with nothing of ours in it.
 
-With Transformer Engine's layers on a GPU that has it, core's local layers elsewhere. It runs under the same data-parallel wrapper and gradient
-buffers as our engine, over rows that are one document each; fused RoPE, fused SwiGLU and core's fused cross entropy are on where core has them.
+It uses Transformer Engine's layers if available and core's local layers otherwise. It runs under the same data-parallel
+wrapper and gradient buffers as our engine, on rows of one document each. Fused RoPE, fused SwiGLU and core's fused cross
+entropy are on where core has them.
 """
 
 import torch
@@ -21,12 +22,12 @@ from ssa_pretrain.parallel.state import Placement
 
 
 class PlainModel:
-    """Core's GPTModel of our model's shape on one rank.
+    """Core's GPTModel with the shape of our model, on one rank.
 
     Args:
-        config: shape, sequence length and precision; the attention section is not read.
+        config: shape, sequence length and precision. The section attention is not read.
         placement: this process.
-        vocab_size: tokens, before padding.
+        vocab_size: size of the vocabulary, before padding.
     """
 
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
@@ -34,8 +35,10 @@ class PlainModel:
         low = config.precision.name is not PrecisionName.fp32
         self.length, self.device = config.data.sequence_length, placement.device
         core = _core_config(config, fused=fused, low=low)
-        spec = get_gpt_layer_with_transformer_engine_spec if fused else get_gpt_layer_local_spec
-        layer = spec() if fused else spec(normalization="RMSNorm")
+        if fused:
+            layer = get_gpt_layer_with_transformer_engine_spec()
+        else:
+            layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         model: torch.nn.Module = GPTModel(
             config=core,
             transformer_layer_spec=layer,
@@ -44,7 +47,7 @@ class PlainModel:
             parallel_output=True,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
-            rotary_base=config.model.rope_theta,
+            rotary_base=config.model.rope_theta,  # pyright: ignore[reportArgumentType]: core takes any number
             pg_collection=placement.groups,
         ).to(placement.device)
         if low:
@@ -54,12 +57,12 @@ class PlainModel:
             use_distributed_optimizer=config.engine.distributed_optimizer,
         )
         self.model = DistributedDataParallel(config=core, ddp_config=ddp, module=model)
-        # Transformer Engine's causal attention takes no mask; core's local one is given it.
+        # Transformer Engine's causal attention takes no mask; core's local attention needs one.
         causal = torch.ones(self.length, self.length, dtype=torch.bool, device=placement.device).triu(1)
         self.mask = None if fused else causal[None, None]
 
     def forward_backward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Leave the gradients of the mean loss in their buffers and return it; tokens and labels are [rows, sequence_length]."""
+        """Accumulates the gradients of the mean loss and returns the loss. Tokens and labels are [rows, sequence_length]."""
         self.model.zero_grad_buffer()
         positions = torch.arange(self.length, device=self.device).expand_as(tokens)
         loss = self.model(tokens, positions, self.mask, labels=labels).float().mean()
@@ -69,6 +72,7 @@ class PlainModel:
 
 
 def _core_config(config: Config, *, fused: bool, low: bool) -> TransformerConfig:
+    """Core's configuration of the baseline."""
     model = config.model
     return TransformerConfig(
         num_layers=model.num_layers,

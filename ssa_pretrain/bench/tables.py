@@ -1,4 +1,4 @@
-"""What was measured as CSV rows, ratios as a markdown table, and a plot of them."""
+"""Results as CSV lines, ratios as a markdown table and as a plot."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ RESULTS, TABLE, PLOT = "results.csv", "ratios.md", "ratios.png"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One variant's line in the CSV file; None is left empty."""
+class Result:
+    """The result of one variant: a line in the CSV file, where None is left empty."""
 
     case: str
     model: str
@@ -30,33 +30,33 @@ class Row:
     command: str
 
 
-def append(folder: Path, rows: Sequence[Row]) -> None:
-    """Write rows at the end of the CSV file, so that nothing measured is lost whatever comes next."""
+def append(folder: Path, results: Sequence[Result]) -> None:
+    """Appends results to the CSV file, so that they survive a later failure."""
     path = folder / RESULTS
     fresh = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer = csv.DictWriter(file, [f.name for f in fields(Result)])
         if fresh:
             writer.writeheader()
-        writer.writerows({k: "" if v is None else v for k, v in asdict(row).items()} for row in rows)
+        writer.writerows({k: "" if v is None else v for k, v in asdict(result).items()} for result in results)
 
 
-def read(folder: Path) -> dict[str, Row]:
-    """Return the newest row of each variant in the CSV file, whichever command left it."""
-    kinds = get_type_hints(Row)
+def read(folder: Path) -> dict[str, Result]:
+    """Returns the newest result of each variant in the CSV file, from any command."""
+    kinds = get_type_hints(Result)
     found = {}
     with (folder / RESULTS).open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             values: dict[str, Any] = {
                 k: kinds[k](v) if kinds[k] in (str, int) else float(v) if v else None for k, v in line.items()
             }
-            found[line["variant"]] = Row(**values)
+            found[line["variant"]] = Result(**values)
     return found
 
 
-def ratio(goal: Goal, rows: Mapping[str, Row]) -> float | None:
-    """Return a goal's ratio, None where one of its variants was not measured."""
-    over, under = rows.get(goal.over), rows.get(goal.under)
+def ratio(goal: Goal, results: Mapping[str, Result]) -> float | None:
+    """Returns the ratio of a goal, None if one of its variants was not measured."""
+    over, under = results.get(goal.over), results.get(goal.under)
     if over is None or under is None:
         return None
     column = {"speed": "tokens_per_second_per_gpu", "memory": "peak_gib", "time": "ms"}[goal.of]
@@ -65,7 +65,7 @@ def ratio(goal: Goal, rows: Mapping[str, Row]) -> float | None:
 
 
 def verdict(goal: Goal, value: float) -> str:
-    """Return how a ratio stands to its goal, in words."""
+    """Returns whether a ratio reaches its goal, in words; empty without a goal."""
     if goal.must is None or goal.aim is None:
         return ""
     sign = -1 if goal.of in SMALLER_IS_BETTER else 1
@@ -74,41 +74,52 @@ def verdict(goal: Goal, value: float) -> str:
     return "must reached" if sign * value >= sign * goal.must else "missed"
 
 
-def write_ratios(folder: Path, rows: Mapping[str, Row]) -> str:
-    """Write the table of all ratios that can be formed, and the plot where matplotlib is installed; return the table."""
-    found = [(goal, value) for goal in GOALS if (value := ratio(goal, rows)) is not None]
+def write_ratios(folder: Path, results: Mapping[str, Result]) -> str:
+    """Writes the table of all ratios whose variants were measured, and a plot if matplotlib is installed. Returns the table."""
+    found = [(goal, value) for goal in GOALS if (value := ratio(goal, results)) is not None]
     found = [
-        (goal if _has_goals(rows[goal.over]) else replace(goal, must=None, aim=None), value) for goal, value in found
+        (goal if _has_goals(results[goal.over]) else replace(goal, must=None, aim=None), value) for goal, value in found
     ]
-    lines = ["| ratio | measured | must | aim | |", "|---|---|---|---|---|"]
-    for goal, value in found:
-        sign = "≤" if goal.of in SMALLER_IS_BETTER else "≥"
-        must, aim = (f"{sign} {limit:g}" if limit is not None else "" for limit in (goal.must, goal.aim))
-        lines.append(f"| {goal.label} | {value:.3f} | {must} | {aim} | {verdict(goal, value)} |")
-    lines += ["", "| variant | ms | tokens/s a GPU | TFLOP/s a GPU | MFU | peak, GiB |", "|---|---|---|---|---|---|"]
-    for row in rows.values():
-        cells = [
-            f"{row.ms:.2f}",
-            _shown(row.tokens_per_second_per_gpu, ",.0f"),
-            _shown(row.model_tflops_per_gpu, ".0f"),
-        ]
-        cells += [_shown(row.mfu, ".1%"), _shown(row.peak_gib, ".1f")]
-        lines.append(f"| {row.variant} | {' | '.join(cells)} |")
-    if rows:
-        last = list(rows.values())[-1]
-        lines += ["", f"{last.world_size} x {last.device}; {last.versions}.", f"`{last.command}`"]
-    text = "\n".join(lines) + "\n"
+    text = "\n".join([*_ratio_lines(found), "", *_result_lines(results)]) + "\n"
     (folder / TABLE).write_text(text, encoding="utf-8")
     _plot(folder / PLOT, found)
     return text
 
 
-def _has_goals(row: Row) -> bool:
-    """Whether the goals are meant for what was measured."""
-    return row.model == "llama_1b" and ("H100" in row.device or "H200" in row.device)
+def _ratio_lines(found: Sequence[tuple[Goal, float]]) -> list[str]:
+    """The table of ratios with their goals."""
+    lines = ["| ratio | measured | must | aim | |", "|---|---|---|---|---|"]
+    for goal, value in found:
+        sign = "≤" if goal.of in SMALLER_IS_BETTER else "≥"
+        must, aim = (f"{sign} {limit:g}" if limit is not None else "" for limit in (goal.must, goal.aim))
+        lines.append(f"| {goal.label} | {value:.3f} | {must} | {aim} | {verdict(goal, value)} |")
+    return lines
 
 
-def _shown(value: float | None, form: str) -> str:
+def _result_lines(results: Mapping[str, Result]) -> list[str]:
+    """The table of results, with device, versions and command of the newest."""
+    lines = ["| variant | ms | tokens/s per GPU | TFLOP/s per GPU | MFU | peak, GiB |", "|---|---|---|---|---|---|"]
+    for result in results.values():
+        cells = (
+            f"{result.ms:.2f}",
+            _cell(result.tokens_per_second_per_gpu, ",.0f"),
+            _cell(result.model_tflops_per_gpu, ".0f"),
+            _cell(result.mfu, ".1%"),
+            _cell(result.peak_gib, ".1f"),
+        )
+        lines.append(f"| {result.variant} | {' | '.join(cells)} |")
+    if results:
+        last = list(results.values())[-1]
+        lines += ["", f"{last.world_size} x {last.device}; {last.versions}.", f"`{last.command}`"]
+    return lines
+
+
+def _has_goals(result: Result) -> bool:
+    """Whether the goals hold for this model and device."""
+    return result.model == "llama_1b" and ("H100" in result.device or "H200" in result.device)
+
+
+def _cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 

@@ -1,4 +1,4 @@
-"""Times taken in turns, so that a drifting clock meets every variant alike, and the peak of memory in each."""
+"""Timing in turns, so that a drifting clock affects all variants equally, with the peak memory of each."""
 
 import statistics
 import time
@@ -9,13 +9,13 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One variant's figures.
+class Timing:
+    """Time and memory of one variant.
 
     Attributes:
-        ms: median over the turns of the mean time of one run.
-        spread: (largest - smallest) / median of the turns.
-        peak_bytes: largest memory in use during its turns, None on a CPU.
+        ms: time of a run: mean within a turn, median over the turns.
+        spread: (largest - smallest) / median over the turns.
+        peak_bytes: peak memory during its turns; None on a CPU.
     """
 
     ms: float
@@ -23,13 +23,15 @@ class Measured:
     peak_bytes: int | None
 
 
-def in_turns(runs: Sequence[Callable[[], object]], *, rounds: int, runs_a_turn: int, warmup: int) -> list[Measured]:
-    """Return each run's figures.
+def time_in_turns(
+    runs: Sequence[Callable[[], object]], *, rounds: int, runs_per_turn: int, warmup: int
+) -> list[Timing]:
+    """Returns the timing of each run.
 
     Args:
-        runs: what to time; each queues one piece of work and does not wait for it.
-        rounds: turns that each of them takes; every other round in reverse order.
-        runs_a_turn: runs between two looks at the clock.
+        runs: what to time; each queues its work and does not wait for it.
+        rounds: turns per run; every other round is in reverse order.
+        runs_per_turn: runs between two readings of the clock.
         warmup: runs of each before the first turn.
     """
     peaks = [0] * len(runs)
@@ -40,19 +42,19 @@ def in_turns(runs: Sequence[Callable[[], object]], *, rounds: int, runs_a_turn: 
     for number in range(rounds):
         order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
         for index in order:
-            ms, peak = _turn(runs[index], runs_a_turn)
+            ms, peak = _turn(runs[index], runs_per_turn)
             times[index].append(ms)
             peaks[index] = max(peaks[index], peak or 0)
     on_gpu = torch.cuda.is_available()
     medians = [statistics.median(taken) for taken in times]
     return [
-        Measured(median, (max(taken) - min(taken)) / median, peak if on_gpu else None)
+        Timing(median, (max(taken) - min(taken)) / median, peak if on_gpu else None)
         for median, taken, peak in zip(medians, times, peaks, strict=True)
     ]
 
 
 def _turn(run: Callable[[], object], count: int) -> tuple[float, int | None]:
-    """Return the mean time of a run in ms, launch gaps included, and the peak of memory."""
+    """The mean time of a run in ms, launch gaps included, and the peak memory."""
     if not torch.cuda.is_available():
         begin = time.perf_counter()
         for _ in range(count):

@@ -1,7 +1,7 @@
-"""The pieces of work that are timed, and the models and microbatches that they share.
+"""The variants: pieces of work that are timed, and the models and microbatches that they share.
 
-One engine serves every attention method: the method decides what a step computes, never which weights there are. A view of the engine with another
-method costs no memory, so that methods can take turns.
+One engine serves every attention method, since the method determines what a step computes but not which weights exist. A
+view of the engine with another method takes no memory, so the methods can take turns.
 """
 
 import copy
@@ -24,14 +24,14 @@ LEARNING_RATE = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One thing that is timed.
+    """A piece of work that is timed.
 
     Attributes:
-        name: as in the table.
-        run: queues it once.
-        tokens: that one run processes, over all ranks; 0 for what processes none.
-        flops: model operations of one run over all ranks, what MFU counts.
-        foreign_bytes: memory that other variants' models hold while it runs.
+        name: its name in the table.
+        run: queues the work once.
+        tokens: tokens per run over all ranks; 0 if it processes none.
+        flops: model operations per run over all ranks, as MFU counts them.
+        foreign_bytes: memory that the models of other variants hold meanwhile.
     """
 
     name: str
@@ -42,21 +42,21 @@ class Variant:
 
 
 def with_method(engine: MegatronEngine, method: Method) -> MegatronEngine:
-    """Return a view of an engine, on the same weights, that trains another method."""
+    """Returns a view of an engine, on the same weights, that trains another method."""
     view = copy.copy(engine)
     view.config = replace(engine.config, attention=replace(engine.config.attention, method=method))
     return view
 
 
 def batches(config: Config, placement: Placement, vocab_size: int, count: int, *, short: bool) -> list[Batch]:
-    """Return this rank's microbatches of random tokens, on its device.
+    """Returns this rank's microbatches of random tokens, on its device.
 
     Args:
-        config: rows and their length.
+        config: rows per microbatch and their length.
         placement: this process.
-        vocab_size: ids are below it.
-        count: microbatches.
-        short: documents of MEAN_DOCUMENT tokens on average, in another number in every row; else one document a row.
+        vocab_size: token ids are below it.
+        count: number of microbatches.
+        short: random document lengths with a mean of MEAN_DOCUMENT tokens; else one document per row.
     """
     length = config.data.sequence_length
     generator = np.random.default_rng([config.seed, placement.dp_rank, int(short)])
@@ -71,13 +71,13 @@ def batches(config: Config, placement: Placement, vocab_size: int, count: int, *
 
 
 def pass_over(engine: MegatronEngine, batches: list[Batch]) -> Callable[[], object]:
-    """Return a run of forward and backward over microbatches; the main stream is drawn anew each time."""
+    """Returns a run of forward and backward over microbatches. Each run draws the main stream again."""
     step = iter(range(1 << 30))
     return lambda: engine.forward_backward(batches, step=next(step))
 
 
 def whole_step(engine: MegatronEngine, batches: list[Batch]) -> Callable[[], object]:
-    """Return a run of a whole step: forward and backward over microbatches and the optimizer."""
+    """Returns a run of a whole step: forward and backward over microbatches, and the optimizer."""
     step = iter(range(1 << 30))
 
     def run() -> None:
@@ -87,11 +87,11 @@ def whole_step(engine: MegatronEngine, batches: list[Batch]) -> Callable[[], obj
 
 
 def plain_pass(model: PlainModel, batch: Batch, length: int) -> Callable[[], object]:
-    """Return a run of forward and backward of core's own model."""
+    """Returns a run of forward and backward of core's own model."""
     tokens, labels = batch.tokens.view(-1, length), batch.labels.view(-1, length)
     return lambda: model.forward_backward(tokens, labels)
 
 
 def memory_in_use() -> int:
-    """Return the bytes that tensors hold on this device, 0 on a CPU."""
+    """Returns the bytes that tensors hold on this device, 0 on a CPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0

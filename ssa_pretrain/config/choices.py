@@ -31,22 +31,22 @@ class KernelImpl(StrEnum):
     """Implementation of the attention kernels."""
 
     auto = "auto"  # Triton on a GPU, the reference on a CPU
-    triton = "triton"
-    reference = "reference"
+    triton = "triton"  # needs a GPU
+    reference = "reference"  # plain torch, on any device
 
 
 class StreamDraw(StrEnum):
     """How often the main stream is drawn."""
 
-    microbatch = "microbatch"
-    step = "step"
+    microbatch = "microbatch"  # for each microbatch
+    step = "step"  # once per step, for all its microbatches
 
 
 class EngineName(StrEnum):
     """Library that runs forward, backward and the optimizer step."""
 
-    megatron = "megatron"
-    deepspeed = "deepspeed"
+    megatron = "megatron"  # megatron-core, with all kinds of parallelism
+    deepspeed = "deepspeed"  # DeepSpeed's ZeRO; no pipeline or context parallelism, no FP8
 
 
 class AdamImpl(StrEnum):
@@ -59,7 +59,7 @@ class AdamImpl(StrEnum):
 class Recompute(StrEnum):
     """Activations that are recomputed in the backward pass to save memory."""
 
-    none = "none"
+    none = "none"  # nothing
     selective = "selective"  # SwiGLU's output, which is F wide and cheap to recompute; attention is kept
     full = "full"  # whole layers; only their inputs are kept
 
@@ -75,9 +75,9 @@ class LayerSpec(StrEnum):
 class PrecisionName(StrEnum):
     """Number format of the matrix products."""
 
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp8 = "fp8"
+    fp32 = "fp32"  # everything in fp32
+    bf16 = "bf16"  # bf16, with fp32 main weights and optimizer states
+    fp8 = "fp8"  # FP8 in the linear layers, through Transformer Engine; the rest as bf16
 
 
 class Fp8Recipe(StrEnum):
@@ -91,9 +91,9 @@ class Fp8Recipe(StrEnum):
 class Schedule(StrEnum):
     """Shape of the learning rate after the warm-up."""
 
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
+    cosine = "cosine"  # half a cosine wave down to min_lr
+    linear = "linear"  # straight down to min_lr
+    constant = "constant"  # stays at its peak
 
 
 class WandbMode(StrEnum):

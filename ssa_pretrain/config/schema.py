@@ -87,12 +87,11 @@ class ModelConfig:
         ]
         if self.head_dim > 2 and self.head_dim % 2:
             advice = f"try {self.head_dim - 1} or {self.head_dim + 1}"
-            found.append(Problem("model.head_dim", self.head_dim, "must be even: RoPE turns pairs", advice))
+            found.append(Problem("model.head_dim", self.head_dim, "must be even: RoPE rotates pairs", advice))
         heads = self.num_attention_heads
         if heads > 0 and self.num_kv_heads > 0 and heads % self.num_kv_heads:
             advice = f"try {join(nearest(self.num_kv_heads, divisors(heads)))}"
-            rule = f"must divide model.num_attention_heads={heads}"
-            reads = ("model.num_attention_heads",)
+            rule, reads = f"must divide model.num_attention_heads={heads}", ("model.num_attention_heads",)
             found.append(Problem("model.num_kv_heads", self.num_kv_heads, rule, advice, reads))
         return found
 
@@ -125,8 +124,8 @@ class AttentionConfig:
             found.append(Problem("attention.block_size", self.block_size, f"must be {join(sizes)} keys", advice))
         elif self.score is Score.official_compat and not 2 <= self.top_k <= self.block_size:
             rule = f"must lie in 2 to attention.block_size={self.block_size} under attention.score=official_compat"
-            advice = f"try {self.block_size}"
-            found.append(Problem("attention.top_k", self.top_k, rule, advice, ("attention.block_size",)))
+            reads = ("attention.block_size",)
+            found.append(Problem("attention.top_k", self.top_k, rule, f"try {self.block_size}", reads))
         return found
 
 
@@ -279,13 +278,16 @@ class TrainingConfig:
     micro_batch_size: int = 1  # rows per rank and microbatch
     stop_at_step: int = 0  # checkpoint and exit after this step; the schedule stays the same; 0: run to the end
 
+    def num_steps(self) -> int:
+        """Returns the optimizer steps of the whole schedule."""
+        return self.steps or -(-self.total_tokens // max(1, self.global_batch_tokens))
+
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         found = at_least("training", self, 0, "total_tokens", "steps", "stop_at_step")
         found += at_least("training", self, 1, "micro_batch_size")
         if self.global_batch_tokens < 1:
-            rule = "must be set to the tokens per optimizer step over all ranks"
-            advice = "try 8192"
+            rule, advice = "must be set to the tokens per optimizer step over all ranks", "try 8192"
             found.append(Problem("training.global_batch_tokens", self.global_batch_tokens, rule, advice))
         both = ("training.total_tokens", "training.steps")
         if self.steps == 0 and self.total_tokens == 0:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.engine.deepspeed_setup import environment_of_a_converter
-from ssa_pretrain.log import stamped
+from ssa_pretrain.monitor.console import with_timestamps
 from ssa_pretrain.parallel.agreement import on_first
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.weights import WeightsError
@@ -58,7 +58,7 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
 
     def reshape() -> None:
         said = f"{folder} was written on {_words(saved)}: reshaping it for {_words(wanted)}"
-        print(stamped(said, config.logging.timestamps), flush=True)
+        print(with_timestamps(said, config.logging.timestamps), flush=True)
         _convert(folder, universal, wanted)
 
     on_first(reshape, is_first=placement.is_first, errors=(WeightsError, OSError))

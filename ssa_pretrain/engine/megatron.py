@@ -29,7 +29,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from ssa_kernels import build_layout, query_runs
+from ssa_kernels import build_layout, query_spans
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine import common_weights, megatron_checkpoint
@@ -39,10 +39,10 @@ from ssa_pretrain.engine.pending import PendingStep
 from ssa_pretrain.engine.user_buffers import start_user_buffers
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import build_model
+from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.routing import counterpart_factor, counterpart_spans, main_stream
 from ssa_pretrain.parallel.state import Placement
-from ssa_pretrain.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.weights import find_weights
 
 
@@ -243,7 +243,7 @@ class MegatronEngine:
             num_rows=batch.num_rows,
             main=route.main,
             counterpart=route.counterpart,
-            sample=query_runs(layout, route.spans) if route.spans else None,
+            sample=query_spans(layout, route.spans) if route.spans else None,
             alignment_scale=route.alignment_scale,
         )
 

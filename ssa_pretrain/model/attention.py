@@ -55,7 +55,7 @@ class PackedTokens(PackedSeqParams):
         gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, of which `documents` tells; else None.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: also compute the other stream, for the alignment and the captured mass.
-        sample: the queries that do, by runs of neighbours; None: all.
+        sample: the queries that do, by spans of neighbours; None: all.
         alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None switches the gradient off.
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
     """
@@ -202,7 +202,7 @@ class SSAAttention(MegatronModule):
         logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
 
         def sampled(x: Tensor) -> Tensor:
-            return torch.cat([x[run.first : run.end] for run in layout.runs])
+            return torch.cat([x[span.first : span.end] for span in layout.spans])
 
         other, lse_other = self._stream(other_name, sampled(q), k, v, layout, return_lse=True)
         streams = {packed.main: (sampled(main), sampled(lse_main)), other_name: (other, lse_other)}

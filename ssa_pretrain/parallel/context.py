@@ -8,7 +8,7 @@ on any others.
 In attention the keys (after RoPE, by position in the document) and values of the kv heads are few, so each layer gathers them over the
 context ranks, puts the chunks back in order, and has the rank's queries attend to all of them: the full stream up to the query within its
 document, selection over the block means of all keys, the sparse stream over the blocks chosen. That is the single process's
-mathematics on some of its queries (ssa_kernels.query_runs). The gradients of keys and values, which every rank has a part of, are summed by
+mathematics on some of its queries (ssa_kernels.query_spans). The gradients of keys and values, which every rank has a part of, are summed by
 a reduce-scatter that hands each rank those of its own tokens.
 
 That sum is taken in fp32 (in fp64 for fp64), whatever the keys' dtype, and rounded once: in bf16 it would lose more the more ranks
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssa_kernels import DocumentLayout, query_runs
+from ssa_kernels import DocumentLayout, query_spans
 from ssa_pretrain.data.batches import Batch
 
 CHUNKS_A_RANK = 2
@@ -82,7 +82,7 @@ class ContextParallel:
 
     def queries(self, layout: DocumentLayout) -> DocumentLayout:
         """Return the layout of this rank's queries over all keys."""
-        return layout if self.size == 1 else query_runs(layout, chunk_spans(layout.num_tokens, self.size, self.rank))
+        return layout if self.size == 1 else query_spans(layout, chunk_spans(layout.num_tokens, self.size, self.rank))
 
     def gather(self, k_TGD: Tensor, v_TGD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all tokens, in order, from those of this rank's, differentiable."""

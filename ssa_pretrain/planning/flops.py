@@ -1,15 +1,15 @@
-"""Floating-point operations of a row, part by part, and the peak of a device, of which MFU is the share that a run uses.
+"""Floating-point operations of a row, and the peak of a device. MFU is the fraction of the peak that a run uses.
 
-Counting: a multiply-add is two operations; the backward is twice the forward; recomputation is not counted. Causal
-attention is counted over the pairs (query, key) that exist, so half a square for one document and less for many: two
-products of 2 * D operations a pair and head.
+A multiply-add counts as two operations, and the backward as twice the forward. Recomputation is not counted. Causal
+attention counts the (query, key) pairs that exist: half a square for one document, less for many. Each pair takes two
+products of 2 * D operations per head.
 
-MFU counts the matrix products and *one* attention stream: the full one for ssa and full, the sparse one for moba, whose
-model has no other. What SSA does besides (sparse stream, selection, gates and alignment) is its price, not the model's
-work: it is counted here, shown beside MFU and never in it. The numbers are those of the algorithm: a kernel that pads or
-masks does more.
+MFU counts the matrix products and *one* attention stream: the full one for ssa and full, the sparse one for moba, which
+has no other. The extra work of SSA (sparse stream, selection, gates, alignment) is the price of the method, not work of
+the model: it is counted here and shown next to MFU, but never included in it. All counts are those of the algorithm. A
+kernel that pads or masks does more.
 
-Source of the peaks: NVIDIA's data sheets, dense (without 2:4 sparsity), at boost clocks. Stdlib only.
+Source of the peaks: NVIDIA's data sheets, dense (without 2:4 sparsity), at boost clocks. Standard library only.
 """
 
 import re
@@ -20,8 +20,8 @@ from ssa_pretrain.config import AttentionConfig, Method, ModelConfig, PrecisionN
 
 TERA = 1e12
 
-# Words in the device's name as the driver reports it; TFLOP/s in bf16, fp8 and fp32 (vector units: TF32 is off).
-# The first match counts.
+# Words in the device name that the driver reports; TFLOP/s in bf16, fp8 and fp32 (vector units, since TF32 is off).
+# The first match wins.
 _PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
     ("GB200", 2500.0, 5000.0, 80.0),
     ("B200", 2250.0, 4500.0, 75.0),
@@ -45,14 +45,14 @@ _PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFlops:
-    """Forward operations of one row in training, all layers; a part that the method does not compute is 0.
+    """Forward operations of one row in training, over all layers. What the method does not compute is 0.
 
     Attributes:
-        linear: projections of q, k, v, gate and output, and the feed-forward.
+        linear: projections to q, k, v, gates and output, and the feed-forward.
         logits: the output layer.
         full_attention: the full stream.
         sparse_attention: the sparse stream.
-        selection: block means, logits against them and their softmax (each step of it one operation); it has no backward.
+        selection: block means, logits against them and their softmax (one operation per step of it). It has no backward.
         alignment: gates and SmoothL1 terms.
     """
 
@@ -69,8 +69,8 @@ class RowFlops:
         return 3.0 * (self.linear + self.logits + (self.full_attention or self.sparse_attention))
 
     @property
-    def beside(self) -> float:
-        """Forward and backward operations that the method does besides."""
+    def overhead(self) -> float:
+        """Forward and backward operations of the method that MFU does not count."""
         counterpart = self.sparse_attention if self.full_attention else 0.0
         return 3.0 * (counterpart + self.alignment) + self.selection
 
@@ -81,10 +81,10 @@ def row_flops(
     """Returns the forward operations of one row.
 
     Args:
-        model: the shape.
+        model: the shape of the model.
         attention: the method and its constants.
         document_lengths: tokens of each document in the row; [sequence_length] for a row without boundaries.
-        vocab_size: V where the model's is the tokenizer's; padding is not work.
+        vocab_size: V without padding, which is not work; None: model.vocab_size.
     """
     tokens, layers = sum(document_lengths), model.num_layers
     width, qkv = model.query_width, model.qkv_width(gate=attention.gate)
@@ -92,7 +92,7 @@ def row_flops(
     full = sum(causal_pairs(length) for length in document_lengths)
     sparse = sum(sparse_pairs(length, attention.block_size, attention.top_k) for length in document_lengths)
     has_full, has_sparse = attention.method is not Method.moba, attention.method is not Method.full
-    # A gate is one product an output; the two SmoothL1 terms share difference, size, square and choice, and are summed.
+    # A gate is one product per output. The two SmoothL1 terms share difference, size, square and branch, and are summed.
     elementwise = (has_full + has_sparse) * attention.gate + (7 if has_full and has_sparse else 0)
     return RowFlops(
         linear=2.0 * tokens * weights * layers,
@@ -105,43 +105,22 @@ def row_flops(
 
 
 def causal_pairs(length: int) -> int:
-    """Returns the pairs (query, key not after it) of a document."""
+    """Returns the number of (query, key) pairs of a document in causal attention."""
     return length * (length + 1) // 2
 
 
-def context_pairs(document_lengths: Sequence[int], cp: int) -> list[int]:
-    """Returns the pairs of the full stream that each context-parallel rank computes; their sum is that of one process.
-
-    Rank i has chunks i and 2 * cp - 1 - i of the packed tokens. Over one document, or over rows of one document each, all ranks have the same.
-    The slowest rank's share over the mean is what the full stream of many documents loses.
-
-    Args:
-        document_lengths: tokens of each document of the microbatch, in order; their sum is a multiple of 2 * cp.
-        cp: context-parallel degree.
-    """
-    chunk = sum(document_lengths) // (2 * cp)
-    pairs, first = [0] * cp, 0
-    for length in document_lengths:
-        for number in range(first // chunk, -(-(first + length) // chunk)):
-            rank = min(number, 2 * cp - 1 - number)
-            begin, end = max(number * chunk - first, 0), min((number + 1) * chunk - first, length)
-            pairs[rank] += causal_pairs(end) - causal_pairs(begin)
-        first += length
-    return pairs
-
-
 def sparse_pairs(length: int, block_size: int, top_k: int) -> int:
-    """Returns the pairs of a document's sparse stream: the own block up to the query, and up to top_k - 1 whole ones."""
+    """Returns the number of pairs of a document's sparse stream: a query's own block up to itself, and up to top_k - 1 earlier blocks."""
     blocks, rest = divmod(length, block_size)
     own = blocks * causal_pairs(block_size) + causal_pairs(rest)
-    # Block b has b earlier blocks: a full block's queries each attend to min(top_k - 1, b) of them.
+    # Block b has b earlier blocks. Each of its queries attends to min(top_k - 1, b) of them.
     ramp = min(top_k - 1, blocks)
     earlier = ramp * (ramp - 1) // 2 + (blocks - ramp) * (top_k - 1)
     return own + block_size * (block_size * earlier + rest * min(top_k - 1, blocks))
 
 
 def _selection(length: int, model: ModelConfig, attention: AttentionConfig) -> float:
-    """Operations of one layer's selection in a document: means of keys, logits, a softmax a head, its sum over a group."""
+    """Operations of selection in one layer and document: mean keys, logits, a softmax per head and its sum over the heads of a kv head."""
     blocks, rest = divmod(length, attention.block_size)
     candidates = attention.block_size * blocks * (blocks - 1) // 2 + rest * blocks
     means = length * model.num_kv_heads * model.head_dim
@@ -150,13 +129,13 @@ def _selection(length: int, model: ModelConfig, attention: AttentionConfig) -> f
 
 
 def peak_flops(device_name: str, precision: PrecisionName) -> float | None:
-    """Returns the dense peak of a device in operations a second, None where it is not known.
+    """Returns the dense peak of a device in operations per second, None if it is unknown.
 
     Args:
-        device_name: as the driver reports it, such as "NVIDIA H100 80GB HBM3".
-        precision: of the matrix products.
+        device_name: the name that the driver reports, such as "NVIDIA H100 80GB HBM3".
+        precision: number format of the matrix products.
     """
-    if "MIG" in device_name:  # a slice of a device
+    if "MIG" in device_name:  # a part of a device
         return None
     for name, bf16, fp8, fp32 in _PEAKS:
         if re.search(rf"\b{name}\b", device_name):

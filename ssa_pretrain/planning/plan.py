@@ -94,8 +94,8 @@ def make_plan(config: Config, world_size: int, vocab_size: int | None = None) ->
     vocab = config.model.vocab_size or vocab_size
     if not vocab:
         advice = "prepare the data first, or try model.vocab_size=4096"
-        raise ConfigError([Problem("model.vocab_size", 0, "is the tokenizer's, and no data was found", advice)])
-    steps = training.steps or -(-training.total_tokens // tokens)
+        raise ConfigError([Problem("model.vocab_size", 0, "is the tokenizer's, but no data was found", advice)])
+    steps = training.num_steps()
     padded = config.model.padded_vocab_size(vocab)
     total, largest = count_parameters(config, padded)
     num_microbatches = tokens // (dp * training.micro_batch_size * length)

@@ -29,9 +29,8 @@ def describe(
         entry: the entry point that the launch command starts.
     """
     length = config.data.sequence_length
-    degrees = f"tp {plan.tp} x pp {plan.pp} x cp {plan.cp} x dp {plan.dp}" + (
-        f", vpp {plan.vpp}" if plan.vpp > 1 else ""
-    )
+    degrees = f"tp {plan.tp} x pp {plan.pp} x cp {plan.cp} x dp {plan.dp}"
+    degrees += f", vpp {plan.vpp}" if plan.vpp > 1 else ""
     batch = f"dp {plan.dp} x {plan.num_microbatches} microbatches of {config.training.micro_batch_size}"
     parts = {
         "weights": plan.weight_bytes,
@@ -93,8 +92,8 @@ def _context(config: Config, plan: Plan) -> list[tuple[str, str]]:
         return []
     model, size = config.model, 4 if config.precision.name is PrecisionName.fp32 else 2
     tokens = config.training.micro_batch_size * config.data.sequence_length
-    keys = 2 * tokens * model.num_kv_heads * model.head_dim // plan.tp
-    held = f"a rank has {tokens // plan.cp:,} of a microbatch's {tokens:,} queries and all keys"
+    keys = 2 * tokens * model.kv_width // plan.tp
+    held = f"a rank holds {tokens // plan.cp:,} of a microbatch's {tokens:,} queries and all keys"
     return [("", f"{held}: {_bytes(keys * size)} gathered and {_bytes(keys * 4)} of gradients reduced per layer")]
 
 
@@ -125,10 +124,10 @@ def _epochs(config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple
 
 def _work(config: Config, plan: Plan) -> list[tuple[str, str]]:
     """Floating-point operations, and the hours they take at a typical MFU."""
-    share = plan.row.beside / plan.row.model
-    beside = f"; {config.attention.method} adds {share:.1%} that MFU does not count" if share > 0.001 else ""
+    share = plan.row.overhead / plan.row.model
+    overhead = f"; {config.attention.method} adds {share:.1%} that MFU does not count" if share > 0.001 else ""
     total = plan.flops_per_token * plan.total_tokens
-    lines = [("work", f"{plan.flops_per_token / 1e9:.3g} GFLOP per token, {total:.3g} FLOP in total{beside}")]
+    lines = [("work", f"{plan.flops_per_token / 1e9:.3g} GFLOP per token, {total:.3g} FLOP in total{overhead}")]
     peak = peak_flops("H100", config.precision.name)
     if config.precision.name is not PrecisionName.fp32 and peak:
         hours = total / (TYPICAL_MFU * peak * plan.world_size) / 3600

@@ -3,11 +3,11 @@
 import pytest
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method
-from ssa_pretrain.profiling import breakdown, profiled, read_trace
+from ssa_pretrain.monitor.profiling import breakdown, profiled, read_trace
 from support.small_model import VOCAB, random_batches, small_config
 
 pytestmark = pytest.mark.gpu
-PARTS = (
+CATEGORIES = (
     "attention, full",
     "selection",
     "attention, sparse",
@@ -30,7 +30,7 @@ def placement():
     stop()
 
 
-def test_where_a_step_s_time_goes(placement, tmp_path):
+def test_where_the_time_of_a_step_goes(placement, tmp_path):
     pytest.importorskip("transformer_engine")
     from ssa_pretrain.engine import build_engine
 
@@ -41,6 +41,6 @@ def test_where_a_step_s_time_goes(placement, tmp_path):
     with profiled(tmp_path, step=3, rank=0, memory=True):
         engine.train_step(random_batches(2), step=2, learning_rate=1e-3)
     found = breakdown(read_trace(tmp_path / "step_3.rank_0.trace.json.gz"))
-    assert not [part for part in PARTS if found.parts.get(part, 0.0) <= 0.0], found.parts
-    assert found.parts.get("other", 0.0) < 0.35 * sum(found.parts.values()), found.parts
+    assert not [name for name in CATEGORIES if found.categories.get(name, 0.0) <= 0.0], found.categories
+    assert found.categories.get("other", 0.0) < 0.35 * sum(found.categories.values()), found.categories
     assert (tmp_path / "step_3.rank_0.memory.pickle").stat().st_size > 0

@@ -1,4 +1,4 @@
-"""Values and layouts at the border of what operators take: empty tensors, labels, positions, chosen blocks, documents, and NaN that stays at home."""
+"""Values and layouts at the limits of what operators accept: empty tensors, labels, positions, chosen blocks, documents, NaN."""
 
 from dataclasses import replace
 
@@ -13,8 +13,8 @@ from ssa_kernels import (
     gate_and_align,
     linear_cross_entropy,
     qkv_rope,
-    query_runs,
     query_slice,
+    query_spans,
     select_blocks,
     sparse_attention,
     ssa_attention,
@@ -50,7 +50,7 @@ def layout_of(ends=ENDS, tokens=T, **options):
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor that is not on a CPU, as far as it is asked."""
+    """A tensor that claims not to be on a CPU."""
 
     is_cpu = False
 
@@ -89,9 +89,9 @@ def test_a_document_longer_than_max_length_is_refused():
         ({"cu_seqlens": ENDS[None]}, "of shape \\(1, 4\\)"),
         ({"cu_seqlens": ENDS[:1]}, "of shape \\(1,\\)"),
         ({"cu_seqlens": ENDS[1:]}, "must start with 0"),
-        ({"cu_seqlens": torch.tensor([0, 5, 4, 24])}, "never fall"),
-        ({"cu_seqlens": torch.tensor([0, 25])}, "end at most at num_tokens=24"),
-        ({"cu_seqlens": torch.tensor([0, 2**33])}, "end at most at num_tokens=24"),
+        ({"cu_seqlens": torch.tensor([0, 5, 4, 24])}, "never decrease"),
+        ({"cu_seqlens": torch.tensor([0, 25])}, "not exceed num_tokens=24"),
+        ({"cu_seqlens": torch.tensor([0, 2**33])}, "not exceed num_tokens=24"),
         ({"cu_seqlens": ENDS.to("meta")}, "cu_seqlens on meta holds no values"),
     ],
 )
@@ -108,7 +108,7 @@ def test_boundaries_may_be_strided_and_of_either_dtype():
 
 
 def test_boundaries_that_cannot_be_checked_are_put_in_order():
-    """What happens on a GPU, where nothing is waited for; `is_cpu` is all that tells the two apart."""
+    """The behaviour on a GPU, where no value is checked; only `is_cpu` distinguishes the two."""
     for given, wanted in (
         ([0, 5, 4, 24], [0, 5, 5, 24, 24]),
         ([3, 5], [0, 5, 24]),
@@ -177,7 +177,7 @@ def test_a_layout_of_something_else_is_refused(name, impl):
         operator(q, k, v, indices, cu_seqlens=part, **common)
     with pytest.raises(ValueError, match="q has 5 tokens and the layout 24 queries"):
         operator(q[:5], k, v, indices[:5], cu_seqlens=layout, **common)
-    with pytest.raises(ValueError, match=r"q has 5 tokens and k 24: without a layout .* need as many"):
+    with pytest.raises(ValueError, match=r"q has 5 tokens and k 24: without a layout .* must be equal"):
         operator(q[:5], k, v, indices[:5], cu_seqlens=ENDS, **common)
     with pytest.raises(ValueError, match="a layout on meta, must be on q's device cpu"):
         operator(q, k, v, indices, cu_seqlens=layout_to(layout, "meta"), **common)
@@ -211,12 +211,12 @@ def test_a_part_of_the_queries_that_cannot_be_is_refused(queries, message):
 
 
 def test_what_is_no_layout_has_no_parts():
-    for part in (lambda x: query_slice(x, slice(0, 2)), lambda x: query_runs(x, [(0, 2)])):
+    for part in (lambda x: query_slice(x, slice(0, 2)), lambda x: query_spans(x, [(0, 2)])):
         with pytest.raises(ValueError, match="layout must be a DocumentLayout by build_layout, got Tensor"):
             part(ENDS)
     for span in ((0, 2.0), (True, 2), (0, "2")):
-        with pytest.raises(ValueError, match=r"of a run=.* must be an int"):
-            query_runs(layout_of(), [span])
+        with pytest.raises(ValueError, match=r"of a span=.* must be an int"):
+            query_spans(layout_of(), [span])
 
 
 # Values in tensors
@@ -250,7 +250,7 @@ def test_labels_of_minus_100_are_ignored_and_others_outside_refused(impl):
 def test_a_buffer_whose_elements_share_places_is_refused(impl):
     hidden, weight, labels = draw(6, 8), draw(11, 8), torch.arange(6)
     for shared in (torch.zeros(1, 8).expand(11, 8), torch.zeros(18).as_strided((11, 8), (1, 1))):
-        with pytest.raises(ValueError, match=r"accumulate_into with strides .* must have a place for each element"):
+        with pytest.raises(ValueError, match=r"accumulate_into with strides .* must not overlap in memory"):
             linear_cross_entropy(hidden, weight, labels, accumulate_into=shared, impl=impl)
     for wrong in (torch.zeros(11, 8, device="meta"), torch.zeros(11, 8).bfloat16(), torch.zeros(8, 11), [1]):
         with pytest.raises(ValueError, match="accumulate_into"):
@@ -276,8 +276,8 @@ def test_positions_outside_the_angles_are_refused(impl):
 
 @interpreted
 def test_the_kernel_reads_no_angle_outside():
-    """On a GPU positions are not looked at beforehand."""
-    from ssa_kernels.qkv_rope.forward import qkv_rope_forward
+    """On a GPU positions are not checked first."""
+    from ssa_kernels.qkv_rope.triton import qkv_rope_forward
 
     table = torch.full((20, 16), float("nan"))
     table[5:14] = draw(9, 16)
@@ -301,9 +301,8 @@ def test_chosen_blocks_that_cannot_be_are_refused(wrong, impl):
 
 @interpreted
 def test_the_kernels_read_no_block_outside():
-    """On a GPU chosen blocks are not looked at beforehand."""
-    from ssa_kernels.sparse_attention.backward import sparse_attention_backward
-    from ssa_kernels.sparse_attention.forward import sparse_attention_forward
+    """On a GPU chosen blocks are not checked first."""
+    from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
 
     q, k, v = streams()
     layout, do = layout_of(), draw(T, 4, 16, seed=5)
@@ -336,7 +335,7 @@ def test_a_query_without_blocks_has_no_output_and_no_mass(impl):
 @interpreted
 @pytest.mark.parametrize("score", ["softmax_sum", "per_head", "official_compat"])
 def test_selection_stays_in_its_workspace_where_max_length_is_too_short(score):
-    """On a GPU a document's length is not looked at: what is chosen may be wrong then, but is a choice."""
+    """On a GPU a document's length is not checked: the choice may be wrong, but it consists of valid blocks."""
     tokens, queries = 1300, [3, 900, 1100, 1101, 1299]
     q, k, _ = streams(tokens)
     part = query_slice(build_layout(torch.tensor([0, tokens]), num_tokens=tokens, block_size=2), torch.tensor(queries))
@@ -350,14 +349,14 @@ def test_selection_stays_in_its_workspace_where_max_length_is_too_short(score):
     logits = torch.einsum("thd,chd->thc", q[queries], means) / 4
     logits = logits.masked_fill(torch.arange(tokens // 2) >= own[:, None], -torch.inf)
     importance = logits if score == "per_head" else logits.softmax(-1).view(5, 2, 2, -1).sum(2)
-    best = importance[..., :512].argmax(-1)  # what the workspace has room for
+    best = importance[..., :512].argmax(-1)  # as many as fit into the workspace
     assert torch.equal(indices[..., 0].long(), best)
 
 
-# What an implementation does not serve
+# What an implementation does not support
 def test_float64_is_the_reference_s_and_bfloat16_not_the_interpreter_s():
     for dtype, sentence in (
-        (torch.float64, "kernels compute in float32, so float64 must not reach them; try impl='reference', or float32"),
+        (torch.float64, "kernels compute in float32, so they do not take float64; try impl='reference', or float32"),
         (
             torch.bfloat16,
             "on a CPU is Triton's interpreter, whose bfloat16 is wrong; try float32 or float16, or impl='reference'",
@@ -392,7 +391,7 @@ def test_logits_in_float32_beside_a_stream_in_16_bits(impl):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_a_main_stream_of_any_integer(dtype, impl):
     o, logits = draw(5, 2, 16), draw(5, 2)
-    for value in (0, 1, 2**32):  # the last one is 0 in its lower half
+    for value in (0, 1, 2**32):  # the lower half of the last one is 0
         if value <= 1 or dtype == torch.int64:
             main = torch.tensor([[value]], dtype=dtype)
             out, _ = gate_and_align(o, o + 1, logits, main=main, impl=impl)
@@ -400,7 +399,7 @@ def test_a_main_stream_of_any_integer(dtype, impl):
             assert torch.equal(out, named)
 
 
-# Nothing
+# Empty tensors
 @both
 @pytest.mark.parametrize(("tokens", "heads"), [(0, 4), (3, 0), (0, 0)])
 def test_no_tokens_or_heads(tokens, heads, impl):
@@ -453,7 +452,7 @@ POISON = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "overflowing":
 
 
 PLACES = ("q", "k", "v", "all", "gradient")
-INTERPRETED = [("all", "nan"), ("gradient", "nan"), ("k", "inf")]  # a few of them, since each takes seconds
+INTERPRETED = [("all", "nan"), ("gradient", "nan"), ("k", "inf")]  # only a few, because each takes seconds
 
 
 @pytest.mark.parametrize(
@@ -489,7 +488,7 @@ def test_what_is_not_finite_stays_in_its_document(where, poison, impl):
 
 
 def test_the_reference_on_a_gpu_is_the_one_on_a_cpu():
-    """Written out instead of fused: without blocks, beside NaN, forward and backward."""
+    """Plain operations instead of the fused ones: without blocks, beside NaN, forward and backward."""
     grad, results = draw(T, 4, 16, seed=8), []
     indices = select_blocks(*streams()[:2], **BLOCKS, cu_seqlens=ENDS)
     indices[12, 0] = -1

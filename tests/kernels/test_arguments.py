@@ -1,4 +1,4 @@
-"""Every argument of every public operator: a view of any strides and offset gives the bits of its contiguous copy, and what does not fit is refused.
+"""Every argument of every public operator: views with any strides and offset give the bits of contiguous copies; wrong arguments are refused.
 
 Both implementations, forward and backward. The kernels run in Triton's interpreter, small; tests/gpu/kernels/test_arguments_gpu.py does it on a GPU.
 """
@@ -38,7 +38,7 @@ class Operator:
     has_impl: bool = True
 
     def __call__(self, how: str, **changed: Any) -> list[torch.Tensor]:
-        """Returns all tensors that come out of the implementation `how`."""
+        """Returns all result tensors of the implementation `how`."""
         impl = {"impl": how} if self.has_impl else {}
         found = self.call(**{**self.tensors, **self.settings, **impl, **changed})
         found = found if isinstance(found, tuple) else (found,)
@@ -83,7 +83,7 @@ OPERATORS = operators()
 DIFFERENTIABLE = {"q", "k", "v", "o", "o_full", "o_sparse", "gate_logits", "x", "mixed", "hidden", "weight"}
 
 
-# Views of a tensor's values that lie otherwise in memory.
+# Views of a tensor's values with another layout in memory.
 def spread(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Every second element along a dim of a larger tensor."""
     wide = torch.zeros([n * 2 if i == dim else n for i, n in enumerate(x.shape)], dtype=x.dtype)
@@ -102,7 +102,7 @@ def moved(x: torch.Tensor) -> torch.Tensor:
 
 
 def part_of_wider(x: torch.Tensor) -> torch.Tensor:
-    """A span of the last dim of a wider tensor, as a split of a projection gives it."""
+    """A slice of the last dim of a wider tensor, as in the split of a projection."""
     wide = torch.zeros(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype)
     return wide[..., 2:-1].copy_(x)
 
@@ -151,7 +151,7 @@ def test_a_view_gives_the_bits_of_its_contiguous_copy(name, impl):
     check()
 
 
-# What does not fit: (argument, what is wrong with it, the value) of an operator, each of which both implementations refuse in the same words.
+# Wrong arguments: (argument, what is wrong with it, the value) of an operator. Both implementations refuse each with the same message.
 NUMBERS = {
     "block_size": (0, -1, True, 2.0, "16", None),
     "top_k": (0, -1, True, 2.0, "16", None),
@@ -204,7 +204,7 @@ def misfits(name: str, x: torch.Tensor):
         yield f"empty in dim {dim}", x.narrow(dim, 0, 0)
 
 
-# Alone in their dtype, so another one is as good.
+# No other argument has to share their dtype, so any dtype fits.
 SINGLE = {"x", "mixed", "o"}
 # Sizes that may be others: a shorter table of angles has its own test, cu_seqlens hold any number of documents, indices any number of blocks.
 FREE = {
@@ -220,7 +220,7 @@ FITS = {("ssa_attention", "gate_logits", "None"), ("select_blocks", "k", "shorte
 
 
 def refusal(operator: Operator, how: str, **changed: Any) -> str | None:
-    """Returns the sentence of the ValueError that the arguments end in, None without one."""
+    """Returns the message of the ValueError that the arguments raise, or None."""
     try:
         operator(how, **changed)
     except ValueError as error:
@@ -229,7 +229,7 @@ def refusal(operator: Operator, how: str, **changed: Any) -> str | None:
 
 
 def faults(operator: Operator, argument: str, what: object, wrong: object) -> list[tuple]:
-    """Returns what is to be found fault with in how an argument is refused."""
+    """Returns what is wrong with the way in which an argument is refused."""
     sentences = [refusal(operator, impl, **{argument: wrong}) for impl in IMPLS]
     if sentences[0] is None:
         return [(argument, what, "is accepted")]

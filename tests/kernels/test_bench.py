@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from bench.activations import activation_rows
+from bench.bounds import Stage, table
+from bench.cases import Row
+from bench.locality import load_activations, shared_fraction, sink_fraction
 from ssa_kernels import build_layout
-from ssa_kernels.bench.activations import activation_rows
-from ssa_kernels.bench.bounds import Stage, table
-from ssa_kernels.bench.cases import Row
-from ssa_kernels.bench.locality import load_activations, shared_fraction, sink_fraction
 
 
 def layout_of(*ends):
@@ -65,7 +65,7 @@ def test_the_largest_floor_binds():
 
 def test_the_plot_is_written(tmp_path):
     pytest.importorskip("matplotlib")
-    from ssa_kernels.bench.plot import roofline
+    from bench.plot import roofline
 
     roofline([stage()], 4.3e12, 8e14, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
@@ -73,9 +73,9 @@ def test_the_plot_is_written(tmp_path):
 
 def test_without_matplotlib_the_benchmark_starts_and_leaves_the_plot_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import fails
-    for name in [name for name in sys.modules if name.startswith("ssa_kernels.bench")]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "bench"]:
         monkeypatch.delitem(sys.modules, name)
-    bench = importlib.import_module("ssa_kernels.bench.__main__")
+    bench = importlib.import_module("bench.__main__")
     bench.plot.roofline([stage()], 4.3e12, 8e14, tmp_path / "roofline.png")
     assert "roofline.png is left out: install matplotlib" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

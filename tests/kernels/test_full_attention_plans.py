@@ -1,4 +1,4 @@
-"""Which fused kernel the full stream takes, and the shapes that go in and out of it, without a GPU: on meta tensors."""
+"""The choice of the full stream's fused kernel, and the shapes of its inputs and results, without a GPU: on meta tensors."""
 
 import sys
 import warnings
@@ -68,7 +68,7 @@ def test_what_no_kernel_takes_ends_in_a_sentence():
         plan(*make("cpu", head_dim=136)[:2])
     with pytest.raises(ValueError, match="needs num_rows"):
         plan(q, k, backend="cudnn")
-    with pytest.raises(ValueError, match="need as many"):
+    with pytest.raises(ValueError, match="need them equal"):
         plan(q[:3], k, backend="flash")
     with pytest.raises(ValueError, match="must be None, 'cudnn'"):
         plan(q, k, backend="fast")
@@ -78,18 +78,18 @@ def test_what_no_kernel_takes_ends_in_a_sentence():
 
 
 @pytest.mark.parametrize(
-    ("installed", "says"),
+    ("installed", "warning"),
     [
-        (None, None),  # nobody expects what is not there
+        (None, None),  # not installed: no warning
         ("2.9.0", "2.9.0 is older than 2.20"),
         (
             "2.20.0+0123abc",
             "does not load",
-        ),  # as a build from source is called, which has no distribution of its own for torch
+        ),  # the name of a build from source, which has no separate distribution for torch
         ("3.0", "does not load"),
     ],
 )
-def test_a_transformer_engine_that_is_left_aside_is_said(monkeypatch, installed, says):
+def test_an_unusable_transformer_engine_is_reported(monkeypatch, installed, warning):
     def version(name):
         if installed is None or name != "transformer_engine":
             raise PackageNotFoundError(name)
@@ -97,7 +97,7 @@ def test_a_transformer_engine_that_is_left_aside_is_said(monkeypatch, installed,
 
     monkeypatch.setattr(te, "version", version)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)  # its import fails
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert not te.is_usable.__wrapped__()
-    assert [says in str(one.message) for one in said] == ([True] if says else [])
+    assert [warning in str(one.message) for one in caught] == ([True] if warning else [])

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """torch.empty gives NaN, so that whatever a kernel does not write shows."""
+    """Makes torch.empty return NaN, so that everything that a kernel does not write is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -150,8 +150,8 @@ def test_no_gradient_leaves_the_logits_alone():
 
 
 def test_kernels_over_two_spans_of_the_vocabulary():
-    """What two tensor ranks do, one after another: own statistics, combined, and P by the combined log-sum-exp."""
-    from ssa_kernels.linear_cross_entropy.forward import probabilities_in_place, statistics
+    """The work of two tensor ranks, one after another: their statistics, combined, and P from the combined log-sum-exp."""
+    from ssa_kernels.linear_cross_entropy.triton import probabilities_in_place, statistics
 
     logits = 3 * torch.randn(9, 60)
     labels = torch.randint(0, 60, (9,))

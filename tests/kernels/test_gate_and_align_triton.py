@@ -17,7 +17,7 @@ FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}  # sums of at most 128 features, each a f
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """torch.empty gives NaN, so that whatever a kernel does not write shows."""
+    """Makes torch.empty return NaN, so that everything that a kernel does not write is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -41,7 +41,7 @@ def run(inputs, main, weights=(1.0, 1.0), loss_grad=1.0):
 
 @pytest.mark.parametrize("main", ["full", "sparse", 1, 0, True])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.0), (0.0, 0.5)])
-@pytest.mark.parametrize("size", [0.2, 5.0])  # the quadratic branch alone, and both
+@pytest.mark.parametrize("size", [0.2, 5.0])  # only the quadratic branch, and both
 def test_values_and_gradients(main, weights, size):
     inputs = make(size=size)
     difference = (torch.sigmoid(inputs[2])[..., None] * (inputs[0] - inputs[1])).abs()
@@ -87,7 +87,7 @@ def test_each_stream_gets_its_own_term_only():
 
 
 def test_deltas_are_row_sums_of_the_rounded_gradients():
-    from ssa_kernels.gate_and_align.backward import gate_backward
+    from ssa_kernels.gate_and_align.triton import gate_backward
 
     inputs = [x.detach() for x in make(dtype=torch.float16, size=3.0)]
     grad_out = torch.randn_like(inputs[0])
@@ -100,10 +100,10 @@ def test_deltas_are_row_sums_of_the_rounded_gradients():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_captured_mass_from_any_layout_of_the_lse(rows):
-    from ssa_kernels.gate_and_align.forward import gate_forward
+    from ssa_kernels.gate_and_align.triton import gate_forward
 
     inputs = [x.detach() for x in make(tokens=21)]
-    lse_full = torch.randn(rows, 4, 21 // rows).transpose(1, 2)  # [rows, tokens / rows, H], as a library lays it out
+    lse_full = torch.randn(rows, 4, 21 // rows).transpose(1, 2)  # [rows, tokens / rows, H], in a library's layout
     lse_sparse = (lse_full.reshape(21, 4) - torch.rand(21, 4)).contiguous()
     out, loss, mass = gate_forward(*inputs, "full", (1.0, 1.0), (lse_full, lse_sparse))
     torch.testing.assert_close(mass, torch.exp(lse_sparse - lse_full.reshape(21, 4)).mean(), rtol=1e-5, atol=0)
@@ -112,7 +112,7 @@ def test_captured_mass_from_any_layout_of_the_lse(rows):
 
 
 def test_partials_are_summed_whatever_their_number():
-    from ssa_kernels.gate_and_align.forward import REDUCE_BLOCK, sum_partials_kernel
+    from ssa_kernels.gate_and_align.triton import REDUCE_BLOCK, sum_partials_kernel
 
     for count in (1, REDUCE_BLOCK - 1, REDUCE_BLOCK, 2 * REDUCE_BLOCK + 5):
         partials = torch.rand(2, count)

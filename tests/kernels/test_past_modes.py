@@ -1,4 +1,4 @@
-"""Operators run past an active torch function mode, which would see each of their many small operations; they give the same."""
+"""Operators bypass an active torch function mode, which would see each of their many small operations; results are the same."""
 
 import pytest
 import torch

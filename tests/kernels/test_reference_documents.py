@@ -1,4 +1,4 @@
-"""Document layouts: where tokens and blocks lie, whatever the documents' lengths, and how an implementation is picked."""
+"""Document layouts for documents of any length, and the choice of the implementation."""
 
 import pytest
 import torch
@@ -22,12 +22,14 @@ def test_layout_equals_counting(cu_seqlens, tokens, block_size):
         blocks += [(first, min(block_size, end - first)) for first in range(start, end, block_size)]
     assert layout.query_start.tolist() == [start for start, end in spans for _ in range(start, end)]
     assert layout.query_position.tolist() == [t - start for start, end in spans for t in range(start, end)]
-    assert layout.query_first_row.tolist() == first_rows
+    assert layout.query_first_block_row.tolist() == first_rows
     used = len(blocks)
     assert used <= layout.num_block_rows <= tokens
     assert list(zip(layout.block_start.tolist(), layout.block_length.tolist(), strict=True))[:used] == blocks
     assert not layout.block_length[used:].any()
-    assert all(array.dtype == torch.int32 for array in (layout.cu_seqlens, layout.query_first_row, layout.block_start))
+    assert all(
+        array.dtype == torch.int32 for array in (layout.cu_seqlens, layout.query_first_block_row, layout.block_start)
+    )
 
 
 def test_implementation_is_picked_by_device_and_never_in_silence():

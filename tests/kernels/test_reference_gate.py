@@ -16,7 +16,7 @@ def make(size=1.0, dtype=torch.float64):
     ]
 
 
-@pytest.mark.parametrize("size", [0.2, 5.0])  # the quadratic branch alone, and both
+@pytest.mark.parametrize("size", [0.2, 5.0])  # only the quadratic branch, and both
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.0), (0.0, 0.5)])
 @pytest.mark.parametrize("main", ["full", "sparse"])
 def test_values_and_gradients(main, weights, size):

@@ -164,7 +164,7 @@ def test_selection_has_no_gradient():
         ({"block_size": 0}, "block_size=0"),
         ({"score": "official_compat", "top_k": 16}, "block_size=8"),
         ({"impl": "cuda"}, "impl='cuda'"),
-        ({"cu_seqlens": torch.tensor([0, 30, 20, 40])}, "never fall"),
+        ({"cu_seqlens": torch.tensor([0, 30, 20, 40])}, "never decrease"),
         ({"cu_seqlens": torch.tensor([0.0, 40.0])}, "int32"),
         ({"cu_seqlens": build_layout(torch.tensor([0, 40]), num_tokens=40, block_size=4)}, "layout's 4"),
     ],

@@ -6,7 +6,7 @@ The interpreter takes some 50 ms a query, so queries are sliced out of longer ro
 import pytest
 import torch
 
-from ssa_kernels import build_layout, query_runs, query_slice, select_blocks
+from ssa_kernels import build_layout, query_slice, query_spans, select_blocks
 from ssa_kernels.select import reference
 from support import oracle
 
@@ -53,10 +53,10 @@ def test_rows_longer_than_a_pass(monkeypatch, top_k, bins):
 
     The bins of top-k's threshold come from a pass over the row, or, as with rows of 64k and more, from the importance kernel.
     """
-    from ssa_kernels.select import forward
-    from ssa_kernels.select.forward import choose_blocks_triton
+    from ssa_kernels.select import launch
+    from ssa_kernels.select.launch import choose_blocks_triton
 
-    monkeypatch.setattr(forward, "BINS_FROM_SLICES", 1 if bins else 100)
+    monkeypatch.setattr(launch, "BINS_FROM_SLICES", 1 if bins else 100)
     q, k = make(1400, 2, 1)
     queries = torch.tensor([1024, 1399])
     layout = query_slice(build_layout(torch.tensor([0, 1400]), num_tokens=1400, block_size=1), queries)
@@ -66,7 +66,7 @@ def test_rows_longer_than_a_pass(monkeypatch, top_k, bins):
 
 
 def test_ties_go_to_the_more_recent_block():
-    """All candidates tie, more than the scratch row holds: the slow way. Small integers keep the interpreter's products exact."""
+    """All candidates tie, more than the scratch row holds: the slow path. Small integers keep the interpreter's products exact."""
     q, k = make(64, 2, 1)
     q, k = (q * 4).round(), (k[:1] * 4).round().expand_as(k).contiguous()
     ours, theirs = both(q, k, [0, 64], 1, 4, [40, 63])
@@ -94,14 +94,14 @@ def test_logits_beyond_what_an_exponential_holds(factor):
 def test_chunks_of_tokens_change_nothing(monkeypatch):
     q, k = make(90, 32, 1)
     whole, theirs = both(q, k, [0, 20, 90], 4, 3, list(range(0, 90, 7)))
-    monkeypatch.setattr("ssa_kernels.select.forward.WORKSPACE_BYTES", 4 * (512 + 32) * 4)
+    monkeypatch.setattr("ssa_kernels.select.launch.WORKSPACE_BYTES", 4 * (512 + 32) * 4)
     chunked, _ = both(q, k, [0, 20, 90], 4, 3, list(range(0, 90, 7)))
     assert torch.equal(whole, theirs) and torch.equal(chunked, whole)
 
 
 @pytest.mark.parametrize("share", [2, 4])
 def test_exponentials_by_polynomial(monkeypatch, share):
-    monkeypatch.setattr("ssa_kernels.select.forward.FMA_SHARE", share)
+    monkeypatch.setattr("ssa_kernels.select.launch.FMA_SHARE", share)
     q, k = make(300, 8, 1)
     ours, _ = both(q, k, [0, 300], 1, 5, [250])
     layout = query_slice(build_layout(torch.tensor([0, 300]), num_tokens=300, block_size=1), torch.tensor([250]))
@@ -121,7 +121,7 @@ def test_nan_in_other_documents():
 
 
 def test_decoding_from_cached_means_equals_prefill():
-    from ssa_kernels.select.forward import block_means, choose_blocks_triton
+    from ssa_kernels.select.launch import block_means, choose_blocks_triton
 
     q, k = make(40)
     prefill, _ = both(q, k, [0, 40], 4, 3, [21, 39])
@@ -140,7 +140,7 @@ def test_decoding_from_cached_means_equals_prefill():
 
 
 def test_queries_far_apart():
-    """Given by their numbers: a tile walks all the block rows between their documents."""
+    """Queries given by number: a tile walks all the block rows between their documents."""
     tokens, queries = 1400, torch.tensor([2, 3, 1396, 1399])
     layout = build_layout(torch.arange(0, tokens + 1, 4), num_tokens=tokens, block_size=1, max_length=4)
     q, k = make(tokens, 2, 1)
@@ -150,11 +150,11 @@ def test_queries_far_apart():
 
 
 def test_runs_of_queries_far_apart():
-    """One tile of queries from both runs would walk all the block rows between their documents, more than its program has slices for."""
+    """One tile of queries from both spans would walk all the block rows between their documents, more than its program has slices for."""
     tokens, spans = 1400, [(2, 2), (1396, 4)]
     layout = build_layout(torch.arange(0, tokens + 1, 4), num_tokens=tokens, block_size=1, max_length=4)
     q, k = make(tokens, 2, 1)
-    part = query_runs(layout, spans)
+    part = query_spans(layout, spans)
     queries = torch.cat([torch.arange(first, first + length) for first, length in spans])
     arguments = {"block_size": 1, "top_k": 2, "cu_seqlens": part}
     ours, theirs = (select_blocks(q[queries], k, impl=impl, **arguments) for impl in ("triton", "reference"))

@@ -1,6 +1,6 @@
 """Sparse attention's Triton kernels in Triton's interpreter, small, against the float64 oracle; and compiled, without a GPU, for Hopper.
 
-The tensor-core kernels run here as well (gluon_on_cpu.py says how, and what that cannot show). Errors are relative in the norm: float32 to sums of
+The tensor-core kernels run here as well (gluon_on_cpu.py explains how, and what that cannot check). Errors are relative in the norm: float32 to sums of
 at most 128 terms; float16 beside the reference's, which rounds p, ds and results once as the kernels do.
 """
 
@@ -27,7 +27,7 @@ DOCUMENTS = [0, 1, 18, 18, 34]
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """torch.empty gives NaN, so that whatever a kernel does not write shows."""
+    """Makes torch.empty return NaN, so that everything that a kernel does not write is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -76,8 +76,8 @@ def tensor_core():
 
 def on_tensor_cores(module, q, k, v, do, indices, layout, delta=None, segment=5, add_to=(None, None, None)):
     """Returns o, lse, dq, dk, dv of the tensor-core kernels."""
-    from ssa_kernels.sparse_attention.backward import add_segments
     from ssa_kernels.sparse_attention.index import invert
+    from ssa_kernels.sparse_attention.segment_sums import add_segments
 
     scale = q.shape[-1] ** -0.5
     o, lse = module.forward(q, k, v, indices, layout, scale)
@@ -127,8 +127,7 @@ def test_portable_kernels(heads, kv_heads, head_dim, block_size, top_k, lists, d
 
 @interpreted
 def test_the_portable_backward_adds_too_and_takes_an_index_started_earlier():
-    from ssa_kernels.sparse_attention.backward import sparse_attention_backward
-    from ssa_kernels.sparse_attention.forward import sparse_attention_forward
+    from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
     from ssa_kernels.sparse_attention.index import invert_beside
 
     q, k, v, do, indices, layout = make(DOCUMENTS, 4, 2, 16, 16, 2, None, torch.float32)
@@ -147,17 +146,17 @@ def test_the_portable_backward_adds_too_and_takes_an_index_started_earlier():
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "block_size", "top_k", "lists", "adds"),
     [
-        (16, 1, 64, 16, 3, None, True),  # heads as rows: a full tile of them
-        (12, 1, 80, 16, 3, None, False),  # a part of it, padded features
+        (16, 1, 64, 16, 3, None, True),  # heads as rows: a full tile
+        (12, 1, 80, 16, 3, None, False),  # a partial tile, padded features
         (32, 1, 64, 16, 2, None, True),  # two tiles
-        (4, 1, 128, 16, 2, None, True),  # heads as columns; four entries a step; rows through shared memory
+        (4, 1, 128, 16, 2, None, True),  # heads as columns; four entries per step; rows through shared memory
         (16, 1, 128, 16, 2, None, False),
-        (6, 1, 64, 16, 3, None, False),  # slots with rows that do not exist
+        (6, 1, 64, 16, 3, None, False),  # entries with unused rows
         (2, 1, 64, 32, 2, 2, False),  # every head chooses; blocks of several tiles
     ],
 )
 def test_tensor_core_kernels(tensor_core, heads, kv_heads, head_dim, block_size, top_k, lists, adds):
-    """Where they add to gradients that are there, the sum is rounded once: nearer than a rounded gradient that is added and rounded again."""
+    """When they add to existing gradients, the sum is rounded once: closer than a rounded gradient that is added and rounded again."""
     inputs = make(DOCUMENTS, heads, kv_heads, head_dim, block_size, top_k, lists)
     alone = on_tensor_cores(tensor_core, *inputs)
     check(alone, inputs)
@@ -169,7 +168,7 @@ def test_tensor_core_kernels(tensor_core, heads, kv_heads, head_dim, block_size,
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # what overflows is thrown away
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # overflowing results are discarded
 @pytest.mark.parametrize("heads", [16, 8])
 def test_logits_far_above_the_reference(tensor_core, heads):
     inputs = make(DOCUMENTS, heads, 1, 64, 16, 3, size=40.0)
@@ -229,7 +228,7 @@ def test_inverted_index(segment):
     for choice, block in enumerate(indices.flatten().tolist()):
         query, kv_head = choice // 6, choice // 3 % 2
         if 0 <= block <= int(layout.query_position[query]) // 4:
-            expected.setdefault(kv_head * rows + int(layout.query_first_row[query]) + block, []).append(choice)
+            expected.setdefault(kv_head * rows + int(layout.query_first_block_row[query]) + block, []).append(choice)
     assert found == expected
     assert sorted(index.schedule.tolist()) == list(range(index.max_segments))
     assert sorted(index.schedule[:used].tolist()) == list(range(used))
@@ -239,7 +238,7 @@ def test_inverted_index(segment):
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("v_columns", [False, True])
 def test_tiles_hold_every_element_once(left, v_columns):
-    from ssa_kernels.sparse_attention.tiles import pack_tiles
+    from ssa_kernels.sparse_attention.tensor_core.tiles import pack_tiles
 
     layout = build_layout(torch.tensor([0, 20, 36], dtype=torch.int32), num_tokens=36, block_size=32)
     k = torch.arange(1, 36 * 2 * 24 + 1, dtype=torch.float32).view(36, 2, 24)
@@ -259,7 +258,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from ssa_kernels.sparse_attention import tensor_core, tensor_core_backward, tensor_core_few_heads, tensor_core_forward, tensor_core_wide
+from ssa_kernels.sparse_attention.tensor_core import backward, few_heads, forward, launch, wide_heads
 
 def usage(kernel, constants, num_warps=1, **options):
     signature, aligned = {}, {}
@@ -286,26 +285,26 @@ def usage(kernel, constants, num_warps=1, **options):
     return {**numbers, "shared": made.metadata.shared}
 
 found = {}
-for rows, dim in ((16, 64), (32, 64), (4, 128)):
-    common = dict(LISTS=2, KV_HEADS=2, ROWS=rows, HEAD_DIM=dim, DIM=dim, BLOCK_SIZE=16, TOP_K=16, DTYPE=gl.bfloat16)
-    query = dict(common, ROWS_PADDED=tensor_core.padded_rows(rows), SLOTS=16)
-    few = rows <= tensor_core.FEW
-    forward = tensor_core_few_heads.forward_kernel if few else tensor_core_forward.forward_kernel
-    dq = tensor_core_few_heads.dq_kernel if few else tensor_core_backward.dq_kernel
-    found[f"forward {rows} {dim}"] = usage(forward, dict(query, LIMIT=1e30))
-    found[f"dq {rows} {dim}"] = usage(dq, dict(query, HAS_DELTA=False, ADD=False))
-    found[f"dq added {rows} {dim}"] = usage(dq, dict(query, HAS_DELTA=True, ADD=True))
-    keys = dict(common, SLOT=rows, N=max(16, rows))
-    if dim > 64 or rows <= tensor_core.RING_ROWS:
-        found[f"dkdv {rows} {dim}"] = usage(tensor_core_wide.dkdv_kernel, dict(keys, STAGES=tensor_core.RING))
+for heads, dim in ((16, 64), (32, 64), (4, 128)):
+    common = dict(LISTS=2, KV_HEADS=2, HEADS=heads, HEAD_DIM=dim, DIM=dim, BLOCK_SIZE=16, TOP_K=16, DTYPE=gl.bfloat16)
+    query = dict(common, PADDED_HEADS=launch.padded_heads(heads), PADDED_TOP_K=16)
+    few = heads <= launch.FEW_HEADS
+    forward_kernel = few_heads.forward_kernel if few else forward.forward_kernel
+    dq = few_heads.dq_kernel if few else backward.dq_kernel
+    found[f"forward {heads} {dim}"] = usage(forward_kernel, dict(query, LIMIT=1e30))
+    found[f"dq {heads} {dim}"] = usage(dq, dict(query, HAS_DELTA=False, ADD=False))
+    found[f"dq added {heads} {dim}"] = usage(dq, dict(query, HAS_DELTA=True, ADD=True))
+    keys = dict(common, ENTRY_ROWS=heads, STEP_ROWS=max(16, heads))
+    if dim > 64 or heads <= launch.RING_HEADS:
+        found[f"dkdv {heads} {dim}"] = usage(wide_heads.dkdv_kernel, dict(keys, STAGES=launch.RING_STAGES))
     else:
-        found[f"dkdv {rows} {dim}"] = usage(tensor_core_backward.dkdv_kernel, keys)
+        found[f"dkdv {heads} {dim}"] = usage(backward.dkdv_kernel, keys)
 print(json.dumps(found))
 """
 
 
 def test_compiled_for_hopper_nothing_spills():
-    """Every conversion between layouts is trivial (else it would not compile), and the registers are what the design counts on."""
+    """Every conversion between layouts is trivial (else it would not compile), and the kernels use no more registers than planned."""
     path = str(Path(sys.modules["ssa_kernels"].__file__).parents[1])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""One whole layer against the oracle put together piece by piece: output, loss, captured mass, every gradient."""
+"""One whole layer against the oracle, assembled from its parts: output, loss, captured mass, every gradient."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_rows_that_are_not_equal_end_in_a_sentence():
     assert torch.equal(
         full_attention(q, k, v, cu_seqlens=equal, num_rows=3)[0], full_attention(q, k, v, cu_seqlens=equal)[0]
     )
-    with pytest.raises(ValueError, match="num_rows=3 must say"):
+    with pytest.raises(ValueError, match="num_rows=3 must mean"):
         full_attention(q, k, v, cu_seqlens=ENDS, num_rows=3)
     with pytest.raises(ValueError, match="num_rows=2 must divide tokens=45"):
         full_attention(q, k, v, cu_seqlens=ENDS, num_rows=2)

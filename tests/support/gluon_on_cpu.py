@@ -1,9 +1,9 @@
-"""Runs Gluon kernels under Triton's interpreter, by giving their modules a `gluon` that is made of triton.language.
+"""Runs Gluon kernels under Triton's interpreter: their modules get a `gluon` built from triton.language.
 
-Triton's interpreter knows triton.language alone. Gluon is the same language with layouts; on values, layouts do nothing. So here a
-layout is None, converting one is the identity, and the inline instructions of fragments.py are written out. What this
-checks is everything about values: addresses, masks, loops, and the permutations by which fragments.py names registers. What it cannot
-check, that each lane holds what the instruction expects, the compiler checks: every conversion is asserted trivial.
+Triton's interpreter knows only triton.language. Gluon is the same language with layouts, and layouts do not change values. So here a layout
+is None, converting one is the identity, and the inline instructions of fragments.py are emulated. This checks everything about values:
+addresses, masks, loops, and the permutations by which fragments.py names registers. It cannot check that each lane holds what the
+instruction expects. The compiler checks that: every conversion is asserted trivial.
 """
 
 import importlib
@@ -17,12 +17,11 @@ import triton.experimental
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-KERNELS = ("tensor_core_forward", "tensor_core_backward", "tensor_core_few_heads", "tensor_core_wide")
-MODULES = ("fragments", *KERNELS, "tensor_core")
+MODULES = ("fragments", "query", "segment", "forward", "backward", "few_heads", "wide_heads", "launch")
 
 
 def load():
-    """Returns sparse_attention's tensor_core, imported afresh with all that it needs over the stand-in."""
+    """Returns tensor_core/launch.py, imported again on top of the stand-in, with everything that it imports."""
     gl = _language()
     gluon = types.ModuleType("triton.experimental.gluon")
     gluon.jit, gluon.constexpr_function, gluon.language = _jit, lambda function: function, gl
@@ -31,7 +30,7 @@ def load():
     ampere.async_copy = types.SimpleNamespace(
         async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda outstanding: None
     )
-    names = [f"ssa_kernels.sparse_attention.{name}" for name in MODULES]
+    names = [f"ssa_kernels.sparse_attention.tensor_core.{name}" for name in MODULES]
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.experimental, "gluon", gluon, raising=False)
@@ -41,7 +40,7 @@ def load():
             patch.delitem(sys.modules, name, raising=False)
         for name in names:
             module = importlib.import_module(name)
-            module.tl = tl  # the interpreter patches the triton.language that it finds among a kernel's globals
+            module.tl = tl  # the interpreter patches the triton.language in a kernel's globals
             found.append(module)
         for name in names:
             del sys.modules[name]
@@ -49,7 +48,7 @@ def load():
 
 
 def _jit(function=None, **options):
-    """triton.jit. The interpreter compiles kernels anew and then knows constexpr parameters by the text "tl.constexpr" alone."""
+    """Returns triton.jit of a function. The interpreter recompiles kernels, and then recognises constexpr parameters only by the text "tl.constexpr"."""
     if function is None:
         return lambda f: _jit(f, **options)
     kernel = triton.jit(function, **options)
@@ -98,12 +97,12 @@ def _language():
 
 
 def _late(name):
-    """Looks the function up when it is called: the interpreter patches triton.language for the duration of a kernel."""
+    """Returns a function of triton.language that is looked up at each call: the interpreter patches the module while a kernel runs."""
     return lambda *args, **kwargs: getattr(tl, name)(*args, **kwargs)
 
 
 class _Shared:
-    """A ring of buffers. A copy lands at once: a buffer that is overwritten before it was read shows."""
+    """A ring of buffers. A copy lands immediately, so overwriting a buffer before it was read changes the results."""
 
     def __init__(self, buffers, at=None, transposed=False):
         self.buffers, self.at, self.transposed = buffers, at, transposed

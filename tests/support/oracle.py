@@ -1,4 +1,4 @@
-"""SSA in float64 by loops and dense masks: written from the definition, sharing nothing with the package that it judges.
+"""SSA in float64 by loops and dense masks: written from the definition, sharing nothing with the package that it checks.
 
 Definition (arXiv 2511.20102): per document, blocks of K keys counted from its first token; the mean of each block's keys, rounded to
 the keys' dtype; a query's importance of an earlier block is the sum over its group's heads of the softmax over earlier blocks of
@@ -18,12 +18,12 @@ def document_spans(cu_seqlens, num_tokens):
 
 
 def where(cu_seqlens, num_tokens):
-    """Returns for each token (start of its document, end of it)."""
+    """Returns (start, end) of each token's document."""
     return [(a, b) for a, b in document_spans(cu_seqlens, num_tokens) for _ in range(a, b)]
 
 
 def importance(q, k, cu_seqlens, block_size, scale, score):
-    """Returns per token a list over lists (kv heads, or query heads for per_head) of {earlier block: importance}."""
+    """Returns per token and list (kv heads, or query heads for per_head) {earlier block: importance}."""
     tokens, heads, _ = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
@@ -53,12 +53,12 @@ def importance(q, k, cu_seqlens, block_size, scale, score):
 
 
 def best(candidates, count):
-    """Returns the `count` most important blocks of {block: importance}, the more recent first among equals."""
+    """Returns the `count` most important blocks of {block: importance}; of equal ones, the more recent."""
     return sorted(candidates, key=lambda block: (-candidates[block], -block))[: max(count, 0)]
 
 
 def official_candidates(candidates, own, block_size):
-    """Returns what of {block: importance} survives the official code: half a chunk of all earlier chunks, half of the own one."""
+    """Returns the part of {block: importance} that the official code keeps: half a chunk of all earlier chunks, half of the own one."""
     chunk_start = own // block_size * block_size
     if chunk_start == 0:
         return candidates
@@ -69,7 +69,7 @@ def official_candidates(candidates, own, block_size):
 
 
 def select(q, k, cu_seqlens, block_size, top_k, scale, score="softmax_sum"):
-    """Returns int32 [T, lists, top_k]: ascending block numbers, -1 padded."""
+    """Returns int32 [T, lists, top_k]: ascending block numbers, padded with -1."""
     tokens = q.shape[0]
     rows = []
     spans = where(cu_seqlens, tokens)
@@ -86,7 +86,7 @@ def select(q, k, cu_seqlens, block_size, top_k, scale, score="softmax_sum"):
 
 
 def check_selection(indices, q, k, cu_seqlens, block_size, top_k, scale, score="softmax_sum", tolerance=1e-5):
-    """Fails unless `indices` are a right choice: form, count, own block, and no unchosen block that is clearly more important."""
+    """Fails unless `indices` are a correct choice: form, count, own block, and no unchosen block that is clearly more important."""
     tokens = q.shape[0]
     spans = where(cu_seqlens, tokens)
     for token, lists in enumerate(importance(q, k, cu_seqlens, block_size, scale, score)):
@@ -107,7 +107,7 @@ def check_selection(indices, q, k, cu_seqlens, block_size, top_k, scale, score="
 
 
 def visible(indices, cu_seqlens, num_tokens, num_heads, block_size):
-    """Returns bool [H, T, T]: whether a head's query may look at a key. `indices` None: every earlier key of the document."""
+    """Returns bool [H, T, T]: whether a head's query may attend to a key. With `indices` None: every earlier key of the document."""
     spans = where(cu_seqlens, num_tokens)
     mask = torch.zeros(num_heads, num_tokens, num_tokens, dtype=torch.bool)
     for token, (start, _) in enumerate(spans):

@@ -1,4 +1,4 @@
-"""What tests of W&B share: the client without an account, records, and a reader of the client's files."""
+"""Shared by the tests of W&B: the client without an account, records, and a reader of the client's files."""
 
 import json
 import os
@@ -10,16 +10,16 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.tracking import Tracker, start_tracking
+from ssa_pretrain.monitor.tracking import Tracker, start_tracking
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # 40 hex digits, the shape of a W&B key
 BLOCK = 32_768
-LACKS = "the next start sends what W&B lacks"
+RESENT = "the next start sends the missing records"
 
 
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither the machine's W&B key nor its settings reach a test."""
+    """Hides the machine's W&B key and settings from a test."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -27,9 +27,9 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def stored_records(file: Path) -> Iterator[Record]:
-    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes.
+    """Yields the records of a .wandb file: LevelDB's log format after a header of 7 bytes.
 
-    Blocks of 32 KiB hold chunks of crc (4), length (2), type (1: whole, 2: first, 3: middle, 4: last) and data.
+    Blocks of 32 KiB hold chunks of crc (4), length (2), type (1: full, 2: first, 3: middle, 4: last) and data.
     """
     data = file.read_bytes()
     assert data[:4] == b":W&B"
@@ -56,7 +56,7 @@ def segments(folder: Path) -> list[Path]:
 
 
 def history(folder: Path) -> list[dict]:
-    """Every row of every segment of a run, in the order of upload."""
+    """Returns every row of every segment of a run, in the order of upload."""
     rows = []
     for file in segments(folder):
         for record in stored_records(file):
@@ -91,7 +91,11 @@ def evaluation_record(step: int, mode: str) -> dict:
 def offline(folder: Path, config: dict | None = None, lines: list[str] | None = None) -> Tracker:
     settings = WandbConfig(mode=WandbMode.offline, project="p", group="g", tags=["t"])
     tracker = start_tracking(
-        settings, name="a-run", folder=folder, config=config or {}, say=(lines if lines is not None else []).append
+        settings,
+        name="a-run",
+        folder=folder,
+        config=config or {},
+        print_line=(lines if lines is not None else []).append,
     )
     assert tracker is not None
     return tracker

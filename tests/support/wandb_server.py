@@ -1,4 +1,4 @@
-"""A stand-in for W&B's server on this machine: it keeps a run's history, and the real client resumes from it."""
+"""A fake W&B server on this machine: it stores a run's history, and the real client resumes from it."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ class Server(ThreadingHTTPServer):
         self.histories: dict[str, list[str]] = {}
 
     def handle_error(self, *_: object) -> None:
-        """Prints nothing: a client that was killed hangs up."""
+        """Prints nothing: a killed client drops its connection."""
 
     @property
     def url(self) -> str:

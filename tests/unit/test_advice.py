@@ -105,7 +105,7 @@ def test_what_is_advised_is_accepted() -> None:
         (("training.steps=-5",), "training.steps=-5 must be at least 0; try 5"),
         (("training.steps=-5", "training.total_tokens=1e6"), "training.steps=-5 must be at least 0; try 0"),
         (("training.steps=0", "training.total_tokens=-7"), "training.total_tokens=-7 must be at least 0; try 7"),
-        (("training.total_tokens=1e6",), "and training.total_tokens=1000000 are two lengths; try training.steps=0 or training.total_tokens=0"),
+        (("training.total_tokens=1e6",), "and training.total_tokens=1000000 both set the length of the run; try training.steps=0 or training.total_tokens=0"),
         (("training.global_batch_tokens=0",), "over all ranks; try 8192"),
         (("deepspeed.zero_stage=7",), "deepspeed.zero_stage=7 must be 0, 1, 2 or 3; try 1"),
         (("deepspeed.zero_stage=2", "parallel.cp=2"), "deepspeed.zero_stage=2 has no effect under engine=megatron; try 1"),

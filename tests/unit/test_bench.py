@@ -1,4 +1,4 @@
-"""The benchmark's command line, ratios and tables, and a whole run of it on a tiny model in a process of its own."""
+"""The benchmark's options, ratios and tables, and a complete benchmark of a tiny model in a process of its own."""
 
 import csv
 import os
@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain.bench.__main__ import read_options
 from ssa_pretrain.bench.goals import GOALS, Goal
-from ssa_pretrain.bench.tables import Row, append, ratio, read, verdict, write_ratios
+from ssa_pretrain.bench.options import read_options
+from ssa_pretrain.bench.tables import Result, append, ratio, read, verdict, write_ratios
 
 ROOT = Path(__file__).parents[2]
 
 
-def row(variant: str, rate: float | None, ms: float = 10.0, peak: float | None = None) -> Row:
-    return Row(
+def result(variant: str, rate: float | None, ms: float = 10.0, peak: float | None = None) -> Result:
+    return Result(
         case="8k",
         model="llama_1b",
         variant=variant,
@@ -43,11 +43,11 @@ def test_the_command_line():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["cases=9k"], "cases=9k must be of 8k, 32k, optimizer, fp8, recompute with 1 process"),
+        (["cases=9k"], "cases=9k must be among 8k, 32k, optimizer, fp8, recompute with 1 process"),
         (["cases=dp2"], "need torchrun --nproc-per-node 2"),
         (["rounds=0"], "rounds=0 must be a positive whole number"),
-        (["model=huge"], "model=huge is no file of conf/model; try .*llama_1b"),
-        (["--halp"], "'--halp' is none of cases=, model="),
+        (["model=huge"], "model=huge is not a file in conf/model; try .*llama_1b"),
+        (["--halp"], "'--halp' is not an option; the options are cases=, model="),
         (["precision=fp8"], "precision=fp8 must be bf16 or fp32"),
     ],
 )
@@ -60,17 +60,17 @@ def test_a_wrong_command_line_ends_in_a_sentence(arguments, sentence, capsys):
 
 
 def test_ratios_and_verdicts(tmp_path):
-    rows = {r.variant: r for r in (row("a", 90.0, 5.0, 12.0), row("b", 100.0, 100.0, 10.0), row("c", None))}
+    results = {r.variant: r for r in (result("a", 90.0, 5.0, 12.0), result("b", 100.0, 100.0, 10.0), result("c", None))}
     faster = Goal(label="x", over="a", under="b", must=0.91, aim=0.95)
-    assert ratio(faster, rows) == pytest.approx(0.9) and verdict(faster, 0.9) == "missed"
+    assert ratio(faster, results) == pytest.approx(0.9) and verdict(faster, 0.9) == "missed"
     assert [verdict(faster, v) for v in (0.92, 0.96)] == ["must reached", "aim reached"]
     leaner = Goal(label="x", over="a", under="b", of="memory", must=1.25, aim=1.15)
-    assert ratio(leaner, rows) == pytest.approx(1.2) and verdict(leaner, 1.2) == "must reached"
-    assert ratio(Goal(label="x", over="a", under="b", of="time"), rows) == pytest.approx(0.05)
-    assert ratio(Goal(label="x", over="c", under="b"), rows) is None
-    assert ratio(Goal(label="x", over="z", under="b"), rows) is None
-    append(tmp_path, [row("full 8k", 50.0), row("plain 8k", 48.0)])
-    append(tmp_path, [row("full 8k", 51.0)])  # the newest counts
+    assert ratio(leaner, results) == pytest.approx(1.2) and verdict(leaner, 1.2) == "must reached"
+    assert ratio(Goal(label="x", over="a", under="b", of="time"), results) == pytest.approx(0.05)
+    assert ratio(Goal(label="x", over="c", under="b"), results) is None
+    assert ratio(Goal(label="x", over="z", under="b"), results) is None
+    append(tmp_path, [result("full 8k", 50.0), result("plain 8k", 48.0)])
+    append(tmp_path, [result("full 8k", 51.0)])  # the newest counts
     text = write_ratios(tmp_path, read(tmp_path))
     assert f"| full over plain megatron-core, 8k | {51 / 48:.3f} | ≥ 1 | ≥ 1.05 | aim reached |" in text
     other = {name: replace(r, device="NVIDIA A100") for name, r in read(tmp_path).items()}

@@ -1,11 +1,23 @@
-"""ssa_pretrain/charts.py: ticks that enclose, means that do not shift, drawings that place what they are given."""
+"""ssa_pretrain/webpage/charts.py: ticks enclose the values, means do not shift, drawings place values where they belong."""
 
 import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from ssa_pretrain.charts import Axis, Line, heat_map, legend, line_chart, log_ticks, nice_ticks, smooth, thin
+from ssa_pretrain.webpage.charts import (
+    Axis,
+    Line,
+    colour_legend,
+    heat_map,
+    histogram,
+    legend,
+    line_chart,
+    log_ticks,
+    nice_ticks,
+    smooth,
+    thin,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +41,7 @@ def test_log_ticks(low: float, high: float, ticks: list[float]) -> None:
     assert log_ticks(low, high) == pytest.approx(ticks)
 
 
-def test_axis_places_ends_and_middles() -> None:
+def test_an_axis_places_its_ends_and_its_middle() -> None:
     assert [Axis(0, 10, 100, 200).at(v) for v in (0, 5, 10)] == [100, 150, 200]
     assert [Axis(1, 100, 200, 0, log=True).at(v) for v in (1, 10, 100)] == pytest.approx([200, 100, 0])
 
@@ -57,10 +69,11 @@ def test_line_chart_draws_lines_where_their_values_are() -> None:
     assert [t.text for t in root.iter("title")] == ["a <b>: 0 at 0 tokens", "a <b>: 10 at 100 tokens"]
 
 
-def test_charts_of_nothing_are_nothing() -> None:
+def test_charts_without_points_are_empty() -> None:
     assert line_chart([Line("a", [], "a")], title="", y_name="") == ""
     assert line_chart([Line("a", [(0, 0.0)], "a")], title="", y_name="", log=True) == ""
     assert heat_map([[], []], title="") == "" and legend([Line("a", [], "a")]) == ""
+    assert histogram({"a": [0, 0]}, str, title="", every=1) == "" == histogram({}, str, title="", every=1)
 
 
 def test_one_point_is_drawn() -> None:
@@ -68,7 +81,7 @@ def test_one_point_is_drawn() -> None:
     ElementTree.fromstring(heat_map([[(5, 0.5)]], title=""))
 
 
-def test_heat_map_strength_is_the_mean_of_a_cell() -> None:
+def test_the_strength_of_a_heat_map_s_cell_is_the_mean_of_its_values() -> None:
     svg = heat_map([[(0, 0.0), (1, 0.5), (9, 1.0), (10, 1.0)]], title="", columns=2)
     root = ElementTree.fromstring(svg)
     cells = root.iter("rect")
@@ -77,6 +90,19 @@ def test_heat_map_strength_is_the_mean_of_a_cell() -> None:
     assert "1.000" in [text.text for text in root.iter("text")]
 
 
-def test_legend_names_lines_but_not_their_background() -> None:
+def test_the_legend_names_lines_but_not_their_faint_background() -> None:
     html = legend([Line("one & two", [(0, 0)], "a", dashed=True), Line("faint", [(0, 0)], "a", faint=True)])
     assert "one &amp; two" in html and "dashed" in html and "faint" not in html
+
+
+def test_histogram_stacks_the_series_of_a_bin_and_escapes_names() -> None:
+    series = {"<b>": [0, 2, 1], "c": [0, 0, 3]}
+    root = ElementTree.fromstring(histogram(series, str, title="", every=1))
+    bars = list(root.iter("rect"))
+    assert [bar.get("class") for bar in bars] == ["a", "a", "b"]
+    assert [bar[0].text for bar in bars] == ["<b>, 1 to 2: 2", "<b>, 2 to 3: 1", "c, 2 to 3: 3"]
+    top, height = ([float(bar.get(key, 0)) for bar in bars] for key in ("y", "height"))
+    assert height == pytest.approx([2 * height[1], height[1], 3 * height[1]], abs=0.02)
+    assert top[2] + height[2] == pytest.approx(top[1], abs=0.02), "the second series stands on the first"
+    legend_html = colour_legend(series)
+    assert "&lt;b&gt;" in legend_html and legend_html.count("<rect") == 2

@@ -11,10 +11,10 @@ import pytest
 from data_prep.bench.__main__ import main as data_bench
 from data_prep.cli import main as data_prep
 from ssa_pretrain.bench import __main__ as bench
-from ssa_pretrain.bench import curves
 from ssa_pretrain.cli import read_config
 from ssa_pretrain.launch import main as launch
-from ssa_pretrain.report import main as report
+from ssa_pretrain.report import compare
+from ssa_pretrain.report.__main__ import main as report
 
 ROOT = Path(__file__).parents[2]
 PRINTING = {
@@ -61,7 +61,7 @@ def test_help_ends_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr(sys, "argv", ["", "--help"])
     assert bench.main() is None
     assert "a file of conf/model" in capsys.readouterr().out
-    assert curves.main() is None
+    assert compare.main() is None
     assert "metrics.jsonl" in capsys.readouterr().out
     assert [data_bench(["--help"]), launch(["--help"], {}), report(["--help"])] == [0, 0, 0]
     for entry in ("train", "evaluate", "plan"):

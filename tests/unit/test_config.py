@@ -1,4 +1,4 @@
-"""The configuration tree: conversion of plain values, what each section says of itself, saving and loading."""
+"""The configuration tree: conversion of plain values, the problems of each section, saving and loading."""
 
 import dataclasses
 from enum import Enum
@@ -116,7 +116,7 @@ def test_all_problems_come_at_once() -> None:
         ("model.num_layers", 0, "model.num_layers=0 must be at least 1; try 1"),
         ("model.hidden_size", -8, "model.hidden_size=-8 must be at least 1; try 1"),
         ("model.vocab_size", -1, "model.vocab_size=-1 must be at least 0; try 0"),
-        ("model.head_dim", 33, "model.head_dim=33 must be even: RoPE turns pairs; try 32 or 34"),
+        ("model.head_dim", 33, "model.head_dim=33 must be even: RoPE rotates pairs; try 32 or 34"),
         ("model.num_kv_heads", 3, "model.num_kv_heads=3 must divide model.num_attention_heads=4; try 2 or 4"),
         ("model.rope_theta", 0.0, "model.rope_theta=0.0 must be above 0; try 500000.0"),
         ("model.norm_eps", -1e-5, "model.norm_eps=-1e-05 must be above 0; try 1e-05"),
@@ -188,7 +188,7 @@ def test_all_problems_come_at_once() -> None:
         ("seed", -1, "seed=-1 must lie in 0 to 4294967295; try 1234"),
     ],
 )
-def test_a_section_says_what_is_wrong_with_it(key: str, value: object, message: str) -> None:
+def test_a_section_reports_its_problems(key: str, value: object, message: str) -> None:
     tree = nested(key, value)
     training = {"steps": 10, "global_batch_tokens": 512} | tree.get("training", {})
     config, problems = config_from_dict(tree | {"training": training})
@@ -256,7 +256,7 @@ def test_saved_yaml_is_plain(tmp_path: Path) -> None:
     assert not any(isinstance(leaf, Enum) for leaf in leaves(config_to_dict(config)))
 
 
-def test_loading_what_is_no_configuration_says_so(tmp_path: Path) -> None:
+def test_loading_what_is_not_a_configuration_fails(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("- a list\n")
     with pytest.raises(ConfigError, match=r"config\.yaml does not hold a configuration"):

@@ -51,7 +51,7 @@ EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp
 @pytest.mark.parametrize("world_size", [1, 8, 64])
 @pytest.mark.parametrize("experiment", PAPERS)
 def test_the_paper_s_experiments_pass_every_check(experiment: str, world_size: int) -> None:
-    layout = ("parallel=tp2",) if experiment == "ssa_1b_32k" and world_size == 64 else ()  # 96 rows a step
+    layout = ("parallel=tp2",) if experiment == "ssa_1b_32k" and world_size == 64 else ()  # 96 rows per step
     machine = Machine(world_size=world_size, has_gpu=True, has_transformer_engine=True, has_files=False)
     assert found(f"experiment={experiment}", "training.micro_batch_size=1", *layout, machine=machine) == []
     if world_size == 1:
@@ -275,11 +275,11 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         ),
     ],
 )
-def test_what_the_machine_lacks_is_one_line(overrides: tuple[str, ...], machine: Machine, message: str) -> None:
+def test_what_the_machine_is_missing_is_one_line(overrides: tuple[str, ...], machine: Machine, message: str) -> None:
     assert found(*overrides, machine=machine) == [message]
 
 
-def test_the_same_choices_pass_where_the_machine_has_what_they_need() -> None:
+def test_the_same_choices_pass_if_the_machine_has_what_they_need() -> None:
     assert found(*PAPER, "precision=fp8", machine=GPU) == []
     assert found(*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", machine=replace(GPU, world_size=2)) == []
     assert found(*PAPER, "attention.impl=triton", "engine.layer_spec=transformer_engine", machine=GPU) == []
@@ -294,7 +294,7 @@ def test_the_same_choices_pass_where_the_machine_has_what_they_need() -> None:
 
 
 def test_one_mistake_is_one_line() -> None:
-    """A wrong head count, say, does not also complain of the layout that reads it."""
+    """A wrong head count does not also report the layout that reads it."""
     assert found(*BASE, "model.num_kv_heads=0", "parallel=tp2", machine=Machine(world_size=2, has_files=False)) == [
         "model.num_kv_heads=0 must be at least 1; try 2 or 4"
     ]
@@ -376,7 +376,7 @@ def test_a_damaged_dataset_is_a_data_problem(dataset: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "byte"), [("train/python.idx", 35), ("tokenizer.json", 1), ("manifest.json", 60)])
-def test_a_flipped_bit_of_a_small_file_is_refused_by_every_command(
+def test_a_flipped_bit_in_a_small_file_is_rejected_by_every_command(
     dataset: Path, capsys: pytest.CaptureFixture[str], name: str, byte: int
 ) -> None:
     path = dataset / name
@@ -428,10 +428,10 @@ def test_an_output_dir_that_cannot_be_written_is_a_problem(dataset: Path, tmp_pa
     assert found(*ours, f"output_dir={tmp_path}/file", "dry_run=true", machine=HERE) == []
 
 
-def test_an_output_dir_in_use_is_a_problem_of_whoever_would_start_a_run(
+def test_an_output_dir_in_use_is_a_problem_only_for_a_run(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`evaluate` reads beside a run, a plan starts nothing, and rank 1 must not take its own rank 0 for another run."""
+    """`evaluate` may read during a run, a plan starts nothing, and rank 1 must not mistake its own rank 0 for another run."""
     folder = tmp_path / "run"
     ours = [*BASE, f"data.path={dataset}", f"output_dir={folder}"]
     lock = claim(folder)
@@ -466,7 +466,7 @@ def test_an_output_dir_in_use_is_a_problem_of_whoever_would_start_a_run(
         ({}, 1),
     ],
 )
-def test_processes_of_srun_that_nothing_joins_are_refused(
+def test_srun_processes_without_a_launcher_are_rejected(
     dataset: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], tasks: int
 ) -> None:
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE"):
@@ -480,7 +480,7 @@ def test_processes_of_srun_that_nothing_joins_are_refused(
     assert found(*BASE, "dry_run=true", machine=replace(HERE, slurm_tasks=tasks)) == []
 
 
-def test_a_start_from_weights_needs_another_run_s_folder(dataset: Path, tmp_path: Path) -> None:
+def test_initial_weights_come_from_another_run_s_folder(dataset: Path, tmp_path: Path) -> None:
     ours = (*BASE, f"data.path={dataset}", f"output_dir={tmp_path}/run")
     assert found(*ours, "checkpoint.init_from=/nowhere", machine=HERE) == [
         "checkpoint.init_from=/nowhere does not exist; give an earlier run's folder, a checkpoint's or one of common weights"
@@ -493,7 +493,7 @@ def test_a_start_from_weights_needs_another_run_s_folder(dataset: Path, tmp_path
     assert found(*ours, f"checkpoint.init_from={tmp_path}/other", machine=HERE) == []
 
 
-def test_planning_looks_at_no_file_and_at_no_process(dataset: Path) -> None:
+def test_planning_checks_no_files_and_no_processes(dataset: Path) -> None:
     wrong_here = ("checkpoint.init_from=/nowhere", "data.path=/nowhere", "parallel.world_size=2", "parallel=tp2")
     assert found(*BASE, *wrong_here, "dry_run=true", machine=HERE) == []
     assert "parallel.world_size=2 but 1 process started; leave it at 0 to train, or add dry_run=true to plan" in found(

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: what is generated from a run's, what `deepspeed.extra` may say, and what is refused before anything is built."""
+"""DeepSpeed's configuration: what is generated, what `deepspeed.extra` may set, and what is rejected before anything is built."""
 
 import pytest
 
@@ -112,7 +112,7 @@ def test_extra_contradicts_nothing(extra: str, line: str) -> None:
         ),
         (
             ("deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true", "precision.grad_reduce_in_fp32=false"),
-            "deepspeed.offload_optimizer=true moves what a ZeRO stage shards, and deepspeed.zero_stage=0 shards nothing; "
+            "deepspeed.offload_optimizer=true needs sharded optimizer states, but deepspeed.zero_stage=0 shards nothing; "
             "try deepspeed.zero_stage=2",
         ),
         (
@@ -121,11 +121,11 @@ def test_extra_contradicts_nothing(extra: str, line: str) -> None:
         ),
     ],
 )
-def test_what_is_refused_names_what_can(overrides: tuple[str, ...], line: str) -> None:
+def test_what_is_not_supported_names_the_alternative(overrides: tuple[str, ...], line: str) -> None:
     assert problems(*overrides) == [line]
 
 
-def test_without_deepspeed_the_engine_is_refused() -> None:
+def test_without_deepspeed_the_engine_is_rejected() -> None:
     without = Machine(world_size=2, has_gpu=True, has_transformer_engine=True, has_deepspeed=False, has_files=False)
     (line,) = problems(machine=without)
     rule = "engine.name=deepspeed needs DeepSpeed, which is not installed"

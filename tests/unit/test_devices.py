@@ -1,4 +1,4 @@
-"""A machine whose GPU torch cannot use: the run ends with a sentence, and does not compute on the CPU."""
+"""A GPU that torch cannot use ends the run with a message. It does not fall back to the CPU."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from ssa_pretrain.parallel import state
 from ssa_pretrain.problems import ConfigError
 
 
-def test_a_gpu_that_torch_cannot_use_is_no_cpu(monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch):
     def broken():
         raise RuntimeError("CUDA driver version is insufficient\nmore")
 
@@ -21,7 +21,7 @@ def test_a_gpu_that_torch_cannot_use_is_no_cpu(monkeypatch):
     )
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+def test_more_processes_than_gpus_are_rejected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     state._require_usable(True, 3)
     with pytest.raises(
@@ -30,7 +30,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         state._require_usable(True, 4)
 
 
-def test_a_process_without_a_launcher_takes_the_first_gpu_whatever_its_surroundings_hold(monkeypatch):
+def test_a_process_without_a_launcher_uses_the_first_gpu_whatever_the_environment_holds(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert state.launched_local_rank() == 0
@@ -38,6 +38,6 @@ def test_a_process_without_a_launcher_takes_the_first_gpu_whatever_its_surroundi
     assert state.launched_local_rank() == 3
 
 
-def test_a_machine_without_a_gpu_is_a_cpu(monkeypatch):
+def test_a_machine_without_a_gpu_uses_the_cpu(monkeypatch):
     monkeypatch.setattr(state, "has_gpu", lambda: False)
     state._require_usable(False, 3)

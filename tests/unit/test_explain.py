@@ -63,7 +63,7 @@ def test_a_key_in_full(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_choices_ranges_and_what_must_be_set(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed("--explain", "precision.fp8_recipe", capsys=capsys)
-    assert "  type     one of\n           tensorwise  by the tensor's own largest value\n" in text
+    assert "  type     one of\n           tensorwise  by the largest value of the tensor\n" in text
     assert "; must be 16, 32, 64 or 128 keys\n" in printed("--explain", "attention.block_size", capsys=capsys)
     assert "number; must lie in 1 to 64\n" in printed("--explain", "model.rope_scaling.factor", capsys=capsys)
     assert "  default  none; must be set\n" in printed("--explain", "data.path", capsys=capsys)
@@ -76,7 +76,7 @@ def test_sections_groups_and_patterns_list_their_keys(capsys: pytest.CaptureFixt
         "attention: The attention method and its constants",
         "  options of the group: full, moba or ssa",
     ]
-    assert "  attention.top_k              3            S, blocks per query, its own included" in text
+    assert "  attention.top_k              3            N, blocks per query, including its own" in text
     assert printed("--explain", "logging.wandb", capsys=capsys).startswith("logging.wandb: ")
     assert printed("--explain", "experiment", capsys=capsys).startswith("experiment: a group of whole settings; ")
     found = [line.split()[0] for line in printed("--explain", "*.interval", capsys=capsys).splitlines()]

@@ -5,7 +5,7 @@ import pytest
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import AttentionConfig, Config, ModelConfig, PrecisionName
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.planning.flops import RowFlops, causal_pairs, context_pairs, peak_flops, row_flops, sparse_pairs
+from ssa_pretrain.planning.flops import RowFlops, causal_pairs, peak_flops, row_flops, sparse_pairs
 
 
 def experiment(*overrides: str) -> Config:
@@ -17,7 +17,7 @@ def flops(config: Config, lengths: list[int] | None = None) -> RowFlops:
 
 
 def test_the_1b_model_at_8k_by_hand() -> None:
-    """Llama 1B: per token 2 operations a weight, the vocabulary once; causal attention over (T + 1) / 2 keys on average."""
+    """Llama 1B: per token 2 operations per weight, the vocabulary once; causal attention over (T + 1) / 2 keys on average."""
     row = flops(experiment("experiment=full_1b_8k"))
     layer = 2048 * (32 * 64) + 2 * 2048 * (2 * 64) + 2048 * 32 + (32 * 64) * 2048 + 3 * 2048 * 8192
     assert row.linear == 8192 * 16 * 2 * layer == 8192 * 16 * 2 * 59_310_080
@@ -28,7 +28,7 @@ def test_the_1b_model_at_8k_by_hand() -> None:
     assert row.model / 8192 == pytest.approx(8.881e9, rel=1e-3)
 
 
-def test_the_count_agrees_with_a_published_measurement_s_arithmetic() -> None:
+def test_the_count_agrees_with_a_published_measurement() -> None:
     """Plain GPTModel, 1B, 8k: 54.4k tokens/s were counted as 483 TFLOP/s with causal attention."""
     row = flops(experiment("experiment=full_1b_8k", "attention.gate=false"))
     assert 54.4e3 * row.model / 8192 == pytest.approx(483e12, rel=2e-3)
@@ -57,21 +57,7 @@ def test_pairs_by_brute_force(length: int, block_size: int, top_k: int) -> None:
     assert row.selection == 4 * (means + logits_and_softmax)
 
 
-def test_context_parallel_ranks_share_the_pairs() -> None:
-    for cp in (1, 2, 4):
-        for rows in ([256], [256, 256], [256] * 3):
-            shares = context_pairs(rows, cp)
-            assert shares == [sum(map(causal_pairs, rows)) // cp] * cp
-        lengths = [1, 100, 27, 128, 60, 1, 67]  # 384 tokens: by counting every query of every rank
-        places = [place for length in lengths for place in range(length)]
-        chunk = len(places) // (2 * cp)
-        wanted = [0] * cp
-        for token, place in enumerate(places):
-            wanted[min(token // chunk, 2 * cp - 1 - token // chunk)] += place + 1
-        assert context_pairs(lengths, cp) == wanted
-
-
-def test_documents_are_counted_apart() -> None:
+def test_each_document_is_counted_separately() -> None:
     config = experiment("experiment=ssa_1b_8k")
     whole, halves = flops(config, [8192]), flops(config, [4096, 4096])
     assert halves.linear == whole.linear
@@ -81,15 +67,15 @@ def test_documents_are_counted_apart() -> None:
     assert halves.selection == 2 * one.selection
 
 
-def test_mfu_counts_one_stream_and_what_ssa_adds_stands_beside() -> None:
+def test_mfu_counts_one_stream_and_ssa_s_overhead_is_separate() -> None:
     ssa, full, moba = (flops(experiment(f"experiment={name}_1b_8k")) for name in ("ssa", "full", "moba"))
     assert ssa.model == full.model
-    assert ssa.beside == pytest.approx(3 * (ssa.sparse_attention + ssa.alignment) + ssa.selection)
-    assert full.beside == 3 * full.alignment == 3 * 8192 * 2048 * 16  # its gate
+    assert ssa.overhead == pytest.approx(3 * (ssa.sparse_attention + ssa.alignment) + ssa.selection)
+    assert full.overhead == 3 * full.alignment == 3 * 8192 * 2048 * 16  # its gate
     assert moba.full_attention == 0
     assert moba.model == 3 * (moba.linear + moba.logits + moba.sparse_attention)
     assert moba.sparse_attention == ssa.sparse_attention
-    # 15 whole blocks and half of the own one, but for a document's first 240 tokens, of 4,096.5 keys.
+    # 15 whole blocks and half of the own block, of 4,096.5 keys; the first 240 tokens of a document read fewer.
     assert ssa.sparse_attention / ssa.full_attention == pytest.approx((15 * 16 + 8.5) / 4096.5, rel=0.02)
 
 

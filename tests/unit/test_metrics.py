@@ -1,4 +1,4 @@
-"""ssa_pretrain/metrics.py: a file without gaps, duplicates or torn lines through kills and resumes; speed by a given clock."""
+"""ssa_pretrain/monitor/metrics.py: after kills and resumes the file has no gaps, duplicates or incomplete lines; speed by a given clock."""
 
 import io
 import json
@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain.log import Console
-from ssa_pretrain.metrics import (
+from ssa_pretrain.monitor.console import Console
+from ssa_pretrain.monitor.metrics import (
     FILE_NAME,
     MetricsLogger,
     Speed,
+    drop_records_after,
     evaluations,
-    keep_until,
     perplexity,
     read_records,
-    set_aside_damage,
+    replace_damaged_file,
 )
 
 
@@ -66,14 +66,14 @@ def logger(folder: Path, **options: object) -> MetricsLogger:
     return MetricsLogger(folder, **options)  # type: ignore[arg-type]
 
 
-def test_a_step_may_bring_its_own_operations(tmp_path: Path) -> None:
-    """Documents of another length cost another number of operations a token."""
+def test_a_step_may_have_its_own_flops(tmp_path: Path) -> None:
+    """FLOPs per token depend on the lengths of documents."""
     with logger(tmp_path, flops_per_token=1e9, peak_flops=1e12) as metrics:
         metrics.log_step(a_step(1))
         metrics.log_step(a_step(2), 5e8)
     first, second = read_records(tmp_path / "metrics.jsonl")
-    for record, a_token in ((first, 1e9), (second, 5e8)):
-        assert record["tflops_per_second"] == pytest.approx(record["tokens_per_second"] * a_token / 1e12)
+    for record, flops_per_token in ((first, 1e9), (second, 5e8)):
+        assert record["tflops_per_second"] == pytest.approx(record["tokens_per_second"] * flops_per_token / 1e12)
         assert record["mfu"] == pytest.approx(record["tflops_per_second"])
 
 
@@ -119,7 +119,7 @@ def test_resume_leaves_neither_gap_nor_duplicate(tmp_path: Path) -> None:
     assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 4]
 
 
-def test_a_run_that_starts_anew_starts_a_new_file(tmp_path: Path) -> None:
+def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
     with logger(tmp_path) as metrics:
         metrics.log_evaluation(an_evaluation(0, "full"))
         metrics.log_step(a_step(1))
@@ -129,16 +129,16 @@ def test_a_run_that_starts_anew_starts_a_new_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, -1])
-def test_a_torn_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
-    """Cut the last of three lines anywhere: the first two stay, and the next record starts on a line of its own."""
+def test_an_incomplete_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
+    """The last of three lines is cut off anywhere: the first two stay, and the next record starts on a new line."""
     with logger(tmp_path) as metrics:
         for step in (1, 2, 3):
             metrics.log_step(a_step(step))
     path = tmp_path / FILE_NAME
     whole = path.read_bytes().splitlines(keepends=True)
-    torn = whole[2][:-1] if kept == -1 else whole[2][:kept]
-    path.write_bytes(whole[0] + whole[1] + torn)
-    complete = [1, 2, 3] if kept == -1 else [1, 2]  # a record that lacks only its newline is a record
+    cut = whole[2][:-1] if kept == -1 else whole[2][:kept]
+    path.write_bytes(whole[0] + whole[1] + cut)
+    complete = [1, 2, 3] if kept == -1 else [1, 2]  # without its newline only, a record is complete
     assert [r["step"] for r in read_records(path)] == complete
     with logger(tmp_path, resume_step=2) as metrics:
         metrics.log_step(a_step(3))
@@ -146,7 +146,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
     assert path.read_bytes().count(b"\n") == 3
 
 
-def test_a_bad_line_elsewhere_is_an_error_with_its_place(tmp_path: Path) -> None:
+def test_a_bad_line_elsewhere_is_an_error_with_its_line_number(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(
@@ -154,24 +154,24 @@ def test_a_bad_line_elsewhere_is_an_error_with_its_place(tmp_path: Path) -> None
     ):
         list(read_records(path))
     path.write_text('{"step": 1}\n[1]\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is no record of a step"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not a record of a step"):
         list(read_records(path))
 
 
 @pytest.mark.parametrize(
-    ("bad", "what"),
+    ("bad", "problem"),
     [
         (b"nonsense\n", "is not a JSON object"),
         (bytes(40) + b"\n", "is not a JSON object"),
         (b"\xff\xfe{\n", "is not a JSON object"),
-        (b"[1]\n", "is no record of a step"),
-        (b'{"step": "2"}\n', "is no record of a step"),
-        (b'{"step": null}\n', "is no record of a step"),
+        (b"[1]\n", "is not a record of a step"),
+        (b'{"step": "2"}\n', "is not a record of a step"),
+        (b'{"step": null}\n', "is not a record of a step"),
     ],
 )
 @pytest.mark.parametrize("place", [0, 1, 3])
-def test_a_bad_line_is_set_aside_with_the_file_and_the_run_goes_on(
-    tmp_path: Path, bad: bytes, what: str, place: int
+def test_a_file_with_a_bad_line_is_renamed_and_the_run_continues(
+    tmp_path: Path, bad: bytes, problem: str, place: int
 ) -> None:
     with logger(tmp_path) as metrics:
         for step in (1, 2, 3):
@@ -180,12 +180,12 @@ def test_a_bad_line_is_set_aside_with_the_file_and_the_run_goes_on(
     lines = path.read_bytes().splitlines(keepends=True)
     lines.insert(place, bad)
     path.write_bytes(b"".join(lines))
-    said = io.StringIO()
-    with logger(tmp_path, resume_step=2, console=Console(total_steps=10, stream=said)) as metrics:
+    printed = io.StringIO()
+    with logger(tmp_path, resume_step=2, console=Console(total_steps=10, stream=printed)) as metrics:
         metrics.log_step(a_step(3))
     assert [r["step"] for r in read_records(path)] == [1, 2, 3]
-    assert f"{path}:{place + 1} {what}: the file was kept as metrics.jsonl.damaged-1, and the run goes on" in (
-        said.getvalue()
+    assert f"{path}:{place + 1} {problem}: the file was kept as metrics.jsonl.damaged-1, and the run continues" in (
+        printed.getvalue()
     )
     assert (tmp_path / "metrics.jsonl.damaged-1").read_bytes() == b"".join(lines)
     assert len(list(tmp_path.iterdir())) == 2
@@ -193,27 +193,29 @@ def test_a_bad_line_is_set_aside_with_the_file_and_the_run_goes_on(
 
 def test_a_second_damage_keeps_the_first_file(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
-    said: str | None = ""
+    message: str | None = ""
     for text in ("a\n", "b\nc\n"):
         path.write_text(text)
-        said = set_aside_damage(path)
-    assert said is not None
-    assert "metrics.jsonl:1 is not a JSON object (2 such lines): the file was kept as metrics.jsonl.damaged-2" in said
+        message = replace_damaged_file(path)
+    assert message is not None
+    assert (
+        "metrics.jsonl:1 is not a JSON object (2 such lines): the file was kept as metrics.jsonl.damaged-2" in message
+    )
     assert (tmp_path / "metrics.jsonl.damaged-1").read_text() == "a\n"
-    assert set_aside_damage(path) is None
+    assert replace_damaged_file(path) is None
 
 
-def test_keep_until_counts_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+def test_dropped_records_are_counted_and_no_temporary_file_is_left(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
-    assert keep_until(path, 5) == 0
+    assert drop_records_after(path, 5) == 0
     with logger(tmp_path) as metrics:
         for step in (1, 2, 3):
             metrics.log_step(a_step(step))
-    assert keep_until(path, 2) == 1
+    assert drop_records_after(path, 2) == 1
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 
-def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+def test_values_that_json_does_not_have_become_null(tmp_path: Path) -> None:
     with logger(tmp_path) as metrics:
         metrics.log_step(a_step(1) | {"loss": float("nan"), "captured_mass_by_layer": [0.5, float("inf")]})
     record = json.loads(
@@ -222,14 +224,14 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     assert record["loss"] is None and record["captured_mass_by_layer"] == [0.5, None]
 
 
-def test_processes_that_do_not_write_write_nothing(tmp_path: Path) -> None:
+def test_a_disabled_logger_writes_nothing(tmp_path: Path) -> None:
     with logger(tmp_path / "run", enabled=False) as metrics:
         metrics.log_step(a_step(1))
         metrics.log_evaluation(an_evaluation(1, "full"))
     assert not (tmp_path / "run").exists()
 
 
-def test_console_lines_come_at_the_interval_the_first_and_the_last_step(tmp_path: Path) -> None:
+def test_console_lines_at_the_interval_the_first_and_the_last_step(tmp_path: Path) -> None:
     stream = io.StringIO()
     with logger(tmp_path, interval=4, console=Console(total_steps=10, stream=stream)) as metrics:
         for step in range(1, 11):
@@ -237,7 +239,7 @@ def test_console_lines_come_at_the_interval_the_first_and_the_last_step(tmp_path
     assert [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()] == [1, 4, 8, 10]
 
 
-def test_speed_forgets_the_first_step_and_old_ones_and_pauses() -> None:
+def test_speed_excludes_the_first_step_old_steps_and_pauses() -> None:
     clock = Clock()
     speed = Speed(window=2, clock=clock)
     assert speed.tokens_per_second == 0.0 and speed.eta(5) == 0.0
@@ -261,13 +263,13 @@ def test_speed_forgets_the_first_step_and_old_ones_and_pauses() -> None:
 
 def test_perplexity_overflows_to_infinity() -> None:
     assert perplexity(math.log(50)) == pytest.approx(50) and perplexity(1e4) == math.inf
-    assert math.isnan(perplexity(math.nan)), "a run that has diverged has no perplexity, not an infinite one"
+    assert math.isnan(perplexity(math.nan)), "a diverged run has no perplexity, not an infinite one"
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from ssa_pretrain.metrics import MetricsLogger
+from ssa_pretrain.monitor.metrics import MetricsLogger
 metrics = MetricsLogger(Path(sys.argv[1]), total_steps=10**9, tokens_per_step=1, resume_step=int(sys.argv[2]), interval=10**9)
 print("ready", flush=True)
 for step in range(int(sys.argv[2]) + 1, 10**9):
@@ -276,7 +278,7 @@ for step in range(int(sys.argv[2]) + 1, 10**9):
 
 
 def test_killed_while_writing_the_file_resumes_without_gap(tmp_path: Path) -> None:
-    """Kill -9 at whatever byte it strikes, three times; a resume from an earlier step each time."""
+    """kill -9 at any byte, three times, each followed by a resume from an earlier step."""
     resume = 0
     for _ in range(3):
         process = subprocess.Popen(
@@ -290,12 +292,12 @@ def test_killed_while_writing_the_file_resumes_without_gap(tmp_path: Path) -> No
         process.wait()
         process.stdout.close()
         resume = max(record["step"] for record in read_records(path)) - 50
-    keep_until(tmp_path / FILE_NAME, resume)
+    drop_records_after(tmp_path / FILE_NAME, resume)
     assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == list(range(1, resume + 1))
 
 
 class Full:
-    """A file on a disk that takes `room` bytes more."""
+    """A file on a disk with `room` bytes left."""
 
     def __init__(self, file: io.RawIOBase, room: int) -> None:
         self.file, self.room = file, room
@@ -312,7 +314,7 @@ class Full:
         self.file.close()
 
 
-def test_a_full_disk_stops_neither_the_run_nor_loses_a_record(tmp_path: Path) -> None:
+def test_a_full_disk_neither_stops_the_run_nor_loses_a_record(tmp_path: Path) -> None:
     stream = io.StringIO()
     log = logger(tmp_path, console=Console(total_steps=10, stream=stream), interval=100)
     disk = Full(log._file, room=300)  # type: ignore[arg-type]
@@ -323,11 +325,11 @@ def test_a_full_disk_stops_neither_the_run_nor_loses_a_record(tmp_path: Path) ->
     disk.room = 1_000_000
     log.log_step(a_step(9))
     log.close()
-    assert stream.getvalue().count("metrics.jsonl can be written again, and has all records") == 1
+    assert stream.getvalue().count("metrics.jsonl can be written again and has all records") == 1
     assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == list(range(1, 10))
 
 
-def test_a_log_knows_what_was_evaluated_before_and_since(tmp_path: Path) -> None:
+def test_a_logger_knows_evaluations_from_before_and_after_a_resume(tmp_path: Path) -> None:
     with logger(tmp_path) as log:
         log.log_step(a_step(1))
         log.log_evaluation(an_evaluation(1, "full"))
@@ -337,7 +339,7 @@ def test_a_log_knows_what_was_evaluated_before_and_since(tmp_path: Path) -> None
         assert log.evaluated == {(1, "full"), (1, "sparse")}
 
 
-def test_the_evaluations_of_a_file_are_known_without_opening_a_log(tmp_path: Path) -> None:
+def test_evaluations_are_read_without_a_logger(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert evaluations(path) == set()
     with logger(tmp_path) as metrics:

@@ -52,14 +52,14 @@ def imported(folder: Path) -> dict[str, Path]:
     [
         ("ssa_pretrain", ("gpu", "deepspeed", "bench")),
         ("data_prep", ("llama3", "gigatoken", "cluster", "hub")),
-        ("kernels/ssa_kernels", ("gpu", "bench")),
+        ("kernels", ("gpu", "bench")),
         ("tests", ("gpu", "deepspeed", "llama3", "gigatoken", "cluster", "hub", "dev")),
     ],
 )
 def test_what_is_imported_is_declared(folder: str, extras: tuple[str, ...]) -> None:
     declared = {normal(requirement.name) for requirement in requirements(*extras)}
     providers = importlib.metadata.packages_distributions()
-    ours = {"ssa_pretrain", "data_prep", "ssa_kernels", "support"} | {
+    ours = {"ssa_pretrain", "data_prep", "ssa_kernels", "bench", "support"} | {
         path.stem for path in (ROOT / folder).rglob("*.py")
     }
     for name, path in imported(ROOT / folder).items():
@@ -137,7 +137,7 @@ def test_the_kernels_folder_does_not_pass_for_the_package_of_that_name() -> None
 
 
 def test_the_report_and_the_metrics_need_no_torch() -> None:
-    code = "import sys, ssa_pretrain.report, ssa_pretrain.metrics; print([m for m in ('torch', 'megatron', 'hydra') if m in sys.modules])"
+    code = "import sys, ssa_pretrain.report.__main__, ssa_pretrain.report.compare; print([m for m in ('torch', 'megatron', 'hydra', 'matplotlib') if m in sys.modules])"
     assert isolated(code, "1").stdout.strip() == "[]"
 
 

@@ -1,4 +1,4 @@
-"""A run's numbers: the paper's figures, layouts, the learning rate, and the table that people read."""
+"""The plan of a run: the paper's numbers, layouts, the learning rate, and the table that people read."""
 
 import dataclasses
 import subprocess
@@ -28,7 +28,7 @@ def planned(*overrides: str, world_size: int = 1) -> Plan:
 
 @dataclasses.dataclass
 class Length:
-    """All that a schedule asks of a plan."""
+    """The part of a plan that a schedule reads."""
 
     steps: int
     warmup_steps: int
@@ -70,7 +70,7 @@ def test_vocabulary_of_the_tokenizer_is_padded_alike_on_every_layout() -> None:
     assert plans[0].parameters == plans[1].parameters
 
 
-def test_ranks_hold_their_shares() -> None:
+def test_each_rank_holds_its_share() -> None:
     paper = ("experiment=ssa_1b_8k",)
     whole, tp2 = planned(*paper), planned(*paper, "parallel=tp2", world_size=2)
     norms = (2 * 16 + 1) * 2048
@@ -122,7 +122,7 @@ def test_pipelines_hold_the_microbatches_in_flight() -> None:
 
 
 def test_context_parallel_ranks_hold_their_tokens_and_all_keys() -> None:
-    """A layer keeps 1 / cp of everything, and the keys and values of the whole row; the optimizer shards over the ranks alike in weights."""
+    """A layer keeps 1 / cp of everything but the keys and values of the whole row. The optimizer shards over all ranks with the same weights."""
     stage = ("experiment=ssa_1b_32k", "engine.recompute=none")
     one, four = planned(*stage), planned(*stage, "parallel.cp=4", world_size=4)
     keys = 16 * 32_768 * 2 * 2 * 64 * 2  # layers, tokens, k and v, kv heads, head dim, bytes
@@ -135,11 +135,11 @@ def test_context_parallel_ranks_hold_their_tokens_and_all_keys() -> None:
     table = describe(config, make_plan(config, 8))
     assert "8 processes = tp 1 x pp 1 x cp 4 x dp 2" in table
     assert "ranks 4-7     replica 1, stage 0" in table
-    held = "a rank has 8,192 of a microbatch's 32,768 queries and all keys"
+    held = "a rank holds 8,192 of a microbatch's 32,768 queries and all keys"
     assert f"{held}: 16.0 MiB gathered and 32.0 MiB of gradients reduced per layer" in table
 
 
-def test_the_schedule_is_exact_in_its_corners() -> None:
+def test_the_schedule_is_exact_at_its_ends() -> None:
     plan = Length(steps=100, warmup_steps=9)
     cosine = OptimConfig(lr=1.0, min_lr=0.2, schedule=Schedule.cosine)
     assert [learning_rate(step, cosine, plan) for step in range(10)] == pytest.approx([0.1 * n for n in range(1, 11)])
@@ -155,7 +155,7 @@ def test_the_schedule_is_exact_in_its_corners() -> None:
 
 @pytest.mark.parametrize("schedule", list(Schedule))
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (2, 1), (10, 0), (10, 10), (300, 15)])
-def test_no_step_is_spent_at_zero_and_none_above_the_peak(schedule: Schedule, steps: int, warmup: int) -> None:
+def test_the_learning_rate_is_never_zero_or_above_the_peak(schedule: Schedule, steps: int, warmup: int) -> None:
     plan = Length(steps=steps, warmup_steps=warmup)
     rates = [learning_rate(step, OptimConfig(lr=0.5, schedule=schedule), plan) for step in range(steps)]
     assert all(0 < rate <= 0.5 for rate in rates)
@@ -185,17 +185,17 @@ def test_coordinates_are_megatron_core_s() -> None:
             None,
             r"world_size=3 must be a multiple",
         ),
-        (("experiment=quickstart",), 1, None, r"model\.vocab_size=0 is the tokenizer's, and no data was found"),
+        (("experiment=quickstart",), 1, None, r"model\.vocab_size=0 is the tokenizer's, but no data was found"),
     ],
 )
-def test_a_plan_that_is_open_says_why(
+def test_an_impossible_plan_is_rejected_with_the_reason(
     overrides: tuple[str, ...], world_size: int, vocab: int | None, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_plan(experiment(*overrides), world_size, vocab)
 
 
-def test_the_table_says_what_a_person_asks() -> None:
+def test_the_table_shows_layout_steps_and_command() -> None:
     config = experiment("experiment=ssa_1b_8k", "parallel=tp2_pp2", "parallel.world_size=64")
     table = describe(config, make_plan(config, 64), ["experiment=ssa_1b_8k", "parallel.world_size=64", "dry_run=true"])
     for words in (
@@ -224,7 +224,7 @@ def epochs(manifest: Manifest, *overrides: str) -> list[str]:
 
 
 def test_the_plan_counts_epochs(tmp_path: Path) -> None:
-    """240 rows of two sources of 99 and 19 rows: without weights both are read as often."""
+    """240 rows of two sources of 99 and 19 rows: without weights both are read equally often."""
     both = write_dataset(tmp_path / "both", {"english": cut(3200), "python": cut(640 + 7)}, {})
     left = "the first epoch leaves out the last 69 tokens, summed over the sources; the second reads them"
     assert epochs(both) == ["2.03 over 118 rows: python 2.05, english 2.03", left]
@@ -241,7 +241,7 @@ def test_the_plan_counts_epochs(tmp_path: Path) -> None:
     assert epochs(packed) == [f"{240 / documents:.3g} over {documents} rows"]
 
 
-def test_the_plan_says_why_it_counts_no_epochs(tmp_path: Path) -> None:
+def test_the_plan_explains_why_it_counts_no_epochs(tmp_path: Path) -> None:
     short = write_dataset(tmp_path / "short", {"english": cut(60)}, {"english": cut(99)})
     words = f"unknown: data.sequence_length=32 needs at least 65 tokens of each source, but english (train) in {short.root} has 60; "
     assert epochs(short)[0] == words + "shorten the rows or prepare more text"
@@ -274,7 +274,7 @@ def test_the_command_can_be_typed() -> None:
 @pytest.mark.parametrize(
     ("method", "length", "warns"), [("ssa", 256, True), ("moba", 128, True), ("ssa", 272, False), ("full", 256, False)]
 )
-def test_blocks_that_cover_the_row_are_said(
+def test_blocks_that_cover_the_row_are_warned_about(
     method: str, length: int, warns: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -289,7 +289,7 @@ def test_blocks_that_cover_the_row_are_said(
 
 
 @pytest.mark.parametrize("entry", ["plan", "train"])
-def test_a_dry_run_prints_the_table_and_leaves(entry: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_the_table_and_exits(entry: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         read_config(entry, ["experiment=ssa_300m_8k", "parallel.world_size=512", "training.micro_batch_size=1",
                             "training.global_batch_tokens=4194304", *["--dry-run"] * (entry == "train")])  # fmt: skip

@@ -1,4 +1,4 @@
-"""ssa_pretrain/report.py and report_page.py: the figures of a run's folder, as a table and as a page that needs nothing else."""
+"""ssa_pretrain/report: a run's folder as a table and as a page that needs nothing else."""
 
 import json
 import math
@@ -11,9 +11,10 @@ import pytest
 
 from ssa_pretrain.config import Config, Method
 from ssa_pretrain.config_io import save_config
-from ssa_pretrain.environment import add_start
-from ssa_pretrain.report import ReportError, main, read_figures, table
-from ssa_pretrain.report_page import page
+from ssa_pretrain.monitor.environment import record_start
+from ssa_pretrain.report.__main__ import main, table
+from ssa_pretrain.report.page import page
+from ssa_pretrain.report.summary import ReportError, read_summary
 
 MANIFEST = {
     "tokenizer": {"name": "bpe8192", "vocab_size": 8192},
@@ -67,7 +68,7 @@ def run(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Collects a page's text, and its elements with everything that could load or run something."""
+    """Collects a page's text and everything in it that could load or run something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,8 +99,8 @@ def parsed(html: str) -> Page:
     return reader
 
 
-def test_page_is_whole_and_self_contained(run: Path) -> None:
-    html = page(read_figures(run))
+def test_the_page_is_complete_and_self_contained(run: Path) -> None:
+    html = page(read_summary(run))
     reader = parsed(html)
     assert reader.loads == [] and "url(" not in html and "@import" not in html
     text = " ".join(reader.text)
@@ -115,11 +116,11 @@ def test_page_is_whole_and_self_contained(run: Path) -> None:
         " a time",
     ):
         assert shown in text, shown
-    assert text.count(PROMPT) == 2, "a continuation that repeats its prompt shows it once"
+    assert text.count(PROMPT) == 2, "a continuation that repeats its prompt shows the prompt once"
 
 
-def test_table_says_the_same(run: Path) -> None:
-    lines = table(read_figures(run)).splitlines()
+def test_the_table_shows_the_same(run: Path) -> None:
+    lines = table(read_summary(run)).splitlines()
     assert lines[0] == "a <run>: held-out text after 10 steps"
     assert lines[1].split() == ["full", "sparse", "unigram"]
     assert lines[2].split()[-3:] == ["5.000", "5.500", "7.200"]
@@ -133,36 +134,36 @@ def test_table_says_the_same(run: Path) -> None:
 
 def test_main_writes_the_page_and_prints_the_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run)]) == 0
-    assert (run / "report.html").read_text() == page(read_figures(run))
+    assert (run / "report.html").read_text() == page(read_summary(run))
     out = capsys.readouterr().out
     assert out.startswith("a <run>: held-out") and out.endswith(f"report: {run / 'report.html'}\n")
     assert not list(run.glob("*.tmp"))
 
 
-def test_evaluation_file_counts_unless_training_went_on(run: Path) -> None:
+def test_the_evaluation_file_counts_unless_training_evaluated_later(run: Path) -> None:
     modes = {
         "full": {"cross_entropy": 4.0, "captured_mass_by_layer": []},
         "sparse": {"cross_entropy": 4.1, "captured_mass_by_layer": [0.5, 0.7]},
     }
     (run / "evaluation.json").write_text(json.dumps({"step": 10, "modes": modes}))
-    final = read_figures(run).final
+    final = read_summary(run).final
     assert final["full"]["cross_entropy"] == 4.0 and final["full"]["captured_mass"] is None
     assert final["sparse"]["captured_mass"] == pytest.approx(0.6)
     (run / "evaluation.json").write_text(json.dumps({"step": 9, "modes": modes}))
-    assert read_figures(run).final["full"]["cross_entropy"] == 5.0
+    assert read_summary(run).final["full"]["cross_entropy"] == 5.0
 
 
 def test_the_report_names_the_evaluation_that_a_number_comes_from(run: Path) -> None:
-    """During training, from `evaluate`, or from either in one mode; numbers that a file lacks are left out."""
+    """During training, from `evaluate`, or one mode from each. Numbers that a file lacks are left out."""
     path = run / "metrics.jsonl"
     path.write_text(path.read_text() + "".join(json.dumps(r) + "\n" for r in (train(11), train(12))))
 
     def shown() -> str:
-        figures = read_figures(run)
-        lines = table(figures).splitlines()
-        (said,) = [line.split(None, 1)[1] for line in lines if line.startswith("evaluation ")]
-        assert f"{said}." in " ".join(parsed(page(figures)).text)
-        return f"{lines[0].partition('after ')[2]}: {said}"
+        summary = read_summary(run)
+        lines = table(summary).splitlines()
+        (text,) = [line.split(None, 1)[1] for line in lines if line.startswith("evaluation ")]
+        assert f"{text}." in " ".join(parsed(page(summary)).text)
+        return f"{lines[0].partition('after ')[2]}: {text}"
 
     assert shown() == "10 steps: full and sparse: step 10, 10,000 tokens, during training"
     later = [evaluation(12, mode, 4.5) | {"rows": 1064} for mode in ("full", "sparse")]
@@ -174,20 +175,20 @@ def test_the_report_names_the_evaluation_that_a_number_comes_from(run: Path) -> 
     assert shown() == f"12 steps: full: step 12, by ssa_pretrain.evaluate; {during}"
     (run / "evaluation.json").write_text(json.dumps(written | {"tokens": 12_000, "rows": 2000}))
     assert shown() == f"12 steps: full: step 12, 12,000 tokens, 2,000 held-out rows, by ssa_pretrain.evaluate; {during}"
-    assert "Drawn from the weights of step 12 by ssa_pretrain.evaluate" in page(read_figures(run))
+    assert "Drawn from the weights of step 12 by ssa_pretrain.evaluate" in page(read_summary(run))
 
 
-def test_a_run_in_its_first_moments_has_a_report(run: Path) -> None:
+def test_a_run_that_has_just_started_has_a_report(run: Path) -> None:
     for name in ("config.yaml", "samples.json"):
         (run / name).unlink()
     (run / "data" / "manifest.json").unlink()
     (run / "metrics.jsonl").write_text("")
-    figures = read_figures(run)
-    assert "No training step is recorded yet." in " ".join(parsed(page(figures)).text)
-    assert table(figures).startswith("a-run: held-out text after 0 steps")
+    summary = read_summary(run)
+    assert "No training step is recorded yet." in " ".join(parsed(page(summary)).text)
+    assert table(summary).startswith("a-run: held-out text after 0 steps")
 
 
-def test_full_attention_has_no_alignment_and_no_mass(run: Path) -> None:
+def test_full_attention_has_no_alignment_loss_and_no_captured_mass(run: Path) -> None:
     config = Config(name="full")
     config.attention.method = Method.full
     save_config(config, run / "config.yaml")
@@ -195,35 +196,39 @@ def test_full_attention_has_no_alignment_and_no_mass(run: Path) -> None:
         train(step) | {"alignment_loss": None, "captured_mass": None, "captured_mass_by_layer": []} for step in (1, 2)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    text = " ".join(parsed(page(read_figures(run))).text)
+    text = " ".join(parsed(page(read_summary(run))).text)
     assert "full attention" in text and "Alignment loss" not in text and "Captured attention mass" not in text
 
 
-def test_steps_with_a_loss_that_is_not_finite_are_drawn_around(run: Path) -> None:
+def test_charts_leave_out_steps_whose_loss_is_not_finite(run: Path) -> None:
     records = [train(1), train(2) | {"cross_entropy": None, "grad_norm": None}, train(3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    figures = read_figures(run)
-    assert [x for x, _ in figures.series("cross_entropy")] == [1000, 3000]
-    parsed(page(figures))
+    summary = read_summary(run)
+    assert [x for x, _ in summary.series("cross_entropy")] == [1000, 3000]
+    parsed(page(summary))
 
 
 def test_messages(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none")]) == 4
-    expected = f"report: {tmp_path / 'none'} holds no metrics.jsonl; give the output_dir of a run, such as outputs/quickstart\n"
+    expected = (
+        f"report: {tmp_path / 'none'} has no metrics.jsonl; give the output_dir of a run, such as outputs/quickstart\n"
+    )
     assert capsys.readouterr().err == expected
     (run / "samples.json").write_text("{")
     assert main([str(run)]) == 4
     assert "samples.json cannot be read" in capsys.readouterr().err
-    with pytest.raises(ReportError, match="remove it or make it again"):
-        read_figures(run)
+    with pytest.raises(ReportError, match="remove it or write it again"):
+        read_summary(run)
     assert main([]) == 3
 
 
-def test_a_page_that_cannot_be_written_is_one_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_that_cannot_be_written_is_reported_in_one_sentence(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = run / "nowhere" / "x.html"
     assert main([str(run), "--out", str(out)]) == 3
-    said = f"{out} cannot be written (No such file or directory); give --out=FILE in a folder that is there and may be written to"
-    assert capsys.readouterr() == ("", f"report: {said}\n")
+    message = f"{out} cannot be written (No such file or directory); give --out=FILE in an existing, writable folder"
+    assert capsys.readouterr() == ("", f"report: {message}\n")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +240,7 @@ def test_a_page_that_cannot_be_written_is_one_sentence(run: Path, capsys: pytest
         ({"step": 1, "kind": "evaluation", "mode": "full"}, "cross_entropy"),
     ],
 )
-def test_a_record_that_lacks_something_is_named_by_its_line(
+def test_an_incomplete_record_is_reported_with_its_line(
     run: Path, record: dict, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "metrics.jsonl"
@@ -243,16 +248,16 @@ def test_a_record_that_lacks_something_is_named_by_its_line(
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
     assert main([str(run)]) == 4
-    said = f"{path}:{count + 1} has no {key!r}; remove the line, or give the output_dir of another run"
-    assert capsys.readouterr().err == f"report: {said}\n"
+    message = f"{path}:{count + 1} has no {key!r}; remove the line, or give the output_dir of another run"
+    assert capsys.readouterr().err == f"report: {message}\n"
 
 
-def test_the_report_says_where_a_run_was_started_last_and_nothing_where_that_is_unknown(run: Path) -> None:
-    assert "ran on" not in table(read_figures(run))
-    add_start(run, step=0, device="CPU", processes=1)
-    add_start(run, step=5, device="NVIDIA H200", processes=2)
+def test_the_report_shows_where_a_run_was_started_last_if_that_is_known(run: Path) -> None:
+    assert "ran on" not in table(read_summary(run))
+    record_start(run, step=0, device="CPU", processes=1)
+    record_start(run, step=5, device="NVIDIA H200", processes=2)
     with (run / "environment.jsonl").open("a") as file:
         file.write('{"step": 9, "started": "cut off by a ki')
-    text = table(read_figures(run))
+    text = table(read_summary(run))
     assert re.search(r"ran on +2 x NVIDIA H200", text)
     assert f"torch {version('torch')}" in text

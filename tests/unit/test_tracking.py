@@ -1,4 +1,4 @@
-"""ssa_pretrain/tracking.py against the real W&B client: offline files read back, servers that are away, broken or mute, secrets."""
+"""ssa_pretrain/monitor/tracking.py against the real W&B client: offline files, absent, broken or silent servers, secrets."""
 
 import json
 import os
@@ -16,14 +16,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ssa_pretrain import tracking
 from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.tracking import HIDDEN, Tracker, flatten, provenance, redact, start_tracking
-from ssa_pretrain.tracking_process import STATE_FILE
+from ssa_pretrain.monitor import tracking, tracking_client
+from ssa_pretrain.monitor.redaction import HIDDEN, redact
+from ssa_pretrain.monitor.tracking import Tracker, start_tracking
+from ssa_pretrain.monitor.tracking_rows import STATE_FILE, flatten
 from support.wandb_runs import (
     KEY,
-    LACKS,
+    RESENT,
     evaluation_record,
     history,
     no_account,
@@ -37,7 +38,7 @@ __all__ = ["no_account"]
 
 
 def test_off_writes_nothing(tmp_path: Path) -> None:
-    assert start_tracking(WandbConfig(), name="x", folder=tmp_path / "run", config={}, say=pytest.fail) is None
+    assert start_tracking(WandbConfig(), name="x", folder=tmp_path / "run", config={}, print_line=pytest.fail) is None
     assert not (tmp_path / "run").exists()
 
 
@@ -76,27 +77,33 @@ def test_offline_run_reads_back(tmp_path: Path) -> None:
     assert Path(lines[0].rsplit(" ", 1)[1]) == file.parent
 
 
-def test_steps_that_other_settings_make_again_are_another_wandb_run(tmp_path: Path) -> None:
-    """As after a loss that diverged: from the checkpoint of step 4 with a lower learning rate, in the same folder."""
+def test_steps_trained_again_with_other_settings_are_another_wandb_run(tmp_path: Path) -> None:
+    """As after a diverged loss: from the checkpoint of step 4 with a lower learning rate, in the same folder."""
     ids, lines = [], []
     for step, rate, last in ((0, 0.5, 6), (4, 0.5, 7), (4, 0.1, 8), (8, 0.05, 9)):
         settings = WandbConfig(mode=WandbMode.offline, project="p")
         tracker = start_tracking(
-            settings, name="x", folder=tmp_path, config={}, say=lines.append, step=step, decisive={"optim.lr": rate}
+            settings,
+            name="x",
+            folder=tmp_path,
+            config={},
+            print_line=lines.append,
+            step=step,
+            decisive={"optim.lr": rate},
         )
         assert tracker is not None
         ids.append(tracker.id)
-        for number in range(1, last + 1):  # a restart is shown the records from the first on
+        for number in range(1, last + 1):  # a restart passes the records from the first on
             tracker.log(train_record(number))
         tracker.finish()
-    assert ids[0] == ids[1] != ids[2], "the same settings go on in the same run"
-    assert ids[3] == ids[2], "and so do others where nothing is made again"
+    assert ids[0] == ids[1] != ids[2], "the same settings continue the same run"
+    assert ids[3] == ids[2], "and so do others if no step is trained again"
     assert [line for line in lines if "a new run" in line] == [
-        "W&B: a new run, because the one before has steps after 4, which other settings made"
+        "W&B: a new run, because the previous one has steps after 4 from other settings"
     ]
 
 
-def test_a_state_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+def test_training_continues_if_the_state_cannot_be_written(tmp_path: Path) -> None:
     lines: list[str] = []
     (tmp_path / STATE_FILE).mkdir()
     tracker = offline(tmp_path, lines=lines)
@@ -104,7 +111,7 @@ def test_a_state_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
         tracker.log(train_record(step))
     tracker.finish()
     assert lines[0].startswith(f"{tmp_path / STATE_FILE} cannot be written (") and len(lines) == 2
-    assert lines[0].endswith("; training and W&B go on") and [row["step"] for row in history(tmp_path)] == [1, 2, 3]
+    assert lines[0].endswith("; training and W&B continue") and [row["step"] for row in history(tmp_path)] == [1, 2, 3]
 
 
 class Broken(BaseHTTPRequestHandler):
@@ -115,16 +122,16 @@ class Broken(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_request(self, code: object = "-", size: object = "-") -> None:
-        """Says nothing on the console."""
+        """Prints nothing."""
 
 
-@pytest.fixture(params=["refused", "mute", "broken"])
+@pytest.fixture(params=["refused", "silent", "broken"])
 def bad_server(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A W&B server's address on this machine where nobody listens, nobody answers, or every answer is an error."""
+    """The address of a W&B server on this machine that refuses connections, never answers, or answers with errors only."""
     with closing(socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        if request.param == "mute":
+        if request.param == "silent":
             listener.listen(50)
         elif request.param == "broken":
             server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
@@ -136,7 +143,7 @@ def bad_server(request: pytest.FixtureRequest) -> Iterator[str]:
         yield address
 
 
-def test_a_server_that_does_not_serve_costs_seconds_and_no_step(
+def test_a_bad_server_costs_seconds_and_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_server: str
 ) -> None:
     monkeypatch.setattr(tracking, "CLIENT_SECONDS", 2.0)
@@ -144,7 +151,9 @@ def test_a_server_that_does_not_serve_costs_seconds_and_no_step(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     lines: list[str] = []
     began = time.monotonic()
-    tracker = start_tracking(WandbConfig(mode=WandbMode.online), name="x", folder=tmp_path, config={}, say=lines.append)
+    tracker = start_tracking(
+        WandbConfig(mode=WandbMode.online), name="x", folder=tmp_path, config={}, print_line=lines.append
+    )
     assert time.monotonic() - began < 15
     assert tracker is not None
     assert (
@@ -159,7 +168,9 @@ def test_a_server_that_does_not_serve_costs_seconds_and_no_step(
 
 def test_no_key_means_offline_and_no_question(tmp_path: Path) -> None:
     lines: list[str] = []
-    tracker = start_tracking(WandbConfig(mode=WandbMode.online), name="x", folder=tmp_path, config={}, say=lines.append)
+    tracker = start_tracking(
+        WandbConfig(mode=WandbMode.online), name="x", folder=tmp_path, config={}, print_line=lines.append
+    )
     assert tracker is not None and len(lines) == 1 and lines[0].endswith("; writing offline")
     tracker.finish()
 
@@ -170,7 +181,7 @@ def service(tracker: Tracker) -> psutil.Process:
     return found
 
 
-def test_a_service_that_stands_still_costs_seconds_at_the_end_and_no_step(
+def test_a_hanging_service_costs_seconds_at_the_end_and_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
@@ -183,7 +194,7 @@ def test_a_service_that_stands_still_costs_seconds_at_the_end_and_no_step(
         tracker.log(train_record(step))
     tracker.finish()
     assert time.monotonic() - began < 10
-    assert len(lines) == 1 and lines[0].startswith("W&B did not finish (") and LACKS in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("W&B did not finish (") and RESENT in lines[0]
     core.wait(10)
     assert child.poll() is not None, "nothing is left behind"
     tracker = offline(tmp_path, lines=lines)
@@ -193,11 +204,9 @@ def test_a_service_that_stands_still_costs_seconds_at_the_end_and_no_step(
     assert [row["step"] for row in history(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_a_process_that_stands_still_ends_tracking_and_not_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tracking, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(tracking, "MOST_WAITING", 2**16)
+def test_a_hanging_process_ends_tracking_but_not_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking_client, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "MAX_WAITING", 2**16)
     lines: list[str] = []
     tracker = offline(tmp_path, lines=lines)
     child = tracker._process._child  # pyright: ignore[reportOptionalMemberAccess]
@@ -206,7 +215,7 @@ def test_a_process_that_stands_still_ends_tracking_and_not_the_training(
         tracker.log(train_record(step))
     tracker.finish()
     assert lines == [
-        f"W&B stopped taking records (its process has taken nothing for 0.5 s); training and metrics.jsonl go on, and {LACKS}"
+        f"W&B stopped taking records (its process has read nothing for 0.5 s); training and metrics.jsonl continue, and {RESENT}"
     ]
     assert child.poll() == -signal.SIGKILL
 
@@ -222,17 +231,17 @@ def test_a_process_that_stands_still_ends_tracking_and_not_the_training(
         ("import time; time.sleep(60)", "not ready after 2 s"),
     ],
 )
-def test_a_client_that_fails_in_any_way_ends_no_run(
+def test_a_failing_client_never_ends_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
 ) -> None:
-    """W&B's package replaced by one that does the worst."""
+    """W&B's package is replaced by one that fails in each way."""
     (tmp_path / "wandb.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(tracking, "START_SECONDS", 2.0)
     lines: list[str] = []
     settings, folder = WandbConfig(mode=WandbMode.online), tmp_path / "run"
-    assert start_tracking(settings, name="x", folder=folder, config={}, say=lines.append) is None
-    assert [line.rsplit("; ", 1)[1] for line in lines] == ["writing offline", "going on without it"]
+    assert start_tracking(settings, name="x", folder=folder, config={}, print_line=lines.append) is None
+    assert [line.rsplit("; ", 1)[1] for line in lines] == ["writing offline", "continuing without W&B"]
     assert all(
         line.startswith(f"W&B {mode} cannot start (") for mode, line in zip(("online", "offline"), lines, strict=True)
     )
@@ -241,7 +250,7 @@ def test_a_client_that_fails_in_any_way_ends_no_run(
 
 @pytest.mark.parametrize("failing", ["init", "log", "define_metric"])
 def test_an_exception_of_the_client_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    """The client's own code with one function that raises what only the client knows."""
+    """The client's own code, with one function that raises an exception of its own."""
     site = tmp_path / "site"
     site.mkdir()
     owner = "wandb" if failing == "init" else "wandb.Run"
@@ -249,11 +258,11 @@ def test_an_exception_of_the_client_is_one_line(tmp_path: Path, monkeypatch: pyt
         f"import wandb\nfrom wandb.sdk.mailbox import HandleAbandonedError\n"
         f"def fail(*_, **__): raise HandleAbandonedError('left alone')\n{owner}.{failing} = fail\n"
     )
-    monkeypatch.setattr(tracking, "_PROGRAM", f"import broken_client; {tracking._PROGRAM}")
+    monkeypatch.setattr(tracking_client, "PROGRAM", f"import broken_client; {tracking_client.PROGRAM}")
     monkeypatch.syspath_prepend(site)
     lines: list[str] = []
     folder, settings = tmp_path / "run", WandbConfig(mode=WandbMode.offline)
-    tracker = start_tracking(settings, name="x", folder=folder, config={}, say=lines.append)
+    tracker = start_tracking(settings, name="x", folder=folder, config={}, print_line=lines.append)
     if failing == "log":
         assert tracker is not None
         for step in range(1, 3000):
@@ -262,9 +271,9 @@ def test_an_exception_of_the_client_is_one_line(tmp_path: Path, monkeypatch: pyt
                 break
             time.sleep(0.002)
         tracker.finish()
-        assert lines == [f"W&B stopped taking records (left alone); training and metrics.jsonl go on, and {LACKS}"]
+        assert lines == [f"W&B stopped taking records (left alone); training and metrics.jsonl continue, and {RESENT}"]
     else:
-        assert tracker is None and lines == ["W&B offline cannot start (left alone); going on without it"]
+        assert tracker is None and lines == ["W&B offline cannot start (left alone); continuing without W&B"]
 
 
 def test_a_service_of_another_program_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,21 +298,21 @@ def test_files_have_the_mode_that_umask_gives(tmp_path: Path) -> None:
 
 
 def test_without_the_package_a_run_with_logging_off_imports_everything() -> None:
-    """Every entry point with all that it imports, and none of it W&B."""
+    """Imports every entry point; none of them imports W&B."""
     code = """
 import sys
 sys.modules["wandb"] = None
-import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.__main__, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report
-import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron, ssa_pretrain.tracking
+import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.__main__, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report.__main__
+import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron, ssa_pretrain.monitor.tracking
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig
-assert ssa_pretrain.tracking.start_tracking(WandbConfig(), name="x", folder=Path("x"), config={}, say=print) is None
+assert ssa_pretrain.monitor.tracking.start_tracking(WandbConfig(), name="x", folder=Path("x"), config={}, print_line=print) is None
 assert not any(name.split(".")[0] == "wandb" for name, module in sys.modules.items() if module)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-def test_tracking_without_the_package_is_refused_before_anything_starts(
+def test_tracking_without_the_package_is_rejected_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -320,7 +329,7 @@ def test_tracking_without_the_package_is_refused_before_anything_starts(
 
 
 def test_secrets_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Canaries in the environment, the configuration and a URL: none of their bytes in anything that a run writes."""
+    """Canaries in the environment, the configuration and a URL: no file of a run contains them."""
     canaries = [KEY, "hf_" + "a1B2" * 8, "hunter2hunter2", "ghp_" + "Zz9" * 12, "plainsecretvalue"]
     monkeypatch.setenv("WANDB_API_KEY", canaries[0])
     monkeypatch.setenv("HF_TOKEN", canaries[1])
@@ -340,7 +349,7 @@ def test_secrets_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert canary.encode() not in content, f"{canary} in {path}"
 
 
-def test_redact_keeps_what_is_no_secret() -> None:
+def test_redact_keeps_everything_else() -> None:
     plain = {
         "lr": 3e-3,
         "tokens": [1, 2],
@@ -366,17 +375,3 @@ def test_flatten_names() -> None:
         "heldout/full/cross_entropy": 2.5,
         "heldout/full/captured_mass/layer_01": 0.5,
     }
-
-
-def test_provenance_of_a_checkout_and_of_a_bare_folder(tmp_path: Path) -> None:
-    assert provenance(tmp_path, None) == {"git_commit": None, "git_dirty": None, "data_manifest_sha256": None}
-    run = {"cwd": tmp_path, "check": True, "capture_output": True}
-    subprocess.run(["git", "init", "-q"], **run)
-    (tmp_path / "manifest.json").write_text("{}")
-    subprocess.run(["git", "add", "manifest.json"], **run)
-    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "x"], **run)
-    found = provenance(tmp_path, tmp_path)
-    assert len(found["git_commit"]) == 12 and found["git_dirty"] is False
-    assert found["data_manifest_sha256"] == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-    (tmp_path / "manifest.json").write_text("{ }")
-    assert provenance(tmp_path, None)["git_dirty"] is True

@@ -1,4 +1,4 @@
-"""ssa_pretrain/tracking_process.py: whatever is killed, W&B has every step and every evaluation once."""
+"""tracking_process.py and tracking_rows.py of ssa_pretrain/monitor: whatever is killed, W&B has every step and evaluation once."""
 
 import json
 import signal
@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.tracking import start_tracking
-from ssa_pretrain.tracking_process import STATE_FILE, History, State, read_state
-from support.wandb_runs import KEY, evaluation_record, history, no_account, offline, train_record
+from ssa_pretrain.monitor.tracking import start_tracking
+from ssa_pretrain.monitor.tracking_rows import STATE_FILE, History, State, read_state
+from support.wandb_runs import KEY, RESENT, evaluation_record, history, no_account, offline, train_record
 from support.wandb_server import serving
 
 __all__ = ["no_account"]
@@ -23,11 +23,11 @@ TRAINING = """
 import json, os, sys, time
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.metrics import MetricsLogger
-from ssa_pretrain.tracking import start_tracking
+from ssa_pretrain.monitor.metrics import MetricsLogger
+from ssa_pretrain.monitor.tracking import start_tracking
 folder, mode, done, last, evaluates = Path(sys.argv[1]), WandbMode(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 settings = WandbConfig(mode=mode, project="p", entity="e")
-tracker = start_tracking(settings, name="x", folder=folder, config={}, say=print, step=done)
+tracker = start_tracking(settings, name="x", folder=folder, config={}, print_line=print, step=done)
 metrics = MetricsLogger(folder, total_steps=60, tokens_per_step=1, resume_step=done, interval=1000, tracker=tracker)
 def evaluate(step):
     for mode in ("full", "sparse"):
@@ -44,10 +44,10 @@ sys.stdin.readline()
 metrics.close()
 """
 
-# Steps done, last step logged, whether its evaluation is made, and which processes are killed (none: SIGTERM, an orderly end).
+# Steps done, last step logged, whether it is evaluated, and which processes are killed ("": none, an orderly end).
 STARTS = [
     (0, 10, False, "training"),  # in the evaluation of step 10
-    (5, 10, False, ""),  # owed: W&B has closed the row of step 10
+    (5, 10, False, ""),  # evaluated late: W&B has closed the row of step 10
     (10, 20, True, "all"),
     (10, 20, False, "client"),
     (20, 27, True, "service"),
@@ -58,7 +58,7 @@ STARTS = [
 
 
 def start_training(folder: Path, mode: str, done: int, last: int, evaluates: bool, killed: str) -> str:
-    """Runs a start up to its last step, kills what is to be killed, and returns what it printed."""
+    """Trains up to the last step of a start, kills processes, and returns the printed text."""
     command = [sys.executable, "-c", TRAINING, folder, mode, str(done), str(last), str(int(evaluates))]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -71,7 +71,7 @@ def start_training(folder: Path, mode: str, done: int, last: int, evaluates: boo
     if killed in ("training", "all"):
         process.kill()
     for child in children:
-        with suppress(psutil.NoSuchProcess):  # it has ended by itself
+        with suppress(psutil.NoSuchProcess):  # it has exited already
             if killed == "all" or killed == ("service" if "core" in child.name() else "client"):
                 child.kill()
     rest = process.communicate("\n" if killed not in ("training", "all") else None)[0]
@@ -103,12 +103,12 @@ def test_any_kills_leave_every_step_and_every_evaluation_once(
         ]
     assert run["received"] == {"train": 60, "heldout/full": 60, "heldout/sparse": 60}
     for text, (*_, killed) in zip(printed, starts, strict=True):
-        assert text.count("the next start sends what W&B lacks") == (killed in ("client", "service")), text
+        assert text.count(RESENT) == (killed in ("client", "service")), text
         assert ("Traceback" not in text) and text.count("\n") <= 2, text
 
 
 def training(recorded: list[dict], begin: int, last: int) -> list[dict]:
-    """The records that a run makes from a step on, evaluating steps 0, 10, 20 and 30 in both modes unless it has already."""
+    """Returns the records of a run from a step on. Steps 0, 10, 20 and 30 are evaluated in both modes unless they have been."""
     have = {(record["step"], record.get("mode")) for record in recorded}
     made = []
     for step in range(begin, last + 1):
@@ -119,13 +119,13 @@ def training(recorded: list[dict], begin: int, last: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_rows_are_whole_and_once_whatever_is_lost(seed: int) -> None:
-    """Starts that are killed anywhere, after any of which W&B lacks any number of the last rows."""
+def test_rows_are_complete_and_unique_whatever_is_lost(seed: int) -> None:
+    """Starts are killed anywhere, and W&B loses any number of the last rows after each."""
     random, stored, state, recorded = Random(seed), [], State(), []
     for start in range(8):
         steps = [0, *(record["step"] for record in recorded if record["kind"] == "train")]
         begin, last = (steps[-1], 40) if start == 7 else (random.choice(steps), random.randrange(steps[-1], 41))
-        recorded = [record for record in recorded if 0 < begin >= record["step"]]  # as keep_until leaves metrics.jsonl
+        recorded = [record for record in recorded if 0 < begin >= record["step"]]  # as in metrics.jsonl after a resume
         made = training(recorded, begin, last)
         recorded += made if start == 7 else made[: random.randrange(len(made) + 1)]
         rows: list[tuple[int, dict]] = []
@@ -143,8 +143,8 @@ def test_rows_are_whole_and_once_whatever_is_lost(seed: int) -> None:
         assert sorted(evaluated) == [0, 10, 20, 30]
 
 
-def test_an_evaluation_that_no_step_follows_has_a_row_of_its_own() -> None:
-    """Stopped and evaluated later, twice, and then trained on: every step and evaluation once, rows one ahead per insertion."""
+def test_an_evaluation_without_a_following_step_has_a_row_of_its_own() -> None:
+    """Stopped and evaluated later, twice, then trained further: every step and evaluation once, rows one ahead per insertion."""
     stored: list[tuple[int, dict]] = []
     state, recorded = State(), [train_record(1), train_record(2)]
     for added in (
@@ -170,8 +170,8 @@ LEFT_BEHIND = """
 import os, signal, sys, time
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.tracking import start_tracking
-tracker = start_tracking(WandbConfig(mode=WandbMode.offline), name="x", folder=Path(sys.argv[1]), config={}, say=print)
+from ssa_pretrain.monitor.tracking import start_tracking
+tracker = start_tracking(WandbConfig(mode=WandbMode.offline), name="x", folder=Path(sys.argv[1]), config={}, print_line=print)
 tracker.log({"kind": "train", "step": 1, "tokens": 100, "loss": 1.0})
 helper = os.fork()
 if helper == 0:
@@ -183,8 +183,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_process_that_a_killed_run_forked_does_not_keep_the_client(tmp_path: Path) -> None:
-    """It holds the pipe open, so that the input does not end."""
+def test_a_process_forked_by_a_killed_run_does_not_keep_the_client_alive(tmp_path: Path) -> None:
+    """It keeps the pipe open, so the input does not close."""
     done = subprocess.run([sys.executable, "-c", LEFT_BEHIND, tmp_path], stdout=subprocess.PIPE, text=True)
     helper, client = map(int, done.stdout.split())
     try:
@@ -221,7 +221,7 @@ def test_a_damaged_state_file_is_a_new_run(tmp_path: Path, content: str, run: st
     assert state.step_of(state.row) == step
 
 
-def test_what_an_offline_start_took_is_sent_by_an_online_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_of_an_offline_start_are_sent_by_an_online_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     tracker = offline(tmp_path)
     for step in (1, 2, 3):
@@ -231,10 +231,10 @@ def test_what_an_offline_start_took_is_sent_by_an_online_one(tmp_path: Path, mon
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         settings = WandbConfig(mode=WandbMode.online, project="p", entity="e")
-        again = start_tracking(settings, name="x", folder=tmp_path, config={}, say=lines.append, step=3)
+        again = start_tracking(settings, name="x", folder=tmp_path, config={}, print_line=lines.append, step=3)
         assert again is not None and again.id == tracker.id
         for step in (1, 2, 3, 4):
             again.log(train_record(step))
         again.finish()
         assert [row["_step"] for row in server.rows(again.id)] == [1, 2, 3, 4]
-    assert lines == ["W&B: what offline starts wrote is sent now, and need not be uploaded"]
+    assert lines == ["W&B: the records of offline starts are sent now; no upload is needed"]

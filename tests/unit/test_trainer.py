@@ -121,7 +121,7 @@ def test_a_run_s_banner_warns_of_blocks_that_cover_the_row(tmp_path, monkeypatch
         )
         placement = SimpleNamespace(device=SimpleNamespace(type="cpu"))
         run = SimpleNamespace(config=config, plan=plan, placement=placement, folder=tmp_path)
-        start_reporting(run, SimpleNamespace(say=said.append), 0)
+        start_reporting(run, SimpleNamespace(print=said.append), 0)
     assert "\nwarning  attention.top_k=16 blocks" in said[0] and "warning" not in said[1]
 
 

@@ -25,33 +25,33 @@ def full_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns (o, lse), differentiable in q, k and v.
 
-    On a GPU a library's kernel is chosen from shapes, arguments and what is installed, without looking at the documents (fused.py). Give
-    a layout with `max_length` where that is known: FlashAttention's backward over 8k rows takes twice as long when it must expect
-    documents as long as all tokens together. Some of the queries over all keys: a layout by `query_runs` (or, for the reference, by
-    `query_slice`), and no num_rows.
+    On a GPU a library's kernel is chosen from shapes, arguments and what is installed, without reading the documents' boundaries (fused.py).
+    Pass a layout with `max_length` if it is known: FlashAttention's backward over 8k rows takes twice as long when it must expect a document
+    of all tokens. For some of the queries over all keys, pass a layout by `query_spans` (or, for the reference, by `query_slice`) and no
+    num_rows.
 
     Args:
         q: `[tokens, H, D]`.
         k, v: `[tokens, G, D]`, G dividing H, in q's dtype.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it.
         scale: factor of the logits, default D^-1/2.
-        return_lse: whether to give the log-sum-exp: `[tokens, H]`, float32, natural logarithm, no gradient. Else None.
-        num_rows: says that the documents are exactly this many spans of equal length, which allows the fastest kernel. Believed
-            on a GPU, since checking would mean waiting for it; checked on a CPU.
-        backend: which fused kernel to use on a GPU: None, "cudnn", "te" or "flash" (fused.py says when each is picked).
-        impl: None, "triton" (the fused GPU kernels) or "reference". This operator has no Triton kernel of its own: on CPU tensors
-            under Triton's interpreter the reference stands in.
+        return_lse: whether to return the log-sum-exp, `[tokens, H]`, float32, natural logarithm, no gradient. Otherwise it is None.
+        num_rows: states that the documents are exactly this many rows of equal length, which allows the fastest kernel. It is checked on a
+            CPU, and trusted on a GPU, where checking would mean waiting.
+        backend: the fused kernel to use on a GPU: None, "cudnn", "te" or "flash". fused.py explains the default.
+        impl: None, "triton" (the fused GPU kernels) or "reference". This operator has no Triton kernel of its own, so CPU tensors under
+            Triton's interpreter run the reference.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (the GPU kernels: bfloat16 and
-            float16, D a multiple of 8 up to 128).
+        ValueError: for arguments that do not fit each other, and for what the implementation does not support (the GPU kernels need
+            bfloat16 or float16, and D a multiple of 8 up to 128).
     """
     check_attention(q=q, k=k, v=v)
     check_documents(cu_seqlens, q, k)
     check_rows(cu_seqlens, q.shape[0], num_rows)
     check_backend(backend, num_rows)
     scale = check_scale(scale, q.shape[-1])
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # Transformer Engine reads no strides
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # Transformer Engine ignores strides
     if resolve_impl(impl, q, "full_attention") == "triton" and q.is_cuda:
         return _FullAttention.apply(
             aligned(q), aligned(k), aligned(v), cu_seqlens, num_rows, backend, scale, return_lse
@@ -60,7 +60,7 @@ def full_attention(
 
 
 class _FullAttention(torch.autograd.Function):
-    """Saves q, k, v, o and the library's log-sum-exp; the plan stays on the host."""
+    """(q, k, v, cu_seqlens, num_rows, backend, scale, return_lse) -> (o, lse or None). Saves q, k, v, o and the library's log-sum-exp."""
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, num_rows, backend, scale, return_lse):
@@ -82,7 +82,7 @@ class _FullAttention(torch.autograd.Function):
 
 
 def check_rows(cu_seqlens: torch.Tensor | DocumentLayout, tokens: int, num_rows: object) -> None:
-    """Raises ValueError unless num_rows is None or a number of equal rows that the documents may be (on a CPU: are)."""
+    """Raises ValueError unless num_rows is None or divides the tokens and, on a CPU, the documents are rows of equal length."""
     if num_rows is None:
         return
     rows = check_whole("num_rows", num_rows, least=1, hint=", or None")
@@ -94,5 +94,5 @@ def check_rows(cu_seqlens: torch.Tensor | DocumentLayout, tokens: int, num_rows:
     lengths = (ends[1:] - ends[:-1])[:rows]
     if len(lengths) < rows or (lengths * rows != tokens).any():
         raise ValueError(
-            f"num_rows={rows} must say that the documents are equal spans of {tokens} tokens, got {ends.tolist()[:8]}...; try None"
+            f"num_rows={rows} must mean that the documents are equal rows of {tokens} tokens, got {ends.tolist()[:8]}...; try None"
         )

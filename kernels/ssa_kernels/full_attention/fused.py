@@ -1,42 +1,42 @@
-"""Full attention by fused kernels of the libraries that are installed, behind one forward and one backward.
+"""Full attention by the installed libraries' fused kernels, behind one forward and one backward.
 
-Which kernel runs is decided from shapes, explicit arguments and what is installed, never from values on the device:
+The kernel is chosen from shapes, explicit arguments and what is installed, never from values on the device:
 
-- `cudnn`: torch's cuDNN attention, where the caller says that the tokens are `num_rows` spans of equal length, one document each.
-- `te`: Transformer Engine's cuDNN attention on packed documents, where it is installed (te.py). It takes equal rows too, if asked.
-- `flash`: torch's FlashAttention-2 on packed documents; FlashAttention-3 or 4 where the process has activated one of them with
-  `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel under the very operator called here. The only one for
-  runs of queries (`query_runs`, runs.py).
+- `cudnn`: torch's cuDNN attention, if the caller states that the tokens are `num_rows` rows of equal length, one document each.
+- `te`: Transformer Engine's cuDNN attention on packed documents, if it is installed (te.py). On request it also takes equal rows.
+- `flash`: torch's FlashAttention-2 on packed documents, or FlashAttention-3 or 4 if the process has activated one with
+  `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel of the operator called here. Only this one takes spans of
+  queries (`query_spans`, spans.py).
 
-Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms) and its gradients
+Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms), and its gradients
 are wrong with more than one document. Deterministic mode (`torch.use_deterministic_algorithms`) sends everything to `flash`, whose
-backward then sums dQ in a fixed order; cuDNN's dQ differs in its last bits from run to run.
+backward then sums dQ in a fixed order. cuDNN's dQ differs in its last bits from run to run.
 
-The log-sum-exp comes back as the library lays it out, viewed as [rows, tokens / rows, H] without a copy. No library takes
-rowsum(dO * O) from outside, so each backward here computes its own.
+The log-sum-exp is returned in the library's layout, viewed as [rows, tokens / rows, H] without a copy. No library accepts rowsum(dO * O)
+from outside, so each backward here computes its own.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from ..documents import DocumentLayout, QueryRun, document_ends
+from ..documents import DocumentLayout, QuerySpan, document_ends
 from . import te
-from .runs import runs_backward, runs_forward
+from .spans import spans_backward, spans_forward
 
-# Shorter rows go the way of packed documents: not worth cuDNN's fixed costs, and its support for very short ones has varied.
+# Shorter rows run as packed documents: they are not worth cuDNN's fixed costs, and its support for very short rows has varied.
 MIN_CUDNN_ROW = 128
 
 
 @dataclass(frozen=True, slots=True)
 class FusedPlan:
-    """What a forward does, as far as its backward must know; all of it lives on the host."""
+    """What the backward must know of its forward. Everything is on the host."""
 
     backend: str
     num_rows: int  # 0 for packed documents
     max_length: int  # of a row or a document
     scale: float
-    runs: tuple[QueryRun, ...] = ()  # of a layout of some queries
+    spans: tuple[QuerySpan, ...] = ()  # of a layout by `query_spans`
 
 
 def plan_fused(
@@ -51,9 +51,9 @@ def plan_fused(
     """Returns the plan and the documents' int32 boundaries, which reach the last token.
 
     Raises:
-        ValueError: for what no fused kernel takes, or a backend that cannot run here.
+        ValueError: for what no fused kernel supports, and for a backend that cannot run here.
     """
-    te.is_usable()  # loads it before torch's cuDNN, see there
+    te.is_usable()  # must load before torch's cuDNN; its docstring explains why
     tokens, _, head_dim = q.shape
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
@@ -63,12 +63,12 @@ def plan_fused(
         raise ValueError(
             f"head_dim={head_dim} must be a multiple of 8 and at most 128; try impl='reference' for others"
         )
-    if isinstance(cu_seqlens, DocumentLayout) and cu_seqlens.runs:
-        return _plan_runs(tokens, cu_seqlens, num_rows, backend, scale), cu_seqlens.cu_seqlens
+    if isinstance(cu_seqlens, DocumentLayout) and cu_seqlens.spans:
+        return _plan_spans(tokens, cu_seqlens, num_rows, backend, scale), cu_seqlens.cu_seqlens
     if tokens != k.shape[0]:
         raise ValueError(
-            f"q has {tokens} tokens and k {k.shape[0]}: the fused kernels need as many, or a layout by query_runs; "
-            "try impl='reference' for other parts of them"
+            f"q has {tokens} tokens and k {k.shape[0]}: the fused kernels need them equal, or a layout by query_spans; "
+            "try impl='reference' for other selections of queries"
         )
     row_length = tokens // num_rows if num_rows else 0
     chosen = backend or _pick(q, row_length)
@@ -84,16 +84,18 @@ def plan_fused(
     return FusedPlan(chosen, 0, max_length, scale), ends
 
 
-def _plan_runs(
+def _plan_spans(
     tokens: int, layout: DocumentLayout, num_rows: int | None, backend: str | None, scale: float
 ) -> FusedPlan:
-    if tokens != (held := sum(run.length for run in layout.runs)):
-        raise ValueError(f"q has {tokens} tokens and the layout's runs {held}; pass the queries of the runs, in order")
+    if tokens != (expected := sum(span.length for span in layout.spans)):
+        raise ValueError(
+            f"q has {tokens} tokens and the layout's spans {expected}; pass the queries of the spans, in order"
+        )
     if backend not in (None, "flash") or num_rows is not None:
         raise ValueError(
-            f"backend={backend!r} and num_rows={num_rows} of full_attention must be None for runs of queries; only 'flash' takes them"
+            f"backend={backend!r} and num_rows={num_rows} of full_attention must be None for spans of queries; only 'flash' takes them"
         )
-    return FusedPlan("flash", 0, layout.max_length, scale, layout.runs)
+    return FusedPlan("flash", 0, layout.max_length, scale, layout.spans)
 
 
 def _pick(q: torch.Tensor, row_length: int) -> str:
@@ -106,12 +108,12 @@ def _pick(q: torch.Tensor, row_length: int) -> str:
 
 
 def check_backend(backend: object, num_rows: object) -> None:
-    """Raises ValueError for a name that is none, or one that needs num_rows without it."""
+    """Raises ValueError for an unknown backend, and for one that needs num_rows without it."""
     if backend not in (None, "cudnn", "te", "flash"):
         raise ValueError(f"backend={backend!r} of full_attention must be None, 'cudnn', 'te' or 'flash'; try None")
     if backend == "cudnn" and num_rows is None:
         raise ValueError(
-            "backend='cudnn' needs num_rows, since it takes rows of equal length only; try backend='te' or 'flash'"
+            "backend='cudnn' needs num_rows, since it takes only rows of equal length; try backend='te' or 'flash'"
         )
 
 
@@ -120,11 +122,11 @@ def fused_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (o, lse, state_0, state_1): o [tokens, H, D], lse float32 [rows, tokens / rows, H] of any strides.
 
-    The two states go back to `fused_backward` as they came (dropout's generator state, unused here).
+    Pass the two states to `fused_backward` unchanged (dropout's generator state, unused here).
     """
     longest = plan.max_length
-    if plan.runs:
-        return runs_forward(q, k, v, plan.runs, max_length=longest, scale=plan.scale)
+    if plan.spans:
+        return spans_forward(q, k, v, plan.spans, max_length=longest, scale=plan.scale)
     if plan.backend == "cudnn":
         o, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *(_rows(x, plan.num_rows) for x in (q, k, v)), None, True, 0.0, True, False, scale=plan.scale
@@ -151,10 +153,10 @@ def fused_backward(
     cu_seqlens: torch.Tensor,
     plan: FusedPlan,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (dq, dk, dv) in the shapes of q, k and v; the other arguments as the forward took and gave them."""
+    """Returns (dq, dk, dv) in the shapes of q, k and v; the other arguments are the forward's arguments and results."""
     longest = plan.max_length
-    if plan.runs:
-        return runs_backward(grad_o, q, k, v, o, lse, states, plan.runs, max_length=longest, scale=plan.scale)
+    if plan.spans:
+        return spans_backward(grad_o, q, k, v, o, lse, states, plan.spans, max_length=longest, scale=plan.scale)
     if plan.backend == "cudnn":
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *(_rows(x, plan.num_rows) for x in (grad_o, q, k, v, o)), lse.transpose(1, 2).unsqueeze(-1),
@@ -184,5 +186,5 @@ def fused_backward(
 
 
 def _rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """View [tokens, heads, D] as [rows, heads, tokens / rows, D]."""
+    """Returns a view of x [tokens, heads, D] as [rows, heads, tokens / rows, D]."""
     return x.view(num_rows, -1, *x.shape[1:]).transpose(1, 2)

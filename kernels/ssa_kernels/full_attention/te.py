@@ -1,11 +1,11 @@
-"""Transformer Engine's fused attention: cuDNN's kernels with graphs kept from batch to batch, on packed documents or equal rows.
+"""Transformer Engine's fused attention: cuDNN's kernels, with graphs kept from batch to batch, on packed documents or equal rows.
 
-On Hopper it does packed documents in two thirds of FlashAttention-2's time, and neither the number of documents nor the bound on their
-length changes that: Transformer Engine rounds both up to sizes for which it builds a graph once. The calls are those that its own
-attention module makes. The log-sum-exp is a natural logarithm: [tokens, H, 1] for documents (cuDNN 9.6 and later on sm_90 and sm_100),
+On Hopper it computes packed documents in two thirds of FlashAttention-2's time. Neither the number of documents nor the bound on their
+length changes that: Transformer Engine rounds both up to sizes for which it builds a graph once. The calls are those of its own attention
+module. The log-sum-exp is a natural logarithm: [tokens, H, 1] for documents (cuDNN 9.6 and later on sm_90 and sm_100),
 [rows, H, tokens / rows, 1] for rows.
 
-Not used in deterministic mode: asked for a deterministic backward on packed documents, version 2.20 with cuDNN 9.19 wants terabytes.
+Not used in deterministic mode: for a deterministic backward on packed documents, version 2.20 with cuDNN 9.19 requests terabytes.
 """
 
 import re
@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-# The first version whose signature this file was run against.
+# The oldest version that this file's calls were tested with.
 OLDEST = (2, 20)
 PACKED = {"qkv_layout": "thd_thd_thd", "o_format": "thd", "attn_mask_type": "padding_causal"}
 ROWS = {"qkv_layout": "bshd_bshd_bshd", "o_format": "bshd", "attn_mask_type": "causal"}
@@ -23,10 +23,11 @@ ROWS = {"qkv_layout": "bshd_bshd_bshd", "o_format": "bshd", "attn_mask_type": "c
 
 @cache
 def is_usable() -> bool:
-    """Whether a recent enough Transformer Engine is there and loads with its torch extension; warns of one that does not. It takes seconds, once.
+    """Returns whether a recent enough Transformer Engine is installed and loads with its torch extension. The first call takes seconds.
 
-    It must come before the process's first use of torch's cuDNN: where a system has a cuDNN beside torch's own, Transformer Engine
-    loads the system's libraries, which cannot follow torch's. So plan_fused asks before anything else, whichever kernel it then takes.
+    Warns of an installed version that is too old or does not load. The first call must come before the process first uses torch's cuDNN:
+    on a system with a cuDNN of its own, Transformer Engine loads the system's libraries, which cannot be loaded after torch's. So
+    plan_fused calls this before anything else, whichever kernel it then chooses.
     """
     try:
         installed = version("transformer_engine")
@@ -59,7 +60,7 @@ def te_forward(
     max_length: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (o [tokens, H, D], lse as the module's docstring says, random state); num_rows 0 for packed documents."""
+    """Returns (o [tokens, H, D], lse in this module's layout, random state). num_rows is 0 for packed documents."""
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
     ends, layout = _layout(cu_seqlens, num_rows)
@@ -88,7 +89,7 @@ def te_backward(
     max_length: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (dq, dk, dv); lse and the state as the forward gave them."""
+    """Returns (dq, dk, dv); lse and state are the forward's results."""
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
     ends, layout = _layout(cu_seqlens, num_rows)
@@ -101,7 +102,7 @@ def te_backward(
 
 
 def _layout(cu_seqlens: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, dict]:
-    """The boundaries and the keywords that name the layout. Of equal rows only the number of boundaries is read."""
+    """Returns the boundaries and the keywords that name the layout. Of equal rows only the number of boundaries is read."""
     if num_rows:
         return cu_seqlens[: num_rows + 1], ROWS
     return cu_seqlens, {**PACKED, "cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens}

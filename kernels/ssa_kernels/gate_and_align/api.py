@@ -22,17 +22,18 @@ def gate_and_align(
     Args:
         o_full, o_sparse: `[tokens, H, D]`, both streams' outputs, of one dtype.
         gate_logits: `[tokens, H]`, in their dtype or float32.
-        main: the stream that becomes `out`: "full", "sparse", or a tensor of one integer or bool beside the others, not 0 for full
-            (a drawn stream that stays on the device: no synchronisation, and a CUDA graph can be replayed with another draw).
-        weights: of the sparsity loss (gradient into the full stream) and the commitment loss (into the sparse stream).
+        main: the stream that becomes `out`: "full", "sparse", or a tensor of one integer or bool on their device, 0 for sparse and
+            anything else for full. A drawn stream that stays on the device needs no synchronisation, and a CUDA graph can be replayed
+            with another draw.
+        weights: of the sparsity loss (its gradient goes into the full stream) and of the commitment loss (into the sparse stream).
         impl: None, "triton" or "reference".
 
     Returns:
-        out `[tokens, H, D]` in o_full's dtype, and the loss, a float32 scalar: the mean over tokens x H x D. Differentiable in
-        o_full, o_sparse and gate_logits. Bit-identical from run to run. Without any token or head the loss is 0.
+        out `[tokens, H, D]` in o_full's dtype, and the loss, a float32 scalar: the mean over tokens x H x D. Both are differentiable
+        in o_full, o_sparse and gate_logits, and bit-identical from run to run. Without tokens or heads the loss is 0.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only).
+        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only).
     """
     check_gate_inputs("o_full", o_full, gate_logits, main)
     weights = check_weights(weights)
@@ -43,17 +44,19 @@ def gate_and_align(
     tensors = tuple(x.contiguous() for x in (o_full, o_sparse, gate_logits))
     if resolve_impl(impl, o_full, "gate_and_align") == "reference":
         return gate_and_align_reference(*tensors, main=main, weights=weights)
-    from .autograd import GateAndAlign  # here, because it imports Triton
+    from .triton import GateAndAlign  # imported here because Triton may be missing on a CPU machine
 
     return GateAndAlign.apply(*tensors, main_operand(main), weights)
 
 
 def check_gate_inputs(name: str, o: torch.Tensor, gate_logits: torch.Tensor, main: str | torch.Tensor) -> None:
-    """Raises ValueError unless the logits fit a stream's output (or q) of that name and main names a stream."""
+    """Raises ValueError unless the logits fit `o`, which messages call `name`, and main names a stream."""
     check_gate(name, o, gate_logits)
     if not isinstance(main, torch.Tensor):
         if not isinstance(main, str) or main not in ("full", "sparse"):
-            raise ValueError(f"main={main!r} must be 'full', 'sparse' or a tensor of one integer (not 0 for full)")
+            raise ValueError(
+                f"main={main!r} must be 'full', 'sparse' or a tensor of one integer (0 for sparse, else full)"
+            )
         return
     check_tensors(**{name: o, "main": main})
     if main.numel() != 1 or main.is_floating_point() or main.is_complex():
@@ -63,7 +66,7 @@ def check_gate_inputs(name: str, o: torch.Tensor, gate_logits: torch.Tensor, mai
 
 
 def check_weights(weights: object) -> tuple[float, float]:
-    """Returns the two weights as floats; raises ValueError for anything but two finite numbers."""
+    """Returns the two weights as floats. Raises ValueError for anything but two finite numbers."""
     if not isinstance(weights, tuple | list) or len(weights) != 2:
         raise ValueError(
             f"weights={weights!r} must be two numbers, of the sparsity and the commitment loss; try (1.0, 1.0)"
@@ -73,7 +76,7 @@ def check_weights(weights: object) -> tuple[float, float]:
 
 
 def main_operand(main: str | torch.Tensor) -> str | torch.Tensor:
-    """Returns main as the kernels take it: a name, or an int32 tensor that is 0 where main is."""
+    """Returns main as the kernels take it: a name, or an int32 tensor that is 0 if main is."""
     if isinstance(main, str) or main.dtype == torch.int32:
         return main
     return (main != 0).to(torch.int32)

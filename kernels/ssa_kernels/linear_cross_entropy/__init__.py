@@ -1,4 +1,4 @@
-"""The output layer and its cross entropy as one operator, over a vocabulary that may be spread over ranks: api.py says how."""
+"""The output layer and its cross entropy as one operator, over a vocabulary that may be split over ranks: api.py explains how."""
 
 from .api import linear_cross_entropy
 

@@ -3,17 +3,17 @@
     z_tv = h_t . w_v;   lse_t = log sum_v exp z_tv;   loss_t = lse_t - z_t,label(t)
     P_tv = exp(z_tv - lse_t) - [v = label(t)];   with g_t the gradient of loss_t:   dh = g (P W),   dW = P^T (g h)
 
-One buffer [tokens, vocabulary] in the hidden states' dtype is all that there is of size: the product writes z into it, and the forward kernel
-turns it into P where it lies, reading each row twice, the second time from the cache. Since g multiplies rows, it is put on h and dh
-(M columns) instead of P (V columns): the backward is two matrix products and nothing that passes over the vocabulary.
+The only large tensor is one buffer [tokens, V] in the hidden states' dtype. The product writes z into it, and the forward kernel turns z
+into P in place. It reads each row twice, the second time from the cache. g multiplies rows, so it is applied to h and dh (M columns)
+instead of P (V columns). The backward is then two matrix products, without another pass over the vocabulary.
 
-Under tensor parallelism each rank holds a span of the vocabulary: ranks exchange two numbers a token (their log-sum-exp, and the label's
-logit or 0) in one gather, and dh is each rank's own part, which the caller sums.
+Under tensor parallelism each rank holds a slice of the vocabulary. The ranks exchange two numbers per token (the log-sum-exp of the slice,
+and the label's logit or 0) in one gather. dh is each rank's own contribution, which the caller sums.
 
-A token whose label is -100 is ignored, as torch's cross entropy does it: its loss is 0 and no gradient comes of it. Any other label outside the
-vocabulary is refused on a CPU. On a GPU, where nothing is waited for, it is ignored as well.
+A token with label -100 is ignored, as in torch's cross entropy: its loss is 0 and it contributes no gradient. Any other label outside the
+vocabulary is refused on a CPU. On a GPU, where checking would mean waiting, such a token is ignored too.
 
-The gradient of W may be added straight into a float32 buffer (`main_grad`, where megatron-core accumulates over microbatches): the matrix
+The gradient of W can be added directly to a float32 buffer (`main_grad`, where megatron-core accumulates over microbatches). The matrix
 product then accumulates in float32, and no gradient in the weight's dtype is ever written.
 """
 
@@ -40,25 +40,25 @@ def linear_cross_entropy(
     Args:
         hidden: `[tokens, M]`.
         weight: `[V, M]`, this rank's rows of the output layer, in rank order: rank r holds ids r V to (r + 1) V - 1.
-        labels: int64 or int32 `[tokens]`, ids in the whole vocabulary, or -100 for a token that is ignored. On a GPU any label outside the
-            vocabulary is.
+        labels: int64 or int32 `[tokens]`, ids in the whole vocabulary, or -100 to ignore a token. On a GPU every label outside the
+            vocabulary ignores its token.
         group: the ranks that share the vocabulary; None for one.
-        accumulate_into: float32 `[V, M]`, each element in a place of its own; the weight's gradient is added to it in the backward, and
-            autograd sees none for the weight.
+        accumulate_into: float32 `[V, M]` without overlapping elements. The backward adds the weight's gradient to it, and autograd gets
+            none for the weight.
         impl: None, "triton" or "reference".
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only).
+        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only).
     """
     group = None if group is None or dist.get_world_size(group) == 1 else group
     _check(hidden, weight, labels, accumulate_into, 1 if group is None else dist.get_world_size(group))
     hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
     if resolve_impl(impl, hidden, "linear_cross_entropy") == "reference":
         return LinearCrossEntropyReference.apply(hidden, weight, labels, group, accumulate_into)
-    from .autograd import LinearCrossEntropy  # here, because it imports Triton
+    from .triton import LinearCrossEntropy  # imported here because Triton may be missing on a CPU machine
 
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return LinearCrossEntropy.apply(hidden, weight, labels, group, accumulate_into, wanted)
+    training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return LinearCrossEntropy.apply(hidden, weight, labels, group, accumulate_into, training)
 
 
 def _check(
@@ -96,5 +96,5 @@ def _check(
             )
         if not elements_apart(accumulate_into):
             raise ValueError(
-                f"accumulate_into with strides {accumulate_into.stride()} must have a place for each element; try accumulate_into.clone()"
+                f"accumulate_into with strides {accumulate_into.stride()} must not overlap in memory; try accumulate_into.clone()"
             )

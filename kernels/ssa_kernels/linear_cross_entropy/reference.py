@@ -1,12 +1,13 @@
-"""The output layer and its cross entropy in plain PyTorch: what the kernels must compute, and what a CPU runs. Mathematics: api.py."""
+"""The output layer and its cross entropy in plain PyTorch: the definition of what the kernels compute, and what runs on a CPU.
+
+api.py has the mathematics.
+"""
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .products import weight_gradient
-
-IGNORED = -100  # the label that torch's cross entropy ignores, too
+IGNORED = -100  # as in torch's cross entropy
 
 
 class LinearCrossEntropyReference(torch.autograd.Function):
@@ -40,14 +41,14 @@ class LinearCrossEntropyReference(torch.autograd.Function):
 
 
 def counted(labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Returns bool `[tokens]`: whether a label lies in the vocabulary, so that its token bears a loss."""
+    """Returns bool `[tokens]`: whether a label lies in the vocabulary, so that its token counts in the loss."""
     return (labels >= 0) & (labels < vocabulary)
 
 
 def row_statistics(
     wide: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns each token's log-sum-exp and its label's logit over all ranks, and the label's column on this rank (outside it: elsewhere)."""
+    """Returns (log-sum-exp, label's logit) over all ranks, and the label's column on this rank, out of range if another rank has it."""
     columns = wide.shape[1]
     column = labels.long() - columns * (dist.get_rank(group) if group is not None else 0)
     own = (column >= 0) & (column < columns)
@@ -61,8 +62,27 @@ def row_statistics(
 def combine_ranks(
     lse: torch.Tensor, target: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (log-sum-exp, label's logit) of the whole vocabulary from each rank's own."""
+    """Returns (log-sum-exp, label's logit) of the whole vocabulary from those of each rank's slice."""
     mine = torch.stack([lse, target])
     everyone = mine.new_empty(dist.get_world_size(group), *mine.shape)
     dist.all_gather_into_tensor(everyone.view(-1, mine.shape[-1]), mine, group=group)
     return torch.logsumexp(everyone[:, 0], dim=0), everyone[:, 1].sum(dim=0)
+
+
+def weight_gradient(
+    probabilities_TV: torch.Tensor, scaled_TM: torch.Tensor, accumulate_into: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Returns P^T (g h) in its inputs' dtype, or adds it to the float32 buffer `accumulate_into` and returns None."""
+    left = probabilities_TV.t()
+    if accumulate_into is None:
+        return left @ scaled_TM
+    if left.dtype == torch.float32:
+        accumulate_into.addmm_(left, scaled_TM)
+    elif left.is_cuda and accumulate_into.is_contiguous():
+        # One product with bf16 inputs that accumulates into the float32 buffer.
+        torch.ops.aten.addmm.dtype_out(accumulate_into, left, scaled_TM, torch.float32, out=accumulate_into)
+    elif left.is_cuda:
+        accumulate_into.copy_(torch.ops.aten.addmm.dtype(accumulate_into.contiguous(), left, scaled_TM, torch.float32))
+    else:
+        accumulate_into.add_(left @ scaled_TM)
+    return None

@@ -1,4 +1,4 @@
-"""From the mixed projection to rotated queries, rotated keys, values and gate logits: api.py, reference.py, forward.py, backward.py."""
+"""From the mixed projection to rotated queries, rotated keys, values and gate logits: api.py, reference.py, and the kernels in triton.py."""
 
 from .api import qkv_rope
 

@@ -22,20 +22,20 @@ def qkv_rope(
     """Returns (q, k, v, gate logits): q `[tokens, G * group_size, D]` and k `[tokens, G, D]` rotated, v `[tokens, G, D]`, all contiguous.
 
     Args:
-        mixed: `[tokens, G * W]` with W = (group_size + 2) * D + num_gates: for each kv head its group's queries, its keys, its values
-            and its gates' logits, as one projection gives them.
-        angles: float32 `[positions, D]` or `[positions, D / 2]`, a rotation's angle by position; only the first half of the columns is read.
-            How they come about (base, Llama-3 scaling) is the caller's. They get no gradient.
-        positions: int64 or int32 `[tokens]`, each token's row in `angles`. On a CPU one outside is refused; on a GPU, where nothing is
-            waited for, the kernels take the nearest row.
+        mixed: `[tokens, G * W]` with W = (group_size + 2) * D + num_gates, the output of one projection. Each kv head has its group's
+            queries, its keys, its values and its gate logits, in this order.
+        angles: float32 `[positions, D]` or `[positions, D / 2]`, the rotation's angles by position. Only the first D / 2 columns are read.
+            The caller computes them (base, Llama-3 scaling). They get no gradient.
+        positions: int64 or int32 `[tokens]`, each token's row in `angles`. A CPU refuses positions outside `angles`. On a GPU, where
+            checking would mean waiting, the kernels read the nearest row.
         num_kv_heads: G.
-        group_size: query heads of a kv head.
+        group_size: query heads per kv head.
         head_dim: D, even.
-        num_gates: logits of a kv head, 0 for none: the fourth result is then None, else `[tokens, G * num_gates]`.
+        num_gates: gate logits per kv head. The fourth result is `[tokens, G * num_gates]`, or None if this is 0.
         impl: None, "triton" or "reference".
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only).
+        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only).
     """
     sizes = {
         "num_kv_heads": check_whole("num_kv_heads", num_kv_heads, least=1),
@@ -49,7 +49,7 @@ def qkv_rope(
         angles = angles.contiguous()
     if resolve_impl(impl, mixed, "qkv_rope") == "reference":
         return qkv_rope_reference(mixed, angles, positions, **sizes)
-    from .autograd import QKVRope  # here, because it imports Triton
+    from .triton import QKVRope  # imported here because Triton may be missing on a CPU machine
 
     q, k, v, gate = QKVRope.apply(mixed, angles, positions, *sizes.values())
     return q, k, v, gate if num_gates else None
@@ -65,11 +65,11 @@ def check_projection(
     head_dim: int,
     num_gates: int,
 ) -> None:
-    """Raises ValueError unless dtypes, devices and shapes fit each other, and positions the angles."""
+    """Raises ValueError unless dtypes, devices and shapes fit each other and, on a CPU, positions are within `angles`."""
     check_tensors(mixed=mixed, angles=angles, positions=positions)
     check_floats(mixed=mixed)
     if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} must be even and at least 2: RoPE turns pairs")
+        raise ValueError(f"head_dim={head_dim} must be even and at least 2: RoPE rotates pairs")
     width = num_kv_heads * ((group_size + 2) * head_dim + num_gates)
     if mixed.dim() != 2 or mixed.shape[1] != width:
         raise ValueError(

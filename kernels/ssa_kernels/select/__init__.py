@@ -1,1 +1,1 @@
-"""Choosing blocks: api.py, reference.py and the Triton kernels."""  # noqa: A005 - always inside its package
+"""Choosing blocks: api.py, reference.py, and the kernels in importance.py and topk.py, launched by launch.py."""  # noqa: A005 - only imported within its package

@@ -34,17 +34,17 @@ def select_blocks(
         top_k: blocks per query, the own block included.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it.
         scale: factor of the logits, default D^-1/2.
-        score: "softmax_sum" (SSA), "per_head" (MoBA) or "official_compat" (the official code's choice; reference.py says how).
+        score: "softmax_sum" (SSA), "per_head" (MoBA) or "official_compat" (the official code's choice; see reference.py).
         impl: None, "triton" or "reference".
 
     Returns:
-        int32 `[tokens, G, top_k]` (`[tokens, H, top_k]` for per_head): block numbers within the query's own document, ascending, -1
-        padded at the end. The own block is always in; the others are the earlier blocks of largest importance, equal ones decided
-        for the more recent.
+        int32 `[tokens, G, top_k]` (`[tokens, H, top_k]` for per_head): block numbers within the query's own document, ascending,
+        padded with -1 at the end. The own block is always included. The others are the earlier blocks of largest importance; of equal
+        ones, the more recent are taken.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only;
-            the kernels: D in [16, 128], H / G up to 32).
+        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only;
+            the kernels need D in [16, 128] and H / G up to 32).
     """
     check_attention(q=q, k=k)
     scale = check_scale(scale, q.shape[-1])
@@ -52,38 +52,38 @@ def select_blocks(
     block_size, top_k = layout.block_size, check_selection(layout.block_size, top_k, score)
     if resolve_impl(impl, q, "select_blocks") == "triton":
         _check_triton(q, k)
-        from .forward import select_blocks_triton  # Triton is not installed everywhere
+        from .launch import select_blocks_triton  # imported here because Triton may be missing on a CPU machine
 
-        # A tile of queries walks the block rows from its first query's document to its last one's: neighbours alone bound that.
+        # A tile of queries walks the block rows from its first query's document to its last one's. Only neighbours bound that.
         found = [
-            select_blocks_triton(part, k, layout=run_layout, top_k=top_k, scale=scale, score=score)
-            for part, run_layout in _neighbours(q, layout)
+            select_blocks_triton(q_span, k, layout=span_layout, top_k=top_k, scale=scale, score=score)
+            for q_span, span_layout in _neighbours(q, layout)
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
     return select_blocks_reference(q.contiguous(), k.contiguous(), layout=layout, top_k=top_k, scale=scale, score=score)
 
 
 def _neighbours(q: torch.Tensor, layout: DocumentLayout) -> list[tuple[torch.Tensor, DocumentLayout]]:
-    """The queries and layout of each run of neighbours; of one run, or where none are noted, all together."""
-    if len(layout.runs) < 2:
+    """Returns the queries and layout of each span; all together if there is one span or none."""
+    if len(layout.spans) < 2:
         return [(q, layout)]
-    lengths = [run.length for run in layout.runs]
+    lengths = [span.length for span in layout.spans]
     ends = list(accumulate(lengths))
     pieces = zip(q.split(lengths), lengths, ends, strict=True)
-    apart = replace(layout, runs=())  # a slice that is a run does not reach into the next
-    return [(part, query_slice(apart, slice(end - length, end))) for part, length, end in pieces]
+    apart = replace(layout, spans=())  # a slice of one span does not reach into the next
+    return [(q_span, query_slice(apart, slice(end - length, end))) for q_span, length, end in pieces]
 
 
 def _check_triton(q: torch.Tensor, k: torch.Tensor) -> None:
-    group, head_dim = q.shape[1] // k.shape[1], q.shape[2]
-    if group > 32 or not 16 <= head_dim <= 128:
+    group_size, head_dim = q.shape[1] // k.shape[1], q.shape[2]
+    if group_size > 32 or not 16 <= head_dim <= 128:
         raise ValueError(
-            f"H / G = {group} and D = {head_dim} must be at most 32 and in [16, 128] for the Triton kernels; try impl='reference'"
+            f"H / G = {group_size} and D = {head_dim} must be at most 32 and in [16, 128] for the Triton kernels; try impl='reference'"
         )
 
 
 def check_selection(block_size: int, top_k: object, score: object) -> int:
-    """Returns top_k as an int; raises ValueError unless it and the score fit each other and the block size."""
+    """Returns top_k as an int. Raises ValueError unless top_k, the score and the block size fit each other."""
     top_k = check_whole("top_k", top_k, least=1, hint=": the own block is always chosen; try 16")
     if score not in SCORES:
         raise ValueError(f"score={score!r} must be one of {', '.join(SCORES)}; try softmax_sum")

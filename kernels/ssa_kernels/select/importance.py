@@ -1,25 +1,27 @@
-"""How much each earlier block matters to a query: block means, softmax sums and importance, in Triton.
+"""The importance of each earlier block to each query: block means, softmax sums and importance (Triton).
 
-For query t, kv head g and an earlier block c of t's document, with means k' and logits x[h, c] = scale log2(e) q[t, h] . k'[c, g]:
+For query t, kv head g and an earlier block c of t's document, with block means k' and logits x[h, c] = scale log2(e) q[t, h] . k'[c, g]:
 
     importance[t, g, c] = sum over the group's heads h of 2^(x[h, c] - lse[t, h]),   lse[t, h] = log2 sum_c 2^x[h, c]
 
-in three kernels. Nothing of size T x T / K exists: the sums are one number a head, and importance is written for one chunk of
-tokens at a time, which `topk.py` consumes before the next.
+It takes three kernels. Nothing of size T x T / K exists: there is one sum per head, and importance is written for one chunk of tokens at a
+time, which `topk.py` consumes before the next.
 
-* `block_means_kernel`, a program a (block row, kv head): means in float32, rounded to the keys' dtype. Rows are padded with zeros to a power
-  of two, and as many zero rows follow the last as a tile may run over.
-* `softmax_sums_kernel`, a program a (tile of 128 / G tokens, kv head): queries are the rows of the product, so a row's sum stays within its thread. No
-  maximum is taken: logits are small, so 2^x is summed as it stands, and a tile whose sums leave [1e-20, 1e37] is done again with a running one.
-* `importance_kernel`, a program a (tile, kv head, slice of the blocks): blocks are the rows. The heads of a group are summed without leaving
-  a thread: the columns of the product are ordered so that the tensor core hands every thread whole groups.
+* `block_means_kernel`, one program per (block row, kv head): means in float32, rounded to the keys' dtype, padded with zeros to a power of two
+  of features.
+* `softmax_sums_kernel`, one program per (tile of 128 / group_size tokens, kv head): queries are the rows of the product, so a row's sum stays
+  within its thread. It takes no maximum: logits are small, so 2^x is summed as it is. A tile with a sum outside [1e-20, 1e37] is computed
+  again with a running maximum.
+* `importance_kernel`, one program per (tile, kv head, slice of the block rows): block rows are the rows of the product. The heads of a group
+  are summed within a thread, because the product's columns are ordered such that the tensor core gives every thread whole groups.
 
-What binds is the exponential unit: 2 x T^2 / (2 K) exponentials a head. A tile of tokens may span documents; each token masks by its own
-first row, and tiles within one document (nearly all) skip the mask up to the last tile of blocks. Tiles whose tokens see fewer than top_k
-blocks skip the work: all their candidates are chosen. Where a tile begins depends on the documents before, and with it the order of a sum's
-terms: a document's sums agree to a few 1e-7 whatever else is in the batch, not to the bit, so blocks that tie within that may be chosen otherwise.
+The exponential unit is the bound: 2 x T^2 / (2 K) exponentials per head. A tile of tokens may span documents; each token masks by its own
+first block row, and tiles within one document (nearly all) need no mask up to the last tile of blocks. Tiles whose tokens see fewer than
+top_k blocks are skipped: all their candidates are chosen. The tile boundaries, and with them the order of a sum's terms, depend on the
+documents before. So a document's sums agree to a few 1e-7 whatever else is in the batch, but not to the bit, and blocks whose importance
+ties within that may be chosen differently.
 
-Not done here: no gradient (selection has none), no choice (topk.py).
+Not done here: a gradient (selection has none), the choice (topk.py).
 """
 
 import triton
@@ -28,43 +30,53 @@ import triton.language as tl
 
 @triton.jit
 def block_means_kernel(
-    K, START, LENGTH, MEANS, stride_token, stride_head, D: tl.constexpr, DP: tl.constexpr, BP: tl.constexpr
+    k_ptr,
+    start_ptr,
+    length_ptr,
+    means_ptr,
+    stride_token,
+    stride_head,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_BLOCK_SIZE: tl.constexpr,
 ):
-    """MEANS[row, g, :] = mean of K[start : start + length, g, :]; zeros for empty rows and padding."""
-    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start = tl.load(START + row).to(tl.int64)
-    length = tl.load(LENGTH + row)
-    token, d = tl.arange(0, BP), tl.arange(0, DP)
-    inside = (token < length)[:, None] & (d < D)[None, :]
+    """means[block_row, g, :] = mean of k[start : start + length, g, :]; zeros for empty block rows and padding."""
+    block_row, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start = tl.load(start_ptr + block_row).to(tl.int64)
+    length = tl.load(length_ptr + block_row)
+    token, d = tl.arange(0, PADDED_BLOCK_SIZE), tl.arange(0, DIM)
+    inside = (token < length)[:, None] & (d < HEAD_DIM)[None, :]
     keys = tl.load(
-        K + (start + token)[:, None] * stride_token + head * stride_head + d[None, :], mask=inside, other=0.0
+        k_ptr + (start + token)[:, None] * stride_token + kv_head * stride_head + d[None, :], mask=inside, other=0.0
     )
     mean = tl.sum(keys.to(tl.float32), 0) / tl.maximum(length, 1)
-    out = (row.to(tl.int64) * tl.num_programs(1) + head) * DP + d
-    tl.store(MEANS + out, mean.to(MEANS.dtype.element_ty))
+    out = (block_row.to(tl.int64) * tl.num_programs(1) + kv_head) * DIM + d
+    tl.store(means_ptr + out, mean.to(means_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _token_range(FIRST, POSITION, token, valid, num_queries, K: tl.constexpr):
-    """First and last (exclusive) candidate row of each token; none for padding."""
+def _token_range(first_block_row_ptr, position_ptr, token, valid, num_queries, BLOCK_SIZE: tl.constexpr):
+    """Returns the first and last (exclusive) candidate block row of each token; no candidate for padding."""
     token = tl.minimum(token, num_queries - 1)
-    first = tl.load(FIRST + token)
-    own = tl.load(POSITION + token) // K
+    first = tl.load(first_block_row_ptr + token)
+    own = tl.load(position_ptr + token) // BLOCK_SIZE
     return first, tl.where(valid, first + own, first)
 
 
 @triton.jit
-def _tile_range(FIRST, POSITION, base, num_queries, K: tl.constexpr, TT: tl.constexpr):
-    """(lo, hi, common): candidate rows [lo, hi) of a tile of ascending queries; the first `common` are candidates of all."""
-    end = tl.minimum(base + TT, num_queries) - 1
-    lo, hi = tl.load(FIRST + base), tl.load(FIRST + end)
-    common = tl.where(lo == hi, tl.load(POSITION + base) // K, 0)
-    return lo, hi + tl.load(POSITION + end) // K, common
+def _tile_range(
+    first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE: tl.constexpr, TILE_TOKENS: tl.constexpr
+):
+    """Returns (lo, hi, common): candidate block rows [lo, hi) of a tile of ascending queries; the first `common` are candidates of all."""
+    end = tl.minimum(base + TILE_TOKENS, num_queries) - 1
+    lo, hi = tl.load(first_block_row_ptr + base), tl.load(first_block_row_ptr + end)
+    common = tl.where(lo == hi, tl.load(position_ptr + base) // BLOCK_SIZE, 0)
+    return lo, hi + tl.load(position_ptr + end) // BLOCK_SIZE, common
 
 
 @triton.jit
 def _exp2_on_fma(x):
-    """2^x for x clamped to [-126, 126], relative error 2.3e-7, by a polynomial: it spares the exponential unit."""
+    """Returns 2^x for x clamped to [-126, 126], by a polynomial with relative error 2.3e-7, without the exponential unit."""
     x = tl.minimum(tl.maximum(x, -126.0), 126.0)
     shifted = x + 12582912.0  # 1.5 x 2^23 leaves the nearest integer in the low bits
     f = x - (shifted - 12582912.0)
@@ -75,20 +87,20 @@ def _exp2_on_fma(x):
 
 
 @triton.jit
-def _halves(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
-    """[A, B, N, 4] -> two of [A, B, N / 2, 4]."""
-    return tl.split(tl.permute(tl.reshape(x, [A, B, N // 2, 2, 4]), [0, 1, 2, 4, 3]))
+def _halves(x, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    """[A, B, C, 4] -> two of [A, B, C / 2, 4]."""
+    return tl.split(tl.permute(tl.reshape(x, [A, B, C // 2, 2, 4]), [0, 1, 2, 4, 3]))
 
 
 @triton.jit
-def _sum_of_exp2(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, FMA_SHARE: tl.constexpr):
-    """Sums 2^x over the N x 2 of [A, B, N, 4, 2] -> [A, B, 4]; FMA_SHARE (0, 1, 2 or 4) of 8 terms go by the polynomial.
+def _sum_of_exp2(x, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, FMA_SHARE: tl.constexpr):
+    """Returns the sums of 2^x over C x 2 of [A, B, C, 4, 2]: [A, B, 4]. FMA_SHARE (0, 1, 2 or 4) of 8 terms use the polynomial.
 
-    In a tensor core's result, a thread holds the columns with equal (n % 8) // 2: the 4. So these sums stay within threads, and so
-    does the choice of terms, which depends on the column alone (equal keys stay tied).
+    In a tensor core's result a thread holds the columns n with equal (n % 8) // 2: the dim of 4. So these sums stay within threads. The
+    choice of terms depends only on the column, so equal keys stay tied.
     """
-    x = tl.reshape(x, [A, B, N, 4, 2])
-    if N * FMA_SHARE < 4:  # none, or too few terms to deal out
+    x = tl.reshape(x, [A, B, C, 4, 2])
+    if C * FMA_SHARE < 4:  # none, or too few terms to split
         total = tl.sum(tl.sum(tl.exp2(x), 4), 2)
     else:
         even, odd = tl.split(x)
@@ -96,176 +108,181 @@ def _sum_of_exp2(x, A: tl.constexpr, B: tl.constexpr, N: tl.constexpr, FMA_SHARE
         if FMA_SHARE == 4:
             total += tl.sum(_exp2_on_fma(odd), 2)
         else:
-            left, right = _halves(odd, A, B, N)
+            left, right = _halves(odd, A, B, C)
             total += tl.sum(tl.exp2(left), 2)
             if FMA_SHARE == 2:
                 total += tl.sum(_exp2_on_fma(right), 2)
             else:
-                left, right = _halves(right, A, B, N // 2)
+                left, right = _halves(right, A, B, C // 2)
                 total += tl.sum(tl.exp2(left), 2) + tl.sum(_exp2_on_fma(right), 2)
     return total
 
 
 @triton.jit
-def _logits(q, MEANS, row, column, scale_log2):
-    """Scaled logits [R, BC] of the block rows from `row` on."""
-    return tl.dot(q, tl.trans(MEANS.load([row, column])), input_precision="ieee") * scale_log2
+def _logits(q, means, block_row, column, scale_log2):
+    """Returns the scaled logits [TILE_ROWS, TILE_BLOCKS] of the block rows from `block_row` on."""
+    return tl.dot(q, tl.trans(means.load([block_row, column])), input_precision="ieee") * scale_log2
 
 
 @triton.jit
-def _masked_logits(q, MEANS, row, column, scale_log2, first, last, BC: tl.constexpr):
-    """The same, -inf where a block row is no candidate of a query's."""
-    rows = row + tl.arange(0, BC)[None, :]
-    wanted = (rows >= first[:, None]) & (rows < last[:, None])
-    return tl.where(wanted, _logits(q, MEANS, row, column, scale_log2), float("-inf"))
+def _masked_logits(q, means, block_row, column, scale_log2, first, last, TILE_BLOCKS: tl.constexpr):
+    """Returns the same with -inf where a block row is not a candidate of the query."""
+    block_rows = block_row + tl.arange(0, TILE_BLOCKS)[None, :]
+    wanted = (block_rows >= first[:, None]) & (block_rows < last[:, None])
+    return tl.where(wanted, _logits(q, means, block_row, column, scale_log2), float("-inf"))
 
 
 @triton.jit(do_not_specialize=["num_queries"])
 def softmax_sums_kernel(
-    Q,
-    MEANS,
-    FIRST,
-    POSITION,
-    LSE,
+    q_ptr,
+    means,
+    first_block_row_ptr,
+    position_ptr,
+    lse_ptr,
     num_queries,
     stride_token,
     scale_log2,
-    K: tl.constexpr,
-    S: tl.constexpr,
-    GROUP: tl.constexpr,
-    GP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    TT: tl.constexpr,
-    BC: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
     FMA_SHARE: tl.constexpr,
 ):
-    """LSE[t, g, h] = log2 of the softmax sum; grid (tiles, kv heads), last tiles first."""
+    """lse[t, g, h] = log2 of the softmax sum. Grid: (tiles, kv heads), last tiles first."""
     kv_heads = tl.num_programs(1)
-    group = tl.program_id(1)
-    base = (tl.num_programs(0) - 1 - tl.program_id(0)) * TT
-    lo, hi, common = _tile_range(FIRST, POSITION, base, num_queries, K, TT)
-    R: tl.constexpr = TT * GP
-    r = tl.arange(0, R)
-    token, head = base + r // GP, r % GP
-    valid = (token < num_queries) & (head < GROUP)
-    d = tl.arange(0, DP)
-    at = token.to(tl.int64) * stride_token + (group * GROUP + head) * D
-    q = tl.load(Q + at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
-    if hi - lo >= S:
-        column = group * DP
-        whole = lo + common // BC * BC
-        first, last = _token_range(FIRST, POSITION, token, valid, num_queries, K)
-        parts = tl.zeros([R, 1, 4], tl.float32)
-        for row in tl.range(lo, whole, BC, num_stages=STAGES):
-            x = _logits(q, MEANS, row, column, scale_log2)
-            parts += _sum_of_exp2(x, R, 1, BC // 8, FMA_SHARE)
-        for row in tl.range(whole, hi, BC, num_stages=1):
-            x = _masked_logits(q, MEANS, row, column, scale_log2, first, last, BC)
-            parts += _sum_of_exp2(x, R, 1, BC // 8, 0)
+    kv_head = tl.program_id(1)
+    base = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE_TOKENS
+    lo, hi, common = _tile_range(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
+    TILE_ROWS: tl.constexpr = TILE_TOKENS * PADDED_GROUP
+    r = tl.arange(0, TILE_ROWS)
+    token, head = base + r // PADDED_GROUP, r % PADDED_GROUP
+    valid = (token < num_queries) & (head < GROUP_SIZE)
+    d = tl.arange(0, DIM)
+    at = token.to(tl.int64) * stride_token + (kv_head * GROUP_SIZE + head) * HEAD_DIM
+    q = tl.load(q_ptr + at[:, None] + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    if hi - lo >= TOP_K:
+        column = kv_head * DIM
+        whole = lo + common // TILE_BLOCKS * TILE_BLOCKS
+        first, last = _token_range(first_block_row_ptr, position_ptr, token, valid, num_queries, BLOCK_SIZE)
+        parts = tl.zeros([TILE_ROWS, 1, 4], tl.float32)
+        for block_row in tl.range(lo, whole, TILE_BLOCKS, num_stages=STAGES):
+            x = _logits(q, means, block_row, column, scale_log2)
+            parts += _sum_of_exp2(x, TILE_ROWS, 1, TILE_BLOCKS // 8, FMA_SHARE)
+        for block_row in tl.range(whole, hi, TILE_BLOCKS, num_stages=1):
+            x = _masked_logits(q, means, block_row, column, scale_log2, first, last, TILE_BLOCKS)
+            parts += _sum_of_exp2(x, TILE_ROWS, 1, TILE_BLOCKS // 8, 0)
         total = tl.sum(tl.sum(parts, 2), 1)
         lse = tl.log2(total)
         fine = (total > 1e-20) & (total < 1e37)
         if tl.max(tl.where(fine | (first == last), 0, 1), 0) > 0:
-            top = tl.full([R], -1e38, tl.float32)
-            total = tl.zeros([R], tl.float32)
-            for row in tl.range(lo, hi, BC, num_stages=1):
-                x = _masked_logits(q, MEANS, row, column, scale_log2, first, last, BC)
+            top = tl.full([TILE_ROWS], -1e38, tl.float32)
+            total = tl.zeros([TILE_ROWS], tl.float32)
+            for block_row in tl.range(lo, hi, TILE_BLOCKS, num_stages=1):
+                x = _masked_logits(q, means, block_row, column, scale_log2, first, last, TILE_BLOCKS)
                 new_top = tl.maximum(top, tl.max(x, 1))
                 total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(x - new_top[:, None]), 1)
                 top = new_top
             lse = top + tl.log2(total)
-        out = (token.to(tl.int64) * kv_heads + group) * GROUP + head
-        tl.store(LSE + out, lse, mask=valid)
+        out = (token.to(tl.int64) * kv_heads + kv_head) * GROUP_SIZE + head
+        tl.store(lse_ptr + out, lse, mask=valid)
 
 
 @triton.jit(do_not_specialize=["chunk_start", "num_queries"])
 def importance_kernel(
-    Q,
-    MEANS,
-    FIRST,
-    POSITION,
-    LSE,
-    IMPORTANCE,
-    BINS,
+    q_ptr,
+    means,
+    first_block_row_ptr,
+    position_ptr,
+    lse_ptr,
+    importance_ptr,
+    bins_ptr,
     chunk_start,
     num_queries,
     stride_token,
     stride_list,
     scale_log2,
-    K: tl.constexpr,
-    S: tl.constexpr,
-    GROUP: tl.constexpr,
-    GP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    TT: tl.constexpr,
-    BC: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
     SLICE: tl.constexpr,
     STAGES: tl.constexpr,
     FMA_SHARE: tl.constexpr,
     PER_HEAD: tl.constexpr,
     WITH_BINS: tl.constexpr,
 ):
-    """IMPORTANCE[t - chunk_start, list, c] for the chunk's tokens; grid (tiles, kv heads, slices of SLICE block rows).
+    """importance[t - chunk_start, list, c] for the chunk's tokens. Grid: (tiles, kv heads, slices of SLICE block rows).
 
-    WITH_BINS: also the largest importance of every BC-th row of the slice, BINS[t - chunk_start, list, slice, BC], for top-k's threshold; -1
-    where there is no candidate.
+    WITH_BINS: also the largest importance of every TILE_BLOCKS-th block row of the slice, for top-k's threshold, in
+    bins[t - chunk_start, list, slice, TILE_BLOCKS]; -1 where there is no candidate.
     """
     kv_heads = tl.num_programs(1)
-    group = tl.program_id(1)
+    kv_head = tl.program_id(1)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    base = chunk_start + tile * TT
-    lo, hi, _ = _tile_range(FIRST, POSITION, base, num_queries, K, TT)
-    needed = hi - lo >= S
+    base = chunk_start + tile * TILE_TOKENS
+    lo, hi, _ = _tile_range(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
+    needed = hi - lo >= TOP_K
     lo += tl.program_id(2) * SLICE
     hi = tl.minimum(hi, lo + SLICE)
     if needed & (WITH_BINS | (lo < hi)):
-        # Columns are ordered so that a thread of the tensor core's result, which holds those with equal (n % 8) // 2, gets whole groups.
-        R: tl.constexpr = TT * GP
-        n = tl.arange(0, R)
-        if PER_HEAD or GP == 1:
-            token, head = n // GP, n % GP
+        # A thread of the tensor core's result holds the columns n with equal (n % 8) // 2. This order gives it whole groups.
+        TILE_ROWS: tl.constexpr = TILE_TOKENS * PADDED_GROUP
+        n = tl.arange(0, TILE_ROWS)
+        if PER_HEAD or PADDED_GROUP == 1:
+            token, head = n // PADDED_GROUP, n % PADDED_GROUP
         else:
-            token = n % 8 // 2 * (TT // 4) + n // (4 * GP)
-            head = n // 8 % (GP // 2) * 2 + n % 2
-        valid = (base + token < num_queries) & (head < GROUP)
-        d = tl.arange(0, DP)
-        at = (base + token).to(tl.int64) * stride_token + (group * GROUP + head) * D
-        q = tl.load(Q + at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+            token = n % 8 // 2 * (TILE_TOKENS // 4) + n // (4 * PADDED_GROUP)
+            head = n // 8 % (PADDED_GROUP // 2) * 2 + n % 2
+        valid = (base + token < num_queries) & (head < GROUP_SIZE)
+        d = tl.arange(0, DIM)
+        at = (base + token).to(tl.int64) * stride_token + (kv_head * GROUP_SIZE + head) * HEAD_DIM
+        q = tl.load(q_ptr + at[:, None] + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         q = tl.trans(q)
-        column = group * DP
-        # out_*: the order in which values leave the loop below, one a column of the tile or one a token.
+        column = kv_head * DIM
+        # out_*: the order of the values in the loop below, one per column of the tile or one per token.
         if PER_HEAD:
             out_token = token
             out_valid = valid
-            out_list = (tile * TT + token) * (kv_heads * GROUP) + group * GROUP + head
+            out_list = (tile * TILE_TOKENS + token) * (kv_heads * GROUP_SIZE) + kv_head * GROUP_SIZE + head
         else:
-            lse_at = ((base + token).to(tl.int64) * kv_heads + group) * GROUP + head
-            lse = tl.load(LSE + lse_at, mask=valid, other=float("inf"))
-            out_token = tl.arange(0, TT)
-            if GP > 1:
-                out_token = out_token % 4 * (TT // 4) + out_token // 4
+            lse_at = ((base + token).to(tl.int64) * kv_heads + kv_head) * GROUP_SIZE + head
+            lse = tl.load(lse_ptr + lse_at, mask=valid, other=float("inf"))
+            out_token = tl.arange(0, TILE_TOKENS)
+            if PADDED_GROUP > 1:
+                out_token = out_token % 4 * (TILE_TOKENS // 4) + out_token // 4
             out_valid = base + out_token < num_queries
-            out_list = (tile * TT + out_token) * kv_heads + group
-        out_first, out_last = _token_range(FIRST, POSITION, base + out_token, out_valid, num_queries, K)
-        out_last = tl.minimum(out_last, out_first + stride_list)  # a document may be longer than max_length says
-        out_at = IMPORTANCE + out_list.to(tl.int64) * stride_list - out_first
-        bins = tl.full([BC, TT], -1.0, tl.float32)
-        for row in tl.range(lo, hi, BC, num_stages=STAGES):
-            x = tl.dot(MEANS.load([row, column]), q, input_precision="ieee") * scale_log2
+            out_list = (tile * TILE_TOKENS + out_token) * kv_heads + kv_head
+        out_first, out_last = _token_range(
+            first_block_row_ptr, position_ptr, base + out_token, out_valid, num_queries, BLOCK_SIZE
+        )
+        out_last = tl.minimum(out_last, out_first + stride_list)  # a document may exceed max_length
+        out_at = importance_ptr + out_list.to(tl.int64) * stride_list - out_first
+        bins = tl.full([TILE_BLOCKS, TILE_TOKENS], -1.0, tl.float32)
+        for block_row in tl.range(lo, hi, TILE_BLOCKS, num_stages=STAGES):
+            x = tl.dot(means.load([block_row, column]), q, input_precision="ieee") * scale_log2
             if not PER_HEAD:
                 x = x - lse[None, :]
-                if GP > 1:
-                    x = tl.reshape(_sum_of_exp2(x, BC, TT // 4, GP // 2, FMA_SHARE), [BC, TT])
+                if PADDED_GROUP > 1:
+                    x = tl.reshape(
+                        _sum_of_exp2(x, TILE_BLOCKS, TILE_TOKENS // 4, PADDED_GROUP // 2, FMA_SHARE),
+                        [TILE_BLOCKS, TILE_TOKENS],
+                    )
                 else:
                     x = tl.exp2(x)
-            rows = row + tl.arange(0, BC)
-            wanted = (rows[:, None] >= out_first[None, :]) & (rows[:, None] < out_last[None, :])
-            tl.store(out_at[None, :] + rows[:, None], x, mask=wanted)
+            block_rows = block_row + tl.arange(0, TILE_BLOCKS)
+            wanted = (block_rows[:, None] >= out_first[None, :]) & (block_rows[:, None] < out_last[None, :])
+            tl.store(out_at[None, :] + block_rows[:, None], x, mask=wanted)
             if WITH_BINS:
                 bins = tl.maximum(bins, tl.where(wanted, x, -1.0))
         if WITH_BINS:
-            at = (out_list.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * BC
-            tl.store(BINS + at[None, :] + tl.arange(0, BC)[:, None], bins, mask=out_valid[None, :])
+            at = (out_list.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * TILE_BLOCKS
+            tl.store(bins_ptr + at[None, :] + tl.arange(0, TILE_BLOCKS)[:, None], bins, mask=out_valid[None, :])

@@ -1,20 +1,19 @@
-"""Block selection in plain PyTorch: what the kernels must compute, and what training on a CPU runs.
+"""Block selection in plain PyTorch: the definition of what the kernels compute, and what training on a CPU runs.
 
-For each query and kv head: block means of the keys over each block of the document (summed in float32, the last block over its true
-length, rounded to the keys' dtype); importance of each block before the query's own,
+For each query and kv head: the mean key of each block of the document (summed in float32, the last block over its true length, rounded to
+the keys' dtype); the importance of each block before the query's own,
 
     softmax_sum, official_compat:  sum over the group's heads h of softmax_c(scale q_h . mean_c)
     per_head:                      scale q_h . mean_c, each query head for itself
 
-then the own block and the top_k - 1 candidates of largest importance, equal ones decided for the more recent. Everything in float32
-(float64 for float64 inputs), where importance below float32's smallest normal number, 2^-126, is none; by chunks of queries over the
-block rows that they can reach. Source: arXiv 2511.20102, section 3.2;
-per_head is MoBA's gate (arXiv 2502.13189).
+then the own block and the top_k - 1 candidates of largest importance; of equal ones, the more recent are taken. Everything is computed in
+float32 (float64 for float64 inputs), by chunks of queries over the block rows that they can reach. Importance below float32's smallest
+normal number, 2^-126, counts as 0. Source: arXiv 2511.20102, section 3.2; per_head is MoBA's gate (arXiv 2502.13189).
 
-official_compat reproduces what the official code (github zhenyi4/ssa) returns: it scans the blocks by chunks of block_size blocks and
-keeps half a chunk of the running list, so a block of an earlier chunk must be among the best block_size // 2 of all earlier chunks,
-and one of the own chunk among the best block_size // 2 there (the own block included). Its softmax also counts the own block when
-that is complete; that scaling is not reproduced.
+official_compat reproduces what the official code (github zhenyi4/ssa) returns. That code scans the blocks by chunks of block_size blocks and
+keeps half a chunk of the running list. So a block of an earlier chunk must be among the best block_size // 2 of all earlier chunks, and one
+of the own chunk among the best block_size // 2 there (the own block included). Its softmax also counts the own block if that is complete;
+that scaling is not reproduced.
 """
 
 import torch
@@ -34,9 +33,9 @@ def select_blocks_reference(
 
 
 def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
-    """Returns `[R, G, D]` in k's dtype: the mean key of each block row, 0 in unused rows.
+    """Returns `[R, G, D]` in k's dtype: the mean key of each block row, 0 in unused ones.
 
-    A decoding cache may hold these numbers: a finished block's mean never changes.
+    A decoding cache can hold these means: the mean of a complete block never changes.
     """
     k = k.detach()
     wide = k.to(torch.promote_types(k.dtype, torch.float32))
@@ -58,46 +57,46 @@ def choose_blocks(
     for first in range(0, q.shape[0], QUERIES_PER_CHUNK):
         queries = slice(first, first + QUERIES_PER_CHUNK)
         own = layout.query_position[queries] // layout.block_size
-        first_row = layout.query_first_row[queries]
+        first_block_row = layout.query_first_block_row[queries]
         # Only the block rows of the chunk's documents, up to its last query.
-        rows = slice(int(first_row.min()), int((first_row + own).max()) + 1)
-        first_row = first_row - rows.start
-        importance = _importance(q[queries].to(wide), means[..., rows], first_row, own, scale, score)
+        block_rows = slice(int(first_block_row.min()), int((first_block_row + own).max()) + 1)
+        first_block_row = first_block_row - block_rows.start
+        importance = _importance(q[queries].to(wide), means[..., block_rows], first_block_row, own, scale, score)
         if score == "official_compat":
-            importance = _drop_unofficial(importance, first_row, own, layout.block_size)
-        chunks.append(_top(importance, first_row, own, top_k))
+            importance = _drop_unofficial(importance, first_block_row, own, layout.block_size)
+        chunks.append(_top(importance, first_block_row, own, top_k))
     return torch.cat(chunks)
 
 
 def _importance(
-    q: torch.Tensor, means: torch.Tensor, first_row: torch.Tensor, own: torch.Tensor, scale: float, score: str
+    q: torch.Tensor, means: torch.Tensor, first_block_row: torch.Tensor, own: torch.Tensor, scale: float, score: str
 ):
-    """Importance [T, G or H, R], -inf where a row is no candidate (an earlier block of the query's document)."""
+    """Returns importance [T, G or H, R], -inf unless the block row is a candidate: an earlier block of the query's document."""
     tokens, heads, _ = q.shape
-    groups, _, rows = means.shape
-    row = torch.arange(rows, device=q.device)
-    earlier = (row >= first_row[:, None]) & (row < (first_row + own)[:, None])
-    per_group = q.view(tokens, groups, heads // groups, -1).transpose(0, 1).reshape(groups, -1, q.shape[-1])
-    logits = (per_group @ means * scale).view(groups, tokens, heads // groups, rows).transpose(0, 1)
+    kv_heads, _, num_block_rows = means.shape
+    block_row = torch.arange(num_block_rows, device=q.device)
+    earlier = (block_row >= first_block_row[:, None]) & (block_row < (first_block_row + own)[:, None])
+    per_kv_head = q.view(tokens, kv_heads, heads // kv_heads, -1).transpose(0, 1).reshape(kv_heads, -1, q.shape[-1])
+    logits = (per_kv_head @ means * scale).view(kv_heads, tokens, heads // kv_heads, num_block_rows).transpose(0, 1)
     logits = logits.masked_fill(~earlier[:, None, None], float("-inf"))
     if score == "per_head":
-        return logits.reshape(tokens, heads, rows)
-    # Without any candidate softmax is NaN; those rows are masked again below.
+        return logits.reshape(tokens, heads, num_block_rows)
+    # Without any candidate the softmax is NaN; those queries are masked again below.
     importance = logits.softmax(-1).sum(2)
     importance = torch.where(importance < TINY, 0.0, importance)
     return importance.masked_fill(~earlier[:, None], float("-inf"))
 
 
-def _top(importance: torch.Tensor, first_row: torch.Tensor, own: torch.Tensor, top_k: int):
-    """The best top_k - 1 candidates and the own block, ascending, -1 padded: int32 [T, G or H, top_k]."""
-    tokens, lists, rows = importance.shape
-    take = min(top_k - 1, rows)
-    # A stable descending sort of the rows in reverse keeps the more recent of equals first.
+def _top(importance: torch.Tensor, first_block_row: torch.Tensor, own: torch.Tensor, top_k: int):
+    """Returns int32 [T, G or H, top_k]: the best top_k - 1 candidates and the own block, ascending, padded with -1."""
+    tokens, lists, num_block_rows = importance.shape
+    take = min(top_k - 1, num_block_rows)
+    # A stable descending sort of the block rows in reverse order puts the more recent of equals first.
     order = importance.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :take]
-    row = rows - 1 - order
-    taken = importance.gather(-1, row) > float("-inf")
+    block_row = num_block_rows - 1 - order
+    taken = importance.gather(-1, block_row) > float("-inf")
     absent = torch.iinfo(torch.int32).max
-    block = torch.where(taken, row - first_row[:, None, None], absent)
+    block = torch.where(taken, block_row - first_block_row[:, None, None], absent)
     chosen = torch.full((tokens, lists, top_k), absent, dtype=torch.int64, device=importance.device)
     chosen[..., :take] = block
     chosen[..., -1] = own[:, None]
@@ -105,10 +104,10 @@ def _top(importance: torch.Tensor, first_row: torch.Tensor, own: torch.Tensor, t
     return torch.where(chosen == absent, -1, chosen).to(torch.int32)
 
 
-def _drop_unofficial(importance: torch.Tensor, first_row: torch.Tensor, own: torch.Tensor, block_size: int):
-    """Importance with -inf at the blocks that the official code's merge loses."""
-    rows = importance.shape[-1]
-    block = torch.arange(rows, device=importance.device) - first_row[:, None]
+def _drop_unofficial(importance: torch.Tensor, first_block_row: torch.Tensor, own: torch.Tensor, block_size: int):
+    """Returns importance with -inf at the blocks that the official code's merge loses."""
+    num_block_rows = importance.shape[-1]
+    block = torch.arange(num_block_rows, device=importance.device) - first_block_row[:, None]
     chunk_start = (own // block_size * block_size)[:, None]
     before = (block < chunk_start)[:, None]
     half = block_size // 2
@@ -119,8 +118,8 @@ def _drop_unofficial(importance: torch.Tensor, first_row: torch.Tensor, own: tor
 
 
 def _best(importance: torch.Tensor, count: int) -> torch.Tensor:
-    """Bool [T, G, R]: the `count` largest, the more recent of equals."""
+    """Returns bool [T, G, R]: the `count` largest, the more recent of equals."""
     order = importance.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
     keep = torch.zeros_like(importance, dtype=torch.bool)
-    # Fewer than `count` there: what fills up the order is no candidate.
+    # If there are fewer than `count` candidates, the order also holds block rows that are none.
     return keep.scatter_(-1, importance.shape[-1] - 1 - order, True) & (importance > float("-inf"))

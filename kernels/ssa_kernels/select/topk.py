@@ -1,34 +1,35 @@
-"""The own block and the best top_k - 1 of one importance row, exact, in Triton: a warp a row.
+"""The own block and the best top_k - 1 blocks of one row of importance, exactly (Triton): one warp per row.
 
-Values are compared as integers of the same order (float bits, with negative ones reversed). With k = top_k - 1:
+A *row* here is the importance of one (token, list), a *column* a block of the token's document. Values are compared as integers of the same
+order (the bits of the floats, with negative ones reversed). With k = top_k - 1:
 
-1. The maximum of each of 128 bins (column modulo 128), by a pass over the row, or of 64 bins a slice, made with the row by the importance
-   kernel. The k-th largest of the maxima cannot exceed the row's k-th largest value, and about k + k^2 / (2 x bins) values reach it: a
+1. The maximum of each of 128 bins (column modulo 128), by a pass over the row; or of 64 bins per slice, which the importance kernel computed
+   with the row. The k-th largest maximum cannot exceed the row's k-th largest value, and about k + k^2 / (2 x bins) values reach it. A
    bisection over the bins finds it or a number slightly below.
 2. A second pass writes the columns of the values that reach it into a scratch row.
-3. While more than k survive, the smallest goes, the older of equals: exact. What remains is ordered by column.
+3. While more than k survive, the smallest is dropped, the older of equals: this is exact. What remains is sorted by column.
 
-If the survivors outgrow the scratch row (many equal values; large values that share a bin), the exact k-th value is found by bisection over
-the whole row, and among equals the column from which they count, so that exactly k remain: slow, and rare.
+If the survivors do not fit into the scratch row (many equal values; large values that share a bin), a bisection over the whole row finds
+the exact k-th value, and another, among its equals, the column from which they count, so that exactly k remain. This is slow, and rare.
 
-official_compat takes that slow way on two parts of the row first, to reproduce which blocks the official code loses (reference.py).
+official_compat takes that slow path on two parts of the row first, to reproduce which blocks the official code loses (reference.py).
 
-Rows of any length are streamed, so nothing depends on a row fitting into registers. Results do not depend on the rest of the batch.
+Rows of any length are streamed; none has to fit into registers. Results do not depend on the rest of the batch.
 """
 
 import triton
 import triton.language as tl
 
-NEVER = tl.constexpr(-(2**31))  # the key of what is no candidate
+NEVER = tl.constexpr(-(2**31))  # the key of a column that is not a candidate
 LOWEST = tl.constexpr(-(2**31) + 1)
-LAST = tl.constexpr(2**31 - 1)  # above every column and at least every key
+LAST = tl.constexpr(2**31 - 1)  # above every column, and not below any key
 LANES = tl.constexpr(32)
 
 
 @triton.jit
-def _keys(ROW, column, end, SIGNED: tl.constexpr, MASKED: tl.constexpr):
-    """Ordered integer keys of the row's columns; MASKED: NEVER from `end` on (rows are allocated up to a whole pass)."""
-    bits = tl.load(ROW + column).to(tl.int32, bitcast=True)
+def _keys(row_ptr, column, end, SIGNED: tl.constexpr, MASKED: tl.constexpr):
+    """Returns ordered integer keys of the row's columns. MASKED: NEVER from `end` on (rows are allocated in whole passes)."""
+    bits = tl.load(row_ptr + column).to(tl.int32, bitcast=True)
     if SIGNED:
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     if MASKED:
@@ -38,7 +39,7 @@ def _keys(ROW, column, end, SIGNED: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _ones(x):
-    """Number of set bits."""
+    """Returns the number of set bits."""
     x = x.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
@@ -48,39 +49,39 @@ def _ones(x):
 
 @triton.jit
 def _middle(lo, hi):
-    """Floor of the mean of two int32, without overflow."""
+    """Returns the floor of the mean of two int32, without overflow."""
     return (lo & hi) + ((lo ^ hi) >> 1)
 
 
 @triton.jit
-def _bin_maxima(bins, ROW, start, end, W: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr):
-    """`bins` with the columns [start, start + W) taken in."""
-    keys = _keys(ROW, start + tl.arange(0, W), end, SIGNED, MASKED)
-    return tl.maximum(bins, tl.max(tl.reshape(keys, [W // (4 * LANES), 4 * LANES]), 0))
+def _bin_maxima(bins, row_ptr, start, end, WIDTH: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr):
+    """Returns `bins` with the columns [start, start + WIDTH) included."""
+    keys = _keys(row_ptr, start + tl.arange(0, WIDTH), end, SIGNED, MASKED)
+    return tl.maximum(bins, tl.max(tl.reshape(keys, [WIDTH // (4 * LANES), 4 * LANES]), 0))
 
 
 @triton.jit
-def _bin_threshold(ROW, end, k, slack, W: tl.constexpr, SIGNED: tl.constexpr):
-    """`_threshold` of bins made by a pass over the row."""
+def _bin_threshold(row_ptr, end, k, slack, WIDTH: tl.constexpr, SIGNED: tl.constexpr):
+    """Returns `_threshold` of bins that a pass over the row computes."""
     bins = tl.full([4 * LANES], NEVER, tl.int32)
-    whole = end // W * W
-    for start in range(0, whole, W):
-        bins = _bin_maxima(bins, ROW, start, end, W, SIGNED, False)
+    whole = end // WIDTH * WIDTH
+    for start in range(0, whole, WIDTH):
+        bins = _bin_maxima(bins, row_ptr, start, end, WIDTH, SIGNED, False)
     if whole < end:
-        bins = _bin_maxima(bins, ROW, whole, end, W, SIGNED, True)
+        bins = _bin_maxima(bins, row_ptr, whole, end, WIDTH, SIGNED, True)
     return _threshold(bins, k, slack, 4 * LANES)
 
 
 @triton.jit
-def _threshold(bins, k, slack, N: tl.constexpr):
-    """A key that at least k of the row's values reach, and no more than k + slack of the N bins' maxima if they differ."""
+def _threshold(bins, k, slack, NUM_BINS: tl.constexpr):
+    """Returns a key that at least k of the row's values reach, and at most k + slack of the bins' maxima if they differ."""
     hi = tl.max(bins, 0)
     lo = tl.maximum(tl.min(bins, 0), tl.maximum(hi, LOWEST + (1 << 24)) - (1 << 24))
     reach = tl.sum((bins >= lo).to(tl.int32), 0)
     if reach < k:
         hi = lo
         lo = LOWEST
-        reach = tl.full([], N, tl.int32)
+        reach = tl.full([], NUM_BINS, tl.int32)
     while (reach > k + slack) & (hi - 1 > lo):
         mid = _middle(lo, hi)
         count = tl.sum((bins >= mid).to(tl.int32), 0)
@@ -92,37 +93,37 @@ def _threshold(bins, k, slack, N: tl.constexpr):
 
 
 @triton.jit
-def _count(ROW, begin, end, key, cut, W: tl.constexpr, SIGNED: tl.constexpr):
-    """How many of the columns [begin, end) have more than `key`, or just `key` from column `cut` on."""
+def _count(row_ptr, begin, end, key, cut, WIDTH: tl.constexpr, SIGNED: tl.constexpr):
+    """Returns how many of the columns [begin, end) are above `key`, or equal to it from column `cut` on."""
     total = 0
-    for start in range(begin // W * W, end, W):
-        column = start + tl.arange(0, W)
-        keys = _keys(ROW, column, end, SIGNED, True)
+    for start in range(begin // WIDTH * WIDTH, end, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        keys = _keys(row_ptr, column, end, SIGNED, True)
         taken = ((keys > key) | ((keys == key) & (column >= cut))) & (column >= begin) & (column < end)
         total += tl.sum(taken.to(tl.int32), 0)
     return total
 
 
 @triton.jit
-def _exact_threshold(ROW, begin, end, k, W: tl.constexpr, SIGNED: tl.constexpr):
-    """(key, cut) such that exactly min(k, end - begin) columns have more than `key`, or just `key` from `cut` on."""
+def _exact_threshold(row_ptr, begin, end, k, WIDTH: tl.constexpr, SIGNED: tl.constexpr):
+    """Returns (key, cut) such that exactly min(k, end - begin) columns are above `key`, or equal to it from column `cut` on."""
     key = tl.full([], NEVER, tl.int32)
     cut = end
     if end - begin > k:
-        # Fewer than k values exceed hi, at least k exceed lo: hi ends as the k-th largest value ...
+        # Fewer than k values exceed hi and at least k exceed lo, so hi ends as the k-th largest value ...
         lo = tl.full([], NEVER, tl.int32)
         hi = tl.full([], LAST, tl.int32)
         while _middle(lo, hi) > lo:
             mid = _middle(lo, hi)
-            enough = _count(ROW, begin, end, mid, end, W, SIGNED) >= k
+            enough = _count(row_ptr, begin, end, mid, end, WIDTH, SIGNED) >= k
             lo = tl.where(enough, mid, lo)
             hi = tl.where(enough, hi, mid)
         key = hi
-        # ... and cut as the smallest column from which its equals still fit.
+        # ... and cut ends as the smallest column from which the values equal to it still fit.
         over = begin - 1
         while cut - over > 1:
             mid = (cut + over) // 2
-            enough = _count(ROW, begin, end, key, mid, W, SIGNED) > k
+            enough = _count(row_ptr, begin, end, key, mid, WIDTH, SIGNED) > k
             over = tl.where(enough, mid, over)
             cut = tl.where(enough, cut, mid)
     return key, cut
@@ -130,30 +131,30 @@ def _exact_threshold(ROW, begin, end, k, W: tl.constexpr, SIGNED: tl.constexpr):
 
 @triton.jit
 def _compact_pass(
-    ROW,
-    SURVIVORS,
+    row_ptr,
+    survivors_ptr,
     start,
     begin,
     end,
     key,
     cut,
     found,
-    C: tl.constexpr,
-    W: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    WIDTH: tl.constexpr,
     SIGNED: tl.constexpr,
     TIES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Appends what survives of the columns [start, start + W); returns how many there are then.
+    """Appends the survivors of the columns [start, start + WIDTH) and returns their new number.
 
-    Each lane gathers its W / 32 answers into the bits of one word, so that the rare survivors cost a loop over set bits and the many
-    others a comparison each.
+    Each lane collects its WIDTH / 32 comparisons in the bits of one word. The few survivors then cost a loop over set bits, and the many
+    other columns one comparison each.
     """
-    J: tl.constexpr = W // (4 * LANES)
+    J: tl.constexpr = WIDTH // (4 * LANES)
     j, i = tl.arange(0, J)[None, :, None], tl.arange(0, 4)[None, None, :]
     lane = tl.arange(0, LANES)
     column = start + j * (4 * LANES) + lane[:, None, None] * 4 + i
-    keys = _keys(ROW, column, end, SIGNED, MASKED)
+    keys = _keys(row_ptr, column, end, SIGNED, MASKED)
     taken = keys > key
     if TIES:
         taken = (taken | ((keys == key) & (column >= cut))) & (column >= begin) & (column < end)
@@ -163,7 +164,7 @@ def _compact_pass(
     while tl.max((word != 0).to(tl.int32), 0) > 0:
         lowest = _ones((word & -word) - 1)
         at = start + lowest // 4 * (4 * LANES) + lane * 4 + lowest % 4
-        tl.store(SURVIVORS + place, at, mask=(word != 0) & (place < C))
+        tl.store(survivors_ptr + place, at, mask=(word != 0) & (place < SCRATCH))
         word = word & (word - 1)
         place += 1
     return found + tl.sum(held, 0)
@@ -171,106 +172,122 @@ def _compact_pass(
 
 @triton.jit
 def _compact(
-    ROW,
-    SURVIVORS,
+    row_ptr,
+    survivors_ptr,
     begin,
     end,
     key,
     cut,
     found,
-    C: tl.constexpr,
-    W: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    WIDTH: tl.constexpr,
     SIGNED: tl.constexpr,
     TIES: tl.constexpr,
 ):
-    """Appends the columns in [begin, end) above `key` (TIES: or just `key` from `cut` on) to the `found` ones, in no order.
+    """Appends the columns in [begin, end) above `key` (TIES: or equal to it from `cut` on) to the `found` ones, in no order.
 
-    Returns how many there are then; no more than C are written.
+    Returns their new number. At most SCRATCH are written.
     """
-    whole = end // W * W
-    for start in range(begin // W * W, whole, W):
-        found = _compact_pass(ROW, SURVIVORS, start, begin, end, key, cut, found, C, W, SIGNED, TIES, False)
+    whole = end // WIDTH * WIDTH
+    for start in range(begin // WIDTH * WIDTH, whole, WIDTH):
+        found = _compact_pass(
+            row_ptr, survivors_ptr, start, begin, end, key, cut, found, SCRATCH, WIDTH, SIGNED, TIES, False
+        )
     if whole < end:
-        found = _compact_pass(ROW, SURVIVORS, whole, begin, end, key, cut, found, C, W, SIGNED, TIES, True)
+        found = _compact_pass(
+            row_ptr, survivors_ptr, whole, begin, end, key, cut, found, SCRATCH, WIDTH, SIGNED, TIES, True
+        )
     return found
 
 
 @triton.jit
 def _finish(
-    ROW, SURVIVORS, OUT, found, own, k, S: tl.constexpr, SP: tl.constexpr, C: tl.constexpr, SIGNED: tl.constexpr
+    row_ptr,
+    survivors_ptr,
+    out_ptr,
+    found,
+    own,
+    k,
+    TOP_K: tl.constexpr,
+    PADDED_TOP_K: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
-    """Writes the best k of the `found` survivors in ascending columns, the own block and -1."""
-    i = tl.arange(0, C)
+    """Writes the best k of the `found` survivors in ascending order of columns, then the own block, then -1."""
+    i = tl.arange(0, SCRATCH)
     alive = i < found
-    column = tl.load(SURVIVORS + i, mask=alive, other=0)
-    keys = _keys(ROW, column, own, SIGNED, False)
+    column = tl.load(survivors_ptr + i, mask=alive, other=0)
+    keys = _keys(row_ptr, column, own, SIGNED, False)
     for _ in range(k, found):
-        # The smallest goes, the oldest of equals.
+        # Drop the smallest, the oldest of equals.
         worst = tl.min(tl.where(alive, keys, LAST), 0)
         oldest = tl.min(tl.where(alive & (keys == worst), column, LAST), 0)
         alive = alive & (column != oldest)
     kept = tl.minimum(found, k)
     column = tl.where(alive, column, LAST)
-    if C == LANES:
+    if SCRATCH == LANES:
         place = tl.sum((column[:, None] < column[None, :]).to(tl.int32), 0)
-        tl.store(OUT + place, column, mask=alive)
+        tl.store(out_ptr + place, column, mask=alive)
     else:
-        tl.store(OUT + i, tl.sort(column), mask=i < kept)
-    s = tl.arange(0, SP)
-    tl.store(OUT + s, tl.where(s == kept, own, -1), mask=(s >= kept) & (s < S))
+        tl.store(out_ptr + i, tl.sort(column), mask=i < kept)
+    s = tl.arange(0, PADDED_TOP_K)
+    tl.store(out_ptr + s, tl.where(s == kept, own, -1), mask=(s >= kept) & (s < TOP_K))
 
 
 @triton.jit(do_not_specialize=["chunk_start"])
 def top_k_kernel(
-    IMPORTANCE,
-    POSITION,
-    BINS,
-    SURVIVORS,
-    INDICES,
+    importance_ptr,
+    position_ptr,
+    bins_ptr,
+    survivors_ptr,
+    indices_ptr,
     chunk_start,
     stride_list,
     LISTS: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
-    SP: tl.constexpr,
-    C: tl.constexpr,
-    W: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PADDED_TOP_K: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    WIDTH: tl.constexpr,
     SIGNED: tl.constexpr,
     OFFICIAL: tl.constexpr,
-    BINS_A_ROW: tl.constexpr,
+    BINS_PER_ROW: tl.constexpr,
 ):
-    """INDICES[t, list, :] of the chunk's rows; grid (tokens x lists), last tokens first. BINS_A_ROW: maxima made with the row, 0 for none."""
+    """indices[t, list, :] of the chunk's rows. Grid: (tokens x lists), last tokens first.
+
+    BINS_PER_ROW: the number of maxima that the importance kernel computed per row, 0 for none.
+    """
     row = tl.num_programs(0) - 1 - tl.program_id(0)
     token = chunk_start + row // LISTS
-    own = tl.load(POSITION + token) // K
-    out = INDICES + (token.to(tl.int64) * LISTS + row % LISTS) * S
-    k: tl.constexpr = S - 1
+    own = tl.load(position_ptr + token) // BLOCK_SIZE
+    out = indices_ptr + (token.to(tl.int64) * LISTS + row % LISTS) * TOP_K
+    k: tl.constexpr = TOP_K - 1
     if own <= k and not OFFICIAL:
-        s = tl.arange(0, SP)
-        tl.store(out + s, tl.where(s <= own, s, -1), mask=s < S)
+        s = tl.arange(0, PADDED_TOP_K)
+        tl.store(out + s, tl.where(s <= own, s, -1), mask=s < TOP_K)
     else:
-        source = IMPORTANCE + row.to(tl.int64) * stride_list
-        survivors = SURVIVORS + row.to(tl.int64) * C
-        end = tl.minimum(own, stride_list)  # a document may be longer than max_length says
+        source = importance_ptr + row.to(tl.int64) * stride_list
+        survivors = survivors_ptr + row.to(tl.int64) * SCRATCH
+        end = tl.minimum(own, stride_list)  # a document may exceed max_length
         none = tl.full([], 0, tl.int32)
         if OFFICIAL:
-            middle = tl.minimum(own // K * K, end)
-            half = tl.where(middle > 0, K // 2, K)
-            key, cut = _exact_threshold(source, none, middle, half, W, SIGNED)
-            found = _compact(source, survivors, none, middle, key, cut, none, C, W, SIGNED, True)
-            key, cut = _exact_threshold(source, middle, end, half - 1, W, SIGNED)
-            found = _compact(source, survivors, middle, end, key, cut, found, C, W, SIGNED, True)
+            middle = tl.minimum(own // BLOCK_SIZE * BLOCK_SIZE, end)
+            half = tl.where(middle > 0, BLOCK_SIZE // 2, BLOCK_SIZE)
+            key, cut = _exact_threshold(source, none, middle, half, WIDTH, SIGNED)
+            found = _compact(source, survivors, none, middle, key, cut, none, SCRATCH, WIDTH, SIGNED, True)
+            key, cut = _exact_threshold(source, middle, end, half - 1, WIDTH, SIGNED)
+            found = _compact(source, survivors, middle, end, key, cut, found, SCRATCH, WIDTH, SIGNED, True)
         else:
-            if BINS_A_ROW > 0:
-                N: tl.constexpr = triton.next_power_of_2(BINS_A_ROW)
-                i = tl.arange(0, N)
-                maxima = tl.load(BINS + row.to(tl.int64) * BINS_A_ROW + i, mask=i < BINS_A_ROW, other=-1.0)
-                key = _threshold(maxima.to(tl.int32, bitcast=True), k, S // 4, N) - 1
+            if BINS_PER_ROW > 0:
+                NUM_BINS: tl.constexpr = triton.next_power_of_2(BINS_PER_ROW)
+                i = tl.arange(0, NUM_BINS)
+                maxima = tl.load(bins_ptr + row.to(tl.int64) * BINS_PER_ROW + i, mask=i < BINS_PER_ROW, other=-1.0)
+                key = _threshold(maxima.to(tl.int32, bitcast=True), k, TOP_K // 4, NUM_BINS) - 1
             else:
-                key = _bin_threshold(source, end, k, S // 4, W, SIGNED) - 1
-            found = _compact(source, survivors, none, end, key, end, none, C, W, SIGNED, False)
-            if found > C:
-                key, cut = _exact_threshold(source, none, end, k, W, SIGNED)
-                found = _compact(source, survivors, none, end, key, cut, none, C, W, SIGNED, True)
-        tl.debug_barrier()  # the survivors were written by other threads of the warp
-        _finish(source, survivors, out, found, own, k, S, SP, C, SIGNED)
+                key = _bin_threshold(source, end, k, TOP_K // 4, WIDTH, SIGNED) - 1
+            found = _compact(source, survivors, none, end, key, end, none, SCRATCH, WIDTH, SIGNED, False)
+            if found > SCRATCH:
+                key, cut = _exact_threshold(source, none, end, k, WIDTH, SIGNED)
+                found = _compact(source, survivors, none, end, key, cut, none, SCRATCH, WIDTH, SIGNED, True)
+        tl.debug_barrier()  # other threads of the warp wrote the survivors
+        _finish(source, survivors, out, found, own, k, TOP_K, PADDED_TOP_K, SCRATCH, SIGNED)

@@ -1,1 +1,1 @@
-"""Attention to chosen blocks: api.py, reference.py and the Triton kernels, forward and backward."""
+"""Attention to chosen blocks: api.py, reference.py, and the kernels in portable.py and tensor_core/, called by autograd.py."""

@@ -26,8 +26,8 @@ def sparse_attention(
         q: `[tokens, H, D]`.
         k, v: `[tokens, G, D]`, G dividing H, in q's dtype.
         indices: int32 `[tokens, G or H, top_k]` from `select_blocks`: block numbers within the query's document up to its own block,
-            ascending, -1 padded at the end. Others are refused on a CPU; on a GPU, where nothing is waited for, the caller answers for
-            them (no kernel leaves its tensors).
+            ascending, padded with -1 at the end. Other values are refused on a CPU. On a GPU, where checking would mean waiting, the
+            caller is responsible; no kernel accesses memory outside its tensors.
         block_size: keys per block.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it.
         scale: factor of the logits, default D^-1/2.
@@ -35,10 +35,10 @@ def sparse_attention(
 
     Returns:
         o `[tokens, H, D]` in q's dtype, differentiable in q, k and v, and lse `[tokens, H]`, float32, natural logarithm, no gradient. A query
-        without blocks has o = 0 and lse = -inf.
+        without blocks gets o = 0 and lse = -inf.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (float64: the reference only).
+        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only).
     """
     check_attention(q=q, k=k, v=v)
     scale = check_scale(scale, q.shape[-1])
@@ -46,14 +46,14 @@ def sparse_attention(
     _check_indices(indices, q, k, layout)
     q, k, v, indices = (x.contiguous() for x in (q, k, v, indices))
     if resolve_impl(impl, q, "sparse_attention") == "triton":
-        from .autograd import SparseAttention  # here, because it imports Triton
+        from .autograd import SparseAttention  # imported here because Triton may be missing on a CPU machine
 
         return SparseAttention.apply(aligned(q), aligned(k), aligned(v), aligned(indices), layout, scale)
     return sparse_attention_reference(q, k, v, indices, layout=layout, scale=scale)
 
 
 def _check_indices(indices: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout) -> None:
-    """Raises ValueError unless the indices are lists of blocks for each query (their values on a CPU only)."""
+    """Raises ValueError unless the indices are lists of blocks for each query. Values are checked on a CPU only."""
     check_tensors(q=q, indices=indices)
     (queries, heads), kv_heads = q.shape[:2], k.shape[1]
     fits = indices.dim() == 3 and indices.shape[0] == queries and indices.shape[1] in (kv_heads, heads)
@@ -72,5 +72,5 @@ def _check_indices(indices: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layo
         query = int(wrong.flatten(1).any(1).nonzero()[0])
         raise ValueError(
             f"indices of query {query}, {indices[query].tolist()}, must be block numbers in [0, {int(own[query])}], its own block, ascending and "
-            "-1 padded at the end; try select_blocks"
+            "padded with -1 at the end; try select_blocks"
         )

@@ -1,4 +1,4 @@
-"""A whole layer of SSA's attention, from q, k, v and the gates' logits to the output and the alignment loss: api.py, autograd.py."""
+"""One layer of SSA's attention, from q, k, v and the gate logits to the output and the alignment loss: api.py, autograd.py."""
 
 from .api import SSAOutput, ssa_attention
 

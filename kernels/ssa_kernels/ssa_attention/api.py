@@ -6,8 +6,8 @@
     out, alignment_loss = gate_and_align(o_full, o_sparse, gate_logits, main)
     captured_mass = mean of exp(lse_sparse - lse_full)
 
-`composed` is just that, by the public operators, and defines what is correct. On a GPU one autograd function does the same in fewer
-passes (autograd.py), and where top_k blocks cover any document (by the layout's `max_length`) the streams are one (`covered`).
+`composed` is exactly that, by the public operators, and defines what is correct. On a GPU one autograd function computes the same in fewer
+passes (autograd.py). If top_k blocks cover every document (by the layout's `max_length`), both streams are the same (`covered`).
 Source: arXiv 2511.20102, section 3.
 """
 
@@ -34,7 +34,7 @@ class Selection(NamedTuple):
 
 
 class SSAOutput(NamedTuple):
-    """What one layer gives."""
+    """The results of one layer."""
 
     out: torch.Tensor  # [tokens, H, D], the gated main stream in q's dtype
     alignment_loss: torch.Tensor  # scalar, float32: the mean over tokens x H x D
@@ -60,12 +60,12 @@ def ssa_attention(
 ) -> SSAOutput:
     """Returns (out, alignment_loss, captured_mass), differentiable in q, k, v and gate_logits.
 
-    The backward keeps q, k, v, both streams' outputs and log-sum-exps, the chosen blocks and the logits, and nothing else of size.
+    The backward keeps q, k, v, both streams' outputs and log-sum-exps, the chosen blocks and the logits, and nothing else that is large.
 
     Args:
         q: `[tokens, H, D]`.
         k, v: `[tokens, G, D]`, G dividing H, in q's dtype.
-        gate_logits: `[tokens, H]` in q's dtype or float32, or None for no gate (a gate of 1).
+        gate_logits: `[tokens, H]` in q's dtype or float32; None for no gate, which is a gate of 1.
         block_size, top_k, score: as in `select_blocks`.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it; a layout with `max_length` is faster.
         main, weights: as in `gate_and_align`.
@@ -74,8 +74,8 @@ def ssa_attention(
         impl: None, "triton" or "reference".
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what an implementation does not serve (`full_attention` and
-            `select_blocks` say what their kernels do).
+        ValueError: for arguments that do not fit each other, and for what the implementation does not support (see
+            `full_attention` and `select_blocks`).
     """
     check_attention(q=q, k=k, v=v)
     logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
@@ -100,7 +100,7 @@ def ssa_attention(
         )
     if selection.top_k * layout.block_size >= layout.max_length:
         return covered(q, k, v, logits, layout=layout, main=main, scale=scale, num_rows=num_rows, impl=impl)
-    from .autograd import SSAAttention  # here, because it imports Triton
+    from .autograd import SSAAttention  # imported here because Triton may be missing on a CPU machine
 
     tensors = (aligned(x) for x in (q, k, v, logits))
     return SSAOutput(*SSAAttention.apply(*tensors, main_operand(main), weights, layout, selection, scale, num_rows))
@@ -120,10 +120,10 @@ def composed(
     num_rows: int | None,
     impl: str | None,
 ) -> SSAOutput:
-    """Returns what `ssa_attention` does, by the public operators one after another."""
+    """Returns the result of `ssa_attention`, by the public operators one after another."""
     common = {"cu_seqlens": layout, "scale": scale, "impl": impl}
     o_full, lse_full = full_attention(q, k, v, return_lse=True, num_rows=num_rows, **common)
-    assert lse_full is not None  # it was asked for
+    assert lse_full is not None  # return_lse is set
     indices = select_blocks(q.detach(), k.detach(), **selection._asdict(), **common)
     o_sparse, lse_sparse = sparse_attention(q, k, v, indices, block_size=selection.block_size, **common)
     out, loss = gate_and_align(o_full, o_sparse, gate_logits, main=main, weights=weights, impl=impl)
@@ -142,8 +142,8 @@ def covered(
     num_rows: int | None,
     impl: str | None,
 ) -> SSAOutput:
-    """Returns what `composed` does where every query chooses every block: the full stream is both, so nothing is left to align."""
+    """Returns the result of `composed` if every query chooses every block: both streams are the full one, so nothing is left to align."""
     o, _ = full_attention(q, k, v, cu_seqlens=layout, scale=scale, num_rows=num_rows, impl=impl)
-    # Without weights the loss is 0 to the bit; with them a fused multiply-add may leave 1e-18.
+    # With weights of 0 the loss is exactly 0. With others a fused multiply-add may leave 1e-18.
     out, loss = gate_and_align(o, o, gate_logits, main=main, weights=(0.0, 0.0), impl=impl)
     return SSAOutput(out, loss, torch.ones((), dtype=torch.float32, device=q.device))

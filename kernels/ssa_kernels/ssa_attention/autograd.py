@@ -1,11 +1,11 @@
 """One layer of SSA's attention as one autograd function on a GPU.
 
-What it spares against the same operators one after another:
-- the fused backward of gate and alignment hands rowsum(dO * O) of the sparse stream to the sparse backward, which then makes no
-  pass over O and dO of its own (torch's full attention takes none from outside);
-- captured mass comes out of the gate's forward, from the full stream's log-sum-exp as the library laid it out, without transposing;
-- the sparse stream's kernels add their gradients to the full stream's where they lie;
-- the inverted index is built beside the gate's and the full stream's backward.
+What it saves over the same operators one after another:
+- The fused backward of gate and alignment passes rowsum(dO * O) of the sparse stream to the sparse backward, which then needs no pass over
+  O and dO of its own. (torch's full attention accepts none from outside.)
+- The gate's forward also computes the captured mass, from the full stream's log-sum-exp in the library's layout, without transposing.
+- The sparse stream's kernels add their gradients to the full stream's in place.
+- The inverted index is built beside the gate's and the full stream's backward.
 Saved for the backward: q, k, v, both outputs, both log-sum-exps, the chosen blocks, the logits.
 """
 
@@ -13,11 +13,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..full_attention.fused import fused_backward, fused_forward, plan_fused
-from ..gate_and_align.backward import gate_backward
-from ..gate_and_align.forward import gate_forward
+from ..gate_and_align.triton import gate_backward, gate_forward
 from ..select.api import select_blocks
-from ..sparse_attention.backward import sparse_attention_backward
-from ..sparse_attention.forward import sparse_attention_forward
+from ..sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
 from ..sparse_attention.index import invert_beside, segment_length
 
 
@@ -26,7 +24,7 @@ class SSAAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, gate_logits, main, weights, layout, selection, scale, num_rows):
-        """Runs both streams and the gate; q, k, v and the logits are contiguous."""
+        """Computes both streams and the gate; q, k, v and the logits are contiguous."""
         plan, ends = plan_fused(q, k, layout, num_rows=num_rows, backend=None, scale=scale)
         o_full, lse_full, *states = fused_forward(q, k, v, ends, plan)
         indices = select_blocks(q, k, cu_seqlens=layout, scale=scale, impl="triton", **selection._asdict())
@@ -44,7 +42,7 @@ class SSAAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_loss, _):
-        """Gate first, then both streams, whose gradients are added."""
+        """Differentiates the gate, then both streams, and adds the streams' gradients."""
         q, k, v, gate_logits, o_full, lse_full, o_sparse, lse_sparse, indices, ends, main, *states = ctx.saved_tensors
         main = ctx.main_name if main is None else main
         kv_heads, segment = k.shape[1], segment_length(q.shape[1] // indices.shape[1])
@@ -53,7 +51,7 @@ class SSAAttention(torch.autograd.Function):
             o_full, o_sparse, gate_logits, grad_out.contiguous(), grad_loss, main, ctx.weights
         )
         dq, dk, dv = fused_backward(do_full, q, k, v, o_full, lse_full, tuple(states), ends, ctx.plan)
-        del do_full  # freed before the sparse backward takes its workspace
+        del do_full  # freed before the sparse backward allocates its workspace
         grads = sparse_attention_backward(
             q, k, v, indices, None, lse_sparse, do_sparse, ctx.layout, ctx.scale,
             delta=delta_sparse, index=index, add_to=(dq.contiguous(), dk.contiguous(), dv.contiguous()),

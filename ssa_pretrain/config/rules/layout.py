@@ -27,7 +27,7 @@ def _heads(config: Config, _: Machine) -> list[Problem]:
 
 
 def _layers(config: Config, _: Machine) -> list[Problem]:
-    """Pipeline stages divide the layers."""
+    """The pipeline stages, pp * vpp, divide the layers."""
     layers, pp, vpp = config.model.num_layers, config.parallel.pp, config.parallel.vpp
     if min(layers, pp, vpp) < 1 or layers % (pp * vpp) == 0:
         return []
@@ -138,8 +138,7 @@ def _batch_problem(tokens: int, rule: str, choices: list[int], reads: tuple[str,
 
 def _stop(config: Config, _: Machine) -> list[Problem]:
     """A run cannot stop after its last step."""
-    training = config.training
-    steps = training.steps or -(-training.total_tokens // max(1, training.global_batch_tokens))
+    training, steps = config.training, config.training.num_steps()
     if training.stop_at_step <= steps:
         return []
     reads = ("training.steps", "training.total_tokens", "training.global_batch_tokens")

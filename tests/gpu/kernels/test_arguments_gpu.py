@@ -1,4 +1,4 @@
-"""Arguments of the public operators on a GPU: views give the bits of contiguous copies without waiting, misfits are refused, and wrong values are harmless.
+"""Arguments of the public operators on a GPU: views give the bits of contiguous copies without waiting, wrong arguments are refused, wrong values are harmless.
 
 tests/kernels/test_arguments.py is the same on a CPU, for every argument; here are the kernels that exist on a GPU only, with their vector loads,
 asynchronous copies and libraries, and the values that nothing looks at there.
@@ -59,7 +59,7 @@ def streams(heads=32, kv_heads=1, dim=64):
 def operators():
     """Returns by name (call, tensors)."""
     found = {}
-    # One shape for each family of sparse kernels: heads as rows, dK and dV from registers; heads as columns, dK and dV through the ring.
+    # One shape per family of sparse kernels: heads as rows, dK and dV from registers; heads as columns, dK and dV through the ring.
     for heads, kv_heads, dim in ((32, 1, 64), (8, 2, 128)):
         qkv = streams(heads, kv_heads, dim)
         indices = select_blocks(qkv["q"], qkv["k"], **BLOCKS, cu_seqlens=ends())
@@ -147,7 +147,7 @@ def test_views_give_the_bits_of_contiguous_copies_and_nothing_waits(every, name)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_of_the_full_stream(backend):
-    """The libraries' outputs are the same bits; their dQ is not from run to run (fused.py), so gradients are compared to bf16's rounding."""
+    """The libraries' outputs are the same bits. Their dQ differs from run to run (fused.py), so gradients are compared to bf16's rounding."""
 
     def call(**t):
         return full_attention(**t, return_lse=True, backend=backend)
@@ -223,7 +223,7 @@ def test_positions_outside_take_the_nearest_angle(impl):
 
 
 def test_blocks_outside_are_not_read():
-    """Past a list's own block: skipped; and whatever the numbers are, other queries' results and the process survive them."""
+    """Blocks past a query's own block are skipped. Whatever the numbers are, other queries' results are unaffected and nothing crashes."""
     t = {n: x.requires_grad_() for n, x in streams().items()}
     indices = select_blocks(t["q"].detach(), t["k"].detach(), **BLOCKS, cu_seqlens=ends())
     wild = indices.clone()
@@ -286,11 +286,11 @@ def test_misfits_are_refused_before_anything_is_launched():
             draw(T, 2336), draw(77, 64).float(), torch.arange(T), **ROPE
         ),
         "labels on cpu must be on": lambda: linear_cross_entropy(draw(4, 16), draw(9, 16), torch.arange(4)),
-        "float64 must not reach them": lambda: gate(t["q"].double(), draw(T, 32).double()),
+        "they do not take float64": lambda: gate(t["q"].double(), draw(T, 32).double()),
         "indices of shape .* must be int32": lambda: sparse_attention(**t, indices=indices.long(), **at),
         "v \\(384, 1, 32\\) must be": lambda: sparse_attention(t["q"], t["k"], t["v"][..., :32], indices, **at),
         "q has 10 tokens and the layout 384 queries": lambda: select_blocks(t["q"][:10], t["k"], top_k=4, **at),
-        "need as many": lambda: sparse_attention(t["q"][:10], t["k"], t["v"], indices[:10], block_size=16, cu_seqlens=ends()),
+        "must be equal": lambda: sparse_attention(t["q"][:10], t["k"], t["v"], indices[:10], block_size=16, cu_seqlens=ends()),
         "entries must have": lambda: replace(layout, query_start=layout.query_start[:5]),
     }  # fmt: skip
     for sentence, call in wrong.items():

@@ -41,7 +41,7 @@ def ends(lengths):
 
 
 def check(inputs, lengths, scale=None, **options):
-    """Outputs and gradients are as near to float64 as those of plain operations in bf16, which round the logits too."""
+    """Outputs and gradients are as close to float64 as those of plain operations in bf16, which round the logits too."""
     o, lse = full_attention(*inputs, return_lse=True, scale=scale, **options)
     grad = torch.randn_like(o)
     grads = torch.autograd.grad(o, inputs, grad)
@@ -144,7 +144,7 @@ def test_what_no_kernel_takes_ends_in_a_sentence():
         full_attention(*(torch.cat([x] * 3, -1) for x in (q, k, v)), cu_seqlens=boundaries)
     with pytest.raises(ValueError, match="needs num_rows"):
         full_attention(q, k, v, cu_seqlens=boundaries, backend="cudnn")
-    with pytest.raises(ValueError, match="need as many"):
+    with pytest.raises(ValueError, match="need them equal"):
         full_attention(q[:3], k, v, cu_seqlens=boundaries)
     with pytest.raises(ValueError, match="must be None, 'cudnn'"):
         full_attention(q, k, v, cu_seqlens=boundaries, backend="fast")

@@ -67,8 +67,7 @@ def test_more_than_2_to_the_31_elements():
 
 def test_neither_waits_nor_recompiles():
     """Any number of tokens, either stream: the same two compiled kernels, and the host never waits for the device."""
-    from ssa_kernels.gate_and_align.backward import gate_backward_kernel
-    from ssa_kernels.gate_and_align.forward import gate_forward_kernel
+    from ssa_kernels.gate_and_align.triton import gate_backward_kernel, gate_forward_kernel
 
     def call(tokens):
         inputs = make(tokens, 4, 64)

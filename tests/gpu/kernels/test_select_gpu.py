@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssa_kernels import build_layout, query_slice, select_blocks
-from ssa_kernels.select import forward, importance, reference, topk
+from ssa_kernels.select import importance, launch, reference, topk
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +19,7 @@ def bounds(*values):
 
 
 def check(q, k, cu_seqlens, block_size, top_k, score="softmax_sum", tolerance=1e-5, differing=0.01):
-    """Fails unless the choice is right: where it differs from float64's, in few tokens, by blocks whose importance is within `tolerance`."""
+    """Fails unless the choice differs from float64's in few tokens only, and there by blocks whose importance is within `tolerance`."""
     layout = build_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
     ours = select_blocks(q, k, block_size=block_size, top_k=top_k, cu_seqlens=layout, score=score)
     assert torch.equal(ours, select_blocks(q, k, block_size=block_size, top_k=top_k, cu_seqlens=layout, score=score))
@@ -33,12 +33,12 @@ def check(q, k, cu_seqlens, block_size, top_k, score="softmax_sum", tolerance=1e
         row = reference._importance(
             q[token : token + 1].double(),
             means.permute(1, 2, 0),
-            part.query_first_row,
+            part.query_first_block_row,
             own[token : token + 1],
             scale,
             score,
         )[0]
-        first = int(layout.query_first_row[token])
+        first = int(layout.query_first_block_row[token])
         for mine, theirs, values in zip(ours[token].tolist(), exact[token].tolist(), row, strict=True):
             assert int(own[token]) in mine and mine == sorted(x for x in mine if x >= 0) + [x for x in mine if x < 0]
             lost = [float(values[first + block]) for block in set(theirs) - set(mine)]
@@ -95,7 +95,7 @@ def test_large_logits(size):
 
 @pytest.mark.parametrize("tokens", [20_000, 70_000])
 def test_rows_of_many_passes(tokens):
-    """Every token's candidates are whole passes of top-k and a rest; the last queries alone, as float64 would take long."""
+    """Every token's candidates are whole passes of top-k and a remainder. Only the last queries, because float64 would take long."""
     q, k = make(tokens, 16, 1)
     layout = build_layout(bounds(0, tokens), num_tokens=tokens, block_size=16)
     last = query_slice(layout, slice(tokens - 512, tokens))
@@ -141,7 +141,7 @@ def test_documents_and_the_future_do_not_matter():
 
 
 def test_queries_far_apart():
-    """One query of each of many documents, as a decoding batch has them: a tile of queries spans all of their block rows."""
+    """One query from each of many documents, as in a decoding batch: a tile of queries walks all their block rows."""
     q, k = make(60_000, 16, 1)
     layout = build_layout(
         torch.arange(0, 60_001, 600, device="cuda", dtype=torch.int32), num_tokens=60_000, block_size=16
@@ -162,7 +162,7 @@ def test_the_workspace_is_bounded():
     indices = select_blocks(q, k, block_size=16, top_k=16, cu_seqlens=layout)
     beside = torch.cuda.max_memory_allocated() - before - indices.nbytes
     sums, means = tokens * 32 * 4, layout.num_block_rows * 2 * 64 * 2
-    assert beside <= forward.WORKSPACE_BYTES + sums + means + 2**20
+    assert beside <= launch.WORKSPACE_BYTES + sums + means + 2**20
 
 
 def test_neither_waits_nor_recompiles():

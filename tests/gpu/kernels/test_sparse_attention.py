@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ssa_kernels import build_layout, query_slice, sparse_attention
-from ssa_kernels.sparse_attention.backward import sparse_attention_backward
-from ssa_kernels.sparse_attention.forward import sparse_attention_forward
+from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
 from support.errors import require_as_near
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +22,7 @@ def cumulative(lengths):
 
 
 def random_choices(layout, lists, top_k, seed=0, kind="random"):
-    """Returns indices [T, lists, top_k]: the own block and earlier ones, ascending, -1 padded."""
+    """Returns indices [T, lists, top_k]: the own block and earlier ones, ascending, padded with -1."""
     generator = torch.Generator("cuda").manual_seed(seed)
     own = (layout.query_position // layout.block_size)[:, None, None]
     blocks = max(int(own.max()) + 1, top_k)
@@ -140,7 +139,7 @@ def test_skewed_choices(kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [30.0, 300.0])
 def test_large_logits(dtype, size):
-    # The reference is the own tile's maximum: at these sizes later logits lie hundreds above it.
+    # The reference is the own tile's maximum: at these sizes later logits exceed it by hundreds.
     check((700, 33), 16, 1, 64, 16, 16, dtype=dtype, size=size)
 
 
@@ -245,12 +244,13 @@ def test_a_delta_that_is_known_already():
 
 
 def test_nothing_waits_or_compiles_again():
-    from ssa_kernels.sparse_attention import index, tensor_core_backward, tensor_core_forward, tensor_core_wide
+    from ssa_kernels.sparse_attention import index
+    from ssa_kernels.sparse_attention.tensor_core import backward, forward, wide_heads
 
     kernels = [
-        tensor_core_forward.forward_kernel,
-        tensor_core_backward.dq_kernel,
-        tensor_core_wide.dkdv_kernel,
+        forward.forward_kernel,
+        backward.dq_kernel,
+        wide_heads.dkdv_kernel,
         index.segment_kernel,
     ]
 

@@ -25,7 +25,7 @@ def make(heads=16, kv_heads=2, head_dim=64):
 @pytest.mark.parametrize("main", ["full", "sparse", 1, 0])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 2, 64), (8, 2, 128), (6, 1, 96)])
 def test_it_is_the_composition(main, heads, kv_heads, head_dim):
-    """The same kernels but for the order of a sum or two: gradients are as near to float64, outputs equal bit for bit."""
+    """The same kernels except for the order of a few sums: gradients are as close to float64, outputs are equal bit for bit."""
     inputs, layout = make(heads, kv_heads, head_dim)
     given = main if isinstance(main, str) else torch.tensor([main], device="cuda")
     common = {"main": given, "weights": (0.7, 1.3), "num_rows": None}
@@ -46,7 +46,7 @@ def test_it_is_the_composition(main, heads, kv_heads, head_dim):
 def test_the_receptive_field_covers_all():
     """With enough blocks for the longest document the streams agree: all mass captured, hardly any loss."""
     inputs, layout = make()
-    boundaries = layout.cu_seqlens  # alone they do not say how long a document may be, so both streams are computed
+    boundaries = layout.cu_seqlens  # without max_length a document may be of any length, so both streams are computed
     result = ssa_attention(*inputs, block_size=16, top_k=64, cu_seqlens=boundaries, main="sparse")
     known = ssa_attention(*inputs, block_size=16, top_k=64, cu_seqlens=layout, main="sparse")
     _, exact, _, _ = exact_layer(*inputs, layout=layout, top_k=64, main="sparse")

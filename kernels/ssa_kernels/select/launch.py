@@ -1,0 +1,207 @@
+"""Launches the selection kernels: block means, softmax sums, then importance and top-k by chunks of tokens.
+
+Memory beyond the result: the means, one float32 per query and head for the softmax sums, and a workspace bounded by WORKSPACE_BYTES, which
+holds importance and top-k's scratch rows for as many tokens as fit. Grids depend only on shapes and on the layout's `max_length`, so nothing
+synchronises, and nothing is recompiled from batch to batch. If documents are packed into rows, pass a layout with the row length as
+`max_length`: it determines how many tokens make a chunk.
+
+Registers, stages and tile sizes were chosen by measurement at group size 16, D 64 (kernels/LOG.md). Other shapes run in the same way, with
+what their tiles leave room for.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..documents import DocumentLayout
+from ..launch import cdiv, high_priority_stream, launch, next_power_of_2
+from .importance import block_means_kernel, importance_kernel, softmax_sums_kernel
+from .topk import top_k_kernel
+
+WORKSPACE_BYTES = 64 * 2**20
+LOG2E = 1.4426950408889634
+TILE_ROWS = 128  # (tokens x heads) of one tile
+TILE_BLOCKS = 64  # block rows of one tile
+FMA_SHARE = 1  # how many of 8 exponentials run on the multiply-add pipe: 0, 1, 2 or 4
+SUM_PARTS = 4  # parts of the softmax sums: chunks of an early part run beside a later part
+# The importance kernel computes top-k's bins from so many slices on (64k at blocks of 16), if there are so many bins per chosen block.
+BINS_FROM_SLICES = 5
+BINS_PER_CHOICE = 4
+IMPORTANCE_REGISTERS = {False: 112, True: 128}  # without and with bins; four programs per multiprocessor in both cases
+TOP_K_WIDTH = 512  # columns per pass of top-k
+SLICE_BLOCKS = 1024  # block rows per program of the importance kernel
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Sizes of one call, from shapes only."""
+
+    lists: int  # lists of chosen blocks per token: one per kv head, or per query head for per_head
+    group_size: int  # query heads per kv head
+    tile: int  # tokens per tile
+    columns: int  # width of an importance row: the longest document's candidates, rounded up to whole passes of top-k
+    survivors: int  # width of top-k's scratch row
+    chunk: int  # tokens that share the workspace
+
+    @property
+    def padded_group(self) -> int:
+        return TILE_ROWS // self.tile
+
+
+def select_blocks_triton(
+    q: torch.Tensor, k: torch.Tensor, *, layout: DocumentLayout, top_k: int, scale: float, score: str
+) -> torch.Tensor:
+    """Returns indices; arguments as in `select_blocks`, with the layout built."""
+    q, k = q.detach(), k.detach()
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        q = q.contiguous()
+    return choose_blocks_triton(q, block_means(k, layout), layout=layout, top_k=top_k, scale=scale, score=score)
+
+
+def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
+    """Returns the block means `[R, G, D padded to a power of two]` in k's dtype; unused block rows and padding are 0."""
+    kv_heads, dim = k.shape[1:]
+    k = k if k.stride(2) == 1 else k.contiguous()
+    padded = next_power_of_2(dim)
+    means = torch.empty(layout.num_block_rows, kv_heads, padded, dtype=k.dtype, device=k.device)
+    launch(
+        block_means_kernel,
+        (layout.num_block_rows, kv_heads),
+        k,
+        layout.block_start,
+        layout.block_length,
+        means,
+        k.stride(0),
+        k.stride(1),
+        HEAD_DIM=dim,
+        DIM=padded,
+        PADDED_BLOCK_SIZE=next_power_of_2(layout.block_size),
+        num_warps=1,
+    )
+    return means
+
+
+def choose_blocks_triton(
+    q: torch.Tensor, means: torch.Tensor, *, layout: DocumentLayout, top_k: int, scale: float, score: str
+) -> torch.Tensor:
+    """Returns indices int32 `[T, G or H, top_k]` for contiguous queries `[T, H, D]` and the means of `block_means`."""
+    tokens = q.shape[0]
+    plan = _plan(q, means, layout, top_k, score)
+    indices = torch.empty(tokens, plan.lists, top_k, dtype=torch.int32, device=q.device)
+    workspace = torch.empty(plan.chunk, plan.lists, plan.columns, dtype=torch.float32, device=q.device)
+    scratch = torch.empty(plan.chunk, plan.lists, plan.survivors, dtype=torch.int32, device=q.device)
+    starts = range(0, tokens, plan.chunk)
+    before = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
+    lse, sums_ready = None, {}
+    if score != "per_head" and top_k > 1:
+        lse = torch.empty(tokens, q.shape[1], dtype=torch.float32, device=q.device)
+        parts = starts[:: cdiv(len(starts), SUM_PARTS)]
+        sums_ready = _softmax_sums(q, means, lse, parts, layout, plan, top_k, scale, score)
+    # A tile across documents walks a few block rows more; a tile of scattered queries may walk all of them.
+    block_rows = max(layout.num_block_rows, plan.columns) if layout.scattered else plan.columns
+    slices = cdiv(block_rows + plan.tile, SLICE_BLOCKS)
+    with_bins = (
+        score == "softmax_sum" and slices >= BINS_FROM_SLICES and slices * TILE_BLOCKS >= BINS_PER_CHOICE * top_k
+    )
+    bins = workspace if not with_bins else torch.empty(plan.chunk, plan.lists, slices, TILE_BLOCKS, device=q.device)
+    table, narrow = _table(means), means.shape[2] <= 64
+    with _beside(q.device, before) as beside:
+        for start in starts:
+            stop = min(start + plan.chunk, tokens)
+            if start in sums_ready:
+                beside.wait_event(sums_ready[start])
+            if top_k > 1:
+                launch(
+                    importance_kernel, (cdiv(stop - start, plan.tile), means.shape[1], slices),
+                    q, table, layout.query_first_block_row, layout.query_position, lse, workspace, bins, start, stop, q.stride(0),
+                    plan.columns, scale * LOG2E,
+                    **_shape(means, layout, plan, q.shape[2], top_k, score), SLICE=SLICE_BLOCKS, STAGES=3 if narrow else 2,
+                    FMA_SHARE=FMA_SHARE, PER_HEAD=score == "per_head", WITH_BINS=with_bins,
+                    num_warps=4, maxnreg=IMPORTANCE_REGISTERS[with_bins] if narrow else None, stream=beside,
+                )  # fmt: skip
+            launch(
+                top_k_kernel, ((stop - start) * plan.lists,),
+                workspace, layout.query_position, bins, scratch, indices, start, plan.columns,
+                LISTS=plan.lists, BLOCK_SIZE=layout.block_size, TOP_K=top_k, PADDED_TOP_K=next_power_of_2(top_k),
+                SCRATCH=plan.survivors, WIDTH=TOP_K_WIDTH,
+                SIGNED=score == "per_head", OFFICIAL=score == "official_compat",
+                BINS_PER_ROW=slices * TILE_BLOCKS if with_bins else 0, num_warps=1, stream=beside,
+            )  # fmt: skip
+    return indices
+
+
+@contextmanager
+def _beside(device: torch.device, before: torch.cuda.Event | None) -> Iterator[torch.cuda.Stream | None]:
+    """Yields the high-priority stream, which starts after `before` and which the current stream waits for at the end; None on a CPU.
+
+    A chunk runs there as soon as its softmax sums are ready, while the current stream computes later sums. Importance and sums are bound by
+    the exponential unit and top-k by the integer pipe, so they overlap, and later sums fill the device at the end of a chunk.
+    """
+    if device.type != "cuda":
+        yield None
+        return
+    stream = high_priority_stream(device)
+    current = torch.cuda.current_stream(device)
+    stream.wait_event(before)
+    yield stream
+    current.wait_stream(stream)
+
+
+def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: int, score: str) -> _Plan:
+    tokens, heads, _ = q.shape
+    kv_heads = means.shape[1]
+    lists = heads if score == "per_head" else kv_heads
+    # The own block is not a candidate, so a document of n blocks needs n - 1 columns.
+    columns = cdiv(max(layout.max_blocks - 1, 1), TOP_K_WIDTH) * TOP_K_WIDTH
+    kept = layout.block_size if score == "official_compat" else 2 * top_k
+    survivors = max(32, next_power_of_2(kept))
+    tile = TILE_ROWS // next_power_of_2(heads // kv_heads)
+    bins = cdiv(columns + tile, SLICE_BLOCKS) * TILE_BLOCKS
+    most = max(WORKSPACE_BYTES // (lists * (columns + survivors + bins) * 4) // tile, 1) * tile
+    chunk = cdiv(cdiv(tokens, cdiv(tokens, most)), tile) * tile  # all chunks have about the same size
+    return _Plan(lists, heads // kv_heads, tile, columns, survivors, chunk)
+
+
+def _softmax_sums(
+    q, means, lse, parts: range, layout: DocumentLayout, plan: _Plan, top_k: int, scale: float, score: str
+) -> dict[int, torch.cuda.Event]:
+    """Fills lse [T, H], part by part. Returns each part's event by its first token. Tokens whose candidates are all chosen stay unwritten."""
+    tokens, _, dim = q.shape
+    ready = {}
+    for start in parts:
+        part = slice(start, min(start + parts.step, tokens))
+        launch(
+            softmax_sums_kernel, (cdiv(part.stop - start, plan.tile), means.shape[1]),
+            q[part], _table(means), layout.query_first_block_row[part], layout.query_position[part], lse[part],
+            part.stop - start, q.stride(0), scale * LOG2E,
+            **_shape(means, layout, plan, dim, top_k, score), STAGES=2, FMA_SHARE=FMA_SHARE,
+            num_warps=4, maxnreg=96 if means.shape[2] <= 64 else 168,
+        )  # fmt: skip
+        if q.is_cuda:
+            ready[start] = torch.cuda.current_stream(q.device).record_event()
+    return ready
+
+
+def _table(means: torch.Tensor) -> TensorDescriptor:
+    """Returns the means as a matrix [R, G x padded D], of which kernels copy [TILE_BLOCKS, padded D] at a time, with zeros past its end."""
+    return TensorDescriptor.from_tensor(means.view(means.shape[0], -1), [TILE_BLOCKS, means.shape[2]])
+
+
+def _shape(
+    means: torch.Tensor, layout: DocumentLayout, plan: _Plan, dim: int, top_k: int, score: str
+) -> dict[str, int]:
+    """Returns the compile-time sizes that both product kernels take."""
+    return {
+        "BLOCK_SIZE": layout.block_size,
+        # With fewer candidates all are chosen, except that official_compat may lose some.
+        "TOP_K": 1 if score == "official_compat" else top_k,
+        "GROUP_SIZE": plan.group_size,
+        "PADDED_GROUP": plan.padded_group,
+        "HEAD_DIM": dim,
+        "DIM": means.shape[2],
+        "TILE_TOKENS": plan.tile,
+        "TILE_BLOCKS": TILE_BLOCKS,
+    }

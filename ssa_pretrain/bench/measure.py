@@ -1,0 +1,77 @@
+"""Measures one case: builds its variants, times them in turns and returns one result per variant."""
+
+import gc
+import sys
+from collections.abc import Callable
+
+import torch
+
+from ssa_pretrain.bench.options import DEFAULT_VOCAB, Options
+from ssa_pretrain.bench.tables import Result
+from ssa_pretrain.bench.timing import time_in_turns
+from ssa_pretrain.bench.variants import Variant
+from ssa_pretrain.config import Config, PrecisionName
+from ssa_pretrain.monitor.environment import versions
+from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.planning.flops import peak_flops
+
+PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine")
+
+
+def measure(
+    build: Callable[[Config, Placement, int], list[Variant]],
+    case: str,
+    config: Config,
+    placement: Placement,
+    options: Options,
+) -> list[Result]:
+    """Returns the results of a case and frees its models.
+
+    Args:
+        build: builds the variants of the case.
+        case: its name in the table.
+        config: the configuration of its engines.
+        placement: this process.
+        options: rounds and runs, and the model's name.
+    """
+    on_gpu = placement.device.type == "cuda"
+    device = torch.cuda.get_device_name(placement.device) if on_gpu else "CPU"
+    variants = build(config, placement, config.model.vocab_size or DEFAULT_VOCAB)
+    timings = time_in_turns(
+        [v.run for v in variants], rounds=options.rounds, runs_per_turn=options.runs, warmup=3 if on_gpu else 1
+    )
+    results = []
+    for variant, timing in zip(variants, timings, strict=True):
+        seconds, world = timing.ms / 1e3, placement.world_size
+        precision = PrecisionName.fp8 if variant.name.endswith("fp8") else config.precision.name
+        peak = peak_flops(device, precision)
+        rate = variant.flops / seconds / world
+        own_bytes = None if timing.peak_bytes is None else timing.peak_bytes - variant.foreign_bytes
+        results.append(
+            Result(
+                case=case,
+                model=options.model,
+                variant=variant.name,
+                ms=timing.ms,
+                spread=timing.spread,
+                tokens_per_second_per_gpu=variant.tokens / seconds / world if variant.tokens else None,
+                model_tflops_per_gpu=rate / 1e12 if variant.flops else None,
+                mfu=rate / peak if peak and variant.flops else None,
+                peak_gib=None if own_bytes is None else own_bytes / 2**30,
+                world_size=world,
+                device=device,
+                versions=_versions(),
+                command="python -m ssa_pretrain.bench " + " ".join(sys.argv[1:]),
+            )
+        )
+    del variants
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return results
+
+
+def _versions() -> str:
+    """The versions of the libraries in one line."""
+    installed = versions()
+    return ", ".join(f"{name} {installed.get(name, '–')}" for name in PACKAGES)

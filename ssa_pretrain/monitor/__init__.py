@@ -1,0 +1,1 @@
+"""What a run records and shows of itself: metrics, the console, W&B, the environment, profiles."""

@@ -1,0 +1,336 @@
+"""A run's metrics: `metrics.jsonl` (one JSON object per line, one line per step), the console's lines, and W&B.
+
+The file is the record; console and W&B are views of it. Every line is flushed, so a killed run loses at most the line it was writing. Step is
+the only clock: a run that resumes from step s first drops the records past s (in a new file that replaces the old one). So the file of a run
+that was killed ten times equals the file of a run that was never killed, except for its times. Only one process writes. If a resumed run finds
+a line that is not a record, it keeps the file as `metrics.jsonl.damaged-1` and continues with the other lines: the file is a log, the
+checkpoint decides.
+
+Speed is tokens over seconds in a window of recent steps, by the monotonic clock. The first step and pauses for evaluations do not distort it.
+Values that JSON does not have (nan, inf) are written as null, so any reader can parse every line.
+
+Records: {"kind": "train", "step", "tokens", "loss", "cross_entropy", ...} and {"kind": "evaluation", "step", "split", "mode", ...};
+docs/metrics.md lists every key.
+"""
+
+import itertools
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ssa_pretrain.monitor.console import Console, evaluation_line, train_line
+from ssa_pretrain.monitor.tracking import Tracker
+
+FILE_NAME = "metrics.jsonl"
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of a metrics file in order, without an incomplete last line left by a killed run.
+
+    Args:
+        path: metrics.jsonl.
+
+    Raises:
+        ValueError: a line other than the last is not a record.
+    """
+    for number, _, record in _parse_lines(path):
+        if isinstance(record, str):
+            raise ValueError(f"{path}:{number} {record}; remove the line or start a new output_dir")
+        yield record
+
+
+def evaluations(path: Path) -> set[tuple[int, str]]:
+    """Returns step and mode of every evaluation in a metrics file, which may not exist. Skips lines that are not records."""
+    records = [record for _, _, record in _parse_lines(path) if isinstance(record, dict)] if path.exists() else []
+    return {(record["step"], record.get("mode", "")) for record in records if record.get("kind") == "evaluation"}
+
+
+def replace_damaged_file(path: Path) -> str | None:
+    """If a metrics file has lines that are not records, renames it and writes a new one with the records only.
+
+    Args:
+        path: metrics.jsonl; may not exist.
+
+    Returns:
+        What happened, in a sentence; None if every line is a record, except an incomplete last one.
+    """
+    if not path.exists():
+        return None
+    lines = list(_parse_lines(path))
+    bad = [(number, record) for number, _, record in lines if isinstance(record, str)]
+    if not bad:
+        return None
+    numbers = itertools.count(1)
+    renamed = next(p for p in (path.with_name(f"{path.name}.damaged-{n}") for n in numbers) if not p.exists())
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.writelines(line.rstrip(b"\n") + b"\n" for _, line, record in lines if not isinstance(record, str))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path, renamed)
+    os.replace(temporary, path)
+    number, problem = bad[0]
+    count = f" ({len(bad)} such lines)" if len(bad) > 1 else ""
+    return f"{path}:{number} {problem}{count}: the file was kept as {renamed.name}, and the run continues with the other lines"
+
+
+def _parse_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
+    """Yields each line's number from 1, its bytes, and its record or what is wrong with it. Skips an incomplete last line."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number < len(lines) or line.endswith(b"\n"):
+                yield number, line, "is not a JSON object"
+            continue
+        valid = isinstance(record, dict) and type(record.get("step")) is int
+        yield number, line, record if valid else "is not a record of a step"
+
+
+def drop_records_after(path: Path, step: int) -> int:
+    """Drops the records past a step, atomically.
+
+    Args:
+        path: metrics.jsonl; may not exist.
+        step: the step that the run resumes from, the last one that is kept; 0 (a new run) drops everything.
+
+    Returns:
+        The number of dropped records.
+    """
+    if not path.exists():
+        return 0
+    dropped = 0
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for record in read_records(path):
+            if 0 < step >= record["step"]:
+                file.write(_json_line(record))
+            else:
+                dropped += 1
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return dropped
+
+
+class Speed:
+    """Tokens per second over recent steps, and the time left.
+
+    Args:
+        window: number of steps.
+        clock: monotonic, in seconds.
+    """
+
+    def __init__(self, window: int = 20, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._window: deque[tuple[float, int]] = deque(maxlen=window)
+        self._steps = 0
+        self._last = clock()
+
+    def step(self, tokens: int) -> float:
+        """Counts a step and returns its seconds since the last step or the last `pause`.
+
+        Args:
+            tokens: tokens of this step.
+        """
+        now = self._clock()
+        seconds, self._last = now - self._last, now
+        self._steps += 1
+        if self._steps == 2:
+            self._window.clear()  # the first step compiles and allocates; it counts only until there is a second
+        self._window.append((seconds, tokens))
+        return seconds
+
+    def pause(self) -> None:
+        """Excludes the time since the last step (an evaluation, a checkpoint)."""
+        self._last = self._clock()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean over the window; 0 before the first step."""
+        seconds = sum(entry[0] for entry in self._window)
+        return sum(entry[1] for entry in self._window) / seconds if seconds > 0 else 0.0
+
+    def eta(self, steps_left: int) -> float:
+        """Returns the seconds that `steps_left` more steps take at the window's mean."""
+        if not self._window:
+            return 0.0
+        return steps_left * sum(entry[0] for entry in self._window) / len(self._window)
+
+
+class MetricsLogger:
+    """Writes a run's records to metrics.jsonl, the console and the tracker.
+
+    Args:
+        folder: the run's output folder.
+        total_steps: the run's last step.
+        tokens_per_step: the global batch.
+        resume_step: step that the run continues after; records past it are dropped.
+        interval: steps between console lines.
+        flops_per_token: model FLOPs per token, forward and backward; None leaves TFLOP/s and MFU unknown.
+        peak_flops: FLOP/s of all devices together; None leaves MFU unknown.
+        console: for the lines; None builds one.
+        tracker: W&B, or None; it receives the records from before a restart first.
+        enabled: True on the one process that writes.
+        clock: monotonic, in seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        tokens_per_step: int,
+        resume_step: int = 0,
+        interval: int = 10,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        console: Console | None = None,
+        tracker: Tracker | None = None,
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.enabled = enabled
+        self.total_steps = total_steps
+        self.tokens_per_step = tokens_per_step
+        self.interval = interval
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.console = console or Console(total_steps=total_steps, first_step=resume_step, enabled=enabled)
+        self.speed = Speed(clock=clock)
+        self._tracker = tracker
+        self._file = None
+        self._waiting = b""  # lines that could not be written yet: the disk was full
+        self.evaluated: set[tuple[int, str]] = set()  # (step, mode) of every evaluation record
+        if enabled:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / FILE_NAME
+            if damage := replace_damaged_file(path):
+                self.console.print(damage)
+            drop_records_after(path, resume_step)
+            for record in read_records(path) if path.exists() else ():
+                self._forward(record)
+            self._file = path.open("ab", buffering=0)
+
+    def log_step(self, record: Mapping[str, Any], flops_per_token: float | None = None) -> None:
+        """Adds times and speeds to a training record and writes it.
+
+        Args:
+            record: at least step, tokens (since the start of the run), loss, cross_entropy and learning_rate; plain numbers, lists, strings.
+            flops_per_token: model FLOPs per token of this step, which depend on its documents; None: the logger's own.
+        """
+        if self._file is None:
+            return
+        seconds = self.speed.step(self.tokens_per_step)
+        rate = self.speed.tokens_per_second
+        flops_per_token = flops_per_token or self.flops_per_token
+        flops = rate * flops_per_token if flops_per_token else None
+        full = {
+            "kind": "train",
+            **record,
+            "tokens_per_second": rate,
+            "tflops_per_second": flops / 1e12 if flops is not None else None,
+            "mfu": flops / self.peak_flops if flops is not None and self.peak_flops else None,
+            "seconds": seconds,
+            "eta_seconds": self.speed.eta(self.total_steps - record["step"]),
+        }
+        self._write(full)
+        step = full["step"]
+        if step % self.interval == 0 or step in (1, self.total_steps):
+            self.console.print(train_line(full, self.total_steps))
+        self.console.advance(step)
+
+    def log_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Writes an evaluation's record. Its time does not count towards the speed.
+
+        Args:
+            record: step, tokens, split, mode, cross_entropy, captured_mass, captured_mass_by_layer, rows; perplexity is added.
+        """
+        if self._file is None:
+            return
+        full = {"kind": "evaluation", **record}
+        full.setdefault("perplexity", perplexity(full["cross_entropy"]))
+        self._write(full)
+        self.console.print(evaluation_line(full))
+        self.speed.pause()
+
+    def pause(self) -> None:
+        """Excludes the time since the last step (a checkpoint, a wait) from the next step's time."""
+        self.speed.pause()
+
+    def close(self) -> None:
+        """Closes the file, the bar and the tracker. May be called twice."""
+        self.console.close()
+        if self._file is not None:
+            if self._waiting:
+                self._append("")
+            self._file.close()
+            self._file = None
+        if self._tracker is not None:
+            self._tracker.finish()
+            self._tracker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """Appends a record to the file and forwards it."""
+        assert self._file is not None
+        self._append(_json_line(record))
+        self._forward(record)
+
+    def _append(self, line: str) -> None:
+        """Writes to the file. If the disk is full, the rest waits in memory until the next line."""
+        assert self._file is not None
+        late, self._waiting = bool(self._waiting), self._waiting + line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not late:
+                self.console.print(
+                    f"{FILE_NAME} cannot be written ({error.strerror}); training continues, and its records wait in memory"
+                )
+            return
+        if late:
+            self.console.print(f"{FILE_NAME} can be written again and has all records")
+
+    def _forward(self, record: Mapping[str, Any]) -> None:
+        """Forwards a record to the tracker and remembers which evaluations exist."""
+        if record.get("kind") == "evaluation":
+            self.evaluated.add((record["step"], record.get("mode", "")))
+        if self._tracker is not None:
+            self._tracker.log(record)
+
+
+def perplexity(cross_entropy: float) -> float:
+    """Returns exp of a cross entropy in nats: infinity if that overflows, NaN for NaN."""
+    return math.inf if cross_entropy >= 700 else math.exp(cross_entropy)
+
+
+def _json_line(record: Mapping[str, Any]) -> str:
+    """Returns a record as one line of JSON."""
+    return json.dumps(_without_nan(record), allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """Returns the value with None for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value
