@@ -241,47 +241,6 @@ def histogram(
     return _svg(title, width, height, body)
 
 
-def histogram(
-    series: Mapping[str, Sequence[float]],
-    bin_text: Callable[[int], str],
-    *,
-    title: str,
-    every: int,
-    width: int = WIDE,
-    height: int = 240,
-) -> str:
-    """Returns an SVG of stacked bars over common bins, empty if all bins are. `colour_legend` makes its legend.
-
-    Args:
-        series: height of each bin, by name of the series.
-        bin_text: formats a bin's lower border.
-        title: text for screen readers.
-        every: bins from one label of the x axis to the next.
-        width, height: of the drawing, pixels.
-    """
-    totals = [sum(values) for values in zip(*series.values(), strict=True)]
-    filled = [i for i, total in enumerate(totals) if total]
-    if not filled:
-        return ""
-    first, end, top = filled[0], filled[-1] + 1, max(totals)
-    y = Axis(0, top, height - BOTTOM, TOP / 2, ticks=[0, top / 2, top])
-    step = (width - LEFT) / (end - first)
-    body = [_rule(y, tick, compact(tick), width) for tick in y.ticks]
-    for i in range(first, end):
-        x, below = LEFT + (i - first) * step, 0.0
-        for index, (name, values) in enumerate(series.items()):
-            if values[i]:
-                high, low = y.at(below + values[i]), y.at(below)
-                body.append(
-                    f'<rect class="{_colour(index)}" x="{x:.1f}" y="{high:.2f}" width="{max(1, step - 1):.1f}" height="{low - high:.2f}">'
-                    f"<title>{escape(name)}, {escape(bin_text(i))} to {escape(bin_text(i + 1))}: {values[i]:,.0f}</title></rect>"
-                )
-                below += values[i]
-        if i % every == 0:
-            body.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{escape(bin_text(i))}</text>')
-    return _svg(title, width, height, body)
-
-
 def legend(lines: Sequence[Line]) -> str:
     """Returns the names of a chart's lines beside a stroke of their colour, as HTML."""
     drawn = [line for line in lines if line.points and not line.faint]
