@@ -1,6 +1,13 @@
 """Text in, indexed binaries out: the corpus side of pretraining, without torch.
 
-Reading order: `cli` (arguments, exit codes) -> `pipeline` (the verbs) -> `sources` (where text comes from) -> `planning`
-(files into shards) -> `tokenizer` (train, convert, load, encode) -> `shards` (one shard to disk) -> `readers`, `progress`,
-`files` (helpers). The byte format and the manifest are ssa_pretrain/data/indexed_format.py.
+The folders are the stages, and each imports only those before it:
+
+    sources/     where text comes from: own files, the hub, packages
+    corpus/      the text of a run, cut into shards; which documents are held out
+    tokenizer/   training, converting and loading a tokenizer; encoding; checking a fast backend
+    shards/      tokenizing shards in parallel, on one machine or many
+    dataset/     joining shards into a dataset, committing it, validating it, its statistics
+
+Above them are `cli` (arguments, exit codes) and `pipeline` (the stages in their order). Below them are `config`, `recipe`, `readers`,
+`progress`, `processes`, `files` and `errors`. The byte format and the manifest are in ssa_pretrain/data/indexed_format.py.
 """

@@ -1,4 +1,4 @@
-"""`python -m data_prep source=… tokenizer=… out=…`; worker processes import this file too, so it imports nothing by itself."""
+"""`python -m data_prep source=… tokenizer=… out=…`. Worker processes import this file too, so it imports nothing at module level."""
 
 if __name__ == "__main__":
     import os
@@ -6,7 +6,7 @@ if __name__ == "__main__":
     import sys
 
     def interrupt(number: int, frame: object) -> None:
-        """Ends the run with one line; a second Ctrl-C, while workers are being ended, leaves at once."""
+        """Ends the run with one line. A second Ctrl-C, while workers are being stopped, ends the process at once."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise KeyboardInterrupt
 
@@ -21,4 +21,4 @@ if __name__ == "__main__":
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # all files are closed, and taking the interpreter apart costs tenths of a second
+    os._exit(code)  # all files are closed, and the interpreter's own shutdown takes tenths of a second

@@ -23,10 +23,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from data_prep import config as settings
 from data_prep.errors import ConfigurationError, InputError
 from data_prep.own_settings import NAME, kind_of, own_settings
+from data_prep.pipeline import run_stages
 from data_prep.run_config import LocalExecutor, RayExecutor, SlurmExecutor
 from data_prep.sources.catalog import SOURCES
 from data_prep.sources.mixed import MixedSource
-from data_prep.stages import run_stages
 from ssa_pretrain.settings.explain import explained, settings_of
 from ssa_pretrain.settings.output import READER_GONE, discard_output, pipe_may_close, reader_gone, version_line
 from ssa_pretrain.settings.typed import UnwritableNameError, as_typed, field_type

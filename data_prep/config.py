@@ -13,7 +13,6 @@ from typing import Any
 from omegaconf import MISSING
 
 from data_prep.run_config import (
-    IndexConfig,
     MergeConfig,
     MixConfig,
     OnError,
@@ -31,7 +30,7 @@ class Specials(Enum):
 
 
 class Stage(Enum):
-    """What a run does. Each of the first seven needs what those before it left, and does nothing where that is done."""
+    """What a run does. Each of the first six needs what those before it left, and does nothing where that is done."""
 
     plan = "plan"  # what will be made, and what it costs
     fetch = "fetch"  # brings the text to this machine
@@ -39,9 +38,8 @@ class Stage(Enum):
     merge = "merge"  # shards to a bounded number of files, and the manifest
     validate = "validate"  # reads every byte of the dataset in `out` and reports what is wrong with it
     stats = "stats"  # figures and a page about the dataset in `out`
-    index = "index"  # what megatron-core's GPTDataset would build first, for the dataset in `out`
     prepare = "prepare"  # plan to merge: text to a finished dataset
-    all = "all"  # the seven in their order
+    all = "all"  # the six in their order
 
 
 class BackendChoice(Enum):
@@ -88,7 +86,7 @@ class LocalDocsSource:
     kind: str = "local_docs"  # the kind of source that was chosen, by source=
     packages: list[str] = field(
         default_factory=list
-    )  # Debian packages; data_prep/sources/recipes.py has those it can read
+    )  # Debian packages; data_prep/sources/packages/recipes.py has those it can read
     wheels: list[str] = field(default_factory=list)  # Python packages, name==version, of which the source is text
     python_mb: float = (
         10.0  # most MB of Python source, from `wheels`, or without them from what is installed; 0 for none
@@ -246,7 +244,6 @@ class Config:
     mix: MixConfig = field(default_factory=MixConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     executor: Any = MISSING  # where the work runs
-    index: IndexConfig = field(default_factory=IndexConfig)
     stats: StatsConfig = field(default_factory=StatsConfig)
     shard_mb: float = (
         0.0  # MB of input of one shard, the unit of work and of resuming; 0 chooses by the size of the corpus
@@ -269,7 +266,7 @@ class Config:
         if self.retokenize < 0:
             found.append(f"retokenize={self.retokenize} must not be negative; try 200, or 0 for none")
         sections = (self.source, self.tokenizer, self.policy, self.split, self.packing, self.mix, self.merge)
-        for section in (*sections, self.executor, self.index, self.stats):
+        for section in (*sections, self.executor, self.stats):
             found += section.problems()
         if self.packing.kind is Packing.official_row and self.policy.add_bos:
             found.append("packing=official_row writes no BOS, as the published code; set policy.add_bos=false")
@@ -277,11 +274,6 @@ class Config:
             found.append(
                 "split.heldout_fraction=1 leaves no text to train a tokenizer on; name the one of the training data with "
                 "tokenizer=file tokenizer.path=…/tokenizer.json, or tokenizer=llama3"
-            )
-        if self.split.heldout_fraction == 0 and self.index.heldout_samples > 0:
-            found.append(
-                f"index.heldout_samples={self.index.heldout_samples} needs held-out documents and "
-                "split.heldout_fraction=0 holds none out; set index.heldout_samples=0"
             )
         if self.split.heldout_fraction == 1 and self.mix.target_tokens:
             found.append("split.heldout_fraction=1 makes no train tokens to count; leave mix.target_tokens at 0")

@@ -1,4 +1,4 @@
-"""Files that are either absent or whole: written under a temporary name, flushed to the disk, renamed into place."""
+"""Atomic file writes: to a temporary name, flushed to the disk, renamed into place. Also JSON, digests and the dataset's lock."""
 
 import fcntl
 import hashlib
@@ -14,11 +14,11 @@ from data_prep.errors import InputError
 
 UNFINISHED = re.compile(
     r"\.(bin|idx|sums|json|npy|html|txt|blend)\.\d+\.tmp$"
-)  # our own temporary names, with a process id
+)  # our temporary names, with a process id
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` so that a reader sees the old file or the new one, whenever the machine stops."""
+    """Writes `content` to `path` so that a reader sees either the old or the new file, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -30,7 +30,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk."""
+    """Waits until a file's content, or a folder's entries, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -44,7 +44,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Returns the JSON content of one of our own files, or None where it is absent or damaged: it is then made anew."""
+    """Returns the JSON content of one of our own files, or None if it is missing or damaged and has to be written again."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -57,10 +57,13 @@ def digest(content: Any) -> str:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder: two runs that write one dataset would mix their files.
+def dataset_lock(folder: Path) -> Iterator[None]:
+    """Locks a dataset's folder, since two runs that write one dataset would mix their files.
 
-    The kernel drops the lock when the process ends, however it ends, so no stale lock is left behind.
+    The kernel releases the lock when the process ends, in whatever way, so no stale lock remains.
+
+    Raises:
+        InputError: the folder cannot be written, or another run holds the lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,12 +77,12 @@ def only_writer(folder: Path) -> Iterator[None]:
             raise InputError(
                 f"out={folder} is being written by another data_prep; wait for it or choose another out="
             ) from None
-        remove_unfinished([folder])  # a killed writer's; in the other folders the next one that tokenizes removes them
+        remove_unfinished([folder])  # of a killed run; those in other folders are removed when the next run tokenizes
         yield
 
 
 def remove_unfinished(folders: Iterable[Path]) -> None:
-    """Removes files that a killed run of ours left under temporary names."""
+    """Removes files that a killed run left under temporary names."""
     for folder in folders:
         for path in folder.glob("*.tmp"):
             if UNFINISHED.search(path.name):

@@ -2,7 +2,7 @@
 
 Settings of the command line come on top of it, so `merge.files=8` joins the same dataset into other files, and `source.paths=[…]` gives the
 place to which its text has moved. Paths that are gone are looked for where they lay beside the dataset when it was made. The stages
-that only read a dataset (validate, stats, index) need no recipe.
+that only read a dataset (validate, stats) need no recipe.
 """
 
 import glob
@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.errors import InputError
-from data_prep.recipe import Recipe, holds_dataset, parts_of, read_recipe
+from data_prep.recipe import Recipe, holds_dataset, plain_sources, read_recipe
 from ssa_pretrain.data.repair import out_argument, quoted_value
 
 NAME = "recipe"  # of our choice in each group of settings
-READING = ("validate", "stats", "index")
+READING = ("validate", "stats")
 
 
 def own_settings(overrides: list[str], schemas: dict[str, dict[str, Any]], say: Callable[[str], None]) -> list[str]:
@@ -51,7 +51,7 @@ def own_settings(overrides: list[str], schemas: dict[str, dict[str, Any]], say: 
         return []
     settings = recipe.settings
     if not any(key.startswith("source.") for key in given):
-        for source in parts_of(settings["source"]):
+        for source in plain_sources(settings["source"]):
             if "paths" in source:
                 source["paths"] = [_found(path, recipe, out, "source.paths=[…]") for path in source["paths"]]
     if settings["tokenizer"].get("path") and not any(key.startswith("tokenizer") for key in given):

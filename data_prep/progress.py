@@ -1,4 +1,4 @@
-"""What is seen while shards are made: a bar on a terminal, one JSON line every few seconds otherwise."""
+"""Progress while shards are made: a bar on a terminal, otherwise a JSON line every few seconds."""
 
 import json
 import shutil
@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-Say = Callable[[str], None]  # takes lines for people
+Log = Callable[[str], None]  # prints a line for the user
 
 LINE_SECONDS = 5.0
 
 
 class Display:
-    """Shows documents, tokens, MB/s and the time left. The time left is by bytes of input, which are known beforehand."""
+    """Shows documents, tokens, MB/s and the time left. The time left is estimated from bytes of input, whose total is known."""
 
     def __init__(self, input_bytes: int, num_shards: int, stream: TextIO | None = None) -> None:
         self._total, self._num_shards = input_bytes, num_shards
@@ -26,7 +26,7 @@ class Display:
             from tqdm import tqdm
 
             tqdm.monitor_interval = 0  # workers are forked, and its thread could hold a lock at that moment
-            columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal does not know its size
+            columns, rows = shutil.get_terminal_size()  # 80 x 24 if the terminal does not know its size
             layout = "tokenizing {percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
             self._bar = tqdm(total=max(1, input_bytes), bar_format=layout, file=self._stream, ncols=columns, nrows=rows)
 
@@ -44,7 +44,7 @@ class Display:
         self._shards += 1
 
     def close(self) -> None:
-        """Shows the last state and leaves the line."""
+        """Shows the last state and ends the line."""
         if self._bar is not None:
             self._bar.set_description_str(self._counts())
             self._bar.close()

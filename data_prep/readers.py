@@ -1,13 +1,13 @@
-"""Documents out of files: JSON lines, Parquet, plain text.
+"""Reads documents from files: JSON lines, Parquet, plain text.
 
-A `Piece` is a range of one file that can be read on its own: bytes of an uncompressed JSON-lines file (the lines that begin in
-the range), row groups of a Parquet file, or a whole file. Reading yields texts in file order. Anything that is not a document
-is an error with file and line, or with `on_error=skip` is left out and counted: a line, a row, or a file from where it is damaged.
-Nothing is skipped in silence.
+A `Piece` is a range of one file that can be read by itself: bytes of an uncompressed JSON-lines file (the lines that begin in the range),
+row groups of a Parquet file, or a whole file. Reading yields texts in file order. Anything that is not a document is an error with file
+and line. With `on_error=skip` it is left out and counted instead: a line, a row, or a file from the damaged place on. Nothing is skipped
+silently.
 
-JSON is parsed by orjson where that is installed (extra `gigatoken`), two to four times as fast. What it refuses is parsed again
-by the standard library, which takes a little more (NaN, a byte order mark) and says more clearly what is wrong: so the documents and
-the messages are the same with and without it.
+JSON is parsed by orjson if it is installed (extra `gigatoken`), which is two to four times as fast. What orjson rejects is parsed again by
+the standard library, which accepts slightly more (NaN, a byte order mark) and has clearer messages. So documents and messages are the same
+with and without orjson.
 """
 
 import gzip
@@ -34,20 +34,20 @@ except ImportError:
 
 READ_BYTES = 1 << 20  # of lines in memory at a time
 
-EMPTY_ARCHIVE = "is empty, which no compressed file is; fetch it again or leave it out"
-MOST_NAMED = 100  # files of which the first problem is kept
+EMPTY_ARCHIVE = "is empty, but a compressed file never is; fetch it again or leave it out"
+MAX_PROBLEM_FILES = 100  # files whose first problem is kept
 
 Advance = Callable[[int], None]
-Refuse = Callable[[str, Callable[[], str], int], None]  # of a line, row or file; says why; how many
-Document = tuple[str, bytes]  # a text and its UTF-8
+Refuse = Callable[[str, Callable[[], str], int], None]  # lines, rows or files; the reason; how many
+Document = tuple[str, bytes]  # a text and its UTF-8 bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of an input file.
+    """A range of an input file.
 
-    `start` and `stop` count bytes for jsonl and text, row groups for parquet. `size` is what progress is measured in:
-    bytes of the file on disk.
+    `start` and `stop` count bytes for jsonl and text, row groups for parquet. `size` measures progress in bytes of the
+    file on disk.
     """
 
     path: str
@@ -61,7 +61,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Skipped:
-    """What was left out of some text, since it could not be read."""
+    """What was left out because it could not be read."""
 
     counts: Counter[str] = field(default_factory=Counter)  # lines, rows and files
     problems: dict[str, list[Any]] = field(default_factory=dict)  # by file: the first problem, and how many there are
@@ -71,12 +71,12 @@ class Skipped:
         self.counts[what] += count
         if path in self.problems:
             self.problems[path][1] += count
-        elif len(self.problems) < MOST_NAMED:
+        elif len(self.problems) < MAX_PROBLEM_FILES:
             self.problems[path] = [reason(), count]
 
 
-def described(counts: dict[str, int]) -> str:
-    """Returns counts of what was left out, in words."""
+def format_skipped(counts: dict[str, int]) -> str:
+    """Returns the counts of what was left out as text."""
     return ", ".join(f"{count:,} {what if count > 1 else what[:-1]}" for what, count in sorted(counts.items()))
 
 
@@ -85,15 +85,15 @@ def read_piece(piece: Piece, advance: Advance, skipped: Skipped | None = None) -
 
     Args:
         piece: what to read.
-        advance: is told of the progress.
-        skipped: gets what `on_error=skip` leaves out.
+        advance: called with the bytes of progress.
+        skipped: counts what `on_error=skip` leaves out.
 
     Raises:
-        UnreadableText: naming file, place and remedy.
-        InputError: the file is gone or may not be read.
+        UnreadableText: names file, position and remedy.
+        InputError: the file is missing or may not be read.
     """
-    tally = skipped if skipped is not None else Skipped()
-    refuse = partial(tally.add, piece.path) if piece.on_error == "skip" else _refuse
+    counted = skipped if skipped is not None else Skipped()
+    refuse = partial(counted.add, piece.path) if piece.on_error == "skip" else _refuse
     try:
         if piece.format == "jsonl":
             yield from _read_jsonl(piece, advance, refuse)
@@ -102,7 +102,7 @@ def read_piece(piece: Piece, advance: Advance, skipped: Skipped | None = None) -
         else:
             yield from _read_text(piece, advance, refuse)
     except FileNotFoundError:
-        raise InputError(f"{piece.path} does not exist any more; restore it or run again without it") from None
+        raise InputError(f"{piece.path} no longer exists; restore it or run again without it") from None
     except PermissionError:
         raise InputError(f"{piece.path} may not be read by this user; try chmod +r") from None
 
@@ -112,7 +112,7 @@ def _refuse(_: str, reason: Callable[[], str], count: int) -> None:
 
 
 def is_compressed(path: str) -> bool:
-    """Returns whether a file can only be read from its beginning."""
+    """Returns whether a file can only be read from its start."""
     return path.endswith((".gz", ".zst"))
 
 
@@ -122,8 +122,8 @@ def _read_jsonl(piece: Piece, advance: Advance, refuse: Refuse) -> Iterator[Docu
         return
     with open(piece.path, "rb") as file:
         if piece.start:
-            # A line belongs to the piece in which it begins: step back one byte, so that a line that begins exactly at
-            # `start` is kept and one that began before is skipped to its end.
+            # A line belongs to the piece in which it begins. Stepping back one byte keeps a line that begins exactly at `start`
+            # and skips the rest of a line that began before.
             file.seek(piece.start - 1)
             file.readline()
         position = file.tell()
@@ -166,13 +166,13 @@ def _document_or_not(line: bytes, piece: Piece, refuse: Refuse, number: Callable
 def _decompressed(path: str, raw: BinaryIO) -> io.BufferedReader:
     if path.endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
-    import pyarrow  # slow to load, and needed for few formats
+    import pyarrow  # slow to import, and only few formats need it
 
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
 
 
 def _next_line(lines: io.BufferedReader, path: str, number: int, refuse: Refuse) -> bytes:
-    """Returns the next line, nothing at the end or where the archive is damaged."""
+    """Returns the next line; b"" at the end, or if the archive is damaged from here on."""
     try:
         return lines.readline()
     except (EOFError, OSError, zlib.error) as error:
@@ -182,7 +182,7 @@ def _next_line(lines: io.BufferedReader, path: str, number: int, refuse: Refuse)
 
 
 def _document_of(line: bytes, column: str) -> Document | None:
-    """Returns the document in a line, None for a blank line; ValueError says what is wrong with any other."""
+    """Returns the document in a line, or None for a blank line; ValueError with the problem of any other line."""
     if not line or line.isspace():
         return None
     try:
@@ -209,7 +209,7 @@ def _document_of(line: bytes, column: str) -> Document | None:
         return text, text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(
-            f"{column!r} holds half a surrogate pair (\\ud800 to \\udfff), no character; repair it"
+            f"{column!r} holds half a surrogate pair (\\ud800 to \\udfff), which is not a character; repair it"
         ) from None
 
 
@@ -272,7 +272,7 @@ def _document_of_row(raw: bytes | None, piece: Piece, refuse: Refuse, where: str
 
 
 def open_parquet(path: str, text_column: str) -> "pyarrow.parquet.ParquetFile":
-    """Returns an open Parquet file that is known to have a string column of that name, or raises UnreadableText."""
+    """Returns an open Parquet file; UnreadableText if it has no string column of that name."""
     import pyarrow.parquet
 
     try:
@@ -286,7 +286,7 @@ def open_parquet(path: str, text_column: str) -> "pyarrow.parquet.ParquetFile":
 
 
 def check_text_column(schema: "pyarrow.Schema", text_column: str, path: str) -> None:
-    """Raises UnreadableText unless a Parquet file has one column of that name and it holds strings, dictionaries of them included."""
+    """Raises UnreadableText unless a Parquet file has one column of that name with strings or dictionary-encoded strings."""
     import pyarrow
 
     if text_column not in schema.names:

@@ -1,11 +1,11 @@
-"""The recipe of a dataset: the settings that made it, kept in out/recipe.json, so that it is repaired without them being given again.
+"""The recipe of a dataset: the settings that made it, kept in out/recipe.json, so that a repair does not need them again.
 
-It holds what determines the dataset (source, tokenizer, policy, split, packing, mix, merge, shard_mb) and where downloads are kept. How
-a run is carried out (executor, workers, backend) is not part of it. Paths are absolute. Users and passwords inside addresses are left out.
+It holds what determines the dataset (source, tokenizer, policy, split, packing, mix, merge, shard_mb) and the folder of downloads. It does
+not hold how a run is executed (executor, workers, backend). Paths are absolute. Users and passwords in URLs are left out.
 data_prep/own_settings.py turns a recipe into the settings of a run.
 
-A recipe belongs to the dataset whose fingerprint it has. One without a fingerprint is that of a run which has not made all its shards;
-it protects nothing.
+A recipe belongs to the dataset with its fingerprint. A recipe without a fingerprint is that of a run with unfinished shards. It does not
+protect the folder from being overwritten.
 """
 
 import json
@@ -28,28 +28,28 @@ SECTIONS = ("source", "tokenizer", "policy", "split", "packing", "mix", "merge")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What recipe.json holds."""
+    """The content of recipe.json."""
 
-    settings: dict[str, Any]  # by section, plain data; `cache` and `shard_mb` besides
-    out: str  # where the dataset lay
-    inputs: str = ""  # sha256 of what the text is; empty until it is known
-    fingerprint: str = ""  # of the dataset; empty until all its shards are made
+    settings: dict[str, Any]  # plain data by section, and `cache` and `shard_mb`
+    out: str  # the dataset's folder when it was made
+    inputs: str = ""  # sha256 of the text; empty until it is known
+    fingerprint: str = ""  # of the dataset; empty until all its shards are finished
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What is known of the finished dataset in a folder, though it may be damaged."""
+class KnownDataset:
+    """What is known of the finished dataset in a folder. Its files may be damaged."""
 
     fingerprint: str
-    inputs: str  # sha256 of what its text is; empty where that is not known
-    kind: str  # of its source; likewise
-    recipe: Recipe | None  # its own
+    inputs: str  # sha256 of its text; empty if unknown
+    kind: str  # of its source; empty if unknown
+    recipe: Recipe | None  # None if recipe.json is missing, damaged or another dataset's
 
 
 def recipe_of(config: Config, out: Path, inputs: str = "", fingerprint: str = "") -> Recipe:
     """Returns the recipe of a run."""
-    settings = {section: plain(getattr(config, section)) for section in SECTIONS}
-    for source in parts_of(settings["source"]):
+    settings = {section: to_plain(getattr(config, section)) for section in SECTIONS}
+    for source in plain_sources(settings["source"]):
         if "paths" in source:
             source["paths"] = [_absolute(path) for path in source["paths"]]
     if settings["tokenizer"].get("path"):
@@ -58,29 +58,36 @@ def recipe_of(config: Config, out: Path, inputs: str = "", fingerprint: str = ""
     return Recipe(settings, str(out), inputs, fingerprint)
 
 
-def plain(section: Any) -> Any:
-    """Returns settings as JSON has them, without names and passwords inside addresses."""
+def to_plain(section: Any) -> Any:
+    """Returns settings as plain data for JSON, without users and passwords in URLs."""
     if hasattr(section, "__dataclass_fields__"):
         section = asdict(section)
     if isinstance(section, dict):
-        return {str(key): plain(value) for key, value in section.items()}
+        return {str(key): to_plain(value) for key, value in section.items()}
     if isinstance(section, list | tuple):
-        return [plain(value) for value in section]
+        return [to_plain(value) for value in section]
     if isinstance(section, Enum):
         return section.value
     return without_credentials(section) if isinstance(section, str) else section
 
 
 def without_credentials(text: str) -> str:
-    """Returns an address without user, password and query; other text as it is."""
+    """Returns a URL without user, password and query; other text unchanged."""
     if not text.lower().startswith(("http://", "https://")):
         return text
     parts = urlsplit(text)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def without_keys(settings: Any, names: tuple[str, ...]) -> Any:
+    """Returns plain settings without some keys, at any depth of dictionaries."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: without_keys(value, names) for key, value in settings.items() if key not in names}
+
+
 def write_recipe(out: Path, recipe: Recipe) -> None:
-    """Writes out/recipe.json, unless it holds just that."""
+    """Writes out/recipe.json, unless it has exactly this content."""
     content = {"schema": SCHEMA, **asdict(recipe)}
     try:
         if read_recipe(out) == recipe:
@@ -91,28 +98,28 @@ def write_recipe(out: Path, recipe: Recipe) -> None:
 
 
 def read_recipe(out: Path) -> Recipe | None:
-    """Returns the recipe of a dataset, None where there is none; InputError where it is damaged."""
+    """Returns the recipe of a dataset, or None if there is none; InputError if it is damaged."""
     path = out / "recipe.json"
     try:
         content = json.loads(path.read_bytes())
         if content["checksum"] != content_checksum(content):
             raise ValueError("it does not match its own checksum")
         if content["schema"] != SCHEMA:
-            raise ValueError(f"schema={content['schema']} is not the {SCHEMA} that this version reads")
+            raise ValueError(f"schema={content['schema']} is not {SCHEMA}, the one that this version reads")
         return Recipe(**{field.name: content[field.name] for field in fields(Recipe)})
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is damaged ({error}); repeat the command that made the dataset, with its source= and other settings: that "
-            "writes it again"
+            f"{path} is damaged ({error}); repeat the command that made the dataset, with its source= and other settings, "
+            "which writes it again"
         ) from None
 
 
-def known_dataset(out: Path) -> Known | None:
-    """Returns what is known of the finished dataset in a folder, None where there is none.
+def known_dataset(out: Path) -> KnownDataset | None:
+    """Returns what is known of the finished dataset in a folder, or None if there is none.
 
-    The manifest says so; where it is missing or damaged, the recipe does.
+    The source is the manifest, or the recipe if the manifest is missing or damaged.
     """
     try:
         recipe = read_recipe(out)
@@ -123,24 +130,24 @@ def known_dataset(out: Path) -> Known | None:
         fingerprint, sources, inputs = manifest.fingerprint, manifest.sources, manifest.details.get("inputs")
     except DatasetError:
         if recipe and recipe.fingerprint:
-            return Known(recipe.fingerprint, recipe.inputs, recipe.settings["source"]["kind"], recipe)
+            return KnownDataset(recipe.fingerprint, recipe.inputs, recipe.settings["source"]["kind"], recipe)
         damaged = read_json(out / "manifest.json")
         if not isinstance(damaged, dict) or not damaged.get("fingerprint"):
             return None
         fingerprint, sources, inputs = damaged["fingerprint"], (), None
     kind = sources[0].get("kind", "") if sources else ""
     own = recipe if recipe and recipe.fingerprint == fingerprint else None
-    return Known(fingerprint, digest(list(inputs.values())) if inputs else "", kind, own)
+    return KnownDataset(fingerprint, digest(list(inputs.values())) if inputs else "", kind, own)
 
 
 def holds_dataset(out: Path) -> bool:
-    """Returns whether files of a dataset lie in a folder, finished or not."""
+    """Returns whether a folder holds files of a dataset, finished or not."""
     patterns = ("manifest.json", "work/shards/*.json", "train/*.bin", "heldout/*.bin")
     return any(any(out.glob(pattern)) for pattern in patterns)
 
 
-def parts_of(source: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the plain settings of each source: the parts of a mixed one, else the one itself."""
+def plain_sources(source: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the plain settings of each source: those inside a mixed one, else the one itself."""
     return list(source["parts"].values()) if source["kind"] == "mixed" else [source]
 
 

@@ -1,4 +1,4 @@
-"""The settings that say how much is made, in what shape, and where: on_error, mix, packing, merge, executor, index, stats.
+"""The settings that say how much is made, in what shape, and where: on_error, mix, packing, merge, executor, stats.
 
 What the text is and how it becomes ids is in data_prep/config.py, which gathers all of them.
 """
@@ -119,24 +119,6 @@ class RayExecutor:
         found = _positive("executor", self, "tasks", "cpus_per_task", "mem_per_cpu_gb")
         if self.workers < 0:
             found.append(f"executor.workers={self.workers} must not be negative; try 0 for one a core")
-        return found
-
-
-@dataclass(kw_only=True, slots=True)
-class IndexConfig:
-    """Indices that megatron-core's GPTDataset would build when training starts; this project's own training needs none."""
-
-    sequence_length: int = 8192  # tokens per sample
-    samples: int = 0  # samples of the train split; 0 builds nothing
-    heldout_samples: int = 0  # samples of the heldout split; 0 builds nothing
-    seed: int = 1234  # GPTDataset's random_seed
-
-    def problems(self) -> list[str]:
-        """Returns what is wrong with the values, one sentence each."""
-        found = _positive("index", self, "sequence_length")
-        for name in ("samples", "heldout_samples"):
-            if getattr(self, name) < 0:
-                found.append(f"index.{name}={getattr(self, name)} must not be negative; try 0 for none")
         return found
 
 

@@ -1,1 +1,1 @@
-"""Where text comes from. A source yields subsets: named lists of files that the readers understand."""
+"""Where text comes from. A source yields parts of the corpus: named lists of files that the readers understand."""

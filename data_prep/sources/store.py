@@ -1,8 +1,8 @@
-"""Text that a source extracts or finds, and the memory of it, so that later runs work on the same bytes.
+"""The text that sources extract or find, and an index of it, so that later runs work on the same bytes.
 
-Extracted text becomes files of at most 2 MB under out/text, `{"text": …}` a line, in the order of extraction, exact duplicates
-dropped. Files that lie elsewhere (downloads in the cache, the user's own) are named and read where they are.
-`text/index.json` is written last: without it, with other settings in it, or with a file gone, the source is asked again.
+Extracted text goes into files of at most 2 MB in out/text, one `{"text": …}` per line, in the order of extraction, without exact
+duplicates. Files elsewhere (downloads in the cache, the user's own) are only registered and are read in place. `text/index.json` is
+written last. If it is missing, has other settings in it, or lists a missing file, the source is asked again.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ from typing import Any
 
 from data_prep.errors import InputError
 from data_prep.files import read_json, write_json
-from data_prep.planning import Subset
+from data_prep.sources.files import Part
 
-PART_BYTES = 2_000_000
+MAX_FILE_BYTES = 2_000_000
 
 
 @dataclass(slots=True)
 class Counts:
-    """What one origin gave to one part of the corpus."""
+    """What one origin contributed to one part of the corpus."""
 
     origin: str
     documents: int = 0
@@ -31,12 +31,12 @@ class Counts:
 
 
 class TextStore:
-    """Collects what a source has; `subsets` tells what that is.
+    """Collects the text of sources; `parts` returns the result.
 
     Attributes:
         folder: where extracted text goes. Files named like its own are removed when an extraction starts over.
-        cache: folder of downloads, shared by datasets; nothing in it is ever removed here.
-        counts: by part, what each origin gave.
+        cache: folder of downloads, shared by datasets. The store never removes anything in it.
+        counts: by part, what each origin contributed.
     """
 
     def __init__(self, folder: Path, cache: Path | None = None) -> None:
@@ -47,11 +47,11 @@ class TextStore:
         self._formats: dict[str, tuple[str, str]] = {}
         self.counts: dict[str, list[Any]] = {}
 
-    def add_all(self, name: str, origin: str, texts: Iterable[str]) -> Counts:
-        """Appends documents to the part `name`, those seen before in any part left out; returns how many there were."""
+    def add_texts(self, part: str, origin: str, texts: Iterable[str]) -> Counts:
+        """Appends documents to a part, without those seen before in any part; returns how many there were."""
         counts = Counts(origin)
-        self.counts.setdefault(name, []).append(counts)
-        self._claim(name, "jsonl", "text")
+        self.counts.setdefault(part, []).append(counts)
+        self._check_format(part, "jsonl", "text")
         lines: list[bytes] = []
         size = 0
         for text in texts:
@@ -64,18 +64,18 @@ class TextStore:
             counts.documents += 1
             counts.text_bytes += len(raw)
             line = json.dumps({"text": raw.decode()}, ensure_ascii=False).encode() + b"\n"
-            if lines and size + len(line) > PART_BYTES:
-                self._write(name, lines)
+            if lines and size + len(line) > MAX_FILE_BYTES:
+                self._write(part, lines)
                 lines, size = [], 0
             lines.append(line)
             size += len(line)
         if lines:
-            self._write(name, lines)
+            self._write(part, lines)
         return counts
 
     def add_files(
         self,
-        name: str,
+        part: str,
         kind: str,
         files: Sequence[str | Path],
         text_column: str = "text",
@@ -83,60 +83,70 @@ class TextStore:
         origin: str,
         **details: Any,
     ) -> None:
-        """Names files that lie on this machine as (more of) the part `name`; they are read where they are.
+        """Appends files that are on this machine to a part. They are read in place.
 
         Args:
-            name: part of the corpus; letters, digits, - and _.
+            part: part of the corpus; letters, digits, - and _.
             kind: jsonl, parquet or text, the same for all files of a part.
-            files: in the order in which they are read.
+            files: in reading order.
             text_column: key or column of the text.
             origin: where they come from, for the manifest.
             details: more for the manifest, such as a revision or a success rate; plain JSON.
         """
-        self._claim(name, kind, text_column)
-        self._files.setdefault(name, []).extend(str(path) for path in files)
-        self.counts.setdefault(name, []).append({"origin": origin, "files": len(files), **details})
+        self._check_format(part, kind, text_column)
+        self._files.setdefault(part, []).extend(str(path) for path in files)
+        self.counts.setdefault(part, []).append({"origin": origin, "files": len(files), **details})
 
-    def subsets(self) -> list[Subset]:
+    def parts(self) -> list[Part]:
         """Returns the parts that have files."""
-        return [Subset(n, self._formats[n][0], tuple(f), self._formats[n][1]) for n, f in self._files.items()]
+        return [Part(n, self._formats[n][0], tuple(f), self._formats[n][1]) for n, f in self._files.items()]
 
-    def _claim(self, name: str, kind: str, column: str) -> None:
-        known = self._formats.setdefault(name, (kind, column))
+    def origins(self) -> list[dict[str, Any]]:
+        """Returns what each origin contributed, for the manifest."""
+        return [
+            {"name": part, **(count if isinstance(count, dict) else asdict(count))}
+            for part, counts in self.counts.items()
+            for count in counts
+        ]
+
+    def _check_format(self, part: str, kind: str, column: str) -> None:
+        known = self._formats.setdefault(part, (kind, column))
         if known != (kind, column):
             formats = " and of ".join(f"{one} with the text in {where}" for one, where in (known, (kind, column)))
-            raise InputError(f"part {name} would have files of {formats}; give one of the sources another name for it")
+            raise InputError(f"part {part} would have files of {formats}; give one of the sources another name for it")
 
-    def _write(self, name: str, lines: list[bytes]) -> None:
-        files = self._files.setdefault(name, [])
-        path = self.folder / f"{name}_{len(files):05d}.jsonl"
+    def _write(self, part: str, lines: list[bytes]) -> None:
+        files = self._files.setdefault(part, [])
+        path = self.folder / f"{part}_{len(files):05d}.jsonl"
         path.write_bytes(b"".join(lines))
         files.append(str(path))
 
 
 def has_other_text(folder: Path, key: dict[str, Any]) -> bool:
-    """Returns whether text that was extracted with other settings lies in `folder`; extracting anew would replace it."""
+    """Returns whether `folder` holds text extracted with other settings, which a new extraction would replace."""
     known = read_json(folder / "index.json")
     return isinstance(known, dict) and known.get("key") != key
 
 
-def known_text(folder: Path, key: dict[str, Any]) -> tuple[list[Subset], list[dict[str, Any]]] | None:
-    """Returns what an earlier extraction with the same key left, whole; None where it must be done."""
+def known_text(folder: Path, key: dict[str, Any]) -> tuple[list[Part], list[dict[str, Any]]] | None:
+    """Returns the result of an earlier extraction with the same key, or None if there is no complete one."""
     known = read_json(folder / "index.json")
-    if not (isinstance(known, dict) and known.get("key") == key and all(_is_whole(folder, f) for f in known["files"])):
+    if not isinstance(known, dict) or known.get("key") != key:
         return None
-    return _subsets(folder, known["files"]), known["counts"]
+    if not all(_is_complete(folder, entry) for entry in known["files"]):
+        return None
+    return _parts(folder, known["files"]), known["counts"]
 
 
 def stored_text(
     folder: Path, key: dict[str, Any], extract: Callable[[TextStore], None], cache: Path | None = None
-) -> tuple[list[Subset], list[dict[str, Any]]]:
-    """Returns the parts of the corpus under `folder` and, for the manifest, what each origin gave.
+) -> tuple[list[Part], list[dict[str, Any]]]:
+    """Returns the parts of the corpus under `folder` and, for the manifest, what each origin contributed.
 
-    The text is extracted first unless that was done with the same `key`.
+    Extracts the text first, unless that was done with the same `key`.
 
     Args:
-        folder: where the text lies.
+        folder: where the text is.
         key: the settings that determine the text.
         extract: fills the store.
         cache: folder of downloads.
@@ -152,38 +162,28 @@ def stored_text(
     extract(store)
     files = [
         {
-            "name": s.name,
-            "format": s.format,
-            "text_column": s.text_column,
-            # Relative where it is ours, so that the dataset's folder can be moved.
+            "name": part.name,
+            "format": part.format,
+            "text_column": part.text_column,
+            # Relative if it is our own file, so that the dataset's folder can be moved.
             "file": Path(path).name if Path(path).parent == folder else str(Path(path).absolute()),
             "bytes": Path(path).stat().st_size,
         }
-        for s in store.subsets()
-        for path in s.files
+        for part in store.parts()
+        for path in part.files
     ]
-    counts = described(store)
-    write_json(index, {"key": key, "counts": counts, "files": files})
-    return _subsets(folder, files), counts
+    write_json(index, {"key": key, "counts": store.origins(), "files": files})
+    return _parts(folder, files), store.origins()
 
 
-def described(store: TextStore) -> list[dict[str, Any]]:
-    """Returns what each origin gave, for the manifest."""
-    return [
-        {"name": name, **(count if isinstance(count, dict) else asdict(count))}
-        for name, group in store.counts.items()
-        for count in group
-    ]
-
-
-def _subsets(folder: Path, files: list[dict[str, Any]]) -> list[Subset]:
-    parts: dict[tuple[str, str, str], list[str]] = {}
+def _parts(folder: Path, files: list[dict[str, Any]]) -> list[Part]:
+    paths: dict[tuple[str, str, str], list[str]] = {}
     for entry in files:
         key = (entry["name"], entry.get("format", "jsonl"), entry.get("text_column", "text"))
-        parts.setdefault(key, []).append(str(folder / entry["file"]))
-    return [Subset(name, kind, tuple(paths), column) for (name, kind, column), paths in parts.items()]
+        paths.setdefault(key, []).append(str(folder / entry["file"]))
+    return [Part(name, kind, tuple(files), column) for (name, kind, column), files in paths.items()]
 
 
-def _is_whole(folder: Path, entry: dict[str, Any]) -> bool:
+def _is_complete(folder: Path, entry: dict[str, Any]) -> bool:
     path = folder / entry["file"]
     return path.is_file() and path.stat().st_size == entry["bytes"]

@@ -1,11 +1,11 @@
-"""The programs that turn text into ids: Hugging Face's `tokenizers`, which defines the result, and two that are faster.
+"""The libraries that turn text into ids: Hugging Face's `tokenizers`, which defines the result, and two faster ones.
 
-gigatoken 0.10.0 (MIT) reads the same tokenizer.json and encodes byte-level BPEs some twenty times as fast; tiktoken (MIT) some four
-times, given the ranks and the word pattern of that file. Neither is trusted: data_prep/parity.py compares their ids with those of
-`tokenizers` on documents from all over the corpus and on one of every batch, and nothing is committed before. So the bytes of a
-dataset do not depend on the backend, and neither does a fingerprint.
+gigatoken 0.10.0 (MIT) reads the same tokenizer.json and encodes byte-level BPEs about twenty times as fast. tiktoken (MIT), given the ranks
+and the word pattern of that file, is about four times as fast. Neither is trusted. data_prep/tokenizer/parity.py compares their ids with
+those of `tokenizers` on documents from all over the corpus and on one document of every batch, and nothing is committed before. So neither
+the bytes of a dataset nor a fingerprint depend on the backend.
 
-All run on the calling thread; parallelism is left to the worker processes.
+All backends run on the calling thread. The worker processes are the parallelism.
 """
 
 import json
@@ -24,76 +24,76 @@ from data_prep.errors import ConfigurationError, InputError
 
 FASTEST_FIRST = ("gigatoken", "tiktoken")
 
-# Characters of a call of `tokenizers`, which makes some thirty bytes of objects for each: the processor's cache holds those of this many, not those
-# of a megabyte, which take a fifth longer.
+# Characters per call of `tokenizers`, which allocates about thirty bytes of objects per character. The objects of this many characters fit in the
+# processor's cache. Those of a megabyte do not, and take a fifth longer.
 GROUP_CHARACTERS = 125_000
 
-Encoded = tuple[np.ndarray, np.ndarray]  # ids of all texts end to end, and how many each has (int64)
+Encoded = tuple[np.ndarray, np.ndarray]  # concatenated ids of all texts, and the number of ids of each text (int64)
 
 
-class Unsuited(Exception):
-    """A backend cannot use this tokenizer; says why."""
+class UnsupportedTokenizer(Exception):
+    """A backend cannot use this tokenizer; the message is the reason."""
 
 
 class Backend(Protocol):
-    """Encodes batches of texts, special tokens neither added nor, if the policy says so, recognised."""
+    """Encodes batches of texts. It adds no special tokens and, depending on the policy, recognises none."""
 
     def encode(self, texts: list[str]) -> Encoded:
-        """Returns the ids of all texts end to end, and how many each has."""
+        """Returns the concatenated ids of all texts, and the number of ids of each."""
         ...
 
 
 class HuggingFaceBackend:
-    """`tokenizers`, by the call that skips offsets; InputError if the file is no tokenizer.json."""
+    """`tokenizers`, through the call that skips offsets; InputError if the file is not a tokenizer.json."""
 
     def __init__(self, path: str, specials_as_text: bool, loaded: Tokenizer | None = None) -> None:
         self.tokenizer = loaded or load_tokenizer(Path(path))
-        # A file may carry the limits of the model that it was made for; a corpus must be neither cut nor padded.
+        # A file may have the length limits of its model, but a corpus must be neither cut nor padded.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = specials_as_text
 
     def encode(self, texts: list[str]) -> Encoded:
-        """Returns the ids of all texts end to end, and how many each has."""
+        """Returns the concatenated ids of all texts, and the number of ids of each."""
         batches = (self.tokenizer.encode_batch_fast(group, add_special_tokens=False) for group in _groups(texts))
-        return _joined(encoding.ids for batch in batches for encoding in batch)
+        return _concatenated(encoding.ids for batch in batches for encoding in batch)
 
 
 class GigatokenBackend:
-    """gigatoken; Unsuited if it does not know the kind of tokenizer."""
+    """gigatoken; UnsupportedTokenizer if it does not support this kind of tokenizer."""
 
     def __init__(self, path: str, specials_as_text: bool) -> None:
         import gigatoken
 
         content = Path(path).read_text(encoding="utf-8")
         if specials_as_text:
-            content = without_added_tokens(content)  # it cannot recognise what it does not know
+            content = without_added_tokens(content)  # so that it does not recognise them in a text
         try:
             self._tokenizer = gigatoken.Tokenizer.from_json(content)
         except RuntimeError as error:
-            raise Unsuited(str(error).splitlines()[0]) from None
+            raise UnsupportedTokenizer(str(error).splitlines()[0]) from None
 
     def encode(self, texts: list[str]) -> Encoded:
-        """Returns the ids of all texts end to end, and how many each has."""
+        """Returns the concatenated ids of all texts, and the number of ids of each."""
         if not texts:
-            return _joined([])
-        # One by one: its call for a batch takes a fifth longer and imports awkward, which takes half a second.
+            return _concatenated([])
+        # One by one: the batch call takes a fifth longer and imports awkward, which takes half a second.
         documents = [self._tokenizer.encode(text) for text in texts]
         return np.concatenate(documents), np.array([len(ids) for ids in documents], dtype=np.int64)
 
 
 class TiktokenBackend:
-    """tiktoken, given the vocabulary as ranks; Unsuited unless the file is a byte-level BPE with one word pattern."""
+    """tiktoken, with the vocabulary as ranks; UnsupportedTokenizer unless the file is a byte-level BPE with one word pattern."""
 
     def __init__(self, path: str, specials_as_text: bool) -> None:
         import tiktoken
 
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            spelling = {letter: byte for byte, letter in byte_letters().items()}
+            to_byte = {letter: byte for byte, letter in bytes_to_unicode().items()}
             added = {token["content"]: token["id"] for token in content["added_tokens"]}
             ranks = {
-                bytes(spelling[letter] for letter in token): rank
+                bytes(to_byte[letter] for letter in token): rank
                 for token, rank in content["model"]["vocab"].items()
                 if token not in added
             }
@@ -106,38 +106,38 @@ class TiktokenBackend:
                 special_tokens=added,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise Unsuited(f"not a byte-level BPE of one pattern: {error}") from None
+            raise UnsupportedTokenizer(f"not a byte-level BPE of one pattern: {error}") from None
         self._specials_as_text = specials_as_text
 
     def encode(self, texts: list[str]) -> Encoded:
-        """Returns the ids of all texts end to end, and how many each has."""
+        """Returns the concatenated ids of all texts, and the number of ids of each."""
         if self._specials_as_text:
-            return _joined([self.encoding.encode_ordinary(text) for text in texts])
-        return _joined([self.encoding.encode(text, allowed_special="all") for text in texts])
+            return _concatenated([self.encoding.encode_ordinary(text) for text in texts])
+        return _concatenated([self.encoding.encode(text, allowed_special="all") for text in texts])
 
 
 BACKENDS = {"hf": HuggingFaceBackend, "gigatoken": GigatokenBackend, "tiktoken": TiktokenBackend}
 
 
-def stay_on_one_thread() -> None:
-    """Keeps `tokenizers` from starting threads, here and in children: the worker processes are the parallelism.
+def use_one_thread() -> None:
+    """Keeps `tokenizers` from starting threads, in this process and its children.
 
-    It looks at this variable in every call.
+    The worker processes are the parallelism. `tokenizers` reads this variable in every call.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def open_backend(name: str, path: str, specials_as_text: bool) -> Backend:
-    """Returns the backend of a name that `choose_backend` gave."""
+    """Returns the backend with a name that `choose_backend` returned."""
     return BACKENDS[name](path, specials_as_text)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Returns what a tokenizer.json describes; InputError if it describes nothing."""
+    """Returns the tokenizer of a tokenizer.json; InputError if the file is not one."""
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"tokenizer.path={path} is no file; name a tokenizer.json") from None
+        raise InputError(f"tokenizer.path={path} is not a file; name a tokenizer.json") from None
     except UnicodeDecodeError:
         raise InputError(
             f"{path} is not a tokenizer.json (it is not text); for Llama 3's tokenizer.model use tokenizer=llama3"
@@ -145,7 +145,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(text)
     except Exception as error:
-        # The Rust library raises the base class itself, so nothing narrower can be caught; subclasses are not its own.
+        # The Rust library raises Exception itself, so nothing narrower can be caught. A subclass is not its error.
         if type(error) is not Exception:
             raise
         try:
@@ -155,55 +155,59 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{path} is not a tokenizer.json ({error}); fetch it again") from None
 
 
-def is_compared(asked: BackendChoice) -> bool:
-    """Returns whether a setting may lead to a backend whose ids have to be compared."""
-    return asked is not BackendChoice.hf and any(find_spec(name) for name in _candidates(asked))
+def needs_parity_check(choice: BackendChoice) -> bool:
+    """Returns whether a setting may choose a backend whose ids have to be compared."""
+    return choice is not BackendChoice.hf and any(find_spec(name) for name in _candidates(choice))
 
 
 def choose_backend(
-    asked: BackendChoice, path: str, specials_as_text: bool, objections: dict[str, str], exact: Backend | None = None
+    choice: BackendChoice,
+    path: str,
+    specials_as_text: bool,
+    rejections: dict[str, str],
+    hf_backend: Backend | None = None,
 ) -> tuple[str, str, Backend]:
-    """Returns the name of the backend to try, the reason for people, and the backend itself, loaded.
+    """Returns the name of the backend to try, the reason for the user, and the loaded backend.
 
     Args:
-        asked: the setting.
+        choice: the setting.
         path: the tokenizer.json.
         specials_as_text: whether names of special tokens are text.
-        objections: why a backend cannot be used, by name; further ones are added.
-        exact: the Hugging Face backend, where it is loaded already.
+        rejections: why a backend cannot be used, by name. New ones are added.
+        hf_backend: the Hugging Face backend, if it is loaded already.
 
     Raises:
-        ConfigurationError: a backend was asked for and cannot be used.
+        ConfigurationError: the requested backend cannot be used.
     """
-    if asked is BackendChoice.hf:
-        return "hf", "as asked", exact or HuggingFaceBackend(path, specials_as_text)
-    for name in _candidates(asked):
-        if name not in objections:
+    if choice is BackendChoice.hf:
+        return "hf", "as set", hf_backend or HuggingFaceBackend(path, specials_as_text)
+    for name in _candidates(choice):
+        if name not in rejections:
             if find_spec(name) is None:
-                objections[name] = f"{name} is not installed (pip install {name} makes it faster)"
+                rejections[name] = f"{name} is not installed (pip install {name} makes it faster)"
                 continue
             try:
                 backend = open_backend(name, path, specials_as_text)
-            except Unsuited as error:
-                objections[name] = f"{name} does not know this tokenizer ({error})"
+            except UnsupportedTokenizer as error:
+                rejections[name] = f"{name} does not support this tokenizer ({error})"
                 continue
-            return name, "; ".join([*objections.values(), "its ids are compared with hf's"]), backend
-    if asked is not BackendChoice.auto:
+            return name, "; ".join([*rejections.values(), "its ids are compared with hf's"]), backend
+    if choice is not BackendChoice.auto:
         raise ConfigurationError(
-            f"backend={asked.value} cannot be used: {objections[asked.value]}; set backend=hf, or auto for the fastest that can"
+            f"backend={choice.value} cannot be used: {rejections[choice.value]}; set backend=hf, or auto for the fastest that can"
         )
-    return "hf", "; ".join(objections.values()), exact or HuggingFaceBackend(path, specials_as_text)
+    return "hf", "; ".join(rejections.values()), hf_backend or HuggingFaceBackend(path, specials_as_text)
 
 
-def _candidates(asked: BackendChoice) -> tuple[str, ...]:
-    return FASTEST_FIRST if asked is BackendChoice.auto else (asked.value,)
+def _candidates(choice: BackendChoice) -> tuple[str, ...]:
+    return FASTEST_FIRST if choice is BackendChoice.auto else (choice.value,)
 
 
 def without_added_tokens(content: str) -> str:
     """Returns a tokenizer.json with an empty list of added tokens.
 
-    The list stands at the top of the files that `tokenizers` writes, so it is cut out as text: to parse and write 9 MB takes longer
-    than to encode as much.
+    `tokenizers` writes the list at the top of the file, so it is cut out as text. Parsing and writing 9 MB takes longer than encoding as
+    much.
     """
     head = content.find('"added_tokens"')
     start = content.find("[", head)
@@ -213,15 +217,15 @@ def without_added_tokens(content: str) -> str:
     return json.dumps(json.loads(content) | {"added_tokens": []})
 
 
-def byte_letters() -> dict[int, str]:
-    """Returns the letter that GPT-2's byte-level alphabet writes for each byte: itself where it can be printed."""
+def bytes_to_unicode() -> dict[int, str]:
+    """Returns the character of each byte in GPT-2's byte-level alphabet: itself if it is printable."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {b: chr(b) for b in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 def split_ids(encoded: Encoded) -> list[np.ndarray]:
-    """Returns one array of ids a text."""
+    """Returns one array of ids per text."""
     ids, lengths = encoded
     return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
@@ -240,10 +244,10 @@ def _groups(texts: list[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _joined(documents: Iterable[list[int]]) -> Encoded:
+def _concatenated(documents: Iterable[list[int]]) -> Encoded:
     ids, counts = array("I"), []
     for document in documents:
-        ids.fromlist(document)  # takes lists of Python's integers four times as fast as numpy does
+        ids.fromlist(document)  # four times as fast as numpy for lists of Python integers
         counts.append(len(document))
     return np.frombuffer(ids, dtype=np.uint32), np.array(counts, dtype=np.int64)
 

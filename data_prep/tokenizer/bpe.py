@@ -1,8 +1,8 @@
 """A small byte-level BPE, trained on the train split of the corpus at hand.
 
-A vocabulary of 128,256 would swamp a small model: at width 256 its embedding alone has 33 million parameters. Texts are cut
-into words by Llama 3's pattern, so that what is learnt here carries over. Training is deterministic: the sample is chosen by
-document hash and read in the order of the plan, and the trainer breaks ties by token id.
+A vocabulary of 128,256 would dominate a small model: at width 256 its embedding has 33 million parameters. Texts are cut into words by
+Llama 3's pattern, so that results carry over. Training is deterministic: the sample is chosen by document hash and read in the order of the
+plan, and the trainer breaks ties by token id.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ import tokenizers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.config import BpeTokenizer, SplitConfig
+from data_prep.corpus.planning import Shard
+from data_prep.corpus.splitting import is_heldout, unit_hash
 from data_prep.files import digest
-from data_prep.planning import Shard
 from data_prep.readers import read_piece
-from data_prep.splitting import is_heldout, unit_hash
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
@@ -24,16 +24,16 @@ WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3
 
 
 def byte_level(tokenizer: Tokenizer) -> Tokenizer:
-    """Gives a tokenizer Llama 3's words and a byte-level alphabet; returns it."""
+    """Sets Llama 3's word pattern and a byte-level alphabet in a tokenizer and returns it."""
     words = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
-    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, spelling])
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, alphabet])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def training_key(config: BpeTokenizer, split: SplitConfig, inputs: list[str]) -> str:
-    """Returns the sha256 of what determines the trained tokenizer; `inputs` are the shards' input digests."""
+    """Returns the sha256 of all that determines the trained tokenizer; `inputs` are the shards' input digests."""
     return digest(
         [
             "bpe",

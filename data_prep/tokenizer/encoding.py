@@ -1,12 +1,12 @@
-"""Texts into ids under an explicit policy.
+"""Encodes texts under an explicit policy.
 
-Peers disagree in silence on two things, so both are settings here: whether a document begins with BOS, and what happens to the
-name of a special token that occurs in a text ("<|end_of_text|>" in a tutorial about tokenizers). By default it is text: only
-this module ends documents.
+Other tools silently disagree on two things, so both are settings here. One is whether a document begins with BOS. The other is what happens
+to the name of a special token in a text ("<|end_of_text|>" in a tutorial about tokenizers). By default it is text: only this module ends
+documents.
 
-A third is packing. As `megatron` a document is one sequence, however long, and training cuts the stream of them into rows. As
-`official_row` it is cut here, the way SSA's published code does it: into sequences of at most a row, each with an EOS of its own
-(so a long document has EOS inside), and training pads each to a row.
+A third setting is packing. With `megatron` a document is one sequence of any length, and training cuts the concatenated sequences into
+rows. With `official_row` documents are cut here, as in SSA's published code: into sequences of at most a row, each with its own EOS. So a
+long document has EOS inside, and training pads each sequence to a row.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from ssa_pretrain.data.indexed_format import token_dtype
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer.json and the ids that the policy needs; plain data, so that it can be sent to workers."""
+    """A tokenizer.json and the ids that the policy needs, as plain data that can be sent to workers."""
 
     path: str  # the tokenizer.json
     sha256: str
@@ -35,12 +35,12 @@ class Vocabulary:
 
 
 class Encoder:
-    """Encodes batches of documents; holds the loaded tokenizer of one process.
+    """Encodes batches of documents with the loaded tokenizer of one process.
 
     Args:
         vocabulary: tokenizer and policy.
         name: of the backend.
-        backend: the backend itself, where it is loaded already.
+        backend: the backend, if it is loaded already.
     """
 
     def __init__(self, vocabulary: Vocabulary, name: str = "hf", backend: Backend | None = None) -> None:
@@ -52,7 +52,7 @@ class Encoder:
         self._suffix = [vocabulary.eos_id] if vocabulary.append_eos else []
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns one array of ids a sequence, BOS and EOS included, in the dtype of the .bin file.
+        """Returns one array of ids per sequence, BOS and EOS included, in the dtype of the .bin file.
 
         Raises:
             OverflowError: as `encode_plain`.
@@ -60,10 +60,10 @@ class Encoder:
         return split_ids(self.sequences(self.encode_plain(texts), range(len(texts))))
 
     def encode_plain(self, texts: list[str]) -> Encoded:
-        """Returns the ids of all texts end to end, without BOS or EOS, and how many each has.
+        """Returns the concatenated ids of all texts, without BOS and EOS, and the number of ids of each.
 
         Raises:
-            OverflowError: the tokenizer gave an id outside its vocabulary, which the .bin file could not hold.
+            OverflowError: the tokenizer returned an id outside its vocabulary, which the .bin file could not hold.
         """
         ids, lengths = self._backend.encode(texts)
         if ids.size and (ids.max() >= self.vocabulary.vocab_size or ids.min() < 0):
@@ -71,19 +71,19 @@ class Encoder:
         return ids, lengths
 
     def sequences(self, encoded: Encoded, chosen: Sequence[int]) -> Encoded:
-        """Returns the sequences of the chosen documents end to end, BOS and EOS included, and the tokens of each."""
+        """Returns the concatenated sequences of the chosen documents, BOS and EOS included, and the number of tokens of each."""
         ids, lengths = encoded
         ends = np.cumsum(lengths)
         begin, stop = (ends - lengths).tolist(), ends.tolist()
         added = len(self._prefix) + len(self._suffix)
-        most = self.vocabulary.row_tokens - added if self.vocabulary.row_tokens else 0
-        parts = [
-            (start, min(start + most, stop[n]) if most else stop[n])
+        longest = self.vocabulary.row_tokens - added if self.vocabulary.row_tokens else 0
+        ranges = [
+            (start, min(start + longest, stop[n]) if longest else stop[n])
             for n in chosen
-            for start in (range(begin[n], max(stop[n], begin[n] + 1), most) if most else (begin[n],))
+            for start in (range(begin[n], max(stop[n], begin[n] + 1), longest) if longest else (begin[n],))
         ]
-        sizes = np.array([b - a + added for a, b in parts], dtype=np.int64)
+        sizes = np.array([b - a + added for a, b in ranges], dtype=np.int64)
         before, after = ([np.array(added, dtype=self.dtype)] if added else [] for added in (self._prefix, self._suffix))
-        pieces = [piece for a, b in parts for piece in (*before, ids[a:b], *after)]
-        # The ids are inside the vocabulary, so none is changed by the narrower type.
+        pieces = [piece for a, b in ranges for piece in (*before, ids[a:b], *after)]
+        # The ids are inside the vocabulary, so the narrower type changes none of them.
         return np.concatenate(pieces, dtype=self.dtype, casting="unsafe") if pieces else np.empty(0, self.dtype), sizes

@@ -1,13 +1,13 @@
 """Llama 3's tokenizer as a Hugging Face tokenizer.json, converted from the file that Meta's llama-models package ships.
 
-`tokenizer.model` has a line `base64(token) rank` for each of 128,000 tokens and no merges. A byte-pair encoder needs merges:
-for every token, every split into two tokens is one; merges are tried in the order of the rank of the token they make, and of
-their halves' ranks where one token can be made in several ways. That gives the 280,147 merges of the published tokenizer.json.
+`tokenizer.model` has a line `base64(token) rank` for each of 128,000 tokens and no merges. A byte-pair encoder needs merges. Every split of
+a token into two tokens is a merge. Merges are ordered by the rank of the token that they form, and by the ranks of their halves if a token
+can be formed in several ways. This gives the 280,147 merges of the published tokenizer.json.
 
-`ignore_merges=True` is needed for equality with tiktoken: a word that is a token as a whole is that token, even where the merges
-would not lead to it ("Abdomen" and some hundred others). 256 special tokens follow from id 128,000.
+`ignore_merges=True` is needed for equality with tiktoken: a word that is itself a token becomes that token, even if the merges do not lead
+to it ("Abdomen" and about a hundred others). 256 special tokens follow from id 128,000.
 
-The file itself stays where it is (Llama 3 Community License); only the converted JSON is cached, under the sha256 of its origin.
+The file itself stays where it is (Llama 3 Community License). Only the converted JSON is cached, under the sha256 of the original.
 Checked against tiktoken on whole documents in tests/integration/test_data_prep_llama3.py.
 """
 
@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from data_prep.errors import InputError
 from data_prep.files import write_atomically
-from data_prep.tokenizer.backends import byte_letters
+from data_prep.tokenizer.backends import bytes_to_unicode
 from data_prep.tokenizer.bpe import byte_level
 
 PACKAGE = "llama-models"
@@ -31,7 +31,7 @@ NUM_SPECIALS = 256
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
 
-# Ids are the same in every release of the family; the names of the reserved ones are not, and no text relies on them.
+# Ids are the same in every release of the family. The names of the reserved ones differ, and no text relies on them.
 NAMED_SPECIALS = {
     0: BOS,
     1: EOS,
@@ -52,7 +52,7 @@ def llama3_json(path: str | None, cache: Path) -> Path:
         cache: folder for converted tokenizers.
 
     Raises:
-        InputError: no such file, or a file that is not Llama 3's.
+        InputError: the file does not exist, or is not Llama 3's.
     """
     model = Path(path).expanduser() if path else _packaged_model()
     if not model.is_file():
@@ -85,9 +85,9 @@ def _convert(raw: bytes) -> str:
     for line in raw.splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
-    spelling = byte_letters()
-    vocab = {_spell(token, spelling): rank for token, rank in ranks.items()}
-    merges = [(_spell(left, spelling), _spell(right, spelling)) for left, right in _merges(ranks)]
+    letters = bytes_to_unicode()
+    vocab = {_to_letters(token, letters): rank for token, rank in ranks.items()}
+    merges = [(_to_letters(left, letters), _to_letters(right, letters)) for left, right in _merges(ranks)]
     tokenizer = byte_level(Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=True)))
     tokenizer.add_special_tokens([AddedToken(_special(n), normalized=False, special=True) for n in range(NUM_SPECIALS)])
     return tokenizer.to_str()
@@ -108,5 +108,5 @@ def _special(number: int) -> str:
     return NAMED_SPECIALS.get(number, f"<|reserved_special_token_{number}|>")
 
 
-def _spell(token: bytes, spelling: dict[int, str]) -> str:
-    return "".join(spelling[byte] for byte in token)
+def _to_letters(token: bytes, letters: dict[int, str]) -> str:
+    return "".join(letters[byte] for byte in token)

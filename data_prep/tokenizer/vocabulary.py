@@ -1,12 +1,12 @@
-"""Which tokenizer a run uses: makes or finds its tokenizer.json, checks it, and looks up the ids that the policy needs."""
+"""The tokenizer of a run: trains, converts or finds its tokenizer.json, checks it, and looks up the ids that the policy needs."""
 
 import hashlib
 from pathlib import Path
 
 from data_prep.config import BpeTokenizer, Config, Llama3Tokenizer, Specials
+from data_prep.corpus.planning import Shard
 from data_prep.errors import InputError
 from data_prep.files import digest, read_json, write_atomically, write_json
-from data_prep.planning import Shard
 from data_prep.recipe import known_dataset, recipe_of
 from data_prep.run_config import Packing
 from data_prep.tokenizer import bpe, llama3
@@ -19,9 +19,9 @@ from ssa_pretrain.data.repair import DatasetError
 def prepare_vocabulary(
     config: Config, shards: list[Shard], inputs: list[str], work: Path
 ) -> tuple[Vocabulary, HuggingFaceBackend | None]:
-    """Returns the vocabulary of a run, and its tokenizer if it had to be loaded; trains or converts it unless that has been done.
+    """Returns the vocabulary of a run, and its tokenizer if it had to be loaded. Trains or converts the tokenizer if necessary.
 
-    Llama 3's is not loaded: that takes a second, and what is in it is known.
+    Llama 3's tokenizer is not loaded: that takes a second, and its content is known.
 
     Args:
         config: the run's settings.
@@ -30,28 +30,28 @@ def prepare_vocabulary(
         work: folder for a trained tokenizer.
 
     Raises:
-        InputError: no tokenizer there, or one without the tokens that the policy needs.
+        InputError: there is no tokenizer, or it lacks a token that the policy needs.
     """
     choice = config.tokenizer
     if isinstance(choice, BpeTokenizer):
-        path, name = _trained(choice, config, shards, inputs, work), f"bpe{choice.vocab_size}"
-        return _described(config, path, name, bpe.EOS, bpe.BOS)
+        path, name = _train_or_reuse(choice, config, shards, inputs, work), f"bpe{choice.vocab_size}"
+        return _load_vocabulary(config, path, name, bpe.EOS, bpe.BOS)
     if isinstance(choice, Llama3Tokenizer):
         path = llama3.llama3_json(choice.path, Path(config.cache))
         size, first = llama3.NUM_RANKS + llama3.NUM_SPECIALS, llama3.NUM_RANKS
         ids = {token: first + number for number, token in llama3.NAMED_SPECIALS.items()}
         return _vocabulary(config, path, "llama3", size, ids[llama3.EOS], ids[llama3.BOS]), None
     path = Path(choice.path).expanduser()
-    return _described(config, path, path.parent.name or path.stem, choice.eos_token, choice.bos_token)
+    return _load_vocabulary(config, path, path.parent.name or path.stem, choice.eos_token, choice.bos_token)
 
 
-def _trained(choice: BpeTokenizer, config: Config, shards: list[Shard], inputs: list[str], work: Path) -> Path:
+def _train_or_reuse(choice: BpeTokenizer, config: Config, shards: list[Shard], inputs: list[str], work: Path) -> Path:
     path, record = work / "tokenizer.json", work / "tokenizer.key.json"
     key = bpe.training_key(choice, config.split, inputs)
     known = read_json(record)
     if isinstance(known, dict) and known.get("key") == key and path.is_file() and file_sha256(path) == known["sha256"]:
         return path
-    content = _of_dataset(config, inputs, work.parent)
+    content = _dataset_tokenizer(config, inputs, work.parent)
     if content is None:
         content = bpe.train_bpe(choice, config.split, shards).encode()
     record.unlink(missing_ok=True)
@@ -60,13 +60,16 @@ def _trained(choice: BpeTokenizer, config: Config, shards: list[Shard], inputs: 
     return path
 
 
-def _of_dataset(config: Config, inputs: list[str], out: Path) -> bytes | None:
-    """Returns the tokenizer of the dataset in `out` if these settings trained it on this text: another release of `tokenizers` may train another."""
+def _dataset_tokenizer(config: Config, inputs: list[str], out: Path) -> bytes | None:
+    """Returns the tokenizer of the dataset in `out` if the same settings trained it on the same text.
+
+    Another release of `tokenizers` may train a different one.
+    """
     known = known_dataset(out)
     if known is None or known.recipe is None or known.inputs != digest(inputs):
         return None
-    asked = recipe_of(config, out)
-    if any(asked.settings[section] != known.recipe.settings[section] for section in ("tokenizer", "split")):
+    requested = recipe_of(config, out)
+    if any(requested.settings[section] != known.recipe.settings[section] for section in ("tokenizer", "split")):
         return None
     try:
         tokenizer = read_manifest(out).tokenizer
@@ -76,7 +79,7 @@ def _of_dataset(config: Config, inputs: list[str], out: Path) -> bytes | None:
     return content if hashlib.sha256(content).hexdigest() == tokenizer.sha256 else None
 
 
-def _described(
+def _load_vocabulary(
     config: Config, path: Path, name: str, eos: str, bos: str | None
 ) -> tuple[Vocabulary, HuggingFaceBackend]:
     tokenizer = load_tokenizer(path)
@@ -90,7 +93,7 @@ def _described(
             )
     if eos not in {token.content for token in added}:
         raise InputError(
-            f"{path}: {eos!r} is an ordinary token, which a text may hold, and would end documents there; set tokenizer.eos_token to a special "
+            f"{path}: {eos!r} is an ordinary token, which may occur in a text and would end the document there; set tokenizer.eos_token to a special "
             f"one (it has {known})"
         )
     vocabulary = _vocabulary(

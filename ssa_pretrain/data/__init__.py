@@ -1,1 +1,1 @@
-"""Indexed binaries on disk and what is made of them: the byte format (numpy only), datasets, packed rows, batches."""
+"""Tokenized data on disk and in training: the byte format (numpy only), the parts of a dataset, packed rows, batches."""

@@ -1,11 +1,11 @@
-"""Microbatches: rows laid end to end as one packed sequence with its document boundaries.
+"""Microbatches: concatenated rows as one packed sequence with its document boundaries.
 
-A microbatch is `micro_batch_size` rows of L tokens, T = micro_batch_size * L tokens in all. Every row begins a document (what went before is not
-visible), positions restart at each, and the label of a document's last token, which is the next document's first, is masked.
+A microbatch is `micro_batch_size` rows of L tokens, T = micro_batch_size * L tokens in all. Every row begins a document, so earlier tokens are
+not visible. Positions restart at each document. The label of a document's last token is the next document's first token, so it is masked.
 
-Padding bears no loss. Its labels are masked, and it is cut into documents of its own, so short that the chosen blocks cover each: there
-the two streams are one, the alignment is 0 and the captured mass 1. What is left is that means over tokens count it; the engine, told how much
-of it there is, takes it out of them.
+Padding has no loss. Its labels are masked, and it is cut into documents so short that the chosen blocks cover each of them. There full and
+sparse attention are equal, the alignment loss is 0 and the captured mass is 1. Only means over tokens still count padding. The engine corrects
+them with `num_padding`.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssa_pretrain.data.rows import Row
 
-PADDING_DOCUMENT = 16  # the smallest block: any choice of blocks covers it
+PADDING_DOCUMENT = 16  # the smallest block size: any choice of blocks covers it
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,14 @@ class Batch:
     """One microbatch.
 
     Attributes:
-        index: its place in the global batch, from 0.
+        index: its index in the global batch, from 0.
         tokens: int64 [1, T].
         labels: int64 [1, T], the following tokens.
         loss_mask: float32 [1, T], 0 where the label belongs to another document.
         positions: int64 [T].
         cu_seqlens: int32 [documents + 1], from 0 to T.
-        num_rows: rows of the microbatch if each is one document, else None.
-        num_padding: tokens of the T that are padding.
+        num_rows: rows of the microbatch if each row is one document, else None.
+        num_padding: how many of the T tokens are padding.
     """
 
     index: int
@@ -45,7 +45,7 @@ class Batch:
     num_padding: int = 0
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device; a GPU takes it from pinned memory, in the order of its work, without anyone waiting."""
+        """Returns the batch on a device. A GPU copies it from pinned memory asynchronously, in stream order."""
         names = ("tokens", "labels", "loss_mask", "positions", "cu_seqlens")
         tensors = {name: getattr(self, name) for name in names}
         if device.type == "cuda":
@@ -56,20 +56,20 @@ class Batch:
 def collate(
     rows: Iterable[Row], *, index: int, isolate_documents: bool = True, padding_document: int = PADDING_DOCUMENT
 ) -> Batch:
-    """Return the microbatch of some rows.
+    """Returns the microbatch of some rows.
 
     Args:
         rows: each L + 1 tokens with their document starts.
-        index: the microbatch's place in the global batch.
-        isolate_documents: False makes each row one document, but for its padding.
-        padding_document: tokens in a document of padding, at most top_k * block_size.
+        index: the microbatch's index in the global batch.
+        isolate_documents: False makes each row one document, except for its padding.
+        padding_document: tokens per document of padding, at most top_k * block_size.
     """
     tokens, labels, masks, starts, num_padding = [], [], [], [], 0
     for row in rows:
         start = row.starts.copy() if isolate_documents else np.zeros_like(row.starts)
         if row.padding:
             start[-row.padding :: padding_document] = True
-            num_padding += row.padding - 1  # the last token of a row is a label only
+            num_padding += row.padding - 1  # the last token of a row is only a label
         mask = ~start[1:]
         if row.padding:
             mask[-row.padding :] = False

@@ -12,14 +12,14 @@ A shard is two files. `.bin` holds the token arrays of all documents back to bac
     34 +  4 N  8 N    int64 byte offset of each sequence in .bin
     34 + 12 N  8 D    int64 document indices, first 0, last N
 
-We write one sequence a document, so an `.idx` has 42 + 20 N bytes. megatron-core's IndexedDataset reads these files as they
-are, but it checks nothing: a truncated `.bin` opens, a stale `.idx` beside a new `.bin` opens, a flipped bit is a token id.
-Hence the manifest: one JSON file beside the shards, written last and renamed into place, which records the size and sha256
-of each file and a checksum of its own content. A folder without it is not a dataset. `load_manifest` compares paths, sizes, headers
-and the sha256 of the small files (.idx, tokenizer), but reads no tokens; `verify_hashes` reads everything. Files may be links.
+We write one sequence per document, so an `.idx` has 42 + 20 N bytes. megatron-core's IndexedDataset reads these files unchanged, but it
+checks nothing: a truncated `.bin` opens, a stale `.idx` beside a new `.bin` opens, a flipped bit is a token id. Hence the manifest: one
+JSON file beside the shards, written last and renamed into place. It records the size and sha256 of each file and a checksum of its own
+content. A folder without it is not a dataset. `load_manifest` compares paths, sizes, headers and the sha256 of the small files (.idx,
+tokenizer), but reads no tokens. `verify_hashes` reads everything. Files may be links.
 
 Source of the layout: megatron-core 0.16.1, megatron/core/datasets/indexed_dataset.py (BSD-3-Clause), checked byte by byte in
-tests/unit/data_prep/test_indexed_format.py. Needs the standard library and numpy; the multimodal mode array is not supported.
+tests/unit/data_prep/test_indexed_format.py. Needs only the standard library and numpy. The multimodal mode array is not supported.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from ssa_pretrain.data.repair import (
     beginning_advice,
     content_checksum,
     dangling_link,
-    leads_nowhere,
+    dangling_link_error,
     repair_advice,
 )
 
@@ -86,7 +86,7 @@ class IndexHeader:
 
     @property
     def idx_bytes(self) -> int:
-        """Size the whole .idx file must have."""
+        """The size that the .idx file must have."""
         return HEADER.size + 12 * self.num_sequences + 8 * (self.num_documents + 1)
 
 
@@ -94,14 +94,14 @@ def read_header(path: Path) -> IndexHeader:
     """Returns the header of an .idx file.
 
     Raises:
-        ValueError: the file is too short, has another magic or version, an unknown dtype, or another size than it says.
+        ValueError: the file is too short, its magic or version is wrong, its dtype is unknown, or its size does not match its header.
     """
     remedy = repair_advice(path.parent.parent)
     with open(path, "rb") as file:
         raw = file.read(HEADER.size)
         size = file.seek(0, 2)
     if len(raw) < HEADER.size:
-        raise DatasetError(f"{path} is cut short: {size} bytes, the header alone has {HEADER.size}", remedy)
+        raise DatasetError(f"{path} is cut short: {size} bytes, its header has {HEADER.size}", remedy)
     magic, version, code, num_sequences, num_indices = HEADER.unpack(raw)
     if magic != MAGIC:
         raise DatasetError(f"{path} is not an .idx file: it does not begin with {MAGIC!r}", remedy)
@@ -113,12 +113,12 @@ def read_header(path: Path) -> IndexHeader:
         raise DatasetError(f"{path} lists no document indices, at least one is needed", remedy)
     header = IndexHeader(DTYPES[code], num_sequences, num_indices - 1)
     if header.idx_bytes != size:
-        raise DatasetError(f"{path} has {size} bytes, its header asks for {header.idx_bytes}", remedy)
+        raise DatasetError(f"{path} has {size} bytes, its header describes {header.idx_bytes}", remedy)
     return header
 
 
 def write_index(file: BinaryIO, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """Writes a whole .idx for documents of `lengths` tokens, one sequence a document.
+    """Writes an .idx for documents of `lengths` tokens, one sequence per document.
 
     Args:
         file: binary file, at its start.
@@ -128,7 +128,9 @@ def write_index(file: BinaryIO, lengths: np.ndarray, dtype: np.dtype) -> None:
     num = len(lengths)
     widest = int(lengths.max(initial=0))
     if widest > np.iinfo(np.int32).max:
-        raise ValueError(f"document of {widest} tokens: the .idx format counts at most 2**31 - 1 a sequence; split it")
+        raise ValueError(
+            f"document of {widest} tokens: the .idx format allows at most 2**31 - 1 per sequence; split it"
+        )
     offsets = np.zeros(num, dtype="<i8")
     np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
     offsets *= dtype.itemsize
@@ -148,7 +150,7 @@ def check_pair(prefix: Path) -> IndexHeader:
     """Returns the header of `prefix`.idx after comparing it with `prefix`.bin: sizes, lengths, offsets, document indices.
 
     Raises:
-        ValueError: naming the first thing that does not fit.
+        ValueError: names the first mismatch.
     """
     idx, bin_ = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
     header, remedy = read_header(idx), repair_advice(prefix.parent.parent)
@@ -185,7 +187,7 @@ class TokenizerInfo:
 class ShardInfo:
     """One pair of files and what must be true of it."""
 
-    name: str  # part of the corpus, such as "english"; shards of one name belong together
+    part: str  # part of the corpus, such as "english"; `name` in JSON
     prefix: str  # path without .bin/.idx, relative to the dataset's folder
     documents: int
     tokens: int
@@ -194,22 +196,34 @@ class ShardInfo:
     bin_sha256: str
     idx_sha256: str
 
+    def to_record(self) -> dict[str, Any]:
+        """Returns the JSON form."""
+        content = asdict(self)
+        return {"name": content.pop("part"), **content}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "ShardInfo":
+        """Returns the shard of a JSON form; TypeError or KeyError if a field is missing or unknown."""
+        return cls(part=record["name"], **{key: value for key, value in record.items() if key != "name"})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A finished dataset. `root` is where it lies; all else is as in manifest.json."""
+    """A finished dataset. `root` is its folder. Everything else is as in manifest.json."""
 
     root: Path
     tokenizer: TokenizerInfo
     policy: dict[str, Any]
     splits: dict[str, tuple[ShardInfo, ...]]
     sources: tuple[dict[str, Any], ...]
-    unigram_entropy_nats: dict[str, float]  # of each split's own token counts: the loss of a model that sees no context
-    bytes_per_token: float  # UTF-8 bytes of text a token, both splits
+    unigram_entropy_nats: dict[str, float]  # of each split's token counts: the loss of a model that sees no context
+    bytes_per_token: float  # UTF-8 bytes of text per token, both splits
     fingerprint: str  # sha256 of all that determines the bytes of the shards
     schema: int = SCHEMA
-    weights: dict[str, float] = field(default_factory=dict)  # share of each part in training; empty: by its tokens
-    details: dict[str, Any] = field(default_factory=dict)  # counts for people; nothing may depend on them
+    weights: dict[str, float] = field(
+        default_factory=dict
+    )  # share of each part in training; empty: in proportion to its tokens
+    details: dict[str, Any] = field(default_factory=dict)  # counts for people; no code may depend on them
 
     def prefix_path(self, shard: ShardInfo) -> Path:
         """Returns the absolute path without suffix that megatron-core's IndexedDataset takes."""
@@ -224,33 +238,33 @@ class Manifest:
         shards = self.splits[split]
         sizes: dict[str, int] = {}
         for shard in shards:
-            sizes[shard.name] = sizes.get(shard.name, 0) + shard.tokens
-        shares = self.weights or {name: float(size) for name, size in sizes.items()}
-        total = sum(shares[name] for name in sizes)
-        weights = [shares[s.name] / total * s.tokens / sizes[s.name] for s in shards]
+            sizes[shard.part] = sizes.get(shard.part, 0) + shard.tokens
+        shares = self.weights or {part: float(size) for part, size in sizes.items()}
+        total = sum(shares[part] for part in sizes)
+        weights = [shares[s.part] / total * s.tokens / sizes[s.part] for s in shards]
         return [str(self.prefix_path(shard)) for shard in shards], weights
 
     def to_json(self) -> str:
         """Returns the text of manifest.json."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("root", "tokenizer", "splits")}
         content["tokenizer"] = asdict(self.tokenizer)
-        content["splits"] = {split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()}
+        content["splits"] = {split: [shard.to_record() for shard in shards] for split, shards in self.splits.items()}
         order = ["schema", "tokenizer", "policy", "splits", "sources", "unigram_entropy_nats", "bytes_per_token"]
         ordered = {key: content.pop(key) for key in order} | content
         return json.dumps(ordered | {"checksum": content_checksum(ordered)}, indent=1) + "\n"
 
 
 def load_manifest(path: Path | str, *, hashes: bool = True) -> Manifest:
-    """Returns the manifest of a dataset after checking it against the files: names, existence, sizes, headers, sums of small files.
+    """Returns the manifest of a dataset after checking it against the files: names, existence, sizes, headers, checksums of small files.
 
-    The sums of the .idx files are what takes time: 20 bytes per document, 2 GB for 100 billion tokens.
+    Most of the time goes into the checksums of the .idx files: 20 bytes per document, 2 GB for 100 billion tokens.
 
     Args:
         path: the dataset's folder, or its manifest.json.
         hashes: compares the sha256 of each .idx file and of the tokenizer.
 
     Raises:
-        DatasetError: one sentence with what is wrong, where, and what to do.
+        DatasetError: one sentence: what is wrong, where, and what to do.
     """
     manifest = read_manifest(path)
     every = [shard for shards in manifest.splits.values() for shard in shards]
@@ -270,7 +284,7 @@ def load_manifest(path: Path | str, *, hashes: bool = True) -> Manifest:
 
 
 def verify_hashes(manifest: Manifest) -> None:
-    """Reads every file of a dataset and compares its sha256 with the manifest; DatasetError names the first that differs."""
+    """Reads every file of a dataset and compares its sha256 with the manifest; DatasetError names the first mismatch."""
     expected = [(manifest.tokenizer.file, manifest.tokenizer.sha256)]
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
         expected += [(shard.prefix + ".bin", shard.bin_sha256), (shard.prefix + ".idx", shard.idx_sha256)]
@@ -284,7 +298,7 @@ def _compare_hashes(manifest: Manifest, expected: Iterable[tuple[str, str]]) -> 
             if (actual := check.result()) != sha256:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise DatasetError(
-                    f"{manifest.root / name} has sha256 {actual[:12]}…, the manifest says {sha256[:12]}…: its content changed "
+                    f"{manifest.root / name} has sha256 {actual[:12]}…, the manifest has {sha256[:12]}…: its content changed "
                     "after it was written",
                     repair_advice(manifest.root),
                 )
@@ -303,13 +317,13 @@ def file_sha256(path: Path) -> str:
 
 
 def read_manifest(path: Path | str) -> Manifest:
-    """Returns the manifest of a dataset as it is written, compared with its own checksum; looks at no other file.
+    """Returns the manifest of a dataset after comparing it with its own checksum; reads no other file.
 
     Args:
         path: as `load_manifest`.
 
     Raises:
-        DatasetError: it is missing or damaged, or names files outside its folder.
+        DatasetError: it is missing or damaged, or names files outside the folder.
     """
     file = Path(path)
     if file.is_dir() or file.suffix != ".json":
@@ -326,7 +340,7 @@ def read_manifest(path: Path | str) -> Manifest:
         manifest = Manifest(
             root=file.parent.resolve(),
             tokenizer=TokenizerInfo(**content["tokenizer"]),
-            splits={s: tuple(ShardInfo(**shard) for shard in content["splits"][s]) for s in SPLITS},
+            splits={s: tuple(ShardInfo.from_record(shard) for shard in content["splits"][s]) for s in SPLITS},
             sources=tuple(content["sources"]),
             **{key: value for key, value in content.items() if key in known},
         )
@@ -334,10 +348,10 @@ def read_manifest(path: Path | str) -> Manifest:
     except (KeyError, TypeError, AttributeError) as error:
         if "checksum" in content and not sound:
             raise changed from None
-        raise DatasetError(f"{file} lacks a field or has one too many ({error})", remedy) from None
+        raise DatasetError(f"{file} lacks a field or has an unknown one ({error})", remedy) from None
     if "checksum" in content and not sound:
         raise changed
-    # Manifests of older versions have no checksum, and just the fields below.
+    # Manifests of older versions have no checksum, and only the known fields.
     if not sound and (unknown := set(content) - known - {"tokenizer", "splits", "sources"}):
         raise DatasetError(f"{file} has the unknown field {min(unknown)!r} and no checksum: it is damaged", remedy)
     return manifest
@@ -345,12 +359,12 @@ def read_manifest(path: Path | str) -> Manifest:
 
 def _json_of(file: Path) -> Any:
     if link := dangling_link(file, Path(file.anchor)):
-        raise leads_nowhere(link, file.parent)
+        raise dangling_link_error(link, file.parent)
     try:
         return json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(
-            f"{file} does not exist: no finished dataset lies there", beginning_advice(file.parent)
+            f"{file} does not exist: there is no finished dataset", beginning_advice(file.parent)
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{file} cannot be read as JSON ({error})", repair_advice(file.parent.resolve())) from None
@@ -362,7 +376,7 @@ def _check_names(manifest: Manifest) -> None:
         parts = PurePosixPath(name)
         if not parts.name or parts.is_absolute() or ".." in parts.parts:
             raise DatasetError(
-                f"{manifest.root}/manifest.json names {name!r}, which lies outside its folder",
+                f"{manifest.root}/manifest.json names {name!r}, which is outside its folder",
                 repair_advice(manifest.root),
             )
 
@@ -370,11 +384,11 @@ def _check_names(manifest: Manifest) -> None:
 def _check_file(manifest: Manifest, relative: str, size: int | None) -> Path:
     path, remedy = manifest.root / relative, repair_advice(manifest.root)
     if link := dangling_link(path, manifest.root):
-        raise leads_nowhere(link, manifest.root)
+        raise dangling_link_error(link, manifest.root)
     if not path.is_file():
         raise DatasetError(f"{path} is missing though manifest.json lists it", remedy)
     if size is not None and path.stat().st_size != size:
-        raise DatasetError(f"{path} has {path.stat().st_size} bytes, manifest.json says {size}", remedy)
+        raise DatasetError(f"{path} has {path.stat().st_size} bytes, manifest.json has {size}", remedy)
     return path
 
 
@@ -384,13 +398,13 @@ def _check_shard(manifest: Manifest, split: str, shard: ShardInfo) -> None:
     where, remedy = f"{split} shard {shard.prefix}", repair_advice(manifest.root)
     if header.num_documents != shard.documents or header.dtype.itemsize * shard.tokens != shard.bin_bytes:
         raise DatasetError(
-            f"{where}: {header.num_documents} documents of {header.dtype} in .idx, but manifest.json says "
+            f"{where}: {header.num_documents} documents of {header.dtype} in .idx, but manifest.json has "
             f"{shard.documents} documents, {shard.tokens} tokens, {shard.bin_bytes} bytes",
             remedy,
         )
     if header.dtype != token_dtype(manifest.tokenizer.vocab_size):
         raise DatasetError(
-            f"{where} holds {header.dtype}, a vocabulary of {manifest.tokenizer.vocab_size} is stored as "
+            f"{where} holds {header.dtype}, but a vocabulary of {manifest.tokenizer.vocab_size} is stored as "
             f"{token_dtype(manifest.tokenizer.vocab_size)}",
             remedy,
         )

@@ -1,8 +1,8 @@
-"""The order of training rows: pure functions of (key, index), so a checkpoint holds no sampler state and no length of a run moves a row.
+"""The order of training rows: pure functions of (key, index). A checkpoint holds no sampler state, and the length of a run moves no row.
 
-`permute` is a permutation of range(n) evaluated one index at a time: a four-round Feistel network over the next even number of bits, walked
-until it lands inside the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). `Blend` interleaves sources so that every
-prefix holds each source's share to within two rows. `PatternBlend` is the earlier interleaving, kept for the checkpoints that were written under it.
+`permute` is a permutation of range(n) evaluated one index at a time: a four-round Feistel network over the next even number of bits, repeated
+until the result is inside the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). `Blend` interleaves parts so that every
+prefix holds each part's share to within two rows. `PatternBlend` is the earlier interleaving, kept for checkpoints that were written under it.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ PATTERN_ROWS = 4096
 
 
 def permute(index: int, n: int, key: str) -> int:
-    """Return where a keyed permutation of range(n) sends `index`."""
+    """Returns where a keyed permutation of range(n) sends `index`."""
     if not 0 <= index < n:
         raise ValueError(f"index={index} must lie in [0, {n})")
     half = max(1, ((n - 1).bit_length() + 1) // 2)
@@ -34,7 +34,7 @@ def permute(index: int, n: int, key: str) -> int:
 
 
 def key_number(key: str, n: int) -> int:
-    """Return a number in [0, n) that depends on the key alone."""
+    """Returns a number in [0, n) that depends only on the key."""
     return _round_keys(key)[0] % n
 
 
@@ -44,44 +44,44 @@ def _round_keys(key: str) -> list[int]:
 
 
 def _mix(x: int) -> int:
-    """Return 64 well-mixed bits of x (the finaliser of SplitMix64; Steele, Lea and Flood, 2014)."""
+    """Returns 64 well-mixed bits of x (the finaliser of SplitMix64; Steele, Lea and Flood, 2014)."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
 
 
 class Blend:
-    """Which source each row of a mixture comes from, and how many rows of that source precede it.
+    """Which part each row of a mixture comes from, and how many rows of that part precede it.
 
-    The sources are the leaves of a binary tree. Of the first m rows of a node of weight w, round(m * l / w) go to its left child of weight l and
-    the others to its right child, halves rounded up. Both counts grow by 0 or 1 with each row, so a row takes one way down, and its index in a
-    child is the child's count before it. There is no table and no state; a row costs one division per level, and integers keep it exact.
+    The parts are the leaves of a binary tree. Of the first m rows of a node of weight w, round(m * l / w) go to its left child of weight l and
+    the others to its right child, halves rounded up. Both counts grow by 0 or 1 with each row. So a row takes one path down, and its index in a
+    child is the child's count before it. There is no table and no state. A row costs one division per level, and integers keep it exact.
 
     The bound. Let e be a node's count less its share of n rows, 0 at the root. A child with r times the node's weight has r * e + d with
-    |d| <= 1/2. A node's sources, the largest first, are cut where the two parts are most nearly equal. If the largest has half of the weight or
-    more, it is a part by itself, a leaf, and the other part has at most half. If it has a third or more, the cut behind it is at most a sixth off
-    the middle; if it has less, consecutive cuts are less than a third apart, so one is at most a sixth off. So a part of several sources has
+    |d| <= 1/2. A node's parts, the largest first, are cut where the two sides are most nearly equal. If the largest part has half of the weight or
+    more, it is one side, a leaf, and the other side has at most half. If it has a third or more, the cut behind it is at most a sixth off the
+    middle. If it has less, consecutive cuts are less than a third apart, so one of them is at most a sixth off. So a side of several parts has
     r <= 2/3: |e| < 1/2 * (1 + 2/3 + 4/9 + ...) = 3/2 inside the tree, and |e| < 3/2 + 1/2 = 2 at the leaves.
 
-    With whole weights no rounding is left at multiples of their sum: there, each source has had exactly its share.
+    With integer weights there is no rounding at multiples of their sum: there each part has had exactly its share.
 
     Args:
-        weights: one per source, finite, not negative, not all 0; their sum does not matter.
+        weights: one per part, finite, not negative, not all 0; their sum does not matter.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the weights violate this.
     """
 
     def __init__(self, weights: Sequence[float | Fraction]) -> None:
         shares = _whole_numbers(weights)
-        self._num_sources = len(shares)
-        largest_first = sorted((s for s, share in enumerate(shares) if share), key=lambda s: -shares[s])
-        ends = list(accumulate((shares[s] for s in largest_first), initial=0))
+        self._num_parts = len(shares)
+        largest_first = sorted((p for p, share in enumerate(shares) if share), key=lambda p: -shares[p])
+        ends = list(accumulate((shares[p] for p in largest_first), initial=0))
         self._nodes: list[tuple[int, int, int, int]] = []  # weight of the left child, of both, the children
-        unbuilt: list[tuple[int, int]] = []  # the sources of each node, a range of `largest_first`
+        unbuilt: list[tuple[int, int]] = []  # the parts of each node, a range of `largest_first`
 
         def child(first: int, last: int) -> int:
-            """Return the number of a node for a range of sources; a single source s is ~s."""
+            """Returns the number of a node for a range of parts; a single part p is ~p."""
             if last - first == 1:
                 return ~largest_first[first]
             unbuilt.append((first, last))
@@ -94,8 +94,8 @@ class Blend:
             node = (ends[cut] - ends[first], ends[last] - ends[first], child(first, cut), child(cut, last))
             self._nodes.append(node)
 
-    def source(self, row: int) -> tuple[int, int]:
-        """Return (source, row of that source) of a mixture's row."""
+    def locate(self, row: int) -> tuple[int, int]:
+        """Maps a row of the mixture to (part, row index within that part)."""
         node, row = self._root, int(row)
         while node >= 0:
             left, both, first, second = self._nodes[node]
@@ -104,8 +104,8 @@ class Blend:
         return ~node, row
 
     def counts(self, rows: int) -> list[int]:
-        """Return how many of the first `rows` rows each source has."""
-        found = [0] * self._num_sources
+        """Returns how many of the first `rows` rows each part has."""
+        found = [0] * self._num_parts
         below = [(self._root, int(rows))]
         while below:
             node, count = below.pop()
@@ -119,7 +119,7 @@ class Blend:
 
 
 def _whole_numbers(weights: Sequence[float | Fraction]) -> list[int]:
-    """Return whole numbers in the exact ratio of some weights."""
+    """Returns integers in the exact ratio of some weights."""
     if not all(isinstance(w, int | Fraction) or math.isfinite(w) for w in weights):
         raise ValueError(f"weights={list(weights)} must be finite")
     exact = [w if isinstance(w, int | Fraction) else Fraction(float(w)) for w in weights]
@@ -132,16 +132,16 @@ def _whole_numbers(weights: Sequence[float | Fraction]) -> list[int]:
 
 
 def _middle(ends: list[int], first: int, last: int) -> int:
-    """Return where ends[first..last] are cut into two parts that are most nearly equal, neither of them empty."""
+    """Returns where ends[first..last] are cut into two sides that are most nearly equal, neither of them empty."""
     twice = ends[first] + ends[last]
     cut = bisect_left(ends, twice, first + 1, last - 1, key=lambda end: 2 * end)
     return min((c for c in (cut - 1, cut) if c > first), key=lambda c: abs(2 * ends[c] - twice))
 
 
 class PatternBlend:
-    """The interleaving of row order 1: a pattern of 4,096 rows in which each source has a rounded number of rows, one at least.
+    """The interleaving of row order 1: a pattern of 4,096 rows in which each part has a rounded number of rows, at least one.
 
-    Shares drift with every repetition of the pattern. It serves only to continue runs that began under it.
+    Shares drift with every repetition of the pattern. It is only used to continue runs that began under it.
     """
 
     def __init__(self, weights: Sequence[float | Fraction]) -> None:
@@ -149,18 +149,18 @@ class PatternBlend:
         exact = share / share.sum() * PATTERN_ROWS
         counts = np.floor(exact).astype(np.int64)
         counts[np.argsort(counts - exact, kind="stable")[: PATTERN_ROWS - counts.sum()]] += 1
-        counts[(share > 0) & (counts == 0)] = 1  # a small source still has its turn
+        counts[(share > 0) & (counts == 0)] = 1  # a small part still gets a row
         rows = int(counts.sum())
         place = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in counts])
-        source = np.repeat(np.arange(len(counts)), counts)
-        self._pattern = source[np.argsort(place, kind="stable")]
+        part = np.repeat(np.arange(len(counts)), counts)
+        self._pattern = part[np.argsort(place, kind="stable")]
         self._counts = counts
         self._nth = np.empty(rows, dtype=np.int64)
-        for s in range(len(counts)):
-            self._nth[self._pattern == s] = np.arange(counts[s])
+        for p in range(len(counts)):
+            self._nth[self._pattern == p] = np.arange(counts[p])
 
-    def source(self, row: int) -> tuple[int, int]:
-        """Return (source, row of that source) of a mixture's row."""
+    def locate(self, row: int) -> tuple[int, int]:
+        """Maps a row of the mixture to (part, row index within that part)."""
         cycle, at = divmod(row, len(self._pattern))
-        s = int(self._pattern[at])
-        return s, int(cycle * self._counts[s] + self._nth[at])
+        part = int(self._pattern[at])
+        return part, int(cycle * self._counts[part] + self._nth[at])

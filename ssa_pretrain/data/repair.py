@@ -1,6 +1,6 @@
-"""What is wrong with a dataset, and the command that repairs it, as one sentence. Standard library only.
+"""What is wrong with a dataset and the command that repairs it, in one sentence. Uses only the standard library.
 
-A dataset keeps the settings that made it in recipe.json (data_prep/recipe.py), so the command that repairs it names only its folder.
+A dataset keeps the settings that made it in recipe.json (data_prep/recipe.py), so the repair command names only the folder.
 """
 
 import hashlib
@@ -13,11 +13,11 @@ from typing import Any
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be used; str() is one sentence.
+    """A dataset cannot be used; str() is one sentence.
 
     Attributes:
         what: the file and what is wrong with it.
-        remedy: what to do, with the command where there is one.
+        remedy: what to do, with a command if there is one.
     """
 
     def __init__(self, what: str, remedy: str) -> None:
@@ -29,7 +29,7 @@ class DatasetError(ValueError):
 
 
 def command(root: Path, settings: str) -> str:
-    """Returns the command that runs data_prep on the dataset in a folder by its recipe, as a shell takes it."""
+    """Returns the shell command that runs data_prep with the recipe of the dataset in a folder."""
     return f"python -m data_prep {out_argument(root.absolute())} {settings}"
 
 
@@ -43,19 +43,19 @@ def out_argument(root: Path) -> str:
 
 
 def quoted_value(text: str) -> str:
-    """Returns a text as a quoted value of Hydra's grammar, where only quotes and the backslashes before them are escaped."""
+    """Returns a text as a quoted value in Hydra's grammar, which escapes only quotes and the backslashes before them."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def repair_advice(root: Path) -> str:
-    """Returns how to repair the dataset in a folder: one that knows its recipe needs no settings for that."""
+    """Returns how to repair the dataset in a folder. With a recipe it needs no settings."""
     if has_recipe(root):
         return f"repair it with `{command(root, 'verify=full')}`"
     return "copy the file again, or repeat the data_prep command that made the dataset, with verify=full"
 
 
 def beginning_advice(root: Path) -> str:
-    """Returns how a dataset comes to lie in a folder that has no manifest."""
+    """Returns how to make a dataset in a folder that has no manifest."""
     out = out_argument(root.absolute())
     if has_recipe(root):
         return f"run `python -m data_prep {out} verify=full` to finish it"
@@ -65,7 +65,7 @@ def beginning_advice(root: Path) -> str:
 
 
 def has_recipe(root: Path) -> bool:
-    """Returns whether a dataset has a sound recipe.json."""
+    """Returns whether a dataset has an undamaged recipe.json."""
     try:
         content = json.loads((root / "recipe.json").read_bytes())
         return content["checksum"] == content_checksum(content)
@@ -74,20 +74,20 @@ def has_recipe(root: Path) -> bool:
 
 
 def content_checksum(content: dict[str, Any]) -> str:
-    """Returns the sha256 of the content of a JSON file of ours, its field `checksum` left out; indentation does not count."""
+    """Returns the sha256 of the content of one of our JSON files, without its field `checksum` and its indentation."""
     rest = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def dangling_link(path: Path, root: Path) -> Path | None:
-    """Returns the link that leads nowhere on the way from `root` to a file, None where there is none."""
+    """Returns the dangling link on the path from `root` to a file, or None."""
     below = [path, *(place for place in path.parents if root in place.parents)]
     return next((place for place in reversed(below) if os.path.islink(place) and not os.path.exists(place)), None)
 
 
-def leads_nowhere(link: Path, root: Path) -> DatasetError:
-    """Returns the error for a link of a dataset whose target is missing."""
-    remedy = "fetch the file that it stands for"
+def dangling_link_error(link: Path, root: Path) -> DatasetError:
+    """Returns the error for a link in a dataset whose target is missing."""
+    remedy = "fetch the file that it points to"
     if has_recipe(root):
         remedy += f", or {repair_advice(root)}"
-    return DatasetError(f"{link} is a link that leads nowhere: {os.readlink(link)} does not exist", remedy)
+    return DatasetError(f"{link} is a dangling link: {os.readlink(link)} does not exist", remedy)

@@ -106,16 +106,16 @@ def _epochs(config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple
         found = readings(manifest, config.data.weights, config.data.sequence_length, rows)
     except ValueError as error:
         return [("epochs", f"unknown: {error}")]
-    total = sum(reading.source.rows_per_epoch for reading in found)
+    total = sum(reading.part.rows_per_epoch for reading in found)
     line = f"{rows / total:.3g} over {_count(total, 'row')}"
     if len(found) > 1:
         found.sort(key=lambda reading: -reading.epochs)
-        shown = [f"{reading.source.name} {reading.epochs:.3g}" for reading in found[:MAX_LINES]]
+        shown = [f"{reading.part.name} {reading.epochs:.3g}" for reading in found[:MAX_LINES]]
         line += f": {', '.join(shown)}"
         if len(found) > MAX_LINES:
-            line += f" … {found[-1].source.name} {found[-1].epochs:.3g}, the lowest of {len(found)}"
+            line += f" … {found[-1].part.name} {found[-1].epochs:.3g}, the lowest of {len(found)}"
     lines = [("epochs", line)]
-    if tail := sum(reading.source.tail for reading in found if reading.rows):
+    if tail := sum(reading.part.tail for reading in found if reading.rows):
         left = f"the first epoch leaves out the last {tail:,} tokens"
         each = ", summed over the sources" if len(found) > 1 else ""
         lines.append(("", f"{left}{each}; the second reads them"))

@@ -99,7 +99,7 @@ def settings(tmp_path: Path, tokenizer_json: Path) -> list[str]:
 
 def test_any_number_of_workers_gives_the_same_bytes_and_no_torch(tmp_path, settings):
     spy = "import runpy, sys; sys.argv[0] = 'data_prep'; "
-    spy += "import data_prep.cli as c, data_prep.pool; code = c.main(sys.argv[1:]); "
+    spy += "import data_prep.cli as c, data_prep.shards.pool; code = c.main(sys.argv[1:]); "
     spy += "print('torch loaded:', 'torch' in sys.modules); sys.exit(code)"
     digests = {}
     for workers in (1, 2, 8):
@@ -368,7 +368,7 @@ def test_quickstart_gives_both_parts_on_both_sides(tmp_path):
     said = finish(start(tmp_path, *settings))
     manifest = load_manifest(tmp_path / "dataset")
     for split in ("train", "heldout"):
-        assert {shard.name for shard in manifest.splits[split]} == {"english", "python"}
+        assert {shard.part for shard in manifest.splits[split]} == {"english", "python"}
         # Text that is neither one word nor noise: between the entropy of letters and that of a uniform choice of tokens.
         assert 4 < manifest.unigram_entropy_nats[split] < np.log(4096)
     assert manifest.tokenizer.vocab_size == 4096

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from data_prep.executors.step import run_task
+from data_prep.shards.executors.step import run_task
 from ssa_pretrain.data.indexed_format import load_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -200,6 +200,6 @@ def test_missing_programs_and_packages_are_named(corpus, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(settings(corpus, "x", *SLURM)) == 3
     assert "executor=slurm needs sbatch, which is not on PATH" in capsys.readouterr().err
-    monkeypatch.setattr("data_prep.executors.ray_cluster.find_spec", lambda name: None)
+    monkeypatch.setattr("data_prep.shards.executors.ray_cluster.find_spec", lambda name: None)
     assert main(settings(corpus, "x", *RAY)) == 3
     assert "executor=ray needs ray; install it with `pip install -e '.[cluster]'`" in capsys.readouterr().err

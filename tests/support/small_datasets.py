@@ -21,7 +21,7 @@ def write_shard(root: Path, name: str, number: int, documents: Documents) -> Sha
         write_index(file, np.array([len(d) for d in documents]), np.dtype("<u2"))
     sizes = {end: prefix.with_name(prefix.name + end).read_bytes() for end in (".bin", ".idx")}
     return ShardInfo(
-        name=name,
+        part=name,
         prefix=prefix.name,
         documents=len(documents),
         tokens=len(tokens),

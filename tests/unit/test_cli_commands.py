@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.bench.__main__ import main as data_bench
 from data_prep.cli import main as data_prep
 from ssa_pretrain.bench import __main__ as bench
 from ssa_pretrain.cli import read_config
@@ -25,7 +24,6 @@ PRINTING = {
     "ssa_pretrain.report": ["--help"],
     "ssa_pretrain.launch": ["--help"],
     "data_prep": ["--help"],
-    "data_prep.bench": ["--help"],
 }
 
 
@@ -63,7 +61,7 @@ def test_help_ends_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "a file of conf/model" in capsys.readouterr().out
     assert compare.main() is None
     assert "metrics.jsonl" in capsys.readouterr().out
-    assert [data_bench(["--help"]), launch(["--help"], {}), report(["--help"])] == [0, 0, 0]
+    assert [launch(["--help"], {}), report(["--help"])] == [0, 0]
     for entry in ("train", "evaluate", "plan"):
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
@@ -73,7 +71,7 @@ def test_help_ends_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def test_without_arguments_or_with_wrong_ones_they_end_with_3(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [data_bench([]), launch([], {}), launch(["slurm"], {}), report([])] == [3, 3, 3, 3]
+    assert [launch([], {}), launch(["slurm"], {}), report([])] == [3, 3, 3]
     assert "ssa_pretrain.launch: slurm is not a launcher; try torchrun, deepspeed or steps\n" in capsys.readouterr().err
     assert data_prep(["--verify=full", "out=x"]) == 3
     message = "error: unrecognized arguments: --verify=full; settings are written KEY=VALUE, without dashes, and --help lists the flags\n"

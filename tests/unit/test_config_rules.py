@@ -372,7 +372,7 @@ def test_a_damaged_dataset_is_a_data_problem(dataset: Path) -> None:
     (dataset / "train" / "python.bin").write_bytes(b"short")
     lines = found(*BASE, f"data.path={dataset}", machine=HERE)
     assert len(lines) == 1
-    assert "python.bin has 5 bytes, manifest.json says 4000" in lines[0]
+    assert "python.bin has 5 bytes, manifest.json has 4000" in lines[0]
 
 
 @pytest.mark.parametrize(("name", "byte"), [("train/python.idx", 35), ("tokenizer.json", 1), ("manifest.json", 60)])

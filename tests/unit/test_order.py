@@ -40,7 +40,7 @@ def furthest(weights: list, rows: int) -> float:
     blend, shares = Blend(weights), [Fraction(w) for w in weights]
     total, seen, worst = sum(shares), [0] * len(weights), Fraction(0)
     for row in range(rows):
-        source, index = blend.source(row)
+        source, index = blend.locate(row)
         assert index == seen[source], f"row {row}: source {source} gives its row {index} after {seen[source]} rows"
         seen[source] += 1
         worst = max(worst, *(abs(n - (row + 1) * share / total) for n, share in zip(seen, shares, strict=True)))
@@ -86,7 +86,7 @@ def test_any_row_is_found_at_once(weights, row):
     """A row far away agrees with the counts before and behind it, and these are within two rows of the shares."""
     blend, total = Blend(weights), sum(Fraction(w) for w in weights)
     before, behind = blend.counts(row), blend.counts(row + 1)
-    source, index = blend.source(row)
+    source, index = blend.locate(row)
     assert index == before[source]
     assert behind == [n + (s == source) for s, n in enumerate(before)]
     assert all(abs(n - row * Fraction(w) / total) < 2 for n, w in zip(before, weights, strict=True))
@@ -110,16 +110,16 @@ def test_whole_weights_are_met_exactly_at_multiples_of_their_sum():
 def test_weights_count_by_their_ratio_alone():
     rows = range(300)
     one, other = (Blend([s * w for w in (0.5, 0.125, 0.0, 0.375)]) for s in (1.0, 2.0**-400))
-    assert [one.source(i) for i in rows] == [other.source(i) for i in rows]
+    assert [one.locate(i) for i in rows] == [other.locate(i) for i in rows]
     assert one.counts(10**6)[2] == 0
 
 
 def test_blend_never_changes():
     """As for `permute`."""
-    assert [Blend([0.7, 0.15, 0.08, 0.06, 0.01]).source(i)[0] for i in range(20)] == [
+    assert [Blend([0.7, 0.15, 0.08, 0.06, 0.01]).locate(i)[0] for i in range(20)] == [
         0, 2, 0, 0, 1, 0, 0, 0, 3, 0, 0, 1, 0, 0, 2, 0, 0, 0, 1, 0
     ]  # fmt: skip
-    assert Blend([0.7, 0.2, 0.1]).source(10**12) == (0, 700000000000)
+    assert Blend([0.7, 0.2, 0.1]).locate(10**12) == (0, 700000000000)
 
 
 @pytest.mark.parametrize("weights", [[], [0.0], [-1.0, 2.0], [math.nan, 1.0], [math.inf]])
@@ -131,8 +131,8 @@ def test_weights_that_are_no_shares_are_refused(weights):
 def test_the_pattern_of_order_1_never_changes():
     """Runs that began under it resume by it."""
     blend = PatternBlend([2.0, 1.0])
-    assert [blend.source(i) for i in (*range(6), PATTERN_ROWS, 10 * PATTERN_ROWS)] == [
+    assert [blend.locate(i) for i in (*range(6), PATTERN_ROWS, 10 * PATTERN_ROWS)] == [
         (0, 0), (1, 0), (0, 1), (0, 2), (1, 1), (0, 3), (0, 2731), (0, 27310)
     ]  # fmt: skip
     small = PatternBlend([1.0, 1e-9])
-    assert sum(small.source(i)[0] for i in range(PATTERN_ROWS + 1)) == 1
+    assert sum(small.locate(i)[0] for i in range(PATTERN_ROWS + 1)) == 1

@@ -243,7 +243,7 @@ def test_the_plan_counts_epochs(tmp_path: Path) -> None:
 
 def test_the_plan_explains_why_it_counts_no_epochs(tmp_path: Path) -> None:
     short = write_dataset(tmp_path / "short", {"english": cut(60)}, {"english": cut(99)})
-    words = f"unknown: data.sequence_length=32 needs at least 65 tokens of each source, but english (train) in {short.root} has 60; "
+    words = f"unknown: data.sequence_length=32 needs at least 65 tokens of each part, but english (train) in {short.root} has 60; "
     assert epochs(short)[0] == words + "shorten the rows or prepare more text"
     held = dataclasses.replace(short, splits={"train": (), "heldout": short.splits["heldout"]})
     config = experiment("experiment=quickstart")

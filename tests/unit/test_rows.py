@@ -6,7 +6,7 @@ import pytest
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.indexed_format import Manifest, TokenizerInfo
 from ssa_pretrain.data.mixture import readings
-from ssa_pretrain.data.rows import HeldOutRows, Row, TokenStream, TrainingRows
+from ssa_pretrain.data.rows import HeldOutRows, PartTokens, Row, TrainingRows
 from support.small_datasets import cut, write_dataset, write_shard
 
 LENGTH = 32
@@ -41,7 +41,7 @@ def manifest(tmp_path) -> Manifest:
 
 
 def test_stream_reads_across_documents_and_files(manifest):
-    stream = TokenStream([manifest.root / "english_0", manifest.root / "english_1"], manifest.tokenizer.vocab_size)
+    stream = PartTokens([manifest.root / "english_0", manifest.root / "english_1"], manifest.tokenizer.vocab_size)
     whole = documents(0, 40, 0)
     starts = np.concatenate([[0], np.cumsum([len(d) for d in whole])[:-1]])
     for offset, count in ((0, 10), (5, stream.num_tokens - 5), (sum(len(d) for d in whole[:25]) - 3, 7)):
@@ -111,13 +111,13 @@ def test_weights_count_tokens_where_rows_are_sequences_of_their_own(tmp_path):
 
 
 def test_an_unknown_source_is_refused(manifest):
-    with pytest.raises(ValueError, match=r"data.weights=\['code'\] must name sources.*\['english', 'python'\]"):
+    with pytest.raises(ValueError, match=r"data.weights=\['code'\] must name parts.*\['english', 'python'\]"):
         TrainingRows(manifest, sequence_length=LENGTH, seed=1, weights={"code": 1.0})
 
 
 def test_too_little_text_is_refused(manifest):
     with pytest.raises(
-        ValueError, match=r"data.sequence_length=4096 needs at least 8193 tokens of each source, but english \(train\)"
+        ValueError, match=r"data.sequence_length=4096 needs at least 8193 tokens of each part, but english \(train\)"
     ):
         TrainingRows(manifest, sequence_length=4096, seed=1, weights={})
 
@@ -167,7 +167,7 @@ def test_rows_past_the_held_out_ones_are_padding(manifest):
 def test_a_held_out_split_without_a_label_is_refused(tmp_path):
     manifest = write_dataset(tmp_path, {}, {"one": [np.array([5])]})
     with pytest.raises(
-        ValueError, match="has no held-out source of two tokens, a token and its label; prepare more text"
+        ValueError, match="has no held-out part with two tokens \\(a token and its label\\); prepare more text"
     ):
         HeldOutRows(manifest, sequence_length=LENGTH, rows=0)
 
@@ -197,7 +197,7 @@ def test_without_weights_all_rows_are_read_equally_often(tmp_path):
     small = [s for s in starts_of(rows, range(499 + 2)) if s >= 20_000]
     assert sorted(small) == [20_000, 20_000 + LENGTH]
     found = readings(manifest, {}, LENGTH, 3 * 501)
-    assert [(r.source.name, r.rows, r.epochs) for r in found] == [("large", 3 * 499, 3.0), ("small", 3 * 2, 3.0)]
+    assert [(r.part.name, r.rows, r.epochs) for r in found] == [("large", 3 * 499, 3.0), ("small", 3 * 2, 3.0)]
     assert [r.source.tail for r in found] == [LENGTH - 1, LENGTH + 4]
 
 
@@ -209,7 +209,7 @@ def test_readings_are_what_is_read(manifest):
     assert (
         (english.rows, python.rows) == (sum(s < 10_000 for s in starts), sum(s >= 10_000 for s in starts)) == (25, 75)
     )
-    assert python.epochs == 75 / python.source.rows_per_epoch > 4
+    assert python.epochs == 75 / python.part.rows_per_epoch > 4
 
 
 @pytest.mark.parametrize(
@@ -256,10 +256,10 @@ def test_order_1_never_changes(manifest):
     assert starts_of(new, range(40, 60)) != OLD
     one = {"english": 1.0}
     old, new = (TrainingRows(manifest, sequence_length=LENGTH, seed=5, weights=one, order=order) for order in (1, 2))
-    per_epoch = readings(manifest, one, LENGTH, 1)[0].source.rows_per_epoch
+    per_epoch = readings(manifest, one, LENGTH, 1)[0].part.rows_per_epoch
     assert starts_of(old, range(per_epoch)) == starts_of(new, range(per_epoch))
     assert starts_of(old, range(per_epoch, per_epoch + 5)) == OLD_SECOND
-    with pytest.raises(ValueError, match="row order 3 is not known; this version of ssa_pretrain has 1 to 2"):
+    with pytest.raises(ValueError, match="row order 3 is unknown; this version of ssa_pretrain has 1 to 2"):
         TrainingRows(manifest, sequence_length=LENGTH, seed=5, weights=one, order=3)
 
 

@@ -58,7 +58,7 @@ def _data(config: Config, machine: Machine) -> list[Problem]:
         return found
     tokens: dict[str, int] = {}
     for shard in manifest.splits["train"]:
-        tokens[shard.name] = tokens.get(shard.name, 0) + shard.tokens
+        tokens[shard.part] = tokens.get(shard.part, 0) + shard.tokens
     for name in sorted(set(config.data.weights) - set(tokens)):
         advice = f"its sources are {join(tokens, 'and')}"
         found.append(Problem(f"data.weights.{name}", config.data.weights[name], f"names no source of {path}", advice))

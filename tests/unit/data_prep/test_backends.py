@@ -10,8 +10,9 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from data_prep.config import BackendChoice, BpeTokenizer, Config
+from data_prep.corpus.planning import plan_shards
 from data_prep.errors import ConfigurationError, InputError
-from data_prep.planning import Subset, plan_shards
+from data_prep.sources.files import Part
 from data_prep.tokenizer import backends
 from data_prep.tokenizer.backends import HuggingFaceBackend, choose_backend
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
@@ -35,12 +36,12 @@ needs_gigatoken = pytest.mark.skipif(backends.find_spec("gigatoken") is None, re
 
 @pytest.fixture
 def vocabulary(tmp_path: Path, corpus: Path) -> Vocabulary:
-    plan = plan_shards([Subset("text", "jsonl", (str(corpus),))], 0)
+    plan = plan_shards([Part("text", "jsonl", (str(corpus),))], 0)
     return prepare_vocabulary(Config(tokenizer=BpeTokenizer(vocab_size=560)), plan, ["digest"], tmp_path / "work")[0]
 
 
-def choose(vocabulary: Vocabulary, asked: BackendChoice = BackendChoice.auto, **objections: str) -> tuple[str, str]:
-    name, reason, backend = choose_backend(asked, vocabulary.path, True, objections)
+def choose(vocabulary: Vocabulary, asked: BackendChoice = BackendChoice.auto, **rejections: str) -> tuple[str, str]:
+    name, reason, backend = choose_backend(asked, vocabulary.path, True, rejections)
     assert isinstance(backend, backends.BACKENDS[name])
     return name, reason
 
@@ -62,7 +63,7 @@ def test_every_backend_gives_the_same_ids(vocabulary, name):
 def test_auto_takes_gigatoken(vocabulary):
     assert choose(vocabulary) == ("gigatoken", "its ids are compared with hf's")
     assert choose(vocabulary, BackendChoice.gigatoken)[0] == "gigatoken"
-    assert choose(vocabulary, BackendChoice.hf) == ("hf", "as asked")
+    assert choose(vocabulary, BackendChoice.hf) == ("hf", "as set")
 
 
 def test_backends_that_are_not_installed(vocabulary, monkeypatch):
@@ -97,7 +98,7 @@ def test_added_tokens_are_cut_out_of_any_tokenizer_file(vocabulary):
 
 
 def test_byte_letters_are_gpt2s(vocabulary):
-    letters = backends.byte_letters()
+    letters = backends.bytes_to_unicode()
     assert len(set(letters.values())) == 256 and letters[ord("A")] == "A" and letters[ord(" ")] == "Ġ"
     assert set(pre_tokenizers.ByteLevel.alphabet()) == set(letters.values())
 
@@ -109,8 +110,8 @@ def test_tokenizer_that_gigatoken_does_not_know(tmp_path, vocabulary):
     (tmp_path / "words.json").write_text(json.dumps(content))
     name, reason = choose(replace(vocabulary, path=str(tmp_path / "words.json")))
     assert name == "hf"
-    assert re.match(r'gigatoken does not know this tokenizer \(Unsupported model type "WordLevel"', reason)
-    assert "; tiktoken does not know this tokenizer (not a byte-level BPE of one pattern: " in reason
+    assert re.match(r'gigatoken does not support this tokenizer \(Unsupported model type "WordLevel"', reason)
+    assert "; tiktoken does not support this tokenizer (not a byte-level BPE of one pattern: " in reason
 
 
 @needs_gigatoken

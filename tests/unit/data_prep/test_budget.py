@@ -2,12 +2,12 @@
 
 import pytest
 
-from data_prep.budget import choose, shares
+from data_prep.corpus.planning import Shard
 from data_prep.errors import ConfigurationError
-from data_prep.planning import Shard
 from data_prep.readers import Piece
 from data_prep.run_config import MixConfig
-from data_prep.shards import Job
+from data_prep.shards.budget import choose, shares
+from data_prep.shards.shard import Job
 
 
 def jobs(name: str, count: int, size: int = 1000) -> list[Job]:
@@ -15,15 +15,15 @@ def jobs(name: str, count: int, size: int = 1000) -> list[Job]:
     return [Job(Shard(name, number, (piece,)), f"{name}{number}") for number in range(count)]
 
 
-CORPUS = jobs("web", 20) + jobs("code", 10)
-EXACT = {job.shard.stem: 100 + 7 * (number % 5) for number, job in enumerate(CORPUS)}
+CORPUS_SAMPLE = jobs("web", 20) + jobs("code", 10)
+EXACT = {job.shard.stem: 100 + 7 * (number % 5) for number, job in enumerate(CORPUS_SAMPLE)}
 
 
 def settle(mix: MixConfig, known: dict[str, int]) -> list[str]:
     """Tokenizes what is asked for until nothing new is."""
     known = dict(known)
     for _ in range(100):
-        chosen = choose(mix, CORPUS, known)
+        chosen = choose(mix, CORPUS_SAMPLE, known)
         missing = [job.shard.stem for job in chosen if job.shard.stem not in known]
         if not missing:
             return [job.shard.stem for job in chosen]
@@ -32,8 +32,8 @@ def settle(mix: MixConfig, known: dict[str, int]) -> list[str]:
 
 
 def test_no_budget_takes_everything():
-    assert choose(MixConfig(), CORPUS, {}) == CORPUS
-    assert shares(MixConfig(), CORPUS) == {}
+    assert choose(MixConfig(), CORPUS_SAMPLE, {}) == CORPUS_SAMPLE
+    assert shares(MixConfig(), CORPUS_SAMPLE) == {}
 
 
 def test_budget_is_met_by_each_part_and_by_no_more_than_a_shard():
@@ -42,7 +42,7 @@ def test_budget_is_met_by_each_part_and_by_no_more_than_a_shard():
     for name, budget in (("web", 1200), ("code", 400)):
         own = [EXACT[stem] for stem in stems if stem.startswith(name)]
         assert budget <= sum(own) < budget + max(own)
-    assert stems == [job.shard.stem for job in CORPUS if job.shard.stem in stems]  # in the order of the plan
+    assert stems == [job.shard.stem for job in CORPUS_SAMPLE if job.shard.stem in stems]  # in the order of the plan
     assert {int(stem[-5:]) for stem in stems} != set(range(len(stems)))  # a sample, not the beginning
 
 
@@ -61,19 +61,19 @@ def test_larger_budget_adds_to_a_smaller_one_and_another_seed_takes_others():
 
 
 def test_budget_above_all_there_is_takes_all():
-    assert len(settle(MixConfig(weights={"web": 1, "code": 1}, target_tokens=1e9), {})) == len(CORPUS)
+    assert len(settle(MixConfig(weights={"web": 1, "code": 1}, target_tokens=1e9), {})) == len(CORPUS_SAMPLE)
 
 
 def test_budget_without_weights_follows_the_text():
-    assert shares(MixConfig(target_tokens=10), CORPUS) == pytest.approx({"web": 2 / 3, "code": 1 / 3})
+    assert shares(MixConfig(target_tokens=10), CORPUS_SAMPLE) == pytest.approx({"web": 2 / 3, "code": 1 / 3})
 
 
 def test_mix_and_corpus_must_name_the_same_parts():
     with pytest.raises(
         ConfigurationError, match=r"mix.weights has no weight for code; add one, or leave that part out"
     ):
-        shares(MixConfig(weights={"web": 1}), CORPUS)
+        shares(MixConfig(weights={"web": 1}), CORPUS_SAMPLE)
     absent = {"web": 6, "code": 2, "books": 8}
     with pytest.raises(ConfigurationError, match=r"names books, which the source has no text for .*mix.missing=drop"):
-        shares(MixConfig(weights=absent), CORPUS)
-    assert shares(MixConfig(weights=absent, missing="drop"), CORPUS) == {"web": 0.75, "code": 0.25}
+        shares(MixConfig(weights=absent), CORPUS_SAMPLE)
+    assert shares(MixConfig(weights=absent, missing="drop"), CORPUS_SAMPLE) == {"web": 0.75, "code": 0.25}

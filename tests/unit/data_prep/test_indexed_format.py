@@ -37,7 +37,7 @@ def write_pair(folder: Path, prefix: str, documents: list[list[int]], vocab_size
     with open(idx, "wb") as file:
         write_index(file, np.array(list(map(len, documents))), dtype)
     return ShardInfo(
-        name="text",
+        part="text",
         prefix=prefix,
         documents=len(documents),
         tokens=sum(map(len, documents)),
@@ -110,7 +110,7 @@ def test_dtype_without_a_code_is_refused():
 
 
 def test_document_beyond_int32_is_refused():
-    with pytest.raises(ValueError, match=r"document of 2147483648 tokens: the .idx format counts at most"):
+    with pytest.raises(ValueError, match=r"document of 2147483648 tokens: the .idx format allows at most"):
         write_index(io.BytesIO(), np.array([2**31]), np.dtype("<u2"))
 
 
@@ -148,13 +148,13 @@ def test_core_writes_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     "damage,message",
     [
-        (lambda raw: raw[:20], "is cut short: 20 bytes, the header alone has 34"),
+        (lambda raw: raw[:20], "is cut short: 20 bytes, its header has 34"),
         (lambda raw: b"X" + raw[1:], "is not an .idx file: it does not begin with"),
         (lambda raw: raw[:9] + b"\x02" + raw[10:], "has version 2 of the format, this code reads 1"),
         (lambda raw: raw[:17] + b"\x63" + raw[18:], "has the unknown dtype code 99"),
         (lambda raw: raw[:26] + b"\x00" + raw[27:], "lists no document indices"),
-        (lambda raw: raw[:-1], r"has 81 bytes, its header asks for 82"),
-        (lambda raw: raw + b"\x00", r"has 83 bytes, its header asks for 82"),
+        (lambda raw: raw[:-1], r"has 81 bytes, its header describes 82"),
+        (lambda raw: raw + b"\x00", r"has 83 bytes, its header describes 82"),
     ],
 )
 def test_damaged_header_is_named(dataset, damage, message):
@@ -193,7 +193,7 @@ def test_manifest_comes_back_as_it_went(dataset):
 
 
 def test_folder_without_manifest_is_no_dataset(tmp_path):
-    with pytest.raises(ValueError, match=r"manifest.json does not exist: no finished dataset lies there; run"):
+    with pytest.raises(ValueError, match=r"manifest.json does not exist: there is no finished dataset; run"):
         load_manifest(tmp_path)
 
 
@@ -206,14 +206,14 @@ def test_manifest_that_is_not_json(dataset):
 @pytest.mark.parametrize("prefix", ["../outside/text_00000", "/etc/text_00000"])
 def test_prefix_outside_the_folder(dataset, prefix):
     edit_manifest(dataset, lambda c: c["splits"]["train"][0].update(prefix=prefix))
-    with pytest.raises(ValueError, match="which lies outside its folder"):
+    with pytest.raises(ValueError, match="which is outside its folder"):
         load_manifest(dataset)
 
 
 @pytest.mark.parametrize("prefix", ["a/../../text_00000", "", ".."])
 def test_names_that_are_not_of_a_file_inside(dataset, prefix):
     edit_manifest(dataset, lambda c: c["splits"]["train"][0].update(prefix=prefix))
-    with pytest.raises(ValueError, match="which lies outside its folder"):
+    with pytest.raises(ValueError, match="which is outside its folder"):
         load_manifest(dataset)
 
 
@@ -245,7 +245,7 @@ def test_a_dataset_of_links_opens_and_is_checked(dataset, names):
         verify_hashes(manifest)
     for blob in (blob for blob in store.rglob("*") if blob.is_file()):
         blob.write_bytes(blob.read_bytes() + b"x")
-    with pytest.raises(DatasetError, match=r"bytes, manifest.json says|cannot be read as JSON"):
+    with pytest.raises(DatasetError, match=r"bytes, manifest.json has|cannot be read as JSON"):
         load_manifest(dataset)
 
 
@@ -254,7 +254,7 @@ def test_a_link_that_leads_nowhere_is_named(dataset, name):
     path = dataset if name == "." else dataset / name
     path.rename(dataset.parent / "gone")
     path.symlink_to("elsewhere")
-    message = f"{path} is a link that leads nowhere: elsewhere does not exist; fetch the file that it stands for"
+    message = f"{path} is a dangling link: elsewhere does not exist; fetch the file that it points to"
     with pytest.raises(DatasetError, match=f"^{re.escape(message)}$"):
         load_manifest(dataset)
 
@@ -263,17 +263,17 @@ def test_a_link_that_leads_nowhere_is_named(dataset, name):
     "change,message",
     [
         (lambda c: c.update(schema=2), "schema=2 is not the 1 that this version reads"),
-        (lambda c: c.pop("splits"), "lacks a field or has one too many"),
-        (lambda c: c["tokenizer"].pop("eos_id"), "lacks a field or has one too many"),
-        (lambda c: c["splits"]["train"][0].update(bin_bytes=14), "has 12 bytes, manifest.json says 14"),
+        (lambda c: c.pop("splits"), "lacks a field or has an unknown one"),
+        (lambda c: c["tokenizer"].pop("eos_id"), "lacks a field or has an unknown one"),
+        (lambda c: c["splits"]["train"][0].update(bin_bytes=14), "has 12 bytes, manifest.json has 14"),
         (
             lambda c: c["splits"]["train"][0].update(documents=3),
-            "2 documents of uint16 in .idx, but manifest.json says 3",
+            "2 documents of uint16 in .idx, but manifest.json has 3",
         ),
-        (lambda c: c["splits"]["train"][0].update(tokens=7), "manifest.json says 2 documents, 7 tokens"),
+        (lambda c: c["splits"]["train"][0].update(tokens=7), "manifest.json has 2 documents, 7 tokens"),
         (
             lambda c: c["tokenizer"].update(vocab_size=128_256),
-            "holds uint16, a vocabulary of 128256 is stored as int32",
+            "holds uint16, but a vocabulary of 128256 is stored as int32",
         ),
         (lambda c: c["tokenizer"].update(file="other.json"), "other.json is missing though manifest.json lists it"),
     ],
@@ -314,7 +314,9 @@ def test_every_flipped_bit_of_a_small_file_is_found_at_opening(dataset, name):
 
 def test_a_changed_index_is_named_with_the_command_that_repairs_it(dataset):
     flip(dataset / "train/text_00000.idx", -1, 2)
-    what = r"/train/text_00000.idx (has sha256 \w+…, the manifest says \w+…: its content changed after it was written|.*); "
+    what = (
+        r"/train/text_00000.idx (has sha256 \w+…, the manifest has \w+…: its content changed after it was written|.*); "
+    )
     older = "copy the file again, or repeat the data_prep command that made the dataset, with verify=full$"
     with pytest.raises(DatasetError, match=what + older):
         load_manifest(dataset)
@@ -329,7 +331,7 @@ def test_flipped_bit_of_the_tokens_is_found_by_the_hashes(dataset):
     flip(dataset / "train/text_00000.bin", -1, 2)
     manifest = load_manifest(dataset)
     with pytest.raises(
-        DatasetError, match=r"text_00000.bin has sha256 \w+…, the manifest says \w+…: its content changed"
+        DatasetError, match=r"text_00000.bin has sha256 \w+…, the manifest has \w+…: its content changed"
     ):
         verify_hashes(manifest)
 

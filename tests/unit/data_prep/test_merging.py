@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import binaries
-from data_prep.binaries import TokenFile, first_bad_block, write_index_file
+from data_prep.corpus.planning import Shard
+from data_prep.dataset.merging import merge
 from data_prep.errors import InputError
-from data_prep.merging import groups_of, joined_record, merge
-from data_prep.planning import Shard
 from data_prep.run_config import MergeConfig
-from data_prep.shards import Job, Made
+from data_prep.shards import binaries
+from data_prep.shards.binaries import TokenFile, first_changed_bytes, write_index_file
+from data_prep.shards.groups import group_shards, joined_record
+from data_prep.shards.shard import FinishedShard, Job
 from ssa_pretrain.data.indexed_format import check_pair, read_lengths, write_index
 
 DTYPE = np.dtype("<u2")
@@ -26,16 +27,16 @@ def shard(out: Path, number: int, lengths: list[int], split: str = "train", name
     file = TokenFile(out / f"work/shards/{split}/{stem}")
     file.write((np.arange(sum(lengths)) + 1000 * number).astype(DTYPE).tobytes())
     info = file.close(name, f"work/shards/{split}/{stem}", DTYPE, [np.array(lengths, dtype=np.int32)], len(lengths))
-    return {field: getattr(info, field) for field in info.__slots__}
+    return info.to_record()
 
 
-def made(out: Path, counts: list[int], name: str = "text") -> list[Made]:
+def made(out: Path, counts: list[int], name: str = "text") -> list[FinishedShard]:
     shards = []
     for number, count in enumerate(counts):
         train = shard(out, number, list(range(3, 3 + count)), name=name)
         held = shard(out, number, [7], "heldout", name) if number % 2 else None
         record = {"splits": {"train": train, "heldout": held}}
-        shards.append(Made(Job(Shard(name, number, ()), f"print {name} {number}"), record))
+        shards.append(FinishedShard(Job(Shard(name, number, ()), f"print {name} {number}"), record))
     return shards
 
 
@@ -68,7 +69,7 @@ def test_joined_shards_are_removed_and_known_by_their_file(tmp_path):
     before = merge(tmp_path, shards, MergeConfig(files=2), print)
     assert not (tmp_path / "work/shards/train/text_00001.bin").exists()
     assert (tmp_path / "work/shards/train/text_00000.bin").exists()  # alone: the same file under two names
-    alone, group = groups_of(shards, 2)
+    alone, group = group_shards(shards, 2)
     assert joined_record(tmp_path, group, verify=True)
     assert joined_record(tmp_path, alone, verify=True) is None
     inode = (tmp_path / "train/text_00001.bin").stat().st_ino
@@ -86,9 +87,9 @@ def test_joined_shards_are_removed_and_known_by_their_file(tmp_path):
 def test_a_joined_file_of_other_shards_counts_for_none(tmp_path):
     shards = made(tmp_path, [4, 1, 9])
     merge(tmp_path, shards, MergeConfig(files=1), print)
-    (whole,) = groups_of(shards, 1)
+    (whole,) = group_shards(shards, 1)
     assert joined_record(tmp_path, whole, verify=True)
-    (fewer,) = groups_of(shards[:2], 1)
+    (fewer,) = group_shards(shards[:2], 1)
     assert joined_record(tmp_path, fewer, verify=True) is None
 
 
@@ -103,13 +104,13 @@ def test_other_number_of_files_leaves_none_of_the_old_ones(tmp_path):
 
 def test_parts_are_never_joined(tmp_path):
     shards = made(tmp_path, [1, 2], "a") + made(tmp_path, [3], "b")
-    assert [group.stem for group in groups_of(shards, 1)] == ["a_00000", "b_00000"]
+    assert [group.stem for group in group_shards(shards, 1)] == ["a_00000", "b_00000"]
 
 
 @pytest.mark.parametrize(
     "suffix,change,message",
     [
-        (".bin", lambda raw: raw[:-2], r"text_00001.bin has \d+ bytes, its .idx describes \d+, its record says \d+"),
+        (".bin", lambda raw: raw[:-2], r"text_00001.bin has \d+ bytes, its .idx describes \d+, its record has \d+"),
         (".bin", lambda raw: raw[:4] + bytes([raw[4] ^ 1]) + raw[5:], r"text_00001.bin changed after it was written"),
         (
             ".idx",
@@ -129,7 +130,7 @@ def test_damaged_shard_is_not_merged(tmp_path, suffix, change, message):
 
 
 def test_index_in_groups_is_the_index_in_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(binaries, "AT_ONCE", 7)
+    monkeypatch.setattr(binaries, "DOCUMENTS_AT_ONCE", 7)
     lengths = np.arange(1, 41, dtype=np.int32)
     write_index_file(tmp_path / "a.idx", [lengths[:13], lengths[13:13], lengths[13:]], 40, DTYPE)
     with open(tmp_path / "b.idx", "wb") as file:
@@ -138,27 +139,27 @@ def test_index_in_groups_is_the_index_in_one(tmp_path, monkeypatch):
 
 
 def test_sums_tell_which_block_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(binaries, "BLOCK", 64)
+    monkeypatch.setattr(binaries, "CRC_BYTES", 64)
     file = TokenFile(tmp_path / "x")
     for start in range(0, 300, 30):  # writes that do not end where blocks do
         file.write(bytes(range(start % 200, start % 200 + 30)))
     file.close("text", "x", DTYPE, [np.array([150], dtype=np.int32)], 1)
-    assert first_bad_block(tmp_path / "x") is None
+    assert first_changed_bytes(tmp_path / "x") is None
     raw = bytearray((tmp_path / "x.bin").read_bytes())
     raw[200] ^= 4
     (tmp_path / "x.bin").write_bytes(raw)
-    assert first_bad_block(tmp_path / "x") == (192, 256)
+    assert first_changed_bytes(tmp_path / "x") == (192, 256)
 
 
 MEMORY = """
 import json, resource, sys
 from pathlib import Path
 import numpy as np
-from data_prep.binaries import TokenFile
-from data_prep.merging import merge
-from data_prep.planning import Shard
+from data_prep.shards.binaries import TokenFile
+from data_prep.dataset.merging import merge
+from data_prep.corpus.planning import Shard
 from data_prep.run_config import MergeConfig
-from data_prep.shards import Job, Made
+from data_prep.shards.shard import Job, FinishedShard
 out, documents, dtype = Path(sys.argv[1]), int(sys.argv[2]), np.dtype("<u2")
 shards = []
 for number in range(4):
@@ -167,8 +168,8 @@ for number in range(4):
     file.write(np.ones(documents // 4, dtype=dtype).tobytes())
     lengths = [np.ones(documents // 4, dtype=np.int32)]
     info = file.close("text", prefix, dtype, lengths, documents // 4)
-    record = {"splits": {"train": {k: getattr(info, k) for k in info.__slots__}, "heldout": None}}
-    shards.append(Made(Job(Shard("text", number, ()), str(number)), record))
+    record = {"splits": {"train": info.to_record(), "heldout": None}}
+    shards.append(FinishedShard(Job(Shard("text", number, ()), str(number)), record))
 del file, lengths
 child = __import__("os").fork()
 if child == 0:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
-from data_prep.parity import CORPUS, LONGEST_SAMPLE, BackendMismatch, Parity, Sample
 from data_prep.tokenizer import backends
 from data_prep.tokenizer.backends import GigatokenBackend, HuggingFaceBackend
+from data_prep.tokenizer.parity import CORPUS_SAMPLE, MAX_SAMPLE_CHARACTERS, BackendMismatch, Parity, Sample
 
 needs_gigatoken = pytest.mark.skipif(backends.find_spec("gigatoken") is None, reason="gigatoken is not installed")
 
@@ -43,13 +43,13 @@ def test_difference_on_the_sample_of_the_corpus_makes_the_run_take_the_next_back
     monkeypatch.setattr(backends, "FASTEST_FIRST", ("gigatoken",))
     code, said = run(*SMALL)
     assert code == 0 and "backend gigatoken (its ids are compared with hf's)" in said, said
-    assert "backend hf (gigatoken gives other ids than hf for a document that begins '0: " in said
+    assert "backend hf (gigatoken and hf give different ids for a document that begins '0: " in said
     code, said = run(*SMALL[:-2], "out=h", "stage=prepare", "backend=hf")
     assert code == 0 and "is up to date" not in said
     for name in ("train/text_00000.bin", "heldout/text_00003.idx", "manifest.json"):
         assert (tmp_path / "d" / name).read_bytes() == (tmp_path / "h" / name).read_bytes()
     code, said = run(*SMALL[:-2], "out=g", "stage=prepare", "backend=gigatoken")
-    assert code == 3 and "backend=gigatoken cannot be used: gigatoken gives other ids than hf for a document" in said
+    assert code == 3 and "backend=gigatoken cannot be used: gigatoken and hf give different ids for a document" in said
     assert not list((tmp_path / "g" / "work" / "shards").glob("*.json"))
 
 
@@ -57,14 +57,14 @@ def test_difference_on_the_sample_of_the_corpus_makes_the_run_take_the_next_back
 def test_difference_in_a_batch_ends_the_run_and_its_shard_has_no_record(run, tmp_path, monkeypatch):
     write(tmp_path / "corpus.jsonl", [f"{n} keys and blocks " * 20 for n in range(300)])
     wrong_for("🙂", monkeypatch)
-    late = ["long " * LONGEST_SAMPLE, "🙂 once", "fine"]  # the first that is not too long is compared
-    monkeypatch.setattr("data_prep.tokenizing.SAMPLE_BYTES", 2_000)
+    late = ["long " * MAX_SAMPLE_CHARACTERS, "🙂 once", "fine"]  # the first that is not too long is compared
+    monkeypatch.setattr("data_prep.shards.tokenizing.SAMPLE_BYTES", 2_000)
     write(tmp_path / "a.jsonl", [*late, *["blocks and keys " * 10] * 20])
     settings = ("source.paths=[a.jsonl,corpus.jsonl]", "shard_mb=0.05", "backend=gigatoken")
     code, said = run(*SETTINGS[:1], *SETTINGS[2:], *settings, "workers=1", "out=d", "stage=prepare")
     assert code == 4, said
     assert (
-        "gigatoken gives other ids than hf for a document that begins '🙂 once'; run the same command again with"
+        "gigatoken and hf give different ids for a document that begins '🙂 once'; run the same command again with"
         in said
     )
     records = sorted(path.stem for path in (tmp_path / "d" / "work" / "shards").glob("*.json"))
@@ -94,16 +94,16 @@ def sample_of(folder, texts: list[str]) -> Sample:
 
 
 def test_answers_belong_to_their_questions(parity, tmp_path):
-    for number in (CORPUS, 3, 7):
-        assert not parity.found_right(number)
-        parity.ask(number, sample_of(tmp_path, ["a key", "", f"block {number}"]), "x")
+    for number in (CORPUS_SAMPLE, 3, 7):
+        assert not parity.is_confirmed(number)
+        parity.submit(number, sample_of(tmp_path, ["a key", "", f"block {number}"]), "x")
     parity.wait_for(7)
-    assert all(parity.found_right(number) for number in (CORPUS, 3, 7)) and not parity.found_right(4)
+    assert all(parity.is_confirmed(number) for number in (CORPUS_SAMPLE, 3, 7)) and not parity.is_confirmed(4)
     parity.wait_for(4)  # nobody asked
 
 
 def test_question_larger_than_a_pipe_is_answered(parity, tmp_path):
-    parity.ask(0, sample_of(tmp_path, ["stream " * 100_000]), "x")
+    parity.submit(0, sample_of(tmp_path, ["stream " * 100_000]), "x")
     parity.wait_for(0)
 
 
@@ -112,27 +112,27 @@ def test_wrong_sample_is_named_and_the_next_backend_starts_anew(parity, tmp_path
     wrong = sample_of(tmp_path, ["fine", "the wrong one"])
     ids = wrong.ids[1]
     wrong.ids[1] = {"other id": ids ^ 1, "one more": np.append(ids, ids[0]), "one less": ids[:-1]}[change]
-    parity.ask(CORPUS, wrong, "fast")
-    parity.ask(0, sample_of(tmp_path, ["x"]), "fast")
+    parity.submit(CORPUS_SAMPLE, wrong, "fast")
+    parity.submit(0, sample_of(tmp_path, ["x"]), "fast")
     with pytest.raises(
-        BackendMismatch, match="fast gives other ids than hf for a document that begins 'the wrong one'"
+        BackendMismatch, match="fast and hf give different ids for a document that begins 'the wrong one'"
     ):
         parity.wait_for(0)
-    parity.ask(CORPUS, sample_of(tmp_path, ["fine"]), "other")
-    parity.wait_for(CORPUS)
-    assert not parity.found_right(0)
+    parity.submit(CORPUS_SAMPLE, sample_of(tmp_path, ["fine"]), "other")
+    parity.wait_for(CORPUS_SAMPLE)
+    assert not parity.is_confirmed(0)
 
 
 @pytest.mark.parametrize("idle", [True, False])
 def test_killed_process_is_reported(parity, tmp_path, idle):
     if idle:
-        parity.listen(30)
+        parity.receive(30)
     os.kill(parity._process.pid, signal.SIGKILL)
     parity._process.join()
     with pytest.raises(
         InputError, match=r"compares ids with hf was killed \(signal 9\), most often because memory ran out"
     ):
-        parity.ask(0, sample_of(tmp_path, ["x"]), "x")
+        parity.submit(0, sample_of(tmp_path, ["x"]), "x")
         parity.wait_for(0)
 
 
@@ -140,14 +140,14 @@ def test_file_that_is_no_tokenizer_is_named(tmp_path):
     (tmp_path / "t.json").write_text("{}")
     one = Parity(str(tmp_path / "t.json"), True)
     with pytest.raises(InputError, match=r"t.json is not a tokenizer.json"):
-        one.listen(30)
+        one.receive(30)
     one.close()
 
 
 def test_one_document_of_a_batch_is_taken_with_its_ids():
     sample = Sample([], [])
-    texts = ["y" * (LONGEST_SAMPLE + 1), "ab", "c"]
-    sample.add_one_of(texts, (np.arange(12), np.array([7, 3, 2])))
-    sample.add_one_of(texts[:1], (np.arange(7), np.array([7])))
-    sample.add_one_of([], (np.arange(0), np.arange(0)))
+    texts = ["y" * (MAX_SAMPLE_CHARACTERS + 1), "ab", "c"]
+    sample.add_first(texts, (np.arange(12), np.array([7, 3, 2])))
+    sample.add_first(texts[:1], (np.arange(7), np.array([7])))
+    sample.add_first([], (np.arange(0), np.arange(0)))
     assert sample.texts == ["ab"] and [ids.tolist() for ids in sample.ids] == [[7, 8, 9]]

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
+from data_prep.corpus.planning import file_checksums, input_digest, plan_shards
 from data_prep.errors import InputError
-from data_prep.planning import Subset, expand_paths, file_sums, input_digest, plan_shards
+from data_prep.sources.files import Part, expand_paths
 
 
 def text_files(folder, count):
@@ -16,7 +17,7 @@ def text_files(folder, count):
 
 def test_small_files_share_a_shard_in_sorted_order(tmp_path):
     files = text_files(tmp_path, 10)
-    shards = plan_shards([Subset("text", "text", files)], 300 / 1e6)
+    shards = plan_shards([Part("text", "text", files)], 300 / 1e6)
     assert [len(shard.pieces) for shard in shards] == [3, 3, 3, 1]
     assert [piece.path for shard in shards for piece in shard.pieces] == sorted(files)
     assert [shard.stem for shard in shards] == ["text_00000", "text_00001", "text_00002", "text_00003"]
@@ -27,7 +28,7 @@ def test_default_shard_size_is_a_power_of_two_of_the_corpus(tmp_path):
     path.touch()
     for megabytes, shards in ((1, 1), (3, 2), (32, 16), (40, 20), (65, 17)):
         os.truncate(path, megabytes * 1_000_000)
-        assert len(plan_shards([Subset("text", "jsonl", (str(path),))], 0)) == shards, megabytes
+        assert len(plan_shards([Part("text", "jsonl", (str(path),))], 0)) == shards, megabytes
 
 
 def test_paths_may_be_files_folders_and_patterns_each_counted_once(tmp_path):
@@ -99,7 +100,7 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
 
 def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
     os.mkfifo(tmp_path / "x.jsonl")
-    with pytest.raises(InputError, match=r"x.jsonl is neither a file nor a folder; save what comes from it in a file"):
+    with pytest.raises(InputError, match=r"x.jsonl is neither a file nor a folder; save its content to a file first"):
         expand_paths([str(tmp_path / "x.jsonl")], (".jsonl",), "jsonl")
 
 
@@ -107,22 +108,22 @@ def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
 def test_an_empty_archive_is_refused(tmp_path, suffix):
     path = tmp_path / f"x.jsonl.{suffix}"
     path.touch()
-    with pytest.raises(InputError, match=r"is empty, which no compressed file is; fetch it again or leave it out"):
-        plan_shards([Subset("text", "jsonl", (str(path),))], 1.0)
+    with pytest.raises(InputError, match=r"is empty, but a compressed file never is; fetch it again or leave it out"):
+        plan_shards([Part("text", "jsonl", (str(path),))], 1.0)
 
 
 def test_sums_are_remembered_until_a_file_changes(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("one")
-    shards = plan_shards([Subset("text", "text", (str(path),))], 0)
+    shards = plan_shards([Part("text", "text", (str(path),))], 0)
     known = {}
-    first = file_sums(shards, known)
+    first = file_checksums(shards, known)
     assert first[str(path)] == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
     known[str(path)][2] = "remembered"
-    assert file_sums(shards, known) == {str(path): "remembered"}
+    assert file_checksums(shards, known) == {str(path): "remembered"}
     path.write_text("two")
     os.utime(path, ns=(1, 1))
-    assert file_sums(shards, known)[str(path)] not in ("remembered", first[str(path)])
+    assert file_checksums(shards, known)[str(path)] not in ("remembered", first[str(path)])
 
 
 def test_digest_is_of_the_content_and_not_of_the_place(tmp_path):
@@ -130,6 +131,6 @@ def test_digest_is_of_the_content_and_not_of_the_place(tmp_path):
     for folder, content in (("a", "one"), ("b", "one"), ("c", "two")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.txt").write_text(content)
-        shards = plan_shards([Subset("text", "text", (str(tmp_path / folder / "x.txt"),))], 0)
-        digests.append(input_digest(shards[0], file_sums(shards, {})))
+        shards = plan_shards([Part("text", "text", (str(tmp_path / folder / "x.txt"),))], 0)
+        digests.append(input_digest(shards[0], file_checksums(shards, {})))
     assert digests[0] == digests[1] != digests[2]

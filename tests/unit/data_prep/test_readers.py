@@ -10,9 +10,10 @@ import pyarrow.parquet
 import pytest
 
 from data_prep import readers
+from data_prep.corpus.planning import plan_shards
 from data_prep.errors import InputError
-from data_prep.planning import Subset, plan_shards
 from data_prep.readers import Piece, read_piece
+from data_prep.sources.files import Part
 
 
 @pytest.fixture(params=["orjson", "json"], autouse=True)
@@ -56,7 +57,7 @@ def message_of(piece: Piece) -> str:
 @pytest.mark.parametrize("limit", [1, 7, 64, 100, 1000, 10_000])
 def test_jsonl_cut_anywhere_gives_every_document_once(tmp_path, limit):
     path = jsonl(tmp_path / "x.jsonl")
-    shards = plan_shards([Subset("text", "jsonl", (str(path),))], limit / 1e6)
+    shards = plan_shards([Part("text", "jsonl", (str(path),))], limit / 1e6)
     assert texts_of(*(piece for shard in shards for piece in shard.pieces)) == TEXTS
 
 
@@ -129,7 +130,10 @@ def test_progress_adds_up_to_the_size_on_disk(tmp_path, suffix):
         ),
         (b'{"text": 3}', r"'text' holds int, not a string; fix the line or set source.text_column"),
         (b'{"text": null}', r"'text' holds NoneType, not a string"),
-        (b'{"text": "\\ud83d"}', r"'text' holds half a surrogate pair \(\\ud800 to \\udfff\), no character; repair it"),
+        (
+            b'{"text": "\\ud83d"}',
+            r"'text' holds half a surrogate pair \(\\ud800 to \\udfff\), which is not a character; repair it",
+        ),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
@@ -183,7 +187,7 @@ def of_type(path: Path, kind: pyarrow.DataType) -> Path:
 )
 def test_parquet_strings_of_every_kind(tmp_path, kind):
     path = of_type(tmp_path / "x.parquet", kind)
-    shards = plan_shards([Subset("text", "parquet", (str(path),))], 1)
+    shards = plan_shards([Part("text", "parquet", (str(path),))], 1)
     assert texts_of(*shards[0].pieces) == TEXTS
 
 
@@ -201,7 +205,7 @@ def test_a_flipped_bit_of_a_page_with_a_checksum_is_found(tmp_path):
 @pytest.mark.parametrize("limit", [1, 300, 1_000_000])
 def test_parquet_cut_at_row_groups_gives_every_document_once(tmp_path, limit):
     path = parquet(tmp_path / "x.parquet")
-    shards = plan_shards([Subset("text", "parquet", (str(path),))], limit / 1e6)
+    shards = plan_shards([Part("text", "parquet", (str(path),))], limit / 1e6)
     assert (len(shards) > 1) == (limit < 1000)
     assert texts_of(*(piece for shard in shards for piece in shard.pieces)) == TEXTS
 
@@ -234,7 +238,7 @@ def test_bad_parquet_is_named_when_planned(tmp_path, make, column, message):
     path = tmp_path / "x.parquet"
     make(path)
     with pytest.raises(InputError, match=re.escape(message)):
-        plan_shards([Subset("text", "parquet", (str(path),), column)], 1.0)
+        plan_shards([Part("text", "parquet", (str(path),), column)], 1.0)
 
 
 def test_missing_text_in_parquet_is_named_with_its_row(tmp_path):
@@ -266,4 +270,4 @@ def test_file_that_vanishes(tmp_path):
     path = jsonl(tmp_path / "x.jsonl")
     piece = whole(path)
     path.unlink()
-    assert "x.jsonl does not exist any more; restore it" in message_of(piece)
+    assert "x.jsonl no longer exists; restore it" in message_of(piece)

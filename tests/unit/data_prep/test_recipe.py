@@ -102,7 +102,7 @@ def test_a_stage_that_comes_too_early_names_the_command_of_the_one_before(datase
     assert main([*MADE[:-1], "out=d", "stage=merge"]) == 4
     os.chdir("/")
     assert follow(capsys.readouterr().err) == 0
-    assert "stage=merge` makes the dataset of them" in (said := capsys.readouterr().out) and follow(said) == 0
+    assert "stage=merge` to make a dataset of them" in (said := capsys.readouterr().out) and follow(said) == 0
     assert load_manifest(dataset.parent / "d").to_json() == load_manifest(dataset).to_json()
 
 
@@ -151,10 +151,10 @@ OTHER = [
     (("source=quickstart", "stage=plan"), "its text came from source=jsonl"),
     (
         ("source=jsonl", "source.paths=[other.jsonl]", *SETTINGS[2:]),
-        "the text is not the text that it was made from",
+        "its text differs from the text in that dataset",
     ),
-    (("source=jsonl", "source.paths=[other.jsonl]", *SETTINGS[2:], "stage=plan"), "the text is not the text"),
-    (("source.paths=[other.jsonl]",), "the text is not the text that it was made from"),
+    (("source=jsonl", "source.paths=[other.jsonl]", *SETTINGS[2:], "stage=plan"), "its text differs from the text"),
+    (("source.paths=[other.jsonl]",), "its text differs from the text in that dataset"),
     (("split.seed=5",), "made with split.seed=0, not with split.seed=5"),
     (("tokenizer.vocab_size=600", "stage=tokenize"), "made with tokenizer.vocab_size=512, not with"),
     (("mix.target_tokens=100",), ""),
@@ -265,9 +265,9 @@ def test_a_recipe_holds_no_credentials(tmp_path):
 def test_paths_that_name_a_new_dataset_take_the_defaults(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen: list[str] = []
-    say: Callable[[str], None] = seen.append
+    log: Callable[[str], None] = seen.append
     from data_prep.cli import SCHEMAS
     from data_prep.own_settings import own_settings
 
     for overrides in (["out=new"], [], ["out=new", "source=jsonl"], ["out='"], ["out=${oc.env:NOT_SET}"]):
-        assert own_settings(overrides, SCHEMAS, say) == [] and not seen
+        assert own_settings(overrides, SCHEMAS, log) == [] and not seen

@@ -14,10 +14,10 @@ import pytest
 
 from data_prep.config import LocalDocsSource, QuickstartSource
 from data_prep.errors import InputError
-from data_prep.sources import local_docs, quickstart
-from data_prep.sources.debian import unpacked_packages
-from data_prep.sources.markup import dictionary_pages, html_text, plain_text, sword_blocks
-from data_prep.sources.recipes import Recipe
+from data_prep.sources.packages import local_docs, quickstart
+from data_prep.sources.packages.debian import unpacked_packages
+from data_prep.sources.packages.markup import dictionary_pages, html_text, plain_text, sword_blocks
+from data_prep.sources.packages.recipes import PackageRecipe
 from data_prep.sources.store import TextStore, stored_text
 
 
@@ -72,9 +72,9 @@ def test_sword_module_gives_its_blocks(tmp_path):
 
 def test_store_drops_exact_duplicates_across_parts(tmp_path):
     store = TextStore(tmp_path)
-    store.add_all("a", "first", ["one", "two", "one"])
-    counts = store.add_all("b", "second", ["two", "three"])
-    assert texts_of(store.subsets()) == {"a": ["one", "two"], "b": ["three"]}
+    store.add_texts("a", "first", ["one", "two", "one"])
+    counts = store.add_texts("b", "second", ["two", "three"])
+    assert texts_of(store.parts()) == {"a": ["one", "two"], "b": ["three"]}
     assert (counts.documents, counts.duplicates, counts.text_bytes) == (1, 1, 5)
 
 
@@ -83,7 +83,7 @@ def test_stored_text_is_extracted_once_for_its_settings(tmp_path):
 
     def extract(store: TextStore) -> None:
         calls.append(1)
-        store.add_all("a", "here", [f"text {len(calls)}"])
+        store.add_texts("a", "here", [f"text {len(calls)}"])
 
     folder = tmp_path / "text"
     for settings, expected in (({"n": 1}, 1), ({"n": 1}, 1), ({"n": 2}, 2)):
@@ -182,7 +182,7 @@ def test_failed_download_says_why(debian, tmp_path):
 def test_system_without_apt_is_told_of_the_other_source(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        InputError, match="the source needs apt-get, which Debian and Ubuntu have and this system lacks"
+        InputError, match=r"the source needs apt-get, which this system lacks \(Debian and Ubuntu have it\)"
     ):
         unpacked_packages(["perl-doc"], tmp_path / "cache")
 
@@ -193,7 +193,7 @@ def test_local_docs_takes_long_documents_of_its_packages(debian, tmp_path):
     local_docs.extract_local_docs(
         LocalDocsSource(packages=["perl-doc"], python_mb=0), tmp_path / "cache", said.append, store
     )
-    assert texts_of(store.subsets()) == {"reference": ["pod " * 200]}
+    assert texts_of(store.parts()) == {"reference": ["pod " * 200]}
     assert said == ["text: perl-doc 5.36, 1 documents, 0.0 MB"]
 
 
@@ -203,8 +203,8 @@ def test_package_without_a_recipe_is_named_before_any_download(tmp_path):
 
 
 def test_package_without_text_is_named(debian, tmp_path, monkeypatch):
-    monkeypatch.setitem(local_docs.RECIPES, "perl-doc", Recipe("reference", "plain", "nowhere/*", "x"))
-    with pytest.raises(InputError, match=r"package perl-doc 5.36 has no text where its recipe looks; leave it out"):
+    monkeypatch.setitem(local_docs.RECIPES, "perl-doc", PackageRecipe("reference", "plain", "nowhere/*", "x"))
+    with pytest.raises(InputError, match=r"package perl-doc 5.36 has no text in the files of its recipe; leave it out"):
         local_docs.extract_local_docs(
             LocalDocsSource(packages=["perl-doc"]), tmp_path / "c", print, TextStore(tmp_path)
         )
@@ -218,7 +218,7 @@ def quickstart_texts(tmp_path_factory) -> dict[str, list[str]]:
         pytest.skip("the extra quickstart is not installed")
     store = TextStore(tmp_path_factory.mktemp("quickstart"))
     quickstart.extract_quickstart(QuickstartSource(english_docs_mb=0.5, python_mb=1.0), store)
-    return texts_of(store.subsets())
+    return texts_of(store.parts())
 
 
 def test_quickstart_caps_hold_and_nothing_repeats(quickstart_texts):

@@ -17,8 +17,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from data_prep.errors import InputError
-from data_prep.sources import blobs
-from data_prep.sources.hub_settings import BlobSettings
+from data_prep.sources.hub import blobs
+from data_prep.sources.hub.settings import BlobSettings
 
 boto3 = pytest.importorskip("boto3")
 
@@ -139,7 +139,7 @@ def store():
 @pytest.fixture
 def quick(monkeypatch):
     """No pauses between tries: botocore's are its own."""
-    monkeypatch.setattr("data_prep.sources.blobs.time.sleep", lambda _: None)
+    monkeypatch.setattr("data_prep.sources.hub.blobs.time.sleep", lambda _: None)
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
 
 
@@ -185,7 +185,7 @@ def test_dead_server_is_no_fact_about_a_blob(store, tmp_path, quick):
     store.faults = {"f": [(500, "InternalError")] * 100}
     with pytest.raises(
         InputError,
-        match=r"s3://softwareheritage/content/f at http.* could not be read in 3 attempts .*run again to go on",
+        match=r"s3://softwareheritage/content/f at http.* could not be read in 3 attempts .*run again to continue",
     ):
         fetch(store, tmp_path, list("abcdefgh"))
     store.faults.clear()
@@ -224,8 +224,8 @@ def test_kill_9_loses_at_most_one_part(store, tmp_path):
     listed = write_list(tmp_path / "l.parquet", ids)
     store.delay = 0.02
     program = (
-        "import sys; from pathlib import Path; from data_prep.sources.blobs import fetch_blobs\n"
-        "from data_prep.sources.hub_settings import BlobSettings\n"
+        "import sys; from pathlib import Path; from data_prep.sources.hub.blobs import fetch_blobs\n"
+        "from data_prep.sources.hub.settings import BlobSettings\n"
         "s = BlobSettings(endpoint=sys.argv[1], part_rows=10, connections=2)\n"
         "fetch_blobs([Path(sys.argv[2])], s, Path(sys.argv[3]), print)\n"
     )

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from data_prep.sources.contamination import WORDS, HeldOut, run_hashes, word_hashes
+from data_prep.sources.packages.contamination import WORDS, HeldOut, ngram_hashes, word_hashes
 
 DRAW = random.Random(0)
 VOCABULARY = [f"word{n}" for n in range(5000)]
@@ -34,14 +34,14 @@ def test_equal_words_have_equal_hashes_wherever_they_stand():
 @pytest.mark.parametrize("words", [0, 1, WORDS - 1, WORDS, WORDS + 1, 500])
 def test_there_are_as_many_runs_as_the_definition_says(words):
     text = " ".join(f"w{n}" for n in range(words))
-    assert len(run_hashes(word_hashes(text.encode()))) == max(0, words - WORDS + 1) == len(runs_by_definition(text))
+    assert len(ngram_hashes(word_hashes(text.encode()))) == max(0, words - WORDS + 1) == len(runs_by_definition(text))
 
 
-def test_shared_runs_are_those_of_the_definition():
+def test_shared_ngrams_are_those_of_the_definition():
     held = [" ".join(prose(DRAW.randint(5, 400))) for _ in range(40)]
     index = HeldOut(text.encode() for text in held)
     runs = set().union(*map(runs_by_definition, held))
-    assert index.num_runs == len(runs)
+    assert index.num_ngrams == len(runs)
     for number in range(60):
         words = prose(300)
         if number % 2:
@@ -50,7 +50,7 @@ def test_shared_runs_are_those_of_the_definition():
             words[100:100] = taken[start : start + DRAW.randint(5, 20)]
         text = " ".join(words)
         verdict = index.compare(text.encode())
-        assert verdict.shared_runs == len(runs_by_definition(text) & runs)
+        assert verdict.shared_ngrams == len(runs_by_definition(text) & runs)
 
 
 @pytest.mark.parametrize("count, overlaps", [(WORDS - 1, False), (WORDS, True), (WORDS + 5, True)])
@@ -64,7 +64,7 @@ def test_thirteen_words_are_too_many(count, overlaps):
 def test_case_and_punctuation_hide_nothing():
     index = HeldOut([b"Whoever would be free must strike the first blow, and strike it in person today."])
     hidden = b"x WHOEVER would be -- free; must\\nstrike the 'first' blow and (strike) it in person, TODAY y"
-    assert index.compare(hidden.replace(b"\\n", b"\n")).shared_runs == 3
+    assert index.compare(hidden.replace(b"\\n", b"\n")).shared_ngrams == 3
     assert not index.overlaps(b"whoever would be free must not strike the first blow and strike it in person")
 
 

@@ -11,11 +11,11 @@ import pytest
 from data_prep.cli import checked, compose_settings
 from data_prep.config import LocalDocsSource
 from data_prep.errors import InputError
-from data_prep.sources import extracting, local_docs
-from data_prep.sources.debian import Package
-from data_prep.sources.recipes import RECIPES, Recipe
+from data_prep.sources.packages import extracting, local_docs
+from data_prep.sources.packages.debian import Package
+from data_prep.sources.packages.recipes import RECIPES, PackageRecipe
+from data_prep.sources.packages.wheels import downloaded_wheels
 from data_prep.sources.store import TextStore
-from data_prep.sources.wheels import downloaded_wheels
 
 ESSAY = " ".join(f"liberty{n} and mutual aid" for n in range(400))
 
@@ -63,7 +63,7 @@ def extracted(source: LocalDocsSource, cache: Path, folder: Path) -> tuple[dict[
     local_docs.extract_local_docs(source, cache, lambda _: None, store)
     texts = {
         s.name: [json.loads(line)["text"] for f in s.files for line in Path(f).read_text().splitlines()]
-        for s in store.subsets()
+        for s in store.parts()
     }
     return texts, store
 
@@ -123,7 +123,7 @@ def test_listings_and_links_are_left_out(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     (tmp_path / "link.html").symlink_to(tmp_path / "topic.html")
-    tasks = extracting.package_tasks(Package("p 1", tmp_path), Recipe("reference", "html", "**/*.html", "x"))
+    tasks = extracting.package_tasks(Package("p 1", tmp_path), PackageRecipe("reference", "html", "**/*.html", "x"))
     assert [Path(path).name for task in tasks for path in task.paths] == ["index.html", "topic.html"]
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from data_prep.corpus.planning import plan_shards
 from data_prep.errors import InputError
-from data_prep.planning import plan_shards
 from data_prep.readers import read_piece
 from data_prep.sources import hub as hub_module
-from data_prep.sources.hub_corpus import fetch_hub
-from data_prep.sources.hub_settings import HubMode, HubSource, HubSubset
+from data_prep.sources.hub import download as hub_module
+from data_prep.sources.hub.parts import fetch_hub
+from data_prep.sources.hub.settings import HubMode, HubPart, HubSource
 from support.hub_server import COMMIT, Fault, Hub, start_hub, table
 
 REPO = "owner/corpus"
@@ -28,14 +29,14 @@ def hub(monkeypatch):
         "README.md": b"# corpus",
     }
     running, stop = start_hub(files)
-    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "data_prep.sources.hub"):
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "data_prep.sources.hub.download"):
         monkeypatch.setattr(f"{module}.time.sleep", lambda _: None)
     yield running
     stop()
 
 
 def source(hub: Hub, mode: HubMode = HubMode.download, attempts: int = 3, **subset) -> HubSource:
-    chosen = HubSubset(**{"files": "*train*.parquet", **subset})
+    chosen = HubPart(**{"files": "*train*.parquet", **subset})
     return HubSource(repo=REPO, endpoint=hub.url, mode=mode, subsets={"web": chosen}, attempts=attempts, part_mb=0.02)
 
 
@@ -146,7 +147,7 @@ def test_content_of_another_sha256_is_refused(hub, tmp_path):
     name = "data/train-00000.parquet"
     hub.content[name] = hub.files[name][:-1] + b"x"
     with pytest.raises(
-        InputError, match=r"train-00000.parquet could not be fetched in 2 attempts \(its sha256 is \w+… where"
+        InputError, match=r"train-00000.parquet could not be fetched in 2 attempts \(its sha256 is \w+…, but"
     ):
         fetch_hub(source(hub, attempts=2), tmp_path, print)
 
@@ -165,7 +166,7 @@ def test_content_of_another_size_is_refused(hub, tmp_path, mode):
 
 def test_stream_refuses_another_commit(hub, tmp_path):
     hub.served_commit = "d" * 40
-    with pytest.raises(InputError, match=r"the server answers with commit dddd.* where its listing states c0ffee"):
+    with pytest.raises(InputError, match=r"the server returns commit dddd.* but its listing has c0ffee"):
         fetch_hub(source(hub, HubMode.stream, attempts=1), tmp_path, print)
 
 
@@ -203,7 +204,7 @@ def test_jsonl_on_the_hub_is_downloaded_and_not_streamed(hub, tmp_path):
 
 def test_wrong_names_are_explained(hub, tmp_path):
     with pytest.raises(
-        InputError, match=r"owner/corpus has no file \*.arrow; it has /\*.md, data/\*.parquet: set source.subsets"
+        InputError, match=r"owner/corpus has no file \*.arrow; it has /\*.md, data/\*.parquet; set source.subsets"
     ):
         fetch_hub(source(hub, files="*.arrow"), tmp_path, print)
     with pytest.raises(InputError, match=r"README.md, which is neither Parquet nor JSON lines"):
@@ -227,7 +228,7 @@ def test_wrong_names_are_explained(hub, tmp_path):
 
 def test_settings_check_themselves():
     wrong = HubSource(
-        repo="corpus", endpoint="ftp://x", connections=0, part_mb=0, subsets={"a/b": HubSubset(files="", limit_gb=-1)}
+        repo="corpus", endpoint="ftp://x", connections=0, part_mb=0, subsets={"a/b": HubPart(files="", limit_gb=-1)}
     )
     found = "\n".join(wrong.problems())
     for text in (
@@ -239,7 +240,7 @@ def test_settings_check_themselves():
         assert text in found
     for text in ("the name 'a/b' must be", "files= must not be empty", "limit_gb=-1 must not be negative"):
         assert text in found
-    assert HubSource(repo="a/b", subsets={"text": HubSubset()}).problems() == []
+    assert HubSource(repo="a/b", subsets={"text": HubPart()}).problems() == []
 
 
 def test_presets_are_valid_and_name_the_documented_parts():

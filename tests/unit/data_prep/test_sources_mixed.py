@@ -8,7 +8,7 @@ import pytest
 from data_prep.cli import checked, compose_settings
 from data_prep.config import JsonlSource
 from data_prep.errors import ConfigurationError
-from data_prep.sources.hub_settings import HubSource
+from data_prep.sources.hub.settings import HubSource
 from support.hub_server import start_hub, table
 from support.texts import sentences
 
@@ -143,7 +143,7 @@ def test_every_problem_of_every_part_is_named_at_once(run):
     for sentence in (
         "source.parts.a.kind=jsnol must be one of quickstart, local_docs, hub, jsonl, parquet, text; try jsonl",
         "source.parts.b.paths= is not set and has no default; give source.parts.b.paths=…",
-        "source.parts.c.colunm is no setting of source=jsonl; it has kind, name, paths, text_column",
+        "source.parts.c.colunm is not a setting of source=jsonl; it has kind, name, paths, text_column",
         "source.parts.d.repo='nobody' must be owner/name; try HuggingFaceTB/smollm-corpus",
         "source.parts.d and source.parts.e both make a part e; give one of them another name",
         "source.parts.f.paths= takes a list; write source.parts.f.paths=[…], with the brackets",

@@ -3,7 +3,7 @@
 import math
 
 from data_prep.config import SplitConfig
-from data_prep.splitting import is_heldout
+from data_prep.corpus.splitting import is_heldout
 
 
 def test_share_is_the_fraction_within_four_standard_deviations():

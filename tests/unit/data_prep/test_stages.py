@@ -40,9 +40,7 @@ def test_stage_that_comes_too_early_says_which_is_missing(run, corpus):
     code, said = run("stage=plan", *quickstart)
     assert code == 0 and "the text of source=quickstart comes first; run stage=fetch" in said
     for stage in ("validate", "stats"):
-        assert "no finished dataset lies there" in run(f"stage={stage}", "out=q")[1]
-    assert run("stage=index", "out=q")[0] == 3
-    assert "no finished dataset lies there" in run("stage=index", "out=q", "index.samples=4")[1]
+        assert "there is no finished dataset" in run(f"stage={stage}", "out=q")[1]
 
 
 def test_plan_names_every_shard(run, corpus, tmp_path):
@@ -120,7 +118,7 @@ def test_a_refused_run_leaves_the_dataset_valid(run, corpus, tmp_path):
             code, said = run(*SMALL, change, f"stage={stage}")
             assert code == 4 and "holds a dataset made from other text or settings" in said
     assert (tmp_path / "d" / "work" / "plan.json").read_bytes() == plan
-    assert "encoded again, are as in the dataset" in run_out(run, "stage=validate", "out=d")
+    assert "encoded again, match the dataset" in run_out(run, "stage=validate", "out=d")
 
 
 def test_work_of_another_run_accuses_nobody(run, corpus, tmp_path):
@@ -156,7 +154,7 @@ def test_blends_and_statistics_survive_a_move(run, corpus, tmp_path):
 
 def test_changed_text_is_found_by_encoding_it_again(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
-    assert "encoded again, are as in the dataset" in run_out(run, "stage=validate", "out=d")
+    assert "encoded again, match the dataset" in run_out(run, "stage=validate", "out=d")
     root = tmp_path / "d"
 
     def swap(content):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.stats import cost, read_rates
+from data_prep.dataset.stats import cost, read_rates
 from ssa_pretrain.data.indexed_format import load_manifest, read_lengths
 
 SETTINGS = ("source=jsonl", "source.paths=[corpus.jsonl]", "tokenizer.vocab_size=512", "split.heldout_fraction=0.1")
@@ -93,4 +93,4 @@ def test_an_incomplete_line_of_rates_is_skipped(tmp_path):
 
 def test_stats_without_a_dataset(run):
     code, said = run("stage=stats", "out=nothing")
-    assert code == 4 and "no finished dataset lies there" in said
+    assert code == 4 and "there is no finished dataset" in said

@@ -10,9 +10,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from data_prep.config import BpeTokenizer, Config, FileTokenizer, PolicyConfig, SplitConfig
+from data_prep.corpus.planning import plan_shards
+from data_prep.corpus.splitting import is_heldout
 from data_prep.errors import InputError
-from data_prep.planning import Subset, plan_shards
-from data_prep.splitting import is_heldout
+from data_prep.sources.files import Part
 from data_prep.tokenizer.bpe import EOS, train_bpe
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
 from data_prep.tokenizer.vocabulary import prepare_vocabulary
@@ -32,7 +33,7 @@ NASTY = [
 
 @pytest.fixture
 def plan(corpus):
-    return plan_shards([Subset("text", "jsonl", (str(corpus),))], 0)
+    return plan_shards([Part("text", "jsonl", (str(corpus),))], 0)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_held_out_documents_do_not_shape_the_tokenizer(tmp_path):
     for name, content in (("all", texts), ("kept", kept)):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": t}) + "\n" for t in content))
-        plan = plan_shards([Subset("text", "jsonl", (str(path),))], 0)
+        plan = plan_shards([Part("text", "jsonl", (str(path),))], 0)
         results.append(train_bpe(BpeTokenizer(vocab_size=560), split, plan))
     assert 0 < len(kept) < 200
     assert results[0] == results[1]
@@ -131,7 +132,7 @@ def test_vocabulary_counts_added_tokens_and_holes(vocabulary, tmp_path):
 @pytest.mark.parametrize(
     "content,message",
     [
-        (None, r"tokenizer.path=.*t.json is no file; name a tokenizer.json"),
+        (None, r"tokenizer.path=.*t.json is not a file; name a tokenizer.json"),
         (
             b"\xff\xfe",
             r"t.json is not a tokenizer.json \(it is not text\); for Llama 3's tokenizer.model use tokenizer=llama3",
@@ -159,6 +160,6 @@ def test_token_that_the_file_lacks(vocabulary, key):
 
 def test_an_end_that_any_text_may_hold_is_refused(vocabulary):
     with pytest.raises(
-        InputError, match=r"'a' is an ordinary token, which a text may hold, and would end documents there"
+        InputError, match=r"'a' is an ordinary token, which may occur in a text and would end the document there"
     ):
         from_file(Path(vocabulary.path), eos="a")

@@ -9,8 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.planning import Subset, plan_shards
+from data_prep.corpus.planning import plan_shards
 from data_prep.readers import Skipped, read_piece
+from data_prep.sources.files import Part
 from ssa_pretrain.data.indexed_format import load_manifest
 from support.texts import sentences
 
@@ -38,7 +39,7 @@ def lines(path: Path, *every: bytes) -> Path:
 
 def read(path: Path, kind: str, limit: float = 1.0) -> tuple[list[str], Skipped]:
     skipped = Skipped()
-    shards = plan_shards([Subset("text", kind, (str(path),), "text", "skip")], limit)
+    shards = plan_shards([Part("text", kind, (str(path),), "text", "skip")], limit)
     pieces = [piece for shard in shards for piece in shard.pieces]
     return [text for piece in pieces for text, _ in read_piece(piece, lambda _: None, skipped)], skipped
 
@@ -73,7 +74,7 @@ def test_a_damaged_archive_gives_what_lies_before_the_damage(tmp_path, suffix, d
     assert (len(texts) > 0) == (damage in ("truncated", "flipped")) and len(texts) < 20_000
     assert skipped.counts["files"] == 1
     assert re.search(
-        "damaged or cut short after line|is empty, which no compressed file is", skipped.problems[str(path)][0]
+        "damaged or cut short after line|is empty, but a compressed file never is", skipped.problems[str(path)][0]
     )
 
 

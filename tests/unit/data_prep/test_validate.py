@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
+from data_prep.dataset.validate import validate_dataset
 from data_prep.errors import InputError
-from data_prep.validate import validate_dataset
 from ssa_pretrain.data.indexed_format import file_sha256, load_manifest
 from support.texts import edit_manifest
 
@@ -119,8 +119,9 @@ def rewrite(root: Path, shard: int, change, split: str = "train") -> str:
 def test_id_outside_the_vocabulary(copy):
     prefix = rewrite(copy, 1, lambda ids: ids.__setitem__(7, 60_000))
     size = load_manifest(copy).tokenizer.vocab_size
-    assert f"{prefix}.bin: token 7 (byte 14, document 0) is id 60000, the vocabulary ends at {size - 1}" in findings(
-        copy
+    assert (
+        f"{prefix}.bin: token 7 (byte 14, document 0) is id 60000, but the vocabulary ends at {size - 1}"
+        in findings(copy)
     )
 
 
@@ -135,7 +136,7 @@ def test_end_inside_a_document(copy):
     prefix = rewrite(copy, 0, lambda ids: ids.__setitem__(1, eos))
     assert f"{prefix}: " in findings(
         copy
-    ) and "documents, one a document is right; token 1 (byte 2, document 0) is one too many" in findings(copy)
+    ) and "documents instead of one per document; token 1 (byte 2, document 0) is one too many" in findings(copy)
 
 
 def test_missing_beginning(copy):
@@ -150,19 +151,19 @@ def test_counts_that_are_not_those_of_the_manifest(copy):
 
 def test_other_tokenizer_beside_the_shards(copy):
     (copy / "tokenizer.json").write_text("{}")
-    assert "tokenizer.json: its content is not that of the manifest's sha256" in findings(copy)
+    assert "tokenizer.json: its content does not match the manifest's sha256" in findings(copy)
 
 
 def test_command_reports_and_returns_4(copy, capsys):
     assert main(["stage=validate", f"out={copy}"]) == 0
-    assert "valid: every file, id and document is as the manifest says" in capsys.readouterr().out
+    assert "valid: every file, id and document matches the manifest" in capsys.readouterr().out
     flip(copy / "train" / "text_00001.bin", random.Random(0))
     assert main(["stage=validate", f"out={copy}"]) == 4
     said = capsys.readouterr().err
-    assert "damaged: train/text_00001.bin: its content is not that of the manifest's sha256" in said
+    assert "damaged: train/text_00001.bin: its content does not match the manifest's sha256" in said
     assert f"{copy} has 2 problems; repair it with `python -m data_prep out={copy} verify=full`" in said
 
 
 def test_command_without_a_dataset_returns_4(tmp_path, capsys):
     assert main(["stage=validate", f"out={tmp_path}"]) == 4
-    assert "no finished dataset lies there" in capsys.readouterr().err
+    assert "there is no finished dataset" in capsys.readouterr().err

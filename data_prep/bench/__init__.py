@@ -1,1 +1,0 @@
-"""How fast, beside others: `python -m data_prep.bench`."""

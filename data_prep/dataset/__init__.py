@@ -1,0 +1,1 @@
+"""The finished dataset: merged files, the manifest, validation, statistics."""

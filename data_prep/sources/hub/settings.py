@@ -1,0 +1,108 @@
+"""The settings of source=hub and its presets: which dataset, which of its files, how they are fetched."""
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from data_prep.run_config import OnError
+
+
+class HubMode(Enum):
+    """How the files of a dataset reach this machine."""
+
+    download = "download"  # whole files, compared with the sha256 in the hub's listing
+    stream = (
+        "stream"  # only the text column, row group by row group over HTTP range requests, into Parquet files of our own
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class HubPart:
+    """A part of the corpus: some files of the dataset."""
+
+    files: str = "*.parquet"  # pattern over paths in the dataset; * also crosses folders
+    text_column: str = "text"  # column, or key of JSON lines, that holds the text
+    limit_gb: float = 0.0  # stop after this many GB of files (download) or of uncompressed text (stream); 0 takes all
+    blobs: bool = False  # the files list blob ids; their text is in Software Heritage's bucket
+
+    def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        found = []
+        if not name or not all(c.isalnum() or c in "-_" for c in name):
+            found.append(f"source.subsets: the name {name!r} must be made of letters, digits, - and _; try text")
+        if not self.files:
+            found.append(f"source.subsets.{name}.files= must not be empty; try '*.parquet'")
+        if not self.text_column:
+            found.append(f"source.subsets.{name}.text_column= must not be empty; try text")
+        if not self.limit_gb >= 0:
+            found.append(f"source.subsets.{name}.limit_gb={self.limit_gb} must not be negative; try 1, or 0 for all")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class BlobSettings:
+    """Where the text of listed blobs is, and how hard to try."""
+
+    endpoint: str | None = None  # address of an S3 service; null takes AWS
+    bucket: str = "softwareheritage"  # S3 bucket of the blobs
+    prefix: str = "content/"  # a blob's key is the prefix and its id
+    id_column: str = "blob_id"  # column that names each blob
+    connections: int = 64  # concurrent requests
+    attempts: int = 6  # attempts per request before the run ends
+    timeout_s: float = 30.0  # longest wait for a connection or for the next bytes
+    part_rows: int = 20_000  # blobs per Parquet file: what a kill can lose
+    limit_rows: int = 0  # stop after this many blobs; 0 takes all
+    min_success: float = 0.95  # minimum share of blobs with text; below it the run ends
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        found = []
+        for name, least in (("connections", 1), ("attempts", 1), ("part_rows", 1), ("limit_rows", 0)):
+            if (value := getattr(self, name)) < least:
+                found.append(f"source.blobs.{name}={value} must be at least {least}; leave it out for the default")
+        if not 0 < self.timeout_s < math.inf:
+            found.append(f"source.blobs.timeout_s={self.timeout_s} must be positive; try 30")
+        if not 0 <= self.min_success <= 1:
+            found.append(f"source.blobs.min_success={self.min_success} must be from 0 to 1; try 0.95")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class HubSource:
+    """A dataset on the Hugging Face hub, or on a server with the same protocol (HF_ENDPOINT, or `endpoint`)."""
+
+    kind: str = "hub"  # the kind of source that was chosen, by source=
+    repo: str = MISSING  # owner/name
+    revision: str = "main"  # branch, tag or commit; the commit of a branch is looked up once and kept in the cache
+    endpoint: str | None = None  # null: huggingface_hub decides, which reads HF_ENDPOINT
+    mode: HubMode = HubMode.download
+    subsets: dict[str, HubPart] = MISSING  # parts of the corpus by name
+    connections: int = 4  # concurrent files
+    attempts: int = 5  # attempts per file before the run ends
+    part_mb: float = 256.0  # MB of uncompressed text per Parquet file (stream): what a kill can lose
+    blobs: BlobSettings = field(default_factory=BlobSettings)
+    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with the values, one sentence each."""
+        found = []
+        if len([part for part in self.repo.split("/") if part]) != 2 or self.repo.count("/") != 1:
+            found.append(f"source.repo={self.repo!r} must be owner/name; try HuggingFaceTB/smollm-corpus")
+        if not self.revision:
+            found.append("source.revision= must not be empty; try main")
+        if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
+            found.append(
+                f"source.endpoint={self.endpoint} must begin with http:// or https://; leave it out for the hub"
+            )
+        if not self.subsets:
+            found.append("source.subsets={} must name at least one part; try source.subsets='{text:{files:*.parquet}}'")
+        for name in ("connections", "attempts"):
+            if (value := getattr(self, name)) < 1:
+                found.append(f"source.{name}={value} must be at least 1; leave it out for the default")
+        if not self.part_mb > 0:
+            found.append(f"source.part_mb={self.part_mb} must be positive; try 256")
+        for name, subset in self.subsets.items():
+            found += subset.problems(name)
+        return found + self.blobs.problems()

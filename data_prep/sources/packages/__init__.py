@@ -1,0 +1,1 @@
+"""Debian packages, wheels and installed Python packages as text."""
