@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.monitor.tracking_rows import flatten
 from support.processes import environment, run_workers
 from support.small_datasets import cut, write_dataset
 from support.training import records

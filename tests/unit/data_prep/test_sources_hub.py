@@ -10,7 +10,6 @@ import pytest
 from data_prep.corpus.planning import plan_shards
 from data_prep.errors import InputError
 from data_prep.readers import read_piece
-from data_prep.sources import hub as hub_module
 from data_prep.sources.hub import download as hub_module
 from data_prep.sources.hub.parts import fetch_hub
 from data_prep.sources.hub.settings import HubMode, HubPart, HubSource

@@ -12,6 +12,7 @@ from typing import Any
 
 from ssa_pretrain import trainer
 from ssa_pretrain.monitor.tracking import start_tracking
+from ssa_pretrain.monitor.tracking_rows import flatten
 from ssa_pretrain.train import main
 
 
