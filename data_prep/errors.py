@@ -1,7 +1,7 @@
 """The two ways to refuse a user's run, each with its exit code.
 
-Both are ValueErrors of one sentence: what is wrong, where, and what to do. Nothing else is caught. Any other exception is a bug in this
-program and keeps its traceback.
+Both are ValueErrors of one sentence: what is wrong, where, and what to do. Nothing else is caught. Any other exception
+is a bug in this program and keeps its traceback.
 """
 
 

@@ -1,9 +1,10 @@
 """The stages of a run, in their order: plan, fetch, tokenize, merge, validate, stats.
 
-Every stage finds what earlier runs finished and skips it. Extracted text is recognised by its settings, checksums by size and time, a
-trained tokenizer by its inputs, a shard by its fingerprint, a joined file by its members, and the dataset by the fingerprint of all. So
-the same command continues an interrupted run and does nothing to a finished one. A stage whose input is missing names the stage to run
-first. `manifest.json` is written last and renamed into place. A folder without it is not a dataset.
+Every stage finds what earlier runs finished and skips it. Extracted text is recognised by its settings, checksums by
+size and time, a trained tokenizer by its inputs, a shard by its fingerprint, a joined file by its members, and the
+dataset by the fingerprint of all. So the same command continues an interrupted run and does nothing to a finished one.
+A stage whose input is missing names the stage to run first. `manifest.json` is written last and renamed into place. A
+folder without it is not a dataset.
 
     out/manifest.json   the dataset: files, sizes, sha256, tokenizer, policy
     out/recipe.json     the settings that made it, so that a repair needs none

@@ -24,9 +24,10 @@ def exit_with_parent() -> None:
 def run_in_own_heap(work: Callable[..., None], *arguments: Any) -> None:
     """Calls a function in a new thread, waits for it, and raises what it raises.
 
-    glibc gives a new thread its own heap. `tokenizers` allocates very many small objects and takes 15 to 26 % less processor time there
-    than in the heap inherited through a fork, with a quarter fewer page faults. With MALLOC_ARENA_MAX=1, which leaves one heap, there is
-    no difference. Why the inherited heap is slow is not known. Its free memory probably lies scattered in copy-on-write pages.
+    glibc gives a new thread its own heap. `tokenizers` allocates very many small objects and takes 15 to 26 % less
+    processor time there than in the heap inherited through a fork, with a quarter fewer page faults. With
+    MALLOC_ARENA_MAX=1, which leaves one heap, there is no difference. Why the inherited heap is slow is not known. Its
+    free memory probably lies scattered in copy-on-write pages.
     """
     with ThreadPoolExecutor(1) as thread:
         thread.submit(work, *arguments).result()

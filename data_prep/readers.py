@@ -1,13 +1,13 @@
 """Reads documents from files: JSON lines, Parquet, plain text.
 
-A `Piece` is a range of one file that can be read by itself: bytes of an uncompressed JSON-lines file (the lines that begin in the range),
-row groups of a Parquet file, or a whole file. Reading yields texts in file order. Anything that is not a document is an error with file
-and line. With `on_error=skip` it is left out and counted instead: a line, a row, or a file from the damaged place on. Nothing is skipped
-silently.
+A `Piece` is a range of one file that can be read by itself: bytes of an uncompressed JSON-lines file (the lines that
+begin in the range), row groups of a Parquet file, or a whole file. Reading yields texts in file order. Anything that is
+not a document is an error with file and line. With `on_error=skip` it is left out and counted instead: a line, a row,
+or a file from the damaged place on. Nothing is skipped silently.
 
-JSON is parsed by orjson if it is installed (extra `gigatoken`), which is two to four times as fast. What orjson rejects is parsed again by
-the standard library, which accepts slightly more (NaN, a byte order mark) and has clearer messages. So documents and messages are the same
-with and without orjson.
+JSON is parsed by orjson if it is installed (extra `gigatoken`), which is two to four times as fast. What orjson rejects
+is parsed again by the standard library, which accepts slightly more (NaN, a byte order mark) and has clearer messages.
+So documents and messages are the same with and without orjson.
 """
 
 import gzip

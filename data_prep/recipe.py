@@ -1,11 +1,11 @@
 """The recipe of a dataset: the settings that made it, kept in out/recipe.json, so that a repair does not need them again.
 
-It holds what determines the dataset (source, tokenizer, policy, split, packing, mix, merge, shard_mb) and the folder of downloads. It does
-not hold how a run is executed (executor, workers, backend). Paths are absolute. Users and passwords in URLs are left out.
-data_prep/own_settings.py turns a recipe into the settings of a run.
+It holds what determines the dataset (source, tokenizer, policy, split, packing, mix, merge, shard_mb) and the folder of
+downloads. It does not hold how a run is executed (executor, workers, backend). Paths are absolute. Users and passwords
+in URLs are left out. data_prep/own_settings.py turns a recipe into the settings of a run.
 
-A recipe belongs to the dataset with its fingerprint. A recipe without a fingerprint is that of a run with unfinished shards. It does not
-protect the folder from being overwritten.
+A recipe belongs to the dataset with its fingerprint. A recipe without a fingerprint is that of a run with unfinished
+shards. It does not protect the folder from being overwritten.
 """
 
 import json

@@ -38,10 +38,10 @@ def main() -> None:
             return leave(error, 5)
         config = read_config("evaluate")
         quieten_libraries()
-        from ssa_pretrain.checkpoint import CheckpointError
+        from ssa_pretrain.checkpoint.publish import CheckpointError
+        from ssa_pretrain.checkpoint.weights import WeightsError
         from ssa_pretrain.data.errors import DataError
         from ssa_pretrain.problems import ConfigError
-        from ssa_pretrain.weights import WeightsError
 
         try:
             evaluate_run(config, checkpoint)
@@ -55,7 +55,7 @@ def main() -> None:
 
 def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
     """Evaluate and sample a checkpoint of a run, by default its newest; every rank calls it."""
-    from ssa_pretrain.checkpoint import CheckpointError, require_same_model
+    from ssa_pretrain.checkpoint.publish import CheckpointError, require_same_model
     from ssa_pretrain.parallel.state import joined
     from ssa_pretrain.trainer import MODES, build_run, facts, judge, newest_checkpoint, say, warn_of_another_tokenizer
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ssa_pretrain.checkpoint_facts import refused_changes, run_facts
+from ssa_pretrain.checkpoint.facts import refused_changes, run_facts
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.indexed_format import Manifest
-from ssa_pretrain.parallel.routing import needs_equal_microbatches
 from ssa_pretrain.planning.plan import Plan
 from ssa_pretrain.run_folder import LOCK, unwritable
+from ssa_pretrain.schedule import needs_equal_microbatches
 
 OF_DATA = ("data.fingerprint", "vocabulary.tokenizer_sha256")  # unknown without the data
 MOST_SHOWN = 4

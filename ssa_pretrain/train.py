@@ -15,13 +15,13 @@ def main() -> None:
 
         config = read_config("train")
         quieten_libraries()
-        from ssa_pretrain.checkpoint import CheckpointError
+        from ssa_pretrain.checkpoint.publish import CheckpointError
+        from ssa_pretrain.checkpoint.weights import WeightsError
         from ssa_pretrain.data.errors import DataError
         from ssa_pretrain.parallel.interruption import Interrupted
         from ssa_pretrain.problems import ConfigError
         from ssa_pretrain.signals import STOPPED
         from ssa_pretrain.trainer import DivergedError, train
-        from ssa_pretrain.weights import WeightsError
 
         try:
             train(config)

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ssa_pretrain import __version__
-from ssa_pretrain.checkpoint import Checkpoint, CheckpointError, newest, publish, require_same_model
-from ssa_pretrain.checkpoint_facts import refused_changes, run_facts
-from ssa_pretrain.checkpoint_integrity import Verdicts
+from ssa_pretrain.checkpoint.facts import refused_changes, run_facts
+from ssa_pretrain.checkpoint.integrity import Verdicts
+from ssa_pretrain.checkpoint.publish import Checkpoint, CheckpointError, newest, publish, require_same_model
+from ssa_pretrain.checkpoint.weights import find_weights
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.rules import warning
 from ssa_pretrain.config_io import config_to_dict, save_config
@@ -36,14 +37,12 @@ from ssa_pretrain.monitor.profiling import profiled
 from ssa_pretrain.monitor.tracking import Tracker, lacks_records, start_tracking
 from ssa_pretrain.parallel.agreement import on_first, ranks_without, unlike_first
 from ssa_pretrain.parallel.interruption import Interrupted, Interruption
-from ssa_pretrain.parallel.routing import needs_equal_microbatches
 from ssa_pretrain.parallel.state import Placement, joined
 from ssa_pretrain.planning.flops import peak_flops, row_flops
 from ssa_pretrain.planning.plan import Plan, make_plan
 from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.run_folder import claim, leave_sign, release, sees, shortage
-from ssa_pretrain.schedule import learning_rate
-from ssa_pretrain.weights import find_weights
+from ssa_pretrain.schedule import learning_rate, needs_equal_microbatches
 
 MODES = ("full", "sparse")
 # Beginnings of keys: what may be spelled otherwise on each node, and what changes no step's figures.
@@ -250,7 +249,7 @@ def initial_weights(run: Run, named: Path) -> Path:
     """
     source = newest_checkpoint(run, named)
     if source is not None:
-        require_same_model(source, facts(run), shapes_alone=True)
+        require_same_model(source, facts(run), shapes_only=True)
         warn_of_another_tokenizer(run, source)
         return source.folder
     if weights := find_weights(named):
@@ -285,17 +284,18 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) ->
         rate = learning_rate(step, config.optim, run.plan)
         batches = training_batches(run, step)
         with profiling(run, step + 1):
-            result = run.engine.train_step(batches, step=step, learning_rate=rate)
+            pending = run.engine.train_step(batches, step=step, learning_rate=rate)
         step += 1
         evaluating, saving = (
             due(step, config.evaluation.interval, run.plan.steps),
             due(step, config.checkpoint.interval, last),
         )
-        unread.append((step, result, flops_per_token(run, batches)))
+        unread.append((step, pending, flops_per_token(run, batches)))
         interrupted = interruption.ends(step)
         saving = saving or interrupted
         while len(unread) > (0 if evaluating or saving else ahead):
-            number, earlier, flops = unread.pop(0)
+            number, pending, flops = unread.pop(0)
+            earlier = pending.result()
             log.log_step(training_record(run, earlier, number), flops)
             refuse_what_is_not_finite(run, earlier, number)
         if evaluating and not interrupted:
@@ -457,8 +457,8 @@ def save(run: Run, log: MetricsLogger, step: int) -> None:
         facts(run),
         write,
         keep=run.config.checkpoint.keep,
-        is_first=run.placement.is_first,
-        say=log.console.print,
+        is_rank_0=run.placement.is_first,
+        report=log.console.print,
         verdicts=run.verdicts,
     )
     log.console.print(save_line(step, time.monotonic() - begin, folder))
@@ -469,9 +469,9 @@ def newest_checkpoint(run: Run, folder: Path | None = None) -> Checkpoint | None
     """Return the newest intact checkpoint of this run, or of the one in `folder`."""
     return newest(
         folder or run.folder,
-        is_first=run.placement.is_first,
+        is_rank_0=run.placement.is_first,
         device=run.placement.device,
-        say=lambda text: say(run, text),
+        report=lambda text: say(run, text),
         verdicts=run.verdicts,
     )
 

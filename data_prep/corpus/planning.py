@@ -1,10 +1,11 @@
 """Files into shards: which ranges of which files make the n-th shard of each part of the corpus.
 
-The plan depends only on the files and on `shard_mb`, not on the number of workers. So neither do the bytes written. Large JSON-lines and
-Parquet files are cut into ranges and small files are put together, always in sorted order. Compressed files cannot be cut.
+The plan depends only on the files and on `shard_mb`, not on the number of workers. So neither do the bytes written.
+Large JSON-lines and Parquet files are cut into ranges and small files are put together, always in sorted order.
+Compressed files cannot be cut.
 
-Each input file is identified by its sha256. Hashing is the only step that reads everything without tokenizing it. So the checksums are
-kept with size and modification time, and a file is read again only if one of them has changed.
+Each input file is identified by its sha256. Hashing is the only step that reads everything without tokenizing it. So
+the checksums are kept with size and modification time, and a file is read again only if one of them has changed.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Which split a document belongs to, train or held out, by the hash of its text.
 
-Whole documents only. The choice is a function of (seed, text). It does not depend on files, order or workers. Two equal texts are always
-in the same split, so an exact duplicate cannot leak from train into the held-out split.
+Whole documents only. The choice is a function of (seed, text). It does not depend on files, order or workers. Two equal
+texts are always in the same split, so an exact duplicate cannot leak from train into the held-out split.
 """
 
 import hashlib

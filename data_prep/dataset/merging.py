@@ -1,12 +1,12 @@
 """The stage `merge`: joins shards into a bounded number of files per part and split, and checks each shard against its record.
 
-Neighbouring shards are joined. A shard that stays alone gets its final name by a hard link, without a copy. Before a shard is joined, the
-size of its .bin is compared with the lengths in its .idx. While it is copied, its sha256 is compared with its record. Otherwise every
-document after a truncated shard would be read from the wrong offset. Memory does not grow with the number of documents, since indices are
-written from a million lengths at a time.
+Neighbouring shards are joined. A shard that stays alone gets its final name by a hard link, without a copy. Before a
+shard is joined, the size of its .bin is compared with the lengths in its .idx. While it is copied, its sha256 is
+compared with its record. Otherwise every document after a truncated shard would be read from the wrong offset. Memory
+does not grow with the number of documents, since indices are written from a million lengths at a time.
 
-A joined file has a record, work/merged/NAME.json, written last. Then the shards themselves are removed (merge.keep_shards=false). The
-sequence of tokens is that of the shards in order, in any number of files.
+A joined file has a record, work/merged/NAME.json, written last. Then the shards themselves are removed
+(merge.keep_shards=false). The sequence of tokens is that of the shards in order, in any number of files.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """The stage `stats`: statistics of a finished dataset as stats.json and as a page, and the cost of preparing a full-size dataset.
 
-The statistics come from the indices, the manifest and the measured rates of the runs that made the shards. No token is read. Lengths are
-counted in bins of a quarter octave, so memory does not grow with the number of documents. Statistics of the same manifest and settings are
-not computed twice.
+The statistics come from the indices, the manifest and the measured rates of the runs that made the shards. No token is
+read. Lengths are counted in bins of a quarter octave, so memory does not grow with the number of documents. Statistics
+of the same manifest and settings are not computed twice.
 
 Cost: the rate of one core is measured as text bytes over processor seconds of the workers. Nodes are assumed to scale until their disks
 are saturated, which is the limit with the fastest backend.
@@ -51,7 +51,7 @@ def write_stats(out: Path, config: StatsConfig, log: Log) -> str:
     """Writes stats.json and stats.html and returns the statistics as a table.
 
     Raises:
-        InputError: `out` contains no finished dataset.
+        InputError: there is no finished dataset in `out`.
     """
     try:
         manifest = load_manifest(out)

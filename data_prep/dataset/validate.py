@@ -8,9 +8,9 @@ For each file it checks
 - that BOS follows the policy,
 - that no sequence is longer than a row if rows are single sequences.
 
-For the dataset it checks the tokenizer's checksum and the unigram entropy of each split against the manifest. If the text still exists,
-documents of many shards are encoded again (data_prep/dataset/recheck.py). All problems are returned, not only the first, each with its
-file and, if known, its byte and document.
+For the dataset it checks the tokenizer's checksum and the unigram entropy of each split against the manifest. If the
+text still exists, documents of many shards are encoded again (data_prep/dataset/recheck.py). All problems are returned,
+not only the first, each with its file and, if known, its byte and document.
 """
 
 import sys

@@ -1,10 +1,10 @@
 """Writing the files of a dataset: tokens in .bin, their index in .idx, checksums in .sums.
 
-A `.sums` file has the CRC-32 of each MiB of the .bin file, four little-endian bytes per MiB. The manifest's sha256 shows that a file
-changed. The `.sums` file tells validate where. Nothing else reads it.
+A `.sums` file has the CRC-32 of each MiB of the .bin file, four little-endian bytes per MiB. The manifest's sha256
+shows that a file changed. The `.sums` file tells validate where. Nothing else reads it.
 
-Temporary names contain the process id, so that two writers never share a file, not even while the workers of a killed run are still
-exiting. Files get their final names in the order .sums, .bin, .idx.
+Temporary names contain the process id, so that two writers never share a file, not even while the workers of a killed
+run are still exiting. Files get their final names in the order .sums, .bin, .idx.
 """
 
 import hashlib

@@ -1,15 +1,16 @@
 """Worker processes that make shards, and the parent's loop that watches them.
 
-The parent loads the tokenizer once and forks, so workers start in milliseconds and share its memory. Each gets one shard after the other
-over a pipe. It is replaced after RECYCLE_BYTES of input, because tokenizers keep caches that grow with the text they see. The sums for
-the progress display are in shared memory, one row per shard. They have no lock, since a lock is lost if its holder dies.
+The parent loads the tokenizer once and forks, so workers start in milliseconds and share its memory. Each gets one
+shard after the other over a pipe. It is replaced after RECYCLE_BYTES of input, because tokenizers keep caches that grow
+with the text they see. The sums for the progress display are in shared memory, one row per shard. They have no lock,
+since a lock is lost if its holder dies.
 
-While a worker makes the next shard, the parent commits the last one: it flushes the files and writes the record. If ids have to be
-compared (data_prep/tokenizer/parity.py), it waits until the samples of that shard are confirmed.
+While a worker makes the next shard, the parent commits the last one: it flushes the files and writes the record. If ids
+have to be compared (data_prep/tokenizer/parity.py), it waits until the samples of that shard are confirmed.
 
-A failing shard ends the run at once, with its name. The other workers are killed, which costs only their unfinished shards. A worker
-that is killed from outside (out of memory, kill -9) also ends the run. Workers exit if their parent is killed, so that they cannot write
-into the files of the next run.
+A failing shard ends the run at once, with its name. The other workers are killed, which costs only their unfinished
+shards. A worker that is killed from outside (out of memory, kill -9) also ends the run. Workers exit if their parent is
+killed, so that they cannot write into the files of the next run.
 
 `concurrent.futures` can do neither: it cannot replace forked workers, and it does not report which process died.
 """

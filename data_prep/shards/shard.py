@@ -1,9 +1,9 @@
 """One shard: read its pieces, split its documents, encode them, write .bin and .idx for each split, then its record.
 
-A worker writes the files (`write_shard`). The parent process flushes them to the disk and writes the shard's record (`commit_shard`), a
-JSON file in work/shards/ with the fingerprint of all that determined the bytes. Only the record marks a shard as finished. A shard is
-reused if its record has the fingerprint that the plan asks for and its files have the recorded sizes. What a killed run leaves has no
-record and is overwritten.
+A worker writes the files (`write_shard`). The parent process flushes them to the disk and writes the shard's record
+(`commit_shard`), a JSON file in work/shards/ with the fingerprint of all that determined the bytes. Only the record
+marks a shard as finished. A shard is reused if its record has the fingerprint that the plan asks for and its files have
+the recorded sizes. What a killed run leaves has no record and is overwritten.
 
 A shard writes no file for a split that gets none of its documents: an empty .bin cannot be mapped.
 """

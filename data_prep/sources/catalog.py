@@ -4,15 +4,16 @@ A source consists of a dataclass of settings (with `kind` and `problems()`), a Y
 
     fetch(settings, store, log) -> None
 
-It leaves files that data_prep.readers can read and registers them with `store` (data_prep/sources/store.py). They are either texts that
-the store writes as JSON lines (`store.add_texts`), or files that exist already (`store.add_files`: jsonl, parquet or text). `log` prints
-a line for the user.
+It leaves files that data_prep.readers can read and registers them with `store` (data_prep/sources/store.py). They are
+either texts that the store writes as JSON lines (`store.add_texts`), or files that exist already (`store.add_files`:
+jsonl, parquet or text). `log` prints a line for the user.
 
-`fetch` is idempotent: what an earlier, perhaps killed, call finished is not fetched again. Downloads go into `store.cache`, which
-datasets share, and get their names only once they are complete. A source that cannot continue raises InputError with one sentence.
+`fetch` is idempotent: what an earlier, perhaps killed, call finished is not fetched again. Downloads go into
+`store.cache`, which datasets share, and get their names only once they are complete. A source that cannot continue
+raises InputError with one sentence.
 
-To add a source, write those three and one line in SOURCES. If fetching needs more than the standard library, import its module inside
-the function, so that a run does not load what other sources need.
+To add a source, write those three and one line in SOURCES. If fetching needs more than the standard library, import its
+module inside the function, so that a run does not load what other sources need.
 """
 
 from collections.abc import Callable

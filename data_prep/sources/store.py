@@ -1,8 +1,9 @@
 """The text that sources extract or find, and an index of it, so that later runs work on the same bytes.
 
-Extracted text goes into files of at most 2 MB in out/text, one `{"text": …}` per line, in the order of extraction, without exact
-duplicates. Files elsewhere (downloads in the cache, the user's own) are only registered and are read in place. `text/index.json` is
-written last. If it is missing, has other settings in it, or lists a missing file, the source is asked again.
+Extracted text goes into files of at most 2 MB in out/text, one `{"text": …}` per line, in the order of extraction,
+without exact duplicates. Files elsewhere (downloads in the cache, the user's own) are only registered and are read in
+place. `text/index.json` is written last. If it is missing, has other settings in it, or lists a missing file, the
+source is asked again.
 """
 
 import hashlib

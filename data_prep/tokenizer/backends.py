@@ -1,9 +1,10 @@
 """The libraries that turn text into ids: Hugging Face's `tokenizers`, which defines the result, and two faster ones.
 
-gigatoken 0.10.0 (MIT) reads the same tokenizer.json and encodes byte-level BPEs about twenty times as fast. tiktoken (MIT), given the ranks
-and the word pattern of that file, is about four times as fast. Neither is trusted. data_prep/tokenizer/parity.py compares their ids with
-those of `tokenizers` on documents from all over the corpus and on one document of every batch, and nothing is committed before. So neither
-the bytes of a dataset nor a fingerprint depend on the backend.
+gigatoken 0.10.0 (MIT) reads the same tokenizer.json and encodes byte-level BPEs about twenty times as fast. tiktoken
+(MIT), given the ranks and the word pattern of that file, is about four times as fast. Neither is trusted.
+data_prep/tokenizer/parity.py compares their ids with those of `tokenizers` on documents from all over the corpus and on
+one document of every batch, and nothing is committed before. So neither the bytes of a dataset nor a fingerprint depend
+on the backend.
 
 All backends run on the calling thread. The worker processes are the parallelism.
 """
@@ -206,8 +207,8 @@ def _candidates(choice: BackendChoice) -> tuple[str, ...]:
 def without_added_tokens(content: str) -> str:
     """Returns a tokenizer.json with an empty list of added tokens.
 
-    `tokenizers` writes the list at the top of the file, so it is cut out as text. Parsing and writing 9 MB takes longer than encoding as
-    much.
+    `tokenizers` writes the list at the top of the file, so it is cut out as text. Parsing and writing 9 MB takes longer
+    than encoding as much.
     """
     head = content.find('"added_tokens"')
     start = content.find("[", head)

@@ -1,8 +1,8 @@
 """A small byte-level BPE, trained on the train split of the corpus at hand.
 
-A vocabulary of 128,256 would dominate a small model: at width 256 its embedding has 33 million parameters. Texts are cut into words by
-Llama 3's pattern, so that results carry over. Training is deterministic: the sample is chosen by document hash and read in the order of the
-plan, and the trainer breaks ties by token id.
+A vocabulary of 128,256 would dominate a small model: at width 256 its embedding has 33 million parameters. Texts are
+cut into words by Llama 3's pattern, so that results carry over. Training is deterministic: the sample is chosen by
+document hash and read in the order of the plan, and the trainer breaks ties by token id.
 """
 
 from collections.abc import Iterator

@@ -1,12 +1,12 @@
 """Encodes texts under an explicit policy.
 
-Other tools silently disagree on two things, so both are settings here. One is whether a document begins with BOS. The other is what happens
-to the name of a special token in a text ("<|end_of_text|>" in a tutorial about tokenizers). By default it is text: only this module ends
-documents.
+Other tools silently disagree on two things, so both are settings here. One is whether a document begins with BOS. The
+other is what happens to the name of a special token in a text ("<|end_of_text|>" in a tutorial about tokenizers). By
+default it is text: only this module ends documents.
 
-A third setting is packing. With `megatron` a document is one sequence of any length, and training cuts the concatenated sequences into
-rows. With `official_row` documents are cut here, as in SSA's published code: into sequences of at most a row, each with its own EOS. So a
-long document has EOS inside, and training pads each sequence to a row.
+A third setting is packing. With `megatron` a document is one sequence of any length, and training cuts the concatenated
+sequences into rows. With `official_row` documents are cut here, as in SSA's published code: into sequences of at most a
+row, each with its own EOS. So a long document has EOS inside, and training pads each sequence to a row.
 """
 
 from collections.abc import Sequence

@@ -1,14 +1,15 @@
 """Llama 3's tokenizer as a Hugging Face tokenizer.json, converted from the file that Meta's llama-models package ships.
 
-`tokenizer.model` has a line `base64(token) rank` for each of 128,000 tokens and no merges. A byte-pair encoder needs merges. Every split of
-a token into two tokens is a merge. Merges are ordered by the rank of the token that they form, and by the ranks of their halves if a token
-can be formed in several ways. This gives the 280,147 merges of the published tokenizer.json.
+`tokenizer.model` has a line `base64(token) rank` for each of 128,000 tokens and no merges. A byte-pair encoder needs
+merges. Every split of a token into two tokens is a merge. Merges are ordered by the rank of the token that they form,
+and by the ranks of their halves if a token can be formed in several ways. This gives the 280,147 merges of the
+published tokenizer.json.
 
-`ignore_merges=True` is needed for equality with tiktoken: a word that is itself a token becomes that token, even if the merges do not lead
-to it ("Abdomen" and about a hundred others). 256 special tokens follow from id 128,000.
+`ignore_merges=True` is needed for equality with tiktoken: a word that is itself a token becomes that token, even if the
+merges do not lead to it ("Abdomen" and about a hundred others). 256 special tokens follow from id 128,000.
 
-The file itself stays where it is (Llama 3 Community License). Only the converted JSON is cached, under the sha256 of the original.
-Checked against tiktoken on whole documents in tests/integration/test_data_prep_llama3.py.
+The file itself stays where it is (Llama 3 Community License). Only the converted JSON is cached, under the sha256 of
+the original. Checked against tiktoken on whole documents in tests/integration/test_data_prep_llama3.py.
 """
 
 import base64

@@ -1,9 +1,9 @@
 """Checks that a faster backend gives the same ids as Hugging Face's `tokenizers`: a process beside the workers encodes samples again.
 
-There are two kinds of samples. One is taken from all over the corpus before the first shard is made. It decides whether the backend is
-used at all. The other is one document of every batch that a worker encodes. The process loads `tokenizers` while its parent loads the
-faster backend, and it compares while the workers run, so the run does not wait for it. No shard is committed before its samples and the
-sample of the corpus are confirmed (data_prep/shards/pool.py).
+There are two kinds of samples. One is taken from all over the corpus before the first shard is made. It decides whether
+the backend is used at all. The other is one document of every batch that a worker encodes. The process loads
+`tokenizers` while its parent loads the faster backend, and it compares while the workers run, so the run does not wait
+for it. No shard is committed before its samples and the sample of the corpus are confirmed (data_prep/shards/pool.py).
 
 Requests wait in a queue on the parent's side until the previous one is answered: a full pipe would block its writer.
 """

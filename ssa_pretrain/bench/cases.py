@@ -19,7 +19,7 @@ from ssa_pretrain.bench.variants import (
     with_method,
 )
 from ssa_pretrain.config import Config, Method, PrecisionName, Recompute
-from ssa_pretrain.engine.megatron import MegatronEngine
+from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.planning.flops import row_flops
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ssa_pretrain.config import Config, PrecisionName
-from ssa_pretrain.model.llama import uses_transformer_engine
+from ssa_pretrain.model.spec import uses_transformer_engine
 from ssa_pretrain.parallel.state import Placement
 
 

@@ -15,7 +15,7 @@ from ssa_pretrain.bench.plain_megatron import PlainModel
 from ssa_pretrain.config import Config, Method
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
-from ssa_pretrain.engine.megatron import MegatronEngine
+from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
 
 MEAN_DOCUMENT = 1024
@@ -45,6 +45,7 @@ def with_method(engine: MegatronEngine, method: Method) -> MegatronEngine:
     """Returns a view of an engine, on the same weights, that trains another method."""
     view = copy.copy(engine)
     view.config = replace(engine.config, attention=replace(engine.config.attention, method=method))
+    view.microbatches = replace(engine.microbatches, config=view.config)
     return view
 
 

@@ -306,7 +306,7 @@ class EvaluationConfig:
     """Evaluation on held-out rows, with full and with sparse attention."""
 
     interval: int = 0  # steps between evaluations; 0: only at the end
-    rows: int = 64  # held-out rows to evaluate, spread over the split; 0: all rows, the last of each source padded
+    rows: int = 64  # held-out rows to evaluate, spread over the split; 0: all rows, the last of each part padded
     at_start: bool = True  # also evaluate before the first step
 
     def problems(self) -> list[Problem]:

@@ -1,11 +1,12 @@
 """Microbatches: concatenated rows as one packed sequence with its document boundaries.
 
-A microbatch is `micro_batch_size` rows of L tokens, T = micro_batch_size * L tokens in all. Every row begins a document, so earlier tokens are
-not visible. Positions restart at each document. The label of a document's last token is the next document's first token, so it is masked.
+A microbatch is `micro_batch_size` rows of L tokens, T = micro_batch_size * L tokens in all. Every row begins a
+document, so earlier tokens are not visible. Positions restart at each document. The label of a document's last token is
+the next document's first token, so it is masked.
 
-Padding has no loss. Its labels are masked, and it is cut into documents so short that the chosen blocks cover each of them. There full and
-sparse attention are equal, the alignment loss is 0 and the captured mass is 1. Only means over tokens still count padding. The engine corrects
-them with `num_padding`.
+Padding has no loss. Its labels are masked, and it is cut into documents so short that the chosen blocks cover each of
+them. There full and sparse attention are equal, the alignment loss is 0 and the captured mass is 1. Only means over
+tokens still count padding. The engine corrects them with `num_padding`.
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,7 @@
 r"""The tokenized dataset on disk: byte layout of .bin/.idx pairs and the manifest that commits them.
 
-A shard is two files. `.bin` holds the token arrays of all documents back to back, no header. `.idx` holds, little-endian:
+A shard is two files. `.bin` holds the token arrays of all documents back to back, no header. `.idx` holds,
+little-endian:
 
     offset     size   field
     0          9      magic "MMIDIDX\0\0"
@@ -12,14 +13,16 @@ A shard is two files. `.bin` holds the token arrays of all documents back to bac
     34 +  4 N  8 N    int64 byte offset of each sequence in .bin
     34 + 12 N  8 D    int64 document indices, first 0, last N
 
-We write one sequence per document, so an `.idx` has 42 + 20 N bytes. megatron-core's IndexedDataset reads these files unchanged, but it
-checks nothing: a truncated `.bin` opens, a stale `.idx` beside a new `.bin` opens, a flipped bit is a token id. Hence the manifest: one
-JSON file beside the shards, written last and renamed into place. It records the size and sha256 of each file and a checksum of its own
-content. A folder without it is not a dataset. `load_manifest` compares paths, sizes, headers and the sha256 of the small files (.idx,
-tokenizer), but reads no tokens. `verify_hashes` reads everything. Files may be links.
+We write one sequence per document, so an `.idx` has 42 + 20 N bytes. megatron-core's IndexedDataset reads these files
+unchanged, but it checks nothing: a truncated `.bin` opens, a stale `.idx` beside a new `.bin` opens, a flipped bit is a
+token id. Hence the manifest: one JSON file beside the shards, written last and renamed into place. It records the size
+and sha256 of each file and a checksum of its own content. A folder without it is not a dataset. `load_manifest`
+compares paths, sizes, headers and the sha256 of the small files (.idx, tokenizer), but reads no tokens. `verify_hashes`
+reads everything. Files may be links.
 
-Source of the layout: megatron-core 0.16.1, megatron/core/datasets/indexed_dataset.py (BSD-3-Clause), checked byte by byte in
-tests/unit/data_prep/test_indexed_format.py. Needs only the standard library and numpy. The multimodal mode array is not supported.
+Source of the layout: megatron-core 0.16.1, megatron/core/datasets/indexed_dataset.py (BSD-3-Clause), checked byte by
+byte in tests/unit/data_prep/test_indexed_format.py. Needs only the standard library and numpy. The multimodal mode
+array is not supported.
 """
 
 import hashlib

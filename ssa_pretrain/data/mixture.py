@@ -1,9 +1,10 @@
 """How often the parts of a dataset are read: arithmetic over the manifest, without torch and without opening a file.
 
-An epoch of a part with T tokens is (T - L) // L rows of L tokens. The label of a row's last token is the next row's first token. The first epoch
-begins with the first token, so it leaves a tail of L - 1 to 2 L - 2 tokens. The second epoch ends with the last token. In a dataset packed as
-`official_row` each sequence is a row, and an epoch is all of them. Without weights, rows are drawn in proportion to the rows of an epoch, so all
-parts finish their n-th epoch at the same row of the run.
+An epoch of a part with T tokens is (T - L) // L rows of L tokens. The label of a row's last token is the next row's
+first token. The first epoch begins with the first token, so it leaves a tail of L - 1 to 2 L - 2 tokens. The second
+epoch ends with the last token. In a dataset packed as `official_row` each sequence is a row, and an epoch is all of
+them. Without weights, rows are drawn in proportion to the rows of an epoch, so all parts finish their n-th epoch at the
+same row of the run.
 """
 
 import math

@@ -1,8 +1,9 @@
 """The order of training rows: pure functions of (key, index). A checkpoint holds no sampler state, and the length of a run moves no row.
 
-`permute` is a permutation of range(n) evaluated one index at a time: a four-round Feistel network over the next even number of bits, repeated
-until the result is inside the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). `Blend` interleaves parts so that every
-prefix holds each part's share to within two rows. `PatternBlend` is the earlier interleaving, kept for checkpoints that were written under it.
+`permute` is a permutation of range(n) evaluated one index at a time: a four-round Feistel network over the next even
+number of bits, repeated until the result is inside the range (Black and Rogaway, "Ciphers with arbitrary finite
+domains", 2002). `Blend` interleaves parts so that every prefix holds each part's share to within two rows.
+`PatternBlend` is the earlier interleaving, kept for checkpoints that were written under it.
 """
 
 import hashlib
@@ -53,15 +54,17 @@ def _mix(x: int) -> int:
 class Blend:
     """Which part each row of a mixture comes from, and how many rows of that part precede it.
 
-    The parts are the leaves of a binary tree. Of the first m rows of a node of weight w, round(m * l / w) go to its left child of weight l and
-    the others to its right child, halves rounded up. Both counts grow by 0 or 1 with each row. So a row takes one path down, and its index in a
-    child is the child's count before it. There is no table and no state. A row costs one division per level, and integers keep it exact.
+    The parts are the leaves of a binary tree. Of the first m rows of a node of weight w, round(m * l / w) go to its
+    left child of weight l and the others to its right child, halves rounded up. Both counts grow by 0 or 1 with each
+    row. So a row takes one path down, and its index in a child is the child's count before it. There is no table and no
+    state. A row costs one division per level, and integers keep it exact.
 
-    The bound. Let e be a node's count less its share of n rows, 0 at the root. A child with r times the node's weight has r * e + d with
-    |d| <= 1/2. A node's parts, the largest first, are cut where the two sides are most nearly equal. If the largest part has half of the weight or
-    more, it is one side, a leaf, and the other side has at most half. If it has a third or more, the cut behind it is at most a sixth off the
-    middle. If it has less, consecutive cuts are less than a third apart, so one of them is at most a sixth off. So a side of several parts has
-    r <= 2/3: |e| < 1/2 * (1 + 2/3 + 4/9 + ...) = 3/2 inside the tree, and |e| < 3/2 + 1/2 = 2 at the leaves.
+    The bound. Let e be a node's count less its share of n rows, 0 at the root. A child with r times the node's weight
+    has r * e + d with |d| <= 1/2. A node's parts, the largest first, are cut where the two sides are most nearly equal.
+    If the largest part has half of the weight or more, it is one side, a leaf, and the other side has at most half. If
+    it has a third or more, the cut behind it is at most a sixth off the middle. If it has less, consecutive cuts are
+    less than a third apart, so one of them is at most a sixth off. So a side of several parts has r <= 2/3: |e| < 1/2 *
+    (1 + 2/3 + 4/9 + ...) = 3/2 inside the tree, and |e| < 3/2 + 1/2 = 2 at the leaves.
 
     With integer weights there is no rounding at multiples of their sum: there each part has had exactly its share.
 

@@ -1,6 +1,7 @@
 """What is wrong with a dataset and the command that repairs it, in one sentence. Uses only the standard library.
 
-A dataset keeps the settings that made it in recipe.json (data_prep/recipe.py), so the repair command names only the folder.
+A dataset keeps the settings that made it in recipe.json (data_prep/recipe.py), so the repair command names only the
+folder.
 """
 
 import hashlib

@@ -1,15 +1,18 @@
 """Rows of tokens over indexed binaries: a row is `sequence_length + 1` consecutive tokens of one part of the corpus.
 
-The tokens of a part are read as one sequence, file after file, and documents flow over rows. Rows are shuffled by a keyed permutation, one per
-epoch, and later epochs cut the tokens at other offsets. So row n is a function of (manifest fingerprint, seed, n). Nothing is built or cached
-before training, reads are contiguous, and a longer run, another batch size or another layout moves no row. Every id that is read is compared
-with the vocabulary, so a flipped bit ends training with its file, byte and document.
+The tokens of a part are read as one sequence, file after file, and documents flow over rows. Rows are shuffled by a
+keyed permutation, one per epoch, and later epochs cut the tokens at other offsets. So row n is a function of (manifest
+fingerprint, seed, n). Nothing is built or cached before training, reads are contiguous, and a longer run, another batch
+size or another layout moves no row. Every id that is read is compared with the vocabulary, so a flipped bit ends
+training with its file, byte and document.
 
-A dataset packed as `official_row` gives one sequence per row instead, filled with padding without loss. Held-out rows are also padded if a part
-ends within a row. mixture.py decides how often each part is read. Files are read through megatron-core's `IndexedDataset`. Its `GPTDataset` is not
-used, since its order changes with the length of the run and it does not return document boundaries.
+A dataset packed as `official_row` gives one sequence per row instead, filled with padding without loss. Held-out rows
+are also padded if a part ends within a row. mixture.py decides how often each part is read. Files are read through
+megatron-core's `IndexedDataset`. Its `GPTDataset` is not used, since its order changes with the length of the run and
+it does not return document boundaries.
 
-`ORDER` is the version of all this. A checkpoint holds the version that it was written under, and a resumed run keeps it:
+`ORDER` is the version of all this. A checkpoint holds the version that it was written under, and a resumed run keeps
+it:
     1  parts interleaved by `PatternBlend`; the last tokens of a part, fewer than a row, are never read
     2  parts interleaved by `Blend`, by default in proportion to their rows; the second epoch ends with the last token
 """
@@ -170,7 +173,8 @@ class TrainingRows:
 class HeldOutRows:
     """A fixed set of rows of the held-out split, spread evenly over its parts.
 
-    All rows together hold each token of the split: if a part's last row is not full, it is padded. A smaller set is chosen among full rows.
+    All rows together hold each token of the split: if a part's last row is not full, it is padded. A smaller set is
+    chosen among full rows.
 
     Attributes:
         num_rows: number of rows.

@@ -1,20 +1,22 @@
-"""What runs a step, saves and loads: one small interface, one module a library. Nothing outside this package knows which one runs."""
+"""Runs a step, saves and loads: one small interface, one package per library. Code outside does not know which engine runs."""
+
+from typing import TYPE_CHECKING
 
 from ssa_pretrain.config import Config, EngineName
-from ssa_pretrain.engine.interface import Engine, EvaluationResult, StepResult
-from ssa_pretrain.parallel.state import Placement, limit_waiting
+from ssa_pretrain.engine.interface import Engine, EvaluationResult, PendingStep, StepResult
 
-__all__ = ["Engine", "EvaluationResult", "StepResult", "build_engine"]
+if TYPE_CHECKING:
+    from ssa_pretrain.parallel.state import Placement
+
+__all__ = ["Engine", "EvaluationResult", "PendingStep", "StepResult", "build_engine"]
 
 
-def build_engine(config: Config, placement: Placement, vocab_size: int) -> Engine:
-    """Return the engine that the configuration names."""
+def build_engine(config: Config, placement: "Placement", vocab_size: int) -> Engine:
+    """Returns the engine that the configuration names."""
     if config.engine.name is EngineName.megatron:
-        from ssa_pretrain.engine.megatron import MegatronEngine
+        from ssa_pretrain.engine.megatron.engine import MegatronEngine
 
-        engine = MegatronEngine(config, placement, vocab_size)
-        limit_waiting(config.parallel)
-        return engine
-    from ssa_pretrain.engine.deepspeed import DeepSpeedEngine
+        return MegatronEngine(config, placement, vocab_size)
+    from ssa_pretrain.engine.deepspeed.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(config, placement, vocab_size)

@@ -1,10 +1,11 @@
 """The engine's interface: everything the trainer may ask of the library that runs the model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ssa_pretrain.data.batches import Batch
@@ -12,12 +13,12 @@ from ssa_pretrain.data.batches import Batch
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimizer step over the global batch; the same on every rank.
+    """The results of one optimizer step over the global batch; the same on every rank.
 
     Attributes:
         cross_entropy: mean over the labels that count, nats.
-        alignment_by_layer: mean over tokens (padding apart), heads and head dims, one entry a layer; empty where no second stream ran.
-        captured_mass_by_layer: mean attention mass of the chosen blocks, likewise.
+        alignment_by_layer: mean over tokens other than padding, heads and head dims, one entry per layer; empty if no second stream ran.
+        captured_mass_by_layer: mean attention mass of the chosen blocks, as above.
         grad_norm: global norm before clipping.
         full_share: share of microbatches whose main stream was the full one.
     """
@@ -29,9 +30,45 @@ class StepResult:
     full_share: float
 
 
+class PendingStep:
+    """A step that the device may still be running.
+
+    On a GPU a step is only queued when `train_step` returns. Its values are copied to pinned host memory behind it. A caller who asks for a
+    result after queueing the next step keeps the device busy.
+
+    Args:
+        values: float64 vector on the device.
+        interpret: builds the result from the vector's values.
+    """
+
+    def __init__(self, values: Tensor, interpret: Callable[[list[float]], StepResult]) -> None:
+        self._interpret = interpret
+        self._copied: torch.cuda.Event | None = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def result(self) -> StepResult:
+        """Returns the step's results; blocks until this step is done, and not for later ones."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._interpret(self._values.tolist())
+
+
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """Held-out metrics of one mode; the same on every rank. Means as in a step, over `num_labels` and `num_tokens`, padding apart; 0 over none."""
+    """Held-out metrics of one stream; the same on every rank.
+
+    Attributes:
+        cross_entropy: mean over `num_labels`; 0 without any.
+        alignment_by_layer: as in a step, over `num_tokens`.
+        captured_mass_by_layer: as in a step, over `num_tokens`.
+        num_labels: labels that count.
+        num_tokens: tokens other than padding.
+    """
 
     cross_entropy: float
     alignment_by_layer: list[float]
@@ -43,30 +80,30 @@ class EvaluationResult:
 class Engine(Protocol):
     """A model on its devices with its optimizer."""
 
-    def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> StepResult:
-        """Run forward, backward and the optimizer step over this rank's microbatches of one global batch."""
+    def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
+        """Runs forward, backward and the optimizer step over this rank's microbatches of one global batch."""
         ...
 
     def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
-        """Return held-out figures over all ranks' microbatches with `mode` ("full" or "sparse") as the main stream; weights unchanged."""
+        """Returns held-out metrics over all ranks' microbatches with `mode` ("full" or "sparse") as the main stream; weights stay as they are."""
         ...
 
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
-        """Return the logits after each document's last token, fp32 [documents, padded vocabulary], on every rank."""
+        """Returns the logits after each document's last token, fp32 [documents, padded V], on every rank."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer into an existing, empty folder; every rank calls it."""
+        """Writes weights and optimizer into an existing, empty folder; every rank calls it."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore weights and optimizer, whatever layout wrote them; every rank calls it."""
+        """Restores weights and optimizer from a checkpoint of any layout; every rank calls it."""
         ...
 
     def load_weights(self, folder: Path) -> None:
-        """Restore the weights alone, from a checkpoint of either engine or common weights, and start the optimizer afresh."""
+        """Restores only the weights, from either engine's checkpoint or from common weights, and resets the optimizer."""
         ...
 
     def save_weights(self, folder: Path) -> None:
-        """Write the weights into `folder`/weights in the common format (weights.py); every rank calls it."""
+        """Writes the weights to `folder`/weights in the common format (checkpoint/weights.py); every rank calls it."""
         ...

@@ -1,1 +1,1 @@
-"""The Llama with SSA attention on megatron-core's GPTModel. Reading order: llama, gpt, attention, alignment, mlp, norm."""
+"""The Llama with SSA attention on megatron-core's GPTModel. Reading order: spec, llama, attention, alignment, init, sharding."""

@@ -1,9 +1,9 @@
-"""How a layer's alignment loss reaches the gradient without a path through the pipeline.
+"""Adds a layer's alignment loss to the gradient without a path through the pipeline.
 
-`attach_loss(x, loss, scale)` returns x unchanged and tells autograd that the total loss holds `scale * loss`: the backward that passes
-through x hands the constant `scale` to `loss`. So each pipeline stage adds its own layers' part, whatever travels between the stages, and
-under recomputation the term is counted once, in the one forward that the backward goes through. megatron-core does the same for the
-auxiliary losses of mixtures of experts; this one holds no global scale.
+`attach_loss(x, loss, scale)` returns x unchanged and tells autograd that the total loss contains `scale * loss`: the backward through x passes the
+constant `scale` to `loss`. Each pipeline stage therefore adds its own layers' terms, whatever is sent between stages. Under recomputation a term is
+counted once, in the forward that the backward goes through. megatron-core does the same for the auxiliary losses of mixtures of experts, but with a
+global scale.
 """
 
 import torch
@@ -23,10 +23,10 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def attach_loss(x: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
-    """Return x, with `scale * loss` added to whatever total the backward through x differentiates.
+    """Returns x, and adds `scale * loss` to the total loss that the backward through x differentiates.
 
     Args:
-        x: any tensor on the way to the total loss.
+        x: any tensor that the total loss depends on.
         loss: scalar.
         scale: d(total) / d(loss), a number or a scalar tensor.
     """

@@ -1,13 +1,13 @@
-"""One attention layer of SSA: q, k, v and gate from one projection, two streams, one gate, the alignment loss.
+"""One attention layer of SSA: one projection to queries, keys, values and gates, two streams, one gate, the alignment loss.
 
-Method (arXiv 2511.20102, section 3): the full stream attends to every earlier key of the document, the sparse stream to the keys of the
-top-S blocks; both are multiplied by the same sigmoid gate; the layer's output is the main stream, and SmoothL1 draws the streams together.
-`full` and `moba` are the same layer with one stream. Stands in a megatron-core TransformerLayer in place of `SelfAttention`.
+Method (arXiv 2511.20102, section 3). The full stream attends to every earlier key of the document, the sparse stream to the keys of the top-N
+blocks. Both are multiplied by the same sigmoid gate. The layer's output is the main stream, and a SmoothL1 loss aligns the two streams. `full` and
+`moba` are the same layer with one stream. The layer replaces `SelfAttention` in a megatron-core TransformerLayer.
 
-The projection's rows are grouped by key-value head, [G*D queries, D keys, D values, G gates] each, so that tensor parallelism shards queries,
-keys, values and gates together and Transformer Engine's fused norm feeds the gate too. A microbatch is one packed sequence, hidden states
-[tokens, 1, M]; document boundaries, positions and the main stream travel in `PackedTokens`, on every pipeline stage and under recomputation.
-It does not know the schedule, the optimizer or which engine runs it, and it holds no key-value cache.
+The projection's rows are grouped by kv head: group_size * D for queries, D for keys, D for values, group_size for gates. Tensor parallelism
+therefore shards queries, keys, values and gates together, and Transformer Engine's fused norm applies to the gates too. A microbatch is one packed
+sequence with hidden states [tokens, 1, M]. Document boundaries, positions and the main stream travel in `PackedTokens`, on every pipeline stage and
+under recomputation. The layer does not know the schedule, the optimizer or the engine, and it has no key-value cache.
 """
 
 from collections.abc import Callable
@@ -32,36 +32,36 @@ from ssa_kernels import (
     sparse_attention,
     ssa_attention,
 )
-from ssa_pretrain.config import AttentionConfig, KernelImpl
+from ssa_pretrain.config import AttentionConfig
 from ssa_pretrain.model.alignment import attach_loss
 
 
 @dataclass
 class LayerDiagnostics:
-    """What one layer's forward says of itself, local to this rank's heads and tokens; detached scalars."""
+    """The metrics of one layer's forward over this rank's heads and tokens; detached scalars."""
 
     alignment_loss: Tensor | None = None
     captured_mass: Tensor | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedTokens(PackedSeqParams):
-    """One microbatch's packing and routing, handed to every layer.
+    """One microbatch's packing and routing, passed to every layer.
 
     Attributes:
-        positions: int64 [tokens], each token's place in its document.
-        documents: where documents and blocks lie, built once a microbatch.
-        num_rows: rows of the microbatch if each is one document, else None.
-        gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, of which `documents` tells; else None.
+        positions: int64 [tokens], each token's position in its document.
+        documents: boundaries of documents and blocks, built once per microbatch.
+        num_rows: rows of the microbatch if each row is one document, otherwise None.
+        gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, which `documents` describes; otherwise None.
         main: the stream that becomes the layers' output, "full" or "sparse".
-        counterpart: also compute the other stream, for the alignment and the captured mass.
-        sample: the queries that do, by spans of neighbours; None: all.
-        alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None switches the gradient off.
+        counterpart: whether the other stream is computed too, for the alignment and the captured mass.
+        sample: the spans of queries that compute the other stream; None: all queries.
+        alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None: no gradient.
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
     """
 
-    positions: Tensor = None
-    documents: DocumentLayout = None
+    positions: Tensor
+    documents: DocumentLayout
     num_rows: int | None = None
     gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     main: str = "full"
@@ -73,14 +73,14 @@ class PackedTokens(PackedSeqParams):
 
 @dataclass
 class SSAAttentionSubmodules:
-    """The two projections, local or Transformer Engine's."""
+    """The two projections: core's local ones or Transformer Engine's."""
 
     linear_qkv: ModuleSpec | type
     linear_proj: ModuleSpec | type
 
 
 class SSAAttention(MegatronModule):
-    """Attention of one layer under `method` ssa, full or moba."""
+    """One layer's attention under the method ssa, full or moba. `impl` names the kernels' implementation, None to choose by device."""
 
     def __init__(
         self,
@@ -88,6 +88,7 @@ class SSAAttention(MegatronModule):
         submodules: SSAAttentionSubmodules,
         layer_number: int,
         attention: AttentionConfig,
+        impl: str | None,
         pg_collection: ProcessGroupCollection,
         **_: object,
     ) -> None:
@@ -98,7 +99,7 @@ class SSAAttention(MegatronModule):
         self.group_size = config.num_attention_heads // config.num_query_groups
         self.num_kv_heads = config.num_query_groups // pg_collection.tp.size()
         self.num_gates = self.group_size if attention.gate else 0
-        self.impl = None if attention.impl is KernelImpl.auto else attention.impl.value
+        self.impl = impl
         rows_per_group = (self.group_size + 2) * self.head_dim + self.num_gates
         common = {
             "config": config,
@@ -135,7 +136,7 @@ class SSAAttention(MegatronModule):
         packed_seq_params: PackedTokens,
         **_: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return (output [tokens, 1, M], bias or None) for hidden states [tokens, 1, M] (tokens / tp of them under sequence parallelism)."""
+        """Returns (output [tokens, 1, M], bias or None) for hidden states [tokens, 1, M]; under sequence parallelism, tokens / tp of them."""
         packed = packed_seq_params
         q, k, v, gate_logits = self._project(hidden_states, rotary_pos_emb, packed.positions)
         if packed.gather is not None:
@@ -149,7 +150,7 @@ class SSAAttention(MegatronModule):
     def _project(
         self, hidden_states: Tensor, rotary_pos_emb: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return q [T, H, D] and k [T, H_kv, D] rotated, v [T, H_kv, D] and the gates' logits [T, H], of this rank's heads."""
+        """Returns rotated q [T, H, D] and k [T, G, D], v [T, G, D] and the gates' logits [T, H], of this rank's heads."""
         mixed, _ = self.linear_qkv(hidden_states)
         return qkv_rope(
             mixed.flatten(1),
@@ -165,9 +166,8 @@ class SSAAttention(MegatronModule):
     def _both_streams(
         self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens
     ) -> Tensor:
-        """Return the gated main stream [T, H, D], the alignment attached, the layer's diagnostics noted."""
+        """Returns the gated main stream [T, H, D] with the alignment loss attached; records the layer's diagnostics."""
         a = self.attention
-
         out, loss, mass = ssa_attention(
             q,
             k,
@@ -185,7 +185,7 @@ class SSAAttention(MegatronModule):
         return self._align(out, loss, mass, packed)
 
     def _align(self, out: Tensor, loss: Tensor, mass: Tensor, packed: PackedTokens) -> Tensor:
-        """Return `out` with the alignment attached, the layer's diagnostics noted."""
+        """Returns `out` with the alignment loss attached; records the layer's diagnostics."""
         packed.diagnostics[self.layer_number] = LayerDiagnostics(loss.detach(), mass.detach())
         if packed.alignment_scale is not None and torch.is_grad_enabled():
             out = attach_loss(out, loss, packed.alignment_scale)
@@ -194,9 +194,9 @@ class SSAAttention(MegatronModule):
     def _sampled_streams(
         self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens
     ) -> Tensor:
-        """Return the gated main stream [T, H, D] of all queries, aligned with the other stream where `packed.sample` has it."""
+        """Returns the gated main stream [T, H, D] of all queries, aligned with the other stream on the queries of `packed.sample`."""
         a, layout = self.attention, packed.sample
-        assert layout is not None  # forward() has looked
+        assert layout is not None  # forward() has checked
         main, lse_main = self._stream(packed.main, q, k, v, packed.documents, packed.num_rows, return_lse=True)
         other_name = "sparse" if packed.main == "full" else "full"
         logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
@@ -222,8 +222,8 @@ class SSAAttention(MegatronModule):
         num_rows: int | None = None,
         *,
         return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Return a stream's output [queries, H, D], not gated, and its log-sum-exp [queries, H] (of the full one only if asked for)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns a stream's ungated output [queries, H, D] and its log-sum-exp [queries, H]; the full stream's only if `return_lse`."""
         a, common = self.attention, {"cu_seqlens": layout, "impl": self.impl}
         if name == "full":
             return full_attention(q, k, v, return_lse=return_lse, num_rows=num_rows, **common)
@@ -232,6 +232,6 @@ class SSAAttention(MegatronModule):
         return sparse_attention(q, k, v, indices, **sizes, **common)
 
     def _main_stream(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens) -> Tensor:
-        """Return the gated main stream [T, H, D], nothing else computed."""
+        """Returns the gated main stream [T, H, D] without computing the other one."""
         out, _ = self._stream(packed.main, q, k, v, packed.documents, packed.num_rows)
         return out if gate_logits is None else gate(out, gate_logits, impl=self.impl)

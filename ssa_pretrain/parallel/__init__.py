@@ -1,1 +1,1 @@
-"""Degrees, process groups, stream routing and the CPU backend: the only package that touches megatron-core's global state."""
+"""Degrees, process groups, context parallelism, agreement between ranks and the CPU backend: the only package that changes megatron-core's global state."""

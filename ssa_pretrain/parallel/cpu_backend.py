@@ -1,11 +1,11 @@
-"""megatron-core on CPU over gloo: the one module that patches anything, installed only when no GPU is used.
+"""Runs megatron-core on a CPU over gloo. The only module that patches other libraries, and only if no GPU is used.
 
-megatron-core 0.16 asks for CUDA by name in a few dozen places: `device="cuda"`, `torch.cuda.current_device()`, `Tensor.cuda()`, CUDA's random
-states, `Tensor.type()` compared with "torch.cuda.FloatTensor". Here each of them means the CPU. What core computes is unchanged: the redirection
-decides where tensors live, never what is done with them. It does not offer CUDA-only features (fused kernels, CUDA graphs, FP8).
+megatron-core 0.16 names CUDA in a few dozen places: `device="cuda"`, `torch.cuda.current_device()`, `Tensor.cuda()`, CUDA's random states,
+`Tensor.type()` compared with "torch.cuda.FloatTensor". Here each of them means the CPU. The redirection decides where tensors live and does not
+change what core computes. CUDA-only features (fused kernels, CUDA graphs, FP8) are not available.
 
-How: a `TorchFunctionMode` rewrites the device of tensor-creating calls, `Tensor.cuda` and `Tensor.type`; a handful of `torch.cuda` functions and
-core's two random-state helpers are replaced by their CPU counterparts.
+A `TorchFunctionMode` rewrites the device of tensor-creating calls, `Tensor.cuda` and `Tensor.type`. A few `torch.cuda` functions and core's two
+random-state helpers are replaced by their CPU counterparts.
 """
 
 import logging
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Every request for a CUDA device in a torch call becomes one for the CPU."""
+    """Replaces CUDA devices in torch calls by the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -40,29 +40,29 @@ def _is_cuda(device: object) -> bool:
 
 
 class _Stream:
-    """A CUDA stream's place-holder: work on a CPU is in order already."""
+    """A placeholder for a CUDA stream: work on a CPU is already in order."""
 
     def wait_stream(self, _: object) -> None:
-        """Return at once."""
+        """Does nothing."""
 
     def synchronize(self) -> None:
-        """Return at once."""
+        """Does nothing."""
 
 
 def _device() -> torch.device:
-    """Return the CPU, where core asks for the current CUDA device."""
+    """Returns the CPU where core asks for the current CUDA device."""
     return CPU
 
 
 def install() -> None:
-    """Redirect this process's CUDA requests to the CPU, for good; a second call changes nothing.
+    """Redirects this process's CUDA requests to the CPU permanently; a second call does nothing.
 
     Raises:
-        RuntimeError: a GPU is visible; there the redirection would be wrong.
+        RuntimeError: a GPU is visible, and the redirection would be wrong.
     """
     if torch.cuda.is_available():
         raise RuntimeError(
-            "the CPU backend was asked for although a GPU is visible; hide it with CUDA_VISIBLE_DEVICES= or drop the request"
+            "the CPU backend was requested although a GPU is visible; hide it with CUDA_VISIBLE_DEVICES= or drop the request"
         )
     if torch.cuda.current_device is _device:
         return
@@ -79,9 +79,9 @@ def install() -> None:
 
 
 def _redirect_random_states() -> None:
-    """Give core's tracker of CUDA random states a state of its own, which no CPU operation draws from: it must not move the CPU's.
+    """Gives core's tracker of CUDA random states a separate state that no CPU operation draws from: it must not change the CPU's generator.
 
-    Core warns when something draws from the CPU's generator where it expects CUDA's; here every draw does.
+    Core warns if something draws from the CPU's generator where it expects CUDA's; here every draw does, so the warning is off.
     """
     from megatron.core.tensor_parallel import random
 

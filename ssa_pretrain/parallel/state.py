@@ -1,4 +1,4 @@
-"""The process's place in the machine: start, degrees, process groups, stop. The only module that talks to megatron-core's parallel state."""
+"""This process's start and stop, its parallel degrees and its process groups. The only module that uses megatron-core's parallel state."""
 
 import datetime
 import os
@@ -20,13 +20,13 @@ from ssa_pretrain.problems import ConfigError, Problem
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where this process stands.
+    """This process's coordinates.
 
     Attributes:
         rank, world_size: over all processes.
-        device: what this process computes on.
+        device: the device that this process computes on.
         groups: megatron-core's process groups.
-        tp_rank, pp_rank, dp_rank: coordinates.
+        tp_rank, pp_rank, dp_rank: coordinates along the mesh axes.
         dp: data-parallel degree.
     """
 
@@ -41,19 +41,19 @@ class Placement:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what only one may write."""
+        """Whether this process does what only one process may do, such as writing records."""
         return self.rank == 0
 
 
 def start(parallel: ParallelConfig, *, seed: int) -> Placement:
-    """Join the process group and build megatron-core's groups; a process without a launcher is a world of one.
+    """Joins the process group and builds megatron-core's groups; a process without a launcher is a world of one.
 
     Args:
         parallel: degrees; tp * pp * cp must divide the world size.
-        seed: for megatron-core's random states, which nothing of ours draws from.
+        seed: for megatron-core's random states, which our code never draws from.
 
     Raises:
-        ConfigError: there is a GPU and torch cannot use it, there are fewer than processes, or another program has the port where they meet.
+        ConfigError: torch cannot use the GPU, there are fewer GPUs than processes, or another program uses the rendezvous port.
     """
     on_gpu = torch.cuda.is_available()
     local_rank = launched_local_rank()
@@ -87,33 +87,33 @@ def start(parallel: ParallelConfig, *, seed: int) -> Placement:
 
 
 def launched_local_rank() -> int:
-    """Returns this process's number on its node; 0 where no launcher has set WORLD_SIZE, whatever else the environment holds."""
+    """Returns this process's rank on its node; 0 if no launcher has set WORLD_SIZE, whatever else the environment contains."""
     return int(os.environ.get("LOCAL_RANK", "0")) if "WORLD_SIZE" in os.environ else 0
 
 
 def _require_usable(on_gpu: bool, local_rank: int) -> None:
-    """Raise ConfigError rather than compute on a CPU where a GPU is meant, or on another process's GPU."""
+    """Raises ConfigError if this process would compute on a CPU although there is a GPU, or has no GPU for its local rank."""
     if on_gpu and local_rank >= (count := torch.cuda.device_count()):
-        rule = f"finds {count} GPU{'s' if count > 1 else ''} that this process may see"
-        advice = f"start at most {count} processes on a node, or look at CUDA_VISIBLE_DEVICES"
+        rule = f"has no GPU: this process sees {count} GPU{'s' if count > 1 else ''}"
+        advice = f"start at most {count} processes per node, or check CUDA_VISIBLE_DEVICES"
         raise ConfigError([Problem("LOCAL_RANK", local_rank, rule, advice)])
     if on_gpu or not has_gpu():
         return
     try:
         torch.cuda.init()
-        reason = "it sees none"
+        reason = "it finds none"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-    advice = "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
+    advice = "check nvidia-smi and CUDA_VISIBLE_DEVICES, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
     raise ConfigError([Problem("this machine's GPU", None, f"cannot be used by torch: {reason}", advice)])
 
 
 @contextmanager
 def joined(parallel: ParallelConfig, *, seed: int) -> Iterator[Placement]:
-    """Give this process's placement and leave the process group at the end.
+    """Yields this process's placement and leaves the process group at the end.
 
-    Leaving waits for the others. A process that fails does not: they may wait for it inside an operation of their own, and whoever started the
-    processes ends them once it has left.
+    Leaving waits for the other processes. A process that fails does not wait: the others may be in a collective that needs it, and their launcher
+    ends them once it has exited.
     """
     placement = start(parallel, seed=seed)
     try:
@@ -126,12 +126,12 @@ def joined(parallel: ParallelConfig, *, seed: int) -> Iterator[Placement]:
 
 
 def leave_layout() -> None:
-    """Give up the degrees, so that `start` can set others; the processes stay joined, since a launcher's store remembers who joined before."""
+    """Drops the degrees so that `start` can set others; the processes stay joined, because a launcher's store remembers earlier members."""
     parallel_state.destroy_model_parallel()
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leaves the process group."""
     leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -143,7 +143,7 @@ def timeout(parallel: ParallelConfig) -> datetime.timedelta:
 
 
 def limit_waiting(parallel: ParallelConfig) -> None:
-    """Gives every process group the configured timeout, also those that libraries have made with torch's own."""
+    """Sets the configured timeout on every process group, including those that libraries built with torch's default."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout(parallel), group)
 
@@ -158,6 +158,6 @@ def _join(backend: str, limit: datetime.timedelta) -> None:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        rule = f"where the ranks meet is in use by another program on {socket.gethostname()}"
+        rule = f"is in use by another program on {socket.gethostname()}"
         advice = "try another: --master-port of launchers/deepspeed.sh, MASTER_PORT elsewhere"
         raise ConfigError([Problem("MASTER_PORT", os.environ.get("MASTER_PORT"), rule, advice)]) from None

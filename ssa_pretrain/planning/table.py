@@ -117,7 +117,7 @@ def _epochs(config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple
     lines = [("epochs", line)]
     if tail := sum(reading.part.tail for reading in found if reading.rows):
         left = f"the first epoch leaves out the last {tail:,} tokens"
-        each = ", summed over the sources" if len(found) > 1 else ""
+        each = ", summed over the parts" if len(found) > 1 else ""
         lines.append(("", f"{left}{each}; the second reads them"))
     return lines
 

@@ -155,7 +155,8 @@ def measure(arguments: argparse.Namespace, own: list[str]) -> None:
                 torch.cuda.synchronize()
             dist.barrier()
             begin = time.perf_counter()
-        result = engine.train_step(made[step % 2], step=step, learning_rate=1e-4)
+        pending = engine.train_step(made[step % 2], step=step, learning_rate=1e-4)
+    result = pending.result()
     if on_gpu:
         torch.cuda.synchronize()
     dist.barrier()

@@ -6,16 +6,17 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from ssa_pretrain import checkpoint, run_folder, trainer
-from ssa_pretrain.checkpoint import CheckpointError, publish
+from ssa_pretrain import run_folder, trainer
+from ssa_pretrain.checkpoint import publish as publishing
+from ssa_pretrain.checkpoint.publish import CheckpointError, publish
 from ssa_pretrain.parallel import agreement
 from ssa_pretrain.problems import ConfigError, Problem
 
 
-def save_apart(run: Path, said: Path, rank: int) -> None:
-    """Try what a run does first, then a save all the same; both are refused, on both ranks."""
+def save_apart(run: Path, output: Path, rank: int) -> None:
+    """Tries a run's first check, then a save without it; both are refused on both ranks."""
     run_folder.sees.__kwdefaults__["patience"] = 0.5
-    checkpoint.VISIBLE_SECONDS = 0.5
+    publishing.VISIBLE_SECONDS = 0.5
     run.mkdir()
 
     def write(folder: Path) -> None:
@@ -25,17 +26,17 @@ def save_apart(run: Path, said: Path, rank: int) -> None:
     placement = SimpleNamespace(is_first=rank == 0, world_size=2)
     for act in (
         lambda: trainer.require_shared(run, placement),  # type: ignore[arg-type]
-        lambda: publish(run, 1, {}, write, keep=1, is_first=rank == 0),
+        lambda: publish(run, 1, {}, write, keep=1, is_rank_0=rank == 0),
     ):
         try:
             act()
         except (ConfigError, CheckpointError) as error:
-            with said.open("a") as file:
+            with output.open("a") as file:
                 file.write(f"{error}\n")
 
 
 def main(case: str, run: Path) -> None:
-    """Act out a case."""
+    """Runs a case."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     agreement.GRACE_SECONDS = 2.0
@@ -47,13 +48,13 @@ def main(case: str, run: Path) -> None:
         if rank == 1:
             raise OSError(28, "No space left on device")
         if case == "inside":
-            dist.barrier()  # as a library would, that counts on all ranks coming
+            dist.barrier()  # like a library that expects every rank
         write(folder)
 
     def refuse() -> None:
         raise ConfigError([Problem("output_dir", "x", "is in use")])
 
-    read = checkpoint.sha256
+    read = publishing.sha256
 
     def noted(path: Path) -> str:
         with (run / f"read_{rank}").open("a") as file:
@@ -71,16 +72,16 @@ def main(case: str, run: Path) -> None:
         assert agreement.unlike_first({"seed": 1}) == []
         dist.destroy_process_group()
         return
-    if case == "apart":  # each rank's output folder is on a disk of its own
+    if case == "apart":  # each rank's output folder is on a separate disk
         save_apart(run / str(rank), run / f"said_{rank}", rank)
         dist.destroy_process_group()
         return
-    checkpoint.sha256 = noted
-    publish(run, 1, {}, write, keep=1, is_first=rank == 0)
+    publishing.sha256 = noted
+    publish(run, 1, {}, write, keep=1, is_rank_0=rank == 0)
     try:
         if case == "first":
             agreement.on_first(refuse, is_first=rank == 0, errors=(ConfigError,))
-        publish(run, 2, {}, write_with_a_failure, keep=1, is_first=rank == 0)
+        publish(run, 2, {}, write_with_a_failure, keep=1, is_rank_0=rank == 0)
     except (CheckpointError, ConfigError) as error:
         (run / f"said_{rank}").write_text(str(error))
         dist.destroy_process_group()

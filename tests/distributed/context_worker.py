@@ -31,7 +31,7 @@ PADDING = 20  # tokens of the last row, of its label too
 
 
 def packed_rows(seed: int) -> list[Row]:
-    """Return random tokens in the documents of STARTS, and padding at the end of the last row."""
+    """Returns random tokens in the documents of STARTS, and padding at the end of the last row."""
     generator = np.random.default_rng(seed)
     rows = []
     for places in STARTS:
@@ -44,13 +44,13 @@ def packed_rows(seed: int) -> list[Row]:
 
 
 def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
-    """Return this data rank's microbatches of the global batch, whole."""
+    """Returns this data rank's microbatches of the global batch, whole."""
     rows, size = packed_rows(step), config.training.micro_batch_size
     return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, ROWS // size, dp)]
 
 
 def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
-    """Run four steps, evaluate, ask for logits, perhaps take a fifth step from a checkpoint, and write this rank's part."""
+    """Runs four steps, evaluate, ask for logits, perhaps take a fifth step from a checkpoint, and write this rank's part."""
     engine = build_engine(config, placement, VOCAB)
     records, captured = [], {}
     step = engine.optimizer.step
@@ -64,7 +64,7 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
 
     def train(index: int) -> list[float]:
         mine = batches(config, placement.dp_rank, placement.dp, index)
-        found = engine.train_step(mine, step=index, learning_rate=1e-2)
+        found = engine.train_step(mine, step=index, learning_rate=1e-2).result()
         return [found.cross_entropy, found.grad_norm, *found.alignment_by_layer, *found.captured_mass_by_layer]
 
     records += [train(index) for index in range(STEPS)]
@@ -105,7 +105,7 @@ def check_the_sum_s_precision(context: ContextParallel) -> None:
 
 
 def check_the_order(context: ContextParallel) -> None:
-    """Gathering what was split gives the whole back, and each token's gradient is the sum of what all ranks say of it."""
+    """Gathering restores what was split, and each token's gradient is the sum over all ranks."""
     tokens = 8 * context.size
     whole = torch.arange(tokens * 6, dtype=torch.float64).view(tokens, 2, 3)
     batch = Batch(0, *(torch.arange(tokens)[None] for _ in range(3)), torch.arange(tokens), torch.tensor([0, tokens]))
@@ -117,12 +117,12 @@ def check_the_order(context: ContextParallel) -> None:
     ((context.rank + 1) * (k_all * whole).sum() + (v_all * 5).sum()).backward()
     assert torch.equal(k.grad, whole[mine.positions] * sum(range(1, context.size + 1)))
     assert torch.equal(v.grad, torch.full_like(v, 5.0 * context.size))
-    found = context.rows_at(mine.tokens[0][:, None] * 10, torch.tensor([tokens - 1, 0, 7, 7, tokens // 2]), tokens)
+    found = context.values_at(mine.tokens[0][:, None] * 10, torch.tensor([tokens - 1, 0, 7, 7, tokens // 2]), tokens)
     assert found.flatten().tolist() == [10 * p for p in (tokens - 1, 0, 7, 7, tokens // 2)]
 
 
 def main() -> None:
-    """Run all cases of the file, layout by layout."""
+    """Runs all cases of the file, layout by layout."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configs = {name: configure(overrides) for name, overrides in cases.items()}
     by_layout = itertools.groupby(

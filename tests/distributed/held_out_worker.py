@@ -20,14 +20,14 @@ SMALL = {"model.num_layers": 6, "evaluation.rows": 0}
 
 
 def metrics(run: Run, mode: str) -> list[float]:
-    """Return the held-out metrics of a mode, and the labels and tokens that they are over."""
+    """Returns the held-out metrics of a mode, and the labels and tokens that they are over."""
     found = judge(run, mode)
     counts = [found.num_labels, found.num_tokens]
     return [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer, *counts]
 
 
 def main() -> None:
-    """Run the cases in order."""
+    """Runs the cases in order."""
     cases, data, out = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], Path(sys.argv[3])
     for name, settings in cases.items():
         config = configure(SMALL | {"data.path": data} | settings)

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
+from ssa_pretrain.checkpoint.weights import WeightsError
 from ssa_pretrain.config import Config
-from ssa_pretrain.engine import deepspeed_checkpoint
-from ssa_pretrain.weights import WeightsError
+from ssa_pretrain.engine.deepspeed import checkpoint
 
 
 def main(case: str, folder: Path) -> None:
-    """Act out a case: the converter fails on the first rank, or the second one cannot load."""
+    """Runs a case: the converter fails on rank 0, or rank 1 cannot load."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
 
@@ -26,13 +26,13 @@ def main(case: str, folder: Path) -> None:
         if case == "load" and rank == 1:
             raise WeightsError("a part is missing")
 
-    deepspeed_checkpoint._convert = convert
-    deepspeed_checkpoint._load_universal = load
+    checkpoint._convert = convert
+    checkpoint._load_universal = load
     config = Config()
     config.deepspeed.zero_stage = 2
     placement = SimpleNamespace(is_first=rank == 0, tp_rank=0, dp=2)
     try:
-        deepspeed_checkpoint.load(folder, None, config, placement)  # pyright: ignore[reportArgumentType]
+        checkpoint.load(folder, None, config, placement)  # pyright: ignore[reportArgumentType]
         outcome = "loaded"
     except (WeightsError, RuntimeError) as error:
         outcome = type(error).__name__ + ": " + str(error)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain.checkpoint import FACTS, find_damage
+from ssa_pretrain.checkpoint.integrity import FACTS, find_damage
 from support.processes import run_workers
 
 WORKER = Path(__file__).parent / "agreement_worker.py"
-REASON = "(rank 1: OSError: [Errno 28] No space left on device); earlier checkpoints are as they were: free space and"
+REASON = "(rank 1: OSError: [Errno 28] No space left on device); earlier checkpoints are unchanged: free space and"
 
 
 def is_untouched(run: Path) -> bool:
-    """Whether the first checkpoint alone is there, whole."""
+    """Returns whether only the first checkpoint is there, and intact."""
     (first,) = [p for p in (run / "checkpoints").iterdir() if not p.name.startswith(".")]
     return first.name == "step_00000001" and find_damage(first) is None
 

@@ -1,4 +1,4 @@
-"""engine=deepspeed trains as engine=megatron does: every ZeRO stage, tensor and sequence parallelism, resume, other degrees, common weights.
+"""engine=deepspeed trains like engine=megatron: every ZeRO stage, tensor and sequence parallelism, resume, other degrees, common weights.
 
 fp32, to 1e-5 relative, step by step: cross entropy, gradient norm, every layer's alignment and captured mass, with the streams drawn (both occur).
 The clipping threshold is far below the norms, so a wrong norm moves the next step. tests/benchmarks/deepspeed_matrix.py runs the whole matrix.
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes
 WORKER = SUPPORT / "deepspeed_worker.py"
 TOLERANCE = 1e-5
 STOP, SAVED, RESUMED = 3, 2, 5
-FIGURES = 6  # cross entropy, norm, two layers' alignments and captured masses
+NUM_METRICS = 6  # cross entropy, norm, two layers' alignments and captured masses
 
 TP = {"parallel.tp": 2}
 SP = TP | {"parallel.sequence_parallel": True}
@@ -31,7 +31,7 @@ UNTIED = {"model.tie_embeddings": False}
 
 
 def deepspeed(stage: int, **more) -> dict:
-    """Return the overrides of a ZeRO stage."""
+    """Returns the overrides of a ZeRO stage."""
     return {"engine.name": "deepspeed", "deepspeed.zero_stage": stage} | {
         k.replace("__", "."): v for k, v in more.items()
     }
@@ -50,7 +50,7 @@ def weights(name: str, source: str, settings: dict) -> dict:
 
 
 SAVING = {"save_at": SAVED, "stop": RESUMED}
-VARIANTS = {  # name -> (layout, settings, the megatron engine's settings if not the layout's alone)
+VARIANTS = {  # name -> (layout, settings, the megatron engine's settings if they are not just the layout's)
     "tp2.zero2": ("tp2", deepspeed(2), {}),
     "dp2.zero2.offload": ("dp2", deepspeed(2, deepspeed__offload_optimizer=True), {}),
     "dp2.zero2.overlap": ("dp2", deepspeed(2, engine__overlap_grad_reduce=True), {}),
@@ -69,7 +69,7 @@ FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
 
 
 def two_processes() -> list[dict]:
-    """Return the jobs of two processes, ordered by layout: each checkpoint is there before it is read."""
+    """Returns the jobs of two processes, ordered by layout: each checkpoint is there before it is read."""
     jobs = []
     for layout in ("dp2", "tp2_sp", "tp2"):
         place = LAYOUTS[layout]
@@ -105,7 +105,7 @@ def two_processes() -> list[dict]:
 
 
 def one_process() -> list[dict]:
-    """Return the jobs of one process: what two have saved, resumed on fewer."""
+    """Returns the jobs of one process: what two have saved, resumed on fewer."""
     jobs = [resume(f"one.from_{source}", source, deepspeed(int(source[-1]))) for source in FEWER]
     jobs.append(resume("one.from_dp2.bf16.zero1", "dp2.bf16.zero1", deepspeed(1) | BF16))
     jobs.append(resume("one.from_dp2.zero0", "dp2.zero0", deepspeed(0)))
@@ -113,8 +113,8 @@ def one_process() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory) -> dict[str, torch.Tensor]:
-    """Run all jobs; return each one's figures, on which its ranks must agree."""
+def results(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Runs all jobs and returns the results of each, on which its ranks must agree."""
     folder = tmp_path_factory.mktemp("deepspeed")
     found = {}
     for world, jobs in ((2, two_processes()), (1, one_process())):
@@ -123,17 +123,17 @@ def figures(tmp_path_factory) -> dict[str, torch.Tensor]:
         run_workers(WORKER, world, str(listing), str(folder), timeout=1200)
         for job in jobs:
             texts = {(folder / f"{job['name']}.{rank}.json").read_text() for rank in range(world)}
-            assert len(texts) == 1, f"{job['name']}: ranks report different figures"
+            assert len(texts) == 1, f"{job['name']}: ranks report different results"
             found[job["name"]] = json.loads(texts.pop())
     return found
 
 
 def close(found: list, wanted: list) -> None:
-    """Each figure to 1e-5 of itself, logits to 1e-5 of their norm."""
+    """Requires each value to 1e-5 of itself, and logits to 1e-5 of their norm."""
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         ours, theirs = (torch.tensor(row, dtype=torch.float64) for row in (one, other))
-        if len(ours) > FIGURES:
+        if len(ours) > NUM_METRICS:
             assert relative(ours, theirs) < TOLERANCE
         else:
             torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=0.0)
@@ -141,19 +141,19 @@ def close(found: list, wanted: list) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("layout", ["dp2", "tp2_sp"])
-def test_a_stage_trains_as_the_megatron_engine_does(figures, layout, stage):
-    close(figures[f"{layout}.zero{stage}"], figures[f"megatron.{layout}"])
+def test_a_stage_trains_as_the_megatron_engine_does(results, layout, stage):
+    close(results[f"{layout}.zero{stage}"], results[f"megatron.{layout}"])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_trains_as_the_megatron_engine_does(figures, name):
+def test_a_variant_trains_as_the_megatron_engine_does(results, name):
     layout, _, reference = VARIANTS[name]
     suffix = next((s for s, changes in SUFFIXES.items() if changes == reference), "")
-    wanted = figures[f"megatron.{layout}{suffix}"]
+    wanted = results[f"megatron.{layout}{suffix}"]
     if name == "tp2_sp.bf16.zero1":
-        near_bf16(figures[name], wanted, figures["megatron.tp2_sp.fp32"])
+        near_bf16(results[name], wanted, results["megatron.tp2_sp.fp32"])
     else:
-        close(figures[name][:STOP], wanted[:STOP])
+        close(results[name][:STOP], wanted[:STOP])
 
 
 def near_bf16(found: list, wanted: list, exact: list) -> None:
@@ -177,15 +177,15 @@ def near_bf16(found: list, wanted: list, exact: list) -> None:
     require_means_as_near(means(found), means(wanted), means(exact))
 
 
-def test_one_process_trains_as_two_do(figures):
-    close(figures["one.zero1"][:STOP], figures["megatron.dp2"][:STOP])
+def test_one_process_trains_as_two_do(results):
+    close(results["one.zero1"][:STOP], results["megatron.dp2"][:STOP])
 
 
 @pytest.mark.parametrize(
     "name", [*(f"{at}.zero{stage}" for at in ("dp2", "tp2_sp") for stage in STAGES), "dp2.bf16.zero0"]
 )
-def test_a_resumed_run_is_bit_identical(figures, name):
-    assert figures[f"{name}.resumed"] == figures[name][SAVED:]
+def test_a_resumed_run_is_bit_identical(results, name):
+    assert results[f"{name}.resumed"] == results[name][SAVED:]
 
 
 @pytest.mark.parametrize(
@@ -198,27 +198,27 @@ def test_a_resumed_run_is_bit_identical(figures, name):
         ("one.from_dp2.zero0", "dp2.zero0"),
     ],
 )
-def test_a_run_resumed_on_other_degrees_goes_on(figures, name, source):
+def test_a_run_resumed_on_other_degrees_goes_on(results, name, source):
     """Three steps past the resume: a lost step count, moment or weight decay shows in the second."""
-    close(figures[name], figures[source][SAVED:])
+    close(results[name], results[source][SAVED:])
 
 
-def test_weights_travel_between_the_engines(figures):
+def test_weights_travel_between_the_engines(results):
     """Each pair read one folder; both evaluations and the last tokens' logits agree, whatever engine and layout wrote and reads."""
-    close(figures["tp2.zero3.weights"], figures["megatron.dp2.weights"])
-    close(figures["megatron.tp2.weights"], figures["tp2.zero1.own_weights"])
-    close(figures["megatron.pp2.weights"], figures["tp2.zero1.own_weights"])
+    close(results["tp2.zero3.weights"], results["megatron.dp2.weights"])
+    close(results["megatron.tp2.weights"], results["tp2.zero1.own_weights"])
+    close(results["megatron.pp2.weights"], results["tp2.zero1.own_weights"])
     # The pipeline's run has trained the same two steps as megatron.dp2's.
-    close(figures["zero1.weights_from_pp2"], figures["megatron.dp2.weights"])
+    close(results["zero1.weights_from_pp2"], results["megatron.dp2.weights"])
 
 
-def test_a_data_rank_without_held_out_rows_neither_hangs_nor_counts(figures):
-    close(figures["zero3.uneven"], figures["megatron.uneven"])
+def test_a_data_rank_without_held_out_rows_neither_hangs_nor_counts(results):
+    close(results["zero3.uneven"], results["megatron.uneven"])
 
 
-def test_the_norms_and_figures_make_these_comparisons_strict(figures):
-    """Clipping acts at every step, and each step's figures are far from the last one's."""
+def test_the_norms_and_figures_make_these_comparisons_strict(results):
+    """Clipping acts at every step, and each step's results differ clearly from the previous step's."""
     for layout in ("dp2", "tp2_sp"):
-        steps = torch.tensor(figures[f"megatron.{layout}"][:RESUMED], dtype=torch.float64)
+        steps = torch.tensor(results[f"megatron.{layout}"][:RESUMED], dtype=torch.float64)
         assert steps[:, 1].min() > 0.9
         assert ((steps[1:] - steps[:-1]).abs() / steps[:-1]).max(dim=1).values.min() > 1e-2

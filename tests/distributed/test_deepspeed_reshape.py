@@ -28,7 +28,7 @@ def test_a_converter_s_failure_is_every_rank_s(tmp_path: Path) -> None:
 def test_a_rank_that_cannot_load_waits_for_nobody(tmp_path: Path) -> None:
     first, second = outcomes("load", tmp_path / "step_00000001")
     assert second == "WeightsError: a part is missing"
-    assert first.startswith("RuntimeError: ")  # its peer left
+    assert first.startswith("RuntimeError: ")  # its peer has exited
 
 
 def test_a_reshaped_copy_goes_once_all_have_loaded(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, list]:
-    """Run all cases once, in three processes; each rank must find the same."""
+    """Runs all cases once, in three processes; each rank must find the same."""
     folder = tmp_path_factory.mktemp("held_out")
     held = {name: [d % VOCAB for d in cut(size, seed=size)] for name, size in SIZES.items()}
     write_dataset(folder / "data", {}, held, vocab_size=VOCAB)
@@ -44,7 +44,7 @@ def results(tmp_path_factory) -> dict[str, list]:
 @pytest.mark.parametrize("name", CASES)
 def test_every_held_out_row_counts_once(results, name):
     wanted = results["pp3_vpp2"][0]
-    assert wanted[0] != wanted[1], "the modes must differ for this to say anything"
+    assert wanted[0] != wanted[1], "the modes must differ, or the test proves nothing"
     for found in results[name]:
         for mode in (0, 1):
             assert found[mode] == pytest.approx(wanted[mode], rel=1e-6, abs=0)

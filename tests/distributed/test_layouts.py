@@ -1,4 +1,4 @@
-"""Every layout trains as the single process does: losses, alignment, captured mass and every gradient, fp32, to 1e-5 relative."""
+"""Every layout trains like one process: losses, alignment, captured mass and every gradient, fp32, to 1e-5 relative."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,7 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def build_cases() -> dict[int, dict[str, dict]]:
-    """Return the cases by world size, named layout.variant.stream."""
+    """Returns the cases by world size, named layout.variant.stream."""
     cases: dict[int, dict[str, dict]] = {1: {}, 2: {}, 4: {}}
     for variant, layouts in VARIED.items():
         for layout, streams in layouts.items():
@@ -98,13 +98,13 @@ NAMES = [name for cases in CASES.values() for name in cases]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the processes leave their results."""
+    """Returns the folder of the processes' results."""
     return tmp_path_factory.mktemp("layouts")
 
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, dict]:
-    """Run all cases once, one set of processes per world size."""
+    """Runs all cases once, one set of processes per world size."""
     for world, cases in CASES.items():
         listing = folder / f"cases{world}.json"
         listing.write_text(json.dumps(cases))
@@ -123,7 +123,7 @@ def test_a_save_straight_after_a_step_holds_its_weights(results, folder, name):
 
 
 def reference(name: str) -> str:
-    """Return the single-process case that a case must equal."""
+    """Returns the single-process case that a case must equal."""
     layout, _, stream = name.split(".")
     return f"{'single_of_8' if 'model.num_layers' in LAYOUTS[layout] else 'single'}.plain.{stream}"
 

@@ -1,4 +1,4 @@
-"""Skips every test of this folder where there is no GPU."""
+"""Skips every test of this folder if there is no GPU."""
 
 import pytest
 import torch

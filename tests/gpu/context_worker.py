@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 tests/gpu/context_worker.py FILE 2
 
-Rank 0 writes, for each case, every step's figures and the first step's gradients.
+Rank 0 writes, for each case, every step's results and the first step's gradients.
 """
 
 import sys
@@ -15,7 +15,7 @@ from ssa_pretrain.config import Config, KernelImpl, Method, PrecisionName, Recom
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
-from ssa_pretrain.engine.megatron_checkpoint import unwrap
+from ssa_pretrain.engine.megatron.checkpoint import unwrap
 from ssa_pretrain.parallel.state import start, stop
 
 VOCAB, LENGTH, STEPS = 1024, 2048, 4
@@ -24,7 +24,7 @@ STARTS = ((0, 511, 512, 513, 1023, 1500), (0,), (0, 1, 700, 1024, 2047), (0, 153
 
 
 def cases() -> dict[str, Config]:
-    """Return the configurations by name: fp32 by the references, bf16 by the kernels."""
+    """Returns the configurations by name: fp32 by the references, bf16 by the kernels."""
     found = {}
     for method in Method:
         for ratio in (0.0, 1.0) if method is Method.ssa else (0.5,):
@@ -46,7 +46,7 @@ def cases() -> dict[str, Config]:
 
 
 def batches(step: int) -> list[Batch]:
-    """Return a step's microbatches."""
+    """Returns a step's microbatches."""
     generator = np.random.default_rng(step)
     rows = []
     for places in STARTS:
@@ -57,7 +57,7 @@ def batches(step: int) -> list[Batch]:
 
 
 def run_case(config: Config, placement) -> dict:
-    """Return a case's figures and gradients."""
+    """Returns a case's results and gradients."""
     engine = build_engine(config, placement, VOCAB)
     gradients: dict[str, torch.Tensor] = {}
     step = engine.optimizer.step
@@ -74,18 +74,18 @@ def run_case(config: Config, placement) -> dict:
         return step()
 
     engine.optimizer.step = step_and_capture
-    figures, evaluated = [], []
+    results, evaluated = [], []
     for index in range(STEPS):
-        found = engine.train_step(batches(index), step=index, learning_rate=1e-2)
-        figures.append([found.cross_entropy, found.grad_norm, *found.alignment_by_layer, *found.captured_mass_by_layer])
+        found = engine.train_step(batches(index), step=index, learning_rate=1e-2).result()
+        results.append([found.cross_entropy, found.grad_norm, *found.alignment_by_layer, *found.captured_mass_by_layer])
     for mode in ("full", "sparse"):
         judged = engine.evaluate(batches(99), mode=mode)
         evaluated.append([judged.cross_entropy, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
-    return {"figures": figures, "evaluated": evaluated, "gradients": gradients}
+    return {"results": results, "evaluated": evaluated, "gradients": gradients}
 
 
 def main() -> None:
-    """Run all cases."""
+    """Runs all cases."""
     config = Config()
     config.parallel.cp = int(sys.argv[2])
     placement = start(config.parallel, seed=1)

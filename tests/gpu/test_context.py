@@ -17,7 +17,7 @@ ROOT = WORKER.parents[2]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
-    """Return the results of one GPU and of two."""
+    """Returns the results of one GPU and of two."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two NVIDIA GPUs, found {torch.cuda.device_count()}")
     found = []
@@ -45,7 +45,7 @@ def test_two_gpus_equal_one(results, precision):
         if not name.startswith(precision):
             continue
         found, exact = two[name], one[f"fp32.{name.partition('.')[2]}"]
-        for what in ("figures", "evaluated"):
+        for what in ("results", "evaluated"):
             ours, theirs, right = (torch.tensor(r[what], dtype=torch.float64) for r in (found, wanted, exact))
             if precision == "fp32":
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.0, msg=lambda text, n=name: f"{n}: {text}")

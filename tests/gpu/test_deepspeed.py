@@ -14,7 +14,7 @@ MICROBATCHES = 2  # what small_model.train gives to a step
 
 
 def settings(spec: LayerSpec, stage: int | None, *, offload: bool = False) -> Config:
-    """Return a four-layer model of the 1B model's head shape, on the megatron engine (no stage) or on DeepSpeed."""
+    """Returns a four-layer model of the 1B model's head shape, on the megatron engine (no stage) or on DeepSpeed."""
     config = Config()
     model = config.model
     model.num_layers, model.hidden_size, model.ffn_hidden_size = 4, 512, 1024
@@ -41,7 +41,7 @@ def placement():
 
 
 def exact_settings() -> Config:
-    """Return the same model without low precision."""
+    """Returns the same model without low precision."""
     config = settings(LayerSpec.local, None)
     config.precision.name, config.attention.impl = PrecisionName.fp32, KernelImpl.reference
     return config
@@ -79,10 +79,10 @@ def test_a_checkpoint_resumes(placement, stage, tmp_path):
     engine = build_engine(config, placement, VOCAB)
     engine.train_step(random_batches(MICROBATCHES), step=0, learning_rate=1e-3)
     engine.save(tmp_path)
-    wanted = [engine.train_step(random_batches(MICROBATCHES), step=s, learning_rate=1e-3) for s in range(1, 5)]
+    wanted = [engine.train_step(random_batches(MICROBATCHES), step=s, learning_rate=1e-3).result() for s in range(1, 5)]
     other = build_engine(config, placement, VOCAB)
     other.load(tmp_path)
-    found = [other.train_step(random_batches(MICROBATCHES), step=s, learning_rate=1e-3) for s in range(1, 5)]
+    found = [other.train_step(random_batches(MICROBATCHES), step=s, learning_rate=1e-3).result() for s in range(1, 5)]
     assert found[0].cross_entropy == wanted[0].cross_entropy
     assert found[0].alignment_by_layer == wanted[0].alignment_by_layer
     assert found[0].captured_mass_by_layer == wanted[0].captured_mass_by_layer

@@ -37,7 +37,7 @@ def test_specs_and_kernels_agree(placement, method):
 def test_a_checkpoint_resumes(placement, spec, tmp_path):
     """The first step is the same to the bit; cuDNN's attention adds dQ up in an order of its own each time, so later ones nearly are.
 
-    A wrong count of steps or moments would move the cross entropy, which falls by 0.3 a step, far more.
+    A wrong count of steps or moments would move the cross entropy, which falls by 0.3 per step, far more.
     """
     from ssa_pretrain.engine import build_engine
 
@@ -47,10 +47,10 @@ def test_a_checkpoint_resumes(placement, spec, tmp_path):
     engine = build_engine(config, placement, VOCAB)
     engine.train_step(random_batches(2), step=0, learning_rate=1e-3)
     engine.save(tmp_path)
-    wanted = [engine.train_step(random_batches(2), step=s, learning_rate=1e-3) for s in range(1, 5)]
+    wanted = [engine.train_step(random_batches(2), step=s, learning_rate=1e-3).result() for s in range(1, 5)]
     other = build_engine(config, placement, VOCAB)
     other.load(tmp_path)
-    found = [other.train_step(random_batches(2), step=s, learning_rate=1e-3) for s in range(1, 5)]
+    found = [other.train_step(random_batches(2), step=s, learning_rate=1e-3).result() for s in range(1, 5)]
     assert found[0].cross_entropy == wanted[0].cross_entropy
     assert found[0].alignment_by_layer == wanted[0].alignment_by_layer
     assert found[0].captured_mass_by_layer == wanted[0].captured_mass_by_layer

@@ -30,14 +30,16 @@ def losses(placement, precision: PrecisionName, recipe: Fp8Recipe) -> np.ndarray
     config.precision.name, config.precision.fp8_recipe = precision, recipe
     engine = build_engine(config, placement, VOCAB)
     batches = random_batches(2)
-    return np.array([engine.train_step(batches, step=s, learning_rate=1e-3).cross_entropy for s in range(STEPS)])
+    return np.array(
+        [engine.train_step(batches, step=s, learning_rate=1e-3).result().cross_entropy for s in range(STEPS)]
+    )
 
 
 @pytest.mark.parametrize("recipe", list(Fp8Recipe))
 def test_fp8_follows_bf16(placement, recipe):
     """bf16 keeps 8 bits and FP8 4: until half of the first loss is learnt, FP8 is at most 16 times as far from fp32.
 
-    Once the batch is learnt by heart, little is left of the loss and the curves part.
+    Once the model has memorised the batch, the loss is small and the curves diverge.
     """
     exact = losses(placement, PrecisionName.fp32, recipe)
     wanted = losses(placement, PrecisionName.bf16, recipe)

@@ -50,7 +50,7 @@ COPIES = (
 
 
 def cases() -> dict[int, dict[str, dict]]:
-    """Return the cases by world size; each precision and stream on one GPU and on every layout of two."""
+    """Returns the cases by world size; each precision and stream on one GPU and on every layout of two."""
     found: dict[int, dict[str, dict]] = {1: {}, 2: {}}
     for stream, ratio in (("full", 1.0), ("sparse", 0.0)):
         found[1][f"single.exact.{stream}"] = EXACT | {"attention.full_ratio": ratio}
@@ -69,7 +69,7 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Run all cases, one torchrun for each number of GPUs; return where their results lie."""
+    """Runs all cases, one torchrun for each number of GPUs; return where their results lie."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, and {torch.cuda.device_count()} is visible")
     out = tmp_path_factory.mktemp("layouts")

@@ -1,4 +1,4 @@
-"""A training step on a GPU is only queued: nothing in it waits for the device, and other documents in the rows compile nothing anew."""
+"""A training step on a GPU is only queued: nothing in it waits for the device, and other documents in the rows compile no kernel again."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def placement():
 
 
 def rows_with_documents(seed: int) -> list[Batch]:
-    """Return two microbatches of two rows, with another number of documents in each; from the third seed on one document a row."""
+    """Returns two microbatches of two rows, each with a different number of documents; from the third seed on, one document per row."""
     generator = np.random.default_rng(seed)
     found = []
     for index in range(2):
@@ -59,12 +59,13 @@ def test_a_step_waits_for_nothing_and_compiles_nothing(placement, method, spec):
     triton.knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs.get("repr"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        results = []
+        pending = []
         for seed in (0, 1, 2, 3, 4):
-            results.append(engine.train_step(rows_with_documents(seed), step=step, learning_rate=1e-3))
+            pending.append(engine.train_step(rows_with_documents(seed), step=step, learning_rate=1e-3))
             step += 1
     finally:
         torch.cuda.set_sync_debug_mode("default")
         triton.knobs.runtime.jit_post_compile_hook = earlier
     assert compiled == []
+    results = [step.result() for step in pending]
     assert all(np.isfinite([r.cross_entropy, r.grad_norm]).all() for r in results)

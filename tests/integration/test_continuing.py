@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain.checkpoint import CheckpointError
+from ssa_pretrain.checkpoint.publish import CheckpointError
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config.machine import this_machine
 from ssa_pretrain.trainer import train
@@ -110,5 +110,5 @@ def test_the_micro_batch_size_may_not_change_where_a_draw_depends_on_it(run, set
     assert str(caught.value).endswith(
         "\n  seed: checkpoint 1234, run 8"
         f"\n  training.micro_batch_size: checkpoint 1, run 2 (each microbatch draws its streams at {setting}, "
-        "so other microbatches would draw others)"
+        "so other microbatches would draw other streams)"
     )

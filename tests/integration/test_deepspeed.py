@@ -1,4 +1,4 @@
-"""engine=deepspeed as its users start it: DeepSpeed's launcher, kill -9, the same command again; and what lies in its checkpoints."""
+"""engine=deepspeed as users start it: DeepSpeed's launcher, kill -9, the same command again; and the content of its checkpoints."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory) -> Path:
-    """A run under DeepSpeed's launcher that nothing stops."""
+    """Returns an uninterrupted run under DeepSpeed's launcher."""
     folder = tmp_path_factory.mktemp("deepspeed_whole")
     done = launch(*SETTINGS, f"data.path={corpus}", f"output_dir={folder}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -51,7 +51,7 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
 
 
 def interrupted(folder: Path, settings: tuple[str, ...], step: int, choose, number: signal.Signals) -> tuple[int, str]:
-    """Returns the exit code and the last line of a run that is sent a signal after a step, to the process chosen of its family; none is left."""
+    """Returns the exit code and last line of a run in which one chosen process gets a signal after a step; checks that no process survives."""
     with subprocess.Popen(
         launched("deepspeed.sh", *settings),
         env=environment(),
@@ -61,25 +61,29 @@ def interrupted(folder: Path, settings: tuple[str, ...], step: int, choose, numb
         text=True,
     ) as process:
         wait_for_step(
-            process, folder, step, seconds=400, said=lambda: process.stderr.read() if process.poll() is not None else ""
+            process,
+            folder,
+            step,
+            seconds=400,
+            said=lambda: process.stderr.read() if process.poll() is not None else "",
         )
         family = descendants(process.pid)
         os.kill(choose(process.pid, family), number)
-        said = process.communicate(timeout=60)[1]
+        output = process.communicate(timeout=60)[1]
     assert not [pid for pid in family if is_alive(pid)]
-    return process.returncode, said.splitlines()[-1]
+    return process.returncode, output.splitlines()[-1]
 
 
 def test_sigterm_saves_and_a_killed_node_launcher_is_a_failure_and_the_same_command_goes_on(
     uninterrupted, corpus, tmp_path
 ):
-    """DeepSpeed's launcher by itself leaves its ranks training on after either, and calls the second success."""
+    """Without this project's launcher, DeepSpeed's leaves its ranks running after both signals, and returns 0 after the second."""
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
     longer = tuple("training.steps=400" if line.startswith("training.steps") else line for line in settings)
-    code, said = interrupted(tmp_path, longer, 3, lambda shell, _: shell, signal.SIGTERM)
+    code, output = interrupted(tmp_path, longer, 3, lambda shell, _: shell, signal.SIGTERM)
     last = records(tmp_path, "train")[-1]["step"]
     goes_on = "its checkpoint is published, and the same command goes on from it"
-    assert (code, said) == (7, f"deepspeed.sh: SIGTERM: stopped after step {last}; {goes_on}")
+    assert (code, output) == (7, f"deepspeed.sh: SIGTERM: stopped after step {last}; {goes_on}")
     assert (tmp_path / "checkpoints" / f"step_{last:08d}").is_dir()
     shutil.rmtree(tmp_path)
 
@@ -87,9 +91,9 @@ def test_sigterm_saves_and_a_killed_node_launcher_is_a_failure_and_the_same_comm
         (found,) = [pid for pid in family if "deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_text()]
         return found
 
-    code, said = interrupted(tmp_path, settings, 3, node_launcher, signal.SIGKILL)
+    code, output = interrupted(tmp_path, settings, 3, node_launcher, signal.SIGKILL)
     assert code == 1
-    assert said.endswith("run the same command again to go on from the newest checkpoint")
+    assert output.endswith("run the same command again to go on from the newest checkpoint")
     done = launch(*settings)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming after step 2" in done.stdout
@@ -98,7 +102,7 @@ def test_sigterm_saves_and_a_killed_node_launcher_is_a_failure_and_the_same_comm
 
 
 def test_its_own_recovery_script_gives_the_weights(uninterrupted, tmp_path):
-    from ssa_pretrain.weights import WeightsReader
+    from ssa_pretrain.checkpoint.weights import WeightsReader
 
     folder = uninterrupted / "checkpoints" / "step_00000006"
     done = subprocess.run(

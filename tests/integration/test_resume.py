@@ -152,7 +152,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_ends_the_run_and_leaves_the_ear
     done = run_command([*limited, *arguments])
     assert done.returncode != 0
     assert "step 2 could not be saved in" in done.stderr
-    assert "earlier checkpoints are as they were" in done.stderr
+    assert "earlier checkpoints are unchanged" in done.stderr
     assert "exitcode  : 5" in done.stderr  # in torchrun's report
     assert "in main\n" not in done.stderr.split("torch/distributed/run")[0]  # no trace of ours
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]

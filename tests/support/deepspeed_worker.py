@@ -1,4 +1,4 @@
-"""One process of DeepSpeed's tests: runs a script of small jobs on two engines, layout by layout, and writes what each job saw.
+"""One process of DeepSpeed's tests: runs a list of small jobs on two engines, layout by layout, and writes their results.
 
 Arguments: a JSON file with the jobs in order and the folder for results. A job is {"name", "do", "set", …} with `set` the configuration's overrides:
 
@@ -7,7 +7,8 @@ Arguments: a JSON file with the jobs in order and the folder for results. A job 
     weights  load the weights of the folder `from`, then both evaluations and last_logits
     uneven   evaluate where the last data rank has no microbatch
 
-After each job every process group, also DeepSpeed's own, must have the configured timeout. All jobs of one layout share its process groups, and all jobs of one world size its processes: starting them costs more than the steps.
+After each job every process group, including DeepSpeed's, must have the configured timeout. All jobs of one layout share its process groups, and all
+jobs of one world size share its processes: starting them costs more than the steps.
 """
 
 import itertools
@@ -34,11 +35,11 @@ SMALL = {
 
 
 def train(engine, config, placement: Placement, steps: range) -> list[list[float]]:
-    """Return each step's figures."""
+    """Returns each step's results."""
     found = []
     for step in steps:
         mine = batches(config, placement.dp_rank, placement.dp, step)
-        result = engine.train_step(mine, step=step, learning_rate=1e-2)
+        result = engine.train_step(mine, step=step, learning_rate=1e-2).result()
         found.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
         )
@@ -46,7 +47,7 @@ def train(engine, config, placement: Placement, steps: range) -> list[list[float
 
 
 def judge(engine, mine) -> list[list[float]]:
-    """Return the held-out figures of both modes, a 1 in place of the gradient's norm."""
+    """Returns the held-out metrics of both modes, with 1 in place of the gradient norm."""
     found = []
     for mode in ("full", "sparse"):
         result = engine.evaluate(mine, mode=mode)
@@ -55,12 +56,12 @@ def judge(engine, mine) -> list[list[float]]:
 
 
 def logits(engine, config) -> list[list[float]]:
-    """Return the last tokens' logits in the sparse stream."""
+    """Returns the last tokens' logits in the sparse stream."""
     return [engine.last_logits(batches(config, 0, 1, 99)[0], mode="sparse").float().flatten().tolist()]
 
 
 def save(engine, folder: Path) -> None:
-    """Write a checkpoint as the trainer does."""
+    """Writes a checkpoint like the trainer."""
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
@@ -69,7 +70,7 @@ def save(engine, folder: Path) -> None:
 
 
 def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
-    """Run one job and return its figures."""
+    """Runs one job and return its results."""
     config = configure(SMALL | job["set"])
     engine = build_engine(config, placement, VOCAB)
     held_out = batches(config, placement.dp_rank, placement.dp, 99)
@@ -96,7 +97,7 @@ def timeouts() -> set[timedelta]:
 
 
 def main() -> None:
-    """Run the jobs in order."""
+    """Runs the jobs in order."""
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for _, group in itertools.groupby(jobs, key=lambda job: repr(configure(SMALL | job["set"]).parallel)):
         chosen = list(group)

@@ -1,7 +1,7 @@
 """One process of a layout test: for each case, build the engine on that layout, run steps, and write losses, gradients and weights.
 
 Arguments: a JSON file with the cases (name -> configuration overrides) and the folder for results. Cases of one world size share the processes, and
-cases of one layout the process groups: core never destroys those, and each keeps threads of gloo's alive.
+cases of one layout share the process groups: core never destroys them, and each keeps gloo threads alive.
 """
 
 import itertools
@@ -20,15 +20,15 @@ from ssa_pretrain.config_io import config_from_dict, config_to_dict
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
-from ssa_pretrain.engine.megatron_checkpoint import unwrap
-from ssa_pretrain.model.llama import global_name
+from ssa_pretrain.engine.megatron.checkpoint import unwrap
+from ssa_pretrain.model.sharding import global_name, partition_dim
 from ssa_pretrain.parallel.state import Placement, start
 
 VOCAB, LENGTH, ROWS = 96, 96, 4
 
 
 def configure(overrides: dict) -> Config:
-    """Return the small test model's configuration with a case's dotted overrides."""
+    """Returns the small test model's configuration with a case's dotted overrides."""
     tree = config_to_dict(Config())
     base = {
         "model.num_layers": 4,
@@ -59,7 +59,7 @@ def configure(overrides: dict) -> Config:
 
 
 def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
-    """Return this data rank's microbatches of the global batch: packed documents of uneven lengths, the last row half padding."""
+    """Returns this data rank's microbatches of the global batch: packed documents of uneven lengths, the last row half padding."""
     generator = np.random.default_rng(step)
     num_rows = config.training.global_batch_tokens // LENGTH
     rows = []
@@ -74,7 +74,7 @@ def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
 
 
 def gather_gradients(chunks: list) -> dict[str, dict]:
-    """Return this rank's reduced gradients by global parameter name, with where they sit in the whole."""
+    """Returns this rank's reduced gradients by global parameter name, with where they sit in the whole."""
     found = {}
     for chunk in chunks:
         if chunk.ddp_config.use_distributed_optimizer:
@@ -87,16 +87,18 @@ def gather_gradients(chunks: list) -> dict[str, dict]:
         offset = model.decoder.layers[0].layer_number - 1
         for name, parameter in model.named_parameters():
             key = f"{'output:' if name.startswith('output_layer') else ''}{global_name(name, offset, tied=True)}"
+            dim = getattr(parameter, "partition_dim", -1)
+            assert dim == (-1 if partition_dim(name) is None else partition_dim(name)), f"{name} is cut along dim {dim}"
             found[key] = {
                 "grad": parameter.main_grad.clone(),
                 "weight": parameter.detach().clone(),
-                "dim": getattr(parameter, "partition_dim", -1),
+                "dim": dim,
             }
     return found
 
 
 def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
-    """Run two steps of one case and write this rank's part."""
+    """Runs two steps of one case and write this rank's part."""
     engine = build_engine(config, placement, VOCAB)
     records, captured = [], {}
     step = engine.optimizer.step
@@ -108,14 +110,13 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
 
     engine.optimizer.step = step_and_capture
     for index in range(2):
-        result = engine.train_step(
-            batches(config, placement.dp_rank, placement.dp, index), step=index, learning_rate=1e-2
-        )
+        local = batches(config, placement.dp_rank, placement.dp, index)
+        result = engine.train_step(local, step=index, learning_rate=1e-2).result()
         records.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
         )
     saved = {}
-    if config.engine.overlap_param_gather:  # straight after a step, when only the owners of shards have seen it
+    if config.engine.overlap_param_gather:  # directly after a step, when only the owners of shards have its weights
         folder = out / f"{name}.checkpoint"
         folder.mkdir(exist_ok=True)
         dist.barrier()
@@ -137,7 +138,7 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
 
 
 def main() -> None:
-    """Run all cases of the file, layout by layout."""
+    """Runs all cases of the file, layout by layout."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configs = {name: configure(overrides) for name, overrides in cases.items()}
     by_layout = itertools.groupby(

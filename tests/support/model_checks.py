@@ -20,7 +20,7 @@ HEADS, GROUPS, DIM = 4, 2, 8
 
 
 def small_config(*, gate: bool = True, tied: bool = True) -> Config:
-    """Return a two-layer model whose streams differ."""
+    """Returns a two-layer model whose streams differ."""
     config = Config()
     model = config.model
     model.num_layers, model.hidden_size, model.ffn_hidden_size = 2, 32, 48
@@ -33,7 +33,7 @@ def small_config(*, gate: bool = True, tied: bool = True) -> Config:
 
 
 def microbatch() -> Batch:
-    """Return two rows, the first of two documents."""
+    """Returns two rows, the first of two documents."""
     generator = np.random.default_rng(3)
     rows = []
     for starts in ([0, 53], [0]):
@@ -44,7 +44,7 @@ def microbatch() -> Batch:
 
 
 def microbatches() -> list[Batch]:
-    """Return the same two rows as a microbatch each."""
+    """Returns the same two rows as a microbatch each."""
     generator = np.random.default_rng(3)
     found = []
     for index, starts in enumerate(([0, 53], [0])):
@@ -81,7 +81,7 @@ class Oracle:
         return torch.cat([pairs.real, pairs.imag], dim=-1)
 
     def chosen(self, q: Tensor, k: Tensor, t: int, group: int) -> list[int]:
-        """Return the keys that token t may see in the sparse stream of a key-value head."""
+        """Returns the keys that token t may see in the sparse stream of a key-value head."""
         size, top_k = self.config.attention.block_size, self.config.attention.top_k
         own = t // size
         blocks = [own]
@@ -94,7 +94,7 @@ class Oracle:
         return [j for b in sorted(blocks) for j in range(b * size, min((b + 1) * size, t + 1))]
 
     def streams(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the full stream, the sparse stream and the captured mass, token by token and head by head."""
+        """Returns the full stream, the sparse stream and the captured mass, token by token and head by head."""
         full, sparse, mass = torch.zeros_like(q), torch.zeros_like(q), torch.zeros(q.shape[:2], dtype=torch.float64)
         for t in range(len(q)):
             for h in range(HEADS):
@@ -107,7 +107,7 @@ class Oracle:
         return full, sparse, mass
 
     def layer(self, x: Tensor, number: int, main: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (output, alignment, captured mass) of one layer, the last two summed over tokens."""
+        """Returns (output, alignment, captured mass) of one layer, the last two summed over tokens."""
         name = f"decoder.layers.{number}."
         mixed = self.norm(x, name + "input_layernorm.weight") @ self.w[name + "self_attention.linear_qkv.weight"].T
         per_group = HEADS // GROUPS
@@ -128,7 +128,7 @@ class Oracle:
         return x, alignment, mass.mean(1).sum()
 
     def judge(self, batch: Batch, main: str) -> list[float]:
-        """Return cross entropy, then alignment and captured mass by layer, of a microbatch."""
+        """Returns cross entropy, then alignment and captured mass by layer, of a microbatch."""
         ends = batch.cu_seqlens.tolist()
         layers = self.config.model.num_layers
         loss, alignment, mass = 0.0, [0.0] * layers, [0.0] * layers
@@ -150,7 +150,7 @@ class Oracle:
 @pytest.mark.parametrize(("gate", "tied"), [(True, True), (False, False)])
 def test_the_model_equals_the_definition(placement, mode, gate, tied):
     from ssa_pretrain.engine import build_engine
-    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
 
     config = small_config(gate=gate, tied=tied)
     engine = build_engine(config, placement, VOCAB)
@@ -158,18 +158,18 @@ def test_the_model_equals_the_definition(placement, mode, gate, tied):
     found = engine.evaluate([batch], mode=mode)
     weights = dict(unwrap(engine.chunks[0]).named_parameters())
     wanted = Oracle(weights, config).judge(batch, mode)
-    # fp32 keeps 24 bits and a figure is a mean over hundreds of numbers; two layers of products stay within 1e-5.
+    # fp32 has 24 mantissa bits and each value is a mean over hundreds of numbers; two layers of products stay within 1e-5.
     np.testing.assert_allclose(
         [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer], wanted, rtol=1e-5
     )
-    assert min(wanted[1:3]) > 1e-3 and max(wanted[3:]) < 0.95, "the streams must differ for this to say anything"
+    assert min(wanted[1:3]) > 1e-3 and max(wanted[3:]) < 0.95, "the streams must differ, or the test proves nothing"
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_a_tied_output_layer_begins_as_the_embedding(placement, tied):
     from ssa_pretrain.engine import build_engine
-    from ssa_pretrain.engine.megatron_checkpoint import unwrap
-    from ssa_pretrain.model.llama import global_name
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
+    from ssa_pretrain.model.sharding import global_name
 
     weights = dict(unwrap(build_engine(small_config(tied=tied), placement, VOCAB).chunks[0]).named_parameters())
     names = [global_name(name, 0, tied=tied) for name in ("embedding.word_embeddings.weight", "output_layer.weight")]
@@ -187,7 +187,7 @@ def test_a_step_reports_what_an_evaluation_of_its_weights_does(placement):
     config.attention.full_ratio = 1.0
     engine = build_engine(config, placement, VOCAB)
     judged = engine.evaluate([microbatch()], mode="full")
-    stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0)
+    stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0).result()
     assert stepped.cross_entropy == pytest.approx(judged.cross_entropy, rel=1e-6)
     assert stepped.alignment_by_layer == pytest.approx(judged.alignment_by_layer, rel=1e-6)
 
@@ -199,7 +199,7 @@ def test_the_gradient_is_that_of_cross_entropy_plus_weighted_alignment(placement
     half the slope of their value.
     """
     from ssa_pretrain.engine import build_engine
-    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
 
     config = small_config()
     config.attention.full_ratio = float(mode == "full")
@@ -227,7 +227,7 @@ def test_the_gradient_is_that_of_cross_entropy_plus_weighted_alignment(placement
 
 
 def test_the_alignment_weighs_in_that_gradient(placement):
-    """Were it left out or doubled, the test above would see it: at this weight it is no small part of the slope."""
+    """If the term were missing or doubled, the test above would fail: at this weight it is a large part of the slope."""
     from ssa_pretrain.engine import build_engine
 
     norms = []
@@ -235,16 +235,17 @@ def test_the_alignment_weighs_in_that_gradient(placement):
         config = small_config()
         config.attention.full_ratio, config.attention.alignment_weight = 1.0, weight
         engine = build_engine(config, placement, VOCAB)
-        norms.append(engine.train_step(microbatches(), step=0, learning_rate=0.0).grad_norm)
+        norms.append(engine.train_step(microbatches(), step=0, learning_rate=0.0).result().grad_norm)
     assert abs(norms[1] / norms[0] - 1) > 0.03 and abs(norms[2] / norms[1] - 1) > 0.03
 
 
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 def test_the_mean_gradient_over_draws_of_the_counterpart_is_that_of_all_queries(placement, monkeypatch, mode):
     """With one pair of chunks per row every query is drawn equally often: the mean over the PAIRS draws is exact, not statistical."""
-    from ssa_pretrain.engine import build_engine, megatron
-    from ssa_pretrain.engine.megatron_checkpoint import unwrap
-    from ssa_pretrain.parallel.routing import PAIRS
+    from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.engine import step as engine_step
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
+    from ssa_pretrain.schedule import PAIRS
 
     config = small_config()
     config.attention.full_ratio, config.attention.alignment_weight = float(mode == "full"), 500.0
@@ -252,16 +253,16 @@ def test_the_mean_gradient_over_draws_of_the_counterpart_is_that_of_all_queries(
     parameters = list(unwrap(engine.chunks[0]).parameters())
 
     def gradient() -> tuple[list[Tensor], list[float]]:
-        run, _ = engine.forward_backward(microbatches(), step=0)
-        sums = engine._sums(engine._reduce(run).tolist())
-        return [p.main_grad.clone() for p in parameters], sums.alignment + sums.mass
+        sums = engine.forward_backward(microbatches(), step=0)
+        result = engine.microbatches.step_result(sums, torch.zeros(())).result()
+        return [p.main_grad.clone() for p in parameters], result.alignment_by_layer + result.captured_mass_by_layer
 
     wanted, metrics = gradient()
     config.attention.counterpart_share = 1 / PAIRS
     chunk, found = LENGTH // (2 * PAIRS), []
     for pair in range(PAIRS):
         spans = [(pair * chunk, chunk), ((2 * PAIRS - 1 - pair) * chunk, chunk)]
-        monkeypatch.setattr(megatron, "counterpart_spans", lambda *_, spans=spans, **__: spans)
+        monkeypatch.setattr(engine_step, "counterpart_spans", lambda *_, spans=spans, **__: spans)
         found.append(gradient())
     assert [sum(values) / PAIRS for values in zip(*(m for _, m in found), strict=True)] == pytest.approx(metrics)
     differs = False
@@ -274,7 +275,7 @@ def test_the_mean_gradient_over_draws_of_the_counterpart_is_that_of_all_queries(
 
 
 def padded(tokens: np.ndarray) -> Row:
-    """Return one document as a row, its padding behind it."""
+    """Returns one document as a row, followed by padding."""
     row, starts = np.full(LENGTH + 1, 7, dtype=np.int64), np.zeros(LENGTH + 1, dtype=bool)
     row[: len(tokens)] = tokens
     starts[[0, len(tokens)]] = True
@@ -286,7 +287,7 @@ def padded(tokens: np.ndarray) -> Row:
 def test_padding_counts_nowhere(placement, mode, rows_a_microbatch):
     """Two documents, packed into one row or each a row of its own with padding: the same losses, masses and gradients."""
     from ssa_pretrain.engine import build_engine
-    from ssa_pretrain.engine.megatron_checkpoint import unwrap
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
 
     generator = np.random.default_rng(5)
     documents = [generator.integers(0, VOCAB, n) for n in (61, LENGTH - 61)]
@@ -304,7 +305,7 @@ def test_padding_counts_nowhere(placement, mode, rows_a_microbatch):
     step, gradients = engine.optimizer.step, []
     engine.optimizer.step = lambda: gradients.append([p.main_grad.clone() for p in parameters]) or step()
     judged = [engine.evaluate(batches, mode=mode) for batches in (packed, alone)]
-    stepped = [engine.train_step(batches, step=0, learning_rate=0.0) for batches in (packed, alone)]
+    stepped = [engine.train_step(batches, step=0, learning_rate=0.0).result() for batches in (packed, alone)]
     assert [(r.num_labels, r.num_tokens) for r in judged] == [(LENGTH - 2, LENGTH)] * 2
     for wanted, found in (judged, stepped):
         assert found.cross_entropy == pytest.approx(wanted.cross_entropy, rel=1e-5)
@@ -332,7 +333,7 @@ def test_gradients_are_clipped_to_the_limit(placement, limit):
         return step()
 
     engine.optimizer.step_with_ready_grads = look_and_step
-    norm = engine.train_step(microbatches(), step=0, learning_rate=0.0).grad_norm
+    norm = engine.train_step(microbatches(), step=0, learning_rate=0.0).result().grad_norm
     assert norm > 0.01 and reached == [pytest.approx(min(norm, limit) if limit else norm, rel=1e-4)]
 
 
@@ -344,13 +345,13 @@ def test_one_stream_methods_train_that_stream(placement, method):
     config.attention.method = method
     engine = build_engine(config, placement, VOCAB)
     judged = engine.evaluate([microbatch()], mode="full" if method is Method.full else "sparse")
-    stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0)
+    stepped = engine.train_step([microbatch()], step=0, learning_rate=0.0).result()
     assert stepped.cross_entropy == pytest.approx(judged.cross_entropy, rel=1e-6)
     assert stepped.alignment_by_layer == [] and stepped.captured_mass_by_layer == []
 
 
 def llama3_frequencies(factor: float) -> Tensor:
-    """Return the scaled frequencies of Llama 3 (its published rule: low 1, high 4, original context 8,192)."""
+    """Returns the scaled frequencies of Llama 3 (its published rule: low 1, high 4, original context 8,192)."""
     plain = 500_000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     found = []
     for frequency in plain.tolist():
@@ -386,7 +387,7 @@ def test_rope_turns_by_position_with_llama3_scaling(placement, factor):
 
 
 def held_out_metrics(engine, config: Config, held_out, mode: str) -> list[float]:
-    """Return what the trainer finds on held-out rows: cross entropy, alignments, masses, labels, tokens."""
+    """Returns what the trainer finds on held-out rows: cross entropy, alignments, masses, labels, tokens."""
     from ssa_pretrain.trainer import judge
 
     plan, first = SimpleNamespace(dp=1, pp=1, vpp=1), SimpleNamespace(dp_rank=0, is_first=False)

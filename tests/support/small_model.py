@@ -15,7 +15,7 @@ VOCAB, LENGTH = 1024, 1024
 
 
 def small_config(method: Method, spec: LayerSpec, impl: KernelImpl) -> Config:
-    """Return a four-layer model of the 1B model's head shape."""
+    """Returns a four-layer model of the 1B model's head shape."""
     config = Config()
     model = config.model
     model.num_layers, model.hidden_size, model.ffn_hidden_size = 4, 512, 1024
@@ -41,12 +41,12 @@ class Trained:
 
 
 def train(placement: Placement, config: Config, *, steps: int) -> Trained:
-    """Return what a new engine gives in some steps on the same two microbatches."""
+    """Returns what a new engine gives in some steps on the same two microbatches."""
     from ssa_pretrain.engine import build_engine
 
     engine, means = build_engine(config, placement, VOCAB), []
     for step in range(steps):
-        result = engine.train_step(random_batches(2), step=step, learning_rate=1e-3)
+        result = engine.train_step(random_batches(2), step=step, learning_rate=1e-3).result()
         means.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
         )
@@ -56,7 +56,7 @@ def train(placement: Placement, config: Config, *, steps: int) -> Trained:
 
 
 def random_batches(count: int) -> list[Batch]:
-    """Return microbatches of two rows with uneven documents."""
+    """Returns microbatches of two rows with uneven documents."""
     generator = np.random.default_rng(0)
     found = []
     for index in range(count):

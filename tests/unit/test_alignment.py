@@ -1,4 +1,4 @@
-"""A loss attached to an activation reaches its own gradient and leaves the rest alone."""
+"""A loss attached to an activation reaches its own gradient and changes no other."""
 
 import torch
 

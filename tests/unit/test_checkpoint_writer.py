@@ -1,4 +1,4 @@
-"""ssa_pretrain/engine/checkpoint_writer.py: core's format from this process's own threads, and a failure of any of them is raised."""
+"""ssa_pretrain/checkpoint/writer.py writes core's format from threads of this process and raises the failure of any of them."""
 
 import os
 import resource
@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ssa_pretrain.engine.checkpoint_writer import NUM_THREADS, ThreadedStrategy
+from ssa_pretrain.checkpoint.writer import NUM_THREADS, ThreadedStrategy
 from ssa_pretrain.parallel import cpu_backend
 
 
@@ -55,7 +55,7 @@ def test_core_reads_what_was_written_and_no_process_was_started(tmp_path):
 
 
 def test_a_file_that_does_not_fit_the_disk_is_an_error_whichever_thread_wrote_it(tmp_path):
-    """One file of the four is past the limit. Torch's own threads would leave it out and go on."""
+    """One of the four files exceeds the limit. Torch's own threads would omit it and continue."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, hard))
     try:
@@ -69,7 +69,7 @@ def test_a_file_that_does_not_fit_the_disk_is_an_error_whichever_thread_wrote_it
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
 def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
-    from ssa_pretrain.weights import WeightsWriter, write_index
+    from ssa_pretrain.checkpoint.weights import WeightsWriter, write_index
 
     before = os.umask(umask)
     try:

@@ -396,11 +396,11 @@ def test_a_flipped_bit_in_a_small_file_is_rejected_by_every_command(
         ("model.vocab_size=999", "is smaller than the 1000 ids of {path}'s tokenizer; try 0 (the tokenizer's) or 1000"),
         (
             "data.weights.german=1",
-            "data.weights.german=1.0 names no source of {path}; its sources are english and python",
+            "data.weights.german=1.0 names no part of {path}; its parts are english and python",
         ),
         (
             "data.sequence_length=1024",
-            "data.sequence_length=1024 needs 2049 tokens of each source, and python (train) in {path} has 2000; "
+            "data.sequence_length=1024 needs 2049 tokens of each part, and python (train) in {path} has 2000; "
             "prepare more text, or try 992",
         ),
     ],

@@ -79,4 +79,4 @@ def test_a_group_of_one_changes_nothing() -> None:
     k, v = torch.ones(96, 1, 2), torch.zeros(96, 1, 2)
     assert context.split(batch) is batch and context.queries(layout) is layout
     assert context.gather(k, v)[0] is k and context.gather(k, v)[1] is v
-    assert torch.equal(context.rows_at(k[:, 0], torch.tensor([5, 0]), 96), k[:2, 0])
+    assert torch.equal(context.values_at(k[:, 0], torch.tensor([5, 0]), 96), k[:2, 0])

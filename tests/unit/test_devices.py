@@ -16,7 +16,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch):
     with pytest.raises(ConfigError) as caught:
         state._require_usable(False, 0)
     assert str(caught.value).strip() == (
-        "this machine's GPU cannot be used by torch: CUDA driver version is insufficient; look at nvidia-smi and CUDA_VISIBLE_DEVICES, "
+        "this machine's GPU cannot be used by torch: CUDA driver version is insufficient; check nvidia-smi and CUDA_VISIBLE_DEVICES, "
         "or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
     )
 
@@ -25,7 +25,7 @@ def test_more_processes_than_gpus_are_rejected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     state._require_usable(True, 3)
     with pytest.raises(
-        ConfigError, match=r"LOCAL_RANK=4 finds 4 GPUs that this process may see; start at most 4 processes"
+        ConfigError, match=r"LOCAL_RANK=4 has no GPU: this process sees 4 GPUs; start at most 4 processes"
     ):
         state._require_usable(True, 4)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain.checkpoint_facts import run_facts
+from ssa_pretrain.checkpoint.facts import run_facts
 from ssa_pretrain.cli import read_config, resolve_config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.run_folder import claim

@@ -226,11 +226,11 @@ def epochs(manifest: Manifest, *overrides: str) -> list[str]:
 def test_the_plan_counts_epochs(tmp_path: Path) -> None:
     """240 rows of two sources of 99 and 19 rows: without weights both are read equally often."""
     both = write_dataset(tmp_path / "both", {"english": cut(3200), "python": cut(640 + 7)}, {})
-    left = "the first epoch leaves out the last 69 tokens, summed over the sources; the second reads them"
+    left = "the first epoch leaves out the last 69 tokens, summed over the parts; the second reads them"
     assert epochs(both) == ["2.03 over 118 rows: python 2.05, english 2.03", left]
     assert epochs(both, "data.weights={english:1,python:1}")[0] == "2.03 over 118 rows: python 6.32, english 1.21"
     mix = dataclasses.replace(both, weights={"english": 1.0, "python": 0.0})
-    left = "the first epoch leaves out the last 31 tokens, summed over the sources; the second reads them"
+    left = "the first epoch leaves out the last 31 tokens, summed over the parts; the second reads them"
     assert epochs(mix) == ["2.03 over 118 rows: english 2.42, python 0", left]
     one = write_dataset(tmp_path / "one", {"english": cut(3200)}, {})
     assert epochs(one) == ["2.42 over 99 rows", "the first epoch leaves out the last 31 tokens; the second reads them"]

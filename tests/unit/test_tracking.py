@@ -304,6 +304,8 @@ import sys
 sys.modules["wandb"] = None
 import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.__main__, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report.__main__
 import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron, ssa_pretrain.monitor.tracking
+import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.__main__, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report
+import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron.engine, ssa_pretrain.monitor.tracking
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig
 assert ssa_pretrain.monitor.tracking.start_tracking(WandbConfig(), name="x", folder=Path("x"), config={}, print_line=print) is None

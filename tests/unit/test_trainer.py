@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint import Checkpoint, CheckpointError
+from ssa_pretrain.checkpoint.publish import Checkpoint, CheckpointError
 from ssa_pretrain.config import Config, WandbMode
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row, TrainingRows

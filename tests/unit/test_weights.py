@@ -1,12 +1,19 @@
-"""The common weights format: names, files, and what is said of weights that do not fit."""
+"""The common weights format: names, files, and the messages for weights that do not fit."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from ssa_pretrain import weights
-from ssa_pretrain.weights import WeightsError, WeightsReader, WeightsWriter, canonical_name, find_weights, write_index
+from ssa_pretrain.checkpoint import weights
+from ssa_pretrain.checkpoint.weights import (
+    WeightsError,
+    WeightsReader,
+    WeightsWriter,
+    canonical_name,
+    find_weights,
+    write_index,
+)
 
 
 def written(folder: Path, tensors: dict[str, torch.Tensor], prefix: str = "stage_000") -> Path:
@@ -54,7 +61,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
     reader = WeightsReader(tmp_path)
     reader.require({"a": (2, 3), "b": (4,)}, exact=True)
     reader.require({"a": (2, 3)}, exact=False)
-    with pytest.raises(WeightsError, match=r"holds another model: a is \(2, 3\) there and \(2, 4\) in this run; give"):
+    with pytest.raises(WeightsError, match=r"holds another model: a is \(2, 3\) there and \(2, 4\) in this run; set"):
         reader.require({"a": (2, 4), "b": (4,)}, exact=True)
     with pytest.raises(WeightsError, match=r"b is \(4,\) there and missing in this run"):
         reader.require({"a": (2, 3)}, exact=True)

@@ -1,12 +1,13 @@
 """Making shards on other machines: Slurm job arrays and Ray clusters, both through datatrove's executors.
 
-The folder of a submission, work/runs/ID, is on a disk that all machines see. It holds job.json (what to make), the executor's own logs,
-and failures/, where a task that cannot continue writes its reason. Shards are written as on one machine, with their record last, and only
-records count. datatrove's own completion markers are ignored: they do not show whether an output still exists or its input is unchanged.
-So a submission may be interrupted, and another executor can continue it.
+The folder of a submission, work/runs/ID, is on a disk that all machines see. It holds job.json (what to make), the
+executor's own logs, and failures/, where a task that cannot continue writes its reason. Shards are written as on one
+machine, with their record last, and only records count. datatrove's own completion markers are ignored: they do not
+show whether an output still exists or its input is unchanged. So a submission may be interrupted, and another executor
+can continue it.
 
-`launch` submits the tasks, then watches records and failures. It shows progress, cancels the rest on the first failure, and returns the
-records.
+`launch` submits the tasks, then watches records and failures. It shows progress, cancels the rest on the first failure,
+and returns the records.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Ray: datatrove's RayPipelineExecutor, in a process of its own.
 
-That process is Ray's driver. So the command that watches it stays free of Ray's threads and output, and can cancel everything by ending
-the driver: Ray then kills the driver's tasks, and a cluster that the driver started.
+That process is Ray's driver. So the command that watches it stays free of Ray's threads and output, and can cancel
+everything by ending the driver: Ray then kills the driver's tasks, and a cluster that the driver started.
 
     python -m data_prep.shards.executors.ray_cluster FOLDER ADDRESS TASKS WORKERS CPUS GB
 """

@@ -44,7 +44,8 @@ def write_job(
 class TokenizeShards:
     """A step for datatrove's executors, which call it with (data, rank, world_size).
 
-    It is not a PipelineStep, since no documents go in or out. datatrove accepts any callable and pickles this one by name.
+    It is not a PipelineStep, since no documents go in or out. datatrove accepts any callable and pickles this one by
+    name.
     """
 
     def __init__(self, folder: Path) -> None:

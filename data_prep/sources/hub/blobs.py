@@ -1,15 +1,16 @@
 """The text of blobs that a dataset lists by id: from Software Heritage's public bucket into Parquet files.
 
-python-edu of the SmolLM corpus is such a list. The text of blob X is the object content/X of the S3 bucket `softwareheritage`: gzip of bytes
-that are decoded as UTF-8 with errors ignored, as the authors of the corpus do. Requests are not signed, so no AWS account is needed. There
-are eight million small objects, so many requests run concurrently.
+python-edu of the SmolLM corpus is such a list. The text of blob X is the object content/X of the S3 bucket
+`softwareheritage`: gzip of bytes that are decoded as UTF-8 with errors ignored, as the authors of the corpus do.
+Requests are not signed, so no AWS account is needed. There are eight million small objects, so many requests run
+concurrently.
 
     FOLDER/blobs_00000.parquet                the listed rows that have text, with `text` beside the columns of the list
     FOLDER/blobs_00000.parquet.fetched.json   written last: size, sha256, counts, and which blobs were dropped and why
 
-A killed run loses at most the current file of `part_rows` blobs. A blob is dropped and recorded if the bucket does not have it (`missing`),
-refuses it (`denied`) or sends it damaged in every attempt (`damaged`). A request without any answer ends the run, since that says nothing
-about the blob.
+A killed run loses at most the current file of `part_rows` blobs. A blob is dropped and recorded if the bucket does not
+have it (`missing`), refuses it (`denied`) or sends it damaged in every attempt (`damaged`). A request without any
+answer ends the run, since that says nothing about the blob.
 """
 
 import gzip

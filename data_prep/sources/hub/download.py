@@ -4,10 +4,11 @@
     cache/hub/OWNER--NAME/COMMIT/PATH             a file (download), with PATH.fetched.json beside it
     cache/hub/OWNER--NAME/COMMIT/PATH.stream-COLUMN/   Parquet files with the text column, data_prep/sources/hub/streaming.py
 
-The listing is fetched once. So a run that continues next week reads the same commit, and a run whose files are all on this machine needs
-no network. A record (`.fetched.json`) with commit, size and sha256 is written last. A file without a record counts as missing.
-huggingface_hub does transport, redirects and tokens. This module adds two things that it does not do: retrying a file after its own
-retries have failed, and comparing the content with the sha256 in the hub's listing.
+The listing is fetched once. So a run that continues next week reads the same commit, and a run whose files are all on
+this machine needs no network. A record (`.fetched.json`) with commit, size and sha256 is written last. A file without a
+record counts as missing. huggingface_hub does transport, redirects and tokens. This module adds two things that it does
+not do: retrying a file after its own retries have failed, and comparing the content with the sha256 in the hub's
+listing.
 """
 
 import fnmatch

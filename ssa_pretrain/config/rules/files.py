@@ -60,11 +60,11 @@ def _data(config: Config, machine: Machine) -> list[Problem]:
     for shard in manifest.splits["train"]:
         tokens[shard.part] = tokens.get(shard.part, 0) + shard.tokens
     for name in sorted(set(config.data.weights) - set(tokens)):
-        advice = f"its sources are {join(tokens, 'and')}"
-        found.append(Problem(f"data.weights.{name}", config.data.weights[name], f"names no source of {path}", advice))
+        advice = f"its parts are {join(tokens, 'and')}"
+        found.append(Problem(f"data.weights.{name}", config.data.weights[name], f"names no part of {path}", advice))
     name, fewest = min(tokens.items(), key=lambda item: item[1])
     if fewest < least_tokens(length):
-        rule = f"needs {least_tokens(length)} tokens of each source, and {name} (train) in {path} has {fewest}"
+        rule = f"needs {least_tokens(length)} tokens of each part, and {name} (train) in {path} has {fewest}"
         block = max(1, config.attention.block_size)
         longest = (fewest - 1) // 2 // block * block
         advice = f"prepare more text, or try {longest}" if longest else "prepare more text"

@@ -3,10 +3,11 @@
     python tests/benchmarks/data_prep text.jsonl work=/tmp/bench                         # this program and the raw tokenizers
     python tests/benchmarks/data_prep text.jsonl work=/tmp/bench peers=/path/to/python megatron=/path/to/Megatron-LM
 
-Each row is a separate process that reads the same JSON lines with the Llama-3 tokenizer. Its start-up is included, except in the raw rows.
-They time only the encoder, after it is loaded, which bounds what a program around it can reach. Memory is the sum of proportional set sizes
-(PSS) over the process and its children, sampled five times per second. The rows run one after the other, `rounds` times, and the best of
-each is shown. So other load on the machine affects all rows alike.
+Each row is a separate process that reads the same JSON lines with the Llama-3 tokenizer. Its start-up is included,
+except in the raw rows. They time only the encoder, after it is loaded, which bounds what a program around it can reach.
+Memory is the sum of proportional set sizes (PSS) over the process and its children, sampled five times per second. The
+rows run one after the other, `rounds` times, and the best of each is shown. So other load on the machine affects all
+rows alike.
 
     work=FOLDER       where outputs go; removed afterwards
     rounds=1

@@ -2,8 +2,8 @@
 
     python raw.py TEXT TOKENIZER PROCESSES hf|tiktoken|gigatoken
 
-Documents are encoded in batches of about 1 MB and names of special tokens are text, both as in data_prep. So the ids are the same.
-gigatoken's own threads are not limited.
+Documents are encoded in batches of about 1 MB and names of special tokens are text, both as in data_prep. So the ids
+are the same. gigatoken's own threads are not limited.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Weights and optimizer through megatron-core's dist_checkpointing, readable on any layout.
 
-Core 0.16 without Transformer Engine or Apex runs torch's AdamW under its distributed optimizer, and then cannot resume on its own: it asserts a
-step count on an optimizer that never stepped, looks for `step` among the parameters' shards, and leaves one `step` tensor shared by all parameters,
-which then grows by the number of parameters at each step. `_prime` gives every state a value before core looks at it; `_take_steps` hides the
-counts while the shards are loaded and gives each parameter its own.
+Without Transformer Engine and Apex, core 0.16 runs torch's AdamW under its distributed optimizer and cannot resume by itself. It asserts a step
+count on an optimizer that has not stepped. It looks for `step` among the parameters' shards. It lets all parameters share one `step` tensor, which
+then grows by the number of parameters at each step. So `_init_states` gives every state a value before core looks at it, and `_pop_steps` removes
+the counts while shards are loaded and returns a separate one per parameter.
 """
 
 from pathlib import Path
@@ -13,31 +13,31 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 
-from ssa_pretrain.engine.checkpoint_writer import ThreadedStrategy
+from ssa_pretrain.checkpoint.writer import ThreadedStrategy
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
-}  # core adds to what it is handed: copies
+}  # core modifies the dict that it is given, so it gets copies
 
 
 def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
-    """Write weights and optimizer into `folder`, which exists and is empty."""
+    """Writes weights and optimizer into an existing, empty folder."""
     state = _model_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(METADATA))
     dist_checkpointing.save(state, str(folder), sharded_strategy=ThreadedStrategy(), content_metadata=dict(METADATA))
 
 
-def wrote(folder: Path) -> bool:
-    """Return whether `save` wrote a folder."""
+def is_core_checkpoint(folder: Path) -> bool:
+    """Returns whether `save` wrote a folder."""
     return (folder / "metadata.json").is_file()
 
 
 def load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
-    """Restore weights, and the optimizer unless it is None, from a folder written by `save`."""
+    """Restores the weights, and the optimizer unless it is None, from a folder that `save` wrote."""
     state = _model_state(chunks)
     if optimizer is not None:
-        _prime(optimizer)
+        _init_states(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
     loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(chunks):
@@ -47,7 +47,7 @@ def load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
-    """Return the GPTModel below core's wrappers, whose parameter names do not depend on them."""
+    """Returns the GPTModel inside core's wrappers; its parameter names do not depend on them."""
     while hasattr(module, "module"):
         module = module.module
     return module
@@ -65,13 +65,13 @@ def _model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
 
 
 def _inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:
-    """Return the torch optimizers below core's wrappers."""
+    """Returns the torch optimizers inside core's wrappers."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [o.optimizer for o in chained]
 
 
-def _prime(optimizer) -> None:
-    """Give torch AdamW's states the values of step 0, so that core finds what it is about to overwrite."""
+def _init_states(optimizer) -> None:
+    """Gives torch AdamW's states the values of step 0, so that core finds the entries that it will overwrite."""
     for inner in _inner_optimizers(optimizer):
         if not isinstance(inner, torch.optim.AdamW):
             continue
@@ -89,7 +89,7 @@ def _prime(optimizer) -> None:
 def _load_optimizer(optimizer, loaded: dict) -> None:
     shards = loaded.pop("param_state", None)
     optimizer.load_state_dict(loaded)
-    steps = _take_steps(optimizer)
+    steps = _pop_steps(optimizer)
     if shards is not None:
         (distributed,) = optimizer.chained_optimizers
         distributed.load_parameter_state_from_fully_reshardable(shards)
@@ -97,7 +97,7 @@ def _load_optimizer(optimizer, loaded: dict) -> None:
         state["step"] = step
 
 
-def _take_steps(optimizer) -> list[tuple[dict, torch.Tensor]]:
-    """Remove torch AdamW's step counts, which core would look for among the loaded shards; return each with a copy of its own."""
+def _pop_steps(optimizer) -> list[tuple[dict, torch.Tensor]]:
+    """Removes torch AdamW's step counts, which core would look for among the loaded shards; returns each state with its own copy."""
     states = [state for inner in _inner_optimizers(optimizer) for state in inner.state.values()]
     return [(state, state.pop("step").clone()) for state in states if isinstance(state.get("step"), torch.Tensor)]

@@ -1,7 +1,7 @@
-"""What is wrong with a published checkpoint's files, and what is known of that already.
+"""Checks the files of published checkpoints and caches the verdicts.
 
-`checkpoint.json` lists size and sha256 of every file. Hashing a checkpoint takes as long as reading it, so a verdict is kept for as long as the files
-have the size and times that they had; a file that is changed in place has others.
+`checkpoint.json` lists size and sha256 of every file. Hashing a checkpoint takes as long as reading it, so a verdict is kept as long as the files'
+sizes and times do not change; changing a file in place changes its times.
 """
 
 import hashlib
@@ -10,33 +10,33 @@ from pathlib import Path
 
 FACTS = "checkpoint.json"
 SCHEMA = 1
-Stamp = tuple[str, int, int, int]  # of a file: its name, bytes, times of the last change of content and of metadata
+Stamp = tuple[str, int, int, int]  # of a file: name, bytes, times of the last change of content and of metadata
 
 
 class Verdicts:
-    """What is wrong with checkpoints, as this process found it; files are read again only after they have changed."""
+    """This process's verdicts on checkpoints; files are read again only after they have changed."""
 
     def __init__(self) -> None:
         self._found: dict[Path, tuple[list[Stamp], str | None]] = {}
 
     def damage(self, folder: Path) -> str | None:
-        """Return what `find_damage` does."""
+        """Returns what `find_damage` returns, reading the files only if needed."""
         if not self.knows(folder):
             stamps = _stamps(folder)
             self._found[folder] = (stamps, find_damage(folder))
         return self._found[folder][1]
 
     def knows(self, folder: Path) -> bool:
-        """Return whether a verdict still holds."""
+        """Returns whether there is a verdict and it still holds."""
         return folder in self._found and bool(self._found[folder][0]) and self._found[folder][0] == _stamps(folder)
 
     def note_intact(self, folder: Path) -> None:
-        """Keep a verdict on files that this run has just written and hashed."""
+        """Records that a checkpoint is intact, because this run has just written and hashed its files."""
         self._found[folder] = (_stamps(folder), None)
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a published checkpoint's files (a missing one, a size, a sha256), or None; another schema's are not judged."""
+    """Returns what is wrong with a published checkpoint's files (a missing file, a size, a sha256), or None; other schemas are not checked."""
     try:
         record = json.loads((folder / FACTS).read_text())
         if record["schema"] != SCHEMA:
@@ -50,7 +50,7 @@ def find_damage(folder: Path) -> str | None:
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes for {size}"
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
             if sha256(path) != digest:
                 return f"{name} has another sha256"
         except OSError as error:
@@ -59,7 +59,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def is_of_another_schema(folder: Path) -> bool:
-    """Return whether another version of ssa_pretrain wrote a checkpoint, whose files this one cannot judge."""
+    """Returns whether a checkpoint has another version's schema; this version cannot check its files."""
     try:
         return json.loads((folder / FACTS).read_text())["schema"] != SCHEMA
     except (OSError, ValueError, KeyError, TypeError):
@@ -67,13 +67,13 @@ def is_of_another_schema(folder: Path) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Return the digest of a file's content."""
+    """Returns the hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stamps(folder: Path) -> list[Stamp]:
-    """Return what changes when a file of a folder does, by name; none where that cannot be read."""
+    """Returns every file's name, size and times, sorted by name; empty if the folder cannot be read."""
     try:
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         found = [(str(p.relative_to(folder)), p.stat()) for p in files]

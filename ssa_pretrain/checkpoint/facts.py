@@ -1,21 +1,21 @@
-"""What a run and the checkpoint that it resumes from must agree on, as plain values; neither torch nor an engine is imported."""
+"""The contract between a run and the checkpoint that it resumes from, as plain values. Imports neither torch nor an engine."""
 
 from typing import Any
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.config_io import config_to_dict
 
-LATER = "vocabulary."  # facts that older checkpoints lack
+LATER = "vocabulary."  # prefix of facts that older checkpoints lack
 MICRO_BATCH = "training.micro_batch_size"
 
 
 def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
-    """Returns what a resumed run must share with the one that wrote the checkpoint: all that decides the losses but layout and schedule.
+    """Returns what a resumed run must share with the run that wrote the checkpoint: everything that decides the losses except layout and schedule.
 
     Args:
         config: the run's configuration.
         fingerprint: of the data.
-        padded_vocab_size: rows of the embedding.
+        padded_vocab_size: the embedding's first dim.
         tokenizer_sha256: of the data's tokenizer.
     """
     tree = config_to_dict(config)
@@ -40,7 +40,7 @@ def refused_changes(saved: dict[str, Any], wanted: dict[str, Any], equal_microba
     Args:
         saved: the checkpoint's facts.
         wanted: the run's.
-        equal_microbatches: why the micro-batch size must stay; None: it may change.
+        equal_microbatches: why the micro-batch size must stay; None if it may change.
     """
     lines = {line.partition(":")[0]: line for line in differences(saved, wanted)}
     if MICRO_BATCH in lines and equal_microbatches is None:
@@ -51,10 +51,10 @@ def refused_changes(saved: dict[str, Any], wanted: dict[str, Any], equal_microba
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return one line for each fact in which a checkpoint and a run differ.
+    """Returns one line for each fact in which a checkpoint and a run differ.
 
-    A key that the configuration got after the checkpoint was written counts with its default, which is what that run did. One of LATER
-    that it lacks is not compared.
+    A key that was added to the configuration after the checkpoint was written has its default, because that is what the older run did. A missing
+    fact with the prefix LATER is not compared.
     """
     saved = _with_defaults(saved, wanted, config_to_dict(Config()))
     keys = sorted(saved.keys() | wanted.keys())
@@ -62,7 +62,7 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def _with_defaults(saved: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Saved facts and, for keys that only the wanted ones have, the configuration's defaults; "model.x" is found in `defaults` below "model"."""
+    """Returns the saved facts, with the configuration's defaults for keys that only `wanted` has; "model.x" is `defaults["model"]["x"]`."""
     filled = dict(saved)
     for key, value in wanted.items():
         default: Any = defaults

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ssa_pretrain.config import AttentionConfig, Method, StreamDraw
-from ssa_pretrain.parallel.routing import (
+from ssa_pretrain.schedule import (
     counterpart_factor,
     counterpart_spans,
     drawn_by_microbatch,

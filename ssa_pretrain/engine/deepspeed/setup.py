@@ -1,8 +1,8 @@
-"""What must hold in a process before DeepSpeed is used in it, and the two adapters it is given: parallel state and optimizer.
+"""Prepares a process for DeepSpeed, and builds what DeepSpeed is given: the parallel state and the optimizer.
 
-DeepSpeed compiles operators on first use into a folder that all its users share, and waits for ever on a lock that a killed build left there. Here
-that folder is the project's own, one a host and set of versions; a build is announced; a lock that no process holds is named and removed. On a CPU
-the one operator that it would build by itself, an all-reduce through shared memory, is left out: gloo does the same.
+DeepSpeed compiles operators on first use into a folder that all its users share, and waits forever for a lock that a killed build left there. Here
+the folder belongs to this project, one per host and set of versions. A build is announced. A lock that no process holds is reported and removed. On
+a CPU DeepSpeed would silently build one operator, an all-reduce through shared memory; it is disabled, because gloo does the same.
 """
 
 import logging
@@ -19,21 +19,21 @@ from ssa_pretrain.parallel.state import Placement
 
 
 class TensorParallelState:
-    """megatron-core's process groups under the names by which DeepSpeed asks for a model-parallel unit."""
+    """megatron-core's process groups behind the interface of DeepSpeed's model-parallel unit (`mpu`)."""
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """Return the tensor-parallel group: the only model parallelism here."""
+        """Returns the tensor-parallel group, the only model parallelism here."""
         return self._placement.groups.tp
 
     def get_model_parallel_rank(self) -> int:
-        """Return the rank in it."""
+        """Returns this process's rank in that group."""
         return self._placement.tp_rank
 
     def get_model_parallel_world_size(self) -> int:
-        """Return its size."""
+        """Returns the group's size."""
         return self._placement.groups.tp.size()
 
     get_tensor_model_parallel_group = get_model_parallel_group
@@ -41,26 +41,26 @@ class TensorParallelState:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """Return the group that ZeRO shards over."""
+        """Returns the group that ZeRO shards over."""
         return self._placement.groups.dp
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Return its members' global ranks."""
+        """Returns the global ranks in that group."""
         return dist.get_process_group_ranks(self._placement.groups.dp)
 
     def get_data_parallel_rank(self) -> int:
-        """Return the rank in it."""
+        """Returns this process's rank in that group."""
         return self._placement.dp_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Return its size."""
+        """Returns the group's size."""
         return self._placement.dp
 
 
 def prepare_process(placement: Placement) -> None:
-    """Set what DeepSpeed reads from its surroundings; to be called before it is imported for the first time."""
+    """Sets the environment variables that DeepSpeed reads; must run before its first import."""
     os.environ.setdefault("DS_ACCELERATOR", placement.device.type)
-    if "WORLD_SIZE" not in os.environ:  # a world of its own, whatever a pod or a job has put there
+    if "WORLD_SIZE" not in os.environ:  # one process without a launcher: ignore what a pod or a job has set
         os.environ["LOCAL_RANK"] = str(placement.device.index or 0)
     os.environ.setdefault("LOCAL_RANK", str(placement.device.index or 0))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
@@ -68,28 +68,28 @@ def prepare_process(placement: Placement) -> None:
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if placement.device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else compiled at once, without a word
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise compiled now, silently
 
 
 def extensions_folder() -> Path:
-    """Return where this project's builds of DeepSpeed's operators lie: a folder for this host and these versions alone."""
+    """Returns the folder of this project's builds of DeepSpeed's operators, for this host and these versions only."""
     from importlib.metadata import version
 
     name = f"torch{torch.__version__}_deepspeed{version('deepspeed')}_{socket.gethostname()}"
     return Path.home() / ".cache" / "ssa_pretrain" / "torch_extensions" / name
 
 
-def die_with_launcher() -> None:
-    """Have the kernel end this process when the launcher that started it dies: DeepSpeed's leaves its workers behind when it is killed."""
+def exit_with_launcher() -> None:
+    """Makes the kernel kill this process when its launcher dies: DeepSpeed's launcher leaves its workers running when it is killed."""
     if "WORLD_SIZE" in os.environ:
         end_with_parent(os.getppid())
 
 
 def build_optimizer(model: torch.nn.Module, config: Config, placement: Placement) -> torch.optim.Optimizer:
-    """Return AdamW over the matrices, which decay, and the norms, which don't; call it before ZeRO-3 shards the parameters.
+    """Returns AdamW with weight decay for matrices and none for norms; call it before ZeRO-3 shards the parameters.
 
-    Torch's fused AdamW is one kernel a flat partition on a GPU and vectorised on a CPU, and needs no build; `deepspeed.adam=deepspeed` takes
-    DeepSpeed's FusedAdam, or CPUAdam under offload.
+    Torch's fused AdamW runs one kernel per flat partition on a GPU, is vectorised on a CPU, and needs no build. `deepspeed.adam=deepspeed`
+    selects DeepSpeed's FusedAdam, or CPUAdam under offload.
     """
     optim, choices = config.optim, config.deepspeed
     parameters = list(model.parameters())
@@ -97,7 +97,7 @@ def build_optimizer(model: torch.nn.Module, config: Config, placement: Placement
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # The rate is set at every step. DeepSpeed's own steps of zero gradients, which some of its optimizers take as they start, must not decay weights.
+    # The rate is set at every step. Some of DeepSpeed's optimizers step over zero gradients when they are built; with lr 0 that decays no weights.
     settings = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if choices.adam is AdamImpl.torch:
         fused = placement.device.type == "cuda" or choices.offload_optimizer
@@ -111,34 +111,34 @@ def build_optimizer(model: torch.nn.Module, config: Config, placement: Placement
 
 
 def announce_build(operator: str, placement: Placement) -> None:
-    """Say that an operator is about to be compiled unless it is there, and remove a lock that a killed build has left.
+    """Announces that an operator will be compiled if it is not built yet, and removes a lock that a killed build left.
 
-    Every rank calls it; the first of each host acts before the others go on.
+    Every rank calls it. Local rank 0 acts, and the others wait.
     """
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / operator
     if os.environ["LOCAL_RANK"] == "0":
         lock = folder / "lock"
-        if lock.exists() and not held(lock):
-            print(f"removing {lock}, which a build that was killed has left", flush=True)
+        if lock.exists() and not is_held(lock):
+            print(f"removing {lock}, which a killed build left", flush=True)
             lock.unlink()
         if not list(folder.glob("*.so")):
             print(f"compiling DeepSpeed's {operator} into {folder}; this takes minutes, once", flush=True)
     dist.barrier()
 
 
-def held(lock: Path) -> bool:
-    """Return whether a process of this host has a build's lock open: torch keeps it open for as long as it builds."""
+def is_held(lock: Path) -> bool:
+    """Returns whether a process of this host has a build's lock open: torch keeps it open while it builds."""
     target = lock.resolve()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if link.readlink() == target:
                 return True
-        except OSError:  # a process that has ended, or another user's, who cannot build in this folder
+        except OSError:  # the process has ended, or belongs to another user, who cannot build in this folder
             continue
     return False
 
 
-def environment_of_a_converter() -> dict[str, str]:
-    """Return the environment for a process beside this rank that converts a checkpoint: no rank itself, and no GPU."""
+def converter_environment() -> dict[str, str]:
+    """Returns the environment of a process that converts a checkpoint: it is not a rank and sees no GPU."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | hidden

@@ -1,19 +1,19 @@
-"""The common weights format: safetensors with canonical, unsharded names, which any engine, layout and layer spec writes and reads.
+"""The common weights format: safetensors with canonical, unsharded names, written and read by every engine, layout and layer spec.
 
-A folder holds `weights.json` (the schema, and for every tensor its file and shape) and `*.safetensors` files of a few GB. Names are the
-parameters' in the whole model built from the local layer spec, layers counted from 0 over all pipeline stages:
+A folder holds `weights.json` (the schema, and every tensor's file and shape) and `*.safetensors` files of a few GB. Names are those of the whole model
+under the local layer spec, with layers counted from 0 over all pipeline stages:
 
-    embedding.word_embeddings.weight                     [padded vocabulary, M]
+    embedding.word_embeddings.weight                     [padded V, M]
     decoder.layers.N.input_layernorm.weight              [M]
-    decoder.layers.N.self_attention.linear_qkv.weight    [H_kv * ((G + 2) * D + G), M]: a kv head's rows are G * D queries, D keys, D values, G gates
+    decoder.layers.N.self_attention.linear_qkv.weight    [G * ((group_size + 2) * D + group_size), M], per kv head: queries, keys, values, gates
     decoder.layers.N.self_attention.linear_proj.weight   [M, H * D]
     decoder.layers.N.pre_mlp_layernorm.weight            [M]
-    decoder.layers.N.mlp.linear_fc1.weight               [2 * F, M]: the gate's rows, then the up projection's
+    decoder.layers.N.mlp.linear_fc1.weight               [2 * F, M]: gate, then up projection
     decoder.layers.N.mlp.linear_fc2.weight               [M, F]
     decoder.final_layernorm.weight                       [M]
-    output_layer.weight                                  [padded vocabulary, M], only where it is not tied to the embedding
+    output_layer.weight                                  [padded V, M], only if not tied to the embedding
 
-The optimizer is not in it. Integrity is the checkpoint's matter (a sha256 of each file); sizes are checked on reading.
+It does not contain the optimizer. The checkpoint around it has the sha256 of each file; shapes are checked on reading.
 """
 
 import json
@@ -29,26 +29,26 @@ FILE_BYTES = 4 * 2**30
 
 
 class WeightsError(ValueError):
-    """Weights or optimizer states that are not there or do not fit the run."""
+    """Weights or optimizer states are missing or do not fit the run."""
 
 
 def canonical_name(name: str) -> str:
-    """Return a parameter's name as the local layer spec has it: Transformer Engine fuses the norms into the projections after them."""
+    """Returns a parameter's name under the local layer spec: Transformer Engine fuses each norm into the projection after it."""
     name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
     return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
 
 
 def find_weights(folder: Path) -> Path | None:
-    """Return the folder of common weights that `folder` is or holds, or None."""
+    """Returns the folder of common weights that `folder` is or contains, or None."""
     return next((place for place in (folder, folder / "weights") if (place / INDEX).is_file()), None)
 
 
 class WeightsWriter:
-    """Writes one process's tensors; several may write into one folder under different prefixes.
+    """Writes one process's tensors; several processes may write to one folder with different prefixes.
 
     Args:
         folder: exists.
-        prefix: the files' names begin with it.
+        prefix: first part of the files' names.
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
@@ -57,20 +57,20 @@ class WeightsWriter:
         self.pending: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a whole tensor under its canonical name."""
+        """Adds a whole tensor under its canonical name."""
         self.pending[name] = tensor.detach().cpu().contiguous()
         self.size += tensor.numel() * tensor.element_size()
         if self.size >= FILE_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been added into a file."""
+        """Writes the tensors added since the last flush to a file."""
         if self.pending:
             path = self.folder / f"{self.prefix}_{self.count:04d}.safetensors"
             path.touch()
             mode = (
                 path.stat().st_mode
-            )  # what the umask gives; safetensors renames a file over it that only its owner may read
+            )  # set by the umask; safetensors replaces it by a file that only the owner may read
             save_file(self.pending, path)
             path.chmod(mode)
             self.count += 1
@@ -78,7 +78,7 @@ class WeightsWriter:
 
 
 def write_index(folder: Path) -> None:
-    """Write `weights.json` over the files that all writers have left in a folder."""
+    """Writes `weights.json` for the files of all writers in a folder."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -92,7 +92,7 @@ class WeightsReader:
     """Reads a folder of common weights tensor by tensor.
 
     Raises:
-        WeightsError: the folder holds none, or another schema.
+        WeightsError: the folder holds no common weights, or has another schema.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -106,24 +106,24 @@ class WeightsReader:
         self.tensors: dict[str, dict] = record["tensors"]
 
     def require(self, shapes: dict[str, tuple[int, ...]], *, exact: bool) -> None:
-        """Check that the folder holds a model's tensors.
+        """Checks that the folder holds a model's tensors.
 
         Args:
             shapes: of whole tensors, by canonical name.
-            exact: nothing else may be there; False for one pipeline stage's part of a model.
+            exact: whether other tensors are an error; False for one pipeline stage's part of a model.
 
         Raises:
-            WeightsError: a tensor is missing, too many, or of another shape.
+            WeightsError: a tensor is missing, unexpected, or has another shape.
         """
         found = {name: tuple(entry["shape"]) for name, entry in self.tensors.items()}
         for name in sorted(shapes.keys() | found.keys() if exact else shapes):
             if shapes.get(name) != found.get(name):
                 raise WeightsError(
                     f"{self.folder} holds another model: {name} is {found.get(name, 'missing')} there and "
-                    f"{shapes.get(name, 'missing')} in this run; give the model's settings that it was trained with"
+                    f"{shapes.get(name, 'missing')} in this run; set the model as it was trained"
                 )
 
     def read(self, name: str) -> Tensor:
-        """Return a whole tensor, on the CPU."""
+        """Returns a whole tensor, on the CPU."""
         with safe_open(self.folder / self.tensors[name]["file"], framework="pt") as file:
             return file.get_tensor(name)

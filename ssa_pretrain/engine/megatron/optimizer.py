@@ -1,7 +1,7 @@
-"""AdamW through megatron-core, with the gradient's norm and its clipping left on the device.
+"""AdamW through megatron-core, with the gradient norm and the clipping on the device.
 
-Core's own step reads the norm back to the host to decide whether to clip, and waits for all of the backward there. Here the factor
-min(1, clip / norm) is a number on the device that multiplies the gradients.
+Core's own step reads the norm on the host to decide whether to clip, and there it waits for the whole backward. Here the gradients are multiplied
+by min(1, clip / norm), a scalar on the device.
 """
 
 import torch
@@ -13,29 +13,29 @@ from torch import Tensor
 
 from ssa_pretrain.config import Config, PrecisionName
 
-NORM_EPSILON = 1.0e-6  # core's
+NORM_EPSILON = 1.0e-6  # the same as core's
 
 
 class DeviceClippedOptimizer(ChainedOptimizer):
-    """Core's chained optimizer with a step that does not wait for the device."""
+    """Core's chained optimizer, with a step that does not wait for the device."""
 
     @torch.no_grad()
     def step(self) -> tuple[bool, Tensor, None]:
-        """Return (True, the global gradient norm before clipping, fp32 on the device, None)."""
+        """Returns (True, the global gradient norm before clipping, fp32 on the device, None)."""
         found_inf = self.prepare_grads()
-        assert not found_inf  # loss scaling is fp16's, which is not offered
+        assert not found_inf  # only fp16 scales losses, and fp16 is not supported
         grads = [g for optimizer in self.chained_optimizers for g in optimizer.get_main_grads_for_grad_norm()]
         norm = _norm(grads, self.get_grad_stats_parallel_group())
         if self.config.clip_grad > 0.0:
             factor = (self.config.clip_grad / (norm + NORM_EPSILON)).clamp(max=1.0)
             for optimizer in self.chained_optimizers:
-                if mine := [p.grad for p in optimizer.get_parameters() if p.grad is not None]:
-                    torch._foreach_mul_(mine, factor)  # pyright: ignore[reportPrivateImportUsage]
+                if own := [p.grad for p in optimizer.get_parameters() if p.grad is not None]:
+                    torch._foreach_mul_(own, factor)  # pyright: ignore[reportPrivateImportUsage]
         return self.step_with_ready_grads(), norm, None
 
 
 def _norm(grads: list[Tensor], group: dist.ProcessGroup) -> Tensor:
-    """Return the norm over all ranks of a group; each counts what it alone holds."""
+    """Returns the norm over all ranks of a group; `grads` are those that only this rank counts."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=device)]  # pyright: ignore[reportPrivateImportUsage]
     total = torch.stack(list(norms)).float().square().sum()
@@ -44,7 +44,7 @@ def _norm(grads: list[Tensor], group: dist.ProcessGroup) -> Tensor:
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Return AdamW over a rank's model chunks: Transformer Engine's fused one where it is installed, else torch's."""
+    """Returns AdamW over a rank's model chunks: Transformer Engine's fused one if it is installed, otherwise torch's."""
     low = config.precision.name is not PrecisionName.fp32
     optim = config.optim
     built = get_megatron_optimizer(

@@ -1,12 +1,11 @@
 """The DeepSpeed engine: ZeRO 0 to 3 over megatron-core's tensor and sequence parallelism.
 
-The model, its packing, its losses and what is reported of a step are the megatron engine's; DeepSpeed does the backward, the reduction over data
-ranks, the optimizer step and its own checkpoints. Three things it does not do by itself are done here. Under sequence parallelism a norm's gradient
-is a sum over tensor ranks (left out, training drifts in silence). Stage 0 in fp32 reports no gradient norm. Every stage's learning rate and weight
-decay are set anew at each step, because loading a ZeRO-3 universal checkpoint gives all groups the first one's.
+Losses and results are step.py's. DeepSpeed does the backward, the reduction over data ranks, the optimizer step and its own checkpoints. Three
+things that it does not do are done here. Under sequence parallelism a norm's gradient must be summed over tensor ranks; without the sum training
+drifts silently. Stage 0 in fp32 reports no gradient norm. Every group's learning rate and weight decay are set at every step, because loading a
+ZeRO-3 universal checkpoint gives every group the values of group 0.
 
-Losses are normalised as in megatron.py: DeepSpeed, too, divides a microbatch's loss by their number and averages over data ranks, and what
-`attach_loss` adds is scaled by neither. DeepSpeed's own engine is made when it is first used, so that weights are loaded into a plain model.
+DeepSpeed's own engine is built on first use, so that weights are loaded into a plain model.
 """
 
 import gc
@@ -20,135 +19,120 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssa_pretrain.checkpoint import sharded_weights
+from ssa_pretrain.checkpoint.weights import WeightsError, find_weights
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.engine import common_weights, deepspeed_checkpoint
-from ssa_pretrain.engine.deepspeed_setup import (
+from ssa_pretrain.engine.deepspeed import checkpoint
+from ssa_pretrain.engine.deepspeed.setup import (
     TensorParallelState,
     build_optimizer,
-    die_with_launcher,
+    exit_with_launcher,
     prepare_process,
 )
-from ssa_pretrain.engine.interface import EvaluationResult, StepResult
-from ssa_pretrain.engine.megatron import MegatronEngine, Route, _Run
-from ssa_pretrain.engine.pending import PendingStep
-from ssa_pretrain.model.gpt import Llama
-from ssa_pretrain.model.llama import build_model
+from ssa_pretrain.engine.interface import EvaluationResult, PendingStep
+from ssa_pretrain.engine.step import Microbatches, Route, StepSums
+from ssa_pretrain.model.llama import Llama
+from ssa_pretrain.model.sharding import partition_dim
+from ssa_pretrain.model.spec import build_model
 from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, limit_waiting
 from ssa_pretrain.problems import ConfigError, Problem
-from ssa_pretrain.weights import WeightsError, find_weights
 
 
-class DeepSpeedEngine(MegatronEngine):
+class DeepSpeedEngine:
     """The Llama of one rank under DeepSpeed."""
 
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
-        die_with_launcher()
+        exit_with_launcher()
         prepare_process(placement)
         self.config, self.placement, self.vocab_size = config, placement, vocab_size
         self.stage = config.deepspeed.zero_stage
-        self.context = ContextParallel(placement.groups.cp)  # of one rank: context parallelism is refused
+        self.microbatches = Microbatches(config, placement, ContextParallel(placement.groups.cp))  # cp is 1 here
         self.ds_config = ds_config(config, placement.dp)
-        _check(self.ds_config)
+        _require_accepted(self.ds_config)
         self._ds = None
         self.model = self._build_model()
 
     def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
         """See `Engine.train_step`."""
         ds = self.ds
-        batches = self._local(batches)
-        count, (labels, _, dilution) = len(batches), self._count(batches)
-        if count != ds.gradient_accumulation_steps():
-            raise ValueError(f"{count} microbatches were given, and the batch makes {ds.gradient_accumulation_steps()}")
-        routes = self._routes(batches, step, dilution)
+        batches = self.microbatches.localise(batches)
+        if len(batches) != ds.gradient_accumulation_steps():
+            raise ValueError(f"got {len(batches)} microbatches; a step has {ds.gradient_accumulation_steps()}")
+        sums = self.microbatches.training_sums(batches)
+        routes = self.microbatches.routes(batches, step, sums.counts.dilution)
         for group, decay in zip(ds.basic_optimizer.param_groups, (self.config.optim.weight_decay, 0.0), strict=True):
             group["lr"], group["weight_decay"] = learning_rate, decay
         ds.train()
-        run, grad_norm = _Run(count * self.placement.dp / labels, dilution), None
+        grad_norm = None
         for batch, route in zip(batches, routes, strict=True):
-            ds.backward(self._loss(run, batch, route))
-            if self._norm_is_ours and ds.is_gradient_accumulation_boundary():
+            ds.backward(self._loss(sums, batch, route))
+            if self._must_compute_norm and ds.is_gradient_accumulation_boundary():
                 grad_norm = self._grad_norm()
             with torch.profiler.record_function(OPTIMIZER_RANGE):  # before a step's last microbatch it only counts
                 ds.step()
-        norm = torch.as_tensor(ds.get_global_grad_norm() if grad_norm is None else grad_norm)
-        figures = torch.cat([self._reduce(run), torch.stack([labels, norm.to(labels)])])
-
-        def interpret(values: list[float]) -> StepResult:
-            sums = self._sums(values)
-            return StepResult(
-                cross_entropy=sums.loss / values[-2],
-                alignment_by_layer=sums.alignment,
-                captured_mass_by_layer=sums.mass,
-                grad_norm=values[-1],
-                full_share=sums.full_share,
-            )
-
-        return PendingStep(figures, interpret)
+        return self.microbatches.step_result(
+            sums, torch.as_tensor(ds.get_global_grad_norm() if grad_norm is None else grad_norm)
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
         """See `Engine.evaluate`."""
         self.ds.eval()
-        batches = self._local(batches)
-        labels, tokens, dilution = self._count(batches)
-        run, idle = _Run(1.0, dilution), self._idle_batches(len(batches))
-        route = Route(mode, counterpart=True)
+        batches = self.microbatches.localise(batches)
+        sums, route = StepSums(self.microbatches.count(batches)), Route(mode, counterpart=True)
+        idle = self._idle_batches(len(batches))
         for batch in batches:
-            self._loss(run, batch, route)
+            self._loss(sums, batch, route)
         for batch in idle:
-            self._loss(_Run(1.0), batch, route)
-        sums = self._sums(self._reduce(run).tolist())
-        cross_entropy = sums.loss / max(1.0, float(labels))
-        return EvaluationResult(cross_entropy, sums.alignment, sums.mass, int(labels), int(tokens))
+            self._loss(StepSums(sums.counts), batch, route)
+        return self.microbatches.evaluation_result(sums)
 
     @torch.no_grad()
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
         """See `Engine.last_logits`."""
         self.ds.eval()
-        (batch,) = self._local([batch])
-        packed = self._packed(batch, Route(mode))
+        (batch,) = self.microbatches.localise([batch])
+        packed = self.microbatches.pack(batch, Route(mode))
         positions = batch.positions.unsqueeze(0)
         logits = self.ds(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)
         return logits[0, batch.cu_seqlens[1:].long() - 1].float()
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
-        deepspeed_checkpoint.save(folder, self.ds, self.config, self.placement)
+        checkpoint.save(folder, self.ds, self.config, self.placement)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
-        self._start_afresh()
-        deepspeed_checkpoint.load(folder, self.ds, self.config, self.placement)
+        self._reset()
+        checkpoint.load(folder, self.ds, self.config, self.placement)
 
     def load_weights(self, folder: Path) -> None:
         """See `Engine.load_weights`."""
         found = find_weights(folder)
         if found is None:
             raise WeightsError(f"{folder} holds no common weights; save it again with checkpoint.weights=true")
-        self._start_afresh()
-        common_weights.load_weights(found, [self.model], self.config, self.placement)
+        self._reset()
+        sharded_weights.load_weights(found, [self.model], self.config, self.placement)
 
     def save_weights(self, folder: Path) -> None:
         """See `Engine.save_weights`."""
         ds = self.ds
         model = ds.module
-        gathered = self._gathered if self.stage == 3 else common_weights.whole
-        common_weights.save_weights(folder, [model], self.config, self.placement, gathered)
+        gathered = self._gathered if self.stage == 3 else sharded_weights.already_gathered
+        sharded_weights.save_weights(folder, [model], self.config, self.placement, gathered)
 
     @property
     def ds(self):
-        """DeepSpeed's engine around the model, made on first use."""
+        """DeepSpeed's engine around the model, built on first use."""
         if self._ds is None:
             import deepspeed
 
             optimizer = build_optimizer(self.model, self.config, self.placement)
-            with redirect_stdout(
-                io.StringIO()
-            ):  # some of its optimizers print reports on memory whatever the log level
+            with redirect_stdout(io.StringIO()):  # some of its optimizers print memory reports at any log level
                 self._ds, *_ = deepspeed.initialize(
                     model=self.model,
                     optimizer=optimizer,
@@ -158,25 +142,26 @@ class DeepSpeedEngine(MegatronEngine):
                 )
             limit_waiting(self.config.parallel)
             if self.stage == 0:
-                # Its bf16 optimizer takes a step of zero gradients as it starts, and Adam would count it.
+                # Its bf16 optimizer takes a step of zero gradients when it is built, and Adam would count that step.
                 self._ds.basic_optimizer.state.clear()
         return self._ds
 
     @property
-    def _norm_is_ours(self) -> bool:
+    def _must_compute_norm(self) -> bool:
+        """Whether DeepSpeed reports no gradient norm."""
         return self.stage == 0 and self.config.precision.name is PrecisionName.fp32
 
     def _build_model(self) -> Llama:
         model = build_model(self.config, self.vocab_size, self.placement.groups).to(self.placement.device)
-        deepspeed_checkpoint.without_extra_state(model)
+        checkpoint.without_extra_state(model)
         if self.config.parallel.sequence_parallel:
             for parameter in model.parameters():
                 if getattr(parameter, "sequence_parallel", False):
                     parameter.register_hook(self._sum_over_tensor_ranks)
         return model
 
-    def _start_afresh(self) -> None:
-        """Drop a DeepSpeed engine that has been used: it loads into a new one only."""
+    def _reset(self) -> None:
+        """Drops a DeepSpeed engine that has been used: DeepSpeed loads only into a new one."""
         if self._ds is not None:
             self._ds.destroy()
             self._ds = None
@@ -185,30 +170,30 @@ class DeepSpeedEngine(MegatronEngine):
             self.model = self._build_model()
 
     def _sum_over_tensor_ranks(self, grad: Tensor) -> Tensor:
-        """Return the whole gradient of a norm that saw a slice of the tokens on each tensor rank."""
+        """Returns the whole gradient of a norm, which saw a slice of the tokens on each tensor rank."""
         total = grad.contiguous().clone()
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total
 
-    def _loss(self, run: _Run, batch: Batch, route: Route) -> Tensor:
-        """Run a microbatch forward and return its part of the step's loss; what it finds goes into `run`."""
-        packed = self._packed(batch, route)
-        run.packed.append(packed)
+    def _loss(self, sums: StepSums, batch: Batch, route: Route) -> Tensor:
+        """Runs a microbatch forward; returns its part of the step's loss and adds its results to `sums`."""
+        packed = self.microbatches.pack(batch, route)
+        sums.packed.append(packed)
         positions = batch.positions.unsqueeze(0)
         losses = self.ds(batch.tokens, positions, None, labels=batch.labels, packed_seq_params=packed)
-        return run.loss(losses, batch.loss_mask)[0]
+        return sums.loss(losses, batch.loss_mask)
 
     def _grad_norm(self) -> Tensor:
-        """Return the global norm of the reduced gradients at stage 0, each parameter of the whole model counted once."""
-        first = self.placement.tp_rank == 0
-        counted = [p for p in self.model.parameters() if first or getattr(p, "tensor_model_parallel", False)]
-        owned = [p.grad for p in counted if p.grad is not None]
-        total = torch.stack([g.float().norm() for g in owned]).square().sum()
+        """Returns the global norm of the reduced gradients at stage 0; each parameter of the whole model counts once."""
+        tp_rank_0 = self.placement.tp_rank == 0
+        counted = [p for n, p in self.model.named_parameters() if tp_rank_0 or partition_dim(n) is not None]
+        grads = [p.grad for p in counted if p.grad is not None]
+        total = torch.stack([g.float().norm() for g in grads]).square().sum()
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total.sqrt()
 
     def _idle_batches(self, count: int) -> list[Batch]:
-        """Return what a rank with fewer microbatches than another runs beside its own: under ZeRO-3 every forward gathers weights from all."""
+        """Returns empty microbatches for a rank that has fewer than another: under ZeRO-3 every forward gathers weights from all ranks."""
         if self.stage < 3:
             return []
         most = torch.tensor(count, device=self.placement.device)
@@ -227,17 +212,17 @@ class DeepSpeedEngine(MegatronEngine):
         return deepspeed.zero.GatheredParameters([parameter])
 
 
-def _check(settings: dict) -> None:
-    """Have DeepSpeed read its configuration before a model is built, so that a word it does not know is one sentence.
+def _require_accepted(settings: dict) -> None:
+    """Validates DeepSpeed's configuration before a model is built, so that an unknown key is reported in one sentence.
 
     Raises:
-        ConfigError: it does not accept the configuration.
+        ConfigError: DeepSpeed does not accept the configuration.
     """
     from deepspeed.runtime.zero.config import get_zero_config
 
     try:
         get_zero_config(settings)
-    except ValueError as error:  # pydantic's, which lists what it found
+    except ValueError as error:  # pydantic's ValidationError lists every problem
         problems = [
             Problem(
                 ".".join(["deepspeed.extra.zero_optimization", *map(str, wrong["loc"])]),

@@ -1,0 +1,370 @@
+"""Publishes checkpoints and finds them again; the engine decides what is inside.
+
+A checkpoint is a folder `checkpoints/step_00000100` that appears atomically. The engine writes into a hidden folder beside it. Rank 0 adds
+`checkpoint.json`: the step, the facts that a resume must agree on, and size and sha256 of every file, which the ranks share the work of hashing.
+Everything is flushed to disk, and one rename publishes the folder. No pointer names the newest checkpoint, so none can be stale: the newest *intact*
+folder is found by looking. A folder whose files do not match its list is reported and skipped.
+
+A checkpoint is removed once `keep` newer ones are published and intact. That is checked, not assumed: files are hashed again only if they have
+changed since this process wrote or hashed them (`Verdicts`). A damaged checkpoint does not count towards `keep` and is removed with the old ones.
+One of another schema cannot be checked and stays.
+"""
+
+import hashlib
+import heapq
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ssa_pretrain.checkpoint.facts import differences
+from ssa_pretrain.checkpoint.integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema, sha256
+from ssa_pretrain.parallel.agreement import together, watched
+
+VISIBLE_SECONDS = 30.0  # until a file of another node must be visible: network storage may be slow to show it
+NAME = re.compile(r"step_\d{8,}")  # folders with other names (step_00000100_good, a copy) are the user's
+Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
+SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
+
+
+class CheckpointError(ValueError):
+    """There is no usable checkpoint, or it does not belong to this run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A published checkpoint: its folder, the steps done, the facts of the run that wrote it."""
+
+    folder: Path
+    step: int
+    facts: dict[str, Any]
+
+
+def publish(
+    run_folder: Path,
+    step: int,
+    facts: dict[str, Any],
+    write: Callable[[Path], None],
+    *,
+    keep: int,
+    is_rank_0: bool,
+    report: Callable[[str], None] = print,
+    verdicts: Verdicts | None = None,
+) -> Path:
+    """Writes and publishes a checkpoint, then removes old ones; every rank calls it.
+
+    Args:
+        run_folder: the run's output folder.
+        step: optimizer steps done.
+        facts: what a resume must agree on; plain values.
+        write: the engine's save, called on every rank with an empty folder.
+        keep: number of newest intact checkpoints that stay.
+        is_rank_0: whether this rank publishes.
+        report: receives a line for the user.
+        verdicts: what is known of earlier checkpoints; None: nothing.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        CheckpointError: on every rank, if any rank could not write its part; earlier checkpoints are unchanged.
+    """
+    save = _Save(run_folder, step, facts, is_rank_0=is_rank_0)
+    with watched(save.failure_key, exit_code=5):
+        save.on_every_rank(save.create_folder)
+        save.on_every_rank(lambda: write(save.scratch))
+        save.on_every_rank(save.hash_share)
+        save.gather_entries()
+        save.on_every_rank(save.require_visible)
+        save.on_every_rank(save.commit)
+    if is_rank_0:
+        verdicts = verdicts or Verdicts()
+        verdicts.note_intact(save.target)
+        for old in _outdated(run_folder, step, keep, verdicts, report):
+            _remove(old, report)
+    return save.target
+
+
+@dataclass(slots=True)
+class _Save:
+    """One checkpoint between its empty folder and its commit.
+
+    Attributes:
+        own: entries of the files that this rank hashed.
+        seen: names of all files that this rank sees.
+        entries: every rank's entries.
+        hidden: files that another rank sees and rank 0 does not.
+    """
+
+    run_folder: Path
+    step: int
+    facts: dict[str, Any]
+    is_rank_0: bool = field(kw_only=True)
+    own: dict[str, Entry] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    hidden: set[str] = field(default_factory=set)
+
+    @property
+    def target(self) -> Path:
+        """The published folder."""
+        return _folder_of(self.run_folder, self.step)
+
+    @property
+    def scratch(self) -> Path:
+        """The hidden folder that is renamed to `target`."""
+        return self.target.with_name(f".{self.target.name}.tmp")
+
+    @property
+    def failure_key(self) -> str:
+        """The key under which a failing rank reports to the others."""
+        return f"ssa_pretrain/failed_save/{self.step}"
+
+    def on_every_rank(self, act: Callable[[], None]) -> None:
+        """Runs this rank's part of a step of the save.
+
+        Raises:
+            CheckpointError: on every rank, if any rank failed.
+        """
+        if message := together(act, self.failure_key, self._describe):
+            if self.is_rank_0:
+                shutil.rmtree(self.scratch, ignore_errors=True)
+            raise CheckpointError(message)
+
+    def create_folder(self) -> None:
+        """Creates the empty hidden folder, on rank 0."""
+        if self.is_rank_0:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir(parents=True)
+
+    def hash_share(self) -> None:
+        """Hashes this rank's share of the files and flushes them to disk."""
+        sizes = _sizes(self.scratch)
+        self.seen.update(sizes)
+        self.own.update(_entries(self.scratch, _share(sizes, dist.get_rank(), dist.get_world_size())))
+
+    def gather_entries(self) -> None:
+        """Gathers all ranks' entries, and the files that rank 0 does not see."""
+        parts: list[dict[str, Entry]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, self.own)
+        self.entries = {name: entry for part in parts for name, entry in part.items()}
+        self.hidden = _hidden_from_rank_0(self.seen)
+
+    def require_visible(self) -> None:
+        """Raises OSError on rank 0 if another rank's files stay invisible to it: its list would lack them."""
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while self.is_rank_0 and (left := sorted(n for n in self.hidden if not (self.scratch / n).is_file())):
+            if time.monotonic() > deadline:
+                raise OSError(
+                    f"{left[0]}, which another rank wrote, is not visible here: is output_dir on shared storage?"
+                )
+            time.sleep(0.1)
+
+    def commit(self) -> None:
+        """Writes `checkpoint.json`, flushes, and renames the folder, on rank 0."""
+        if self.is_rank_0:
+            _write_facts(self.scratch, self.step, self.facts, self.entries)
+            shutil.rmtree(self.target, ignore_errors=True)
+            os.rename(self.scratch, self.target)
+            _flush(self.target.parent)
+
+    def _describe(self, reason: str) -> str:
+        free = shutil.disk_usage(self.run_folder).free / 2**30
+        return (
+            f"step {self.step} could not be saved in {self.target.parent}, which has {free:.1f} GiB free ({reason}); "
+            "earlier checkpoints are unchanged: free space and run the same command again"
+        )
+
+
+def newest(
+    folder: Path,
+    *,
+    is_rank_0: bool,
+    device: torch.device,
+    report: Callable[[str], None],
+    verdicts: Verdicts | None = None,
+) -> Checkpoint | None:
+    """Returns the newest intact checkpoint of a run, the same on every rank, or None if there is none.
+
+    Args:
+        folder: the run's output folder, or one checkpoint, which is then the only candidate.
+        is_rank_0: whether this rank reads the files.
+        device: of this process.
+        report: receives a line for the user.
+        verdicts: receives what is found, for `publish`.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is intact.
+    """
+    named = (folder / FACTS).is_file()
+    candidates = [folder] if named else _published(folder)
+    found = torch.full((), -1, dtype=torch.int64, device=device)  # a step; -1: no checkpoint, -2: none intact
+    if is_rank_0:
+        verdicts = verdicts or Verdicts()
+        found.fill_(-2 if candidates else -1)
+        for candidate in candidates:
+            damage = verdicts.damage(candidate)
+            if damage is None:
+                found.fill_(0 if named else _step_of(candidate))
+                break
+            report(f"checkpoint {candidate} is damaged ({damage}); looking for an older one")
+    dist.broadcast(found, src=0)
+    step = int(found)
+    if step == -2:
+        raise CheckpointError(
+            f"no checkpoint in {folder / 'checkpoints'} is intact; restore one, or start again in another output_dir"
+        )
+    if step == -1:
+        return None
+    return read(folder if named else _folder_of(folder, step))
+
+
+def read(folder: Path) -> Checkpoint:
+    """Returns a published checkpoint with its facts.
+
+    Raises:
+        CheckpointError: the folder is not a published checkpoint, or has another schema.
+    """
+    try:
+        record = json.loads((folder / FACTS).read_text())
+        schema, found = record["schema"], Checkpoint(folder, int(record["step"]), dict(record["facts"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint ({FACTS}: {error}); name a folder such as RUN/checkpoints/step_00000100"
+        ) from None
+    if schema != SCHEMA:
+        raise CheckpointError(
+            f"{folder} has schema {schema}, and this version of ssa_pretrain reads {SCHEMA}; continue with the version that wrote it"
+        )
+    return found
+
+
+def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_only: bool = False) -> None:
+    """Checks that a checkpoint holds the run's model.
+
+    Args:
+        found: the checkpoint whose weights will be read.
+        wanted: the run's facts.
+        shapes_only: compare only what decides the weights' shapes, so that a new run may change the rest (a longer RoPE). The padded
+            vocabulary is compared; model.vocab_size only if neither is 0, which stands for the tokenizer's.
+
+    Raises:
+        CheckpointError: the models differ; the message has each key with both values.
+    """
+    changed = {line.partition(":")[0]: line for line in differences(found.facts, wanted)}
+    changed.pop("model.init_std", None)  # weights that are read are not drawn
+    if shapes_only:
+        unnamed = 0 in (found.facts.get("model.vocab_size"), wanted.get("model.vocab_size"))
+        for key in (*SHAPELESS, *["model.vocab_size"] * unnamed):
+            changed.pop(key, None)
+    decisive = ("attention.gate", "vocabulary.padded_size")
+    lines = [line for key, line in changed.items() if key.startswith("model.") or key in decisive]
+    if lines:
+        raise CheckpointError(
+            f"{found.folder} holds another model ({'; '.join(lines)}); set what it was trained with, or name another checkpoint"
+        )
+
+
+def _hidden_from_rank_0(seen: set[str]) -> set[str]:
+    """Returns the files that some rank sees and rank 0 does not, on every rank; names are exchanged only if the ranks see different files."""
+    digests: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256("\n".join(sorted(seen)).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return set()
+    views: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(views, seen)
+    return set().union(*views) - views[0]
+
+
+def _outdated(run_folder: Path, step: int, keep: int, verdicts: Verdicts, report: Callable[[str], None]) -> list[Path]:
+    """Returns the checkpoints older than the `keep` newest intact ones up to a step; later ones were damaged when the run resumed."""
+    num_intact, old = 0, []
+    for folder in _published(run_folder):
+        if _step_of(folder) > step or is_of_another_schema(folder):
+            continue
+        if num_intact == keep:
+            old.append(folder)
+            continue
+        is_news = not verdicts.knows(folder)
+        damage = verdicts.damage(folder)
+        if damage and is_news:
+            report(f"checkpoint {folder} is damaged ({damage}); it does not count towards checkpoint.keep={keep}")
+        num_intact += damage is None
+    return old
+
+
+def _remove(folder: Path, report: Callable[[str], None]) -> None:
+    """Removes an old checkpoint, or reports why it stays: the newer one is published, and the next save tries again."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        report(f"{folder} could not be removed ({error.strerror}); the next checkpoint tries again")
+
+
+def _write_facts(folder: Path, step: int, facts: dict[str, Any], entries: dict[str, Entry]) -> None:
+    """Writes the facts and the list of files; a file whose entry is missing or has another size is hashed here."""
+    sizes = _sizes(folder)
+    known = {name: entry for name, entry in entries.items() if entry["bytes"] == sizes.get(name)}
+    files = known | _entries(folder, sizes.keys() - known.keys())
+    record = folder / FACTS
+    listed = dict(sorted(files.items()))
+    record.write_text(json.dumps({"schema": SCHEMA, "step": step, "facts": facts, "files": listed}, indent=1))
+    _flush(record)
+    _flush(folder)
+
+
+def _entries(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Returns size and sha256 of files in a folder, after flushing them to disk."""
+    found: dict[str, Entry] = {}
+    for name in names:
+        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        _flush(folder / name)
+    return found
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Returns the bytes of each file below a folder by relative name; another node's newest files may not be visible yet."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+
+
+def _share(sizes: dict[str, int], rank: int, world_size: int) -> list[str]:
+    """Returns the files that a rank reads: largest first, each to the rank with the fewest bytes so far."""
+    loads = [(0, r) for r in range(world_size)]
+    own = []
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        load, reader = heapq.heappop(loads)
+        heapq.heappush(loads, (load + size, reader))
+        if reader == rank:
+            own.append(name)
+    return own
+
+
+def _published(run_folder: Path) -> list[Path]:
+    """Returns a run's published checkpoints, newest first; folders with other names are ignored."""
+    found = (p for p in (run_folder / "checkpoints").glob("step_*") if NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _folder_of(run_folder: Path, step: int) -> Path:
+    return run_folder / "checkpoints" / f"step_{step:08d}"
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _flush(path: Path) -> None:
+    """Flushes a file, or a folder's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

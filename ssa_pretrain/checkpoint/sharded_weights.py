@@ -1,0 +1,101 @@
+"""Copies weights between an engine's sharded parameters and the common weights format (weights.py).
+
+Writing: each parameter is joined over its tensor ranks and written by one data rank, stage by stage, so no rank holds more than a few GB of
+whole tensors. Reading: each rank reads whole tensors one at a time and keeps its part. A parameter of ZeRO-3 is whole only inside `gathered`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from ssa_pretrain.checkpoint.weights import WeightsReader, WeightsWriter, canonical_name, write_index
+from ssa_pretrain.config import Config
+from ssa_pretrain.model.sharding import global_name, join, part, partition_dim, whole_shape
+from ssa_pretrain.parallel.state import Placement
+
+Gathered = Callable[[torch.nn.Parameter], AbstractContextManager]
+
+
+def already_gathered(_: torch.nn.Parameter) -> AbstractContextManager:
+    """Gathers nothing: every data rank holds the whole parameter."""
+    return nullcontext()
+
+
+@torch.no_grad()
+def save_weights(
+    folder: Path,
+    models: Iterable[GPTModel],
+    config: Config,
+    placement: Placement,
+    gathered: Gathered = already_gathered,
+) -> None:
+    """Writes a model's weights into `folder`/weights; every rank calls it.
+
+    Args:
+        folder: exists; usually a checkpoint's.
+        models: this rank's GPTModels, one per virtual stage.
+        config: the run.
+        placement: this process's coordinates.
+        gathered: context in which a parameter is sharded by tensor parallelism only.
+    """
+    target, groups = folder / "weights", placement.groups
+    if placement.is_first:
+        target.mkdir()
+    dist.barrier()
+    joins = groups.dp_cp.rank() == 0
+    writes = joins and placement.tp_rank == 0
+    writer = WeightsWriter(target, f"stage_{placement.pp_rank:03d}")
+    for name, parameter in _named_parameters(models, config):
+        with gathered(parameter):
+            whole = _join_over_ranks(name, parameter, groups.tp) if joins else None
+        if writes and whole is not None:
+            writer.add(name, whole)
+    writer.flush()
+    dist.barrier()
+    if placement.is_first:
+        write_index(target)
+    dist.barrier()
+
+
+@torch.no_grad()
+def load_weights(folder: Path, models: Iterable[GPTModel], config: Config, placement: Placement) -> None:
+    """Fills a model's parameters with this rank's parts of common weights; every rank calls it.
+
+    Raises:
+        WeightsError: the folder holds another model.
+    """
+    tp, reader = config.parallel.tp, WeightsReader(folder)
+    named = list(_named_parameters(models, config, tied_copies=True))
+    shapes = {name: whole_shape(name, parameter.shape, tp) for name, parameter in named}
+    reader.require(shapes, exact=config.parallel.pp == 1)
+    for name, parameter in named:
+        whole = reader.read(name).to(parameter.device)
+        parameter.copy_(part(name, whole, tp, placement.tp_rank))
+
+
+def _named_parameters(
+    models: Iterable[GPTModel], config: Config, *, tied_copies: bool = False
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yields every parameter with its canonical name; a last stage's copy of a tied embedding only if `tied_copies`."""
+    tied = config.model.tie_embeddings
+    for model in models:
+        first = next(iter(model.decoder.layers), None)
+        offset = int(first.layer_number) - 1 if first is not None else 0  # pyright: ignore[reportArgumentType]
+        for local_name, parameter in model.named_parameters():
+            if local_name == "output_layer.weight" and tied and not tied_copies:
+                continue
+            yield canonical_name(global_name(local_name, offset, tied=tied)), parameter
+
+
+def _join_over_ranks(name: str, parameter: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Returns a whole parameter; every rank of the tensor-parallel group calls it."""
+    if partition_dim(name) is None or group.size() == 1:
+        return parameter.detach().clone()
+    parts = [torch.empty_like(parameter) for _ in range(group.size())]
+    dist.all_gather(parts, parameter.detach().contiguous(), group=group)
+    return join(name, parts)

@@ -1,0 +1,1 @@
+"""The megatron-core engine: core's data parallelism, pipeline schedules, optimizer and sharded checkpoints."""
