@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssa_kernels import DocumentLayout, captured_mass, gate_and_align, sparse_attention
-from ssa_pretrain.model import llama
+from ssa_pretrain.model import spec
 from ssa_pretrain.model.attention import PackedTokens, SSAAttention
 from ssa_pretrain.train import main
 
@@ -42,5 +42,5 @@ class SlidingWindow(SSAAttention):
 
 
 if __name__ == "__main__":
-    llama.SSAAttention = SlidingWindow  # the one place that names a layer's attention
+    spec.SSAAttention = SlidingWindow  # the one place that names a layer's attention
     main()

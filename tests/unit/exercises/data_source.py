@@ -34,7 +34,7 @@ def fetch(source: DocstringsSource, store: TextStore, progress: Callable[[str], 
     """Puts one document per module into the store."""
     for name in source.modules:
         progress(f"text: docstrings of {name}")
-        store.add_all("docstrings", name, [document(name)])
+        store.add_texts("docstrings", name, [document(name)])
 
 
 def document(name: str) -> str:
