@@ -63,10 +63,10 @@ def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
             run.print(f"held-out, {mode:<6}: cross entropy {metrics[mode]['cross_entropy']:.4f}")
         tokens = found.step * found.facts["training.global_batch_tokens"]
         results = {"step": found.step, "tokens": tokens, "split": "heldout", "rows": run.held_out.num_rows}
-        if placement.is_first:
+        if placement.is_rank_0:
             write_json(run.folder / "evaluation.json", results | {"modes": metrics})
         samples = sample(run, MODES)
-        if placement.is_first:
+        if placement.is_rank_0:
             write_json(run.folder / "samples.json", samples)
 
 

@@ -30,7 +30,7 @@ def evaluate_mode(run: Run, mode: str) -> EvaluationResult:
     total = num_held_out_microbatches(run.config.training.micro_batch_size, plan, run.held_out.num_rows)
     size = 2 * plan.dp * plan.pp
     results = []
-    hidden = not (run.placement.is_first and sys.stderr.isatty())
+    hidden = not (run.placement.is_rank_0 and sys.stderr.isatty())
     with tqdm(total=total, desc=f"held-out, {mode}", unit="microbatch", disable=hidden, leave=False) as bar:
         for begin in range(0, total, size):
             numbers = range(begin, min(begin + size, total))
@@ -70,7 +70,7 @@ def is_evaluation_missing(run: Run, evaluated: Evaluated, step: int) -> bool:
     """Returns, on every rank, whether the step that a run resumes from was due for an evaluation that a signal prevented."""
     if not is_due(step, run.config.evaluation.interval, run.plan.steps):
         return False
-    missing = [run.placement.is_first and any((step, mode) not in evaluated for mode in MODES)]
+    missing = [run.placement.is_rank_0 and any((step, mode) not in evaluated for mode in MODES)]
     dist.broadcast_object_list(missing, src=0)
     return missing[0]
 

@@ -41,7 +41,7 @@ def newest_checkpoint(run: Run, folder: Path | None = None) -> Checkpoint | None
     """Returns the newest intact checkpoint of this run, or of the run or checkpoint in `folder`."""
     return newest(
         folder or run.folder,
-        is_rank_0=run.placement.is_first,
+        is_rank_0=run.placement.is_rank_0,
         device=run.placement.device,
         report=run.print,
         verdicts=run.verdicts,
@@ -93,7 +93,7 @@ def why_finished(run: Run, step: int) -> str | None:
     """Returns, on every rank, why a run that would resume after a step has nothing left to do; None if it has."""
     if step < run.last_step:
         return None
-    evaluated = evaluations(run.folder / FILE_NAME) if run.placement.is_first else set()
+    evaluated = evaluations(run.folder / FILE_NAME) if run.placement.is_rank_0 else set()
     if step == run.last_step and (is_evaluation_missing(run, evaluated, step) or lacks_rows(run, evaluated, step)):
         return None
     training, where = run.config.training, "finished at step" if step >= run.plan.steps else "at step"
@@ -109,6 +109,6 @@ def why_finished(run: Run, step: int) -> str | None:
 def lacks_rows(run: Run, evaluated: Evaluated, step: int) -> bool:
     """Returns, on every rank, whether W&B ended without some rows of the run's last step."""
     newest_rows = {"train": step} | {f"heldout/{mode}": step for mode in MODES if (step, mode) in evaluated}
-    missing = [run.placement.is_first and lacks_records(run.config.logging.wandb, run.folder, newest_rows)]
+    missing = [run.placement.is_rank_0 and lacks_records(run.config.logging.wandb, run.folder, newest_rows)]
     dist.broadcast_object_list(missing, src=0)
     return missing[0]

@@ -60,7 +60,7 @@ class Run:
 
     def print(self, text: str) -> None:
         """Prints a text, on rank 0 only."""
-        if self.placement.is_first:
+        if self.placement.is_rank_0:
             print(with_timestamps(text, self.config.logging.timestamps), flush=True)
 
     def contract(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def locked_folder(config: Config, placement: Placement) -> Iterator[None]:
     def take() -> TextIO | None:
         return lock_folder(folder, lambda text: print(with_timestamps(text, timestamps), flush=True))
 
-    lock = on_rank_0(take, is_rank_0=placement.is_first, errors=(ConfigError,))
+    lock = on_rank_0(take, is_rank_0=placement.is_rank_0, errors=(ConfigError,))
     try:
         if placement.world_size > 1:
             require_shared_folder(folder, placement)
@@ -132,10 +132,10 @@ def training_rows(config: Config, manifest: Manifest, order: int = ORDER) -> Tra
 
 def require_shared_folder(folder: Path, placement: Placement) -> None:
     """Raises ConfigError on every rank unless all see the folder of rank 0: otherwise each node would keep a part of every checkpoint."""
-    marker: list[str | None] = [write_marker(folder) if placement.is_first else None]
+    marker: list[str | None] = [write_marker(folder) if placement.is_rank_0 else None]
     dist.broadcast_object_list(marker, src=0)
     blind = ranks_without(lambda: marker_is_visible(folder, str(marker[0])))
-    if placement.is_first:
+    if placement.is_rank_0:
         (folder / str(marker[0])).unlink(missing_ok=True)
     if blind:
         more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""

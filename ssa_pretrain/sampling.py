@@ -39,7 +39,7 @@ def continued(run: Run, prompts: list[list[int]], mode: str) -> list[list[int]]:
     generator = torch.Generator().manual_seed(run.config.seed)
     texts = [list(prompt) for prompt in prompts]
     count = min(NEW_TOKENS, length - min(len(text) for text in texts))
-    shown = run.placement.is_first and sys.stderr.isatty()
+    shown = run.placement.is_rank_0 and sys.stderr.isatty()
     for _ in tqdm(range(count), desc=f"sampling, {mode}", disable=not shown, leave=False):
         packed = packed_prompts(texts, TOKENS_MULTIPLE * run.plan.cp * run.plan.tp, length)
         logits = run.engine.last_logits(packed, mode=mode).cpu()

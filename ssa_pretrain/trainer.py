@@ -60,7 +60,7 @@ def train(config: Config) -> None:
         if checkpoint is not None and (reason := why_finished(run, checkpoint.step)):
             run.print(reason)
             return
-        if placement.is_first and (shortage := space_warning(run.folder, run.plan.checkpoint_bytes)):
+        if placement.is_rank_0 and (shortage := space_warning(run.folder, run.plan.checkpoint_bytes)):
             run.print(shortage)
         first_step, begin = restore(run, checkpoint), time.monotonic()
         with Interruption(placement) as interruption, open_log(run, first_step) as log:
@@ -173,7 +173,7 @@ def save(run: Run, log: MetricsLogger, step: int) -> None:
         run.contract(),
         write,
         keep=run.config.checkpoint.keep,
-        is_rank_0=run.placement.is_first,
+        is_rank_0=run.placement.is_rank_0,
         report=log.console.print,
         verdicts=run.verdicts,
     )
@@ -220,11 +220,11 @@ def open_log(run: Run, step: int) -> MetricsLogger:
     console = Console(
         total_steps=run.plan.steps,
         first_step=step,
-        enabled=run.placement.is_first,
+        enabled=run.placement.is_rank_0,
         timestamps=run.config.logging.timestamps,
     )
     tracker = None
-    if run.placement.is_first:
+    if run.placement.is_rank_0:
         run.folder.mkdir(parents=True, exist_ok=True)
         save_config(run.config, run.folder / "config.yaml")
         record_start(run.folder, step=step, device=run.device_name, processes=run.plan.world_size)
@@ -241,7 +241,7 @@ def open_log(run: Run, step: int) -> MetricsLogger:
         peak_flops=peak * run.placement.world_size if peak else None,
         console=console,
         tracker=tracker,
-        enabled=run.placement.is_first,
+        enabled=run.placement.is_rank_0,
     )
 
 

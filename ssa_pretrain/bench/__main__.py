@@ -60,7 +60,7 @@ def main() -> None:
         config = bench_config(options, **LAYOUTS.get(case, {}))
         placement = start(config.parallel, seed=config.seed)
         results = measure(CASES["optimizer" if case in LAYOUTS else case], case, config, placement, options)
-        if placement.is_first:
+        if placement.is_rank_0:
             append(folder, results)
             print(write_ratios(folder, read(folder)), flush=True)
         leave_layout()

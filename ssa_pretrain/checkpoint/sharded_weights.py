@@ -44,7 +44,7 @@ def save_weights(
         gathered: context in which a parameter is sharded by tensor parallelism only.
     """
     target, groups = folder / "weights", placement.groups
-    if placement.is_first:
+    if placement.is_rank_0:
         target.mkdir()
     dist.barrier()
     joins = groups.dp_cp.rank() == 0
@@ -57,7 +57,7 @@ def save_weights(
             writer.add(name, whole)
     writer.flush()
     dist.barrier()
-    if placement.is_first:
+    if placement.is_rank_0:
         write_index(target)
     dist.barrier()
 

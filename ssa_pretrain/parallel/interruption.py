@@ -35,7 +35,7 @@ class Interruption:
     """
 
     def __init__(self, placement: Placement) -> None:
-        self._has_peers, self._is_rank_0 = placement.world_size > 1, placement.is_first
+        self._has_peers, self._is_rank_0 = placement.world_size > 1, placement.is_rank_0
         self.reason = ""
         self._announced = False
         self._signalled_at = 0.0

@@ -40,7 +40,7 @@ class Placement:
     dp: int
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this process does what only one process may do, such as writing records."""
         return self.rank == 0
 

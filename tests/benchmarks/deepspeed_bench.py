@@ -165,7 +165,7 @@ def measure(arguments: argparse.Namespace, own: list[str]) -> None:
         torch.cuda.max_memory_allocated() if on_gpu else 0, dtype=torch.float64, device=placement.device
     )
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    if placement.is_first:
+    if placement.is_rank_0:
         results = {
             "tokens_per_second": round(config.training.global_batch_tokens / seconds),
             "seconds_a_step": round(seconds, 4),

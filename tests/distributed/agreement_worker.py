@@ -25,7 +25,7 @@ def save_apart(run: Path, output: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"part_{rank}").write_bytes(bytes(100))
 
-    placement = SimpleNamespace(is_first=rank == 0, world_size=2)
+    placement = SimpleNamespace(is_rank_0=rank == 0, world_size=2)
     for act in (
         lambda: require_shared_folder(run, placement),  # type: ignore[arg-type]
         lambda: publish(run, 1, {}, write, keep=1, is_rank_0=rank == 0),

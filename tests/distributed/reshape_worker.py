@@ -30,7 +30,7 @@ def main(case: str, folder: Path) -> None:
     checkpoint._load_universal = load
     config = Config()
     config.deepspeed.zero_stage = 2
-    placement = SimpleNamespace(is_first=rank == 0, tp_rank=0, dp=2)
+    placement = SimpleNamespace(is_rank_0=rank == 0, tp_rank=0, dp=2)
     try:
         checkpoint.load(folder, None, config, placement)  # pyright: ignore[reportArgumentType]
         outcome = "loaded"

@@ -93,7 +93,7 @@ def main() -> None:
     for name, case in cases().items():
         case.parallel.cp = config.parallel.cp
         results[name] = run_case(case, placement)
-    if placement.is_first:
+    if placement.is_rank_0:
         torch.save(results, sys.argv[1])
     dist.barrier()
     stop()

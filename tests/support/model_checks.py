@@ -390,7 +390,7 @@ def held_out_metrics(engine, config: Config, held_out, mode: str) -> list[float]
     """Returns what the trainer finds on held-out rows: cross entropy, alignments, masses, labels, tokens."""
     from ssa_pretrain.evaluation import evaluate_mode
 
-    plan, first = SimpleNamespace(dp=1, pp=1, vpp=1), SimpleNamespace(dp_rank=0, is_first=False)
+    plan, first = SimpleNamespace(dp=1, pp=1, vpp=1), SimpleNamespace(dp_rank=0, is_rank_0=False)
     found = evaluate_mode(
         SimpleNamespace(engine=engine, config=config, held_out=held_out, plan=plan, placement=first), mode
     )
@@ -444,7 +444,7 @@ def test_samples_are_no_longer_than_a_row(placement, tmp_path, monkeypatch, leng
         engine=build_engine(config, placement, VOCAB),
         manifest=manifest,
         held_out=HeldOutRows(manifest, sequence_length=length, rows=0),
-        placement=SimpleNamespace(is_first=False),
+        placement=SimpleNamespace(is_rank_0=False),
         plan=SimpleNamespace(cp=1, tp=1, vocab_size=VOCAB),
     )
     drawn = [len(prompt) for prompt in sampling.held_out_prompts(run)]

@@ -15,7 +15,7 @@ from ssa_pretrain.parallel import interruption as module
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.signals import on_signals
 
-ONE_PROCESS = SimpleNamespace(world_size=1, is_first=True)
+ONE_PROCESS = SimpleNamespace(world_size=1, is_rank_0=True)
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from support.small_datasets import cut, write_dataset
 
 def a_run(config: Config, folder: Path, *, manifest=None, rows=None) -> Run:
     """Returns a run on a CPU without engine and plan."""
-    placement = SimpleNamespace(is_first=True, device=SimpleNamespace(type="cpu"))
+    placement = SimpleNamespace(is_rank_0=True, device=SimpleNamespace(type="cpu"))
     return Run(config, None, placement, manifest, None, rows, None, folder)
 
 

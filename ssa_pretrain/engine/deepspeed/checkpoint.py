@@ -39,7 +39,7 @@ def save(folder: Path, ds, config: Config, placement: Placement) -> None:
     names = [name for name, _ in ds.module.named_parameters()]
     ds.save_checkpoint(str(folder), tag=TAG, client_state=universal_info(names), save_latest=False)
     dist.barrier()
-    if placement.is_first:
+    if placement.is_rank_0:
         (folder / "latest").write_text(TAG)
         (folder / LAYOUT).write_text(json.dumps(layout(config, placement), indent=1))
     dist.barrier()
@@ -63,11 +63,11 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
         print(with_timestamps(line, config.logging.timestamps), flush=True)
         _convert(folder, universal, wanted)
 
-    on_rank_0(reshape, is_rank_0=placement.is_first, errors=(WeightsError, OSError))
+    on_rank_0(reshape, is_rank_0=placement.is_rank_0, errors=(WeightsError, OSError))
     # If a rank fails here, there is no barrier: the others may wait in a collective that it is not in. The next start removes the folder.
     _load_universal(universal / f"tp_{placement.tp_rank:02d}", ds)
     dist.barrier()
-    if placement.is_first:
+    if placement.is_rank_0:
         shutil.rmtree(universal)
 
 
