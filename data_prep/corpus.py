@@ -17,7 +17,8 @@ from data_prep.recipe import Recipe, known_dataset, parts_of, plain, recipe_of
 from data_prep.run_config import Packing
 from data_prep.shards import Job, shard_fingerprint
 from data_prep.sources.catalog import SOURCES
-from data_prep.sources.mixed import part_names, sources_of
+from data_prep.sources.mixed import sources_of
+from data_prep.sources.settings import part_names
 from data_prep.sources.store import TextStore, described, has_other_text, known_text, stored_text
 from data_prep.tokenizer.backends import HuggingFaceBackend
 from data_prep.tokenizer.encoding import Vocabulary

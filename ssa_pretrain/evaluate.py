@@ -40,7 +40,7 @@ def main() -> None:
         quieten_libraries()
         from ssa_pretrain.checkpoint import CheckpointError
         from ssa_pretrain.data.errors import DataError
-        from ssa_pretrain.problems import ConfigError
+        from ssa_pretrain.settings.problems import ConfigError
         from ssa_pretrain.weights import WeightsError
 
         try:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.problems import SECRET
+from ssa_pretrain.settings.problems import SECRET
 
 CLIENT_SECONDS = 8.0  # for each of W&B's service, login and server, at the start
 START_SECONDS = 60.0  # for W&B's process to be ready: importing its client on a busy machine takes most of it

@@ -18,7 +18,7 @@ def main() -> None:
         from ssa_pretrain.checkpoint import CheckpointError
         from ssa_pretrain.data.errors import DataError
         from ssa_pretrain.parallel.interruption import Interrupted
-        from ssa_pretrain.problems import ConfigError
+        from ssa_pretrain.settings.problems import ConfigError
         from ssa_pretrain.signals import STOPPED
         from ssa_pretrain.trainer import DivergedError, train
         from ssa_pretrain.weights import WeightsError

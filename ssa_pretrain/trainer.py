@@ -23,7 +23,6 @@ from ssa_pretrain.checkpoint_facts import refused_changes, run_facts
 from ssa_pretrain.checkpoint_integrity import Verdicts
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.rules import warning
-from ssa_pretrain.config_io import config_to_dict, save_config
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.errors import DataError
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
@@ -38,10 +37,11 @@ from ssa_pretrain.parallel.routing import needs_equal_microbatches
 from ssa_pretrain.parallel.state import Placement, joined
 from ssa_pretrain.planning.flops import peak_flops, row_flops
 from ssa_pretrain.planning.plan import Plan, make_plan
-from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.profiling import profiled
 from ssa_pretrain.run_folder import claim, leave_sign, release, sees, shortage
 from ssa_pretrain.schedule import learning_rate
+from ssa_pretrain.settings.convert import config_to_dict, save_config
+from ssa_pretrain.settings.problems import ConfigError, Problem
 from ssa_pretrain.tracking import Tracker, lacks, provenance, start_tracking
 from ssa_pretrain.weights import find_weights
 

@@ -37,8 +37,8 @@ from ssa_pretrain.model.gpt import Llama
 from ssa_pretrain.model.llama import build_model
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, limit_waiting
-from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.profiling import OPTIMIZER_RANGE
+from ssa_pretrain.settings.problems import ConfigError, Problem
 from ssa_pretrain.weights import WeightsError, find_weights
 
 

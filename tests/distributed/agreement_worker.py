@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ssa_pretrain import checkpoint, run_folder, trainer
 from ssa_pretrain.checkpoint import CheckpointError, publish
 from ssa_pretrain.parallel import agreement
-from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
 def save_apart(run: Path, said: Path, rank: int) -> None:

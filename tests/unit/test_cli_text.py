@@ -10,8 +10,8 @@ from data_prep.errors import ConfigurationError
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import Config, WandbMode
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.config_io import load_config, save_config
-from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.settings.convert import load_config, save_config
+from ssa_pretrain.settings.problems import ConfigError
 
 RUN = ("experiment=quickstart",)
 WORDS = (
@@ -77,7 +77,7 @@ def test_options_may_have_names_like_numbers(tmp_path: Path) -> None:
 def test_a_saved_configuration_is_read_back_as_it_was(name: str, tmp_path: Path) -> None:
     config = resolved(f"name={name}", f"logging.wandb.tags=[{','.join(WORDS)}]", "optim.lr=1e-5")
     save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(Config, tmp_path / "config.yaml") == config
     assert resolve_config("train", ["-cp", str(tmp_path)], Machine(world_size=1, has_files=False)) == config
 
 
@@ -86,7 +86,7 @@ def test_a_configuration_edited_by_hand_is_read_as_typed(tmp_path: Path) -> None
     path.write_text(
         "name: 2026_11_29\ndata: {path: 007}\nlogging: {wandb: {group: 1e3, tags: [2026-11-29]}}\n", encoding="utf-8"
     )
-    config = load_config(path)
+    config = load_config(Config, path)
     assert (config.name, config.data.path) == ("2026_11_29", "007")
     assert (config.logging.wandb.group, config.logging.wandb.tags) == ("1e3", ["2026-11-29"])
 

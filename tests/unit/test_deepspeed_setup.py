@@ -15,7 +15,7 @@ from ssa_pretrain.engine import deepspeed_setup
 from ssa_pretrain.engine.deepspeed import _check
 from ssa_pretrain.engine.deepspeed_checkpoint import _require_convertible, read_layout, universal_info
 from ssa_pretrain.model.llama import tensor_rank_part
-from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.settings.problems import ConfigError
 from ssa_pretrain.weights import WeightsError
 
 

@@ -15,7 +15,7 @@ from data_prep.cli import SCHEMAS
 from data_prep.cli import main as data_prep
 from ssa_pretrain.cli import CONF, read_config
 from ssa_pretrain.config import Config
-from ssa_pretrain.config_io import known_keys
+from ssa_pretrain.settings.convert import known_keys
 from ssa_pretrain.settings.explain import field_comments
 
 
@@ -82,7 +82,7 @@ def test_sections_groups_and_patterns_list_their_keys(capsys: pytest.CaptureFixt
     found = [line.split()[0] for line in printed("--explain", "*.interval", capsys=capsys).splitlines()]
     assert found == ["evaluation.interval", "checkpoint.interval", "logging.interval"]
     everything = printed("--explain", capsys=capsys)
-    assert all(f"\n  {key} " in everything for key in known_keys())
+    assert all(f"\n  {key} " in everything for key in known_keys(Config))
 
 
 @pytest.mark.parametrize(

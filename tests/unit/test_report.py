@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.config import Config, Method
-from ssa_pretrain.config_io import save_config
 from ssa_pretrain.environment import add_start
 from ssa_pretrain.report import ReportError, main, read_figures, table
 from ssa_pretrain.report_page import page
+from ssa_pretrain.settings.convert import save_config
 
 MANIFEST = {
     "tokenizer": {"name": "bpe8192", "vocab_size": 8192},

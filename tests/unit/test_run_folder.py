@@ -15,8 +15,8 @@ from typing import TextIO
 import pytest
 
 from ssa_pretrain import run_folder
-from ssa_pretrain.problems import ConfigError
 from ssa_pretrain.run_folder import LOCK, claim, release, require_free, shortage, unwritable
+from ssa_pretrain.settings.problems import ConfigError
 
 HOLD = "import sys, time, pathlib; from ssa_pretrain.run_folder import claim; held = claim(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
 
