@@ -10,7 +10,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -163,23 +163,29 @@ class _Reader:
             return self.section(kind, value, key)
         if isinstance(value, str) and value == MISSING:
             return self._not_set(kind, key)
+        if get_origin(kind) is dict and isinstance(value, dict):
+            inner = get_args(kind)[1]
+            return dict(entry for name, item in value.items() for entry in self._entry(inner, item, key, str(name)))
         try:
-            if get_origin(kind) is dict and sections_in(entry := get_args(kind)[1]):
-                if not isinstance(value, dict):
-                    raise MismatchError("must be a mapping of names to sections", f"try {key}.NAME.{_a_field(entry)}=…")
-                return {str(name): self._entry(entry, item, key, str(name)) for name, item in value.items()}
             return convert(kind, value)
         except MismatchError as mismatch:
             fallback = f"see --explain {key}" if default == MISSING else f"try {show(default)}"
             self._report(key, value, mismatch.rule, mismatch.advice or fallback)
             return _empty(kind) if default == MISSING else default
 
-    def _entry(self, kind: Any, value: Any, key: str, name: str) -> Any:
-        """A section in a mapping. If it has a field `name` that is not set, it is called after its key."""
+    def _entry(self, kind: Any, value: Any, mapping: str, name: str) -> Iterator[tuple[str, Any]]:
+        """Yields a mapping's entry if it fits. A section that has a field `name` without a value is called after its key."""
+        key = f"{mapping}.{name}"
+        if not sections_in(kind):
+            try:
+                yield name, convert(kind, value)
+            except MismatchError as mismatch:
+                self._report(key, value, mismatch.rule, mismatch.advice or f"see --explain {mapping}")
+            return
         named = isinstance(value, dict) and "name" not in value
         if named and any(f.name == "name" for f in dataclasses.fields(section_of(kind, value))):
             value = {"name": name, **value}
-        return self.section(kind, value, f"{key}.{name}")
+        yield name, self.section(kind, value, key)
 
     def _unknown(self, kind: Any, cls: Any, key: str, value: Any) -> Problem:
         """The problem of a key that a section lacks."""
@@ -223,7 +229,8 @@ def convert(kind: Any, value: Any) -> Any:
             raise MismatchError("must be a list", f"try [{'' if value is None else value}]")
         return [convert(get_args(kind)[0], item) for item in value]
     if not isinstance(value, dict):
-        raise MismatchError("must be a mapping of names to values", "try {name: 1.0}")
+        advice = "" if sections_in(get_args(kind)[1]) else "try {name: 1.0}"
+        raise MismatchError("must be a mapping of names to values", advice)
     return {_text(name): convert(get_args(kind)[1], item) for name, item in value.items()}
 
 
@@ -286,10 +293,6 @@ def _example(value: Any) -> str:
 def _empty(kind: Any) -> Any:
     """What stands for a value that is not set, so that rules can still read it."""
     return {list: [], dict: {}}.get(get_origin(kind), MISSING)
-
-
-def _a_field(kind: Any) -> str:
-    return dataclasses.fields(sections_in(kind)[0])[0].name
 
 
 def _plain(value: Any) -> Any:
