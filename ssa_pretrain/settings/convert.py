@@ -154,7 +154,7 @@ class _Reader:
             if name in tree:
                 values[name] = self._field(inner, tree[name], prefix + name, default)
             elif isinstance(default, str) and default == MISSING:
-                values[name] = self._not_set(inner, prefix + name)
+                values[name] = self._not_set(inner, prefix + name, default)
         return cls(**values)
 
     def _field(self, kind: Any, value: Any, key: str, default: Any) -> Any:
@@ -162,7 +162,7 @@ class _Reader:
         if sections_in(kind):
             return self.section(kind, value, key)
         if isinstance(value, str) and value == MISSING:
-            return self._not_set(kind, key)
+            return self._not_set(kind, key, default)
         if get_origin(kind) is dict and isinstance(value, dict):
             inner = get_args(kind)[1]
             return dict(entry for name, item in value.items() for entry in self._entry(inner, item, key, str(name)))
@@ -199,9 +199,9 @@ class _Reader:
         advice = f"did you mean {section}.{near[0]}?" if near else f"it has the keys {join(names, 'and')}"
         return Problem(key, value, f"is not a known key of {section}", advice)
 
-    def _not_set(self, kind: Any, key: str) -> Any:
+    def _not_set(self, kind: Any, key: str, default: Any) -> Any:
         self.problems.append(Problem(key, None, NOT_SET, f"give {key}=…"))
-        return _empty(kind)
+        return _empty(kind) if default == MISSING else default
 
     def _report(self, key: str, value: Any, rule: str, advice: str) -> None:
         self.problems.append(Problem(key, show(value), rule, advice))
