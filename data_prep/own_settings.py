@@ -1,7 +1,7 @@
-"""A run that names no source means the dataset that lies in `out`: the dataset's recipe takes the place of the defaults.
+"""A run without a source means the dataset in `out`: the dataset's recipe replaces the defaults.
 
-Settings of the command line come on top of it, so `merge.files=8` joins the same dataset into other files, and `source.paths=[…]` gives the
-place to which its text has moved. Paths that are gone are looked for where they lay beside the dataset when it was made. The stages
+Settings of the command line are applied on top of it, so `merge.files=8` joins the same dataset into other files, and `source.paths=[…]` gives
+the place to which its text has moved. Paths that are gone are looked for where they lay beside the dataset when it was made. The stages
 that only read a dataset (validate, stats) need no recipe.
 """
 
@@ -11,27 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep.config import Config
 from data_prep.errors import InputError
 from data_prep.recipe import Recipe, holds_dataset, plain_sources, read_recipe
-from ssa_pretrain.data.repair import out_argument, quoted_value
+from ssa_pretrain.data.repair import out_argument
+from ssa_pretrain.settings.convert import NOT_SET, config_from_dict
 
-NAME = "recipe"  # of our choice in each group of settings
 READING = ("validate", "stats")
+GROUPS = ("source", "tokenizer", "mix", "packing")
 
 
-def own_settings(overrides: list[str], schemas: dict[str, dict[str, Any]], say: Callable[[str], None]) -> list[str]:
-    """Returns the overrides that stand for the recipe of the dataset in `out`; none where a source is given or `out` is new.
+def own_settings(overrides: list[str], log: Callable[[str], None]) -> dict[str, Any]:
+    """Returns the settings of the dataset in `out`, by section; empty if a source is given or `out` is new.
 
     Args:
         overrides: the command line.
-        schemas: by group and kind, the dataclass of the settings.
-        say: takes a line for the user.
+        log: prints a line for the user.
 
     Raises:
         InputError: the dataset has no recipe, a damaged one, or one whose text is gone.
@@ -39,7 +39,7 @@ def own_settings(overrides: list[str], schemas: dict[str, dict[str, Any]], say: 
     given = {override.lstrip("+~").partition("=")[0]: override for override in overrides}
     text, stage = _value(given.get("out")), _value(given.get("stage"))
     if not text or "source" in given or stage in READING:
-        return []
+        return {}
     out = Path(text).expanduser().absolute()
     recipe = read_recipe(out)
     if recipe is None:
@@ -48,7 +48,7 @@ def own_settings(overrides: list[str], schemas: dict[str, dict[str, Any]], say: 
                 f"out={text} holds a dataset without a recipe.json (an older version made it), so its settings are not known; repeat the "
                 "command that made it, with its source= and other settings"
             )
-        return []
+        return {}
     settings = recipe.settings
     if not any(key.startswith("source.") for key in given):
         for source in plain_sources(settings["source"]):
@@ -56,46 +56,29 @@ def own_settings(overrides: list[str], schemas: dict[str, dict[str, Any]], say: 
                 source["paths"] = [_found(path, recipe, out, "source.paths=[…]") for path in source["paths"]]
     if settings["tokenizer"].get("path") and not any(key.startswith("tokenizer") for key in given):
         settings["tokenizer"]["path"] = _found(settings["tokenizer"]["path"], recipe, out, "tokenizer.path=…")
-    kinds = ", ".join(f"{group}={settings[group]['kind']}" for group in ("source", "tokenizer") if group not in given)
-    say(f"out={text}: no source is given, so its recipe is used ({kinds})")
-    try:
-        return _overrides(settings, given, schemas)
-    except (KeyError, OmegaConfBaseException) as error:
+    kinds = ", ".join(
+        f"{group}={settings[group].get('kind')}" for group in ("source", "tokenizer") if group not in given
+    )
+    log(f"out={text}: no source is given, so its recipe is used ({kinds})")
+    return _known(settings, out, given)
+
+
+def _known(settings: dict[str, Any], out: Path, given: dict[str, str]) -> dict[str, Any]:
+    """The recipe's settings that the command line does not replace; InputError if this version does not know them."""
+    _, problems = config_from_dict(Config, settings)
+    if unknown := [problem for problem in problems if problem.rule != NOT_SET]:
         raise InputError(
-            f"{out / 'recipe.json'} is of another version ({str(error).splitlines()[0]}); repeat the command that made the dataset, with its "
+            f"{out / 'recipe.json'} is of another version ({unknown[0]}); repeat the command that made the dataset, with its "
             "source= and other settings"
-        ) from None
-
-
-def kind_of(group: str) -> str:
-    """Returns the kind of the settings that the recipe in use has for a group."""
-    return ConfigStore.instance().load(f"{group}/{NAME}.yaml").node.kind
-
-
-def _overrides(settings: dict[str, Any], given: dict[str, str], schemas: dict[str, dict[str, Any]]) -> list[str]:
-    store, found = ConfigStore.instance(), []
-    for group in ("source", "tokenizer", "mix", "packing"):
-        if group in given:
-            continue
-        node = settings[group]
-        if group in schemas:
-            node = OmegaConf.merge(OmegaConf.structured(schemas[group][node["kind"]]), node)
-        store.store(group=group, name=NAME, node=node)
-        found.append(f"{group}={NAME}")
-    for section in ("policy", "split", "merge"):
-        found += [f"{section}.{key}={_shown(value)}" for key, value in settings[section].items()]
-    found.append(f"shard_mb={settings['shard_mb']}")
+        )
+    sections = {name: settings[name] for name in (*GROUPS, "policy", "split", "merge", "shard_mb")}
     if Path(settings["cache"]).is_dir():
-        found.append(f"cache={_shown(settings['cache'])}")
-    return found
-
-
-def _shown(value: Any) -> str:
-    return quoted_value(value) if isinstance(value, str) else str(value)
+        sections["cache"] = settings["cache"]
+    return {name: value for name, value in sections.items() if name not in GROUPS or name not in given}
 
 
 def _value(override: str | None) -> str:
-    """Returns the text of an override's value, empty where there is none that can be read."""
+    """Returns the text of an override's value; empty if there is none that can be read."""
     if override is None:
         return ""
     try:
@@ -108,7 +91,7 @@ def _value(override: str | None) -> str:
 
 
 def _found(path: str, recipe: Recipe, out: Path, setting: str) -> str:
-    """Returns a path of the recipe where it lies now: as recorded, or moved together with the dataset."""
+    """Returns where a path of the recipe lies now: as recorded, or moved together with the dataset."""
     moved = os.path.normpath(out / os.path.relpath(path, recipe.out))
     for place in (path, moved):
         if os.path.lexists(place) or glob.glob(place, recursive=True):

@@ -17,8 +17,8 @@ import yaml
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config.rules import check
-from ssa_pretrain.config_io import MismatchError, convert, known_keys
-from ssa_pretrain.problems import Problem, join
+from ssa_pretrain.settings.convert import MismatchError, convert, known_keys
+from ssa_pretrain.settings.problems import Problem, join
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUP_KEYS = {"precision": "precision.name", "engine": "engine.name", "attention": "attention.method"}
@@ -86,7 +86,7 @@ def with_value(config: Any, key: str, value: Any) -> Any:
 
 def _tried(problem: Problem, trial: _Trial) -> Problem:
     """A problem with advice that holds."""
-    kind, named = known_keys().get(problem.key), settings_advised(problem)
+    kind, named = known_keys(Config).get(problem.key), settings_advised(problem)
     if not named or not (kind in (bool, int, float) or (isinstance(kind, type) and issubclass(kind, Enum))):
         return problem
     for alone in (False, True):  # where no value will do by itself, one that is right for its own key is the first step
@@ -102,7 +102,7 @@ def _tried(problem: Problem, trial: _Trial) -> Problem:
 def _holds(problem: Problem, setting: str, trial: _Trial, *, alone: bool) -> bool:
     """Whether an advised setting is one that all rules accept; one that is not of the configuration's is believed."""
     key, _, text = setting.partition("=")
-    values, kinds = _option(key, text, trial.config) if key in GROUP_KEYS else {key: text}, known_keys()
+    values, kinds = _option(key, text, trial.config) if key in GROUP_KEYS else {key: text}, known_keys(Config)
     if not values.keys() <= kinds.keys():
         return True
     try:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from ssa_pretrain.checkpoint.facts import run_facts
 from ssa_pretrain.checkpoint.integrity import Verdicts
 from ssa_pretrain.config import Config
-from ssa_pretrain.config_io import config_to_dict
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, build_engine
@@ -25,9 +24,10 @@ from ssa_pretrain.monitor.environment import versions
 from ssa_pretrain.parallel.agreement import differences_from_rank_0, on_rank_0, ranks_without
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.planning.plan import Plan, make_plan
-from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.run_folder import lock_folder, marker_is_visible, write_marker
+from ssa_pretrain.settings.convert import config_to_dict
 from ssa_pretrain.settings.files import unlock
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 NODE_SETTINGS = ("data.path", "output_dir", "logging.", "checkpoint.init_from", "dry_run")  # may differ between nodes
 MOST_SHOWN = 8  # differences between ranks

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.settings.files import PATIENCE_SECONDS, LockedError, lock, remove_unfinished, require_unlocked
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 LOCK = ".lock"
 # Beside temporary files: checkpoints that all ranks write together, and markers.

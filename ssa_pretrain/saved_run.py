@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssa_pretrain.config import ParallelConfig
-from ssa_pretrain.config_io import load_config
+from ssa_pretrain.config import Config, ParallelConfig
 from ssa_pretrain.errors import CheckpointError
-from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.settings.convert import load_config
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 CONFIG = "config.yaml"
 FACTS = "checkpoint.json"
@@ -68,7 +68,7 @@ def expand(arguments: Sequence[str], world_size: int) -> tuple[list[str], str]:
         raise ConfigError([Problem(named, None, rule, "give one of the two")])
     folder = _run_of(named)
     try:
-        saved = load_config(folder / CONFIG)
+        saved = load_config(Config, folder / CONFIG)
     except ConfigError:  # the composition reports each key of it
         saved = None
     layout, note = _layout(saved.parallel, world_size, rest) if saved else ([], "")

@@ -16,7 +16,6 @@ from ssa_pretrain import __version__
 from ssa_pretrain.checkpoint.publish import publish
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.rules import warning
-from ssa_pretrain.config_io import config_to_dict, save_config
 from ssa_pretrain.data.batches import Batch, training_batches
 from ssa_pretrain.engine import PendingStep, StepResult
 from ssa_pretrain.errors import DivergedError, Interrupted
@@ -33,6 +32,7 @@ from ssa_pretrain.resume import find_checkpoint, restore, why_finished
 from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flattened, locked_folder
 from ssa_pretrain.run_folder import space_warning
 from ssa_pretrain.schedule import is_due, learning_rate
+from ssa_pretrain.settings.convert import config_to_dict, save_config
 
 # Settings that do not affect the results of a step.
 NEUTRAL_SETTINGS = (

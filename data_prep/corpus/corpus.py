@@ -18,7 +18,8 @@ from data_prep.progress import Log
 from data_prep.recipe import known_dataset, to_plain, without_keys
 from data_prep.sources.catalog import SOURCES
 from data_prep.sources.files import Part
-from data_prep.sources.mixed import fetched_and_own, part_names, sources_of
+from data_prep.sources.mixed import fetched_and_own, sources_of
+from data_prep.sources.settings import part_names
 from data_prep.sources.store import TextStore, has_other_text, known_text, stored_text
 from ssa_pretrain.data.repair import command
 

@@ -177,7 +177,7 @@ def _make_with(
     rate = {
         "executor": executor,
         "backend": backend,
-        "workers": num_workers if executor == "local" else config.executor.tasks,
+        "workers": getattr(config.executor, "tasks", num_workers),
         "text_bytes": sum(record["text_bytes"] for record in records),
         "tokens": sum(info["tokens"] for record in records for info in record["splits"].values() if info),
         "seconds": round(time.monotonic() - started, 3),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ssa_pretrain.config import Config
-from ssa_pretrain.config_io import config_to_dict
+from ssa_pretrain.settings.convert import config_to_dict
 
 LATER = "vocabulary."  # prefix of facts that older checkpoints lack
 MICRO_BATCH = "training.micro_batch_size"

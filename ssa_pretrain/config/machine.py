@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
 @dataclass(frozen=True, slots=True)

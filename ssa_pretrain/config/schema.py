@@ -23,7 +23,7 @@ from ssa_pretrain.config.choices import (
     Timestamps,
     WandbMode,
 )
-from ssa_pretrain.problems import Problem, above_zero, at_least, between, divisors, join, nearest
+from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between, divisors, join, nearest
 
 
 @dataclass(kw_only=True, slots=True)

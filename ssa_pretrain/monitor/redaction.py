@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ssa_pretrain.problems import SECRET
+from ssa_pretrain.settings.problems import SECRET
 
 HIDDEN = "<hidden>"
 

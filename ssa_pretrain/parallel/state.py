@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from ssa_pretrain.config import ParallelConfig
 from ssa_pretrain.config.machine import has_gpu
 from ssa_pretrain.parallel import cpu_backend
-from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ssa_pretrain.config import Config
 from ssa_pretrain.planning.flops import RowFlops, row_flops
 from ssa_pretrain.planning.memory import activation_bytes, count_parameters, state_bytes
-from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.data.mixture import readings
 from ssa_pretrain.planning.flops import peak_flops
 from ssa_pretrain.planning.plan import Plan
-from ssa_pretrain.problems import divisors
+from ssa_pretrain.settings.problems import divisors
 
 GIB = 2**30
 GPUS_PER_NODE = 8

@@ -1,22 +1,30 @@
-"""What a key of a configuration means, as both command lines print it for `--explain KEY`.
+"""`--explain KEY`: a key's meaning, type, range, default and value in the command's configuration.
 
-The text is what the dataclasses say: the comment on a field's line, else the docstring of its type (a section, an enumeration). Nothing is written
-twice. Stdlib only.
+The meaning is the comment on the field's line, else the docstring of its type (a section, an enumeration). The range comes from the rules: the
+configuration's `problems` are read with values at both ends. Nothing is written twice.
 """
 
 import ast
+import copy
 import dataclasses
 import inspect
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from io import StringIO
+from operator import attrgetter
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+from ssa_pretrain.settings.convert import absent_key, config_to_dict, known_keys
+from ssa_pretrain.settings.kinds import section_of, sections_in
+from ssa_pretrain.settings.problems import ConfigError, Problem, join
+from ssa_pretrain.settings.suggestions import closest
+
+PROBES = (-1, 0, 1, 10**15 + 1)
 SHOWN_VALUE = 24  # letters of a value in a list of keys
 NO_VALUE = "???"
 
@@ -48,15 +56,63 @@ class Section:
     meaning: str
 
 
-def settings_of(cls: Any, values: Mapping[str, Any], kinds: Mapping[str, Any] | None = None) -> list[Section | Setting]:
+def explain(asked: str, config: Any, groups: Mapping[str, Sequence[str]]) -> str:
+    """Returns the text for a key, a section, a group or a pattern of keys.
+
+    Args:
+        asked: what the user wants to know; empty: everything.
+        config: the command's configuration; its `problems` are its rules.
+        groups: the options of each group.
+
+    Raises:
+        ConfigError: nothing has this name.
+    """
+    root, values = type(config), config_to_dict(config)
+    known = settings_of(root, values)
+    text = explained(asked, known, lambda key: ranges(config, key))
+    options = groups.get(asked, ())
+    if options and text:
+        head, *table = text.splitlines()
+        return "\n".join([head, f"  options of the group: {join(options)}", *table])
+    if options:
+        return f"{asked}: a group of whole settings; {asked}={join(options)}"
+    if text:
+        return text
+    if any(sign in asked for sign in "*?["):
+        section = next(entry.key for entry in known if isinstance(entry, Section) and entry.key)
+        advice = f"try '{section}.*', or --explain without a key for all keys"
+        raise ConfigError([Problem(asked, None, "matches no key", advice)])
+    names = [*groups, *(entry.key for entry in known if isinstance(entry, Section) and entry.key)]
+    near = closest(asked, [*known_keys(root), *names], 1)
+    if near and near[0] in names:
+        raise ConfigError([Problem(asked, None, "is not a known key", f"did you mean {near[0]}?")])
+    raise ConfigError([absent_key(root, values, asked)])
+
+
+def ranges(config: Any, key: str) -> list[str]:
+    """Returns the rules that a number keeps on its own, as its section words them; rules that read other keys are left out."""
+    if known_keys(type(config)).get(key) not in (int, float):
+        return []
+    section, _, name = key.rpartition(".")
+    rules: dict[str, None] = {}
+    for probe in PROBES:
+        trial = copy.deepcopy(config)
+        values: Any = attrgetter(section)(trial) if section else trial
+        if hasattr(values, "enabled"):
+            values.enabled = True  # a section that is off has no rules
+        setattr(values, name, probe)
+        rules |= {p.rule: None for p in trial.problems() if p.key == key and not p.reads}
+    return list(rules)
+
+
+def settings_of(cls: Any, values: Mapping[str, Any]) -> list[Section | Setting]:
     """Returns a configuration's sections and keys in the order of the fields.
 
     Args:
         cls: the dataclass of the whole configuration.
         values: a configuration as plain values; a key that it lacks has its default.
-        kinds: the dataclasses of sections that a choice decides, by key.
     """
-    return [Section("", _docstring(cls)), *_walk(cls, values, "", kinds or {})]
+    return [Section("", _docstring(cls)), *_walk(cls, values, "")]
 
 
 def field_comments(cls: Any) -> dict[str, str]:
@@ -98,14 +154,15 @@ def explained(asked: str, known: list[Section | Setting], ranges: Callable[[str]
     return "\n".join(_table(found)) if found else None
 
 
-def _walk(cls: Any, values: Mapping[str, Any], prefix: str, kinds: Mapping[str, Any]) -> Iterator[Section | Setting]:
+def _walk(cls: Any, values: Mapping[str, Any], prefix: str) -> Iterator[Section | Setting]:
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):
-        key, kind = prefix + field.name, kinds.get(prefix + field.name, field.type)
+        key, kind = prefix + field.name, field.type
         value = values.get(field.name, dataclasses.MISSING)
-        if dataclasses.is_dataclass(kind):
-            yield Section(key, comments[field.name] or _docstring(kind))
-            yield from _walk(kind, value if isinstance(value, Mapping) else {}, f"{key}.", kinds)
+        if sections_in(kind):
+            section = section_of(kind, value)
+            yield Section(key, comments[field.name] or _docstring(section))
+            yield from _walk(section, value if isinstance(value, Mapping) else {}, f"{key}.")
             continue
         meaning = comments[field.name] or (_uncapitalized(_docstring(kind)) if _is_enum(kind) else "")
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -27,6 +27,8 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
+from ssa_pretrain.settings.kinds import sections_in
+
 READ_BY_LOOKS = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL, OverrideLexer.NULL)
 TEXT, NULL, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
 PATH_PART = re.compile(r"0|[1-9](_?[0-9])*|[A-Za-z_$][A-Za-z0-9_$-]*")  # what Hydra's grammar takes between dots
@@ -114,10 +116,12 @@ def typed_files(root: type) -> Iterator[None]:
 
 
 def _below(kind: Any, name: str) -> Any:
-    """The type of what a name stands for inside a value of a type."""
-    if dataclasses.is_dataclass(kind):
-        return next((field.type for field in dataclasses.fields(kind) if field.name == name), None)
-    return _inner(kind)
+    """The type of what a name stands for inside a value of a type; of a section of several kinds, one that takes every word as text comes first."""
+    sections = sections_in(kind)
+    if not sections:
+        return _inner(kind)
+    found = [field.type for section in sections for field in dataclasses.fields(section) if field.name == name]
+    return next((type_ for type_ in found if _is_text(type_, null=True)), found[0] if found else None)
 
 
 def _inner(kind: Any) -> Any:
@@ -211,7 +215,7 @@ def _retag(node: yaml.Node, kind: Any) -> None:
                 for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     _retag(merged, kind)
                 continue
-            if isinstance(name, yaml.ScalarNode) and (dataclasses.is_dataclass(kind) or get_origin(kind) is dict):
+            if isinstance(name, yaml.ScalarNode) and (sections_in(kind) or get_origin(kind) is dict):
                 name.tag = TEXT
             _retag(value, _below(kind, str(name.value)))
     elif isinstance(node, yaml.SequenceNode):

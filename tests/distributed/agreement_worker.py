@@ -11,8 +11,8 @@ from ssa_pretrain.checkpoint import publish as publishing
 from ssa_pretrain.checkpoint.publish import publish
 from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.parallel import agreement
-from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.run import require_shared_folder
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
 def save_apart(run: Path, output: Path, rank: int) -> None:

@@ -18,8 +18,8 @@ from random import Random
 
 import pytest
 
-from data_prep.cli import checked, compose_settings
 from data_prep.cli import main as data_prep
+from data_prep.cli import read_config as read_data_config
 from ssa_pretrain.bench.__main__ import read_options
 from ssa_pretrain.cli import read_config
 
@@ -225,7 +225,7 @@ def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if module == "data_prep" and rest[0] == "--explain":
         assert data_prep(rest) == 0
     elif module == "data_prep":
-        checked(compose_settings(rest))
+        read_data_config(rest)
     elif module == "ssa_pretrain.bench":
         read_options(rest, int(words[words.index("--nproc-per-node") + 1]) if words[0] == "torchrun" else 1)
     elif module in ("ssa_pretrain.train", "ssa_pretrain.evaluate", "ssa_pretrain.plan"):

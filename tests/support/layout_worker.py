@@ -16,13 +16,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ssa_pretrain.config import Config
-from ssa_pretrain.config_io import config_from_dict, config_to_dict
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.engine.megatron.checkpoint import unwrap
 from ssa_pretrain.model.sharding import global_name, partition_dim
 from ssa_pretrain.parallel.state import Placement, start
+from ssa_pretrain.settings.convert import config_from_dict, config_to_dict
 
 VOCAB, LENGTH, ROWS = 96, 96, 4
 
@@ -53,7 +53,7 @@ def configure(overrides: dict) -> Config:
             node = node[part]
         assert last in node, key
         node[last] = value
-    config, problems = config_from_dict(tree)
+    config, problems = config_from_dict(Config, tree)
     assert not problems, problems
     return config
 

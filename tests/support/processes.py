@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = Path(__file__).resolve().parent
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["torch", "hydra", "ssa_pretrain.composition", "ssa_pretrain.trainer", "ssa_pretrain.engine.megatron.engine"]
+    ["torch", "hydra", "ssa_pretrain.settings.compose", "ssa_pretrain.trainer", "ssa_pretrain.engine.megatron.engine"]
 )
 
 

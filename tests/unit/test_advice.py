@@ -11,11 +11,12 @@ import pytest
 
 from ssa_pretrain.advice import GROUP_KEYS, in_keys_only, settings_advised, with_tried_advice
 from ssa_pretrain.cli import CONF, resolve_config
-from ssa_pretrain.composition import Source, compose, hydra_on, sort_overrides
+from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config.rules import check
-from ssa_pretrain.config_io import config_from_dict, known_keys
-from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.settings.compose import Source, compose, hydra_on
+from ssa_pretrain.settings.convert import config_from_dict, known_keys
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 MACHINES = (
     Machine(world_size=8, has_files=False),
@@ -55,14 +56,14 @@ def problems(arguments: Sequence[str], machine: Machine, entry: str = "train") -
 def composed(arguments: Sequence[str]) -> dict[str, Any]:
     source = Source(CONF)
     with hydra_on(source):
-        overrides, found = sort_overrides(arguments, source)
+        overrides, found = check_overrides(arguments, source)
         assert not found
         return compose(overrides, source)[0]
 
 
 def checked(tree: dict[str, Any], machine: Machine) -> list[Problem]:
     """The problems of a composed configuration, as the command line finds them."""
-    config, found = config_from_dict(tree)
+    config, found = config_from_dict(Config, tree)
     found += check(config, machine, {problem.key for problem in found})
     return with_tried_advice(found, config, machine)
 
@@ -80,7 +81,7 @@ def with_setting(tree: dict[str, Any], key: str, value: str) -> dict[str, Any]:
 def test_what_is_advised_is_accepted() -> None:
     """Keys with values that they may not have, in several runs on several machines: a sample of 20,000 cases that hold."""
     draw, tried, strict = random.Random(13), 0, 0
-    keys = [key for key in known_keys() if key not in FREE]
+    keys = [key for key in known_keys(Config) if key not in FREE]
     for run in RUNS:
         tree = composed([*run, "data.path=somewhere"])
         for machine, key, value in draw.sample(list(itertools.product(MACHINES, keys, VALUES)), 350):
@@ -88,7 +89,7 @@ def test_what_is_advised_is_accepted() -> None:
             found = checked(typed, machine)
             for problem, setting in ((each, setting) for each in found for setting in settings_advised(each)):
                 name, _, advised = setting.partition("=")
-                if GROUP_KEYS.get(name, name) not in known_keys():
+                if GROUP_KEYS.get(name, name) not in known_keys(Config):
                     continue
                 tried += 1
                 left = {other.key for other in checked(with_setting(typed, name, advised), machine)}

@@ -16,10 +16,10 @@ import yaml
 from ssa_pretrain.cli import CONF, read_config, resolve_config
 from ssa_pretrain.config import Config, Method, PrecisionName
 from ssa_pretrain.config.machine import Machine, this_machine
-from ssa_pretrain.config_io import known_keys, load_config, save_config
 from ssa_pretrain.planning.plan import make_plan
 from ssa_pretrain.planning.table import describe
-from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.settings.convert import known_keys, load_config, save_config
+from ssa_pretrain.settings.problems import ConfigError
 
 ROOT = CONF.parent
 PLAN = Machine(world_size=1, has_files=False)
@@ -113,7 +113,7 @@ def test_what_is_wrong_in_a_user_s_file_is_listed_too(tmp_path: Path) -> None:
 def test_a_saved_configuration_runs_again(tmp_path: Path) -> None:
     first = resolved("experiment=quickstart", "optim.lr=0.25", "data.weights.english=0.5")
     save_config(first, tmp_path / "config.yaml")
-    assert resolved("-cp", str(tmp_path)) == first == load_config(tmp_path / "config.yaml")
+    assert resolved("-cp", str(tmp_path)) == first == load_config(Config, tmp_path / "config.yaml")
     assert resolved("-cp", str(tmp_path), "-cn", "config.yaml", "optim.lr=0.125").optim.lr == 0.125
 
 
@@ -153,23 +153,23 @@ def test_a_launcher_s_local_rank_is_no_setting() -> None:
         (("training.steps=true",), "training.steps=true must be a whole number; try 300"),
         (("training.steps=-3",), "training.steps=-3 must be at least 0; try 3"),
         (("training=5",), "training=5 is a section, not a value; it has the keys total_tokens, steps, "),
-        (("data.path=???",), "data.path=??? is missing; give it a value"),
+        (("data.path=???",), "data.path is not set and has no default; give data.path=…"),
         (("model=lama_1b", "attention.impl=reference"), "model=lama_1b is not an option of the group model; did you mean"),
         (("model=zzz",), "model=zzz is not an option of the group model; try llama_1b, llama_300m, "),
         (("optim=5",), "optim=5 is not an option of the group optim; try adamw"),
         (("optim={lr: 3}",), "optim={...} is not an option of the group optim; try adamw"),
         (("precison=fp32",), "precison=fp32 is not a known key or group; did you mean precision=…? It has bf16, fp32 or fp8"),
-        (("seed=1,2,3",), "seed=1,2,3 is a sweep, and a command trains one run; give one value; "),
-        (("seed=range(3)",), "seed=range(3) is a sweep, and a command trains one run; give one value; "),
-        (("-m",), "--multirun is refused: a command trains one run; try: for s in 1 2 3; do "),
+        (("seed=1,2,3",), "seed=1,2,3 is a sweep of several values; give one value; "),
+        (("seed=range(3)",), "seed=range(3) is a sweep of several values; give one value; "),
+        (("-m",), "--multirun is refused: a command starts one run; try: for s in 1 2 3; do "),
         (("~optim.lr",), "~optim.lr removes a key, and every key has a value; try optim.lr=… instead"),
-        (("hydra.run.dir=x",), "hydra.run.dir=x has no effect: a run writes to output_dir alone; try output_dir=…"),
+        (("hydra.run.dir=x",), "hydra.run.dir=x has no effect: Hydra writes nothing here; remove it"),
         (("--optim.lr=1",), "--optim.lr=1 is not a flag: settings are written key=value, without dashes; try optim.lr=1"),
         (("--learning-rate=1",), "--learning-rate=1 is not a flag: settings are written key=value, without dashes; try optim.lr=1"),
         (("steps",), "steps is not key=value; try training.steps=…"),
         (("optim..lr=1",), "optim..lr=1 is not a known key; did you mean optim.lr?"),
         (("optim lr=1",), "optim lr=1 is not a known key; did you mean optim.lr?"),
-        (("name=a[",), "name=a[ cannot be read ("),
+        (("name=a[",), 'name=a[ cannot be read; put a text in quotes inside quotes: "name=\'a[\'"'),
         (("output_dir=${nam}/x",), "output_dir=${nam}/x leads nowhere (Interpolation key 'nam' not found); give a plain value"),
         (("-cd", "/nowhere"), "--config-dir=/nowhere is not a folder; the project's own is "),
         (("engine=deepspeed", "deepspeed.zero_stage=4"), "deepspeed.zero_stage=4 must be 0, 1, 2 or 3; try 3"),
@@ -197,7 +197,7 @@ def test_a_bad_argument_is_one_line(arguments: tuple[str, ...], message: str) ->
 def test_a_secret_is_refused_with_the_way_to_give_it_and_never_repeated(arguments: tuple[str, ...]) -> None:
     found = lines("experiment=quickstart", *arguments)
     assert len(found) == 1
-    assert "is a secret, and the configuration is saved with the run; set WANDB_API_KEY in the environment" in found[0]
+    assert "is a secret, and the configuration is saved; set WANDB_API_KEY or HF_TOKEN in the environment" in found[0]
     assert "s3cret" not in found[0]
 
 
@@ -297,7 +297,7 @@ def test_whatever_is_typed_ends_in_a_list_of_problems_or_a_plan() -> None:
     """Random arguments: the only error is ConfigError, which the command line prints."""
     draw = random.Random(3)
     keys = [
-        *known_keys(),
+        *known_keys(Config),
         "model",
         "training",
         "experiment",
@@ -375,7 +375,7 @@ def test_cfg_job_shows_the_whole_configuration_without_torch(tmp_path: Path) -> 
     assert shown["output_dir"] == "outputs/ssa_1b_32k"
     assert shown["optim"]["lr"] == 2e-4
     (tmp_path / "config.yaml").write_text(done.stdout)
-    assert load_config(tmp_path / "config.yaml") == resolved("experiment=ssa_1b_32k", "optim.lr=2e-4")
+    assert load_config(Config, tmp_path / "config.yaml") == resolved("experiment=ssa_1b_32k", "optim.lr=2e-4")
 
 
 def test_cfg_job_of_a_wrong_key_is_refused(tmp_path: Path) -> None:

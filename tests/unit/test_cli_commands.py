@@ -74,8 +74,8 @@ def test_without_arguments_or_with_wrong_ones_they_end_with_3(capsys: pytest.Cap
     assert [launch([], {}), launch(["slurm"], {}), report([])] == [3, 3, 3]
     assert "ssa_pretrain.launch: slurm is not a launcher; try torchrun, deepspeed or steps\n" in capsys.readouterr().err
     assert data_prep(["--verify=full", "out=x"]) == 3
-    message = "error: unrecognized arguments: --verify=full; settings are written KEY=VALUE, without dashes, and --help lists the flags\n"
-    assert capsys.readouterr().err == message
+    line = "  --verify=full is not a flag: settings are written key=value, without dashes; try verify=full"
+    assert capsys.readouterr().err.splitlines()[1] == line
 
 
 def test_the_version_is_the_project_s(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,9 +84,7 @@ def test_the_version_is_the_project_s(capsys: pytest.CaptureFixture[str]) -> Non
             read_config(entry, ["--version"])
         assert left.value.code == 0
         assert capsys.readouterr().out.startswith(f"ssa_pretrain {version('ssa-pretrain')} (python 3.")
-    with pytest.raises(SystemExit) as left:
-        data_prep(["--version"])
-    assert left.value.code == 0
+    assert data_prep(["--version"]) == 0
     assert capsys.readouterr().out.startswith(f"data_prep {version('ssa-pretrain')} (python 3.")
 
 

@@ -8,12 +8,13 @@ from itertools import pairwise
 import pytest
 
 from ssa_pretrain.cli import resolve_config
+from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.config_io import known_keys
-from ssa_pretrain.problems import ConfigError
-from ssa_pretrain.suggestions import closest, typing_distance
+from ssa_pretrain.settings.convert import known_keys
+from ssa_pretrain.settings.problems import ConfigError
+from ssa_pretrain.settings.suggestions import closest, typing_distance
 
-KEYS = list(known_keys())
+KEYS = list(known_keys(Config))
 
 
 def edits_apart(a: str, b: str) -> int:
@@ -111,7 +112,7 @@ def test_what_resembles_nothing_gets_no_suggestion(typed: str) -> None:
 
 
 def test_every_synonym_leads_to_a_key_that_exists() -> None:
-    from ssa_pretrain.suggestions import SYNONYMS
+    from ssa_pretrain.settings.suggestions import SYNONYMS
 
     assert set(SYNONYMS.values()) <= set(KEYS)
     assert not set(SYNONYMS) & {key.rsplit(".", 1)[-1] for key in KEYS}

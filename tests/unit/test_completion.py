@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.cli import CONF, read_config
-from ssa_pretrain.completion import candidates
+from ssa_pretrain.config import Config
+from ssa_pretrain.settings.completion import candidates
 
 PYTHON = "python -m ssa_pretrain.train"
 
 
 def completed(typed: str) -> list[str]:
-    return candidates(f"{PYTHON} {typed}", CONF)
+    return candidates(f"{PYTHON} {typed}", Config, CONF)
 
 
 def test_groups_options_keys_values_and_flags() -> None:

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from ssa_pretrain.config import Config, Method, WandbMode
-from ssa_pretrain.config_io import config_from_dict, config_to_dict, known_keys, load_config, save_config
-from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.settings.convert import config_from_dict, config_to_dict, known_keys, load_config, save_config
+from ssa_pretrain.settings.problems import ConfigError
 
 
 def nested(key: str, value: object) -> dict:
@@ -32,8 +32,8 @@ def get(config: Config, key: str) -> object:
 
 def test_the_defaults_are_a_fixed_point() -> None:
     tree = config_to_dict(Config())
-    config, problems = config_from_dict(tree)
-    assert [str(p) for p in problems] == ["data.path=??? is missing; give it a value"]
+    config, problems = config_from_dict(Config, tree)
+    assert [str(p) for p in problems] == ["data.path is not set and has no default; give data.path=…"]
     assert config_to_dict(config) == tree
     assert set(tree["model"]) == {f.name for f in dataclasses.fields(type(config.model))}
 
@@ -55,7 +55,7 @@ def test_the_defaults_are_a_fixed_point() -> None:
     ],
 )
 def test_values_are_read_as_a_person_means_them(key: str, given: object, meant: object) -> None:
-    config, problems = config_from_dict(nested(key, given))
+    config, problems = config_from_dict(Config, nested(key, given))
     assert not problems
     assert get(config, key) == meant
     assert type(get(config, key)) is type(meant)
@@ -96,17 +96,17 @@ def test_values_are_read_as_a_person_means_them(key: str, given: object, meant: 
     ],
 )
 def test_a_value_that_does_not_fit_names_key_value_rule_and_choice(key: str, given: object, message: str) -> None:
-    config, problems = config_from_dict(nested(key, given))
+    config, problems = config_from_dict(Config, nested(key, given))
     assert len(problems) == 1
     assert message in str(problems[0])
     assert "s3cret" not in str(problems[0])
-    if key in known_keys():
+    if key in known_keys(Config):
         assert get(config, key) == get(Config(), key)  # the rest can still be checked
 
 
 def test_all_problems_come_at_once() -> None:
     tree = {"optim": {"lr": "abc", "lrr": 1}, "model": {"num_layers": 1.5}, "nothing": 1, "data": {"path": "x"}}
-    _, problems = config_from_dict(tree)
+    _, problems = config_from_dict(Config, tree)
     assert sorted(p.key for p in problems) == ["model.num_layers", "nothing", "optim.lr", "optim.lrr"]
 
 
@@ -191,7 +191,7 @@ def test_all_problems_come_at_once() -> None:
 def test_a_section_reports_its_problems(key: str, value: object, message: str) -> None:
     tree = nested(key, value)
     training = {"steps": 10, "global_batch_tokens": 512} | tree.get("training", {})
-    config, problems = config_from_dict(tree | {"training": training})
+    config, problems = config_from_dict(Config, tree | {"training": training})
     assert not problems
     found = [str(p) for p in config.problems()]
     assert len(found) == 1
@@ -219,25 +219,26 @@ def test_rules_over_two_fields_of_a_section() -> None:
             "logging.wandb.project='' must name a project; try ssa_pretrain",
         ),
     ):
-        config, problems = config_from_dict(base | section)
+        config, problems = config_from_dict(Config, base | section)
         assert not problems
         assert [str(p) for p in config.problems()] == [message]
     quiet = {"parallel": {"pp": 4, "vpp": 2}, "model": {"rope_scaling": {"enabled": False, "factor": 0.5}}}
-    assert config_from_dict(base | quiet)[0].problems() == []
+    assert config_from_dict(Config, base | quiet)[0].problems() == []
 
 
 def test_saving_and_loading_returns_the_same_configuration(tmp_path: Path) -> None:
     config, _ = config_from_dict(
+        Config,
         {
             "name": "yes",  # texts that YAML would take for something else
             "output_dir": "1e5",
             "data": {"path": "null", "weights": {"on": 0.1}},
             "optim": {"lr": 3e-5, "eps": 1e-15},
             "logging": {"wandb": {"tags": ["01", "a: b"]}},
-        }
+        },
     )
     save_config(config, tmp_path / "deep" / "config.yaml")
-    assert load_config(tmp_path / "deep" / "config.yaml") == config
+    assert load_config(Config, tmp_path / "deep" / "config.yaml") == config
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["config.yaml"]
 
 
@@ -260,7 +261,7 @@ def test_loading_what_is_not_a_configuration_fails(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("- a list\n")
     with pytest.raises(ConfigError, match=r"config\.yaml does not hold a configuration"):
-        load_config(path)
+        load_config(Config, path)
     path.write_text("optim: {lrr: 1}\ndata: {path: x}\n")
     with pytest.raises(ConfigError, match=r"optim\.lrr=1 is not a known key; did you mean optim\.lr\?"):
-        load_config(path)
+        load_config(Config, path)

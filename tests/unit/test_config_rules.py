@@ -14,9 +14,9 @@ import pytest
 from ssa_pretrain.cli import read_config, resolve_config
 from ssa_pretrain.config.machine import Machine, this_machine
 from ssa_pretrain.data.indexed_format import token_dtype, write_index
-from ssa_pretrain.problems import ConfigError, Problem
 from ssa_pretrain.run_folder import lock_folder
 from ssa_pretrain.settings.files import file_sha256, unlock
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 CPU = Machine(world_size=1, has_gpu=False, has_transformer_engine=False, has_files=False)
 GPU = Machine(world_size=1, has_gpu=True, has_transformer_engine=True, has_files=False)

@@ -6,7 +6,7 @@ from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.settings.problems import ConfigError
 
 MACHINE = Machine(world_size=2, has_gpu=True, has_transformer_engine=True, has_deepspeed=True, has_files=False)
 PAPER = ("experiment=ssa_1b_8k", "engine=deepspeed", "model.vocab_size=128256")

@@ -14,7 +14,7 @@ from ssa_pretrain.config import Config
 from ssa_pretrain.engine.deepspeed import setup
 from ssa_pretrain.engine.deepspeed.checkpoint import _require_convertible, read_layout, universal_info
 from ssa_pretrain.engine.deepspeed.engine import _require_accepted
-from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.settings.problems import ConfigError
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssa_pretrain.parallel import state
-from ssa_pretrain.problems import ConfigError
+from ssa_pretrain.settings.problems import ConfigError
 
 
 def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch):

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from data_prep import config as data_settings
-from data_prep.cli import SCHEMAS
 from data_prep.cli import main as data_prep
+from data_prep.sources.hub.settings import HubPart
 from ssa_pretrain.cli import CONF, read_config
 from ssa_pretrain.config import Config
-from ssa_pretrain.config_io import known_keys
+from ssa_pretrain.settings.convert import known_keys
 from ssa_pretrain.settings.explain import field_comments
+from ssa_pretrain.settings.kinds import sections_in
 
 
 def printed(*arguments: str, capsys: pytest.CaptureFixture[str], entry: str = "train") -> str:
@@ -30,12 +31,11 @@ def printed(*arguments: str, capsys: pytest.CaptureFixture[str], entry: str = "t
 def dataclasses_of(cls: Any) -> Iterator[Any]:
     yield cls
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            yield from dataclasses_of(field.type)
+        for section in sections_in(field.type):
+            yield from dataclasses_of(section)
 
 
-KINDS = [schema for schemas in SCHEMAS.values() for schema in schemas.values()]
-ALL = [cls for root in (Config, data_settings.Config, *KINDS) for cls in dataclasses_of(root)]
+ALL = [cls for root in (Config, data_settings.Config, HubPart) for cls in dataclasses_of(root)]
 
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
@@ -82,7 +82,7 @@ def test_sections_groups_and_patterns_list_their_keys(capsys: pytest.CaptureFixt
     found = [line.split()[0] for line in printed("--explain", "*.interval", capsys=capsys).splitlines()]
     assert found == ["evaluation.interval", "checkpoint.interval", "logging.interval"]
     everything = printed("--explain", capsys=capsys)
-    assert all(f"\n  {key} " in everything for key in known_keys())
+    assert all(f"\n  {key} " in everything for key in known_keys(Config))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_sections_groups_and_patterns_list_their_keys(capsys: pytest.CaptureFixt
         ("optim.lrr", "optim.lrr is not a known key; did you mean optim.lr?"),
         ("learning_rate", "learning_rate is not a known key; did you mean optim.lr?"),
         ("experment", "experment is not a known key; did you mean experiment?"),
-        ("zz*", "zz* matches no key; try 'optim.*', or --explain alone for all keys"),
+        ("zz*", "zz* matches no key; try 'model.*', or --explain without a key for all keys"),
     ],
 )
 def test_an_unknown_key_gets_suggestions_and_3(asked: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +104,8 @@ def test_an_unknown_key_gets_suggestions_and_3(asked: str, line: str, capsys: py
 def test_data_prep_explains_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert data_prep(["--explain", "split.heldout_fraction", "split.heldout_fraction=0.5"]) == 0
     assert capsys.readouterr().out == (
-        "split.heldout_fraction: share of the documents; 1 makes a dataset for measuring alone\n"
-        "  type     number; must be from 0 to 1\n"
+        "split.heldout_fraction: share of the documents; 1 makes a dataset for measuring only\n"
+        "  type     number; must lie in 0 to 1\n"
         "  default  0.02\n"
         "  here     0.5\n"
     )
@@ -116,10 +116,10 @@ def test_data_prep_explains_its_settings(capsys: pytest.CaptureFixture[str]) -> 
     assert data_prep(["--explain"]) == 0
     assert "\n  out " in capsys.readouterr().out
     assert data_prep(["--explain", "source.paths"]) == 3
-    line = "error: source.paths is a setting of source=jsonl, parquet or text, not of source=quickstart; add source=jsonl\n"
-    assert capsys.readouterr().err == line
+    line = "  source.paths belongs to source=jsonl, parquet or text, and source is of the kind quickstart; add source=jsonl"
+    assert capsys.readouterr().err.splitlines()[1] == line
     assert data_prep(["--explain", "zz*"]) == 3
-    assert "zz* matches no setting; try 'source.*'" in capsys.readouterr().err
+    assert "zz* matches no key; try 'source.*'" in capsys.readouterr().err
 
 
 def test_torch_is_not_imported() -> None:

@@ -39,10 +39,9 @@ def users(name: str) -> set[str]:
         (
             "hydra",
             [
-                "ssa_pretrain/cli.py",
-                "ssa_pretrain/composition.py",
+                "ssa_pretrain/settings/command_line.py",
+                "ssa_pretrain/settings/compose.py",
                 "ssa_pretrain/settings/typed.py",
-                "data_prep/cli.py",
                 "data_prep/own_settings.py",
             ],
         ),

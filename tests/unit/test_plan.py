@@ -13,8 +13,8 @@ from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.planning.plan import Plan, make_plan
 from ssa_pretrain.planning.table import GIB, describe
-from ssa_pretrain.problems import ConfigError
 from ssa_pretrain.schedule import learning_rate
+from ssa_pretrain.settings.problems import ConfigError
 from support.small_datasets import cut, write_dataset
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.config import Config, Method
-from ssa_pretrain.config_io import save_config
 from ssa_pretrain.monitor.environment import record_start
 from ssa_pretrain.report.__main__ import main, table
 from ssa_pretrain.report.page import page
 from ssa_pretrain.report.summary import ReportError, read_summary
+from ssa_pretrain.settings.convert import save_config
 
 MANIFEST = {
     "tokenizer": {"name": "bpe8192", "vocab_size": 8192},

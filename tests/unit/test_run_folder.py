@@ -15,9 +15,9 @@ from typing import TextIO
 import pytest
 
 from ssa_pretrain import run_folder
-from ssa_pretrain.problems import ConfigError
 from ssa_pretrain.run_folder import LOCK, lock_folder, require_free, space_warning, unwritable
 from ssa_pretrain.settings.files import unlock
+from ssa_pretrain.settings.problems import ConfigError
 
 HOLD = "import sys, time, pathlib; from ssa_pretrain.run_folder import lock_folder; held = lock_folder(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
 

@@ -7,9 +7,9 @@ import pytest
 from ssa_pretrain import evaluate
 from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import Config
-from ssa_pretrain.config_io import config_from_dict, save_config
 from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.saved_run import expand, named_checkpoint
+from ssa_pretrain.settings.convert import config_from_dict, save_config
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
 PLAN = ["dry_run=true", "model.vocab_size=4096"]
@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "training": {"steps": 7, "global_batch_tokens": 4096},
         "checkpoint": {"init_from": "gone"},
     }
-    config, problems = config_from_dict(tree)
+    config, problems = config_from_dict(Config, tree)
     assert not problems
     run = tmp_path / "it's moved, to a=b [1]"
     save_config(config, run / "config.yaml")

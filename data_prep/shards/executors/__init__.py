@@ -72,15 +72,16 @@ def launch(
 
 
 def _submit(config: Config, out: Path, vocabulary: Vocabulary, backend: str, jobs: list[Job], log: Log) -> Handle:
+    executor: Any = config.executor  # Slurm's or Ray's, each for its own `submit`
     try:
         import datatrove as _  # noqa: F401
     except ImportError:
         raise ConfigurationError(
-            f"executor={config.executor.kind} needs datatrove; install it with `pip install -e '.[cluster]'`, or use "
+            f"executor={executor.kind} needs datatrove; install it with `pip install -e '.[cluster]'`, or use "
             "executor=local"
         ) from None
-    folder = out / "work" / "runs" / f"{config.executor.kind}-{time.time_ns()}"
-    if config.executor.kind == "slurm":
+    folder = out / "work" / "runs" / f"{executor.kind}-{time.time_ns()}"
+    if executor.kind == "slurm":
         from data_prep.shards.executors.slurm_array import attach, submit
 
         if handle := attach(out):
@@ -88,8 +89,8 @@ def _submit(config: Config, out: Path, vocabulary: Vocabulary, backend: str, job
             return handle
     else:
         from data_prep.shards.executors.ray_cluster import submit
-    write_job(folder, out, asdict(vocabulary), backend, asdict(config.split), jobs, config.executor.cpus_per_task)
-    return submit(config.executor, out, folder, len(jobs), log)
+    write_job(folder, out, asdict(vocabulary), backend, asdict(config.split), jobs, executor.cpus_per_task)
+    return submit(executor, out, folder, len(jobs), log)
 
 
 def _collect(out: Path, jobs: list[Job], records: dict[str, dict[str, Any]], display: Display) -> None:

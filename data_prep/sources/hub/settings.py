@@ -1,12 +1,12 @@
 """The settings of source=hub and its presets: which dataset, which of its files, how they are fetched."""
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
 
 from data_prep.run_config import OnError
+from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between
 
 
 class HubMode(Enum):
@@ -27,18 +27,17 @@ class HubPart:
     limit_gb: float = 0.0  # stop after this many GB of files (download) or of uncompressed text (stream); 0 takes all
     blobs: bool = False  # the files list blob ids; their text is in Software Heritage's bucket
 
-    def problems(self, name: str) -> list[str]:
-        """Returns what is wrong with the values, one sentence each."""
-        found = []
+    def problems(self, name: str) -> list[Problem]:
+        """Returns what is wrong with the values of the subset `name`."""
+        section, found = f"source.subsets.{name}", []
         if not name or not all(c.isalnum() or c in "-_" for c in name):
-            found.append(f"source.subsets: the name {name!r} must be made of letters, digits, - and _; try text")
+            rule = f"has the name {name!r}, which must be made of letters, digits, - and _"
+            found.append(Problem("source.subsets", None, rule, "try text"))
         if not self.files:
-            found.append(f"source.subsets.{name}.files= must not be empty; try '*.parquet'")
+            found.append(Problem(f"{section}.files", "", "must not be empty", "try '*.parquet'"))
         if not self.text_column:
-            found.append(f"source.subsets.{name}.text_column= must not be empty; try text")
-        if not self.limit_gb >= 0:
-            found.append(f"source.subsets.{name}.limit_gb={self.limit_gb} must not be negative; try 1, or 0 for all")
-        return found
+            found.append(Problem(f"{section}.text_column", "", "must not be empty", "try text"))
+        return found + at_least(section, self, 0, "limit_gb")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,24 +55,18 @@ class BlobSettings:
     limit_rows: int = 0  # stop after this many blobs; 0 takes all
     min_success: float = 0.95  # minimum share of blobs with text; below it the run ends
 
-    def problems(self) -> list[str]:
-        """Returns what is wrong with the values, one sentence each."""
-        found = []
-        for name, least in (("connections", 1), ("attempts", 1), ("part_rows", 1), ("limit_rows", 0)):
-            if (value := getattr(self, name)) < least:
-                found.append(f"source.blobs.{name}={value} must be at least {least}; leave it out for the default")
-        if not 0 < self.timeout_s < math.inf:
-            found.append(f"source.blobs.timeout_s={self.timeout_s} must be positive; try 30")
-        if not 0 <= self.min_success <= 1:
-            found.append(f"source.blobs.min_success={self.min_success} must be from 0 to 1; try 0.95")
-        return found
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with the values."""
+        found = at_least("source.blobs", self, 1, "connections", "attempts", "part_rows")
+        found += at_least("source.blobs", self, 0, "limit_rows") + above_zero("source.blobs", self, "timeout_s")
+        return found + between("source.blobs", self, 0.0, 1.0, "min_success")
 
 
 @dataclass(kw_only=True, slots=True)
 class HubSource:
     """A dataset on the Hugging Face hub, or on a server with the same protocol (HF_ENDPOINT, or `endpoint`)."""
 
-    kind: str = "hub"  # the kind of source that was chosen, by source=
+    kind: str = "hub"  # the kind of source, set by source=
     repo: str = MISSING  # owner/name
     revision: str = "main"  # branch, tag or commit; the commit of a branch is looked up once and kept in the cache
     endpoint: str | None = None  # null: huggingface_hub decides, which reads HF_ENDPOINT
@@ -85,24 +78,19 @@ class HubSource:
     blobs: BlobSettings = field(default_factory=BlobSettings)
     on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
 
-    def problems(self) -> list[str]:
-        """Returns what is wrong with the values, one sentence each."""
-        found = []
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with the values."""
+        found = at_least("source", self, 1, "connections", "attempts") + above_zero("source", self, "part_mb")
         if len([part for part in self.repo.split("/") if part]) != 2 or self.repo.count("/") != 1:
-            found.append(f"source.repo={self.repo!r} must be owner/name; try HuggingFaceTB/smollm-corpus")
+            found.append(Problem("source.repo", self.repo, "must be owner/name", "try HuggingFaceTB/smollm-corpus"))
         if not self.revision:
-            found.append("source.revision= must not be empty; try main")
+            found.append(Problem("source.revision", "", "must not be empty", "try main"))
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
-            found.append(
-                f"source.endpoint={self.endpoint} must begin with http:// or https://; leave it out for the hub"
-            )
+            advice = "leave it out for the hub"
+            found.append(Problem("source.endpoint", self.endpoint, "must begin with http:// or https://", advice))
         if not self.subsets:
-            found.append("source.subsets={} must name at least one part; try source.subsets='{text:{files:*.parquet}}'")
-        for name in ("connections", "attempts"):
-            if (value := getattr(self, name)) < 1:
-                found.append(f"source.{name}={value} must be at least 1; leave it out for the default")
-        if not self.part_mb > 0:
-            found.append(f"source.part_mb={self.part_mb} must be positive; try 256")
+            advice = "try source.subsets='{text:{files:*.parquet}}'"
+            found.append(Problem("source.subsets", {}, "must name at least one part", advice))
         for name, subset in self.subsets.items():
             found += subset.problems(name)
         return found + self.blobs.problems()

@@ -13,7 +13,7 @@ from ssa_pretrain.config.rules.deepspeed import DEEPSPEED_RULES
 from ssa_pretrain.config.rules.files import FILE_RULES
 from ssa_pretrain.config.rules.layout import LAYOUT_RULES
 from ssa_pretrain.config.rules.machine import MACHINE_RULES
-from ssa_pretrain.problems import Problem
+from ssa_pretrain.settings.problems import Problem
 
 
 def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list[Problem]:

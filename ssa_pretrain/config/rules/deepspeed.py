@@ -5,8 +5,8 @@ from typing import Any
 from ssa_pretrain.config import Config, DeepSpeedConfig, EngineName, PrecisionName
 from ssa_pretrain.config.deepspeed import generated, leaves
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.problems import Problem, join, show
-from ssa_pretrain.suggestions import closest
+from ssa_pretrain.settings.problems import Problem, join, show
+from ssa_pretrain.settings.suggestions import closest
 
 TRY_MEGATRON = "try engine=megatron"
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -6,8 +6,8 @@ from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.data.mixture import least_tokens
-from ssa_pretrain.problems import ConfigError, Problem, join
 from ssa_pretrain.run_folder import ELSEWHERE, require_free, unwritable
+from ssa_pretrain.settings.problems import ConfigError, Problem, join
 
 
 def _output_dir(config: Config, machine: Machine) -> list[Problem]:

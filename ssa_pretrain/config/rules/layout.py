@@ -4,7 +4,7 @@ import math
 
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.problems import Problem, divisors, join, nearest, nearest_multiples
+from ssa_pretrain.settings.problems import Problem, divisors, join, nearest, nearest_multiples
 
 LLAMA3_CONTEXT = 8192  # the original context in Llama-3 RoPE scaling
 

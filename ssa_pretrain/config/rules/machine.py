@@ -2,7 +2,7 @@
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, PrecisionName, WandbMode
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.problems import Problem, divisors, join, nearest
+from ssa_pretrain.settings.problems import Problem, divisors, join, nearest
 
 MAX_GROUP_SIZE = 32  # query heads per kv head in the GPU kernels
 FP8_MULTIPLE = 16  # Transformer Engine requires it of both dimensions of an FP8 matrix product

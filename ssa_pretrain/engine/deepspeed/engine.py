@@ -39,7 +39,7 @@ from ssa_pretrain.model.spec import build_model
 from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, limit_waiting
-from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
 class DeepSpeedEngine:

@@ -7,10 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
+from operator import attrgetter
 
 import pytest
 
-from data_prep.cli import checked, compose_settings
+from data_prep.cli import read_config
 from data_prep.files import dataset_lock
 from data_prep.sources.hub.settings import HubPart
 
@@ -20,108 +21,124 @@ SMALL = ("tokenizer=bpe8k", "tokenizer.vocab_size=600", "split.heldout_fraction=
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ([], r"out= is not set and has no default; give out=…"),
-        (["source=jsonl", "out=x"], r"source.paths= is not set"),
-        (["tokenizer=file", "out=x"], r"tokenizer.eos_token= is not set.*; tokenizer.path= is not set"),
-        (["out=x", "sorce=jsonl"], r"sorce is no setting; did you mean source\?"),
-        (["out=x", "split.heldout=0.1"], r"split.heldout is no setting; did you mean split.heldout_fraction\?"),
-        (["out=x", "zzz=1"], r"zzz is no setting; see --cfg job for all keys"),
-        (["out=x", "source=json"], r"source=json must be one of .*jsonl.*; did you mean source=jsonl\?"),
-        (["out=x", "tokenizer=gpt9"], r"tokenizer=gpt9 must be one of bpe4k, bpe8k, file, llama3"),
-        (["out=x", "workers=many"], r"workers: Value 'many' of type 'str' could not be converted to Integer"),
-        (["out=x", "verify=some"], r"verify: Invalid value 'some', expected one of \[quick, full\]"),
-        (["out=x", "source=jsonl", "source.paths=a.jsonl"], r"source.paths= takes a list; write source.paths=\[…\]"),
+        ([], r"out is not set and has no default; give out=…"),
+        (["source=jsonl", "out=x"], r"source.paths is not set and has no default"),
+        (["tokenizer=file", "out=x"], r"tokenizer.path is not set.*\n  tokenizer.eos_token is not set"),
+        (["out=x", "sorce=quickstart"], r"sorce=quickstart is not a known key or group; did you mean source=…\? It has"),
+        (["out=x", "split.heldout=0.1"], r"split.heldout=0.1 is not a known key; did you mean .*split.heldout_fraction\?"),
+        (["out=x", "zzz=1"], r"zzz=1 is not a known key; see --help for all keys"),
+        (["out=x", "tokenizer=bpe9k"], r"tokenizer=bpe9k is not an option of the group tokenizer; did you mean tokenizer=bpe8k\?"),
+        (["out=x", "tokenizer=gpt9"], r"tokenizer=gpt9 is not an option of the group tokenizer; try bpe4k, bpe8k, file or llama3"),
+        (["out=x", "workers=many"], r"workers=many must be a whole number; try 0"),
+        (["out=x", "verify=some"], r"verify=some must be quick or full; try quick"),
+        (["out=x", "source=jsonl", "source.paths=a.jsonl"], r"source.paths=a.jsonl must be a list; try \[a.jsonl\]"),
         (
             ["out=x", "workers=-1", "shard_mb=-2"],
-            r"shard_mb=-2.0 must be at least 0.001; try 64, or 0 .*; workers=-1 must not be negative",
+            r"workers=-1 must be at least 0; try 0\n  shard_mb=-2.0 must be at least 0.001; try 64, or 0",
         ),
-        (["out="], r"out= must name a folder"),
-        (["out=x", "split.heldout_fraction=1.1"], r"split.heldout_fraction=1.1 must be from 0 to 1; try 0.02"),
+        (["out="], r"out='' must name a folder; try outputs/data"),
+        (["out=x", "split.heldout_fraction=1.1"], r"split.heldout_fraction=1.1 must lie in 0 to 1; try 1"),
         (
             ["out=x", "split.heldout_fraction=1", "mix.target_tokens=1e6"],
-            r"leaves no text to train a tokenizer on; name the one of the training data .*; .* makes no train tokens to count",
+            r"leaves no text to train a tokenizer on; name the one of the training data .*\n.*and split.heldout_fraction=1 makes none; try 0",
         ),
-        (["out=x", "tokenizer.vocab_size=100"], r"tokenizer.vocab_size=100 must be from 512 to 1000000; try 8192"),
-        (["out=x", "tokenizer.sample_mb=0"], r"tokenizer.sample_mb=0.0 must be positive; try 12"),
-        (["out=x", "policy.append_eos=false"], r"policy.append_eos=false leaves no mark between documents"),
+        (["out=x", "tokenizer.vocab_size=100"], r"tokenizer.vocab_size=100 must lie in 512 to 1e\+06; try 512"),
+        (["out=x", "tokenizer.sample_mb=0"], r"tokenizer.sample_mb=0.0 must be above 0; try 12"),
+        (["out=x", "policy.append_eos=false"], r"policy.append_eos=false leaves no mark between documents.*; try true"),
         (["out=x", "source=jsonl", "source.paths=[]"], r"source.paths=\[\] must name at least one file"),
-        (
-            ["out=x", "source=jsonl", "source.paths=[a]", "source.name=a/b"],
-            r"source.name='a/b' must be made of letters",
-        ),
-        (
-            ["out=x", "source=jsonl", "source.paths=[a]", "source.text_column="],
-            r"source.text_column= must not be empty",
-        ),
-        (
-            ["out=x", "source=text", "source.paths=[a]", "source.suffixes=[]"],
-            r"source.suffixes=\[\] must name at least one",
-        ),
+        (["out=x", "source=jsonl", "source.paths=[a]", "source.name=a/b"], r"source.name=a/b must be made of letters"),
+        (["out=x", "source=jsonl", "source.paths=[a]", "source.text_column="], r"source.text_column='' must not be empty"),
+        (["out=x", "source=text", "source.paths=[a]", "source.suffixes=[]"], r"source.suffixes=\[\] must name at least one"),
         (
             ["out=x", "source.python_mb=0", "source.entries_per_page=0"],
-            r"entries_per_page=0 .*; source.python_mb=0.0 must",
+            r"entries_per_page=0 must .*\n  source.python_mb=0.0 must",
         ),
-        (["out=x", "source.english_docs_mb=-1"], r"source.english_docs_mb=-1.0 must not be negative"),
+        (["out=x", "source.english_docs_mb=-1"], r"source.english_docs_mb=-1.0 must be at least 0"),
         (
             ["out=x", "tokenizer=file", "tokenizer.path=a", "tokenizer.eos_token=b", "policy.add_bos=true"],
             r"policy.add_bos=true needs tokenizer.bos_token",
         ),
-        (["out=x", "a=[", "b"], r"a=\[ cannot be read; close the bracket, and put each value in quotes"),
-        (["foo"], r"foo is no setting; write KEY=VALUE"),
-        (["out='x"], r"out='x cannot be read; put the value in quotes inside quotes, \"out='VALUE'\""),
+        (["out=x", "mix.weights.a=[", "b"], r"mix.weights.a=\[ cannot be read; close the bracket, and put each text in quotes"),
+        (["foo"], r"foo is not key=value; see --help"),
+        (["mine.jsonl/x"], r"mine.jsonl/x is not key=value; see --help"),
+        (["out='x"], r"out='x cannot be read; put a text in quotes inside quotes: \"out='VALUE'\""),
         (["source.subsets={a:{files:ü}}"], r"'source.subsets=\{name:\"value\"\}'"),
-        (
-            ["out=x", "mix.weights.ü=1"],
-            r"mix.weights.ü=1 cannot be read; names of settings .*, so change mix.weights.ü",
-        ),
-        (["out=x", "source=text,jsonl"], r"source=text,jsonl must be one of debian_large, "),
-        (["out=x", "+source=jsonl"], r"source has a value already; write source=jsonl without the \+"),
-        (["out=x", "+foo=1"], r"foo is no setting; see --cfg job for all keys"),
-        (["out=x", "++source.python_mbs=1"], r"source.python_mbs is no setting; did you mean source.python_mb\?"),
-        (["out=x", "~source.python_mb"], r"source.python_mb cannot be left out; give it another value"),
-        (["out=x", "~foo"], r"foo is not there, so ~foo has nothing to leave out"),
-        (["out=${foo}"], r"out: Interpolation key 'foo' not found"),
+        (["out=x", "mix.weights.ü=1"], r"mix.weights.ü=1 has a name that the command line cannot take; put the mapping into"),
+        (["out=x", "source=text,jsonl"], r"source=text,jsonl is a sweep of several values; give one value"),
+        (["out=x", "+foo=1"], r"foo=1 is not a known key; see --help for all keys"),
+        (["out=x", "++source.python_mbs=1"], r"source.python_mbs=1 is not a known key; did you mean source.python_mb\?"),
+        (["out=x", "~source.python_mb"], r"~source.python_mb removes a key, and every key has a value; try source.python_mb=… instead"),
+        (["out=x", "~foo"], r"~foo removes a key, and every key has a value; see --help"),
+        (["out=x", "source=smollm_corpus", "~source.subsets.x"], r"~source.subsets.x removes an entry that does not exist; source.subsets has fineweb-edu-dedup, cosmopedia-v2 and python-edu"),
+        (["out=x", "~mix.weights.x"], r"~mix.weights.x removes an entry that does not exist; mix.weights is empty"),
+        (["out=${foo}"], r"out=\$\{foo\} leads nowhere \(Interpolation key 'foo' not found\)"),
         (
             ["out=x", "source.paths=[a.jsonl]"],
-            r"source.paths is a setting of source=jsonl, parquet or text, not of source=quickstart; add source=jsonl",
+            r"source.paths=\[a.jsonl\] belongs to source=jsonl, parquet or text, and source is of the kind quickstart; add source=jsonl",
         ),
-        (
-            ["out=x", "executor.tasks=2"],
-            r"executor.tasks is a setting of executor=slurm or ray, not of executor=local; add executor=slurm",
-        ),
+        (["out=x", "executor.tasks=2"], r"executor.tasks=2 belongs to executor=slurm or ray, and executor is of the kind local; add executor=slurm"),
         (
             ["out=x", "tokenizer=llama3", "tokenizer.eos_token=a"],
-            r"tokenizer.eos_token is a setting of tokenizer=file, not of tokenizer=llama3; add tokenizer=file",
+            r"tokenizer.eos_token=a belongs to tokenizer=file, and tokenizer is of the kind llama3; add tokenizer=file",
         ),
-        (
-            ["out=x", "source.subsets.web.files=a"],
-            r"source.subsets is a setting of source=hub, smollm2_135m_100b or smollm_corpus, not of source=quickstart",
-        ),
+        (["out=x", "source.subsets.web.files=a"], r"source.subsets=\{...\} belongs to source=hub, and source is of the kind quickstart; add source=hub"),
         (
             ["out=x", "source=hub", "source.repo=a/b", "source.subsets.web.file=a"],
-            r"source.subsets.web.file is no setting; did you mean source.subsets.web.files\?",
+            r"source.subsets.web.file=a is not a known key of source.subsets.web; did you mean source.subsets.web.files\?",
         ),
         (
-            ["out=x", "source=hub", "source.blobs.conections=1"],
-            r"source.blobs.conections is no setting; did you mean source.blobs.connections\?",
+            ["out=x", "source=hub", "source.repo=a/b", "source.blobs.conections=1"],
+            r"source.blobs.conections=1 is not a known key; did you mean source.blobs.connections\?",
         ),
-        (["out=x", "shard_mb=nan"], r"shard_mb=nan must be at least 0.001"),
-        (["out=x", "shard_mb=inf"], r"shard_mb=inf must be at least 0.001"),
+        (["out=x", "shard_mb=nan"], r"shard_mb=nan must be a finite number"),
+        (["out=x", "shard_mb=inf"], r"shard_mb=inf must be a finite number"),
         (["out=x", "shard_mb=0.0009"], r"shard_mb=0.0009 must be at least 0.001"),
-        (["out=x", "mix.weights.x=nan"], r"mix.weights of x must be positive"),
-        (["out=x", "mix.target_tokens=nan"], r"mix.target_tokens=nan must be a number from 0; try 100e9"),
-        (["out=x", "source.python_mb=nan"], r"source.python_mb=nan must be positive; try 6"),
+        (["out=x", "mix.weights.x=nan"], r"mix.weights.x=nan must be a finite number; see --explain mix.weights"),
+        (["out=x", "mix.weights.x=0"], r"mix.weights.x=0.0 must be above 0; leave the part out to give it none"),
+        (["out=x", "mix.target_tokens=nan"], r"mix.target_tokens=nan must be a finite number; try 0"),
+        (["out=x", "source.python_mb=nan"], r"source.python_mb=nan must be a finite number; try 6"),
         (
             ["out=x", "stats.sequence_length=1", "stats.budget_tokens=inf"],
-            r"stats.budget_tokens=inf must be positive.*; stats.sequence_length=1 must be at least 2; try 8192",
+            r"stats.budget_tokens=inf must be a finite number.*\n  stats.sequence_length=1 must be at least 2; try 2",
         ),
+        (["out=x", "--workers=1"], r"--workers=1 is not a flag: settings are written key=value, without dashes; try workers=1"),
     ],
-)
+)  # fmt: skip
 def test_wrong_settings_end_with_code_3(run, arguments, message):
     code, said = run(*arguments)
     assert code == 3, said
-    assert said.startswith("error: ") and said.count("\n") == 1, said
-    assert re.search(message, said), said
+    first, *problems, last = said.splitlines()
+    assert re.fullmatch(rf"data_prep: {len(problems)} problems? in the configuration; nothing was started\.", first), (
+        said
+    )
+    assert last == "All keys and groups: python -m data_prep --help"
+    assert re.search(message, "\n".join(problems)), said
+
+
+def test_all_kinds_of_problems_come_in_one_list(run):
+    wrong = ["zzz=1", "workers=many", "verify=some", "tokenizer=bpe9k", "merge.files=0", "source=jsonl", "oops", "-m"]
+    code, said = run(*wrong)
+    assert code == 3
+    keys = [
+        "--multirun",
+        "zzz=1",
+        "tokenizer=bpe9k",
+        "oops",
+        "out",
+        "source.paths",
+        "workers=many",
+        "verify=some",
+        "merge.files=0",
+    ]
+    assert sorted(line.split()[0] for line in said.splitlines()[1:-1]) == sorted(keys)
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--dry_run=true"])
+def test_a_dry_run_is_the_stage_plan(run, monkeypatch, flag):
+    seen = []
+    monkeypatch.setattr("data_prep.cli.run_stages", lambda config, *_: seen.append(config.stage.value))
+    code, _ = run("out=x", flag)
+    assert (code, seen) == ((0, ["plan"]) if flag == "--dry-run" else (3, []))
 
 
 def test_settings_are_printed_without_being_run(run, tmp_path, capsys):
@@ -130,15 +147,15 @@ def test_settings_are_printed_without_being_run(run, tmp_path, capsys):
 
 
 def test_help_names_the_groups(run, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run("--help")
-    assert stopped.value.code == 0
+    with pytest.raises(SystemExit) as shown:
+        read_config(["--help"])
     text = capsys.readouterr().out
+    assert shown.value.code == 0
     assert (
-        "source=debian_large|heldout|hub|jsonl|" in text
-        and "tokenizer=bpe4k|bpe8k|file|llama3" in text
-        and "python -m data_prep source=" in text
+        "\nsource: debian_large, heldout, hub, jsonl, " in text and "\ntokenizer: bpe4k, bpe8k, file, llama3\n" in text
     )
+    assert "python -m data_prep source=" in text and "\nretokenize: 200\n" in text
+    assert run("--help") == (0, "")
 
 
 def jsonl(path, texts):
@@ -240,14 +257,22 @@ def test_folder_that_another_run_writes(run, tmp_path):
     ],
 )
 def test_the_remedy_for_what_the_grammar_refuses_works_in_a_shell(run, override, value):
-    others = ["source=jsonl", "tokenizer=file"]
+    others = [
+        "out=x",
+        "source=jsonl",
+        "source.paths=[a]",
+        "tokenizer=file",
+        "tokenizer.path=a",
+        "tokenizer.eos_token=b",
+    ]
     code, said = run(*others, override)
-    found = re.fullmatch(r"error: (.*) cannot be read; .*quotes inside quotes, (.*)\n", said)
+    found = re.search(
+        r"^  (.*) (?:cannot be read|is a sweep of several values); .*quotes inside quotes: (.*)$", said, re.M
+    )
     assert code == 3 and found and found[1] == override, said
     (as_the_shell_reads_it,) = shlex.split(found[2])
-    composed = compose_settings([*others, as_the_shell_reads_it])
-    key = override.partition("=")[0].split(".")
-    assert (composed[key[0]] if len(key) == 1 else composed[key[0]][key[1]]) == value
+    config = read_config([*others, as_the_shell_reads_it])
+    assert attrgetter(override.partition("=")[0])(config) == value
 
 
 HUB = ("source=hub", "source.repo=a/b", "out=x")
@@ -266,12 +291,12 @@ TEXT = HubPart(files="*train*.parquet")
     ],
 )  # fmt: skip
 def test_subsets_are_added_and_left_out_by_name(overrides, subsets):
-    assert checked(compose_settings([*HUB, *overrides])).source.subsets == subsets
+    assert read_config([*HUB, *overrides]).source.subsets == subsets
 
 
 def test_parts_of_a_preset_can_be_left_out():
     left_out = ["~source.subsets.python-edu", "~source.subsets.cosmopedia-v2"]
-    source = checked(compose_settings(["source=smollm_corpus", *left_out, "out=x"])).source
+    source = read_config(["source=smollm_corpus", *left_out, "out=x"]).source
     assert list(source.subsets) == ["fineweb-edu-dedup"]
 
 
@@ -281,7 +306,7 @@ def test_parts_of_a_preset_can_be_left_out():
         (errno.ENOSPC, "there is no room left for /some/path; make room or choose another out= or cache=, then run"),
         (errno.EACCES, "/some/path may not be read or written by this user; change its permissions"),
         (errno.EROFS, "/some/path lies on a disk that can only be read; choose another out="),
-        (errno.ENOTDIR, "/some/path cannot be reached, since a part of it is a file and no folder; choose another"),
+        (errno.ENOTDIR, "/some/path cannot be reached, since a part of it is a file, not a folder; choose another"),
         (errno.EEXIST, "/some/path is a file where a folder is needed; move it away or"),
         (errno.EISDIR, "/some/path is a folder where a file is needed; choose another path"),
         (errno.ENAMETOOLONG, "/some/path is longer than the disk allows; choose a shorter path"),

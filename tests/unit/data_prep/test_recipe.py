@@ -251,12 +251,12 @@ def test_a_mixed_dataset_is_repaired_by_its_recipe(original, tmp_path, monkeypat
 
 
 def test_a_recipe_holds_no_credentials(tmp_path):
-    from data_prep.cli import checked, compose_settings
+    from data_prep.cli import read_config
     from data_prep.recipe import recipe_of, write_recipe
 
     arguments = ["source=hub", "source.repo=a/b", "source.endpoint='https://me:pass@host:8/x?token=t'", "out=d"]
     arguments += ["source.blobs.endpoint='http://key@other'"]
-    write_recipe(tmp_path, recipe_of(checked(compose_settings(arguments)), tmp_path))
+    write_recipe(tmp_path, recipe_of(read_config(arguments), tmp_path))
     text = (tmp_path / "recipe.json").read_text()
     assert '"endpoint": "https://host:8/x"' in text and '"endpoint": "http://other"' in text
     assert not re.search("me:|pass@|token=|key@", text)
@@ -266,8 +266,7 @@ def test_paths_that_name_a_new_dataset_take_the_defaults(tmp_path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     seen: list[str] = []
     log: Callable[[str], None] = seen.append
-    from data_prep.cli import SCHEMAS
     from data_prep.own_settings import own_settings
 
     for overrides in (["out=new"], [], ["out=new", "source=jsonl"], ["out='"], ["out=${oc.env:NOT_SET}"]):
-        assert own_settings(overrides, SCHEMAS, log) == [] and not seen
+        assert own_settings(overrides, log) == {} and not seen

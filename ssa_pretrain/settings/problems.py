@@ -1,7 +1,7 @@
 """What is wrong with a configuration, as values: a problem names its key, its value, the rule and the nearest valid choice.
 
-Checks return lists of problems instead of raising, so that a user sees all of them at once. Here are the value, the error that carries
-many of them, and the words and numbers that rules share. Stdlib only.
+Rules return lists of problems instead of raising, so that a user sees all of them at once. This module has the problem, the error that carries
+several of them, and the words and numbers that rules share. Standard library only.
 """
 
 import re
@@ -12,7 +12,8 @@ from typing import Any
 from ssa_pretrain.errors import CommandError, ExitCode
 
 SECRET = re.compile(
-    r"(api|access|auth|secret|private)[_-]?(key|token)|(^|[._-])(key|token)$|secret|passw|credential", re.IGNORECASE
+    r"(api|access|auth|secret|private)[_-]?(key|token)|(^|[._-])(key|(?<!eos_)(?<!bos_)token)$|secret|passw|credential",
+    re.IGNORECASE,
 )
 
 
@@ -21,7 +22,7 @@ class Problem:
     """One thing wrong with the configuration.
 
     Attributes:
-        key: the dotted key as the user writes it ("optim.lr"), or the words at fault.
+        key: the dotted key as the user writes it ("optim.lr"), or the words that are wrong.
         value: its value; None leaves "=value" out.
         rule: what the value breaks, read after "key=value".
         advice: the nearest valid choice ("try 2 or 4"); may be empty.
@@ -44,7 +45,7 @@ class Problem:
 
 
 class ConfigError(CommandError, ValueError):
-    """A configuration with problems; str() lists them, one a line."""
+    """A configuration with problems; str() lists them, one per line."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -53,8 +54,24 @@ class ConfigError(CommandError, ValueError):
         super().__init__("\n".join(f"  {problem}" for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[Problem, ...]]]:
-        """Returns how another process makes it again: from the problems, not from their text."""
+        """Returns how another process rebuilds it: from the problems, not from their text."""
         return ConfigError, (self.problems,)
+
+
+def independent(found: Iterable[Problem], wrong: Iterable[str]) -> list[Problem]:
+    """Returns the problems that do not follow from another one: neither their key nor one that their rule reads is wrong already.
+
+    Args:
+        found: problems.
+        wrong: keys with problems; a section stands for all its keys.
+    """
+    wrong = list(wrong)
+
+    def follows(problem: Problem) -> bool:
+        keys = (problem.key, *problem.reads)
+        return any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in wrong)
+
+    return [problem for problem in found if not follows(problem)]
 
 
 def show(value: object) -> str:
@@ -63,6 +80,8 @@ def show(value: object) -> str:
         return str(value).lower()
     if value is None or value == "":
         return "null" if value is None else "''"
+    if isinstance(value, list):
+        value = f"[{', '.join(map(show, value))}]"
     # A mapping may hold what must not be shown.
     text = "{...}" if isinstance(value, dict) and value else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -90,24 +109,29 @@ def divisors(number: int) -> list[int]:
 
 
 def at_least(section: str, values: Any, minimum: float, *names: str) -> list[Problem]:
-    """Returns a problem for each of a section's fields that lies below a minimum."""
-    low = [(f"{section}.{name}", getattr(values, name)) for name in names if getattr(values, name) < minimum]
-    return [Problem(key, value, f"must be at least {minimum:g}", f"try {minimum:g}") for key, value in low]
+    """Returns a problem for each of a section's fields that is below a minimum; the section of the top level is empty."""
+    low = {name: getattr(values, name) for name in names if getattr(values, name) < minimum}
+    rule, advice = f"must be at least {minimum:g}", f"try {minimum:g}"
+    return [Problem(_dotted(section, name), value, rule, advice) for name, value in low.items()]
 
 
 def above_zero(section: str, values: Any, *names: str) -> list[Problem]:
     """Returns a problem for each of a section's fields that is not positive; the advice is the default."""
-    low = [(name, getattr(values, name)) for name in names if getattr(values, name) <= 0]
+    low = {name: getattr(values, name) for name in names if getattr(values, name) <= 0}
     defaults = type(values)()
-    return [
-        Problem(f"{section}.{name}", value, "must be above 0", f"try {getattr(defaults, name)}") for name, value in low
-    ]
+    advice = {name: f"try {getattr(defaults, name)}" for name in low}
+    return [Problem(_dotted(section, name), value, "must be above 0", advice[name]) for name, value in low.items()]
 
 
 def between(section: str, values: Any, low: float, high: float, *names: str) -> list[Problem]:
     """Returns a problem for each of a section's fields outside a closed interval; the advice is its nearer end."""
-    outside = [
-        (f"{section}.{name}", getattr(values, name)) for name in names if not low <= getattr(values, name) <= high
-    ]
+    outside = {name: getattr(values, name) for name in names if not low <= getattr(values, name) <= high}
     rule = f"must lie in {low:g} to {high:g}"
-    return [Problem(key, value, rule, f"try {low if value < low else high:g}") for key, value in outside]
+    return [
+        Problem(_dotted(section, name), value, rule, f"try {low if value < low else high:g}")
+        for name, value in outside.items()
+    ]
+
+
+def _dotted(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name

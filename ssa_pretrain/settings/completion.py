@@ -1,25 +1,29 @@
-"""Completion of `python -m ssa_pretrain.…` in bash and zsh: groups, their options, keys, their values, flags.
+"""Completion of a module's command line in bash and zsh: groups, their options, keys, their values, flags.
 
     eval "$(python -m ssa_pretrain.train -sc install=bash)"
 
-The shell's function asks `-sc query=bash` with the line in COMP_LINE. Hydra's own completion knows programs by their file and not modules. Where
-nothing fits, the shell completes files. Neither torch nor Hydra is used.
+One shell function answers for all modules of this project, since bash has one per program, which is python. It asks the module that is being
+typed with `-sc query=bash` and the line in COMP_LINE. Hydra's own completion knows programs by their file only. If nothing fits, the shell
+completes files. Neither torch nor Hydra is used.
 """
 
 from collections.abc import Sequence
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from ssa_pretrain.config_io import known_keys
-from ssa_pretrain.problems import ConfigError, Problem
+from ssa_pretrain.settings.convert import known_keys
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 FLAGS = ("--help", "--version", "--explain", "--dry-run", "--cfg", "--resolve", "--package", "--info")
 FLAGS += ("--config-path", "--config-name", "--config-dir", "--shell-completion")
 SCRIPT = r"""_ssa_pretrain_complete() {
-    local line=${COMP_LINE:0:$COMP_POINT} candidate typed prefix= program
+    local line=${COMP_LINE:0:$COMP_POINT} candidate typed prefix= program module
     COMPREPLY=()
-    [[ $line =~ -m[[:space:]]+ssa_pretrain\.(train|evaluate|plan)[[:space:]] ]] || return 0
+    [[ $line =~ [[:space:]]-m[[:space:]]+(data_prep|ssa_pretrain\.(train|evaluate|plan))[[:space:]] ]] || return 0
+    module=${line#*[[:space:]]-m[[:space:]]}
+    read -r module _ <<<"$module"
     typed=${line##*[[:space:]]}
     [[ $COMP_WORDBREAKS == *=* && $typed == *=* ]] && prefix=${typed%=*}=
     program=${line%%[[:space:]]*}
@@ -27,43 +31,45 @@ SCRIPT = r"""_ssa_pretrain_complete() {
     while IFS= read -r candidate; do
         [[ -n ${ZSH_VERSION-} ]] && candidate=${candidate% }
         COMPREPLY+=("${candidate#"$prefix"}")
-    done < <(COMP_LINE=$line "$program" -m ssa_pretrain.train -sc query=bash 2>/dev/null)
+    done < <(COMP_LINE=$line "$program" -m "$module" -sc query=bash 2>/dev/null)
 }
 complete -o nospace -o default -o bashdefault -F _ssa_pretrain_complete python python3 torchrun
 """
 
 
-def answer(asked: Sequence[str], line: str, conf: Path) -> str:
+def completion(words: Sequence[str], line: str, program: str, root: Any, conf: Path) -> str:
     """Returns what `-sc` prints.
 
     Args:
-        asked: the words beside the flag: one of install=bash, uninstall=bash, query=bash, or the same for zsh.
+        words: those beside the flag: one of install=bash, uninstall=bash, query=bash, or the same for zsh.
         line: the command line up to the cursor, for a query.
+        program: the module, as in `python -m PROGRAM`.
+        root: the dataclass of the whole configuration.
         conf: the folder of the groups.
 
     Raises:
-        ConfigError: anything else is asked for.
+        ConfigError: the words are something else.
     """
-    action, _, shell = (asked[0] if len(asked) == 1 else "").partition("=")
+    action, _, shell = (words[0] if len(words) == 1 else "").partition("=")
     if shell not in ("bash", "zsh") or action not in ("install", "uninstall", "query"):
-        advice = 'try eval "$(python -m ssa_pretrain.train -sc install=bash)"'
+        advice = f'try eval "$(python -m {program} -sc install=bash)"'
         raise ConfigError(
-            [Problem("--shell-completion", " ".join(asked), "must be install=bash or install=zsh", advice)]
+            [Problem("--shell-completion", " ".join(words), "must be install=bash or install=zsh", advice)]
         )
     if action == "install":
         load = "autoload -Uz compinit bashcompinit\ncompinit\nbashcompinit\n" if shell == "zsh" else ""
         return load + SCRIPT
     if action == "uninstall":
         return "complete -r python python3 torchrun\n"
-    return "".join(f"{candidate}\n" for candidate in candidates(line, conf))
+    return "".join(f"{candidate}\n" for candidate in candidates(line, root, conf))
 
 
-def candidates(line: str, conf: Path) -> list[str]:
+def candidates(line: str, root: Any, conf: Path) -> list[str]:
     """Returns what the last word of a line may become; a whole word ends in a space, a key in its =."""
     words = line.split()
     typed = "" if not words or line[-1:].isspace() else words.pop()
     folders = [conf, *(Path(b) for a, b in pairwise(words) if a in ("-cd", "--config-dir"))]
-    keys, groups = known_keys(), _groups(folders)
+    keys, groups = known_keys(root), _groups(folders)
     key, equals, _ = typed.partition("=")
     sign = key[: len(key) - len(key.lstrip("+"))]
     if words and words[-1] == "--explain":

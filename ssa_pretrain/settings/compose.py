@@ -1,14 +1,14 @@
 """From overrides to one dictionary: Hydra's composition, with every problem collected.
 
-Hydra stops at the first error, and its advice for an unknown key (add a `+`) lets typing errors through in silence. So each
-override is first looked at alone, against the dataclasses and the groups: unknown keys and options, sweeps and deletions
-become problems, and the rest is composed. All values are composed untyped; config_io.py converts them, so that one place
-says what a number is. A key that exists may be set with or without `+`.
+Hydra stops at the first error, and its advice for an unknown key (add a `+`) lets typing errors through silently. So each override is first
+checked on its own, against the dataclasses and the groups. Unknown keys and options, sweeps and deletions of settings become problems. The rest is
+composed untyped and converted by convert.py, so that one place defines what a number is. A key that exists may be set with or without `+`.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -22,51 +22,71 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ssa_pretrain.config import Config
-from ssa_pretrain.config_io import MISSING, SECRET_ADVICE, SECRET_RULE, config_to_dict, known_keys, unknown_key
-from ssa_pretrain.problems import SECRET, Problem, join, show
+from ssa_pretrain.settings.convert import MISSING, SECRET_ADVICE, SECRET_RULE, config_to_dict, known_keys, unknown_key
+from ssa_pretrain.settings.kinds import kind_groups
+from ssa_pretrain.settings.problems import SECRET, Problem, join, show
+from ssa_pretrain.settings.suggestions import closest
 from ssa_pretrain.settings.typed import PATH_PART, UnwritableNameError, as_typed, field_type, typed_files
-from ssa_pretrain.suggestions import closest
 
-NO_CHOICE = "experiment"  # the group of which nothing need be chosen
+BASE = "base_"  # before the kind: the option of a group that has only its dataclass's defaults
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a configuration lies.
+    """Where a configuration comes from.
 
     Attributes:
+        root: the dataclass of the whole configuration.
         folder: the primary folder of YAML files.
         name: the primary file, without its suffix.
         extra: a folder of the user's own, searched after the primary one; empty: none.
+        experiments: the group whose option sets keys of all sections, if there is one; nothing need be chosen from it.
+        recipe: settings by section that are applied before those of the command line.
     """
 
+    root: Any
     folder: Path
     name: str = "config"
     extra: str = ""
+    experiments: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
-    def searchpath(self) -> list[str]:
+    def search_path(self) -> list[str]:
         """Returns the override that makes Hydra search the user's folder."""
         quoted = self.extra.replace("\\", "\\\\").replace("'", "\\'")
         return [f"hydra.searchpath=['file://{quoted}']"] if self.extra else []
 
+    def recipe_overrides(self) -> list[str]:
+        """Returns the overrides that apply the recipe."""
+        kinds = [
+            f"{group}={BASE}{self.recipe[group]['kind']}" for group in kind_groups(self.root) if group in self.recipe
+        ]
+        return [*kinds, "+recipe=settings"] if self.recipe else []
+
 
 @contextmanager
 def hydra_on(source: Source) -> Iterator[None]:
-    """Hydra initialised on a configuration folder, with the dataclasses' defaults stored as `base`."""
-    ConfigStore.instance().store(name="base", node=config_to_dict(Config()))
-    with typed_files(Config), hydra.initialize_config_dir(config_dir=str(source.folder), version_base="1.3"):
+    """Initialises Hydra on a configuration folder. The dataclasses' defaults are stored as `base`, and each kind's as an option of its group."""
+    store, groups = ConfigStore.instance(), kind_groups(source.root)
+    defaults = {name: value for name, value in config_to_dict(source.root()).items() if name not in groups}
+    store.store(name="base", node=defaults)
+    for group, members in groups.items():
+        for kind, section in members.items():
+            store.store(group=group, name=f"{BASE}{kind}", node=config_to_dict(section()))
+    if source.recipe:
+        store.store(group="recipe", name="settings", node=dict(source.recipe), package="_global_")
+    with typed_files(source.root), hydra.initialize_config_dir(config_dir=str(source.folder), version_base="1.3"):
         yield
 
 
-def sort_overrides(lines: Sequence[str], source: Source) -> tuple[list[str], list[Problem]]:
+def check_overrides(lines: Sequence[str], source: Source) -> tuple[list[str], list[Problem]]:
     """Returns the overrides that Hydra may compose, and the problems of the others; needs `hydra_on`."""
-    good, problems = source.searchpath(), []
+    good, problems = source.search_path() + source.recipe_overrides(), []
     for line in lines:
         try:
             override = OverridesParser.create().parse_override(line)
-        except HydraException as error:
-            problems.append(_unreadable(line, error, source))
+        except HydraException:
+            problems.append(_unreadable(line, source))
             continue
         accepted, found = _look_at(line, override, source)
         problems += found
@@ -84,36 +104,59 @@ def compose(overrides: Sequence[str], source: Source) -> tuple[dict[str, Any], l
     try:
         composed = hydra.compose(config_name=source.name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        if problems := _absent_entries(overrides, source):
+            return {}, problems
         reason = " ".join(str(error).split())
         return {}, [Problem("the configuration", None, f"does not compose: {reason}", "see --info defaults")]
     return _resolve(composed)
 
 
+def _absent_entries(overrides: Sequence[str], source: Source) -> list[Problem]:
+    """The problems of deletions whose entry does not exist, which Hydra refuses to compose."""
+    deletions = [line for line in overrides if line.startswith("~")]
+    if not deletions:
+        return []
+    tree, _ = compose([line for line in overrides if line not in deletions], source)
+    found = []
+    for line in deletions:
+        mapping, _, name = line[1:].partition("=")[0].rpartition(".")
+        entries: Any = tree
+        for part in mapping.split("."):
+            entries = entries.get(part) if isinstance(entries, dict) else None
+        if not isinstance(entries, dict) or name not in entries:
+            advice = f"{mapping} has {join(entries, 'and')}" if isinstance(entries, dict) and entries else ""
+            found.append(Problem(line, None, "removes an entry that does not exist", advice or f"{mapping} is empty"))
+    return found
+
+
 def group_options(source: Source) -> dict[str, list[str]]:
     """Returns the options of each group, those in the user's own folder included; needs `hydra_on`."""
-    return {group: _options(group, source) for group in _groups()}
+    found = {group: _options(group, source) for group in _groups()}
+    return {group: options for group, options in found.items() if options}
 
 
 def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], list[Problem]]:
     """One override as Hydra shall see it (or what was meant, for the sake of the other checks), and its problems."""
     key, value = override.key_or_group, line.partition("=")[2]
-    if problem := _refused(line, override):
+    if problem := _refused(line, override, source):
         return [], [problem]
     if options := _options(key, source):
-        if key == NO_CHOICE and override.value() is None:
+        if key == source.experiments and override.value() is None:  # nothing need be chosen
             return [], []
         given = _as_typed_value(line, source)
         chosen = given if isinstance(given, list) else [given]
         wrong = [choice for choice in chosen if choice not in options]
         return _no_option(key, wrong[0], options) if wrong else ([f"{key}={value}"], [])
-    if _is_section(key) and not isinstance(override.value(), dict) and not has_groups(source):
+    if _is_section(key, source) and not isinstance(override.value(), dict) and not has_groups(source):
         return [], [_no_group(key, override.value(), source)]
-    if _is_settable(key) or override.is_hydra_override():
-        return [line if override.is_hydra_override() else f"++{key}={value}"], []
+    if override.is_hydra_override() or override.type is OverrideType.DEL:
+        return [line], []
+    if _is_settable(key, source):
+        return [f"++{key}={value}"], []
     groups = _groups()
-    near = closest(key, [*known_keys(), *groups], 1)
+    near = closest(key, [*known_keys(source.root), *groups], 1)
     if not near or near[0] not in groups:
-        return [], [unknown_key(key, value)]
+        return [], [unknown_key(key, value, known_keys(source.root))]
     options = _options(near[0], source)
     advice = f"did you mean {near[0]}=…? It has {join(options)}"
     meant = [f"{near[0]}={value}"] if value in options else []
@@ -122,7 +165,7 @@ def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], 
 
 def _type_of(key: str, source: Source) -> Any:
     """The type of what a key or a group takes; an option's name is text."""
-    return str if _options(key, source) else field_type(Config, key)
+    return str if _options(key, source) else field_type(source.root, key)
 
 
 def _as_typed_value(line: str, source: Source) -> Any:
@@ -131,7 +174,7 @@ def _as_typed_value(line: str, source: Source) -> Any:
     return OverridesParser.create().parse_override(typed).value()
 
 
-def _refused(line: str, override: Override) -> Problem | None:
+def _refused(line: str, override: Override, source: Source) -> Problem | None:
     """The problem of an override that no key could carry: a secret, a sweep, a deletion, Hydra's own settings."""
     key, value = override.key_or_group, line.partition("=")[2]
     if SECRET.search(key):
@@ -139,44 +182,54 @@ def _refused(line: str, override: Override) -> Problem | None:
     if override.is_hydra_override():
         if key == "hydra.searchpath":
             return None
-        return Problem(key, value, "has no effect: a run writes to output_dir alone", "try output_dir=…")
-    if override.type is OverrideType.DEL:
-        return Problem(line, None, "removes a key, and every key has a value", f"try {key}=… instead")
+        return Problem(key, value, "has no effect: Hydra writes nothing here", "remove it")
+    if override.type is OverrideType.DEL and not _is_entry(key, source):
+        advice = f"try {key}=… instead" if _is_settable(key, source) else "see --help for all keys"
+        return Problem(line, None, "removes a key, and every key has a value", advice)
     if override.is_sweep_override():
-        advice = "give one value; a text with commas is quoted: 'key=\"a,b\"'"
-        return Problem(key, value, "is a sweep, and a command trains one run", advice)
+        advice = f"give one value; {_quoted(key, value)}"
+        return Problem(key, value, "is a sweep of several values", advice)
     return None
 
 
-def _is_settable(key: str) -> bool:
+def _is_settable(key: str, source: Source) -> bool:
     """Whether a key is a field, a whole section, or an entry of a field that is a mapping."""
-    known = known_keys()
+    known = known_keys(source.root)
     if key in known or any(name.startswith(f"{key}.") for name in known):
         return True
     parts = key.split(".")
-    parents = (".".join(parts[:i]) for i in range(1, len(parts)))
-    return any(parent in known and get_origin(known[parent]) is dict for parent in parents)
+    return any(_is_mapping(".".join(parts[:i]), known) for i in range(1, len(parts)))
 
 
-def _is_section(key: str) -> bool:
+def _is_entry(key: str, source: Source) -> bool:
+    """Whether a key is an entry of a field that is a mapping of the user's own names."""
+    return _is_mapping(key.rpartition(".")[0], known_keys(source.root))
+
+
+def _is_mapping(key: str, known: Mapping[str, Any]) -> bool:
+    return get_origin(known.get(key)) is dict
+
+
+def _is_section(key: str, source: Source) -> bool:
     """Whether a key is one of the configuration's sections."""
-    return any(name.startswith(f"{key}.") for name in known_keys())
+    return any(name.startswith(f"{key}.") for name in known_keys(source.root))
 
 
 def has_groups(source: Source) -> bool:
     """Returns whether the folder offers options for any section, which a saved run's does not; needs `hydra_on`."""
-    return any(_options(section, source) for section in {name.split(".")[0] for name in known_keys() if "." in name})
+    sections = {name.split(".")[0] for name in known_keys(source.root) if "." in name}
+    return any(_options(section, source) for section in sections)
 
 
 def _no_group(key: str, value: Any, source: Source) -> Problem:
     """A group's option asked of a configuration that is whole already."""
-    names = [name for name in known_keys() if name.startswith(f"{key}.")]
+    names = [name for name in known_keys(source.root) if name.startswith(f"{key}.")]
     chosen = [f"{name}={value}" for name in names if name in (f"{key}.method", f"{key}.name")]
     rule = f"is not a value, and {source.folder / source.name}.yaml is a whole configuration without groups"
     return Problem(key, value, rule, f"set single keys, such as {(chosen or [f'{names[0]}=…'])[0]}")
 
 
-def _unreadable(line: str, error: HydraException, source: Source) -> Problem:
+def _unreadable(line: str, source: Source) -> Problem:
     """An argument that is not key=value, or whose key or value Hydra's grammar refuses."""
     key, equals, value = line.partition("=")
     key = key.lstrip("+~")
@@ -185,29 +238,44 @@ def _unreadable(line: str, error: HydraException, source: Source) -> Problem:
     if not equals and ("/" in line or line.endswith((".yaml", ".yml"))):
         return Problem(line, None, *_path(Path(line), source))
     if not equals:
-        near = closest(line, [*known_keys(), *_groups()], 1)
+        near = closest(line, [*known_keys(source.root), *_groups()], 1)
         return Problem(line, None, "is not key=value", f"try {near[0]}=…" if near else "see --help")
-    if not _is_settable(key) and not _options(key, source):
-        return unknown_key(key, value)
+    if not _is_settable(key, source) and not _options(key, source):
+        return unknown_key(key, value, known_keys(source.root))
     if not all(PATH_PART.fullmatch(part) for part in key.split(".")):
         advice = "put the mapping into a YAML file of yours (-cd FOLDER)"
         return Problem(line, None, "has a name that the command line cannot take", advice)
-    reason = str(error).splitlines()[0]
-    return Problem(line, None, f"cannot be read ({reason})", "quote special characters: 'key=\"value\"'")
+    return Problem(line, None, "cannot be read", _quoted(key, value))
+
+
+def _quoted(key: str, value: str) -> str:
+    """How to write a value so that both the shell and Hydra's grammar take it as text."""
+    if value.startswith("["):
+        items = [item.strip().strip("'\"") for item in value.strip("[]").split(",")]
+        plain = all(items) and not re.search(r"['\"\[\]{}$`\\]", "".join(items))
+        shown = ",".join(f'"{item}"' for item in items) if plain else '"a","b"'
+        bracket = "" if value.endswith("]") else "close the bracket, and "
+        return f"{bracket}put each text in quotes inside quotes: '{key}=[{shown}]'"
+    if value.startswith("{"):
+        return f"put each text in quotes inside quotes: '{key}={{name:\"value\"}}'"
+    shown = "VALUE" if re.search(r"['\"$`\\]", value) or not value else value
+    return f"put a text in quotes inside quotes: \"{key}='{shown}'\""
 
 
 def _path(named: Path, source: Source) -> tuple[str, str]:
     """What a path is that stands where a setting is wanted, and what to do."""
-    experiments = _options(NO_CHOICE, source)
     if named.is_dir():
         is_run = (named / "config.yaml").is_file()
         advice = f"try -cp {named} output_dir={named} to go on with that run" if is_run else "see --help"
         return "is a folder, not key=value", advice
-    near = closest(named.stem, experiments, 1)
-    if named.is_file() and named.stem not in experiments and named.parent.name == NO_CHOICE:
-        return "is a file, not key=value", f"try -cd {named.parent.parent} {NO_CHOICE}={named.stem}"
     rule = "is a file, not key=value" if named.exists() else "is not key=value"
-    return rule, f"did you mean {NO_CHOICE}={near[0]}?" if near else f"see --explain {NO_CHOICE} for all experiments"
+    if not source.experiments:
+        return rule, "see --help for all keys"
+    group, experiments = source.experiments, _options(source.experiments, source)
+    near = closest(named.stem, experiments, 1)
+    if named.is_file() and named.stem not in experiments and named.parent.name == group:
+        return rule, f"try -cd {named.parent.parent} {group}={named.stem}"
+    return rule, f"did you mean {group}={near[0]}?" if near else f"see --explain {group} for all experiments"
 
 
 def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], list[Problem]]:
@@ -226,7 +294,8 @@ def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], 
 
 def _groups() -> list[str]:
     """The groups of the configuration folder."""
-    return [name for name in GlobalHydra.instance().config_loader().list_groups("") if name != "hydra"]
+    groups = GlobalHydra.instance().config_loader().list_groups("")
+    return [name for name in groups if name not in ("hydra", "recipe")]
 
 
 def _options(group: str, source: Source) -> list[str]:
@@ -234,7 +303,8 @@ def _options(group: str, source: Source) -> list[str]:
     if not group.replace("/", "_").isidentifier():
         return []
     loader = GlobalHydra.instance().config_loader()
-    return loader.get_group_options(group, config_name=source.name, overrides=source.searchpath())
+    options = loader.get_group_options(group, config_name=source.name, overrides=source.search_path())
+    return [option for option in options if not option.startswith(BASE)]
 
 
 def _resolve(composed: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
