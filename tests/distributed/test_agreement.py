@@ -60,6 +60,6 @@ def test_folders_that_are_not_shared_are_refused_and_no_part_of_a_checkpoint_is_
     first, second = ((tmp_path / f"said_{rank}").read_text().splitlines() for rank in range(2))
     assert f"is not one folder for all processes: rank 1 ({socket.gethostname()}) does not see" in first[0]
     assert first[0].partition("is not one")[2] == second[0].partition("is not one")[2]
-    assert "part_1, which another rank wrote, is not to be seen here" in first[1]
-    assert "part_1, which another rank wrote, is not to be seen here" in second[1]
+    assert "part_1, which another rank wrote, is not visible here" in first[1]
+    assert "part_1, which another rank wrote, is not visible here" in second[1]
     assert not list(tmp_path.glob("*/checkpoints/step_*")) and not list(tmp_path.glob("*/.seen_*"))

@@ -14,7 +14,7 @@ from ssa_pretrain.cli import CONF, resolve_config
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config.rules import check
-from ssa_pretrain.settings.compose import Source, compose, hydra_on
+from ssa_pretrain.settings.compose import Source, check_overrides, compose, hydra_on
 from ssa_pretrain.settings.convert import config_from_dict, known_keys
 from ssa_pretrain.settings.problems import ConfigError, Problem
 

@@ -173,7 +173,7 @@ def set_up(path: Path, tmp_path: Path, **environment: str) -> str:
 
 def test_no_python(tmp_path: Path) -> None:
     assert set_up(tools(tmp_path / "bin"), tmp_path) == (
-        "no Python 3.11 or 3.12 was found; install one (Debian 12, Ubuntu 24.04: sudo apt install python3 python3-venv) or say "
+        "no Python 3.11 or 3.12 was found; install one (Debian 12, Ubuntu 24.04: sudo apt install python3 python3-venv) or run "
         "make PYTHON=/path/to/python."
     )
 

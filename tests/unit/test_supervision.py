@@ -196,6 +196,6 @@ def test_ranks_end_with_a_supervisor_that_is_killed() -> None:
         when(lambda: up(0, 1), process.kill)
         process.wait(30)
     deadline = time.monotonic() + 10
-    while any(supervision.member(pid(rank)) for rank in (0, 1)) and time.monotonic() < deadline:
+    while any(supervision.find_process(pid(rank)) for rank in (0, 1)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(supervision.member(pid(rank)) for rank in (0, 1))
+    assert not any(supervision.find_process(pid(rank)) for rank in (0, 1))
