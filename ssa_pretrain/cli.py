@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ssa_pretrain import saved_run
-from ssa_pretrain.advice import in_keys_only, with_tried_advice
 from ssa_pretrain.config import Config
+from ssa_pretrain.config.advice import in_keys_only, with_tried_advice
 from ssa_pretrain.config.machine import Machine, launcher_number, this_machine
 from ssa_pretrain.config.rules import check
 from ssa_pretrain.monitor.environment import PACKAGES

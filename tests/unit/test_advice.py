@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ssa_pretrain.advice import GROUP_KEYS, in_keys_only, settings_advised, with_tried_advice
 from ssa_pretrain.cli import CONF, resolve_config
 from ssa_pretrain.config import Config
+from ssa_pretrain.config.advice import GROUP_KEYS, in_keys_only, settings_advised, with_tried_advice
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config.rules import check
 from ssa_pretrain.settings.compose import Source, check_overrides, compose, hydra_on

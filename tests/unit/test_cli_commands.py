@@ -11,7 +11,7 @@ import pytest
 from data_prep.cli import main as data_prep
 from ssa_pretrain.bench import __main__ as bench
 from ssa_pretrain.cli import read_config
-from ssa_pretrain.launch import main as launch
+from ssa_pretrain.launch.__main__ import main as launch
 from ssa_pretrain.report import compare
 from ssa_pretrain.report.__main__ import main as report
 
@@ -72,7 +72,10 @@ def test_help_ends_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 def test_without_arguments_or_with_wrong_ones_they_end_with_3(capsys: pytest.CaptureFixture[str]) -> None:
     assert [launch([], {}), launch(["slurm"], {}), report([])] == [3, 3, 3]
-    assert "ssa_pretrain.launch: slurm is not a launcher; try torchrun, deepspeed or steps\n" in capsys.readouterr().err
+    assert (
+        "ssa_pretrain.launch: slurm is not a launcher; try torchrun, deepspeed or quickstart\n"
+        in capsys.readouterr().err
+    )
     assert data_prep(["--verify=full", "out=x"]) == 3
     line = "  --verify=full is not a flag: settings are written key=value, without dashes; try verify=full"
     assert capsys.readouterr().err.splitlines()[1] == line

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain import jobs, launch
 from ssa_pretrain.errors import LaunchError
+from ssa_pretrain.launch import __main__ as launch
+from ssa_pretrain.launch import jobs
 
 MODULE = "json.tool"  # an entry point that is there and is not ours
 
@@ -57,7 +58,7 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchrun_command(words: str, environment: dict[str, str], command: str, world_size: int) -> None:
     job, is_shown = jobs.torchrun_job(words.split(), environment)
     assert (job.command, is_shown) == ([sys.executable, "-m", "torch.distributed.run", *command.split()], False)
-    assert job.executed == [sys.executable, "-m", "ssa_pretrain.torch_agent", *command.split()]
+    assert job.executed == [sys.executable, "-m", "ssa_pretrain.launch.torch_agent", *command.split()]
     assert job.world_size == world_size
 
 

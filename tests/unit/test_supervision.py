@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain import supervision
-from ssa_pretrain.supervision import NOT_BEGUN, RERUN, Supervisor
+from ssa_pretrain.launch import supervision
+from ssa_pretrain.launch.supervision import NOT_BEGUN, RERUN, Supervisor
 
 SCRIPT = Path(__file__).parents[1] / "support" / "rank_for_supervision.py"
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +188,7 @@ def test_entry_points_that_report_nothing_keep_their_code() -> None:
 
 def test_ranks_end_with_a_supervisor_that_is_killed() -> None:
     code = (
-        "import os, sys; from ssa_pretrain.supervision import Supervisor\n"
+        "import os, sys; from ssa_pretrain.launch.supervision import Supervisor\n"
         "with Supervisor(9) as supervisor: supervisor.run(sys.argv[1:], os.environ)"
     )
     command = [sys.executable, "-c", code, sys.executable, str(SCRIPT), "launcher", "waits", "waits"]

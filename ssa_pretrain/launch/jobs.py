@@ -114,7 +114,7 @@ def torchrun_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple[
     arguments = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc}", *meet, "-m", module, *flags.rest]
     job = Job(
         command=[sys.executable, "-m", "torch.distributed.run", *arguments],
-        executed=[sys.executable, "-m", "ssa_pretrain.torch_agent", *arguments],
+        executed=[sys.executable, "-m", "ssa_pretrain.launch.torch_agent", *arguments],
         module=module,
         arguments=flags.rest,
         world_size=int(nnodes) * per_node if per_node else None,

@@ -17,11 +17,11 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from ssa_pretrain.errors import ExitCode, LaunchError
-from ssa_pretrain.jobs import POSITIVE, TRAIN, Job, deepspeed_job, torchrun_job
+from ssa_pretrain.launch.jobs import POSITIVE, TRAIN, Job, deepspeed_job, torchrun_job
+from ssa_pretrain.launch.quickstart import Quickstart, quickstart_environment, read_quickstart
+from ssa_pretrain.launch.supervision import NOT_BEGUN, RERUN, Supervisor
 from ssa_pretrain.process import command
-from ssa_pretrain.quickstart import Quickstart, quickstart_environment, read_quickstart
 from ssa_pretrain.signals import survive_terminal
-from ssa_pretrain.supervision import NOT_BEGUN, RERUN, Supervisor
 
 REPORTING = (TRAIN, "ssa_pretrain.evaluate")  # entry points whose ranks report their exits
 RANK_VARIABLES = (

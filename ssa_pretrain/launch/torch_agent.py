@@ -15,9 +15,9 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+from ssa_pretrain.launch.supervision import AGENT, FAILURES
 from ssa_pretrain.process import LAUNCH, exit_when_launcher_ends
 from ssa_pretrain.signals import STOP_SIGNALS, on_signals
-from ssa_pretrain.supervision import AGENT, FAILURES
 
 ANSWER_SECONDS = 10.0  # for another node to answer at the meeting point
 

@@ -1,0 +1,1 @@
+"""Starts the processes of a run: what each launcher runs, and how all of them end."""
