@@ -7,11 +7,10 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ssa_pretrain.data.batches import microbatch
 from ssa_pretrain.engine import EvaluationResult
 from ssa_pretrain.monitor.metrics import MetricsLogger
 from ssa_pretrain.planning.plan import Plan
-from ssa_pretrain.run import Run
+from ssa_pretrain.run import Run, packing_of
 from ssa_pretrain.schedule import is_due
 
 MODES = ("full", "sparse")
@@ -26,7 +25,7 @@ def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
 
 def evaluate_mode(run: Run, mode: str) -> EvaluationResult:
     """Returns the held-out metrics of a mode, computed slice by slice under a progress bar."""
-    plan, dp_rank = run.plan, run.placement.dp_rank
+    plan, dp_rank, packing = run.plan, run.placement.dp_rank, packing_of(run.config)
     total = num_held_out_microbatches(run.config.training.micro_batch_size, plan, run.held_out.num_rows)
     size = 2 * plan.dp * plan.pp
     results = []
@@ -34,7 +33,7 @@ def evaluate_mode(run: Run, mode: str) -> EvaluationResult:
     with tqdm(total=total, desc=f"held-out, {mode}", unit="microbatch", disable=hidden, leave=False) as bar:
         for begin in range(0, total, size):
             numbers = range(begin, min(begin + size, total))
-            mine = [microbatch(run.held_out, run.config, i, index=i) for i in numbers if i % plan.dp == dp_rank]
+            mine = [packing.microbatch(run.held_out, i, index=i) for i in numbers if i % plan.dp == dp_rank]
             results.append(run.engine.evaluate(mine, mode=mode))
             bar.update(len(numbers))
     return combine(results)

@@ -18,8 +18,9 @@ from ssa_pretrain.config.rules import warning
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.planning.plan import Plan, make_plan
 from ssa_pretrain.planning.table import describe
-from ssa_pretrain.run_folder import require_free, unwritable
+from ssa_pretrain.run_folder import LOCK, unwritable
 from ssa_pretrain.schedule import needs_equal_microbatches
+from ssa_pretrain.settings.files import LockedError, require_unlocked
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 OF_DATA = ("data.fingerprint", "vocabulary.tokenizer_sha256")  # unknown without the data
@@ -87,8 +88,8 @@ def _folder(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -
     folder = Path(config.output_dir)
     if reason := unwritable(folder):
         return f"{folder} {reason}"
-    if entry != "evaluate" and (reason := _in_use(folder)):
-        return f"{folder} {reason}: the run would be refused"
+    if entry != "evaluate" and (owner := _owner(folder)):
+        return f"{folder} is in use by {owner}: the run would be refused"
     found = _newest(folder)
     if found is None:
         return f"{folder} holds no checkpoint" + ("" if entry == "evaluate" else ": the run starts at step 0")
@@ -124,10 +125,10 @@ def _newest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _in_use(folder: Path) -> str:
-    """That another process uses a run's folder, and which; empty if none is known to."""
+def _owner(folder: Path) -> str:
+    """The process that has locked a run's folder; empty if none is known to."""
     try:
-        require_free(folder, patience=0.0)
-    except ConfigError as error:
-        return error.problems[0].rule
+        require_unlocked(folder / LOCK, patience=0.0)
+    except LockedError as owner:
+        return str(owner)
     return ""

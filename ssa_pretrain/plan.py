@@ -3,8 +3,8 @@
     python -m ssa_pretrain.plan experiment=ssa_1b_8k parallel.world_size=64
     python -m ssa_pretrain.plan --check experiment=quickstart
 
-The first form is `ssa_pretrain.train … dry_run=true` under its own name. The second one prints nothing and exits 0 if `ssa_pretrain.train` would
-accept the same arguments here. Otherwise it prints the list of problems and exits 3 or 4. Launchers run it once before they start many processes.
+With --check it prints nothing and exits 0 if `ssa_pretrain.train` would accept the same arguments on this machine. Otherwise
+it prints the same list of problems and exits 3 or 4. Launchers run it once before they start many processes.
 """
 
 import sys

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ssa_pretrain.checkpoint.facts import run_facts
 from ssa_pretrain.checkpoint.integrity import Verdicts
 from ssa_pretrain.config import Config
+from ssa_pretrain.data.batches import Packing
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, build_engine
@@ -74,6 +75,15 @@ class Run:
         if self.rows and self.rows.order > 1:  # a checkpoint without this fact was written under row order 1
             facts["data.order"] = self.rows.order
         return facts
+
+
+def packing_of(config: Config) -> Packing:
+    """Returns how the rows of a run become microbatches."""
+    return Packing(
+        micro_batch_size=config.training.micro_batch_size,
+        isolate_documents=config.data.isolate_documents,
+        padding_document=config.attention.block_size * config.attention.top_k,
+    )
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.planning.flops import peak_flops, row_flops
 from ssa_pretrain.resume import find_checkpoint, restore, why_finished
-from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flattened, locked_folder
+from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flattened, locked_folder, packing_of
 from ssa_pretrain.run_folder import space_warning
 from ssa_pretrain.schedule import is_due, learning_rate
 from ssa_pretrain.settings.convert import config_to_dict, save_config
@@ -124,7 +124,9 @@ def train_step(run: Run, step: int) -> QueuedStep:
     """Queues the optimizer step that follows `step` steps."""
     assert run.rows is not None
     plan, dp_rank = run.plan, run.placement.dp_rank
-    batches = training_batches(run.rows, run.config, step, count=plan.num_microbatches, dp=plan.dp, dp_rank=dp_rank)
+    batches = training_batches(
+        run.rows, packing_of(run.config), step, count=plan.num_microbatches, dp=plan.dp, dp_rank=dp_rank
+    )
     rate = learning_rate(step, run.config.optim, plan)
     with profiling(run, step + 1):
         pending = run.engine.train_step(batches, step=step, learning_rate=rate)

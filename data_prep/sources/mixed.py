@@ -4,8 +4,9 @@
       web:  {kind: jsonl, paths: [web/*.jsonl.gz]}
       docs: {kind: hub, repo: owner/name, subsets: {docs: {files: "data/*.parquet"}}}
 
-A part's settings are those of its kind. The user's own files (jsonl, parquet, text) become a part of the corpus under the key. Other kinds name
-their parts themselves: the subsets of a hub's dataset, what an extracting source makes.
+The settings under each key are those of its kind. The user's own files (jsonl, parquet, text) become a part of the
+corpus named by the key. Other kinds name their parts themselves: the subsets of a dataset on the hub, or what an
+extracting source makes.
 """
 
 from typing import Any

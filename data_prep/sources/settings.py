@@ -34,7 +34,7 @@ class LocalDocsSource:
     kind: str = "local_docs"  # the kind of source, set by source=
     packages: list[str] = field(
         default_factory=list
-    )  # Debian packages; data_prep/sources/recipes.py has those it can read
+    )  # Debian packages; data_prep/sources/packages/recipes.py has those it can read
     wheels: list[str] = field(default_factory=list)  # Python packages, name==version, of which the source is text
     python_mb: float = (
         10.0  # most MB of Python source, from `wheels`, or without them from what is installed; 0 for none

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa_pretrain.config import Config
 from ssa_pretrain.data.rows import HeldOutRows, Row, TrainingRows
 
 PADDING_DOCUMENT = 16  # the smallest block size: any choice of blocks covers it
@@ -96,29 +95,43 @@ def collate(
     )
 
 
-def microbatch(rows: TrainingRows | HeldOutRows, config: Config, number: int, *, index: int) -> Batch:
-    """Returns microbatch `number` of a sequence of rows; `index` is its place in the global batch."""
-    size = config.training.micro_batch_size
-    return collate(
-        (rows.row(number * size + i) for i in range(size)),
-        index=index,
-        isolate_documents=config.data.isolate_documents,
-        padding_document=config.attention.block_size * config.attention.top_k,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How rows become microbatches.
+
+    Attributes:
+        micro_batch_size: rows per microbatch.
+        isolate_documents: whether documents of a row attend only to themselves.
+        padding_document: longest document of padding, in tokens.
+    """
+
+    micro_batch_size: int
+    isolate_documents: bool
+    padding_document: int
+
+    def microbatch(self, rows: TrainingRows | HeldOutRows, number: int, *, index: int) -> Batch:
+        """Returns microbatch `number` of a sequence of rows; `index` is its place in the global batch."""
+        size = self.micro_batch_size
+        return collate(
+            (rows.row(number * size + i) for i in range(size)),
+            index=index,
+            isolate_documents=self.isolate_documents,
+            padding_document=self.padding_document,
+        )
 
 
 def training_batches(
-    rows: TrainingRows, config: Config, step: int, *, count: int, dp: int, dp_rank: int
+    rows: TrainingRows, packing: Packing, step: int, *, count: int, dp: int, dp_rank: int
 ) -> list[Batch]:
     """Returns the microbatches of a step on one data rank: every dp-th of the global batch.
 
     Args:
         rows: the rows of the run.
-        config: the configuration.
+        packing: how they become microbatches.
         step: the optimizer step, from 0.
         count: microbatches per data rank.
         dp: data ranks.
         dp_rank: this data rank.
     """
     per_step = count * dp
-    return [microbatch(rows, config, step * per_step + i, index=i) for i in range(dp_rank, per_step, dp)]
+    return [packing.microbatch(rows, step * per_step + i, index=i) for i in range(dp_rank, per_step, dp)]

@@ -115,7 +115,8 @@ def resolve(
             _print_and_exit(text, code, prints=prints)
         tree, found = compose(overrides, source)
         problems += found
-        groups, grouped = group_options(source), has_groups(source)
+        groups = group_options(source) if command.action or command.explained is not None else {}
+        grouped = has_groups(source)
     if command.action == "help" and not problems:
         _print_and_exit(_help(program, groups, tree), prints=prints)
     if not tree:

@@ -216,9 +216,10 @@ def _is_section(key: str, source: Source) -> bool:
 
 
 def has_groups(source: Source) -> bool:
-    """Returns whether the folder offers options for any section, which a saved run's does not; needs `hydra_on`."""
+    """Returns whether the folders offer options for any section, which a saved run's folder does not."""
     sections = {name.split(".")[0] for name in known_keys(source.root) if "." in name}
-    return any(_options(section, source) for section in sections)
+    folders = [source.folder, *[Path(source.extra)] * bool(source.extra)]
+    return any(any((folder / section).glob("*.yaml")) for folder in folders for section in sections)
 
 
 def _no_group(key: str, value: Any, source: Source) -> Problem:
