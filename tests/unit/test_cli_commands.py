@@ -58,7 +58,7 @@ def test_a_reader_that_leaves_early_ends_no_command_in_a_trace(
 def test_help_ends_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["", "--help"])
     assert bench.main() is None
-    assert "a file of conf/model" in capsys.readouterr().out
+    assert "a file in conf/model" in capsys.readouterr().out
     assert compare.main() is None
     assert "metrics.jsonl" in capsys.readouterr().out
     assert [launch(["--help"], {}), report(["--help"])] == [0, 0]
