@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from support.errors import relative, require_as_near, require_means_as_near
+from support.processes import ROOT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 WORKER = Path(__file__).with_name("context_worker.py")
-ROOT = WORKER.parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.processes import ROOT
+
 README = (ROOT / "README.md").read_text()
 VENV = Path(sys.prefix)
 

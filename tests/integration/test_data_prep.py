@@ -22,9 +22,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from ssa_pretrain.data.indexed_format import check_pair, load_manifest, verify_hashes
+from support.processes import ROOT
 from support.texts import sentences
 
-ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("DATA_PREP_KILL_ROUNDS", "5"))  # of three kills each
 
 

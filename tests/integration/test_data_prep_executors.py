@@ -20,8 +20,6 @@ from data_prep.cli import main
 from data_prep.shards.executors.step import run_task
 from ssa_pretrain.data.indexed_format import load_manifest
 
-ROOT = Path(__file__).parents[2]
-
 pytestmark = pytest.mark.skipif(find_spec("datatrove") is None, reason="datatrove is not installed (extra cluster)")
 
 SBATCH = """#!{python}

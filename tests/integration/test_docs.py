@@ -22,8 +22,8 @@ from data_prep.cli import main as data_prep
 from data_prep.cli import read_config as read_data_config
 from ssa_pretrain.bench.__main__ import read_options
 from ssa_pretrain.cli import read_config
+from support.processes import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GUIDES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 VENV = Path(sys.prefix)

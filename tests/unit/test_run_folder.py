@@ -18,6 +18,7 @@ from ssa_pretrain import run_folder
 from ssa_pretrain.run_folder import LOCK, lock_folder, require_free, space_warning, unwritable
 from ssa_pretrain.settings.files import unlock
 from ssa_pretrain.settings.problems import ConfigError
+from support.processes import ROOT
 
 HOLD = "import sys, time, pathlib; from ssa_pretrain.run_folder import lock_folder; held = lock_folder(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
 
@@ -30,12 +31,11 @@ def held(folder: Path, report: Callable[[str], None] = print) -> TextIO:
 
 
 def test_a_second_run_is_refused_with_the_holder_s_name_until_that_is_killed(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as holder:
         try:
             assert holder.stdout is not None

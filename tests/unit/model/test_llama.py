@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-CHECKS = Path(__file__).parents[1] / "support" / "model_checks.py"
+from support.processes import ROOT, SUPPORT
+
+CHECKS = SUPPORT / "model_checks.py"
 
 
 def test_the_model_equals_its_definition():
@@ -14,7 +15,7 @@ def test_the_model_equals_its_definition():
         del environment[name]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS)],
-        cwd=CHECKS.parents[2],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,

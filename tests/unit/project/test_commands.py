@@ -14,8 +14,8 @@ from ssa_pretrain.cli import read_config
 from ssa_pretrain.launch.__main__ import main as launch
 from ssa_pretrain.report import compare
 from ssa_pretrain.report.__main__ import main as report
+from support.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 PRINTING = {
     "ssa_pretrain.train": ["--help"],
     "ssa_pretrain.evaluate": ["--version"],

@@ -13,9 +13,9 @@ import pytest
 
 from ssa_pretrain.launch import supervision
 from ssa_pretrain.launch.supervision import NOT_BEGUN, RERUN, Supervisor
+from support.processes import ROOT, SUPPORT
 
-SCRIPT = Path(__file__).parents[1] / "support" / "rank_for_supervision.py"
-ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = SUPPORT / "rank_for_supervision.py"
 
 
 def environment() -> dict[str, str]:

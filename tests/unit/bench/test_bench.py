@@ -5,15 +5,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from ssa_pretrain.bench.goals import GOALS, Goal
 from ssa_pretrain.bench.options import read_options
 from ssa_pretrain.bench.tables import Result, append, ratio, read, verdict, write_ratios
-
-ROOT = Path(__file__).parents[2]
+from support.processes import ROOT
 
 
 def result(variant: str, rate: float | None, ms: float = 10.0, peak: float | None = None) -> Result:

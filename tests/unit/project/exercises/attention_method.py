@@ -1,6 +1,6 @@
 """An attention method: SSA whose sparse stream is a sliding window, the `attention.top_k` newest blocks of the query's document.
 
-    python tests/unit/exercises/attention_method.py experiment=quickstart data.path=DIR output_dir=DIR
+    python tests/unit/project/exercises/attention_method.py experiment=quickstart data.path=DIR output_dir=DIR
 
 trains with it. The layer computes a stream in `_stream`, and both of them with the alignment in `_both_streams`; all else is inherited.
 """

@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.processes import ROOT
+
 CHILD = """
 import multiprocessing, os, sys, time
 from ssa_pretrain.parallel.parent import end_with_parent, end_forks_with_this_process

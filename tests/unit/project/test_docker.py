@@ -2,11 +2,10 @@
 
 import fnmatch
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.processes import ROOT
 
 
 def instructions() -> list[tuple[str, str]]:

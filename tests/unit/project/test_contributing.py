@@ -4,7 +4,8 @@ import ast
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.processes import ROOT
+
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 TOUR = re.search(r"^## A newcomer's tour\n(.*?)^## ", TEXT, re.M | re.S)[1]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.processes import ROOT
+
 SOURCES = [path for folder in ("ssa_pretrain", "data_prep", "kernels") for path in (ROOT / folder).rglob("*.py")]
 
 

@@ -1,6 +1,6 @@
 """A source of data: the docstrings of Python modules, one document per module.
 
-    python tests/unit/exercises/data_source.py source=docstrings 'source.modules=[argparse,json]' out=DIR
+    python tests/unit/project/exercises/data_source.py source=docstrings 'source.modules=[argparse,json]' out=DIR
 
 prepares a dataset of them. A source is a dataclass of settings, a function that fetches its text, a line in SOURCES and a YAML file
 in data_prep/conf/source/, whose place Hydra's store takes here.

@@ -1,6 +1,6 @@
 """A tracker beside W&B: every metric of a run as a line `step,name,value` of metrics.csv in the run's folder.
 
-    python tests/unit/exercises/tracker.py experiment=quickstart data.path=DIR output_dir=DIR
+    python tests/unit/project/exercises/tracker.py experiment=quickstart data.path=DIR output_dir=DIR
 
 trains with it. A tracker takes the records of metrics.jsonl, after a restart from the first one on, so that the file is written again.
 """
