@@ -112,7 +112,7 @@ def test_context_parallelism_equals_the_single_process(results, name):
         assert error < TOLERANCE, f"{key}: gradient off by {error:.1e}"
 
 
-def test_the_streams_differ(results):
+def test_streams_differ(results):
     """The streams must differ and the alignment must matter, or the comparison above proves nothing."""
     results = results["single.plain.ssa_full"]["records"]
     alignment, mass = results[:, 2:4], results[:, 4:6]

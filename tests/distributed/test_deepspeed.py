@@ -141,12 +141,12 @@ def close(found: list, wanted: list) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("layout", ["dp2", "tp2_sp"])
-def test_a_stage_trains_as_the_megatron_engine_does(results, layout, stage):
+def test_zero_stage_equals_megatron_engine(results, layout, stage):
     close(results[f"{layout}.zero{stage}"], results[f"megatron.{layout}"])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_trains_as_the_megatron_engine_does(results, name):
+def test_variant_equals_megatron_engine(results, name):
     layout, _, reference = VARIANTS[name]
     suffix = next((s for s, changes in SUFFIXES.items() if changes == reference), "")
     wanted = results[f"megatron.{layout}{suffix}"]
@@ -177,14 +177,14 @@ def near_bf16(found: list, wanted: list, exact: list) -> None:
     require_means_as_near(means(found), means(wanted), means(exact))
 
 
-def test_one_process_trains_as_two_do(results):
+def test_one_process_equals_two(results):
     close(results["one.zero1"][:STOP], results["megatron.dp2"][:STOP])
 
 
 @pytest.mark.parametrize(
     "name", [*(f"{at}.zero{stage}" for at in ("dp2", "tp2_sp") for stage in STAGES), "dp2.bf16.zero0"]
 )
-def test_a_resumed_run_is_bit_identical(results, name):
+def test_resumed_run_is_bit_identical(results, name):
     assert results[f"{name}.resumed"] == results[name][SAVED:]
 
 
@@ -198,12 +198,12 @@ def test_a_resumed_run_is_bit_identical(results, name):
         ("one.from_dp2.zero0", "dp2.zero0"),
     ],
 )
-def test_a_run_resumed_on_other_degrees_goes_on(results, name, source):
+def test_run_resumes_on_other_degrees(results, name, source):
     """Three steps past the resume: a lost step count, moment or weight decay shows in the second."""
     close(results[name], results[source][SAVED:])
 
 
-def test_weights_travel_between_the_engines(results):
+def test_weights_load_in_either_engine(results):
     """Each pair read one folder; both evaluations and the last tokens' logits agree, whatever engine and layout wrote and reads."""
     close(results["tp2.zero3.weights"], results["megatron.dp2.weights"])
     close(results["megatron.tp2.weights"], results["tp2.zero1.own_weights"])
@@ -212,11 +212,11 @@ def test_weights_travel_between_the_engines(results):
     close(results["zero1.weights_from_pp2"], results["megatron.dp2.weights"])
 
 
-def test_a_data_rank_without_held_out_rows_neither_hangs_nor_counts(results):
+def test_data_rank_without_held_out_rows_neither_hangs_nor_counts(results):
     close(results["zero3.uneven"], results["megatron.uneven"])
 
 
-def test_the_norms_and_figures_make_these_comparisons_strict(results):
+def test_norms_and_metrics_make_these_comparisons_strict(results):
     """Clipping acts at every step, and each step's results differ clearly from the previous step's."""
     for layout in ("dp2", "tp2_sp"):
         steps = torch.tensor(results[f"megatron.{layout}"][:RESUMED], dtype=torch.float64)

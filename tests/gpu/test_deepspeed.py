@@ -62,7 +62,7 @@ def reference(request, placement):
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, False), (3, False), (2, True)])
-def test_a_stage_trains_as_the_megatron_engine_does(placement, reference, exact, stage, offload):
+def test_zero_stage_equals_megatron_engine(placement, reference, exact, stage, offload):
     """About as far from fp32."""
     spec, wanted = reference
     found = train(placement, settings(spec, stage, offload=offload), steps=4)
@@ -71,7 +71,7 @@ def test_a_stage_trains_as_the_megatron_engine_does(placement, reference, exact,
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_checkpoint_resumes(placement, stage, tmp_path):
+def test_checkpoint_resumes(placement, stage, tmp_path):
     """The first step is the same to the bit; cuDNN's attention adds dQ up in an order of its own each time, so later ones nearly are."""
     from ssa_pretrain.engine import build_engine
 

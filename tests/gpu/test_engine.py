@@ -34,7 +34,7 @@ def test_specs_and_kernels_agree(placement, method):
 
 
 @pytest.mark.parametrize("spec", [LayerSpec.local, LayerSpec.transformer_engine])
-def test_a_checkpoint_resumes(placement, spec, tmp_path):
+def test_checkpoint_resumes(placement, spec, tmp_path):
     """The first step is the same to the bit; cuDNN's attention adds dQ up in an order of its own each time, so later ones nearly are.
 
     A wrong count of steps or moments would move the cross entropy, which falls by 0.3 per step, far more.

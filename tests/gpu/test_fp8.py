@@ -50,7 +50,7 @@ def test_fp8_follows_bf16(placement, recipe):
     require_as_near(ours / right, theirs / right, torch.ones_like(right), factor=16.0)
 
 
-def test_prompts_of_any_length_are_continued_in_fp8(placement):
+def test_fp8_samples_from_prompts_of_any_length(placement):
     """Sampling packs prompts that grow by a token at a time; FP8 products need multiples of 8."""
     from ssa_pretrain.engine import build_engine
     from ssa_pretrain.sampling import TOKENS_MULTIPLE, packed_prompts

@@ -91,7 +91,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", list(CASES[2]))
-def test_two_gpus_train_as_one(folder, name):
+def test_two_gpus_equal_one(folder, name):
     _, precision, stream = name.split(".")
     if precision == "fp32":
         wanted, found = (assemble(folder, case) for case in (f"single.fp32.{stream}", name))

@@ -30,7 +30,7 @@ def placement():
     stop()
 
 
-def test_where_the_time_of_a_step_goes(placement, tmp_path):
+def test_profile_assigns_the_time_of_a_step(placement, tmp_path):
     pytest.importorskip("transformer_engine")
     from ssa_pretrain.engine import build_engine
 

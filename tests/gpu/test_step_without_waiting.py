@@ -40,7 +40,7 @@ def rows_with_documents(seed: int) -> list[Batch]:
 
 @pytest.mark.parametrize("spec", [LayerSpec.local, LayerSpec.transformer_engine])
 @pytest.mark.parametrize("method", list(Method))
-def test_a_step_waits_for_nothing_and_compiles_nothing(placement, method, spec):
+def test_step_neither_waits_nor_recompiles(placement, method, spec):
     import triton
 
     from ssa_pretrain.engine import build_engine

@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
+def test_rerun_of_a_finished_run_reports_it_and_changes_nothing(run, capsys):
     folder = run("logging.timestamps=time", "checkpoint.interval=2")
     lines = capsys.readouterr().err.splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines), lines
@@ -71,7 +71,7 @@ def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
         assert contents(folder) == before, overrides
 
 
-def test_a_finished_run_that_owes_an_evaluation_is_not_finished(run, capsys):
+def test_run_without_its_last_evaluation_is_not_finished(run, capsys):
     """As after a signal at the last step: the checkpoint is there, and the evaluation is not."""
     folder = run()
     metrics = folder / "metrics.jsonl"
@@ -88,7 +88,7 @@ def test_a_finished_run_that_owes_an_evaluation_is_not_finished(run, capsys):
 @pytest.mark.parametrize(
     "attention", [("attention=full",), ("attention.full_ratio=0",), ("attention.stream_draw=step", "seed=3")]
 )
-def test_the_micro_batch_size_may_change_where_no_draw_depends_on_it(run, attention):
+def test_micro_batch_size_may_change_if_no_draw_depends_on_it(run, attention):
     whole = run(*attention, folder="whole")
     run(*attention, "training.stop_at_step=2")
     folder = run(*attention, "training.micro_batch_size=4")
@@ -102,7 +102,7 @@ def test_the_micro_batch_size_may_change_where_no_draw_depends_on_it(run, attent
 
 
 @pytest.mark.parametrize("setting", ["attention.full_ratio=0.5", "attention.counterpart_share=0.25"])
-def test_the_micro_batch_size_may_not_change_where_a_draw_depends_on_it(run, setting):
+def test_micro_batch_size_may_not_change_if_a_draw_depends_on_it(run, setting):
     settings = (setting, *["attention.full_ratio=1"] * (setting != "attention.full_ratio=0.5"))
     run(*settings, "training.stop_at_step=1")
     with pytest.raises(CheckpointError) as caught:

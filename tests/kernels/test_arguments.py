@@ -134,7 +134,7 @@ def results(operator: Operator, impl: str, tensors: dict[str, torch.Tensor], vie
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_view_gives_the_bits_of_its_contiguous_copy(name, impl):
+def test_view_equals_its_contiguous_copy_bit_for_bit(name, impl):
     operator = OPERATORS[name]
     views = st.fixed_dictionaries({n: st.sampled_from(list(VIEWS)) for n in operator.tensors})
 
@@ -238,7 +238,7 @@ def faults(operator: Operator, argument: str, what: object, wrong: object) -> li
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_tensor_that_does_not_fit_is_refused_by_both_in_the_same_words(name):
+def test_bad_tensor_gets_the_same_message_from_both_implementations(name):
     found = []
     for argument, x in OPERATORS[name].tensors.items():
         for what, wrong in misfits(argument, x):
@@ -248,7 +248,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_both_in_the_same_words(name):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_number_that_does_not_fit_is_refused_by_both_in_the_same_words(name):
+def test_bad_number_gets_the_same_message_from_both_implementations(name):
     found = []
     for argument in TAKES[name]:
         for wrong in NUMBERS[argument]:

@@ -127,7 +127,7 @@ def test_linear_cross_entropy(tokens, columns, size, spread, impl):
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_the_weights_gradient_is_added_to_a_buffer(impl):
+def test_weights_gradient_is_added_to_a_buffer(impl):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(6, 8, generator=generator).requires_grad_()
     weight = torch.randn(40, 8, generator=generator).requires_grad_()
@@ -141,7 +141,7 @@ def test_the_weights_gradient_is_added_to_a_buffer(impl):
     torch.testing.assert_close(buffer, 1 + wanted[1])
 
 
-def test_no_gradient_leaves_the_logits_alone():
+def test_logits_are_unchanged_without_a_gradient():
     hidden, weight = torch.randn(4, 8), torch.randn(20, 8)
     labels = torch.arange(4)
     want = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
@@ -166,7 +166,7 @@ def test_kernels_over_two_spans_of_the_vocabulary():
     torch.testing.assert_close(torch.cat(spans, dim=1), want, rtol=1e-5, atol=1e-6)
 
 
-def test_bad_shapes_end_in_a_sentence():
+def test_bad_shapes_are_refused():
     with pytest.raises(ValueError, match=r"mixed \(4, 10\) must be \[tokens, 52\]"):
         qkv_rope(
             torch.zeros(4, 10),

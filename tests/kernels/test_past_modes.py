@@ -42,7 +42,7 @@ mixed, angles, positions = draw(12, 2 * (2 * 8 + 8 + 8 + 2)), draw(12, 8), torch
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_runs_past_a_mode_and_gives_the_same(name):
+def test_operator_bypasses_a_mode_with_equal_results(name):
     wanted = OPERATORS[name]()
     with Nothing():
         found = OPERATORS[name]()
@@ -54,7 +54,7 @@ def _tensors(result):
     return [x for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
 
 
-def test_the_mode_is_there_again_afterwards():
+def test_mode_is_active_again_afterwards():
     with Nothing(), pytest.raises(AssertionError, match="went through the mode"):
         ssa_kernels.swiglu(draws)
         draws.sum()

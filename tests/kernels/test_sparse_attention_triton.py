@@ -126,7 +126,7 @@ def test_portable_kernels(heads, kv_heads, head_dim, block_size, top_k, lists, d
 
 
 @interpreted
-def test_the_portable_backward_adds_too_and_takes_an_index_started_earlier():
+def test_portable_backward_accumulates_and_accepts_a_prepared_index():
     from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
     from ssa_kernels.sparse_attention.index import invert_beside
 
@@ -176,7 +176,7 @@ def test_logits_far_above_the_reference(tensor_core, heads):
 
 
 @interpreted
-def test_a_delta_that_is_known_already(tensor_core):
+def test_precomputed_delta(tensor_core):
     inputs = make(DOCUMENTS, 16, 1, 64, 16, 2)
     delta = (public(*inputs, impl="reference")[0].float() * inputs[3].float()).sum(-1)
     check(on_tensor_cores(tensor_core, *inputs, delta=delta), inputs)
@@ -184,7 +184,7 @@ def test_a_delta_that_is_known_already(tensor_core):
 
 @interpreted
 @pytest.mark.parametrize("heads", [16, 4])
-def test_queries_without_blocks_and_documents_apart(tensor_core, heads):
+def test_queries_without_blocks_and_isolated_documents(tensor_core, heads):
     q, k, v, do, indices, layout = make(DOCUMENTS, heads, 1, 64, 16, 3)
     indices[20:22] = -1
     first = on_tensor_cores(tensor_core, q, k, v, do, indices, layout)
@@ -198,7 +198,7 @@ def test_queries_without_blocks_and_documents_apart(tensor_core, heads):
 
 
 @interpreted
-def test_a_part_of_the_queries():
+def test_subset_of_queries():
     q, k, v, do, indices, layout = make(DOCUMENTS, 2, 1, 16, 16, 2, dtype=torch.float32)
     whole = public(q, k, v, do, indices, layout)
     part = torch.tensor([1, 5, 6, 20, 33])
@@ -303,7 +303,7 @@ print(json.dumps(found))
 """
 
 
-def test_compiled_for_hopper_nothing_spills():
+def test_kernels_compiled_for_hopper_do_not_spill():
     """Every conversion between layouts is trivial (else it would not compile), and the kernels use no more registers than planned."""
     path = str(Path(sys.modules["ssa_kernels"].__file__).parents[1])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}

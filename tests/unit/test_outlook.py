@@ -32,7 +32,9 @@ def add_checkpoint(folder: Path, step: int, *arguments: str) -> None:
     path.write_text(json.dumps({"schema": 1, "step": step, "facts": facts, "files": {}}))
 
 
-def test_data_that_is_missing_comes_with_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_data_is_shown_with_the_command_that_prepares_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = rows("data.path=data/quickstart", f"output_dir={tmp_path}", capsys=capsys)["data"]
     command = "python -m data_prep source=quickstart tokenizer=bpe8k out=data/quickstart"
     assert found == f"data/quickstart is not prepared yet: {command}"
@@ -40,7 +42,7 @@ def test_data_that_is_missing_comes_with_its_command(tmp_path: Path, capsys: pyt
     assert found == "my data is not prepared yet: python -m data_prep source=… tokenizer=… out='my data'"
 
 
-def test_what_the_folder_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_describes_the_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     place = f"output_dir={run}"
     assert rows(place, capsys=capsys)["output"] == f"{run} holds no checkpoint: the run starts at step 0"
@@ -61,7 +63,7 @@ def test_what_the_folder_means(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
 
 
-def test_the_micro_batch_size_may_change_where_a_run_takes_it(
+def test_plan_accepts_a_micro_batch_size_that_a_resume_accepts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     smaller, drawn_by_step = "training.micro_batch_size=1", "attention.stream_draw=step"
@@ -73,7 +75,7 @@ def test_the_micro_batch_size_may_change_where_a_run_takes_it(
     assert found.endswith("the run resumes after step 6 of 9")
 
 
-def test_a_folder_in_use_or_unwritable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_reports_a_folder_in_use_or_unwritable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = lock_folder(tmp_path / "run")
     assert lock is not None
     with lock:

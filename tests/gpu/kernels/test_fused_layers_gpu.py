@@ -97,7 +97,7 @@ def test_linear_cross_entropy(tokens, columns, size, fused):
     assert (weight.grad is None) == fused
 
 
-def test_it_holds_one_buffer_of_logits():
+def test_only_one_logits_buffer_is_allocated():
     tokens, columns, size = 4096, 128256, 256
     hidden = torch.randn(tokens, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(columns, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)

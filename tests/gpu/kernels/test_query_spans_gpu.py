@@ -76,7 +76,7 @@ def test_full_stream_against_float64(documents, heads, kv_heads, head_dim):
 
 
 @pytest.mark.parametrize("main", ["full", "sparse"])
-def test_a_layer_with_its_gradients(main):
+def test_layer_with_its_gradients(main):
     inputs, layout = make(), layout_of("ragged")
     upstream = torch.randn_like(inputs[0])
     common = {"main": main, **SELECTION}
@@ -111,7 +111,7 @@ def test_a_layer_with_its_gradients(main):
         require_as_near(got, want, right, factor=1.5)
 
 
-def test_it_never_waits_for_the_device():
+def test_host_never_waits_for_the_device():
     inputs, layout = make(), layout_of("ragged")
     part, spans = query_spans(layout, RANKS[0]), RANKS[0]
     leaves = [take(x, spans).detach().requires_grad_() if i in (0, 3) else x for i, x in enumerate(inputs)]

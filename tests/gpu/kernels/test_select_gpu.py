@@ -94,7 +94,7 @@ def test_large_logits(size):
 
 
 @pytest.mark.parametrize("tokens", [20_000, 70_000])
-def test_rows_of_many_passes(tokens):
+def test_rows_with_many_top_k_passes(tokens):
     """Every token's candidates are whole passes of top-k and a remainder. Only the last queries, because float64 would take long."""
     q, k = make(tokens, 16, 1)
     layout = build_layout(bounds(0, tokens), num_tokens=tokens, block_size=16)
@@ -126,7 +126,7 @@ def test_values_that_share_a_bin():
     check(q[-64:].repeat(650, 1, 1), k, bounds(0, 16 * 2600), 16, 16)
 
 
-def test_documents_and_the_future_do_not_matter():
+def test_result_ignores_other_documents_and_future_tokens():
     q, k = make(4000)
     cu_seqlens = bounds(0, 1, 16, 31, 48, 48, 1500, 3001)
     base = select_blocks(q, k, block_size=16, top_k=8, cu_seqlens=cu_seqlens)
@@ -152,7 +152,7 @@ def test_queries_far_apart():
     assert torch.equal(alone, select_blocks(q, k, cu_seqlens=layout, **arguments)[queries])
 
 
-def test_the_workspace_is_bounded():
+def test_workspace_is_bounded():
     tokens = 131_072
     q, k = make(tokens, 32, 2)
     layout = build_layout(bounds(0, tokens), num_tokens=tokens, block_size=16)
@@ -165,7 +165,7 @@ def test_the_workspace_is_bounded():
     assert beside <= launch.WORKSPACE_BYTES + sums + means + 2**20
 
 
-def test_neither_waits_nor_recompiles():
+def test_calls_neither_wait_nor_recompile():
     def call(*ends):
         q, k = make(3000)
         cu_seqlens = bounds(0, *ends)

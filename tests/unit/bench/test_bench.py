@@ -32,7 +32,7 @@ def result(variant: str, rate: float | None, ms: float = 10.0, peak: float | Non
     )
 
 
-def test_the_command_line():
+def test_command_line_options():
     options = read_options(["cases=8k,32k", "length=64", "rows=1"], 1)
     assert options.cases == ("8k", "32k") and options.length == 64 and options.rows == 1 and options.model == "llama_1b"
     assert read_options([], 2).cases == ("dp2", "tp2", "tp2_overlap")
@@ -49,7 +49,7 @@ def test_the_command_line():
         (["precision=fp8"], "precision=fp8 must be bf16 or fp32"),
     ],
 )
-def test_a_wrong_command_line_ends_in_a_sentence(arguments, sentence, capsys):
+def test_bad_command_line_prints_one_line(arguments, sentence, capsys):
     import re
 
     with pytest.raises(SystemExit) as left:
@@ -75,11 +75,11 @@ def test_ratios_and_verdicts(tmp_path):
     assert f"| full over plain megatron-core, 8k | {51 / 48:.3f} |  |  |  |" in write_ratios(tmp_path, other)
 
 
-def test_goals_name_variants_of_some_case():
+def test_goals_name_existing_variants():
     assert len({g.label for g in GOALS}) == len(GOALS)
 
 
-def test_a_run_on_a_cpu(tmp_path):
+def test_benchmark_runs_on_a_cpu(tmp_path):
     cases = ["8k", "optimizer"]
     command = [
         "-m",

@@ -39,7 +39,7 @@ def find(run, lines=None, verdicts=None):
     return newest(run, is_rank_0=True, device=torch.device("cpu"), report=report, verdicts=verdicts)
 
 
-def test_published_checkpoints_are_found_newest_first_and_old_ones_go(tmp_path):
+def test_published_checkpoints_are_found_newest_first_and_old_ones_are_removed(tmp_path):
     for step in (5, 10, 15):
         publish(tmp_path, step, {"seed": 1}, write, keep=2, is_rank_0=True)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000015"]
@@ -47,17 +47,17 @@ def test_published_checkpoints_are_found_newest_first_and_old_ones_go(tmp_path):
     assert (found.step, found.facts) == (15, {"seed": 1})
 
 
-def test_a_checkpoint_can_be_named_itself(tmp_path):
+def test_checkpoint_folder_can_be_given_directly(tmp_path):
     older = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
     publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
     assert find(older).step == 5
 
 
-def test_no_checkpoint_is_none(tmp_path):
+def test_folder_without_checkpoints_returns_none(tmp_path):
     assert find(tmp_path) is None
 
 
-def test_a_save_that_dies_leaves_the_older_one(tmp_path):
+def test_killed_save_leaves_the_older_checkpoint(tmp_path):
     publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
 
     def die(folder):
@@ -71,7 +71,7 @@ def test_a_save_that_dies_leaves_the_older_one(tmp_path):
     assert find(tmp_path).step == 10
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
+def test_unremovable_old_checkpoint_does_not_fail_the_save(tmp_path, monkeypatch):
     output, remove = [], shutil.rmtree
 
     def busy(folder, *arguments, **options):
@@ -91,7 +91,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(tmp_path, monkey
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000015"]
 
 
-def test_folders_with_other_names_are_the_user_s(tmp_path):
+def test_folders_with_other_names_are_ignored(tmp_path):
     intact = publish(tmp_path, 2, {}, write, keep=1, is_rank_0=True)
     copies = [intact.with_name(name) for name in ("step_00000002_good", "step_00000003_best", "step_3")]
     for copy in copies:
@@ -103,7 +103,7 @@ def test_folders_with_other_names_are_the_user_s(tmp_path):
     assert all(find_damage(copy) is None for copy in copies)
 
 
-def test_a_hundred_million_steps_are_newer_than_one_less(tmp_path):
+def test_checkpoints_sort_by_step_beyond_eight_digits(tmp_path):
     for step in (99_999_999, 100_000_000):
         publish(tmp_path, step, {}, write, keep=2, is_rank_0=True)
     assert find(tmp_path).step == 100_000_000
@@ -154,7 +154,7 @@ def hashed_folders(monkeypatch):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_damaged_ones_take_no_intact_one_s_place_and_go_with_the_old(tmp_path, keep, monkeypatch):
+def test_damaged_checkpoints_do_not_count_for_keep_and_are_removed_with_old_ones(tmp_path, keep, monkeypatch):
     """A run that fell back past two damaged checkpoints: only once `keep` newer ones are intact may an intact one go."""
     for step in (1, 2, 3, 4, 5):
         publish(tmp_path, step, {}, write, keep=9, is_rank_0=True)
@@ -173,7 +173,7 @@ def test_damaged_ones_take_no_intact_one_s_place_and_go_with_the_old(tmp_path, k
     assert intact_by_step(tmp_path) == dict.fromkeys((8, 7, 6)[:keep], True)
 
 
-def test_a_damaged_one_after_the_step_resumed_from_is_not_counted_and_is_replaced(tmp_path):
+def test_damaged_checkpoint_after_the_resumed_step_is_not_counted_and_is_replaced(tmp_path):
     for step in (2, 4, 6):
         publish(tmp_path, step, {}, write, keep=9, is_rank_0=True)
     for step in (4, 6):
@@ -186,7 +186,7 @@ def test_a_damaged_one_after_the_step_resumed_from_is_not_counted_and_is_replace
 
 
 @pytest.mark.parametrize("message", DAMAGE)
-def test_damage_done_while_a_run_goes_on_is_named_and_not_counted(tmp_path, message):
+def test_damage_during_a_run_is_named_and_not_counted(tmp_path, message):
     verdicts, lines = Verdicts(), []
     for step in (2, 4):
         publish(tmp_path, step, {}, write, keep=2, is_rank_0=True, verdicts=verdicts)
@@ -198,7 +198,7 @@ def test_damage_done_while_a_run_goes_on_is_named_and_not_counted(tmp_path, mess
     assert lines == [f"checkpoint {damaged} is damaged ({message}); it does not count towards checkpoint.keep=3"]
 
 
-def test_one_of_another_schema_is_neither_counted_nor_removed(tmp_path):
+def test_checkpoint_of_another_schema_is_neither_counted_nor_removed(tmp_path):
     for step in (1, 2, 3):
         publish(tmp_path, step, {}, write, keep=9, is_rank_0=True)
     facts = tmp_path / "checkpoints" / "step_00000002" / FACTS
@@ -210,13 +210,13 @@ def test_one_of_another_schema_is_neither_counted_nor_removed(tmp_path):
 
 
 @pytest.mark.parametrize("files", [[], {"weights.bin": 7}, {"weights.bin": {"bytes": 1}}])
-def test_a_list_of_files_of_another_form_is_damage(tmp_path, files):
+def test_malformed_file_list_is_damage(tmp_path, files):
     facts = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True) / FACTS
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"files": files}))
     assert find_damage(facts.parent) == f"{FACTS} cannot be read"
 
 
-def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+def test_unreadable_file_is_damage(tmp_path, monkeypatch):
     """By a stand-in for the failing disk."""
 
     def fail(_):
@@ -227,7 +227,7 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     assert find_damage(folder) == "empty cannot be read: Input/output error"
 
 
-def test_none_intact_is_an_error_and_never_a_fresh_start(tmp_path):
+def test_no_intact_checkpoint_is_an_error(tmp_path):
     flip_bit(publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True))
     with pytest.raises(
         CheckpointError, match=r"no checkpoint in .* is intact; restore one, or start again in another output_dir"
@@ -235,25 +235,25 @@ def test_none_intact_is_an_error_and_never_a_fresh_start(tmp_path):
         find(tmp_path)
 
 
-def test_an_intact_one_has_no_damage(tmp_path):
+def test_intact_checkpoint_has_no_damage(tmp_path):
     assert find_damage(publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)) is None
 
 
-def test_reading_a_folder_that_is_none(tmp_path):
+def test_folder_that_is_not_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"is not a checkpoint .*name a folder such as RUN/checkpoints/step_00000100"
     ):
         read(tmp_path)
 
 
-def test_the_list_of_files_is_complete(tmp_path):
+def test_file_list_is_complete(tmp_path):
     folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
     files = json.loads((folder / FACTS).read_text())["files"]
     assert set(files) == {"weights.bin", "empty"}
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 16])
-def test_each_file_is_read_by_one_rank_and_the_bytes_are_even(world_size):
+def test_each_file_is_hashed_by_one_rank_with_balanced_bytes(world_size):
     sizes = {f"file_{i}": 10 * i for i in range(12)}
     shares = [publishing._share(sizes, rank, world_size) for rank in range(world_size)]
     assert sorted(name for share in shares for name in share) == sorted(sizes)
@@ -261,7 +261,7 @@ def test_each_file_is_read_by_one_rank_and_the_bytes_are_even(world_size):
     assert max(loads) - min(loads) <= max(sizes.values())
 
 
-def test_a_file_that_no_rank_saw_whole_is_read_at_the_end(tmp_path, monkeypatch):
+def test_file_incomplete_on_every_rank_is_hashed_at_the_end(tmp_path, monkeypatch):
     """On shared storage a rank may list another node's files late, or with an old size."""
     monkeypatch.setattr(publishing, "_share", lambda *_: ["empty"])
     folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
@@ -275,7 +275,7 @@ def test_differences_name_both_sides():
     assert differences({"a": 2}, {"a": 2}) == []
 
 
-def test_a_key_that_came_later_counts_with_its_default():
+def test_newer_key_is_compared_with_its_default():
     wanted = {"optim.eps": OptimConfig().eps, "model.rope_scaling": {"enabled": False, "factor": 8.0}, "seed": 1234}
     assert differences({"model.rope_scaling": {"enabled": False}, "seed": 1234}, wanted) == [
         f"model.rope_scaling: checkpoint {{'enabled': False, 'factor': {RopeScalingConfig().factor!r}}}, "
@@ -291,7 +291,7 @@ def test_a_key_that_came_later_counts_with_its_default():
     ]
 
 
-def test_another_schema_is_an_error_and_no_older_checkpoint_is_taken(tmp_path):
+def test_another_schema_is_an_error_without_fallback_to_older_checkpoints(tmp_path):
     publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
     newer = publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
     record = json.loads((newer / FACTS).read_text())
@@ -301,13 +301,13 @@ def test_another_schema_is_an_error_and_no_older_checkpoint_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"schema": 1, "step": 5, "facts": 7, "files": {}}', '{"step": 5}'])
-def test_facts_of_another_form_are_no_checkpoint(tmp_path, text):
+def test_malformed_facts_are_refused(tmp_path, text):
     (tmp_path / FACTS).write_text(text)
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         read(tmp_path)
 
 
-def test_weights_of_another_shape_are_refused_with_each_key(tmp_path):
+def test_weights_of_another_shape_are_refused_and_every_key_is_named(tmp_path):
     saved = {"model.num_layers": 4, "attention.gate": True, "model.rope_theta": 1.0, "attention.top_k": 4, "seed": 1}
     found = Checkpoint(tmp_path, 5, saved)
     with pytest.raises(CheckpointError) as caught:
@@ -318,7 +318,7 @@ def test_weights_of_another_shape_are_refused_with_each_key(tmp_path):
     )
 
 
-def test_a_new_run_may_change_what_leaves_the_shapes(tmp_path):
+def test_new_run_may_change_settings_that_keep_the_shapes(tmp_path):
     found = Checkpoint(tmp_path, 5, {"model.rope_theta": 1.0, "model.vocab_size": 0, "attention.top_k": 4, "seed": 1})
     wanted = {"model.rope_theta": 2.0, "model.vocab_size": 4096, "attention.top_k": 2, "seed": 7}
     require_same_model(found, wanted, shapes_only=True)
@@ -329,7 +329,7 @@ def test_a_new_run_may_change_what_leaves_the_shapes(tmp_path):
         require_same_model(found, wanted, shapes_only=True)
 
 
-def test_weights_of_another_vocabulary_are_refused_where_the_checkpoint_names_it(tmp_path):
+def test_weights_of_another_vocabulary_are_refused_if_the_checkpoint_names_it(tmp_path):
     saved = {"model.vocab_size": 0, "vocabulary.padded_size": 4096, "vocabulary.tokenizer_sha256": "a"}
     wanted = {"model.vocab_size": 0, "vocabulary.padded_size": 1024, "vocabulary.tokenizer_sha256": "b"}
     for shapes_only in (True, False):

@@ -24,7 +24,7 @@ def written(folder: Path, tensors: dict[str, torch.Tensor], prefix: str = "stage
     return folder
 
 
-def test_names_of_both_layer_specs_are_one() -> None:
+def test_both_layer_specs_use_the_same_names() -> None:
     fused = {
         "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.3.input_layernorm.weight",
         "decoder.layers.3.mlp.linear_fc1.layer_norm_weight": "decoder.layers.3.pre_mlp_layernorm.weight",
@@ -34,7 +34,7 @@ def test_names_of_both_layer_specs_are_one() -> None:
     assert {name: canonical_name(name) for name in fused} == fused
 
 
-def test_several_writers_files_and_formats_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_several_writers_and_formats_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "FILE_BYTES", 100)
     first = {"a": torch.randn(5, 7), "b": torch.randn(3).bfloat16(), "c": torch.randn(6, 6).t()}
     second = {"d": torch.randn(2, 2)}
@@ -49,7 +49,7 @@ def test_several_writers_files_and_formats_come_back(tmp_path: Path, monkeypatch
         assert torch.equal(reader.read(name), tensor)
 
 
-def test_they_are_found_in_a_checkpoint_and_by_themselves(tmp_path: Path) -> None:
+def test_weights_are_found_in_a_checkpoint_and_in_their_own_folder(tmp_path: Path) -> None:
     assert find_weights(tmp_path) is None
     (tmp_path / "weights").mkdir()
     write_index(tmp_path / "weights")
@@ -69,7 +69,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         reader.require({"c": (1,)}, exact=False)
 
 
-def test_a_folder_without_them_is_named(tmp_path: Path) -> None:
+def test_folder_without_weights_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=f"{tmp_path} holds no common weights"):
         WeightsReader(tmp_path)
     (tmp_path / "weights.json").write_text('{"schema": 99}')

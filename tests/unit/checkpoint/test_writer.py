@@ -42,7 +42,7 @@ def children() -> list[str]:
     return [pid for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()]
 
 
-def test_core_reads_what_was_written_and_no_process_was_started(tmp_path):
+def test_core_reads_the_checkpoint_and_no_process_is_started(tmp_path):
     before = children()
     save(tmp_path / "saved")
     assert children() == before
@@ -54,7 +54,7 @@ def test_core_reads_what_was_written_and_no_process_was_started(tmp_path):
     assert (loaded["object"], loaded["plain"]) == ({"fill": 2.0}, 2.0)
 
 
-def test_a_file_that_does_not_fit_the_disk_is_an_error_whichever_thread_wrote_it(tmp_path):
+def test_full_disk_is_an_error_in_any_thread(tmp_path):
     """One of the four files exceeds the limit. Torch's own threads would omit it and continue."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, hard))
@@ -68,7 +68,7 @@ def test_a_file_that_does_not_fit_the_disk_is_an_error_whichever_thread_wrote_it
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
-def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+def test_file_mode_follows_umask(tmp_path, umask, mode):
     from ssa_pretrain.checkpoint.weights import WeightsWriter, write_index
 
     before = os.umask(umask)

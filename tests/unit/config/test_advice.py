@@ -78,7 +78,7 @@ def with_setting(tree: dict[str, Any], key: str, value: str) -> dict[str, Any]:
     return changed
 
 
-def test_what_is_advised_is_accepted() -> None:
+def test_advised_settings_are_accepted() -> None:
     """Keys with values that they may not have, in several runs on several machines: a sample of 20,000 cases that hold."""
     draw, tried, strict = random.Random(13), 0, 0
     keys = [key for key in known_keys(Config) if key not in FREE]
@@ -115,7 +115,7 @@ def test_what_is_advised_is_accepted() -> None:
         (("model.num_layers=-0.5",), "model.num_layers=-0.5 must be a whole number; try 1"),
     ],
 )  # fmt: skip
-def test_advice_that_another_rule_forbids_is_not_given(typed: tuple[str, ...], message: str) -> None:
+def test_advice_breaks_no_other_rule(typed: tuple[str, ...], message: str) -> None:
     world = 2 if "parallel.cp=2" in typed else 1
     found = [
         str(problem)
@@ -141,7 +141,7 @@ def test_advice_names_the_entry_point(entry: str) -> None:
     assert f"leave it at 0 to {entry}" in str(found)
 
 
-def test_a_configuration_without_groups_is_advised_in_keys() -> None:
+def test_advice_for_a_configuration_without_groups_uses_keys() -> None:
     assert in_keys_only("try engine=megatron or parallel.cp=1") == "try engine.name=megatron or parallel.cp=1"
     assert (
         in_keys_only("try precision=bf16 or attention.impl=reference")
@@ -177,13 +177,13 @@ def test_a_configuration_without_groups_is_advised_in_keys() -> None:
         ("docs/results", "docs/results is a folder, not key=value; see --help"),
     ],
 )
-def test_a_path_where_a_setting_is_wanted(word: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_as_an_argument_gets_advice(word: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONF.parent)
     found = problems([word, "model.vocab_size=512"], Machine(world_size=1, has_files=False))[0]
     assert message in str(found)
 
 
-def test_a_path_in_place_of_a_setting_is_the_only_problem(tmp_path: Path) -> None:
+def test_path_as_an_argument_is_the_only_problem(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: mine\n")
     found = [str(problem) for problem in problems([str(tmp_path)], Machine(world_size=1, has_files=False))]
     assert found == [

@@ -22,7 +22,7 @@ def problems(*overrides: str, machine: Machine = MACHINE) -> list[str]:
     return [str(problem) for problem in caught.value.problems]
 
 
-def test_the_batch_clipping_precision_and_stage_are_the_run_s() -> None:
+def test_batch_clipping_precision_and_stage_follow_the_configuration() -> None:
     settings = ds_config(
         resolve("deepspeed.zero_stage=2", "deepspeed.offload_optimizer=true", "optim.clip_grad=0.5"), dp=2
     )
@@ -44,7 +44,7 @@ def test_gradients_in_bf16_and_a_run_in_fp32() -> None:
     assert full["bf16"] == {"enabled": False} and full["communication_data_type"] == "fp32"
 
 
-def test_extra_adds_nested_keys_and_may_repeat() -> None:
+def test_extra_adds_nested_keys_and_may_repeat_generated_ones() -> None:
     extra = (
         "deepspeed.extra.zero_optimization.stage3_prefetch_bucket_size=7",
         "+deepspeed.extra.comms_logger={enabled: true}",
@@ -89,7 +89,7 @@ def test_extra_adds_nested_keys_and_may_repeat() -> None:
         ),
     ],
 )
-def test_extra_contradicts_nothing(extra: str, line: str) -> None:
+def test_extra_may_not_contradict_generated_keys(extra: str, line: str) -> None:
     assert problems(f"deepspeed.extra.{extra}") == [line]
 
 
@@ -121,7 +121,7 @@ def test_extra_contradicts_nothing(extra: str, line: str) -> None:
         ),
     ],
 )
-def test_what_is_not_supported_names_the_alternative(overrides: tuple[str, ...], line: str) -> None:
+def test_unsupported_settings_name_the_alternative(overrides: tuple[str, ...], line: str) -> None:
     assert problems(*overrides) == [line]
 
 

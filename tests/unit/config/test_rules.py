@@ -51,7 +51,7 @@ EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp
 
 @pytest.mark.parametrize("world_size", [1, 8, 64])
 @pytest.mark.parametrize("experiment", PAPERS)
-def test_the_paper_s_experiments_pass_every_check(experiment: str, world_size: int) -> None:
+def test_experiments_of_the_paper_pass_every_check(experiment: str, world_size: int) -> None:
     layout = ("parallel=tp2",) if experiment == "ssa_1b_32k" and world_size == 64 else ()  # 96 rows per step
     machine = Machine(world_size=world_size, has_gpu=True, has_transformer_engine=True, has_files=False)
     assert found(f"experiment={experiment}", "training.micro_batch_size=1", *layout, machine=machine) == []
@@ -60,12 +60,12 @@ def test_the_paper_s_experiments_pass_every_check(experiment: str, world_size: i
 
 
 @pytest.mark.parametrize("experiment", EVIDENCE)
-def test_the_short_experiments_pass_on_one_gpu(experiment: str) -> None:
+def test_short_experiments_pass_on_one_gpu(experiment: str) -> None:
     assert found(f"experiment={experiment}", machine=GPU) == []
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU])
-def test_the_quickstart_passes_with_and_without_a_gpu(machine: Machine) -> None:
+def test_quickstart_passes_with_and_without_a_gpu(machine: Machine) -> None:
     assert found("experiment=quickstart", machine=machine) == []
     two = replace(machine, world_size=2)
     assert found("experiment=quickstart", "parallel=tp2", machine=two) == []
@@ -173,7 +173,7 @@ def test_the_quickstart_passes_with_and_without_a_gpu(machine: Machine) -> None:
         ),
     ],
 )
-def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world_size: int, message: str) -> None:
+def test_impossible_combination_is_one_line(overrides: tuple[str, ...], world_size: int, message: str) -> None:
     machine = Machine(world_size=world_size, has_gpu=False, has_transformer_engine=False, has_files=False)
     assert found(*overrides, machine=machine) == [message]
 
@@ -276,11 +276,11 @@ def test_an_impossible_combination_is_one_line(overrides: tuple[str, ...], world
         ),
     ],
 )
-def test_what_the_machine_is_missing_is_one_line(overrides: tuple[str, ...], machine: Machine, message: str) -> None:
+def test_missing_hardware_or_package_is_one_line(overrides: tuple[str, ...], machine: Machine, message: str) -> None:
     assert found(*overrides, machine=machine) == [message]
 
 
-def test_the_same_choices_pass_if_the_machine_has_what_they_need() -> None:
+def test_choices_pass_if_the_machine_has_what_they_need() -> None:
     assert found(*PAPER, "precision=fp8", machine=GPU) == []
     assert found(*PAPER, "parallel=tp2_sp", "engine.overlap_tp=true", machine=replace(GPU, world_size=2)) == []
     assert found(*PAPER, "attention.impl=triton", "engine.layer_spec=transformer_engine", machine=GPU) == []
@@ -360,7 +360,7 @@ def test_prepared_data_passes(dataset: Path) -> None:
     assert found(*BASE, f"data.path={dataset}", "+data.weights.english=1", machine=HERE) == []
 
 
-def test_data_that_is_not_there_is_a_data_problem(tmp_path: Path) -> None:
+def test_missing_data_is_a_data_problem(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"manifest\.json does not exist") as caught:
         resolve_config("train", (*BASE, f"data.path={tmp_path}"), HERE)
     assert caught.value.exit_code == 4
@@ -369,7 +369,7 @@ def test_data_that_is_not_there_is_a_data_problem(tmp_path: Path) -> None:
     assert caught.value.exit_code == 3
 
 
-def test_a_damaged_dataset_is_a_data_problem(dataset: Path) -> None:
+def test_damaged_dataset_is_a_data_problem(dataset: Path) -> None:
     (dataset / "train" / "python.bin").write_bytes(b"short")
     lines = found(*BASE, f"data.path={dataset}", machine=HERE)
     assert len(lines) == 1
@@ -377,7 +377,7 @@ def test_a_damaged_dataset_is_a_data_problem(dataset: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "byte"), [("train/python.idx", 35), ("tokenizer.json", 1), ("manifest.json", 60)])
-def test_a_flipped_bit_in_a_small_file_is_rejected_by_every_command(
+def test_flipped_bit_in_a_small_file_is_rejected_by_every_command(
     dataset: Path, capsys: pytest.CaptureFixture[str], name: str, byte: int
 ) -> None:
     path = dataset / name
@@ -406,20 +406,20 @@ def test_a_flipped_bit_in_a_small_file_is_rejected_by_every_command(
         ),
     ],
 )
-def test_what_does_not_fit_the_data_is_one_line(dataset: Path, override: str, message: str) -> None:
+def test_settings_that_do_not_fit_the_data_are_one_line(dataset: Path, override: str, message: str) -> None:
     lines = found(*BASE, f"data.path={dataset}", override, machine=HERE)
     assert len(lines) == 1
     assert lines[0].endswith(message.format(path=dataset))
 
 
-def test_an_evaluation_pads_rows_and_microbatches(dataset: Path) -> None:
+def test_evaluation_pads_rows_and_microbatches(dataset: Path) -> None:
     """Held-out sources may be shorter than a row, and the global batch is training's."""
     command = (*BASE, f"data.path={dataset}", "data.sequence_length=4096", "training.micro_batch_size=7")
     assert found(*command, machine=replace(HERE, splits=("heldout",))) == []
     assert len(found(*command, machine=HERE)) == 2
 
 
-def test_an_output_dir_that_cannot_be_written_is_a_problem(dataset: Path, tmp_path: Path) -> None:
+def test_unwritable_output_dir_is_a_problem(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     ours = (*BASE, f"data.path={dataset}")
     assert found(*ours, f"output_dir={tmp_path}/file", machine=HERE) == [
@@ -429,7 +429,7 @@ def test_an_output_dir_that_cannot_be_written_is_a_problem(dataset: Path, tmp_pa
     assert found(*ours, f"output_dir={tmp_path}/file", "dry_run=true", machine=HERE) == []
 
 
-def test_an_output_dir_in_use_is_a_problem_only_for_a_run(
+def test_output_dir_in_use_is_a_problem_only_for_a_run(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`evaluate` may read during a run, a plan starts nothing, and rank 1 must not mistake its own rank 0 for another run."""
@@ -481,7 +481,7 @@ def test_srun_processes_without_a_launcher_are_rejected(
     assert found(*BASE, "dry_run=true", machine=replace(HERE, slurm_tasks=tasks)) == []
 
 
-def test_initial_weights_come_from_another_run_s_folder(dataset: Path, tmp_path: Path) -> None:
+def test_initial_weights_must_come_from_another_run_folder(dataset: Path, tmp_path: Path) -> None:
     ours = (*BASE, f"data.path={dataset}", f"output_dir={tmp_path}/run")
     assert found(*ours, "checkpoint.init_from=/nowhere", machine=HERE) == [
         "checkpoint.init_from=/nowhere does not exist; give an earlier run's folder, a checkpoint's or one of common weights"

@@ -30,7 +30,7 @@ def get(config: Config, key: str) -> object:
     return value
 
 
-def test_the_defaults_are_a_fixed_point() -> None:
+def test_defaults_survive_a_round_trip() -> None:
     tree = config_to_dict(Config())
     config, problems = config_from_dict(Config, tree)
     assert [str(p) for p in problems] == ["data.path is not set and has no default; give data.path=…"]
@@ -54,7 +54,7 @@ def test_the_defaults_are_a_fixed_point() -> None:
         ("attention.method", "moba", Method.moba),
     ],
 )
-def test_values_are_read_as_a_person_means_them(key: str, given: object, meant: object) -> None:
+def test_values_are_converted_to_their_type(key: str, given: object, meant: object) -> None:
     config, problems = config_from_dict(Config, nested(key, given))
     assert not problems
     assert get(config, key) == meant
@@ -95,7 +95,7 @@ def test_values_are_read_as_a_person_means_them(key: str, given: object, meant: 
         ("hf_token", "s3cret", "hf_token=<hidden> is a secret"),
     ],
 )
-def test_a_value_that_does_not_fit_names_key_value_rule_and_choice(key: str, given: object, message: str) -> None:
+def test_bad_value_names_key_value_rule_and_choice(key: str, given: object, message: str) -> None:
     config, problems = config_from_dict(Config, nested(key, given))
     assert len(problems) == 1
     assert message in str(problems[0])
@@ -104,7 +104,7 @@ def test_a_value_that_does_not_fit_names_key_value_rule_and_choice(key: str, giv
         assert get(config, key) == get(Config(), key)  # the rest can still be checked
 
 
-def test_all_problems_come_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     tree = {"optim": {"lr": "abc", "lrr": 1}, "model": {"num_layers": 1.5}, "nothing": 1, "data": {"path": "x"}}
     _, problems = config_from_dict(Config, tree)
     assert sorted(p.key for p in problems) == ["model.num_layers", "nothing", "optim.lr", "optim.lrr"]
@@ -188,7 +188,7 @@ def test_all_problems_come_at_once() -> None:
         ("seed", -1, "seed=-1 must lie in 0 to 4294967295; try 1234"),
     ],
 )
-def test_a_section_reports_its_problems(key: str, value: object, message: str) -> None:
+def test_section_reports_its_problems(key: str, value: object, message: str) -> None:
     tree = nested(key, value)
     training = {"steps": 10, "global_batch_tokens": 512} | tree.get("training", {})
     config, problems = config_from_dict(Config, tree | {"training": training})
@@ -257,7 +257,7 @@ def test_saved_yaml_is_plain(tmp_path: Path) -> None:
     assert not any(isinstance(leaf, Enum) for leaf in leaves(config_to_dict(config)))
 
 
-def test_loading_what_is_not_a_configuration_fails(tmp_path: Path) -> None:
+def test_loading_another_file_fails(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("- a list\n")
     with pytest.raises(ConfigError, match=r"config\.yaml does not hold a configuration"):

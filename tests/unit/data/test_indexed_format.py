@@ -88,12 +88,12 @@ def test_index_bytes_are_the_documented_layout():
     assert len(expected) == 42 + 20 * 3
 
 
-def test_thousand_documents_make_the_size_that_core_makes(tmp_path):
+def test_index_of_a_thousand_documents_has_the_size_of_core_index(tmp_path):
     shard = write_pair(tmp_path, "x", [[1]] * 1000)
     assert shard.idx_bytes == 20_042
 
 
-def test_index_of_no_documents_reads_back(tmp_path):
+def test_empty_index_round_trips(tmp_path):
     shard = write_pair(tmp_path, "x", [])
     assert shard.idx_bytes == 42
     assert check_pair(tmp_path / "x").num_documents == 0
@@ -132,7 +132,7 @@ def test_core_reads_what_we_write(tmp_path):
         assert read_lengths(tmp_path / f"v{vocab_size}.idx").tolist() == [4, 1, 3]
 
 
-def test_core_writes_the_same_bytes(tmp_path):
+def test_our_bytes_equal_core_bytes(tmp_path):
     indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     torch = pytest.importorskip("torch")
     documents = [[5, 6, 7, 1], [1], [300, 400, 1]]
@@ -176,14 +176,14 @@ def patched(raw: bytes, position: int, value: bytes) -> bytes:
         (34 + 24 + 16, struct.pack("<q", 1), "document indices that do not run from 0 to 2"),
     ],
 )
-def test_index_that_does_not_fit_its_bin_is_named(dataset, position, value, message):
+def test_index_that_contradicts_its_bin_is_named(dataset, position, value, message):
     path = dataset / "train/text_00000.idx"
     path.write_bytes(patched(path.read_bytes(), position, value))
     with pytest.raises(ValueError, match=message):
         check_pair(dataset / "train/text_00000")
 
 
-def test_manifest_comes_back_as_it_went(dataset):
+def test_manifest_round_trips(dataset):
     manifest = load_manifest(dataset)
     assert manifest == load_manifest(dataset / "manifest.json")
     assert manifest.to_json() == (dataset / "manifest.json").read_text()
@@ -192,26 +192,26 @@ def test_manifest_comes_back_as_it_went(dataset):
     verify_hashes(manifest)
 
 
-def test_folder_without_manifest_is_no_dataset(tmp_path):
+def test_folder_without_manifest_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"manifest.json does not exist: there is no finished dataset; run"):
         load_manifest(tmp_path)
 
 
-def test_manifest_that_is_not_json(dataset):
+def test_manifest_that_is_not_json_is_refused(dataset):
     (dataset / "manifest.json").write_text('{"schema": 1')
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         load_manifest(dataset)
 
 
 @pytest.mark.parametrize("prefix", ["../outside/text_00000", "/etc/text_00000"])
-def test_prefix_outside_the_folder(dataset, prefix):
+def test_prefix_outside_the_folder_is_refused(dataset, prefix):
     edit_manifest(dataset, lambda c: c["splits"]["train"][0].update(prefix=prefix))
     with pytest.raises(ValueError, match="which is outside its folder"):
         load_manifest(dataset)
 
 
 @pytest.mark.parametrize("prefix", ["a/../../text_00000", "", ".."])
-def test_names_that_are_not_of_a_file_inside(dataset, prefix):
+def test_names_outside_the_folder_are_refused(dataset, prefix):
     edit_manifest(dataset, lambda c: c["splits"]["train"][0].update(prefix=prefix))
     with pytest.raises(ValueError, match="which is outside its folder"):
         load_manifest(dataset)
@@ -235,7 +235,7 @@ FILES = [
 
 
 @pytest.mark.parametrize("names", [FILES, ["train/text_00000.bin"], ["manifest.json"], ["train"]])
-def test_a_dataset_of_links_opens_and_is_checked(dataset, names):
+def test_dataset_of_links_opens_and_is_checked(dataset, names):
     expected = load_manifest(dataset).to_json()
     store = linked(dataset, names)
     (dataset.parent / "by_a_link").symlink_to(dataset)
@@ -250,7 +250,7 @@ def test_a_dataset_of_links_opens_and_is_checked(dataset, names):
 
 
 @pytest.mark.parametrize("name", [*FILES, "train", "."])
-def test_a_link_that_leads_nowhere_is_named(dataset, name):
+def test_broken_link_is_named(dataset, name):
     path = dataset if name == "." else dataset / name
     path.rename(dataset.parent / "gone")
     path.symlink_to("elsewhere")
@@ -278,7 +278,7 @@ def test_a_link_that_leads_nowhere_is_named(dataset, name):
         (lambda c: c["tokenizer"].update(file="other.json"), "other.json is missing though manifest.json lists it"),
     ],
 )
-def test_manifest_that_does_not_fit_its_files(dataset, change, message):
+def test_manifest_that_contradicts_its_files_is_named(dataset, change, message):
     edit_manifest(dataset, change)
     with pytest.raises(ValueError, match=message):
         load_manifest(dataset)
@@ -300,7 +300,7 @@ def flip(path: Path, byte: int, bit: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["train/text_00000.idx", "heldout/text_00000.idx", "tokenizer.json", "manifest.json"])
-def test_every_flipped_bit_of_a_small_file_is_found_at_opening(dataset, name):
+def test_any_flipped_bit_of_a_small_file_is_found_on_open(dataset, name):
     path = dataset / name
     whole = path.read_bytes()
     for byte in range(0, len(whole), 1 if len(whole) < 100 else 7):
@@ -312,7 +312,7 @@ def test_every_flipped_bit_of_a_small_file_is_found_at_opening(dataset, name):
     load_manifest(dataset)
 
 
-def test_a_changed_index_is_named_with_the_command_that_repairs_it(dataset):
+def test_changed_index_is_named_with_the_repair_command(dataset):
     flip(dataset / "train/text_00000.idx", -1, 2)
     what = (
         r"/train/text_00000.idx (has sha256 \w+…, the manifest has \w+…: its content changed after it was written|.*); "
@@ -327,7 +327,7 @@ def test_a_changed_index_is_named_with_the_command_that_repairs_it(dataset):
         load_manifest(dataset)
 
 
-def test_flipped_bit_of_the_tokens_is_found_by_the_hashes(dataset):
+def test_flipped_bit_in_tokens_is_found_by_the_hashes(dataset):
     flip(dataset / "train/text_00000.bin", -1, 2)
     manifest = load_manifest(dataset)
     with pytest.raises(
@@ -336,7 +336,7 @@ def test_flipped_bit_of_the_tokens_is_found_by_the_hashes(dataset):
         verify_hashes(manifest)
 
 
-def test_a_manifest_of_an_older_version_has_no_checksum_and_opens(dataset):
+def test_older_manifest_without_checksum_opens(dataset):
     content = json.loads((dataset / "manifest.json").read_text())
     checksum = content.pop("checksum")
     (dataset / "manifest.json").write_text(json.dumps(content))
@@ -352,7 +352,7 @@ def test_a_manifest_of_an_older_version_has_no_checksum_and_opens(dataset):
     "name",
     ["plain/a.b-c", "with space", "größe", "it's", "a'b\\", "dollar$x", 'double"quote', "a=b,c(d)", "back\\slash"],
 )
-def test_the_argument_for_a_folder_is_read_back_as_it_is(tmp_path, name):
+def test_folder_argument_round_trips_through_the_command_line(tmp_path, name):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     (argument,) = shlex.split(out_argument(tmp_path / name))

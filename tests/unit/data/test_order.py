@@ -24,7 +24,7 @@ def test_permute_depends_on_the_key_and_mixes():
     assert 280 < neighbours < 390  # a random permutation's mean distance is n / 3, with a spread of about 7
 
 
-def test_permute_refuses_an_index_outside():
+def test_permute_refuses_an_out_of_range_index():
     with pytest.raises(ValueError, match=r"index=5 must lie in \[0, 5\)"):
         permute(5, 5, "key")
 
@@ -82,7 +82,7 @@ def test_hard_weights_keep_their_shares(weights):
 
 @settings(max_examples=30, deadline=None)
 @given(WEIGHTS.filter(any), st.integers(0, 10**12))
-def test_any_row_is_found_at_once(weights, row):
+def test_any_row_is_found_without_a_scan(weights, row):
     """A row far away agrees with the counts before and behind it, and these are within two rows of the shares."""
     blend, total = Blend(weights), sum(Fraction(w) for w in weights)
     before, behind = blend.counts(row), blend.counts(row + 1)
@@ -101,13 +101,13 @@ def test_thousands_of_sources_keep_their_shares():
         assert counts.sum() == rows and np.abs(counts - rows * shares).max() < 2
 
 
-def test_whole_weights_are_met_exactly_at_multiples_of_their_sum():
+def test_integer_weights_are_exact_at_multiples_of_their_sum():
     weights = [242, 7_200_000, 31, 5000]
     for times in (1, 2, 1000):
         assert Blend(weights).counts(times * sum(weights)) == [times * w for w in weights]
 
 
-def test_weights_count_by_their_ratio_alone():
+def test_only_the_ratio_of_weights_matters():
     rows = range(300)
     one, other = (Blend([s * w for w in (0.5, 0.125, 0.0, 0.375)]) for s in (1.0, 2.0**-400))
     assert [one.locate(i) for i in rows] == [other.locate(i) for i in rows]
@@ -123,12 +123,12 @@ def test_blend_never_changes():
 
 
 @pytest.mark.parametrize("weights", [[], [0.0], [-1.0, 2.0], [math.nan, 1.0], [math.inf]])
-def test_weights_that_are_no_shares_are_refused(weights):
+def test_invalid_weights_are_refused(weights):
     with pytest.raises(ValueError, match=r"weights=\[.*\] must (be finite|not be negative, and one must be above 0)"):
         Blend(weights)
 
 
-def test_the_pattern_of_order_1_never_changes():
+def test_pattern_of_order_1_never_changes():
     """Runs that began under it resume by it."""
     blend = PatternBlend([2.0, 1.0])
     assert [blend.locate(i) for i in (*range(6), PATTERN_ROWS, 10 * PATTERN_ROWS)] == [

@@ -50,7 +50,7 @@ def test_stream_reads_across_documents_and_files(manifest):
         assert np.flatnonzero(row.starts).tolist() == [s - offset for s in starts if offset <= s < offset + count]
 
 
-def test_an_epoch_holds_each_row_once_and_the_next_cuts_elsewhere(manifest):
+def test_epoch_has_each_row_once_and_the_next_epoch_is_cut_elsewhere(manifest):
     rows = TrainingRows(manifest, sequence_length=LENGTH, seed=5, weights={"english": 1.0})
     total = sum(len(d) for d in documents(0, 40, 0))
     per_epoch = (total - LENGTH) // LENGTH
@@ -61,14 +61,14 @@ def test_an_epoch_holds_each_row_once_and_the_next_cuts_elsewhere(manifest):
     assert second != first
 
 
-def test_rows_overlap_by_the_label(manifest):
+def test_rows_overlap_by_one_label(manifest):
     rows = TrainingRows(manifest, sequence_length=LENGTH, seed=1, weights={})
     row = rows.row(3)
     assert len(row.tokens) == LENGTH + 1
     assert (np.diff(row.tokens) == 1).all()
 
 
-def test_a_row_depends_on_seed_and_index_alone(manifest):
+def test_row_depends_only_on_seed_and_index(manifest):
     def make(seed: int) -> list[int]:
         rows = TrainingRows(manifest, sequence_length=LENGTH, seed=seed, weights={})
         return [int(rows.row(i).tokens[0]) for i in range(50)]
@@ -79,13 +79,13 @@ def test_a_row_depends_on_seed_and_index_alone(manifest):
     assert [int(rows.row(i).tokens[0]) for i in reversed(range(50))][::-1] == make(1)
 
 
-def test_weights_choose_the_sources(manifest):
+def test_weights_set_the_shares_of_sources(manifest):
     rows = TrainingRows(manifest, sequence_length=LENGTH, seed=1, weights={"python": 3.0, "english": 1.0})
     share = np.mean([rows.row(i).tokens[0] >= 10_000 for i in range(400)])
     assert abs(share - 0.75) < 0.01
 
 
-def test_weights_count_tokens_where_rows_are_sequences_of_their_own(tmp_path):
+def test_weights_count_tokens_for_rows_of_different_lengths(tmp_path):
     """Sequences of 40 tokens and of 10: equal rows would give the first source four fifths of the tokens."""
     long = write_shard(tmp_path, "long", 0, [np.full(40, 1)] * 20)
     short = write_shard(tmp_path, "short", 0, [np.full(10, 2)] * 60)
@@ -110,7 +110,7 @@ def test_weights_count_tokens_where_rows_are_sequences_of_their_own(tmp_path):
         assert abs(counts[1] / (counts[1] + counts[2]) - expected) < 0.01, weights
 
 
-def test_an_unknown_source_is_refused(manifest):
+def test_unknown_source_is_refused(manifest):
     with pytest.raises(ValueError, match=r"data.weights=\['code'\] must name parts.*\['english', 'python'\]"):
         TrainingRows(manifest, sequence_length=LENGTH, seed=1, weights={"code": 1.0})
 
@@ -122,7 +122,7 @@ def test_too_little_text_is_refused(manifest):
         TrainingRows(manifest, sequence_length=4096, seed=1, weights={})
 
 
-def test_held_out_rows_are_spread_and_fixed(manifest):
+def test_held_out_rows_are_spread_evenly_and_fixed(manifest):
     every = HeldOutRows(manifest, sequence_length=LENGTH, rows=0)
     some = HeldOutRows(manifest, sequence_length=LENGTH, rows=3)
     all_starts = [int(every.row(i).tokens[0]) for i in range(every.num_rows)]
@@ -158,13 +158,13 @@ def test_held_out_rows_hold_each_token_once(tmp_path, rest):
     assert labels == len(read) - sum(len(documents) - 1 for documents in held.values())
 
 
-def test_rows_past_the_held_out_ones_are_padding(manifest):
+def test_rows_past_the_last_held_out_row_are_padding(manifest):
     rows = HeldOutRows(manifest, sequence_length=LENGTH, rows=2)
     batch = collate([rows.row(2)], index=0)
     assert batch.num_padding == LENGTH and batch.loss_mask.sum() == 0
 
 
-def test_a_held_out_split_without_a_label_is_refused(tmp_path):
+def test_held_out_split_without_labels_is_refused(tmp_path):
     manifest = write_dataset(tmp_path, {}, {"one": [np.array([5])]})
     with pytest.raises(
         ValueError, match="has no held-out part with two tokens \\(a token and its label\\); prepare more text"
@@ -201,7 +201,7 @@ def test_without_weights_all_rows_are_read_equally_often(tmp_path):
     assert [r.source.tail for r in found] == [LENGTH - 1, LENGTH + 4]
 
 
-def test_readings_are_what_is_read(manifest):
+def test_readings_equal_the_rows_read(manifest):
     weights = {"python": 3.0, "english": 1.0}
     rows = TrainingRows(manifest, sequence_length=LENGTH, seed=1, weights=weights)
     english, python = readings(manifest, weights, LENGTH, 100)
@@ -219,7 +219,7 @@ def test_readings_are_what_is_read(manifest):
         ({"english": 0.0}, "one must be above 0"),
     ],
 )
-def test_weights_that_are_no_shares_are_refused(manifest, weights, words):
+def test_invalid_weights_are_refused(manifest, weights, words):
     with pytest.raises(ValueError, match=words):
         TrainingRows(manifest, sequence_length=LENGTH, seed=1, weights=weights)
 
@@ -286,13 +286,13 @@ def test_collate_without_isolation_makes_each_row_one_document():
     assert batch.loss_mask.min() == 1
 
 
-def test_collate_knows_rows_that_are_one_document():
+def test_collate_detects_rows_that_are_one_document():
     assert collate([example_row([0]), example_row([0])], index=0).num_rows == 2
     assert collate([example_row([0, 4]), example_row([0])], index=0).num_rows is None
 
 
 @pytest.mark.parametrize(("isolate", "own"), [(True, [0, 2]), (False, [0])])
-def test_collate_cuts_padding_into_short_documents_that_bear_no_loss(isolate, own):
+def test_collate_cuts_padding_into_short_documents_without_loss(isolate, own):
     """Five tokens of one sequence and its padding of four, the last of which is a label only."""
     flags = np.zeros(9, dtype=bool)
     flags[[0, 2, 5]] = True

@@ -132,7 +132,7 @@ def test_deepspeed_counts_the_gpus_of_one_node(flags: str, processes: int) -> No
         ),
     ],
 )
-def test_a_plan_for_an_unknown_number_of_processes_says_so(capfd, launcher: str, flags: str, remedy: str) -> None:
+def test_plan_for_an_unknown_number_of_processes_is_marked(capfd, launcher: str, flags: str, remedy: str) -> None:
     words = [launcher, *flags.split(), "--dry-run", "--module", "ssa_pretrain.plan", "model.vocab_size=512"]
     environment = {"PATH": "", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(sys.path)}
     assert launch.main([*words, "experiment=quickstart"], environment) == 0
@@ -173,18 +173,18 @@ NODE = "with a line such as 'node0 slots=8' for each node"
         ("deepspeed --hostfile", "--hostfile needs a value; see --help"),
     ],
 )  # fmt: skip
-def test_flags_that_are_refused(capfd, command: str, message: str) -> None:
+def test_bad_flags_are_refused(capfd, command: str, message: str) -> None:
     launcher, *words = command.split()
     assert launch.main([launcher, *words], {}) == 3
     assert capfd.readouterr() == ("", f"{launcher}.sh: {message}\n")
 
 
-def test_an_empty_value_is_none(capfd) -> None:
+def test_empty_value_counts_as_unset(capfd) -> None:
     assert launch.main(["torchrun", "--nnodes", "", "a=1"], {}) == 3
     assert capfd.readouterr().err == "torchrun.sh: --nnodes needs a value; see --help\n"
 
 
-def test_a_time_to_stop_that_is_not_a_number_is_refused(capfd) -> None:
+def test_stop_time_that_is_not_a_number_is_refused(capfd) -> None:
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1m"}
     assert launch.main(["torchrun", "--nproc-per-node=1", "--module", MODULE], environment) == 3
     rule = "in the environment must be a whole number of seconds; try 600"
@@ -203,7 +203,7 @@ def test_a_time_to_stop_that_is_not_a_number_is_refused(capfd) -> None:
         ("n1 slots=2\n", ["--exclude", "n1"], "--exclude=n1 leaves no GPU of n1; write HOST:GPU,GPU@HOST"),
     ],
 )
-def test_a_hostfile_that_is_refused(tmp_path: Path, text: str, flags: list[str], message: str) -> None:
+def test_bad_hostfile_is_refused(tmp_path: Path, text: str, flags: list[str], message: str) -> None:
     given = f"--hostfile={tmp_path / 'hosts'}"
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(LaunchError) as caught:
@@ -212,7 +212,7 @@ def test_a_hostfile_that_is_refused(tmp_path: Path, text: str, flags: list[str],
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
-def test_a_port_in_use_is_refused_where_it_was_given_and_avoided_where_none_was(address: str) -> None:
+def test_given_port_in_use_is_refused_and_default_port_in_use_is_avoided(address: str) -> None:
     with socket.create_server((address, 0)) as taken:
         port = taken.getsockname()[1]
         in_use = "is in use by another process of this node"
@@ -233,7 +233,7 @@ def test_a_port_in_use_is_refused_where_it_was_given_and_avoided_where_none_was(
     assert 15_000 <= int(chosen) < 30_000 and int(chosen) != jobs.DEFAULT_PORT
 
 
-def test_a_job_has_no_place_in_another_launchers_job() -> None:
+def test_launcher_inside_another_launcher_is_refused() -> None:
     outer = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "SLURM_PROCID": "2", "OMP_NUM_THREADS": "4"}
     expected = {"SLURM_PROCID": "2", "OMP_NUM_THREADS": "4", "PYTHONSAFEPATH": "1"}
     assert launch.job_environment(outer) == expected, json.dumps(launch.job_environment(outer))

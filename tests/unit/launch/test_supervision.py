@@ -69,12 +69,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_a_signal_reaches_all_ranks_and_their_sentence_names_it(name: str) -> None:
+def test_signal_reaches_all_ranks_and_their_message_names_it(name: str) -> None:
     when(lambda: up(0, 1), lambda: os.kill(os.getpid(), signal.Signals[name]))
     assert run("waits", "waits") == (7, f"{name}: stopped before training began")
 
 
-def test_a_signal_before_there_is_a_rank_ends_the_launcher_at_once() -> None:
+def test_signal_before_any_rank_starts_ends_the_launcher() -> None:
     with Supervisor(30) as supervisor:
         os.kill(os.getpid(), signal.SIGINT)
         when(lambda: True, lambda: None)
@@ -82,7 +82,7 @@ def test_a_signal_before_there_is_a_rank_ends_the_launcher_at_once() -> None:
         assert supervisor.verdict(code) == (7, f"SIGINT: {NOT_BEGUN}")
 
 
-def test_a_second_ctrl_c_kills_all_at_once() -> None:
+def test_second_ctrl_c_kills_all_ranks() -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)
@@ -93,7 +93,7 @@ def test_a_second_ctrl_c_kills_all_at_once() -> None:
     assert run("deaf", "deaf") == (130, sentence)
 
 
-def test_further_sigterms_change_nothing_and_ranks_that_do_not_stop_are_killed_in_the_end() -> None:
+def test_further_sigterms_are_ignored_and_ranks_are_killed_after_the_deadline() -> None:
     when(lambda: up(0, 1), lambda: [os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.3) for _ in range(3)])
     assert run("deaf", "deaf", patience=1) == (
         1,
@@ -102,13 +102,13 @@ def test_further_sigterms_change_nothing_and_ranks_that_do_not_stop_are_killed_i
 
 
 @pytest.mark.parametrize("other", ["waits", "deaf", "loses its peer"])
-def test_a_killed_rank_is_named_with_its_signal(capfd, other: str) -> None:
+def test_killed_rank_is_named_with_its_signal(capfd, other: str) -> None:
     when(lambda: up(0, 1), lambda: time.sleep(0.6) or os.kill(pid(1), signal.SIGKILL))
     assert run(other, "waits") == (1, f"rank 1 was killed by SIGKILL; {RERUN}")
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_helper_is_not_taken_for_its_rank_while_that_is_dying(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_helper_of_a_dying_rank_is_not_taken_for_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process loses its environment before its children get another parent."""
     read, dying, helpers = supervision._environment, [], []
 
@@ -132,29 +132,29 @@ def test_a_helper_is_not_taken_for_its_rank_while_that_is_dying(monkeypatch: pyt
     assert [sorted(ranks) for ranks in helpers] == [[0, 1], [0]]
 
 
-def test_a_rank_that_is_killed_before_it_was_seen_is_no_stop_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_killed_before_it_was_seen_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "find_ranks", lambda launcher: {})
     when(lambda: up(0, 1), lambda: os.kill(pid(1), signal.SIGKILL))
     assert run("waits", "waits") == (1, f"a rank was killed by SIGKILL; {RERUN}")
 
 
-def test_an_unexpected_error_has_its_trace_and_is_named_last(capfd) -> None:
+def test_unexpected_error_prints_its_traceback_and_is_named_last(capfd) -> None:
     assert run("waits", "fails") == (1, "rank 1 failed, its trace is above: ValueError: a bad value")
     assert capfd.readouterr().err.count("Traceback") == 1
 
 
-def test_codes_of_ranks_pass_and_a_good_end_says_nothing() -> None:
+def test_exit_codes_of_ranks_are_returned_and_success_prints_nothing() -> None:
     assert run("waits", "3") == (3, "")  # it has printed what is wrong
     assert run("done", "done") == (0, "")
     assert run("0", "0") == (0, "")  # as after --help
 
 
-def test_a_run_that_ends_well_after_a_signal_has_ended_well() -> None:
+def test_run_that_finishes_after_a_signal_succeeds() -> None:
     when(lambda: up(0, 1), lambda: time.sleep(0.5) or os.kill(os.getpid(), signal.SIGTERM))
     assert run("finishes", "finishes") == (0, "")
 
 
-def test_a_command_that_stops_its_nodes_itself_is_told_and_waited_for() -> None:
+def test_command_that_stops_its_own_nodes_gets_the_signal_and_is_awaited() -> None:
     with Supervisor(30) as supervisor:
         when(lambda: Path("up").exists(), lambda: os.kill(os.getpid(), signal.SIGHUP))
         code = supervisor.run(
@@ -163,7 +163,7 @@ def test_a_command_that_stops_its_nodes_itself_is_told_and_waited_for() -> None:
         assert (code, supervisor.stop) == (9, signal.SIGHUP)
 
 
-def test_a_launcher_that_returns_0_without_its_ranks_is_no_success() -> None:
+def test_launcher_that_returns_0_without_starting_ranks_is_a_failure() -> None:
     with Supervisor(30, reports=True) as supervisor:
         assert supervisor.verdict(supervisor.run(["true"], environment())) == (
             1,
@@ -171,7 +171,7 @@ def test_a_launcher_that_returns_0_without_its_ranks_is_no_success() -> None:
         )
 
 
-def test_a_killed_launcher_takes_its_ranks_along() -> None:
+def test_ranks_end_with_a_killed_launcher() -> None:
     def kill() -> None:
         parent = Path(f"/proc/{pid(0)}/stat").read_text().rpartition(")")[2].split()[1]
         os.kill(int(parent), signal.SIGKILL)
@@ -186,7 +186,7 @@ def test_entry_points_that_report_nothing_keep_their_code() -> None:
         assert supervisor.verdict(supervisor.run(["true"], environment())) == (0, "")
 
 
-def test_ranks_end_with_a_supervisor_that_is_killed() -> None:
+def test_ranks_end_with_a_killed_supervisor() -> None:
     code = (
         "import os, sys; from ssa_pretrain.launch.supervision import Supervisor\n"
         "with Supervisor(9) as supervisor: supervisor.run(sys.argv[1:], os.environ)"

@@ -5,7 +5,7 @@ import torch
 from ssa_pretrain.model.alignment import attach_loss
 
 
-def test_the_attached_loss_adds_scale_times_its_gradient():
+def test_attached_loss_adds_scale_times_its_gradient():
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
     total = (x * 2).sum() + 0.3 * (x**3).sum()
     (wanted,) = torch.autograd.grad(total, x)
@@ -15,14 +15,14 @@ def test_the_attached_loss_adds_scale_times_its_gradient():
     torch.testing.assert_close(found, wanted)
 
 
-def test_the_gradient_does_not_depend_on_what_follows():
+def test_gradient_does_not_depend_on_what_follows():
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
     out = attach_loss(x * 2, (x**3).sum(), 0.3)
     (found,) = torch.autograd.grad(out.sum() * 0.0, x)
     torch.testing.assert_close(found, 0.3 * 3 * x.detach() ** 2)
 
 
-def test_recomputation_counts_it_once():
+def test_recomputation_counts_the_loss_once():
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
 
     def layer(x):

@@ -9,7 +9,7 @@ from support.processes import ROOT, SUPPORT
 CHECKS = SUPPORT / "model_checks.py"
 
 
-def test_the_model_equals_its_definition():
+def test_model_passes_model_checks():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for name in [n for n in environment if n.startswith("PYTEST")]:
         del environment[name]

@@ -53,7 +53,7 @@ def test_joining_reverses_cutting(name, tp):
     assert whole_shape(name, parts[0].shape, tp) == whole(name).shape
 
 
-def test_names_count_layers_over_all_stages_and_a_tied_output_layer_has_the_embedding_s_name():
+def test_names_count_layers_over_all_stages_and_a_tied_output_layer_uses_the_embedding_name():
     assert global_name("decoder.layers.2.mlp.linear_fc1.weight", 8, tied=True) == PAIRED
     assert global_name("output_layer.weight", 8, tied=True) == "embedding.word_embeddings.weight"
     assert global_name("output_layer.weight", 8, tied=False) == "output_layer.weight"

@@ -36,7 +36,7 @@ TRAIN = {
 EVALUATION = {"step": 100, "split": "heldout", "mode": "sparse", "cross_entropy": 5.5, "perplexity": 244.69, "rows": 64}
 
 
-def test_train_line_reads_as_written() -> None:
+def test_train_line() -> None:
     line = "step  10/300  81.9k tok  loss 8.123  ce 8.000  align 0.012  mass 0.81  gnorm 1.2  lr 6.0e-4  4.32k tok/s  ETA 2m05s"
     assert train_line(TRAIN, 300) == line
 
@@ -71,7 +71,7 @@ def test_evaluation_line() -> None:
     assert "mass 0.90" in evaluation_line(EVALUATION | {"captured_mass": 0.9})
 
 
-def test_the_line_of_a_save_has_its_duration() -> None:
+def test_save_line_has_its_duration() -> None:
     assert save_line(60, 12.34, Path("outputs/x/step_60")) == "save 60  12.3 s  outputs/x/step_60"
 
 
@@ -83,7 +83,7 @@ def test_the_line_of_a_save_has_its_duration() -> None:
         ((60, 0, 100), "stopped at training.stop_at_step: step 60/100, 491k tokens, 2m05s"),
     ],
 )
-def test_the_end_of_a_run_is_a_line(steps: tuple[int, int, int], line: str) -> None:
+def test_run_end_is_one_line(steps: tuple[int, int, int], line: str) -> None:
     assert end_line(*steps, tokens=491_000, seconds=125.2) == line
 
 
@@ -98,7 +98,7 @@ def test_every_line_starts_with_the_time() -> None:
     assert re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (one|two)\n){2}", stream.getvalue())
 
 
-def test_banner_lines_up() -> None:
+def test_banner_columns_are_aligned() -> None:
     assert banner({"device": "cpu", "out": "outputs/x"}) == "device  cpu\nout     outputs/x"
 
 

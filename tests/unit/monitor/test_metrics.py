@@ -66,7 +66,7 @@ def logger(folder: Path, **options: object) -> MetricsLogger:
     return MetricsLogger(folder, **options)  # type: ignore[arg-type]
 
 
-def test_a_step_may_have_its_own_flops(tmp_path: Path) -> None:
+def test_flops_may_differ_by_step(tmp_path: Path) -> None:
     """FLOPs per token depend on the lengths of documents."""
     with logger(tmp_path, flops_per_token=1e9, peak_flops=1e12) as metrics:
         metrics.log_step(a_step(1))
@@ -96,7 +96,7 @@ def test_every_record_is_one_line_with_its_keys(tmp_path: Path) -> None:
     assert evaluation == {"kind": "evaluation", **an_evaluation(1, "sparse"), "perplexity": pytest.approx(math.e**2)}
 
 
-def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
+def test_record_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     metrics = logger(tmp_path)
     metrics.log_step(a_step(1))
     assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == [1]
@@ -104,7 +104,7 @@ def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     metrics.close()
 
 
-def test_resume_leaves_neither_gap_nor_duplicate(tmp_path: Path) -> None:
+def test_resume_leaves_no_gap_and_no_duplicate(tmp_path: Path) -> None:
     with logger(tmp_path) as metrics:
         metrics.log_evaluation(an_evaluation(0, "full"))
         for step in range(1, 8):
@@ -119,7 +119,7 @@ def test_resume_leaves_neither_gap_nor_duplicate(tmp_path: Path) -> None:
     assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 4]
 
 
-def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
+def test_new_run_starts_a_new_file(tmp_path: Path) -> None:
     with logger(tmp_path) as metrics:
         metrics.log_evaluation(an_evaluation(0, "full"))
         metrics.log_step(a_step(1))
@@ -129,7 +129,7 @@ def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, -1])
-def test_an_incomplete_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
+def test_incomplete_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
     """The last of three lines is cut off anywhere: the first two stay, and the next record starts on a new line."""
     with logger(tmp_path) as metrics:
         for step in (1, 2, 3):
@@ -146,7 +146,7 @@ def test_an_incomplete_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
     assert path.read_bytes().count(b"\n") == 3
 
 
-def test_a_bad_line_elsewhere_is_an_error_with_its_line_number(tmp_path: Path) -> None:
+def test_bad_line_elsewhere_is_an_error_with_its_line_number(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(
@@ -170,7 +170,7 @@ def test_a_bad_line_elsewhere_is_an_error_with_its_line_number(tmp_path: Path) -
     ],
 )
 @pytest.mark.parametrize("place", [0, 1, 3])
-def test_a_file_with_a_bad_line_is_renamed_and_the_run_continues(
+def test_file_with_a_bad_line_is_renamed_and_the_run_continues(
     tmp_path: Path, bad: bytes, problem: str, place: int
 ) -> None:
     with logger(tmp_path) as metrics:
@@ -191,7 +191,7 @@ def test_a_file_with_a_bad_line_is_renamed_and_the_run_continues(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_second_damage_keeps_the_first_file(tmp_path: Path) -> None:
+def test_second_damaged_file_does_not_replace_the_first(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     message: str | None = ""
     for text in ("a\n", "b\nc\n"):
@@ -215,7 +215,7 @@ def test_dropped_records_are_counted_and_no_temporary_file_is_left(tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 
-def test_values_that_json_does_not_have_become_null(tmp_path: Path) -> None:
+def test_non_finite_values_become_null(tmp_path: Path) -> None:
     with logger(tmp_path) as metrics:
         metrics.log_step(a_step(1) | {"loss": float("nan"), "captured_mass_by_layer": [0.5, float("inf")]})
     record = json.loads(
@@ -224,14 +224,14 @@ def test_values_that_json_does_not_have_become_null(tmp_path: Path) -> None:
     assert record["loss"] is None and record["captured_mass_by_layer"] == [0.5, None]
 
 
-def test_a_disabled_logger_writes_nothing(tmp_path: Path) -> None:
+def test_disabled_logger_writes_nothing(tmp_path: Path) -> None:
     with logger(tmp_path / "run", enabled=False) as metrics:
         metrics.log_step(a_step(1))
         metrics.log_evaluation(an_evaluation(1, "full"))
     assert not (tmp_path / "run").exists()
 
 
-def test_console_lines_at_the_interval_the_first_and_the_last_step(tmp_path: Path) -> None:
+def test_console_prints_the_first_the_last_and_every_interval_step(tmp_path: Path) -> None:
     stream = io.StringIO()
     with logger(tmp_path, interval=4, console=Console(total_steps=10, stream=stream)) as metrics:
         for step in range(1, 11):
@@ -277,7 +277,7 @@ for step in range(int(sys.argv[2]) + 1, 10**9):
 """
 
 
-def test_killed_while_writing_the_file_resumes_without_gap(tmp_path: Path) -> None:
+def test_resume_after_a_kill_during_a_write_has_no_gap(tmp_path: Path) -> None:
     """kill -9 at any byte, three times, each followed by a resume from an earlier step."""
     resume = 0
     for _ in range(3):
@@ -314,7 +314,7 @@ class Full:
         self.file.close()
 
 
-def test_a_full_disk_neither_stops_the_run_nor_loses_a_record(tmp_path: Path) -> None:
+def test_full_disk_neither_stops_the_run_nor_loses_a_record(tmp_path: Path) -> None:
     stream = io.StringIO()
     log = logger(tmp_path, console=Console(total_steps=10, stream=stream), interval=100)
     disk = Full(log._file, room=300)  # type: ignore[arg-type]
@@ -329,7 +329,7 @@ def test_a_full_disk_neither_stops_the_run_nor_loses_a_record(tmp_path: Path) ->
     assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == list(range(1, 10))
 
 
-def test_a_logger_knows_evaluations_from_before_and_after_a_resume(tmp_path: Path) -> None:
+def test_logger_knows_evaluations_before_and_after_a_resume(tmp_path: Path) -> None:
     with logger(tmp_path) as log:
         log.log_step(a_step(1))
         log.log_evaluation(an_evaluation(1, "full"))

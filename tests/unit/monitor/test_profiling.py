@@ -24,7 +24,7 @@ def launch(correlation: int, at: float, thread: int = 1) -> dict:
     }
 
 
-def test_a_known_trace():
+def test_breakdown_of_a_known_trace():
     events = [
         {"ph": "M", "name": "process_name"},
         {"ph": "X", "cat": "user_annotation", "name": OPTIMIZER_RANGE, "ts": 50.0, "dur": 10.0, "tid": 1},
@@ -66,15 +66,15 @@ def test_a_known_trace():
         ("something_new", "other"),
     ],
 )
-def test_names(name, category):
+def test_kernel_names_map_to_categories(name, category):
     assert category_of(name) == category
 
 
-def test_an_empty_trace():
+def test_breakdown_of_an_empty_trace():
     assert breakdown([]).total == 0.0 and "idle" in table(breakdown([]))
 
 
-def test_a_profiled_step_on_a_cpu(tmp_path):
+def test_profiled_step_on_a_cpu(tmp_path):
     a = torch.randn(200, 200)
     with profiled(tmp_path / "profile", step=3, rank=0, memory=True):
         (a @ a).log_softmax(-1).sum()

@@ -37,12 +37,12 @@ from support.wandb_runs import (
 __all__ = ["no_account"]
 
 
-def test_off_writes_nothing(tmp_path: Path) -> None:
+def test_disabled_tracking_writes_nothing(tmp_path: Path) -> None:
     assert start_tracking(WandbConfig(), name="x", folder=tmp_path / "run", config={}, print_line=pytest.fail) is None
     assert not (tmp_path / "run").exists()
 
 
-def test_offline_run_reads_back(tmp_path: Path) -> None:
+def test_offline_run_can_be_read_back(tmp_path: Path) -> None:
     lines: list[str] = []
     tracker = offline(tmp_path, {"optim": {"lr": 0.5}, "data_manifest_sha256": "abc"}, lines)
     for step in (1, 2, 3):
@@ -77,7 +77,7 @@ def test_offline_run_reads_back(tmp_path: Path) -> None:
     assert Path(lines[0].rsplit(" ", 1)[1]) == file.parent
 
 
-def test_steps_trained_again_with_other_settings_are_another_wandb_run(tmp_path: Path) -> None:
+def test_steps_repeated_with_other_settings_start_another_wandb_run(tmp_path: Path) -> None:
     """As after a diverged loss: from the checkpoint of step 4 with a lower learning rate, in the same folder."""
     ids, lines = [], []
     for step, rate, last in ((0, 0.5, 6), (4, 0.5, 7), (4, 0.1, 8), (8, 0.05, 9)):
@@ -143,7 +143,7 @@ def bad_server(request: pytest.FixtureRequest) -> Iterator[str]:
         yield address
 
 
-def test_a_bad_server_costs_seconds_and_no_step(
+def test_bad_server_delays_training_by_seconds_and_loses_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_server: str
 ) -> None:
     monkeypatch.setattr(tracking, "CLIENT_SECONDS", 2.0)
@@ -166,7 +166,7 @@ def test_a_bad_server_costs_seconds_and_no_step(
     assert "wandb sync" in lines[1]
 
 
-def test_no_key_means_offline_and_no_question(tmp_path: Path) -> None:
+def test_missing_key_means_offline_without_a_prompt(tmp_path: Path) -> None:
     lines: list[str] = []
     tracker = start_tracking(
         WandbConfig(mode=WandbMode.online), name="x", folder=tmp_path, config={}, print_line=lines.append
@@ -181,9 +181,7 @@ def service(tracker: Tracker) -> psutil.Process:
     return found
 
 
-def test_a_hanging_service_costs_seconds_at_the_end_and_no_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_service_delays_only_the_end_by_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
     lines: list[str] = []
     tracker = offline(tmp_path, lines=lines)
@@ -204,7 +202,7 @@ def test_a_hanging_service_costs_seconds_at_the_end_and_no_step(
     assert [row["step"] for row in history(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_a_hanging_process_ends_tracking_but_not_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_process_ends_tracking_but_not_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking_client, "STALL_SECONDS", 0.5)
     monkeypatch.setattr(tracking, "MAX_WAITING", 2**16)
     lines: list[str] = []
@@ -231,7 +229,7 @@ def test_a_hanging_process_ends_tracking_but_not_training(tmp_path: Path, monkey
         ("import time; time.sleep(60)", "not ready after 2 s"),
     ],
 )
-def test_a_failing_client_never_ends_a_run(
+def test_failing_client_never_ends_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
 ) -> None:
     """W&B's package is replaced by one that fails in each way."""
@@ -249,7 +247,7 @@ def test_a_failing_client_never_ends_a_run(
 
 
 @pytest.mark.parametrize("failing", ["init", "log", "define_metric"])
-def test_an_exception_of_the_client_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_exception_of_the_client_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     """The client's own code, with one function that raises an exception of its own."""
     site = tmp_path / "site"
     site.mkdir()
@@ -276,14 +274,14 @@ def test_an_exception_of_the_client_is_one_line(tmp_path: Path, monkeypatch: pyt
         assert tracker is None and lines == ["W&B offline cannot start (left alone); continuing without W&B"]
 
 
-def test_a_service_of_another_program_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_of_another_program_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nowhere")
     tracker = offline(tmp_path)
     tracker.finish()
     assert len(segments(tmp_path)) == 1
 
 
-def test_files_have_the_mode_that_umask_gives(tmp_path: Path) -> None:
+def test_file_mode_follows_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         tracker = offline(tmp_path / "run")
@@ -330,7 +328,7 @@ def test_tracking_without_the_package_is_rejected_before_anything_starts(
     assert "logging.wandb" not in capsys.readouterr().err, "an evaluation is not tracked"
 
 
-def test_secrets_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Canaries in the environment, the configuration and a URL: no file of a run contains them."""
     canaries = [KEY, "hf_" + "a1B2" * 8, "hunter2hunter2", "ghp_" + "Zz9" * 12, "plainsecretvalue"]
     monkeypatch.setenv("WANDB_API_KEY", canaries[0])

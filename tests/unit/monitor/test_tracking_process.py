@@ -82,7 +82,7 @@ def start_training(folder: Path, mode: str, done: int, last: int, evaluates: boo
 @pytest.mark.parametrize(
     ("mode", "starts"), [("online", STARTS), ("offline", [*STARTS[:4], (20, 60, True, "")])], ids=["online", "offline"]
 )
-def test_any_kills_leave_every_step_and_every_evaluation_once(
+def test_kills_leave_every_step_and_evaluation_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, starts: list[tuple]
 ) -> None:
     with serving() as server:
@@ -119,7 +119,7 @@ def training(recorded: list[dict], begin: int, last: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_rows_are_complete_and_unique_whatever_is_lost(seed: int) -> None:
+def test_rows_are_complete_and_unique_after_any_loss(seed: int) -> None:
     """Starts are killed anywhere, and W&B loses any number of the last rows after each."""
     random, stored, state, recorded = Random(seed), [], State(), []
     for start in range(8):
@@ -143,7 +143,7 @@ def test_rows_are_complete_and_unique_whatever_is_lost(seed: int) -> None:
         assert sorted(evaluated) == [0, 10, 20, 30]
 
 
-def test_an_evaluation_without_a_following_step_has_a_row_of_its_own() -> None:
+def test_evaluation_without_a_following_step_gets_its_own_row() -> None:
     """Stopped and evaluated later, twice, then trained further: every step and evaluation once, rows one ahead per insertion."""
     stored: list[tuple[int, dict]] = []
     state, recorded = State(), [train_record(1), train_record(2)]
@@ -183,7 +183,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_process_forked_by_a_killed_run_does_not_keep_the_client_alive(tmp_path: Path) -> None:
+def test_process_forked_by_a_killed_run_does_not_keep_the_client_alive(tmp_path: Path) -> None:
     """It keeps the pipe open, so the input does not close."""
     done = subprocess.run([sys.executable, "-c", LEFT_BEHIND, tmp_path], stdout=subprocess.PIPE, text=True)
     helper, client = map(int, done.stdout.split())
@@ -214,14 +214,14 @@ def test_a_process_forked_by_a_killed_run_does_not_keep_the_client_alive(tmp_pat
         ('{"id": "abc", "row": 8, "inserted": [4]}', "abc", 7),
     ],
 )
-def test_a_damaged_state_file_is_a_new_run(tmp_path: Path, content: str, run: str | None, step: int) -> None:
+def test_damaged_state_file_starts_a_new_run(tmp_path: Path, content: str, run: str | None, step: int) -> None:
     (tmp_path / STATE_FILE).write_text(content)
     state = read_state(tmp_path)
     assert (state.id == run) == (run is not None) and len(state.id) in (3, 8)
     assert state.step_of(state.row) == step
 
 
-def test_records_of_an_offline_start_are_sent_by_an_online_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_start_sends_records_of_an_offline_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     tracker = offline(tmp_path)
     for step in (1, 2, 3):

@@ -35,7 +35,7 @@ def microbatch(rows: int = 2, length: int = 48) -> Batch:
 
 
 @pytest.mark.parametrize("cp", [1, 2, 3, 4, 8])
-def test_every_token_is_held_once_and_chunks_mirror(cp: int) -> None:
+def test_every_token_is_on_one_rank_and_chunks_are_mirrored(cp: int) -> None:
     spans = [chunk_spans(96, cp, rank) for rank in range(cp)]
     held = sorted(token for of_rank in spans for first, length in of_rank for token in range(first, first + length))
     assert held == list(range(96))
@@ -47,7 +47,7 @@ def test_every_token_is_held_once_and_chunks_mirror(cp: int) -> None:
         assert sum(sum(range(first, first + length)) for first, length in of_rank) / (96 // cp) == 95 / 2
 
 
-def test_tokens_that_cannot_be_dealt_out_end_in_a_sentence() -> None:
+def test_indivisible_token_count_is_refused() -> None:
     with pytest.raises(
         ValueError, match="num_tokens=100 of a microbatch must be a multiple of 2 \\* cp = 8; pad the rows"
     ):
@@ -55,7 +55,7 @@ def test_tokens_that_cannot_be_dealt_out_end_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize("cp", [2, 3, 4])
-def test_a_rank_s_part_is_the_whole_s_at_its_places(cp: int) -> None:
+def test_rank_slice_equals_the_batch_at_its_positions(cp: int) -> None:
     batch = microbatch()
     layout = build_layout(batch.cu_seqlens, num_tokens=96, block_size=16)
     labels = 0.0
@@ -73,7 +73,7 @@ def test_a_rank_s_part_is_the_whole_s_at_its_places(cp: int) -> None:
     assert labels == float(batch.loss_mask.sum()) < 96
 
 
-def test_a_group_of_one_changes_nothing() -> None:
+def test_group_of_one_changes_nothing() -> None:
     context, batch = ContextParallel(Group(1, 0)), microbatch()
     layout = build_layout(batch.cu_seqlens, num_tokens=96, block_size=16)
     k, v = torch.ones(96, 1, 2), torch.zeros(96, 1, 2)

@@ -37,7 +37,7 @@ def wait_for(condition) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_one_signal_asks_for_the_end_and_more_change_nothing(name: str) -> None:
+def test_first_signal_requests_a_stop_and_further_ones_are_ignored(name: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Interruption(ONE_PROCESS) as interruption:  # type: ignore[arg-type]
         assert not interruption.stops_after(1)
@@ -49,7 +49,7 @@ def test_one_signal_asks_for_the_end_and_more_change_nothing(name: str) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_one_that_was_passed_on_does_not(monkeypatch, capfd) -> None:
+def test_second_ctrl_c_exits_at_once_unless_it_was_forwarded(monkeypatch, capfd) -> None:
     left = []
     monkeypatch.setattr(module, "exit_now", left.append)
     with Interruption(ONE_PROCESS) as interruption:  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_one_that_was_passed_on_does_not(monk
     assert capfd.readouterr().err == "SIGINT again: left at once, without the steps since the last checkpoint\n"
 
 
-def test_a_signal_is_noticed_while_the_main_thread_waits_in_c_and_contexts_nest() -> None:
+def test_signal_is_noticed_while_the_main_thread_waits_in_c_and_contexts_nest() -> None:
     outer, inner, release = [], [], threading.Lock()
     release.acquire()
     threading.Thread(target=lambda: (wait_for(lambda: inner), release.release()), daemon=True).start()
@@ -77,7 +77,7 @@ def test_a_signal_is_noticed_while_the_main_thread_waits_in_c_and_contexts_nest(
     assert (inner, outer) == ([signal.SIGTERM], [signal.SIGHUP])
 
 
-def test_a_signal_that_was_ignored_stays_ignored_and_a_forked_child_s_is_not_ours() -> None:
+def test_ignored_signal_stays_ignored_and_signals_of_a_forked_child_do_not_count() -> None:
     before, seen = signal.signal(signal.SIGHUP, signal.SIG_IGN), []
     try:
         with on_signals(seen.append):
@@ -93,7 +93,7 @@ def test_a_signal_that_was_ignored_stays_ignored_and_a_forked_child_s_is_not_our
     assert (seen, done.stdout) == ([], "[]\n"), done.stderr
 
 
-def test_a_reader_that_leaves_ends_no_run() -> None:
+def test_closed_pipe_does_not_end_the_run() -> None:
     """`train … | head`: the run goes on, and so do its saves."""
     code = "from ssa_pretrain.signals import survive_terminal\nsurvive_terminal()\nprint('there', flush=True)\ninput()\nprint('nobody', flush=True)"
     pipe = subprocess.PIPE
@@ -107,7 +107,7 @@ def test_a_reader_that_leaves_ends_no_run() -> None:
     assert process.returncode == 0
 
 
-def test_a_terminal_that_is_closed_ends_no_run() -> None:
+def test_closed_terminal_does_not_end_the_run() -> None:
     """What a run prints then is lost; an error would end it before it has saved."""
     ours, theirs = os.openpty()
     code = "from ssa_pretrain.signals import survive_terminal\nsurvive_terminal()\nprint('there', flush=True)\ninput()\nprint('nobody', flush=True)"

@@ -30,7 +30,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_a_killed_process_takes_its_child_and_that_one_s_workers_along() -> None:
+def test_children_and_their_workers_end_with_a_killed_process() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, CHILD],
         stdout=subprocess.PIPE,
@@ -47,7 +47,7 @@ def test_a_killed_process_takes_its_child_and_that_one_s_workers_along() -> None
         time.sleep(0.02)
 
 
-def test_a_parent_that_is_gone_already_ends_it_at_once() -> None:
+def test_child_of_a_dead_parent_ends_at_once() -> None:
     alone = "from ssa_pretrain.parallel.parent import end_with_parent; end_with_parent(2**22 + 1); print('still here')"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

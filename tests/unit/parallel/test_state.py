@@ -7,7 +7,7 @@ from ssa_pretrain.parallel import state
 from ssa_pretrain.settings.problems import ConfigError
 
 
-def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch):
+def test_gpu_that_torch_cannot_use_is_an_error(monkeypatch):
     def broken():
         raise RuntimeError("CUDA driver version is insufficient\nmore")
 
@@ -30,7 +30,7 @@ def test_more_processes_than_gpus_are_rejected(monkeypatch):
         state._require_usable(True, 4)
 
 
-def test_a_process_without_a_launcher_uses_the_first_gpu_whatever_the_environment_holds(monkeypatch):
+def test_process_without_a_launcher_uses_the_first_gpu_despite_local_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert state.launched_local_rank() == 0
@@ -38,6 +38,6 @@ def test_a_process_without_a_launcher_uses_the_first_gpu_whatever_the_environmen
     assert state.launched_local_rank() == 3
 
 
-def test_a_machine_without_a_gpu_uses_the_cpu(monkeypatch):
+def test_machine_without_a_gpu_uses_the_cpu(monkeypatch):
     monkeypatch.setattr(state, "has_gpu", lambda: False)
     state._require_usable(False, 3)

@@ -16,7 +16,7 @@ def flops(config: Config, lengths: list[int] | None = None) -> RowFlops:
     return row_flops(config.model, config.attention, lengths or [config.data.sequence_length])
 
 
-def test_the_1b_model_at_8k_by_hand() -> None:
+def test_flops_of_the_1b_model_at_8k_by_hand() -> None:
     """Llama 1B: per token 2 operations per weight, the vocabulary once; causal attention over (T + 1) / 2 keys on average."""
     row = flops(experiment("experiment=full_1b_8k"))
     layer = 2048 * (32 * 64) + 2 * 2048 * (2 * 64) + 2048 * 32 + (32 * 64) * 2048 + 3 * 2048 * 8192
@@ -28,7 +28,7 @@ def test_the_1b_model_at_8k_by_hand() -> None:
     assert row.model / 8192 == pytest.approx(8.881e9, rel=1e-3)
 
 
-def test_the_count_agrees_with_a_published_measurement() -> None:
+def test_flops_agree_with_a_published_measurement() -> None:
     """Plain GPTModel, 1B, 8k: 54.4k tokens/s were counted as 483 TFLOP/s with causal attention."""
     row = flops(experiment("experiment=full_1b_8k", "attention.gate=false"))
     assert 54.4e3 * row.model / 8192 == pytest.approx(483e12, rel=2e-3)
@@ -46,7 +46,7 @@ def visited(length: int, block_size: int, top_k: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 256, 257, 1000])
 @pytest.mark.parametrize(("block_size", "top_k"), [(16, 1), (16, 2), (16, 16), (32, 5), (128, 3)])
-def test_pairs_by_brute_force(length: int, block_size: int, top_k: int) -> None:
+def test_pairs_equal_brute_force(length: int, block_size: int, top_k: int) -> None:
     pairs, candidates = visited(length, block_size, top_k)
     assert sparse_pairs(length, block_size, top_k) == pairs
     assert causal_pairs(length) == sum(token + 1 for token in range(length))
@@ -67,7 +67,7 @@ def test_each_document_is_counted_separately() -> None:
     assert halves.selection == 2 * one.selection
 
 
-def test_mfu_counts_one_stream_and_ssa_s_overhead_is_separate() -> None:
+def test_mfu_counts_one_stream_and_ssa_overhead_is_separate() -> None:
     ssa, full, moba = (flops(experiment(f"experiment={name}_1b_8k")) for name in ("ssa", "full", "moba"))
     assert ssa.model == full.model
     assert ssa.overhead == pytest.approx(3 * (ssa.sparse_attention + ssa.alignment) + ssa.selection)
@@ -102,5 +102,5 @@ def test_mfu_counts_one_stream_and_ssa_s_overhead_is_separate() -> None:
         ("cpu", "fp32", None),
     ],
 )
-def test_peaks_by_the_name_that_the_driver_reports(name: str, precision: str, peak: float | None) -> None:
+def test_peak_flops_by_device_name(name: str, precision: str, peak: float | None) -> None:
     assert peak_flops(name, PrecisionName(precision)) == (None if peak is None else pytest.approx(peak))

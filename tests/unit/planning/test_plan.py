@@ -34,7 +34,7 @@ class Length:
     warmup_steps: int
 
 
-def test_the_paper_s_first_stage() -> None:
+def test_plan_of_the_first_stage_of_the_paper() -> None:
     plan = planned("experiment=ssa_1b_8k", world_size=64)
     assert (plan.rows_per_step, plan.tokens_per_step) == (384, 3_145_728)
     assert (plan.dp, plan.num_microbatches) == (64, 3)
@@ -44,7 +44,7 @@ def test_the_paper_s_first_stage() -> None:
     assert plan.vocab_size == plan.padded_vocab_size == 128_256
 
 
-def test_the_paper_s_second_stage_has_the_same_step_and_model() -> None:
+def test_second_stage_of_the_paper_has_the_same_step_and_model() -> None:
     first, second = planned("experiment=ssa_1b_8k", world_size=32), planned("experiment=ssa_1b_32k", world_size=32)
     assert second.rows_per_step == 96
     assert (second.tokens_per_step, second.parameters) == (first.tokens_per_step, first.parameters)
@@ -57,14 +57,14 @@ def test_parameters_of_the_1b_model_by_hand() -> None:
     assert plan.parameters == plan.parameters_per_rank == 128_256 * 2048 + 16 * layer + 2048 == 1_211_697_152
 
 
-def test_llama_3_shapes_have_llama_3_sizes() -> None:
+def test_llama_3_shapes_have_the_published_sizes() -> None:
     """Meta's models without our gate: 3.21B (tied) and 8.03B parameters."""
     no_gate = ("experiment=ssa_1b_8k", "attention.gate=false")
     assert planned(*no_gate, "model=llama_3b").parameters == 3_212_749_824
     assert planned(*no_gate, "model=llama_8b").parameters == 8_030_261_248
 
 
-def test_vocabulary_of_the_tokenizer_is_padded_alike_on_every_layout() -> None:
+def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:
     plans = [planned("experiment=quickstart"), planned("experiment=quickstart", "parallel=tp2", world_size=2)]
     assert [(p.vocab_size, p.padded_vocab_size) for p in plans] == [(4000, 4096)] * 2
     assert plans[0].parameters == plans[1].parameters
@@ -102,7 +102,7 @@ def test_memory_follows_precision_and_sharding() -> None:
     assert recomputed[0] > recomputed[1] > recomputed[2]
 
 
-def test_the_activation_estimate_is_near_a_measured_peak() -> None:
+def test_activation_estimate_is_near_a_measured_peak() -> None:
     """Plain GPTModel, full attention, 1B, 2 x 8,192 tokens, bf16, no optimizer step: 42.6 GiB measured on an H100.
 
     Core's cross entropy holds the logits twice in fp32 beside the one buffer that ours works in.
@@ -139,7 +139,7 @@ def test_context_parallel_ranks_hold_their_tokens_and_all_keys() -> None:
     assert f"{held}: 16.0 MiB gathered and 32.0 MiB of gradients reduced per layer" in table
 
 
-def test_the_schedule_is_exact_at_its_ends() -> None:
+def test_schedule_is_exact_at_its_ends() -> None:
     plan = Length(steps=100, warmup_steps=9)
     cosine = OptimConfig(lr=1.0, min_lr=0.2, schedule=Schedule.cosine)
     assert [learning_rate(step, cosine, plan) for step in range(10)] == pytest.approx([0.1 * n for n in range(1, 11)])
@@ -155,7 +155,7 @@ def test_the_schedule_is_exact_at_its_ends() -> None:
 
 @pytest.mark.parametrize("schedule", list(Schedule))
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (2, 1), (10, 0), (10, 10), (300, 15)])
-def test_the_learning_rate_is_never_zero_or_above_the_peak(schedule: Schedule, steps: int, warmup: int) -> None:
+def test_learning_rate_is_never_zero_or_above_the_peak(schedule: Schedule, steps: int, warmup: int) -> None:
     plan = Length(steps=steps, warmup_steps=warmup)
     rates = [learning_rate(step, OptimConfig(lr=0.5, schedule=schedule), plan) for step in range(steps)]
     assert all(0 < rate <= 0.5 for rate in rates)
@@ -163,7 +163,7 @@ def test_the_learning_rate_is_never_zero_or_above_the_peak(schedule: Schedule, s
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
 
 
-def test_coordinates_are_megatron_core_s() -> None:
+def test_coordinates_equal_megatron_core() -> None:
     from megatron.core.parallel_state import RankGenerator
 
     shape = dataclasses.replace(planned("experiment=quickstart"), world_size=48, tp=2, pp=3, cp=2, dp=4)
@@ -188,14 +188,14 @@ def test_coordinates_are_megatron_core_s() -> None:
         (("experiment=quickstart",), 1, None, r"model\.vocab_size=0 is the tokenizer's, but no data was found"),
     ],
 )
-def test_an_impossible_plan_is_rejected_with_the_reason(
+def test_impossible_plan_is_refused_with_the_reason(
     overrides: tuple[str, ...], world_size: int, vocab: int | None, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_plan(experiment(*overrides), world_size, vocab)
 
 
-def test_the_table_shows_layout_steps_and_command() -> None:
+def test_table_shows_layout_steps_and_command() -> None:
     config = experiment("experiment=ssa_1b_8k", "parallel=tp2_pp2", "parallel.world_size=64")
     table = describe(config, make_plan(config, 64), ["experiment=ssa_1b_8k", "parallel.world_size=64", "dry_run=true"])
     for words in (
@@ -223,7 +223,7 @@ def epochs(manifest: Manifest, *overrides: str) -> list[str]:
     return [line[11:] for line in lines[first : first + 2] if not line.startswith("memory")]
 
 
-def test_the_plan_counts_epochs(tmp_path: Path) -> None:
+def test_plan_counts_epochs(tmp_path: Path) -> None:
     """240 rows of two sources of 99 and 19 rows: without weights both are read equally often."""
     both = write_dataset(tmp_path / "both", {"english": cut(3200), "python": cut(640 + 7)}, {})
     left = "the first epoch leaves out the last 69 tokens, summed over the parts; the second reads them"
@@ -241,7 +241,7 @@ def test_the_plan_counts_epochs(tmp_path: Path) -> None:
     assert epochs(packed) == [f"{240 / documents:.3g} over {documents} rows"]
 
 
-def test_the_plan_explains_why_it_counts_no_epochs(tmp_path: Path) -> None:
+def test_plan_explains_why_it_counts_no_epochs(tmp_path: Path) -> None:
     short = write_dataset(tmp_path / "short", {"english": cut(60)}, {"english": cut(99)})
     words = f"unknown: data.sequence_length=32 needs at least 65 tokens of each part, but english (train) in {short.root} has 60; "
     assert epochs(short)[0] == words + "shorten the rows or prepare more text"
@@ -259,13 +259,13 @@ def test_the_plan_explains_why_it_counts_no_epochs(tmp_path: Path) -> None:
         (8, "torchrun --standalone --nproc-per-node 8 -m"),
     ],
 )
-def test_the_command_fills_nodes_of_up_to_eight(world_size: int, words: str) -> None:
+def test_command_fills_nodes_of_up_to_eight(world_size: int, words: str) -> None:
     tokens = f"training.global_batch_tokens={world_size * 2 * 8192}"
     config = experiment("experiment=ssa_1b_8k", tokens, world_size=world_size)
     assert words in describe(config, make_plan(config, world_size))
 
 
-def test_the_command_can_be_typed() -> None:
+def test_printed_command_can_be_pasted() -> None:
     config = experiment("experiment=ssa_1b_8k", "profile.at=[20,21]", world_size=1)
     shown = describe(config, make_plan(config, 1), ["experiment=ssa_1b_8k", "profile.at=[20,21]", "dry_run=true"])
     assert "python -m ssa_pretrain.train experiment=ssa_1b_8k 'profile.at=[20,21]'\n" in shown + "\n"
@@ -274,7 +274,7 @@ def test_the_command_can_be_typed() -> None:
 @pytest.mark.parametrize(
     ("method", "length", "warns"), [("ssa", 256, True), ("moba", 128, True), ("ssa", 272, False), ("full", 256, False)]
 )
-def test_blocks_that_cover_the_row_are_warned_about(
+def test_blocks_that_cover_the_row_give_a_warning(
     method: str, length: int, warns: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -289,7 +289,7 @@ def test_blocks_that_cover_the_row_are_warned_about(
 
 
 @pytest.mark.parametrize("entry", ["plan", "train"])
-def test_a_dry_run_prints_the_table_and_exits(entry: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_table_and_exits(entry: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         read_config(entry, ["experiment=ssa_300m_8k", "parallel.world_size=512", "training.micro_batch_size=1",
                             "training.global_batch_tokens=4194304", *["--dry-run"] * (entry == "train")])  # fmt: skip
@@ -297,7 +297,7 @@ def test_a_dry_run_prints_the_table_and_exits(entry: str, capsys: pytest.Capture
     assert "512 processes = tp 1 x pp 1 x cp 1 x dp 512" in capsys.readouterr().out
 
 
-def test_the_entry_point_plans_and_checks_without_torch(tmp_path: Path) -> None:
+def test_entry_point_plans_and_checks_without_torch(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         program = "import runpy, sys\ntry:\n runpy.run_module('ssa_pretrain.plan', run_name='__main__')\n"
         program += "finally:\n print('torch' in sys.modules, file=sys.stderr)"

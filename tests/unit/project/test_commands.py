@@ -47,15 +47,13 @@ def into_a_closed_pipe() -> dict[str, tuple[int, str]]:
 
 
 @pytest.mark.parametrize("name", [*PRINTING, "--cfg", "--explain", "data_prep --cfg"])
-def test_a_reader_that_leaves_early_ends_no_command_in_a_trace(
-    name: str, into_a_closed_pipe: dict[str, tuple[int, str]]
-) -> None:
+def test_closed_pipe_causes_no_traceback(name: str, into_a_closed_pipe: dict[str, tuple[int, str]]) -> None:
     code, errors = into_a_closed_pipe[name]
     assert errors == ""
     assert code in (0, 141)
 
 
-def test_help_ends_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_exits_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["", "--help"])
     assert bench.main() is None
     assert "a file of conf/model" in capsys.readouterr().out
@@ -70,7 +68,7 @@ def test_help_ends_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         assert f"python -m ssa_pretrain.{entry} experiment=quickstart" in capsys.readouterr().out
 
 
-def test_without_arguments_or_with_wrong_ones_they_end_with_3(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_or_bad_arguments_exit_with_3(capsys: pytest.CaptureFixture[str]) -> None:
     assert [launch([], {}), launch(["slurm"], {}), report([])] == [3, 3, 3]
     assert (
         "ssa_pretrain.launch: slurm is not a launcher; try torchrun, deepspeed or quickstart\n"
@@ -81,7 +79,7 @@ def test_without_arguments_or_with_wrong_ones_they_end_with_3(capsys: pytest.Cap
     assert capsys.readouterr().err.splitlines()[1] == line
 
 
-def test_the_version_is_the_project_s(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_the_project_version(capsys: pytest.CaptureFixture[str]) -> None:
     for entry in ("train", "evaluate", "plan"):
         with pytest.raises(SystemExit) as left:
             read_config(entry, ["--version"])
@@ -101,7 +99,7 @@ def test_the_version_is_the_project_s(capsys: pytest.CaptureFixture[str]) -> Non
         ["model=tiny", "length=2048", "cases=32k"],
     ],
 )
-def test_the_benchmark_starts_no_large_case_without_a_gpu(
+def test_benchmark_refuses_large_cases_without_a_gpu(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -117,5 +115,5 @@ def test_the_benchmark_starts_no_large_case_without_a_gpu(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_benchmark_advises_is_small_enough() -> None:
+def test_case_advised_by_the_benchmark_is_small_enough() -> None:
     bench.require_small(bench.read_options(["cases=8k", "model=tiny", "length=256", "rows=1", "precision=fp32"], 1))

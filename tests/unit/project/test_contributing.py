@@ -22,7 +22,7 @@ def defined(path: Path) -> set[str]:
     return found
 
 
-def test_the_tour_has_ten_questions_whose_paths_and_names_exist() -> None:
+def test_tour_has_ten_questions_whose_paths_and_names_exist() -> None:
     assert len(re.findall(r"^\d+\. \*\*.*?\?\*\*", TOUR, re.M)) == 10
     steps = re.findall(r"`([\w/]+\.py)`\s+`([\w.]+)`(?: and `([\w.]+)`)?", TOUR)
     assert len(steps) > 20

@@ -40,7 +40,7 @@ def test_every_base_is_an_argument_with_a_tagged_default() -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
-def test_a_target_ends_without_root_and_with_an_entry_point_that_exists(target: str) -> None:
+def test_target_has_a_non_root_user_and_an_existing_entry_point(target: str) -> None:
     stage = stages()[target]
     words = [word for word, _ in stage]
     user = next(rest for word, rest in reversed(stage) if word == "USER")
@@ -51,7 +51,7 @@ def test_a_target_ends_without_root_and_with_an_entry_point_that_exists(target: 
     assert any("PYTHONSAFEPATH=1" in rest for word, rest in stage if word == "ENV")
 
 
-def test_the_gpu_image_has_both_engines() -> None:
+def test_gpu_image_has_both_engines() -> None:
     """DeepSpeed has the tested version. Nothing else comes from constraints.txt, whose torch is a CPU build."""
     (install,) = [rest for word, rest in stages()["gpu"] if word == "RUN"]
     pattern = re.search(r"""--no-build-isolation "\$\(grep '(\S+)' constraints\.txt\)\"""", install)
@@ -60,14 +60,14 @@ def test_the_gpu_image_has_both_engines() -> None:
     assert len(pins) == 1 and re.fullmatch(r"deepspeed==[\d.]+", pins[0])
 
 
-def test_no_secret_is_written_or_asked_for_at_build_time() -> None:
+def test_build_neither_stores_nor_asks_for_secrets() -> None:
     secret = re.compile(r"key|token|secret|passw", re.IGNORECASE)
     assert [
         rest for word, rest in instructions() if word in ("ARG", "ENV", "COPY", "ADD") and secret.search(rest)
     ] == []
 
 
-def test_the_image_has_what_the_build_needs_and_only_named_files() -> None:
+def test_image_has_only_named_files_and_all_that_the_build_needs() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert lines[0] == "*", "the first line leaves everything out"
     taken = {line[1:] for line in lines if line.startswith("!")}

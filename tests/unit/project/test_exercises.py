@@ -31,7 +31,7 @@ TRAINING = (
 
 
 @pytest.mark.parametrize("name", ["attention_method", "tracker", "data_source"])
-def test_an_exercise_is_short(name: str) -> None:
+def test_exercise_is_short(name: str) -> None:
     assert len((EXERCISES / f"{name}.py").read_text().splitlines()) < 60
 
 

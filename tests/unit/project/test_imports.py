@@ -52,7 +52,7 @@ def users(name: str) -> set[str]:
         ("pickle", []),
     ],
 )
-def test_only_these_files_import_it(name: str, allowed: list[str]) -> None:
+def test_only_allowed_files_import_module(name: str, allowed: list[str]) -> None:
     strangers = {path for path in users(name) if not any(path.startswith(prefix) for prefix in allowed)}
     assert strangers == set()
 

@@ -58,7 +58,7 @@ def test_quickstart_passes_settings_and_folders_on() -> None:
     assert lines[3].endswith("-m ssa_pretrain.report o")
 
 
-def test_quickstart_says_a_bad_setting_before_it_starts_anything(tmp_path: Path) -> None:
+def test_quickstart_reports_a_bad_setting_before_it_starts_anything(tmp_path: Path) -> None:
     done = call(
         "quickstart.sh",
         "--venv",
@@ -72,7 +72,7 @@ def test_quickstart_says_a_bad_setting_before_it_starts_anything(tmp_path: Path)
     assert "[1/4]" not in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_torchrun_says_a_bad_setting_once_and_without_a_trace() -> None:
+def test_torchrun_reports_a_bad_setting_once_without_a_traceback() -> None:
     done = call(
         "torchrun.sh",
         "--python",
@@ -88,7 +88,7 @@ def test_torchrun_says_a_bad_setting_once_and_without_a_trace() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_quickstart_stops_where_a_step_fails(tmp_path: Path) -> None:
+def test_quickstart_stops_at_a_failed_step(tmp_path: Path) -> None:
     """The interpreter stands for any program that fails: nothing after it is started."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(
@@ -120,7 +120,7 @@ def test_torchrun_dry_run_ends_with_the_plan_of_the_whole_job() -> None:
     )  # one command, the exact one
 
 
-def test_torchrun_dry_run_of_a_bad_setting_leaves_with_its_code() -> None:
+def test_torchrun_dry_run_of_a_bad_setting_exits_with_its_code() -> None:
     done = call("torchrun.sh", "--python", sys.executable, "--nproc-per-node", "2", "--dry-run", "optim.lrr=1")
     assert done.returncode == 3 and "optim.lr?" in done.stderr
 
@@ -175,7 +175,7 @@ def test_quickstart_messages(arguments: list[str], message: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (3, "", f"quickstart: {message}\n")
 
 
-def test_quickstart_takes_a_flag_and_its_value_as_one_word() -> None:
+def test_quickstart_accepts_flag_equals_value() -> None:
     done = call("quickstart.sh", "--venv=/nope", "--out=a=b_c", "--dry_run", "name=x_y")
     assert commands(done.stdout) == QUICKSTART.replace(".venv", "/nope").replace("outputs/quickstart", "a=b_c").replace(
         "data.path=a=b_c/data\n", "data.path=a=b_c/data name=x_y\n"
@@ -204,7 +204,7 @@ REMEDY = "try --python=.venv/bin/python, which make quickstart builds"
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
-def test_an_interpreter_that_will_not_do_is_explained(tmp_path: Path, script: str, dry_run: list[str]) -> None:
+def test_unsuitable_interpreter_is_explained(tmp_path: Path, script: str, dry_run: list[str]) -> None:
     bare = bare_python(tmp_path)
     for python, message in (
         ("/nope", f"--python=/nope does not exist or cannot be executed; {REMEDY}"),
@@ -234,7 +234,7 @@ def test_deepspeed_dry_run_ends_with_the_plan_and_deepspeeds_configuration() -> 
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "torchrun.sh", "deepspeed.sh"])
-def test_help_is_the_files_own_comment(script: str) -> None:
+def test_help_is_the_comment_of_the_script(script: str) -> None:
     done = call(script, "--help")
     assert (
         done.returncode == 0 and "--dry-run" in done.stdout and "#!" not in done.stdout and "set -e" not in done.stdout
@@ -244,7 +244,7 @@ def test_help_is_the_files_own_comment(script: str) -> None:
 @pytest.mark.parametrize("target", ["clean", "quickstart"])
 @pytest.mark.parametrize("name", ["OUT", "VENV"])
 @pytest.mark.parametrize("folder", ["/tmp/my dir", ""])
-def test_make_takes_no_folder_that_is_several_words(target: str, name: str, folder: str) -> None:
+def test_make_refuses_folder_names_with_spaces(target: str, name: str, folder: str) -> None:
     done = subprocess.run(
         ["make", "--dry-run", target, f"{name}={folder}"],
         cwd=ROOT,
@@ -257,7 +257,7 @@ def test_make_takes_no_folder_that_is_several_words(target: str, name: str, fold
     assert f"{name}={folder} must be one folder without spaces in its name; try {name}=" in done.stderr
 
 
-def test_make_clean_removes_the_folders_it_is_given() -> None:
+def test_make_clean_removes_the_given_folders() -> None:
     done = subprocess.run(
         ["make", "--dry-run", "clean", "OUT=/tmp/o", "VENV=/tmp/v"],
         cwd=ROOT,
@@ -269,7 +269,7 @@ def test_make_clean_removes_the_folders_it_is_given() -> None:
     assert done.stdout.startswith("rm -rf /tmp/v /tmp/o .pytest_cache ")
 
 
-def test_shell_files_are_clean() -> None:
+def test_shell_files_pass_shellcheck() -> None:
     files = [*ROOT.glob("launchers/*.*sh"), ROOT / ".ci" / "run"]
     checker = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run(

@@ -57,7 +57,7 @@ def imported(folder: Path) -> dict[str, Path]:
         ("tests", ("gpu", "deepspeed", "llama3", "gigatoken", "cluster", "hub", "dev")),
     ],
 )
-def test_what_is_imported_is_declared(folder: str, extras: tuple[str, ...]) -> None:
+def test_imported_packages_are_declared(folder: str, extras: tuple[str, ...]) -> None:
     declared = {normal(requirement.name) for requirement in requirements(*extras)}
     providers = importlib.metadata.packages_distributions()
     ours = {"ssa_pretrain", "data_prep", "ssa_kernels", "bench", "support"} | {
@@ -79,7 +79,7 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
         )
 
 
-def test_constraints_pin_what_the_requirements_require() -> None:
+def test_constraints_pin_transitive_requirements() -> None:
     """Every distribution that the pinned ones need on a CPU is pinned too, so that two set-ups are equal."""
     pins = {normal(name) for name in PINNED}
     for name in pins:
@@ -100,7 +100,7 @@ def cuda(name: str) -> bool:
     return normal(name).startswith(("nvidia-", "cuda-"))
 
 
-def test_this_environment_is_the_pinned_one() -> None:
+def test_environment_matches_the_constraints() -> None:
     """The tests run on the versions of constraints.txt; results of another environment would prove nothing about them."""
     for name in ("torch", "megatron-core", "numpy", "hydra-core", "omegaconf", "wandb", "tokenizers"):
         assert importlib.metadata.version(name).split("+")[0] == PINNED[name]
@@ -127,7 +127,7 @@ print(ssa_kernels.__name__)
 """
 
 
-def test_the_kernels_folder_does_not_pass_for_the_package_of_that_name() -> None:
+def test_kernels_folder_is_not_importable_as_a_package() -> None:
     """Transformers looks for a package `kernels` and fails if it finds one without a version."""
     assert isolated(PROBE, "1").stdout.split() == ["absent", "ssa_kernels"]
     assert isolated(PROBE, "").stdout.split() == ["folder", "ssa_kernels"], (
@@ -137,12 +137,12 @@ def test_the_kernels_folder_does_not_pass_for_the_package_of_that_name() -> None
     assert importlib.util.find_spec("kernels") is None, "tests/kernels passes for a package in the tests' own process"
 
 
-def test_the_report_and_the_metrics_need_no_torch() -> None:
+def test_report_and_metrics_do_not_import_torch() -> None:
     code = "import sys, ssa_pretrain.report.__main__, ssa_pretrain.report.compare; print([m for m in ('torch', 'megatron', 'hydra', 'matplotlib') if m in sys.modules])"
     assert isolated(code, "1").stdout.strip() == "[]"
 
 
-def test_the_package_finds_its_configuration() -> None:
+def test_package_finds_its_configuration() -> None:
     from ssa_pretrain.cli import CONF
 
     assert (CONF / "config.yaml").is_file() and (CONF / "experiment" / "quickstart.yaml").is_file()
@@ -172,14 +172,14 @@ def set_up(path: Path, tmp_path: Path, **environment: str) -> str:
     return lines[-1].removeprefix("set-up: ")
 
 
-def test_no_python(tmp_path: Path) -> None:
+def test_set_up_without_python(tmp_path: Path) -> None:
     assert set_up(tools(tmp_path / "bin"), tmp_path) == (
         "no Python 3.11 or 3.12 was found; install one (Debian 12, Ubuntu 24.04: sudo apt install python3 python3-venv) or run "
         "make PYTHON=/path/to/python."
     )
 
 
-def test_a_python_that_is_too_old(tmp_path: Path) -> None:
+def test_set_up_with_an_old_python(tmp_path: Path) -> None:
     path = tools(tmp_path / "bin")
     script(path / "python3", '[ "$1" = --version ] && echo "Python 3.9.2" && exit 0\nexit 1\n')
     assert set_up(path, tmp_path).startswith("no Python 3.11 or 3.12 was found")
@@ -192,7 +192,7 @@ def test_a_python_that_is_too_old(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["venv", "ensurepip"])
-def test_a_python_without_venv(tmp_path: Path, missing: str) -> None:
+def test_set_up_with_a_python_without_venv(tmp_path: Path, missing: str) -> None:
     """Debian packages both apart from the interpreter; here one of them is hidden from it."""
     path = tools(tmp_path / "bin", "cc")
     (tmp_path / "hidden").mkdir()
@@ -203,14 +203,14 @@ def test_a_python_without_venv(tmp_path: Path, missing: str) -> None:
     )
 
 
-def test_no_compiler(tmp_path: Path) -> None:
+def test_set_up_without_a_compiler(tmp_path: Path) -> None:
     path = tools(tmp_path / "bin")
     script(path / "python3", f'exec {sys.executable} "$@"\n')
     expected = "no C compiler was found; install one (Debian, Ubuntu: sudo apt install build-essential)."
     assert set_up(path, tmp_path) == expected
 
 
-def test_no_network(tmp_path: Path) -> None:
+def test_set_up_without_a_network(tmp_path: Path) -> None:
     path = tools(tmp_path / "bin", "cc")
     script(path / "python3", f'exec {Path(sys.executable).resolve()} "$@"\n')
     nobody = "http://127.0.0.1:9/simple"
@@ -225,7 +225,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_a_second_set_up_is_skipped_and_a_changed_one_is_not(tmp_path: Path) -> None:
+def test_second_set_up_is_skipped_unless_its_sources_changed(tmp_path: Path) -> None:
     stamp = tmp_path / ".dev"
     stamp.touch()
     assert make("--question", f"VENV={tmp_path}", str(stamp)).returncode == 0

@@ -18,7 +18,7 @@ def write(folder, mass):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
-def test_the_table_has_the_last_evaluation_of_each_mode(tmp_path, monkeypatch, capsys):
+def test_table_has_the_last_evaluation_of_each_mode(tmp_path, monkeypatch, capsys):
     write(tmp_path / "a", 0.5)
     write(tmp_path / "b", None)
     monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "a"), str(tmp_path / "b")])
@@ -33,7 +33,7 @@ def test_the_table_has_the_last_evaluation_of_each_mode(tmp_path, monkeypatch, c
     ]
 
 
-def test_the_page_draws_every_run_in_both_charts(tmp_path, monkeypatch):
+def test_page_draws_every_run_in_both_charts(tmp_path, monkeypatch):
     write(tmp_path / "a", 0.5)
     write(tmp_path / "b <>", 0.6)
     out = tmp_path / "x" / "page.html"
@@ -45,7 +45,7 @@ def test_the_page_draws_every_run_in_both_charts(tmp_path, monkeypatch):
     assert "<td>20.00</td>" in text and "a: 4 at 100 tokens" in text and "b &lt;&gt;: 0.6 at 200 tokens" in text
 
 
-def test_the_first_tenth_of_a_run_is_not_drawn():
+def test_first_tenth_of_a_run_is_not_drawn():
     records = [{"kind": "train", "tokens": i, "cross_entropy": 100.0 if i < 10 else 2.0} for i in range(200)]
     points = compare._cross_entropy(records)
     assert len(points) == 180 and {round(y, 9) for _, y in points} == {2.0}
@@ -56,7 +56,7 @@ def test_the_first_tenth_of_a_run_is_not_drawn():
     ("arguments", "problem"),
     [([], "no run given"), (["nowhere"], "no metrics.jsonl in nowhere"), (["here", "out=x.png"], "out=x.png")],
 )
-def test_wrong_arguments_are_reported_in_a_sentence(arguments, problem, tmp_path, monkeypatch, capsys):
+def test_bad_arguments_are_reported_in_one_line(arguments, problem, tmp_path, monkeypatch, capsys):
     write(tmp_path / "here", 0.5)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare", *arguments])

@@ -99,7 +99,7 @@ def parsed(html: str) -> Page:
     return reader
 
 
-def test_the_page_is_complete_and_self_contained(run: Path) -> None:
+def test_page_is_complete_and_self_contained(run: Path) -> None:
     html = page(read_summary(run))
     reader = parsed(html)
     assert reader.loads == [] and "url(" not in html and "@import" not in html
@@ -119,7 +119,7 @@ def test_the_page_is_complete_and_self_contained(run: Path) -> None:
     assert text.count(PROMPT) == 2, "a continuation that repeats its prompt shows the prompt once"
 
 
-def test_the_table_shows_the_same(run: Path) -> None:
+def test_table_has_the_same_values(run: Path) -> None:
     lines = table(read_summary(run)).splitlines()
     assert lines[0] == "a <run>: held-out text after 10 steps"
     assert lines[1].split() == ["full", "sparse", "unigram"]
@@ -140,7 +140,7 @@ def test_main_writes_the_page_and_prints_the_table(run: Path, capsys: pytest.Cap
     assert not list(run.glob("*.tmp"))
 
 
-def test_the_evaluation_file_counts_unless_training_evaluated_later(run: Path) -> None:
+def test_evaluation_file_is_used_unless_training_evaluated_later(run: Path) -> None:
     modes = {
         "full": {"cross_entropy": 4.0, "captured_mass_by_layer": []},
         "sparse": {"cross_entropy": 4.1, "captured_mass_by_layer": [0.5, 0.7]},
@@ -153,7 +153,7 @@ def test_the_evaluation_file_counts_unless_training_evaluated_later(run: Path) -
     assert read_summary(run).final["full"]["cross_entropy"] == 5.0
 
 
-def test_the_report_names_the_evaluation_that_a_number_comes_from(run: Path) -> None:
+def test_report_names_the_evaluation_of_each_value(run: Path) -> None:
     """During training, from `evaluate`, or one mode from each. Numbers that a file lacks are left out."""
     path = run / "metrics.jsonl"
     path.write_text(path.read_text() + "".join(json.dumps(r) + "\n" for r in (train(11), train(12))))
@@ -178,7 +178,7 @@ def test_the_report_names_the_evaluation_that_a_number_comes_from(run: Path) -> 
     assert "Drawn from the weights of step 12 by ssa_pretrain.evaluate" in page(read_summary(run))
 
 
-def test_a_run_that_has_just_started_has_a_report(run: Path) -> None:
+def test_run_that_has_just_started_has_a_report(run: Path) -> None:
     for name in ("config.yaml", "samples.json"):
         (run / name).unlink()
     (run / "data" / "manifest.json").unlink()
@@ -208,7 +208,7 @@ def test_charts_leave_out_steps_whose_loss_is_not_finite(run: Path) -> None:
     parsed(page(summary))
 
 
-def test_messages(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_print_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none")]) == 4
     expected = (
         f"report: {tmp_path / 'none'} has no metrics.jsonl; give the output_dir of a run, such as outputs/quickstart\n"
@@ -222,9 +222,7 @@ def test_messages(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([]) == 3
 
 
-def test_a_page_that_cannot_be_written_is_reported_in_one_sentence(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unwritable_page_is_reported_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run / "nowhere" / "x.html"
     assert main([str(run), "--out", str(out)]) == 3
     message = f"{out} cannot be written (No such file or directory); give --out=FILE in an existing, writable folder"
@@ -240,7 +238,7 @@ def test_a_page_that_cannot_be_written_is_reported_in_one_sentence(
         ({"step": 1, "kind": "evaluation", "mode": "full"}, "cross_entropy"),
     ],
 )
-def test_an_incomplete_record_is_reported_with_its_line(
+def test_incomplete_record_is_reported_with_its_line(
     run: Path, record: dict, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "metrics.jsonl"
@@ -252,7 +250,7 @@ def test_an_incomplete_record_is_reported_with_its_line(
     assert capsys.readouterr().err == f"report: {message}\n"
 
 
-def test_the_report_shows_where_a_run_was_started_last_if_that_is_known(run: Path) -> None:
+def test_report_names_last_host(run: Path) -> None:
     assert "ran on" not in table(read_summary(run))
     record_start(run, step=0, device="CPU", processes=1)
     record_start(run, step=5, device="NVIDIA H200", processes=2)

@@ -31,13 +31,13 @@ def test_groups_options_keys_values_and_flags() -> None:
     assert completed("data.path=outp") == []  # files
 
 
-def test_a_user_s_own_folder_counts(tmp_path: Path) -> None:
+def test_user_folder_is_completed(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").touch()
     assert completed(f"-cd {tmp_path} experiment=mi") == ["experiment=mine "]
 
 
-def test_another_request_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_request_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         read_config("train", ["-sc", "install=fish"])
     assert left.value.code == 3
@@ -54,7 +54,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_the_shell_s_function(shell: str) -> None:
+def test_shell_function(shell: str) -> None:
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
     lines = [f'eval "$({PYTHON} -sc install={shell})"', 'show() { local IFS="|"; echo "${COMPREPLY[*]}"; }']

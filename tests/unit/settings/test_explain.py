@@ -39,7 +39,7 @@ ALL = [cls for root in (Config, data_settings.Config, HubPart) for cls in datacl
 
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
-def test_every_field_has_its_meaning_on_its_line(cls: Any) -> None:
+def test_every_field_has_a_comment_with_its_meaning(cls: Any) -> None:
     comments = field_comments(cls)
     for field in dataclasses.fields(cls):
         by_type = dataclasses.is_dataclass(field.type) or (
@@ -48,7 +48,7 @@ def test_every_field_has_its_meaning_on_its_line(cls: Any) -> None:
         assert comments[field.name] or (by_type and field.type.__doc__), f"{cls.__name__}.{field.name} has no comment"
 
 
-def test_a_key_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explanation_of_one_key(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed("--explain", "optim.lr", "experiment=quickstart", "optim.lr=3e-4", capsys=capsys)
     assert text == (
         "optim.lr: peak learning rate, reached after the warm-up\n"
@@ -61,7 +61,7 @@ def test_a_key_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed("optim.lr=3e-4", "--explain", "optim.lr", capsys=capsys, entry="evaluate") == text
 
 
-def test_choices_ranges_and_what_must_be_set(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explanation_has_choices_ranges_and_required_keys(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed("--explain", "precision.fp8_recipe", capsys=capsys)
     assert "  type     one of\n           tensorwise  by the largest value of the tensor\n" in text
     assert "; must be 16, 32, 64 or 128 keys\n" in printed("--explain", "attention.block_size", capsys=capsys)
@@ -94,7 +94,9 @@ def test_sections_groups_and_patterns_list_their_keys(capsys: pytest.CaptureFixt
         ("zz*", "zz* matches no key; try 'model.*', or --explain without a key for all keys"),
     ],
 )
-def test_an_unknown_key_gets_suggestions_and_3(asked: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_key_gets_suggestions_and_exits_with_3(
+    asked: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
         read_config("train", ["--explain", asked])
     assert left.value.code == 3

@@ -56,7 +56,7 @@ def typing_errors(count: int) -> dict[str, str]:
     return errors
 
 
-def test_200_typing_errors_in_one_command_all_get_the_right_key_first() -> None:
+def test_200_typing_errors_all_get_the_right_key_first() -> None:
     errors = typing_errors(200)
     with pytest.raises(ConfigError) as caught:
         resolve_config("train", ["experiment=quickstart", *(f"{key}=1" for key in errors)], Machine(has_files=False))
@@ -98,27 +98,27 @@ def test_mistyped_options_get_the_right_option_first(option: str) -> None:
         ("attention.block-size", "attention.block_size"),
     ],
 )
-def test_other_names_find_their_key(typed: str, meant: str) -> None:
+def test_names_of_other_trainers_get_the_right_key(typed: str, meant: str) -> None:
     assert closest(typed, KEYS)[0] == meant
 
 
-def test_a_name_of_several_keys_names_them_all() -> None:
+def test_ambiguous_name_lists_all_its_keys() -> None:
     assert set(closest("interval", KEYS)) == {"logging.interval", "checkpoint.interval", "evaluation.interval"}
 
 
 @pytest.mark.parametrize("typed", ["foo", "xyzzy.plugh", "q"])
-def test_what_resembles_nothing_gets_no_suggestion(typed: str) -> None:
+def test_unrelated_name_gets_no_suggestion(typed: str) -> None:
     assert closest(typed, KEYS) == []
 
 
-def test_every_synonym_leads_to_a_key_that_exists() -> None:
+def test_every_synonym_names_an_existing_key() -> None:
     from ssa_pretrain.settings.suggestions import SYNONYMS
 
     assert set(SYNONYMS.values()) <= set(KEYS)
     assert not set(SYNONYMS) & {key.rsplit(".", 1)[-1] for key in KEYS}
 
 
-def test_the_distance_is_that_of_edits_with_slips_cheaper() -> None:
+def test_distance_counts_edits_and_common_slips_cost_less() -> None:
     draw = random.Random(7)
     for _ in range(300):
         a, b = ("".join(draw.choices("abc_", k=draw.randint(0, 6))) for _ in range(2))
@@ -128,7 +128,7 @@ def test_the_distance_is_that_of_edits_with_slips_cheaper() -> None:
     assert typing_distance("ax", "ab") == typing_distance("axb", "ab") == 1.0
 
 
-def test_a_limit_only_hides_what_lies_beyond_it() -> None:
+def test_limit_only_hides_distances_above_it() -> None:
     draw = random.Random(11)
     for a, b in pairwise("".join(draw.choices("abcd", k=draw.randint(1, 8))) for _ in range(400)):
         exact = typing_distance(a, b)

@@ -37,7 +37,7 @@ def resolved(*arguments: str) -> Config:
     return resolve_config("train", (*RUN, *arguments), Machine(world_size=1, has_files=False))
 
 
-def test_text_on_the_command_line_is_what_was_typed() -> None:
+def test_command_line_text_is_kept_as_typed() -> None:
     for word in ("2026_11_29", "12e3", "1.50", "null", "true"):
         config = resolved(f"name={word}", f"++data.path='{word}'", f"logging.wandb={{group: {word}, tags: [{word},a]}}")
         assert (config.name, config.output_dir, config.data.path) == (word, f"outputs/{word}", word)
@@ -47,7 +47,7 @@ def test_text_on_the_command_line_is_what_was_typed() -> None:
     assert resolved(f"logging.wandb.tags=[ {quoted} ]").logging.wandb.tags == list(WORDS)
 
 
-def test_text_in_a_user_s_file_is_what_was_typed(tmp_path: Path) -> None:
+def test_text_in_a_user_file_is_kept_as_typed(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "logging").mkdir()
     words = [word for word in WORDS if word != "null"]
@@ -72,14 +72,14 @@ def test_options_may_have_names_like_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["1e3", "null", "2026-11-29"])
-def test_a_saved_configuration_is_read_back_as_it_was(name: str, tmp_path: Path) -> None:
+def test_saved_configuration_round_trips(name: str, tmp_path: Path) -> None:
     config = resolved(f"name={name}", f"logging.wandb.tags=[{','.join(WORDS)}]", "optim.lr=1e-5")
     save_config(config, tmp_path / "config.yaml")
     assert load_config(Config, tmp_path / "config.yaml") == config
     assert resolve_config("train", ["-cp", str(tmp_path)], Machine(world_size=1, has_files=False)) == config
 
 
-def test_a_configuration_edited_by_hand_is_read_as_typed(tmp_path: Path) -> None:
+def test_configuration_edited_by_hand_is_read_as_typed(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(
         "name: 2026_11_29\ndata: {path: 007}\nlogging: {wandb: {group: 1e3, tags: [2026-11-29]}}\n", encoding="utf-8"
@@ -89,12 +89,12 @@ def test_a_configuration_edited_by_hand_is_read_as_typed(tmp_path: Path) -> None
     assert (config.logging.wandb.group, config.logging.wandb.tags) == ("1e3", ["2026-11-29"])
 
 
-def test_names_in_a_mapping_are_text_too() -> None:
+def test_names_in_a_mapping_are_text() -> None:
     config = resolved("data.weights={2024_01: 1, b: 2_0}", "data.weights.2024_02=0.5")
     assert config.data.weights == {"2024_01": 1.0, "b": 20.0, "2024_02": 0.5}
 
 
-def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+def test_text_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
         match="data.weights={1e3: 1} has the name 1e3, which the command line reads as a number; put",  # noqa: RUF043
@@ -130,7 +130,7 @@ def test_interpolations_within_lists_are_resolved() -> None:
     assert resolved("name=1e3", "logging.wandb.tags=[${name},x]").logging.wandb.tags == ["1e3", "x"]
 
 
-def test_data_prep_takes_text_as_typed() -> None:
+def test_data_prep_keeps_text_as_typed() -> None:
     words = ",".join(WORDS)
     own = read_config(["source=jsonl", f"source.paths=[{words}]", "source.text_column=1e3", "out=2026_11_29"])
     assert (own.source.paths, own.source.text_column, own.out) == (list(WORDS), "1e3", "2026_11_29")
@@ -148,7 +148,7 @@ def test_data_prep_takes_text_as_typed() -> None:
     assert (found.executor.partition, list(found.executor.sbatch.values())) == ("007", list(WORDS))
 
 
-def test_data_prep_s_mixed_sources_and_nulls() -> None:
+def test_data_prep_mixed_sources_and_nulls() -> None:
     parts = "source.parts={web: {kind: jsonl, paths: [2024_01, 1e3]}}"
     mixed = read_config(
         ["source=mixed", parts, "source.parts.docs.kind=text", "source.parts.docs.paths=[007]", "out=x"]

@@ -41,12 +41,12 @@ def test_log_ticks(low: float, high: float, ticks: list[float]) -> None:
     assert log_ticks(low, high) == pytest.approx(ticks)
 
 
-def test_an_axis_places_its_ends_and_its_middle() -> None:
+def test_axis_maps_its_ends_and_middle() -> None:
     assert [Axis(0, 10, 100, 200).at(v) for v in (0, 5, 10)] == [100, 150, 200]
     assert [Axis(1, 100, 200, 0, log=True).at(v) for v in (1, 10, 100)] == pytest.approx([200, 100, 0])
 
 
-def test_smooth_keeps_a_straight_line_where_it_is() -> None:
+def test_smooth_keeps_a_straight_line_unchanged() -> None:
     line = [(i, 3.0 * i + 1) for i in range(50)]
     assert [y for _, y in smooth(line, 0.2)] == pytest.approx([y for _, y in line])
     assert smooth([(0, 0), (1, 3), (2, 0)], 0.9)[1] == (1, pytest.approx(1.0))
@@ -60,7 +60,7 @@ def test_thin_keeps_the_last_point() -> None:
     assert thin(points[:5], 100) == points[:5]
 
 
-def test_line_chart_draws_lines_where_their_values_are() -> None:
+def test_line_chart_places_lines_at_their_values() -> None:
     svg = line_chart([Line("a <b>", [(0, 0), (100, 10)], "a"), Line("none", [], "b")], title='x "y"', y_name="&")
     root = ElementTree.fromstring(svg)  # well-formed, so every text was escaped
     (path,) = [element.get("d") for element in root.iter("path") if element.get("class") == "a"]
@@ -76,12 +76,12 @@ def test_charts_without_points_are_empty() -> None:
     assert histogram({"a": [0, 0]}, str, title="", every=1) == "" == histogram({}, str, title="", every=1)
 
 
-def test_one_point_is_drawn() -> None:
+def test_single_point_is_drawn() -> None:
     ElementTree.fromstring(line_chart([Line("a", [(5, 5)], "a", marks=3)], title="", y_name=""))
     ElementTree.fromstring(heat_map([[(5, 0.5)]], title=""))
 
 
-def test_the_strength_of_a_heat_map_s_cell_is_the_mean_of_its_values() -> None:
+def test_heat_map_cell_strength_is_the_mean_of_its_values() -> None:
     svg = heat_map([[(0, 0.0), (1, 0.5), (9, 1.0), (10, 1.0)]], title="", columns=2)
     root = ElementTree.fromstring(svg)
     cells = root.iter("rect")
@@ -90,7 +90,7 @@ def test_the_strength_of_a_heat_map_s_cell_is_the_mean_of_its_values() -> None:
     assert "1.000" in [text.text for text in root.iter("text")]
 
 
-def test_the_legend_names_lines_but_not_their_faint_background() -> None:
+def test_legend_names_lines_but_not_their_background() -> None:
     html = legend([Line("one & two", [(0, 0)], "a", dashed=True), Line("faint", [(0, 0)], "a", faint=True)])
     assert "one &amp; two" in html and "dashed" in html and "faint" not in html
 

@@ -29,7 +29,7 @@ def builds(tmp_path, monkeypatch):
     return lock
 
 
-def test_deepspeed_takes_a_process_without_a_launcher_for_the_first_of_its_node(monkeypatch):
+def test_process_without_a_launcher_is_local_rank_0(monkeypatch):
     pytest.importorskip("deepspeed")
     placement = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -41,7 +41,7 @@ def test_deepspeed_takes_a_process_without_a_launcher_for_the_first_of_its_node(
     assert os.environ["LOCAL_RANK"] == "0"
 
 
-def test_the_lock_of_a_killed_build_is_named_and_removed(builds, capsys):
+def test_lock_of_a_killed_build_is_named_and_removed(builds, capsys):
     setup.announce_build("cpu_adam", SimpleNamespace())
     output = capsys.readouterr().out
     assert f"removing {builds}, which a killed build left" in output
@@ -49,21 +49,21 @@ def test_the_lock_of_a_killed_build_is_named_and_removed(builds, capsys):
     assert not builds.exists()
 
 
-def test_a_lock_that_a_build_holds_stays(builds, capsys):
+def test_lock_of_a_running_build_stays(builds, capsys):
     with builds.open("w"):
         setup.announce_build("cpu_adam", SimpleNamespace())
     assert builds.exists()
     assert "removing" not in capsys.readouterr().out
 
 
-def test_a_finished_build_is_silent(builds, capsys):
+def test_finished_build_is_silent(builds, capsys):
     builds.unlink()
     (builds.parent / "cpu_adam.so").touch()
     setup.announce_build("cpu_adam", SimpleNamespace())
     assert capsys.readouterr().out == ""
 
 
-def test_builds_are_apart_by_host_and_versions(monkeypatch):
+def test_build_folders_differ_by_host_and_versions(monkeypatch):
     here = setup.extensions_folder()
     assert torch.__version__ in here.name
     monkeypatch.setattr(setup.socket, "gethostname", lambda: "another")
@@ -85,7 +85,7 @@ NAMES = (
 )
 
 
-def test_each_parameter_is_told_to_the_converter_once_and_rightly():
+def test_each_parameter_matches_one_converter_pattern():
     info = universal_info(list(NAMES))["universal_checkpoint_info"]
 
     def matched(kind: str) -> set[str]:
@@ -96,7 +96,7 @@ def test_each_parameter_is_told_to_the_converter_once_and_rightly():
     assert matched("parameter_with_2_sub_params_cat_dim_0") == {"decoder.layers.0.mlp.linear_fc1.weight"}
 
 
-def test_a_word_that_deepspeed_does_not_know_is_one_sentence():
+def test_unknown_deepspeed_key_is_refused():
     from ssa_pretrain.config.deepspeed import ds_config
 
     config = Config()
@@ -107,7 +107,7 @@ def test_a_word_that_deepspeed_does_not_know_is_one_sentence():
         _require_accepted(ds_config(config, 1))
 
 
-def test_a_checkpoint_that_cannot_be_reshaped_says_what_to_set(tmp_path):
+def test_unreshapable_checkpoint_names_the_setting_to_change(tmp_path):
     def refusal(*layouts: tuple[int, int, int]) -> str:
         saved, wanted = (dict(zip(("zero_stage", "tp", "dp"), layout, strict=True)) for layout in layouts)
         with pytest.raises(WeightsError) as caught:
