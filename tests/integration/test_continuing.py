@@ -65,9 +65,9 @@ def test_rerun_of_a_finished_run_reports_it_and_changes_nothing(run, capsys):
         (("training.steps=8", "training.stop_at_step=3"), f"{folder} is at step 4, and training.stop_at_step=3 asks"),
     ):
         run(*overrides, "logging.wandb.mode=offline")
-        said = capsys.readouterr()
-        assert said.out == f"{reason} for no more: nothing was changed; a larger value continues the run\n"
-        assert said.err == ""
+        printed = capsys.readouterr()
+        assert printed.out == f"{reason} for no more: nothing was changed; a larger value continues the run\n"
+        assert printed.err == ""
         assert contents(folder) == before, overrides
 
 

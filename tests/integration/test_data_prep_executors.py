@@ -155,8 +155,8 @@ def test_queued_jobs_are_picked_up_by_a_later_command(corpus, slurm, capsys):
     assert "the jobs are queued; run the same command again" in capsys.readouterr().err
     assert not (corpus.parent / "slurm" / "manifest.json").exists()
     assert main(arguments) == 0
-    said = capsys.readouterr().err
-    assert "waiting for Slurm job" in said or "reusing" in said
+    error = capsys.readouterr().err
+    assert "waiting for Slurm job" in error or "reusing" in error
     assert len(list((corpus.parent / "slurm" / "work" / "runs").iterdir())) <= 2
     assert load_manifest(corpus.parent / "slurm")
 
@@ -168,8 +168,8 @@ def test_failing_task_ends_the_command_with_its_shard(corpus, slurm, capsys):
     arguments = [a for a in settings(corpus, "slurm", *SLURM) if not a.startswith("tokenizer")]
     started = time.monotonic()
     assert main([*arguments, *own, "backend=hf"]) == 4  # hf needs no sample, so the line is met by a task alone
-    said = capsys.readouterr().err
-    assert f"error: {corpus}:301: the line is not JSON" in said and "(shard text_000" in said
+    error = capsys.readouterr().err
+    assert f"error: {corpus}:301: the line is not JSON" in error and "(shard text_000" in error
     assert time.monotonic() - started < 300  # a busy machine takes long to start three interpreters
     assert not (corpus.parent / "slurm" / "manifest.json").exists()
 

@@ -65,7 +65,7 @@ def interrupted(folder: Path, settings: tuple[str, ...], step: int, choose, numb
             folder,
             step,
             seconds=400,
-            said=lambda: process.stderr.read() if process.poll() is not None else "",
+            output=lambda: process.stderr.read() if process.poll() is not None else "",
         )
         family = descendants(process.pid)
         os.kill(choose(process.pid, family), number)

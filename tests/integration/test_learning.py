@@ -54,9 +54,9 @@ def final(folder: Path) -> dict[str, dict]:
 
 def test_cross_entropy_falls_well_below_unigram_entropy(runs, corpus):
     unigram = json.loads((corpus / "manifest.json").read_text())["unigram_entropy_nats"]["heldout"]
-    for mode, figures in final(runs["ssa"]).items():
-        print(f"{mode}: cross entropy {figures['cross_entropy']:.3f}, unigram entropy {unigram:.3f} nats")
-        assert figures["cross_entropy"] < unigram - 0.3
+    for mode, metrics in final(runs["ssa"]).items():
+        print(f"{mode}: cross entropy {metrics['cross_entropy']:.3f}, unigram entropy {unigram:.3f} nats")
+        assert metrics["cross_entropy"] < unigram - 0.3
 
 
 def test_ssa_captures_more_mass_than_full_attention(runs):
@@ -72,10 +72,10 @@ def test_moved_run_folder_can_be_evaluated_and_sampled(runs, tmp_path):
     done = run("ssa_pretrain.evaluate", str(moved), "evaluation.rows=4")
     assert done.returncode == 0, done.stderr[-2000:]
     assert not (runs["ssa"] / "evaluation.json").exists()
-    figures = json.loads((moved / "evaluation.json").read_text())
-    assert figures["step"] == 48
-    assert set(figures["modes"]) == {"full", "sparse"}
-    for mode, metrics in figures["modes"].items():
+    evaluation = json.loads((moved / "evaluation.json").read_text())
+    assert evaluation["step"] == 48
+    assert set(evaluation["modes"]) == {"full", "sparse"}
+    for mode, metrics in evaluation["modes"].items():
         assert f"held-out, {mode:<6}: cross entropy {metrics['cross_entropy']:.4f}" in done.stdout
     samples = json.loads((moved / "samples.json").read_text())
     assert {s["mode"] for s in samples} == {"full", "sparse"}

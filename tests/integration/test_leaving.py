@@ -71,9 +71,9 @@ def test_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corp
     last = records(tmp_path, "train")[-1]["step"]
     assert last < 400
     sentence = f"SIGHUP: stopped after step {last}; its checkpoint is published, and the same command goes on from it"
-    said = log.read_text().splitlines()
-    assert said[-1] == f"torchrun.sh: {sentence}"
-    assert said[-2].startswith(f"save {last} ")
+    lines = log.read_text().splitlines()
+    assert lines[-1] == f"torchrun.sh: {sentence}"
+    assert lines[-2].startswith(f"save {last} ")
     assert checkpoints(tmp_path) == [f"step_{last:08d}"]
     done = run("ssa_pretrain.train", *settings, f"training.stop_at_step={last + 1}", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -93,9 +93,9 @@ def test_ranks_with_different_settings_are_refused(corpus, tmp_path):
         )
         for n, rate in enumerate(("1e-3", "0.5"))
     ]
-    said = [process.communicate(timeout=200)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [3, 3], said
-    for text in said:
+    errors = [process.communicate(timeout=200)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [3, 3], errors
+    for text in errors:
         assert "optim.lr=0.5 on rank 1 (" in text and "and 0.001 on rank 0 (" in text
         assert "Traceback" not in text
     assert checkpoints(tmp_path) == []
@@ -113,13 +113,13 @@ def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tm
     ) as process:
         wait_for_step(process, tmp_path, 2, seconds=200)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=120)
     last = records(tmp_path, "train")[-1]["step"]
     assert process.returncode == 7
     assert checkpoints(tmp_path) == [f"step_{last:08d}"]
     sentence = "its checkpoint is published, and the same command goes on from it"
-    assert said.splitlines()[-1] == f"SIGINT: stopped after step {last}; {sentence}"
-    assert said.splitlines()[-2].startswith(f"save {last} ")
+    assert error.splitlines()[-1] == f"SIGINT: stopped after step {last}; {sentence}"
+    assert error.splitlines()[-2].startswith(f"save {last} ")
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_signal_during_start_up_exits_at_once_with_one_line(tmp_path, module, na
     ) as process:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.Signals[name])
-        said = process.communicate(timeout=30)
-    assert (process.returncode, *said) == (code, "", sentence + "\n")
+        printed = process.communicate(timeout=30)
+    assert (process.returncode, *printed) == (code, "", sentence + "\n")
 
 
 def test_nan_loss_ends_the_run_and_enters_no_checkpoint(corpus, tmp_path):

@@ -127,7 +127,7 @@ class Oracle:
         x = x + (a / (1 + (-a).exp()) * b) @ self.w[name + "mlp.linear_fc2.weight"].T
         return x, alignment, mass.mean(1).sum()
 
-    def judge(self, batch: Batch, main: str) -> list[float]:
+    def held_out_metrics(self, batch: Batch, main: str) -> list[float]:
         """Returns cross entropy, then alignment and captured mass by layer, of a microbatch."""
         ends = batch.cu_seqlens.tolist()
         layers = self.config.model.num_layers
@@ -157,7 +157,7 @@ def test_model_equals_the_definition(placement, mode, gate, tied):
     batch = microbatch()
     found = engine.evaluate([batch], mode=mode)
     weights = dict(unwrap(engine.chunks[0]).named_parameters())
-    wanted = Oracle(weights, config).judge(batch, mode)
+    wanted = Oracle(weights, config).held_out_metrics(batch, mode)
     # fp32 has 24 mantissa bits and each value is a mean over hundreds of numbers; two layers of products stay within 1e-5.
     np.testing.assert_allclose(
         [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer], wanted, rtol=1e-5

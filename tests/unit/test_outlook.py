@@ -63,7 +63,7 @@ def test_plan_describes_the_output_folder(tmp_path: Path, capsys: pytest.Capture
     )
 
 
-def test_plan_accepts_a_micro_batch_size_that_a_resume_accepts(
+def test_plan_and_resume_agree_on_a_changed_micro_batch_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     smaller, drawn_by_step = "training.micro_batch_size=1", "attention.stream_draw=step"

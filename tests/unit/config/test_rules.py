@@ -387,8 +387,8 @@ def test_flipped_bit_in_a_small_file_is_rejected_by_every_command(
     for entry in ("train", "evaluate", "plan"):
         with pytest.raises(SystemExit) as left:
             read_config(entry, [*BASE, f"data.path={dataset}"])
-        said = capsys.readouterr().err
-        assert left.value.code == 4 and path.name in said and "with verify=full" in said, (entry, said)
+        printed = capsys.readouterr().err
+        assert left.value.code == 4 and path.name in printed and "with verify=full" in printed, (entry, printed)
 
 
 @pytest.mark.parametrize(
@@ -440,11 +440,11 @@ def test_output_dir_in_use_is_a_problem_only_for_a_run(
     with pytest.raises(SystemExit) as caught:
         read_config("train", ours)
     assert caught.value.code == 3
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == "ssa_pretrain.train: 1 problem in the configuration; nothing was started."
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "ssa_pretrain.train: 1 problem in the configuration; nothing was started."
     holder = rf"process {os.getpid()} on {socket.gethostname()}, started \S+"
     key = re.escape(str(Problem("output_dir", str(folder), "", "")).rstrip("; "))
-    assert re.fullmatch(rf"  {key} is in use by {holder}; stop that run or try another output_dir", said[1]), said
+    assert re.fullmatch(rf"  {key} is in use by {holder}; stop that run or try another output_dir", printed[1]), printed
     assert read_config("evaluate", ours).output_dir == str(folder)
     with pytest.raises(SystemExit) as caught:
         read_config("train", [*ours, "dry_run=true"])

@@ -233,7 +233,7 @@ def test_given_port_in_use_is_refused_and_default_port_in_use_is_avoided(address
     assert 15_000 <= int(chosen) < 30_000 and int(chosen) != jobs.DEFAULT_PORT
 
 
-def test_launcher_inside_another_launcher_is_refused() -> None:
+def test_job_environment_drops_variables_of_an_outer_job() -> None:
     outer = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "SLURM_PROCID": "2", "OMP_NUM_THREADS": "4"}
     expected = {"SLURM_PROCID": "2", "OMP_NUM_THREADS": "4", "PYTHONSAFEPATH": "1"}
     assert launch.job_environment(outer) == expected, json.dumps(launch.job_environment(outer))

@@ -281,8 +281,8 @@ def test_blocks_that_cover_the_row_give_a_warning(
         read_config("plan", ["experiment=ssa_300m_8k", f"attention={method}", f"data.sequence_length={length}",
                              "training.micro_batch_size=1", f"training.global_batch_tokens={length}"])  # fmt: skip
     assert caught.value.code == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert said == warns * [
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == warns * [
         f"warning    attention.top_k=16 blocks of attention.block_size=16 cover whole rows of data.sequence_length={length}, so sparse "
         "attention is full attention: alignment 0, captured mass 1; lower top_k or lengthen the rows"
     ]

@@ -109,9 +109,9 @@ def test_benchmark_refuses_large_cases_without_a_gpu(
     with pytest.raises(SystemExit) as left:
         bench.main()
     assert left.value.code == 3
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     advice = "for a small case on the CPU try cases=8k model=tiny length=256 rows=1 precision=fp32\n"
-    assert "needs a GPU, and torch sees none; " in said and said.endswith(advice) and said.count("\n") == 1
+    assert "needs a GPU, and torch sees none; " in error and error.endswith(advice) and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

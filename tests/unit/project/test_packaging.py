@@ -127,7 +127,7 @@ print(ssa_kernels.__name__)
 """
 
 
-def test_kernels_folder_is_not_importable_as_a_package() -> None:
+def test_kernels_folder_is_not_taken_for_a_package() -> None:
     """Transformers looks for a package `kernels` and fails if it finds one without a version."""
     assert isolated(PROBE, "1").stdout.split() == ["absent", "ssa_kernels"]
     assert isolated(PROBE, "").stdout.split() == ["folder", "ssa_kernels"], (

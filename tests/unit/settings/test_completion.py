@@ -31,7 +31,7 @@ def test_groups_options_keys_values_and_flags() -> None:
     assert completed("data.path=outp") == []  # files
 
 
-def test_user_folder_is_completed(tmp_path: Path) -> None:
+def test_options_of_a_user_folder_are_completed(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").touch()
     assert completed(f"-cd {tmp_path} experiment=mi") == ["experiment=mine "]
