@@ -1,4 +1,4 @@
-"""A rank of test_agreement.py: saves once, and rank 1 cannot write."""
+"""A rank of test_agreement.py: rank 1 cannot write the second checkpoint."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
 def save_on_separate_disks(run: Path, output: Path, rank: int) -> None:
-    """Tries the first check of a run, then a save without it; both are refused on both ranks."""
+    """Writes the errors of a run's first check, and of a save without it, to `output`: each rank's folder is on a separate disk."""
     run_folder.marker_is_visible.__kwdefaults__["patience"] = 0.5
     publishing.VISIBLE_SECONDS = 0.5
     run.mkdir()

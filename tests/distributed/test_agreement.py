@@ -1,4 +1,4 @@
-"""A rank that cannot write ends all of them, with one message, and what was saved before stays."""
+"""If one rank cannot write, every rank ends with the same message, and earlier checkpoints stay."""
 
 import json
 import socket
@@ -14,7 +14,7 @@ REASON = "(rank 1: OSError: [Errno 28] No space left on device); earlier checkpo
 
 
 def is_untouched(run: Path) -> bool:
-    """Returns whether only the first checkpoint is there, and intact."""
+    """Returns whether the first checkpoint is the only one and is intact."""
     (first,) = [p for p in (run / "checkpoints").iterdir() if not p.name.startswith(".")]
     return first.name == "step_00000001" and find_damage(first) is None
 

@@ -1,6 +1,6 @@
 """engine=deepspeed trains like engine=megatron: every ZeRO stage, tensor and sequence parallelism, resume, other degrees, common weights.
 
-fp32, to 1e-5 relative, step by step: cross entropy, gradient norm, every layer's alignment and captured mass, with the streams drawn (both occur).
+fp32, to 1e-5 relative, step by step: cross entropy, gradient norm, every layer's alignment and captured mass, with drawn streams (both occur).
 The clipping threshold is far below the norms, so a wrong norm moves the next step. tests/benchmarks/deepspeed_matrix.py runs the whole matrix.
 """
 
@@ -69,7 +69,7 @@ FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
 
 
 def two_processes() -> list[dict]:
-    """Returns the jobs of two processes, ordered by layout: each checkpoint is there before it is read."""
+    """Returns the jobs of two processes, ordered by layout, so that each checkpoint is written before it is read."""
     jobs = []
     for layout in ("dp2", "tp2_sp", "tp2"):
         place = LAYOUTS[layout]
@@ -105,7 +105,7 @@ def two_processes() -> list[dict]:
 
 
 def one_process() -> list[dict]:
-    """Returns the jobs of one process: what two have saved, resumed on fewer."""
+    """Returns the jobs of one process, which resume checkpoints of two."""
     jobs = [resume(f"one.from_{source}", source, deepspeed(int(source[-1]))) for source in FEWER]
     jobs.append(resume("one.from_dp2.bf16.zero1", "dp2.bf16.zero1", deepspeed(1) | BF16))
     jobs.append(resume("one.from_dp2.zero0", "dp2.zero0", deepspeed(0)))
@@ -157,7 +157,7 @@ def test_variant_equals_megatron_engine(results, name):
 
 
 def near_bf16(found: list, wanted: list, exact: list) -> None:
-    """Where DeepSpeed rounds a norm weight's sum over tensor ranks to bf16 and core does not, the runs part after the first step.
+    """DeepSpeed rounds a norm weight's sum over tensor ranks to bf16 and core does not, so the runs diverge after the first step.
 
     That step's forward is the same operations on the same weights. The norms' weights hold 6% of the squared norm of the gradient, and a rounding of
     them by 2^-9 moves the norm by 2^-13. Later both engines are about as far from fp32, over 384 logits to half as much again.
@@ -199,12 +199,12 @@ def test_resumed_run_is_bit_identical(results, name):
     ],
 )
 def test_run_resumes_on_other_degrees(results, name, source):
-    """Three steps past the resume: a lost step count, moment or weight decay shows in the second."""
+    """Compares three steps after the resume: a lost step count, moment or weight decay shows in the second."""
     close(results[name], results[source][SAVED:])
 
 
 def test_weights_load_in_either_engine(results):
-    """Each pair read one folder; both evaluations and the last tokens' logits agree, whatever engine and layout wrote and reads."""
+    """Each pair loads one folder. Both evaluations and the last tokens' logits agree for every engine and layout that wrote or loads it."""
     close(results["tp2.zero3.weights"], results["megatron.dp2.weights"])
     close(results["megatron.tp2.weights"], results["tp2.zero1.own_weights"])
     close(results["megatron.pp2.weights"], results["tp2.zero1.own_weights"])
@@ -217,7 +217,7 @@ def test_data_rank_without_held_out_rows_neither_hangs_nor_counts(results):
 
 
 def test_norms_and_metrics_make_these_comparisons_strict(results):
-    """Clipping acts at every step, and each step's results differ clearly from the previous step's."""
+    """Every step is clipped, and each step's results differ clearly from those of the previous step."""
     for layout in ("dp2", "tp2_sp"):
         steps = torch.tensor(results[f"megatron.{layout}"][:RESUMED], dtype=torch.float64)
         assert steps[:, 1].min() > 0.9

@@ -1,4 +1,4 @@
-"""Reshaping a DeepSpeed checkpoint that fails on one rank ends all of them."""
+"""If reshaping a DeepSpeed checkpoint fails on one rank, all ranks end."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ WORKER = Path(__file__).parent / "reshape_worker.py"
 
 
 def outcomes(case: str, folder: Path) -> list[str]:
-    """What each of two ranks ended with."""
+    """Returns the error or result of each of two ranks."""
     folder.mkdir()
     (folder / "deepspeed.json").write_text(json.dumps({"zero_stage": 2, "tp": 1, "dp": 4}))
     run_workers(WORKER, 2, case, str(folder), timeout=300)

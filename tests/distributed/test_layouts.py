@@ -154,7 +154,7 @@ def test_layout_equals_single_process(results, name):
 
 @pytest.mark.parametrize("stream", ["full", "sparse"])
 def test_alignment_contributes_to_every_gradient(results, stream):
-    """Were the alignment's gradient lost or doubled on some layout, the comparison above would see it: it moves every gradient by far more."""
+    """The comparison above would detect a lost or doubled alignment gradient, because it changes every gradient by far more than the tolerance."""
     on, off = results[f"single.plain.{stream}"], results[f"single.no_alignment.{stream}"]
     for key, tensors in on["parameters"].items():
         if key.startswith(AFTER_THE_LAST_STREAMS):
@@ -164,7 +164,7 @@ def test_alignment_contributes_to_every_gradient(results, stream):
 
 @pytest.mark.parametrize("layout", ["single", "single_of_8"])
 def test_streams_differ_and_both_are_drawn(results, layout):
-    """Or a layout with drawn streams would not show that it runs both, in each step."""
+    """Otherwise a layout with drawn streams would not prove that it runs both in each step."""
     full, sparse, drawn = (results[f"{layout}.plain.{stream}"]["records"][:2, 1] for stream in STREAMS)
     for one, other in ((full, sparse), (full, drawn), (sparse, drawn)):
         assert ((one - other).abs() / one).min() > 1e-3

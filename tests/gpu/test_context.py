@@ -1,4 +1,4 @@
-"""Two GPUs under context parallelism against one: the references in fp32 to 1e-5, the kernels in bf16 about as far from fp32 as one GPU."""
+"""Context parallelism on two GPUs against one GPU: references in fp32 to 1e-5, kernels in bf16 about as far from fp32 as one GPU."""
 
 import os
 import subprocess

@@ -69,7 +69,7 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Runs all cases, one torchrun for each number of GPUs; return where their results lie."""
+    """Runs all cases, one torchrun per number of GPUs, and returns the folder of their results."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, and {torch.cuda.device_count()} is visible")
     out = tmp_path_factory.mktemp("layouts")

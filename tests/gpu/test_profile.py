@@ -1,4 +1,4 @@
-"""A profiled step on a GPU: every part is found by its kernels' names, and little time is unassigned."""
+"""A profiled step on a GPU: every category is found by its kernels' names, and little time is unassigned."""
 
 import pytest
 

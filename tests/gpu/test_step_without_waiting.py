@@ -1,4 +1,4 @@
-"""A training step on a GPU is only queued: nothing in it waits for the device, and other documents in the rows compile no kernel again."""
+"""A training step on a GPU is only queued: nothing in it waits for the device, and new document lengths recompile no kernel."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`make quickstart`, small and twice, with every file that it promises; the commands of the guides are test_docs.py's."""
+"""`make quickstart`, small and run twice, with every file that it promises. test_docs.py tests the commands of the guides."""
 
 import json
 import math

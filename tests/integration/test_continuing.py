@@ -1,4 +1,4 @@
-"""What the same command does the second time: it goes on, or finds nothing left to do and changes nothing. Runs within this process, real data and steps."""
+"""Rerunning a command continues the run, or finds nothing left to do and changes nothing. Trains in this process, on real data."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ SETTINGS = (
 
 @pytest.fixture
 def run(corpus, tmp_path, monkeypatch):
-    """Return a function that trains in a folder of its own under the settings and some more."""
+    """Returns a function that trains in its own folder with the settings and further overrides."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def trained(*overrides: str, folder: str = "run") -> Path:
@@ -72,7 +72,7 @@ def test_rerun_of_a_finished_run_reports_it_and_changes_nothing(run, capsys):
 
 
 def test_run_without_its_last_evaluation_is_not_finished(run, capsys):
-    """As after a signal at the last step: the checkpoint is there, and the evaluation is not."""
+    """As after a signal at the last step, which leaves the checkpoint but no evaluation."""
     folder = run()
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)

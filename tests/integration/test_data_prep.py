@@ -1,4 +1,4 @@
-"""The command as a user runs it: real processes, any number of workers, kill -9, reuse, repair, and what core reads back."""
+"""data_prep as a user runs it: real processes, any number of workers, kill -9, reuse, repair, and a dataset that core reads."""
 
 import gzip
 import hashlib
@@ -38,7 +38,7 @@ def write_jsonl(path: Path, documents: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small trained tokenizer, so that the tests below need not train one each."""
+    """A small trained tokenizer, shared so that each test need not train one."""
     folder = tmp_path_factory.mktemp("tokenizer")
     write_jsonl(folder / "x.jsonl", texts(200, seed=99))
     finish(
@@ -71,7 +71,7 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 
 
 def bytes_of(folder: Path) -> str:
-    """Returns one digest of all that a dataset consists of."""
+    """Returns one digest of all files of a dataset."""
     root = folder / "dataset"
     names = sorted(str(p.relative_to(root)) for split in ("train", "heldout") for p in (root / split).iterdir())
     total = hashlib.sha256()
@@ -82,7 +82,7 @@ def bytes_of(folder: Path) -> str:
 
 @pytest.fixture
 def settings(tmp_path: Path, tokenizer_json: Path) -> list[str]:
-    """A corpus in twelve shards, and the settings that read it."""
+    """A corpus of twelve shards, and the settings that read it."""
     (tmp_path / "corpus").mkdir()
     for number in range(4):
         write_jsonl(tmp_path / "corpus" / f"{number}.jsonl", texts(250, seed=number))

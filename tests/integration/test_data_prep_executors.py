@@ -1,4 +1,4 @@
-"""Shards made by Slurm arrays and by Ray are the shards that this machine makes; a failing task ends the command with its name.
+"""Slurm arrays and Ray write the same shards as this machine does, and a failing task ends the command and is named.
 
 Ray is the real thing, a cluster of several processes on this machine. Slurm is the real thing where a controller answers `sinfo` and
 has a partition; elsewhere programs of the same names stand in, which read the batch script and run the array's tasks as processes.
@@ -83,7 +83,7 @@ def has_slurm() -> bool:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Slurm's programs on PATH; returns which ones."""
+    """Puts Slurm's programs on PATH and returns whether they are real."""
     if has_slurm():
         return "real"
     (tmp_path / "bin").mkdir()
@@ -175,7 +175,7 @@ def test_failing_task_ends_the_command_with_its_shard(corpus, slurm, capsys):
 
 
 def tokenizer(corpus: Path) -> Path:
-    """A tokenizer that needs no reading of the corpus."""
+    """Returns the path of a tokenizer that was not trained on the corpus."""
     good = corpus.with_name("good.jsonl")
     good.write_text("".join(corpus.read_text().splitlines(keepends=True)[:200]))
     assert main(settings(good, "good")) == 0

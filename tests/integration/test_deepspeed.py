@@ -1,4 +1,4 @@
-"""engine=deepspeed as users start it: DeepSpeed's launcher, kill -9, the same command again; and the content of its checkpoints."""
+"""engine=deepspeed as users start it: DeepSpeed's launcher, kill -9, a rerun, and the content of its checkpoints."""
 
 import os
 import shutil
@@ -51,7 +51,7 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
 
 
 def interrupted(folder: Path, settings: tuple[str, ...], step: int, choose, number: signal.Signals) -> tuple[int, str]:
-    """Returns the exit code and last line of a run in which one chosen process gets a signal after a step; checks that no process survives."""
+    """Signals one chosen process of a run after a step, checks that no process survives, and returns the exit code and the last line."""
     with subprocess.Popen(
         launched("deepspeed.sh", *settings),
         env=environment(),
@@ -75,7 +75,7 @@ def interrupted(folder: Path, settings: tuple[str, ...], step: int, choose, numb
 
 
 def test_sigterm_saves_killed_launcher_fails_and_rerun_continues(uninterrupted, corpus, tmp_path):
-    """Without this project's launcher, DeepSpeed's leaves its ranks running after both signals, and returns 0 after the second."""
+    """DeepSpeed's own launcher leaves its ranks running after both signals, and returns 0 after the second."""
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
     longer = tuple("training.steps=400" if line.startswith("training.steps") else line for line in settings)
     code, output = interrupted(tmp_path, longer, 3, lambda shell, _: shell, signal.SIGTERM)

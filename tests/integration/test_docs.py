@@ -1,4 +1,4 @@
-"""README.md, docs/ and kernels/README.md: their commands as they stand, in bash and in zsh, and their links.
+"""README.md, docs/ and kernels/README.md: their commands, unchanged, in bash and in zsh, and their links.
 
 Each shell runs every sh block with stand-in programs that only record their words. That shows what a shell does to them (zsh expands brackets). Then each
 command runs: as it is if a CPU takes seconds, as its plan or dry run if it would need GPUs, a cluster, a download or hours. NOT_RUN has the rest.
@@ -47,12 +47,12 @@ TYPED = {
 
 
 def name(page: Path) -> str:
-    """Returns a page's path from the root."""
+    """Returns a page's path relative to the root."""
     return str(page.relative_to(ROOT))
 
 
 def fences(page: Path) -> Iterator[tuple[str, str]]:
-    """Yields a page's fenced blocks: language, text."""
+    """Yields (language, text) of a page's fenced blocks."""
     yield from re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -61,14 +61,14 @@ def blocks() -> list[tuple[str, str]]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The variables of a new shell on a machine without a GPU."""
+    """Returns the variables of a new shell on a machine without a GPU."""
     kept = {key: os.environ[key] for key in ("HOME", "LANG", "TMPDIR") if key in os.environ}
     return kept | {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | changes
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone after `make quickstart`: its environment, and a dataset of other text in place of the quickstart's."""
+    """A clone after `make quickstart`: its environment, and a dataset of other text instead of the quickstart's."""
     folder = tmp_path_factory.mktemp("clone")
     for path in ROOT.iterdir():
         if path.name not in ("outputs", "data", ".venv", ".git"):
@@ -110,7 +110,7 @@ def words_of(shell: list[str], folder: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """The words of each command, once; they are the same in every shell."""
+    """The words of each distinct command, which are the same in every shell."""
     found = [words_of(shell, tmp_path_factory.mktemp(shell[0])) for shell in SHELLS]
     assert all(sorted(words) == sorted(found[0]) for words in found)
     return [list(words) for words in dict.fromkeys(map(tuple, found[0]))]
@@ -124,7 +124,7 @@ def test_every_command_is_in_a_tested_block() -> None:
 
 
 def spans(page: Path) -> list[str]:
-    """Returns a page's code within sentences and tables."""
+    """Returns a page's inline code, tables included."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
 
@@ -142,7 +142,7 @@ def test_inline_commands_name_existing_things() -> None:
 
 
 def test_zsh_special_characters_are_quoted() -> None:
-    """This holds for code within sentences and tables too, and is tested on machines without zsh."""
+    """This holds for inline code too, and is tested on machines without zsh."""
     for page in GUIDES:
         lines = [line for language, text in fences(page) if language == "sh" for line in text.splitlines()]
         for span in spans(page) + lines:
@@ -151,7 +151,7 @@ def test_zsh_special_characters_are_quoted() -> None:
 
 
 def test_readme_commands_have_no_comments() -> None:
-    """At a prompt, zsh takes a comment after a command for arguments."""
+    """At a prompt, zsh passes a comment after a command as arguments."""
     assert not [
         line
         for language, text in fences(ROOT / "README.md")
@@ -163,7 +163,7 @@ def test_readme_commands_have_no_comments() -> None:
 
 @pytest.fixture(scope="module")
 def typed(clone: Path) -> subprocess.CompletedProcess[str]:
-    """TYPED in one shell: zsh if it is installed, since bash accepts whatever zsh does."""
+    """Runs TYPED in one shell: zsh if it is installed, because bash accepts everything that zsh does."""
     found = [text for page, text in blocks() if any(text.startswith(start) for start in TYPED.get(page, ()))]
     assert len(found) == 2
     lines = "\n".join(found)
@@ -215,7 +215,7 @@ def test_programs_accept_every_documented_command(
 
 
 def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Checks the words of a module's command, or of a launcher that starts one."""
+    """Checks the words of a command that runs a module or a launcher."""
     start = next((i for i, word in enumerate(words) if word in ("-m", "--module")), None)
     if start is None:
         assert (ROOT / words[1]).is_file(), words

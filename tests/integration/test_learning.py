@@ -1,6 +1,6 @@
-"""On real text: the model learns more than word frequencies, and SSA's training concentrates attention where its blocks look.
+"""On real text the model learns more than word frequencies, and SSA training concentrates attention in the chosen blocks.
 
-The two runs differ in `attention=` alone. They run side by side, one core each.
+The two runs differ only in `attention=`. They run in parallel, on one core each.
 """
 
 import json
@@ -48,7 +48,7 @@ def runs(corpus, tmp_path_factory) -> dict[str, Path]:
 
 
 def final(folder: Path) -> dict[str, dict]:
-    """Return a run's last evaluation by mode."""
+    """Returns a run's last evaluation by mode."""
     return {r["mode"]: r for r in records(folder, "evaluation")}
 
 

@@ -1,4 +1,4 @@
-"""How a run ends before its time: every way has its exit code and one sentence, no rank waits for another, and no checkpoint is spoilt."""
+"""How a run ends early: each way has its exit code and one line, no rank hangs, and every checkpoint stays intact."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def rank(pid: int) -> str:
 
 
 def test_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corpus, tmp_path):
-    """Under a launcher of ours, which has the last sentence and leaves no process behind; torchrun by hand goes on from there."""
+    """Our launcher prints the last line and leaves no process behind. torchrun without it resumes from the checkpoint."""
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
     log = tmp_path / "log.txt"
     with (
@@ -138,7 +138,7 @@ def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tm
     ],
 )
 def test_signal_during_start_up_exits_at_once_with_one_line(tmp_path, module, name, code, sentence):
-    """The command waits in its first import of what it needs: a module of that name that sleeps stands for slow storage."""
+    """A module `hydra` that sleeps replaces slow storage, so the command waits in its first import."""
     (tmp_path / "hydra").mkdir()
     (tmp_path / "hydra" / "__init__.py").write_text(
         "import sys, time\nprint('importing', flush=True)\ntime.sleep(60)\n"
@@ -185,7 +185,7 @@ def test_damaged_tokens_read_by_one_rank_are_named_and_end_all_ranks(corpus, tmp
 
 
 def test_evaluation_needs_no_training_split(corpus, tmp_path):
-    """As of `source=heldout`, which has none; and training on it is refused before anything is built."""
+    """The dataset of `source=heldout` has no training split. Training on it is refused before anything is built."""
     settings = (*SETTINGS, f"output_dir={tmp_path / 'run'}")
     train(*settings, f"data.path={corpus}", "training.stop_at_step=1")
     measured = tmp_path / "data"

@@ -1,4 +1,4 @@
-"""Rerunning the command goes on: bit for bit after kill -9, to rounding on another layout; never from what is damaged or another run's."""
+"""A rerun resumes: bit for bit after kill -9, to rounding on another layout, and never from damaged checkpoints or those of another run."""
 
 import json
 import os
@@ -30,14 +30,14 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory) -> Path:
-    """A run of the quickstart's model on two tensor-parallel processes that nothing stops."""
+    """An uninterrupted run of the quickstart's model on two tensor-parallel processes."""
     folder = tmp_path_factory.mktemp("whole")
     train(*SETTINGS, f"data.path={corpus}", f"output_dir={folder}", "parallel=tp2", processes=2)
     return folder
 
 
 def kill_at(step: int, folder: Path, arguments: list[str]) -> None:
-    """Start a run and kill all of its processes with SIGKILL once `step` is in its metrics."""
+    """Starts a run and kills all its processes with SIGKILL once `step` is in its metrics."""
     with subprocess.Popen(
         arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:

@@ -50,7 +50,7 @@ def layout_of(ends=ENDS, tokens=T, **options):
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor that claims not to be on a CPU."""
+    """A tensor whose `is_cpu` is False."""
 
     is_cpu = False
 
@@ -108,7 +108,7 @@ def test_boundaries_may_be_strided_and_of_either_dtype():
 
 
 def test_unchecked_boundaries_are_sorted():
-    """The behaviour on a GPU, where no value is checked; only `is_cpu` distinguishes the two."""
+    """The behaviour on a GPU, where values are not checked. Only `is_cpu` distinguishes the two."""
     for given, wanted in (
         ([0, 5, 4, 24], [0, 5, 5, 24, 24]),
         ([3, 5], [0, 5, 24]),
@@ -335,7 +335,7 @@ def test_query_without_blocks_has_zero_output_and_mass(impl):
 @interpreted
 @pytest.mark.parametrize("score", ["softmax_sum", "per_head", "official_compat"])
 def test_selection_stays_in_its_workspace_if_max_length_is_too_short(score):
-    """On a GPU a document's length is not checked: the choice may be wrong, but it consists of valid blocks."""
+    """On a GPU a document's length is not checked: the choice may be wrong, but every chosen block is valid."""
     tokens, queries = 1300, [3, 900, 1100, 1101, 1299]
     q, k, _ = streams(tokens)
     part = query_slice(build_layout(torch.tensor([0, tokens]), num_tokens=tokens, block_size=2), torch.tensor(queries))
@@ -488,7 +488,7 @@ def test_non_finite_values_stay_in_their_document(where, poison, impl):
 
 
 def test_gpu_reference_equals_cpu_reference():
-    """Plain operations instead of the fused ones: without blocks, beside NaN, forward and backward."""
+    """Plain operations replace the fused ones: queries without blocks, NaN in other documents, forward and backward."""
     grad, results = draw(T, 4, 16, seed=8), []
     indices = select_blocks(*streams()[:2], **BLOCKS, cu_seqlens=ENDS)
     indices[12, 0] = -1

@@ -50,7 +50,7 @@ def test_boundaries_reach_the_last_token():
 
 @pytest.mark.parametrize(("backend", "num_rows"), [("cudnn", 2), ("flash", None)])
 def test_shapes_in_and_out(backend, num_rows):
-    """Meta tensors run the library operators' own shape rules; the gradients' shapes and the lse's view are ours."""
+    """Meta tensors run the library operators' own shape rules. The gradients' shapes and the lse's view are ours."""
     q, k, v = make()
     what, ends = plan_fused(q, k, ENDS.to("meta"), num_rows=num_rows, backend=backend, scale=0.125)
     o, lse, *states = fused_forward(q, k, v, ends, what)

@@ -17,7 +17,7 @@ FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}  # sums of at most 128 features, each a f
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Makes torch.empty return NaN, so that everything that a kernel does not write is visible."""
+    """Makes torch.empty return NaN, so that every element that a kernel does not write is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

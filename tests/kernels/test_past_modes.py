@@ -1,4 +1,4 @@
-"""Operators bypass an active torch function mode, which would see each of their many small operations; results are the same."""
+"""Operators bypass an active torch function mode, which would intercept each of their many small operations. Results are equal."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ ENDS = torch.tensor([0, 5, 12])
 
 
 class Nothing(TorchFunctionMode):
-    """Refuses every torch operation."""
+    """A mode that refuses every torch operation."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} went through the mode")

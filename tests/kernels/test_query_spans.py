@@ -1,4 +1,4 @@
-"""Spans of queries over all keys, which is what a context-parallel rank computes: the references, and the calls of the fused kernel.
+"""Spans of queries over all keys, as a context-parallel rank computes them: the references, and the calls of the fused kernel.
 
 `flash` stands for the library's kernel in plain torch and float64: packed documents with boundaries of their own for queries and keys, the
 causal mask aligned at the bottom right, and keys without queries that get no gradient.
@@ -93,7 +93,7 @@ def test_layout_of_spans_equals_that_of_its_queries(documents, ranks):
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("score", ["softmax_sum", "per_head"])
 def test_references_of_all_ranks_equal_the_unsplit_result(documents, ranks, score):
-    """Chosen blocks exactly; outputs, log-sum-exps and gradients of float64 to its rounding; keys' gradients are sums over the ranks."""
+    """Chosen blocks are equal. Outputs, log-sum-exps and gradients agree to float64's rounding. Keys' gradients are sums over the ranks."""
     layout = layout_of(documents)
     q, k, v = (x.requires_grad_() for x in make())
     grads = torch.randn(2, TOKENS, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -138,7 +138,7 @@ def test_layer_means_over_ranks_equal_means_over_all_tokens():
 
 
 def flash(q, k, v, span, max_length, scale):
-    """The library's forward, differentiable: (o, lse [H, queries])."""
+    """Returns (o, lse [H, queries]) of the library's forward, differentiable."""
     outs, lses = [], []
     for (q0, q1), (k0, k1) in zip(
         pairwise(span.cu_seqlens_q.tolist()), pairwise(span.cu_seqlens_k.tolist()), strict=True

@@ -76,7 +76,7 @@ def plainly(q, k, v, mask):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_error_is_at_most_that_of_plain_operations(dtype):
-    """Twice the error in float32, where both are a few roundings."""
+    """At most twice the error in float32, where both are a few roundings."""
     q, k, v = make(dtype=dtype)
     indices = choose(q, k, torch.tensor(RAGGED))
     mask = oracle.visible(indices, RAGGED, 125, 4, 8)
@@ -164,7 +164,7 @@ def test_decoding_one_query_equals_prefill():
 
 
 def test_subset_of_queries_gets_the_same_result():
-    """What a context-parallel rank holds: some queries, all keys."""
+    """A context-parallel rank has some of the queries and all keys."""
     q, k, v = make(125)
     layout = build_layout(torch.tensor(RAGGED), num_tokens=125, block_size=8)
     mine = torch.cat([torch.arange(0, 30), torch.arange(95, 125)])

@@ -45,7 +45,7 @@ def test_each_stream_gets_only_its_own_term():
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
 def test_gradcheck_of_the_side_with_a_gradient(weights):
-    """One term at a time, differentiated into its own stream: the only derivatives that finite differences can see."""
+    """One term at a time, differentiated into its own stream: only these derivatives can be checked by finite differences."""
     full, sparse, gate = make(5.0)
     if weights[0]:
         assert torch.autograd.gradcheck(

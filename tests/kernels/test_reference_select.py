@@ -39,7 +39,7 @@ def test_official_rule(block_size, top_k):
 
 
 def test_official_rule_with_fewer_than_half_a_chunk():
-    """A query early in its chunk has few candidates there: nothing from before takes their place."""
+    """A query early in its chunk has few candidates there, and no earlier block replaces the missing ones."""
     q, k = make(1100, heads=2, kv_heads=1, dtype=torch.float64)
     indices = select_blocks(q, k, block_size=16, top_k=16, cu_seqlens=torch.tensor([0, 1100]), score="official_compat")
     own = torch.arange(1100) // 16
@@ -58,7 +58,7 @@ def test_importance_below_the_smallest_float32_is_zero():
 
 
 def test_official_rule_loses_blocks_where_the_official_code_does():
-    """At block_size = top_k = 16: at most 8 blocks of the own 256-token chunk and at most 8 from before."""
+    """At block_size = top_k = 16: at most 8 blocks of the own 256-token chunk and at most 8 earlier ones."""
     q, k = make(1200, heads=2, kv_heads=1)
     indices = select_blocks(q, k, block_size=16, top_k=16, cu_seqlens=torch.tensor([0, 1200]), score="official_compat")
     chunk = torch.arange(1200)[:, None] // 256 * 16
@@ -77,7 +77,7 @@ def test_low_precision_agrees_wherever_importance_differs(dtype):
 
 
 def test_ties_go_to_the_more_recent_block():
-    """Small whole numbers: their products and sums are exact in whatever order a processor takes them, so that equal keys tie."""
+    """With small integers, products and sums are exact in any order, so equal keys tie."""
     q, k = (x.mul(4).round() for x in make(80))
     k = k[:1].expand_as(k).contiguous()
     for score in ("softmax_sum", "per_head"):

@@ -27,7 +27,7 @@ DOCUMENTS = [0, 1, 18, 18, 34]
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Makes torch.empty return NaN, so that everything that a kernel does not write is visible."""
+    """Makes torch.empty return NaN, so that every element that a kernel does not write is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -156,7 +156,7 @@ def test_portable_backward_accumulates_and_accepts_a_prepared_index():
     ],
 )
 def test_tensor_core_kernels(tensor_core, heads, kv_heads, head_dim, block_size, top_k, lists, adds):
-    """When they add to existing gradients, the sum is rounded once: closer than a rounded gradient that is added and rounded again."""
+    """When they add to existing gradients, the sum is rounded once, which is closer than rounding the gradient and then the sum."""
     inputs = make(DOCUMENTS, heads, kv_heads, head_dim, block_size, top_k, lists)
     alone = on_tensor_cores(tensor_core, *inputs)
     check(alone, inputs)
@@ -304,7 +304,7 @@ print(json.dumps(found))
 
 
 def test_kernels_compiled_for_hopper_do_not_spill():
-    """Every conversion between layouts is trivial (else it would not compile), and the kernels use no more registers than planned."""
+    """Every conversion between layouts is trivial (or it would not compile), and the kernels use no more registers than planned."""
     path = str(Path(sys.modules["ssa_kernels"].__file__).parents[1])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The command line: Hydra's meaning for good commands, one message for bad ones, and neither torch nor a second voice."""
+"""The command line: Hydra's semantics for valid commands, one message for bad ones, no import of torch and no output of Hydra's own."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def lines(*arguments: str, machine: Machine = PLAN) -> list[str]:
 
 
 def run(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, as an entry point sees it."""
+    """Runs the command line in a separate process, as an entry point does."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "COLUMNS": "120"} | variables
@@ -294,7 +294,7 @@ def test_installation_without_conf_gets_advice(tmp_path: Path, monkeypatch: pyte
 
 
 def test_any_command_gives_a_list_of_problems_or_a_plan() -> None:
-    """Random arguments: the only error is ConfigError, which the command line prints."""
+    """For random arguments the only error is ConfigError, which the command line prints."""
     draw = random.Random(3)
     keys = [
         *known_keys(Config),

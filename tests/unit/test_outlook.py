@@ -1,4 +1,4 @@
-"""The plan's last lines: is the data prepared, and what does output_dir mean for the command."""
+"""The plan's last lines: whether the data is prepared, and what the command would do with output_dir."""
 
 import json
 import os
@@ -15,7 +15,7 @@ BASE = ("experiment=quickstart", "model.vocab_size=4096", "training.steps=9")
 
 
 def rows(*arguments: str, capsys: pytest.CaptureFixture[str], entry: str = "train") -> dict[str, str]:
-    """The plan's rows by name; of a name that comes twice the last."""
+    """Returns the plan's rows by name; the last one for a repeated name."""
     with pytest.raises(SystemExit) as left:
         read_config(entry, [*BASE, *arguments, "--dry-run"])
     out, err = capsys.readouterr()
@@ -24,7 +24,7 @@ def rows(*arguments: str, capsys: pytest.CaptureFixture[str], entry: str = "trai
 
 
 def add_checkpoint(folder: Path, step: int, *arguments: str) -> None:
-    """The record of a checkpoint that a command's run would write."""
+    """Writes the facts of a checkpoint, as a command's run would."""
     config = resolve_config("train", [*BASE, *arguments], Machine(world_size=1, has_files=False))
     facts = run_facts(config, fingerprint="data", padded_vocab_size=4096, tokenizer_sha256="tokenizer")
     path = folder / "checkpoints" / f"step_{step:08d}" / "checkpoint.json"

@@ -1,4 +1,4 @@
-"""ssa_pretrain/run_folder.py: one run per folder while its process lives, and obstacles are known before a run starts."""
+"""ssa_pretrain/run_folder.py: one live run per folder, and obstacles are found before a run starts."""
 
 import fcntl
 import os
@@ -24,7 +24,7 @@ HOLD = "import sys, time, pathlib; from ssa_pretrain.run_folder import lock_fold
 
 
 def held(folder: Path, report: Callable[[str], None] = print) -> TextIO:
-    """A folder's lock, taken by this process."""
+    """Returns a folder's lock, taken by this process."""
     lock = lock_folder(folder, report)
     assert lock is not None
     return lock
@@ -152,7 +152,7 @@ def test_conflicting_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("locked", ["run", "run/checkpoints", "."])
 def test_folders_without_permission_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str) -> None:
-    """By a stand-in for os.access: whoever is root may write everywhere."""
+    """Patches os.access, because root may write everywhere."""
     if locked != ".":
         (tmp_path / locked).mkdir(parents=True)
     place = tmp_path / locked if locked != "." else tmp_path

@@ -1,4 +1,4 @@
-"""A run's folder on evaluate's command line: its configuration, its checkpoints, and what else a word may be."""
+"""A run's folder on evaluate's command line: its configuration, its checkpoints, and other arguments."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ PLAN = ["dry_run=true", "model.vocab_size=4096"]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's folder that was moved, with a checkpoint; its configuration names another place and a larger machine."""
+    """A moved run folder with a checkpoint. Its configuration names the old path and a larger machine."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     tree = {

@@ -1,4 +1,4 @@
-"""The main stream is a pure function of (seed, step, microbatch) with the right odds."""
+"""The main stream is a pure function of (seed, step, microbatch) with the configured probability."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ def test_draw_is_repeatable_and_follows_the_seed():
 
 
 def test_draw_never_changes():
-    """Runs resume by this sequence; changing it changes the training of every run."""
+    """Runs resume by this sequence. Changing it changes the training of every run."""
     first = draws(AttentionConfig(), seed=1234, steps=2)
     assert "".join(name[0] for name in first) == "sfffsfssffssfssf"
 
@@ -66,7 +66,7 @@ def test_every_query_has_a_counterpart_if_the_share_is_one():
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.125, 0.3, 0.05])
 def test_each_query_is_drawn_with_probability_equal_to_the_share(share):
-    """And each row of a step has as close to the share as its chunks allow."""
+    """Each row of a step is as close to the share as its chunks allow."""
     steps, drawn = 4000, np.zeros((4000, 128), dtype=bool)
     for step in range(steps):
         for first, length in spans(share, step):
@@ -78,7 +78,7 @@ def test_each_query_is_drawn_with_probability_equal_to_the_share(share):
 
 
 def test_each_draw_has_the_same_causal_work():
-    """Chunks come in mirrored pairs, so the pairs (query, earlier key) of a row are those of every other draw."""
+    """Chunks come in mirrored pairs, so every draw has the same number of (query, earlier key) pairs per row."""
     work = {sum(sum(range(first, first + length)) for first, length in spans(0.25, step, rows=1)) for step in range(50)}
     assert len(work) == 1
 
@@ -106,7 +106,7 @@ def test_weights_account_for_microbatches_without_a_sample():
     ],
 )
 def test_settings_that_tie_streams_to_microbatches_are_named(attention, setting):
-    """And holds: a batch of four rows draws the same whether it is cut into four microbatches, two or one."""
+    """Without such settings, a batch of four rows draws the same streams as four, two or one microbatches."""
     config = AttentionConfig(**attention)
     assert drawn_by_microbatch(config) == setting
 

@@ -1,4 +1,4 @@
-"""A run without training: evaluation slices combined, schedules, the row order of checkpoints, when a run has finished."""
+"""Parts of a run without training: combined evaluation slices, schedules, the row order of checkpoints, when a run has finished."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_slices_without_labels_have_no_weight():
     ],
 )
 def test_microbatches_hold_all_held_out_rows(dp, pp, vpp, size, rows, expected):
-    """As many on each data rank, whole rounds of an interleaved pipeline, and no slice of an evaluation that is padding only."""
+    """Every data rank has the same number, in whole rounds of an interleaved pipeline, and no slice is only padding."""
     plan = SimpleNamespace(dp=dp, pp=pp, vpp=vpp)
     found = num_held_out_microbatches(size, plan, rows)
     assert found == expected and found * size >= rows and found % dp == 0
@@ -71,7 +71,7 @@ def test_microbatches_hold_all_held_out_rows(dp, pp, vpp, size, rows, expected):
 
 
 def test_checkpoint_keeps_its_row_order(tmp_path, monkeypatch):
-    """One without the fact was written under order 1; what a run has read and will read stays as it was."""
+    """A checkpoint without the fact was written with order 1. The rows that a run has read and will read do not change."""
     manifest = write_dataset(tmp_path, {"english": cut(3000), "python": cut(700, base=10_000)}, {})
     config = Config()
     config.data.sequence_length, config.data.path = 32, str(tmp_path)

@@ -1,4 +1,4 @@
-"""Arguments of the public operators on a GPU: views give the bits of contiguous copies without waiting, wrong arguments are refused, wrong values are harmless.
+"""Arguments of the public operators on a GPU: views equal contiguous copies bit for bit without waiting, bad arguments are refused, bad values are harmless.
 
 tests/kernels/test_arguments.py is the same on a CPU, for every argument; here are the kernels that exist on a GPU only, with their vector loads,
 asynchronous copies and libraries, and the values that nothing looks at there.
@@ -101,7 +101,7 @@ VIEWS = {
 
 
 def results(call, tensors, view_grad):
-    """Returns outputs and gradients; the gradients of outputs that have none in are one each."""
+    """Returns outputs and gradients. The incoming gradient of each output is one."""
     leaves = {n: x.detach() for n, x in tensors.items()}
     wanted = [x.requires_grad_() for n, x in leaves.items() if n in DIFFERENTIABLE]
     out = call(**leaves)
@@ -223,7 +223,7 @@ def test_out_of_range_positions_use_the_nearest_angle(impl):
 
 
 def test_out_of_range_blocks_are_not_read():
-    """Blocks past a query's own block are skipped. Whatever the numbers are, other queries' results are unaffected and nothing crashes."""
+    """Blocks past a query's own block are skipped. For any block numbers, other queries' results are unaffected and nothing crashes."""
     t = {n: x.requires_grad_() for n, x in streams().items()}
     indices = select_blocks(t["q"].detach(), t["k"].detach(), **BLOCKS, cu_seqlens=ends())
     wild = indices.clone()

@@ -1,4 +1,4 @@
-"""The fused full attention against float64 for every kernel that is installed: values, lse, gradients, documents, no waiting."""
+"""Fused full attention against float64 for every installed kernel: values, lse, gradients, documents, no waiting."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def ends(lengths):
 
 
 def check(inputs, lengths, scale=None, **options):
-    """Outputs and gradients are as close to float64 as those of plain operations in bf16, which round the logits too."""
+    """Fails unless outputs and gradients are as close to float64 as those of plain operations in bf16, which also round the logits."""
     o, lse = full_attention(*inputs, return_lse=True, scale=scale, **options)
     grad = torch.randn_like(o)
     grads = torch.autograd.grad(o, inputs, grad)

@@ -50,7 +50,7 @@ def test_repeated_calls_are_bit_identical():
 
 
 def test_more_than_2_to_the_31_elements():
-    """Addresses are 64-bit: the last rows of a tensor of 2^31 + 2^20 elements are right."""
+    """Addresses are 64-bit: the last rows of a tensor of 2^31 + 2^20 elements are correct."""
     tokens = (2**31 + 2**20) // (32 * 64)
     inputs = [
         torch.empty(tokens, 32, 64, device="cuda", dtype=torch.bfloat16).normal_().requires_grad_() for _ in range(2)
@@ -66,7 +66,7 @@ def test_more_than_2_to_the_31_elements():
 
 
 def test_calls_neither_wait_nor_recompile():
-    """Any number of tokens, either stream: the same two compiled kernels, and the host never waits for the device."""
+    """Any number of tokens and either stream use the same two compiled kernels, and the host never waits for the device."""
     from ssa_kernels.gate_and_align.triton import gate_backward_kernel, gate_forward_kernel
 
     def call(tokens):

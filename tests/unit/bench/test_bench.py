@@ -1,4 +1,4 @@
-"""The benchmark's options, ratios and tables, and a complete benchmark of a tiny model in a process of its own."""
+"""The benchmark's options, ratios and tables, and a complete benchmark of a tiny model in a separate process."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints appear atomically, damaged ones are found and skipped, and a run does not continue another run's checkpoint."""
+"""Checkpoints are published atomically, damaged ones are found and skipped, and a run does not resume another run's checkpoint."""
 
 import json
 import shutil
@@ -155,7 +155,7 @@ def hashed_folders(monkeypatch):
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_damaged_checkpoints_do_not_count_for_keep_and_are_removed_with_old_ones(tmp_path, keep, monkeypatch):
-    """A run that fell back past two damaged checkpoints: only once `keep` newer ones are intact may an intact one go."""
+    """A run fell back past two damaged checkpoints. An intact one may be removed only when `keep` newer ones are intact."""
     for step in (1, 2, 3, 4, 5):
         publish(tmp_path, step, {}, write, keep=9, is_rank_0=True)
     flip_bit(tmp_path / "checkpoints" / "step_00000004")
@@ -217,7 +217,7 @@ def test_malformed_file_list_is_damage(tmp_path, files):
 
 
 def test_unreadable_file_is_damage(tmp_path, monkeypatch):
-    """By a stand-in for the failing disk."""
+    """A patched read simulates the failing disk."""
 
     def fail(_):
         raise OSError(5, "Input/output error")
@@ -262,7 +262,7 @@ def test_each_file_is_hashed_by_one_rank_with_balanced_bytes(world_size):
 
 
 def test_file_incomplete_on_every_rank_is_hashed_at_the_end(tmp_path, monkeypatch):
-    """On shared storage a rank may list another node's files late, or with an old size."""
+    """On shared storage a rank may list another node's files late or with an old size."""
     monkeypatch.setattr(publishing, "_share", lambda *_: ["empty"])
     folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
     files = json.loads((folder / FACTS).read_text())["files"]

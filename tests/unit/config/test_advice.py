@@ -1,4 +1,4 @@
-"""What a problem advises is accepted: applied to the command, it ends the problem and brings no other one."""
+"""Advice works: applied to the command, it removes the problem and causes no other one."""
 
 import copy
 import itertools
@@ -62,7 +62,7 @@ def composed(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def checked(tree: dict[str, Any], machine: Machine) -> list[Problem]:
-    """The problems of a composed configuration, as the command line finds them."""
+    """Returns the problems of a composed configuration, as the command line reports them."""
     config, found = config_from_dict(Config, tree)
     found += check(config, machine, {problem.key for problem in found})
     return with_tried_advice(found, config, machine)
@@ -79,7 +79,7 @@ def with_setting(tree: dict[str, Any], key: str, value: str) -> dict[str, Any]:
 
 
 def test_advised_settings_are_accepted() -> None:
-    """Keys with values that they may not have, in several runs on several machines: a sample of 20,000 cases that hold."""
+    """Invalid values of many keys, in several runs on several machines: a sample of 20,000 cases."""
     draw, tried, strict = random.Random(13), 0, 0
     keys = [key for key in known_keys(Config) if key not in FREE]
     for run in RUNS:

@@ -1,4 +1,4 @@
-"""Rules across sections: each impossible combination is one line with key, value, rule and the nearest valid choice."""
+"""Rules across sections: each invalid combination is one line with key, value, rule and the nearest valid choice."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ PAPER = ("experiment=ssa_1b_8k",)
 
 
 def found(*overrides: str, machine: Machine = CPU) -> list[str]:
-    """The problems of a command, as lines."""
+    """Returns the problems of a command as lines."""
     try:
         resolve_config("train", overrides, machine)
     except ConfigError as error:
@@ -295,7 +295,7 @@ def test_choices_pass_if_the_machine_has_what_they_need() -> None:
 
 
 def test_one_mistake_is_one_line() -> None:
-    """A wrong head count does not also report the layout that reads it."""
+    """A bad head count is not reported again by the rules of the layout."""
     assert found(*BASE, "model.num_kv_heads=0", "parallel=tp2", machine=Machine(world_size=2, has_files=False)) == [
         "model.num_kv_heads=0 must be at least 1; try 2 or 4"
     ]
@@ -432,7 +432,7 @@ def test_unwritable_output_dir_is_a_problem(dataset: Path, tmp_path: Path) -> No
 def test_output_dir_in_use_is_a_problem_only_for_a_run(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`evaluate` may read during a run, a plan starts nothing, and rank 1 must not mistake its own rank 0 for another run."""
+    """`evaluate` may read during a run, a plan starts nothing, and rank 1 must not take its own rank 0 for another run."""
     folder = tmp_path / "run"
     ours = [*BASE, f"data.path={dataset}", f"output_dir={folder}"]
     lock = lock_folder(folder)

@@ -13,7 +13,7 @@ from ssa_pretrain.settings.problems import ConfigError
 
 
 def nested(key: str, value: object) -> dict:
-    """A dictionary with one dotted key, and a data path so that nothing else is missing."""
+    """Returns a dictionary with one dotted key, and a data path so that nothing else is missing."""
     tree: dict = {"data": {"path": "somewhere"}}
     *sections, name = key.split(".")
     node = tree

@@ -1,4 +1,4 @@
-"""The byte layout against a hand-made sum and against megatron-core's reader; every way in which a manifest can lie."""
+"""The byte layout against a sum by hand and megatron-core's reader, and every way in which a manifest can contradict its files."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def write_pair(folder: Path, prefix: str, documents: list[list[int]], vocab_size
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """A folder with a true manifest: one train and one held-out shard."""
+    """A folder with a correct manifest: one train and one held-out shard."""
     root = tmp_path / "dataset"
     splits = {
         "train": (write_pair(root, "train/text_00000", [[5, 6, 7, 1], [8, 1]]),),
@@ -218,7 +218,7 @@ def test_names_outside_the_folder_are_refused(dataset, prefix):
 
 
 def linked(dataset: Path, names: list[str]) -> Path:
-    """Moves files of a dataset into a store beside it and leaves links to them, as git-annex and DVC do."""
+    """Moves files of a dataset into a store next to it and replaces them by links, as git-annex and DVC do."""
     store = dataset.parent / "store"
     store.mkdir()
     for number, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""The order of rows: permutations that are permutations, blends that keep their shares."""
+"""The order of rows: `permute` is a permutation, and blends keep their shares."""
 
 import math
 from fractions import Fraction
@@ -30,13 +30,13 @@ def test_permute_refuses_an_out_of_range_index():
 
 
 def test_permute_never_changes():
-    """Runs resume by this order; a change of it is a change of the data of every run."""
+    """Runs resume by this order. Changing it changes the data of every run."""
     assert [permute(i, 10, "fingerprint:1:english:0") for i in range(10)] == [8, 7, 2, 0, 3, 5, 6, 1, 4, 9]
     assert key_number("x", 1000) == 781
 
 
 def furthest(weights: list, rows: int) -> float:
-    """Return how far any prefix of a blend is from a source's share, in rows, after checking each index and count on the way."""
+    """Returns the largest distance, in rows, of any prefix of a blend from a source's share, and checks each index and count."""
     blend, shares = Blend(weights), [Fraction(w) for w in weights]
     total, seen, worst = sum(shares), [0] * len(weights), Fraction(0)
     for row in range(rows):
@@ -83,7 +83,7 @@ def test_hard_weights_keep_their_shares(weights):
 @settings(max_examples=30, deadline=None)
 @given(WEIGHTS.filter(any), st.integers(0, 10**12))
 def test_any_row_is_found_without_a_scan(weights, row):
-    """A row far away agrees with the counts before and behind it, and these are within two rows of the shares."""
+    """A distant row agrees with the counts before and after it, and these are within two rows of the shares."""
     blend, total = Blend(weights), sum(Fraction(w) for w in weights)
     before, behind = blend.counts(row), blend.counts(row + 1)
     source, index = blend.locate(row)

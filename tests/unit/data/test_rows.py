@@ -1,4 +1,4 @@
-"""Rows over indexed binaries: every token where it should be, documents known, nothing that depends on the length of a run."""
+"""Rows over indexed binaries: every token is at its place, documents are known, and nothing depends on the length of a run."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ LENGTH = 32
 
 
 def documents(seed: int, count: int, base: int) -> list[np.ndarray]:
-    """Return documents of uneven lengths whose tokens name their place: base, base + 1, ..."""
+    """Returns documents of uneven lengths whose tokens are numbered: base, base + 1, ..."""
     lengths = np.random.default_rng(seed).integers(1, 80, count)
     numbers = base + np.arange(lengths.sum())
     return np.split(numbers, np.cumsum(lengths)[:-1])
@@ -134,7 +134,7 @@ def test_held_out_rows_are_spread_evenly_and_fixed(manifest):
 
 @pytest.mark.parametrize("rest", [0, 1, 2, LENGTH - 1])
 def test_held_out_rows_hold_each_token_once(tmp_path, rest):
-    """Rows of two sources, the last of each `rest` labels long and padded (none where the source ends with a row), and a source below a row."""
+    """Two sources whose last rows have `rest` labels and padding (no such row if the source ends with a full one), and a source shorter than a row."""
     held = {
         "long": cut(4 * LENGTH + 1 + rest, base=100),
         "short": cut(LENGTH + 1 + rest, base=1000),
@@ -191,7 +191,7 @@ def test_two_epochs_read_each_token(tmp_path, per_epoch, rest):
 
 
 def test_without_weights_all_rows_are_read_equally_often(tmp_path):
-    """A source of a few rows beside one of many: after any whole number of epochs each row was read as often, and after any part of one nearly."""
+    """With a small and a large source, each row is read equally often after any whole number of epochs, and nearly so within one."""
     manifest = write_dataset(tmp_path, {"large": cut(500 * LENGTH), "small": cut(3 * LENGTH + 5, base=20_000)}, {})
     rows = TrainingRows(manifest, sequence_length=LENGTH, seed=3, weights={})
     small = [s for s in starts_of(rows, range(499 + 2)) if s >= 20_000]

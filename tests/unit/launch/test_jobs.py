@@ -1,4 +1,4 @@
-"""What launchers start, word for word, and what they report of wrong flags, hostfiles and ports."""
+"""The exact commands that launchers start, and their messages for bad flags, hostfiles and ports."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""A launcher's supervisor, on processes without torch: signals, what ranks report, and what is left behind."""
+"""A launcher's supervisor, on processes without torch: signals, reports of ranks, and leftover processes."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def environment() -> dict[str, str]:
 
 
 def when(condition, act) -> None:
-    """Acts in a thread of its own as soon as a condition holds."""
+    """Runs an action in a separate thread as soon as a condition holds."""
 
     def wait() -> None:
         deadline = time.monotonic() + 30
@@ -43,7 +43,7 @@ def pid(rank: int) -> int:
 
 
 def run(*modes: str, patience: float = 30, reports: bool = True) -> tuple[int, str]:
-    """Returns the verdict on a launcher with a rank per mode; fails if a process is left."""
+    """Returns the verdict on a launcher with one rank per mode. Fails if a process is left."""
     with Supervisor(patience, reports=reports) as supervisor:
         code = supervisor.run([sys.executable, str(SCRIPT), "launcher", *modes], environment())
         assert not supervision.find_processes(supervisor.folder)
@@ -52,7 +52,7 @@ def run(*modes: str, patience: float = 30, reports: bool = True) -> tuple[int, s
 
 @pytest.fixture(autouse=True)
 def as_started_from_a_terminal() -> Iterator[None]:
-    """Signals that whoever started the tests ignores, as nohup does, act as usual."""
+    """Restores signals that the parent of the tests ignores, as nohup does."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -109,7 +109,7 @@ def test_killed_rank_is_named_with_its_signal(capfd, other: str) -> None:
 
 
 def test_helper_of_a_dying_rank_is_not_taken_for_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process loses its environment before its children get another parent."""
+    """The environment of a dying process is gone before its children get another parent."""
     read, dying, helpers = supervision._environment, [], []
 
     def look() -> None:

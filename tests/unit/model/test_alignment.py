@@ -1,4 +1,4 @@
-"""A loss attached to an activation reaches its own gradient and changes no other."""
+"""A loss attached to an activation adds its own gradient and changes no other."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Runs support/model_checks.py in a process of its own: the engine redirects torch's CUDA calls for its whole process, which other tests must not see."""
+"""Runs support/model_checks.py in a separate process: the engine redirects torch's CUDA calls for its whole process, which must not affect other tests."""
 
 import os
 import subprocess

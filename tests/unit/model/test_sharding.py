@@ -1,4 +1,4 @@
-"""model/sharding.py: how each parameter is cut for tensor ranks and joined again. layout_worker.py compares the dims with megatron-core's."""
+"""model/sharding.py: how each parameter is cut for tensor ranks and joined. layout_worker.py compares the dims with megatron-core's."""
 
 import pytest
 import torch

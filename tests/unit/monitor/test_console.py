@@ -1,4 +1,4 @@
-"""ssa_pretrain/monitor/console.py: lines that fit, a console that is plain in a pipe and silent if disabled."""
+"""ssa_pretrain/monitor/console.py: lines fit the terminal, and the console is plain in a pipe and silent if disabled."""
 
 import io
 import re
@@ -112,7 +112,7 @@ def test_console_in_a_pipe_is_plain() -> None:
 
 
 class Terminal(io.StringIO):
-    """Claims to be a terminal."""
+    """A text stream whose `isatty` is True."""
 
     def isatty(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""ssa_pretrain/monitor/environment.py: where code and data come from."""
+"""ssa_pretrain/monitor/environment.py: the origin of code and data."""
 
 import subprocess
 from pathlib import Path

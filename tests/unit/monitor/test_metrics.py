@@ -25,7 +25,7 @@ from ssa_pretrain.monitor.metrics import (
 
 
 class Clock:
-    """A clock that moves when told."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -67,7 +67,7 @@ def logger(folder: Path, **options: object) -> MetricsLogger:
 
 
 def test_flops_may_differ_by_step(tmp_path: Path) -> None:
-    """FLOPs per token depend on the lengths of documents."""
+    """FLOPs per token depend on document lengths."""
     with logger(tmp_path, flops_per_token=1e9, peak_flops=1e12) as metrics:
         metrics.log_step(a_step(1))
         metrics.log_step(a_step(2), 5e8)
@@ -130,7 +130,7 @@ def test_new_run_starts_a_new_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 1, 20, -1])
 def test_incomplete_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
-    """The last of three lines is cut off anywhere: the first two stay, and the next record starts on a new line."""
+    """The last of three lines is truncated at any byte: the first two stay, and the next record starts on a new line."""
     with logger(tmp_path) as metrics:
         for step in (1, 2, 3):
             metrics.log_step(a_step(step))

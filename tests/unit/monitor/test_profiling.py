@@ -1,4 +1,4 @@
-"""Where a step's time goes: a synthetic trace with known answers, a CPU trace, and the files of a profiled step."""
+"""Time of a step by category: a synthetic trace with known totals, a CPU trace, and the files of a profiled step."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""ssa_pretrain/monitor/tracking.py against the real W&B client: offline files, absent, broken or silent servers, secrets."""
+"""ssa_pretrain/monitor/tracking.py with the real W&B client: offline files, absent, broken or silent servers, secrets."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def test_training_continues_if_the_state_cannot_be_written(tmp_path: Path) -> No
 
 
 class Broken(BaseHTTPRequestHandler):
-    """Answers 500 to everything."""
+    """A server that answers 500 to every request."""
 
     def do_POST(self) -> None:
         self.send_response(500)
@@ -127,7 +127,7 @@ class Broken(BaseHTTPRequestHandler):
 
 @pytest.fixture(params=["refused", "silent", "broken"])
 def bad_server(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of a W&B server on this machine that refuses connections, never answers, or answers with errors only."""
+    """The address of a local W&B server that refuses connections, never answers, or answers only with errors."""
     with closing(socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -232,7 +232,7 @@ def test_hanging_process_ends_tracking_but_not_training(tmp_path: Path, monkeypa
 def test_failing_client_never_ends_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
 ) -> None:
-    """W&B's package is replaced by one that fails in each way."""
+    """A package that fails in a given way replaces W&B's."""
     (tmp_path / "wandb.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(tracking, "START_SECONDS", 2.0)
@@ -248,7 +248,7 @@ def test_failing_client_never_ends_a_run(
 
 @pytest.mark.parametrize("failing", ["init", "log", "define_metric"])
 def test_exception_of_the_client_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    """The client's own code, with one function that raises an exception of its own."""
+    """The real client, with one function patched to raise."""
     site = tmp_path / "site"
     site.mkdir()
     owner = "wandb" if failing == "init" else "wandb.Run"

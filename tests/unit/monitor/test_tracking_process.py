@@ -1,4 +1,4 @@
-"""tracking_process.py and tracking_rows.py of ssa_pretrain/monitor: whatever is killed, W&B has every step and evaluation once."""
+"""tracking_process.py and tracking_rows.py of ssa_pretrain/monitor: W&B has every step and evaluation once, whichever process is killed."""
 
 import json
 import signal
@@ -120,7 +120,7 @@ def training(recorded: list[dict], begin: int, last: int) -> list[dict]:
 
 @pytest.mark.parametrize("seed", range(100))
 def test_rows_are_complete_and_unique_after_any_loss(seed: int) -> None:
-    """Starts are killed anywhere, and W&B loses any number of the last rows after each."""
+    """Each start is killed at any point, and W&B loses any number of its last rows."""
     random, stored, state, recorded = Random(seed), [], State(), []
     for start in range(8):
         steps = [0, *(record["step"] for record in recorded if record["kind"] == "train")]
@@ -144,7 +144,7 @@ def test_rows_are_complete_and_unique_after_any_loss(seed: int) -> None:
 
 
 def test_evaluation_without_a_following_step_gets_its_own_row() -> None:
-    """Stopped and evaluated later, twice, then trained further: every step and evaluation once, rows one ahead per insertion."""
+    """A run is stopped and evaluated later, twice, then resumed: every step and evaluation once, later rows shifted by one per insertion."""
     stored: list[tuple[int, dict]] = []
     state, recorded = State(), [train_record(1), train_record(2)]
     for added in (
@@ -184,7 +184,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_process_forked_by_a_killed_run_does_not_keep_the_client_alive(tmp_path: Path) -> None:
-    """It keeps the pipe open, so the input does not close."""
+    """The forked process keeps the pipe open, so the client's input does not close."""
     done = subprocess.run([sys.executable, "-c", LEFT_BEHIND, tmp_path], stdout=subprocess.PIPE, text=True)
     helper, client = map(int, done.stdout.split())
     try:

@@ -1,4 +1,4 @@
-"""How context parallelism deals out a microbatch, without processes; tests/distributed/test_context.py has the rest."""
+"""How context parallelism splits a microbatch, without processes. tests/distributed/test_context.py tests the rest."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from ssa_pretrain.parallel.context import ContextParallel, chunk_spans
 
 
 class Group:
-    """A process group's size and this process's place in it."""
+    """A process group with a given size and rank."""
 
     def __init__(self, size: int, rank: int) -> None:
         self._size, self._rank = size, rank

@@ -1,4 +1,4 @@
-"""Signals that ask for a stop, in one process; several ranks are tests/integration/test_leaving.py's."""
+"""Signals that request a stop, in one process. tests/integration/test_leaving.py tests several ranks."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ ONE_PROCESS = SimpleNamespace(world_size=1, is_rank_0=True)
 
 @pytest.fixture(autouse=True)
 def as_started_from_a_terminal() -> Iterator[None]:
-    """Signals that whoever started the tests ignores, as nohup does, act as usual."""
+    """Restores signals that the parent of the tests ignores, as nohup does."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -94,7 +94,7 @@ def test_ignored_signal_stays_ignored_and_signals_of_a_forked_child_do_not_count
 
 
 def test_closed_pipe_does_not_end_the_run() -> None:
-    """`train … | head`: the run goes on, and so do its saves."""
+    """`train … | head`: the run continues and still saves."""
     code = "from ssa_pretrain.signals import survive_terminal\nsurvive_terminal()\nprint('there', flush=True)\ninput()\nprint('nobody', flush=True)"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe) as process:
@@ -108,7 +108,7 @@ def test_closed_pipe_does_not_end_the_run() -> None:
 
 
 def test_closed_terminal_does_not_end_the_run() -> None:
-    """What a run prints then is lost; an error would end it before it has saved."""
+    """Its output is lost, but an error would end the run before it has saved."""
     ours, theirs = os.openpty()
     code = "from ssa_pretrain.signals import survive_terminal\nsurvive_terminal()\nprint('there', flush=True)\ninput()\nprint('nobody', flush=True)"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs) as process:

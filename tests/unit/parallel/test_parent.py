@@ -1,4 +1,4 @@
-"""ssa_pretrain/parallel/parent.py: what a process has started ends with it, forked workers of its children too, however it is killed."""
+"""ssa_pretrain/parallel/parent.py: the children of a process, and their forked workers, end with it, even after kill -9."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ PARENT = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', sys.
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there and more than an entry that nobody has collected."""
+    """Returns whether a process runs and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

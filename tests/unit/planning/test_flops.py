@@ -1,4 +1,4 @@
-"""FLOP counts against sums by hand and by brute force; peaks by device name."""
+"""FLOP counts against sums by hand and brute force; peaks by device name."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_flops_agree_with_a_published_measurement() -> None:
 
 
 def visited(length: int, block_size: int, top_k: int) -> tuple[int, int]:
-    """Pairs of the sparse stream, and (query, candidate block) pairs of selection, one query at a time."""
+    """Returns the pairs of the sparse stream and the (query, candidate block) pairs of selection, counted query by query."""
     pairs = candidates = 0
     for token in range(length):
         own = token // block_size

@@ -1,4 +1,4 @@
-"""The plan of a run: the paper's numbers, layouts, the learning rate, and the table that people read."""
+"""The plan of a run: the paper's numbers, layouts, the learning rate, and the printed table."""
 
 import dataclasses
 import subprocess
@@ -28,7 +28,7 @@ def planned(*overrides: str, world_size: int = 1) -> Plan:
 
 @dataclasses.dataclass
 class Length:
-    """The part of a plan that a schedule reads."""
+    """The fields of a plan that a schedule reads."""
 
     steps: int
     warmup_steps: int
@@ -51,14 +51,14 @@ def test_second_stage_of_the_paper_has_the_same_step_and_model() -> None:
 
 
 def test_parameters_of_the_1b_model_by_hand() -> None:
-    """Embedding (tied), 16 layers of q, k, v, gate, output, three SwiGLU matrices and two norms, the final norm."""
+    """The sum: embedding (tied), 16 layers of q, k, v, gate, output, three SwiGLU matrices and two norms, and the final norm."""
     layer = 2048 * (2048 + 2 * 128 + 32) + 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048
     plan = planned("experiment=ssa_1b_8k")
     assert plan.parameters == plan.parameters_per_rank == 128_256 * 2048 + 16 * layer + 2048 == 1_211_697_152
 
 
 def test_llama_3_shapes_have_the_published_sizes() -> None:
-    """Meta's models without our gate: 3.21B (tied) and 8.03B parameters."""
+    """Without our gate, Meta's models have 3.21B (tied) and 8.03B parameters."""
     no_gate = ("experiment=ssa_1b_8k", "attention.gate=false")
     assert planned(*no_gate, "model=llama_3b").parameters == 3_212_749_824
     assert planned(*no_gate, "model=llama_8b").parameters == 8_030_261_248
@@ -215,7 +215,7 @@ def test_table_shows_layout_steps_and_command() -> None:
 
 
 def epochs(manifest: Manifest, *overrides: str) -> list[str]:
-    """The plan's lines on epochs for 30 steps of 8 rows of 32 tokens."""
+    """Returns the plan's lines on epochs for 30 steps of 8 rows of 32 tokens."""
     run = ("experiment=quickstart", "data.sequence_length=32", "training.global_batch_tokens=256", "training.steps=30")
     config = experiment(*run, "training.micro_batch_size=1", "attention.top_k=1", *overrides)
     lines = describe(config, make_plan(config, 1, 4000), manifest=manifest).splitlines()

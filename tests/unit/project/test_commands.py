@@ -1,4 +1,4 @@
-"""What every command shares: --help ends with 0, a reader that leaves early is no error, --version is the project's, and no case is too large for here."""
+"""What every command shares: --help exits with 0, a closed pipe is not an error, --version is the project's, and no benchmark case is too large for the machine."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ PRINTING = {
 
 @pytest.fixture(scope="module")
 def into_a_closed_pipe() -> dict[str, tuple[int, str]]:
-    """The exit code and the errors of each printing command whose reader has left before it prints; and of --cfg and --explain."""
+    """Returns the exit code and stderr of each printing command, --cfg and --explain included, whose pipe is closed before it prints."""
     commands = {module: [module, *arguments] for module, arguments in PRINTING.items()}
     commands |= {"--cfg": ["ssa_pretrain.train", "--cfg", "job"], "--explain": ["ssa_pretrain.train", "--explain"]}
     commands |= {"data_prep --cfg": ["data_prep", "--cfg", "job"]}

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is true: the tour's paths and names exist, and every folder is on the map."""
+"""CONTRIBUTING.md matches the code: the tour's paths and names exist, and every folder is on the map."""
 
 import ast
 import re

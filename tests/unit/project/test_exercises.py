@@ -1,4 +1,4 @@
-"""What changes most is added in under 60 lines: an attention method, a tracker and a source of data, each used by the program it extends."""
+"""An attention method, a tracker and a source of data, each added in under 60 lines and used by the program it extends."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def train(exercise: str, data: Path, out: Path, *overrides: str) -> list[dict]:
 
 
 def test_attention_method(data: Path, tmp_path: Path) -> None:
-    """A window as wide as a row is full attention; a narrow one is not, and is not SSA's own selection either."""
+    """A window as wide as a row equals full attention. A narrow one differs from it and from SSA's own selection."""
     wide = train("attention_method", data, tmp_path / "wide", f"attention.top_k={LENGTH // BLOCK}")
     narrow = train("attention_method", data, tmp_path / "narrow", "attention.top_k=1", "attention.full_ratio=0")
     assert all(record["captured_mass"] == pytest.approx(1.0, abs=1e-6) for record in wide)
@@ -63,7 +63,7 @@ def test_attention_method(data: Path, tmp_path: Path) -> None:
 
 
 def test_tracker(data: Path, tmp_path: Path) -> None:
-    """The file holds every metric of the run, and no other."""
+    """The file holds exactly the metrics of the run."""
     train("tracker", data, tmp_path)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         found = sorted(tuple(row) for row in csv.reader(file))

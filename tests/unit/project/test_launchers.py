@@ -1,4 +1,4 @@
-"""launchers/*.sh: the commands that they would start, word for word, and what they say of wrong flags."""
+"""launchers/*.sh: the exact commands of a dry run, and the messages for bad flags."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from support.processes import ROOT
 
 
 def outside_make() -> dict[str, str]:
-    """Returns this process's variables without those by which make knows that it runs inside make: `make test` started the tests."""
+    """Returns this process's variables without those that tell make that it runs inside make: `make test` started the tests."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -21,7 +21,7 @@ def outside_make() -> dict[str, str]:
 
 
 def call(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a launcher from the repository's root with the variables given and those of this process that torchrun does not read."""
+    """Runs a launcher from the repository's root, with the given variables and those of this process that torchrun does not read."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     command = ["bash", str(ROOT / "launchers" / script), *arguments]
     return subprocess.run(command, cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=120)
@@ -38,7 +38,7 @@ data.path=outputs/quickstart/data
 
 
 def commands(text: str) -> str:
-    """A dry run's commands without the space that ends each."""
+    """Returns a dry run's commands without trailing spaces."""
     return "".join(line.rstrip() + "\n" for line in text.splitlines())
 
 
@@ -89,7 +89,7 @@ def test_torchrun_reports_a_bad_setting_once_without_a_traceback() -> None:
 
 
 def test_quickstart_stops_at_a_failed_step(tmp_path: Path) -> None:
-    """The interpreter stands for any program that fails: nothing after it is started."""
+    """A failing interpreter replaces any failing program: nothing after it is started."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(
         '#!/bin/sh\n[ "$1" = -c ] || [ "$2" = ssa_pretrain.plan ] && exit 0\n'
@@ -191,7 +191,7 @@ def test_quickstart_dry_run_checks_the_settings(tmp_path: Path) -> None:
 
 
 def bare_python(folder: Path) -> Path:
-    """A Python without any package beside its own."""
+    """Returns a Python interpreter without third-party packages."""
     stub = folder / "bin" / "python"
     stub.parent.mkdir()
     stub.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')

@@ -1,5 +1,5 @@
-"""pyproject.toml, constraints.txt, Makefile and launchers/setup.sh: what is imported is declared, what is declared is pinned, and a
-machine that lacks something is told in one sentence.
+"""pyproject.toml, constraints.txt, Makefile and launchers/setup.sh: imports are declared, requirements are pinned, and set-up names what
+a machine lacks in one line.
 """
 
 import ast
@@ -80,7 +80,7 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
 
 
 def test_constraints_pin_transitive_requirements() -> None:
-    """Every distribution that the pinned ones need on a CPU is pinned too, so that two set-ups are equal."""
+    """Every distribution that the pinned ones need on a CPU is pinned too, so that all set-ups are equal."""
     pins = {normal(name) for name in PINNED}
     for name in pins:
         try:
@@ -101,7 +101,7 @@ def cuda(name: str) -> bool:
 
 
 def test_environment_matches_the_constraints() -> None:
-    """The tests run on the versions of constraints.txt; results of another environment would prove nothing about them."""
+    """The tests run on the versions of constraints.txt. Results of another environment would not prove that those work."""
     for name in ("torch", "megatron-core", "numpy", "hydra-core", "omegaconf", "wandb", "tokenizers"):
         assert importlib.metadata.version(name).split("+")[0] == PINNED[name]
 
@@ -149,7 +149,7 @@ def test_package_finds_its_configuration() -> None:
 
 
 def tools(folder: Path, *names: str) -> Path:
-    """Returns a folder with links to the named programs and nothing else, to be used as PATH."""
+    """Returns a folder that holds only links to the named programs, for use as PATH."""
     folder.mkdir(exist_ok=True)
     for name in ("bash", "dirname", "env", "mkdir", "touch", *names):
         (folder / name).symlink_to(shutil.which(name) or name)
@@ -162,7 +162,7 @@ def script(path: Path, text: str) -> None:
 
 
 def set_up(path: Path, tmp_path: Path, **environment: str) -> str:
-    """Runs setup.sh with one folder as PATH, expects it to fail, and returns its last line, one sentence."""
+    """Runs setup.sh with one folder as PATH, expects it to fail, and returns its last line."""
     clean = {"PATH": str(path), "HOME": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
     command = [str(ROOT / "launchers" / "setup.sh"), str(tmp_path / "venv"), "dev"]
     done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=300)
@@ -193,7 +193,7 @@ def test_set_up_with_an_old_python(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["venv", "ensurepip"])
 def test_set_up_with_a_python_without_venv(tmp_path: Path, missing: str) -> None:
-    """Debian packages both apart from the interpreter; here one of them is hidden from it."""
+    """Debian packages venv and ensurepip separately from the interpreter; the test hides one of them."""
     path = tools(tmp_path / "bin", "cc")
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / f"{missing}.py").write_text("raise ImportError\n")

@@ -1,4 +1,4 @@
-"""Runs side by side: the table, the page, and the message for wrong arguments."""
+"""Comparison of several runs: the table, the page, and the message for bad arguments."""
 
 import json
 import sys

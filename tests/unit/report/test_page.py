@@ -1,4 +1,4 @@
-"""ssa_pretrain/report: a run's folder as a table and as a page that needs nothing else."""
+"""ssa_pretrain/report: a run's folder as a table and as a self-contained page."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Collects a page's text and everything in it that could load or run something."""
+    """Collects a page's text and everything in it that could load a resource or run code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def test_evaluation_file_is_used_unless_training_evaluated_later(run: Path) -> N
 
 
 def test_report_names_the_evaluation_of_each_value(run: Path) -> None:
-    """During training, from `evaluate`, or one mode from each. Numbers that a file lacks are left out."""
+    """During training, from `evaluate`, or one mode from each. Values that a file lacks are left out."""
     path = run / "metrics.jsonl"
     path.write_text(path.read_text() + "".join(json.dumps(r) + "\n" for r in (train(11), train(12))))
 

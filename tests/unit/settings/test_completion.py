@@ -1,4 +1,4 @@
-"""Completion in real shells: the function that `-sc install=…` prints, called as bash and zsh call it."""
+"""Shell completion: the function that `-sc install=…` prints, called as bash and zsh call it."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""--explain: what a key means, from the comments in the dataclasses, under both command lines."""
+"""--explain: the meaning of a key, from the comments in the dataclasses, in both command lines."""
 
 import dataclasses
 import os

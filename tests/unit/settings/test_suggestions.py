@@ -1,4 +1,4 @@
-"""What was meant: generated typing errors, other trainers' names, and the distance itself."""
+"""Suggestions for generated typing errors and for other trainers' names, and the distance itself."""
 
 import random
 import re
@@ -18,7 +18,7 @@ KEYS = list(known_keys(Config))
 
 
 def edits_apart(a: str, b: str) -> int:
-    """Damerau and Levenshtein's distance (optimal string alignment), every edit 1, written apart from the project's."""
+    """Returns the Damerau-Levenshtein distance (optimal string alignment) with every edit at 1, independent of the project's code."""
     table = {(i, 0): i for i in range(len(a) + 1)} | {(0, j): j for j in range(len(b) + 1)}
     for i in range(1, len(a) + 1):
         for j in range(1, len(b) + 1):
@@ -30,7 +30,7 @@ def edits_apart(a: str, b: str) -> int:
 
 
 def slip(key: str, draw: random.Random) -> str:
-    """A key with one typing error: two letters swapped, one missing, doubled, replaced or added."""
+    """Returns a key with one typing error: two letters swapped, one missing, doubled, replaced or added."""
     at = draw.randrange(len(key))
     letter = draw.choice(string.ascii_lowercase + "_")
     return draw.choice(
@@ -45,7 +45,7 @@ def slip(key: str, draw: random.Random) -> str:
 
 
 def typing_errors(count: int) -> dict[str, str]:
-    """Mistyped keys and what they were, leaving out those that are one edit from a second key too (parallel.xp)."""
+    """Returns mistyped keys with their originals, without those that are one edit from a second key (parallel.xp)."""
     draw, errors = random.Random(2511_20102), {}
     while len(errors) < count:
         key = draw.choice(KEYS)

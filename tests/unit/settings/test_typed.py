@@ -1,4 +1,4 @@
-"""Text settings are what was typed, from the command line and from YAML; numbers stay numbers; what cannot be kept is refused."""
+"""Text settings are kept as typed, on the command line and in YAML; numbers stay numbers; text that cannot be kept is refused."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""ssa_pretrain/webpage/charts.py: ticks enclose the values, means do not shift, drawings place values where they belong."""
+"""ssa_pretrain/webpage/charts.py: ticks enclose the values, means do not shift, and drawings place values correctly."""
 
 import re
 import xml.etree.ElementTree as ElementTree

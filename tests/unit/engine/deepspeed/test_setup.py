@@ -1,4 +1,4 @@
-"""What surrounds DeepSpeed: locks of killed builds, the folder of builds, and how a checkpoint is cut for other tensor ranks."""
+"""Around DeepSpeed: locks of killed builds, the folder of builds, and how a checkpoint is converted for other tensor ranks."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from ssa_pretrain.settings.problems import ConfigError
 
 @pytest.fixture
 def builds(tmp_path, monkeypatch):
-    """A folder of builds with one operator's lock in it, on the host's first process."""
+    """A folder of builds with the lock of one operator, on local rank 0."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(setup.dist, "barrier", lambda: None)

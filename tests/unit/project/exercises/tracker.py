@@ -1,4 +1,4 @@
-"""A tracker beside W&B: every metric of a run as a line `step,name,value` of metrics.csv in the run's folder.
+"""A tracker next to W&B: every metric of a run as a line `step,name,value` of metrics.csv in the run's folder.
 
     python tests/unit/project/exercises/tracker.py experiment=quickstart data.path=DIR output_dir=DIR
 
@@ -34,7 +34,7 @@ class CsvTracker:
 
 
 class Trackers:
-    """Several trackers as one."""
+    """Passes each record to several trackers."""
 
     def __init__(self, *trackers: Any) -> None:
         self._trackers = [tracker for tracker in trackers if tracker is not None]
