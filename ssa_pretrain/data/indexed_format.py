@@ -21,7 +21,7 @@ compares paths, sizes, headers and the sha256 of the small files (.idx, tokenize
 reads everything. Files may be links.
 
 Source of the layout: megatron-core 0.16.1, megatron/core/datasets/indexed_dataset.py (BSD-3-Clause), checked byte by
-byte in tests/unit/data_prep/test_indexed_format.py. Needs only the standard library and numpy. The multimodal mode
+byte in tests/unit/data/test_indexed_format.py. Needs only the standard library and numpy. The multimodal mode
 array is not supported.
 """
 

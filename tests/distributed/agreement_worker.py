@@ -1,4 +1,4 @@
-"""A rank of test_agreement.py: saves once, and rank 1 cannot write."""
+"""A rank of test_agreement.py: rank 1 cannot write the second checkpoint."""
 
 import sys
 from pathlib import Path
@@ -15,8 +15,8 @@ from ssa_pretrain.run import require_shared_folder
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
-def save_apart(run: Path, output: Path, rank: int) -> None:
-    """Tries the first check of a run, then a save without it; both are refused on both ranks."""
+def save_on_separate_disks(run: Path, output: Path, rank: int) -> None:
+    """Writes the errors of a run's first check, and of a save without it, to `output`: each rank's folder is on a separate disk."""
     run_folder.marker_is_visible.__kwdefaults__["patience"] = 0.5
     publishing.VISIBLE_SECONDS = 0.5
     run.mkdir()
@@ -46,46 +46,46 @@ def main(case: str, run: Path) -> None:
     def write(folder: Path) -> None:
         (folder / f"part_{rank}").write_bytes(bytes(100))
 
-    def write_with_a_failure(folder: Path) -> None:
+    def failing_write(folder: Path) -> None:
         if rank == 1:
             raise OSError(28, "No space left on device")
-        if case == "inside":
+        if case == "barrier_in_save":
             dist.barrier()  # like a library that expects every rank
         write(folder)
 
-    def refuse() -> None:
+    def raise_config_error() -> None:
         raise ConfigError([Problem("output_dir", "x", "is in use")])
 
     read = publishing.file_sha256
 
-    def noted(path: Path) -> str:
+    def recorded_hash(path: Path) -> str:
         with (run / f"read_{rank}").open("a") as file:
             file.write(path.name + "\n")
         return read(path)
 
-    if case == "unlike":
+    if case == "differing_settings":
         values = {
             "optim.lr": (0.1, 0.1, 0.5)[rank],
             "seed": 1,
             "data": "abc",
             "version of torch": ("2.13", "2.13", None)[rank],
         }
-        (run / f"said_{rank}").write_text(repr(agreement.differences_from_rank_0(values)))
+        (run / f"message_{rank}").write_text(repr(agreement.differences_from_rank_0(values)))
         assert agreement.differences_from_rank_0({"seed": 1}) == []
         dist.destroy_process_group()
         return
-    if case == "apart":  # each rank's output folder is on a separate disk
-        save_apart(run / str(rank), run / f"said_{rank}", rank)
+    if case == "separate_disks":  # each rank's output folder is on a separate disk
+        save_on_separate_disks(run / str(rank), run / f"message_{rank}", rank)
         dist.destroy_process_group()
         return
-    publishing.file_sha256 = noted
+    publishing.file_sha256 = recorded_hash
     publish(run, 1, {}, write, keep=1, is_rank_0=rank == 0)
     try:
-        if case == "first":
-            agreement.on_rank_0(refuse, is_rank_0=rank == 0, errors=(ConfigError,))
-        publish(run, 2, {}, write_with_a_failure, keep=1, is_rank_0=rank == 0)
+        if case == "rank_0_fails":
+            agreement.on_rank_0(raise_config_error, is_rank_0=rank == 0, errors=(ConfigError,))
+        publish(run, 2, {}, failing_write, keep=1, is_rank_0=rank == 0)
     except (CheckpointError, ConfigError) as error:
-        (run / f"said_{rank}").write_text(str(error))
+        (run / f"message_{rank}").write_text(str(error))
         dist.destroy_process_group()
         return
     raise AssertionError("the save went through")

@@ -1,6 +1,6 @@
-"""The processes of the context-parallel tests: as layout_worker.py, but over documents that fall badly, and four steps past the first.
+"""The processes of the context-parallel tests: like layout_worker.py, with documents at awkward places and four more steps.
 
-Arguments: a JSON file with the cases (name -> configuration overrides) and the folder for results. A row of 96 tokens is cut at 24, 48 and 72 for two context ranks and every 12 for four, in blocks of 16: no cut but one lies on the block grid.
+Arguments: a JSON file with the cases (name -> configuration overrides) and the folder for results. A row of 96 tokens is cut at 24, 48 and 72 for two context ranks and every 12 tokens for four, in blocks of 16: only one cut lies on the block grid.
 """
 
 import itertools
@@ -44,13 +44,13 @@ def packed_rows(seed: int) -> list[Row]:
 
 
 def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
-    """Returns this data rank's microbatches of the global batch, whole."""
+    """Returns this data rank's microbatches of the global batch, before they are split over context ranks."""
     rows, size = packed_rows(step), config.training.micro_batch_size
     return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, ROWS // size, dp)]
 
 
 def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
-    """Runs four steps, evaluate, ask for logits, perhaps take a fifth step from a checkpoint, and write this rank's part."""
+    """Runs four steps, evaluates, computes logits, runs a fifth step from a checkpoint if the case asks for it, and writes this rank's results."""
     engine = build_engine(config, placement, VOCAB)
     records, captured = [], {}
     step = engine.optimizer.step
@@ -95,7 +95,7 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
 
 
 def check_the_sum_s_precision(context: ContextParallel) -> None:
-    """Gradients in bf16 whose bf16 sum would lose all but the first: 256 and, from each other rank, 1 (of which 256 takes steps of 2)."""
+    """Checks that gradients are summed in fp32: rank 0 has 256 and the others 1, which a bf16 sum would lose (its step at 256 is 2)."""
     k = torch.zeros(2, 1, 4, dtype=torch.bfloat16, requires_grad=True)
     whole, _ = context.gather(k, k.detach())
     whole.backward(torch.full_like(whole, 256.0 if context.rank == 0 else 1.0))
@@ -105,7 +105,7 @@ def check_the_sum_s_precision(context: ContextParallel) -> None:
 
 
 def check_the_order(context: ContextParallel) -> None:
-    """Gathering restores what was split, and each token's gradient is the sum over all ranks."""
+    """Checks that gathering restores what was split, and that each token's gradient is the sum over all ranks."""
     tokens = 8 * context.size
     whole = torch.arange(tokens * 6, dtype=torch.float64).view(tokens, 2, 3)
     batch = Batch(0, *(torch.arange(tokens)[None] for _ in range(3)), torch.arange(tokens), torch.tensor([0, tokens]))

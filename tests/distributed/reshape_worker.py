@@ -1,4 +1,4 @@
-"""A rank of test_deepspeed_reshape.py: loads a checkpoint of another layout, and something fails on the way."""
+"""A rank of test_deepspeed_reshape.py: loads a checkpoint of another layout, and one step of it fails."""
 
 import json
 import sys

@@ -42,7 +42,7 @@ VARIANTS = {
 
 
 def build_cases() -> dict[int, dict[str, dict]]:
-    """Returns the cases by world size, named layout.variant.method: every method on cp 2 and cp 4, and each pair of features once or more."""
+    """Returns the cases by world size, named layout.variant.method: every method on cp 2 and cp 4, and each pair of features at least once."""
     cases: dict[int, dict[str, dict]] = {1: {}, 2: {}, 4: {}}
 
     def add(layout: str, variant: str, *methods: str) -> None:
@@ -75,7 +75,7 @@ COMPARED = [name for cases in CASES.values() for name in cases if not name.start
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict]:
-    """Runs all cases once, one set of processes per world size; one process, whose checkpoint the others load, comes first."""
+    """Runs all cases once, one set of processes per world size. The single process comes first: the others load its checkpoint."""
     folder = tmp_path_factory.mktemp("context")
     for world, cases in CASES.items():
         listing = folder / f"cases{world}.json"
@@ -89,7 +89,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
 
 
 def single(name: str) -> str:
-    """Returns the single process's case that a case must equal: what is summed in another order is the same."""
+    """Returns the name of the single-process case that a case must equal."""
     return f"single.plain.{name.rsplit('.', 1)[1]}"
 
 
@@ -112,8 +112,8 @@ def test_context_parallelism_equals_the_single_process(results, name):
         assert error < TOLERANCE, f"{key}: gradient off by {error:.1e}"
 
 
-def test_the_streams_differ(results):
-    """The streams must differ and the alignment must matter, or the comparison above proves nothing."""
+def test_streams_differ(results):
+    """If the streams were equal or the alignment negligible, the comparison above would prove nothing."""
     results = results["single.plain.ssa_full"]["records"]
     alignment, mass = results[:, 2:4], results[:, 4:6]
     assert alignment.min() > 1e-3 and mass.max() < 0.99

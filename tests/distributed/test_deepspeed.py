@@ -1,6 +1,6 @@
 """engine=deepspeed trains like engine=megatron: every ZeRO stage, tensor and sequence parallelism, resume, other degrees, common weights.
 
-fp32, to 1e-5 relative, step by step: cross entropy, gradient norm, every layer's alignment and captured mass, with the streams drawn (both occur).
+fp32, to 1e-5 relative, step by step: cross entropy, gradient norm, every layer's alignment and captured mass, with drawn streams (both occur).
 The clipping threshold is far below the norms, so a wrong norm moves the next step. tests/benchmarks/deepspeed_matrix.py runs the whole matrix.
 """
 
@@ -69,7 +69,7 @@ FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
 
 
 def two_processes() -> list[dict]:
-    """Returns the jobs of two processes, ordered by layout: each checkpoint is there before it is read."""
+    """Returns the jobs of two processes, ordered by layout, so that each checkpoint is written before it is read."""
     jobs = []
     for layout in ("dp2", "tp2_sp", "tp2"):
         place = LAYOUTS[layout]
@@ -105,7 +105,7 @@ def two_processes() -> list[dict]:
 
 
 def one_process() -> list[dict]:
-    """Returns the jobs of one process: what two have saved, resumed on fewer."""
+    """Returns the jobs of one process, which resume checkpoints of two."""
     jobs = [resume(f"one.from_{source}", source, deepspeed(int(source[-1]))) for source in FEWER]
     jobs.append(resume("one.from_dp2.bf16.zero1", "dp2.bf16.zero1", deepspeed(1) | BF16))
     jobs.append(resume("one.from_dp2.zero0", "dp2.zero0", deepspeed(0)))
@@ -141,12 +141,12 @@ def close(found: list, wanted: list) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("layout", ["dp2", "tp2_sp"])
-def test_a_stage_trains_as_the_megatron_engine_does(results, layout, stage):
+def test_zero_stage_equals_megatron_engine(results, layout, stage):
     close(results[f"{layout}.zero{stage}"], results[f"megatron.{layout}"])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_trains_as_the_megatron_engine_does(results, name):
+def test_variant_equals_megatron_engine(results, name):
     layout, _, reference = VARIANTS[name]
     suffix = next((s for s, changes in SUFFIXES.items() if changes == reference), "")
     wanted = results[f"megatron.{layout}{suffix}"]
@@ -157,7 +157,7 @@ def test_a_variant_trains_as_the_megatron_engine_does(results, name):
 
 
 def near_bf16(found: list, wanted: list, exact: list) -> None:
-    """Where DeepSpeed rounds a norm weight's sum over tensor ranks to bf16 and core does not, the runs part after the first step.
+    """DeepSpeed rounds a norm weight's sum over tensor ranks to bf16 and core does not, so the runs diverge after the first step.
 
     That step's forward is the same operations on the same weights. The norms' weights hold 6% of the squared norm of the gradient, and a rounding of
     them by 2^-9 moves the norm by 2^-13. Later both engines are about as far from fp32, over 384 logits to half as much again.
@@ -177,14 +177,14 @@ def near_bf16(found: list, wanted: list, exact: list) -> None:
     require_means_as_near(means(found), means(wanted), means(exact))
 
 
-def test_one_process_trains_as_two_do(results):
+def test_one_process_equals_two(results):
     close(results["one.zero1"][:STOP], results["megatron.dp2"][:STOP])
 
 
 @pytest.mark.parametrize(
     "name", [*(f"{at}.zero{stage}" for at in ("dp2", "tp2_sp") for stage in STAGES), "dp2.bf16.zero0"]
 )
-def test_a_resumed_run_is_bit_identical(results, name):
+def test_resumed_run_is_bit_identical(results, name):
     assert results[f"{name}.resumed"] == results[name][SAVED:]
 
 
@@ -198,13 +198,13 @@ def test_a_resumed_run_is_bit_identical(results, name):
         ("one.from_dp2.zero0", "dp2.zero0"),
     ],
 )
-def test_a_run_resumed_on_other_degrees_goes_on(results, name, source):
-    """Three steps past the resume: a lost step count, moment or weight decay shows in the second."""
+def test_run_resumes_on_other_degrees(results, name, source):
+    """Compares three steps after the resume: a lost step count, moment or weight decay shows in the second."""
     close(results[name], results[source][SAVED:])
 
 
-def test_weights_travel_between_the_engines(results):
-    """Each pair read one folder; both evaluations and the last tokens' logits agree, whatever engine and layout wrote and reads."""
+def test_weights_load_in_either_engine(results):
+    """Each pair loads one folder. Both evaluations and the last tokens' logits agree for every engine and layout that wrote or loads it."""
     close(results["tp2.zero3.weights"], results["megatron.dp2.weights"])
     close(results["megatron.tp2.weights"], results["tp2.zero1.own_weights"])
     close(results["megatron.pp2.weights"], results["tp2.zero1.own_weights"])
@@ -212,12 +212,12 @@ def test_weights_travel_between_the_engines(results):
     close(results["zero1.weights_from_pp2"], results["megatron.dp2.weights"])
 
 
-def test_a_data_rank_without_held_out_rows_neither_hangs_nor_counts(results):
+def test_data_rank_without_held_out_rows_neither_hangs_nor_counts(results):
     close(results["zero3.uneven"], results["megatron.uneven"])
 
 
-def test_the_norms_and_figures_make_these_comparisons_strict(results):
-    """Clipping acts at every step, and each step's results differ clearly from the previous step's."""
+def test_norms_and_metrics_make_these_comparisons_strict(results):
+    """Every step is clipped, and each step's results differ clearly from those of the previous step."""
     for layout in ("dp2", "tp2_sp"):
         steps = torch.tensor(results[f"megatron.{layout}"][:RESUMED], dtype=torch.float64)
         assert steps[:, 1].min() > 0.9

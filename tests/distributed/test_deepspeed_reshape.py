@@ -1,4 +1,4 @@
-"""Reshaping a DeepSpeed checkpoint that fails on one rank ends all of them."""
+"""If reshaping a DeepSpeed checkpoint fails on one rank, all ranks end."""
 
 import json
 from pathlib import Path
@@ -13,24 +13,24 @@ WORKER = Path(__file__).parent / "reshape_worker.py"
 
 
 def outcomes(case: str, folder: Path) -> list[str]:
-    """What each of two ranks ended with."""
+    """Returns the error or result of each of two ranks."""
     folder.mkdir()
     (folder / "deepspeed.json").write_text(json.dumps({"zero_stage": 2, "tp": 1, "dp": 4}))
     run_workers(WORKER, 2, case, str(folder), timeout=300)
     return [json.loads((folder / f"outcome_{rank}").read_text()) for rank in range(2)]
 
 
-def test_a_converter_s_failure_is_every_rank_s(tmp_path: Path) -> None:
+def test_every_rank_raises_the_converter_failure(tmp_path: Path) -> None:
     folder = tmp_path / "step_00000001"
     assert outcomes("convert", folder) == [f"WeightsError: {folder} could not be reshaped"] * 2
 
 
-def test_a_rank_that_cannot_load_waits_for_nobody(tmp_path: Path) -> None:
+def test_failed_load_does_not_wait_for_other_ranks(tmp_path: Path) -> None:
     first, second = outcomes("load", tmp_path / "step_00000001")
     assert second == "WeightsError: a part is missing"
     assert first.startswith("RuntimeError: ")  # its peer has exited
 
 
-def test_a_reshaped_copy_goes_once_all_have_loaded(tmp_path: Path) -> None:
+def test_reshaped_copy_is_removed_after_all_ranks_load(tmp_path: Path) -> None:
     assert outcomes("well", tmp_path / "step_00000001") == ["loaded"] * 2
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]

@@ -1,4 +1,4 @@
-"""Held-out metrics depend neither on the layout nor on the engine nor on the micro-batch size: every held-out row counts once, padding never."""
+"""Held-out metrics do not depend on the layout, the engine or the micro-batch size: every held-out row counts once and padding never."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, list]:
-    """Runs all cases once, in three processes; each rank must find the same."""
+    """Runs all cases once, in three processes. All ranks must return the same results."""
     folder = tmp_path_factory.mktemp("held_out")
     held = {name: [d % VOCAB for d in cut(size, seed=size)] for name, size in SIZES.items()}
     write_dataset(folder / "data", {}, held, vocab_size=VOCAB)

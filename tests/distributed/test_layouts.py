@@ -113,7 +113,7 @@ def results(folder) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", ["dp2.overlap.drawn", "tp2_dp2.overlap.drawn"])
-def test_a_save_straight_after_a_step_holds_its_weights(results, folder, name):
+def test_save_right_after_a_step_contains_its_weights(results, folder, name):
     parts = [torch.load(path, weights_only=True, map_location="cpu") for path in sorted(folder.glob(f"{name}.*.pt"))]
     for part in parts:
         (twin,) = [p for p in parts if p["tp_rank"] == part["tp_rank"] and p["dp_rank"] != part["dp_rank"]]
@@ -153,8 +153,8 @@ def test_layout_equals_single_process(results, name):
 
 
 @pytest.mark.parametrize("stream", ["full", "sparse"])
-def test_alignment_weighs_in_every_gradient(results, stream):
-    """Were the alignment's gradient lost or doubled on some layout, the comparison above would see it: it moves every gradient by far more."""
+def test_alignment_contributes_to_every_gradient(results, stream):
+    """The comparison above would detect a lost or doubled alignment gradient, because it changes every gradient by far more than the tolerance."""
     on, off = results[f"single.plain.{stream}"], results[f"single.no_alignment.{stream}"]
     for key, tensors in on["parameters"].items():
         if key.startswith(AFTER_THE_LAST_STREAMS):
@@ -163,8 +163,8 @@ def test_alignment_weighs_in_every_gradient(results, stream):
 
 
 @pytest.mark.parametrize("layout", ["single", "single_of_8"])
-def test_the_streams_differ_and_both_are_drawn(results, layout):
-    """Or a layout with drawn streams would not show that it runs both, in each step."""
+def test_streams_differ_and_both_are_drawn(results, layout):
+    """Otherwise a layout with drawn streams would not prove that it runs both in each step."""
     full, sparse, drawn = (results[f"{layout}.plain.{stream}"]["records"][:2, 1] for stream in STREAMS)
     for one, other in ((full, sparse), (full, drawn), (sparse, drawn)):
         assert ((one - other).abs() / one).min() > 1e-3

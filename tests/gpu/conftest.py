@@ -1,4 +1,4 @@
-"""Skips every test of this folder if there is no GPU."""
+"""Skips every test in this folder if there is no GPU."""
 
 import pytest
 import torch

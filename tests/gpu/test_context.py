@@ -1,4 +1,4 @@
-"""Two GPUs under context parallelism against one: the references in fp32 to 1e-5, the kernels in bf16 about as far from fp32 as one GPU."""
+"""Context parallelism on two GPUs against one GPU: references in fp32 to 1e-5, kernels in bf16 about as far from fp32 as one GPU."""
 
 import os
 import subprocess
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from support.errors import relative, require_as_near, require_means_as_near
+from support.processes import ROOT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 WORKER = Path(__file__).with_name("context_worker.py")
-ROOT = WORKER.parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""engine=deepspeed on one GPU: each ZeRO stage trains in bf16 as the megatron engine does, resumes exactly, and offloads its optimizer."""
+"""engine=deepspeed on one GPU: each ZeRO stage trains in bf16 like the megatron engine, resumes exactly, and offloads its optimizer."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def placement():
 
 
 def exact_settings() -> Config:
-    """Returns the same model without low precision."""
+    """Returns the settings of the same model in fp32."""
     config = settings(LayerSpec.local, None)
     config.precision.name, config.attention.impl = PrecisionName.fp32, KernelImpl.reference
     return config
@@ -49,21 +49,21 @@ def exact_settings() -> Config:
 
 @pytest.fixture(scope="module")
 def exact(placement):
-    """The megatron engine's run in fp32."""
+    """Returns the megatron engine's results in fp32."""
     return train(placement, exact_settings(), steps=4)
 
 
 @pytest.fixture(scope="module", params=[LayerSpec.local, LayerSpec.transformer_engine])
 def reference(request, placement):
-    """The megatron engine's run in bf16 on a layer spec."""
+    """Returns the megatron engine's results in bf16 for a layer spec."""
     if request.param is LayerSpec.transformer_engine:
         pytest.importorskip("transformer_engine")
     return request.param, train(placement, settings(request.param, None), steps=4)
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, False), (3, False), (2, True)])
-def test_a_stage_trains_as_the_megatron_engine_does(placement, reference, exact, stage, offload):
-    """About as far from fp32."""
+def test_zero_stage_equals_megatron_engine(placement, reference, exact, stage, offload):
+    """DeepSpeed's bf16 results are about as far from fp32 as the megatron engine's."""
     spec, wanted = reference
     found = train(placement, settings(spec, stage, offload=offload), steps=4)
     assert wanted.means[3, 0] < wanted.means[0, 0] - 0.01
@@ -71,8 +71,8 @@ def test_a_stage_trains_as_the_megatron_engine_does(placement, reference, exact,
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_checkpoint_resumes(placement, stage, tmp_path):
-    """The first step is the same to the bit; cuDNN's attention adds dQ up in an order of its own each time, so later ones nearly are."""
+def test_checkpoint_resumes(placement, stage, tmp_path):
+    """The first step is bit-identical. cuDNN's attention sums dQ in a different order each time, so later steps are only close."""
     from ssa_pretrain.engine import build_engine
 
     config = settings(LayerSpec.auto, stage)

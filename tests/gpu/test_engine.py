@@ -1,4 +1,4 @@
-"""The engine on one GPU: both layer specs and both kernel implementations train alike in bf16, and a step waits for nothing it need not."""
+"""The engine on one GPU: both layer specs and both kernel implementations train alike in bf16."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def placement():
 
 @pytest.mark.parametrize("method", list(Method))
 def test_specs_and_kernels_agree(placement, method):
-    """Each is about as far from fp32 as the reference in bf16."""
+    """Each is about as far from fp32 as the bf16 reference."""
     exact_config = small_config(method, LayerSpec.local, KernelImpl.reference)
     exact_config.precision.name = PrecisionName.fp32
     exact = train(placement, exact_config, steps=3)
@@ -34,8 +34,8 @@ def test_specs_and_kernels_agree(placement, method):
 
 
 @pytest.mark.parametrize("spec", [LayerSpec.local, LayerSpec.transformer_engine])
-def test_a_checkpoint_resumes(placement, spec, tmp_path):
-    """The first step is the same to the bit; cuDNN's attention adds dQ up in an order of its own each time, so later ones nearly are.
+def test_checkpoint_resumes(placement, spec, tmp_path):
+    """The first step is bit-identical. cuDNN's attention sums dQ in a different order each time, so later steps are only close.
 
     A wrong count of steps or moments would move the cross entropy, which falls by 0.3 per step, far more.
     """

@@ -1,4 +1,4 @@
-"""FP8 under every recipe: the losses stay near fp32's, as bf16's do, and fall."""
+"""FP8 with every recipe: losses fall and stay near fp32's, as those of bf16 do."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def losses(placement, precision: PrecisionName, recipe: Fp8Recipe) -> np.ndarray
 
 @pytest.mark.parametrize("recipe", list(Fp8Recipe))
 def test_fp8_follows_bf16(placement, recipe):
-    """bf16 keeps 8 bits and FP8 4: until half of the first loss is learnt, FP8 is at most 16 times as far from fp32.
+    """bf16 has 8 mantissa bits and FP8 4: until the loss has halved, FP8 is at most 16 times as far from fp32.
 
     Once the model has memorised the batch, the loss is small and the curves diverge.
     """
@@ -50,7 +50,7 @@ def test_fp8_follows_bf16(placement, recipe):
     require_as_near(ours / right, theirs / right, torch.ones_like(right), factor=16.0)
 
 
-def test_prompts_of_any_length_are_continued_in_fp8(placement):
+def test_fp8_samples_from_prompts_of_any_length(placement):
     """Sampling packs prompts that grow by a token at a time; FP8 products need multiples of 8."""
     from ssa_pretrain.engine import build_engine
     from ssa_pretrain.sampling import TOKENS_MULTIPLE, packed_prompts

@@ -69,7 +69,7 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Runs all cases, one torchrun for each number of GPUs; return where their results lie."""
+    """Runs all cases, one torchrun per number of GPUs, and returns the folder of their results."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, and {torch.cuda.device_count()} is visible")
     out = tmp_path_factory.mktemp("layouts")
@@ -91,7 +91,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", list(CASES[2]))
-def test_two_gpus_train_as_one(folder, name):
+def test_two_gpus_equal_one(folder, name):
     _, precision, stream = name.split(".")
     if precision == "fp32":
         wanted, found = (assemble(folder, case) for case in (f"single.fp32.{stream}", name))

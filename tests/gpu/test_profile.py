@@ -1,4 +1,4 @@
-"""A profiled step on a GPU: every part is found by its kernels' names, and little time is unassigned."""
+"""A profiled step on a GPU: every category is found by its kernels' names, and little time is unassigned."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def placement():
     stop()
 
 
-def test_where_the_time_of_a_step_goes(placement, tmp_path):
+def test_profile_assigns_the_time_of_a_step(placement, tmp_path):
     pytest.importorskip("transformer_engine")
     from ssa_pretrain.engine import build_engine
 

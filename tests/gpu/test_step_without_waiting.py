@@ -1,4 +1,4 @@
-"""A training step on a GPU is only queued: nothing in it waits for the device, and other documents in the rows compile no kernel again."""
+"""A training step on a GPU is only queued: nothing in it waits for the device, and new document lengths recompile no kernel."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def rows_with_documents(seed: int) -> list[Batch]:
 
 @pytest.mark.parametrize("spec", [LayerSpec.local, LayerSpec.transformer_engine])
 @pytest.mark.parametrize("method", list(Method))
-def test_a_step_waits_for_nothing_and_compiles_nothing(placement, method, spec):
+def test_step_neither_waits_nor_recompiles(placement, method, spec):
     import triton
 
     from ssa_pretrain.engine import build_engine

@@ -1,4 +1,4 @@
-"""`make quickstart`, small and twice, with every file that it promises; the commands of the guides are test_docs.py's."""
+"""`make quickstart`, small and run twice, with every file that it promises. test_docs.py tests the commands of the guides."""
 
 import json
 import math
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.processes import ROOT
+
 README = (ROOT / "README.md").read_text()
 VENV = Path(sys.prefix)
 
@@ -31,14 +32,14 @@ def run(*command: str | Path, timeout: int = 300) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def test_the_first_screen_has_the_two_commands() -> None:
+def test_readme_begins_with_the_two_commands() -> None:
     top = "\n".join(README.splitlines()[:16])
     assert re.search(r"^make quickstart\b", top, re.MULTILINE) and re.search(r"^make test\b", top, re.MULTILINE)
     assert len(README.splitlines()) < 100
 
 
 @pytest.mark.parametrize("target", ["quickstart", "test"])
-def test_make_starts_them_after_a_finished_set_up(tmp_path: Path, target: str) -> None:
+def test_make_targets_run_after_set_up(tmp_path: Path, target: str) -> None:
     for stamp in (".quickstart", ".dev"):
         (tmp_path / stamp).touch()
     done = run("make", "--dry-run", target, f"VENV={tmp_path}", "PYTEST_ARGS=-x")
@@ -79,7 +80,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproce
     return out, run("launchers/quickstart.sh", "--venv", VENV, "--out", out, *SMALL, timeout=550)
 
 
-def test_quickstart_leaves_what_it_promises(quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_quickstart_writes_every_promised_file(quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     out, done = quickstart
     assert done.returncode == 0, done.stderr[-3000:]
     for name in (
@@ -104,7 +105,9 @@ def test_quickstart_leaves_what_it_promises(quickstart: tuple[Path, subprocess.C
     assert f"report: {out / 'report.html'}" in done.stdout
 
 
-def test_its_records_have_every_key_of_the_guide(quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_quickstart_records_have_every_documented_key(
+    quickstart: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     out, _ = quickstart
     guide = (ROOT / "docs" / "metrics.md").read_text()
     tables = guide.split("## ")[1:]
@@ -117,7 +120,7 @@ def test_its_records_have_every_key_of_the_guide(quickstart: tuple[Path, subproc
         assert set(record) - {"kind"} == documented - {"kind"}, "written and not documented"
 
 
-def test_a_second_quickstart_reuses_what_is_there(quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_second_quickstart_reuses_existing_outputs(quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     out, _ = quickstart
     kept = ["data/manifest.json", "data/tokenizer.json", "metrics.jsonl"]
     before = {name: (out / name).read_bytes() for name in kept}

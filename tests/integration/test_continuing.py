@@ -1,4 +1,4 @@
-"""What the same command does the second time: it goes on, or finds nothing left to do and changes nothing. Runs within this process, real data and steps."""
+"""Rerunning a command continues the run, or finds nothing left to do and changes nothing. Trains in this process, on real data."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ SETTINGS = (
 
 @pytest.fixture
 def run(corpus, tmp_path, monkeypatch):
-    """Return a function that trains in a folder of its own under the settings and some more."""
+    """Returns a function that trains in its own folder with the settings and further overrides."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def trained(*overrides: str, folder: str = "run") -> Path:
@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
+def test_rerun_of_a_finished_run_reports_it_and_changes_nothing(run, capsys):
     folder = run("logging.timestamps=time", "checkpoint.interval=2")
     lines = capsys.readouterr().err.splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines), lines
@@ -65,14 +65,14 @@ def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
         (("training.steps=8", "training.stop_at_step=3"), f"{folder} is at step 4, and training.stop_at_step=3 asks"),
     ):
         run(*overrides, "logging.wandb.mode=offline")
-        said = capsys.readouterr()
-        assert said.out == f"{reason} for no more: nothing was changed; a larger value continues the run\n"
-        assert said.err == ""
+        printed = capsys.readouterr()
+        assert printed.out == f"{reason} for no more: nothing was changed; a larger value continues the run\n"
+        assert printed.err == ""
         assert contents(folder) == before, overrides
 
 
-def test_a_finished_run_that_owes_an_evaluation_is_not_finished(run, capsys):
-    """As after a signal at the last step: the checkpoint is there, and the evaluation is not."""
+def test_run_without_its_last_evaluation_is_not_finished(run, capsys):
+    """As after a signal at the last step, which leaves the checkpoint but no evaluation."""
     folder = run()
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
@@ -88,7 +88,7 @@ def test_a_finished_run_that_owes_an_evaluation_is_not_finished(run, capsys):
 @pytest.mark.parametrize(
     "attention", [("attention=full",), ("attention.full_ratio=0",), ("attention.stream_draw=step", "seed=3")]
 )
-def test_the_micro_batch_size_may_change_where_no_draw_depends_on_it(run, attention):
+def test_micro_batch_size_may_change_if_no_draw_depends_on_it(run, attention):
     whole = run(*attention, folder="whole")
     run(*attention, "training.stop_at_step=2")
     folder = run(*attention, "training.micro_batch_size=4")
@@ -102,7 +102,7 @@ def test_the_micro_batch_size_may_change_where_no_draw_depends_on_it(run, attent
 
 
 @pytest.mark.parametrize("setting", ["attention.full_ratio=0.5", "attention.counterpart_share=0.25"])
-def test_the_micro_batch_size_may_not_change_where_a_draw_depends_on_it(run, setting):
+def test_micro_batch_size_may_not_change_if_a_draw_depends_on_it(run, setting):
     settings = (setting, *["attention.full_ratio=1"] * (setting != "attention.full_ratio=0.5"))
     run(*settings, "training.stop_at_step=1")
     with pytest.raises(CheckpointError) as caught:

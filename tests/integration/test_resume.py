@@ -1,4 +1,4 @@
-"""Rerunning the command goes on: bit for bit after kill -9, to rounding on another layout; never from what is damaged or another run's."""
+"""A rerun resumes: bit for bit after kill -9, to rounding on another layout, and never from damaged checkpoints or those of another run."""
 
 import json
 import os
@@ -30,14 +30,14 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory) -> Path:
-    """A run of the quickstart's model on two tensor-parallel processes that nothing stops."""
+    """An uninterrupted run of the quickstart's model on two tensor-parallel processes."""
     folder = tmp_path_factory.mktemp("whole")
     train(*SETTINGS, f"data.path={corpus}", f"output_dir={folder}", "parallel=tp2", processes=2)
     return folder
 
 
 def kill_at(step: int, folder: Path, arguments: list[str]) -> None:
-    """Start a run and kill all of its processes with SIGKILL once `step` is in its metrics."""
+    """Starts a run and kills all its processes with SIGKILL once `step` is in its metrics."""
     with subprocess.Popen(
         arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
@@ -75,7 +75,7 @@ def test_resumed_on_other_layouts(uninterrupted, corpus, tmp_path):
         assert one["stream"] == other["stream"]
 
 
-def test_two_nodes_that_meet_through_a_rendezvous_train_as_one_does(uninterrupted, corpus, tmp_path):
+def test_two_nodes_with_a_rendezvous_equal_one(uninterrupted, corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2", "training.stop_at_step=2")
     launcher = [
         str(ROOT / "launchers" / "torchrun.sh"),
@@ -107,7 +107,7 @@ def test_two_nodes_that_meet_through_a_rendezvous_train_as_one_does(uninterrupte
     assert records(tmp_path, "train") == records(uninterrupted, "train")[:2]
 
 
-def test_a_changed_configuration_is_refused(uninterrupted, corpus):
+def test_changed_configuration_is_refused(uninterrupted, corpus):
     done = run(
         "ssa_pretrain.train",
         *SETTINGS,
@@ -123,7 +123,7 @@ def test_a_changed_configuration_is_refused(uninterrupted, corpus):
     assert "Traceback" not in done.stderr
 
 
-def test_a_start_from_another_model_s_weights_is_refused(uninterrupted, corpus, tmp_path):
+def test_initial_weights_of_another_model_are_refused(uninterrupted, corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", f"checkpoint.init_from={uninterrupted}")
     done = run("ssa_pretrain.train", *settings, "model.num_layers=3")
     assert done.returncode == 5
@@ -132,7 +132,7 @@ def test_a_start_from_another_model_s_weights_is_refused(uninterrupted, corpus, 
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_new_run_starts_from_a_folder_of_common_weights(uninterrupted, corpus, tmp_path):
+def test_new_run_starts_from_common_weights(uninterrupted, corpus, tmp_path):
     weights = uninterrupted / "checkpoints" / f"step_{STEPS:08d}" / "weights"
     for name, source in (("weights", weights), ("run", uninterrupted)):
         train(
@@ -143,7 +143,7 @@ def test_a_new_run_starts_from_a_folder_of_common_weights(uninterrupted, corpus,
     assert records(tmp_path / "weights", "train") == records(tmp_path / "run", "train")
 
 
-def test_a_checkpoint_that_does_not_fit_the_disk_ends_the_run_and_leaves_the_earlier_one(corpus, tmp_path):
+def test_full_disk_during_save_ends_the_run_and_keeps_the_earlier_checkpoint(corpus, tmp_path):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2", "evaluation.at_start=false")
     train(*settings, "training.stop_at_step=1", processes=2)
     # No file may grow past 1 MB: a full disk, as the writers see it.
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_ends_the_run_and_leaves_the_ear
     train(*settings, "training.stop_at_step=2", processes=2)
 
 
-def test_only_damaged_checkpoints_is_an_error(corpus, tmp_path):
+def test_having_only_damaged_checkpoints_is_an_error(corpus, tmp_path):
     settings = (
         *SETTINGS,
         f"data.path={corpus}",
@@ -179,7 +179,7 @@ def test_only_damaged_checkpoints_is_an_error(corpus, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_data_that_changed_under_a_run_is_refused(uninterrupted, corpus, tmp_path):
+def test_changed_data_of_a_run_is_refused(uninterrupted, corpus, tmp_path):
     changed = tmp_path / "data"
     shutil.copytree(corpus, changed)
     manifest = json.loads((changed / "manifest.json").read_text())

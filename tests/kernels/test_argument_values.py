@@ -50,13 +50,13 @@ def layout_of(ends=ENDS, tokens=T, **options):
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor that claims not to be on a CPU."""
+    """A tensor whose `is_cpu` is False."""
 
     is_cpu = False
 
 
 # Documents
-def test_a_document_longer_than_max_length_is_refused():
+def test_document_longer_than_max_length_is_refused():
     assert layout_of(max_length=14).max_length == 14
     for ends, longest in (
         (ENDS, 14),
@@ -95,7 +95,7 @@ def test_a_document_longer_than_max_length_is_refused():
         ({"cu_seqlens": ENDS.to("meta")}, "cu_seqlens on meta holds no values"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused(changed, message):
+def test_invalid_layout_is_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         build_layout(**{"cu_seqlens": ENDS, "num_tokens": T, "block_size": 2, "max_length": None, **changed})
 
@@ -107,8 +107,8 @@ def test_boundaries_may_be_strided_and_of_either_dtype():
         assert all(torch.equal(getattr(layout_of(ends), name), getattr(wanted, name)) for name in ARRAYS)
 
 
-def test_boundaries_that_cannot_be_checked_are_put_in_order():
-    """The behaviour on a GPU, where no value is checked; only `is_cpu` distinguishes the two."""
+def test_unchecked_boundaries_are_sorted():
+    """The behaviour on a GPU, where values are not checked. Only `is_cpu` distinguishes the two."""
     for given, wanted in (
         ([0, 5, 4, 24], [0, 5, 5, 24, 24]),
         ([3, 5], [0, 5, 24]),
@@ -119,7 +119,7 @@ def test_boundaries_that_cannot_be_checked_are_put_in_order():
         assert document_ends(torch.tensor(given).as_subclass(Elsewhere), T).tolist() == wanted
 
 
-def test_a_layout_checks_its_arrays_when_it_is_made():
+def test_layout_checks_its_arrays_on_construction():
     layout = layout_of()
     every = {name: getattr(layout, name) for name in ARRAYS}
     for name, array in every.items():
@@ -137,7 +137,7 @@ def test_a_layout_checks_its_arrays_when_it_is_made():
 
 
 @both
-def test_a_layout_of_strided_arrays_is_the_layout(impl):
+def test_layout_of_strided_arrays_equals_the_contiguous_one(impl):
     q, k, v = streams()
     layout = layout_of()
     strided = {name: torch.stack([getattr(layout, name)] * 2, 1)[:, 0] for name in ARRAYS}
@@ -165,7 +165,7 @@ OPERATORS = {
 
 @both
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_layout_of_something_else_is_refused(name, impl):
+def test_layout_of_other_tensors_is_refused(name, impl):
     operator, (q, k, v) = OPERATORS[name], streams()
     layout, indices = layout_of(), select_blocks(*streams()[:2], **BLOCKS, cu_seqlens=ENDS)
     common = {"block_size": 2, "impl": impl}
@@ -205,12 +205,12 @@ def test_a_layout_of_something_else_is_refused(name, impl):
         (torch.tensor([1], device="meta"), "queries on meta must be on layout's device cpu"),
     ],
 )
-def test_a_part_of_the_queries_that_cannot_be_is_refused(queries, message):
+def test_invalid_query_subset_is_refused(queries, message):
     with pytest.raises(ValueError, match=message):
         query_slice(layout_of(), queries)
 
 
-def test_what_is_no_layout_has_no_parts():
+def test_only_a_layout_has_query_subsets():
     for part in (lambda x: query_slice(x, slice(0, 2)), lambda x: query_spans(x, [(0, 2)])):
         with pytest.raises(ValueError, match="layout must be a DocumentLayout by build_layout, got Tensor"):
             part(ENDS)
@@ -221,7 +221,7 @@ def test_what_is_no_layout_has_no_parts():
 
 # Values in tensors
 @both
-def test_labels_of_minus_100_are_ignored_and_others_outside_refused(impl):
+def test_label_minus_100_is_ignored_and_other_out_of_range_labels_are_refused(impl):
     hidden, weight = draw(6, 8).requires_grad_(), draw(11, 8).requires_grad_()
     labels, grad = torch.tensor([3, -100, 0, 10, -100, 5]), draw(6, seed=1)
     wanted = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
@@ -247,7 +247,7 @@ def test_labels_of_minus_100_are_ignored_and_others_outside_refused(impl):
 
 
 @both
-def test_a_buffer_whose_elements_share_places_is_refused(impl):
+def test_buffer_with_overlapping_elements_is_refused(impl):
     hidden, weight, labels = draw(6, 8), draw(11, 8), torch.arange(6)
     for shared in (torch.zeros(1, 8).expand(11, 8), torch.zeros(18).as_strided((11, 8), (1, 1))):
         with pytest.raises(ValueError, match=r"accumulate_into with strides .* must not overlap in memory"):
@@ -258,7 +258,7 @@ def test_a_buffer_whose_elements_share_places_is_refused(impl):
 
 
 @both
-def test_positions_outside_the_angles_are_refused(impl):
+def test_out_of_range_positions_are_refused(impl):
     mixed, angles, sizes = (
         draw(4, 64),
         draw(9, 16),
@@ -275,7 +275,7 @@ def test_positions_outside_the_angles_are_refused(impl):
 
 
 @interpreted
-def test_the_kernel_reads_no_angle_outside():
+def test_kernel_reads_no_out_of_range_angle():
     """On a GPU positions are not checked first."""
     from ssa_kernels.qkv_rope.triton import qkv_rope_forward
 
@@ -289,7 +289,7 @@ def test_the_kernel_reads_no_angle_outside():
 
 @both
 @pytest.mark.parametrize("wrong", [[0, 6], [-2, 3], [2, 1], [1, 1], [-1, 2], [2**31 - 1, -1], [0, -(2**31)]], ids=str)
-def test_chosen_blocks_that_cannot_be_are_refused(wrong, impl):
+def test_invalid_chosen_blocks_are_refused(wrong, impl):
     q, k, v = streams()
     indices = select_blocks(q, k, **BLOCKS, cu_seqlens=ENDS)
     indices[20, 1] = torch.tensor(wrong)
@@ -300,7 +300,7 @@ def test_chosen_blocks_that_cannot_be_are_refused(wrong, impl):
 
 
 @interpreted
-def test_the_kernels_read_no_block_outside():
+def test_kernels_read_no_out_of_range_block():
     """On a GPU chosen blocks are not checked first."""
     from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
 
@@ -317,7 +317,7 @@ def test_the_kernels_read_no_block_outside():
 
 
 @both
-def test_a_query_without_blocks_has_no_output_and_no_mass(impl):
+def test_query_without_blocks_has_zero_output_and_mass(impl):
     q, k, v = (x.requires_grad_() for x in streams())
     indices = select_blocks(q, k, **BLOCKS, cu_seqlens=ENDS)
     indices[5], indices[7, 0] = -1, -1
@@ -334,8 +334,8 @@ def test_a_query_without_blocks_has_no_output_and_no_mass(impl):
 
 @interpreted
 @pytest.mark.parametrize("score", ["softmax_sum", "per_head", "official_compat"])
-def test_selection_stays_in_its_workspace_where_max_length_is_too_short(score):
-    """On a GPU a document's length is not checked: the choice may be wrong, but it consists of valid blocks."""
+def test_selection_stays_in_its_workspace_if_max_length_is_too_short(score):
+    """On a GPU a document's length is not checked: the choice may be wrong, but every chosen block is valid."""
     tokens, queries = 1300, [3, 900, 1100, 1101, 1299]
     q, k, _ = streams(tokens)
     part = query_slice(build_layout(torch.tensor([0, tokens]), num_tokens=tokens, block_size=2), torch.tensor(queries))
@@ -354,7 +354,7 @@ def test_selection_stays_in_its_workspace_where_max_length_is_too_short(score):
 
 
 # What an implementation does not support
-def test_float64_is_the_reference_s_and_bfloat16_not_the_interpreter_s():
+def test_float64_needs_the_reference_and_the_interpreter_refuses_bfloat16():
     for dtype, sentence in (
         (torch.float64, "kernels compute in float32, so they do not take float64; try impl='reference', or float32"),
         (
@@ -372,7 +372,7 @@ def test_float64_is_the_reference_s_and_bfloat16_not_the_interpreter_s():
 
 
 @both
-def test_logits_in_float32_beside_a_stream_in_16_bits(impl):
+def test_float32_logits_with_a_16_bit_stream(impl):
     o, logits = draw(5, 2, 16, dtype=torch.float16).requires_grad_(), draw(5, 2).requires_grad_()
     out = gate(o, logits, impl=impl)
     grads = torch.autograd.grad(out, (o, logits), torch.ones_like(out))
@@ -389,7 +389,7 @@ def test_logits_in_float32_beside_a_stream_in_16_bits(impl):
 
 @both
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64])
-def test_a_main_stream_of_any_integer(dtype, impl):
+def test_main_stream_may_be_any_integer_dtype(dtype, impl):
     o, logits = draw(5, 2, 16), draw(5, 2)
     for value in (0, 1, 2**32):  # the lower half of the last one is 0
         if value <= 1 or dtype == torch.int64:
@@ -462,7 +462,7 @@ INTERPRETED = [("all", "nan"), ("gradient", "nan"), ("k", "inf")]  # only a few,
         *((*case, impl) for case in INTERPRETED for impl in IMPLS[1:]),
     ],
 )
-def test_what_is_not_finite_stays_in_its_document(where, poison, impl):
+def test_non_finite_values_stay_in_their_document(where, poison, impl):
     clean, grad = streams(), draw(T, 4, 16, seed=8)
     indices = select_blocks(*clean[:2], **BLOCKS, cu_seqlens=ENDS)
     dirty, dirty_grad = [x.clone() for x in clean], grad.clone()
@@ -487,8 +487,8 @@ def test_what_is_not_finite_stays_in_its_document(where, poison, impl):
             assert torch.equal(a[outside], b[outside]), name
 
 
-def test_the_reference_on_a_gpu_is_the_one_on_a_cpu():
-    """Plain operations instead of the fused ones: without blocks, beside NaN, forward and backward."""
+def test_gpu_reference_equals_cpu_reference():
+    """Plain operations replace the fused ones: queries without blocks, NaN in other documents, forward and backward."""
     grad, results = draw(T, 4, 16, seed=8), []
     indices = select_blocks(*streams()[:2], **BLOCKS, cu_seqlens=ENDS)
     indices[12, 0] = -1

@@ -1,4 +1,4 @@
-"""Every argument of every public operator: views with any strides and offset give the bits of contiguous copies; wrong arguments are refused.
+"""Every argument of every public operator: views with any strides and offset equal contiguous copies bit for bit, and bad arguments are refused.
 
 Both implementations, forward and backward. The kernels run in Triton's interpreter, small; tests/gpu/kernels/test_arguments_gpu.py does it on a GPU.
 """
@@ -30,7 +30,7 @@ ROPE = {"num_kv_heads": G, "group_size": 2, "head_dim": D, "num_gates": 2}
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator with arguments that fit."""
+    """An operator with valid arguments."""
 
     call: Callable[..., Any]
     tensors: dict[str, torch.Tensor]
@@ -38,7 +38,7 @@ class Operator:
     has_impl: bool = True
 
     def __call__(self, how: str, **changed: Any) -> list[torch.Tensor]:
-        """Returns all result tensors of the implementation `how`."""
+        """Returns all result tensors of an implementation."""
         impl = {"impl": how} if self.has_impl else {}
         found = self.call(**{**self.tensors, **self.settings, **impl, **changed})
         found = found if isinstance(found, tuple) else (found,)
@@ -85,24 +85,24 @@ DIFFERENTIABLE = {"q", "k", "v", "o", "o_full", "o_sparse", "gate_logits", "x", 
 
 # Views of a tensor's values with another layout in memory.
 def spread(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Every second element along a dim of a larger tensor."""
+    """Returns a view of every second element along a dim of a larger tensor."""
     wide = torch.zeros([n * 2 if i == dim else n for i, n in enumerate(x.shape)], dtype=x.dtype)
     part = wide[(slice(None),) * dim + (slice(1, None, 2),)]
     return part.copy_(x)
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
-    """The dims in reverse order in memory."""
+    """Returns a copy whose dims are in reverse order in memory."""
     return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
 
 
 def moved(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous, one element past an aligned address."""
+    """Returns a contiguous copy that begins one element past an aligned address."""
     return torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
 
 
 def part_of_wider(x: torch.Tensor) -> torch.Tensor:
-    """A slice of the last dim of a wider tensor, as in the split of a projection."""
+    """Returns a slice of the last dim of a wider tensor, as in the split of a projection."""
     wide = torch.zeros(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype)
     return wide[..., 2:-1].copy_(x)
 
@@ -119,7 +119,7 @@ GRADIENTS = {**VIEWS, "one number": lambda x: torch.ones((), dtype=x.dtype).expa
 
 
 def results(operator: Operator, impl: str, tensors: dict[str, torch.Tensor], view_grad: Callable) -> list[torch.Tensor]:
-    """Returns outputs and the gradients of all inputs that can have one."""
+    """Returns outputs and the gradients of all differentiable inputs."""
     leaves = {n: x.detach() for n, x in tensors.items()}
     wanted = {n: x.requires_grad_() for n, x in leaves.items() if n in DIFFERENTIABLE}
     out = operator(impl, **leaves)
@@ -134,7 +134,7 @@ def results(operator: Operator, impl: str, tensors: dict[str, torch.Tensor], vie
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_view_gives_the_bits_of_its_contiguous_copy(name, impl):
+def test_view_equals_its_contiguous_copy_bit_for_bit(name, impl):
     operator = OPERATORS[name]
     views = st.fixed_dictionaries({n: st.sampled_from(list(VIEWS)) for n in operator.tensors})
 
@@ -229,7 +229,7 @@ def refusal(operator: Operator, how: str, **changed: Any) -> str | None:
 
 
 def faults(operator: Operator, argument: str, what: object, wrong: object) -> list[tuple]:
-    """Returns what is wrong with the way in which an argument is refused."""
+    """Returns how the refusal of an argument violates the rules, one line each."""
     sentences = [refusal(operator, impl, **{argument: wrong}) for impl in IMPLS]
     if sentences[0] is None:
         return [(argument, what, "is accepted")]
@@ -238,7 +238,7 @@ def faults(operator: Operator, argument: str, what: object, wrong: object) -> li
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_tensor_that_does_not_fit_is_refused_by_both_in_the_same_words(name):
+def test_bad_tensor_gets_the_same_message_from_both_implementations(name):
     found = []
     for argument, x in OPERATORS[name].tensors.items():
         for what, wrong in misfits(argument, x):
@@ -248,7 +248,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_both_in_the_same_words(name):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_number_that_does_not_fit_is_refused_by_both_in_the_same_words(name):
+def test_bad_number_gets_the_same_message_from_both_implementations(name):
     found = []
     for argument in TAKES[name]:
         for wrong in NUMBERS[argument]:

@@ -19,7 +19,7 @@ def layout_of(*ends):
     return build_layout(torch.tensor([0, *ends]), num_tokens=ends[-1], block_size=2)
 
 
-def test_locality_of_groups_that_share_all_nothing_and_half():
+def test_locality_of_groups_sharing_all_none_and_half_of_their_blocks():
     layout = layout_of(8)
     same = torch.tensor([[0, 1]] * 8).view(8, 1, 2)
     assert shared_fraction(same, layout, 4) == 1 / 4
@@ -29,7 +29,7 @@ def test_locality_of_groups_that_share_all_nothing_and_half():
     assert shared_fraction(half, layout, 2) == 3 / 4
 
 
-def test_locality_leaves_out_groups_over_two_documents_and_short_choices():
+def test_locality_skips_groups_over_two_documents_and_short_choices():
     same = torch.tensor([[0, 1]] * 8).view(8, 1, 2)
     same[2:4] = torch.tensor([5, 6])
     assert shared_fraction(same, layout_of(3, 8), 4) == 1 / 4  # only the second group lies in one document
@@ -37,7 +37,7 @@ def test_locality_leaves_out_groups_over_two_documents_and_short_choices():
     assert math.isnan(shared_fraction(same, layout_of(3, 8), 4))
 
 
-def test_the_sink_counts_where_block_0_is_not_the_own_one():
+def test_sink_counts_block_0_unless_it_is_the_own_block():
     layout = layout_of(6)
     indices = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 1], [0, 2], [1, 2]]).view(6, 1, 2)
     assert sink_fraction(indices, layout) == 3 / 4
@@ -57,13 +57,13 @@ def stage():
     return Stage("sparse fwd", 2.0, 1e12, 4e9, 8e9, 0.0, {"memory": 1.0, "L2": 1.5})
 
 
-def test_the_largest_floor_binds():
+def test_largest_floor_binds():
     assert stage().binds == "L2"
     assert "500.0   2.00     4.00   1.500 ms by L2: 75%" in table([stage()])
     assert stage().as_record()["share"] == 0.75
 
 
-def test_the_plot_is_written(tmp_path):
+def test_plot_is_written(tmp_path):
     pytest.importorskip("matplotlib")
     from bench.plot import roofline
 
@@ -71,7 +71,7 @@ def test_the_plot_is_written(tmp_path):
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
 
 
-def test_without_matplotlib_the_benchmark_starts_and_leaves_the_plot_out(tmp_path, monkeypatch, capsys):
+def test_benchmark_without_matplotlib_skips_the_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # its import fails
     for name in [name for name in sys.modules if name.split(".")[0] == "bench"]:
         monkeypatch.delitem(sys.modules, name)
@@ -81,14 +81,14 @@ def test_without_matplotlib_the_benchmark_starts_and_leaves_the_plot_out(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_activations_that_lack_a_tensor_end_in_a_sentence(tmp_path):
+def test_activations_without_a_tensor_are_refused(tmp_path):
     torch.save({"q": torch.zeros(1)}, tmp_path / "layer.pt")
     with pytest.raises(ValueError, match="lacks cu_seqlens, k, v"):
         load_activations(tmp_path / "layer.pt", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".npz"])
-def test_the_locality_of_real_activations_needs_no_gpu(tmp_path, suffix):
+def test_locality_of_activations_runs_on_a_cpu(tmp_path, suffix):
     tensors = {name: torch.randn(400, heads, 16) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
     tensors["cu_seqlens"] = torch.tensor([0, 400])
     path = tmp_path / f"layer{suffix}"

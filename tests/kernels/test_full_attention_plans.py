@@ -24,7 +24,7 @@ def plan(q, k, ends=ENDS, num_rows=None, backend=None):
     return plan_fused(q, k, ends, num_rows=num_rows, backend=backend, scale=0.125)[0]
 
 
-def test_a_plan_is_made_of_shapes_and_arguments():
+def test_plan_depends_on_shapes_and_arguments_only():
     q, k, _ = make("cpu")
     layout = build_layout(ENDS, num_tokens=256, block_size=16, max_length=200)
     assert plan(q, k, num_rows=2, backend="cudnn") == FusedPlan("cudnn", 2, 128, 0.125)
@@ -33,7 +33,7 @@ def test_a_plan_is_made_of_shapes_and_arguments():
     assert plan(q, k, num_rows=4, backend="flash") == FusedPlan("flash", 0, 64, 0.125)
 
 
-def test_deterministic_mode_takes_the_kernel_that_can_be():
+def test_deterministic_mode_uses_a_deterministic_kernel():
     q, k, _ = make("cpu")
     torch.use_deterministic_algorithms(True)
     try:
@@ -50,7 +50,7 @@ def test_boundaries_reach_the_last_token():
 
 @pytest.mark.parametrize(("backend", "num_rows"), [("cudnn", 2), ("flash", None)])
 def test_shapes_in_and_out(backend, num_rows):
-    """Meta tensors run the library operators' own shape rules; the gradients' shapes and the lse's view are ours."""
+    """Meta tensors run the library operators' own shape rules. The gradients' shapes and the lse's view are ours."""
     q, k, v = make()
     what, ends = plan_fused(q, k, ENDS.to("meta"), num_rows=num_rows, backend=backend, scale=0.125)
     o, lse, *states = fused_forward(q, k, v, ends, what)
@@ -60,7 +60,7 @@ def test_shapes_in_and_out(backend, num_rows):
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
 
-def test_what_no_kernel_takes_ends_in_a_sentence():
+def test_unsupported_arguments_are_refused():
     q, k, _ = make("cpu")
     with pytest.raises(ValueError, match="must be bfloat16 or float16"):
         plan(*make("cpu", torch.float32)[:2])
@@ -89,7 +89,7 @@ def test_what_no_kernel_takes_ends_in_a_sentence():
         ("3.0", "does not load"),
     ],
 )
-def test_an_unusable_transformer_engine_is_reported(monkeypatch, installed, warning):
+def test_unusable_transformer_engine_is_reported(monkeypatch, installed, warning):
     def version(name):
         if installed is None or name != "transformer_engine":
             raise PackageNotFoundError(name)

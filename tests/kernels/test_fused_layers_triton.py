@@ -15,14 +15,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Makes torch.empty return NaN, so that everything that a kernel does not write is visible."""
+    """Makes torch.empty return NaN, so that every element that a kernel does not write is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def close(got, want, dtype):
-    """float32: a few rounding errors of 2^-24, and sums of some hundred terms. float16: no worse than rounding the exact result once."""
+    """Fails unless float32 is off by only a few roundings of 2^-24 in sums of some hundred terms, and float16 by one rounding of the exact result."""
     assert got.dtype == dtype
     if dtype == torch.float32:
         torch.testing.assert_close(got.double(), want.double(), rtol=2e-5, atol=2e-5)
@@ -31,7 +31,7 @@ def close(got, want, dtype):
 
 
 def turned_by_hand(x, angle):
-    """[tokens, heads, D] in float64, pair by pair."""
+    """Returns [tokens, heads, D] in float64, rotated pair by pair."""
     half = x.shape[-1] // 2
     out = torch.empty_like(x)
     for i in range(half):
@@ -127,7 +127,7 @@ def test_linear_cross_entropy(tokens, columns, size, spread, impl):
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_the_weights_gradient_is_added_to_a_buffer(impl):
+def test_weights_gradient_is_added_to_a_buffer(impl):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(6, 8, generator=generator).requires_grad_()
     weight = torch.randn(40, 8, generator=generator).requires_grad_()
@@ -141,7 +141,7 @@ def test_the_weights_gradient_is_added_to_a_buffer(impl):
     torch.testing.assert_close(buffer, 1 + wanted[1])
 
 
-def test_no_gradient_leaves_the_logits_alone():
+def test_logits_are_unchanged_without_a_gradient():
     hidden, weight = torch.randn(4, 8), torch.randn(20, 8)
     labels = torch.arange(4)
     want = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
@@ -150,7 +150,7 @@ def test_no_gradient_leaves_the_logits_alone():
 
 
 def test_kernels_over_two_spans_of_the_vocabulary():
-    """The work of two tensor ranks, one after another: their statistics, combined, and P from the combined log-sum-exp."""
+    """The work of two tensor ranks in turn: their combined statistics, and P from the combined log-sum-exp."""
     from ssa_kernels.linear_cross_entropy.triton import probabilities_in_place, statistics
 
     logits = 3 * torch.randn(9, 60)
@@ -166,7 +166,7 @@ def test_kernels_over_two_spans_of_the_vocabulary():
     torch.testing.assert_close(torch.cat(spans, dim=1), want, rtol=1e-5, atol=1e-6)
 
 
-def test_bad_shapes_end_in_a_sentence():
+def test_bad_shapes_are_refused():
     with pytest.raises(ValueError, match=r"mixed \(4, 10\) must be \[tokens, 52\]"):
         qkv_rope(
             torch.zeros(4, 10),

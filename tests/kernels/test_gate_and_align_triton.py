@@ -17,7 +17,7 @@ FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}  # sums of at most 128 features, each a f
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Makes torch.empty return NaN, so that everything that a kernel does not write is visible."""
+    """Makes torch.empty return NaN, so that every element that a kernel does not write is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -74,7 +74,7 @@ def test_ragged_sizes(tokens, heads, head_dim, dtype):
     assert ours[1].dtype == torch.float32 and ours[0].dtype == dtype
 
 
-def test_each_stream_gets_its_own_term_only():
+def test_each_stream_gets_only_its_own_term():
     inputs = make(size=5.0)
     n = inputs[0].numel()
     gate = torch.sigmoid(inputs[2].detach())[..., None]
@@ -99,7 +99,7 @@ def test_deltas_are_row_sums_of_the_rounded_gradients():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_captured_mass_from_any_layout_of_the_lse(rows):
+def test_captured_mass_for_any_lse_layout(rows):
     from ssa_kernels.gate_and_align.triton import gate_forward
 
     inputs = [x.detach() for x in make(tokens=21)]
@@ -111,7 +111,7 @@ def test_captured_mass_from_any_layout_of_the_lse(rows):
     assert torch.equal(out, without[0]) and torch.equal(loss, without[1]) and without[2] is None
 
 
-def test_partials_are_summed_whatever_their_number():
+def test_any_number_of_partials_is_summed():
     from ssa_kernels.gate_and_align.triton import REDUCE_BLOCK, sum_partials_kernel
 
     for count in (1, REDUCE_BLOCK - 1, REDUCE_BLOCK, 2 * REDUCE_BLOCK + 5):
@@ -123,7 +123,7 @@ def test_partials_are_summed_whatever_their_number():
         )
 
 
-def test_a_row_depends_on_nothing_else_and_runs_repeat():
+def test_rows_are_independent_and_calls_are_deterministic():
     inputs = make(tokens=70)
     first, _ = run(inputs, "full", (1.0, 0.0), loss_grad=0.0)
     again, _ = run(inputs, "full", (1.0, 0.0), loss_grad=0.0)
@@ -133,7 +133,7 @@ def test_a_row_depends_on_nothing_else_and_runs_repeat():
     assert torch.equal(out, first[0][:13])
 
 
-def test_no_gate_is_a_gate_of_one():
+def test_no_gate_equals_a_gate_of_one():
     full, sparse, logits = make()
     logits = torch.full_like(logits, torch.inf).requires_grad_()
     out, loss = gate_and_align(full, sparse, logits, main="full", impl="triton")
@@ -143,14 +143,14 @@ def test_no_gate_is_a_gate_of_one():
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
-def test_no_tokens_no_loss():
+def test_zero_tokens_give_zero_loss():
     out, loss = gate_and_align(
         torch.empty(0, 2, 64), torch.empty(0, 2, 64), torch.empty(0, 2), main="full", impl="triton"
     )
     assert out.shape == (0, 2, 64) and float(loss) == 0
 
 
-def test_a_bad_main_tensor_ends_in_a_sentence():
+def test_bad_main_tensor_is_refused():
     full, sparse, logits = make()
     with pytest.raises(ValueError, match="one integer or bool"):
         gate_and_align(full, sparse, logits, main=torch.tensor([1, 0]), impl="triton")

@@ -1,4 +1,4 @@
-"""Operators bypass an active torch function mode, which would see each of their many small operations; results are the same."""
+"""Operators bypass an active torch function mode, which would intercept each of their many small operations. Results are equal."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ ENDS = torch.tensor([0, 5, 12])
 
 
 class Nothing(TorchFunctionMode):
-    """Refuses every torch operation."""
+    """A mode that refuses every torch operation."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} went through the mode")
@@ -42,7 +42,7 @@ mixed, angles, positions = draw(12, 2 * (2 * 8 + 8 + 8 + 2)), draw(12, 8), torch
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_runs_past_a_mode_and_gives_the_same(name):
+def test_operator_bypasses_a_mode_with_equal_results(name):
     wanted = OPERATORS[name]()
     with Nothing():
         found = OPERATORS[name]()
@@ -54,7 +54,7 @@ def _tensors(result):
     return [x for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
 
 
-def test_the_mode_is_there_again_afterwards():
+def test_mode_is_active_again_afterwards():
     with Nothing(), pytest.raises(AssertionError, match="went through the mode"):
         ssa_kernels.swiglu(draws)
         draws.sum()

@@ -1,4 +1,4 @@
-"""Spans of queries over all keys, which is what a context-parallel rank computes: the references, and the calls of the fused kernel.
+"""Spans of queries over all keys, as a context-parallel rank computes them: the references, and the calls of the fused kernel.
 
 `flash` stands for the library's kernel in plain torch and float64: packed documents with boundaries of their own for queries and keys, the
 causal mask aligned at the bottom right, and keys without queries that get no gradient.
@@ -62,7 +62,7 @@ def layout_of(documents):
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("ranks", RANKS)
-def test_a_layout_of_runs_is_that_of_its_queries(documents, ranks):
+def test_layout_of_spans_equals_that_of_its_queries(documents, ranks):
     layout = layout_of(documents)
     for spans in RANKS[ranks]:
         part, same = query_spans(layout, spans), query_slice(layout, take(torch.arange(TOKENS), spans))
@@ -92,8 +92,8 @@ def test_a_layout_of_runs_is_that_of_its_queries(documents, ranks):
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("score", ["softmax_sum", "per_head"])
-def test_the_references_of_all_ranks_make_up_the_whole(documents, ranks, score):
-    """Chosen blocks exactly; outputs, log-sum-exps and gradients of float64 to its rounding; keys' gradients are sums over the ranks."""
+def test_references_of_all_ranks_equal_the_unsplit_result(documents, ranks, score):
+    """Chosen blocks are equal. Outputs, log-sum-exps and gradients agree to float64's rounding. Keys' gradients are sums over the ranks."""
     layout = layout_of(documents)
     q, k, v = (x.requires_grad_() for x in make())
     grads = torch.randn(2, TOKENS, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -119,7 +119,7 @@ def test_the_references_of_all_ranks_make_up_the_whole(documents, ranks, score):
     torch.testing.assert_close(sums, [dk, dv], rtol=1e-12, atol=1e-12)
 
 
-def test_a_layer_s_means_over_ranks_are_those_over_all_tokens():
+def test_layer_means_over_ranks_equal_means_over_all_tokens():
     layout = layout_of("ragged")
     q, k, v = make()
     gate = torch.randn(TOKENS, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -138,7 +138,7 @@ def test_a_layer_s_means_over_ranks_are_those_over_all_tokens():
 
 
 def flash(q, k, v, span, max_length, scale):
-    """The library's forward, differentiable: (o, lse [H, queries])."""
+    """Returns (o, lse [H, queries]) of the library's forward, differentiable."""
     outs, lses = [], []
     for (q0, q1), (k0, k1) in zip(
         pairwise(span.cu_seqlens_q.tolist()), pairwise(span.cu_seqlens_k.tolist()), strict=True
@@ -176,7 +176,7 @@ def plain_flash(monkeypatch):
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.usefixtures("plain_flash")
-def test_the_fused_calls_of_a_rank_are_the_reference(documents, ranks):
+def test_fused_calls_of_a_rank_equal_the_reference(documents, ranks):
     layout = layout_of(documents)
     q, k, v = make()
     grad = torch.randn(TOKENS, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -195,7 +195,7 @@ def test_the_fused_calls_of_a_rank_are_the_reference(documents, ranks):
         torch.testing.assert_close(list(found), list(gradients), rtol=1e-12, atol=1e-12)
 
 
-def test_shapes_of_the_library_s_operators():
+def test_shapes_of_the_library_operators():
     """Meta tensors run the operators' own shape rules."""
     layout = query_spans(layout_of("ragged"), RANKS["2"][0])
     q, k, v = (
@@ -210,7 +210,7 @@ def test_shapes_of_the_library_s_operators():
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
 
-def test_wrong_runs_end_in_a_sentence():
+def test_bad_spans_are_refused():
     layout = layout_of("one")
     for spans in ([], [(0, 0)], [(30, 10), (0, 10)], [(0, 20), (10, 20)], [(100, 30)], [(-1, 5)]):
         with pytest.raises(ValueError, match="must be \\(first, length\\) of spans"):

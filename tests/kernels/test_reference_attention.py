@@ -75,8 +75,8 @@ def plainly(q, k, v, mask):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_is_no_worse_than_plain_operations_in_it(dtype):
-    """Twice the error in float32, where both are a few roundings."""
+def test_low_precision_error_is_at_most_that_of_plain_operations(dtype):
+    """At most twice the error in float32, where both are a few roundings."""
     q, k, v = make(dtype=dtype)
     indices = choose(q, k, torch.tensor(RAGGED))
     mask = oracle.visible(indices, RAGGED, 125, 4, 8)
@@ -86,7 +86,7 @@ def test_low_precision_is_no_worse_than_plain_operations_in_it(dtype):
         require_as_near(got, plain, exact, factor=1.0 if dtype == torch.bfloat16 else 2.0)
 
 
-def test_documents_do_not_see_each_other():
+def test_documents_are_isolated():
     q, k, v = make(dtype=torch.float32)
     cu_seqlens = torch.tensor(RAGGED)
 
@@ -104,7 +104,7 @@ def test_documents_do_not_see_each_other():
             assert not torch.equal(new[start:end], old[start:end])
 
 
-def test_the_past_does_not_see_the_future():
+def test_attention_is_causal():
     q, k, v = make(dtype=torch.float32)
     cu_seqlens = torch.tensor([0, 125])
     indices = choose(q, k, cu_seqlens)
@@ -120,7 +120,7 @@ def test_the_past_does_not_see_the_future():
     assert not torch.equal(o2[cut:], o[cut:])
 
 
-def test_all_blocks_chosen_is_full_attention():
+def test_choosing_all_blocks_equals_full_attention():
     q, k, v = make()
     cu_seqlens = torch.tensor(RAGGED)
     indices = choose(q, k, cu_seqlens, top_k=16)
@@ -130,7 +130,7 @@ def test_all_blocks_chosen_is_full_attention():
     torch.testing.assert_close(captured_mass(lse_full, lse), torch.ones(125, 4), rtol=0, atol=1e-6)
 
 
-def test_captured_mass_lies_in_its_range_and_bounds_the_gap():
+def test_captured_mass_is_in_range_and_bounds_the_gap():
     q, k, v = make(300)
     cu_seqlens = torch.tensor([0, 300])
     indices = choose(q * 2, k, cu_seqlens)
@@ -163,8 +163,8 @@ def test_decoding_one_query_equals_prefill():
         torch.testing.assert_close(step[0], o[position], rtol=1e-12, atol=1e-12)
 
 
-def test_a_share_of_the_queries_gets_the_same_result():
-    """What a context-parallel rank holds: some queries, all keys."""
+def test_subset_of_queries_gets_the_same_result():
+    """A context-parallel rank has some of the queries and all keys."""
     q, k, v = make(125)
     layout = build_layout(torch.tensor(RAGGED), num_tokens=125, block_size=8)
     mine = torch.cat([torch.arange(0, 30), torch.arange(95, 125)])
@@ -176,7 +176,7 @@ def test_a_share_of_the_queries_gets_the_same_result():
     torch.testing.assert_close(o_part, o[mine], rtol=1e-12, atol=1e-12)
 
 
-def test_wrong_indices_end_in_a_sentence():
+def test_bad_indices_are_refused():
     q, k, v = make(40)
     with pytest.raises(ValueError, match="indices of shape"):
         sparse_attention(

@@ -13,7 +13,7 @@ from support import oracle
     [([0, 1, 16, 16, 32, 49, 49, 110], 125), ([0, 5], 5), ([0, 0, 0], 3), ([0, 1, 2, 3], 3), ([0, 64], 64)],
 )
 @pytest.mark.parametrize("block_size", [1, 4, 16, 100])
-def test_layout_equals_counting(cu_seqlens, tokens, block_size):
+def test_layout_equals_a_direct_count(cu_seqlens, tokens, block_size):
     layout = build_layout(torch.tensor(cu_seqlens, dtype=torch.int32), num_tokens=tokens, block_size=block_size)
     spans = oracle.document_spans(cu_seqlens, tokens)
     blocks, first_rows = [], []
@@ -32,7 +32,7 @@ def test_layout_equals_counting(cu_seqlens, tokens, block_size):
     )
 
 
-def test_implementation_is_picked_by_device_and_never_in_silence():
+def test_implementation_follows_the_device_without_silent_fallback():
     here = torch.zeros(1)
     assert resolve_impl(None, here, "op") == "reference"
     assert resolve_impl("reference", here, "op") == "reference"

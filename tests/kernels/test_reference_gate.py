@@ -31,7 +31,7 @@ def test_values_and_gradients(main, weights, size):
         torch.testing.assert_close(ours.detach(), theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_each_stream_gets_its_own_term_only():
+def test_each_stream_gets_only_its_own_term():
     inputs = make(5.0)
     n = inputs[0].numel()
     gate = torch.sigmoid(inputs[2].detach())[..., None]
@@ -44,8 +44,8 @@ def test_each_stream_gets_its_own_term_only():
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
-def test_gradcheck_of_the_side_that_is_not_stopped(weights):
-    """One term at a time, differentiated into its own stream: the only derivatives that finite differences can see."""
+def test_gradcheck_of_the_side_with_a_gradient(weights):
+    """One term at a time, differentiated into its own stream: only these derivatives can be checked by finite differences."""
     full, sparse, gate = make(5.0)
     if weights[0]:
         assert torch.autograd.gradcheck(
@@ -66,7 +66,7 @@ def test_low_precision_is_accumulated_in_float32():
     assert torch.equal(out, expected[0].to(torch.bfloat16))
 
 
-def test_bad_arguments_end_in_a_sentence():
+def test_bad_arguments_are_refused():
     full, sparse, gate = make()
     with pytest.raises(ValueError, match="main='both'"):
         gate_and_align(full, sparse, gate, main="both")

@@ -39,7 +39,7 @@ def test_official_rule(block_size, top_k):
 
 
 def test_official_rule_with_fewer_than_half_a_chunk():
-    """A query early in its chunk has few candidates there: nothing from before takes their place."""
+    """A query early in its chunk has few candidates there, and no earlier block replaces the missing ones."""
     q, k = make(1100, heads=2, kv_heads=1, dtype=torch.float64)
     indices = select_blocks(q, k, block_size=16, top_k=16, cu_seqlens=torch.tensor([0, 1100]), score="official_compat")
     own = torch.arange(1100) // 16
@@ -47,7 +47,7 @@ def test_official_rule_with_fewer_than_half_a_chunk():
     assert torch.equal((indices[late, 0] >= 0).sum(-1), (8 + (own[late] % 16).clamp(max=7) + 1))
 
 
-def test_importance_below_the_smallest_float32_is_none():
+def test_importance_below_the_smallest_float32_is_zero():
     """Both far blocks underflow: they tie, and the more recent is chosen, in float64 as in float32."""
     q = torch.zeros(64, 1, 8, dtype=torch.float64)
     k = torch.zeros(64, 1, 8, dtype=torch.float64)
@@ -58,7 +58,7 @@ def test_importance_below_the_smallest_float32_is_none():
 
 
 def test_official_rule_loses_blocks_where_the_official_code_does():
-    """At block_size = top_k = 16: at most 8 blocks of the own 256-token chunk and at most 8 from before."""
+    """At block_size = top_k = 16: at most 8 blocks of the own 256-token chunk and at most 8 earlier ones."""
     q, k = make(1200, heads=2, kv_heads=1)
     indices = select_blocks(q, k, block_size=16, top_k=16, cu_seqlens=torch.tensor([0, 1200]), score="official_compat")
     chunk = torch.arange(1200)[:, None] // 256 * 16
@@ -77,7 +77,7 @@ def test_low_precision_agrees_wherever_importance_differs(dtype):
 
 
 def test_ties_go_to_the_more_recent_block():
-    """Small whole numbers: their products and sums are exact in whatever order a processor takes them, so that equal keys tie."""
+    """With small integers, products and sums are exact in any order, so equal keys tie."""
     q, k = (x.mul(4).round() for x in make(80))
     k = k[:1].expand_as(k).contiguous()
     for score in ("softmax_sum", "per_head"):
@@ -94,7 +94,7 @@ def test_large_logits_keep_the_order():
     oracle.check_selection(indices, q * 1000, k, [0, 120], 8, 3, 8**-0.5)
 
 
-def test_documents_do_not_see_each_other():
+def test_documents_are_isolated():
     q, k = make(125)
     cu_seqlens = torch.tensor(RAGGED, dtype=torch.int32)
     base = select_blocks(q, k, block_size=4, top_k=3, cu_seqlens=cu_seqlens)
@@ -107,7 +107,7 @@ def test_documents_do_not_see_each_other():
         assert torch.equal(changed[end:], base[end:])
 
 
-def test_the_future_and_the_own_block_do_not_matter():
+def test_selection_ignores_future_tokens_and_the_own_block():
     q, k = make(100)
     base = select_blocks(q, k, block_size=8, top_k=3, cu_seqlens=torch.tensor([0, 100]))
     k2 = k.clone()
@@ -138,7 +138,7 @@ def test_decoding_from_cached_means_equals_prefill():
         assert torch.equal(step[0], prefill[position])
 
 
-def test_block_means_are_over_the_true_length_and_rounded_once():
+def test_block_means_use_the_true_length_and_are_rounded_once():
     _, k = make(37, dtype=torch.bfloat16)
     layout = build_layout(torch.tensor([0, 20, 37]), num_tokens=37, block_size=8)
     means = block_means(k, layout)
@@ -169,7 +169,7 @@ def test_selection_has_no_gradient():
         ({"cu_seqlens": build_layout(torch.tensor([0, 40]), num_tokens=40, block_size=4)}, "layout's 4"),
     ],
 )
-def test_bad_arguments_end_in_a_sentence(change, message):
+def test_bad_arguments_are_refused(change, message):
     q, k = make(40)
     arguments = {"block_size": 8, "top_k": 4, "cu_seqlens": torch.tensor([0, 40])} | change
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):

@@ -66,7 +66,7 @@ def test_rows_longer_than_a_pass(monkeypatch, top_k, bins):
 
 
 def test_ties_go_to_the_more_recent_block():
-    """All candidates tie, more than the scratch row holds: the slow path. Small integers keep the interpreter's products exact."""
+    """All candidates tie, more than the scratch row can hold, which takes the slow path. Small integers keep the interpreter's products exact."""
     q, k = make(64, 2, 1)
     q, k = (q * 4).round(), (k[:1] * 4).round().expand_as(k).contiguous()
     ours, theirs = both(q, k, [0, 64], 1, 4, [40, 63])
@@ -81,7 +81,7 @@ def test_official_rule():
 
 
 @pytest.mark.parametrize("factor", [300.0, -300.0])
-def test_logits_beyond_what_an_exponential_holds(factor):
+def test_logits_beyond_the_range_of_exp(factor):
     q, k = make(60)
     k = k + 1.0
     ours, _ = both(q.abs() * factor, k, [0, 60], 4, 3, [30, 59])
@@ -91,7 +91,7 @@ def test_logits_beyond_what_an_exponential_holds(factor):
     assert torch.equal(found[[30, 59]], expected[[30, 59]])
 
 
-def test_chunks_of_tokens_change_nothing(monkeypatch):
+def test_result_does_not_depend_on_token_chunks(monkeypatch):
     q, k = make(90, 32, 1)
     whole, theirs = both(q, k, [0, 20, 90], 4, 3, list(range(0, 90, 7)))
     monkeypatch.setattr("ssa_kernels.select.launch.WORKSPACE_BYTES", 4 * (512 + 32) * 4)
@@ -140,7 +140,7 @@ def test_decoding_from_cached_means_equals_prefill():
 
 
 def test_queries_far_apart():
-    """Queries given by number: a tile walks all the block rows between their documents."""
+    """Queries given by number: a tile visits all block rows between their documents."""
     tokens, queries = 1400, torch.tensor([2, 3, 1396, 1399])
     layout = build_layout(torch.arange(0, tokens + 1, 4), num_tokens=tokens, block_size=1, max_length=4)
     q, k = make(tokens, 2, 1)
@@ -149,8 +149,8 @@ def test_queries_far_apart():
     assert torch.equal(ours, theirs)
 
 
-def test_runs_of_queries_far_apart():
-    """One tile of queries from both spans would walk all the block rows between their documents, more than its program has slices for."""
+def test_query_spans_far_apart():
+    """A tile of queries from both spans would visit all block rows between their documents, more than its program has slices for."""
     tokens, spans = 1400, [(2, 2), (1396, 4)]
     layout = build_layout(torch.arange(0, tokens + 1, 4), num_tokens=tokens, block_size=1, max_length=4)
     q, k = make(tokens, 2, 1)

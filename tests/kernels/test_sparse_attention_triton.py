@@ -27,7 +27,7 @@ DOCUMENTS = [0, 1, 18, 18, 34]
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Makes torch.empty return NaN, so that everything that a kernel does not write is visible."""
+    """Makes torch.empty return NaN, so that every element that a kernel does not write is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -126,7 +126,7 @@ def test_portable_kernels(heads, kv_heads, head_dim, block_size, top_k, lists, d
 
 
 @interpreted
-def test_the_portable_backward_adds_too_and_takes_an_index_started_earlier():
+def test_portable_backward_accumulates_and_accepts_a_prepared_index():
     from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
     from ssa_kernels.sparse_attention.index import invert_beside
 
@@ -156,7 +156,7 @@ def test_the_portable_backward_adds_too_and_takes_an_index_started_earlier():
     ],
 )
 def test_tensor_core_kernels(tensor_core, heads, kv_heads, head_dim, block_size, top_k, lists, adds):
-    """When they add to existing gradients, the sum is rounded once: closer than a rounded gradient that is added and rounded again."""
+    """When they add to existing gradients, the sum is rounded once, which is closer than rounding the gradient and then the sum."""
     inputs = make(DOCUMENTS, heads, kv_heads, head_dim, block_size, top_k, lists)
     alone = on_tensor_cores(tensor_core, *inputs)
     check(alone, inputs)
@@ -176,7 +176,7 @@ def test_logits_far_above_the_reference(tensor_core, heads):
 
 
 @interpreted
-def test_a_delta_that_is_known_already(tensor_core):
+def test_precomputed_delta(tensor_core):
     inputs = make(DOCUMENTS, 16, 1, 64, 16, 2)
     delta = (public(*inputs, impl="reference")[0].float() * inputs[3].float()).sum(-1)
     check(on_tensor_cores(tensor_core, *inputs, delta=delta), inputs)
@@ -184,7 +184,7 @@ def test_a_delta_that_is_known_already(tensor_core):
 
 @interpreted
 @pytest.mark.parametrize("heads", [16, 4])
-def test_queries_without_blocks_and_documents_apart(tensor_core, heads):
+def test_queries_without_blocks_and_isolated_documents(tensor_core, heads):
     q, k, v, do, indices, layout = make(DOCUMENTS, heads, 1, 64, 16, 3)
     indices[20:22] = -1
     first = on_tensor_cores(tensor_core, q, k, v, do, indices, layout)
@@ -198,7 +198,7 @@ def test_queries_without_blocks_and_documents_apart(tensor_core, heads):
 
 
 @interpreted
-def test_a_part_of_the_queries():
+def test_subset_of_queries():
     q, k, v, do, indices, layout = make(DOCUMENTS, 2, 1, 16, 16, 2, dtype=torch.float32)
     whole = public(q, k, v, do, indices, layout)
     part = torch.tensor([1, 5, 6, 20, 33])
@@ -303,8 +303,8 @@ print(json.dumps(found))
 """
 
 
-def test_compiled_for_hopper_nothing_spills():
-    """Every conversion between layouts is trivial (else it would not compile), and the kernels use no more registers than planned."""
+def test_kernels_compiled_for_hopper_do_not_spill():
+    """Every conversion between layouts is trivial (or it would not compile), and the kernels use no more registers than planned."""
     path = str(Path(sys.modules["ssa_kernels"].__file__).parents[1])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)

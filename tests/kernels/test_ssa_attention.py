@@ -26,7 +26,7 @@ def make(dim=8):
 
 
 @pytest.mark.parametrize("main", ["full", "sparse", 1, 0])
-def test_against_the_oracle(main):
+def test_layer_equals_the_oracle(main):
     q, k, v, logits = inputs = make()
     given = main if isinstance(main, str) else torch.tensor(main)
     result = ssa_attention(*inputs, block_size=4, top_k=3, cu_seqlens=ENDS, main=given, weights=(0.7, 1.3), scale=0.4)
@@ -51,7 +51,7 @@ def test_against_the_oracle(main):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_where_the_blocks_cover_every_document_the_streams_are_one():
+def test_streams_are_equal_where_blocks_cover_every_document():
     inputs = make()
     layout = build_layout(ENDS, num_tokens=45, block_size=4, max_length=25)
     common = {"layout": layout, "main": "sparse", "scale": 0.4, "num_rows": None, "impl": None}
@@ -65,13 +65,13 @@ def test_where_the_blocks_cover_every_document_the_streams_are_one():
         torch.testing.assert_close(got, want)
 
 
-def test_without_a_gate_the_output_is_the_stream():
+def test_output_without_a_gate_is_the_stream():
     q, k, v, _ = make()
     result = ssa_attention(q, k, v, None, block_size=4, top_k=3, cu_seqlens=ENDS, main="full")
     assert torch.equal(result.out, full_attention(q, k, v, cu_seqlens=ENDS)[0])
 
 
-def test_rows_that_are_not_equal_end_in_a_sentence():
+def test_unequal_rows_are_refused():
     q, k, v, _ = make()
     equal = torch.tensor([0, 15, 30, 45])
     assert torch.equal(
@@ -87,7 +87,7 @@ def test_rows_that_are_not_equal_end_in_a_sentence():
 
 @pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1 before Triton is imported")
 @pytest.mark.parametrize("main", ["full", 0])
-def test_the_kernels_in_the_interpreter(main):
+def test_layer_with_interpreted_kernels(main):
     """All the package's Triton kernels behind one call, in float32, against the references in float64."""
     inputs = make(dim=16)
     given = main if isinstance(main, str) else torch.tensor([main])

@@ -46,7 +46,7 @@ def train(engine, config, placement: Placement, steps: range) -> list[list[float
     return found
 
 
-def judge(engine, mine) -> list[list[float]]:
+def held_out_metrics(engine, mine) -> list[list[float]]:
     """Returns the held-out metrics of both modes, with 1 in place of the gradient norm."""
     found = []
     for mode in ("full", "sparse"):
@@ -79,15 +79,15 @@ def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
         if "save_at" in job:
             save(engine, out / f"{job['name']}.checkpoint")
             found += train(engine, config, placement, range(job["save_at"], job["stop"]))
-        found += judge(engine, held_out)
+        found += held_out_metrics(engine, held_out)
         return [*found, *logits(engine, config)] if job.get("logits") else found
     if job["do"] == "resume":
         engine.load(out / f"{job['from']}.checkpoint")
-        return train(engine, config, placement, range(job["first"], job["stop"])) + judge(engine, held_out)
+        return train(engine, config, placement, range(job["first"], job["stop"])) + held_out_metrics(engine, held_out)
     if job["do"] == "weights":
         engine.load_weights(out / f"{job['from']}.checkpoint")
-        return judge(engine, held_out) + logits(engine, config)
-    return judge(engine, held_out if placement.dp_rank < placement.dp - 1 else [])
+        return held_out_metrics(engine, held_out) + logits(engine, config)
+    return held_out_metrics(engine, held_out if placement.dp_rank < placement.dp - 1 else [])
 
 
 def timeouts() -> set[timedelta]:

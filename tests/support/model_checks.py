@@ -127,7 +127,7 @@ class Oracle:
         x = x + (a / (1 + (-a).exp()) * b) @ self.w[name + "mlp.linear_fc2.weight"].T
         return x, alignment, mass.mean(1).sum()
 
-    def judge(self, batch: Batch, main: str) -> list[float]:
+    def held_out_metrics(self, batch: Batch, main: str) -> list[float]:
         """Returns cross entropy, then alignment and captured mass by layer, of a microbatch."""
         ends = batch.cu_seqlens.tolist()
         layers = self.config.model.num_layers
@@ -148,7 +148,7 @@ class Oracle:
 
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 @pytest.mark.parametrize(("gate", "tied"), [(True, True), (False, False)])
-def test_the_model_equals_the_definition(placement, mode, gate, tied):
+def test_model_equals_the_definition(placement, mode, gate, tied):
     from ssa_pretrain.engine import build_engine
     from ssa_pretrain.engine.megatron.checkpoint import unwrap
 
@@ -157,7 +157,7 @@ def test_the_model_equals_the_definition(placement, mode, gate, tied):
     batch = microbatch()
     found = engine.evaluate([batch], mode=mode)
     weights = dict(unwrap(engine.chunks[0]).named_parameters())
-    wanted = Oracle(weights, config).judge(batch, mode)
+    wanted = Oracle(weights, config).held_out_metrics(batch, mode)
     # fp32 has 24 mantissa bits and each value is a mean over hundreds of numbers; two layers of products stay within 1e-5.
     np.testing.assert_allclose(
         [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer], wanted, rtol=1e-5
@@ -180,7 +180,7 @@ def test_only_a_tied_output_layer_begins_as_the_embedding(placement, tied):
         assert cosine.abs().mean() < 0.5, "rows of 32 independent numbers have a mean of 0.14"
 
 
-def test_a_step_reports_what_an_evaluation_of_its_weights_does(placement):
+def test_step_reports_what_an_evaluation_of_its_weights_does(placement):
     from ssa_pretrain.engine import build_engine
 
     config = small_config()
@@ -194,7 +194,7 @@ def test_a_step_reports_what_an_evaluation_of_its_weights_does(placement):
 
 @pytest.mark.parametrize("weight", [0.0, 500.0])
 @pytest.mark.parametrize("mode", ["full", "sparse"])
-def test_the_gradient_is_that_of_cross_entropy_plus_weighted_alignment(placement, mode, weight):
+def test_gradient_is_that_of_cross_entropy_plus_weighted_alignment(placement, mode, weight):
     """Along the gradient itself the loss must rise by its norm. Each stream's alignment term stops the other's gradient, so both together have
     half the slope of their value.
     """
@@ -226,7 +226,7 @@ def test_the_gradient_is_that_of_cross_entropy_plus_weighted_alignment(placement
     assert slope == pytest.approx(float(norm), rel=0.01)
 
 
-def test_the_alignment_weighs_in_that_gradient(placement):
+def test_alignment_weighs_in_that_gradient(placement):
     """If the term were missing or doubled, the test above would fail: at this weight it is a large part of the slope."""
     from ssa_pretrain.engine import build_engine
 
@@ -240,7 +240,7 @@ def test_the_alignment_weighs_in_that_gradient(placement):
 
 
 @pytest.mark.parametrize("mode", ["full", "sparse"])
-def test_the_mean_gradient_over_draws_of_the_counterpart_is_that_of_all_queries(placement, monkeypatch, mode):
+def test_mean_gradient_over_draws_of_the_counterpart_is_that_of_all_queries(placement, monkeypatch, mode):
     """With one pair of chunks per row every query is drawn equally often: the mean over the PAIRS draws is exact, not statistical."""
     from ssa_pretrain.engine import build_engine
     from ssa_pretrain.engine import step as engine_step
@@ -462,7 +462,7 @@ def test_samples_are_no_longer_than_a_row(placement, tmp_path, monkeypatch, leng
         assert len(found) == 2 * len(prompts or drawn)
 
 
-def test_the_filling_of_packed_prompts_has_documents_no_longer_than_a_row():
+def test_filling_of_packed_prompts_has_documents_no_longer_than_a_row():
     from ssa_pretrain.sampling import packed_prompts
 
     batch = packed_prompts([[1, 2, 3], [4]], 64, 16)

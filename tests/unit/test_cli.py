@@ -1,4 +1,4 @@
-"""The command line: Hydra's meaning for good commands, one message for bad ones, and neither torch nor a second voice."""
+"""The command line: Hydra's semantics for valid commands, one message for bad ones, no import of torch and no output of Hydra's own."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def lines(*arguments: str, machine: Machine = PLAN) -> list[str]:
 
 
 def run(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, as an entry point sees it."""
+    """Runs the command line in a separate process, as an entry point does."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "COLUMNS": "120"} | variables
@@ -64,30 +64,30 @@ def test_groups_experiments_and_overrides_compose() -> None:
     assert config.output_dir == "outputs/ssa_1b_8k"  # interpolated
 
 
-def test_no_experiment_may_be_said_aloud() -> None:
+def test_no_experiment_may_be_given_explicitly() -> None:
     assert resolved("experiment=null", "training.steps=2", "training.global_batch_tokens=512").training.steps == 2
 
 
-def test_an_override_wins_over_the_experiment_and_the_last_one_wins() -> None:
+def test_override_beats_experiment_and_the_last_one_wins() -> None:
     config = resolved("optim.lr=0.5", "experiment=quickstart", "optim.lr=0.25", "name=mine")
     assert config.optim.lr == 0.25
     assert config.output_dir == "outputs/mine"
 
 
 @pytest.mark.parametrize("sign", ["", "+", "++"])
-def test_a_known_key_or_group_may_carry_hydra_s_signs(sign: str) -> None:
+def test_known_key_or_group_may_have_hydra_prefixes(sign: str) -> None:
     config = resolved(f"{sign}experiment=quickstart", f"{sign}optim.lr=0.25", f"{sign}data.weights.english=0.5")
     assert (config.name, config.optim.lr, config.data.weights) == ("quickstart", 0.25, {"english": 0.5})
 
 
-def test_a_section_may_be_given_as_a_mapping() -> None:
+def test_section_may_be_given_as_a_mapping() -> None:
     whole = resolved("experiment=quickstart")
     config = resolved("experiment=quickstart", "training={steps: 5, micro_batch_size: 1}", "logging.wandb.tags=[a,b]")
     assert config.training == dataclasses.replace(whole.training, steps=5, micro_batch_size=1)
     assert config.logging.wandb.tags == ["a", "b"]
 
 
-def test_a_user_s_own_folder_adds_options(tmp_path: Path) -> None:
+def test_user_folder_adds_options(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     mine = "# @package _global_\ndefaults:\n  - quickstart\nname: mine\noptim:\n  lr: 1e-2\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(mine)
@@ -96,7 +96,7 @@ def test_a_user_s_own_folder_adds_options(tmp_path: Path) -> None:
     assert "did you mean experiment=mine?" in lines("--config-dir", str(tmp_path), "experiment=mien")[0]
 
 
-def test_what_is_wrong_in_a_user_s_file_is_listed_too(tmp_path: Path) -> None:
+def test_problems_in_a_user_file_are_listed(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     mine = "# @package _global_\ndefaults:\n  - quickstart\noptim:\n  lrr: 1e-2\n  lr: fast\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(mine)
@@ -110,14 +110,14 @@ def test_what_is_wrong_in_a_user_s_file_is_listed_too(tmp_path: Path) -> None:
     assert "the configuration does not compose: " in lines("-cd", str(tmp_path), "experiment=mine")[0]
 
 
-def test_a_saved_configuration_runs_again(tmp_path: Path) -> None:
+def test_saved_configuration_runs_again(tmp_path: Path) -> None:
     first = resolved("experiment=quickstart", "optim.lr=0.25", "data.weights.english=0.5")
     save_config(first, tmp_path / "config.yaml")
     assert resolved("-cp", str(tmp_path)) == first == load_config(Config, tmp_path / "config.yaml")
     assert resolved("-cp", str(tmp_path), "-cn", "config.yaml", "optim.lr=0.125").optim.lr == 0.125
 
 
-def test_a_saved_configuration_has_no_groups(tmp_path: Path) -> None:
+def test_saved_configuration_has_no_groups(tmp_path: Path) -> None:
     save_config(resolved("experiment=quickstart"), tmp_path / "config.yaml")
     (tmp_path / "data").mkdir()  # a run's folder may hold one; it is no group
     whole = f"is not a value, and {tmp_path / 'config'}.yaml is a whole configuration without groups; set single keys, such as "
@@ -127,7 +127,7 @@ def test_a_saved_configuration_has_no_groups(tmp_path: Path) -> None:
     assert resolved("-cp", str(tmp_path), "attention={top_k: 8}").attention.top_k == 8
 
 
-def test_a_launcher_s_local_rank_is_no_setting() -> None:
+def test_local_rank_of_a_launcher_is_ignored() -> None:
     assert resolved("--local_rank=1", "experiment=quickstart").name == "quickstart"
     assert resolved("experiment=quickstart", "--local-rank", "1").name == "quickstart"
 
@@ -176,7 +176,7 @@ def test_a_launcher_s_local_rank_is_no_setting() -> None:
         (("engine=deepspeed", "deepspeed.zero_stagee=2"), "deepspeed.zero_stagee=2 is not a known key; did you mean deepspeed.zero_stage?"),
     ],
 )  # fmt: skip
-def test_a_bad_argument_is_one_line(arguments: tuple[str, ...], message: str) -> None:
+def test_bad_argument_is_one_line(arguments: tuple[str, ...], message: str) -> None:
     found = lines("experiment=quickstart", *arguments)
     assert len(found) == 1
     assert message in found[0]
@@ -194,14 +194,14 @@ def test_a_bad_argument_is_one_line(arguments: tuple[str, ...], message: str) ->
         ("wandb.api_key=s3cret[",),
     ],
 )
-def test_a_secret_is_refused_with_the_way_to_give_it_and_never_repeated(arguments: tuple[str, ...]) -> None:
+def test_secret_is_refused_with_advice_and_never_printed(arguments: tuple[str, ...]) -> None:
     found = lines("experiment=quickstart", *arguments)
     assert len(found) == 1
     assert "is a secret, and the configuration is saved; set WANDB_API_KEY or HF_TOKEN in the environment" in found[0]
     assert "s3cret" not in found[0]
 
 
-def test_a_secret_is_not_drawn_from_the_environment_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secret_is_not_interpolated_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "s3cret")
     found = lines("experiment=quickstart", "name=${oc.env:WANDB_API_KEY}")
     assert len(found) == 1
@@ -209,7 +209,7 @@ def test_a_secret_is_not_drawn_from_the_environment_either(monkeypatch: pytest.M
     assert "s3cret" not in found[0]
 
 
-def test_a_wrong_experiment_is_one_line_and_its_likely_meaning_is_checked() -> None:
+def test_unknown_experiment_is_one_line_and_the_closest_one_is_checked() -> None:
     assert len(lines("experiment=zzz")) == 1
     found = lines("experment=quickstart", "parallel.pp=1000")
     assert len(found) == 2
@@ -217,14 +217,14 @@ def test_a_wrong_experiment_is_one_line_and_its_likely_meaning_is_checked() -> N
     assert "parallel.pp=1000 must divide model.num_layers=" in found[1]
 
 
-def test_all_kinds_of_problems_come_in_one_list() -> None:
+def test_all_kinds_of_problems_are_in_one_list() -> None:
     found = lines(
         "experiment=quickstart", "optim.lrr=1", "model=tinny", "optim.lr=abc", "parallel.pp=1000", "oops", "-m"
     )
     assert len(found) == 6
 
 
-def test_nothing_given_names_a_beginning() -> None:
+def test_empty_command_names_a_first_command() -> None:
     assert any("start from an experiment: experiment=quickstart" in line for line in lines())
 
 
@@ -245,7 +245,7 @@ def test_nothing_given_names_a_beginning() -> None:
         ({"OMPI_COMM_WORLD_RANK": "1", "PMI_RANK": "1"}, True),
     ],
 )
-def test_one_rank_a_node_speaks_and_all_leave_with_3(
+def test_one_rank_per_node_prints_and_all_exit_with_3(
     environment: dict[str, str], speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID"):
@@ -270,7 +270,7 @@ def test_one_rank_a_node_speaks_and_all_leave_with_3(
 @pytest.mark.parametrize(
     ("name", "value", "least"), [("WORLD_SIZE", "abc", 1), ("WORLD_SIZE", "0", 1), ("RANK", "x", 0), ("RANK", "-1", 0), ("LOCAL_RANK", "", 0)]
 )  # fmt: skip
-def test_a_launcher_s_number_that_is_none_is_one_line(
+def test_bad_number_from_a_launcher_is_one_line(
     name: str, value: str, least: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -284,7 +284,7 @@ def test_a_launcher_s_number_that_is_none_is_one_line(
     assert capsys.readouterr().err.splitlines()[1] == f"  {line}{advice}"
 
 
-def test_an_installation_without_conf_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installation_without_conf_gets_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssa_pretrain.cli.CONF", tmp_path / "conf")
     assert lines("experiment=quickstart") == [
         f"this installation has no {tmp_path / 'conf'}: the configuration lies in the repository; "
@@ -293,8 +293,8 @@ def test_an_installation_without_conf_says_what_to_do(tmp_path: Path, monkeypatc
     assert resolved("-cp", str(CONF), "experiment=quickstart").name == "quickstart"
 
 
-def test_whatever_is_typed_ends_in_a_list_of_problems_or_a_plan() -> None:
-    """Random arguments: the only error is ConfigError, which the command line prints."""
+def test_any_command_gives_a_list_of_problems_or_a_plan() -> None:
+    """For random arguments the only error is ConfigError, which the command line prints."""
     draw = random.Random(3)
     keys = [
         *known_keys(Config),
@@ -335,7 +335,7 @@ def test_whatever_is_typed_ends_in_a_list_of_problems_or_a_plan() -> None:
 # --- whole processes ---
 
 
-def test_a_bad_command_ends_at_once_without_torch_without_a_trace_and_without_folders(tmp_path: Path) -> None:
+def test_bad_command_exits_without_torch_traceback_or_folders(tmp_path: Path) -> None:
     started = time.monotonic()
     done = run("experiment=quickstart", "optim.lrr=1", "optim.lr=abc", "parallel.pp=1000", cwd=tmp_path, WORLD_SIZE="3")
     assert time.monotonic() - started < 3
@@ -349,7 +349,7 @@ def test_a_bad_command_ends_at_once_without_torch_without_a_trace_and_without_fo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_data_alone_leaves_with_4(tmp_path: Path) -> None:
+def test_only_missing_data_exits_with_4(tmp_path: Path) -> None:
     done = run("experiment=quickstart", cwd=tmp_path)
     assert done.returncode == 4
     assert done.stderr.startswith(
@@ -384,7 +384,7 @@ def test_cfg_job_of_a_wrong_key_is_refused(tmp_path: Path) -> None:
     assert "optim.lrr=1 is not a known key; did you mean optim.lr?" in done.stderr
 
 
-def test_other_ranks_show_nothing(tmp_path: Path) -> None:
+def test_other_ranks_print_nothing(tmp_path: Path) -> None:
     done = run("--help", cwd=tmp_path, RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -401,13 +401,13 @@ def test_no_section_has_a_field_for_a_secret() -> None:
     assert not any(word in shown for word in ('key"', 'token"', "password", "secret"))
 
 
-def test_the_machine_is_what_torch_sees() -> None:
+def test_machine_reports_what_torch_sees() -> None:
     import torch
 
     assert this_machine().has_gpu == torch.cuda.is_available()
 
 
-def test_hidden_devices_are_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_devices_do_not_count_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("WORLD_SIZE", "4")
     machine = this_machine()

@@ -1,4 +1,4 @@
-"""The plan's last lines: is the data prepared, and what does output_dir mean for the command."""
+"""The plan's last lines: whether the data is prepared, and what the command would do with output_dir."""
 
 import json
 import os
@@ -15,7 +15,7 @@ BASE = ("experiment=quickstart", "model.vocab_size=4096", "training.steps=9")
 
 
 def rows(*arguments: str, capsys: pytest.CaptureFixture[str], entry: str = "train") -> dict[str, str]:
-    """The plan's rows by name; of a name that comes twice the last."""
+    """Returns the plan's rows by name; the last one for a repeated name."""
     with pytest.raises(SystemExit) as left:
         read_config(entry, [*BASE, *arguments, "--dry-run"])
     out, err = capsys.readouterr()
@@ -24,7 +24,7 @@ def rows(*arguments: str, capsys: pytest.CaptureFixture[str], entry: str = "trai
 
 
 def add_checkpoint(folder: Path, step: int, *arguments: str) -> None:
-    """The record of a checkpoint that a command's run would write."""
+    """Writes the facts of a checkpoint, as a command's run would."""
     config = resolve_config("train", [*BASE, *arguments], Machine(world_size=1, has_files=False))
     facts = run_facts(config, fingerprint="data", padded_vocab_size=4096, tokenizer_sha256="tokenizer")
     path = folder / "checkpoints" / f"step_{step:08d}" / "checkpoint.json"
@@ -32,7 +32,9 @@ def add_checkpoint(folder: Path, step: int, *arguments: str) -> None:
     path.write_text(json.dumps({"schema": 1, "step": step, "facts": facts, "files": {}}))
 
 
-def test_data_that_is_missing_comes_with_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_data_is_shown_with_the_command_that_prepares_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = rows("data.path=data/quickstart", f"output_dir={tmp_path}", capsys=capsys)["data"]
     command = "python -m data_prep source=quickstart tokenizer=bpe8k out=data/quickstart"
     assert found == f"data/quickstart is not prepared yet: {command}"
@@ -40,7 +42,7 @@ def test_data_that_is_missing_comes_with_its_command(tmp_path: Path, capsys: pyt
     assert found == "my data is not prepared yet: python -m data_prep source=… tokenizer=… out='my data'"
 
 
-def test_what_the_folder_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_describes_the_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     place = f"output_dir={run}"
     assert rows(place, capsys=capsys)["output"] == f"{run} holds no checkpoint: the run starts at step 0"
@@ -61,7 +63,7 @@ def test_what_the_folder_means(tmp_path: Path, capsys: pytest.CaptureFixture[str
     )
 
 
-def test_the_micro_batch_size_may_change_where_a_run_takes_it(
+def test_plan_and_resume_agree_on_a_changed_micro_batch_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     smaller, drawn_by_step = "training.micro_batch_size=1", "attention.stream_draw=step"
@@ -73,7 +75,7 @@ def test_the_micro_batch_size_may_change_where_a_run_takes_it(
     assert found.endswith("the run resumes after step 6 of 9")
 
 
-def test_a_folder_in_use_or_unwritable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_reports_a_folder_in_use_or_unwritable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = lock_folder(tmp_path / "run")
     assert lock is not None
     with lock:

@@ -1,4 +1,4 @@
-"""ssa_pretrain/run_folder.py: one run per folder while its process lives, and obstacles are known before a run starts."""
+"""ssa_pretrain/run_folder.py: one live run per folder, and obstacles are found before a run starts."""
 
 import fcntl
 import os
@@ -18,24 +18,24 @@ from ssa_pretrain import run_folder
 from ssa_pretrain.run_folder import LOCK, lock_folder, require_free, space_warning, unwritable
 from ssa_pretrain.settings.files import unlock
 from ssa_pretrain.settings.problems import ConfigError
+from support.processes import ROOT
 
 HOLD = "import sys, time, pathlib; from ssa_pretrain.run_folder import lock_folder; held = lock_folder(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
 
 
 def held(folder: Path, report: Callable[[str], None] = print) -> TextIO:
-    """A folder's lock, taken by this process."""
+    """Returns a folder's lock, taken by this process."""
     lock = lock_folder(folder, report)
     assert lock is not None
     return lock
 
 
-def test_a_second_run_is_refused_with_the_holder_s_name_until_that_is_killed(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
+def test_second_run_is_refused_and_names_the_holder_until_it_is_killed(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as holder:
         try:
             assert holder.stdout is not None
@@ -61,7 +61,7 @@ def test_a_second_run_is_refused_with_the_holder_s_name_until_that_is_killed(tmp
         assert not lock.closed
 
 
-def test_what_killed_runs_left_goes_and_nothing_else(tmp_path: Path) -> None:
+def test_only_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
     kept = [
         "checkpoints/step_00000002",
         "checkpoints/.hidden",
@@ -85,7 +85,7 @@ def test_what_killed_runs_left_goes_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(lines) == sorted(f"removed {tmp_path / name}, which a killed run left unfinished" for name in left)
 
 
-def test_a_refused_run_removes_nothing(tmp_path: Path) -> None:
+def test_refused_run_removes_nothing(tmp_path: Path) -> None:
     scratch = tmp_path / "checkpoints" / ".step_00000004.tmp"
     with held(tmp_path):
         scratch.mkdir(parents=True)  # the holder is saving
@@ -94,7 +94,7 @@ def test_a_refused_run_removes_nothing(tmp_path: Path) -> None:
     assert scratch.exists()
 
 
-def test_a_look_at_a_free_folder_changes_nothing(tmp_path: Path) -> None:
+def test_checking_a_free_folder_changes_nothing(tmp_path: Path) -> None:
     require_free(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
     unlock(held(tmp_path))
@@ -106,7 +106,7 @@ def test_a_look_at_a_free_folder_changes_nothing(tmp_path: Path) -> None:
     held(tmp_path).close()
 
 
-def test_a_holder_that_is_dying_is_waited_for(tmp_path: Path) -> None:
+def test_dying_holder_is_awaited(tmp_path: Path) -> None:
     lock = held(tmp_path)
     (tmp_path / LOCK).write_text('{"pid": 1, "host": "another", "started": "x"}\n')
     timer = threading.Timer(1.5, lock.close)
@@ -132,7 +132,7 @@ def test_storage_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.M
     assert lines == [f"{tmp_path} lies on storage without file locks: do not start a second run in it"]
 
 
-def test_an_error_of_the_system_is_one_problem(tmp_path: Path) -> None:
+def test_operating_system_error_is_one_problem(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cannot be written: (Not a directory|File exists); try another output_dir"):
         lock_folder(tmp_path / "file" / "run")
@@ -140,7 +140,7 @@ def test_an_error_of_the_system_is_one_problem(tmp_path: Path) -> None:
         lock_folder(tmp_path / "file")
 
 
-def test_files_in_the_way_are_named(tmp_path: Path) -> None:
+def test_conflicting_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert unwritable(tmp_path / "file") == "is a file, not a folder"
     assert unwritable(tmp_path / "file" / "a" / "b") == f"lies below {tmp_path / 'file'}, which is a file"
@@ -152,7 +152,7 @@ def test_files_in_the_way_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("locked", ["run", "run/checkpoints", "."])
 def test_folders_without_permission_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str) -> None:
-    """By a stand-in for os.access: whoever is root may write everywhere."""
+    """Patches os.access, because root may write everywhere."""
     if locked != ".":
         (tmp_path / locked).mkdir(parents=True)
     place = tmp_path / locked if locked != "." else tmp_path
@@ -160,7 +160,7 @@ def test_folders_without_permission_are_named(tmp_path: Path, monkeypatch: pytes
     assert unwritable(tmp_path / "run") == f"cannot be written: no permission to write into {place}"
 
 
-def test_little_room_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_disk_space_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 3 * 2**29}))
     assert space_warning(tmp_path, 3 * 2**29) is None
     assert space_warning(tmp_path, 2**31) == (
@@ -168,7 +168,7 @@ def test_little_room_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
 
 
-def test_a_refusal_reaches_other_processes_whole(tmp_path: Path) -> None:
+def test_config_error_pickles_unchanged(tmp_path: Path) -> None:
     with held(tmp_path), pytest.raises(ConfigError) as caught:
         lock_folder(tmp_path, patience=0)
     copy = pickle.loads(pickle.dumps(caught.value))

@@ -1,4 +1,4 @@
-"""A run's folder on evaluate's command line: its configuration, its checkpoints, and what else a word may be."""
+"""A run's folder on evaluate's command line: its configuration, its checkpoints, and other arguments."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ PLAN = ["dry_run=true", "model.vocab_size=4096"]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's folder that was moved, with a checkpoint; its configuration names another place and a larger machine."""
+    """A moved run folder with a checkpoint. Its configuration names the old path and a larger machine."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     tree = {
@@ -47,7 +47,7 @@ def configured(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int
     return code, out, err
 
 
-def test_a_run_s_folder_is_the_whole_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_folder_alone_is_a_complete_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = configured(str(folder), *PLAN, "name=mine", capsys=capsys)
     assert code == 0, err
     assert "run        mine\n" in out and "attention  full; " in out
@@ -58,13 +58,13 @@ def test_a_run_s_folder_is_the_whole_command(folder: Path, capsys: pytest.Captur
     assert err == line
 
 
-def test_a_layout_of_the_user_s_own_and_one_that_fits_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_layout_and_fitting_saved_layout_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert expand([str(folder), "parallel.tp=2"], 1)[1] == ""
     arguments, note = expand([str(folder)], 2)
     assert note == "" and not any(word.startswith("parallel.tp") for word in arguments)
 
 
-def test_a_checkpoint_names_its_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_names_its_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = folder / "checkpoints" / "step_00000007"
     assert expand([str(checkpoint)], 2) == expand([str(folder)], 2)
     assert (named_checkpoint([str(checkpoint)]), named_checkpoint([str(folder)])) == (checkpoint, None)
@@ -74,7 +74,7 @@ def test_a_checkpoint_names_its_run(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert expand(["."], 2)[0][1] == "."
 
 
-def test_the_newest_checkpoint_is_the_engine_s_to_choose_and_the_flags_keep_their_words(folder: Path) -> None:
+def test_engine_chooses_the_newest_checkpoint_and_flags_keep_their_values(folder: Path) -> None:
     arguments, _ = expand(["--cfg", "job", "-cd", "here", str(folder), "evaluation.rows=8"], 2)
     assert arguments[:2] == ["--config-path", str(folder)]
     assert arguments[-5:] == ["--cfg", "job", "-cd", "here", "evaluation.rows=8"]
@@ -90,7 +90,7 @@ def test_the_newest_checkpoint_is_the_engine_s_to_choose_and_the_flags_keep_thei
         (["{}/empty", "-cp", "conf"], "{}/empty is a run's folder, and --config-path names another configuration; give one of the two"),
     ],
 )  # fmt: skip
-def test_another_folder_is_one_sentence_and_3(
+def test_other_folder_prints_one_line_and_exits_with_3(
     arguments: list[str], message: str, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -101,7 +101,7 @@ def test_another_folder_is_one_sentence_and_3(
     assert err.splitlines()[1] == "  " + message.replace("{}", str(tmp_path))
 
 
-def test_a_run_without_checkpoints_is_one_sentence_and_5(
+def test_run_without_checkpoints_prints_one_line_and_exits_with_5(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_config(Config(), tmp_path / "new" / "config.yaml")
@@ -115,7 +115,7 @@ def test_a_run_without_checkpoints_is_one_sentence_and_5(
     assert capsys.readouterr().err == sentence
 
 
-def test_what_is_wrong_in_a_saved_configuration_is_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_of_a_saved_configuration_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "config.yaml").write_text("optim: {lrr: 1}\n")
     code, _, err = configured(str(folder), capsys=capsys)
     assert code == 3

@@ -1,4 +1,4 @@
-"""The main stream is a pure function of (seed, step, microbatch) with the right odds."""
+"""The main stream is a pure function of (seed, step, microbatch) with the configured probability."""
 
 import itertools
 import math
@@ -19,25 +19,25 @@ def draws(attention: AttentionConfig, seed: int = 1, steps: int = 500, microbatc
     return [main_stream(attention, seed=seed, step=s, microbatch=m) for s in range(steps) for m in range(microbatches)]
 
 
-def test_the_draw_is_repeatable_and_follows_the_seed():
+def test_draw_is_repeatable_and_follows_the_seed():
     attention = AttentionConfig()
     assert draws(attention) == draws(attention)
     assert draws(attention, seed=2) != draws(attention)
 
 
-def test_the_draw_never_changes():
-    """Runs resume by this sequence; changing it changes the training of every run."""
+def test_draw_never_changes():
+    """Runs resume by this sequence. Changing it changes the training of every run."""
     first = draws(AttentionConfig(), seed=1234, steps=2)
     assert "".join(name[0] for name in first) == "sfffsfssffssfssf"
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
-def test_the_share_of_full_is_full_ratio(ratio):
+def test_full_stream_share_equals_full_ratio(ratio):
     share = draws(AttentionConfig(full_ratio=ratio)).count("full") / 4000
     assert abs(share - ratio) <= 4 * (ratio * (1 - ratio) / 4000) ** 0.5
 
 
-def test_once_a_step_gives_all_microbatches_one_stream():
+def test_drawing_per_step_gives_all_microbatches_one_stream():
     attention = AttentionConfig(stream_draw=StreamDraw.step)
     for step in range(50):
         assert len({main_stream(attention, seed=1, step=step, microbatch=m) for m in range(8)}) == 1
@@ -59,14 +59,14 @@ def spans(share: float, step: int, rows: int = 2, length: int = 64, **more) -> l
     return counterpart_spans(attention, seed=1, step=step, microbatch=3, rows=rows, row_length=length)
 
 
-def test_all_queries_have_a_counterpart_where_the_share_is_one():
+def test_every_query_has_a_counterpart_if_the_share_is_one():
     assert all(spans(1.0, step) == [(0, 128)] for step in range(20))
     assert spans(0.0, 0) == [] and spans(1.0, 0, method=Method.full) == []
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.125, 0.3, 0.05])
-def test_every_query_is_drawn_with_the_probability_of_the_share(share):
-    """And each row of a step has as close to the share as its chunks allow."""
+def test_each_query_is_drawn_with_probability_equal_to_the_share(share):
+    """Each row of a step is as close to the share as its chunks allow."""
     steps, drawn = 4000, np.zeros((4000, 128), dtype=bool)
     for step in range(steps):
         for first, length in spans(share, step):
@@ -78,12 +78,12 @@ def test_every_query_is_drawn_with_the_probability_of_the_share(share):
 
 
 def test_each_draw_has_the_same_causal_work():
-    """Chunks come in mirrored pairs, so the pairs (query, earlier key) of a row are those of every other draw."""
+    """Chunks come in mirrored pairs, so every draw has the same number of (query, earlier key) pairs per row."""
     work = {sum(sum(range(first, first + length)) for first, length in spans(0.25, step, rows=1)) for step in range(50)}
     assert len(work) == 1
 
 
-def test_a_microbatch_without_a_sample_is_accounted_for():
+def test_weights_account_for_microbatches_without_a_sample():
     attention = AttentionConfig(counterpart_share=0.05)
     empty = sum(not spans(0.05, step) for step in range(4000)) / 4000
     assert 1 / counterpart_factor(attention, rows=2) == pytest.approx(1 - empty, abs=0.035)
@@ -105,8 +105,8 @@ def test_a_microbatch_without_a_sample_is_accounted_for():
         ({"method": Method.moba, "counterpart_share": 0.25}, None),
     ],
 )
-def test_what_makes_streams_depend_on_the_microbatches_is_named(attention, setting):
-    """And holds: a batch of four rows draws the same whether it is cut into four microbatches, two or one."""
+def test_settings_that_tie_streams_to_microbatches_are_named(attention, setting):
+    """Without such settings, a batch of four rows draws the same streams as four, two or one microbatches."""
     config = AttentionConfig(**attention)
     assert drawn_by_microbatch(config) == setting
 

@@ -1,4 +1,4 @@
-"""A run without training: evaluation slices combined, schedules, the row order of checkpoints, when a run has finished."""
+"""Parts of a run without training: combined evaluation slices, schedules, the row order of checkpoints, when a run has finished."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def a_run(config: Config, folder: Path, *, manifest=None, rows=None) -> Run:
     return Run(config, None, placement, manifest, None, rows, None, folder)
 
 
-def test_slices_weigh_by_labels_and_tokens():
+def test_slices_are_weighted_by_labels_and_tokens():
     first = EvaluationResult(2.0, [1.0, 10.0], [0.5, 0.6], num_labels=300, num_tokens=320)
     second = EvaluationResult(4.0, [4.0, 40.0], [0.8, 0.9], num_labels=100, num_tokens=160)
     whole = combine([first, second])
@@ -44,7 +44,7 @@ def test_slices_without_a_second_stream_have_no_layers():
     assert combine([part, part]) == EvaluationResult(2.0, [], [], num_labels=2, num_tokens=4)
 
 
-def test_slices_without_labels_weigh_nothing():
+def test_slices_without_labels_have_no_weight():
     empty = EvaluationResult(0.0, [1.0], [0.5], num_labels=0, num_tokens=10)
     assert combine([empty, EvaluationResult(2.0, [4.0], [1.0], 20, 20)]).cross_entropy == 2.0
     assert np.isnan(combine([empty]).cross_entropy)
@@ -62,7 +62,7 @@ def test_slices_without_labels_weigh_nothing():
     ],
 )
 def test_microbatches_hold_all_held_out_rows(dp, pp, vpp, size, rows, expected):
-    """As many on each data rank, whole rounds of an interleaved pipeline, and no slice of an evaluation that is padding only."""
+    """Every data rank has the same number, in whole rounds of an interleaved pipeline, and no slice is only padding."""
     plan = SimpleNamespace(dp=dp, pp=pp, vpp=vpp)
     found = num_held_out_microbatches(size, plan, rows)
     assert found == expected and found * size >= rows and found % dp == 0
@@ -70,8 +70,8 @@ def test_microbatches_hold_all_held_out_rows(dp, pp, vpp, size, rows, expected):
     assert last_slice * size < rows
 
 
-def test_a_checkpoint_keeps_its_row_order(tmp_path, monkeypatch):
-    """One without the fact was written under order 1; what a run has read and will read stays as it was."""
+def test_checkpoint_keeps_its_row_order(tmp_path, monkeypatch):
+    """A checkpoint without the fact was written with order 1. The rows that a run has read and will read do not change."""
     manifest = write_dataset(tmp_path, {"english": cut(3000), "python": cut(700, base=10_000)}, {})
     config = Config()
     config.data.sequence_length, config.data.path = 32, str(tmp_path)
@@ -104,11 +104,11 @@ def test_a_checkpoint_keeps_its_row_order(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("step", "interval", "expected"), [(10, 5, True), (11, 5, False), (100, 0, True), (99, 0, False)]
 )
-def test_due_every_interval_and_at_the_end(step, interval, expected):
+def test_interval_is_due_at_multiples_and_at_the_end(step, interval, expected):
     assert is_due(step, interval, last_step=100) is expected
 
 
-def test_a_run_s_banner_warns_of_blocks_that_cover_the_row(tmp_path):
+def test_banner_warns_of_blocks_that_cover_the_row(tmp_path):
     plan = SimpleNamespace(
         parameters=1, world_size=1, tp=1, pp=1, cp=1, dp=1, vocab_size=1, steps=1, tokens_per_step=1, total_tokens=1
     )
@@ -126,7 +126,7 @@ def test_mean_of_nothing_is_none():
     assert mean([]) is None and mean([1.0, 3.0]) == 2.0
 
 
-def test_a_step_is_counted_by_its_documents():
+def test_flops_of_a_step_depend_on_its_documents():
     config = Config()
     run = SimpleNamespace(config=config, plan=SimpleNamespace(vocab_size=500))
     starts = np.zeros(65, dtype=bool)
@@ -152,7 +152,7 @@ RECEIVED = {"train": 4, "heldout/full": 4, "heldout/sparse": 4}
         ([], WandbMode.online, False),
     ],
 )
-def test_a_run_whose_w_and_b_lacks_records_is_not_finished(tmp_path, state, mode, owed):
+def test_run_whose_wandb_lacks_records_is_not_finished(tmp_path, state, mode, owed):
     metrics = [{"kind": "train", "step": step} for step in range(1, 5)]
     metrics += [{"kind": "evaluation", "step": 4, "mode": name} for name in ("full", "sparse")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))

@@ -1,4 +1,4 @@
-"""Skips the kernels' GPU tests where there is no GPU, and seeds torch before each."""
+"""Skips the kernels' GPU tests if there is no GPU, and seeds torch before each."""
 
 import pytest
 import torch

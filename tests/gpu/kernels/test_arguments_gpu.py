@@ -1,4 +1,4 @@
-"""Arguments of the public operators on a GPU: views give the bits of contiguous copies without waiting, wrong arguments are refused, wrong values are harmless.
+"""Arguments of the public operators on a GPU: views equal contiguous copies bit for bit without waiting, bad arguments are refused, bad values are harmless.
 
 tests/kernels/test_arguments.py is the same on a CPU, for every argument; here are the kernels that exist on a GPU only, with their vector loads,
 asynchronous copies and libraries, and the values that nothing looks at there.
@@ -101,7 +101,7 @@ VIEWS = {
 
 
 def results(call, tensors, view_grad):
-    """Returns outputs and gradients; the gradients of outputs that have none in are one each."""
+    """Returns outputs and gradients. The incoming gradient of each output is one."""
     leaves = {n: x.detach() for n, x in tensors.items()}
     wanted = [x.requires_grad_() for n, x in leaves.items() if n in DIFFERENTIABLE]
     out = call(**leaves)
@@ -130,7 +130,7 @@ def every():
         "qkv_rope",
     ],
 )
-def test_views_give_the_bits_of_contiguous_copies_and_nothing_waits(every, name):
+def test_views_equal_contiguous_copies_bit_for_bit_without_waiting(every, name):
     call, tensors = every[name]
     wanted = results(call, tensors, torch.Tensor.contiguous)
     for kind, view in VIEWS.items():
@@ -181,7 +181,7 @@ def test_views_of_a_whole_layer(view):
         assert float((a - b).float().norm() / b.float().norm()) < 4e-3
 
 
-def test_labels_outside_are_ignored_and_views_of_the_output_layer_are_read():
+def test_out_of_range_labels_are_ignored_and_views_of_the_output_layer_are_read():
     hidden, weight = draw(64, 128).requires_grad_(), draw(1000, 128).requires_grad_()
     labels = torch.arange(64, device="cuda") * 15
     ignored = labels.clone()
@@ -212,7 +212,7 @@ def test_labels_outside_are_ignored_and_views_of_the_output_layer_are_read():
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_positions_outside_take_the_nearest_angle(impl):
+def test_out_of_range_positions_use_the_nearest_angle(impl):
     mixed, angles = draw(T, 2 * (18 * 64 + 16)), 9 * draw(77, 64).float()
     positions = torch.arange(T, device="cuda") % 77
     wild = positions.clone()
@@ -222,8 +222,8 @@ def test_positions_outside_take_the_nearest_angle(impl):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_blocks_outside_are_not_read():
-    """Blocks past a query's own block are skipped. Whatever the numbers are, other queries' results are unaffected and nothing crashes."""
+def test_out_of_range_blocks_are_not_read():
+    """Blocks past a query's own block are skipped. For any block numbers, other queries' results are unaffected and nothing crashes."""
     t = {n: x.requires_grad_() for n, x in streams().items()}
     indices = select_blocks(t["q"].detach(), t["k"].detach(), **BLOCKS, cu_seqlens=ends())
     wild = indices.clone()
@@ -239,7 +239,7 @@ def test_blocks_outside_are_not_read():
         torch.cuda.synchronize()
 
 
-def test_boundaries_out_of_order_are_put_in_order():
+def test_unordered_boundaries_are_sorted():
     for given, wanted in (([5, 200, 100], [0, 200, T]), ([0, -7, 2**40], [0, T]), ([0, 90, 90, 500], [0, 90, T])):
         layout, right = (layout_of(torch.tensor(x, device="cuda")) for x in (given, wanted))
         for name in ("query_start", "query_position"):
@@ -249,7 +249,7 @@ def test_boundaries_out_of_order_are_put_in_order():
         assert torch.equal(indices, select_blocks(t["q"], t["k"], **BLOCKS, cu_seqlens=right))
 
 
-def test_a_max_length_below_a_document_s_leaves_no_tensor():
+def test_max_length_below_a_document_length_stays_in_bounds():
     tokens = 20_480
     q, k, v = (draw(tokens, heads, 64) for heads in (16, 1, 1))
     boundaries = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
@@ -262,7 +262,7 @@ def test_a_max_length_below_a_document_s_leaves_no_tensor():
     torch.cuda.synchronize()
 
 
-def test_misfits_are_refused_before_anything_is_launched():
+def test_bad_arguments_are_refused_before_any_launch():
     t, layout = streams(), layout_of()
     indices = select_blocks(t["q"], t["k"], **BLOCKS, cu_seqlens=layout)
     at = {"block_size": 16, "cu_seqlens": layout}
@@ -300,7 +300,7 @@ def test_misfits_are_refused_before_anything_is_launched():
         layout_of(ends().cpu(), max_length=100)
 
 
-def test_a_layout_of_strided_arrays_and_a_strided_slice_of_the_queries():
+def test_layout_of_strided_arrays_and_strided_slice_of_queries():
     t, layout = streams(), layout_of()
     viewed = replace(layout, **{name: spread(getattr(layout, name), 0) for name in ARRAYS})
     whole = select_blocks(t["q"], t["k"], **BLOCKS, cu_seqlens=layout)
@@ -312,7 +312,7 @@ def test_a_layout_of_strided_arrays_and_a_strided_slice_of_the_queries():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_beside_the_current_device_are_refused():
+def test_tensors_on_another_device_are_refused():
     o, logits = (draw(*size).to("cuda:1") for size in ((4, 2, 16), (4, 2)))
     with pytest.raises(ValueError, match=r"on cuda:1 must be on the current device cuda:0.*try torch.cuda.set_device"):
         gate(o, logits)

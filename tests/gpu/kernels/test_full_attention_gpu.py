@@ -1,4 +1,4 @@
-"""The fused full attention against float64 for every kernel that is installed: values, lse, gradients, documents, no waiting."""
+"""Fused full attention against float64 for every installed kernel: values, lse, gradients, documents, no waiting."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def ends(lengths):
 
 
 def check(inputs, lengths, scale=None, **options):
-    """Outputs and gradients are as close to float64 as those of plain operations in bf16, which round the logits too."""
+    """Fails unless outputs and gradients are as close to float64 as those of plain operations in bf16, which also round the logits."""
     o, lse = full_attention(*inputs, return_lse=True, scale=scale, **options)
     grad = torch.randn_like(o)
     grads = torch.autograd.grad(o, inputs, grad)
@@ -68,7 +68,7 @@ def test_documents(backend, heads, kv_heads, head_dim):
 
 
 @pytest.mark.parametrize("backend", PACKED)
-def test_a_layout_and_a_bound_on_the_length(backend):
+def test_layout_and_length_bound(backend):
     layout = build_layout(ends(LENGTHS), num_tokens=sum(LENGTHS), block_size=16, max_length=300)
     check(make(sum(LENGTHS)), LENGTHS, scale=0.3, cu_seqlens=layout, backend=backend)
 
@@ -79,7 +79,7 @@ def test_tokens_past_the_last_boundary_are_a_document(backend):
 
 
 @pytest.mark.parametrize("backend", [*PACKED, "cudnn"])
-def test_parts_of_one_projection_are_read_by_their_strides(backend):
+def test_strided_slices_of_one_projection(backend):
     mixed = torch.randn(512, 12, 64, device="cuda", dtype=torch.bfloat16)
     inputs = [part.requires_grad_() for part in mixed.split([8, 2, 2], 1)]
     assert not any(part.is_contiguous() for part in inputs)
@@ -109,7 +109,7 @@ def test_changing_a_document_leaves_the_others_bit_identical(backend):
 
 
 @pytest.mark.parametrize("backend", [*PACKED, "cudnn"])
-def test_it_never_waits_for_the_device(backend):
+def test_host_never_waits_for_the_device(backend):
     inputs = make(512)
     boundaries, num_rows = ends([256, 256]), 2 if backend == "cudnn" else None
     grad = torch.randn_like(inputs[0])
@@ -135,7 +135,7 @@ def test_deterministic_mode_repeats_bit_for_bit():
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
-def test_what_no_kernel_takes_ends_in_a_sentence():
+def test_unsupported_arguments_are_refused():
     q, k, v = (x.detach() for x in make(64))
     boundaries = ends([64])
     with pytest.raises(ValueError, match="must be bfloat16 or float16"):

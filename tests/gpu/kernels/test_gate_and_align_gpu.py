@@ -37,7 +37,7 @@ def test_values_and_gradients_against_float64(tokens, heads, head_dim, main):
     require_as_near(grads[2], expected[4].bfloat16(), expected[4], factor=1.2, floor=2**-9)
 
 
-def test_runs_repeat_bit_for_bit():
+def test_repeated_calls_are_bit_identical():
     inputs = make(20000, 32, 64)
     results = []
     for _ in range(3):
@@ -50,7 +50,7 @@ def test_runs_repeat_bit_for_bit():
 
 
 def test_more_than_2_to_the_31_elements():
-    """Addresses are 64-bit: the last rows of a tensor of 2^31 + 2^20 elements are right."""
+    """Addresses are 64-bit: the last rows of a tensor of 2^31 + 2^20 elements are correct."""
     tokens = (2**31 + 2**20) // (32 * 64)
     inputs = [
         torch.empty(tokens, 32, 64, device="cuda", dtype=torch.bfloat16).normal_().requires_grad_() for _ in range(2)
@@ -65,8 +65,8 @@ def test_more_than_2_to_the_31_elements():
         require_as_near(got, want.bfloat16(), want, factor=1.5)
 
 
-def test_neither_waits_nor_recompiles():
-    """Any number of tokens, either stream: the same two compiled kernels, and the host never waits for the device."""
+def test_calls_neither_wait_nor_recompile():
+    """Any number of tokens and either stream use the same two compiled kernels, and the host never waits for the device."""
     from ssa_kernels.gate_and_align.triton import gate_backward_kernel, gate_forward_kernel
 
     def call(tokens):
@@ -89,7 +89,7 @@ def test_neither_waits_nor_recompiles():
     assert compiled() == before
 
 
-def test_a_replayed_graph_follows_the_drawn_stream():
+def test_replayed_cuda_graph_uses_the_drawn_stream():
     full, sparse, logits = (x.detach() for x in make(500, 4, 64))
     main = torch.ones(1, dtype=torch.int32, device="cuda")
     gate_and_align(full, sparse, logits, main=main)  # compiles

@@ -1,4 +1,4 @@
-"""The work of each rank of a context-parallel group, one rank after another on one GPU, against all queries together."""
+"""The work of each rank of a context-parallel group, run in turn on one GPU, against all queries in one call."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def take(x, spans):
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("score", ["softmax_sum", "per_head"])
 def test_blocks_and_sparse_stream_bit_for_bit(documents, score):
-    """A query's blocks and output do not depend on which queries are beside it."""
+    """A query's blocks and output do not depend on the other queries of the call."""
     q, k, v, _ = (x.detach() for x in make())
     layout = layout_of(documents)
     indices = select_blocks(q, k, cu_seqlens=layout, score=score, **SELECTION)
@@ -52,7 +52,7 @@ def test_blocks_and_sparse_stream_bit_for_bit(documents, score):
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 2, 64), (8, 2, 128), (6, 1, 96)])
 def test_full_stream_against_float64(documents, heads, kv_heads, head_dim):
-    """As close to float64 as the kernel with all queries together, except for one more rounding of the keys' sums."""
+    """As close to float64 as one call with all queries, except for one more rounding of the keys' sums."""
     q, k, v, _ = make(heads, kv_heads, head_dim)
     layout, grad = layout_of(documents), torch.randn_like(q)
     exact_in = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -76,7 +76,7 @@ def test_full_stream_against_float64(documents, heads, kv_heads, head_dim):
 
 
 @pytest.mark.parametrize("main", ["full", "sparse"])
-def test_a_layer_with_its_gradients(main):
+def test_layer_with_its_gradients(main):
     inputs, layout = make(), layout_of("ragged")
     upstream = torch.randn_like(inputs[0])
     common = {"main": main, **SELECTION}
@@ -111,7 +111,7 @@ def test_a_layer_with_its_gradients(main):
         require_as_near(got, want, right, factor=1.5)
 
 
-def test_it_never_waits_for_the_device():
+def test_host_never_waits_for_the_device():
     inputs, layout = make(), layout_of("ragged")
     part, spans = query_spans(layout, RANKS[0]), RANKS[0]
     leaves = [take(x, spans).detach().requires_grad_() if i in (0, 3) else x for i, x in enumerate(inputs)]

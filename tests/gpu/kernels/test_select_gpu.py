@@ -19,7 +19,7 @@ def bounds(*values):
 
 
 def check(q, k, cu_seqlens, block_size, top_k, score="softmax_sum", tolerance=1e-5, differing=0.01):
-    """Fails unless the choice differs from float64's in few tokens only, and there by blocks whose importance is within `tolerance`."""
+    """Fails unless the choice differs from float64's for only a few tokens, and there by blocks whose importance is within `tolerance`."""
     layout = build_layout(cu_seqlens, num_tokens=k.shape[0], block_size=block_size)
     ours = select_blocks(q, k, block_size=block_size, top_k=top_k, cu_seqlens=layout, score=score)
     assert torch.equal(ours, select_blocks(q, k, block_size=block_size, top_k=top_k, cu_seqlens=layout, score=score))
@@ -77,7 +77,7 @@ def test_official_rule(block_size, top_k):
 def test_large_logits(size):
     """Importance is as exact as float32's logits: a rounding of the largest one is a relative error of that much times log(2).
 
-    Where softmax is nearly one-hot, many blocks weigh the same to float32's precision, so many tokens may differ.
+    Where softmax is nearly one-hot, many blocks have equal importance in float32, so many tokens may differ.
     """
     q, k = make(3000, size=size)
     means = reference.block_means(k, build_layout(bounds(0, 2900), num_tokens=3000, block_size=16)).double()
@@ -94,8 +94,8 @@ def test_large_logits(size):
 
 
 @pytest.mark.parametrize("tokens", [20_000, 70_000])
-def test_rows_of_many_passes(tokens):
-    """Every token's candidates are whole passes of top-k and a remainder. Only the last queries, because float64 would take long."""
+def test_rows_with_many_top_k_passes(tokens):
+    """Every token's candidates take several full passes of top-k and a remainder. Only the last queries are checked, because float64 is slow."""
     q, k = make(tokens, 16, 1)
     layout = build_layout(bounds(0, tokens), num_tokens=tokens, block_size=16)
     last = query_slice(layout, slice(tokens - 512, tokens))
@@ -126,7 +126,7 @@ def test_values_that_share_a_bin():
     check(q[-64:].repeat(650, 1, 1), k, bounds(0, 16 * 2600), 16, 16)
 
 
-def test_documents_and_the_future_do_not_matter():
+def test_result_ignores_other_documents_and_future_tokens():
     q, k = make(4000)
     cu_seqlens = bounds(0, 1, 16, 31, 48, 48, 1500, 3001)
     base = select_blocks(q, k, block_size=16, top_k=8, cu_seqlens=cu_seqlens)
@@ -141,7 +141,7 @@ def test_documents_and_the_future_do_not_matter():
 
 
 def test_queries_far_apart():
-    """One query from each of many documents, as in a decoding batch: a tile of queries walks all their block rows."""
+    """One query from each of many documents, as in a decoding batch: a tile of queries visits the block rows of all of them."""
     q, k = make(60_000, 16, 1)
     layout = build_layout(
         torch.arange(0, 60_001, 600, device="cuda", dtype=torch.int32), num_tokens=60_000, block_size=16
@@ -152,7 +152,7 @@ def test_queries_far_apart():
     assert torch.equal(alone, select_blocks(q, k, cu_seqlens=layout, **arguments)[queries])
 
 
-def test_the_workspace_is_bounded():
+def test_workspace_is_bounded():
     tokens = 131_072
     q, k = make(tokens, 32, 2)
     layout = build_layout(bounds(0, tokens), num_tokens=tokens, block_size=16)
@@ -165,7 +165,7 @@ def test_the_workspace_is_bounded():
     assert beside <= launch.WORKSPACE_BYTES + sums + means + 2**20
 
 
-def test_neither_waits_nor_recompiles():
+def test_calls_neither_wait_nor_recompile():
     def call(*ends):
         q, k = make(3000)
         cu_seqlens = bounds(0, *ends)

@@ -121,13 +121,13 @@ def test_choices(top_k, block_size):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "block_size"), [(8, 2, 64, 16), (6, 2, 128, 64), (4, 4, 80, 32)]
 )
-def test_every_head_chooses_for_itself(heads, kv_heads, head_dim, block_size):
+def test_heads_choose_independently(heads, kv_heads, head_dim, block_size):
     check(RAGGED, heads, kv_heads, head_dim, block_size, 3, lists=heads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("block_size", [16, 24])
-def test_other_types_and_blocks(dtype, block_size):
+def test_other_dtypes_and_block_sizes(dtype, block_size):
     check(RAGGED, 8, 2, 64, block_size, 4, dtype=dtype)
 
 
@@ -143,7 +143,7 @@ def test_large_logits(dtype, size):
     check((700, 33), 16, 1, 64, 16, 16, dtype=dtype, size=size)
 
 
-def test_one_logit_far_above_the_own_tile():
+def test_one_logit_far_above_the_rest_of_its_tile():
     layout = build_layout(cumulative((64,)), num_tokens=64, block_size=16)
     q, k, v, do = make((64,), 16, 1, 64)
     q, k = q.abs(), -k.abs()
@@ -155,7 +155,7 @@ def test_one_logit_far_above_the_own_tile():
     assert all(bool(torch.isfinite(x).all()) for x in grads)
 
 
-def test_choices_that_cover_everything_are_full_attention():
+def test_choosing_all_blocks_equals_full_attention():
     lengths = (200, 56)
     layout = build_layout(cumulative(lengths), num_tokens=256, block_size=16)
     q, k, v, do = make(lengths, 16, 2, 64)
@@ -182,7 +182,7 @@ def test_queries_without_any_block(head_dim):
     assert all(bool(torch.isfinite(x).all()) for x in (dq, dk, dv))
 
 
-def test_documents_do_not_touch_each_other():
+def test_documents_are_isolated():
     lengths = (37, 500, 1, 230)
     layout = build_layout(cumulative(lengths), num_tokens=768, block_size=16)
     q, k, v, do = make(lengths, 32, 2, 64)
@@ -202,7 +202,7 @@ def test_documents_do_not_touch_each_other():
 
 
 @pytest.mark.parametrize("kind", ["random", "sink"])
-def test_runs_are_bit_identical(kind):
+def test_repeated_calls_are_bit_identical(kind):
     layout = build_layout(cumulative((5000, 3192)), num_tokens=8192, block_size=16)
     q, k, v, do = make((8192,), 32, 2, 64)
     indices = random_choices(layout, 2, 16, kind=kind)
@@ -212,7 +212,7 @@ def test_runs_are_bit_identical(kind):
             assert torch.equal(a, b)
 
 
-def test_a_part_of_the_queries():
+def test_subset_of_queries():
     layout = build_layout(cumulative((300, 212)), num_tokens=512, block_size=16)
     q, k, v, do = make((512,), 16, 2, 64)
     indices = random_choices(layout, 2, 8)
@@ -230,7 +230,7 @@ def test_a_part_of_the_queries():
         require_as_near(b.float() + c.float(), a, right, factor=2.0, name=name)
 
 
-def test_a_delta_that_is_known_already():
+def test_precomputed_delta():
     layout = build_layout(cumulative((400,)), num_tokens=400, block_size=16)
     q, k, v, do = make((400,), 16, 1, 64)
     indices = random_choices(layout, 1, 8)
@@ -243,7 +243,7 @@ def test_a_delta_that_is_known_already():
         require_as_near(b, a, right, factor=1.5)
 
 
-def test_nothing_waits_or_compiles_again():
+def test_calls_neither_wait_nor_recompile():
     from ssa_kernels.sparse_attention import index
     from ssa_kernels.sparse_attention.tensor_core import backward, forward, wide_heads
 

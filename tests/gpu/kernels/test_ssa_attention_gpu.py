@@ -24,8 +24,8 @@ def make(heads=16, kv_heads=2, head_dim=64):
 
 @pytest.mark.parametrize("main", ["full", "sparse", 1, 0])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 2, 64), (8, 2, 128), (6, 1, 96)])
-def test_it_is_the_composition(main, heads, kv_heads, head_dim):
-    """The same kernels except for the order of a few sums: gradients are as close to float64, outputs are equal bit for bit."""
+def test_layer_equals_composed_operators(main, heads, kv_heads, head_dim):
+    """The kernels differ only in the order of a few sums: outputs are bit-identical, and gradients are as close to float64."""
     inputs, layout = make(heads, kv_heads, head_dim)
     given = main if isinstance(main, str) else torch.tensor([main], device="cuda")
     common = {"main": given, "weights": (0.7, 1.3), "num_rows": None}
@@ -43,8 +43,8 @@ def test_it_is_the_composition(main, heads, kv_heads, head_dim):
         require_as_near(got, want, right, factor=1.2, name=name)
 
 
-def test_the_receptive_field_covers_all():
-    """With enough blocks for the longest document the streams agree: all mass captured, hardly any loss."""
+def test_streams_agree_where_blocks_cover_every_document():
+    """With enough blocks for the longest document the streams agree: all mass is captured and the loss is nearly 0."""
     inputs, layout = make()
     boundaries = layout.cu_seqlens  # without max_length a document may be of any length, so both streams are computed
     result = ssa_attention(*inputs, block_size=16, top_k=64, cu_seqlens=boundaries, main="sparse")
@@ -62,7 +62,7 @@ def test_without_a_gate():
     torch.autograd.grad(result.out.sum() + result.alignment_loss, inputs[:3])
 
 
-def test_it_never_waits_for_the_device():
+def test_host_never_waits_for_the_device():
     inputs, layout = make()
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)

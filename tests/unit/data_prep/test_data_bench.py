@@ -3,12 +3,13 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "data_prep"
+from support.processes import ROOT
+
+FOLDER = ROOT / "tests" / "benchmarks" / "data_prep"
 
 
 @pytest.fixture

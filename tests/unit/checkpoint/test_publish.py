@@ -1,0 +1,343 @@
+"""Checkpoints are published atomically, damaged ones are found and skipped, and a run does not resume another run's checkpoint."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ssa_pretrain.checkpoint import integrity
+from ssa_pretrain.checkpoint import publish as publishing
+from ssa_pretrain.checkpoint.facts import differences
+from ssa_pretrain.checkpoint.integrity import FACTS, Verdicts, find_damage
+from ssa_pretrain.checkpoint.publish import (
+    Checkpoint,
+    CheckpointError,
+    newest,
+    publish,
+    read,
+    require_same_model,
+)
+from ssa_pretrain.config import OptimConfig, RopeScalingConfig
+
+
+@pytest.fixture(autouse=True)
+def _one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def write(folder):
+    (folder / "weights.bin").write_bytes(bytes(range(256)) * 10)
+    (folder / "empty").touch()
+
+
+def find(run, lines=None, verdicts=None):
+    report = (lines if lines is not None else []).append
+    return newest(run, is_rank_0=True, device=torch.device("cpu"), report=report, verdicts=verdicts)
+
+
+def test_published_checkpoints_are_found_newest_first_and_old_ones_are_removed(tmp_path):
+    for step in (5, 10, 15):
+        publish(tmp_path, step, {"seed": 1}, write, keep=2, is_rank_0=True)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000015"]
+    found = find(tmp_path)
+    assert (found.step, found.facts) == (15, {"seed": 1})
+
+
+def test_checkpoint_folder_can_be_given_directly(tmp_path):
+    older = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
+    assert find(older).step == 5
+
+
+def test_folder_without_checkpoints_returns_none(tmp_path):
+    assert find(tmp_path) is None
+
+
+def test_killed_save_leaves_the_older_checkpoint(tmp_path):
+    publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+
+    def die(folder):
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, 10, {}, die, keep=2, is_rank_0=True)
+    assert find(tmp_path).step == 5
+    publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
+    assert find(tmp_path).step == 10
+
+
+def test_unremovable_old_checkpoint_does_not_fail_the_save(tmp_path, monkeypatch):
+    output, remove = [], shutil.rmtree
+
+    def busy(folder, *arguments, **options):
+        if folder.name == "step_00000005":
+            raise OSError(39, "Directory not empty")
+        remove(folder, *arguments, **options)
+
+    publish(tmp_path, 5, {}, write, keep=1, is_rank_0=True)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    publish(tmp_path, 10, {}, write, keep=1, is_rank_0=True, report=output.append)
+    assert output == [
+        f"{tmp_path}/checkpoints/step_00000005 could not be removed (Directory not empty); the next checkpoint tries again"
+    ]
+    assert find(tmp_path).step == 10
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    publish(tmp_path, 15, {}, write, keep=1, is_rank_0=True)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000015"]
+
+
+def test_folders_with_other_names_are_ignored(tmp_path):
+    intact = publish(tmp_path, 2, {}, write, keep=1, is_rank_0=True)
+    copies = [intact.with_name(name) for name in ("step_00000002_good", "step_00000003_best", "step_3")]
+    for copy in copies:
+        shutil.copytree(intact, copy)
+    assert find(tmp_path).folder == intact
+    publish(tmp_path, 4, {}, write, keep=1, is_rank_0=True)
+    assert find(tmp_path).step == 4
+    assert not intact.exists()
+    assert all(find_damage(copy) is None for copy in copies)
+
+
+def test_checkpoints_sort_by_step_beyond_eight_digits(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        publish(tmp_path, step, {}, write, keep=2, is_rank_0=True)
+    assert find(tmp_path).step == 100_000_000
+
+
+def flip_bit(folder):
+    path = folder / "weights.bin"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "weights.bin has another sha256": flip_bit,
+    "weights.bin has 100 bytes instead of 2560": lambda folder: (folder / "weights.bin").write_bytes(bytes(100)),
+    "weights.bin is missing": lambda folder: (folder / "weights.bin").unlink(),
+    f"{FACTS} cannot be read": lambda folder: (folder / FACTS).write_text("{"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage_is_reported_and_skipped(tmp_path, message):
+    publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    damaged = publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
+    DAMAGE[message](damaged)
+    lines = []
+    assert find(tmp_path, lines).step == 5
+    assert lines == [f"checkpoint {damaged} is damaged ({message}); looking for an older one"]
+
+
+def intact_by_step(run):
+    """Returns the checkpoints of a run by step, and whether each is intact."""
+    folders = (run / "checkpoints").iterdir()
+    return {int(folder.name[5:]): find_damage(folder) is None for folder in sorted(folders)}
+
+
+def hashed_folders(monkeypatch):
+    """Returns a list that receives the folders whose files are hashed, in order, without repeats in a row."""
+    found, plain = [], integrity.file_sha256
+
+    def counted(path):
+        if found[-1:] != [path.parent.name]:
+            found.append(path.parent.name)
+        return plain(path)
+
+    monkeypatch.setattr(integrity, "file_sha256", counted)
+    return found
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_damaged_checkpoints_do_not_count_for_keep_and_are_removed_with_old_ones(tmp_path, keep, monkeypatch):
+    """A run fell back past two damaged checkpoints. An intact one may be removed only when `keep` newer ones are intact."""
+    for step in (1, 2, 3, 4, 5):
+        publish(tmp_path, step, {}, write, keep=9, is_rank_0=True)
+    flip_bit(tmp_path / "checkpoints" / "step_00000004")
+    (tmp_path / "checkpoints" / "step_00000005" / FACTS).write_text("{")
+    verdicts, lines = Verdicts(), []
+    assert find(tmp_path, verdicts=verdicts).step == 3
+    hashed = hashed_folders(monkeypatch)
+    publish(tmp_path, 6, {}, write, keep=keep, is_rank_0=True, verdicts=verdicts, report=lines.append)
+    assert hashed == ["step_00000002"] * (keep == 3), "what was judged at the start or written here is not hashed again"
+    assert lines == [], "the start has named them"
+    damaged = {} if keep == 1 else {4: False, 5: False}
+    assert intact_by_step(tmp_path) == dict.fromkeys((6, 3, 2)[:keep], True) | damaged
+    for step in (7, 8):
+        publish(tmp_path, step, {}, write, keep=keep, is_rank_0=True, verdicts=verdicts)
+    assert intact_by_step(tmp_path) == dict.fromkeys((8, 7, 6)[:keep], True)
+
+
+def test_damaged_checkpoint_after_the_resumed_step_is_not_counted_and_is_replaced(tmp_path):
+    for step in (2, 4, 6):
+        publish(tmp_path, step, {}, write, keep=9, is_rank_0=True)
+    for step in (4, 6):
+        flip_bit(tmp_path / "checkpoints" / f"step_{step:08d}")
+    verdicts = Verdicts()
+    assert find(tmp_path, verdicts=verdicts).step == 2
+    for step, wanted in ((3, {2: True, 3: True}), (4, {3: True, 4: True}), (6, {4: True, 6: True})):
+        publish(tmp_path, step, {}, write, keep=2, is_rank_0=True, verdicts=verdicts)
+        assert {k: v for k, v in intact_by_step(tmp_path).items() if k <= step} == wanted
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage_during_a_run_is_named_and_not_counted(tmp_path, message):
+    verdicts, lines = Verdicts(), []
+    for step in (2, 4):
+        publish(tmp_path, step, {}, write, keep=2, is_rank_0=True, verdicts=verdicts)
+    damaged = tmp_path / "checkpoints" / "step_00000004"
+    DAMAGE[message](damaged)
+    for step in (6, 7):
+        publish(tmp_path, step, {}, write, keep=3, is_rank_0=True, verdicts=verdicts, report=lines.append)
+    assert intact_by_step(tmp_path) == {2: True, 4: False, 6: True, 7: True}
+    assert lines == [f"checkpoint {damaged} is damaged ({message}); it does not count towards checkpoint.keep=3"]
+
+
+def test_checkpoint_of_another_schema_is_neither_counted_nor_removed(tmp_path):
+    for step in (1, 2, 3):
+        publish(tmp_path, step, {}, write, keep=9, is_rank_0=True)
+    facts = tmp_path / "checkpoints" / "step_00000002" / FACTS
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"schema": 0}))
+    publish(tmp_path, 4, {}, write, keep=2, is_rank_0=True)
+    assert set(intact_by_step(tmp_path)) == {4, 3, 2}
+    publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    assert set(intact_by_step(tmp_path)) == {5, 4, 2}
+
+
+@pytest.mark.parametrize("files", [[], {"weights.bin": 7}, {"weights.bin": {"bytes": 1}}])
+def test_malformed_file_list_is_damage(tmp_path, files):
+    facts = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True) / FACTS
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"files": files}))
+    assert find_damage(facts.parent) == f"{FACTS} cannot be read"
+
+
+def test_unreadable_file_is_damage(tmp_path, monkeypatch):
+    """A patched read simulates the failing disk."""
+
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    monkeypatch.setattr(integrity, "file_sha256", fail)
+    assert find_damage(folder) == "empty cannot be read: Input/output error"
+
+
+def test_no_intact_checkpoint_is_an_error(tmp_path):
+    flip_bit(publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True))
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* is intact; restore one, or start again in another output_dir"
+    ):
+        find(tmp_path)
+
+
+def test_intact_checkpoint_has_no_damage(tmp_path):
+    assert find_damage(publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)) is None
+
+
+def test_folder_that_is_not_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"is not a checkpoint .*name a folder such as RUN/checkpoints/step_00000100"
+    ):
+        read(tmp_path)
+
+
+def test_file_list_is_complete(tmp_path):
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    files = json.loads((folder / FACTS).read_text())["files"]
+    assert set(files) == {"weights.bin", "empty"}
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 16])
+def test_each_file_is_hashed_by_one_rank_with_balanced_bytes(world_size):
+    sizes = {f"file_{i}": 10 * i for i in range(12)}
+    shares = [publishing._share(sizes, rank, world_size) for rank in range(world_size)]
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    loads = [sum(sizes[name] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes.values())
+
+
+def test_file_incomplete_on_every_rank_is_hashed_at_the_end(tmp_path, monkeypatch):
+    """On shared storage a rank may list another node's files late or with an old size."""
+    monkeypatch.setattr(publishing, "_share", lambda *_: ["empty"])
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    files = json.loads((folder / FACTS).read_text())["files"]
+    assert set(files) == {"weights.bin", "empty"}
+    assert find_damage(folder) is None
+
+
+def test_differences_name_both_sides():
+    assert differences({"seed": 1, "a": 2}, {"seed": 3, "a": 2}) == ["seed: checkpoint 1, run 3"]
+    assert differences({"a": 2}, {"a": 2}) == []
+
+
+def test_newer_key_is_compared_with_its_default():
+    wanted = {"optim.eps": OptimConfig().eps, "model.rope_scaling": {"enabled": False, "factor": 8.0}, "seed": 1234}
+    assert differences({"model.rope_scaling": {"enabled": False}, "seed": 1234}, wanted) == [
+        f"model.rope_scaling: checkpoint {{'enabled': False, 'factor': {RopeScalingConfig().factor!r}}}, "
+        f"run {{'enabled': False, 'factor': 8.0}}"
+    ]
+    wanted["model.rope_scaling"]["factor"] = RopeScalingConfig().factor
+    assert differences({"model.rope_scaling": {"enabled": False}}, wanted) == []
+    assert differences({"optim.eps": None}, {"optim.eps": 1.0}) == ["optim.eps: checkpoint None, run 1.0"]
+    assert differences({}, {"optim.eps": 1.0}) == [f"optim.eps: checkpoint {OptimConfig().eps!r}, run 1.0"]
+    assert differences({}, {"data.fingerprint": "a"}) == ["data.fingerprint: checkpoint None, run 'a'"]
+    assert differences({"data.weights": {"a": 1.0}}, {"data.weights": {"b": 1.0}}) == [
+        "data.weights: checkpoint {'a': 1.0}, run {'b': 1.0}"
+    ]
+
+
+def test_another_schema_is_an_error_without_fallback_to_older_checkpoints(tmp_path):
+    publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    newer = publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
+    record = json.loads((newer / FACTS).read_text())
+    (newer / FACTS).write_text(json.dumps(record | {"schema": 2, "files": ["another form"]}))
+    with pytest.raises(CheckpointError, match=r"step_00000010 has schema 2, and this version of ssa_pretrain reads 1"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"schema": 1, "step": 5, "facts": 7, "files": {}}', '{"step": 5}'])
+def test_malformed_facts_are_refused(tmp_path, text):
+    (tmp_path / FACTS).write_text(text)
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        read(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused_and_every_key_is_named(tmp_path):
+    saved = {"model.num_layers": 4, "attention.gate": True, "model.rope_theta": 1.0, "attention.top_k": 4, "seed": 1}
+    found = Checkpoint(tmp_path, 5, saved)
+    with pytest.raises(CheckpointError) as caught:
+        require_same_model(found, saved | {"model.num_layers": 2, "attention.gate": False}, shapes_only=True)
+    assert str(caught.value) == (
+        f"{tmp_path} holds another model (attention.gate: checkpoint True, run False; model.num_layers: checkpoint 4, run 2); "
+        "set what it was trained with, or name another checkpoint"
+    )
+
+
+def test_new_run_may_change_settings_that_keep_the_shapes(tmp_path):
+    found = Checkpoint(tmp_path, 5, {"model.rope_theta": 1.0, "model.vocab_size": 0, "attention.top_k": 4, "seed": 1})
+    wanted = {"model.rope_theta": 2.0, "model.vocab_size": 4096, "attention.top_k": 2, "seed": 7}
+    require_same_model(found, wanted, shapes_only=True)
+    with pytest.raises(CheckpointError, match=r"model\.rope_theta: checkpoint 1\.0, run 2\.0"):
+        require_same_model(found, wanted)
+    found.facts["model.vocab_size"] = 512
+    with pytest.raises(CheckpointError, match=r"\(model\.vocab_size: checkpoint 512, run 4096\)"):
+        require_same_model(found, wanted, shapes_only=True)
+
+
+def test_weights_of_another_vocabulary_are_refused_if_the_checkpoint_names_it(tmp_path):
+    saved = {"model.vocab_size": 0, "vocabulary.padded_size": 4096, "vocabulary.tokenizer_sha256": "a"}
+    wanted = {"model.vocab_size": 0, "vocabulary.padded_size": 1024, "vocabulary.tokenizer_sha256": "b"}
+    for shapes_only in (True, False):
+        with pytest.raises(CheckpointError, match=r"\(vocabulary\.padded_size: checkpoint 4096, run 1024\)"):
+            require_same_model(Checkpoint(tmp_path, 5, saved), wanted, shapes_only=shapes_only)
+        require_same_model(
+            Checkpoint(tmp_path, 5, saved | {"vocabulary.padded_size": 1024}), wanted, shapes_only=shapes_only
+        )
+        older = {"model.vocab_size": 0}
+        require_same_model(Checkpoint(tmp_path, 5, older), wanted, shapes_only=shapes_only)
+    assert differences(older, wanted) == [], "a checkpoint from before these facts goes on"

@@ -1,0 +1,106 @@
+"""FLOP counts against sums by hand and brute force; peaks by device name."""
+
+import pytest
+
+from ssa_pretrain.cli import resolve_config
+from ssa_pretrain.config import AttentionConfig, Config, ModelConfig, PrecisionName
+from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.planning.flops import RowFlops, causal_pairs, peak_flops, row_flops, sparse_pairs
+
+
+def experiment(*overrides: str) -> Config:
+    return resolve_config("plan", overrides, Machine(world_size=1, has_files=False))
+
+
+def flops(config: Config, lengths: list[int] | None = None) -> RowFlops:
+    return row_flops(config.model, config.attention, lengths or [config.data.sequence_length])
+
+
+def test_flops_of_the_1b_model_at_8k_by_hand() -> None:
+    """Llama 1B: per token 2 operations per weight, the vocabulary once; causal attention over (T + 1) / 2 keys on average."""
+    row = flops(experiment("experiment=full_1b_8k"))
+    layer = 2048 * (32 * 64) + 2 * 2048 * (2 * 64) + 2048 * 32 + (32 * 64) * 2048 + 3 * 2048 * 8192
+    assert row.linear == 8192 * 16 * 2 * layer == 8192 * 16 * 2 * 59_310_080
+    assert row.logits == 8192 * 2 * 2048 * 128_256
+    assert row.full_attention == 16 * 32 * (2 * 2 * 64) * (8192 * 8193 / 2)
+    assert row.sparse_attention == row.selection == 0
+    assert row.model == 3 * (row.linear + row.logits + row.full_attention)
+    assert row.model / 8192 == pytest.approx(8.881e9, rel=1e-3)
+
+
+def test_flops_agree_with_a_published_measurement() -> None:
+    """Plain GPTModel, 1B, 8k: 54.4k tokens/s were counted as 483 TFLOP/s with causal attention."""
+    row = flops(experiment("experiment=full_1b_8k", "attention.gate=false"))
+    assert 54.4e3 * row.model / 8192 == pytest.approx(483e12, rel=2e-3)
+
+
+def visited(length: int, block_size: int, top_k: int) -> tuple[int, int]:
+    """Returns the pairs of the sparse stream and the (query, candidate block) pairs of selection, counted query by query."""
+    pairs = candidates = 0
+    for token in range(length):
+        own = token // block_size
+        pairs += token - own * block_size + 1 + min(own, top_k - 1) * block_size
+        candidates += own
+    return pairs, candidates
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 256, 257, 1000])
+@pytest.mark.parametrize(("block_size", "top_k"), [(16, 1), (16, 2), (16, 16), (32, 5), (128, 3)])
+def test_pairs_equal_brute_force(length: int, block_size: int, top_k: int) -> None:
+    pairs, candidates = visited(length, block_size, top_k)
+    assert sparse_pairs(length, block_size, top_k) == pairs
+    assert causal_pairs(length) == sum(token + 1 for token in range(length))
+    assert sparse_pairs(length, block_size, 10_000) == causal_pairs(length)
+    attention = AttentionConfig(block_size=block_size, top_k=top_k)
+    row = row_flops(ModelConfig(num_attention_heads=4, num_kv_heads=2, head_dim=32), attention, [length], 4096)
+    means, logits_and_softmax = length * 2 * 32, candidates * 4 * (2 * 32 + 3)
+    assert row.selection == 4 * (means + logits_and_softmax)
+
+
+def test_each_document_is_counted_separately() -> None:
+    config = experiment("experiment=ssa_1b_8k")
+    whole, halves = flops(config, [8192]), flops(config, [4096, 4096])
+    assert halves.linear == whole.linear
+    assert halves.full_attention == pytest.approx(whole.full_attention / 2, rel=1e-3)
+    one = flops(config, [4096])
+    assert halves.sparse_attention == 2 * one.sparse_attention
+    assert halves.selection == 2 * one.selection
+
+
+def test_mfu_counts_one_stream_and_ssa_overhead_is_separate() -> None:
+    ssa, full, moba = (flops(experiment(f"experiment={name}_1b_8k")) for name in ("ssa", "full", "moba"))
+    assert ssa.model == full.model
+    assert ssa.overhead == pytest.approx(3 * (ssa.sparse_attention + ssa.alignment) + ssa.selection)
+    assert full.overhead == 3 * full.alignment == 3 * 8192 * 2048 * 16  # its gate
+    assert moba.full_attention == 0
+    assert moba.model == 3 * (moba.linear + moba.logits + moba.sparse_attention)
+    assert moba.sparse_attention == ssa.sparse_attention
+    # 15 whole blocks and half of the own block, of 4,096.5 keys; the first 240 tokens of a document read fewer.
+    assert ssa.sparse_attention / ssa.full_attention == pytest.approx((15 * 16 + 8.5) / 4096.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", "fp8", 1978.9e12),
+        ("NVIDIA H100 80GB HBM3", "fp32", 66.9e12),
+        ("NVIDIA H100 PCIe", "bf16", 756.5e12),
+        ("NVIDIA H100 NVL", "bf16", 835.5e12),
+        ("NVIDIA H200", "bf16", 989.4e12),
+        ("NVIDIA H20", "bf16", 148e12),
+        ("NVIDIA GH200 480GB", "bf16", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "fp8", None),
+        ("NVIDIA A10", "bf16", 125e12),
+        ("NVIDIA A10G", "bf16", None),
+        ("NVIDIA L40S", "bf16", 362.05e12),
+        ("NVIDIA L4", "bf16", 121e12),
+        ("NVIDIA B200", "bf16", 2250e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+        ("Intel(R) Xeon(R) Platinum", "bf16", None),
+        ("cpu", "fp32", None),
+    ],
+)
+def test_peak_flops_by_device_name(name: str, precision: str, peak: float | None) -> None:
+    assert peak_flops(name, PrecisionName(precision)) == (None if peak is None else pytest.approx(peak))

@@ -1,0 +1,58 @@
+"""A tracker next to W&B: every metric of a run as a line `step,name,value` of metrics.csv in the run's folder.
+
+    python tests/unit/project/exercises/tracker.py experiment=quickstart data.path=DIR output_dir=DIR
+
+trains with it. A tracker takes the records of metrics.jsonl, after a restart from the first one on, so that the file is written again.
+"""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ssa_pretrain import trainer
+from ssa_pretrain.monitor.tracking import start_tracking
+from ssa_pretrain.monitor.tracking_rows import flatten
+from ssa_pretrain.train import main
+
+
+class CsvTracker:
+    """Writes the records of a run to a CSV file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", newline="")
+        self._writer = csv.writer(self._file)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Writes a record, a line per value."""
+        self._writer.writerows((record["step"], name, value) for name, value in flatten(record).items())
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Trackers:
+    """Passes each record to several trackers."""
+
+    def __init__(self, *trackers: Any) -> None:
+        self._trackers = [tracker for tracker in trackers if tracker is not None]
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.log(record)
+
+    def finish(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def start_both(settings: Any, *, folder: Path, **options: Any) -> Trackers:
+    """Starts W&B as the trainer does, where the configuration asks for it, and the CSV file."""
+    return Trackers(start_tracking(settings, folder=folder, **options), CsvTracker(folder / "metrics.csv"))
+
+
+if __name__ == "__main__":
+    trainer.start_tracking = start_both  # the one place that starts a tracker
+    main()

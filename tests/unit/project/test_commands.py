@@ -1,0 +1,119 @@
+"""What every command shares: --help exits with 0, a closed pipe is not an error, --version is the project's, and no benchmark case is too large for the machine."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from data_prep.cli import main as data_prep
+from ssa_pretrain.bench import __main__ as bench
+from ssa_pretrain.cli import read_config
+from ssa_pretrain.launch.__main__ import main as launch
+from ssa_pretrain.report import compare
+from ssa_pretrain.report.__main__ import main as report
+from support.processes import ROOT
+
+PRINTING = {
+    "ssa_pretrain.train": ["--help"],
+    "ssa_pretrain.evaluate": ["--version"],
+    "ssa_pretrain.plan": ["experiment=ssa_1b_8k"],
+    "ssa_pretrain.bench": ["--help"],
+    "ssa_pretrain.report": ["--help"],
+    "ssa_pretrain.launch": ["--help"],
+    "data_prep": ["--help"],
+}
+
+
+@pytest.fixture(scope="module")
+def into_a_closed_pipe() -> dict[str, tuple[int, str]]:
+    """Returns the exit code and stderr of each printing command, --cfg and --explain included, whose pipe is closed before it prints."""
+    commands = {module: [module, *arguments] for module, arguments in PRINTING.items()}
+    commands |= {"--cfg": ["ssa_pretrain.train", "--cfg", "job"], "--explain": ["ssa_pretrain.train", "--explain"]}
+    commands |= {"data_prep --cfg": ["data_prep", "--cfg", "job"]}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    started = {}
+    for name, command in commands.items():
+        read, write = os.pipe()
+        os.close(read)
+        arguments = [sys.executable, "-m", *command]
+        started[name] = subprocess.Popen(
+            arguments, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        )
+        os.close(write)
+    return {name: (process.wait(120), process.stderr.read()) for name, process in started.items() if process.stderr}
+
+
+@pytest.mark.parametrize("name", [*PRINTING, "--cfg", "--explain", "data_prep --cfg"])
+def test_closed_pipe_causes_no_traceback(name: str, into_a_closed_pipe: dict[str, tuple[int, str]]) -> None:
+    code, errors = into_a_closed_pipe[name]
+    assert errors == ""
+    assert code in (0, 141)
+
+
+def test_help_exits_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["", "--help"])
+    assert bench.main() is None
+    assert "a file in conf/model" in capsys.readouterr().out
+    assert compare.main() is None
+    assert "metrics.jsonl" in capsys.readouterr().out
+    assert [launch(["--help"], {}), report(["--help"])] == [0, 0]
+    for entry in ("train", "evaluate", "plan"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            read_config(entry, ["--help"])
+        assert left.value.code == 0
+        assert f"python -m ssa_pretrain.{entry} experiment=quickstart" in capsys.readouterr().out
+
+
+def test_missing_or_bad_arguments_exit_with_3(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [launch([], {}), launch(["slurm"], {}), report([])] == [3, 3, 3]
+    assert (
+        "ssa_pretrain.launch: slurm is not a launcher; try torchrun, deepspeed or quickstart\n"
+        in capsys.readouterr().err
+    )
+    assert data_prep(["--verify=full", "out=x"]) == 3
+    line = "  --verify=full is not a flag: settings are written key=value, without dashes; try verify=full"
+    assert capsys.readouterr().err.splitlines()[1] == line
+
+
+def test_version_is_the_project_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for entry in ("train", "evaluate", "plan"):
+        with pytest.raises(SystemExit) as left:
+            read_config(entry, ["--version"])
+        assert left.value.code == 0
+        assert capsys.readouterr().out.startswith(f"ssa_pretrain {version('ssa-pretrain')} (python 3.")
+    assert data_prep(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"data_prep {version('ssa-pretrain')} (python 3.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["cases=optimizer"],
+        ["model=llama_300m", "length=64"],
+        ["model=tiny"],
+        ["model=tiny", "length=2048", "cases=32k"],
+    ],
+)
+def test_benchmark_refuses_large_cases_without_a_gpu(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["", *arguments])
+    with pytest.raises(SystemExit) as left:
+        bench.main()
+    assert left.value.code == 3
+    error = capsys.readouterr().err
+    advice = "for a small case on the CPU try cases=8k model=tiny length=256 rows=1 precision=fp32\n"
+    assert "needs a GPU, and torch sees none; " in error and error.endswith(advice) and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_case_advised_by_the_benchmark_is_small_enough() -> None:
+    bench.require_small(bench.read_options(["cases=8k", "model=tiny", "length=256", "rows=1", "precision=fp32"], 1))

@@ -1,0 +1,87 @@
+"""Dockerfile and .dockerignore: two targets that do not run as root, contain only named files and hold no secret."""
+
+import fnmatch
+import re
+
+import pytest
+
+from support.processes import ROOT
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Returns (instruction, arguments) of the Dockerfile in order, with continued lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    return [
+        (word.upper(), rest.strip())
+        for word, _, rest in (line.partition(" ") for line in re.sub(r"\\\n\s*", "", text).splitlines())
+        if word
+    ]
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """Returns the instructions of each stage by its name."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    name = ""
+    for word, rest in instructions():
+        if word == "FROM":
+            base, name = rest.split(" AS ")
+            assert re.fullmatch(r"\$\{\w+_BASE\}", base), "the base is an argument"
+            found[name] = []
+        elif name:
+            found[name].append((word, rest))
+    return found
+
+
+def test_every_base_is_an_argument_with_a_tagged_default() -> None:
+    defaults = dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG" and "_BASE" in rest)
+    assert defaults["CPU_BASE"] == "python:3.12-slim" and re.fullmatch(
+        r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", defaults["GPU_BASE"]
+    )
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_target_has_a_non_root_user_and_an_existing_entry_point(target: str) -> None:
+    stage = stages()[target]
+    words = [word for word, _ in stage]
+    user = next(rest for word, rest in reversed(stage) if word == "USER")
+    assert int(user) > 0 and words.index("USER") > max(i for i, word in enumerate(words) if word == "RUN")
+    entry = next(rest for word, rest in stage if word == "ENTRYPOINT")
+    program = re.match(r'\["/opt/ssa_pretrain/([^"]+)"', entry)
+    assert program and (ROOT / program[1]).stat().st_mode & 0o111
+    assert any("PYTHONSAFEPATH=1" in rest for word, rest in stage if word == "ENV")
+
+
+def test_gpu_image_has_both_engines() -> None:
+    """DeepSpeed has the tested version. Nothing else comes from constraints.txt, whose torch is a CPU build."""
+    (install,) = [rest for word, rest in stages()["gpu"] if word == "RUN"]
+    pattern = re.search(r"""--no-build-isolation "\$\(grep '(\S+)' constraints\.txt\)\"""", install)
+    assert pattern, install
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if re.search(pattern[1], line)]
+    assert len(pins) == 1 and re.fullmatch(r"deepspeed==[\d.]+", pins[0])
+
+
+def test_build_neither_stores_nor_asks_for_secrets() -> None:
+    secret = re.compile(r"key|token|secret|passw", re.IGNORECASE)
+    assert [
+        rest for word, rest in instructions() if word in ("ARG", "ENV", "COPY", "ADD") and secret.search(rest)
+    ] == []
+
+
+def test_image_has_only_named_files_and_all_that_the_build_needs() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "*", "the first line leaves everything out"
+    taken = {line[1:] for line in lines if line.startswith("!")}
+    assert taken <= {path.name for path in ROOT.iterdir()}
+    assert {
+        "ssa_pretrain",
+        "data_prep",
+        "kernels",
+        "conf",
+        "launchers",
+        "pyproject.toml",
+        "constraints.txt",
+        "README.md",
+        "LICENSE",
+    } == taken
+    last = lines[-1]
+    assert fnmatch.fnmatch("conf/.env.local", last), "a file of keys stays out, even inside a folder that goes in"
