@@ -13,44 +13,14 @@ from data_prep.run_config import (
     LocalExecutor,
     MergeConfig,
     MixConfig,
-    OnError,
     Packing,
     PackingConfig,
     RayExecutor,
     SlurmExecutor,
     StatsConfig,
 )
-from data_prep.sources.settings import (
-    AnySource,
-    JsonlSource,
-    LocalDocsSource,
-    MixedSource,
-    ParquetSource,
-    QuickstartSource,
-    TextSource,
-)
+from data_prep.sources.settings import AnySource
 from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between
-
-__all__ = [
-    "AnySource",
-    "BackendChoice",
-    "BpeTokenizer",
-    "Config",
-    "FileTokenizer",
-    "JsonlSource",
-    "Llama3Tokenizer",
-    "LocalDocsSource",
-    "MixedSource",
-    "OnError",
-    "ParquetSource",
-    "PolicyConfig",
-    "QuickstartSource",
-    "Specials",
-    "SplitConfig",
-    "Stage",
-    "TextSource",
-    "Verify",
-]
 
 
 class Specials(Enum):

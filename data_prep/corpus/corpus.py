@@ -14,8 +14,9 @@ from data_prep.corpus.planning import Shard, file_checksums, input_digest, plan_
 from data_prep.corpus.unreadable import with_skip_advice
 from data_prep.errors import InputError, UnreadableText
 from data_prep.files import digest, read_json, write_json
+from data_prep.plain import to_plain, without_keys
 from data_prep.progress import Log
-from data_prep.recipe import known_dataset, to_plain, without_keys
+from data_prep.recipe import known_dataset
 from data_prep.sources.catalog import SOURCES
 from data_prep.sources.files import Part
 from data_prep.sources.mixed import fetched_and_own, sources_of

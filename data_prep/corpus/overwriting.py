@@ -5,7 +5,8 @@ from typing import Any
 
 from data_prep.config import Config
 from data_prep.errors import InputError
-from data_prep.recipe import Recipe, known_dataset, plain_sources, recipe_of, without_keys
+from data_prep.plain import without_keys
+from data_prep.recipe import Recipe, known_dataset, plain_sources, recipe_of
 from data_prep.run_config import Packing
 from data_prep.sources.catalog import SOURCES
 from data_prep.sources.mixed import fetched_and_own

@@ -29,8 +29,8 @@ import pyarrow.parquet as parquet
 
 from data_prep.errors import InputError
 from data_prep.files import digest, read_json
+from data_prep.plain import to_plain
 from data_prep.progress import Log
-from data_prep.recipe import to_plain
 from data_prep.sources.hub.download import is_fetched, record_path, write_record
 from data_prep.sources.hub.settings import BlobSettings
 from ssa_pretrain.settings.files import file_sha256, temporary_path

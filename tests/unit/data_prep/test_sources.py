@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config import LocalDocsSource, QuickstartSource
 from data_prep.errors import InputError
 from data_prep.sources.packages import local_docs, quickstart
 from data_prep.sources.packages.debian import unpacked_packages
 from data_prep.sources.packages.markup import dictionary_pages, html_text, plain_text, sword_blocks
 from data_prep.sources.packages.recipes import PackageRecipe
+from data_prep.sources.packages.settings import LocalDocsSource, QuickstartSource
 from data_prep.sources.store import TextStore, stored_text
 
 

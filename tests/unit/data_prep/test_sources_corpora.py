@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import read_config
-from data_prep.config import LocalDocsSource
 from data_prep.errors import InputError
 from data_prep.sources.packages import extracting, local_docs
 from data_prep.sources.packages.debian import Package
 from data_prep.sources.packages.recipes import RECIPES, PackageRecipe
+from data_prep.sources.packages.settings import LocalDocsSource
 from data_prep.sources.packages.wheels import downloaded_wheels
 from data_prep.sources.store import TextStore
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import read_config
-from data_prep.config import JsonlSource
+from data_prep.sources.files import JsonlSource
 from data_prep.sources.hub.settings import HubSource
 from ssa_pretrain.settings.problems import ConfigError
 from support.hub_server import start_hub, table
