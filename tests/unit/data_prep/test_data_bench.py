@@ -1,4 +1,4 @@
-"""Wrong arguments of the benchmark end it with one sentence and code 3, before a row runs."""
+"""Wrong arguments make the benchmark exit with one sentence and code 3, before it measures anything."""
 
 import importlib.util
 import subprocess
@@ -40,7 +40,7 @@ def test_the_folder_runs_as_a_program():
         (["a.jsonl", "rows=raw hf,foo"], "rows=foo is not a row; the rows are raw hf, raw tiktoken"),
     ],
 )
-def test_wrong_arguments_end_with_code_3(benchmark, tmp_path, monkeypatch, capsys, arguments, message):
+def test_wrong_arguments_exit_with_code_3(benchmark, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "llama3_json", lambda *_: tmp_path / "tokenizer.json")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')

@@ -1,4 +1,4 @@
-"""The byte layout against a hand-made sum and against megatron-core's reader; every way in which a manifest can lie."""
+"""The byte layout against a calculation by hand and megatron-core's reader; every way in which a manifest can be wrong."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def write_pair(folder: Path, prefix: str, documents: list[list[int]], vocab_size
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """A folder with a true manifest: one train and one held-out shard."""
+    """A folder with a valid manifest: one train and one held-out shard."""
     root = tmp_path / "dataset"
     splits = {
         "train": (write_pair(root, "train/text_00000", [[5, 6, 7, 1], [8, 1]]),),
@@ -88,7 +88,7 @@ def test_index_bytes_are_the_documented_layout():
     assert len(expected) == 42 + 20 * 3
 
 
-def test_thousand_documents_make_the_size_that_core_makes(tmp_path):
+def test_index_of_a_thousand_documents_has_the_size_of_cores(tmp_path):
     shard = write_pair(tmp_path, "x", [[1]] * 1000)
     assert shard.idx_bytes == 20_042
 
@@ -104,12 +104,12 @@ def test_dtype_follows_the_vocabulary(vocab_size, code):
     assert dtype_code(token_dtype(vocab_size)) == code
 
 
-def test_dtype_without_a_code_is_refused():
+def test_dtype_without_a_code_is_rejected():
     with pytest.raises(ValueError, match=r"dtype=complex64 has no code in the .idx format; try uint16 or int32"):
         dtype_code(np.dtype("complex64"))
 
 
-def test_document_beyond_int32_is_refused():
+def test_document_beyond_int32_is_rejected():
     with pytest.raises(ValueError, match=r"document of 2147483648 tokens: the .idx format allows at most"):
         write_index(io.BytesIO(), np.array([2**31]), np.dtype("<u2"))
 
@@ -176,14 +176,14 @@ def patched(raw: bytes, position: int, value: bytes) -> bytes:
         (34 + 24 + 16, struct.pack("<q", 1), "document indices that do not run from 0 to 2"),
     ],
 )
-def test_index_that_does_not_fit_its_bin_is_named(dataset, position, value, message):
+def test_index_that_does_not_match_its_bin_is_named(dataset, position, value, message):
     path = dataset / "train/text_00000.idx"
     path.write_bytes(patched(path.read_bytes(), position, value))
     with pytest.raises(ValueError, match=message):
         check_pair(dataset / "train/text_00000")
 
 
-def test_manifest_comes_back_as_it_went(dataset):
+def test_manifest_round_trips(dataset):
     manifest = load_manifest(dataset)
     assert manifest == load_manifest(dataset / "manifest.json")
     assert manifest.to_json() == (dataset / "manifest.json").read_text()
@@ -192,7 +192,7 @@ def test_manifest_comes_back_as_it_went(dataset):
     verify_hashes(manifest)
 
 
-def test_folder_without_manifest_is_no_dataset(tmp_path):
+def test_folder_without_manifest_is_not_a_dataset(tmp_path):
     with pytest.raises(ValueError, match=r"manifest.json does not exist: there is no finished dataset; run"):
         load_manifest(tmp_path)
 
@@ -211,7 +211,7 @@ def test_prefix_outside_the_folder(dataset, prefix):
 
 
 @pytest.mark.parametrize("prefix", ["a/../../text_00000", "", ".."])
-def test_names_that_are_not_of_a_file_inside(dataset, prefix):
+def test_prefixes_that_name_no_file_inside_the_folder(dataset, prefix):
     edit_manifest(dataset, lambda c: c["splits"]["train"][0].update(prefix=prefix))
     with pytest.raises(ValueError, match="which is outside its folder"):
         load_manifest(dataset)
@@ -235,7 +235,7 @@ FILES = [
 
 
 @pytest.mark.parametrize("names", [FILES, ["train/text_00000.bin"], ["manifest.json"], ["train"]])
-def test_a_dataset_of_links_opens_and_is_checked(dataset, names):
+def test_dataset_of_links_opens_and_is_checked(dataset, names):
     expected = load_manifest(dataset).to_json()
     store = linked(dataset, names)
     (dataset.parent / "by_a_link").symlink_to(dataset)
@@ -250,7 +250,7 @@ def test_a_dataset_of_links_opens_and_is_checked(dataset, names):
 
 
 @pytest.mark.parametrize("name", [*FILES, "train", "."])
-def test_a_link_that_leads_nowhere_is_named(dataset, name):
+def test_dangling_link_is_named(dataset, name):
     path = dataset if name == "." else dataset / name
     path.rename(dataset.parent / "gone")
     path.symlink_to("elsewhere")
@@ -278,7 +278,7 @@ def test_a_link_that_leads_nowhere_is_named(dataset, name):
         (lambda c: c["tokenizer"].update(file="other.json"), "other.json is missing though manifest.json lists it"),
     ],
 )
-def test_manifest_that_does_not_fit_its_files(dataset, change, message):
+def test_manifest_that_does_not_match_its_files(dataset, change, message):
     edit_manifest(dataset, change)
     with pytest.raises(ValueError, match=message):
         load_manifest(dataset)
@@ -300,7 +300,7 @@ def flip(path: Path, byte: int, bit: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["train/text_00000.idx", "heldout/text_00000.idx", "tokenizer.json", "manifest.json"])
-def test_every_flipped_bit_of_a_small_file_is_found_at_opening(dataset, name):
+def test_every_flipped_bit_of_a_small_file_is_found_on_opening(dataset, name):
     path = dataset / name
     whole = path.read_bytes()
     for byte in range(0, len(whole), 1 if len(whole) < 100 else 7):
@@ -312,7 +312,7 @@ def test_every_flipped_bit_of_a_small_file_is_found_at_opening(dataset, name):
     load_manifest(dataset)
 
 
-def test_a_changed_index_is_named_with_the_command_that_repairs_it(dataset):
+def test_changed_index_is_named_with_the_command_that_repairs_it(dataset):
     flip(dataset / "train/text_00000.idx", -1, 2)
     what = (
         r"/train/text_00000.idx (has sha256 \w+…, the manifest has \w+…: its content changed after it was written|.*); "
@@ -327,7 +327,7 @@ def test_a_changed_index_is_named_with_the_command_that_repairs_it(dataset):
         load_manifest(dataset)
 
 
-def test_flipped_bit_of_the_tokens_is_found_by_the_hashes(dataset):
+def test_flipped_bit_of_the_tokens_is_found_by_checksum(dataset):
     flip(dataset / "train/text_00000.bin", -1, 2)
     manifest = load_manifest(dataset)
     with pytest.raises(
@@ -336,7 +336,7 @@ def test_flipped_bit_of_the_tokens_is_found_by_the_hashes(dataset):
         verify_hashes(manifest)
 
 
-def test_a_manifest_of_an_older_version_has_no_checksum_and_opens(dataset):
+def test_manifest_of_an_older_version_without_a_checksum_opens(dataset):
     content = json.loads((dataset / "manifest.json").read_text())
     checksum = content.pop("checksum")
     (dataset / "manifest.json").write_text(json.dumps(content))
@@ -352,7 +352,7 @@ def test_a_manifest_of_an_older_version_has_no_checksum_and_opens(dataset):
     "name",
     ["plain/a.b-c", "with space", "größe", "it's", "a'b\\", "dollar$x", 'double"quote', "a=b,c(d)", "back\\slash"],
 )
-def test_the_argument_for_a_folder_is_read_back_as_it_is(tmp_path, name):
+def test_out_argument_round_trips(tmp_path, name):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     (argument,) = shlex.split(out_argument(tmp_path / name))

@@ -34,7 +34,7 @@ def refused(root: Path) -> str:
     return str(caught.value)
 
 
-def test_1_failing_worker_ends_the_run_with_its_shard_and_its_line(run, corpus, tmp_path, monkeypatch):
+def test_1_failing_worker_ends_the_run_and_names_shard_and_line(run, corpus, tmp_path, monkeypatch):
     assert run(*SMALL)[0] == 0
     tokenizer = f"tokenizer.path={tmp_path}/d/tokenizer.json"
     settings = (*SMALL[:2], "tokenizer=file", tokenizer, "tokenizer.eos_token='<|end_of_text|>'", *SMALL[4:], "out=e")
@@ -55,7 +55,7 @@ def test_1_failing_worker_ends_the_run_with_its_shard_and_its_line(run, corpus, 
     started = time.monotonic()
     code, said = run(*settings[:-1], "out=f", "workers=3")
     assert code == 4 and "error: no text here (shard text_00000)" in said
-    assert time.monotonic() - started < 10  # nobody waits for the others
+    assert time.monotonic() - started < 10  # the run does not wait for the other workers
 
     def faulty(*arguments):
         raise MemoryError("as if a library had failed")
@@ -75,7 +75,7 @@ def test_2_truncated_bin_is_not_opened(run, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_3_nothing_is_merged_behind_a_damaged_shard(run, corpus, tmp_path, damage):
+def test_3_damaged_shard_stops_the_merge(run, corpus, tmp_path, damage):
     merged = (*SMALL[:-1], "merge.files=1")
     assert run(*merged, "stage=prepare")[0] == 0
     expected = files_of(tmp_path / "d")
@@ -95,7 +95,7 @@ def test_3_nothing_is_merged_behind_a_damaged_shard(run, corpus, tmp_path, damag
     assert files_of(tmp_path / "e") == expected
 
 
-def test_4_run_that_ends_before_its_index_leaves_the_old_dataset_whole(run, corpus, tmp_path, monkeypatch):
+def test_4_run_killed_before_its_index_leaves_the_old_dataset_intact(run, corpus, tmp_path, monkeypatch):
     assert run(*SMALL)[0] == 0
     before = files_of(tmp_path / "d")
 
@@ -114,7 +114,7 @@ def test_4_run_that_ends_before_its_index_leaves_the_old_dataset_whole(run, corp
     assert run(*SMALL, "split.seed=1", "overwrite=true")[0] == 0 and files_of(tmp_path / "d") != before
 
 
-def test_5_flipped_bit_ends_training_with_file_byte_and_document(run, corpus, tmp_path):
+def test_5_flipped_bit_ends_training_and_names_file_byte_and_document(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
     manifest = load_manifest(tmp_path / "d")
     path = Path(f"{manifest.prefix_path(manifest.splits['train'][0])}.bin")
@@ -131,7 +131,7 @@ def test_5_flipped_bit_ends_training_with_file_byte_and_document(run, corpus, tm
     assert code == 4 and "text_00000.bin: token 20 (byte 40, document 0) is id " in said
 
 
-def test_6_id_that_the_file_cannot_hold_is_never_stored(run, corpus, tmp_path, monkeypatch):
+def test_6_id_too_large_for_the_dtype_is_never_stored(run, corpus, tmp_path, monkeypatch):
     honest = HuggingFaceBackend.encode
 
     def encode(self, texts):
@@ -170,7 +170,7 @@ def test_8_rows_outlive_the_files_that_they_were_read_from(run, corpus, tmp_path
     assert row.tokens.flags.owndata and row.tokens.tolist() == first[:65].tolist()
 
 
-def test_9_done_means_that_outputs_are_there_and_inputs_the_same(run, corpus, tmp_path):
+def test_9_work_is_skipped_only_if_outputs_exist_and_inputs_are_unchanged(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
     before = files_of(tmp_path / "d")
     for folder in ("train", "work/shards/train"):

@@ -1,4 +1,4 @@
-"""Several sources in one dataset: what each gives, what is remembered, and what is refused."""
+"""Several sources in one dataset: their parts, what is fetched only once, and what is rejected."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 
 def parts(out: Path) -> dict[str, int]:
-    """Documents of both splits by part."""
+    """Returns the documents of both splits by part."""
     found: dict[str, int] = {}
     for entries in json.loads((out / "manifest.json").read_text())["splits"].values():
         for entry in entries:
@@ -37,7 +37,7 @@ def parts(out: Path) -> dict[str, int]:
 
 
 def mixed(hub_url: str) -> list[str]:
-    """The source of these tests: a dataset on the hub, JSON lines of the user's, plain files."""
+    """Returns the source of these tests: a dataset on the hub, JSON lines and plain files of the user."""
     return [
         "source=mixed",
         f"source.parts.hub={{kind:hub,repo:owner/corpus,endpoint:'{hub_url}',subsets:{{web:{{files:'data/*.parquet'}}}}}}",
@@ -51,7 +51,7 @@ def mixed(hub_url: str) -> list[str]:
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with one dataset; beside it the user's files."""
+    """A hub with one dataset, and files of the user."""
     write(tmp_path / "mine" / "a.jsonl", sentences(100, seed=1))
     (tmp_path / "notes").mkdir()
     for number, text in enumerate(sentences(30, seed=2)):
@@ -61,7 +61,7 @@ def hub(tmp_path):
     stop()
 
 
-def test_one_command_makes_one_dataset_of_a_hubs_files_and_ones_own(run, tmp_path, hub):
+def test_hub_and_own_files_become_one_dataset(run, tmp_path, hub):
     code, said = run(*mixed(hub.url), *COMMON)
     assert code == 0, said
     assert parts(tmp_path / "data") == {"web": 20, "essays": 100, "notes": 30}
@@ -75,7 +75,7 @@ def test_one_command_makes_one_dataset_of_a_hubs_files_and_ones_own(run, tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["download", "stream"])
-def test_a_dataset_of_the_hub_alone_is_asked_for_once(run, tmp_path, hub, mode):
+def test_hub_source_is_fetched_once(run, tmp_path, hub, mode):
     alone = ("source=hub", "source.repo=owner/corpus", f"source.endpoint={hub.url}", f"source.mode={mode}")
     alone = (*alone, "split.heldout_fraction=0.3")
     code, said = run(*alone, *COMMON)
@@ -86,7 +86,7 @@ def test_a_dataset_of_the_hub_alone_is_asked_for_once(run, tmp_path, hub, mode):
     assert hub.requests == []
 
 
-def test_the_hub_is_asked_once_and_ones_own_files_every_time(run, tmp_path, hub):
+def test_hub_is_fetched_once_and_own_files_are_searched_in_every_run(run, tmp_path, hub):
     assert run(*mixed(hub.url), *COMMON)[0] == 0
     hub.requests.clear()
     assert run(*mixed(hub.url), *COMMON)[0] == 0
@@ -99,7 +99,7 @@ def test_the_hub_is_asked_once_and_ones_own_files_every_time(run, tmp_path, hub)
     assert parts(tmp_path / "data") == {"web": 20, "essays": 150, "notes": 30}
 
 
-def test_two_formats_in_one_part_are_refused(run, tmp_path, hub):
+def test_two_formats_in_one_part_are_rejected(run, tmp_path, hub):
     more = [
         "source.parts.more={kind:quickstart}",
         "source.parts.hub.subsets={python:{files:'data/*.parquet'}}",
@@ -113,7 +113,7 @@ def test_two_formats_in_one_part_are_refused(run, tmp_path, hub):
     )
 
 
-def test_files_of_a_part_are_those_of_the_source_alone(run, tmp_path, hub):
+def test_part_has_the_files_that_its_source_has_alone(run, tmp_path, hub):
     assert run(*mixed(hub.url), *COMMON)[0] == 0
     tokenizer = tmp_path / "data" / "tokenizer.json"
     alone = ("source=jsonl", "source.name=essays", "source.paths=[mine/*.jsonl]", "source.text_column=body")
@@ -128,7 +128,7 @@ def test_files_of_a_part_are_those_of_the_source_alone(run, tmp_path, hub):
         assert found == expected != {}
 
 
-def test_every_problem_of_every_part_is_named_at_once(run):
+def test_all_problems_of_all_parts_are_reported_together(run):
     code, said = run(
         "source=mixed",
         "source.parts.a={kind:jsnol,paths:[x]}",
@@ -178,11 +178,11 @@ def test_published_mix_has_text_for_all_but_one_of_its_parts():
         ),
     ],
 )
-def test_setting_of_another_choice_is_refused(run, override, sentence):
+def test_setting_of_another_kind_is_rejected(run, override, sentence):
     code, said = run("source=quickstart", override, "out=data")
     assert code == 3 and sentence in said
 
 
-def test_part_of_another_type_is_refused():
+def test_part_of_another_type_is_rejected():
     with pytest.raises(ConfigError, match=r"source.parts.web.kind=null must be quickstart, local_docs, "):
         read_config(["source=mixed", "source.parts.web.paths=[x]", "out=data"])

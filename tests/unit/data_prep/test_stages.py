@@ -1,4 +1,4 @@
-"""Each stage runs alone, says what it lacks, and does nothing twice; mixes, packings and blends come out as asked."""
+"""Each stage runs alone, reports what it lacks and repeats no work. Mixes, packings and blends are as configured."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ SETTINGS = ("source=jsonl", "source.paths=[corpus.jsonl]", "tokenizer.vocab_size
 SMALL = (*SETTINGS, "shard_mb=0.02", "workers=1", "out=d")
 
 
-def test_stages_one_by_one_are_the_whole(run, corpus, tmp_path):
+def test_stages_one_by_one_equal_one_run(run, corpus, tmp_path):
     for stage in ("plan", "fetch", "tokenize", "merge", "validate", "stats"):
         code, said = run(f"stage={stage}", *SMALL)
         assert code == 0, said
@@ -32,7 +32,7 @@ def test_stages_one_by_one_are_the_whole(run, corpus, tmp_path):
     assert "is up to date: nothing to do" in run(*SMALL)[1] and not unfinished.exists()
 
 
-def test_stage_that_comes_too_early_says_which_is_missing(run, corpus):
+def test_stage_without_its_input_names_the_stage_to_run_first(run, corpus):
     assert "shards are missing in out=d; run stage=tokenize first" in run("stage=merge", *SMALL)[1]
     quickstart = ("source=quickstart", "out=q")
     code, said = run("stage=tokenize", *quickstart)
@@ -43,14 +43,14 @@ def test_stage_that_comes_too_early_says_which_is_missing(run, corpus):
         assert "there is no finished dataset" in run(f"stage={stage}", "out=q")[1]
 
 
-def test_plan_names_every_shard(run, corpus, tmp_path):
+def test_plan_lists_every_shard(run, corpus, tmp_path):
     assert run("stage=plan", *SMALL)[0] == 0
     plan = json.loads((tmp_path / "d" / "work" / "plan.json").read_text())
     assert plan["fetched"] and plan["input_bytes"] == corpus.stat().st_size
     assert sum(shard["bytes"] for shard in plan["shards"]) == plan["input_bytes"]
 
 
-def test_merged_dataset_needs_no_shards_to_go_on(run, corpus, tmp_path):
+def test_merged_dataset_is_up_to_date_without_shards(run, corpus, tmp_path):
     assert run(*SMALL, "merge.files=2")[0] == 0
     root = tmp_path / "d"
     assert len(load_manifest(root).splits["train"]) == 2
@@ -69,7 +69,7 @@ def test_merged_dataset_needs_no_shards_to_go_on(run, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
-def test_a_flipped_byte_in_a_joined_file_is_repaired(run, corpus, tmp_path, suffix):
+def test_flipped_byte_in_a_joined_file_is_repaired(run, corpus, tmp_path, suffix):
     settings = (*SMALL, "merge.files=2", "stage=prepare")
     assert run(*settings)[0] == 0
     path = tmp_path / "d" / "train" / f"text_00001.{suffix}"
@@ -81,7 +81,7 @@ def test_a_flipped_byte_in_a_joined_file_is_repaired(run, corpus, tmp_path, suff
     assert run("stage=validate", "out=d")[0] == 0
 
 
-def test_another_number_of_files_makes_the_shards_again_that_it_needs(run, corpus, tmp_path):
+def test_another_number_of_files_rebuilds_the_shards_that_it_needs(run, corpus, tmp_path):
     assert run(*SMALL, "merge.files=4")[0] == 0
     assert run(*SMALL, "merge.files=4", "stage=merge")[0] == 0
     for files in (2, 32):
@@ -96,7 +96,7 @@ def test_another_number_of_files_makes_the_shards_again_that_it_needs(run, corpu
             assert path.read_bytes() == (tmp_path / "d" / "train" / path.name).read_bytes()
 
 
-def test_a_larger_budget_adds_to_a_merged_dataset(run, corpus, tmp_path):
+def test_larger_budget_extends_a_merged_dataset(run, corpus, tmp_path):
     settings = (*SMALL, "merge.files=2", "overwrite=true")
     for tokens in (2_000, 8_000, 3_000):
         code, said = run(*settings, f"mix.target_tokens={tokens}")
@@ -108,7 +108,7 @@ def test_a_larger_budget_adds_to_a_merged_dataset(run, corpus, tmp_path):
         assert [s.bin_sha256 for s in ours.splits["train"]] == [s.bin_sha256 for s in theirs.splits["train"]]
 
 
-def test_a_refused_run_leaves_the_dataset_valid(run, corpus, tmp_path):
+def test_rejected_run_leaves_the_dataset_valid(run, corpus, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(corpus.read_text().replace('"text": "', '"text": "Other. '))
     assert run(*SMALL)[0] == 0
@@ -121,7 +121,7 @@ def test_a_refused_run_leaves_the_dataset_valid(run, corpus, tmp_path):
     assert "encoded again, match the dataset" in run_out(run, "stage=validate", "out=d")
 
 
-def test_work_of_another_run_accuses_nobody(run, corpus, tmp_path):
+def test_work_of_another_run_does_not_invalidate_a_dataset(run, corpus, tmp_path):
     assert run(*SMALL, "merge.files=2")[0] == 0
     manifest = (tmp_path / "d" / "manifest.json").read_bytes()
     assert run(*SMALL, "merge.files=2", "split.seed=5", "overwrite=true", "stage=tokenize")[0] == 0
@@ -130,7 +130,7 @@ def test_work_of_another_run_accuses_nobody(run, corpus, tmp_path):
     assert run(*SMALL, "merge.files=2")[0] == 0
 
 
-def test_a_damaged_tokenizer_beside_the_files_is_repaired(run, corpus, tmp_path):
+def test_damaged_tokenizer_file_is_repaired(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
     path = tmp_path / "d" / "tokenizer.json"
     whole = path.read_bytes()
@@ -197,7 +197,7 @@ def test_official_row_cuts_long_documents_and_training_pads_the_rows(run, corpus
         TrainingRows(manifest, sequence_length=32, seed=0, weights={})
 
 
-def test_padding_bears_no_loss(run, corpus, tmp_path):
+def test_padding_has_no_loss(run, corpus, tmp_path):
     from ssa_pretrain.data.batches import collate
 
     assert run(*SMALL, "packing=official_row", "packing.row_tokens=64")[0] == 0
@@ -207,7 +207,7 @@ def test_padding_bears_no_loss(run, corpus, tmp_path):
     assert batch.cu_seqlens.tolist()[:2] == [0, 65 - row.padding] or row.padding == 1
 
 
-def test_dataset_for_measuring_has_all_its_documents_in_the_held_out_split(run, corpus, tmp_path):
+def test_dataset_for_evaluation_has_all_documents_in_the_held_out_split(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
     tokenizer = (
         "tokenizer=file",
@@ -226,7 +226,7 @@ def test_dataset_for_measuring_has_all_its_documents_in_the_held_out_split(run, 
     assert "is up to date: nothing to do" in run(*settings, "split.heldout_fraction=1")[1]
 
 
-def test_mix_gives_weights_to_training_and_to_megatron_core(run, tmp_path):
+def test_mix_weights_reach_training_and_megatron_core(run, tmp_path):
     lines = [json.dumps({"text": f"web {n} " + "keys and blocks " * 20}) for n in range(240)]
     (tmp_path / "web.jsonl").write_text("\n".join(lines) + "\n")
     lists = ["tokenizer.vocab_size=512", "split.heldout_fraction=0.1", "workers=1"]
@@ -248,7 +248,7 @@ def test_mix_gives_weights_to_training_and_to_megatron_core(run, tmp_path):
     assert code == 3 and "mix.weights has no weight for text" in said
 
 
-def test_what_a_killed_run_left_is_removed(run, corpus, tmp_path):
+def test_leftovers_of_a_killed_run_are_removed(run, corpus, tmp_path):
     assert run("stage=tokenize", *SMALL)[0] == 0
     root = tmp_path / "d"
     left = ["heldout.blend.7.tmp", "manifest.json.7.tmp", "work/shards/train/text_00000.bin.7.tmp", "text/x.json.7.tmp"]
