@@ -1,7 +1,7 @@
 """The text of a run: fetched by its sources, cut into shards, identified by the sha256 of its files.
 
-`fetch_corpus` asks the sources for what is missing. `find_corpus` only looks at this machine and returns None if a
-source has not been asked yet. Both return the same `Corpus` for the same files and settings, in every run.
+`fetch_corpus` fetches what is missing. `find_corpus` only looks at this machine and returns None if text has not been
+fetched yet. Both return the same `Corpus` for the same files and settings, in every run.
 """
 
 from dataclasses import asdict, dataclass, replace

@@ -24,7 +24,7 @@ def overwrite_error(config: Config, reason: str = "") -> InputError:
 
 
 def check_same_source(config: Config, out: Path) -> None:
-    """Raises InputError if the settings alone show that `out` holds another dataset. Runs before anything is written.
+    """Raises InputError if the settings show that `out` holds another dataset. Runs before anything is written.
 
     Compared by their settings are the sources that fetch text into the folder, a tokenizer that is trained there, and
     what is part of the dataset's fingerprint. The user's own files are compared by their content, once it is read.

@@ -12,7 +12,8 @@ jsonl, parquet or text). `log` prints a line for the user.
 `store.cache`, which datasets share, and get their names only once they are complete. A source that cannot continue
 raises InputError with one sentence.
 
-To add a source, write those three and one line in SOURCES. If fetching needs more than the standard library, import its
+To add a source, write those three, one line in SOURCES and the dataclass's name in PartSource
+(data_prep/sources/settings.py). If fetching needs more than the standard library, import its
 module inside the function, so that a run does not load what other sources need.
 """
 

@@ -20,10 +20,10 @@ class JsonlSource:
     """JSON lines, plain or compressed (.gz, .zst): one object per line, one document per object."""
 
     kind: str = "jsonl"  # the kind of source, set by source=
-    name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
+    name: str = "text"  # name of this part of the corpus, and of its files in the dataset
     paths: list[str] = MISSING  # files, folders or glob patterns
     text_column: str = "text"  # key of the text in each object
-    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
+    on_error: OnError = OnError.fail  # what happens to lines, rows and files that cannot be read as text
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -35,10 +35,10 @@ class ParquetSource:
     """Parquet files, one document per row."""
 
     kind: str = "parquet"  # the kind of source, set by source=
-    name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
+    name: str = "text"  # name of this part of the corpus, and of its files in the dataset
     paths: list[str] = MISSING  # files, folders or glob patterns
     text_column: str = "text"  # column of the text; must be a string column
-    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
+    on_error: OnError = OnError.fail  # what happens to lines, rows and files that cannot be read as text
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -50,10 +50,10 @@ class TextSource:
     """Plain UTF-8 files, one document per file."""
 
     kind: str = "text"  # the kind of source, set by source=
-    name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
+    name: str = "text"  # name of this part of the corpus, and of its files in the dataset
     paths: list[str] = MISSING  # files, folders or glob patterns
     suffixes: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py"])  # which files of a folder count
-    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
+    on_error: OnError = OnError.fail  # what happens to lines, rows and files that cannot be read as text
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""

@@ -1,7 +1,7 @@
 """The kinds of source that `source=` picks, and source=mixed, which holds several of them.
 
 The settings of each kind are beside its source: files.py, packages/settings.py, hub/settings.py. Each dataclass returns its problems under
-`source.`. No file is opened there: what must be looked up on the disk is checked where it is read.
+`source.`. No file is opened for that. What depends on files is checked where they are read.
 """
 
 from dataclasses import dataclass, replace

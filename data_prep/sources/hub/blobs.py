@@ -10,7 +10,7 @@ concurrently.
 
 A killed run loses at most the current file of `part_rows` blobs. A blob is dropped and recorded if the bucket does not
 have it (`missing`), refuses it (`denied`) or sends it damaged in every attempt (`damaged`). A request without any
-answer ends the run, since that says nothing about the blob.
+answer ends the run, since it does not show whether the blob exists.
 """
 
 import gzip

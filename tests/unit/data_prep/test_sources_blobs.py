@@ -58,11 +58,13 @@ def test_unsigned_requests_get_the_texts_and_a_missing_blob_is_recorded(moto_end
         monkeypatch.delenv(name, raising=False)
     ids = [f"{n:02d}" for n in range(30)]
     settings = BlobSettings(endpoint=moto_endpoint, part_rows=10, connections=4)
-    said: list[str] = []
-    paths, report = blobs.fetch_blobs([write_list(tmp_path / "l.parquet", ids)], settings, tmp_path / "b", said.append)
+    logged: list[str] = []
+    paths, report = blobs.fetch_blobs(
+        [write_list(tmp_path / "l.parquet", ids)], settings, tmp_path / "b", logged.append
+    )
     assert texts(paths) == [f"print({n})\n" for n in range(30) if n != 13]  # the odd byte of blob 5 is ignored
     assert report == {"blobs": 30, "text": 29, "missing": 1}
-    assert said[-1] == "blobs: 29 of 30 have text (96.67%)"
+    assert logged[-1] == "blobs: 29 of 30 have text (96.67%)"
     record = json.loads(Path(f"{paths[1]}.fetched.json").read_text())
     assert (record["counts"], record["dropped"]) == ({"text": 9, "missing": 1}, {"missing": ["13"]})
     assert parquet.read_table(paths[0]).column_names == ["blob_id", "repo_name", "score", "text"]

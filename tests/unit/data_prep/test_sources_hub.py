@@ -83,9 +83,9 @@ def test_stream_leaves_a_record_of_its_files(hub, tmp_path):
 def test_only_the_text_column_is_transferred(hub, tmp_path):
     fetch_hub(source(hub, HubMode.stream), tmp_path, print)
     ranges = [r.removeprefix("bytes=").split("-") for m, path, r in hub.requests if m == "GET" and "other-host" in path]
-    asked = sum(int(stop) - int(start) + 1 for start, stop in ranges)
+    requested = sum(int(stop) - int(start) + 1 for start, stop in ranges)
     whole = sum(len(raw) for name, raw in hub.files.items() if "train" in name)
-    assert asked < 0.4 * whole  # prompts are nine tenths of each file
+    assert requested < 0.4 * whole  # prompts are nine tenths of each file
 
 
 @pytest.mark.parametrize("mode", HubMode)

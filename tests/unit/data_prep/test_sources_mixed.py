@@ -62,8 +62,8 @@ def hub(tmp_path):
 
 
 def test_hub_and_own_files_become_one_dataset(run, tmp_path, hub):
-    code, said = run(*mixed(hub.url), *COMMON)
-    assert code == 0, said
+    code, output = run(*mixed(hub.url), *COMMON)
+    assert code == 0, output
     assert parts(tmp_path / "data") == {"web": 20, "essays": 100, "notes": 30}
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert {entry["name"]: entry["origin"] for entry in manifest["sources"]} == {
@@ -78,8 +78,8 @@ def test_hub_and_own_files_become_one_dataset(run, tmp_path, hub):
 def test_hub_source_is_fetched_once(run, tmp_path, hub, mode):
     alone = ("source=hub", "source.repo=owner/corpus", f"source.endpoint={hub.url}", f"source.mode={mode}")
     alone = (*alone, "split.heldout_fraction=0.3")
-    code, said = run(*alone, *COMMON)
-    assert code == 0, said
+    code, output = run(*alone, *COMMON)
+    assert code == 0, output
     assert parts(tmp_path / "data") == {"text": 20}
     hub.requests.clear()
     assert run(*alone, *COMMON)[0] == 0
@@ -92,8 +92,8 @@ def test_hub_is_fetched_once_and_own_files_are_searched_in_every_run(run, tmp_pa
     assert run(*mixed(hub.url), *COMMON)[0] == 0
     assert hub.requests == []
     write(tmp_path / "mine" / "b.jsonl", sentences(50, seed=3))
-    code, said = run(*mixed(hub.url), *COMMON)
-    assert code == 4 and "made from other text" in said
+    code, output = run(*mixed(hub.url), *COMMON)
+    assert code == 4 and "made from other text" in output
     assert run(*mixed(hub.url), *COMMON, "overwrite=true")[0] == 0
     assert hub.requests == []
     assert parts(tmp_path / "data") == {"web": 20, "essays": 150, "notes": 30}
@@ -105,11 +105,11 @@ def test_two_formats_in_one_part_are_rejected(run, tmp_path, hub):
         "source.parts.hub.subsets={python:{files:'data/*.parquet'}}",
         "mix=all",
     ]
-    code, said = run(*mixed(hub.url)[:2], *more, *COMMON)
+    code, output = run(*mixed(hub.url)[:2], *more, *COMMON)
     assert code == 4
     assert (
         "part python would have files of parquet with the text in text and of jsonl with the text in text; give one of"
-        in said
+        in output
     )
 
 
@@ -118,8 +118,8 @@ def test_part_has_the_files_that_its_source_has_alone(run, tmp_path, hub):
     tokenizer = tmp_path / "data" / "tokenizer.json"
     alone = ("source=jsonl", "source.name=essays", "source.paths=[mine/*.jsonl]", "source.text_column=body")
     file = ("tokenizer=file", f"tokenizer.path={tokenizer}", "tokenizer.eos_token='<|end_of_text|>'")
-    code, said = run(*alone, *file, "out=alone", *COMMON[2:])
-    assert code == 0, said
+    code, output = run(*alone, *file, "out=alone", *COMMON[2:])
+    assert code == 0, output
     for split in ("train", "heldout"):
         found, expected = (
             {path.name: path.read_bytes() for path in (tmp_path / out / split).glob("essays_*")}
@@ -129,7 +129,7 @@ def test_part_has_the_files_that_its_source_has_alone(run, tmp_path, hub):
 
 
 def test_all_problems_of_all_parts_are_reported_together(run):
-    code, said = run(
+    code, output = run(
         "source=mixed",
         "source.parts.a={kind:jsnol,paths:[x]}",
         "source.parts.b={kind:jsonl}",
@@ -148,10 +148,10 @@ def test_all_problems_of_all_parts_are_reported_together(run):
         "source.parts.d and source.parts.e both make a part e; give one of them another name",
         "source.parts.f.paths=x must be a list; try [x]",
     ):
-        assert sentence in said
-    code, said = run("source=mixed", "out=data")
+        assert sentence in output
+    code, output = run("source=mixed", "out=data")
     line = "  source.parts={} must name at least one source; try source.parts.web.kind=jsonl 'source.parts.web.paths=[web]'"
-    assert (code, said.splitlines()[1]) == (3, line)
+    assert (code, output.splitlines()[1]) == (3, line)
 
 
 def test_published_mix_has_text_for_all_but_one_of_its_parts():
@@ -179,8 +179,8 @@ def test_published_mix_has_text_for_all_but_one_of_its_parts():
     ],
 )
 def test_setting_of_another_kind_is_rejected(run, override, sentence):
-    code, said = run("source=quickstart", override, "out=data")
-    assert code == 3 and sentence in said
+    code, output = run("source=quickstart", override, "out=data")
+    assert code == 3 and sentence in output
 
 
 def test_part_of_another_type_is_rejected():

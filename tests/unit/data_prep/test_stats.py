@@ -92,5 +92,5 @@ def test_incomplete_line_of_rates_is_skipped(tmp_path):
 
 
 def test_stats_without_a_dataset(run):
-    code, said = run("stage=stats", "out=nothing")
-    assert code == 4 and "there is no finished dataset" in said
+    code, logged = run("stage=stats", "out=nothing")
+    assert code == 4 and "there is no finished dataset" in logged

@@ -134,45 +134,45 @@ def test_all_unreadable_files_are_reported_together(run, corpus, tmp_path, token
         assert run("source=jsonl", "source.paths=[own/c.jsonl]", *SETTINGS, "out=t")[0] == 0
         corpus += ["tokenizer=file", "tokenizer.path=t/tokenizer.json", "tokenizer.eos_token='<|end_of_text|>'"]
         corpus.remove(SETTINGS[0])
-    code, said = run(*corpus, "out=d")
-    assert code == 4 and "Traceback" not in said
-    assert "4 files have text that cannot be read:\n" in said
-    assert f"\n  {tmp_path}/own/a.jsonl:21: the line is not UTF-8 (byte 10); convert the file" in said
-    assert "(and 1 more in this file)" in said
-    assert f"\n  {tmp_path}/own/b.jsonl.gz:21: no key 'text', the object has 'body'" in said
-    assert f"\n  {tmp_path}/rows/d.parquet: row 20 of row group 0 has no text" in said
-    assert f"\n  {tmp_path}/plain/latin.txt is not UTF-8 (byte 2)" in said
-    assert said.splitlines()[-1] == "source.parts.NAME.on_error=skip leaves such text out and counts it"
+    code, output = run(*corpus, "out=d")
+    assert code == 4 and "Traceback" not in output
+    assert "4 files have text that cannot be read:\n" in output
+    assert f"\n  {tmp_path}/own/a.jsonl:21: the line is not UTF-8 (byte 10); convert the file" in output
+    assert "(and 1 more in this file)" in output
+    assert f"\n  {tmp_path}/own/b.jsonl.gz:21: no key 'text', the object has 'body'" in output
+    assert f"\n  {tmp_path}/rows/d.parquet: row 20 of row group 0 has no text" in output
+    assert f"\n  {tmp_path}/plain/latin.txt is not UTF-8 (byte 2)" in output
+    assert output.splitlines()[-1] == "source.parts.NAME.on_error=skip leaves such text out and counts it"
     assert not (tmp_path / "d" / "manifest.json").exists()
 
 
 def test_files_that_cannot_be_opened_are_reported_together_by_the_plan(run, tmp_path):
     for name in ("a.parquet", "b.parquet"):
         (tmp_path / name).write_bytes(b"x" * 40)
-    code, said = run("source=parquet", "source.paths=['*.parquet']", "out=d", *SETTINGS)
-    assert code == 4 and "2 files have text that cannot be read:" in said
-    assert all(f"{tmp_path}/{name} is not a readable Parquet file" in said for name in ("a.parquet", "b.parquet"))
+    code, output = run("source=parquet", "source.paths=['*.parquet']", "out=d", *SETTINGS)
+    assert code == 4 and "2 files have text that cannot be read:" in output
+    assert all(f"{tmp_path}/{name} is not a readable Parquet file" in output for name in ("a.parquet", "b.parquet"))
 
 
 def test_skipped_text_is_counted_in_console_manifest_and_statistics(run, corpus, tmp_path, capsys):
     skip = [f"source.parts.{name}.on_error=skip" for name in ("own", "rows", "plain")]
-    code, said = run(*corpus, *skip, "out=d", "shard_mb=0.01")
-    assert code == 0, said
-    assert "left out by on_error=skip: 1 file, 3 lines, 1 row" in said
-    assert f"  {tmp_path}/own/a.jsonl:21: the line is not UTF-8" in said
+    code, output = run(*corpus, *skip, "out=d", "shard_mb=0.01")
+    assert code == 0, output
+    assert "left out by on_error=skip: 1 file, 3 lines, 1 row" in output
+    assert f"  {tmp_path}/own/a.jsonl:21: the line is not UTF-8" in output
     assert load_manifest(tmp_path / "d").details["skipped"] == {"lines": 3, "rows": 1, "files": 1}
     assert load_manifest(tmp_path / "d").details["source_documents"] == 100
     assert run("stage=stats", "out=d")[0] == 0
     assert json.loads((tmp_path / "d" / "stats.json").read_text())["skipped"] == {"lines": 3, "rows": 1, "files": 1}
     assert "left out by on_error=skip: 1 file, 3 lines, 1 row" in (tmp_path / "d" / "stats.html").read_text()
     assert "is up to date" in run("out=d", "stage=prepare")[1]  # by its recipe
-    code, said = run(*corpus, "out=d", "shard_mb=0.01")
+    code, output = run(*corpus, "out=d", "shard_mb=0.01")
     assert (
-        code == 4 and "was made with on_error=skip and lacks 1 file, 3 lines, 1 row; add source.on_error=skip" in said
+        code == 4 and "was made with on_error=skip and lacks 1 file, 3 lines, 1 row; add source.on_error=skip" in output
     )
     (tmp_path / "d" / "manifest.json").unlink()
-    code, said = run(*corpus, "out=d", "shard_mb=0.01")
-    assert code == 4 and "4 files have text that cannot be read" in said  # shards that lack text are not reused
+    code, output = run(*corpus, "out=d", "shard_mb=0.01")
+    assert code == 4 and "4 files have text that cannot be read" in output  # shards that lack text are not reused
 
 
 def test_readable_text_gives_the_same_dataset_with_and_without_skipping(run, tmp_path):
@@ -185,5 +185,5 @@ def test_readable_text_gives_the_same_dataset_with_and_without_skipping(run, tmp
 
 def test_corpus_without_readable_text_is_rejected(run, tmp_path):
     lines(tmp_path / "x.jsonl", *BAD)
-    code, said = run("source=jsonl", "source.paths=[x.jsonl]", *SETTINGS, "out=a", "source.on_error=skip")
-    assert code == 4 and "no document has any text (6 lines were left out by on_error=skip)" in said
+    code, output = run("source=jsonl", "source.paths=[x.jsonl]", *SETTINGS, "out=a", "source.on_error=skip")
+    assert code == 4 and "no document has any text (6 lines were left out by on_error=skip)" in output

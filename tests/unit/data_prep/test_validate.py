@@ -160,9 +160,9 @@ def test_command_reports_damage_and_exits_with_code_4(copy, capsys):
     assert "valid: every file, id and document matches the manifest" in capsys.readouterr().out
     flip(copy / "train" / "text_00001.bin", random.Random(0))
     assert main(["stage=validate", f"out={copy}"]) == 4
-    said = capsys.readouterr().err
-    assert "damaged: train/text_00001.bin: its content does not match the manifest's sha256" in said
-    assert f"{copy} has 2 problems; repair it with `python -m data_prep out={copy} verify=full`" in said
+    output = capsys.readouterr().err
+    assert "damaged: train/text_00001.bin: its content does not match the manifest's sha256" in output
+    assert f"{copy} has 2 problems; repair it with `python -m data_prep out={copy} verify=full`" in output
 
 
 def test_command_without_a_dataset_exits_with_code_4(tmp_path, capsys):
