@@ -8,7 +8,8 @@ The folders are the stages, and each imports only those before it:
     shards/      tokenizing shards in parallel, on one machine or many
     dataset/     joining shards into a dataset, committing it, validating it, its statistics
 
-Above them are `cli` (arguments, exit codes) and `pipeline` (the stages in their order). Below them are `config`,
-`recipe`, `readers`, `progress`, `processes`, `files` and `errors`. The byte format and the manifest are in
+Above them are `cli` (arguments, exit codes), `own_settings` (a run without a source) and `pipeline` (the stages in their
+order). `config` and `recipe` are between the sources, which have their own settings, and the other stages. Below all are
+`readers`, `files`, `plain`, `progress`, `processes`, `run_config` and `errors`. The byte format and the manifest are in
 ssa_pretrain/data/indexed_format.py.
 """

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
         code = main(sys.argv[1:])
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()

@@ -39,7 +39,7 @@ Guide: docs/data.md
     dry_run="stage=plan",
 )
 
-# What the file system refuses, and what the user can do about it. Any other error of it is a bug of this program.
+# Errors of the file system that the user can resolve. Any other one is a bug of this program.
 NO_ROOM = "there is no room left for {path}; make room or choose another out= or cache="
 FORBIDDEN = "{path} may not be read or written by this user; change its permissions or choose another path"
 REFUSALS = {
@@ -47,8 +47,8 @@ REFUSALS = {
     errno.EDQUOT: NO_ROOM,
     errno.EACCES: FORBIDDEN,
     errno.EPERM: FORBIDDEN,
-    errno.EROFS: "{path} lies on a disk that can only be read; choose another out= or cache=",
-    errno.ENOTDIR: "{path} cannot be reached, since a part of it is a file, not a folder; choose another path",
+    errno.EROFS: "{path} is on a read-only disk; choose another out= or cache=",
+    errno.ENOTDIR: "{path} cannot be reached, since one of its folders is a file; choose another path",
     errno.EEXIST: "{path} is a file where a folder is needed; move it away or choose another path",
     errno.EISDIR: "{path} is a folder where a file is needed; choose another path",
     errno.ENAMETOOLONG: "{path} is longer than the disk allows; choose a shorter path",
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         _log(f"error: {REFUSALS[error.errno].format(path=path)}, then run the same command again")
         return InputError.exit_code
     except KeyboardInterrupt:
-        _log("interrupted; run the same command again to go on")
+        _log("interrupted; run the same command again to continue")
         return 130
     return 0
 

@@ -1,7 +1,8 @@
-"""The settings of data_prep as typed dataclasses; conf/ holds the YAML that fills them.
+"""The settings of data_prep as typed dataclasses, which conf/ fills from YAML.
 
 Every dataclass returns its own problems, so that one run reports all of them together. Source, tokenizer and executor are unions: the Hydra
-group picks the dataclass by its `kind`. No file is opened here: what must be looked up on the disk is checked where it is read.
+group picks the dataclass by its `kind`. No file is opened here. What depends on files is checked where they are read.
+The settings of sources are in sources/settings.py, those of the amount, shape and place of the work in run_config.py.
 """
 
 from dataclasses import dataclass, field
@@ -13,72 +14,42 @@ from data_prep.run_config import (
     LocalExecutor,
     MergeConfig,
     MixConfig,
-    OnError,
     Packing,
     PackingConfig,
     RayExecutor,
     SlurmExecutor,
     StatsConfig,
 )
-from data_prep.sources.settings import (
-    AnySource,
-    JsonlSource,
-    LocalDocsSource,
-    MixedSource,
-    ParquetSource,
-    QuickstartSource,
-    TextSource,
-)
+from data_prep.sources.settings import AnySource
 from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between
-
-__all__ = [
-    "AnySource",
-    "BackendChoice",
-    "BpeTokenizer",
-    "Config",
-    "FileTokenizer",
-    "JsonlSource",
-    "Llama3Tokenizer",
-    "LocalDocsSource",
-    "MixedSource",
-    "OnError",
-    "ParquetSource",
-    "PolicyConfig",
-    "QuickstartSource",
-    "Specials",
-    "SplitConfig",
-    "Stage",
-    "TextSource",
-    "Verify",
-]
 
 
 class Specials(Enum):
-    """What becomes of a special token's name when it occurs literally in a document."""
+    """How the name of a special token is encoded when it occurs literally in a document."""
 
-    text = "text"  # encoded like any other characters: nobody's text can end a document
-    control = "control"  # becomes the special id
+    text = "text"  # as ordinary text, so no text can end a document
+    control = "control"  # as the special id
 
 
 class Stage(Enum):
-    """What a run does. Each of the first six needs what those before it left, and does nothing where that is done."""
+    """What a run does. Each of the first six needs the results of those before it, and skips finished work."""
 
-    plan = "plan"  # prints what will be made and what it costs
-    fetch = "fetch"  # brings the text to this machine
-    tokenize = "tokenize"  # text to shards, each with a record
-    merge = "merge"  # shards to a bounded number of files, and the manifest
-    validate = "validate"  # reads every byte of the dataset in `out` and reports what is wrong with it
-    stats = "stats"  # statistics and a page about the dataset in `out`
+    plan = "plan"  # prints the shards that will be made and their size
+    fetch = "fetch"  # fetches the text to this machine
+    tokenize = "tokenize"  # makes shards from text, each with a record
+    merge = "merge"  # joins shards into a bounded number of files and writes the manifest
+    validate = "validate"  # reads every byte of the dataset in `out` and reports problems
+    stats = "stats"  # writes statistics of the dataset in `out` and a page that shows them
     prepare = "prepare"  # plan to merge: text to a finished dataset
-    all = "all"  # the six in their order
+    all = "all"  # the six, in order
 
 
 class BackendChoice(Enum):
-    """Which program encodes; the bytes written do not depend on it."""
+    """Which library encodes; the bytes written do not depend on it."""
 
-    auto = "auto"  # the first of gigatoken, tiktoken that is installed and gives hf's ids on a sample of the corpus, else hf
-    gigatoken = "gigatoken"  # the same, but an error if it cannot be used
-    tiktoken = "tiktoken"  # likewise
+    auto = "auto"  # the first of gigatoken and tiktoken that is installed and gives hf's ids on a sample of the corpus, else hf
+    gigatoken = "gigatoken"  # gigatoken; an error if it cannot be used
+    tiktoken = "tiktoken"  # tiktoken; an error if it cannot be used
     hf = "hf"  # Hugging Face's tokenizers
 
 
@@ -86,7 +57,7 @@ class Verify(Enum):
     """How much of a finished dataset is compared with its manifest before it is reused."""
 
     quick = "quick"  # existence, sizes, headers
-    full = "full"  # and the sha256 of every file
+    full = "full"  # as quick, and the sha256 of every file
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,8 +65,8 @@ class BpeTokenizer:
     """A byte-level BPE trained on the train split of the corpus itself."""
 
     kind: str = "bpe"  # the kind of tokenizer, set by tokenizer=
-    vocab_size: int = 8192  # entries, special tokens included
-    sample_mb: float = 12.0  # most MB of train documents to learn from, chosen by document hash
+    vocab_size: int = 8192  # entries, including special tokens
+    sample_mb: float = 12.0  # maximum MB of train documents to learn from, chosen by document hash
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -108,7 +79,7 @@ class Llama3Tokenizer:
     """Llama 3's tokenizer, converted from the tokenizer.model that Meta's llama-models package ships."""
 
     kind: str = "llama3"  # the kind of tokenizer, set by tokenizer=
-    path: str | None = None  # a tokenizer.model elsewhere; null looks into the installed package llama-models
+    path: str | None = None  # a tokenizer.model; null takes the one of the installed package llama-models
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -131,26 +102,26 @@ class FileTokenizer:
 
 @dataclass(kw_only=True, slots=True)
 class PolicyConfig:
-    """What is added to a document's ids, and what is never taken from its text."""
+    """Which ids are added to a document, and how names of special tokens in its text are encoded."""
 
     add_bos: bool = False  # begin each document with the BOS id
     append_eos: bool = True  # end each document with the EOS id; training finds document boundaries by it
-    specials: Specials = Specials.text  # what a special token's name in the text becomes
+    specials: Specials = Specials.text  # how the name of a special token in the text is encoded
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
         if not self.append_eos:
-            rule = "leaves no mark between documents, which training needs"
+            rule = "leaves nothing between documents, and training finds their boundaries by the EOS id"
             return [Problem("policy.append_eos", self.append_eos, rule, "try true")]
         return []
 
 
 @dataclass(kw_only=True, slots=True)
 class SplitConfig:
-    """Which documents are held out: those whose hash falls below a threshold, so equal texts share a side."""
+    """Which documents are held out: those whose hash is below a threshold, so equal texts are in the same split."""
 
-    heldout_fraction: float = 0.02  # share of the documents; 1 makes a dataset for measuring only
-    seed: int = 0  # another seed holds out other documents
+    heldout_fraction: float = 0.02  # share of the documents; 1 makes a dataset for evaluation only
+    seed: int = 0  # which documents are held out
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -159,13 +130,13 @@ class SplitConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    """Everything that one run of data_prep is told."""
+    """All settings of a run of data_prep."""
 
     stage: Stage = Stage.all
     out: str = MISSING  # folder of the dataset
-    cache: str = "outputs/cache/data_prep"  # folder of downloads and converted tokenizers, shared by datasets
+    cache: str = "outputs/cache/data_prep"  # folder of downloads and converted tokenizers, which datasets share
     source: AnySource = MISSING  # where the text comes from
-    tokenizer: BpeTokenizer | Llama3Tokenizer | FileTokenizer = MISSING  # what makes ids of it
+    tokenizer: BpeTokenizer | Llama3Tokenizer | FileTokenizer = MISSING  # how it becomes ids
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
@@ -173,14 +144,12 @@ class Config:
     merge: MergeConfig = field(default_factory=MergeConfig)
     executor: LocalExecutor | SlurmExecutor | RayExecutor = MISSING  # where the work runs
     stats: StatsConfig = field(default_factory=StatsConfig)
-    shard_mb: float = (
-        0.0  # MB of input of one shard, the unit of work and of resuming; 0 chooses by the size of the corpus
-    )
-    backend: BackendChoice = BackendChoice.auto  # which program encodes; the bytes written do not depend on it
-    workers: int = 0  # processes of executor=local; 0 takes one a core; the bytes written do not depend on it
-    overwrite: bool = False  # replace a finished dataset in `out` that was made with other settings or inputs
-    verify: Verify = Verify.quick  # how a finished dataset is checked before it is reused
-    retokenize: int = 200  # documents that stage=validate encodes again where the text is still there; 0 for none
+    shard_mb: float = 0.0  # MB of input per shard, the unit of work and of resuming; 0 derives it from the corpus
+    backend: BackendChoice = BackendChoice.auto  # which library encodes; the bytes written do not depend on it
+    workers: int = 0  # processes of executor=local; 0 takes one per core; the bytes written do not depend on it
+    overwrite: bool = False  # replace a finished dataset in `out` that was made from other settings or text
+    verify: Verify = Verify.quick  # how thoroughly a finished dataset is checked before it is reused
+    retokenize: int = 200  # documents that stage=validate encodes again if their text still exists; 0 for none
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the whole configuration."""
@@ -196,13 +165,13 @@ class Config:
         return found + self._across_sections()
 
     def _across_sections(self) -> list[Problem]:
-        """The problems of rules that read several sections."""
+        """Returns the problems that involve several sections."""
         found, heldout = [], self.split.heldout_fraction
         if self.packing.kind is Packing.official_row and self.policy.add_bos:
-            rule = "contradicts packing=official_row, which writes no BOS, as the published code"
+            rule = "contradicts packing=official_row, which writes no BOS, like the published code"
             found.append(Problem("policy.add_bos", True, rule, "try false", ("packing.kind",)))
         if heldout == 1 and self.tokenizer.kind == "bpe":
-            advice = "name the one of the training data with tokenizer=file tokenizer.path=…/tokenizer.json, or tokenizer=llama3"
+            advice = "use the one of the training data with tokenizer=file tokenizer.path=…/tokenizer.json, or tokenizer=llama3"
             rule = "leaves no text to train a tokenizer on"
             found.append(Problem("split.heldout_fraction", heldout, rule, advice, ("tokenizer.kind",)))
         if heldout == 1 and self.mix.target_tokens:

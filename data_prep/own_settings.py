@@ -1,7 +1,7 @@
 """A run without a source means the dataset in `out`: the dataset's recipe replaces the defaults.
 
 Settings of the command line are applied on top of it, so `merge.files=8` joins the same dataset into other files, and `source.paths=[…]` gives
-the place to which its text has moved. Paths that are gone are looked for where they lay beside the dataset when it was made. The stages
+the new place of its text. A path that no longer exists is looked up at the same position relative to the dataset. The stages
 that only read a dataset (validate, stats) need no recipe.
 """
 

@@ -11,14 +11,13 @@ shards. It does not protect the folder from being overwritten.
 import json
 import os
 from dataclasses import asdict, dataclass, fields
-from enum import Enum
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from data_prep.config import Config
 from data_prep.errors import InputError
 from data_prep.files import digest, read_json, write_json
+from data_prep.plain import to_plain
 from ssa_pretrain.data.indexed_format import read_manifest
 from ssa_pretrain.data.repair import DatasetError, content_checksum
 
@@ -56,34 +55,6 @@ def recipe_of(config: Config, out: Path, inputs: str = "", fingerprint: str = ""
         settings["tokenizer"]["path"] = _absolute(settings["tokenizer"]["path"])
     settings |= {"shard_mb": config.shard_mb, "cache": _absolute(config.cache)}
     return Recipe(settings, str(out), inputs, fingerprint)
-
-
-def to_plain(section: Any) -> Any:
-    """Returns settings as plain data for JSON, without users and passwords in URLs."""
-    if hasattr(section, "__dataclass_fields__"):
-        section = asdict(section)
-    if isinstance(section, dict):
-        return {str(key): to_plain(value) for key, value in section.items()}
-    if isinstance(section, list | tuple):
-        return [to_plain(value) for value in section]
-    if isinstance(section, Enum):
-        return section.value
-    return without_credentials(section) if isinstance(section, str) else section
-
-
-def without_credentials(text: str) -> str:
-    """Returns a URL without user, password and query; other text unchanged."""
-    if not text.lower().startswith(("http://", "https://")):
-        return text
-    parts = urlsplit(text)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def without_keys(settings: Any, names: tuple[str, ...]) -> Any:
-    """Returns plain settings without some keys, at any depth of dictionaries."""
-    if not isinstance(settings, dict):
-        return settings
-    return {key: without_keys(value, names) for key, value in settings.items() if key not in names}
 
 
 def write_recipe(out: Path, recipe: Recipe) -> None:

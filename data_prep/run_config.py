@@ -1,6 +1,6 @@
-"""The settings of how much is made, in what shape, and where it runs: on_error, mix, packing, merge, executor, stats.
+"""The settings of how much is made, in what shape, and where the work runs: on_error, mix, packing, merge, executor, stats.
 
-config.py has the rest: what the text is and how it becomes ids.
+The others are in config.py.
 """
 
 from dataclasses import dataclass, field
@@ -12,16 +12,16 @@ from ssa_pretrain.settings.problems import Problem, above_zero, at_least
 
 
 class OnError(Enum):
-    """What becomes of lines, rows and files that cannot be read as text."""
+    """What happens to lines, rows and files that cannot be read as text."""
 
-    fail = "fail"  # the run ends, and names all files that have some
-    skip = "skip"  # they are left out and counted
+    fail = "fail"  # the run ends and names all such files
+    skip = "skip"  # they are skipped and counted
 
 
 class Packing(Enum):
-    """How training makes rows of documents."""
+    """How training packs documents into rows."""
 
-    megatron = "megatron"  # documents continue over rows: every row is full
+    megatron = "megatron"  # documents continue in the next row, so every row is full
     official_row = "official_row"  # one sequence of one document per row, padded, as in SSA's published code
 
 
@@ -30,9 +30,7 @@ class PackingConfig:
     """What a sequence of the .bin file is."""
 
     kind: Packing = Packing.megatron
-    row_tokens: int = (
-        8192  # official_row: longest sequence, EOS included; longer documents are cut, each part with an EOS
-    )
+    row_tokens: int = 8192  # official_row: longest sequence; longer documents are cut, and each piece ends in EOS
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -41,12 +39,12 @@ class PackingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MixConfig:
-    """Which share of the tokens each part of the corpus has, and how many tokens are made."""
+    """Each part's share of the tokens, and how many tokens are made."""
 
-    weights: dict[str, float] = field(default_factory=dict)  # by part; empty: in proportion to the text
-    target_tokens: float = 0.0  # tokens of the train split to make, over all parts; 0 makes all of them
-    missing: str = "refuse"  # a part that has a weight and no text: refuse, or drop (the others' shares grow)
-    seed: int = 0  # which shards are taken for a budget
+    weights: dict[str, float] = field(default_factory=dict)  # by part; empty: proportional to the text
+    target_tokens: float = 0.0  # tokens of the train split, over all parts; 0 makes all of them
+    missing: str = "refuse"  # what happens if a part has a weight and no text: refuse, or drop (the other shares grow)
+    seed: int = 0  # which shards a budget takes
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -63,8 +61,8 @@ class MixConfig:
 class MergeConfig:
     """How many files the finished dataset has."""
 
-    files: int = 32  # most .bin/.idx pairs per part and split; shards are joined until there are no more than this
-    keep_shards: bool = False  # keep the shards that were joined: twice the disk, but another number of files is cheap
+    files: int = 32  # maximum .bin/.idx pairs per part and split; shards are joined to get there
+    keep_shards: bool = False  # keep the joined shards: twice the disk space, but changing `files` later is cheap
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -88,13 +86,13 @@ class SlurmExecutor:
 
     kind: str = "slurm"  # the kind of executor, set by executor=
     partition: str = MISSING  # Slurm partition of the jobs
-    tasks: int = 16  # jobs of the array; each takes an equal part of the shards
+    tasks: int = 16  # jobs of the array; each makes an equal share of the shards
     cpus_per_task: int = 1  # processes of one job
     mem_per_cpu_gb: int = 2  # GB of memory per process
-    time: str = "12:00:00"  # limit of a job
+    time: str = "12:00:00"  # time limit of a job
     qos: str = ""  # "" requests none
-    wait: bool = True  # false returns once the jobs are queued; run the same command again to go on
-    sbatch: dict[str, str] = field(default_factory=dict)  # further arguments, such as {account: x}
+    wait: bool = True  # false returns once the jobs are queued; run the same command again to continue
+    sbatch: dict[str, str] = field(default_factory=dict)  # further sbatch arguments, such as {account: x}
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
@@ -106,9 +104,9 @@ class RayExecutor:
     """Ray tasks, by datatrove; `out` and the environment must be on a disk that all nodes share."""
 
     kind: str = "ray"  # the kind of executor, set by executor=
-    address: str = ""  # of a running cluster; "" starts one on this machine
-    tasks: int = 16  # each takes an equal part of the shards
-    workers: int = 0  # tasks at a time; 0: one per core
+    address: str = ""  # address of a running cluster; "" starts one on this machine
+    tasks: int = 16  # each makes an equal share of the shards
+    workers: int = 0  # concurrent tasks; 0: one per core
     cpus_per_task: int = 1  # processes of one task
     mem_per_cpu_gb: float = 1.0  # GB of memory per process
 
@@ -120,12 +118,12 @@ class RayExecutor:
 
 @dataclass(kw_only=True, slots=True)
 class StatsConfig:
-    """What the statistics compare the dataset with."""
+    """The row length, budget and hardware that the statistics assume."""
 
-    sequence_length: int = 8192  # rows whose fill is reported
-    budget_tokens: float = 100e9  # a training run of this many tokens: epochs of each part, and the cost of making them
-    cores_per_node: int = 64  # cores of one node, for the cost of making so many tokens
-    disk_mb_per_s: float = 1000.0  # read rate of a node, which bounds the time where cores do not
+    sequence_length: int = 8192  # tokens per row, for the fill of rows
+    budget_tokens: float = 100e9  # tokens of a training run, for the epochs of each part and the cost of making them
+    cores_per_node: int = 64  # cores per node, for that cost
+    disk_mb_per_s: float = 1000.0  # read rate of a node in MB/s, which limits it once there are enough cores
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""

@@ -1,7 +1,7 @@
 """The text of a run: fetched by its sources, cut into shards, identified by the sha256 of its files.
 
-`fetch_corpus` asks the sources for what is missing. `find_corpus` only looks at this machine and returns None if a
-source has not been asked yet. Both return the same `Corpus` for the same files and settings, in every run.
+`fetch_corpus` fetches what is missing. `find_corpus` only looks at this machine and returns None if text has not been
+fetched yet. Both return the same `Corpus` for the same files and settings, in every run.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -14,8 +14,9 @@ from data_prep.corpus.planning import Shard, file_checksums, input_digest, plan_
 from data_prep.corpus.unreadable import with_skip_advice
 from data_prep.errors import InputError, UnreadableText
 from data_prep.files import digest, read_json, write_json
+from data_prep.plain import to_plain, without_keys
 from data_prep.progress import Log
-from data_prep.recipe import known_dataset, to_plain, without_keys
+from data_prep.recipe import known_dataset
 from data_prep.sources.catalog import SOURCES
 from data_prep.sources.files import Part
 from data_prep.sources.mixed import fetched_and_own, sources_of

@@ -5,7 +5,8 @@ from typing import Any
 
 from data_prep.config import Config
 from data_prep.errors import InputError
-from data_prep.recipe import Recipe, known_dataset, plain_sources, recipe_of, without_keys
+from data_prep.plain import without_keys
+from data_prep.recipe import Recipe, known_dataset, plain_sources, recipe_of
 from data_prep.run_config import Packing
 from data_prep.sources.catalog import SOURCES
 from data_prep.sources.mixed import fetched_and_own
@@ -23,7 +24,7 @@ def overwrite_error(config: Config, reason: str = "") -> InputError:
 
 
 def check_same_source(config: Config, out: Path) -> None:
-    """Raises InputError if the settings alone show that `out` holds another dataset. Runs before anything is written.
+    """Raises InputError if the settings show that `out` holds another dataset. Runs before anything is written.
 
     Compared by their settings are the sources that fetch text into the folder, a tokenizer that is trained there, and
     what is part of the dataset's fingerprint. The user's own files are compared by their content, once it is read.

@@ -1,6 +1,6 @@
 """Text that cannot be read: one message names all files that have some.
 
-A run stops at the first line that it cannot read. Then the whole corpus is scanned, by one process per core and for at
+A run stops at the first line that it cannot read. Then the entire corpus is scanned, by one process per core and for at
 most a minute, so that one message names every file to repair.
 """
 

@@ -1,6 +1,6 @@
 """The stage `merge`: joins shards into a bounded number of files per part and split, and checks each shard against its record.
 
-Neighbouring shards are joined. A shard that stays alone gets its final name by a hard link, without a copy. Before a
+Neighbouring shards are joined. A shard that is not joined gets its final name by a hard link, without a copy. Before a
 shard is joined, the size of its .bin is compared with the lengths in its .idx. While it is copied, its sha256 is
 compared with its record. Otherwise every document after a truncated shard would be read from the wrong offset. Memory
 does not grow with the number of documents, since indices are written from a million lengths at a time.
@@ -88,7 +88,7 @@ def _remove_members(out: Path, group: Group) -> None:
 
 
 def _link(out: Path, group: Group, split: str) -> ShardInfo | None:
-    """Gives a shard that stays alone its final name."""
+    """Gives a shard that is not joined its final name."""
     record = group.members[0].record["splits"][split]
     if record is None:
         return None

@@ -2,7 +2,7 @@
 
 A worker writes the files (`write_shard`). The parent process flushes them to the disk and writes the shard's record
 (`commit_shard`), a JSON file in work/shards/ with the fingerprint of all that determined the bytes. Only the record
-marks a shard as finished. A shard is reused if its record has the fingerprint that the plan asks for and its files have
+marks a shard as finished. A shard is reused if its record has the fingerprint in the plan and its files have
 the recorded sizes. What a killed run leaves has no record and is overwritten.
 
 A shard writes no file for a split that gets none of its documents: an empty .bin cannot be mapped.
@@ -91,7 +91,7 @@ def shard_prefix(split: str, stem: str) -> str:
 
 
 def known_record(out: Path, stem: str, fingerprint: str) -> dict[str, Any] | None:
-    """Returns the record of a shard if its fingerprint is the one that the plan asks for; its files are not checked."""
+    """Returns the record of a shard if its fingerprint is the one in the plan; its files are not checked."""
     record = read_json(record_path(out, stem))
     if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA:
         return None

@@ -12,7 +12,8 @@ jsonl, parquet or text). `log` prints a line for the user.
 `store.cache`, which datasets share, and get their names only once they are complete. A source that cannot continue
 raises InputError with one sentence.
 
-To add a source, write those three and one line in SOURCES. If fetching needs more than the standard library, import its
+To add a source, write those three, one line in SOURCES and the dataclass's name in PartSource
+(data_prep/sources/settings.py). If fetching needs more than the standard library, import its
 module inside the function, so that a run does not load what other sources need.
 """
 
@@ -20,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep import config as settings
 from data_prep.progress import Log
-from data_prep.sources.files import find_part
+from data_prep.sources.files import JsonlSource, ParquetSource, TextSource, find_part
 from data_prep.sources.hub.settings import HubSource
+from data_prep.sources.packages.settings import LocalDocsSource, QuickstartSource
 from data_prep.sources.store import TextStore
 
 Fetch = Callable[[Any, TextStore, Log], None]
@@ -38,14 +39,14 @@ class Source:
     fetched: bool = True  # its text is fetched once and kept; False: the user's own files, searched in every run
 
 
-def _quickstart(source: settings.QuickstartSource, store: TextStore, log: Log) -> None:
+def _quickstart(source: QuickstartSource, store: TextStore, log: Log) -> None:
     from data_prep.sources.packages.quickstart import extract_quickstart
 
     log(f"text: extracting it once, kept in {store.folder}")
     extract_quickstart(source, store)
 
 
-def _local_docs(source: settings.LocalDocsSource, store: TextStore, log: Log) -> None:
+def _local_docs(source: LocalDocsSource, store: TextStore, log: Log) -> None:
     from data_prep.sources.packages.local_docs import extract_local_docs
 
     log(f"text: extracting it once, kept in {store.folder}")
@@ -66,10 +67,10 @@ def _own_files(source: Any, store: TextStore, log: Log) -> None:
 
 
 SOURCES: dict[str, Source] = {
-    "quickstart": Source(settings.QuickstartSource, _quickstart),
-    "local_docs": Source(settings.LocalDocsSource, _local_docs),
+    "quickstart": Source(QuickstartSource, _quickstart),
+    "local_docs": Source(LocalDocsSource, _local_docs),
     "hub": Source(HubSource, _hub),
-    "jsonl": Source(settings.JsonlSource, _own_files, fetched=False),
-    "parquet": Source(settings.ParquetSource, _own_files, fetched=False),
-    "text": Source(settings.TextSource, _own_files, fetched=False),
+    "jsonl": Source(JsonlSource, _own_files, fetched=False),
+    "parquet": Source(ParquetSource, _own_files, fetched=False),
+    "text": Source(TextSource, _own_files, fetched=False),
 }

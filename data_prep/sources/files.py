@@ -1,15 +1,66 @@
-"""The user's own files: JSON lines, Parquet, plain text."""
+"""The user's own files: the settings of source=jsonl, parquet and text, and the files that they name."""
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.config import JsonlSource, ParquetSource, TextSource
+from omegaconf import MISSING
+
 from data_prep.errors import InputError
 from data_prep.progress import Log
+from data_prep.run_config import OnError
+from ssa_pretrain.settings.problems import Problem
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson")
+
+
+@dataclass(kw_only=True, slots=True)
+class JsonlSource:
+    """JSON lines, plain or compressed (.gz, .zst): one object per line, one document per object."""
+
+    kind: str = "jsonl"  # the kind of source, set by source=
+    name: str = "text"  # name of this part of the corpus, and of its files in the dataset
+    paths: list[str] = MISSING  # files, folders or glob patterns
+    text_column: str = "text"  # key of the text in each object
+    on_error: OnError = OnError.fail  # what happens to lines, rows and files that cannot be read as text
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with the values."""
+        return _named_paths(self.name, self.paths) + _text_column(self.text_column)
+
+
+@dataclass(kw_only=True, slots=True)
+class ParquetSource:
+    """Parquet files, one document per row."""
+
+    kind: str = "parquet"  # the kind of source, set by source=
+    name: str = "text"  # name of this part of the corpus, and of its files in the dataset
+    paths: list[str] = MISSING  # files, folders or glob patterns
+    text_column: str = "text"  # column of the text; must be a string column
+    on_error: OnError = OnError.fail  # what happens to lines, rows and files that cannot be read as text
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with the values."""
+        return _named_paths(self.name, self.paths) + _text_column(self.text_column)
+
+
+@dataclass(kw_only=True, slots=True)
+class TextSource:
+    """Plain UTF-8 files, one document per file."""
+
+    kind: str = "text"  # the kind of source, set by source=
+    name: str = "text"  # name of this part of the corpus, and of its files in the dataset
+    paths: list[str] = MISSING  # files, folders or glob patterns
+    suffixes: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py"])  # which files of a folder count
+    on_error: OnError = OnError.fail  # what happens to lines, rows and files that cannot be read as text
+
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with the values."""
+        found = _named_paths(self.name, self.paths)
+        if not self.suffixes:
+            found.append(Problem("source.suffixes", [], "must name at least one suffix", "try [.txt]"))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +166,17 @@ def _check_target(path: Path) -> bool:
 def _glob(pattern: Path) -> list[Path]:
     anchor = Path(pattern.anchor) if pattern.is_absolute() else Path()
     return list(anchor.glob(str(pattern.relative_to(anchor) if pattern.is_absolute() else pattern)))
+
+
+def _named_paths(name: str, paths: list[str]) -> list[Problem]:
+    found = []
+    if not name or not all(c.isalnum() or c in "-_" for c in name):
+        found.append(Problem("source.name", name, "must be made of letters, digits, - and _", "try text"))
+    if not paths:
+        advice = "try 'source.paths=[my_folder]'"
+        found.append(Problem("source.paths", [], "must name at least one file, folder or pattern", advice))
+    return found
+
+
+def _text_column(column: str) -> list[Problem]:
+    return [] if column else [Problem("source.text_column", "", "must not be empty", "try text")]

@@ -16,7 +16,7 @@ from data_prep.sources.settings import MixedSource
 
 
 def sources_of(source: Any) -> list[Any]:
-    """Returns the settings of the sources that a run asks: those inside a mixed one, else the one itself."""
+    """Returns the settings of each source of a run: those inside a mixed one, else the one itself."""
     return source.settings() if isinstance(source, MixedSource) else [source]
 
 

@@ -1,109 +1,17 @@
-"""The settings of each kind of source, which `source=` picks; HubSource's are in hub/settings.py.
+"""The kinds of source that `source=` picks, and source=mixed, which holds several of them.
 
-Each dataclass returns its problems under `source.`. No file is opened here: what must be looked up on the disk is checked where it is read.
+The settings of each kind are beside its source: files.py, packages/settings.py, hub/settings.py. Each dataclass returns its problems under
+`source.`. No file is opened for that. What depends on files is checked where they are read.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from omegaconf import MISSING
 
-from data_prep.run_config import OnError
+from data_prep.sources.files import JsonlSource, ParquetSource, TextSource
 from data_prep.sources.hub.settings import HubSource
-from ssa_pretrain.settings.problems import Problem, above_zero, at_least
-
-
-@dataclass(kw_only=True, slots=True)
-class QuickstartSource:
-    """English and Python that pip alone provides; about 13 MB."""
-
-    kind: str = "quickstart"  # the kind of source, set by source=
-    entries_per_page: int = 8  # encyclopaedia entries of one topic joined into a document; 1 leaves them apart
-    english_docs_mb: float = 2.5  # most MB of documentation prose taken from installed Python packages
-    python_mb: float = 6.0  # most MB of Python source taken from installed packages
-
-    def problems(self) -> list[Problem]:
-        """Returns what is wrong with the values."""
-        found = at_least("source", self, 1, "entries_per_page") + at_least("source", self, 0, "english_docs_mb")
-        return found + above_zero("source", self, "python_mb")
-
-
-@dataclass(kw_only=True, slots=True)
-class LocalDocsSource:
-    """Documentation packages of Debian or Ubuntu, and Python source from this machine; 70 MB by default."""
-
-    kind: str = "local_docs"  # the kind of source, set by source=
-    packages: list[str] = field(
-        default_factory=list
-    )  # Debian packages; data_prep/sources/packages/recipes.py has those it can read
-    wheels: list[str] = field(default_factory=list)  # Python packages, name==version, of which the source is text
-    python_mb: float = (
-        10.0  # most MB of Python source, from `wheels`, or without them from what is installed; 0 for none
-    )
-    keep_out: list[str] = field(default_factory=list)  # packages and wheels whose text is held out: no overlap is kept
-
-    def problems(self) -> list[Problem]:
-        """Returns what is wrong with the values."""
-        found = at_least("source", self, 0, "python_mb")
-        if not self.packages and not self.wheels:
-            rule = "and source.wheels=[] must name at least one package"
-            found.append(Problem("source.packages", [], rule, "try source.packages=[perl-doc]", ("source.wheels",)))
-        for pin in self.wheels:
-            if not all(pin.partition("==")):
-                advice = f"write it as {pin.partition('==')[0]}==1.2.3"
-                found.append(Problem("source.wheels", None, f"has {pin}, which names no version", advice))
-        for name in sorted({*self.packages, *self.wheels} & set(self.keep_out)):
-            rule = f"holds {name} out, and the corpus takes it"
-            found.append(Problem("source.keep_out", None, rule, "remove it from one of the two"))
-        return found
-
-
-@dataclass(kw_only=True, slots=True)
-class JsonlSource:
-    """JSON lines, plain or compressed (.gz, .zst): one object per line, one document per object."""
-
-    kind: str = "jsonl"  # the kind of source, set by source=
-    name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
-    paths: list[str] = MISSING  # files, folders or glob patterns
-    text_column: str = "text"  # key of the text in each object
-    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
-
-    def problems(self) -> list[Problem]:
-        """Returns what is wrong with the values."""
-        return _named_paths(self.name, self.paths) + _text_column(self.text_column)
-
-
-@dataclass(kw_only=True, slots=True)
-class ParquetSource:
-    """Parquet files, one document per row."""
-
-    kind: str = "parquet"  # the kind of source, set by source=
-    name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
-    paths: list[str] = MISSING  # files, folders or glob patterns
-    text_column: str = "text"  # column of the text; must be a string column
-    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
-
-    def problems(self) -> list[Problem]:
-        """Returns what is wrong with the values."""
-        return _named_paths(self.name, self.paths) + _text_column(self.text_column)
-
-
-@dataclass(kw_only=True, slots=True)
-class TextSource:
-    """Plain UTF-8 files, one document per file."""
-
-    kind: str = "text"  # the kind of source, set by source=
-    name: str = "text"  # name of this part of the corpus; files of the dataset are called after it
-    paths: list[str] = MISSING  # files, folders or glob patterns
-    suffixes: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py"])  # which files of a folder count
-    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
-
-    def problems(self) -> list[Problem]:
-        """Returns what is wrong with the values."""
-        found = _named_paths(self.name, self.paths)
-        if not self.suffixes:
-            found.append(Problem("source.suffixes", [], "must name at least one suffix", "try [.txt]"))
-        return found
-
+from data_prep.sources.packages.settings import LocalDocsSource, QuickstartSource
+from ssa_pretrain.settings.problems import Problem
 
 PartSource = QuickstartSource | LocalDocsSource | HubSource | JsonlSource | ParquetSource | TextSource
 
@@ -148,17 +56,3 @@ def part_names(source: PartSource) -> list[str]:
     if isinstance(source, HubSource):
         return list(source.subsets)
     return [source.name] if isinstance(source, JsonlSource | ParquetSource | TextSource) else []
-
-
-def _named_paths(name: str, paths: list[str]) -> list[Problem]:
-    found = []
-    if not name or not all(c.isalnum() or c in "-_" for c in name):
-        found.append(Problem("source.name", name, "must be made of letters, digits, - and _", "try text"))
-    if not paths:
-        advice = "try 'source.paths=[my_folder]'"
-        found.append(Problem("source.paths", [], "must name at least one file, folder or pattern", advice))
-    return found
-
-
-def _text_column(column: str) -> list[Problem]:
-    return [] if column else [Problem("source.text_column", "", "must not be empty", "try text")]

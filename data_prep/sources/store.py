@@ -2,8 +2,8 @@
 
 Extracted text goes into files of at most 2 MB in out/text, one `{"text": …}` per line, in the order of extraction,
 without exact duplicates. Files elsewhere (downloads in the cache, the user's own) are only registered and are read in
-place. `text/index.json` is written last. If it is missing, has other settings in it, or lists a missing file, the
-source is asked again.
+place. `text/index.json` is written last. If it is missing, has other settings, or lists a missing file, the text is
+fetched again.
 """
 
 import hashlib

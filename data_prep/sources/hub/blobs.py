@@ -10,7 +10,7 @@ concurrently.
 
 A killed run loses at most the current file of `part_rows` blobs. A blob is dropped and recorded if the bucket does not
 have it (`missing`), refuses it (`denied`) or sends it damaged in every attempt (`damaged`). A request without any
-answer ends the run, since that says nothing about the blob.
+answer ends the run, since it does not show whether the blob exists.
 """
 
 import gzip
@@ -29,8 +29,8 @@ import pyarrow.parquet as parquet
 
 from data_prep.errors import InputError
 from data_prep.files import digest, read_json
+from data_prep.plain import to_plain
 from data_prep.progress import Log
-from data_prep.recipe import to_plain
 from data_prep.sources.hub.download import is_fetched, record_path, write_record
 from data_prep.sources.hub.settings import BlobSettings
 from ssa_pretrain.settings.files import file_sha256, temporary_path

@@ -66,7 +66,7 @@ class Listing:
 
 
 def list_dataset(source: HubSource, folder: Path) -> Listing:
-    """Returns the dataset at the commit of `source.revision`. Only the first call asks the hub.
+    """Returns the dataset at the commit of `source.revision`. Only the first call sends a request to the hub.
 
     Args:
         source: checked settings.

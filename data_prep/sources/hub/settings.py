@@ -12,20 +12,18 @@ from ssa_pretrain.settings.problems import Problem, above_zero, at_least, betwee
 class HubMode(Enum):
     """How the files of a dataset reach this machine."""
 
-    download = "download"  # whole files, compared with the sha256 in the hub's listing
-    stream = (
-        "stream"  # only the text column, row group by row group over HTTP range requests, into Parquet files of our own
-    )
+    download = "download"  # entire files, checked against the sha256 in the hub's listing
+    stream = "stream"  # only the text column, by HTTP range requests, into local Parquet files
 
 
 @dataclass(kw_only=True, slots=True)
 class HubPart:
     """A part of the corpus: some files of the dataset."""
 
-    files: str = "*.parquet"  # pattern over paths in the dataset; * also crosses folders
+    files: str = "*.parquet"  # pattern for paths in the dataset; * also matches /
     text_column: str = "text"  # column, or key of JSON lines, that holds the text
     limit_gb: float = 0.0  # stop after this many GB of files (download) or of uncompressed text (stream); 0 takes all
-    blobs: bool = False  # the files list blob ids; their text is in Software Heritage's bucket
+    blobs: bool = False  # the files list blob ids, whose text is in Software Heritage's bucket
 
     def problems(self, name: str) -> list[Problem]:
         """Returns what is wrong with the values of the subset `name`."""
@@ -42,7 +40,7 @@ class HubPart:
 
 @dataclass(kw_only=True, slots=True)
 class BlobSettings:
-    """Where the text of listed blobs is, and how hard to try."""
+    """Where the text of listed blobs is, and how it is requested."""
 
     endpoint: str | None = None  # address of an S3 service; null takes AWS
     bucket: str = "softwareheritage"  # S3 bucket of the blobs
@@ -51,7 +49,7 @@ class BlobSettings:
     connections: int = 64  # concurrent requests
     attempts: int = 6  # attempts per request before the run ends
     timeout_s: float = 30.0  # longest wait for a connection or for the next bytes
-    part_rows: int = 20_000  # blobs per Parquet file: what a kill can lose
+    part_rows: int = 20_000  # blobs per Parquet file, the most that a killed run loses
     limit_rows: int = 0  # stop after this many blobs; 0 takes all
     min_success: float = 0.95  # minimum share of blobs with text; below it the run ends
 
@@ -68,15 +66,15 @@ class HubSource:
 
     kind: str = "hub"  # the kind of source, set by source=
     repo: str = MISSING  # owner/name
-    revision: str = "main"  # branch, tag or commit; the commit of a branch is looked up once and kept in the cache
-    endpoint: str | None = None  # null: huggingface_hub decides, which reads HF_ENDPOINT
+    revision: str = "main"  # branch, tag or commit; the commit of a branch is requested once and kept in the cache
+    endpoint: str | None = None  # null leaves it to huggingface_hub, which reads HF_ENDPOINT
     mode: HubMode = HubMode.download
     subsets: dict[str, HubPart] = MISSING  # parts of the corpus by name
     connections: int = 4  # concurrent files
     attempts: int = 5  # attempts per file before the run ends
-    part_mb: float = 256.0  # MB of uncompressed text per Parquet file (stream): what a kill can lose
+    part_mb: float = 256.0  # MB of uncompressed text per Parquet file (stream), the most that a killed run loses
     blobs: BlobSettings = field(default_factory=BlobSettings)
-    on_error: OnError = OnError.fail  # what becomes of lines, rows and files that cannot be read as text
+    on_error: OnError = OnError.fail  # what happens to lines, rows and files that cannot be read as text
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from data_prep.config import LocalDocsSource
 from data_prep.errors import InputError
 from data_prep.progress import Log
 from data_prep.sources.packages.contamination import HeldOut
 from data_prep.sources.packages.debian import unpacked_packages
 from data_prep.sources.packages.extracting import Extracted, Task, extract, extract_all, package_tasks, wheel_task
 from data_prep.sources.packages.recipes import RECIPES, check_packages, is_wheel
+from data_prep.sources.packages.settings import LocalDocsSource
 from data_prep.sources.packages.wheels import downloaded_wheels
 from data_prep.sources.store import TextStore
 

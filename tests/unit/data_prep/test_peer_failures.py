@@ -34,16 +34,16 @@ def refused(root: Path) -> str:
     return str(caught.value)
 
 
-def test_1_failing_worker_ends_the_run_with_its_shard_and_its_line(run, corpus, tmp_path, monkeypatch):
+def test_1_failing_worker_ends_the_run_and_names_shard_and_line(run, corpus, tmp_path, monkeypatch):
     assert run(*SMALL)[0] == 0
     tokenizer = f"tokenizer.path={tmp_path}/d/tokenizer.json"
     settings = (*SMALL[:2], "tokenizer=file", tokenizer, "tokenizer.eos_token='<|end_of_text|>'", *SMALL[4:], "out=e")
     lines = corpus.read_text().splitlines()
     corpus.write_text("\n".join([*lines[:290], '{"text": ', *lines[290:]]) + "\n")
     started = time.monotonic()
-    code, said = run(*settings)
+    code, output = run(*settings)
     assert time.monotonic() - started < 10
-    assert code == 4 and "corpus.jsonl:291: the line is not JSON" in said and "(shard text_00008)" in said
+    assert code == 4 and "corpus.jsonl:291: the line is not JSON" in output and "(shard text_00008)" in output
     assert not (tmp_path / "e" / "manifest.json").exists()
 
     def stuck_but_one(out, shard, *arguments):
@@ -53,9 +53,9 @@ def test_1_failing_worker_ends_the_run_with_its_shard_and_its_line(run, corpus, 
 
     monkeypatch.setattr(pool, "write_shard", stuck_but_one)
     started = time.monotonic()
-    code, said = run(*settings[:-1], "out=f", "workers=3")
-    assert code == 4 and "error: no text here (shard text_00000)" in said
-    assert time.monotonic() - started < 10  # nobody waits for the others
+    code, output = run(*settings[:-1], "out=f", "workers=3")
+    assert code == 4 and "error: no text here (shard text_00000)" in output
+    assert time.monotonic() - started < 10  # the run does not wait for the other workers
 
     def faulty(*arguments):
         raise MemoryError("as if a library had failed")
@@ -70,12 +70,12 @@ def test_2_truncated_bin_is_not_opened(run, corpus, tmp_path):
     path = tmp_path / "d" / "train" / "text_00002.bin"
     path.write_bytes(path.read_bytes()[:-20])
     assert "train/text_00002.bin has " in refused(tmp_path / "d")
-    code, said = run("stage=validate", "out=d")
-    assert code == 4 and "train/text_00002.bin has " in said and "manifest.json has" in said
+    code, output = run("stage=validate", "out=d")
+    assert code == 4 and "train/text_00002.bin has " in output and "manifest.json has" in output
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_3_nothing_is_merged_behind_a_damaged_shard(run, corpus, tmp_path, damage):
+def test_3_damaged_shard_stops_the_merge(run, corpus, tmp_path, damage):
     merged = (*SMALL[:-1], "merge.files=1")
     assert run(*merged, "stage=prepare")[0] == 0
     expected = files_of(tmp_path / "d")
@@ -84,18 +84,18 @@ def test_3_nothing_is_merged_behind_a_damaged_shard(run, corpus, tmp_path, damag
     raw = bytearray(path.read_bytes())
     raw[8] ^= 1
     path.write_bytes(raw if damage == "flipped" else raw[:-20])
-    code, said = run(*merged, "out=e", "stage=merge")
+    code, output = run(*merged, "out=e", "stage=merge")
     expected_message = {
         "truncated": "shards are missing in out=e; run stage=tokenize first",
         "flipped": "shard text_00001 cannot be merged: ",
     }
-    assert code == 4 and expected_message[damage] in said
+    assert code == 4 and expected_message[damage] in output
     assert "there is no finished dataset" in refused(tmp_path / "e")
     assert run(*merged, "out=e", "stage=prepare", "verify=full")[0] == 0
     assert files_of(tmp_path / "e") == expected
 
 
-def test_4_run_that_ends_before_its_index_leaves_the_old_dataset_whole(run, corpus, tmp_path, monkeypatch):
+def test_4_run_killed_before_its_index_leaves_the_old_dataset_intact(run, corpus, tmp_path, monkeypatch):
     assert run(*SMALL)[0] == 0
     before = files_of(tmp_path / "d")
 
@@ -103,8 +103,8 @@ def test_4_run_that_ends_before_its_index_leaves_the_old_dataset_whole(run, corp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("data_prep.shards.binaries.write_index_file", full)
-    code, said = run(*SMALL, "split.seed=1", "overwrite=true")
-    assert code == 4 and "No space left on device (shard text_0000" in said
+    code, output = run(*SMALL, "split.seed=1", "overwrite=true")
+    assert code == 4 and "No space left on device (shard text_0000" in output
     verify_hashes(load_manifest(tmp_path / "d"))
     assert files_of(tmp_path / "d") == before
     for idx in (tmp_path / "d" / "work" / "shards").rglob("*.idx"):
@@ -114,7 +114,7 @@ def test_4_run_that_ends_before_its_index_leaves_the_old_dataset_whole(run, corp
     assert run(*SMALL, "split.seed=1", "overwrite=true")[0] == 0 and files_of(tmp_path / "d") != before
 
 
-def test_5_flipped_bit_ends_training_with_file_byte_and_document(run, corpus, tmp_path):
+def test_5_flipped_bit_ends_training_and_names_file_byte_and_document(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
     manifest = load_manifest(tmp_path / "d")
     path = Path(f"{manifest.prefix_path(manifest.splits['train'][0])}.bin")
@@ -127,11 +127,11 @@ def test_5_flipped_bit_ends_training_with_file_byte_and_document(run, corpus, tm
     ):
         for n in range(10_000):
             rows.row(n)
-    code, said = run("stage=validate", "out=d")
-    assert code == 4 and "text_00000.bin: token 20 (byte 40, document 0) is id " in said
+    code, output = run("stage=validate", "out=d")
+    assert code == 4 and "text_00000.bin: token 20 (byte 40, document 0) is id " in output
 
 
-def test_6_id_that_the_file_cannot_hold_is_never_stored(run, corpus, tmp_path, monkeypatch):
+def test_6_id_too_large_for_the_dtype_is_never_stored(run, corpus, tmp_path, monkeypatch):
     honest = HuggingFaceBackend.encode
 
     def encode(self, texts):
@@ -148,14 +148,14 @@ def test_6_id_that_the_file_cannot_hold_is_never_stored(run, corpus, tmp_path, m
 
 
 def test_7_no_file_is_empty(run, corpus, tmp_path):
-    code, said = run(*SMALL, "split.heldout_fraction=0.01")
-    assert code == 0, said
+    code, output = run(*SMALL, "split.heldout_fraction=0.01")
+    assert code == 0, output
     manifest = load_manifest(tmp_path / "d")
     assert len(manifest.splits["heldout"]) < len(manifest.splits["train"])  # some shards have no held-out document
     assert all(path.stat().st_size for path in (tmp_path / "d").rglob("*.bin"))
     (tmp_path / "corpus.jsonl").write_text('{"text": " "}\n' * 40)
-    code, said = run(*SMALL, "out=e")
-    assert code == 4 and "the corpus is empty: no document has any text" in said
+    code, output = run(*SMALL, "out=e")
+    assert code == 4 and "the corpus is empty: no document has any text" in output
     assert "there is no finished dataset" in refused(tmp_path / "e")
 
 
@@ -170,18 +170,18 @@ def test_8_rows_outlive_the_files_that_they_were_read_from(run, corpus, tmp_path
     assert row.tokens.flags.owndata and row.tokens.tolist() == first[:65].tolist()
 
 
-def test_9_done_means_that_outputs_are_there_and_inputs_the_same(run, corpus, tmp_path):
+def test_9_work_is_skipped_only_if_outputs_exist_and_inputs_are_unchanged(run, corpus, tmp_path):
     assert run(*SMALL)[0] == 0
     before = files_of(tmp_path / "d")
     for folder in ("train", "work/shards/train"):
         (tmp_path / "d" / folder / "text_00001.bin").unlink()
     assert "train/text_00001.bin is missing" in refused(tmp_path / "d")
-    code, said = run(*SMALL)
-    assert code == 0 and "repairing: " in said and "tokenizing 1 shards" in said
+    code, output = run(*SMALL)
+    assert code == 0 and "repairing: " in output and "tokenizing 1 shards" in output
     assert files_of(tmp_path / "d") == before
     entries = [json.loads(line) for line in corpus.read_text().splitlines()]
     corpus.write_text("".join(json.dumps(entry | {"text": entry["text"].upper()}) + "\n" for entry in entries))
-    code, said = run(*SMALL)
-    assert code == 4 and "out=d holds a dataset made from other text or settings" in said
+    code, output = run(*SMALL)
+    assert code == 4 and "out=d holds a dataset made from other text or settings" in output
     assert run(*SMALL, "overwrite=true")[0] == 0
     assert files_of(tmp_path / "d") != before

@@ -1,4 +1,4 @@
-"""A bar where a person looks at a terminal, JSON lines where the output is piped."""
+"""A bar on a terminal, JSON lines if the output is piped."""
 
 import io
 import json
@@ -11,7 +11,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_terminal_gets_a_bar_that_redraws_its_line():
+def test_terminal_shows_a_bar_that_redraws_its_line():
     stream = Terminal()
     display = Display(1000, 4, stream)
     display.shard_done()
@@ -22,7 +22,7 @@ def test_terminal_gets_a_bar_that_redraws_its_line():
     assert "| shards 1/4, docs 10, tokens 2.00 M, " in last and "MB/s" in last
 
 
-def test_pipe_gets_json_lines_with_the_time_left(monkeypatch):
+def test_pipe_gets_json_lines_with_the_remaining_time(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("data_prep.progress.time.monotonic", lambda: now[0])
     stream = io.StringIO()
@@ -47,7 +47,7 @@ def test_pipe_gets_json_lines_with_the_time_left(monkeypatch):
     assert len(stream.getvalue().splitlines()) == 2 and "\r" not in stream.getvalue()
 
 
-def test_nothing_done_gives_no_guess():
+def test_no_progress_gives_no_estimate():
     stream = io.StringIO()
     Display(1000, 4, stream).close()
     assert json.loads(stream.getvalue())["eta_s"] is None

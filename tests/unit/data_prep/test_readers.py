@@ -1,4 +1,4 @@
-"""Every format gives its documents back whatever the cut; every damage is named with file and line."""
+"""Every format returns all its documents wherever a file is cut. Damage is reported with file and line."""
 
 import gzip
 import json
@@ -70,7 +70,7 @@ def test_last_line_without_newline_and_blank_lines(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        b'{"text": "a", "score": NaN}',  # the standard library's JSON, no one else's
+        b'{"text": "a", "score": NaN}',  # only the standard library's parser accepts it
         b'{"text": "a", "score": -Infinity}',
         b'{"text": "a", "id": 123456789012345678901234567890}',
         b'{"text": "x", "text": "a"}',  # the last one counts
@@ -80,7 +80,7 @@ def test_last_line_without_newline_and_blank_lines(tmp_path):
         '{"text": "a", "né": {"": [null, true, 1e999]}}'.encode(),
     ],
 )
-def test_unusual_lines_have_the_same_text_under_either_parser(tmp_path, line):
+def test_unusual_lines_give_the_same_text_with_either_parser(tmp_path, line):
     (tmp_path / "x.jsonl").write_bytes(line + b"\n")
     assert texts_of(whole(tmp_path / "x.jsonl")) == ["a"]
 
@@ -146,7 +146,7 @@ def test_bad_line_is_named_with_its_number(tmp_path, line, message, suffix):
     assert found.startswith(f"{path}:4: ")
 
 
-def test_bad_line_behind_a_cut_has_its_number_in_the_file(tmp_path):
+def test_bad_line_after_a_cut_has_its_number_in_the_file(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "one"}\n' * 1000 + b"{\n")
     size = path.stat().st_size
@@ -164,7 +164,7 @@ def test_truncated_archive_is_named(tmp_path, suffix):
     )
 
 
-def test_file_that_is_no_archive_is_named(tmp_path):
+def test_file_that_is_not_an_archive_is_named(tmp_path):
     path = jsonl(tmp_path / "x.jsonl.gz")
     assert "is damaged or cut short after line 0 (Not a gzipped file" in message_of(whole(path))
 
@@ -191,7 +191,7 @@ def test_parquet_strings_of_every_kind(tmp_path, kind):
     assert texts_of(*shards[0].pieces) == TEXTS
 
 
-def test_a_flipped_bit_of_a_page_with_a_checksum_is_found(tmp_path):
+def test_flipped_bit_of_a_page_with_a_checksum_is_found(tmp_path):
     path = tmp_path / "x.parquet"
     table = pyarrow.table({"text": ["abcdefgh" * 100]})
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
@@ -258,7 +258,7 @@ def test_damaged_row_group_is_named(tmp_path):
     )
 
 
-def test_text_file_that_is_not_utf8(tmp_path):
+def test_text_file_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes("Größe".encode("latin-1"))
     assert "x.txt is not UTF-8 (byte 2); convert it with iconv -t utf-8, or leave it out" in message_of(
@@ -266,7 +266,7 @@ def test_text_file_that_is_not_utf8(tmp_path):
     )
 
 
-def test_file_that_vanishes(tmp_path):
+def test_file_that_disappears_is_named(tmp_path):
     path = jsonl(tmp_path / "x.jsonl")
     piece = whole(path)
     path.unlink()

@@ -1,4 +1,4 @@
-"""A dataset knows the settings that made it: every advice is a command that repairs it, and no other text gets into it."""
+"""A dataset records the settings that made it. Advice is a command that repairs it, and no other text gets into it."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dataset(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of both, which has moved with its text; the original's text is out of reach."""
+    """A copy of both, moved with its text; the original's text is inaccessible."""
     shutil.copytree(original, tmp_path / "moved")
     recipe = tmp_path / "moved" / "größe x" / "recipe.json"
     assert str(original) in recipe.read_text()
@@ -52,9 +52,9 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in kept}
 
 
-def follow(said: str) -> int:
-    """Runs the command that a message advises, as printed."""
-    (command,) = re.findall(r"`(python -m data_prep [^`]*)`", said)
+def follow(output: str) -> int:
+    """Runs the command that a message advises, exactly as printed."""
+    (command,) = re.findall(r"`(python -m data_prep [^`]*)`", output)
     return main(shlex.split(command)[3:])
 
 
@@ -70,11 +70,11 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_advice_for_each_kind_of_damage_repairs_the_dataset(dataset, name, damage, capsys):
+def test_advice_for_each_kind_of_damage_repairs_the_dataset(dataset, name, damage, capsys):
     before = files_of(dataset)
     damage(dataset / name)
     if name.endswith(".idx") and damage is flip:
-        shutil.rmtree(dataset / "work")  # which may be deleted: all is made again
+        shutil.rmtree(dataset / "work")  # may be deleted: everything is rebuilt
     capsys.readouterr()
     assert main(["stage=validate", f"out='{dataset}'"]) == 4
     assert follow(capsys.readouterr().err) == 0
@@ -82,31 +82,32 @@ def test_the_advice_for_each_kind_of_damage_repairs_the_dataset(dataset, name, d
     verify_hashes(load_manifest(dataset))
 
 
-def test_a_damaged_shard_that_cannot_be_merged_is_repaired_by_the_advice(dataset, capsys):
+def test_advice_for_a_damaged_shard_repairs_it(dataset, capsys):
     os.chdir(dataset.parent)
     assert main([*MADE[:-1], "out=d", "stage=tokenize"]) == 0
     flip(dataset.parent / "d" / "work" / "shards" / "train" / "text_00001.bin")
     os.chdir("/")
     capsys.readouterr()
     assert main([f"out={dataset.parent}/d", "stage=merge"]) == 4
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        "shard text_00001 cannot be merged: " in said and "text_00001.bin changed after it was written; repair" in said
+        "shard text_00001 cannot be merged: " in output
+        and "text_00001.bin changed after it was written; repair" in output
     )
-    assert follow(said) == 0
+    assert follow(output) == 0
     assert load_manifest(dataset.parent / "d").to_json() == load_manifest(dataset).to_json()
 
 
-def test_a_stage_that_comes_too_early_names_the_command_of_the_one_before(dataset, capsys):
+def test_stage_without_its_input_names_the_command_to_run_first(dataset, capsys):
     os.chdir(dataset.parent)
     assert main([*MADE[:-1], "out=d", "stage=merge"]) == 4
     os.chdir("/")
     assert follow(capsys.readouterr().err) == 0
-    assert "stage=merge` to make a dataset of them" in (said := capsys.readouterr().out) and follow(said) == 0
+    assert "stage=merge` to make a dataset of them" in (output := capsys.readouterr().out) and follow(output) == 0
     assert load_manifest(dataset.parent / "d").to_json() == load_manifest(dataset).to_json()
 
 
-def test_a_repair_keeps_the_tokenizer_whatever_the_library_would_train_now(dataset, monkeypatch, capsys):
+def test_repair_keeps_the_tokenizer_even_if_the_library_would_train_another(dataset, monkeypatch, capsys):
     before = (dataset / "manifest.json").read_bytes()
     shutil.rmtree(dataset / "work")
     flip(dataset / "train" / "text_00000.bin")
@@ -116,7 +117,7 @@ def test_a_repair_keeps_the_tokenizer_whatever_the_library_would_train_now(datas
     assert (dataset / "manifest.json").read_bytes() == before
 
 
-def test_training_names_the_same_command(dataset):
+def test_training_advises_the_same_command(dataset):
     from ssa_pretrain.data.rows import TrainingRows
     from ssa_pretrain.errors import DamagedData
 
@@ -131,14 +132,14 @@ def test_training_names_the_same_command(dataset):
     verify_hashes(load_manifest(dataset))
 
 
-def test_without_a_source_a_run_means_the_dataset_itself(dataset, capsys):
+def test_run_without_a_source_uses_the_recipe(dataset, capsys):
     before = files_of(dataset)
     assert main([f"out='{dataset}'", "stage=prepare"]) == 0
-    said = capsys.readouterr().err
-    assert "no source is given, so its recipe is used (source=jsonl, tokenizer=bpe)" in said
-    assert "is up to date: nothing to do" in said
+    output = capsys.readouterr().err
+    assert "no source is given, so its recipe is used (source=jsonl, tokenizer=bpe)" in output
+    assert "is up to date: nothing to do" in output
     changed = {name for name, content in files_of(dataset).items() if before.get(name) != content}
-    assert changed <= {"recipe.json", "work/inputs.json", "work/plan.json"}  # the places of the files, which have moved
+    assert changed <= {"recipe.json", "work/inputs.json", "work/plan.json"}  # the paths of the files, which have moved
     recipe = read_recipe(dataset)
     assert recipe.settings["source"]["paths"] == [str(dataset.parent / "corpus.jsonl")] and recipe.out == str(dataset)
     assert main([f"out='{dataset}'", "merge.files=1", "stage=prepare"]) == 0
@@ -167,7 +168,7 @@ OTHER = [
     [(*case, state) for state in ("sound", "damaged", "missing") for case in OTHER]
     + [(*case, "older") for case in OTHER[:3]],
 )
-def test_other_text_or_settings_are_refused_before_anything_is_written(dataset, change, reason, manifest, capsys):
+def test_other_text_or_settings_are_rejected_before_anything_is_written(dataset, change, reason, manifest, capsys):
     (dataset.parent.parent / "other.jsonl").write_text('{"text": "other words"}\n' * 50)
     if manifest == "damaged":
         truncate(dataset / "manifest.json")
@@ -177,52 +178,56 @@ def test_other_text_or_settings_are_refused_before_anything_is_written(dataset, 
         (dataset / "recipe.json").unlink()
     before = files_of(dataset)
     assert main([f"out='{dataset}'", *change]) == 4
-    said = capsys.readouterr().err
-    assert "holds a dataset made from other text or settings; choose another out=, or add overwrite=true" in said
-    assert reason in said
+    output = capsys.readouterr().err
+    assert "holds a dataset made from other text or settings; choose another out=, or add overwrite=true" in output
+    assert reason in output
     assert files_of(dataset) == before
 
 
-def test_a_dataset_without_a_recipe_is_not_guessed_at(dataset, capsys):
+def test_dataset_without_a_recipe_needs_its_settings(dataset, capsys):
     (dataset / "recipe.json").unlink()
     before = files_of(dataset)
     assert main([f"out='{dataset}'", "verify=full"]) == 4
-    said = capsys.readouterr().err
-    assert "holds a dataset without a recipe.json (an older version made it)" in said and "repeat the command" in said
+    output = capsys.readouterr().err
+    assert (
+        "holds a dataset without a recipe.json (an older version made it)" in output and "repeat the command" in output
+    )
     assert files_of(dataset) == before
     os.chdir(dataset.parent)
     assert main([*MADE, f"out='{dataset}'"]) == 0
-    assert "is up to date" in capsys.readouterr().err and read_recipe(dataset).fingerprint  # and has one now
+    assert "is up to date" in capsys.readouterr().err and read_recipe(dataset).fingerprint  # the run wrote one
 
 
-def test_a_damaged_recipe_is_reported_and_not_used(dataset, capsys):
+def test_damaged_recipe_is_reported_and_not_used(dataset, capsys):
     text = (dataset / "recipe.json").read_text()
     for damaged in (text.replace("512", "513"), text[:-9]):
         (dataset / "recipe.json").write_text(damaged)
         assert main([f"out='{dataset}'", "verify=full"]) == 4
         assert "recipe.json is damaged (" in capsys.readouterr().err
         assert main([f"out='{dataset}'", "stage=validate"]) == 4
-        said = capsys.readouterr().err
-        assert "damaged: " in said and "repair it with" not in said
+        output = capsys.readouterr().err
+        assert "damaged: " in output and "repair it with" not in output
     load_manifest(dataset)
     os.chdir(dataset.parent)
     assert main([*MADE, f"out='{dataset}'"]) == 0
     assert main([f"out='{dataset}'", "stage=validate"]) == 0
 
 
-def test_text_that_is_gone_is_named(dataset, capsys):
+def test_missing_text_is_named(dataset, capsys):
     (dataset.parent / "corpus.jsonl").rename(dataset.parent / "elsewhere.jsonl")
     before = files_of(dataset)
     assert main([f"out='{dataset}'", "verify=full"]) == 4
-    said = capsys.readouterr().err
-    assert "/corpus.jsonl, which does not exist any more; restore it, name its new place with source.paths=[…]" in said
+    output = capsys.readouterr().err
+    assert (
+        "/corpus.jsonl, which does not exist any more; restore it, name its new place with source.paths=[…]" in output
+    )
     assert files_of(dataset) == before
     (dataset / "manifest.json").unlink()
     assert main([f"out='{dataset}'", "stage=prepare", f'source.paths=["{dataset.parent}/elsewhere.jsonl"]']) == 0
     load_manifest(dataset)
 
 
-def test_an_interrupted_run_goes_on_without_its_settings(original, tmp_path, monkeypatch, capsys):
+def test_interrupted_run_continues_without_its_settings(original, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(original)
     out = f"out={tmp_path}/d"
     assert main([*MADE[:-1], out, "stage=tokenize"]) == 0
@@ -231,7 +236,7 @@ def test_an_interrupted_run_goes_on_without_its_settings(original, tmp_path, mon
     assert load_manifest(tmp_path / "d").to_json() == load_manifest(original / "größe x").to_json()
 
 
-def test_a_mixed_dataset_is_repaired_by_its_recipe(original, tmp_path, monkeypatch, capsys):
+def test_mixed_dataset_is_repaired_by_its_recipe(original, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(original / "corpus.jsonl", tmp_path / "a=b.jsonl")
     (tmp_path / "t").mkdir()
@@ -250,7 +255,7 @@ def test_a_mixed_dataset_is_repaired_by_its_recipe(original, tmp_path, monkeypat
     assert (tmp_path / "d" / "manifest.json").read_bytes() == before
 
 
-def test_a_recipe_holds_no_credentials(tmp_path):
+def test_recipe_has_no_credentials(tmp_path):
     from data_prep.cli import read_config
     from data_prep.recipe import recipe_of, write_recipe
 
@@ -262,7 +267,7 @@ def test_a_recipe_holds_no_credentials(tmp_path):
     assert not re.search("me:|pass@|token=|key@", text)
 
 
-def test_paths_that_name_a_new_dataset_take_the_defaults(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_new_dataset_uses_the_defaults(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     seen: list[str] = []
     log: Callable[[str], None] = seen.append

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_prep import config as data_settings
 from data_prep.cli import main as data_prep
+from data_prep.config import Config as DataConfig
 from data_prep.sources.hub.settings import HubPart
 from ssa_pretrain.cli import CONF, read_config
 from ssa_pretrain.config import Config
@@ -35,7 +35,7 @@ def dataclasses_of(cls: Any) -> Iterator[Any]:
             yield from dataclasses_of(section)
 
 
-ALL = [cls for root in (Config, data_settings.Config, HubPart) for cls in dataclasses_of(root)]
+ALL = [cls for root in (Config, DataConfig, HubPart) for cls in dataclasses_of(root)]
 
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")

@@ -1,4 +1,4 @@
-"""The plan depends on the files alone; a file is known by its content."""
+"""The plan depends only on the files; a file is identified by its content."""
 
 import os
 
@@ -31,7 +31,7 @@ def test_default_shard_size_is_a_power_of_two_of_the_corpus(tmp_path):
         assert len(plan_shards([Part("text", "jsonl", (str(path),))], 0)) == shards, megabytes
 
 
-def test_paths_may_be_files_folders_and_patterns_each_counted_once(tmp_path):
+def test_paths_may_be_files_folders_and_patterns_and_each_file_counts_once(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / ".hidden").mkdir()
     for name in ("a.jsonl", "b.jsonl.gz", "deep/c.jsonl", "d.csv", ".hidden/e.jsonl"):
@@ -49,7 +49,7 @@ def test_paths_may_be_files_folders_and_patterns_each_counted_once(tmp_path):
         ("{}", r"holds no jsonl file \(.jsonl, .jsonl.gz\); name another folder or the files"),
     ],
 )
-def test_paths_that_name_nothing(tmp_path, path, message):
+def test_paths_without_a_file_are_rejected(tmp_path, path, message):
     with pytest.raises(InputError, match=message):
         expand_paths([path.format(tmp_path)], (".jsonl", ".jsonl.gz"), "jsonl")
 
@@ -58,7 +58,7 @@ def names(folder, *paths):
     return [os.path.relpath(path, folder) for path in expand_paths([str(p) for p in paths], (".jsonl",), "jsonl")]
 
 
-def test_links_to_folders_are_entered_and_each_file_counts_once(tmp_path):
+def test_links_to_folders_are_followed_and_each_file_counts_once(tmp_path):
     inside, outside = tmp_path / "in", tmp_path / "out"
     for path in (inside / "m" / "a.jsonl", inside / "b.jsonl", outside / "c.jsonl"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def test_links_to_folders_are_entered_and_each_file_counts_once(tmp_path):
 
 
 @pytest.mark.parametrize("paths", ["{}", "{}/*.jsonl", "{}/b.jsonl"])
-def test_a_link_to_nothing_is_refused(tmp_path, paths):
+def test_dangling_link_is_rejected(tmp_path, paths):
     (tmp_path / "a.jsonl").write_text("x")
     (tmp_path / "b.jsonl").symlink_to("gone")
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_a_link_to_nothing_is_refused(tmp_path, paths):
         expand_paths([paths.format(tmp_path)], (".jsonl",), "jsonl")
 
 
-def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+def test_unreadable_folder_is_rejected(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("x")
     (tmp_path / "closed").mkdir()
     scandir = os.scandir
@@ -98,21 +98,21 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
         expand_paths([str(tmp_path)], (".jsonl",), "jsonl")
 
 
-def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
+def test_path_that_is_neither_file_nor_folder_is_rejected(tmp_path):
     os.mkfifo(tmp_path / "x.jsonl")
     with pytest.raises(InputError, match=r"x.jsonl is neither a file nor a folder; save its content to a file first"):
         expand_paths([str(tmp_path / "x.jsonl")], (".jsonl",), "jsonl")
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_an_empty_archive_is_refused(tmp_path, suffix):
+def test_empty_archive_is_rejected(tmp_path, suffix):
     path = tmp_path / f"x.jsonl.{suffix}"
     path.touch()
     with pytest.raises(InputError, match=r"is empty, but a compressed file never is; fetch it again or leave it out"):
         plan_shards([Part("text", "jsonl", (str(path),))], 1.0)
 
 
-def test_sums_are_remembered_until_a_file_changes(tmp_path):
+def test_checksums_are_reused_until_a_file_changes(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("one")
     shards = plan_shards([Part("text", "text", (str(path),))], 0)
@@ -126,7 +126,7 @@ def test_sums_are_remembered_until_a_file_changes(tmp_path):
     assert file_checksums(shards, known)[str(path)] not in ("remembered", first[str(path)])
 
 
-def test_digest_is_of_the_content_and_not_of_the_place(tmp_path):
+def test_digest_depends_on_content_and_not_on_paths(tmp_path):
     digests = []
     for folder, content in (("a", "one"), ("b", "one"), ("c", "two")):
         (tmp_path / folder).mkdir()

@@ -1,4 +1,4 @@
-"""The held-out choice: uniform, by text alone, moved by the seed."""
+"""Which documents are held out: a uniform choice that depends only on the text and the seed."""
 
 import math
 

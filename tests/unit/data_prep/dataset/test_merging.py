@@ -1,4 +1,4 @@
-"""Joined files are the shards one after the other, read by megatron-core; damage on the way in is refused; memory stays small."""
+"""Joined files are the concatenated shards and megatron-core reads them. Damaged shards are rejected. Memory stays small."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ DTYPE = np.dtype("<u2")
 
 
 def shard(out: Path, number: int, lengths: list[int], split: str = "train", name: str = "text") -> dict:
-    """Writes a shard whose tokens count up from its number."""
+    """Writes a shard whose tokens count up from its number; returns its record."""
     stem = f"{name}_{number:05d}"
     file = TokenFile(out / f"work/shards/{split}/{stem}")
     file.write((np.arange(sum(lengths)) + 1000 * number).astype(DTYPE).tobytes())
@@ -45,7 +45,7 @@ def tokens(out: Path, prefix: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("files", [1, 3, 32])
-def test_the_stream_of_tokens_is_that_of_the_shards(tmp_path, files):
+def test_joined_tokens_are_those_of_the_shards_in_order(tmp_path, files):
     shards = made(tmp_path, [4, 1, 9, 2, 5])
     whole = np.concatenate([tokens(tmp_path, one.record["splits"]["train"]["prefix"]) for one in shards])
     lengths = np.concatenate(
@@ -64,16 +64,16 @@ def test_the_stream_of_tokens_is_that_of_the_shards(tmp_path, files):
     assert sum(info.documents for info in splits["heldout"]) == 2
 
 
-def test_joined_shards_are_removed_and_known_by_their_file(tmp_path):
+def test_joined_shards_are_removed_and_found_by_their_joined_file(tmp_path):
     shards = made(tmp_path, [4, 1, 9])
     before = merge(tmp_path, shards, MergeConfig(files=2), print)
     assert not (tmp_path / "work/shards/train/text_00001.bin").exists()
-    assert (tmp_path / "work/shards/train/text_00000.bin").exists()  # alone: the same file under two names
+    assert (tmp_path / "work/shards/train/text_00000.bin").exists()  # a group of one: a hard link
     alone, group = group_shards(shards, 2)
     assert joined_record(tmp_path, group, verify=True)
     assert joined_record(tmp_path, alone, verify=True) is None
     inode = (tmp_path / "train/text_00001.bin").stat().st_ino
-    assert merge(tmp_path, shards, MergeConfig(files=2), print) == before  # from its record, the shards being gone
+    assert merge(tmp_path, shards, MergeConfig(files=2), print) == before  # from its record: the shards are removed
     assert (tmp_path / "train/text_00001.bin").stat().st_ino == inode
     path = tmp_path / "train/text_00001.bin"
     content = bytearray(path.read_bytes())
@@ -84,7 +84,7 @@ def test_joined_shards_are_removed_and_known_by_their_file(tmp_path):
     assert joined_record(tmp_path, group, verify=False) is None, "and the record is gone then"
 
 
-def test_a_joined_file_of_other_shards_counts_for_none(tmp_path):
+def test_joined_file_of_other_shards_is_not_reused(tmp_path):
     shards = made(tmp_path, [4, 1, 9])
     merge(tmp_path, shards, MergeConfig(files=1), print)
     (whole,) = group_shards(shards, 1)
@@ -93,7 +93,7 @@ def test_a_joined_file_of_other_shards_counts_for_none(tmp_path):
     assert joined_record(tmp_path, fewer, verify=True) is None
 
 
-def test_other_number_of_files_leaves_none_of_the_old_ones(tmp_path):
+def test_changing_the_number_of_files_removes_the_old_ones(tmp_path):
     shards = made(tmp_path, [4, 1, 9, 3])
     merge(tmp_path, shards, MergeConfig(files=4), print)
     splits = merge(tmp_path, shards, MergeConfig(files=1, keep_shards=True), print)
@@ -129,7 +129,7 @@ def test_damaged_shard_is_not_merged(tmp_path, suffix, change, message):
     assert not (tmp_path / "train/text_00000.bin").exists()
 
 
-def test_index_in_groups_is_the_index_in_one(tmp_path, monkeypatch):
+def test_index_written_in_groups_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(binaries, "DOCUMENTS_AT_ONCE", 7)
     lengths = np.arange(1, 41, dtype=np.int32)
     write_index_file(tmp_path / "a.idx", [lengths[:13], lengths[13:13], lengths[13:]], 40, DTYPE)
@@ -138,7 +138,7 @@ def test_index_in_groups_is_the_index_in_one(tmp_path, monkeypatch):
     assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()
 
 
-def test_sums_tell_which_block_changed(tmp_path, monkeypatch):
+def test_checksums_locate_the_changed_block(tmp_path, monkeypatch):
     monkeypatch.setattr(binaries, "CRC_BYTES", 64)
     file = TokenFile(tmp_path / "x")
     for start in range(0, 300, 30):  # writes that do not end where blocks do
@@ -194,5 +194,5 @@ def test_memory_does_not_grow_with_the_documents(tmp_path):
             check=True,
         )
         peaks.append(json.loads(done.stdout.splitlines()[-1])["over_base_mb"])
-    # The promise is 16 bytes a document and 64 MB; groups of a million documents keep it far below.
+    # The limit is 16 bytes per document and 64 MB; groups of a million documents keep it far below.
     assert peaks[1] < 64, peaks

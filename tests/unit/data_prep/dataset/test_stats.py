@@ -1,4 +1,4 @@
-"""The statistics are those of the documents, the page shows them, and a second run leaves both alone."""
+"""The statistics match the documents, the page shows them, and a second run changes neither."""
 
 import json
 from html.parser import HTMLParser
@@ -24,7 +24,7 @@ def lengths(root: Path) -> np.ndarray:
     return np.concatenate([read_lengths(Path(f"{root / s.prefix}.idx")) for s in load_manifest(root).splits["train"]])
 
 
-def test_statistics_are_those_of_the_documents(dataset):
+def test_statistics_match_the_documents(dataset):
     stats = json.loads((dataset / "stats.json").read_text())
     own, real = stats["splits"]["train"]["text"], lengths(dataset)
     assert (own["documents"], own["tokens"], own["longest"]) == (len(real), real.sum(), real.max())
@@ -53,7 +53,7 @@ def test_official_row_has_the_predicted_fill(run, corpus, tmp_path, dataset):
     assert lengths(tmp_path / "o").max() == 32
 
 
-def test_the_page_shows_every_part_and_loads_nothing(dataset):
+def test_page_shows_every_part_and_loads_nothing(dataset):
     text = (dataset / "stats.html").read_text()
     HTMLParser().feed(text)
     assert text.startswith("<!doctype html>") and text.count('<svg class="chart"') == 3
@@ -61,7 +61,7 @@ def test_the_page_shows_every_part_and_loads_nothing(dataset):
     assert f"{lengths(dataset).sum():,}" in text
 
 
-def test_a_second_run_keeps_the_page_unless_the_budget_changed(run, dataset):
+def test_second_run_keeps_the_page_unless_the_budget_changed(run, dataset):
     before = (dataset / "stats.html").stat().st_mtime_ns
     assert "stats.json is up to date" in run("stage=stats", *ROWS, "out=d")[1]
     assert (dataset / "stats.html").stat().st_mtime_ns == before
@@ -85,12 +85,12 @@ def test_cost_scales_with_nodes_until_the_disk_is_the_limit(dataset):
     assert plan["bin_bytes"] == 2e9 and cost(manifest, StatsConfig(), [])["core_hours"] is None
 
 
-def test_an_incomplete_line_of_rates_is_skipped(tmp_path):
+def test_incomplete_line_of_rates_is_skipped(tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "rates.jsonl").write_text('{"text_bytes": 1}\n{"text_by')
     assert read_rates(tmp_path) == [{"text_bytes": 1}]
 
 
 def test_stats_without_a_dataset(run):
-    code, said = run("stage=stats", "out=nothing")
-    assert code == 4 and "there is no finished dataset" in said
+    code, logged = run("stage=stats", "out=nothing")
+    assert code == 4 and "there is no finished dataset" in logged

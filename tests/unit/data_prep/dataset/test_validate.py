@@ -1,4 +1,4 @@
-"""Seeded damage of every kind is found, a sound dataset raises no alarm."""
+"""Seeded damage of every kind is found; an undamaged dataset is valid."""
 
 import json
 import random
@@ -87,7 +87,7 @@ def zeros(path: Path, draw: random.Random) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, extend, swap, stale, remove, zeros])
-def test_damage_is_found_and_the_undamaged_copy_is_not_accused(dataset, damage, tmp_path):
+def test_damage_is_found_and_an_undamaged_copy_is_valid(dataset, damage, tmp_path):
     files = sorted(p for split in ("train", "heldout") for p in (dataset / split).iterdir() if p.suffix != ".sums")
     assert len(files) >= 12
     for case in range(30):
@@ -101,7 +101,7 @@ def test_damage_is_found_and_the_undamaged_copy_is_not_accused(dataset, damage, 
 
 
 def rewrite(root: Path, shard: int, change, split: str = "train") -> str:
-    """Changes the ids of a shard and makes the manifest's sums agree, as a tool with a fault would; returns the prefix."""
+    """Changes the ids of a shard and updates the manifest's checksums, as a faulty tool would; returns the prefix."""
     prefix = ""
 
     def change_shard(content):
@@ -117,7 +117,7 @@ def rewrite(root: Path, shard: int, change, split: str = "train") -> str:
     return prefix
 
 
-def test_id_outside_the_vocabulary(copy):
+def test_id_outside_the_vocabulary_is_found(copy):
     prefix = rewrite(copy, 1, lambda ids: ids.__setitem__(7, 60_000))
     size = load_manifest(copy).tokenizer.vocab_size
     assert (
@@ -126,13 +126,13 @@ def test_id_outside_the_vocabulary(copy):
     )
 
 
-def test_document_without_its_end(copy):
+def test_document_without_eos_is_found(copy):
     eos = load_manifest(copy).tokenizer.eos_id
     prefix = rewrite(copy, 0, lambda ids: ids.__setitem__(np.flatnonzero(ids == eos)[3], 99))
     assert f"{prefix}: document 3 does not end in EOS (id {eos})" in findings(copy)
 
 
-def test_end_inside_a_document(copy):
+def test_eos_inside_a_document_is_found(copy):
     eos = load_manifest(copy).tokenizer.eos_id
     prefix = rewrite(copy, 0, lambda ids: ids.__setitem__(1, eos))
     assert f"{prefix}: " in findings(
@@ -140,31 +140,31 @@ def test_end_inside_a_document(copy):
     ) and "documents instead of one per document; token 1 (byte 2, document 0) is one too many" in findings(copy)
 
 
-def test_missing_beginning(copy):
+def test_missing_bos_is_found(copy):
     edit_manifest(copy, lambda content: content["policy"].update(add_bos=True))
     assert "document 0 does not begin with BOS (id 0)" in findings(copy)
 
 
-def test_counts_that_are_not_those_of_the_manifest(copy):
+def test_counts_that_differ_from_the_manifest_are_found(copy):
     rewrite(copy, 0, lambda ids: ids.__setitem__(slice(0, 5), 99), split="heldout")
     assert "heldout: unigram entropy is" in findings(copy)
 
 
-def test_other_tokenizer_beside_the_shards(copy):
+def test_other_tokenizer_file_is_found(copy):
     (copy / "tokenizer.json").write_text("{}")
     assert "tokenizer.json: its content does not match the manifest's sha256" in findings(copy)
 
 
-def test_command_reports_and_returns_4(copy, capsys):
+def test_command_reports_damage_and_exits_with_code_4(copy, capsys):
     assert main(["stage=validate", f"out={copy}"]) == 0
     assert "valid: every file, id and document matches the manifest" in capsys.readouterr().out
     flip(copy / "train" / "text_00001.bin", random.Random(0))
     assert main(["stage=validate", f"out={copy}"]) == 4
-    said = capsys.readouterr().err
-    assert "damaged: train/text_00001.bin: its content does not match the manifest's sha256" in said
-    assert f"{copy} has 2 problems; repair it with `python -m data_prep out={copy} verify=full`" in said
+    output = capsys.readouterr().err
+    assert "damaged: train/text_00001.bin: its content does not match the manifest's sha256" in output
+    assert f"{copy} has 2 problems; repair it with `python -m data_prep out={copy} verify=full`" in output
 
 
-def test_command_without_a_dataset_returns_4(tmp_path, capsys):
+def test_command_without_a_dataset_exits_with_code_4(tmp_path, capsys):
     assert main(["stage=validate", f"out={tmp_path}"]) == 4
     assert "there is no finished dataset" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A token budget takes the shortest beginning of the shuffled shards, whatever was guessed on the way."""
+"""A token budget takes the shortest sufficient prefix of the shuffled shards, whatever was estimated on the way."""
 
 import pytest
 
@@ -20,7 +20,7 @@ EXACT = {job.shard.stem: 100 + 7 * (number % 5) for number, job in enumerate(COR
 
 
 def settle(mix: MixConfig, known: dict[str, int]) -> list[str]:
-    """Tokenizes what is asked for until nothing new is."""
+    """Tokenizes the chosen shards until the choice no longer grows; returns their stems."""
     known = dict(known)
     for _ in range(100):
         chosen = choose(mix, CORPUS_SAMPLE, known)
@@ -31,12 +31,12 @@ def settle(mix: MixConfig, known: dict[str, int]) -> list[str]:
     raise AssertionError("never settles")
 
 
-def test_no_budget_takes_everything():
+def test_without_a_budget_all_shards_are_taken():
     assert choose(MixConfig(), CORPUS_SAMPLE, {}) == CORPUS_SAMPLE
     assert shares(MixConfig(), CORPUS_SAMPLE) == {}
 
 
-def test_budget_is_met_by_each_part_and_by_no_more_than_a_shard():
+def test_each_part_exceeds_its_budget_by_less_than_one_shard():
     mix = MixConfig(weights={"web": 3, "code": 1}, target_tokens=1600)
     stems = settle(mix, {})
     for name, budget in (("web", 1200), ("code", 400)):
@@ -46,25 +46,25 @@ def test_budget_is_met_by_each_part_and_by_no_more_than_a_shard():
     assert {int(stem[-5:]) for stem in stems} != set(range(len(stems)))  # a sample, not the beginning
 
 
-def test_choice_does_not_depend_on_what_was_made_before():
+def test_choice_does_not_depend_on_earlier_shards():
     mix = MixConfig(weights={"web": 3, "code": 1}, target_tokens=1600)
     fresh = settle(mix, {})
     assert settle(mix, EXACT) == fresh
     assert settle(mix, {stem: EXACT[stem] for stem in list(EXACT)[3:9]}) == fresh
 
 
-def test_larger_budget_adds_to_a_smaller_one_and_another_seed_takes_others():
+def test_larger_budget_extends_a_smaller_one_and_another_seed_chooses_other_shards():
     small = settle(MixConfig(weights={"web": 1, "code": 1}, target_tokens=800), {})
     large = settle(MixConfig(weights={"web": 1, "code": 1}, target_tokens=1600), {})
     assert set(small) < set(large)
     assert settle(MixConfig(weights={"web": 1, "code": 1}, target_tokens=800, seed=1), {}) != small
 
 
-def test_budget_above_all_there_is_takes_all():
+def test_budget_above_the_corpus_takes_all_shards():
     assert len(settle(MixConfig(weights={"web": 1, "code": 1}, target_tokens=1e9), {})) == len(CORPUS_SAMPLE)
 
 
-def test_budget_without_weights_follows_the_text():
+def test_budget_without_weights_is_proportional_to_the_text():
     assert shares(MixConfig(target_tokens=10), CORPUS_SAMPLE) == pytest.approx({"web": 2 / 3, "code": 1 / 3})
 
 

@@ -1,4 +1,4 @@
-"""Several sources in one dataset: what each gives, what is remembered, and what is refused."""
+"""Several sources in one dataset: their parts, what is fetched only once, and what is rejected."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import read_config
-from data_prep.config import JsonlSource
+from data_prep.sources.files import JsonlSource
 from data_prep.sources.hub.settings import HubSource
 from ssa_pretrain.settings.problems import ConfigError
 from support.hub_server import start_hub, table
@@ -28,7 +28,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 
 def parts(out: Path) -> dict[str, int]:
-    """Documents of both splits by part."""
+    """Returns the documents of both splits by part."""
     found: dict[str, int] = {}
     for entries in json.loads((out / "manifest.json").read_text())["splits"].values():
         for entry in entries:
@@ -37,7 +37,7 @@ def parts(out: Path) -> dict[str, int]:
 
 
 def mixed(hub_url: str) -> list[str]:
-    """The source of these tests: a dataset on the hub, JSON lines of the user's, plain files."""
+    """Returns the source of these tests: a dataset on the hub, JSON lines and plain files of the user."""
     return [
         "source=mixed",
         f"source.parts.hub={{kind:hub,repo:owner/corpus,endpoint:'{hub_url}',subsets:{{web:{{files:'data/*.parquet'}}}}}}",
@@ -51,7 +51,7 @@ def mixed(hub_url: str) -> list[str]:
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with one dataset; beside it the user's files."""
+    """A hub with one dataset, and files of the user."""
     write(tmp_path / "mine" / "a.jsonl", sentences(100, seed=1))
     (tmp_path / "notes").mkdir()
     for number, text in enumerate(sentences(30, seed=2)):
@@ -61,9 +61,9 @@ def hub(tmp_path):
     stop()
 
 
-def test_one_command_makes_one_dataset_of_a_hubs_files_and_ones_own(run, tmp_path, hub):
-    code, said = run(*mixed(hub.url), *COMMON)
-    assert code == 0, said
+def test_hub_and_own_files_become_one_dataset(run, tmp_path, hub):
+    code, output = run(*mixed(hub.url), *COMMON)
+    assert code == 0, output
     assert parts(tmp_path / "data") == {"web": 20, "essays": 100, "notes": 30}
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert {entry["name"]: entry["origin"] for entry in manifest["sources"]} == {
@@ -75,51 +75,51 @@ def test_one_command_makes_one_dataset_of_a_hubs_files_and_ones_own(run, tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["download", "stream"])
-def test_a_dataset_of_the_hub_alone_is_asked_for_once(run, tmp_path, hub, mode):
+def test_hub_source_is_fetched_once(run, tmp_path, hub, mode):
     alone = ("source=hub", "source.repo=owner/corpus", f"source.endpoint={hub.url}", f"source.mode={mode}")
     alone = (*alone, "split.heldout_fraction=0.3")
-    code, said = run(*alone, *COMMON)
-    assert code == 0, said
+    code, output = run(*alone, *COMMON)
+    assert code == 0, output
     assert parts(tmp_path / "data") == {"text": 20}
     hub.requests.clear()
     assert run(*alone, *COMMON)[0] == 0
     assert hub.requests == []
 
 
-def test_the_hub_is_asked_once_and_ones_own_files_every_time(run, tmp_path, hub):
+def test_hub_is_fetched_once_and_own_files_are_searched_in_every_run(run, tmp_path, hub):
     assert run(*mixed(hub.url), *COMMON)[0] == 0
     hub.requests.clear()
     assert run(*mixed(hub.url), *COMMON)[0] == 0
     assert hub.requests == []
     write(tmp_path / "mine" / "b.jsonl", sentences(50, seed=3))
-    code, said = run(*mixed(hub.url), *COMMON)
-    assert code == 4 and "made from other text" in said
+    code, output = run(*mixed(hub.url), *COMMON)
+    assert code == 4 and "made from other text" in output
     assert run(*mixed(hub.url), *COMMON, "overwrite=true")[0] == 0
     assert hub.requests == []
     assert parts(tmp_path / "data") == {"web": 20, "essays": 150, "notes": 30}
 
 
-def test_two_formats_in_one_part_are_refused(run, tmp_path, hub):
+def test_two_formats_in_one_part_are_rejected(run, tmp_path, hub):
     more = [
         "source.parts.more={kind:quickstart}",
         "source.parts.hub.subsets={python:{files:'data/*.parquet'}}",
         "mix=all",
     ]
-    code, said = run(*mixed(hub.url)[:2], *more, *COMMON)
+    code, output = run(*mixed(hub.url)[:2], *more, *COMMON)
     assert code == 4
     assert (
         "part python would have files of parquet with the text in text and of jsonl with the text in text; give one of"
-        in said
+        in output
     )
 
 
-def test_files_of_a_part_are_those_of_the_source_alone(run, tmp_path, hub):
+def test_part_has_the_files_that_its_source_has_alone(run, tmp_path, hub):
     assert run(*mixed(hub.url), *COMMON)[0] == 0
     tokenizer = tmp_path / "data" / "tokenizer.json"
     alone = ("source=jsonl", "source.name=essays", "source.paths=[mine/*.jsonl]", "source.text_column=body")
     file = ("tokenizer=file", f"tokenizer.path={tokenizer}", "tokenizer.eos_token='<|end_of_text|>'")
-    code, said = run(*alone, *file, "out=alone", *COMMON[2:])
-    assert code == 0, said
+    code, output = run(*alone, *file, "out=alone", *COMMON[2:])
+    assert code == 0, output
     for split in ("train", "heldout"):
         found, expected = (
             {path.name: path.read_bytes() for path in (tmp_path / out / split).glob("essays_*")}
@@ -128,8 +128,8 @@ def test_files_of_a_part_are_those_of_the_source_alone(run, tmp_path, hub):
         assert found == expected != {}
 
 
-def test_every_problem_of_every_part_is_named_at_once(run):
-    code, said = run(
+def test_all_problems_of_all_parts_are_reported_together(run):
+    code, output = run(
         "source=mixed",
         "source.parts.a={kind:jsnol,paths:[x]}",
         "source.parts.b={kind:jsonl}",
@@ -148,10 +148,10 @@ def test_every_problem_of_every_part_is_named_at_once(run):
         "source.parts.d and source.parts.e both make a part e; give one of them another name",
         "source.parts.f.paths=x must be a list; try [x]",
     ):
-        assert sentence in said
-    code, said = run("source=mixed", "out=data")
+        assert sentence in output
+    code, output = run("source=mixed", "out=data")
     line = "  source.parts={} must name at least one source; try source.parts.web.kind=jsonl 'source.parts.web.paths=[web]'"
-    assert (code, said.splitlines()[1]) == (3, line)
+    assert (code, output.splitlines()[1]) == (3, line)
 
 
 def test_published_mix_has_text_for_all_but_one_of_its_parts():
@@ -178,11 +178,11 @@ def test_published_mix_has_text_for_all_but_one_of_its_parts():
         ),
     ],
 )
-def test_setting_of_another_choice_is_refused(run, override, sentence):
-    code, said = run("source=quickstart", override, "out=data")
-    assert code == 3 and sentence in said
+def test_setting_of_another_kind_is_rejected(run, override, sentence):
+    code, output = run("source=quickstart", override, "out=data")
+    assert code == 3 and sentence in output
 
 
-def test_part_of_another_type_is_refused():
+def test_part_of_another_type_is_rejected():
     with pytest.raises(ConfigError, match=r"source.parts.web.kind=null must be quickstart, local_docs, "):
         read_config(["source=mixed", "source.parts.web.paths=[x]", "out=data"])

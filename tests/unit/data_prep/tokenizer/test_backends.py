@@ -1,4 +1,4 @@
-"""A faster backend gives hf's ids or is not used, and the run says why; a difference during the run is found."""
+"""A faster backend is used only if its ids are hf's; otherwise the run logs the reason."""
 
 import json
 import re
@@ -40,8 +40,8 @@ def vocabulary(tmp_path: Path, corpus: Path) -> Vocabulary:
     return prepare_vocabulary(Config(tokenizer=BpeTokenizer(vocab_size=560)), plan, ["digest"], tmp_path / "work")[0]
 
 
-def choose(vocabulary: Vocabulary, asked: BackendChoice = BackendChoice.auto, **rejections: str) -> tuple[str, str]:
-    name, reason, backend = choose_backend(asked, vocabulary.path, True, rejections)
+def choose(vocabulary: Vocabulary, choice: BackendChoice = BackendChoice.auto, **rejections: str) -> tuple[str, str]:
+    name, reason, backend = choose_backend(choice, vocabulary.path, True, rejections)
     assert isinstance(backend, backends.BACKENDS[name])
     return name, reason
 
@@ -49,7 +49,7 @@ def choose(vocabulary: Vocabulary, asked: BackendChoice = BackendChoice.auto, **
 @pytest.mark.parametrize(
     "name", [pytest.param("gigatoken", marks=needs_gigatoken), pytest.param("tiktoken", marks=needs_tiktoken)]
 )
-def test_every_backend_gives_the_same_ids(vocabulary, name):
+def test_every_backend_returns_the_same_ids(vocabulary, name):
     one = Encoder(vocabulary, "hf").encode(NASTY)
     other = Encoder(vocabulary, name).encode(NASTY)
     assert [ids.tolist() for ids in one] == [ids.tolist() for ids in other]
@@ -60,7 +60,7 @@ def test_every_backend_gives_the_same_ids(vocabulary, name):
 
 
 @needs_gigatoken
-def test_auto_takes_gigatoken(vocabulary):
+def test_auto_chooses_gigatoken(vocabulary):
     assert choose(vocabulary) == ("gigatoken", "its ids are compared with hf's")
     assert choose(vocabulary, BackendChoice.gigatoken)[0] == "gigatoken"
     assert choose(vocabulary, BackendChoice.hf) == ("hf", "as set")
@@ -97,14 +97,14 @@ def test_added_tokens_are_cut_out_of_any_tokenizer_file(vocabulary):
         assert json.loads(backends.without_added_tokens(form)) == content | {"added_tokens": []}
 
 
-def test_byte_letters_are_gpt2s(vocabulary):
+def test_byte_letters_match_gpt2(vocabulary):
     letters = backends.bytes_to_unicode()
     assert len(set(letters.values())) == 256 and letters[ord("A")] == "A" and letters[ord(" ")] == "Ġ"
     assert set(pre_tokenizers.ByteLevel.alphabet()) == set(letters.values())
 
 
 @needs_gigatoken
-def test_tokenizer_that_gigatoken_does_not_know(tmp_path, vocabulary):
+def test_tokenizer_unsupported_by_gigatoken(tmp_path, vocabulary):
     content = json.loads(Path(vocabulary.path).read_text())
     content["model"] = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
     (tmp_path / "words.json").write_text(json.dumps(content))
@@ -115,7 +115,7 @@ def test_tokenizer_that_gigatoken_does_not_know(tmp_path, vocabulary):
 
 
 @needs_gigatoken
-def test_backend_with_an_objection_is_not_taken(vocabulary, monkeypatch):
+def test_backend_with_a_rejection_is_not_used(vocabulary, monkeypatch):
     monkeypatch.setattr(backends, "FASTEST_FIRST", ("gigatoken",))
     assert choose(vocabulary, gigatoken="gigatoken is wrong") == ("hf", "gigatoken is wrong")
     with pytest.raises(
@@ -131,7 +131,7 @@ def test_damaged_tokenizer_file_is_named_by_every_backend(vocabulary, tmp_path):
         choose_backend(BackendChoice.auto, str(path), True, {})
 
 
-def test_hf_keeps_names_of_special_tokens_as_text_or_not(vocabulary):
+def test_hf_encodes_names_of_special_tokens_as_text_or_as_ids(vocabulary):
     text = ["x <|end_of_text|> y"]
     assert vocabulary.eos_id not in HuggingFaceBackend(vocabulary.path, True).encode(text)[0]
     assert vocabulary.eos_id in HuggingFaceBackend(vocabulary.path, False).encode(text)[0]

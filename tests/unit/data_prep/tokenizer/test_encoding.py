@@ -1,4 +1,4 @@
-"""Encoding under each policy, training twice alike, and what is refused as a tokenizer."""
+"""Encoding under each policy, reproducible training, and which tokenizers are rejected."""
 
 import json
 import re
@@ -57,13 +57,13 @@ def test_name_of_a_special_token_is_text_by_default(vocabulary):
     assert (as_control == vocabulary.eos_id).sum() == 2
 
 
-def test_bos_and_eos_are_added_as_the_policy_says(vocabulary):
+def test_bos_and_eos_follow_the_policy(vocabulary):
     (plain,) = Encoder(replace(vocabulary, append_eos=False)).encode(["some text"])
     (both,) = Encoder(replace(vocabulary, add_bos=True)).encode(["some text"])
     assert both.tolist() == [vocabulary.bos_id, *plain.tolist(), vocabulary.eos_id]
 
 
-def test_limits_in_a_tokenizer_file_do_not_cut_the_corpus(vocabulary, tmp_path):
+def test_truncation_in_a_tokenizer_file_is_ignored(vocabulary, tmp_path):
     tokenizer = Tokenizer.from_file(vocabulary.path)
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8)
@@ -85,7 +85,7 @@ def test_training_twice_gives_the_same_tokenizer(plan):
     assert Tokenizer.from_str(first).get_vocab_size() == 560
 
 
-def test_held_out_documents_do_not_shape_the_tokenizer(tmp_path):
+def test_held_out_documents_do_not_affect_the_tokenizer(tmp_path):
     split = SplitConfig(heldout_fraction=0.3)
     texts = [f"qzxj{n} " * 40 for n in range(200)]
     kept = [text for text in texts if not is_heldout(text.encode(), split)]
@@ -116,13 +116,13 @@ def from_file(path: Path, eos: str = EOS, bos: str | None = None) -> Vocabulary:
     return prepare_vocabulary(Config(tokenizer=choice, policy=PolicyConfig()), [], [], Path("unused"))[0]
 
 
-def test_tokenizer_file_is_used_as_it_is(vocabulary):
+def test_tokenizer_file_is_used_unchanged(vocabulary):
     found = from_file(Path(vocabulary.path))
     assert (found.sha256, found.vocab_size, found.eos_id) == (vocabulary.sha256, 560, vocabulary.eos_id)
     assert found.bos_id is None
 
 
-def test_vocabulary_counts_added_tokens_and_holes(vocabulary, tmp_path):
+def test_vocabulary_size_includes_added_tokens_and_gaps(vocabulary, tmp_path):
     tokenizer = Tokenizer.from_file(vocabulary.path)
     tokenizer.add_special_tokens([AddedToken("<|pad|>", special=True)])
     tokenizer.save(str(tmp_path / "more.json"))
@@ -141,7 +141,7 @@ def test_vocabulary_counts_added_tokens_and_holes(vocabulary, tmp_path):
         (b'{"model_type": "llama"}', r"t.json is not a tokenizer.json \(.*\); fetch it again"),
     ],
 )
-def test_file_that_is_no_tokenizer(tmp_path, content, message):
+def test_file_that_is_not_a_tokenizer_is_rejected(tmp_path, content, message):
     path = tmp_path / "t.json"
     if content is not None:
         path.write_bytes(content)
@@ -151,14 +151,14 @@ def test_file_that_is_no_tokenizer(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("key", ["eos", "bos"])
-def test_token_that_the_file_lacks(vocabulary, key):
+def test_token_missing_from_the_file_is_named(vocabulary, key):
     with pytest.raises(
         InputError, match=rf"has no token '</s>'; set tokenizer.{key}_token to one that it has \(its special"
     ):
         from_file(Path(vocabulary.path), **{key: "</s>"})
 
 
-def test_an_end_that_any_text_may_hold_is_refused(vocabulary):
+def test_ordinary_token_as_eos_is_rejected(vocabulary):
     with pytest.raises(
         InputError, match=r"'a' is an ordinary token, which may occur in a text and would end the document there"
     ):

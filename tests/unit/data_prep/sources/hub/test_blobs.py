@@ -1,4 +1,4 @@
-"""Text by blob id, against moto's S3 over HTTP, and against a small server for the faults that moto does not make."""
+"""Text by blob id, against moto's S3 over HTTP, and against a small server for faults that moto cannot produce."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def texts(paths: list[Path]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def moto_endpoint():
-    """Moto's S3 with the bucket of Software Heritage, readable by everybody: blobs 00 to 29, 13 of them absent."""
+    """Moto's S3 with the bucket of Software Heritage, publicly readable: blobs 00 to 29, without number 13."""
     server_module = pytest.importorskip("moto.server")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -53,16 +53,18 @@ def moto_endpoint():
     server.stop()
 
 
-def test_texts_come_from_the_bucket_unsigned_and_the_missing_one_is_recorded(moto_endpoint, tmp_path, monkeypatch):
+def test_unsigned_requests_get_the_texts_and_a_missing_blob_is_recorded(moto_endpoint, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     ids = [f"{n:02d}" for n in range(30)]
     settings = BlobSettings(endpoint=moto_endpoint, part_rows=10, connections=4)
-    said: list[str] = []
-    paths, report = blobs.fetch_blobs([write_list(tmp_path / "l.parquet", ids)], settings, tmp_path / "b", said.append)
+    logged: list[str] = []
+    paths, report = blobs.fetch_blobs(
+        [write_list(tmp_path / "l.parquet", ids)], settings, tmp_path / "b", logged.append
+    )
     assert texts(paths) == [f"print({n})\n" for n in range(30) if n != 13]  # the odd byte of blob 5 is ignored
     assert report == {"blobs": 30, "text": 29, "missing": 1}
-    assert said[-1] == "blobs: 29 of 30 have text (96.67%)"
+    assert logged[-1] == "blobs: 29 of 30 have text (96.67%)"
     record = json.loads(Path(f"{paths[1]}.fetched.json").read_text())
     assert (record["counts"], record["dropped"]) == ({"text": 9, "missing": 1}, {"missing": ["13"]})
     assert parquet.read_table(paths[0]).column_names == ["blob_id", "repo_name", "score", "text"]
@@ -75,7 +77,7 @@ def test_wrong_bucket_is_named(moto_endpoint, tmp_path):
 
 
 class Store(ThreadingHTTPServer):
-    """GetObject, as S3 answers it, for any id; `faults` maps an id to what goes wrong with its next requests."""
+    """S3's GetObject for any id; `faults` maps an id to the faults of its next requests."""
 
     daemon_threads = True
 
@@ -138,7 +140,7 @@ def store():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No pauses between tries: botocore's are its own."""
+    """Removes the pauses between attempts; botocore has its own."""
     monkeypatch.setattr("data_prep.sources.hub.blobs.time.sleep", lambda _: None)
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
 
@@ -154,19 +156,19 @@ def fetch(store: Store, tmp_path: Path, ids: list[str], **settings):
     [[(500, "InternalError")], [(503, "SlowDown")] * 2, ["cut"], ["truncated"], ["cut", (500, "InternalError")]],
     ids=["500", "slow-down-twice", "cut", "truncated-gzip", "two-faults"],
 )
-def test_passing_faults_are_overcome(store, tmp_path, quick, faults):
+def test_transient_faults_are_retried(store, tmp_path, quick, faults):
     store.faults["b"] = list(faults)
     assert fetch(store, tmp_path, ["a", "b", "c"]) == ([f"text of {i}\n" * 20 for i in "abc"], {"blobs": 3, "text": 3})
     assert store.requests.count("b") == len(faults) + 1
 
 
-def test_slow_answer_is_asked_for_again(store, tmp_path, quick):
+def test_slow_answer_is_requested_again(store, tmp_path, quick):
     store.faults["a"] = ["stall"]
     assert fetch(store, tmp_path, ["a"], timeout_s=0.3)[1] == {"blobs": 1, "text": 1}
     assert store.requests.count("a") >= 2
 
 
-def test_missing_denied_and_damaged_are_dropped_and_told_apart(store, tmp_path, quick):
+def test_missing_denied_and_damaged_blobs_are_dropped_and_counted_separately(store, tmp_path, quick):
     store.faults = {"b": [(404, "NoSuchKey")], "c": [(403, "AccessDenied")], "d": ["truncated"] * 3}
     found, report = fetch(store, tmp_path, list("abcde"), min_success=0.4)
     assert found == [f"text of {i}\n" * 20 for i in "ae"]
@@ -181,7 +183,7 @@ def test_too_few_texts_end_the_run(store, tmp_path, quick):
         fetch(store, tmp_path, list("abcd"))
 
 
-def test_dead_server_is_no_fact_about_a_blob(store, tmp_path, quick):
+def test_dead_server_does_not_mark_a_blob_as_missing(store, tmp_path, quick):
     store.faults = {"f": [(500, "InternalError")] * 100}
     with pytest.raises(
         InputError,
@@ -219,7 +221,7 @@ def test_list_without_ids_is_named(store, tmp_path):
         fetch(store, tmp_path, ["a"], id_column="sha1")
 
 
-def test_kill_9_loses_at_most_one_part(store, tmp_path):
+def test_kill_9_loses_at_most_one_file(store, tmp_path):
     ids = [f"{n:03d}" for n in range(80)]
     listed = write_list(tmp_path / "l.parquet", ids)
     store.delay = 0.02

