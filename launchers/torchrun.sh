@@ -7,7 +7,7 @@
 #   --nproc-per-node N       processes on this node, one per GPU         (NPROC_PER_NODE, or auto: every GPU)
 #   --nnodes N               nodes                                       (NNODES, or 1)
 #   --rdzv-endpoint HOST:PORT  one of the nodes; all must reach it       (RDZV_ENDPOINT; needed for more than one node)
-#   --rdzv-id NAME           distinguishes jobs on one endpoint            (RDZV_ID, or ssa_pretrain)
+#   --rdzv-id NAME           distinguishes jobs on one endpoint          (RDZV_ID, or ssa_pretrain)
 #   --python PATH            the interpreter                             (PYTHON, or python3)
 #   --module NAME            the entry point                             (ssa_pretrain.train)
 #   --dry-run                print the exact command and the run's plan; start nothing
