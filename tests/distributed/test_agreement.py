@@ -58,7 +58,7 @@ def test_ranks_with_other_settings_or_libraries_are_named_on_all(tmp_path: Path)
 def test_folders_that_are_not_shared_are_refused_and_no_part_of_a_checkpoint_is_published(tmp_path: Path) -> None:
     run_workers(WORKER, 2, "apart", str(tmp_path), timeout=300)
     first, second = ((tmp_path / f"said_{rank}").read_text().splitlines() for rank in range(2))
-    assert f"is not one folder for all processes: rank 1 ({socket.gethostname()}) does not see" in first[0]
+    assert f"is not the same folder for all processes: rank 1 ({socket.gethostname()}) does not see" in first[0]
     assert first[0].partition("is not one")[2] == second[0].partition("is not one")[2]
     assert "part_1, which another rank wrote, is not visible here" in first[1]
     assert "part_1, which another rank wrote, is not visible here" in second[1]
