@@ -1,9 +1,9 @@
-"""The command line of every entry point of ssa_pretrain: what the shared one (settings/command_line.py) does not know.
+"""The command line of ssa_pretrain's entry points, on top of the shared one (settings/command_line.py).
 
-It passes the root dataclass, the conf folder and the rules, reads the machine and the launcher's environment, and prints the plan for
-`dry_run=true` and `--dry-run`. Exit code 3: the configuration is wrong; 4: only the data is.
+It passes the root dataclass, the conf folder and the rules to the shared one, reads the machine and the launcher's environment, and prints
+the plan for `dry_run=true` and `--dry-run`. Exit code 3: the configuration is wrong; 4: only the data is.
 
-Every rank of a run reads the same command, and rank 0 prints. A problem is printed by the first rank of every node, since nodes may differ.
+Every rank of a run reads the same command, and rank 0 prints. Problems are also printed by local rank 0 of every other node, since nodes may differ.
 Neither torch nor megatron-core is imported.
 """
 
@@ -43,7 +43,7 @@ Guide: docs/configuration.md
 
 
 def program(entry: str) -> Program:
-    """Returns what the shared command line must know of an entry point."""
+    """Returns the description of an entry point for the shared command line."""
     return Program(
         name=f"ssa_pretrain.{entry}",
         root=Config,
@@ -64,19 +64,19 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         argv: the command's arguments; None: the process's.
 
     Raises:
-        SystemExit: 0 after printing something (141 if its reader exited early); 3 or 4 after one message that lists every problem.
+        SystemExit: 0 after printing an answer (141 if its reader exited early); 3 or 4 after one message that lists every problem.
     """
     arguments, prints = sys.argv[1:] if argv is None else argv, True
     given = [*arguments, "--dry-run"] if entry == "plan" else arguments
     try:
-        prints = _prints()
+        prints = _is_printing_process()
         machine = replace(this_machine(), entry=entry)
         if entry == "evaluate":
             machine = replace(machine, splits=("heldout",), has_wandb=None)
             given, note = saved_run.expand(arguments, machine.world_size or 1)
             sys.stderr.write(f"{note}\n" if note and prints else "")
-        # Of a run's ranks only rank 0 looks: it holds the folder itself when a later rank gets here.
-        machine = replace(machine, claims_folder=entry == "train" and prints)
+        # Only rank 0 checks that the folder is free. It may already have locked it when a slower rank gets here.
+        machine = replace(machine, locks_folder=entry == "train" and prints)
         with pipe_may_close():
             config = resolve_config(entry, given, machine, prints=prints)
         plan = plan_table(entry, config, arguments, machine.world_size or 1) if config.dry_run else ""
@@ -95,7 +95,7 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
 
 
 def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, prints: bool = True) -> Config:
-    """Returns the checked configuration of a command on a machine; raises ConfigError with all problems at once."""
+    """Returns the checked configuration of a command on a machine. Raises ConfigError with all problems at once."""
 
     def check_on_machine(config: Config, problems: list[Problem], has_groups: bool) -> list[Problem]:
         # A plan may be for another machine.
@@ -107,7 +107,7 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, prints:
     return resolve(program(entry), argv, check_on_machine, prints=prints)
 
 
-def _prints() -> bool:
+def _is_printing_process() -> bool:
     """Returns whether this process prints: rank 0, or a process without a launcher; raises ConfigError if RANK is not a number."""
     names = ("RANK", "LOCAL_RANK", *["SLURM_PROCID"] * ("WORLD_SIZE" in os.environ))
     rank = launcher_number(next((name for name in names if name in os.environ), "RANK"), default=0)

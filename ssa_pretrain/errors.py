@@ -1,9 +1,9 @@
-"""Every way in which a command ends: its exit code, and the exception that leads to it.
+"""The exit codes of all commands, and the exceptions that lead to them.
 
-A `CommandError` is an ending that a user can cause. It carries one sentence and an exit code, and is reported without a trace. Every other exception is
-a bug: it keeps its trace and ends the process with 1. docs/launch.md has the table for users. Stdlib only.
+A `CommandError` is an error that a user can cause. It carries one sentence and an exit code, and is reported without a trace. Every
+other exception is a bug: it is reported with its trace and ends the process with 1. docs/launch.md has the table for users. Stdlib only.
 
-`ConfigError` is in problems.py, beside the problems that it lists.
+`ConfigError` is in settings/problems.py, beside the problems that it lists.
 """
 
 from enum import IntEnum
@@ -18,13 +18,13 @@ class ExitCode(IntEnum):
     DATA = 4
     CHECKPOINT = 5
     DIVERGED = 6  # a step's loss or gradient norm is not finite
-    STOPPED = 7  # on request: the same command resumes
+    STOPPED = 7  # on request; the same command resumes
     INTERRUPTED = 130  # by Ctrl-C, at once; the code that shells report
-    READER_GONE = 141  # the reader of its output, such as `head`, has left; the code that shells report
+    READER_GONE = 141  # the reader of its output, such as `head`, has exited; the code that shells report
 
 
 class CommandError(Exception):
-    """An ending that a user can cause; its text is one sentence.
+    """An error that a user can cause; its text is one sentence.
 
     Attributes:
         exit_code: the exit code of the process.
@@ -36,13 +36,13 @@ class CommandError(Exception):
 
 
 class DataError(CommandError, ValueError):
-    """The prepared data cannot serve this run."""
+    """The prepared data is missing, damaged or too small for this run."""
 
     exit_code = ExitCode.DATA
 
 
 class DamagedData(DataError):
-    """A rank has read something that differs from what was prepared."""
+    """A rank has read tokens that differ from the prepared ones."""
 
     of_one_rank = True
 
@@ -54,7 +54,7 @@ class CheckpointError(CommandError, ValueError):
 
 
 class WeightsError(CommandError, ValueError):
-    """A folder of weights is incomplete, damaged or of another model."""
+    """A folder of weights is incomplete, damaged or holds another model."""
 
     exit_code = ExitCode.CHECKPOINT
 
@@ -72,6 +72,6 @@ class Interrupted(CommandError):
 
 
 class LaunchError(CommandError):
-    """A launcher's flags or environment cannot be used."""
+    """A launcher's flags or environment variables are wrong."""
 
     exit_code = ExitCode.CONFIGURATION

@@ -1,13 +1,14 @@
-"""Entry point: held-out metrics in both modes, and sampled continuations, of a run's newest checkpoint.
+"""Entry point: evaluates the newest checkpoint of a run on held-out rows in both modes, and samples continuations.
 
     python -m ssa_pretrain.evaluate outputs/quickstart evaluation.rows=8
     python -m ssa_pretrain.evaluate outputs/quickstart/checkpoints/step_00000100
     python -m ssa_pretrain.evaluate experiment=quickstart
 
-Takes the folder of a run, whose `config.yaml` is then the configuration, or one of its checkpoints, or the run's own command line. A checkpoint loads on
-any layout, so one process can evaluate what many trained. The metrics depend neither on the layout nor on training.micro_batch_size. evaluation.rows sets
-how many held-out rows are read; 0 is all of them. Writes `evaluation.json` and `samples.json` into the run's folder. A prompt and its continuation together
-have at most as many tokens as a row.
+Takes the folder of a run, one of its checkpoints, or the run's own command line. With a folder or a checkpoint, the run's
+`config.yaml` is the configuration. A checkpoint loads on any layout, so one process can evaluate a run that many processes trained.
+The metrics depend neither on the layout nor on training.micro_batch_size. evaluation.rows sets the number of held-out rows; 0 means
+all. Writes `evaluation.json` and `samples.json` into the run's folder. A prompt and its continuation together have at most as many
+tokens as a row.
 """
 
 import json
@@ -44,10 +45,10 @@ def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
     from ssa_pretrain.run import build_run
     from ssa_pretrain.sampling import sample
 
-    # User buffers have the shape of a microbatch, and prompts have another shape.
+    # User buffers have the shape of a training microbatch, and packed prompts have another shape.
     config = replace(config, engine=replace(config.engine, overlap_tp=False))
     with joined(config.parallel, seed=config.seed) as placement:
-        # The plan needs a batch of whole microbatches, and the batch of the training run may not be one on this layout.
+        # The plan needs a batch of whole microbatches. On this layout the training run's batch may not divide evenly.
         rows = placement.dp * config.training.micro_batch_size
         batch = replace(config.training, global_batch_tokens=rows * config.data.sequence_length)
         run = build_run(replace(config, training=batch), placement, trains=False)

@@ -24,7 +24,7 @@ def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
 
 
 def evaluate_mode(run: Run, mode: str) -> EvaluationResult:
-    """Returns the held-out metrics of a mode, computed slice by slice under a progress bar."""
+    """Returns the held-out metrics of a mode. The microbatches are evaluated in slices, with a progress bar."""
     plan, dp_rank, packing = run.plan, run.placement.dp_rank, packing_of(run.config)
     total = num_held_out_microbatches(run.config.training.micro_batch_size, plan, run.held_out.num_rows)
     size = 2 * plan.dp * plan.pp
@@ -32,24 +32,25 @@ def evaluate_mode(run: Run, mode: str) -> EvaluationResult:
     hidden = not (run.placement.is_rank_0 and sys.stderr.isatty())
     with tqdm(total=total, desc=f"held-out, {mode}", unit="microbatch", disable=hidden, leave=False) as bar:
         for begin in range(0, total, size):
-            numbers = range(begin, min(begin + size, total))
-            mine = [packing.microbatch(run.held_out, i, index=i) for i in numbers if i % plan.dp == dp_rank]
-            results.append(run.engine.evaluate(mine, mode=mode))
-            bar.update(len(numbers))
-    return combine(results)
+            indices = range(begin, min(begin + size, total))
+            batches = [packing.microbatch(run.held_out, i, index=i) for i in indices if i % plan.dp == dp_rank]
+            results.append(run.engine.evaluate(batches, mode=mode))
+            bar.update(len(indices))
+    return combine_results(results)
 
 
 def num_held_out_microbatches(micro_batch_size: int, plan: Plan, num_rows: int) -> int:
-    """Returns how many microbatches hold the held-out rows.
+    """Returns the number of microbatches for the held-out rows.
 
-    Every data rank gets the same number, and an interleaved pipeline whole rounds. The places that the rows do not fill are padding, which counts in no mean.
+    It is the same on every data rank, and under an interleaved pipeline a multiple of pp. The last microbatches are filled up with padding
+    rows, which no mean counts.
     """
     unit = plan.dp * (plan.pp if plan.vpp > 1 else 1)
     return -(-num_rows // (micro_batch_size * unit)) * unit
 
 
-def combine(results: list[EvaluationResult]) -> EvaluationResult:
-    """Returns the metrics over all slices: cross entropy averaged over labels (NaN without any), the layers' metrics over tokens."""
+def combine_results(results: list[EvaluationResult]) -> EvaluationResult:
+    """Returns the metrics over all slices. Cross entropy is averaged over labels (NaN without any), the layers' metrics over tokens."""
     num_labels, num_tokens = sum(r.num_labels for r in results), sum(r.num_tokens for r in results)
 
     def mean_by_layer(values: list[list[float]]) -> list[float]:
@@ -66,7 +67,7 @@ def combine(results: list[EvaluationResult]) -> EvaluationResult:
 
 
 def is_evaluation_missing(run: Run, evaluated: Evaluated, step: int) -> bool:
-    """Returns, on every rank, whether the step that a run resumes from was due for an evaluation that a signal prevented."""
+    """Returns, on every rank, whether an evaluation was due at the step that a run resumes from, but did not run because of a signal."""
     if not is_due(step, run.config.evaluation.interval, run.plan.steps):
         return False
     missing = [run.placement.is_rank_0 and any((step, mode) not in evaluated for mode in MODES)]

@@ -1,6 +1,6 @@
-"""The plan as text: its table, and what the command would find here. Is its data prepared, and what does its output_dir mean for it?
+"""The plan of a command as text: its table, and the state of its data and its output_dir on this machine.
 
-Nothing is created or changed, no lock is kept, and torch is not imported. Checkpoints count as listed: only a run verifies their files.
+Nothing is created or changed, no lock is kept, and torch is not imported. Checkpoints are not verified: only a run reads their files.
 """
 
 import json
@@ -24,7 +24,7 @@ from ssa_pretrain.settings.files import LockedError, require_unlocked
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 OF_DATA = ("data.fingerprint", "vocabulary.tokenizer_sha256")  # unknown without the data
-MOST_SHOWN = 4
+MAX_LISTED = 4
 
 
 def plan_table(entry: str, config: Config, arguments: Sequence[str], world_size: int) -> str:
@@ -39,7 +39,7 @@ def plan_table(entry: str, config: Config, arguments: Sequence[str], world_size:
     Raises:
         ConfigError: the data is damaged.
     """
-    manifest = _prepared(Path(config.data.path))
+    manifest = _load_prepared(Path(config.data.path))
     vocab_size = manifest.tokenizer.vocab_size if manifest else None
     plan = make_plan(config, config.parallel.world_size or world_size, vocab_size)
     overrides = [argument for argument in arguments if not argument.startswith("--")]
@@ -53,8 +53,8 @@ def plan_table(entry: str, config: Config, arguments: Sequence[str], world_size:
     return table
 
 
-def _prepared(path: Path) -> Manifest | None:
-    """The manifest of prepared data, None if there is none yet; raises ConfigError if it is damaged."""
+def _load_prepared(path: Path) -> Manifest | None:
+    """Returns the manifest of prepared data, None if there is none yet. Raises ConfigError if it is damaged."""
     if not (path.is_file() or os.path.lexists(path / "manifest.json")):
         return None
     try:
@@ -64,7 +64,7 @@ def _prepared(path: Path) -> Manifest | None:
 
 
 def outlook(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple[str, str]]:
-    """Returns the plan's last rows, name and text: the run's folder, and the data if they are missing.
+    """Returns the plan's last rows, name and text: the run's folder, and the data if it is not prepared yet.
 
     Args:
         entry: the entry point.
@@ -72,25 +72,25 @@ def outlook(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -
         plan: its plan.
         manifest: of its data; None if it is not prepared yet.
     """
-    rows = [("output", _folder(entry, config, plan, manifest))]
-    return rows if manifest else [("data", _data(config.data.path)), *rows]
+    rows = [("output", _describe_folder(entry, config, plan, manifest))]
+    return rows if manifest else [("data", _describe_missing_data(config.data.path)), *rows]
 
 
-def _data(path: str) -> str:
-    """A line that the data are missing, with the command that prepares them."""
+def _describe_missing_data(path: str) -> str:
+    """Returns a line that the data is not prepared yet, with the command that prepares it."""
     source, tokenizer = ("quickstart", "bpe8k") if "quickstart" in path else ("…", "…")
     command = f"python -m data_prep source={source} tokenizer={tokenizer} out={quote(path)}"
     return f"{path} is not prepared yet: {command}"
 
 
-def _folder(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -> str:
-    """What output_dir means for a command."""
+def _describe_folder(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -> str:
+    """Returns a line on what the command would do with output_dir."""
     folder = Path(config.output_dir)
     if reason := unwritable(folder):
         return f"{folder} {reason}"
     if entry != "evaluate" and (owner := _owner(folder)):
         return f"{folder} is in use by {owner}: the run would be refused"
-    found = _newest(folder)
+    found = _newest_record(folder)
     if found is None:
         return f"{folder} holds no checkpoint" + ("" if entry == "evaluate" else ": the run starts at step 0")
     step = found["step"]
@@ -102,12 +102,12 @@ def _folder(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -
         padded_vocab_size=plan.padded_vocab_size,
         tokenizer_sha256=manifest.tokenizer.sha256 if manifest else "",
     )
-    saved = {k: v for k, v in found["facts"].items() if k != "data.order"}  # the run takes the checkpoint's
+    saved = {k: v for k, v in found["facts"].items() if k != "data.order"}  # the run takes over the checkpoint's
     if manifest is None:
         saved, wanted = ({k: v for k, v in facts.items() if k not in OF_DATA} for facts in (saved, wanted))
     if changed := refused_changes(saved, wanted, needs_equal_microbatches(config)):
-        more = f"; and {len(changed) - MOST_SHOWN} more" * (len(changed) > MOST_SHOWN)
-        listed = "; ".join(changed[:MOST_SHOWN])
+        more = f"; and {len(changed) - MAX_LISTED} more" * (len(changed) > MAX_LISTED)
+        listed = "; ".join(changed[:MAX_LISTED])
         return f"{folder}: the run would be refused at the checkpoint of step {step}, which differs ({listed}{more})"
     last = min(plan.steps, config.training.stop_at_step or plan.steps)
     if step >= last:
@@ -115,8 +115,8 @@ def _folder(entry: str, config: Config, plan: Plan, manifest: Manifest | None) -
     return f"{folder}: the run resumes after step {step} of {plan.steps}"
 
 
-def _newest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint's record that can be read."""
+def _newest_record(folder: Path) -> dict[str, Any] | None:
+    """Returns step and facts of the newest checkpoint whose record can be read; None without one."""
     steps = {path.parent.name.removeprefix("step_"): path for path in folder.glob("checkpoints/step_*/checkpoint.json")}
     for _, path in sorted(((int(step), path) for step, path in steps.items() if step.isdecimal()), reverse=True):
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -126,7 +126,7 @@ def _newest(folder: Path) -> dict[str, Any] | None:
 
 
 def _owner(folder: Path) -> str:
-    """The process that has locked a run's folder; empty if none is known to."""
+    """Returns the process that has locked a run's folder; empty if no process is known to hold the lock."""
     try:
         require_unlocked(folder / LOCK, patience=0.0)
     except LockedError as owner:

@@ -1,10 +1,10 @@
-"""Entry point: prints the plan of a run as a table. Needs no GPU and starts nothing.
+"""Entry point: prints the plan of a run as a table. Needs no GPU and starts no run.
 
     python -m ssa_pretrain.plan experiment=ssa_1b_8k parallel.world_size=64
     python -m ssa_pretrain.plan --check experiment=quickstart
 
 With --check it prints nothing and exits 0 if `ssa_pretrain.train` would accept the same arguments on this machine. Otherwise
-it prints the same list of problems and exits 3 or 4. Launchers run it once before they start many processes.
+it prints the problems that `ssa_pretrain.train` would print and exits 3 or 4. Launchers run it once before they start many processes.
 """
 
 import sys

@@ -1,16 +1,18 @@
-"""The life of a process: signals, errors, and the exit code and the one sentence with which it ends.
+"""The life of a process: its signals and errors, and how it reports its exit in one sentence and one exit code.
 
-`command` surrounds a program of one process, `rank_process` a rank. Both turn a `CommandError` into its sentence and its exit code (errors.py).
+`command` wraps a program of one process, `rank_process` wraps a rank. Both turn a `CommandError` into its sentence and its exit code
+(errors.py).
 
-A rank reports its end to the launcher of its node, which prints it last. For that the launcher (supervision.py) gives its ranks a private folder in the
-environment variable LAUNCH:
+A rank reports its exit to the launcher of its node, which prints it last. For this the launcher (launch/supervision.py) gives its ranks
+a private folder. The environment variable LAUNCH names it:
 
-    exit_RANK.json     a `RankExit`, the last thing that a rank writes
-    lost               ranks that ended without one, written by the launcher: they were killed
+    exit_RANK.json     a `RankExit`, the last file that a rank writes
+    lost               the ranks that ended without a `RankExit` because they were killed; written by the launcher
     stop               the signal that the launcher received, such as SIGINT
-    alive              a FIFO that the launcher keeps open: it closes when the launcher ends, and then the ranks end too
+    alive              a FIFO that the launcher keeps open; when the launcher ends it closes, and the ranks end too
 
-Without the variable (torchrun by hand, a single process, the other nodes of DeepSpeed's launcher) ranks print their sentences themselves. Stdlib only.
+Without the variable (torchrun by hand, a single process, the other nodes of DeepSpeed's launcher) ranks print their sentences
+themselves. Stdlib only.
 """
 
 import json
@@ -52,8 +54,8 @@ class RankExit:
         rank: the rank.
         code: its exit code.
         text: the sentence for the user; may be empty.
-        of_one_rank: only this rank has the error; False if all ranks have it.
-        follows: it ended only because another rank did.
+        of_one_rank: whether only this rank has the error; False if all ranks have it.
+        follows: whether it ended only because another rank did.
         time: when, in seconds since the epoch.
     """
 
@@ -67,12 +69,12 @@ class RankExit:
 
 @contextmanager
 def command(program: str, interrupted: str = "interrupted") -> Iterator[None]:
-    """Surrounds a program of one process that leaves nothing half done.
+    """Wraps a program of one process that needs no clean-up.
 
-    Ctrl-C ends it at once with one line, a `CommandError` with its sentence and its exit code.
+    Ctrl-C ends it at once with one line. A `CommandError` ends it with its sentence and its exit code.
 
     Args:
-        program: the name before these lines.
+        program: the program's name, printed before these lines.
         interrupted: the line after Ctrl-C.
     """
 
@@ -92,10 +94,12 @@ def command(program: str, interrupted: str = "interrupted") -> Iterator[None]:
 def rank_process(
     stopped: str, *, code: int = ExitCode.STOPPED, signals: Sequence[signal.Signals] = STOP_SIGNALS
 ) -> Iterator[None]:
-    """Surrounds the whole life of a rank: it reports how it ends, ends with its launcher, and exits at once when it is asked to stop.
+    """Wraps the whole life of a rank. The rank reports how it ends, ends with its launcher, and exits at once when it is asked to stop.
+
+    While a run trains, `Interruption` handles the signals instead.
 
     Args:
-        stopped: the sentence after the name of the signal: "stopped before training began; …". While a run trains, `Interruption` takes over.
+        stopped: the sentence after the name of the signal, such as "stopped before training began; …".
         code: the exit code after a signal.
         signals: the signals that ask it to stop.
     """
@@ -103,7 +107,7 @@ def rank_process(
     folder, rank = launch_folder(), int(given) if given.isdecimal() else 0
 
     def stop(number: signal.Signals) -> None:
-        # Unless the launcher was asked to stop, this is most likely its way to end the remaining ranks.
+        # Unless the launcher was asked to stop, it most likely ends the remaining ranks after one has failed.
         if folder and not (folder / STOP).exists() and _peer_fails_within(SIGTERM_SECONDS, folder, rank):
             write_exit(folder, RankExit(rank, code, follows=True))
         elif folder or int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -131,10 +135,10 @@ def rank_process(
 
 
 def exit_with(error: CommandError) -> NoReturn:
-    """Reports an error once per node and exits with its code, without waiting for the other ranks' work, which may never end.
+    """Reports an error once per node and exits with its code. Does not wait for the other ranks' work, which may never end.
 
-    Rank 0 reports first what all ranks have in common, because a launcher ends it as soon as another rank has exited. A rank that is alone with its error
-    (`of_one_rank`) reports it at once.
+    Rank 0 reports an error of all ranks first, because a launcher ends it as soon as another rank has exited. A rank whose error no
+    other rank has (`of_one_rank`) reports it at once.
     """
     rank, text, code = int(os.environ.get("RANK", "0")), str(error), int(error.exit_code)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -149,14 +153,14 @@ def exit_with(error: CommandError) -> NoReturn:
 
 
 def report_exit(text: str, *, code: int, of_one_rank: bool = False) -> None:
-    """Reports why this rank ends: to its launcher, else on stderr.
+    """Reports why this rank ends: to its launcher, or on stderr without one.
 
-    On stderr it is reported by rank 0, by the first rank of each node and by a rank that is alone with its error.
+    On stderr, rank 0, local rank 0 of every node and a rank whose error no other rank has report it.
 
     Args:
         text: one sentence.
         code: the exit code that follows.
-        of_one_rank: only this rank ends for that reason.
+        of_one_rank: whether only this rank ends for that reason.
     """
     rank, folder = int(os.environ.get("RANK", "0")), launch_folder()
     if rank and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -170,7 +174,7 @@ def report_exit(text: str, *, code: int, of_one_rank: bool = False) -> None:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Ends this process at once. The interpreter's own exit could wait for other ranks, which may never come."""
+    """Ends this process at once. The interpreter's own exit could wait forever for other ranks."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # its reader has gone
             stream.flush()
@@ -178,10 +182,10 @@ def exit_now(code: int) -> NoReturn:
 
 
 def exit_when_launcher_ends(folder: Path) -> None:
-    """Starts a thread that ends this process when the launcher is gone, even by kill -9."""
+    """Starts a thread that ends this process when the launcher ends, even by kill -9."""
 
     def wait() -> None:
-        # Non-blocking, because opening a FIFO would wait for a launcher that is gone.
+        # Non-blocking: if the launcher has already ended, a blocking open would wait forever.
         descriptor = os.open(folder / ALIVE, os.O_RDONLY | os.O_NONBLOCK)
         os.set_blocking(descriptor, True)
         os.read(descriptor, 1)
@@ -192,13 +196,13 @@ def exit_when_launcher_ends(folder: Path) -> None:
 
 
 def launch_folder() -> Path | None:
-    """Returns the folder of the launcher of ours that started this rank; None without one."""
+    """Returns the private folder of the launcher that started this rank; None without one of our launchers."""
     folder = os.environ.get(LAUNCH)
     return Path(folder) if folder and "RANK" in os.environ and Path(folder).is_dir() else None
 
 
 def write_exit(folder: Path, rank_exit: RankExit) -> None:
-    """Writes this rank's exit for the launcher; the first one stays."""
+    """Writes this rank's exit for the launcher. An earlier one is not overwritten."""
     path = folder / f"exit_{rank_exit.rank}.json"
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(asdict(rank_exit) | {"time": time.time()}))
@@ -208,19 +212,19 @@ def write_exit(folder: Path, rank_exit: RankExit) -> None:
 
 
 def read_exits(folder: Path) -> list[RankExit]:
-    """Returns the exits of this node's ranks, the ones that explain the others first."""
+    """Returns the exits of this node's ranks. Those that caused the others come first."""
     found = [RankExit(**json.loads(path.read_text())) for path in folder.glob("exit_*.json")]
     return sorted(found, key=lambda e: (e.code == 0, e.follows, not e.of_one_rank, e.time if e.of_one_rank else e.rank))
 
 
 def received_signal(number: signal.Signals) -> str:
-    """Returns the name of the signal that the launcher received and passed on, else of the one that this process received."""
+    """Returns the name of the signal that the launcher received and passed on, or of `number` without a launcher."""
     folder = launch_folder()
     return (folder / STOP).read_text() if folder and (folder / STOP).exists() else number.name
 
 
 def hide_library_warnings() -> None:
-    """Hides megatron-core's remarks on optional packages and settings; the banner reports those that matter."""
+    """Hides megatron-core's warnings about optional packages and settings; the banner reports those that matter."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -234,7 +238,7 @@ def shortened(text: str) -> str:
 
 
 def _report_crash(folder: Path, rank: int, error: BaseException) -> None:
-    """Reports an unexpected error to the launcher, unless it only follows from the end of another rank. Ends the process if there are other ranks."""
+    """Reports an unexpected error to the launcher, unless the end of another rank caused it. Ends the process if there are other ranks."""
     has_peers = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if has_peers and isinstance(error, RuntimeError) and _peer_fails_within(PEER_SECONDS, folder, rank):
         write_exit(folder, RankExit(rank, ExitCode.FAILED, follows=True))
@@ -249,7 +253,7 @@ def _report_crash(folder: Path, rank: int, error: BaseException) -> None:
 
 
 def _peer_fails_within(seconds: float, folder: Path, rank: int) -> bool:
-    """Returns whether another rank of this node fails or is killed within some seconds."""
+    """Returns whether another rank of this node fails or is killed within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         failed = any(e.rank != rank and e.code and not e.follows for e in read_exits(folder))
@@ -263,7 +267,7 @@ def _peer_fails_within(seconds: float, folder: Path, rank: int) -> bool:
 def _wait_for_rank_0(rank: int, seconds: float) -> None:
     """On rank 0, records that its error has been reported; on other ranks, waits up to `seconds` for that.
 
-    Rank 0 may host the store that the others ask, so it stays until they have noticed.
+    Rank 0 may host the store that the others read, so it stays until they have noticed.
     """
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Where a run begins: after its newest intact checkpoint, from given weights, or from nothing; or it has already finished."""
+"""Decides where a run starts: after its newest intact checkpoint, from given weights or from new ones, or not at all if it is finished."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from ssa_pretrain.schedule import needs_equal_microbatches
 def find_checkpoint(run: Run) -> Checkpoint | None:
     """Returns the newest intact checkpoint of the run; None if it has no checkpoint yet.
 
-    A checkpoint that was written under an older row order makes the run keep that order.
+    If the checkpoint was written under an older row order, the run keeps that order.
 
     Raises:
-        CheckpointError: no checkpoint is intact, or this configuration may not continue it.
+        CheckpointError: no checkpoint is intact, or this configuration cannot resume from it.
     """
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
@@ -32,7 +32,7 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
     if changed := refused_changes(checkpoint.facts, run.contract(), needs_equal_microbatches(run.config)):
         listed = "\n  ".join(changed)
         raise CheckpointError(
-            f"{checkpoint.folder} cannot be continued with this configuration; set these back or choose another output_dir:\n  {listed}"
+            f"{checkpoint.folder} cannot be continued with this configuration; restore these settings or choose another output_dir:\n  {listed}"
         )
     return checkpoint
 
@@ -49,7 +49,7 @@ def newest_checkpoint(run: Run, folder: Path | None = None) -> Checkpoint | None
 
 
 def restore(run: Run, checkpoint: Checkpoint | None) -> int:
-    """Loads a checkpoint, or the weights that a new run starts from; returns the steps done."""
+    """Loads a checkpoint, or the weights that a new run starts from. Returns the steps done."""
     if checkpoint is not None:
         run.engine.load(checkpoint.folder)
         run.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
@@ -85,29 +85,33 @@ def warn_of_another_tokenizer(run: Run, checkpoint: Checkpoint) -> None:
     if theirs not in (None, ours):
         run.print(
             f"warning: {checkpoint.folder} was trained with a different tokenizer than that of {run.config.data.path}: "
-            "the same ids are different words"
+            "the same token ids stand for different text"
         )
 
 
 def why_finished(run: Run, step: int) -> str | None:
-    """Returns, on every rank, why a run that would resume after a step has nothing left to do; None if it has."""
+    """Returns, on every rank, why a run that has done `step` steps is finished. None if steps, an evaluation or W&B rows are still missing."""
     if step < run.last_step:
         return None
     evaluated = evaluations(run.folder / FILE_NAME) if run.placement.is_rank_0 else set()
-    if step == run.last_step and (is_evaluation_missing(run, evaluated, step) or lacks_rows(run, evaluated, step)):
+    if step == run.last_step and (
+        is_evaluation_missing(run, evaluated, step) or lacks_wandb_rows(run, evaluated, step)
+    ):
         return None
     training, where = run.config.training, "finished at step" if step >= run.plan.steps else "at step"
     if run.last_step < run.plan.steps:
-        asked = f"training.stop_at_step={run.last_step}"
+        limit = f"training.stop_at_step={run.last_step}"
     elif training.steps:
-        asked = f"training.steps={training.steps}"
+        limit = f"training.steps={training.steps}"
     else:
-        asked = f"training.total_tokens={training.total_tokens} ({run.last_step} steps)"
-    return f"{run.folder} is {where} {step}, and {asked} asks for no more: nothing was changed; a larger value continues the run"
+        limit = f"training.total_tokens={training.total_tokens} ({run.last_step} steps)"
+    return (
+        f"{run.folder} is {where} {step}, and {limit} is reached: nothing was changed; a larger value continues the run"
+    )
 
 
-def lacks_rows(run: Run, evaluated: Evaluated, step: int) -> bool:
-    """Returns, on every rank, whether W&B ended without some rows of the run's last step."""
+def lacks_wandb_rows(run: Run, evaluated: Evaluated, step: int) -> bool:
+    """Returns, on every rank, whether the W&B run ended before it received all rows of the run's last step."""
     newest_rows = {"train": step} | {f"heldout/{mode}": step for mode in MODES if (step, mode) in evaluated}
     missing = [run.placement.is_rank_0 and lacks_records(run.config.logging.wandb, run.folder, newest_rows)]
     dist.broadcast_object_list(missing, src=0)

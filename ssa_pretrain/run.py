@@ -1,6 +1,6 @@
-"""A run: its parts on one rank, how they are built, and what its ranks must have in common.
+"""A run on one rank: its objects, how they are built, and the checks that all ranks started the same run.
 
-The order is `locked_folder`, `build_run`, then restoring a checkpoint (resume.py). Every rank calls every function of this module.
+The order is `locked_folder`, `build_run`, then `restore` (resume.py). Every rank calls every function of this module.
 """
 
 from collections.abc import Iterator
@@ -31,12 +31,12 @@ from ssa_pretrain.settings.files import unlock
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 NODE_SETTINGS = ("data.path", "output_dir", "logging.", "checkpoint.init_from", "dry_run")  # may differ between nodes
-MOST_SHOWN = 8  # differences between ranks
+MAX_LISTED = 8  # differences between ranks
 
 
 @dataclass(slots=True)
 class Run:
-    """Everything that a run consists of, on one rank."""
+    """The objects of a run on one rank."""
 
     config: Config
     plan: Plan
@@ -46,7 +46,7 @@ class Run:
     rows: TrainingRows | None  # None: the run only evaluates
     held_out: HeldOutRows
     folder: Path
-    verdicts: Verdicts = field(default_factory=Verdicts)  # on its checkpoints; used on rank 0
+    verdicts: Verdicts = field(default_factory=Verdicts)  # on the run's checkpoints; used on rank 0
 
     @property
     def last_step(self) -> int:
@@ -65,7 +65,7 @@ class Run:
             print(with_timestamps(text, self.config.logging.timestamps), flush=True)
 
     def contract(self) -> dict[str, Any]:
-        """Returns the facts that a resumed run must share with its checkpoint: all that decides the losses except layout and schedule."""
+        """Returns the facts on which a resumed run and its checkpoint must agree: everything that decides the losses, except layout and schedule."""
         facts = run_facts(
             self.config,
             fingerprint=self.manifest.fingerprint,
@@ -88,17 +88,17 @@ def packing_of(config: Config) -> Packing:
 
 @contextmanager
 def locked_folder(config: Config, placement: Placement) -> Iterator[None]:
-    """Holds the run's folder against other runs.
+    """Locks the run's folder against other runs while the context is open.
 
     Raises:
-        ConfigError: on every rank, if another run holds the folder, it cannot be written, or the ranks do not share it.
+        ConfigError: on every rank, if another run has locked the folder, it cannot be written, or the ranks do not share it.
     """
     folder, timestamps = Path(config.output_dir), config.logging.timestamps
 
-    def take() -> TextIO | None:
+    def acquire() -> TextIO | None:
         return lock_folder(folder, lambda text: print(with_timestamps(text, timestamps), flush=True))
 
-    lock = on_rank_0(take, is_rank_0=placement.is_rank_0, errors=(ConfigError,))
+    lock = on_rank_0(acquire, is_rank_0=placement.is_rank_0, errors=(ConfigError,))
     try:
         if placement.world_size > 1:
             require_shared_folder(folder, placement)
@@ -109,12 +109,12 @@ def locked_folder(config: Config, placement: Placement) -> Iterator[None]:
 
 
 def build_run(config: Config, placement: Placement, *, trains: bool = True) -> Run:
-    """Builds the parts of a run; nothing is restored yet.
+    """Builds a run with its initial weights. No checkpoint is loaded yet.
 
     Args:
         config: the checked configuration.
-        placement: this process's place.
-        trains: False reads only the held-out split.
+        placement: this process's coordinates.
+        trains: False: only the held-out split is opened.
 
     Raises:
         DataError: the data is missing, damaged or too small.
@@ -135,40 +135,44 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
 
 
 def training_rows(config: Config, manifest: Manifest, order: int = ORDER) -> TrainingRows:
-    """Returns the rows of a run under a version of their order."""
+    """Returns the training rows of a run in the given version of the row order."""
     length, weights = config.data.sequence_length, config.data.weights
     return TrainingRows(manifest, sequence_length=length, seed=config.seed, weights=weights, order=order)
 
 
 def require_shared_folder(folder: Path, placement: Placement) -> None:
-    """Raises ConfigError on every rank unless all see the folder of rank 0: otherwise each node would keep a part of every checkpoint."""
+    """Raises ConfigError on every rank unless all ranks see the folder of rank 0. Otherwise each node would keep a part of every checkpoint."""
     marker: list[str | None] = [write_marker(folder) if placement.is_rank_0 else None]
     dist.broadcast_object_list(marker, src=0)
-    blind = ranks_without(lambda: marker_is_visible(folder, str(marker[0])))
+    missing = ranks_without(lambda: marker_is_visible(folder, str(marker[0])))
     if placement.is_rank_0:
         (folder / str(marker[0])).unlink(missing_ok=True)
-    if blind:
-        more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
-        rule = f"is not one folder for all processes: {blind[0]}{more} does not see what rank 0 wrote there"
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        rule = (
+            f"is not the same folder for all processes: {missing[0]}{more} does not see a file that rank 0 wrote there"
+        )
         raise ConfigError([Problem("output_dir", str(folder), rule, "try a folder on storage that all nodes share")])
 
 
 def require_same_run(config: Config, manifest: Manifest) -> None:
-    """Raises ConfigError on every rank if one was started with other settings, data or library versions than rank 0."""
-    values = {key: value for key, value in flattened(config_to_dict(config)) if not key.startswith(NODE_SETTINGS)}
+    """Raises ConfigError on every rank if settings, data or library versions of any rank differ from those of rank 0."""
+    values = {
+        key: value for key, value in flatten_settings(config_to_dict(config)) if not key.startswith(NODE_SETTINGS)
+    }
     values["data"] = manifest.fingerprint
     values |= {f"version of {name}": version for name, version in versions().items() if name != "python"}
     if differences := differences_from_rank_0(values):
         advice = "give the same command, data and environment on every node"
         raise ConfigError(
-            [Problem(name, value, f"on {where}", advice) for name, value, where in differences[:MOST_SHOWN]]
+            [Problem(name, value, f"on {where}", advice) for name, value, where in differences[:MAX_LISTED]]
         )
 
 
-def flattened(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_settings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields the leaves of a tree with their keys, such as "optim.lr"."""
     for name, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from flattened(value, f"{prefix}{name}.")
+            yield from flatten_settings(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

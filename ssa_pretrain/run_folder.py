@@ -1,8 +1,9 @@
-"""The output folder of a run: whether it can be written and has room, and the lock that keeps other runs out.
+"""The output folder of a run: checks that it can be written and has free space, and locks it against other runs.
 
-Rank 0 of a run holds `.lock` in it for the life of the run. The kernel frees that lock when the process ends, even by kill -9, so a killed run resumes at
-once. The file stays: it names the owner, and is empty after a run that ended by itself. Under the lock a run removes what killed runs left half written.
-`require_free` only looks, before anything is imported or started. On storage without locks a run continues unprotected and prints that. Stdlib only.
+Rank 0 holds a lock on the folder's `.lock` for the life of the run. The kernel frees the lock when the process ends, even by kill -9, so
+a killed run can resume at once. The file stays. It names the owner, and is empty after a run that ended by itself. Once a run holds the
+lock, it removes unfinished files of killed runs. `require_free` only checks the lock, before torch is imported. On storage without locks
+a run continues unprotected and prints a line about it. Stdlib only.
 """
 
 import os
@@ -17,14 +18,14 @@ from ssa_pretrain.settings.files import PATIENCE_SECONDS, LockedError, lock, rem
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 LOCK = ".lock"
-# Beside temporary files: checkpoints that all ranks write together, and markers.
+# Removed in addition to temporary files: unfinished checkpoints, and markers.
 LEFTOVERS = ("checkpoints/.step_*.tmp", "checkpoints/.step_*.universal", ".seen_*")
 ELSEWHERE = "try another output_dir"
 GIB = 2**30
 
 
 def unwritable(folder: Path) -> str | None:
-    """Returns why a run cannot write into a folder, which may not exist yet; None if no obstacle is known. Creates nothing."""
+    """Returns why a run cannot write into a folder, which may not exist yet. None if no reason is known. Creates nothing."""
     existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     checkpoints = folder / "checkpoints"
     for place in (existing, checkpoints if checkpoints.exists() else existing):
@@ -37,7 +38,7 @@ def unwritable(folder: Path) -> str | None:
 
 
 def require_free(folder: Path, *, patience: float = PATIENCE_SECONDS) -> None:
-    """Checks that no other process holds the lock of a folder, as far as can be seen. Creates and changes nothing.
+    """Checks that no other process holds the lock of a folder. Creates and changes nothing.
 
     Args:
         folder: the output folder, which may not exist yet.
@@ -55,7 +56,7 @@ def require_free(folder: Path, *, patience: float = PATIENCE_SECONDS) -> None:
 def lock_folder(
     folder: Path, report: Callable[[str], None] = print, *, patience: float = PATIENCE_SECONDS
 ) -> TextIO | None:
-    """Makes a run's folder, takes its lock and removes what killed runs left half written.
+    """Creates a run's folder, takes its lock and removes unfinished files of killed runs.
 
     Args:
         folder: the output folder.
@@ -89,14 +90,14 @@ def lock_folder(
 
 
 def write_marker(folder: Path) -> str:
-    """Makes an empty file with a new name in a folder and returns the name; other nodes look for it."""
+    """Creates an empty file with a random name in a folder and returns the name; other nodes look for it."""
     name = f".seen_{secrets.token_hex(8)}"
     (folder / name).touch()
     return name
 
 
 def marker_is_visible(folder: Path, name: str, *, patience: float = 10.0) -> bool:
-    """Returns whether this process sees the marker of another node within `patience` seconds."""
+    """Returns whether this process sees rank 0's marker within `patience` seconds."""
     deadline = time.monotonic() + patience
     while not (folder / name).exists():
         if time.monotonic() > deadline:

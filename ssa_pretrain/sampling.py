@@ -17,15 +17,15 @@ TOKENS_MULTIPLE = 16  # of a packed sequence per rank: FP8 products need 8, cont
 
 
 def sample(run: Run, modes: tuple[str, ...]) -> list[dict[str, str]]:
-    """Returns a continuation of each prompt in each mode, drawn with one seed. Every rank computes the same.
+    """Returns a continuation of each prompt in each mode, all drawn with the run's seed. Every rank computes the same samples.
 
-    A text ends when it is as long as a row. A longer prompt is cut to its end and gets no continuation.
+    A prompt with its continuation is at most as long as a row. Of a longer prompt only the end is kept, and it gets no continuation.
     """
     tokenizer = Tokenizer.from_file(str(run.manifest.root / run.manifest.tokenizer.file))
     prompts = [prompt[-run.config.data.sequence_length :] for prompt in held_out_prompts(run)]
     samples = []
     for mode in modes:
-        for prompt, text in zip(prompts, continued(run, prompts, mode), strict=True):
+        for prompt, text in zip(prompts, continue_prompts(run, prompts, mode), strict=True):
             new = text[len(prompt) :]
             if run.manifest.tokenizer.eos_id in new:
                 new = new[: new.index(run.manifest.tokenizer.eos_id)]
@@ -33,8 +33,8 @@ def sample(run: Run, modes: tuple[str, ...]) -> list[dict[str, str]]:
     return samples
 
 
-def continued(run: Run, prompts: list[list[int]], mode: str) -> list[list[int]]:
-    """Returns the prompts with NEW_TOKENS sampled tokens each, or fewer where the row is full."""
+def continue_prompts(run: Run, prompts: list[list[int]], mode: str) -> list[list[int]]:
+    """Returns the prompts with NEW_TOKENS sampled tokens each, or fewer if the row is full."""
     length = run.config.data.sequence_length  # positions end with the row
     generator = torch.Generator().manual_seed(run.config.seed)
     texts = [list(prompt) for prompt in prompts]
@@ -52,7 +52,10 @@ def continued(run: Run, prompts: list[list[int]], mode: str) -> list[list[int]]:
 
 
 def held_out_prompts(run: Run) -> list[list[int]]:
-    """Returns beginnings of held-out rows, spread over the split. They are longer than the chosen blocks, so that the modes see different keys."""
+    """Returns the beginnings of held-out rows, spread over the split.
+
+    They are longer than the chosen blocks together, so that the modes attend to different keys.
+    """
     covered, length = run.config.attention.top_k * run.config.attention.block_size, run.config.data.sequence_length
     size = max(1, min(2 * covered, length - min(NEW_TOKENS, length // 2)))
     prompts = []
@@ -69,7 +72,7 @@ def held_out_prompts(run: Run) -> list[list[int]]:
 
 
 def packed_prompts(texts: list[list[int]], multiple: int, length: int) -> Batch:
-    """Returns the texts as documents of one microbatch without labels, filled up to a multiple of tokens with documents of at most `length`."""
+    """Returns the texts as documents of one microbatch without labels. Documents of at most `length` tokens pad it to a multiple of `multiple`."""
     rest = -sum(len(text) for text in texts) % multiple
     texts = [*texts, *([0] * min(length, rest - begin) for begin in range(0, rest, length))]
     tokens = torch.tensor([t for text in texts for t in text])

@@ -1,8 +1,9 @@
 """A run's folder on the command line: `evaluate RUN key=value …`, where the run's own `config.yaml` is the configuration.
 
-RUN is the folder of a run, wherever it lies now, or one of its checkpoints. `expand` puts it into the words that any entry point takes: the
-configuration's folder, `output_dir`, and what a saved configuration says of training that an evaluation does not need. The user's own settings
-follow and win. Checkpoints load on any layout, so a number of processes that the run's layout does not fit gets none. Neither torch nor Hydra is imported.
+RUN is the folder of a run, even after it was moved, or one of its checkpoints. `expand` replaces it by arguments that every entry point
+takes: `--config-path`, `output_dir`, and overrides of settings that only training needs. The user's own settings follow and win.
+Checkpoints load on any layout, so if the run's layout does not fit the number of processes, the layout is reset to its defaults.
+Neither torch nor Hydra is imported.
 """
 
 import dataclasses
@@ -16,13 +17,13 @@ from ssa_pretrain.settings.problems import ConfigError, Problem
 
 CONFIG = "config.yaml"
 FACTS = "checkpoint.json"
-# Flags that take the word behind them.
+# Flags that take the next word as their value.
 TAKE_A_WORD = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 TAKE_A_WORD += ("--info", "-i", "--explain", "--local_rank", "--local-rank")
 
 
-def named_run(arguments: Sequence[str]) -> int | None:
-    """Returns the index of the argument that is a folder rather than a flag or key=value; None where there is none."""
+def find_run_argument(arguments: Sequence[str]) -> int | None:
+    """Returns the index of the argument that is neither a flag nor key=value: the run's folder. None if there is none."""
     for index, argument in enumerate(arguments):
         if argument.startswith("-") or (index and arguments[index - 1] in TAKE_A_WORD):
             continue
@@ -33,12 +34,12 @@ def named_run(arguments: Sequence[str]) -> int | None:
 
 
 def named_checkpoint(arguments: Sequence[str]) -> Path | None:
-    """Returns the checkpoint that a command names, None where it names a run or nothing.
+    """Returns the checkpoint that a command names. None if it names a run or nothing.
 
     Raises:
         CheckpointError: it names a run that has no checkpoint.
     """
-    if (index := named_run(arguments)) is None:
+    if (index := find_run_argument(arguments)) is None:
         return None
     folder = Path(arguments[index])
     if (folder / FACTS).is_file():
@@ -51,33 +52,33 @@ def named_checkpoint(arguments: Sequence[str]) -> Path | None:
 
 
 def expand(arguments: Sequence[str], world_size: int) -> tuple[list[str], str]:
-    """Returns a command line with its run's folder written out, and a line for the user where the run's layout does not fit; else empty.
+    """Returns a command line with RUN replaced by flags and settings, and a line for the user if the run's layout does not fit, else "".
 
     Args:
         arguments: the command line.
         world_size: processes of this command.
 
     Raises:
-        ConfigError: the folder is none of a run, or its configuration cannot be read.
+        ConfigError: the folder is not a run's, or its configuration cannot be read.
     """
-    if (index := named_run(arguments)) is None:
+    if (index := find_run_argument(arguments)) is None:
         return list(arguments), ""
     named, rest = arguments[index], [*arguments[:index], *arguments[index + 1 :]]
     if any(word.partition("=")[0] in ("-cp", "--config-path") for word in rest):
         rule = "is a run's folder, and --config-path names another configuration"
         raise ConfigError([Problem(named, None, rule, "give one of the two")])
-    folder = _run_of(named)
+    folder = _find_run_folder(named)
     try:
         saved = load_config(Config, folder / CONFIG)
-    except ConfigError:  # the composition reports each key of it
+    except ConfigError:  # the composition reports each of its problems
         saved = None
-    layout, note = _layout(saved.parallel, world_size, rest) if saved else ([], "")
+    layout, note = _layout_overrides(saved.parallel, world_size, rest) if saved else ([], "")
     placed = [f"output_dir={_quoted(str(folder))}", "checkpoint.init_from=''", "parallel.world_size=0", *layout]
     return ["--config-path", str(folder), *placed, *rest], note
 
 
-def _run_of(named: str) -> Path:
-    """The run's folder that an argument names, itself or by one of its checkpoints."""
+def _find_run_folder(named: str) -> Path:
+    """Returns the run's folder for an argument that names it or one of its checkpoints."""
     folder = Path(named)
     if not folder.is_dir():
         rule = "is neither a run's folder nor key=value"
@@ -96,8 +97,8 @@ def _run_of(named: str) -> Path:
     return folder
 
 
-def _layout(saved: ParallelConfig, world_size: int, rest: Sequence[str]) -> tuple[list[str], str]:
-    """The overrides that undo a layout which the processes do not fit, unless the user gives one; and the line about them."""
+def _layout_overrides(saved: ParallelConfig, world_size: int, rest: Sequence[str]) -> tuple[list[str], str]:
+    """Returns overrides that reset the run's layout, and a line about them. Both are empty if the layout fits or the user sets one."""
     unit = saved.tp * saved.pp * saved.cp
     if unit < 1 or world_size % unit == 0 or any(word.lstrip("+").startswith("parallel") for word in rest):
         return [], ""
@@ -110,6 +111,6 @@ def _layout(saved: ParallelConfig, world_size: int, rest: Sequence[str]) -> tupl
 
 
 def _quoted(text: str) -> str:
-    """Text as a value of Hydra's grammar."""
+    """Returns a text as a quoted value of Hydra's grammar."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"

@@ -1,6 +1,6 @@
-"""What a run does at a step, as pure functions of (seed, step): the learning rate, and which streams each microbatch computes.
+"""The learning rate of a step and the streams of each microbatch, as pure functions of (seed, step).
 
-Nothing here has state. A resumed run asks for its step and gets what the uninterrupted run got.
+Nothing here has state. A resumed run gets the same values at a step as an uninterrupted one.
 
 *Learning rate.* Linear warm-up, then cosine, linear or constant.
 
@@ -29,7 +29,7 @@ COUNTERPART = b"ssa-counterpart"
 
 
 class Length(Protocol):
-    """What a schedule must know about a run; `planning.Plan` provides it."""
+    """The length of a run, as a schedule reads it; `planning.Plan` provides it."""
 
     @property
     def steps(self) -> int:

@@ -1,8 +1,8 @@
 """Signals that ask a process to stop: SIGTERM from a scheduler, SIGINT from Ctrl-C, SIGHUP from a terminal that was closed.
 
-Python runs a signal handler only when its main thread returns to bytecode, and a rank can wait for minutes inside a collective. So the number of
-the signal goes through a pipe (`signal.set_wakeup_fd`) to a thread, which acts at once. A signal that was ignored when the process started stays
-ignored; `nohup` ignores SIGHUP that way. Stdlib only.
+Python runs a signal handler only when its main thread returns to bytecode, and a rank can wait for minutes inside a collective. So Python
+writes the number of the signal to a pipe (`signal.set_wakeup_fd`), and a thread reads it and acts at once. A signal that was ignored when
+the process started stays ignored; this is how `nohup` ignores SIGHUP. Stdlib only.
 """
 
 import errno
@@ -18,16 +18,16 @@ from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SECOND_SECONDS = 0.2  # a Ctrl-C within this time after the first is the same one, passed on by a wrapper
+REPEAT_SECONDS = 0.2  # a Ctrl-C within this time after the first is the same one, passed on by a wrapper
 
 
 @contextmanager
 def on_signals(
     act: Callable[[signal.Signals], None], signals: Sequence[signal.Signals] = STOP_SIGNALS
 ) -> Iterator[None]:
-    """Calls `act` from a separate thread with each of these signals that the process receives. Only the main thread can enter it.
+    """Calls `act` from a separate thread for each of these signals that the process receives. Only the main thread can enter the context.
 
-    Contexts nest, and the innermost receives the signals. A forked child receives none of its parent's.
+    Contexts nest, and the innermost one gets the signals. A forked child gets none of its parent's.
     """
     watched = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
     read, write = os.pipe()
@@ -60,7 +60,7 @@ def on_signals(
 
 
 def survive_terminal() -> None:
-    """Ignores write errors of stdout and stderr after the terminal is closed or the reader ends; they would end a run without a checkpoint."""
+    """Ignores write errors of stdout and stderr after the terminal was closed or the reader exited. They would end a run without a checkpoint."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream and (stream.isatty() or _is_pipe(stream)):

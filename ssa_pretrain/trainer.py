@@ -1,7 +1,8 @@
-"""Training: from a configuration to its last step.
+"""The training loop: builds a run, resumes it, trains, evaluates and saves.
 
-`step` counts the optimizer steps done and is the only clock. Rows, streams and learning rates are functions of (seed, step), so a checkpoint holds only
-weights and optimizer states, and rerunning the command continues as if it had never stopped. The trainer does not know which engine runs.
+`step` counts the optimizer steps done and is the only clock. Rows, streams and learning rates are functions of (seed, step), so a
+checkpoint holds only weights and optimizer states. A resumed run continues as if it had never stopped. The trainer does not know
+which engine runs.
 """
 
 import math
@@ -29,7 +30,7 @@ from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.planning.flops import peak_flops, row_flops
 from ssa_pretrain.resume import find_checkpoint, restore, why_finished
-from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flattened, locked_folder, packing_of
+from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flatten_settings, locked_folder, packing_of
 from ssa_pretrain.run_folder import space_warning
 from ssa_pretrain.schedule import is_due, learning_rate
 from ssa_pretrain.settings.convert import config_to_dict, save_config
@@ -47,7 +48,7 @@ NEUTRAL_SETTINGS = (
 
 
 def train(config: Config) -> None:
-    """Trains to the configured step, from the newest intact checkpoint if there is one. Leaves a finished run as it is.
+    """Trains to the configured last step, from the newest intact checkpoint if there is one. Does not change a finished run.
 
     Raises:
         DataError, CheckpointError, ConfigError: the run cannot start.
@@ -73,13 +74,13 @@ def train(config: Config) -> None:
 def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) -> None:
     """Trains from `step` to the last step; evaluates and saves when due.
 
-    On a GPU the results of a step are read after the next one is queued, so the device never waits for the host to write a line. A CPU queues nothing:
-    read late, a step would be timed together with the next.
+    On a GPU the results of a step are read after the next step is queued, so the device never waits for the host to write a line. On a CPU
+    a step is done when it returns. Its results are read at once, so that its time does not include the next step.
     """
     config = run.config
     max_queued = 1 if run.placement.device.type == "cuda" else 0
     queue: deque[QueuedStep] = deque()
-    if evaluates_first(run, log, step):
+    if evaluates_at_start(run, log, step):
         evaluate(run, log, step)
     while step < run.last_step:
         queue.append(train_step(run, step))
@@ -94,12 +95,12 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) ->
             save(run, log, step)
         if stopping:
             raise Interrupted(
-                f"{interruption.reason}: stopped after step {step}; its checkpoint is published, and the same command goes on from it"
+                f"{interruption.reason}: stopped after step {step}; its checkpoint is published, and the same command resumes from it"
             )
 
 
-def evaluates_first(run: Run, log: MetricsLogger, step: int) -> bool:
-    """Returns whether a run that starts after `step` evaluates before it trains."""
+def evaluates_at_start(run: Run, log: MetricsLogger, step: int) -> bool:
+    """Returns whether a run that starts after `step` evaluates before its first training step."""
     if step == 0:
         return run.config.evaluation.at_start
     return is_evaluation_missing(run, log.evaluated, step)
@@ -110,9 +111,9 @@ class QueuedStep:
     """A step that the device may not have finished.
 
     Attributes:
-        number: the steps done with it.
+        number: its number, counted from 1.
         pending: its results; `result()` waits for the device.
-        flops_per_token: model FLOPs per token, which depend on its documents.
+        flops_per_token: model FLOPs per token; they depend on the step's documents.
     """
 
     number: int
@@ -121,7 +122,7 @@ class QueuedStep:
 
 
 def train_step(run: Run, step: int) -> QueuedStep:
-    """Queues the optimizer step that follows `step` steps."""
+    """Queues the next optimizer step after `step` steps."""
     assert run.rows is not None
     plan, dp_rank = run.plan, run.placement.dp_rank
     batches = training_batches(
@@ -147,9 +148,9 @@ def log_results(run: Run, log: MetricsLogger, queue: deque[QueuedStep], *, keep:
 
 
 def require_finite(run: Run, result: StepResult, step: int) -> None:
-    """Raises DivergedError if a loss or gradient norm is not finite: the weights are already corrupt, so they must not be saved.
+    """Raises DivergedError if the loss or the gradient norm is not finite.
 
-    Every rank has the same results, so all ranks stop at the same step.
+    The weights are already corrupt then and must not be saved. Every rank has the same results, so all ranks stop at the same step.
     """
     if math.isfinite(result.cross_entropy) and math.isfinite(result.grad_norm):
         return
@@ -161,7 +162,7 @@ def require_finite(run: Run, result: StepResult, step: int) -> None:
 
 
 def save(run: Run, log: MetricsLogger, step: int) -> None:
-    """Publishes a checkpoint. Its time does not count in the speed of the steps."""
+    """Publishes a checkpoint. The time it takes does not count towards the training speed."""
     begin = time.monotonic()
 
     def write(folder: Path) -> None:
@@ -192,7 +193,7 @@ def profiling(run: Run, step: int) -> AbstractContextManager[None]:
 
 
 def flops_per_token(run: Run, batches: list[Batch]) -> float:
-    """Returns the model FLOPs per token of a step, with causal attention counted by document. Each data rank counts its own share."""
+    """Returns the model FLOPs per token of a step. Causal attention is counted per document, over this data rank's microbatches."""
     lengths = [int(n) for batch in batches for n in batch.cu_seqlens.diff()]
     row = row_flops(run.config.model, run.config.attention, lengths, run.plan.vocab_size)
     return row.model / sum(lengths)
@@ -230,7 +231,7 @@ def open_log(run: Run, step: int) -> MetricsLogger:
         run.folder.mkdir(parents=True, exist_ok=True)
         save_config(run.config, run.folder / "config.yaml")
         record_start(run.folder, step=step, device=run.device_name, processes=run.plan.world_size)
-        console.print(banner(description(run)))
+        console.print(banner(banner_facts(run)))
         tracker = open_tracker(run, console, step)
     peak = peak_flops(run.device_name, run.config.precision.name)
     return MetricsLogger(
@@ -247,8 +248,8 @@ def open_log(run: Run, step: int) -> MetricsLogger:
     )
 
 
-def description(run: Run) -> dict[str, str]:
-    """Returns the lines of the banner: what runs where."""
+def banner_facts(run: Run) -> dict[str, str]:
+    """Returns the facts that the banner shows, by name: run, model, layout, data, length and a warning if there is one."""
     config, plan = run.config, run.plan
     context = f"cp {plan.cp}, " if plan.cp > 1 else ""
     layout = f"tp {plan.tp}, pp {plan.pp}, {context}dp {plan.dp}, {config.precision.name.value}"
@@ -276,5 +277,5 @@ def open_tracker(run: Run, console: Console, step: int) -> Tracker | None:
         config=settings | {"version": __version__, "versions": versions()} | origin,
         print_line=console.print,
         step=step,
-        decisive={key: value for key, value in flattened(settings) if not key.startswith(NEUTRAL_SETTINGS)},
+        decisive={key: value for key, value in flatten_settings(settings) if not key.startswith(NEUTRAL_SETTINGS)},
     )

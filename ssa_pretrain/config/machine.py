@@ -24,7 +24,7 @@ class Machine:
         has_wandb: W&B's client is installed.
         has_files: data and checkpoints are on this machine and can be checked.
         splits: the splits of the data that the command reads.
-        claims_folder: the command will lock output_dir for a run.
+        locks_folder: the command will lock output_dir for a run.
         slurm_tasks: processes that srun started without a launcher to join them; else 1.
         entry: name of the entry point, used in advice.
     """
@@ -38,7 +38,7 @@ class Machine:
     splits: tuple[str, ...] = ("train", "heldout")
     slurm_tasks: int = 1
     entry: str = "train"
-    claims_folder: bool = False
+    locks_folder: bool = False
 
     def unknown(self) -> "Machine":
         """Returns another machine to plan for: only the number of processes is known."""

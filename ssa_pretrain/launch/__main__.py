@@ -120,9 +120,11 @@ def run_in_turn(commands: Sequence[tuple[str, list[str]]], environment: Mapping[
             print(f"\n{heading}", file=sys.stderr, flush=True)
             code = supervisor.run(words, environment, waits=True)
             if supervisor.abandoned:
-                return report(program, ExitCode.INTERRUPTED, f"SIGINT again: left at once; {RERUN}")
+                return report(program, ExitCode.INTERRUPTED, f"SIGINT again: exited at once; {RERUN}")
             if supervisor.stop:
-                sentence = "" if code > 0 else f"{supervisor.stop.name}: stopped; run the same command again to go on"
+                sentence = (
+                    "" if code > 0 else f"{supervisor.stop.name}: stopped; run the same command again to continue"
+                )
                 return report(program, ExitCode.STOPPED, sentence)
             if code:
                 return code

@@ -28,13 +28,13 @@ from typing import Self
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.process import ALIVE, LAUNCH, LOST, STOP, RankExit, read_exits
 from ssa_pretrain.settings.files import write_atomically
-from ssa_pretrain.signals import SECOND_SECONDS, STOP_SIGNALS, on_signals
+from ssa_pretrain.signals import REPEAT_SECONDS, STOP_SIGNALS, on_signals
 
 FAILURES = "failures"  # file of torch_agent.py: the exit codes of the ranks
 AGENT = "agent"  # file of torch_agent.py: its own last sentence
 OUR_CODES = range(ExitCode.CONFIGURATION, ExitCode.STOPPED + 1)
 NOT_BEGUN = "stopped before training began; the same command starts it again"
-RERUN = "run the same command again to go on from the newest checkpoint"
+RERUN = "run the same command again to resume from the newest checkpoint"
 POLL_SECONDS = 0.2
 LOST_SECONDS = 10.0  # for the other ranks to end after one was killed
 HELPER_SECONDS = 15.0  # for helpers of ranks to end by themselves, such as the W&B client of a killed rank
@@ -127,7 +127,7 @@ class Supervisor:
         """Returns the exit code and the last sentence, which may be empty, after the command returned `code`."""
         exits, (lost, number) = read_exits(self.folder), self._killed_rank(code)
         if self.abandoned:
-            return ExitCode.INTERRUPTED, "SIGINT again: left at once, without the steps since the last checkpoint"
+            return ExitCode.INTERRUPTED, "SIGINT again: exited at once, without the steps since the last checkpoint"
         if exits and exits[0].code and not exits[0].follows and not self._was_killed_before(exits[0], number):
             return exits[0].code, exits[0].text
         if code == 0 and (not self._reports or exits):
@@ -155,8 +155,8 @@ class Supervisor:
             (self.folder / STOP).write_text(number.name)
             self.stop = number
             if number is signal.SIGINT and sys.stderr.isatty():
-                print("\nstopping; Ctrl-C again leaves at once, without saving", file=sys.stderr, flush=True)
-        elif number is signal.SIGINT and now - self._signalled_at > SECOND_SECONDS:
+                print("\nstopping; Ctrl-C again exits at once, without saving", file=sys.stderr, flush=True)
+        elif number is signal.SIGINT and now - self._signalled_at > REPEAT_SECONDS:
             self.abandoned = True
 
     def _find_lost(self, launcher: int) -> None:

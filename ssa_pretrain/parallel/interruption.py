@@ -18,10 +18,10 @@ import torch.distributed as dist
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.process import exit_now, received_signal, report_exit
-from ssa_pretrain.signals import SECOND_SECONDS, on_signals
+from ssa_pretrain.signals import REPEAT_SECONDS, on_signals
 
 KEY = "ssa_pretrain/stop_after"
-LEFT_AT_ONCE = "SIGINT again: left at once, without the steps since the last checkpoint"
+EXITED_AT_ONCE = "SIGINT again: exited at once, without the steps since the last checkpoint"
 # A rank reads the results of a step after it has queued the next one, so no rank is more than two steps ahead of the one that received the signal, and
 # every rank reads the store again after the third.
 STEPS_AHEAD = 3
@@ -77,7 +77,7 @@ class Interruption:
             self._signalled_at = now
             self.reason = self.reason or received_signal(number)
             if number is signal.SIGINT and self._is_rank_0 and sys.stderr.isatty():
-                print("\nstopping; Ctrl-C again leaves at once, without saving", file=sys.stderr, flush=True)
-        elif number is signal.SIGINT and now - self._signalled_at > SECOND_SECONDS:
-            report_exit(LEFT_AT_ONCE, code=ExitCode.INTERRUPTED)
+                print("\nstopping; Ctrl-C again exits at once, without saving", file=sys.stderr, flush=True)
+        elif number is signal.SIGINT and now - self._signalled_at > REPEAT_SECONDS:
+            report_exit(EXITED_AT_ONCE, code=ExitCode.INTERRUPTED)
             exit_now(ExitCode.INTERRUPTED)

@@ -267,7 +267,7 @@ def _path(named: Path, source: Source) -> tuple[str, str]:
     """What a path is that stands where a setting is wanted, and what to do."""
     if named.is_dir():
         is_run = (named / "config.yaml").is_file()
-        advice = f"try -cp {named} output_dir={named} to go on with that run" if is_run else "see --help"
+        advice = f"try -cp {named} output_dir={named} to continue that run" if is_run else "see --help"
         return "is a folder, not key=value", advice
     rule = "is a file, not key=value" if named.exists() else "is not key=value"
     if not source.experiments:

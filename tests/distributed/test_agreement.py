@@ -58,7 +58,7 @@ def test_every_rank_names_ranks_with_different_settings_or_libraries(tmp_path: P
 def test_unshared_folders_are_refused_and_nothing_is_published(tmp_path: Path) -> None:
     run_workers(WORKER, 2, "separate_disks", str(tmp_path), timeout=300)
     first, second = ((tmp_path / f"message_{rank}").read_text().splitlines() for rank in range(2))
-    assert f"is not one folder for all processes: rank 1 ({socket.gethostname()}) does not see" in first[0]
+    assert f"is not the same folder for all processes: rank 1 ({socket.gethostname()}) does not see" in first[0]
     assert first[0].partition("is not one")[2] == second[0].partition("is not one")[2]
     assert "part_1, which another rank wrote, is not visible here" in first[1]
     assert "part_1, which another rank wrote, is not visible here" in second[1]

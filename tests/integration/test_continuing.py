@@ -58,15 +58,15 @@ def test_rerun_of_a_finished_run_reports_it_and_changes_nothing(run, capsys):
     before = contents(folder)
     at = f"{folder} is finished at step 4, and"
     for overrides, reason in (
-        ((), f"{at} training.steps=4 asks"),
-        (("training.steps=3",), f"{at} training.steps=3 asks"),
-        (("training.steps=0", "training.total_tokens=1024"), f"{at} training.total_tokens=1024 (2 steps) asks"),
-        (("training.steps=8", "training.stop_at_step=4"), f"{folder} is at step 4, and training.stop_at_step=4 asks"),
-        (("training.steps=8", "training.stop_at_step=3"), f"{folder} is at step 4, and training.stop_at_step=3 asks"),
+        ((), f"{at} training.steps=4"),
+        (("training.steps=3",), f"{at} training.steps=3"),
+        (("training.steps=0", "training.total_tokens=1024"), f"{at} training.total_tokens=1024 (2 steps)"),
+        (("training.steps=8", "training.stop_at_step=4"), f"{folder} is at step 4, and training.stop_at_step=4"),
+        (("training.steps=8", "training.stop_at_step=3"), f"{folder} is at step 4, and training.stop_at_step=3"),
     ):
         run(*overrides, "logging.wandb.mode=offline")
         printed = capsys.readouterr()
-        assert printed.out == f"{reason} for no more: nothing was changed; a larger value continues the run\n"
+        assert printed.out == f"{reason} is reached: nothing was changed; a larger value continues the run\n"
         assert printed.err == ""
         assert contents(folder) == before, overrides
 

@@ -80,7 +80,7 @@ def test_sigterm_saves_killed_launcher_fails_and_rerun_continues(uninterrupted, 
     longer = tuple("training.steps=400" if line.startswith("training.steps") else line for line in settings)
     code, output = interrupted(tmp_path, longer, 3, lambda shell, _: shell, signal.SIGTERM)
     last = records(tmp_path, "train")[-1]["step"]
-    goes_on = "its checkpoint is published, and the same command goes on from it"
+    goes_on = "its checkpoint is published, and the same command resumes from it"
     assert (code, output) == (7, f"deepspeed.sh: SIGTERM: stopped after step {last}; {goes_on}")
     assert (tmp_path / "checkpoints" / f"step_{last:08d}").is_dir()
     shutil.rmtree(tmp_path)
@@ -91,7 +91,7 @@ def test_sigterm_saves_killed_launcher_fails_and_rerun_continues(uninterrupted, 
 
     code, output = interrupted(tmp_path, settings, 3, node_launcher, signal.SIGKILL)
     assert code == 1
-    assert output.endswith("run the same command again to go on from the newest checkpoint")
+    assert output.endswith("run the same command again to resume from the newest checkpoint")
     done = launch(*settings)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming after step 2" in done.stdout

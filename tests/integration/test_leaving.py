@@ -70,7 +70,7 @@ def test_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corp
     assert not [pid for pid in family if is_alive(pid)]
     last = records(tmp_path, "train")[-1]["step"]
     assert last < 400
-    sentence = f"SIGHUP: stopped after step {last}; its checkpoint is published, and the same command goes on from it"
+    sentence = f"SIGHUP: stopped after step {last}; its checkpoint is published, and the same command resumes from it"
     lines = log.read_text().splitlines()
     assert lines[-1] == f"torchrun.sh: {sentence}"
     assert lines[-2].startswith(f"save {last} ")
@@ -117,7 +117,7 @@ def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tm
     last = records(tmp_path, "train")[-1]["step"]
     assert process.returncode == 7
     assert checkpoints(tmp_path) == [f"step_{last:08d}"]
-    sentence = "its checkpoint is published, and the same command goes on from it"
+    sentence = "its checkpoint is published, and the same command resumes from it"
     assert error.splitlines()[-1] == f"SIGINT: stopped after step {last}; {sentence}"
     assert error.splitlines()[-2].startswith(f"save {last} ")
 

@@ -117,7 +117,10 @@ def test_changed_configuration_is_refused(uninterrupted, corpus):
         "attention.top_k=3",
     )
     assert done.returncode == 5
-    assert "cannot be continued with this configuration; set these back or choose another output_dir" in done.stderr
+    assert (
+        "cannot be continued with this configuration; restore these settings or choose another output_dir"
+        in done.stderr
+    )
     assert "seed: checkpoint 1234, run 7" in done.stderr
     assert "attention.top_k: checkpoint 4, run 3" in done.stderr
     assert "Traceback" not in done.stderr

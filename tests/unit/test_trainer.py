@@ -14,12 +14,12 @@ from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row, TrainingRows
 from ssa_pretrain.engine import EvaluationResult
 from ssa_pretrain.errors import CheckpointError
-from ssa_pretrain.evaluation import combine, mean, num_held_out_microbatches
+from ssa_pretrain.evaluation import combine_results, mean, num_held_out_microbatches
 from ssa_pretrain.planning.flops import row_flops
 from ssa_pretrain.resume import find_checkpoint, restore, why_finished
 from ssa_pretrain.run import Run, training_rows
 from ssa_pretrain.schedule import is_due
-from ssa_pretrain.trainer import description, flops_per_token
+from ssa_pretrain.trainer import banner_facts, flops_per_token
 from support.small_datasets import cut, write_dataset
 
 
@@ -32,7 +32,7 @@ def a_run(config: Config, folder: Path, *, manifest=None, rows=None) -> Run:
 def test_slices_are_weighted_by_labels_and_tokens():
     first = EvaluationResult(2.0, [1.0, 10.0], [0.5, 0.6], num_labels=300, num_tokens=320)
     second = EvaluationResult(4.0, [4.0, 40.0], [0.8, 0.9], num_labels=100, num_tokens=160)
-    whole = combine([first, second])
+    whole = combine_results([first, second])
     assert whole.cross_entropy == pytest.approx(2.5)
     assert whole.alignment_by_layer == pytest.approx([2.0, 20.0])
     assert whole.captured_mass_by_layer == pytest.approx([0.6, 0.7])
@@ -41,13 +41,13 @@ def test_slices_are_weighted_by_labels_and_tokens():
 
 def test_slices_without_a_second_stream_have_no_layers():
     part = EvaluationResult(2.0, [], [], num_labels=1, num_tokens=2)
-    assert combine([part, part]) == EvaluationResult(2.0, [], [], num_labels=2, num_tokens=4)
+    assert combine_results([part, part]) == EvaluationResult(2.0, [], [], num_labels=2, num_tokens=4)
 
 
 def test_slices_without_labels_have_no_weight():
     empty = EvaluationResult(0.0, [1.0], [0.5], num_labels=0, num_tokens=10)
-    assert combine([empty, EvaluationResult(2.0, [4.0], [1.0], 20, 20)]).cross_entropy == 2.0
-    assert np.isnan(combine([empty]).cross_entropy)
+    assert combine_results([empty, EvaluationResult(2.0, [4.0], [1.0], 20, 20)]).cross_entropy == 2.0
+    assert np.isnan(combine_results([empty]).cross_entropy)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_banner_warns_of_blocks_that_cover_the_row(tmp_path):
         config.data.sequence_length = length
         run = a_run(config, tmp_path)
         run.plan = plan
-        found.append(description(run).get("warning"))
+        found.append(banner_facts(run).get("warning"))
     assert found[0].startswith("attention.top_k=16 blocks") and found[1] is None
 
 

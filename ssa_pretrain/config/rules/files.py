@@ -17,7 +17,7 @@ def _output_dir(config: Config, machine: Machine) -> list[Problem]:
     if reason := unwritable(Path(config.output_dir)):
         return [Problem("output_dir", config.output_dir, reason, ELSEWHERE)]
     try:
-        if machine.claims_folder:
+        if machine.locks_folder:
             require_free(Path(config.output_dir))
     except ConfigError as error:
         return list(error.problems)

@@ -54,7 +54,7 @@ def problems(arguments: Sequence[str], machine: Machine, entry: str = "train") -
 
 
 def composed(arguments: Sequence[str]) -> dict[str, Any]:
-    source = Source(CONF)
+    source = Source(Config, CONF)
     with hydra_on(source):
         overrides, found = check_overrides(arguments, source)
         assert not found
@@ -187,5 +187,5 @@ def test_path_as_an_argument_is_the_only_problem(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: mine\n")
     found = [str(problem) for problem in problems([str(tmp_path)], Machine(world_size=1, has_files=False))]
     assert found == [
-        f"{tmp_path} is a folder, not key=value; try -cp {tmp_path} output_dir={tmp_path} to go on with that run"
+        f"{tmp_path} is a folder, not key=value; try -cp {tmp_path} output_dir={tmp_path} to continue that run"
     ]

@@ -89,7 +89,7 @@ def test_second_ctrl_c_kills_all_ranks() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     when(lambda: up(0, 1), twice)
-    sentence = "SIGINT again: left at once, without the steps since the last checkpoint"
+    sentence = "SIGINT again: exited at once, without the steps since the last checkpoint"
     assert run("deaf", "deaf") == (130, sentence)
 
 

@@ -57,11 +57,11 @@ def test_second_ctrl_c_exits_at_once_unless_it_was_forwarded(monkeypatch, capfd)
         wait_for(lambda: interruption.reason)
         interruption._receive(signal.SIGINT)
         assert not left
-        monkeypatch.setattr(module, "SECOND_SECONDS", 0.0)
+        monkeypatch.setattr(module, "REPEAT_SECONDS", 0.0)
         os.kill(os.getpid(), signal.SIGINT)
         wait_for(lambda: left)
     assert left == [130]
-    assert capfd.readouterr().err == "SIGINT again: left at once, without the steps since the last checkpoint\n"
+    assert capfd.readouterr().err == "SIGINT again: exited at once, without the steps since the last checkpoint\n"
 
 
 def test_signal_is_noticed_while_the_main_thread_waits_in_c_and_contexts_nest() -> None:
