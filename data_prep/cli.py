@@ -1,7 +1,7 @@
 """The command line of data_prep: what the shared one (ssa_pretrain/settings/command_line.py) does not know.
 
-It passes the root dataclass, the conf folder and the recipe of the dataset in `out`, and turns errors into one message and an exit code: 0 done,
-3 a setting is wrong, 4 an input cannot be used, 130 interrupted.
+It passes the root dataclass, the conf folder and the recipe of the dataset in `out`, and turns errors into one message
+and an exit code: 0 done, 3 a setting is wrong, 4 an input cannot be used. `__main__` handles Ctrl-C.
 """
 
 import errno
@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.config import Config
-from data_prep.errors import ConfigurationError, InputError
+from data_prep.errors import InputError
 from data_prep.own_settings import own_settings
 from data_prep.pipeline import run_stages
+from ssa_pretrain.errors import CommandError
 from ssa_pretrain.settings.command_line import Program, report, resolve
-from ssa_pretrain.settings.output import READER_GONE, discard_output, pipe_may_close, reader_gone
+from ssa_pretrain.settings.output import pipe_may_close
 from ssa_pretrain.settings.problems import ConfigError, Problem, independent
 
 PROGRAM = Program(
@@ -60,29 +61,21 @@ def main(arguments: Sequence[str]) -> int:
     """Runs data_prep and returns its exit code."""
     try:
         with pipe_may_close():
-            config = read_config(arguments)
-        run_stages(config, _log, sys.stdout.write)
-        sys.stdout.flush()
-    except SystemExit as exiting:  # after --help, --explain and the like
+            run_stages(read_config(arguments), _log, sys.stdout.write)
+    except SystemExit as exiting:  # after --help, --explain and the like, or when the reader of the output has gone
         return exiting.code if isinstance(exiting.code, int) else 0
     except ConfigError as error:
         _log(report(PROGRAM.name, error))
         return error.exit_code
-    except (ConfigurationError, InputError) as error:
+    except CommandError as error:
         _log(f"error: {error}")
         return error.exit_code
     except OSError as error:
-        if error.errno == errno.EPIPE and reader_gone():
-            discard_output()
-            return READER_GONE
         if error.errno not in REFUSALS:
             raise
         path = error.filename or "a file"
         _log(f"error: {REFUSALS[error.errno].format(path=path)}, then run the same command again")
         return InputError.exit_code
-    except KeyboardInterrupt:
-        _log("interrupted; run the same command again to continue")
-        return 130
     return 0
 
 

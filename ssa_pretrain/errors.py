@@ -71,6 +71,12 @@ class Interrupted(CommandError):
     exit_code = ExitCode.STOPPED
 
 
+class UsageError(CommandError):
+    """The arguments of a command cannot be used."""
+
+    exit_code = ExitCode.CONFIGURATION
+
+
 class LaunchError(CommandError):
     """A launcher's flags or environment variables are wrong."""
 

@@ -22,7 +22,7 @@ import hashlib
 import math
 from typing import Protocol
 
-from ssa_pretrain.config import AttentionConfig, Config, Method, OptimConfig, PrecisionName, Schedule, StreamDraw
+from ssa_pretrain.config import AttentionConfig, Config, OptimConfig, PrecisionName, Schedule, StreamDraw
 
 PAIRS = 8  # of chunks per row; a share of 1/8 is one pair: two mirrored chunks of 1/16 of the row each
 COUNTERPART = b"ssa-counterpart"
@@ -76,8 +76,8 @@ def main_stream(attention: AttentionConfig, *, seed: int, step: int, microbatch:
         step: optimizer step, from 0.
         microbatch: index in the global batch, from 0.
     """
-    if attention.method is not Method.ssa:
-        return "full" if attention.method is Method.full else "sparse"
+    if len(attention.method.streams) == 1:
+        return attention.method.streams[0]
     draw = microbatch if attention.stream_draw is StreamDraw.microbatch else 0
     return "full" if _uniform(seed, step, draw) < attention.full_ratio else "sparse"
 
@@ -95,7 +95,7 @@ def counterpart_spans(
         rows: rows of the microbatch.
         row_length: tokens per row, a multiple of 2 * PAIRS.
     """
-    if attention.method is not Method.ssa or attention.counterpart_share == 0.0:
+    if len(attention.method.streams) == 1 or attention.counterpart_share == 0.0:
         return []
     chunk, spans = row_length // (2 * PAIRS), []
     for row in range(rows):
@@ -118,7 +118,7 @@ def counterpart_factor(attention: AttentionConfig, *, rows: int) -> float:
 
 def drawn_by_microbatch(attention: AttentionConfig) -> str | None:
     """Returns the setting by which each microbatch draws its streams, such as "attention.full_ratio=0.5"; None if nothing is drawn per microbatch."""
-    if attention.method is not Method.ssa:
+    if len(attention.method.streams) == 1:
         return None
     if 0.0 < attention.full_ratio < 1.0 and attention.stream_draw is StreamDraw.microbatch:
         return f"attention.full_ratio={attention.full_ratio:g}"

@@ -5,11 +5,18 @@ resumes from the run's newest checkpoint. Exit codes: 0 done, 3 configuration, 4
 finite, 7 stopped by SIGTERM, Ctrl-C or SIGHUP, either with a checkpoint or before there was anything to save.
 """
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from ssa_pretrain.process import hide_library_warnings, rank_process
 
+if TYPE_CHECKING:
+    from ssa_pretrain.monitor.metrics import Tracker
 
-def main() -> None:
-    """Reads the command line and trains."""
+
+def main(more_trackers: Sequence[Callable[[Path], "Tracker"]] = ()) -> None:
+    """Reads the command line and trains, with trackers beside W&B if a program passes some."""
     with rank_process("stopped before training began; the same command starts it again"):
         from ssa_pretrain.cli import read_config
 
@@ -17,7 +24,7 @@ def main() -> None:
         hide_library_warnings()
         from ssa_pretrain.trainer import train
 
-        train(config)
+        train(config, more_trackers)
 
 
 if __name__ == "__main__":

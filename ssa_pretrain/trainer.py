@@ -8,6 +8,7 @@ which engine runs.
 import math
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,9 @@ from ssa_pretrain.errors import DivergedError, Interrupted
 from ssa_pretrain.evaluation import evaluate, is_evaluation_missing, mean
 from ssa_pretrain.monitor.console import Console, banner, end_line, save_line
 from ssa_pretrain.monitor.environment import provenance, record_start, versions
-from ssa_pretrain.monitor.metrics import MetricsLogger
+from ssa_pretrain.monitor.metrics import MetricsLogger, Tracker
 from ssa_pretrain.monitor.profiling import profiled
-from ssa_pretrain.monitor.tracking import Tracker, start_tracking
+from ssa_pretrain.monitor.tracking import WandbTracker, start_tracking
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.planning.flops import peak_flops, row_flops
@@ -47,8 +48,12 @@ NEUTRAL_SETTINGS = (
 )
 
 
-def train(config: Config) -> None:
+def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = ()) -> None:
     """Trains to the configured last step, from the newest intact checkpoint if there is one. Does not change a finished run.
+
+    Args:
+        config: the run.
+        more_trackers: functions that start a tracker beside W&B, given the run's folder; called on rank 0.
 
     Raises:
         DataError, CheckpointError, ConfigError: the run cannot start.
@@ -64,7 +69,7 @@ def train(config: Config) -> None:
         if placement.is_rank_0 and (shortage := space_warning(run.folder, run.plan.checkpoint_bytes)):
             run.print(shortage)
         first_step, begin = restore(run, checkpoint), time.monotonic()
-        with Interruption(placement) as interruption, open_log(run, first_step) as log:
+        with Interruption(placement) as interruption, open_log(run, first_step, more_trackers) as log:
             loop(run, log, first_step, interruption)
         step, seconds = max(first_step, run.last_step), time.monotonic() - begin
         tokens = step * run.plan.tokens_per_step
@@ -218,7 +223,7 @@ def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
     }
 
 
-def open_log(run: Run, step: int) -> MetricsLogger:
+def open_log(run: Run, step: int, more_trackers: Sequence[Callable[[Path], Tracker]] = ()) -> MetricsLogger:
     """Prints the banner and returns the log of a run that starts after `step`. Only rank 0 writes."""
     console = Console(
         total_steps=run.plan.steps,
@@ -226,13 +231,14 @@ def open_log(run: Run, step: int) -> MetricsLogger:
         enabled=run.placement.is_rank_0,
         timestamps=run.config.logging.timestamps,
     )
-    tracker = None
+    trackers: list[Tracker] = []
     if run.placement.is_rank_0:
         run.folder.mkdir(parents=True, exist_ok=True)
         save_config(run.config, run.folder / "config.yaml")
         record_start(run.folder, step=step, device=run.device_name, processes=run.plan.world_size)
         console.print(banner(banner_facts(run)))
-        tracker = open_tracker(run, console, step)
+        wandb = start_wandb(run, console, step)
+        trackers = [*([wandb] if wandb else ()), *(start(run.folder) for start in more_trackers)]
     peak = peak_flops(run.device_name, run.config.precision.name)
     return MetricsLogger(
         run.folder,
@@ -243,7 +249,7 @@ def open_log(run: Run, step: int) -> MetricsLogger:
         flops_per_token=run.plan.flops_per_token,
         peak_flops=peak * run.placement.world_size if peak else None,
         console=console,
-        tracker=tracker,
+        trackers=trackers,
         enabled=run.placement.is_rank_0,
     )
 
@@ -265,7 +271,7 @@ def banner_facts(run: Run) -> dict[str, str]:
     return lines
 
 
-def open_tracker(run: Run, console: Console, step: int) -> Tracker | None:
+def start_wandb(run: Run, console: Console, step: int) -> WandbTracker | None:
     """Starts or resumes the W&B run; returns None if W&B is off or cannot start."""
     settings = config_to_dict(run.config)
     repository = Path(__file__).resolve().parents[1]

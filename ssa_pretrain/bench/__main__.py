@@ -19,10 +19,9 @@ Without a GPU only small cases run: model=tiny length=256 rows=1 precision=fp32.
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ssa_pretrain.bench.options import Options, bench_config, read_options, require_small
-from ssa_pretrain.config.machine import has_gpu
 from ssa_pretrain.process import command, hide_library_warnings
 from ssa_pretrain.settings.output import pipe_may_close
 
@@ -38,18 +37,26 @@ LAUNCHER_VARIABLES = (
 
 
 def main() -> None:
-    """Measures the cases and writes the tables."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    options = read_options(sys.argv[1:], world_size)
+    """Reads the command line and measures, or prints its help."""
+    with command("ssa_pretrain.bench"), pipe_may_close():
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(__doc__)
+        else:
+            measure_cases(sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def measure_cases(arguments: Sequence[str], world_size: int) -> None:
+    """Measures the cases that the arguments ask for and writes the tables."""
+    from ssa_pretrain.bench.options import bench_config, read_options, require_small
+    from ssa_pretrain.config.machine import has_gpu
+
+    options = read_options(arguments, world_size)
     if not has_gpu():
         require_small(options)
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     if world_size > 1 and os.environ.get("RANK") == "0":
-        _measure_one_gpu(options)
+        _measure_one_gpu(arguments)
     hide_library_warnings()
     from ssa_pretrain.bench.cases import CASES, LAYOUTS
     from ssa_pretrain.bench.measure import measure
@@ -67,17 +74,16 @@ def main() -> None:
     stop()
 
 
-def _measure_one_gpu(options: Options) -> None:
+def _measure_one_gpu(arguments: Sequence[str]) -> None:
     """Measures the whole step on one GPU in a process of its own, before the processes join: the baseline of the layouts."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC")
     }
-    same = [f"{name}={getattr(options, name)}" for name in Options.__slots__ if name != "cases"]
+    same = [argument for argument in arguments if not argument.startswith("cases=")]
     subprocess.run([sys.executable, "-m", "ssa_pretrain.bench", "cases=optimizer", *same], env=environment, check=True)
 
 
 if __name__ == "__main__":
-    with command("ssa_pretrain.bench"), pipe_may_close():
-        main()
+    main()

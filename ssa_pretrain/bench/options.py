@@ -1,14 +1,14 @@
 """The command line of the benchmark: key=value options, checked without importing torch."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from ssa_pretrain.config import Config, ModelConfig, ParallelConfig, PrecisionName
+from ssa_pretrain.errors import UsageError
 from ssa_pretrain.planning.memory import count_parameters
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
@@ -34,12 +34,12 @@ class Options:
 
 
 def read_options(arguments: Sequence[str], world_size: int) -> Options:
-    """Returns the options of a command line; exits with 3 after one sentence if an option is wrong."""
+    """Returns the options of a command line; raises UsageError if an option is wrong."""
     given: dict[str, Any] = {}
     for argument in arguments:
         key, sign, value = argument.partition("=")
         if not sign or key not in Options.__slots__:
-            refuse(
+            raise UsageError(
                 f"{argument!r} is not an option; the options are {', '.join(f'{name}=' for name in Options.__slots__)}"
             )
         given[key] = value
@@ -47,29 +47,31 @@ def read_options(arguments: Sequence[str], world_size: int) -> Options:
     cases = tuple(given.pop("cases", ",".join(known)).split(","))
     if wrong := [case for case in cases if case not in known]:
         hint = f"{', '.join(TWO_PROCESSES)} need torchrun --nproc-per-node 2, the others one process"
-        refuse(f"cases={','.join(wrong)} must be among {', '.join(known)} with {world_size} process(es); {hint}")
+        raise UsageError(
+            f"cases={','.join(wrong)} must be among {', '.join(known)} with {world_size} process(es); {hint}"
+        )
     numbers: dict[str, int] = {}
     for name in ("length", "rows", "rounds", "runs"):
         text = given.pop(name, str(Options.__dataclass_fields__[name].default))
         if not text.isdigit() or int(text) < 1:
-            refuse(f"{name}={text} must be a positive whole number")
+            raise UsageError(f"{name}={text} must be a positive whole number")
         numbers[name] = int(text)
     options = Options(cases=cases, **numbers, **given)
     if not (CONF / f"{options.model}.yaml").is_file():
         names = sorted(path.stem for path in CONF.glob("*.yaml"))
-        refuse(f"model={options.model} is not a file in conf/model; try {', '.join(names)}")
+        raise UsageError(f"model={options.model} is not a file in conf/model; try {', '.join(names)}")
     if options.precision not in ("bf16", "fp32"):
-        refuse(f"precision={options.precision} must be bf16 or fp32; for FP8 use cases=fp8")
+        raise UsageError(f"precision={options.precision} must be bf16 or fp32; for FP8 use cases=fp8")
     return options
 
 
 def require_small(options: Options) -> None:
-    """Exits with 3 if a case is too large for a CPU."""
+    """Raises UsageError if a case is too large for a CPU."""
     config = bench_config(options)
     count, _ = count_parameters(config, config.model.padded_vocab_size(config.model.vocab_size or DEFAULT_VOCAB))
     tokens = options.rows * options.length * (4 if "32k" in options.cases else 1)
     if count > CPU_PARAMETERS or tokens > CPU_TOKENS:
-        refuse(
+        raise UsageError(
             f"model={options.model} ({count / 1e6:,.0f} million parameters) with {tokens:,} tokens needs a GPU, and torch sees none; "
             "for a small case on the CPU try cases=8k model=tiny length=256 rows=1 precision=fp32"
         )
@@ -88,9 +90,3 @@ def bench_config(
         training=replace(config.training, micro_batch_size=options.rows),
         precision=replace(config.precision, name=PrecisionName(options.precision)),
     )
-
-
-def refuse(sentence: str) -> NoReturn:
-    """Prints what is wrong with the command and exits with 3."""
-    print(f"ssa_pretrain.bench: {sentence}", file=sys.stderr)
-    raise SystemExit(3)

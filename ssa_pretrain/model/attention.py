@@ -163,6 +163,17 @@ class SSAAttention(MegatronModule):
             impl=self.impl,
         )
 
+    def select(self, q: Tensor, k: Tensor, layout: DocumentLayout) -> Tensor:
+        """Returns the blocks of the sparse stream, int32 [queries, G or H, N]. An attention method of its own overrides this.
+
+        Blocks are numbered within the query's document, ascending and padded with -1, as `sparse_attention` takes them.
+        If a document has at most `attention.top_k` blocks, all are chosen. q [queries, H, D] and k [keys, G, D] have no
+        gradient here.
+        """
+        a = self.attention
+        sizes = {"block_size": a.block_size, "top_k": a.top_k}
+        return select_blocks(q, k, **sizes, cu_seqlens=layout, score=a.score.value, impl=self.impl)
+
     def _both_streams(
         self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens
     ) -> Tensor:
@@ -175,8 +186,8 @@ class SSAAttention(MegatronModule):
             gate_logits,
             block_size=a.block_size,
             top_k=a.top_k,
-            score=a.score.value,
             cu_seqlens=packed.documents,
+            select=self.select,
             num_rows=packed.num_rows,
             main=packed.main,
             weights=(a.sparsity_weight, a.commitment_weight),
@@ -224,12 +235,11 @@ class SSAAttention(MegatronModule):
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns a stream's ungated output [queries, H, D] and its log-sum-exp [queries, H]; the full stream's only if `return_lse`."""
-        a, common = self.attention, {"cu_seqlens": layout, "impl": self.impl}
+        common = {"cu_seqlens": layout, "impl": self.impl}
         if name == "full":
             return full_attention(q, k, v, return_lse=return_lse, num_rows=num_rows, **common)
-        sizes = {"block_size": a.block_size}
-        indices = select_blocks(q.detach(), k.detach(), top_k=a.top_k, score=a.score.value, **sizes, **common)
-        return sparse_attention(q, k, v, indices, **sizes, **common)
+        indices = self.select(q.detach(), k.detach(), layout)
+        return sparse_attention(q, k, v, indices, block_size=self.attention.block_size, **common)
 
     def _main_stream(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens) -> Tensor:
         """Returns the gated main stream [T, H, D] without computing the other one."""

@@ -20,10 +20,21 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from ssa_pretrain.config import Config, EngineConfig, EngineName, KernelImpl, LayerSpec, PrecisionName, Recompute
+from ssa_pretrain.config import (
+    Config,
+    EngineConfig,
+    EngineName,
+    KernelImpl,
+    LayerSpec,
+    Method,
+    PrecisionName,
+    Recompute,
+)
 from ssa_pretrain.model.attention import SSAAttention, SSAAttentionSubmodules
 from ssa_pretrain.model.init import init_weights
 from ssa_pretrain.model.llama import FeedForward, Llama, RMSNorm
+
+ATTENTION: dict[Method, type[SSAAttention]] = dict.fromkeys(Method, SSAAttention)  # a layer's attention, by method
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -193,7 +204,7 @@ def _layer(config: Config, column_parallel: type, row_parallel: type, *, norm: t
     """
     impl = kernel_impl(config)
     attention = ModuleSpec(
-        module=SSAAttention,
+        module=ATTENTION[config.attention.method],
         params={"attention": config.attention, "impl": impl},
         submodules=SSAAttentionSubmodules(linear_qkv=column_parallel, linear_proj=row_parallel),
     )

@@ -1,6 +1,6 @@
-"""A run's metrics: `metrics.jsonl` (one JSON object per line, one line per step), the console's lines, and W&B.
+"""A run's metrics: `metrics.jsonl` (one JSON object per line, one line per step), the console's lines, and trackers such as W&B.
 
-The file is the record; console and W&B are views of it. Every line is flushed, so a killed run loses at most the line it was writing. Step is
+The file is the record; console and trackers are views of it. Every line is flushed, so a killed run loses at most the line it was writing. Step is
 the only clock: a run that resumes from step s first drops the records past s (in a new file that replaces the old one). So the file of a run
 that was killed ten times equals the file of a run that was never killed, except for its times. Only one process writes. If a resumed run finds
 a line that is not a record, it keeps the file as `metrics.jsonl.damaged-1` and continues with the other lines: the file is a log, the
@@ -19,13 +19,12 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from ssa_pretrain.monitor.console import Console, evaluation_line, train_line
-from ssa_pretrain.monitor.tracking import Tracker
 from ssa_pretrain.settings.files import atomic_file
 
 FILE_NAME = "metrics.jsonl"
@@ -158,8 +157,23 @@ class Speed:
         return steps_left * sum(entry[0] for entry in self._window) / len(self._window)
 
 
+class Tracker(Protocol):
+    """A further view of a run's records, such as W&B.
+
+    It must not stop training. If it fails, it prints one line and does nothing more.
+    """
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Takes a record of metrics.jsonl; after a restart, again from the first one on."""
+        ...
+
+    def finish(self) -> None:
+        """Ends the tracking; called once, after the last record."""
+        ...
+
+
 class MetricsLogger:
-    """Writes a run's records to metrics.jsonl, the console and the tracker.
+    """Writes a run's records to metrics.jsonl, the console and the trackers.
 
     Args:
         folder: the run's output folder.
@@ -170,7 +184,7 @@ class MetricsLogger:
         flops_per_token: model FLOPs per token, forward and backward; None leaves TFLOP/s and MFU unknown.
         peak_flops: FLOP/s of all devices together; None leaves MFU unknown.
         console: for the lines; None builds one.
-        tracker: W&B, or None; it receives the records from before a restart first.
+        trackers: they receive the records from before a restart first.
         enabled: True on the one process that writes.
         clock: monotonic, in seconds.
     """
@@ -186,7 +200,7 @@ class MetricsLogger:
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         console: Console | None = None,
-        tracker: Tracker | None = None,
+        trackers: Sequence[Tracker] = (),
         enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -198,7 +212,7 @@ class MetricsLogger:
         self.peak_flops = peak_flops
         self.console = console or Console(total_steps=total_steps, first_step=resume_step, enabled=enabled)
         self.speed = Speed(clock=clock)
-        self._tracker = tracker
+        self._trackers = trackers
         self._file = None
         self._waiting = b""  # lines that could not be written yet: the disk was full
         self.evaluated: set[tuple[int, str]] = set()  # (step, mode) of every evaluation record
@@ -259,16 +273,16 @@ class MetricsLogger:
         self.speed.pause()
 
     def close(self) -> None:
-        """Closes the file, the bar and the tracker. May be called twice."""
+        """Closes the file, the bar and the trackers. May be called twice."""
         self.console.close()
         if self._file is not None:
             if self._waiting:
                 self._append("")
             self._file.close()
             self._file = None
-        if self._tracker is not None:
-            self._tracker.finish()
-            self._tracker = None
+        trackers, self._trackers = self._trackers, ()
+        for tracker in trackers:
+            tracker.finish()
 
     def __enter__(self) -> Self:
         return self
@@ -301,11 +315,11 @@ class MetricsLogger:
             self.console.print(f"{FILE_NAME} can be written again and has all records")
 
     def _forward(self, record: Mapping[str, Any]) -> None:
-        """Forwards a record to the tracker and remembers which evaluations exist."""
+        """Forwards a record to the trackers and remembers which evaluations exist."""
         if record.get("kind") == "evaluation":
             self.evaluated.add((record["step"], record.get("mode", "")))
-        if self._tracker is not None:
-            self._tracker.log(record)
+        for tracker in self._trackers:
+            tracker.log(record)
 
 
 def perplexity(cross_entropy: float) -> float:

@@ -31,7 +31,7 @@ MAX_WAITING = 2**24  # bytes in memory; with more, training waits for W&B's proc
 LOG = "wandb/process.log"
 
 
-class Tracker:
+class WandbTracker:
     """A W&B run that receives the records of metrics.jsonl, again from the first one after every restart.
 
     Args:
@@ -88,7 +88,7 @@ def start_tracking(
     print_line: Callable[[str], None],
     step: int = 0,
     decisive: Mapping[str, Any] | None = None,
-) -> Tracker | None:
+) -> WandbTracker | None:
     """Starts or resumes the W&B run of an output folder. Returns None if W&B is off or cannot start.
 
     Args:
@@ -125,7 +125,7 @@ def start_tracking(
             continue
         process.send(opening | {"mode": mode})
         if process.wait_ready(START_SECONDS):
-            return Tracker(process, print_line)
+            return WandbTracker(process, print_line)
         reason = process.failure() or f"not ready after {START_SECONDS:g} s"
         process.end(0.0)
         print_line(f"W&B {mode} cannot start ({reason}); {consequence}")

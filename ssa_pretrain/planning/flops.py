@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssa_pretrain.config import AttentionConfig, Method, ModelConfig, PrecisionName, Score
+from ssa_pretrain.config import AttentionConfig, ModelConfig, PrecisionName, Score
 
 TERA = 1e12
 
@@ -91,7 +91,7 @@ def row_flops(
     weights = model.hidden_size * (qkv + width + 3 * model.ffn_hidden_size)
     full = sum(causal_pairs(length) for length in document_lengths)
     sparse = sum(sparse_pairs(length, attention.block_size, attention.top_k) for length in document_lengths)
-    has_full, has_sparse = attention.method is not Method.moba, attention.method is not Method.full
+    has_full, has_sparse = (stream in attention.method.streams for stream in ("full", "sparse"))
     # A gate is one product per output. The two SmoothL1 terms share difference, size, square and branch, and are summed.
     elementwise = (has_full + has_sparse) * attention.gate + (7 if has_full and has_sparse else 0)
     return RowFlops(

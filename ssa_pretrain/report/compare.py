@@ -10,7 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ssa_pretrain.errors import UsageError
 from ssa_pretrain.monitor.metrics import FILE_NAME, read_records
+from ssa_pretrain.process import command
 from ssa_pretrain.report.summary import Points
 from ssa_pretrain.settings.output import pipe_may_close
 from ssa_pretrain.webpage.charts import COLOURS, WIDE, Line, legend, line_chart, smooth
@@ -82,7 +84,7 @@ def _lines(series: Mapping[str, Points], marks: float = 0.0) -> list[Line]:
 
 
 def main() -> None:
-    """Reads the command line, prints the table, writes the page."""
+    """Reads the command line, prints the table, writes the page; raises UsageError if it cannot be used."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
@@ -93,8 +95,7 @@ def main() -> None:
         problem = (
             f"no {FILE_NAME} in {', '.join(missing)}" if missing else "no run given" if not folders else f"out={out}"
         )
-        print(f"ssa_pretrain.report.compare: {problem}; {USAGE}", file=sys.stderr)
-        raise SystemExit(3)
+        raise UsageError(f"{problem}; {USAGE}")
     runs = {folder.name: list(read_records(folder / FILE_NAME)) for folder in folders}
     print(markdown_table(runs), end="")
     if out:
@@ -103,5 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with pipe_may_close():
+    with command("ssa_pretrain.report.compare"), pipe_may_close():
         main()

@@ -1,9 +1,12 @@
 """The report's page: tiles, charts, samples and facts of one run. Every text from a file is escaped; samples are whatever a model wrote."""
 
 from html import escape
+from pathlib import Path
 
+from ssa_pretrain.errors import UsageError
 from ssa_pretrain.monitor.metrics import perplexity
 from ssa_pretrain.report.summary import RunSummary
+from ssa_pretrain.settings.files import write_atomically
 from ssa_pretrain.settings.quantities import compact, duration
 from ssa_pretrain.webpage.charts import WIDE, Line, heat_map, legend, line_chart, smooth
 from ssa_pretrain.webpage.layout import card, document, fact_table, grid, number_table, tiles
@@ -33,6 +36,20 @@ def page(summary: RunSummary) -> str:
     ]
     heading = f"<h1>{escape(summary.name)}</h1><p>{escape(_lead(summary))}</p>"
     return document(f"{summary.name}: report", heading + _tiles(summary) + grid(cards))
+
+
+def write_page(target: Path, text: str) -> None:
+    """Writes a page atomically.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        write_atomically(target, text)
+    except OSError as error:
+        raise UsageError(
+            f"{target} cannot be written ({error.strerror}); give --out=FILE in an existing, writable folder"
+        ) from error
 
 
 def _lead(summary: RunSummary) -> str:

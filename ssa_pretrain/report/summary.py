@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ssa_pretrain.errors import CommandError, ExitCode
 from ssa_pretrain.monitor.environment import last_start
 from ssa_pretrain.monitor.metrics import FILE_NAME, perplexity, read_records
 from ssa_pretrain.settings.quantities import compact, duration
@@ -20,8 +21,10 @@ REQUIRED_KEYS = {"train": ("tokens",), "evaluation": ("mode", "cross_entropy")}
 Points = list[tuple[float, float]]
 
 
-class ReportError(ValueError):
+class ReportError(CommandError, ValueError):
     """The folder lacks what a report needs."""
+
+    exit_code = ExitCode.DATA
 
 
 @dataclass(slots=True)

@@ -125,27 +125,24 @@ def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tm
 @pytest.mark.parametrize(
     ("module", "name", "code", "sentence"),
     [
-        (
-            "ssa_pretrain.train",
-            "SIGTERM",
-            7,
-            "SIGTERM: stopped before training began; the same command starts it again",
-        ),
-        ("ssa_pretrain.train", "SIGINT", 7, "SIGINT: stopped before training began; the same command starts it again"),
-        ("ssa_pretrain.evaluate", "SIGINT", 130, "SIGINT: interrupted; the same command evaluates again"),
-        ("ssa_pretrain.plan", "SIGINT", 130, "ssa_pretrain.plan: interrupted"),
-        ("data_prep", "SIGINT", 130, "interrupted; run the same command again to go on"),
+        ("train", "SIGTERM", 7, "SIGTERM: stopped before training began; the same command starts it again"),
+        ("train", "SIGINT", 7, "SIGINT: stopped before training began; the same command starts it again"),
+        ("evaluate", "SIGINT", 130, "SIGINT: interrupted; the same command evaluates again"),
+        ("plan", "SIGINT", 130, "ssa_pretrain.plan: interrupted"),
+        ("report", "SIGINT", 130, "report: interrupted"),
+        ("bench", "SIGINT", 130, "ssa_pretrain.bench: interrupted"),
+        ("data_prep", "SIGINT", 130, "interrupted; run the same command again to continue"),
     ],
 )
 def test_signal_during_start_up_exits_at_once_with_one_line(tmp_path, module, name, code, sentence):
-    """A module `hydra` that sleeps replaces slow storage, so the command waits in its first import."""
-    (tmp_path / "hydra").mkdir()
-    (tmp_path / "hydra" / "__init__.py").write_text(
-        "import sys, time\nprint('importing', flush=True)\ntime.sleep(60)\n"
-    )
+    """Modules `hydra` and `yaml` that sleep replace slow storage, so the command waits in its first import."""
+    for library in ("hydra", "yaml"):
+        (tmp_path / library).mkdir()
+        source = "import sys, time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+        (tmp_path / library / "__init__.py").write_text(source)
     path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
     with subprocess.Popen(
-        command(module, "experiment=quickstart"),
+        command(module if module == "data_prep" else f"ssa_pretrain.{module}", "experiment=quickstart"),
         env=environment() | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssa_kernels import build_layout, full_attention, ssa_attention
+from ssa_kernels import build_layout, full_attention, select_blocks, ssa_attention
 from ssa_kernels.ssa_attention.api import Selection, composed, covered
 from support import oracle
 
@@ -63,6 +63,22 @@ def test_streams_are_equal_where_blocks_cover_every_document():
     sums = ((result.out * grad).sum() + result.alignment_loss for result in (one, both))
     for got, want in zip(*(torch.autograd.grad(x, inputs) for x in sums), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_select_replaces_select_blocks():
+    """The sparse stream uses the blocks that `select` returns. Invalid blocks are refused."""
+    inputs = make()
+    common = {"block_size": 4, "cu_seqlens": ENDS, "main": "sparse"}
+
+    def newest(q, k, layout):
+        return select_blocks(q, k, block_size=4, top_k=1, cu_seqlens=layout)
+
+    chosen = ssa_attention(*inputs, top_k=3, select=newest, **common)
+    for got, want in zip(chosen, ssa_attention(*inputs, top_k=1, **common), strict=True):
+        assert torch.equal(got, want)
+    assert not torch.equal(chosen.out, ssa_attention(*inputs, top_k=3, **common).out)
+    with pytest.raises(ValueError, match="indices of query 0"):
+        ssa_attention(*inputs, top_k=3, select=lambda *given: newest(*given) + 1, **common)
 
 
 def test_output_without_a_gate_is_the_stream():

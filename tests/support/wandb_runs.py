@@ -10,7 +10,7 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.monitor.tracking import Tracker, start_tracking
+from ssa_pretrain.monitor.tracking import WandbTracker, start_tracking
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # 40 hex digits, the shape of a W&B key
 BLOCK = 32_768
@@ -88,7 +88,7 @@ def evaluation_record(step: int, mode: str) -> dict:
     }
 
 
-def offline(folder: Path, config: dict | None = None, lines: list[str] | None = None) -> Tracker:
+def offline(folder: Path, config: dict | None = None, lines: list[str] | None = None) -> WandbTracker:
     settings = WandbConfig(mode=WandbMode.offline, project="p", group="g", tags=["t"])
     tracker = start_tracking(
         settings,

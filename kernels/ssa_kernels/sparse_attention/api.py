@@ -43,7 +43,7 @@ def sparse_attention(
     check_attention(q=q, k=k, v=v)
     scale = check_scale(scale, q.shape[-1])
     layout = as_layout(cu_seqlens, q, k, block_size=block_size)
-    _check_indices(indices, q, k, layout)
+    check_indices(indices, q, k, layout)
     q, k, v, indices = (x.contiguous() for x in (q, k, v, indices))
     if resolve_impl(impl, q, "sparse_attention") == "triton":
         from .autograd import SparseAttention  # imported here because Triton may be missing on a CPU machine
@@ -52,7 +52,7 @@ def sparse_attention(
     return sparse_attention_reference(q, k, v, indices, layout=layout, scale=scale)
 
 
-def _check_indices(indices: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout) -> None:
+def check_indices(indices: torch.Tensor, q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout) -> None:
     """Raises ValueError unless the indices are lists of blocks for each query. Values are checked on a CPU only."""
     check_tensors(q=q, indices=indices)
     (queries, heads), kv_heads = q.shape[:2], k.shape[1]

@@ -11,6 +11,7 @@ passes (autograd.py). If top_k blocks cover every document (by the layout's `max
 Source: arXiv 2511.20102, section 3.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,13 +25,25 @@ from ..gate_and_align.api import check_gate_inputs, check_weights, gate_and_alig
 from ..select.api import check_selection, select_blocks
 from ..sparse_attention.api import sparse_attention
 
+Select = Callable[[torch.Tensor, torch.Tensor, DocumentLayout], torch.Tensor]  # (q, k, layout) -> indices
+
 
 class Selection(NamedTuple):
-    """How blocks are chosen."""
+    """How blocks are chosen: by `select` if it is given, else by `select_blocks` with the score."""
 
     block_size: int
     top_k: int
     score: str
+    select: Select | None = None
+
+    def choose(
+        self, q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout, *, scale: float, impl: str | None
+    ) -> torch.Tensor:
+        """Returns the blocks of each query; q and k need no gradient here."""
+        if self.select is not None:
+            return self.select(q, k, layout)
+        sizes = {"block_size": self.block_size, "top_k": self.top_k}
+        return select_blocks(q, k, **sizes, cu_seqlens=layout, scale=scale, score=self.score, impl=impl)
 
 
 class SSAOutput(NamedTuple):
@@ -55,6 +68,7 @@ def ssa_attention(
     weights: tuple[float, float] = (1.0, 1.0),
     scale: float | None = None,
     score: str = "softmax_sum",
+    select: Select | None = None,
     num_rows: int | None = None,
     impl: str | None = None,
 ) -> SSAOutput:
@@ -67,6 +81,8 @@ def ssa_attention(
         k, v: `[tokens, G, D]`, G dividing H, in q's dtype.
         gate_logits: `[tokens, H]` in q's dtype or float32; None for no gate, which is a gate of 1.
         block_size, top_k, score: as in `select_blocks`.
+        select: chooses the blocks in place of `select_blocks`: (q, k, layout) -> indices as `sparse_attention` takes
+            them. If a document has at most top_k blocks, it must choose all of them.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it; a layout with `max_length` is faster.
         main, weights: as in `gate_and_align`.
         scale: factor of the logits, default D^-1/2.
@@ -83,7 +99,7 @@ def ssa_attention(
     weights, scale = check_weights(weights), check_scale(scale, q.shape[-1])
     layout = as_layout(cu_seqlens, q, k, block_size=block_size)
     check_rows(layout, q.shape[0], num_rows)
-    selection = Selection(layout.block_size, check_selection(layout.block_size, top_k, score), score)
+    selection = Selection(layout.block_size, check_selection(layout.block_size, top_k, score), score, select)
     if resolve_impl(impl, q, "ssa_attention") == "reference" or not q.is_cuda:
         return composed(
             q,
@@ -124,7 +140,7 @@ def composed(
     common = {"cu_seqlens": layout, "scale": scale, "impl": impl}
     o_full, lse_full = full_attention(q, k, v, return_lse=True, num_rows=num_rows, **common)
     assert lse_full is not None  # return_lse is set
-    indices = select_blocks(q.detach(), k.detach(), **selection._asdict(), **common)
+    indices = selection.choose(q.detach(), k.detach(), layout, scale=scale, impl=impl)
     o_sparse, lse_sparse = sparse_attention(q, k, v, indices, block_size=selection.block_size, **common)
     out, loss = gate_and_align(o_full, o_sparse, gate_logits, main=main, weights=weights, impl=impl)
     return SSAOutput(out, loss, captured_mass(lse_full, lse_sparse).mean())

@@ -12,9 +12,10 @@ Saved for the backward: q, k, v, both outputs, both log-sum-exps, the chosen blo
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..checks import aligned
 from ..full_attention.fused import fused_backward, fused_forward, plan_fused
 from ..gate_and_align.triton import gate_backward, gate_forward
-from ..select.api import select_blocks
+from ..sparse_attention.api import check_indices
 from ..sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
 from ..sparse_attention.index import invert_beside, segment_length
 
@@ -27,7 +28,9 @@ class SSAAttention(torch.autograd.Function):
         """Computes both streams and the gate; q, k, v and the logits are contiguous."""
         plan, ends = plan_fused(q, k, layout, num_rows=num_rows, backend=None, scale=scale)
         o_full, lse_full, *states = fused_forward(q, k, v, ends, plan)
-        indices = select_blocks(q, k, cu_seqlens=layout, scale=scale, impl="triton", **selection._asdict())
+        indices = selection.choose(q, k, layout, scale=scale, impl="triton")
+        check_indices(indices, q, k, layout)
+        indices = aligned(indices)
         o_sparse, lse_sparse = sparse_attention_forward(q, k, v, indices, layout, scale)
         out, loss, mass = gate_forward(o_full, o_sparse, gate_logits, main, weights, (lse_full, lse_sparse))
         on_device = isinstance(main, torch.Tensor)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssa_kernels import build_layout, ssa_attention
+from ssa_kernels import build_layout, select_blocks, ssa_attention
 from ssa_kernels.ssa_attention.api import Selection, composed
 from support.errors import require_as_near
 from support.exact_layer import exact_layer
@@ -54,6 +54,19 @@ def test_streams_agree_where_blocks_cover_every_document():
     assert float(known.captured_mass) == 1 and float(known.alignment_loss) == 0
     torch.testing.assert_close(result.captured_mass, torch.ones((), device="cuda"), rtol=0, atol=1e-3)
     assert float(result.alignment_loss) < 1e-5
+
+
+def test_a_selection_of_one_s_own():
+    """The layer is the one of the blocks that it returns."""
+    inputs, layout = make()
+    common = {"block_size": 16, "cu_seqlens": layout, "main": "sparse"}
+
+    def newest(q, k, layout):
+        return select_blocks(q, k, block_size=16, top_k=1, cu_seqlens=layout)
+
+    ours = ssa_attention(*inputs, top_k=SELECTION.top_k, select=newest, **common)
+    theirs = ssa_attention(*inputs, top_k=1, **common)
+    assert torch.equal(ours.out, theirs.out) and torch.equal(ours.alignment_loss, theirs.alignment_loss)
 
 
 def test_without_a_gate():

@@ -2,12 +2,14 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
+from ssa_pretrain.bench import __main__ as bench
 from ssa_pretrain.bench.goals import GOALS, Goal
 from ssa_pretrain.bench.options import read_options
 from ssa_pretrain.bench.tables import Result, append, ratio, read, verdict, write_ratios
@@ -49,12 +51,11 @@ def test_command_line_options():
         (["precision=fp8"], "precision=fp8 must be bf16 or fp32"),
     ],
 )
-def test_bad_command_line_prints_one_line(arguments, sentence, capsys):
-    import re
-
+def test_bad_command_line_prints_one_line(arguments, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["", *arguments])
     with pytest.raises(SystemExit) as left:
-        read_options(arguments, 1)
-    assert left.value.code == 3 and re.search(sentence, capsys.readouterr().err)
+        bench.main()
+    assert left.value.code == 3 and re.fullmatch(f"ssa_pretrain.bench: .*{sentence}.*\n", capsys.readouterr().err)
 
 
 def test_ratios_and_verdicts(tmp_path):

@@ -20,7 +20,7 @@ from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import WandbConfig, WandbMode
 from ssa_pretrain.monitor import tracking, tracking_client
 from ssa_pretrain.monitor.redaction import HIDDEN, redact
-from ssa_pretrain.monitor.tracking import Tracker, start_tracking
+from ssa_pretrain.monitor.tracking import WandbTracker, start_tracking
 from ssa_pretrain.monitor.tracking_rows import STATE_FILE, flatten
 from support.wandb_runs import (
     KEY,
@@ -175,7 +175,7 @@ def test_missing_key_means_offline_without_a_prompt(tmp_path: Path) -> None:
     tracker.finish()
 
 
-def service(tracker: Tracker) -> psutil.Process:
+def service(tracker: WandbTracker) -> psutil.Process:
     assert tracker._process is not None
     (found,) = psutil.Process(tracker._process._child.pid).children()
     return found
@@ -300,9 +300,7 @@ def test_without_the_package_a_run_with_logging_off_imports_everything() -> None
     code = """
 import sys
 sys.modules["wandb"] = None
-import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.__main__, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report.__main__
-import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron, ssa_pretrain.monitor.tracking
-import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.__main__, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report
+import data_prep.cli, data_prep.pipeline, ssa_pretrain.bench.cases, ssa_pretrain.evaluate, ssa_pretrain.plan, ssa_pretrain.report.page
 import ssa_pretrain.train, ssa_pretrain.trainer, ssa_pretrain.engine.megatron.engine, ssa_pretrain.monitor.tracking
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig

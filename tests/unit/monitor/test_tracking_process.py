@@ -28,7 +28,7 @@ from ssa_pretrain.monitor.tracking import start_tracking
 folder, mode, done, last, evaluates = Path(sys.argv[1]), WandbMode(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 settings = WandbConfig(mode=mode, project="p", entity="e")
 tracker = start_tracking(settings, name="x", folder=folder, config={}, print_line=print, step=done)
-metrics = MetricsLogger(folder, total_steps=60, tokens_per_step=1, resume_step=done, interval=1000, tracker=tracker)
+metrics = MetricsLogger(folder, total_steps=60, tokens_per_step=1, resume_step=done, interval=1000, trackers=[tracker])
 def evaluate(step):
     for mode in ("full", "sparse"):
         time.sleep(0.02)

@@ -138,7 +138,7 @@ def test_kernels_folder_is_not_taken_for_a_package() -> None:
 
 
 def test_report_and_metrics_do_not_import_torch() -> None:
-    code = "import sys, ssa_pretrain.report.__main__, ssa_pretrain.report.compare; print([m for m in ('torch', 'megatron', 'hydra', 'matplotlib') if m in sys.modules])"
+    code = "import sys, ssa_pretrain.report.page, ssa_pretrain.report.table, ssa_pretrain.report.compare; print([m for m in ('torch', 'megatron', 'hydra', 'matplotlib') if m in sys.modules])"
     assert isolated(code, "1").stdout.strip() == "[]"
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from ssa_pretrain.errors import UsageError
 from ssa_pretrain.report import compare
 
 
@@ -56,11 +57,11 @@ def test_first_tenth_of_a_run_is_not_drawn():
     ("arguments", "problem"),
     [([], "no run given"), (["nowhere"], "no metrics.jsonl in nowhere"), (["here", "out=x.png"], "out=x.png")],
 )
-def test_bad_arguments_are_reported_in_one_line(arguments, problem, tmp_path, monkeypatch, capsys):
+def test_bad_arguments_are_reported_in_one_line(arguments, problem, tmp_path, monkeypatch):
     write(tmp_path / "here", 0.5)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare", *arguments])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(UsageError) as stopped:
         compare.main()
     usage = "give folders of runs, and out=FILE.html for a page with charts"
-    assert stopped.value.code == 3 and capsys.readouterr().err == f"ssa_pretrain.report.compare: {problem}; {usage}\n"
+    assert stopped.value.exit_code == 3 and str(stopped.value) == f"{problem}; {usage}"

@@ -11,9 +11,10 @@ import pytest
 
 from ssa_pretrain.config import Config, Method
 from ssa_pretrain.monitor.environment import record_start
-from ssa_pretrain.report.__main__ import main, table
+from ssa_pretrain.report.__main__ import main
 from ssa_pretrain.report.page import page
 from ssa_pretrain.report.summary import ReportError, read_summary
+from ssa_pretrain.report.table import table
 from ssa_pretrain.settings.convert import save_config
 
 MANIFEST = {
@@ -23,6 +24,14 @@ MANIFEST = {
     "unigram_entropy_nats": {"train": 7.4, "heldout": 7.2},
 }
 PROMPT = "Once <upon>"
+
+
+def code_of(arguments: list[str]) -> int:
+    """Returns the exit code of a report that fails."""
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert isinstance(left.value.code, int)
+    return left.value.code
 
 
 def train(step: int) -> dict:
@@ -133,7 +142,7 @@ def test_table_has_the_same_values(run: Path) -> None:
 
 
 def test_main_writes_the_page_and_prints_the_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(run)]) == 0
+    main([str(run)])
     assert (run / "report.html").read_text() == page(read_summary(run))
     out = capsys.readouterr().out
     assert out.startswith("a <run>: held-out") and out.endswith(f"report: {run / 'report.html'}\n")
@@ -209,23 +218,23 @@ def test_charts_leave_out_steps_whose_loss_is_not_finite(run: Path) -> None:
 
 
 def test_bad_arguments_print_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "none")]) == 4
+    assert code_of([str(tmp_path / "none")]) == 4
     expected = (
         f"report: {tmp_path / 'none'} has no metrics.jsonl; give the output_dir of a run, such as outputs/quickstart\n"
     )
     assert capsys.readouterr().err == expected
     (run / "samples.json").write_text("{")
-    assert main([str(run)]) == 4
+    assert code_of([str(run)]) == 4
     assert "samples.json cannot be read" in capsys.readouterr().err
     with pytest.raises(ReportError, match="remove it or write it again"):
         read_summary(run)
-    assert main([]) == 3
+    assert code_of([]) == 3
 
 
 def test_unwritable_page_is_reported_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = run / "nowhere" / "x.html"
-    assert main([str(run), "--out", str(out)]) == 3
-    message = f"{out} cannot be written (No such file or directory); give --out=FILE in an existing, writable folder"
+    out = run / "config.yaml" / "x.html"
+    assert code_of([str(run), "--out", str(out)]) == 3
+    message = f"{out} cannot be written (File exists); give --out=FILE in an existing, writable folder"
     assert capsys.readouterr() == ("", f"report: {message}\n")
 
 
@@ -245,7 +254,7 @@ def test_incomplete_record_is_reported_with_its_line(
     count = len(path.read_text().splitlines())
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
-    assert main([str(run)]) == 4
+    assert code_of([str(run)]) == 4
     message = f"{path}:{count + 1} has no {key!r}; remove the line, or give the output_dir of another run"
     assert capsys.readouterr().err == f"report: {message}\n"
 

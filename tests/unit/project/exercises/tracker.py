@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssa_pretrain import trainer
-from ssa_pretrain.monitor.tracking import start_tracking
 from ssa_pretrain.monitor.tracking_rows import flatten
 from ssa_pretrain.train import main
 
@@ -19,8 +17,8 @@ from ssa_pretrain.train import main
 class CsvTracker:
     """Writes the records of a run to a CSV file."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", newline="")
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / "metrics.csv").open("w", newline="")
         self._writer = csv.writer(self._file)
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -33,26 +31,5 @@ class CsvTracker:
         self._file.close()
 
 
-class Trackers:
-    """Passes each record to several trackers."""
-
-    def __init__(self, *trackers: Any) -> None:
-        self._trackers = [tracker for tracker in trackers if tracker is not None]
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        for tracker in self._trackers:
-            tracker.log(record)
-
-    def finish(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
-
-
-def start_both(settings: Any, *, folder: Path, **options: Any) -> Trackers:
-    """Starts W&B as the trainer does, where the configuration asks for it, and the CSV file."""
-    return Trackers(start_tracking(settings, folder=folder, **options), CsvTracker(folder / "metrics.csv"))
-
-
 if __name__ == "__main__":
-    trainer.start_tracking = start_both  # the one place that starts a tracker
-    main()
+    main(more_trackers=[CsvTracker])
