@@ -2,20 +2,21 @@
 
     python tests/unit/project/exercises/data_source.py source=docstrings 'source.modules=[argparse,json]' out=DIR
 
-prepares a dataset of them. A source is a dataclass of settings, a function that fetches its text, a line in SOURCES and a YAML file
-in data_prep/conf/source/, whose place Hydra's store takes here.
+prepares a dataset of them. A source is a dataclass of settings in the union AnySource, a function that fetches its
+text, a line in SOURCES and a YAML file in data_prep/conf/source/, whose place Hydra's store takes here.
 """
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 
-from data_prep.sources import catalog
+from data_prep.progress import Log
+from data_prep.sources import catalog, settings
 from data_prep.sources.store import TextStore
+from ssa_pretrain.settings.problems import Problem
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,15 +26,16 @@ class DocstringsSource:
     kind: str = "docstrings"  # the kind of source that was chosen, by source=
     modules: list[str] = field(default_factory=lambda: ["argparse", "json"])  # names of modules
 
-    def problems(self) -> list[str]:
-        """Returns what is wrong with the values, one sentence each."""
-        return [] if self.modules else ["source.modules=[] must name at least one module; try [argparse]"]
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with the values."""
+        wrong = Problem("source.modules", [], "must name at least one module", "try [argparse]")
+        return [] if self.modules else [wrong]
 
 
-def fetch(source: DocstringsSource, store: TextStore, progress: Callable[[str], None]) -> None:
+def fetch(source: DocstringsSource, store: TextStore, log: Log) -> None:
     """Puts one document per module into the store."""
     for name in source.modules:
-        progress(f"text: docstrings of {name}")
+        log(f"text: docstrings of {name}")
         store.add_texts("docstrings", name, [document(name)])
 
 
@@ -45,8 +47,9 @@ def document(name: str) -> str:
 
 
 if __name__ == "__main__":
+    settings.AnySource |= DocstringsSource
     catalog.SOURCES["docstrings"] = catalog.Source(DocstringsSource, fetch)
-    from data_prep.cli import main  # reads SOURCES when it is imported
+    from data_prep.cli import main  # reads AnySource when it is imported
 
     ConfigStore.instance().store(group="source", name="docstrings", node={"defaults": ["base_docstrings"]})
     sys.exit(main(sys.argv[1:]))
