@@ -10,6 +10,7 @@ import pytest
 
 from data_prep.cli import main as data_prep
 from ssa_pretrain.bench import __main__ as bench
+from ssa_pretrain.bench.options import read_options, require_small
 from ssa_pretrain.cli import read_config
 from ssa_pretrain.launch.__main__ import main as launch
 from ssa_pretrain.report import compare
@@ -119,4 +120,4 @@ def test_benchmark_refuses_large_cases_without_a_gpu(
 
 
 def test_case_advised_by_the_benchmark_is_small_enough() -> None:
-    bench.require_small(bench.read_options(["cases=8k", "model=tiny", "length=256", "rows=1", "precision=fp32"], 1))
+    require_small(read_options(["cases=8k", "model=tiny", "length=256", "rows=1", "precision=fp32"], 1))
