@@ -2,8 +2,8 @@
 
     python tests/unit/project/exercises/data_source.py source=docstrings 'source.modules=[argparse,json]' out=DIR
 
-prepares a dataset of them. A source is a dataclass of settings, a function that fetches its text, a line in SOURCES and a YAML file
-in data_prep/conf/source/, whose place Hydra's store takes here.
+prepares a dataset of them. A source is a dataclass of settings, a function that fetches its text, a line in SOURCES, a name in PartSource and
+a YAML file in data_prep/conf/source/. Here Hydra's store replaces the file.
 """
 
 import importlib
@@ -14,20 +14,23 @@ from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 
-from data_prep.sources import catalog
+from data_prep.sources import catalog, settings
 from data_prep.sources.store import TextStore
+from ssa_pretrain.settings.problems import Problem
 
 
 @dataclass(kw_only=True, slots=True)
 class DocstringsSource:
     """Docstrings of Python modules."""
 
-    kind: str = "docstrings"  # the kind of source that was chosen, by source=
+    kind: str = "docstrings"  # the kind of source, set by source=
     modules: list[str] = field(default_factory=lambda: ["argparse", "json"])  # names of modules
 
-    def problems(self) -> list[str]:
-        """Returns what is wrong with the values, one sentence each."""
-        return [] if self.modules else ["source.modules=[] must name at least one module; try [argparse]"]
+    def problems(self) -> list[Problem]:
+        """Returns what is wrong with the values."""
+        return (
+            [] if self.modules else [Problem("source.modules", [], "must name at least one module", "try [argparse]")]
+        )
 
 
 def fetch(source: DocstringsSource, store: TextStore, progress: Callable[[str], None]) -> None:
@@ -46,7 +49,8 @@ def document(name: str) -> str:
 
 if __name__ == "__main__":
     catalog.SOURCES["docstrings"] = catalog.Source(DocstringsSource, fetch)
-    from data_prep.cli import main  # reads SOURCES when it is imported
+    settings.AnySource |= DocstringsSource
+    from data_prep.cli import main  # its configuration takes AnySource when it is imported
 
     ConfigStore.instance().store(group="source", name="docstrings", node={"defaults": ["base_docstrings"]})
     sys.exit(main(sys.argv[1:]))
