@@ -23,7 +23,7 @@ from ssa_pretrain.settings.problems import Problem
 class DocstringsSource:
     """Docstrings of Python modules."""
 
-    kind: str = "docstrings"  # the kind of source that was chosen, by source=
+    kind: str = "docstrings"  # the kind of source, set by source=
     modules: list[str] = field(default_factory=lambda: ["argparse", "json"])  # names of modules
 
     def problems(self) -> list[Problem]:
