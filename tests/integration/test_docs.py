@@ -218,7 +218,8 @@ def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Checks the words of a command that runs a module or a launcher."""
     start = next((i for i, word in enumerate(words) if word in ("-m", "--module")), None)
     if start is None:
-        assert (ROOT / words[1]).is_file(), words
+        program = ROOT / words[1]
+        assert (program / "__main__.py" if program.is_dir() else program).is_file(), words
         return
     module, rest = words[start + 1], words[start + 2 :]
     assert (ROOT / module.replace(".", "/")).exists() or (ROOT / f"{module.replace('.', '/')}.py").exists(), words
