@@ -94,7 +94,7 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
     torch.save(part, out / f"{name}.{placement.rank}.pt")
 
 
-def check_the_sum_s_precision(context: ContextParallel) -> None:
+def check_gradient_sum_precision(context: ContextParallel) -> None:
     """Checks that gradients are summed in fp32: rank 0 has 256 and the others 1, which a bf16 sum would lose (its step at 256 is 2)."""
     k = torch.zeros(2, 1, 4, dtype=torch.bfloat16, requires_grad=True)
     whole, _ = context.gather(k, k.detach())
@@ -104,7 +104,7 @@ def check_the_sum_s_precision(context: ContextParallel) -> None:
     assert wanted != 256.0 and torch.equal(k.grad, torch.full_like(k.grad, float(wanted))), k.grad
 
 
-def check_the_order(context: ContextParallel) -> None:
+def check_gather_order(context: ContextParallel) -> None:
     """Checks that gathering restores what was split, and that each token's gradient is the sum over all ranks."""
     tokens = 8 * context.size
     whole = torch.arange(tokens * 6, dtype=torch.float64).view(tokens, 2, 3)
@@ -131,9 +131,9 @@ def main() -> None:
     for layout, names in by_layout:
         placement = start(layout, seed=1)
         context = ContextParallel(placement.groups.cp)
-        check_the_order(context)
+        check_gather_order(context)
         if context.size == 4:
-            check_the_sum_s_precision(context)
+            check_gradient_sum_precision(context)
         for name in names:
             run_case(name, configs[name], placement, out)
         dist.barrier()

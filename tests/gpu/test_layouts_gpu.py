@@ -1,5 +1,5 @@
-"""Layouts of two GPUs train as one GPU does: in fp32 to 1e-5 in every gradient, in bf16 and FP8
-with the kernels about as far from fp32 as one GPU does.
+"""Layouts of two GPUs train like one GPU: in fp32 to 1e-5 in every gradient, in bf16 and FP8
+with the kernels about as far from fp32 as one GPU.
 
 The cases run in the processes of tests/support/layout_worker.py, started by torchrun over NCCL.
 """

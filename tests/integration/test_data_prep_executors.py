@@ -1,7 +1,7 @@
 """Slurm arrays and Ray write the same shards as this machine does, and a failing task ends the command and is named.
 
-Ray is the real thing, a cluster of several processes on this machine. Slurm is the real thing where a controller answers `sinfo` and
-has a partition; elsewhere programs of the same names stand in, which read the batch script and run the array's tasks as processes.
+Ray is a real cluster of several processes on this machine. Slurm is real if a controller answers `sinfo` and
+has a partition. Elsewhere programs of the same names replace it: they read the batch script and run the array's tasks as processes.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ def has_slurm() -> bool:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Puts Slurm's programs on PATH and returns whether they are real."""
+    """Puts Slurm's programs on PATH and returns which ones: real or stand-in."""
     if has_slurm():
         return "real"
     (tmp_path / "bin").mkdir()

@@ -49,7 +49,7 @@ def layout_of(ends=ENDS, tokens=T, **options):
     return build_layout(ends, num_tokens=tokens, block_size=2, **options)
 
 
-class Elsewhere(torch.Tensor):
+class OffCpuTensor(torch.Tensor):
     """A tensor whose `is_cpu` is False."""
 
     is_cpu = False
@@ -116,7 +116,7 @@ def test_unchecked_boundaries_are_sorted():
         ([0, 2**40], [0, 24, 24]),
         ([0, 30, 12], [0, 24, 24, 24]),
     ):
-        assert document_ends(torch.tensor(given).as_subclass(Elsewhere), T).tolist() == wanted
+        assert document_ends(torch.tensor(given).as_subclass(OffCpuTensor), T).tolist() == wanted
 
 
 def test_layout_checks_its_arrays_on_construction():
@@ -492,7 +492,7 @@ def test_gpu_reference_equals_cpu_reference():
     grad, results = draw(T, 4, 16, seed=8), []
     indices = select_blocks(*streams()[:2], **BLOCKS, cu_seqlens=ENDS)
     indices[12, 0] = -1
-    for kind in (torch.Tensor, Elsewhere):
+    for kind in (torch.Tensor, OffCpuTensor):
         leaves = [x.as_subclass(kind).requires_grad_() for x in streams()]
         with torch.no_grad():
             leaves[2][4] = torch.nan

@@ -181,7 +181,7 @@ TAKES = {
 }
 
 
-def misfits(name: str, x: torch.Tensor):
+def bad_tensors(name: str, x: torch.Tensor):
     """Yields (what is wrong, tensor) for one tensor argument."""
     yield "a list", x.tolist()
     yield "None", None
@@ -228,8 +228,8 @@ def refusal(operator: Operator, how: str, **changed: Any) -> str | None:
     return None
 
 
-def faults(operator: Operator, argument: str, what: object, wrong: object) -> list[tuple]:
-    """Returns how the refusal of an argument violates the rules, one line each."""
+def refusal_faults(operator: Operator, argument: str, what: object, wrong: object) -> list[tuple]:
+    """Returns what is wrong with an argument's refusal: accepted, different messages, or a message without its name."""
     sentences = [refusal(operator, impl, **{argument: wrong}) for impl in IMPLS]
     if sentences[0] is None:
         return [(argument, what, "is accepted")]
@@ -241,9 +241,9 @@ def faults(operator: Operator, argument: str, what: object, wrong: object) -> li
 def test_bad_tensor_gets_the_same_message_from_both_implementations(name):
     found = []
     for argument, x in OPERATORS[name].tensors.items():
-        for what, wrong in misfits(argument, x):
+        for what, wrong in bad_tensors(argument, x):
             if (name, argument, what) not in FITS:
-                found += faults(OPERATORS[name], argument, what, wrong)
+                found += refusal_faults(OPERATORS[name], argument, what, wrong)
     assert not found
 
 
@@ -252,5 +252,5 @@ def test_bad_number_gets_the_same_message_from_both_implementations(name):
     found = []
     for argument in TAKES[name]:
         for wrong in NUMBERS[argument]:
-            found += faults(OPERATORS[name], argument, wrong, wrong)
+            found += refusal_faults(OPERATORS[name], argument, wrong, wrong)
     assert not found

@@ -30,7 +30,7 @@ def close(got, want, dtype):
         require_as_near(got, want.to(dtype), want, factor=1.05)
 
 
-def turned_by_hand(x, angle):
+def rotated_reference(x, angle):
     """Returns [tokens, heads, D] in float64, rotated pair by pair."""
     half = x.shape[-1] // 2
     out = torch.empty_like(x)
@@ -61,8 +61,8 @@ def test_qkv_rope(tokens, kv_heads, group, head_dim, gates, dtype, impl):
     wide = mixed.detach().double().requires_grad_()
     parts = wide.view(tokens, kv_heads, width)
     rows, angle = group * head_dim, angles[positions].double()
-    q = turned_by_hand(parts[..., :rows].reshape(tokens, kv_heads * group, head_dim), angle)
-    k = turned_by_hand(parts[..., rows : rows + head_dim], angle)
+    q = rotated_reference(parts[..., :rows].reshape(tokens, kv_heads * group, head_dim), angle)
+    k = rotated_reference(parts[..., rows : rows + head_dim], angle)
     wanted = [q, k, parts[..., rows + head_dim : rows + 2 * head_dim]]
     if gates:
         wanted.append(parts[..., rows + 2 * head_dim :].reshape(tokens, -1))

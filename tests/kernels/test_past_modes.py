@@ -9,7 +9,7 @@ import ssa_kernels
 ENDS = torch.tensor([0, 5, 12])
 
 
-class Nothing(TorchFunctionMode):
+class RefuseAll(TorchFunctionMode):
     """A mode that refuses every torch operation."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -44,7 +44,7 @@ mixed, angles, positions = draw(12, 2 * (2 * 8 + 8 + 8 + 2)), draw(12, 8), torch
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator_bypasses_a_mode_with_equal_results(name):
     wanted = OPERATORS[name]()
-    with Nothing():
+    with RefuseAll():
         found = OPERATORS[name]()
     for one, same in zip(_tensors(found), _tensors(wanted), strict=True):
         assert torch.equal(one, same)
@@ -55,6 +55,6 @@ def _tensors(result):
 
 
 def test_mode_is_active_again_afterwards():
-    with Nothing(), pytest.raises(AssertionError, match="went through the mode"):
+    with RefuseAll(), pytest.raises(AssertionError, match="went through the mode"):
         ssa_kernels.swiglu(draws)
         draws.sum()

@@ -64,7 +64,7 @@ def test_gradcheck_of_both_streams():
     assert torch.autograd.gradcheck(lambda q, k, v: full_attention(q, k, v, cu_seqlens=cu_seqlens)[0], (q, k, v))
 
 
-def plainly(q, k, v, mask):
+def plain_attention(q, k, v, mask):
     """Returns o and lse of attention as plain torch operations in the inputs' dtype, head by head."""
     outs, lses = [], []
     for head in range(q.shape[1]):
@@ -82,7 +82,9 @@ def test_low_precision_error_is_at_most_that_of_plain_operations(dtype):
     mask = oracle.visible(indices, RAGGED, 125, 4, 8)
     found = sparse_attention(q, k, v, indices, block_size=8, cu_seqlens=torch.tensor(RAGGED))
     assert found[0].dtype == dtype and found[1].dtype == torch.float32
-    for got, plain, exact in zip(found, plainly(q, k, v, mask), oracle.attention(q, k, v, mask, SCALE), strict=True):
+    for got, plain, exact in zip(
+        found, plain_attention(q, k, v, mask), oracle.attention(q, k, v, mask, SCALE), strict=True
+    ):
         require_as_near(got, plain, exact, factor=1.0 if dtype == torch.bfloat16 else 2.0)
 
 

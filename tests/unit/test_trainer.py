@@ -23,7 +23,7 @@ from ssa_pretrain.trainer import banner_facts, flops_per_token
 from support.small_datasets import cut, write_dataset
 
 
-def a_run(config: Config, folder: Path, *, manifest=None, rows=None) -> Run:
+def make_run(config: Config, folder: Path, *, manifest=None, rows=None) -> Run:
     """Returns a run on a CPU without engine and plan."""
     placement = SimpleNamespace(is_rank_0=True, device=SimpleNamespace(type="cpu"))
     return Run(config, None, placement, manifest, None, rows, None, folder)
@@ -78,7 +78,7 @@ def test_checkpoint_keeps_its_row_order(tmp_path, monkeypatch):
     lines = []
 
     def restored(changes: dict) -> tuple[list[int], dict]:
-        run = a_run(config, tmp_path, manifest=manifest, rows=training_rows(config, manifest))
+        run = make_run(config, tmp_path, manifest=manifest, rows=training_rows(config, manifest))
         run.plan, run.engine = SimpleNamespace(padded_vocab_size=30_016), SimpleNamespace(load=lambda _: None)
         written = run.contract()
         assert written.pop("data.order") == 2
@@ -116,7 +116,7 @@ def test_banner_warns_of_blocks_that_cover_the_row(tmp_path):
     for length in (256, 272):
         config = Config()
         config.data.sequence_length = length
-        run = a_run(config, tmp_path)
+        run = make_run(config, tmp_path)
         run.plan = plan
         found.append(banner_facts(run).get("warning"))
     assert found[0].startswith("attention.top_k=16 blocks") and found[1] is None
@@ -160,7 +160,7 @@ def test_run_whose_wandb_lacks_records_is_not_finished(tmp_path, state, mode, ow
         (tmp_path / "wandb.json").write_text(json.dumps({"id": "x", "received": state}))
     config = Config()
     config.training.steps, config.logging.wandb.mode = 4, mode
-    run = a_run(config, tmp_path)
+    run = make_run(config, tmp_path)
     run.plan = SimpleNamespace(steps=4)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

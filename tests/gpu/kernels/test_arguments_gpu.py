@@ -1,4 +1,4 @@
-"""Arguments of the public operators on a GPU: views equal contiguous copies bit for bit without waiting, bad arguments are refused, bad values are harmless.
+"""Arguments of the public operators on a GPU: views equal contiguous copies, bad arguments are refused, bad values are harmless.
 
 tests/kernels/test_arguments.py is the same on a CPU, for every argument; here are the kernels that exist on a GPU only, with their vector loads,
 asynchronous copies and libraries, and the values that nothing looks at there.
@@ -101,7 +101,7 @@ VIEWS = {
 
 
 def results(call, tensors, view_grad):
-    """Returns outputs and gradients. The incoming gradient of each output is one."""
+    """Returns outputs and gradients, for incoming gradients with fixed values. `view_grad` makes views of those."""
     leaves = {n: x.detach() for n, x in tensors.items()}
     wanted = [x.requires_grad_() for n, x in leaves.items() if n in DIFFERENTIABLE]
     out = call(**leaves)

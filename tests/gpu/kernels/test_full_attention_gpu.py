@@ -16,7 +16,7 @@ PACKED = [
 LENGTHS = [1, 15, 0, 16, 17, 300, 0, 129, 34]
 
 
-def plainly(q, k, v, lengths, scale):
+def plain_attention(q, k, v, lengths, scale):
     """Returns o and lse of one document after another by plain operations in the inputs' precision, differentiable."""
     outs, lses, start = [], [], 0
     group = q.shape[1] // k.shape[1]
@@ -47,9 +47,9 @@ def check(inputs, lengths, scale=None, **options):
     grads = torch.autograd.grad(o, inputs, grad)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     scale = inputs[0].shape[-1] ** -0.5 if scale is None else scale
-    want_o, want_lse = plainly(*exact, lengths, scale)
+    want_o, want_lse = plain_attention(*exact, lengths, scale)
     want_grads = torch.autograd.grad(want_o, exact, grad.double())
-    plain_o, _ = plainly(*inputs, lengths, scale)
+    plain_o, _ = plain_attention(*inputs, lengths, scale)
     plain_grads = torch.autograd.grad(plain_o, inputs, grad)
     require_as_near(o, plain_o, want_o, factor=1.2, name="o")
     assert lse.dtype == torch.float32 and lse.is_contiguous() and not lse.requires_grad

@@ -64,7 +64,7 @@ def dense(q, k, v, mask, scale):
     return (weights @ v).transpose(0, 1), logits.detach().double().logsumexp(-1).T
 
 
-def plainly(q, k, v, do, mask):
+def plain_attention(q, k, v, do, mask):
     """Returns o, lse, dq, dk, dv of plain operations in the inputs' precision."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     o, lse = dense(*leaves, mask, q.shape[-1] ** -0.5)
@@ -98,7 +98,7 @@ def check(
     indices = random_choices(layout, lists or kv_heads, top_k, kind=kind)
     mask = visible(indices, layout, heads)
     ours = run(q, k, v, do, indices, layout)
-    exact, plain = (plainly(*inputs, mask) for inputs in ([x.double() for x in (q, k, v, do)], (q, k, v, do)))
+    exact, plain = (plain_attention(*inputs, mask) for inputs in ([x.double() for x in (q, k, v, do)], (q, k, v, do)))
     for name, got, low, right in zip(("o", "lse", "dq", "dk", "dv"), ours, plain, exact, strict=True):
         if name == "lse":
             torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=2e-5)
@@ -165,7 +165,7 @@ def test_choosing_all_blocks_equals_full_attention():
     full = torch.nn.functional.scaled_dot_product_attention(
         *(x.double() for x in parts), is_causal=True, enable_gqa=True
     )
-    plain = plainly(q, k, v, do, visible(indices, layout, 16))[0]
+    plain = plain_attention(q, k, v, do, visible(indices, layout, 16))[0]
     require_as_near(o[:200], plain[:200], full[0].transpose(0, 1), factor=2.0)
 
 
@@ -225,7 +225,7 @@ def test_subset_of_queries():
     rest[part] = False
     others = rest.nonzero()[:, 0]
     theirs = run(q[others], k, v, do[others], indices[others].contiguous(), query_slice(layout, others))
-    exact = plainly(*(x.double() for x in (q, k, v, do)), visible(indices, layout, 16))
+    exact = plain_attention(*(x.double() for x in (q, k, v, do)), visible(indices, layout, 16))
     for name, a, b, c, right in zip(("dk", "dv"), whole[3:], ours[3:], theirs[3:], exact[3:], strict=True):
         require_as_near(b.float() + c.float(), a, right, factor=2.0, name=name)
 
@@ -238,7 +238,7 @@ def test_precomputed_delta():
     own = sparse_attention_backward(q, k, v, indices, o, lse, do, layout, 0.125)
     delta = (o.float() * do.float()).sum(-1)
     given = sparse_attention_backward(q, k, v, indices, None, lse, do, layout, 0.125, delta=delta)
-    exact = plainly(*(x.double() for x in (q, k, v, do)), visible(indices, layout, 16))
+    exact = plain_attention(*(x.double() for x in (q, k, v, do)), visible(indices, layout, 16))
     for a, b, right in zip(own, given, exact[2:], strict=True):
         require_as_near(b, a, right, factor=1.5)
 

@@ -198,7 +198,7 @@ def test_without_weights_all_rows_are_read_equally_often(tmp_path):
     assert sorted(small) == [20_000, 20_000 + LENGTH]
     found = readings(manifest, {}, LENGTH, 3 * 501)
     assert [(r.part.name, r.rows, r.epochs) for r in found] == [("large", 3 * 499, 3.0), ("small", 3 * 2, 3.0)]
-    assert [r.source.tail for r in found] == [LENGTH - 1, LENGTH + 4]
+    assert [r.part.tail for r in found] == [LENGTH - 1, LENGTH + 4]
 
 
 def test_readings_equal_the_rows_read(manifest):

@@ -51,7 +51,7 @@ def run(*modes: str, patience: float = 30, reports: bool = True) -> tuple[int, s
 
 
 @pytest.fixture(autouse=True)
-def as_started_from_a_terminal() -> Iterator[None]:
+def default_signals() -> Iterator[None]:
     """Restores signals that the parent of the tests ignores, as nohup does."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Runs support/model_checks.py in a separate process: the engine redirects torch's CUDA calls for its whole process, which must not affect other tests."""
+"""Runs support/model_checks.py in a separate process, because the engine redirects torch's CUDA calls for its whole process."""
 
 import os
 import subprocess

@@ -34,7 +34,7 @@ class Clock:
         return self.now
 
 
-def a_step(step: int) -> dict:
+def make_step(step: int) -> dict:
     return {
         "step": step,
         "tokens": 100 * step,
@@ -45,7 +45,7 @@ def a_step(step: int) -> dict:
     }
 
 
-def an_evaluation(step: int, mode: str) -> dict:
+def make_evaluation(step: int, mode: str) -> dict:
     return {
         "step": step,
         "tokens": 100 * step,
@@ -69,8 +69,8 @@ def logger(folder: Path, **options: object) -> MetricsLogger:
 def test_flops_may_differ_by_step(tmp_path: Path) -> None:
     """FLOPs per token depend on document lengths."""
     with logger(tmp_path, flops_per_token=1e9, peak_flops=1e12) as metrics:
-        metrics.log_step(a_step(1))
-        metrics.log_step(a_step(2), 5e8)
+        metrics.log_step(make_step(1))
+        metrics.log_step(make_step(2), 5e8)
     first, second = read_records(tmp_path / "metrics.jsonl")
     for record, flops_per_token in ((first, 1e9), (second, 5e8)):
         assert record["tflops_per_second"] == pytest.approx(record["tokens_per_second"] * flops_per_token / 1e12)
@@ -81,24 +81,24 @@ def test_every_record_is_one_line_with_its_keys(tmp_path: Path) -> None:
     clock = Clock()
     with logger(tmp_path, clock=clock, flops_per_token=1e9, peak_flops=1e12) as metrics:
         clock.now += 2
-        metrics.log_step(a_step(1))
-        metrics.log_evaluation(an_evaluation(1, "sparse"))
+        metrics.log_step(make_step(1))
+        metrics.log_evaluation(make_evaluation(1, "sparse"))
     train, evaluation = (json.loads(line) for line in (tmp_path / FILE_NAME).read_text().splitlines())
     assert train == {
         "kind": "train",
-        **a_step(1),
+        **make_step(1),
         "tokens_per_second": 50.0,
         "tflops_per_second": 0.05,
         "mfu": 0.05,
         "seconds": 2.0,
         "eta_seconds": 18.0,
     }
-    assert evaluation == {"kind": "evaluation", **an_evaluation(1, "sparse"), "perplexity": pytest.approx(math.e**2)}
+    assert evaluation == {"kind": "evaluation", **make_evaluation(1, "sparse"), "perplexity": pytest.approx(math.e**2)}
 
 
 def test_record_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     metrics = logger(tmp_path)
-    metrics.log_step(a_step(1))
+    metrics.log_step(make_step(1))
     assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == [1]
     metrics.close()
     metrics.close()
@@ -106,14 +106,14 @@ def test_record_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
 
 def test_resume_leaves_no_gap_and_no_duplicate(tmp_path: Path) -> None:
     with logger(tmp_path) as metrics:
-        metrics.log_evaluation(an_evaluation(0, "full"))
+        metrics.log_evaluation(make_evaluation(0, "full"))
         for step in range(1, 8):
-            metrics.log_step(a_step(step))
+            metrics.log_step(make_step(step))
             if step in (4, 6):
-                metrics.log_evaluation(an_evaluation(step, "full"))
+                metrics.log_evaluation(make_evaluation(step, "full"))
     with logger(tmp_path, resume_step=4) as metrics:
         for step in range(5, 11):
-            metrics.log_step(a_step(step))
+            metrics.log_step(make_step(step))
     records = list(read_records(tmp_path / FILE_NAME))
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 11))
     assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 4]
@@ -121,10 +121,10 @@ def test_resume_leaves_no_gap_and_no_duplicate(tmp_path: Path) -> None:
 
 def test_new_run_starts_a_new_file(tmp_path: Path) -> None:
     with logger(tmp_path) as metrics:
-        metrics.log_evaluation(an_evaluation(0, "full"))
-        metrics.log_step(a_step(1))
+        metrics.log_evaluation(make_evaluation(0, "full"))
+        metrics.log_step(make_step(1))
     with logger(tmp_path) as metrics:
-        metrics.log_evaluation(an_evaluation(0, "full"))
+        metrics.log_evaluation(make_evaluation(0, "full"))
     assert [r["step"] for r in read_records(tmp_path / FILE_NAME)] == [0]
 
 
@@ -133,7 +133,7 @@ def test_incomplete_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
     """The last of three lines is truncated at any byte: the first two stay, and the next record starts on a new line."""
     with logger(tmp_path) as metrics:
         for step in (1, 2, 3):
-            metrics.log_step(a_step(step))
+            metrics.log_step(make_step(step))
     path = tmp_path / FILE_NAME
     whole = path.read_bytes().splitlines(keepends=True)
     cut = whole[2][:-1] if kept == -1 else whole[2][:kept]
@@ -141,7 +141,7 @@ def test_incomplete_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
     complete = [1, 2, 3] if kept == -1 else [1, 2]  # without its newline only, a record is complete
     assert [r["step"] for r in read_records(path)] == complete
     with logger(tmp_path, resume_step=2) as metrics:
-        metrics.log_step(a_step(3))
+        metrics.log_step(make_step(3))
     assert [r["step"] for r in read_records(path)] == [1, 2, 3]
     assert path.read_bytes().count(b"\n") == 3
 
@@ -175,14 +175,14 @@ def test_file_with_a_bad_line_is_renamed_and_the_run_continues(
 ) -> None:
     with logger(tmp_path) as metrics:
         for step in (1, 2, 3):
-            metrics.log_step(a_step(step))
+            metrics.log_step(make_step(step))
     path = tmp_path / FILE_NAME
     lines = path.read_bytes().splitlines(keepends=True)
     lines.insert(place, bad)
     path.write_bytes(b"".join(lines))
     printed = io.StringIO()
     with logger(tmp_path, resume_step=2, console=Console(total_steps=10, stream=printed)) as metrics:
-        metrics.log_step(a_step(3))
+        metrics.log_step(make_step(3))
     assert [r["step"] for r in read_records(path)] == [1, 2, 3]
     assert f"{path}:{place + 1} {problem}: the file was kept as metrics.jsonl.damaged-1, and the run continues" in (
         printed.getvalue()
@@ -210,14 +210,14 @@ def test_dropped_records_are_counted_and_no_temporary_file_is_left(tmp_path: Pat
     assert drop_records_after(path, 5) == 0
     with logger(tmp_path) as metrics:
         for step in (1, 2, 3):
-            metrics.log_step(a_step(step))
+            metrics.log_step(make_step(step))
     assert drop_records_after(path, 2) == 1
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 
 def test_non_finite_values_become_null(tmp_path: Path) -> None:
     with logger(tmp_path) as metrics:
-        metrics.log_step(a_step(1) | {"loss": float("nan"), "captured_mass_by_layer": [0.5, float("inf")]})
+        metrics.log_step(make_step(1) | {"loss": float("nan"), "captured_mass_by_layer": [0.5, float("inf")]})
     record = json.loads(
         (tmp_path / FILE_NAME).read_text(), parse_constant=lambda text: pytest.fail(f"{text} in the file")
     )
@@ -226,8 +226,8 @@ def test_non_finite_values_become_null(tmp_path: Path) -> None:
 
 def test_disabled_logger_writes_nothing(tmp_path: Path) -> None:
     with logger(tmp_path / "run", enabled=False) as metrics:
-        metrics.log_step(a_step(1))
-        metrics.log_evaluation(an_evaluation(1, "full"))
+        metrics.log_step(make_step(1))
+        metrics.log_evaluation(make_evaluation(1, "full"))
     assert not (tmp_path / "run").exists()
 
 
@@ -235,7 +235,7 @@ def test_console_prints_the_first_the_last_and_every_interval_step(tmp_path: Pat
     stream = io.StringIO()
     with logger(tmp_path, interval=4, console=Console(total_steps=10, stream=stream)) as metrics:
         for step in range(1, 11):
-            metrics.log_step(a_step(step))
+            metrics.log_step(make_step(step))
     assert [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()] == [1, 4, 8, 10]
 
 
@@ -320,10 +320,10 @@ def test_full_disk_neither_stops_the_run_nor_loses_a_record(tmp_path: Path) -> N
     disk = Full(log._file, room=300)  # type: ignore[arg-type]
     log._file = disk  # type: ignore[assignment]
     for step in range(1, 9):
-        log.log_step(a_step(step))
+        log.log_step(make_step(step))
     assert stream.getvalue().count("metrics.jsonl cannot be written (No space left on device)") == 1
     disk.room = 1_000_000
-    log.log_step(a_step(9))
+    log.log_step(make_step(9))
     log.close()
     assert stream.getvalue().count("metrics.jsonl can be written again and has all records") == 1
     assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == list(range(1, 10))
@@ -331,11 +331,11 @@ def test_full_disk_neither_stops_the_run_nor_loses_a_record(tmp_path: Path) -> N
 
 def test_logger_knows_evaluations_before_and_after_a_resume(tmp_path: Path) -> None:
     with logger(tmp_path) as log:
-        log.log_step(a_step(1))
-        log.log_evaluation(an_evaluation(1, "full"))
+        log.log_step(make_step(1))
+        log.log_evaluation(make_evaluation(1, "full"))
         assert log.evaluated == {(1, "full")}
     with logger(tmp_path, resume_step=1) as log:
-        log.log_evaluation(an_evaluation(1, "sparse"))
+        log.log_evaluation(make_evaluation(1, "sparse"))
         assert log.evaluated == {(1, "full"), (1, "sparse")}
 
 
@@ -343,9 +343,9 @@ def test_evaluations_are_read_without_a_logger(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert evaluations(path) == set()
     with logger(tmp_path) as metrics:
-        metrics.log_step(a_step(1))
-        metrics.log_evaluation(an_evaluation(1, "full"))
-        metrics.log_evaluation(an_evaluation(1, "sparse"))
+        metrics.log_step(make_step(1))
+        metrics.log_evaluation(make_evaluation(1, "full"))
+        metrics.log_evaluation(make_evaluation(1, "sparse"))
     path.write_bytes(b"no record\n" + path.read_bytes() + b'{"kind": "evalu')
     before = path.read_bytes()
     assert evaluations(path) == {(1, "full"), (1, "sparse")}

@@ -19,7 +19,7 @@ ONE_PROCESS = SimpleNamespace(world_size=1, is_rank_0=True)
 
 
 @pytest.fixture(autouse=True)
-def as_started_from_a_terminal() -> Iterator[None]:
+def default_signals() -> Iterator[None]:
     """Restores signals that the parent of the tests ignores, as nohup does."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)

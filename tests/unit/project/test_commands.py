@@ -1,4 +1,4 @@
-"""What every command shares: --help exits with 0, a closed pipe is not an error, --version is the project's, and no benchmark case is too large for the machine."""
+"""What every command shares: --help, --version, closed pipes, bad arguments; and the benchmark refuses cases too large for the machine."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ PRINTING = {
 
 
 @pytest.fixture(scope="module")
-def into_a_closed_pipe() -> dict[str, tuple[int, str]]:
+def closed_pipe_results() -> dict[str, tuple[int, str]]:
     """Returns the exit code and stderr of each printing command, --cfg and --explain included, whose pipe is closed before it prints."""
     commands = {module: [module, *arguments] for module, arguments in PRINTING.items()}
     commands |= {"--cfg": ["ssa_pretrain.train", "--cfg", "job"], "--explain": ["ssa_pretrain.train", "--explain"]}
@@ -48,8 +48,8 @@ def into_a_closed_pipe() -> dict[str, tuple[int, str]]:
 
 
 @pytest.mark.parametrize("name", [*PRINTING, "--cfg", "--explain", "data_prep --cfg"])
-def test_closed_pipe_causes_no_traceback(name: str, into_a_closed_pipe: dict[str, tuple[int, str]]) -> None:
-    code, errors = into_a_closed_pipe[name]
+def test_closed_pipe_causes_no_traceback(name: str, closed_pipe_results: dict[str, tuple[int, str]]) -> None:
+    code, errors = closed_pipe_results[name]
     assert errors == ""
     assert code in (0, 141)
 

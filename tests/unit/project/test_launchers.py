@@ -11,7 +11,7 @@ import pytest
 from support.processes import ROOT
 
 
-def outside_make() -> dict[str, str]:
+def environment_without_make() -> dict[str, str]:
     """Returns this process's variables without those that tell make that it runs inside make: `make test` started the tests."""
     return {
         name: value
@@ -248,7 +248,7 @@ def test_make_refuses_folder_names_with_spaces(target: str, name: str, folder: s
     done = subprocess.run(
         ["make", "--dry-run", target, f"{name}={folder}"],
         cwd=ROOT,
-        env=outside_make(),
+        env=environment_without_make(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -261,7 +261,7 @@ def test_make_clean_removes_the_given_folders() -> None:
     done = subprocess.run(
         ["make", "--dry-run", "clean", "OUT=/tmp/o", "VENV=/tmp/v"],
         cwd=ROOT,
-        env=outside_make(),
+        env=environment_without_make(),
         capture_output=True,
         text=True,
         timeout=60,

@@ -17,7 +17,7 @@ from ssa_pretrain.settings.suggestions import closest, typing_distance
 KEYS = list(known_keys(Config))
 
 
-def edits_apart(a: str, b: str) -> int:
+def reference_distance(a: str, b: str) -> int:
     """Returns the Damerau-Levenshtein distance (optimal string alignment) with every edit at 1, independent of the project's code."""
     table = {(i, 0): i for i in range(len(a) + 1)} | {(0, j): j for j in range(len(b) + 1)}
     for i in range(1, len(a) + 1):
@@ -51,7 +51,11 @@ def typing_errors(count: int) -> dict[str, str]:
         key = draw.choice(KEYS)
         typed = slip(key, draw)
         candidates = [other for other in KEYS if abs(len(other) - len(typed)) <= 1]
-        if typed not in KEYS and typed[0] != "." and sum(edits_apart(typed, other) <= 1 for other in candidates) == 1:
+        if (
+            typed not in KEYS
+            and typed[0] != "."
+            and sum(reference_distance(typed, other) <= 1 for other in candidates) == 1
+        ):
             errors[typed] = key
     return errors
 
@@ -74,7 +78,7 @@ def test_mistyped_options_get_the_right_option_first(option: str) -> None:
     options = ["llama_1b", "llama_300m", "llama_3b", "llama_8b", "quickstart", "tiny"]
     for _ in range(50):
         typed = slip(option, draw)
-        if sum(edits_apart(typed, other) <= 1 for other in options) == 1:
+        if sum(reference_distance(typed, other) <= 1 for other in options) == 1:
             assert closest(typed, options)[0] == option
 
 
@@ -122,7 +126,7 @@ def test_distance_counts_edits_and_common_slips_cost_less() -> None:
     draw = random.Random(7)
     for _ in range(300):
         a, b = ("".join(draw.choices("abc_", k=draw.randint(0, 6))) for _ in range(2))
-        assert 0.2 * edits_apart(a, b) <= typing_distance(a, b) <= edits_apart(a, b)
+        assert 0.2 * reference_distance(a, b) <= typing_distance(a, b) <= reference_distance(a, b)
         assert (typing_distance(a, b) == 0) == (a == b)
     assert typing_distance("ab", "ba") == typing_distance("aab", "ab") == typing_distance("qw", "qq") == 0.8
     assert typing_distance("ax", "ab") == typing_distance("axb", "ab") == 1.0
