@@ -61,7 +61,7 @@ def measure_cases(arguments: Sequence[str], world_size: int) -> None:
     from ssa_pretrain.bench.cases import CASES, LAYOUTS
     from ssa_pretrain.bench.measure import measure
     from ssa_pretrain.bench.tables import append, read, write_ratios
-    from ssa_pretrain.parallel.state import leave_layout, start, stop
+    from ssa_pretrain.parallel.state import reset_layout, start, stop
 
     for case in options.cases:
         config = bench_config(options, **LAYOUTS.get(case, {}))
@@ -70,7 +70,7 @@ def measure_cases(arguments: Sequence[str], world_size: int) -> None:
         if placement.is_rank_0:
             append(folder, results)
             print(write_ratios(folder, read(folder)), flush=True)
-        leave_layout()
+        reset_layout()
     stop()
 
 

@@ -41,7 +41,7 @@ class Placement:
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether this process does what only one process may do, such as writing records."""
+        """Whether this process does the work that only one process may do, such as writing records."""
         return self.rank == 0
 
 
@@ -125,14 +125,14 @@ def joined(parallel: ParallelConfig, *, seed: int) -> Iterator[Placement]:
     stop()
 
 
-def leave_layout() -> None:
+def reset_layout() -> None:
     """Drops the degrees so that `start` can set others; the processes stay joined, because a launcher's store remembers earlier members."""
     parallel_state.destroy_model_parallel()
 
 
 def stop() -> None:
     """Leaves the process group."""
-    leave_layout()
+    reset_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """Full attention by the installed libraries' fused kernels, behind one forward and one backward.
 
-The kernel is chosen from shapes, explicit arguments and what is installed, never from values on the device:
+The kernel is chosen from shapes, explicit arguments and the installed libraries, never from values on the device:
 
 - `cudnn`: torch's cuDNN attention, if the caller states that the tokens are `num_rows` rows of equal length, one document each.
 - `te`: Transformer Engine's cuDNN attention on packed documents, if it is installed (te.py). On request it also takes equal rows.
@@ -30,7 +30,7 @@ MIN_CUDNN_ROW = 128
 
 @dataclass(frozen=True, slots=True)
 class FusedPlan:
-    """What the backward must know of its forward. Everything is on the host."""
+    """The choices of a forward that its backward needs. Everything is on the host."""
 
     backend: str
     num_rows: int  # 0 for packed documents

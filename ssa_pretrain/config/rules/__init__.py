@@ -21,7 +21,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
 
     Args:
         config: the typed configuration.
-        machine: what is known about the machine.
+        machine: the machine, as far as it is known.
         wrong: keys that already have problems; a section stands for all its keys.
     """
     rules = (_sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *(FILE_RULES if machine.has_files else ()))
@@ -45,11 +45,11 @@ def warning(config: Config) -> str:
 
 
 def _touches(problem: Problem, wrong: Collection[str]) -> bool:
-    """Whether a problem's key, or one that its rule reads, is wrong already or lies in a section that is."""
+    """Returns whether a problem's key, or a key that its rule reads, already has a problem or lies in a section that has one."""
     keys = (problem.key, *problem.reads)
     return any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in wrong)
 
 
 def _sections(config: Config, _: Machine) -> list[Problem]:
-    """Each section's own rules."""
+    """Applies each section's own rules."""
     return config.problems()

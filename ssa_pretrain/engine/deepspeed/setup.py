@@ -1,4 +1,4 @@
-"""Prepares a process for DeepSpeed, and builds what DeepSpeed is given: the parallel state and the optimizer.
+"""Prepares a process for DeepSpeed, and builds the parallel state and the optimizer that DeepSpeed takes.
 
 DeepSpeed compiles operators on first use into a folder that all its users share, and waits forever for a lock that a killed build left there. Here
 the folder belongs to this project, one per host and set of versions. A build is announced. A lock that no process holds is reported and removed. On
@@ -60,7 +60,7 @@ class TensorParallelState:
 def prepare_process(placement: Placement) -> None:
     """Sets the environment variables that DeepSpeed reads; must run before its first import."""
     os.environ.setdefault("DS_ACCELERATOR", placement.device.type)
-    if "WORLD_SIZE" not in os.environ:  # one process without a launcher: ignore what a pod or a job has set
+    if "WORLD_SIZE" not in os.environ:  # one process without a launcher: ignore the variables of a pod or a job
         os.environ["LOCAL_RANK"] = str(placement.device.index or 0)
     os.environ.setdefault("LOCAL_RANK", str(placement.device.index or 0))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
