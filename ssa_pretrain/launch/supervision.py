@@ -77,6 +77,7 @@ class Supervisor:
         """Takes the seconds that ranks have to stop and save before they are killed, and whether they report their exits."""
         self.stop: signal.Signals | None = None
         self.abandoned = False
+        self._killed_launcher = False  # by this supervisor, because it outlived its ranks
         self._patience, self._reports = patience, reports
         self._signalled_at, self._lost_at = 0.0, math.inf
         self._ranks: dict[int, Process] = {}
@@ -137,7 +138,7 @@ class Supervisor:
             return 1, f"{self.stop.name}: the ranks did not stop within {self._patience:g} s and were killed; {RERUN}"
         if self.stop and (not lost or number in STOP_SIGNALS):
             return ExitCode.STOPPED, f"{self.stop.name}: {NOT_BEGUN}"
-        if code <= 0:
+        if code <= 0 and not (lost and self._killed_launcher):
             how = f"was killed by {number.name}" if number else "returned 0, but the run did not come to its end"
             return 1, f"the launcher's own process {how}; {RERUN}"
         if lost and number:
@@ -213,6 +214,7 @@ class Supervisor:
         deadline = time.monotonic() + (HELPER_SECONDS if process.poll() is not None else 0.0)
         while (remaining := find_processes(self.folder)) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
+        self._killed_launcher = process.poll() is None
         while remaining:
             for one in remaining:
                 one.send(signal.SIGKILL)

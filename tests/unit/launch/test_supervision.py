@@ -108,6 +108,13 @@ def test_killed_rank_is_named_with_its_signal(capfd, other: str) -> None:
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_killed_rank_is_named_if_its_launcher_has_to_be_killed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the launcher may not end before the time for that is over."""
+    monkeypatch.setattr(supervision, "HELPER_SECONDS", 0.0)
+    when(lambda: up(0, 1), lambda: time.sleep(0.6) or os.kill(pid(1), signal.SIGKILL))
+    assert run("deaf", "waits") == (1, f"rank 1 was killed by SIGKILL; {RERUN}")
+
+
 def test_helper_of_a_dying_rank_is_not_taken_for_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment of a dying process is gone before its children get another parent."""
     read, dying, helpers = supervision._environment, [], []
