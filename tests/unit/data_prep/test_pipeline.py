@@ -165,7 +165,11 @@ def test_changed_text_is_found_by_encoding_it_again(run, corpus, tmp_path):
         root, swap
     )  # as if the files of two shards had been given each other's names before they were committed
     code, output = run("stage=validate", "out=d")
-    assert code == 4 and "document 0 is not the text that begins '0: " in output and "(shard text_00000, " in output
+    assert (
+        code == 4
+        and "document 0 does not match the text that begins '0: " in output
+        and "(shard text_00000, " in output
+    )
 
 
 def run_out(run, *arguments: str) -> str:

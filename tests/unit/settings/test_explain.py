@@ -106,7 +106,7 @@ def test_unknown_key_gets_suggestions_and_exits_with_3(
 def test_data_prep_explains_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert data_prep(["--explain", "split.heldout_fraction", "split.heldout_fraction=0.5"]) == 0
     assert capsys.readouterr().out == (
-        "split.heldout_fraction: share of the documents; 1 makes a dataset for measuring only\n"
+        "split.heldout_fraction: share of the documents; 1 makes a dataset for evaluation only\n"
         "  type     number; must lie in 0 to 1\n"
         "  default  0.02\n"
         "  here     0.5\n"

@@ -149,6 +149,6 @@ def test_wheel_that_cannot_be_downloaded_is_named(tmp_path, monkeypatch):
 def test_settings_report_their_problems():
     assert "at least one package" in str(LocalDocsSource().problems()[0])
     (unpinned,) = LocalDocsSource(wheels=["pack"]).problems()
-    assert str(unpinned) == "source.wheels has pack, which names no version; write it as pack==1.2.3"
+    assert str(unpinned) == "source.wheels has pack, which has no version; write it as pack==1.2.3"
     both = LocalDocsSource(packages=["anarchism"], keep_out=["anarchism"])
-    assert "source.keep_out holds anarchism out, and the corpus takes it" in str(both.problems()[0])
+    assert "source.keep_out has anarchism, which the corpus includes" in str(both.problems()[0])
