@@ -1,6 +1,6 @@
 """The choice of an operator's implementation: Triton on CUDA tensors, the plain PyTorch reference elsewhere.
 
-It depends only on what was asked for and where the tensors are. There is no silent fallback: a caller that asks for "triton" gets Triton or
+It depends only on the caller's `impl` and the tensors' device. There is no silent fallback: a caller that asks for "triton" gets Triton or
 an error. CUDA tensors without Triton installed are an error too, because the reference would be slower by orders of magnitude without
 anyone noticing. CPU tensors run Triton kernels only under Triton's interpreter (TRITON_INTERPRET=1 in the environment before Triton is
 imported), which is how the kernels are tested without a GPU.
@@ -50,7 +50,7 @@ def resolve_impl(impl: str | None, tensor: torch.Tensor, operator: str) -> Impl:
     """Returns "triton" or "reference" for an operator whose inputs are on `tensor`'s device.
 
     Args:
-        impl: what the caller asked for; None chooses by device.
+        impl: the caller's choice; None chooses by device.
         tensor: any of the operator's inputs.
         operator: the operator's name, for messages.
 

@@ -81,7 +81,7 @@ def _compiled(kernel: JITFunction, settings: tuple, kinds: tuple, device: int) -
 
 
 def _kind(arg: object) -> object:
-    """Returns what a kernel is specialised for in an argument that is not a tensor, or finer."""
+    """Returns the part of the key for an argument that is not a tensor: at least as fine as the JIT's specialisation."""
     if isinstance(arg, TensorDescriptor):
         return arg.base.dtype, tuple(arg.block_shape), len(arg.shape), arg.base.data_ptr() % 16 == 0
     if isinstance(arg, int):

@@ -129,7 +129,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def _built(build: Callable[[], Built]) -> tuple[Built, int]:
-    """Returns what `build` builds and the bytes that it holds."""
+    """Returns the result of `build` and the bytes that it holds."""
     before = memory_in_use()
     return build(), memory_in_use() - before
 

@@ -87,7 +87,7 @@ def write_ratios(folder: Path, results: Mapping[str, Result]) -> str:
 
 
 def _ratio_lines(found: Sequence[tuple[Goal, float]]) -> list[str]:
-    """The table of ratios with their goals."""
+    """Returns the table of ratios with their goals."""
     lines = ["| ratio | measured | must | aim | |", "|---|---|---|---|---|"]
     for goal, value in found:
         sign = "≤" if goal.of in SMALLER_IS_BETTER else "≥"
@@ -97,7 +97,7 @@ def _ratio_lines(found: Sequence[tuple[Goal, float]]) -> list[str]:
 
 
 def _result_lines(results: Mapping[str, Result]) -> list[str]:
-    """The table of results, with device, versions and command of the newest."""
+    """Returns the table of results, with device, versions and command of the newest."""
     lines = ["| variant | ms | tokens/s per GPU | TFLOP/s per GPU | MFU | peak, GiB |", "|---|---|---|---|---|---|"]
     for result in results.values():
         cells = (
@@ -115,7 +115,7 @@ def _result_lines(results: Mapping[str, Result]) -> list[str]:
 
 
 def _has_goals(result: Result) -> bool:
-    """Whether the goals hold for this model and device."""
+    """Returns whether the goals hold for this model and device."""
     return result.model == "llama_1b" and ("H100" in result.device or "H200" in result.device)
 
 

@@ -54,7 +54,7 @@ def time_in_turns(
 
 
 def _turn(run: Callable[[], object], count: int) -> tuple[float, int | None]:
-    """The mean time of a run in ms, launch gaps included, and the peak memory."""
+    """Returns the mean time of a run in ms, launch gaps included, and the peak memory."""
     if not torch.cuda.is_available():
         begin = time.perf_counter()
         for _ in range(count):

@@ -10,7 +10,7 @@ MICRO_BATCH = "training.micro_batch_size"
 
 
 def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
-    """Returns what a resumed run must share with the run that wrote the checkpoint: everything that decides the losses except layout and schedule.
+    """Returns the facts on which a resumed run and its checkpoint must agree: everything that decides the losses, except layout and schedule.
 
     Args:
         config: the run's configuration.

@@ -21,7 +21,7 @@ class Verdicts:
         self._found: dict[Path, tuple[list[Stamp], str | None]] = {}
 
     def damage(self, folder: Path) -> str | None:
-        """Returns what `find_damage` returns, reading the files only if needed."""
+        """Returns the result of `find_damage`; the files are read only if there is no verdict or they have changed."""
         if not self.knows(folder):
             stamps = _stamps(folder)
             self._found[folder] = (stamps, find_damage(folder))
@@ -37,7 +37,7 @@ class Verdicts:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Returns what is wrong with a published checkpoint's files (a missing file, a size, a sha256), or None; other schemas are not checked."""
+    """Returns the first damage to a published checkpoint's files (a missing file, a size, a sha256); None if intact or of another schema."""
     try:
         record = json.loads((folder / FACTS).read_text())
         if record["schema"] != SCHEMA:

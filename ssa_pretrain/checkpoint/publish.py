@@ -1,7 +1,7 @@
-"""Publishes checkpoints and finds them again; the engine decides what is inside.
+"""Publishes checkpoints and finds them again. The engine writes their content.
 
 A checkpoint is a folder `checkpoints/step_00000100` that appears atomically. The engine writes into a hidden folder beside it. Rank 0 adds
-`checkpoint.json`: the step, the facts that a resume must agree on, and size and sha256 of every file, which the ranks share the work of hashing.
+`checkpoint.json`: the step, the facts that a resume must agree on, and size and sha256 of every file. All ranks take part in the hashing.
 Everything is flushed to disk, and one rename publishes the folder. No pointer names the newest checkpoint, so none can be stale: the newest *intact*
 folder is found by looking. A folder whose files do not match its list is reported and skipped.
 
@@ -62,12 +62,12 @@ def publish(
     Args:
         run_folder: the run's output folder.
         step: optimizer steps done.
-        facts: what a resume must agree on; plain values.
+        facts: the facts that a resume must agree on; plain values.
         write: the engine's save, called on every rank with an empty folder.
         keep: number of newest intact checkpoints that stay.
         is_rank_0: whether this rank publishes.
         report: receives a line for the user.
-        verdicts: what is known of earlier checkpoints; None: nothing.
+        verdicts: verdicts on earlier checkpoints, so that they are not hashed again; None: no verdicts yet.
 
     Returns:
         The published folder.
@@ -197,7 +197,7 @@ def newest(
         is_rank_0: whether this rank reads the files.
         device: of this process.
         report: receives a line for the user.
-        verdicts: receives what is found, for `publish`.
+        verdicts: receives the verdicts, for `publish`.
 
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
@@ -251,7 +251,7 @@ def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_only
     Args:
         found: the checkpoint whose weights will be read.
         wanted: the run's facts.
-        shapes_only: compare only what decides the weights' shapes, so that a new run may change the rest (a longer RoPE). The padded
+        shapes_only: compare only the keys that decide the weights' shapes, so that a new run may change others (a longer RoPE). The padded
             vocabulary is compared; model.vocab_size only if neither is 0, which stands for the tokenizer's.
 
     Raises:
@@ -267,7 +267,7 @@ def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_only
     lines = [line for key, line in changed.items() if key.startswith("model.") or key in decisive]
     if lines:
         raise CheckpointError(
-            f"{found.folder} holds another model ({'; '.join(lines)}); set what it was trained with, or name another checkpoint"
+            f"{found.folder} holds another model ({'; '.join(lines)}); set the model as it was trained, or name another checkpoint"
         )
 
 

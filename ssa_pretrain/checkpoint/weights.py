@@ -1,7 +1,7 @@
 """The common weights format: safetensors with canonical, unsharded names, written and read by every engine, layout and layer spec.
 
-A folder holds `weights.json` (the schema, and every tensor's file and shape) and `*.safetensors` files of a few GB. Names are those of the whole model
-under the local layer spec, with layers counted from 0 over all pipeline stages:
+A folder holds `weights.json` (the schema, and every tensor's file and shape) and `*.safetensors` files of a few GB. Names are those of the
+whole model under the local layer spec, with layers counted from 0 over all pipeline stages:
 
     embedding.word_embeddings.weight                     [padded V, M]
     decoder.layers.N.input_layernorm.weight              [M]

@@ -1,8 +1,8 @@
-"""Advice that holds: what a problem advises is tried out before it is printed.
+"""Tries out the settings that a problem advises before the advice is printed.
 
 A rule knows its own keys, and the value that it advises may break another rule: `training.steps=0` where `training.total_tokens` is 0 as well. So
-each advised setting is put into the configuration and all rules are asked again; what one of them refuses is not advised. Where nothing is left,
-the nearest value that all rules accept is looked for. Sentences that advise no setting stay as they are.
+each advised setting is put into the configuration and all rules run again. A setting that one of them refuses is not advised. If none is left,
+the nearest value that all rules accept is searched for. Sentences that advise no setting stay as they are.
 """
 
 import re
@@ -85,7 +85,7 @@ def with_value(config: Any, key: str, value: Any) -> Any:
 
 
 def _tried(problem: Problem, trial: _Trial) -> Problem:
-    """A problem with advice that holds."""
+    """Returns the problem with advice that all rules accept."""
     kind, named = known_keys(Config).get(problem.key), settings_advised(problem)
     if not named or not (kind in (bool, int, float) or (isinstance(kind, type) and issubclass(kind, Enum))):
         return problem
@@ -100,7 +100,7 @@ def _tried(problem: Problem, trial: _Trial) -> Problem:
 
 
 def _holds(problem: Problem, setting: str, trial: _Trial, *, alone: bool) -> bool:
-    """Whether an advised setting is one that all rules accept; one that is not of the configuration's is believed."""
+    """Returns whether all rules accept an advised setting. A setting that the configuration does not have is not tried: True."""
     key, _, text = setting.partition("=")
     values, kinds = _option(key, text, trial.config) if key in GROUP_KEYS else {key: text}, known_keys(Config)
     if not values.keys() <= kinds.keys():
@@ -112,21 +112,21 @@ def _holds(problem: Problem, setting: str, trial: _Trial, *, alone: bool) -> boo
 
 
 def _option(group: str, name: str, config: Config) -> dict[str, Any]:
-    """What choosing a group's option sets, by dotted key: its file's values, and the defaults of what only the present option's file sets."""
+    """Returns the values that a group's option sets, by dotted key. Keys that only the present option's file sets get their defaults."""
     present = value_of(config, GROUP_KEYS[group]).value
     values = {key: value_of(Config(), key) for key in _option_file(group, present)}
     return values | {GROUP_KEYS[group]: name} | _option_file(group, name)
 
 
 def _option_file(group: str, name: str) -> dict[str, Any]:
-    """The values in an option's file by dotted key; none where there is no such file."""
+    """Returns the values in an option's file by dotted key; empty if there is no such file."""
     path = CONF / group / f"{name}.yaml"
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     return {f"{group}.{key}": value for key, value in (settings or {}).items()}
 
 
 def _nearest(problem: Problem, kind: Any, trial: _Trial, *, alone: bool = False) -> list[Any]:
-    """The values nearest to the one that was given which all rules accept; a second one only if it is near as well."""
+    """Returns the accepted values nearest to the given one: one value, or two if the second is near as well."""
     found, target = [], _number(problem.value) if kind in (int, float) else None
     for value in dict.fromkeys(_candidates(problem, kind, trial)):
         if trial.accepts(problem, {problem.key: value}, alone=alone):
@@ -158,7 +158,7 @@ def _candidates(problem: Problem, kind: Any, trial: _Trial) -> Iterator[Any]:
 
 
 def _batch_unit(trial: _Trial) -> int:
-    """The tokens of one microbatch of all data-parallel ranks."""
+    """Returns the tokens of one microbatch on all data-parallel ranks together."""
     config, parallel = trial.config, trial.config.parallel
     world = parallel.world_size or trial.machine.world_size or 1
     dp = max(1, world // max(1, parallel.tp * parallel.pp * parallel.cp))
@@ -166,7 +166,7 @@ def _batch_unit(trial: _Trial) -> int:
 
 
 def _number(value: Any) -> float | None:
-    """How large a number was meant; a sign is more likely wrong than its digits."""
+    """Returns the magnitude of the number that a user meant, None for other text. A sign is more likely wrong than the digits."""
     try:
         return None if isinstance(value, bool) else min(abs(float(str(value))), 2.0**45)
     except ValueError:

@@ -89,7 +89,7 @@ def launcher_number(name: str, *, default: int) -> int:
 
 
 def _slurm_tasks() -> int:
-    """Number of tasks of this Slurm step, or of the job outside a step; 1 if a launcher joins the processes."""
+    """Returns the number of tasks of this Slurm step, or of the job outside a step; 1 if a launcher joins the processes."""
     if "WORLD_SIZE" in os.environ:
         return 1
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))

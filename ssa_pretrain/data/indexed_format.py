@@ -176,7 +176,7 @@ def check_pair(prefix: Path) -> IndexHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerInfo:
-    """Which tokenizer made the ids."""
+    """The tokenizer that produced the ids."""
 
     file: str  # path of the HF `tokenizers` JSON, relative to the dataset's folder
     sha256: str  # of that file
@@ -188,7 +188,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
-    """One pair of files and what must be true of it."""
+    """One pair of files with their recorded sizes and hashes."""
 
     part: str  # part of the corpus, such as "english"; `name` in JSON
     prefix: str  # path without .bin/.idx, relative to the dataset's folder

@@ -1,4 +1,4 @@
-"""How often the parts of a dataset are read: arithmetic over the manifest, without torch and without opening a file.
+"""The number of epochs of each part of a dataset: arithmetic over the manifest, without torch and without opening a file.
 
 An epoch of a part with T tokens is (T - L) // L rows of L tokens. The label of a row's last token is the next row's
 first token. The first epoch begins with the first token, so it leaves a tail of L - 1 to 2 L - 2 tokens. The second
@@ -53,7 +53,7 @@ def is_padded(manifest: Manifest) -> bool:
 
 
 def least_tokens(length: int) -> int:
-    """Returns the tokens that each part of the training split needs. Held-out rows may be padded instead."""
+    """Returns the minimum number of tokens per part of the training split. Held-out rows may be padded instead."""
     return 2 * length + 1
 
 

@@ -1,7 +1,7 @@
-"""What is wrong with a dataset and the command that repairs it, in one sentence. Uses only the standard library.
+"""Errors of datasets: one sentence with the problem and the command that repairs it. Standard library only.
 
-A dataset keeps the settings that made it in recipe.json (data_prep/recipe.py), so the repair command names only the
-folder.
+A dataset keeps the settings that it was prepared with in recipe.json (data_prep/recipe.py), so the repair command names
+only the folder.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ def repair_advice(root: Path) -> str:
 
 
 def beginning_advice(root: Path) -> str:
-    """Returns how to make a dataset in a folder that has no manifest."""
+    """Returns how to prepare a dataset in a folder that has no manifest."""
     out = out_argument(root.absolute())
     if has_recipe(root):
         return f"run `python -m data_prep {out} verify=full` to finish it"

@@ -1,4 +1,4 @@
-"""What both engines do around a library's forward and backward: prepare the microbatches, normalise the loss, sum and reduce the results.
+"""The code that both engines share around a library's forward and backward: microbatches, normalisation of the loss, reduction of the results.
 
 How the loss is normalised. A step's total is
 
@@ -38,7 +38,7 @@ from ssa_pretrain.schedule import counterpart_factor, counterpart_spans, main_st
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What a microbatch computes.
+    """The streams that a microbatch computes.
 
     Attributes:
         main: the stream that becomes the layers' output, "full" or "sparse".
@@ -70,7 +70,7 @@ class Counts:
 
 @dataclass(slots=True)
 class StepSums:
-    """What one pass over the microbatches leaves behind on this rank.
+    """The sums and packings of one pass over this rank's microbatches.
 
     Attributes:
         counts: of the global batch.
@@ -131,7 +131,7 @@ class Microbatches:
         return StepSums(counts, len(batches) * self.placement.dp / counts.labels)
 
     def routes(self, batches: Sequence[Batch], step: int, dilution: Tensor) -> list[Route]:
-        """Returns what each of this rank's microbatches computes in a training step."""
+        """Returns the route of each of this rank's microbatches in a training step."""
         attention, data = self.config.attention, self.config.data
         rows = self.config.training.micro_batch_size
         tokens = rows * data.sequence_length

@@ -1,1 +1,1 @@
-"""Starts the processes of a run: what each launcher runs, and how all of them end."""
+"""Starts the processes of a run: each launcher's command, its supervision, and how the processes end."""

@@ -1,4 +1,4 @@
-"""Launchers: `launchers/torchrun.sh`, `deepspeed.sh` and `quickstart.sh` find the interpreter and start this, which decides everything else.
+"""Launchers: `launchers/torchrun.sh`, `deepspeed.sh` and `quickstart.sh` only find the interpreter and start this module.
 
     python -m ssa_pretrain.launch torchrun [flags] [KEY=VALUE ...]
     python -m ssa_pretrain.launch deepspeed [flags] [KEY=VALUE ...]

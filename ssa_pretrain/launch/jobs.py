@@ -1,8 +1,8 @@
-"""What launchers/torchrun.sh and launchers/deepspeed.sh start: checks flags, environment variables, hostfile and ports.
+"""The jobs of launchers/torchrun.sh and launchers/deepspeed.sh: checks flags, environment variables, hostfile and ports, and builds the command.
 
-A flag takes precedence over the variable of its name. A problem raises `LaunchError` with one sentence. Stdlib only: what only torch or DeepSpeed can count
-is counted in a process of its own. For the same reason DeepSpeed's `fetch_hostfile` and `parse_resource_filter` are not used: they import torch, which takes
-seconds, and answer a bad line with a trace. The rules here are theirs.
+A flag takes precedence over the variable of its name. A problem raises `LaunchError` with one sentence. Stdlib only: GPUs that only torch or
+DeepSpeed can count are counted in a separate process. DeepSpeed's `fetch_hostfile` and `parse_resource_filter` are not used, because they
+import torch, which takes seconds, and answer a bad line with a trace. The rules here are the same.
 """
 
 import re
@@ -26,7 +26,7 @@ DEEPSPEED_FLAGS = ("num-gpus", "num-nodes", "hostfile", "include", "exclude", "m
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a launcher starts.
+    """The command that a launcher starts.
 
     Attributes:
         command: the command as it could be given by hand.
@@ -93,7 +93,7 @@ def require_package(module: str) -> None:
 
 
 def torchrun_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple[Job, bool]:
-    """Returns what launchers/torchrun.sh starts, and whether this is a dry run."""
+    """Returns the job of launchers/torchrun.sh, and whether this is a dry run."""
     flags = read_flags(words, TORCHRUN_FLAGS)
 
     def given(name: str, default: str) -> str:
@@ -142,7 +142,7 @@ def _counted(code: str) -> int | None:
 
 
 def deepspeed_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple[Job, bool]:
-    """Returns what launchers/deepspeed.sh starts, and whether this is a dry run."""
+    """Returns the job of launchers/deepspeed.sh, and whether this is a dry run."""
     flags = read_flags(words, DEEPSPEED_FLAGS)
     given = {
         name: environment.get(name.upper().replace("-", "_"), "") for name in ("num-gpus", "num-nodes", "hostfile")

@@ -1,4 +1,4 @@
-"""What launchers/quickstart.sh starts: the commands for text, training, evaluation and report, in this order. Stdlib only."""
+"""The commands of launchers/quickstart.sh: text, training, evaluation and report, in this order. Stdlib only."""
 
 import shutil
 import subprocess

@@ -1,7 +1,8 @@
 """Runs the command of a launcher: passes signals on, reports the ranks' sentence and exit code, and leaves no process behind.
 
-torchrun and DeepSpeed's launcher kill the ranks half a minute after a signal, turn exit codes into 1 or 0, and leave ranks behind when they are killed
-themselves. So the command runs in a session of its own, where no signal of the terminal or of the caller's process group reaches it. This process
+torchrun and DeepSpeed's launcher kill the ranks half a minute after a signal, turn exit codes into 1 or 0, and leave ranks behind when they
+are killed themselves. So the command runs in its own session, where no signal of the terminal or of the caller's process group reaches it.
+This process
 
     passes the first SIGTERM, SIGINT or SIGHUP on to the ranks as SIGTERM; they stop together and save. A second SIGINT kills them
     notices a rank that ends without a `RankExit` (process.py): it was killed. The others, which may wait for it for ever, are ended too

@@ -1,7 +1,7 @@
-"""torchrun under a launcher of ours: the same arguments, without its report of 40 lines after the sentence of a rank.
+"""torchrun under our launcher: the same arguments, without its report of 40 lines after the sentence of a rank.
 
-It sends its signals to the launcher, which passes them on to the ranks: torch would kill the ranks half a minute later, and leave them behind on a second
-signal. It writes the exit codes of the ranks, or why the nodes did not meet, into the launcher's folder (supervision.py).
+It sends its signals to the launcher, which passes them on to the ranks. torch would kill the ranks after half a minute, and leave them
+behind on a second signal. It writes the exit codes of the ranks, or why the nodes did not meet, into the launcher's folder (supervision.py).
 """
 
 import json

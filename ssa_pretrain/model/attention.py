@@ -1,4 +1,4 @@
-"""One attention layer of SSA: one projection to queries, keys, values and gates, two streams, one gate, the alignment loss.
+"""One attention layer of SSA: one projection to queries, keys, values and gate logits, two streams, one gate, the alignment loss.
 
 Method (arXiv 2511.20102, section 3). The full stream attends to every earlier key of the document, the sparse stream to the keys of the top-N
 blocks. Both are multiplied by the same sigmoid gate. The layer's output is the main stream, and a SmoothL1 loss aligns the two streams. `full` and

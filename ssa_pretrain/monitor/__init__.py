@@ -1,1 +1,1 @@
-"""What a run records and shows of itself: metrics, the console, W&B, the environment, profiles."""
+"""A run's records and views: metrics, the console, W&B, the environment, profiles."""

@@ -1,4 +1,4 @@
-"""What a run prints: a banner, one line per logging interval, evaluation and checkpoint, its end, and a progress bar on a terminal.
+"""A run's console output: a banner, one line per logging interval, evaluation and checkpoint, a last line, and a progress bar on a terminal.
 
 One process prints; the others get a `Console` that prints nothing. On a terminal, lines scroll above the progress bar. In a pipe they are plain
 text without control characters, so a log file is readable. A training line has at most 120 columns, plus the time if `logging.timestamps` is

@@ -1,4 +1,4 @@
-"""What a run's processes ran on and with: `environment.jsonl` in the run's folder, one line per start.
+"""The hardware and library versions of a run: `environment.jsonl` in the run's folder, one line per start.
 
 {"step": 0, "started": "2026-11-27T02:10:12+00:00", "device": "NVIDIA H100 80GB HBM3", "processes": 2, "versions": {"python": "3.12.3", "torch": …}}
 

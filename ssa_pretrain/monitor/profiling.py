@@ -1,4 +1,4 @@
-"""Where a step's time goes: torch's profiler around chosen steps, and a table computed from its trace.
+"""Profiles of single steps: torch's profiler, and a table of times by category computed from its trace.
 
 `breakdown` is a pure function of a trace's events. Every kernel on the device belongs to one category, by its name and, for the optimizer, by
 the range it was launched from. Communication is hidden while another kernel runs, and exposed otherwise. The device is idle when nothing runs.
@@ -59,7 +59,7 @@ class Breakdown:
 
 
 def breakdown(events: Iterable[Mapping[str, Any]]) -> Breakdown:
-    """Returns where the time of a trace went.
+    """Returns the time of a trace by category.
 
     Args:
         events: `traceEvents` of a Chrome trace as torch.profiler writes it.

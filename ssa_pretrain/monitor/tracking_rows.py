@@ -24,7 +24,7 @@ STATE_FILE = "wandb.json"
 
 @dataclass(slots=True)
 class State:
-    """What the run's folder keeps for the next start, in wandb.json.
+    """The state that the run's folder keeps for the next start, in wandb.json.
 
     Attributes:
         id: W&B's id of the run.

@@ -1,1 +1,4 @@
-"""Degrees, process groups, context parallelism, agreement between ranks and the CPU backend: the only package that changes megatron-core's global state."""
+"""Degrees, process groups, context parallelism, agreement between ranks and the CPU backend.
+
+The only package that changes megatron-core's global state.
+"""

@@ -1,9 +1,9 @@
-"""What fails on one rank fails on all: no rank continues, and none waits for a peer that has exited.
+"""Makes an error on one rank end all ranks, so that no rank continues and none waits for a peer that has exited.
 
-A rank that simply raises leaves the others in their next collective until it times out. Here it reports instead: at the end of a piece of work all
-ranks exchange their errors (`on_all_ranks`), or the error of rank 0 is raised on every rank (`on_rank_0`). A library may run collectives of its own
-inside that work, and the other ranks still wait in them when one has failed. For this case `exits_with_peers` runs a thread that learns of the failure
-through the store of the process group and ends the process.
+If a rank simply raised, the others would wait in their next collective until it times out. Instead all ranks exchange their errors at the
+end of a piece of work (`on_all_ranks`), or the error of rank 0 is raised on every rank (`on_rank_0`). A library may run collectives of its
+own inside that work, and after a failure the other ranks would wait in them. For this case `exits_with_peers` runs a thread that reads the
+failure from the process group's store and ends the process.
 """
 
 import hashlib

@@ -3,8 +3,8 @@
 The rank that receives the signal writes into the store of the process group after which step all ranks stop. That step is a few steps ahead, because
 ranks may be a step or two apart. Every rank reads the store once per step; a single process only reads its own flag.
 
-Further signals change nothing: a launcher and its ranks are often signalled together, and then the launcher passes on its own signal too. Only a second
-Ctrl-C ends the process at once. A kill that leaves no time loses the steps since the last checkpoint.
+Further signals change nothing: a launcher and its ranks are often signalled together, and then the launcher passes on its own signal too.
+Only a second Ctrl-C ends the process at once. After a kill -9 the steps since the last checkpoint are lost.
 """
 
 import signal
@@ -22,8 +22,8 @@ from ssa_pretrain.signals import REPEAT_SECONDS, on_signals
 
 KEY = "ssa_pretrain/stop_after"
 EXITED_AT_ONCE = "SIGINT again: exited at once, without the steps since the last checkpoint"
-# A rank reads the results of a step after it has queued the next one, so no rank is more than two steps ahead of the one that received the signal, and
-# every rank reads the store again after the third.
+# A rank reads the results of a step after it has queued the next one. So no rank is more than two steps ahead of the rank that received the
+# signal, and every rank reads the store again by the third step.
 STEPS_AHEAD = 3
 
 

@@ -41,7 +41,7 @@ class Placement:
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether this process does what only one process may do, such as writing records."""
+        """Whether this process does the work that only one process may do, such as writing records."""
         return self.rank == 0
 
 

@@ -1,1 +1,1 @@
-"""What a run will need: steps, layout, parameters, memory and operations. Reading order: plan, memory, flops, table."""
+"""The plan of a run: steps, layout, parameters, memory and operations. Reading order: plan, memory, flops, table."""

@@ -72,7 +72,7 @@ def activation_bytes(config: Config, padded_vocab_size: int, num_microbatches: i
 
 
 def _layer_bytes_per_token(config: Config, size: int) -> int:
-    """Bytes per token that one layer keeps for its backward."""
+    """Returns the bytes per token that one layer keeps for its backward."""
     model, tp, method = config.model, config.parallel.tp, config.attention.method
     shards = tp if config.parallel.sequence_parallel else 1
     # Keys and values are gathered over the context ranks: cp times as many tokens as queries.

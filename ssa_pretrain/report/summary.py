@@ -1,4 +1,4 @@
-"""What a report shows of a run, read from the run's folder.
+"""The content of a report, read from the run's folder.
 
 Reads metrics.jsonl, config.yaml and environment.jsonl; evaluation.json and samples.json if `ssa_pretrain.evaluate` wrote them. The dataset's
 manifest.json gives the unigram entropy: the loss of a model that knows token frequencies only.
@@ -26,7 +26,7 @@ class ReportError(ValueError):
 
 @dataclass(slots=True)
 class RunSummary:
-    """What a report shows.
+    """The content of a report.
 
     Attributes:
         name: the run's name.

@@ -1,1 +1,1 @@
-"""What both command lines share, ssa_pretrain's and data_prep's; knows no model and no dataset."""
+"""The command-line front end that ssa_pretrain and data_prep share. Knows no model and no dataset."""

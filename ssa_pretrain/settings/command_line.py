@@ -90,10 +90,10 @@ def resolve(
         argv: the command's arguments.
         check: the program's rules.
         recipe: returns the settings by section that are applied before those of the command line, from its overrides.
-        prints: this process prints what a flag asks for; other ranks of a run only exit.
+        prints: whether this process prints the answer to a flag; other ranks of a run only exit.
 
     Raises:
-        SystemExit: after printing what a flag asks for.
+        SystemExit: after printing the answer to a flag.
         ConfigError: with all problems at once.
     """
     command, problems = parse(program, argv)
@@ -126,7 +126,7 @@ def resolve(
     problems += [problem for problem in found if problem.key not in wrong]
     if command.explained is not None and all(problem.rule == NOT_SET for problem in problems):
         _print_and_exit(explain(command.explained, config, groups) + "\n", prints=prints)
-    # If the experiment or the run is unknown, or what looks like its path, the rules are skipped: they would all fail.
+    # If the experiment, the run or a path to either is unknown, the rules are skipped: they would all fail.
     wrong = {problem.key for problem in problems}
     if program.experiments not in wrong and not any("/" in key and "=" not in key for key in wrong):
         problems = check(config, problems, grouped)
@@ -169,7 +169,7 @@ def parse(program: Program, argv: Sequence[str]) -> tuple[Command, list[Problem]
 
 
 def _source(program: Program, parsed: argparse.Namespace) -> tuple[Source, list[Problem]]:
-    """Where the configuration comes from, and a problem for each folder that does not exist."""
+    """Returns the source of the configuration, and a problem for each folder that does not exist."""
     if not parsed.config_path and not program.conf.is_dir():
         rule = f"has no {program.conf}: the configuration lies in the repository"
         advice = "pip install -e . in a clone, or give --config-path"
@@ -189,7 +189,7 @@ def _source(program: Program, parsed: argparse.Namespace) -> tuple[Source, list[
 
 
 def _parser() -> argparse.ArgumentParser:
-    """A parser of Hydra's flags, by their names, and ours."""
+    """Returns a parser of Hydra's flags, under their names, and of ours."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     switches = (("--help", "-h"), ("--hydra-help",), ("--version",), ("--resolve",), ("--shell-completion", "-sc"))
     for names in (*switches, ("--run", "-r"), ("--multirun", "-m"), ("--dry-run",)):
@@ -206,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dashed(argument: str, program: Program) -> Problem:
-    """The problem of an argument with dashes that is not a flag."""
+    """Returns the problem of an argument with dashes that is not a flag."""
     flag, _, value = argument.partition("=")
     if SECRET.search(flag):
         return Problem(flag, None, SECRET_RULE, SECRET_ADVICE)
@@ -216,7 +216,7 @@ def _dashed(argument: str, program: Program) -> Problem:
 
 
 def _help(program: Program, groups: Mapping[str, Sequence[str]], tree: Mapping[str, Any]) -> str:
-    """The text of --help."""
+    """Returns the text of --help."""
     options = "\n".join(f"{group}: {', '.join(names)}" for group, names in groups.items())
     keys = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
     head = program.help.format(name=program.name)
@@ -224,7 +224,7 @@ def _help(program: Program, groups: Mapping[str, Sequence[str]], tree: Mapping[s
 
 
 def _hydra_prints(program: Program, source: Source, words: Sequence[str]) -> tuple[str, int]:
-    """What hydra.main prints for --cfg, --info and --hydra-help, and its exit code."""
+    """Returns the output of hydra.main for --cfg, --info and --hydra-help, and its exit code."""
     GlobalHydra.instance().clear()
     before = sys.argv
     sys.argv = [program.name, *words]
@@ -235,7 +235,7 @@ def _hydra_prints(program: Program, source: Source, words: Sequence[str]) -> tup
 
 
 def _task(_: DictConfig) -> None:
-    """The task that hydra.main never reaches: every flag passed to it only prints something."""
+    """Does nothing. hydra.main never runs its task, because every flag passed to it only prints something."""
 
 
 def _print_and_exit(text: str, code: int = 0, *, prints: bool) -> None:

@@ -38,10 +38,10 @@ complete -o nospace -o default -o bashdefault -F _ssa_pretrain_complete python p
 
 
 def completion(words: Sequence[str], line: str, program: str, root: Any, conf: Path) -> str:
-    """Returns what `-sc` prints.
+    """Returns the output of `-sc`.
 
     Args:
-        words: those beside the flag: one of install=bash, uninstall=bash, query=bash, or the same for zsh.
+        words: the arguments beside the flag: one of install=bash, uninstall=bash, query=bash, or the same for zsh.
         line: the command line up to the cursor, for a query.
         program: the module, as in `python -m PROGRAM`.
         root: the dataclass of the whole configuration.
@@ -65,7 +65,7 @@ def completion(words: Sequence[str], line: str, program: str, root: Any, conf: P
 
 
 def candidates(line: str, root: Any, conf: Path) -> list[str]:
-    """Returns what the last word of a line may become; a whole word ends in a space, a key in its =."""
+    """Returns the completions of the last word of a line. A complete word ends with a space, a key with its =."""
     words = line.split()
     typed = "" if not words or line[-1:].isspace() else words.pop()
     folders = [conf, *(Path(b) for a, b in pairwise(words) if a in ("-cd", "--config-dir"))]
@@ -92,7 +92,7 @@ def candidates(line: str, root: Any, conf: Path) -> list[str]:
 
 
 def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
-    """The options of each group, by group, over all folders."""
+    """Returns the options of each group, by group, over all folders."""
     found: dict[str, set[str]] = {}
     for folder in folders:
         for path in folder.glob("*/*.yaml"):

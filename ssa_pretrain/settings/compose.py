@@ -88,7 +88,7 @@ def check_overrides(lines: Sequence[str], source: Source) -> tuple[list[str], li
         except HydraException:
             problems.append(_unreadable(line, source))
             continue
-        accepted, found = _look_at(line, override, source)
+        accepted, found = _check_override(line, override, source)
         problems += found
         for accepted_line in accepted:
             try:
@@ -112,7 +112,7 @@ def compose(overrides: Sequence[str], source: Source) -> tuple[dict[str, Any], l
 
 
 def _absent_entries(overrides: Sequence[str], source: Source) -> list[Problem]:
-    """The problems of deletions whose entry does not exist, which Hydra refuses to compose."""
+    """Returns the problems of deletions whose entry does not exist, which Hydra refuses to compose."""
     deletions = [line for line in overrides if line.startswith("~")]
     if not deletions:
         return []
@@ -135,8 +135,8 @@ def group_options(source: Source) -> dict[str, list[str]]:
     return {group: options for group, options in found.items() if options}
 
 
-def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], list[Problem]]:
-    """One override as Hydra shall see it (or what was meant, for the sake of the other checks), and its problems."""
+def _check_override(line: str, override: Override, source: Source) -> tuple[list[str], list[Problem]]:
+    """Returns the overrides to compose in place of one, and its problems. A wrong one is replaced by the likeliest, so that other checks can run."""
     key, value = override.key_or_group, line.partition("=")[2]
     if problem := _refused(line, override, source):
         return [], [problem]
@@ -164,18 +164,18 @@ def _look_at(line: str, override: Override, source: Source) -> tuple[list[str], 
 
 
 def _type_of(key: str, source: Source) -> Any:
-    """The type of what a key or a group takes; an option's name is text."""
+    """Returns the type of the value of a key or a group; an option's name is text."""
     return str if _options(key, source) else field_type(source.root, key)
 
 
 def _as_typed_value(line: str, source: Source) -> Any:
-    """The value of a group's override, with names as they were typed."""
+    """Returns the value of a group's override, with names as they were typed."""
     (typed,) = as_typed(line, lambda key: _type_of(key, source))
     return OverridesParser.create().parse_override(typed).value()
 
 
 def _refused(line: str, override: Override, source: Source) -> Problem | None:
-    """The problem of an override that no key could carry: a secret, a sweep, a deletion, Hydra's own settings."""
+    """Returns the problem of an override that is refused for every key: a secret, a sweep, a deletion, Hydra's own settings."""
     key, value = override.key_or_group, line.partition("=")[2]
     if SECRET.search(key):
         return Problem(key, value, SECRET_RULE, SECRET_ADVICE)
@@ -193,7 +193,7 @@ def _refused(line: str, override: Override, source: Source) -> Problem | None:
 
 
 def _is_settable(key: str, source: Source) -> bool:
-    """Whether a key is a field, a whole section, or an entry of a field that is a mapping."""
+    """Returns whether a key is a field, a whole section, or an entry of a field that is a mapping."""
     known = known_keys(source.root)
     if key in known or any(name.startswith(f"{key}.") for name in known):
         return True
@@ -202,7 +202,7 @@ def _is_settable(key: str, source: Source) -> bool:
 
 
 def _is_entry(key: str, source: Source) -> bool:
-    """Whether a key is an entry of a field that is a mapping of the user's own names."""
+    """Returns whether a key is an entry of a field that maps names of the user's own choice."""
     return _is_mapping(key.rpartition(".")[0], known_keys(source.root))
 
 
@@ -211,7 +211,7 @@ def _is_mapping(key: str, known: Mapping[str, Any]) -> bool:
 
 
 def _is_section(key: str, source: Source) -> bool:
-    """Whether a key is one of the configuration's sections."""
+    """Returns whether a key is one of the configuration's sections."""
     return any(name.startswith(f"{key}.") for name in known_keys(source.root))
 
 
@@ -223,7 +223,7 @@ def has_groups(source: Source) -> bool:
 
 
 def _no_group(key: str, value: Any, source: Source) -> Problem:
-    """A group's option asked of a configuration that is whole already."""
+    """Returns the problem of choosing a group's option in a whole configuration, which has no groups."""
     names = [name for name in known_keys(source.root) if name.startswith(f"{key}.")]
     chosen = [f"{name}={value}" for name in names if name in (f"{key}.method", f"{key}.name")]
     rule = f"is not a value, and {source.folder / source.name}.yaml is a whole configuration without groups"
@@ -231,7 +231,7 @@ def _no_group(key: str, value: Any, source: Source) -> Problem:
 
 
 def _unreadable(line: str, source: Source) -> Problem:
-    """An argument that is not key=value, or whose key or value Hydra's grammar refuses."""
+    """Returns the problem of an argument that is not key=value, or whose key or value Hydra's grammar refuses."""
     key, equals, value = line.partition("=")
     key = key.lstrip("+~")
     if SECRET.search(key):
@@ -250,7 +250,7 @@ def _unreadable(line: str, source: Source) -> Problem:
 
 
 def _quoted(key: str, value: str) -> str:
-    """How to write a value so that both the shell and Hydra's grammar take it as text."""
+    """Returns the advice how to quote a value, so that both the shell and Hydra's grammar take it as text."""
     if value.startswith("["):
         items = [item.strip().strip("'\"") for item in value.strip("[]").split(",")]
         plain = all(items) and not re.search(r"['\"\[\]{}$`\\]", "".join(items))
@@ -264,7 +264,7 @@ def _quoted(key: str, value: str) -> str:
 
 
 def _path(named: Path, source: Source) -> tuple[str, str]:
-    """What a path is that stands where a setting is wanted, and what to do."""
+    """Returns rule and advice for a path given in place of a setting."""
     if named.is_dir():
         is_run = (named / "config.yaml").is_file()
         advice = f"try -cp {named} output_dir={named} to continue that run" if is_run else "see --help"
@@ -280,7 +280,7 @@ def _path(named: Path, source: Source) -> tuple[str, str]:
 
 
 def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], list[Problem]]:
-    """A group's unknown option, or a value given to a section that is a group."""
+    """Returns the replacement and the problem of a group's unknown option, or of a value given to a section that is a group."""
     rule = f"is not an option of the group {group}"
     path = Path(choice if isinstance(choice, str) else "")
     if path.is_file() and path.stem not in options and path.parent.name == group:
@@ -294,13 +294,13 @@ def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], 
 
 
 def _groups() -> list[str]:
-    """The groups of the configuration folder."""
+    """Returns the groups of the configuration folder."""
     groups = GlobalHydra.instance().config_loader().list_groups("")
     return [name for name in groups if name not in ("hydra", "recipe")]
 
 
 def _options(group: str, source: Source) -> list[str]:
-    """The options of a group, those in the user's own folder included; empty when there is no such group."""
+    """Returns the options of a group, including those in the user's own folder; empty if there is no such group."""
     if not group.replace("/", "_").isidentifier():
         return []
     loader = GlobalHydra.instance().config_loader()
@@ -309,7 +309,7 @@ def _options(group: str, source: Source) -> list[str]:
 
 
 def _resolve(composed: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
-    """Interpolations replaced by their values; one that leads nowhere is a problem and becomes a missing value."""
+    """Returns the configuration with interpolations replaced by their values. One that leads nowhere is a problem and becomes a missing value."""
     problems: list[Problem] = []
 
     def walk(node: Any, key: str) -> Any:

@@ -98,7 +98,7 @@ def absent_key(root: Any, tree: dict[str, Any], key: str) -> Problem:
 
 
 def _of_another_kind(kind: Any, cls: Any, key: str, value: Any) -> Problem | None:
-    """The problem of a key that another kind of its section has."""
+    """Returns the problem of a key that another kind of its section has; None if no kind has it."""
     section, _, name = key.rpartition(".")
     takers = [
         taker for taker, member in by_kind(kind).items() if any(f.name == name for f in dataclasses.fields(member))
@@ -153,7 +153,7 @@ class _Reader:
         return cls(**values)
 
     def _field(self, kind: Any, value: Any, key: str, default: Any) -> Any:
-        """One field's value; its default if it does not fit."""
+        """Returns one field's value; its default if the value does not fit."""
         if sections_in(kind):
             return self.section(kind, value, key)
         if isinstance(value, str) and value == MISSING:
@@ -183,7 +183,7 @@ class _Reader:
         yield name, self.section(kind, value, key)
 
     def _unknown(self, kind: Any, cls: Any, key: str, value: Any) -> Problem:
-        """The problem of a key that a section lacks."""
+        """Returns the problem of a key that a section lacks."""
         if other := _of_another_kind(kind, cls, key, value):
             return other
         section, _, name = key.rpartition(".")
@@ -280,13 +280,13 @@ def _text(value: Any) -> str:
 
 
 def _example(value: Any) -> str:
-    """The number that a person meant who wrote 100B or 3k; empty for anything else."""
+    """Returns the advice for a number with a suffix such as 100B or 3k; empty for anything else."""
     suffixed = SUFFIX.match(value) if isinstance(value, str) else None
     return f"try {suffixed[1]}e{POWERS[suffixed[2].lower()]}" if suffixed else ""
 
 
 def _empty(kind: Any) -> Any:
-    """What stands for a value that is not set, so that rules can still read it."""
+    """Returns a placeholder for a value that is not set, so that rules can still read it."""
     return {list: [], dict: {}}.get(get_origin(kind), MISSING)
 
 

@@ -60,7 +60,7 @@ def explain(asked: str, config: Any, groups: Mapping[str, Sequence[str]]) -> str
     """Returns the text for a key, a section, a group or a pattern of keys.
 
     Args:
-        asked: what the user wants to know; empty: everything.
+        asked: the key, section, group or pattern that the user gave; empty: everything.
         config: the command's configuration; its `problems` are its rules.
         groups: the options of each group.
 
@@ -90,7 +90,7 @@ def explain(asked: str, config: Any, groups: Mapping[str, Sequence[str]]) -> str
 
 
 def ranges(config: Any, key: str) -> list[str]:
-    """Returns the rules that a number keeps on its own, as its section words them; rules that read other keys are left out."""
+    """Returns the section's rules for a number, in words. Rules that also read other keys are left out."""
     if known_keys(type(config)).get(key) not in (int, float):
         return []
     section, _, name = key.rpartition(".")
@@ -135,12 +135,12 @@ def field_comments(cls: Any) -> dict[str, str]:
 
 
 def explained(asked: str, known: list[Section | Setting], ranges: Callable[[str], list[str]]) -> str | None:
-    """Returns the text for a key, a section or a pattern of keys, or None where nothing is called so.
+    """Returns the text for a key, a section or a pattern of keys. None if nothing has that name.
 
     Args:
-        asked: what to explain; a key within a mapping stands for the mapping, "" and "*" for everything.
-        known: what there is, as `settings_of` lists it.
-        ranges: the rules that a key's value keeps, by key.
+        asked: the key, section or pattern; a key within a mapping stands for the mapping, "" and "*" for everything.
+        known: all sections and keys, as `settings_of` lists them.
+        ranges: returns the rules for a key's value.
     """
     asked = "" if asked == "*" else asked.removesuffix(".")
     settings = [entry for entry in known if isinstance(entry, Setting)]
@@ -190,7 +190,7 @@ def _table(settings: list[Setting]) -> list[str]:
 
 
 def _type(kind: Any) -> str:
-    """A type in words."""
+    """Returns a type in words."""
     words = {
         bool: "true or false",
         int: "whole number",
@@ -211,7 +211,7 @@ def _type(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a user writes it."""
+    """Returns a value as a user writes it."""
     if value is dataclasses.MISSING or value == NO_VALUE:
         return "none; must be set"
     value = value.value if isinstance(value, Enum) else value
@@ -229,7 +229,7 @@ def _is_enum(kind: Any) -> bool:
 
 
 def _docstring(cls: Any) -> str:
-    """The first paragraph of a class's docstring, in one line, without its full stop."""
+    """Returns the first paragraph of a class's docstring, in one line, without its full stop."""
     return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split()).removesuffix(".")
 
 
@@ -238,6 +238,6 @@ def _uncapitalized(text: str) -> str:
 
 
 def _comment(text: str) -> str:
-    """The comments in a statement's source."""
+    """Returns the comments in a statement's source."""
     tokens = tokenize.generate_tokens(StringIO(inspect.cleandoc(text)).readline)
     return " ".join(token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT)

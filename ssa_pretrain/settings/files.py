@@ -1,11 +1,11 @@
 """Files that appear atomically, and locks of files. Stdlib only.
 
-A file is written as `NAME.PID.tmp` beside its place, flushed to the disk and renamed, so a reader sees the old content or the new one whenever the machine
-stops. A killed process leaves its temporary file behind; `remove_unfinished` removes such files.
+A file is written as `NAME.PID.tmp` in the same folder, flushed to the disk and renamed. So a reader sees the old content or the new one, even
+if the machine stops in between. A killed process leaves its temporary file behind; `remove_unfinished` removes such files.
 
-The lock is the kernel's (flock), which frees it when the process ends, even by kill -9. The package filelock does not serve here: it empties the file that
-it locks, which names the owner for a process that is refused, and a look at a lock takes a shared lock, which it does not have. On NFS, flock works between
-nodes (Linux turns it into a lock on the whole file). Storage without locks is reported by None.
+The lock is the kernel's (flock), which frees it when the process ends, even by kill -9. The package filelock does not fit for two reasons. It
+empties the file that it locks, but the file must name the owner for a process that is refused. And it has no shared locks, but checking a lock
+takes one. On NFS, flock works between nodes (Linux turns it into a lock on the whole file). On storage without locks, `lock` returns None.
 """
 
 import errno
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 UNFINISHED = re.compile(r".\.\d+\.tmp$")
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what flock answers on storage without locks
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # flock's errors on storage without locks
 PATIENCE_SECONDS = 5.0  # for an owner that may be exiting
 ALIVE_SECONDS = 1.0  # for an owner that is known to run on this host
 PF_EXITING = 0x4  # Linux, among the flags of a process: it is about to end
@@ -40,7 +40,7 @@ def temporary_path(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file to write, which replaces `path` when the block ends; after an error `path` is as before. Makes the folder."""
+    """Yields a file that replaces `path` when the block ends. After an error `path` is unchanged. Creates the folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary_path(path)
     try:
@@ -88,7 +88,7 @@ def lock(path: Path, *, patience: float = PATIENCE_SECONDS, patience_if_alive: f
     """Takes the lock of a file and writes this process into it as its owner.
 
     Args:
-        path: the file, which is made if it is missing and stays.
+        path: the file; it is created if it is missing, and never removed.
         patience: seconds to wait for the owner to exit.
         patience_if_alive: seconds to wait for an owner that is known to run on this host, at most `patience`.
 
@@ -115,13 +115,13 @@ def lock(path: Path, *, patience: float = PATIENCE_SECONDS, patience_if_alive: f
 
 
 def unlock(file: TextIO) -> None:
-    """Gives up a lock and removes the owner's name from its file."""
+    """Releases a lock and removes the owner's name from its file."""
     with file, suppress(OSError):
         file.truncate(0)
 
 
 def require_unlocked(path: Path, *, patience: float = PATIENCE_SECONDS) -> None:
-    """Raises LockedError if another process holds the lock of a file, as far as can be seen. Changes nothing; the file may be missing."""
+    """Raises LockedError if another process is known to hold the lock of a file, which may be missing. Changes nothing."""
     with suppress(OSError), path.open(encoding="utf-8") as file:
         _flock(file, fcntl.LOCK_SH, patience, ALIVE_SECONDS)
 

@@ -1,4 +1,4 @@
-"""What a command prints: its version, and text into a pipe whose reader may leave early, as `head` does."""
+"""Output of a command: its version line, and writing to a pipe whose reader may exit early, as `head` does."""
 
 import io
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 
-READER_GONE = 141  # what a shell reports of a program that the closed pipe itself has ended
+READER_GONE = 141  # the code that a shell reports for a program killed by SIGPIPE
 
 
 @contextmanager
@@ -36,13 +36,13 @@ def reader_gone() -> bool:
 
 
 def discard_output() -> None:
-    """Sends what is still buffered nowhere, so that the interpreter's end does not fail on it."""
+    """Discards buffered output, so that the interpreter's exit does not fail on it."""
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def captured(act: Callable[[], object]) -> tuple[str, int]:
-    """Returns what a call prints and the exit code that it asks for."""
+    """Returns a call's output and its exit code."""
     with redirect_stdout(io.StringIO()) as text:
         try:
             act()
@@ -52,7 +52,7 @@ def captured(act: Callable[[], object]) -> tuple[str, int]:
 
 
 def version_line(program: str, packages: Sequence[str]) -> str:
-    """Returns a program's version and those of the packages that are installed, none of which is imported."""
+    """Returns a program's version and the versions of the installed packages, without importing them."""
     found = [f"python {platform.python_version()}"]
     for package in packages:
         try:

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, as values: a problem names its key, its value, the rule and the nearest valid choice.
+"""The problems of a configuration, as values: each names its key, its value, the rule and the nearest valid choice.
 
 Rules return lists of problems instead of raising, so that a user sees all of them at once. This module has the problem, the error that carries
 several of them, and the words and numbers that rules share. Standard library only.
@@ -24,7 +24,7 @@ class Problem:
     Attributes:
         key: the dotted key as the user writes it ("optim.lr"), or the words that are wrong.
         value: its value; None leaves "=value" out.
-        rule: what the value breaks, read after "key=value".
+        rule: the rule that the value breaks, worded to follow "key=value".
         advice: the nearest valid choice ("try 2 or 4"); may be empty.
         reads: other keys that the rule reads; a rule that reads a key with a problem of its own is not reported.
         exit_code: 3 for the configuration, 4 for the data.
@@ -82,7 +82,7 @@ def show(value: object) -> str:
         return "null" if value is None else "''"
     if isinstance(value, list):
         value = f"[{', '.join(map(show, value))}]"
-    # A mapping may hold what must not be shown.
+    # A mapping may hold a secret.
     text = "{...}" if isinstance(value, dict) and value else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -1,4 +1,4 @@
-"""What a user most likely meant by a key or an option that does not exist.
+"""The keys or options that a user most likely meant by one that does not exist.
 
 The distance is that of typing errors: swapped, missing, doubled or neighbouring letters cost less than arbitrary ones. A key is compared
 whole, by its last parts (`lr`, `wandb.mode`), and by its last part under another section (`trainer.lr`); names that other trainers use
@@ -67,7 +67,7 @@ _AS_NEAR = 0.3  # how much farther than the nearest a name may be to be named to
 
 
 def closest(typed: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Returns the known names that a user most likely meant by `typed`, best first; none when nothing is near.
+    """Returns the known names that a user most likely meant by `typed`, best first; empty if none is near.
 
     Args:
         typed: a dotted key, with or without its section, or an option.
@@ -89,7 +89,7 @@ def closest(typed: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def _key_distance(typed: str, key: str, limit: float) -> float:
-    """The distance over the whole key, its last parts, or its last part under another section, whichever is least."""
+    """Returns the smallest of three distances: to the whole key, to its last parts, and to its last part under another section."""
     section, _, leaf = typed.rpartition(".")
     parts = key.split(".")
     distances = [typing_distance(typed, key, limit)]
@@ -102,26 +102,26 @@ def _key_distance(typed: str, key: str, limit: float) -> float:
 
 
 def _shared_ends(typed: str, key: str) -> int:
-    """Letters that two words share at their beginning and at their end."""
+    """Returns the number of letters that two words share at their beginning and at their end."""
     pairs = (zip(typed, key, strict=False), zip(reversed(typed), reversed(key), strict=False))
     return sum(1 for letters in pairs for _ in takewhile(lambda pair: pair[0] == pair[1], letters))
 
 
 def _with_its_words(typed: str, known: list[str]) -> list[str]:
-    """Known names whose last part has all the words of the typed one (num_heads: num_attention_heads)."""
+    """Returns the known names whose last part has all the words of the typed one (num_heads: num_attention_heads)."""
     words = set(typed.rsplit(".", 1)[-1].split("_"))
     return [key for key in known if words <= set(key.rsplit(".", 1)[-1].split("_"))]
 
 
 def typing_distance(typed: str, meant: str, limit: float = inf) -> float:
-    """Returns the cost of the cheapest slips of the hand that make `typed` of `meant`: 1 an arbitrary letter, 0.8 a likely one.
+    """Returns the cost of the cheapest typing errors that turn `meant` into `typed`: 1 per arbitrary letter, 0.8 per likely one.
 
     The optimal string alignment distance (Damerau and Levenshtein's, no letter edited twice) with weights.
 
     Args:
-        typed: what was written.
-        meant: what may have been meant.
-        limit: distances above it are returned as infinite, sooner.
+        typed: the word as typed.
+        meant: a word that may have been meant.
+        limit: the search stops above it and returns infinity.
     """
     if abs(len(typed) - len(meant)) * _SLIP > limit:
         return inf
@@ -143,7 +143,7 @@ def typing_distance(typed: str, meant: str, limit: float = inf) -> float:
 
 
 def _substitution(typed: str, meant: str) -> float:
-    """The cost of one letter for another."""
+    """Returns the cost of typing one letter for another."""
     if typed == meant:
         return 0.0
     if {typed, meant} == {"-", "_"}:

@@ -71,7 +71,7 @@ def as_typed(line: str, type_of: Callable[[str], Any]) -> list[str]:
 
 
 def read_yaml(text: str, kind: Any, loader: Any = yaml.SafeLoader) -> Any:
-    """Returns what a YAML document holds, with text as it was typed.
+    """Returns the content of a YAML document, with text as it was typed.
 
     Args:
         text: the document.
@@ -116,7 +116,7 @@ def typed_files(root: type) -> Iterator[None]:
 
 
 def _below(kind: Any, name: str) -> Any:
-    """The type of what a name stands for inside a value of a type; of a section of several kinds, one that takes every word as text comes first."""
+    """Returns the type of an entry `name` in a value of a type. If a section has several kinds, a type that takes every word as text comes first."""
     sections = sections_in(kind)
     if not sections:
         return _inner(kind)
@@ -125,14 +125,14 @@ def _below(kind: Any, name: str) -> Any:
 
 
 def _inner(kind: Any) -> Any:
-    """The type of a list's or a mapping's values; of anything else the type itself if it is text, which a container there must hold."""
+    """Returns the type of a list's or a mapping's values. For any other type returns the type itself if it is text, else None."""
     if get_origin(kind) in (list, dict):
         return get_args(kind)[-1]
     return kind if _is_text(kind) else None
 
 
 def _is_text(kind: Any, *, null: bool = False) -> bool:
-    """Whether a field of a type takes a word as text; a null only where the type has none of its own."""
+    """Returns whether a field of a type takes a word as text. With `null`, a type that allows None does not."""
     if get_origin(kind) in (Union, types.UnionType):
         members = get_args(kind)
         return not (null and types.NoneType in members) and any(_is_text(member) for member in members)
@@ -140,7 +140,7 @@ def _is_text(kind: Any, *, null: bool = False) -> bool:
 
 
 def _parse(line: str) -> Any:
-    """The grammar's tree of an override; its classes are generated and have no types."""
+    """Returns the grammar's tree of an override; its classes are generated and have no types."""
     lexer = OverrideLexer(InputStream(line))
     parser = OverrideParser(CommonTokenStream(lexer))
     for part in (lexer, parser):
@@ -150,7 +150,7 @@ def _parse(line: str) -> Any:
 
 
 def _read_by_looks(ctx: Any) -> Token | None:
-    """The word of a value or of a name that Hydra makes something else of than text."""
+    """Returns the token of a value or a name that Hydra would not read as text."""
     tokens = [node.symbol for node in ctx.getChildren() if node.symbol.type != OverrideLexer.WS]
     return tokens[0] if len(tokens) == 1 and tokens[0].type in READ_BY_LOOKS else None
 
@@ -173,7 +173,7 @@ def _to_quote(ctx: Any, kind: Any) -> Iterator[Token]:
 
 
 def _odd_names(ctx: Any) -> bool:
-    """Whether a mapping below a node of the grammar has a name that Hydra would not read as text."""
+    """Returns whether a mapping below a node of the grammar has a name that Hydra would not read as text."""
     if not isinstance(ctx, ParserRuleContext):
         return False
     if isinstance(ctx, OverrideParser.DictKeyContext):
@@ -182,7 +182,7 @@ def _odd_names(ctx: Any) -> bool:
 
 
 def _one_by_one(line: str, value: Any, type_of: Callable[[str], Any]) -> list[str]:
-    """The entries of a mapping as overrides of their own: a name is text there."""
+    """Returns the entries of a mapping as separate overrides, where a name is text."""
     head, mapping = line[: value.start.start].rstrip().removesuffix("="), value.element().dictContainer()
     lines, rest = [], []
     for pair in mapping.dictKeyValuePair() if mapping else []:

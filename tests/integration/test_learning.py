@@ -87,6 +87,6 @@ def test_evaluation_of_another_model_is_refused(runs, corpus):
     done = run("ssa_pretrain.evaluate", *settings)
     assert done.returncode == 5
     assert "holds another model (" in done.stderr
-    assert "); set what it was trained with" in done.stderr
+    assert "); set the model as it was trained" in done.stderr
     assert "model.num_layers: checkpoint 2, run 3" in done.stderr
     assert "Traceback" not in done.stderr

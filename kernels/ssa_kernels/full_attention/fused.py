@@ -30,7 +30,7 @@ MIN_CUDNN_ROW = 128
 
 @dataclass(frozen=True, slots=True)
 class FusedPlan:
-    """What the backward must know of its forward. Everything is on the host."""
+    """The choices of a forward that its backward needs. Everything is on the host."""
 
     backend: str
     num_rows: int  # 0 for packed documents

@@ -45,11 +45,11 @@ def warning(config: Config) -> str:
 
 
 def _touches(problem: Problem, wrong: Collection[str]) -> bool:
-    """Whether a problem's key, or one that its rule reads, is wrong already or lies in a section that is."""
+    """Returns whether a problem's key, or a key that its rule reads, already has a problem or lies in a section that has one."""
     keys = (problem.key, *problem.reads)
     return any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in wrong)
 
 
 def _sections(config: Config, _: Machine) -> list[Problem]:
-    """Each section's own rules."""
+    """Applies each section's own rules."""
     return config.problems()

@@ -132,7 +132,7 @@ def _extra(config: Config) -> list[Problem]:
 
 
 def _lookup(tree: Any, path: tuple[str, ...]) -> Any:
-    """The value at a path, the subtree if the path ends early, or _MISSING."""
+    """Returns the value at a path, the subtree if the path ends early, or _MISSING."""
     for name in path:
         if not isinstance(tree, dict) or name not in tree:
             return _MISSING

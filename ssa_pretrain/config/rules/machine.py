@@ -105,7 +105,7 @@ def _launcher(_: Config, machine: Machine) -> list[Problem]:
 
 
 def _missing(machine: Machine) -> str:
-    """What is missing for Transformer Engine's layers, in words; empty if nothing is known to be missing."""
+    """Returns what Transformer Engine's layers lack on this machine, in words; empty if nothing is known to be missing."""
     if machine.has_gpu is False:
         return "a GPU, and torch sees none"
     return "Transformer Engine, which is not installed" if machine.has_transformer_engine is False else ""

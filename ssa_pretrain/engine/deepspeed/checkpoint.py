@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints inside the project's: every rank saves its part, a resume is exact, other numbers of ranks are reached by reshaping.
+"""DeepSpeed's checkpoints inside the project's. Every rank saves its part, a resume is exact, and other numbers of ranks need reshaping.
 
 A folder holds DeepSpeed's own files under one tag, its `zero_to_fp32.py`, and `deepspeed.json` with the stage and degrees that wrote it. DeepSpeed's
 tools find the tag through the file `latest`. It is written here once all ranks are done; DeepSpeed would write it too early. The folder becomes
@@ -72,7 +72,7 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
 
 
 def layout(config: Config, placement: Placement) -> dict[str, int]:
-    """Returns what must be equal for a checkpoint to load directly."""
+    """Returns the layout. A checkpoint loads directly only if its layout is equal."""
     return {"zero_stage": config.deepspeed.zero_stage, "tp": config.parallel.tp, "dp": placement.dp}
 
 

@@ -1,4 +1,4 @@
-"""Prepares a process for DeepSpeed, and builds what DeepSpeed is given: the parallel state and the optimizer.
+"""Prepares a process for DeepSpeed, and builds the parallel state and the optimizer that DeepSpeed takes.
 
 DeepSpeed compiles operators on first use into a folder that all its users share, and waits forever for a lock that a killed build left there. Here
 the folder belongs to this project, one per host and set of versions. A build is announced. A lock that no process holds is reported and removed. On

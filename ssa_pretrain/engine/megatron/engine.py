@@ -52,7 +52,7 @@ class MegatronEngine:
         return self.microbatches.step_result(sums, grad_norm)
 
     def forward_backward(self, batches: Sequence[Batch], *, step: int) -> StepSums:
-        """Adds the global batch's gradients to their buffers; returns what the passes found."""
+        """Computes the global batch's gradients into their buffers. Returns the sums of the passes."""
         batches = self.microbatches.localise(batches)
         sums = self.microbatches.training_sums(batches)
         routes = self.microbatches.routes(batches, step, sums.counts.dilution)

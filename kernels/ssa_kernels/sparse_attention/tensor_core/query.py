@@ -1,4 +1,4 @@
-"""What every program that works on one query and list begins with (Gluon): the query, its chosen tiles, the offsets of its heads."""
+"""Helpers of all programs that work on one query and list (Gluon): the query, its chosen tiles, the offsets of its heads."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -1,4 +1,4 @@
-"""What the dK/dV kernels share (Gluon): a program's segment of the inverted index, and the rows that a step takes from it.
+"""Helpers of the dK/dV kernels (Gluon): a program's segment of the inverted index, and the rows that a step takes from it.
 
 A step takes STEP_ROWS rows of q and dO. An entry (query and list) fills ENTRY_ROWS of them, its HEADS rounded up to a power of two, so a
 step takes STEP_ROWS / ENTRY_ROWS entries.
