@@ -1,7 +1,7 @@
 """SSA's attention operators on packed sequences: choose blocks, attend to them, attend to everything, gate and align.
 
 Every operator takes `[tokens, heads, head_dim]` tensors and the packed documents' `cu_seqlens`, and has two implementations of the same
-mathematics: `reference` (plain PyTorch, any device; it defines what is correct) and `triton` (CUDA). `impl=None` chooses by the tensors'
+mathematics: `reference` (plain PyTorch, any device; it defines correctness) and `triton` (CUDA). `impl=None` chooses by the tensors'
 device, as `dispatch.py` explains. Source: SSA, arXiv 2511.20102.
 
 Shape letters: T query tokens, S key tokens, H query heads, G kv heads, D head dim, N chosen blocks per query (top_k), K block size, R block

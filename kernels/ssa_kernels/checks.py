@@ -1,7 +1,7 @@
 """Checks of arguments that the public operators share. They run before an implementation is chosen, so both refuse the same arguments.
 
 Types, dtypes, shapes, devices and plain numbers are checked on the host, in a few microseconds. Values inside tensors (boundaries, positions,
-labels, chosen blocks) are checked on a CPU only, because on a GPU that would mean waiting. Each operator documents what it does on a GPU
+labels, chosen blocks) are checked on a CPU only, because on a GPU that would mean waiting. Each operator documents its behaviour on a GPU
 with values out of range; no kernel reads or writes outside its tensors because of them.
 
 Tensors may be views with any strides and any offset: operators make them contiguous, and `aligned` if a kernel needs it.

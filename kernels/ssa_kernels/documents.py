@@ -10,7 +10,7 @@ Block rows past the last document's have length 0. Build one layout per microbat
 
 A query's document and position are read from per-query arrays, never from its place in the batch. Hence `query_slice`: a rank that holds
 some of the queries, or a decoding step with one, uses the same kernels over the same keys. `query_spans` does it for spans of neighbouring
-queries, which is what a context-parallel rank holds. It also records the spans for the kernels that need them: the libraries' full
+queries, as a context-parallel rank holds them. It also records the spans for the kernels that need them: the libraries' full
 attention, and selection, whose tiles of queries must not reach from one span into the next.
 
 Boundaries are checked on a CPU. On CUDA that would mean waiting, so they are clamped into order: the first counts as 0, and each is at

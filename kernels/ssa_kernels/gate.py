@@ -18,7 +18,7 @@ def gate(o: torch.Tensor, gate_logits: torch.Tensor, *, impl: str | None = None)
         impl: None, "triton" or "reference".
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only).
+        ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64: reference only).
     """
     check_gate("o", o, gate_logits)
     o, gate_logits = o.contiguous(), gate_logits.contiguous()

@@ -2,7 +2,7 @@
 
 `kernel[grid](...)` inspects every argument in Python and asks the driver about every pointer before it launches. That takes 50 to 90
 microseconds on a slow host, more than many of these kernels run for, and a layer launches two dozen of them. `launch` keeps the compiled
-kernel under what the JIT would specialise it for (types, alignment to 16 bytes, the number 1, compile-time arguments) and passes bare
+kernel under the properties that the JIT would specialise it for (types, alignment to 16 bytes, the number 1, compile-time arguments) and passes bare
 addresses. Triton's interpreter, and each kernel's first launch, take the ordinary path.
 """
 

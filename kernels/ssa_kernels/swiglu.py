@@ -18,7 +18,7 @@ def swiglu(x: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
         impl: None, "triton" or "reference".
 
     Raises:
-        ValueError: for another shape or dtype, and for what the implementation does not support (float64: reference only).
+        ValueError: for another shape or dtype, and for inputs that the implementation does not support (float64: reference only).
     """
     check_tensors(x=x)
     check_floats(x=x)

@@ -54,7 +54,7 @@ def main() -> None:
     from ssa_pretrain.bench.cases import CASES, LAYOUTS
     from ssa_pretrain.bench.measure import measure
     from ssa_pretrain.bench.tables import append, read, write_ratios
-    from ssa_pretrain.parallel.state import leave_layout, start, stop
+    from ssa_pretrain.parallel.state import reset_layout, start, stop
 
     for case in options.cases:
         config = bench_config(options, **LAYOUTS.get(case, {}))
@@ -63,7 +63,7 @@ def main() -> None:
         if placement.is_rank_0:
             append(folder, results)
             print(write_ratios(folder, read(folder)), flush=True)
-        leave_layout()
+        reset_layout()
     stop()
 
 

@@ -28,7 +28,7 @@ ACCUMULATED = 8  # microbatches in a whole step
 
 
 def speed_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """Forward and backward at 8k: core's own model and our three methods, with one document per row and with short documents."""
+    """Returns forward and backward at 8k: core's own model and our three methods, with one document per row and with short ones."""
     plain, plain_bytes = _built(lambda: PlainModel(config, placement, vocab))
     engine, our_bytes = _built(lambda: MegatronEngine(config, placement, vocab))
     rows, short = (batches(config, placement, vocab, 1, short=s) for s in (False, True))
@@ -50,7 +50,7 @@ def speed_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
 
 
 def speed_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """Forward and backward of our three methods on one row of four times the length, with RoPE scaling."""
+    """Returns forward and backward of our three methods on one row of four times the length, with RoPE scaling."""
     long = replace(
         config,
         data=replace(config.data, sequence_length=4 * config.data.sequence_length),
@@ -64,7 +64,7 @@ def speed_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]
 
 
 def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """A whole step of ssa over 8 microbatches, and the optimizer by itself."""
+    """Returns a whole step of ssa over 8 microbatches, and the optimizer by itself."""
     engine = MegatronEngine(config, placement, vocab)
     rows = batches(config, placement, vocab, ACCUMULATED, short=False)
     counted = _counted(config, placement, ACCUMULATED)[Method.ssa]
@@ -78,7 +78,7 @@ def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]
 
 
 def fp8(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """full and ssa in FP8 and in bf16."""
+    """Returns full and ssa, each in FP8 and in bf16."""
     low = replace(config, precision=replace(config.precision, name=PrecisionName.fp8))
     rows = batches(config, placement, vocab, 1, short=False)
     found = []
@@ -95,7 +95,7 @@ def fp8(config: Config, placement: Placement, vocab: int) -> list[Variant]:
 
 
 def recompute(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """ssa with no, selective and full recomputation."""
+    """Returns ssa with no, selective and full recomputation."""
     rows = batches(config, placement, vocab, 1, short=False)
     names = {Recompute.none: "none", Recompute.selective: "selective", Recompute.full: "full recompute"}
     configs = {name: replace(config, engine=replace(config.engine, recompute=kind)) for kind, name in names.items()}

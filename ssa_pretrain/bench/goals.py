@@ -13,8 +13,8 @@ class Goal:
     Attributes:
         label: as in the table.
         over, under: names of the variants, numerator and denominator.
-        of: what is divided: "speed" (tokens/s), "memory" (peak) or "time" (ms).
-        must, aim: what the ratio has to reach and what it should reach; None: only reported.
+        of: the compared value: "speed" (tokens/s), "memory" (peak) or "time" (ms).
+        must, aim: the required ratio and the desired one; None: only reported.
     """
 
     label: str

@@ -72,6 +72,6 @@ def measure(
 
 
 def _versions() -> str:
-    """The versions of the libraries in one line."""
+    """Returns the versions of the libraries in one line."""
     installed = versions()
     return ", ".join(f"{name} {installed.get(name, '–')}" for name in PACKAGES)

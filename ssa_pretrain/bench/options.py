@@ -91,6 +91,6 @@ def bench_config(
 
 
 def refuse(sentence: str) -> NoReturn:
-    """Prints what is wrong with the command and exits with 3."""
+    """Prints the problem of the command line and exits with 3."""
     print(f"ssa_pretrain.bench: {sentence}", file=sys.stderr)
     raise SystemExit(3)

@@ -1,4 +1,4 @@
-"""The baseline: megatron-core's own GPTModel with full attention, from core's own layer spec, with nothing of ours in it.
+"""The baseline: megatron-core's own GPTModel with full attention, from core's own layer spec, without any of our modules.
 
 It uses Transformer Engine's layers if available and core's local layers otherwise. It runs under the same data-parallel
 wrapper and gradient buffers as our engine, on rows of one document each. Fused RoPE, fused SwiGLU and core's fused cross

@@ -37,7 +37,7 @@ def with_tried_advice(problems: Sequence[Problem], config: Config, machine: Mach
     Args:
         problems: all that is wrong with a configuration.
         config: the configuration; a field whose value could not be converted has its default.
-        machine: what is known of the machine.
+        machine: the machine, as far as it is known.
     """
     trial = _Trial(config, replace(machine, has_files=False), {problem.key for problem in problems})
     return [_tried(problem, trial) for problem in problems]
@@ -70,7 +70,7 @@ class _Trial:
         self.unread = self.wrong - {problem.key for problem in check(config, machine)}
 
     def accepts(self, problem: Problem, values: Mapping[str, Any], *, alone: bool = False) -> bool:
-        """Returns whether values by key end a problem and bring no other one; `alone`: none of the same keys."""
+        """Returns whether values by key solve a problem and cause no other one; `alone`: no other one of the same keys."""
         ended, config = {problem.key, *values}, self.config
         for key, value in values.items():
             config = with_value(config, key, value)
@@ -89,7 +89,10 @@ def _tried(problem: Problem, trial: _Trial) -> Problem:
     kind, named = known_keys(Config).get(problem.key), settings_advised(problem)
     if not named or not (kind in (bool, int, float) or (isinstance(kind, type) and issubclass(kind, Enum))):
         return problem
-    for alone in (False, True):  # where no value will do by itself, one that is right for its own key is the first step
+    for alone in (
+        False,
+        True,
+    ):  # if no single setting solves the problem, one that is valid for its own key is a first step
         good = [setting for setting in named if _holds(problem, setting, trial, alone=alone)]
         if len(good) == len(named):
             return problem

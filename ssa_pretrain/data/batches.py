@@ -62,7 +62,7 @@ def collate(
     Args:
         rows: each L + 1 tokens with their document starts.
         index: the microbatch's index in the global batch.
-        isolate_documents: False makes each row one document, except for its padding.
+        isolate_documents: False: each row is one document, except for its padding.
         padding_document: tokens per document of padding, at most top_k * block_size.
     """
     tokens, labels, masks, starts, num_padding = [], [], [], [], 0

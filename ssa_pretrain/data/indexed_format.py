@@ -267,7 +267,7 @@ def load_manifest(path: Path | str, *, hashes: bool = True) -> Manifest:
         hashes: compares the sha256 of each .idx file and of the tokenizer.
 
     Raises:
-        DatasetError: one sentence: what is wrong, where, and what to do.
+        DatasetError: one sentence with the problem, the file and the remedy.
     """
     manifest = read_manifest(path)
     every = [shard for shards in manifest.splits.values() for shard in shards]

@@ -17,8 +17,8 @@ class DatasetError(ValueError):
     """A dataset cannot be used; str() is one sentence.
 
     Attributes:
-        what: the file and what is wrong with it.
-        remedy: what to do, with a command if there is one.
+        what: the file and its problem.
+        remedy: the remedy, with a command if there is one.
     """
 
     def __init__(self, what: str, remedy: str) -> None:

@@ -135,7 +135,7 @@ def count_deepspeed() -> int | None:
 
 
 def _counted(code: str) -> int | None:
-    """Returns the number that Python code prints last. It runs in a process of its own, because it imports torch."""
+    """Returns the number that Python code prints last. It runs in a separate process, because it imports torch."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     last = done.stdout.split()[-1:] if done.returncode == 0 else []
     return int(last[0]) if last and POSITIVE.fullmatch(last[0]) else None

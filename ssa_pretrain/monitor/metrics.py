@@ -78,7 +78,7 @@ def replace_damaged_file(path: Path) -> str | None:
 
 
 def _parse_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | str]]:
-    """Yields each line's number from 1, its bytes, and its record or what is wrong with it. Skips an incomplete last line."""
+    """Yields each line's number from 1, its bytes, and its record or its problem. Skips an incomplete last line."""
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:

@@ -1,11 +1,11 @@
 """Weights & Biases as a view of a run: one W&B run per training run across restarts. W&B never stops or delays training.
 
-W&B's client runs in a process of its own (tracking_process.py). Training only writes records to a pipe (tracking_client.py). An exception, an
+W&B's client runs in a separate process (tracking_process.py). Training only writes records to a pipe (tracking_client.py). An exception, an
 exit, a crash or a hang of the client or its service ends that process and leaves training untouched: one line reports it, the run continues
 untracked, and the next start sends the missing records. Every wait has a limit.
 
-A restart reuses the W&B id in the run's folder (`wandb.json`) and passes metrics.jsonl from its beginning. Records that W&B has already are
-not sent again. If training is killed, the pipe closes, and the process uploads what it received before it exits.
+A restart reuses the W&B id in the run's folder (`wandb.json`) and passes metrics.jsonl from its beginning. Records that W&B already has are
+not sent again. If training is killed, the pipe closes, and the process uploads the received records before it exits.
 
 W&B's configuration contains the resolved settings, the code's git commit and the hash of the data's manifest. Whatever looks like a secret is
 replaced before it leaves this process. Code, console output and git remotes are not sent. An absent, slow or broken server costs seconds,

@@ -1,10 +1,10 @@
 """The process that runs W&B's client for a training run. tracking_client.py starts it and writes records to its standard input.
 
 At the start it asks for the last row that W&B has: online the server knows it, offline the files written by W&B's service contain it. From
-there tracking_rows.py decides what is sent.
+there on tracking_rows.py decides which rows are sent.
 
 Every exception ends this process, and every wait in it has an alarm or a deadline. Training reports the end and continues. If training dies,
-standard input closes, and this process uploads what it received before it exits.
+standard input closes, and this process uploads the received records before it exits.
 """
 
 import json

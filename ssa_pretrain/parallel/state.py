@@ -125,14 +125,14 @@ def joined(parallel: ParallelConfig, *, seed: int) -> Iterator[Placement]:
     stop()
 
 
-def leave_layout() -> None:
+def reset_layout() -> None:
     """Drops the degrees so that `start` can set others; the processes stay joined, because a launcher's store remembers earlier members."""
     parallel_state.destroy_model_parallel()
 
 
 def stop() -> None:
     """Leaves the process group."""
-    leave_layout()
+    reset_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 

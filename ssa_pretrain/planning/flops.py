@@ -120,7 +120,7 @@ def sparse_pairs(length: int, block_size: int, top_k: int) -> int:
 
 
 def _selection(length: int, model: ModelConfig, attention: AttentionConfig) -> float:
-    """Operations of selection in one layer and document: mean keys, logits, a softmax per head and its sum over the heads of a kv head."""
+    """Returns the operations of selection in one layer and document: mean keys, logits, a softmax per head, its sum per kv head."""
     blocks, rest = divmod(length, attention.block_size)
     candidates = attention.block_size * blocks * (blocks - 1) // 2 + rest * blocks
     means = length * model.num_kv_heads * model.head_dim

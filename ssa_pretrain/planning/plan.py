@@ -1,4 +1,4 @@
-"""The plan of a run: what a configuration means on a number of processes. Pure arithmetic, without torch or a GPU.
+"""The plan of a run: the steps, layout and sizes of a configuration on a number of processes. Pure arithmetic, without torch or a GPU.
 
 The trainer takes steps, layout and batch from a `Plan`; table.py prints it for people.
 """

@@ -62,7 +62,7 @@ def describe(
 
 
 def _attention(config: Config) -> str:
-    """The attention method in a few words."""
+    """Returns the attention method in a few words."""
     attention = config.attention
     field = f"{attention.top_k} blocks of {attention.block_size} = {attention.top_k * attention.block_size} keys"
     if attention.method is Method.full:
@@ -74,7 +74,7 @@ def _attention(config: Config) -> str:
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:
-    """Replica and stage of the first few groups of ranks."""
+    """Returns replica and stage of the first few groups of ranks."""
     if plan.world_size == 1:
         return []
     lines = []
@@ -87,7 +87,7 @@ def _ranks(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _context(config: Config, plan: Plan) -> list[tuple[str, str]]:
-    """What a context-parallel rank holds and communicates."""
+    """Returns the tokens that a context-parallel rank holds and the bytes that it communicates."""
     if plan.cp == 1:
         return []
     model, size = config.model, 4 if config.precision.name is PrecisionName.fp32 else 2
@@ -98,7 +98,7 @@ def _context(config: Config, plan: Plan) -> list[tuple[str, str]]:
 
 
 def _epochs(config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple[str, str]]:
-    """How often the run reads the dataset and each of its parts, and which tokens the first epoch leaves out."""
+    """Returns the epochs of the dataset and of each part, and the number of tokens that the first epoch leaves out."""
     if manifest is None or not manifest.splits["train"]:
         return []
     rows = plan.steps * plan.rows_per_step
@@ -123,7 +123,7 @@ def _epochs(config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple
 
 
 def _work(config: Config, plan: Plan) -> list[tuple[str, str]]:
-    """Floating-point operations, and the hours they take at a typical MFU."""
+    """Returns the floating-point operations, and the hours they take at a typical MFU."""
     share = plan.row.overhead / plan.row.model
     overhead = f"; {config.attention.method} adds {share:.1%} that MFU does not count" if share > 0.001 else ""
     total = plan.flops_per_token * plan.total_tokens
@@ -137,7 +137,7 @@ def _work(config: Config, plan: Plan) -> list[tuple[str, str]]:
 
 
 def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:
-    """What the run writes."""
+    """Returns the files that the run writes, and the disk space they need."""
     interval, keep = config.checkpoint.interval, config.checkpoint.keep
     saves = plan.steps // interval + (plan.steps % interval > 0) if interval else 1
     kept = min(keep, saves)
@@ -148,7 +148,7 @@ def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:
 
 
 def _command(config: Config, plan: Plan, overrides: Sequence[str], entry: str) -> str:
-    """The command that starts the run on this many processes."""
+    """Returns the command that starts the run on this many processes."""
     dropped = ("dry_run", "parallel.world_size")
     kept = [word for word in overrides if word.lstrip("+").split("=")[0] not in dropped]
     program = f"-m ssa_pretrain.{entry} {shlex.join(kept) or f'name={config.name} …'}"
@@ -162,11 +162,11 @@ def _command(config: Config, plan: Plan, overrides: Sequence[str], entry: str) -
 
 
 def _count(number: int, noun: str) -> str:
-    """A number and its noun, in the plural if needed."""
+    """Returns a number and its noun, in the plural if needed."""
     plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{plural}"
 
 
 def _bytes(size: int) -> str:
-    """A size in GiB, or in MiB if it is small."""
+    """Returns a size in GiB, or in MiB if it is small."""
     return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"

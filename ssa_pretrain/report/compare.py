@@ -50,7 +50,8 @@ def page(runs: Runs) -> str:
         card("Held-out text", "The last evaluation of each run.", number_table(HEAD, final_metrics(runs)), wide=True),
         card(
             "Training cross entropy",
-            f"Mean over about {WINDOW} steps, fewer at both ends. The first tenth of each run is left out: it falls so far that the rest would look flat.",
+            f"Mean over about {WINDOW} steps, fewer at both ends. "
+            "The first tenth of each run is left out: it falls so far that the rest would look flat.",
             loss and legend(losses) + loss,
             wide=True,
         ),

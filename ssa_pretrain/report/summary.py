@@ -21,7 +21,7 @@ Points = list[tuple[float, float]]
 
 
 class ReportError(ValueError):
-    """The folder lacks what a report needs."""
+    """The folder lacks a file or a key that a report needs."""
 
 
 @dataclass(slots=True)

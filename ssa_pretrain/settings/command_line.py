@@ -64,7 +64,7 @@ class Command:
         overrides: its key=value arguments.
         source: where the configuration comes from.
         flags: Hydra's flags that only print something, as hydra.main takes them.
-        action: what is printed instead of a run: help, version or shell_completion; empty: nothing.
+        action: the flag that is answered instead of starting a run: help, version or shell_completion; empty: none.
         explained: the key, section or pattern that --explain asks for, empty for all; None without that flag.
     """
 

@@ -287,7 +287,7 @@ def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], 
         return [], [Problem(group, choice, rule, f"try -cd {path.parent.parent} {group}={path.stem}")]
     typed = path.stem if path.suffix in (".yaml", ".yml") else str(choice)
     if near := closest(typed, options, 1) if isinstance(choice, str) else []:
-        # The whole words are at fault, not the section: its rules are checked on what was meant.
+        # Only the option is wrong, not its section: the section's rules are checked with the likeliest option.
         advice = f"did you mean {group}={near[0]}? It has {join(options)}"
         return [f"{group}={near[0]}"], [Problem(f"{group}={show(choice)}", None, rule, advice)]
     return [], [Problem(group, choice, rule, f"try {join(options)}")]

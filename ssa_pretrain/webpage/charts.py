@@ -122,7 +122,7 @@ def line_chart(
     width: int = HALF,
     height: int = 250,
 ) -> str:
-    """Returns an SVG of lines over a common x axis, empty if no line has points. `legend` makes its legend.
+    """Returns an SVG of lines over a common x axis, empty if no line has points. `legend` builds its legend.
 
     Args:
         lines: drawn in order; those without points are left out.
@@ -167,7 +167,7 @@ def heat_map(
         title: text for screen readers.
         low, high: values of the weakest and the strongest colour.
         x_name: unit of the x axis.
-        band_name: what a band is.
+        band_name: the noun for a band, such as "layer".
         width: of the drawing, pixels.
         columns: cells per band; a cell shows the mean of its values.
     """
@@ -209,7 +209,7 @@ def histogram(
     width: int = WIDE,
     height: int = 240,
 ) -> str:
-    """Returns an SVG of stacked bars over common bins, empty if all bins are. `colour_legend` makes its legend.
+    """Returns an SVG of stacked bars over common bins, empty if all bins are. `colour_legend` builds its legend.
 
     Args:
         series: height of each bin, by name of the series.

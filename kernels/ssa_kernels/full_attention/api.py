@@ -25,7 +25,7 @@ def full_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns (o, lse), differentiable in q, k and v.
 
-    On a GPU a library's kernel is chosen from shapes, arguments and what is installed, without reading the documents' boundaries (fused.py).
+    On a GPU a library's kernel is chosen from shapes, arguments and the installed libraries, without reading the documents' boundaries (fused.py).
     Pass a layout with `max_length` if it is known: FlashAttention's backward over 8k rows takes twice as long when it must expect a document
     of all tokens. For some of the queries over all keys, pass a layout by `query_spans` (or, for the reference, by `query_slice`) and no
     num_rows.
@@ -43,7 +43,7 @@ def full_attention(
             Triton's interpreter run the reference.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what the implementation does not support (the GPU kernels need
+        ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (the GPU kernels need
             bfloat16 or float16, and D a multiple of 8 up to 128).
     """
     check_attention(q=q, k=k, v=v)

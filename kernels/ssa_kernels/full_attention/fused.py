@@ -1,6 +1,6 @@
 """Full attention by the installed libraries' fused kernels, behind one forward and one backward.
 
-The kernel is chosen from shapes, explicit arguments and what is installed, never from values on the device:
+The kernel is chosen from shapes, explicit arguments and the installed libraries, never from values on the device:
 
 - `cudnn`: torch's cuDNN attention, if the caller states that the tokens are `num_rows` rows of equal length, one document each.
 - `te`: Transformer Engine's cuDNN attention on packed documents, if it is installed (te.py). On request it also takes equal rows.

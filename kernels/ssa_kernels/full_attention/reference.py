@@ -1,4 +1,4 @@
-"""The full stream in plain PyTorch: the definition of what the fused kernels compute, and what runs on a CPU.
+"""The full stream in plain PyTorch: the definition of the operator, and the implementation for a CPU.
 
 o[t, h] = sum_j softmax_j(scale q[t, h] . k[j, g]) v[j, g] over the document's keys j <= t, where g = h // group_size. It calls torch's
 fused attention for chunks of queries (masked_attention.py). Source: arXiv 2511.20102, section 3.

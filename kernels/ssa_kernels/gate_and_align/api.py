@@ -33,7 +33,7 @@ def gate_and_align(
         in o_full, o_sparse and gate_logits, and bit-identical from run to run. Without tokens or heads the loss is 0.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only).
+        ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64: reference only).
     """
     check_gate_inputs("o_full", o_full, gate_logits, main)
     weights = check_weights(weights)

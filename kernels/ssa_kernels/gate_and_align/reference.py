@@ -1,4 +1,4 @@
-"""The gate on both streams and their alignment loss in plain PyTorch: the definition of what the kernels compute, and what runs on a CPU.
+"""The gate on both streams and their alignment loss in plain PyTorch: the definition of the operator, and the implementation for a CPU.
 
 g = sigmoid(gate_logits), f = g * o_full, s = g * o_sparse; out = f or s. With sg the stop-gradient and l(a, b) the mean over
 tokens x H x D of SmoothL1 with beta 1 (d^2 / 2 for |d| < 1, else |d| - 1/2):

@@ -48,7 +48,7 @@ def linear_cross_entropy(
         impl: None, "triton" or "reference".
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only).
+        ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64: reference only).
     """
     group = None if group is None or dist.get_world_size(group) == 1 else group
     _check(hidden, weight, labels, accumulate_into, 1 if group is None else dist.get_world_size(group))

@@ -1,4 +1,4 @@
-"""The output layer and its cross entropy in plain PyTorch: the definition of what the kernels compute, and what runs on a CPU.
+"""The output layer and its cross entropy in plain PyTorch: the definition of the operator, and the implementation for a CPU.
 
 api.py has the mathematics.
 """

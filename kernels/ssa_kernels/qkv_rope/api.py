@@ -35,7 +35,7 @@ def qkv_rope(
         impl: None, "triton" or "reference".
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only).
+        ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64: reference only).
     """
     sizes = {
         "num_kv_heads": check_whole("num_kv_heads", num_kv_heads, least=1),

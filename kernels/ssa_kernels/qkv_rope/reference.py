@@ -1,4 +1,4 @@
-"""The mixed projection split and rotated in plain PyTorch: the definition of what the kernels compute, and what runs on a CPU.
+"""The mixed projection split and rotated in plain PyTorch: the definition of the operator, and the implementation for a CPU.
 
 With a the angle of a pair (i, i + D/2) at the token's position:
 

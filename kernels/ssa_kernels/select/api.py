@@ -43,7 +43,7 @@ def select_blocks(
         ones, the more recent are taken.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only;
+        ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64: reference only;
             the kernels need D in [16, 128] and H / G up to 32).
     """
     check_attention(q=q, k=k)

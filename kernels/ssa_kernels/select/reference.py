@@ -1,4 +1,4 @@
-"""Block selection in plain PyTorch: the definition of what the kernels compute, and what training on a CPU runs.
+"""Block selection in plain PyTorch: the definition of the operator, and the implementation for training on a CPU.
 
 For each query and kv head: the mean key of each block of the document (summed in float32, the last block over its true length, rounded to
 the keys' dtype); the importance of each block before the query's own,

@@ -38,7 +38,7 @@ def sparse_attention(
         without blocks gets o = 0 and lse = -inf.
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what the implementation does not support (float64: reference only).
+        ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64: reference only).
     """
     check_attention(q=q, k=k, v=v)
     scale = check_scale(scale, q.shape[-1])

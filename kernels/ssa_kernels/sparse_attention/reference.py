@@ -1,6 +1,6 @@
 """The sparse stream in plain PyTorch: causal softmax attention over the keys of the chosen blocks only.
 
-It defines what the kernels compute, and it is what training on a CPU runs. For each chunk of queries the chosen blocks become a mask for
+It is the definition of the operator, and the implementation for training on a CPU. For each chunk of queries the chosen blocks become a mask for
 torch's fused attention (masked_attention.py, which explains why this is not a gather). Gradients come from torch.
 """
 

@@ -1,6 +1,6 @@
 """dK and dV from the segments' sums (Triton): a block's segments are added in their order.
 
-Every program of the dK/dV kernels writes its segment's sums in float32 to a place of its own. The order of the additions here depends only
+Every program of the dK/dV kernels writes its segment's sums in float32 to its own place. The order of the additions here depends only
 on the document, so gradients are bit-identical from run to run and do not depend on the rest of the batch.
 """
 
@@ -22,7 +22,7 @@ def add_segments_kernel(
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
     ELEMENTS: tl.constexpr, SEGMENTS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """ELEMENTS elements of a bucket's dk and dv; ADD: added to what is there. Grid: (buckets, pieces of ELEMENTS)."""
+    """ELEMENTS elements of a bucket's dk and dv; ADD: added to the present values. Grid: (buckets, pieces of ELEMENTS)."""
     bucket = tl.program_id(0)
     block_row = bucket % num_block_rows
     length = tl.load(block_length_ptr + block_row)

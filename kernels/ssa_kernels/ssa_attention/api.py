@@ -6,7 +6,7 @@
     out, alignment_loss = gate_and_align(o_full, o_sparse, gate_logits, main)
     captured_mass = mean of exp(lse_sparse - lse_full)
 
-`composed` is exactly that, by the public operators, and defines what is correct. On a GPU one autograd function computes the same in fewer
+`composed` is exactly that, by the public operators, and defines correctness. On a GPU one autograd function computes the same in fewer
 passes (autograd.py). If top_k blocks cover every document (by the layout's `max_length`), both streams are the same (`covered`).
 Source: arXiv 2511.20102, section 3.
 """
@@ -74,7 +74,7 @@ def ssa_attention(
         impl: None, "triton" or "reference".
 
     Raises:
-        ValueError: for arguments that do not fit each other, and for what the implementation does not support (see
+        ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (see
             `full_attention` and `select_blocks`).
     """
     check_attention(q=q, k=k, v=v)

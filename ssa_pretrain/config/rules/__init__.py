@@ -21,7 +21,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
 
     Args:
         config: the typed configuration.
-        machine: what is known about the machine.
+        machine: the machine, as far as it is known.
         wrong: keys that already have problems; a section stands for all its keys.
     """
     rules = (_sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *(FILE_RULES if machine.has_files else ()))

@@ -1,4 +1,4 @@
-"""Rules of engine=deepspeed: what it does not support, and what `deepspeed.extra` may set."""
+"""Rules of engine=deepspeed: settings that it does not support, and keys that `deepspeed.extra` may set."""
 
 from typing import Any
 

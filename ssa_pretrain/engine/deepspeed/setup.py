@@ -60,7 +60,7 @@ class TensorParallelState:
 def prepare_process(placement: Placement) -> None:
     """Sets the environment variables that DeepSpeed reads; must run before its first import."""
     os.environ.setdefault("DS_ACCELERATOR", placement.device.type)
-    if "WORLD_SIZE" not in os.environ:  # one process without a launcher: ignore what a pod or a job has set
+    if "WORLD_SIZE" not in os.environ:  # one process without a launcher: ignore the variables of a pod or a job
         os.environ["LOCAL_RANK"] = str(placement.device.index or 0)
     os.environ.setdefault("LOCAL_RANK", str(placement.device.index or 0))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))

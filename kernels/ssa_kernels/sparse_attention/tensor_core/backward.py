@@ -11,7 +11,7 @@ used in both orientations, by movmatrix. The kernel writes delta if it was not g
 dK, dV. Grid: one program per segment of the bound, in the schedule's order, with a warp per 16 keys of the block. Keys are the rows of the
 products: s^T = K Q^T and dp^T = V dO^T with K and V fixed in registers. p^T and ds^T feed dv += p^T dO and dk += ds^T Q from the registers
 in which they were computed (D up to 64; wide_heads.py serves wider heads). A step takes 16 rows of q, or one entry's if those are more: one
-entry of 16 heads, two of 8, 16 of one. Every program writes its sums in float32 to a place of its own, and segment_sums.py adds up a
+entry of 16 heads, two of 8, 16 of one. Every program writes its sums in float32 to its own place, and segment_sums.py adds up a
 bucket's places in order. There are no atomics.
 """
 
@@ -57,7 +57,7 @@ def dq_kernel(
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, PADDED_TOP_K: gl.constexpr,
     DTYPE: gl.constexpr, HAS_DELTA: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """dq of one query and list. ADD: added to what is there. q_ptr, do_ptr, o_ptr and tiles_ptr point to words."""
+    """dq of one query and list. ADD: added to the present values. q_ptr, do_ptr, o_ptr and tiles_ptr point to words."""
     MMA: gl.constexpr = mma_layout(1)
     TILES: gl.constexpr = BLOCK_SIZE // 16
     WORDS: gl.constexpr = 8 * DIM

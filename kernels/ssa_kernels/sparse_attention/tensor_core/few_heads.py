@@ -143,7 +143,7 @@ def dq_kernel(
     HEAD_DIM: gl.constexpr, DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, TOP_K: gl.constexpr, PADDED_TOP_K: gl.constexpr,
     DTYPE: gl.constexpr, HAS_DELTA: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """dq of one query and list. ADD: added to what is there. Pointers to q, dO, O and tiles point to words. PADDED_HEADS is 8."""
+    """dq of one query and list. ADD: added to the present values. Pointers to q, dO, O and tiles point to words. PADDED_HEADS is 8."""
     MMA: gl.constexpr = mma_layout(1)
     TILES: gl.constexpr = BLOCK_SIZE // 16
     WORDS: gl.constexpr = 8 * DIM

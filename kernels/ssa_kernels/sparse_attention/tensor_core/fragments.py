@@ -170,7 +170,7 @@ def dot_of_rows(a, b, ROWS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr
 
 @gluon.jit
 def _store(place, x, inside, ADD: gl.constexpr):
-    """Stores x. ADD: stores what is there plus x."""
+    """Stores x. ADD: adds x to the present values."""
     if ADD:
         x = (gl.load(place, mask=inside, other=0.0).to(gl.float32) + x).to(place.dtype.element_ty)
     gl.store(place, x, mask=inside)
@@ -180,7 +180,7 @@ def _store(place, x, inside, ADD: gl.constexpr):
 def store_rows(
     ptr, acc, ROWS: gl.constexpr, PADDED_ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, DIM: gl.constexpr, ADD: gl.constexpr = False
 ):  # fmt: skip
-    """Stores accumulators [PADDED_ROWS, DIM], d in contraction order, as natural rows [ROWS, HEAD_DIM]. ADD: adds them to what is there."""
+    """Stores accumulators [PADDED_ROWS, DIM], d in contraction order, as natural rows [ROWS, HEAD_DIM]. ADD: adds them to the present values."""
     LAYOUT: gl.constexpr = rows_layout(PADDED_ROWS, DIM, gl.num_warps())
     if not ADD:
         acc = acc.to(ptr.dtype.element_ty)
@@ -198,7 +198,7 @@ def store_columns(
 ):  # fmt: skip
     """Stores accumulators [DIM, PADDED_ROWS], d in contraction order, as natural rows [ROWS, HEAD_DIM]. Moves data between lanes.
 
-    ADD: adds them to what is there.
+    ADD: adds them to the present values.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
     if not ADD:
