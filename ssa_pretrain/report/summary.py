@@ -22,7 +22,7 @@ Points = list[tuple[float, float]]
 
 
 class ReportError(CommandError, ValueError):
-    """The folder lacks what a report needs."""
+    """The folder lacks a file or a key that a report needs."""
 
     exit_code = ExitCode.DATA
 

@@ -114,8 +114,8 @@ def test_context_parallelism_equals_the_single_process(results, name):
 
 def test_streams_differ(results):
     """If the streams were equal or the alignment negligible, the comparison above would prove nothing."""
-    results = results["single.plain.ssa_full"]["records"]
-    alignment, mass = results[:, 2:4], results[:, 4:6]
+    records = results["single.plain.ssa_full"]["records"]
+    alignment, mass = records[:, 2:4], records[:, 4:6]
     assert alignment.min() > 1e-3 and mass.max() < 0.99
     gradients = [results[f"single.plain.{method}"]["parameters"] for method in ("ssa_full", "full")]
     key = "decoder.layers.0.self_attention.linear_qkv.weight"
