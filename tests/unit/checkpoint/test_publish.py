@@ -314,7 +314,7 @@ def test_weights_of_another_shape_are_refused_and_every_key_is_named(tmp_path):
         require_same_model(found, saved | {"model.num_layers": 2, "attention.gate": False}, shapes_only=True)
     assert str(caught.value) == (
         f"{tmp_path} holds another model (attention.gate: checkpoint True, run False; model.num_layers: checkpoint 4, run 2); "
-        "set what it was trained with, or name another checkpoint"
+        "set the model as it was trained, or name another checkpoint"
     )
 
 
