@@ -20,7 +20,7 @@ import pytest
 
 from data_prep.cli import main as data_prep
 from data_prep.cli import read_config as read_data_config
-from ssa_pretrain.bench.__main__ import read_options
+from ssa_pretrain.bench.options import read_options
 from ssa_pretrain.cli import read_config
 from support.processes import ROOT
 
