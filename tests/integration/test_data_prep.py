@@ -348,7 +348,7 @@ def test_interrupt_names_the_command_to_continue(tmp_path, settings):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output = finish(process, code=130)
-    assert "interrupted; run the same command again to go on" in output and "Traceback" not in output
+    assert "interrupted; run the same command again to continue" in output and "Traceback" not in output
 
 
 def test_progress_is_json_lines_when_piped(tmp_path, settings):

@@ -130,7 +130,7 @@ def test_initial_weights_of_another_model_are_refused(uninterrupted, corpus, tmp
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", f"checkpoint.init_from={uninterrupted}")
     done = run("ssa_pretrain.train", *settings, "model.num_layers=3")
     assert done.returncode == 5
-    assert "holds another model (model.num_layers: checkpoint 2, run 3); give the settings" in done.stderr
+    assert "holds another model (model.num_layers: checkpoint 2, run 3); set the model as it was trained" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
 
