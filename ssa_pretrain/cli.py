@@ -12,10 +12,9 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ssa_pretrain import saved_run
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import CONF, Config
 from ssa_pretrain.config.advice import in_keys_only, with_tried_advice
 from ssa_pretrain.config.machine import Machine, launcher_number, this_machine
 from ssa_pretrain.config.rules import check
@@ -25,7 +24,6 @@ from ssa_pretrain.settings.command_line import Program, report, resolve
 from ssa_pretrain.settings.output import pipe_may_close
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 HELP = """\
 Pretraining with SSA (Sparse Sparse Attention)
 

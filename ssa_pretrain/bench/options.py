@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ssa_pretrain.config import Config, ModelConfig, ParallelConfig, PrecisionName
+from ssa_pretrain.config import CONF, Config, ModelConfig, ParallelConfig, PrecisionName
 from ssa_pretrain.errors import UsageError
 from ssa_pretrain.planning.memory import count_parameters
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
+MODELS = CONF / "model"
 ONE_PROCESS = ("8k", "32k", "optimizer", "fp8", "recompute")
 TWO_PROCESSES = ("dp2", "tp2", "tp2_overlap")
 DEFAULT_VOCAB = 4096  # for models whose vocabulary is the tokenizer's
@@ -57,8 +56,8 @@ def read_options(arguments: Sequence[str], world_size: int) -> Options:
             raise UsageError(f"{name}={text} must be a positive whole number")
         numbers[name] = int(text)
     options = Options(cases=cases, **numbers, **given)
-    if not (CONF / f"{options.model}.yaml").is_file():
-        names = sorted(path.stem for path in CONF.glob("*.yaml"))
+    if not (MODELS / f"{options.model}.yaml").is_file():
+        names = sorted(path.stem for path in MODELS.glob("*.yaml"))
         raise UsageError(f"model={options.model} is not a file in conf/model; try {', '.join(names)}")
     if options.precision not in ("bf16", "fp32"):
         raise UsageError(f"precision={options.precision} must be bf16 or fp32; for FP8 use cases=fp8")
@@ -81,7 +80,7 @@ def bench_config(
     options: Options, *, parallel: Mapping[str, Any] | None = None, engine: Mapping[str, Any] | None = None
 ) -> Config:
     """Returns the configuration to build engines from, with the given settings of the groups `parallel` and `engine`."""
-    model = ModelConfig(**yaml.safe_load((CONF / f"{options.model}.yaml").read_text(encoding="utf-8")))
+    model = ModelConfig(**yaml.safe_load((MODELS / f"{options.model}.yaml").read_text(encoding="utf-8")))
     config = Config(name="bench", model=model, parallel=ParallelConfig(**(parallel or {})))
     return replace(
         config,

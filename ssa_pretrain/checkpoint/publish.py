@@ -29,7 +29,7 @@ from ssa_pretrain.checkpoint.facts import differences
 from ssa_pretrain.checkpoint.integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema
 from ssa_pretrain.errors import CheckpointError, ExitCode
 from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
-from ssa_pretrain.settings.files import file_sha256
+from ssa_pretrain.settings.files import file_sha256, sync
 
 VISIBLE_SECONDS = 30.0  # until a file of another node must be visible: network storage may be slow to show it
 NAME = re.compile(r"step_\d{8,}")  # folders with other names (step_00000100_good, a copy) are the user's
@@ -172,7 +172,7 @@ class _Save:
             _write_facts(self.scratch, self.step, self.facts, self.entries)
             shutil.rmtree(self.target, ignore_errors=True)
             os.rename(self.scratch, self.target)
-            _flush(self.target.parent)
+            sync(self.target.parent)
 
     def _describe(self, reason: str) -> str:
         free = shutil.disk_usage(self.run_folder).free / 2**30
@@ -315,8 +315,8 @@ def _write_facts(folder: Path, step: int, facts: dict[str, Any], entries: dict[s
     record = folder / FACTS
     listed = dict(sorted(files.items()))
     record.write_text(json.dumps({"schema": SCHEMA, "step": step, "facts": facts, "files": listed}, indent=1))
-    _flush(record)
-    _flush(folder)
+    sync(record)
+    sync(folder)
 
 
 def _entries(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
@@ -324,7 +324,7 @@ def _entries(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for name in names:
         found[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-        _flush(folder / name)
+        sync(folder / name)
     return found
 
 
@@ -357,12 +357,3 @@ def _folder_of(run_folder: Path, step: int) -> Path:
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
-
-
-def _flush(path: Path) -> None:
-    """Flushes a file, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

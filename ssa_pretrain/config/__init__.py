@@ -3,6 +3,8 @@
 Reading order: choices, schema, machine, rules/, deepspeed. This module re-exports choices and schema only, so importing it is cheap.
 """
 
+from pathlib import Path
+
 from ssa_pretrain.config.choices import (
     AdamImpl,
     EngineName,
@@ -37,7 +39,10 @@ from ssa_pretrain.config.schema import (
     WandbConfig,
 )
 
+CONF = Path(__file__).resolve().parents[2] / "conf"  # the YAML files of the settings
+
 __all__ = [
+    "CONF",
     "AdamImpl",
     "AttentionConfig",
     "CheckpointConfig",

@@ -9,18 +9,16 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import CONF, Config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config.rules import check
 from ssa_pretrain.settings.convert import MismatchError, convert, known_keys
 from ssa_pretrain.settings.problems import Problem, join
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUP_KEYS = {"precision": "precision.name", "engine": "engine.name", "attention": "attention.method"}
 ONE_STAGE = "parallel.tp=1 parallel.pp=1 parallel.vpp=1 parallel.cp=1 parallel.sequence_parallel=false"  # parallel=dp
 SETTING = re.compile(r"(?:([a-z_][\w.]*)=)?([^\s=]+)")

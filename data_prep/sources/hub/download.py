@@ -26,7 +26,7 @@ from data_prep.errors import InputError
 from data_prep.files import read_json, write_json
 from data_prep.progress import Log
 from data_prep.sources.hub.settings import HubSource
-from ssa_pretrain.settings.files import file_sha256
+from ssa_pretrain.settings.files import file_sha256, sync
 
 MAX_PAUSE_SECONDS = 30.0
 
@@ -127,8 +127,7 @@ def record_path(path: Path) -> Path:
 
 def write_record(path: Path, **facts: Any) -> None:
     """Marks a file as complete: flushes it to the disk, then writes its size and `facts` beside it."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     write_json(record_path(path), {"size": path.stat().st_size, **facts})
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import InputError
+from ssa_pretrain.settings.files import temporary_path
 
 PROGRAMS = ("apt-get", "apt-cache", "dpkg-deb")
 
@@ -129,7 +130,7 @@ def _download(real: dict[str, str], folder: Path, options: list[str]) -> dict[st
 def _unpack(name: str, archive: Path, folder: Path) -> Package:
     version = archive.name.split("_")[1].replace("%3a", ":")
     final = folder / f"{name}={version}.d"
-    unfinished = folder / f"{name}={version}.{os.getpid()}.tmp"
+    unfinished = temporary_path(folder / f"{name}={version}")
     _run(["dpkg-deb", "-x", str(archive), str(unfinished)], f"{archive} cannot be unpacked; delete it and run again")
     unfinished.rename(final)
     archive.unlink()

@@ -13,7 +13,7 @@ from ssa_pretrain.config.rules.deepspeed import DEEPSPEED_RULES
 from ssa_pretrain.config.rules.files import FILE_RULES
 from ssa_pretrain.config.rules.layout import LAYOUT_RULES
 from ssa_pretrain.config.rules.machine import MACHINE_RULES
-from ssa_pretrain.settings.problems import Problem
+from ssa_pretrain.settings.problems import Problem, independent
 
 
 def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list[Problem]:
@@ -28,7 +28,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
     found: list[Problem] = []
     for rule in rules:
         bad = {*wrong, *(problem.key for problem in found)}
-        found += [problem for problem in rule(config, machine) if not _touches(problem, bad)]
+        found += independent(rule(config, machine), bad)
     return found
 
 
@@ -42,12 +42,6 @@ def warning(config: Config) -> str:
         f"{blocks} cover whole rows of data.sequence_length={length}, so sparse attention is full attention: alignment 0, captured mass 1; "
         "lower top_k or lengthen the rows"
     )
-
-
-def _touches(problem: Problem, wrong: Collection[str]) -> bool:
-    """Returns whether a problem's key, or a key that its rule reads, already has a problem or lies in a section that has one."""
-    keys = (problem.key, *problem.reads)
-    return any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in wrong)
 
 
 def _sections(config: Config, _: Machine) -> list[Problem]:
