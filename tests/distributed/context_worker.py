@@ -20,7 +20,7 @@ from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, start
-from support.layout_worker import LENGTH, VOCAB, configure, gather_gradients
+from support.layout_worker import LENGTH, VOCAB, capture_first_gradients, configure
 
 STEPS = 4
 # Where documents begin in each row of a step. Single tokens at the row's ends and on both sides of the ranks' borders; one document over all
@@ -52,15 +52,7 @@ def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
 def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
     """Runs four steps, evaluates, computes logits, runs a fifth step from a checkpoint if the case asks for it, and writes this rank's results."""
     engine = build_engine(config, placement, VOCAB)
-    records, captured = [], {}
-    step = engine.optimizer.step
-
-    def step_and_capture():
-        if not captured:
-            captured.update(gather_gradients(engine.chunks))
-        return step()
-
-    engine.optimizer.step = step_and_capture
+    records, captured = [], capture_first_gradients(engine)
 
     def train(index: int) -> list[float]:
         mine = batches(config, placement.dp_rank, placement.dp, index)

@@ -97,11 +97,9 @@ def gather_gradients(chunks: list) -> dict[str, dict]:
     return found
 
 
-def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
-    """Runs two steps of one case and write this rank's part."""
-    engine = build_engine(config, placement, VOCAB)
-    records, captured = [], {}
-    step = engine.optimizer.step
+def capture_first_gradients(engine) -> dict[str, dict]:
+    """Returns a dict that receives the reduced gradients of the engine's first step, before its optimizer reads them."""
+    captured, step = {}, engine.optimizer.step
 
     def step_and_capture():
         if not captured:
@@ -109,6 +107,13 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
         return step()
 
     engine.optimizer.step = step_and_capture
+    return captured
+
+
+def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
+    """Runs two steps of one case and write this rank's part."""
+    engine = build_engine(config, placement, VOCAB)
+    records, captured = [], capture_first_gradients(engine)
     for index in range(2):
         local = batches(config, placement.dp_rank, placement.dp, index)
         result = engine.train_step(local, step=index, learning_rate=1e-2).result()

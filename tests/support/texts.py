@@ -8,6 +8,19 @@ from typing import Any
 
 from ssa_pretrain.data.repair import content_checksum
 
+# Texts that tokenizers tend to break on.
+NASTY = [
+    "",
+    " ",
+    "a\r\nb\n\n\n  c",
+    "\x00\x01\x7f",
+    "🙂👩‍👩‍👧 漢字 ไทย",
+    "a" * 5000,
+    "x <|end_of_text|> y",
+    "  leading",
+    "1234567",
+]
+
 WORDS = [
     "the",
     "sparse",

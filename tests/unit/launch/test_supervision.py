@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,9 @@ import pytest
 from ssa_pretrain.launch import supervision
 from ssa_pretrain.launch.supervision import NOT_BEGUN, RERUN, Supervisor
 from support.processes import ROOT, SUPPORT
+from support.signal_handlers import default_signals
+
+__all__ = ["default_signals"]  # a fixture that applies by itself
 
 SCRIPT = SUPPORT / "rank_for_supervision.py"
 
@@ -48,17 +50,6 @@ def run(*modes: str, patience: float = 30, reports: bool = True) -> tuple[int, s
         code = supervisor.run([sys.executable, str(SCRIPT), "launcher", *modes], environment())
         assert not supervision.find_processes(supervisor.folder)
         return supervisor.verdict(code)
-
-
-@pytest.fixture(autouse=True)
-def default_signals() -> Iterator[None]:
-    """Restores signals that the parent of the tests ignores, as nohup does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

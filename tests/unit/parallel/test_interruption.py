@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -14,19 +13,11 @@ import pytest
 from ssa_pretrain.parallel import interruption as module
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.signals import on_signals
+from support.signal_handlers import default_signals
+
+__all__ = ["default_signals"]  # a fixture that applies by itself
 
 ONE_PROCESS = SimpleNamespace(world_size=1, is_rank_0=True)
-
-
-@pytest.fixture(autouse=True)
-def default_signals() -> Iterator[None]:
-    """Restores signals that the parent of the tests ignores, as nohup does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def wait_for(condition) -> None:

@@ -17,18 +17,7 @@ from data_prep.tokenizer import backends
 from data_prep.tokenizer.backends import HuggingFaceBackend, choose_backend
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
 from data_prep.tokenizer.vocabulary import prepare_vocabulary
-
-NASTY = [
-    "",
-    " ",
-    "a\r\nb\n\n\n  c",
-    "\x00\x01\x7f",
-    "🙂👩‍👩‍👧 漢字 ไทย",
-    "a" * 5000,
-    "x <|end_of_text|> y",
-    "  leading",
-    "1234567",
-]
+from support.texts import NASTY
 
 needs_tiktoken = pytest.mark.skipif(backends.find_spec("tiktoken") is None, reason="tiktoken is not installed")
 needs_gigatoken = pytest.mark.skipif(backends.find_spec("gigatoken") is None, reason="gigatoken is not installed")

@@ -17,18 +17,7 @@ from data_prep.sources.files import Part
 from data_prep.tokenizer.bpe import EOS, train_bpe
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
 from data_prep.tokenizer.vocabulary import prepare_vocabulary
-
-NASTY = [
-    "",
-    " ",
-    "a\r\nb\n\n\n  c",
-    "\x00\x01\x7f",
-    "🙂👩‍👩‍👧 漢字 ไทย",
-    "a" * 5000,
-    "x <|end_of_text|> y",
-    "  leading",
-    "1234567",
-]
+from support.texts import NASTY
 
 
 @pytest.fixture
