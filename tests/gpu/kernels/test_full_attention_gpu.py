@@ -144,7 +144,7 @@ def test_unsupported_arguments_are_refused():
         full_attention(*(torch.cat([x] * 3, -1) for x in (q, k, v)), cu_seqlens=boundaries)
     with pytest.raises(ValueError, match="needs num_rows"):
         full_attention(q, k, v, cu_seqlens=boundaries, backend="cudnn")
-    with pytest.raises(ValueError, match="need them equal"):
+    with pytest.raises(ValueError, match="they must be equal"):
         full_attention(q[:3], k, v, cu_seqlens=boundaries)
     with pytest.raises(ValueError, match="must be None, 'cudnn'"):
         full_attention(q, k, v, cu_seqlens=boundaries, backend="fast")
