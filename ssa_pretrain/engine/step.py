@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssa_kernels import build_layout, query_spans
+from ssa_kernels import build_layout, sample_queries
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, StepResult
@@ -170,7 +170,7 @@ class Microbatches:
             num_rows=batch.num_rows,
             main=route.main,
             counterpart=route.counterpart,
-            sample=query_spans(layout, route.spans) if route.spans else None,
+            sample=sample_queries(layout, route.spans) if route.spans else None,
             alignment_scale=route.alignment_scale,
         )
 
