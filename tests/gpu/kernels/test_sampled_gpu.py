@@ -107,8 +107,8 @@ def test_layer_with_its_gradients(documents, main, sample, shape):
     common = {"cu_seqlens": layout, "sample": picked, "main": main, "weights": (0.7, 1.3), **SELECTION}
     rows = 2 if documents == "rows" else None
     *found, means = run(ssa_attention(*inputs, num_rows=rows, **common), inputs)
-    for got, part, want in zip(found, parts, exact, strict=True):
-        require_as_near(got, part, want, factor=1.1)
+    for name, got, part, want in zip(("out", "dq", "dk", "dv", "dlogits"), found, parts, exact, strict=True):
+        require_as_near(got, part, want, factor=1.1, name=name)
     require_means_as_near(means, part_means, exact_means)
 
 
