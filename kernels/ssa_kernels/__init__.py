@@ -9,12 +9,13 @@ rows (documents.py), M model dim, F feed-forward dim, V vocabulary. Query heads 
 """
 
 from .captured_mass import captured_mass
-from .documents import DocumentLayout, build_layout, query_slice, query_spans
+from .documents import DocumentLayout, build_layout
 from .full_attention import full_attention
 from .gate import gate
 from .gate_and_align import gate_and_align
 from .linear_cross_entropy import linear_cross_entropy
 from .qkv_rope import qkv_rope
+from .queries import SampledQueries, query_slice, query_spans, sample_queries
 from .select.api import select_blocks
 from .sparse_attention.api import sparse_attention
 from .ssa_attention import SSAOutput, ssa_attention
@@ -23,6 +24,7 @@ from .swiglu import swiglu
 __all__ = [
     "DocumentLayout",
     "SSAOutput",
+    "SampledQueries",
     "build_layout",
     "captured_mass",
     "full_attention",
@@ -32,6 +34,7 @@ __all__ = [
     "qkv_rope",
     "query_slice",
     "query_spans",
+    "sample_queries",
     "select_blocks",
     "sparse_attention",
     "ssa_attention",

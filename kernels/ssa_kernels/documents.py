@@ -8,10 +8,8 @@ Everything is computed on the device from `cu_seqlens` by a dozen small operatio
 shapes. There are at most T // K + (number of documents) block rows, because a document of length l has ceil(l / K) <= l // K + 1 blocks.
 Block rows past the last document's have length 0. Build one layout per microbatch and pass it to every layer as `cu_seqlens`.
 
-A query's document and position are read from per-query arrays, never from its place in the batch. Hence `query_slice`: a rank that holds
-some of the queries, or a decoding step with one, uses the same kernels over the same keys. `query_spans` does it for spans of neighbouring
-queries, as a context-parallel rank holds them. It also records the spans for the kernels that need them: the libraries' full
-attention, and selection, whose tiles of queries must not reach from one span into the next.
+A query's document and position are read from per-query arrays, never from its place in the batch. Hence a layout of some of the queries
+(queries.py): a rank that holds some of them, a sample, or a decoding step with one uses the same kernels over the same keys.
 
 Boundaries are checked on a CPU. On CUDA that would mean waiting, so they are clamped into order: the first counts as 0, and each is at
 least the one before it and at most num_tokens. On both, tokens past the last boundary form one more document. So no kernel can access
@@ -19,10 +17,9 @@ memory outside its tensors. A `max_length` below a document's length is refused 
 results are undefined, but no access leaves a tensor.
 
 A layout checks its own arrays when it is built and makes them contiguous, so operators only compare sizes with it. Build layouts only with
-`build_layout`, `query_slice` and `query_spans`.
+`build_layout` and queries.py.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -55,6 +52,23 @@ class QuerySpan:
 
 
 @dataclass(frozen=True, slots=True)
+class SpanSegments:
+    """All spans as one packed batch for a library's kernel: one segment for each document in each span, then empty segments.
+
+    Each span's keys are copied one after another, so that no two segments share a key and gradients of keys need no atomic sums.
+    """
+
+    cu_seqlens_q: torch.Tensor  # int32 [segments + 1], cumulated queries
+    cu_seqlens_k: torch.Tensor  # int32 [segments + 1], cumulated keys that the segments' queries see
+    first_key: (
+        torch.Tensor
+    )  # int32 [segments + 1], place of each segment's first key among the copied keys, ending with their number
+    key_ranges: tuple[tuple[int, int], ...]  # (first, end) of the keys that are copied for each span
+    longest_q: int  # no segment has more queries
+    longest_k: int  # or sees more keys
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentLayout:
     """Documents and blocks of one packed sequence. All arrays are int32, contiguous and on one device.
 
@@ -75,7 +89,10 @@ class DocumentLayout:
     block_size: int
     num_tokens: int  # number of keys; query_position has one entry per query
     max_length: int  # no document is longer; bounds workspaces and loops; num_tokens if nothing better is known
-    spans: tuple[QuerySpan, ...] = ()  # the spans that the queries form, in order, if built by `query_spans`
+    spans: tuple[
+        QuerySpan, ...
+    ] = ()  # the spans that the queries form, in order, if built by `query_spans` or `sample_queries`
+    segments: SpanSegments | None = None  # the same spans as one batch
     scattered: bool = False  # whether neighbours among the queries may be far apart in the sequence
 
     def __post_init__(self) -> None:
@@ -171,77 +188,6 @@ def document_ends(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return ends if ends.is_cpu else ends.cummax(0).values  # on a CPU they are checked
 
 
-def query_slice(layout: DocumentLayout, queries: slice | torch.Tensor) -> DocumentLayout:
-    """Returns the layout of some of the queries over all the keys.
-
-    Neighbouring queries cost least; for spans of neighbours use `query_spans`. Selection in Triton takes 128 / group_size queries of the
-    batch as one tile, which walks all block rows from the first query's document to the last query's. A slice of a layout by `query_spans`
-    may reach from one span into the next, so its queries count as scattered.
-
-    Args:
-        layout: the layout to take queries from.
-        queries: at least one: a slice, or int64 or int32 `[n]` on the layout's device, ascending, in [0, queries of the layout). The values
-            are checked on a CPU only; on CUDA the caller is responsible.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    _check_queries(layout, queries)
-    together = isinstance(queries, slice) and queries.step in (None, 1) and len(layout.spans) < 2
-    return replace(
-        layout,
-        query_start=layout.query_start[queries],
-        query_position=layout.query_position[queries],
-        query_first_block_row=layout.query_first_block_row[queries],
-        spans=(),
-        scattered=layout.scattered or not together,
-    )
-
-
-def query_spans(layout: DocumentLayout, spans: Sequence[tuple[int, int]]) -> DocumentLayout:
-    """Returns the layout of spans of neighbouring queries over all the keys.
-
-    Args:
-        layout: the layout of all queries.
-        spans: (first query, number of queries) of each span, in ascending order.
-
-    Raises:
-        ValueError: for spans that are empty, overlap or exceed the tokens, and for a layout of only some queries.
-    """
-    check_layout_type(layout)
-    spans = [
-        (
-            check_whole("the first query of a span", first, least=-INT32_MAX),
-            check_whole("length of a span", length, least=-INT32_MAX),
-        )
-        for first, length in spans
-    ]
-    edges = [0, *(edge for first, length in spans for edge in (first, first + length)), layout.num_tokens]
-    if not spans or min(length for _, length in spans) < 1 or edges != sorted(edges):
-        raise ValueError(
-            f"spans={list(spans)} must be (first, length) of spans that ascend within {layout.num_tokens} tokens and do not overlap"
-        )
-    if layout.num_queries != layout.num_tokens:
-        raise ValueError(
-            f"layout of {layout.num_queries} queries must have all {layout.num_tokens}; take spans of build_layout's"
-        )
-    found = []
-    for first, length in spans:
-        seen = layout.cu_seqlens.clamp(max=first + length)
-        found.append(QuerySpan(first, length, (seen - first).clamp(min=0), seen))
-
-    def chosen(array: torch.Tensor) -> torch.Tensor:
-        return torch.cat([array[first : first + length] for first, length in spans])
-
-    return replace(
-        layout,
-        query_start=chosen(layout.query_start),
-        query_position=chosen(layout.query_position),
-        query_first_block_row=chosen(layout.query_first_block_row),
-        spans=tuple(found),
-    )
-
-
 def as_layout(
     cu_seqlens: torch.Tensor | DocumentLayout, q: torch.Tensor, k: torch.Tensor, *, block_size: int
 ) -> DocumentLayout:
@@ -288,7 +234,11 @@ def layout_to(layout: DocumentLayout, device: torch.device | str) -> DocumentLay
         replace(span, cu_seqlens_q=span.cu_seqlens_q.to(device), cu_seqlens_k=span.cu_seqlens_k.to(device))
         for span in layout.spans
     )
-    return replace(layout, **moved, spans=spans)
+    segments = layout.segments and replace(
+        layout.segments,
+        **{name: getattr(layout.segments, name).to(device) for name in ("cu_seqlens_q", "cu_seqlens_k", "first_key")},
+    )
+    return replace(layout, **moved, spans=spans, segments=segments)
 
 
 def check_layout_type(layout: object) -> None:
@@ -352,25 +302,3 @@ def _check_layout(layout: DocumentLayout) -> None:
                 f"{name} of {len(getattr(layout, name))} entries must have {length} in a layout of {documents} documents, "
                 f"{layout.num_tokens} tokens and blocks of {layout.block_size}; try build_layout, query_slice or query_spans"
             )
-
-
-def _check_queries(layout: DocumentLayout, queries: object) -> None:
-    """Raises ValueError unless `queries` selects some of the layout's queries, in ascending order."""
-    check_layout_type(layout)
-    num_queries = layout.num_queries
-    if isinstance(queries, slice):
-        if len(range(*queries.indices(num_queries))) < 1 or (queries.step or 1) < 1:
-            raise ValueError(
-                f"queries={queries} must name at least one of the layout's {num_queries}, in ascending order"
-            )
-        return
-    check_tensors(layout=layout.cu_seqlens, queries=queries)
-    assert isinstance(queries, torch.Tensor)
-    if queries.dim() != 1 or len(queries) < 1 or queries.dtype not in INTEGERS:
-        raise ValueError(
-            f"queries of shape {tuple(queries.shape)} and {queries.dtype} must be int64 [n] with n at least 1, or a slice"
-        )
-    if not looks_at_values(queries):
-        return
-    if int(queries[0]) < 0 or int(queries[-1]) >= num_queries or bool((queries[1:] <= queries[:-1]).any()):
-        raise ValueError(f"queries={queries.tolist()[:8]}... must ascend within the layout's {num_queries} queries")

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssa_kernels import build_layout, query_spans
+from ssa_kernels import build_layout, sample_queries
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.counterpart import CounterpartQueries, Span, counterpart_queries, total
@@ -189,7 +189,7 @@ class Microbatches:
             num_rows=batch.num_rows,
             main=route.main,
             counterpart=route.counterpart,
-            sample=query_spans(documents, route.spans) if route.spans else None,
+            sample=sample_queries(documents, route.spans) if route.spans else None,
             alignment_scale=route.alignment_scale,
         )
 
@@ -268,4 +268,4 @@ class Microbatches:
 
 def _num_computed(packed: PackedTokens) -> int:
     """Returns the number of queries that compute the counterpart."""
-    return (packed.documents if packed.sample is None else packed.sample).num_queries
+    return (packed.documents if packed.sample is None else packed.sample.layout).num_queries

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from ssa_kernels import (
     DocumentLayout,
-    captured_mass,
+    SampledQueries,
     full_attention,
     gate,
-    gate_and_align,
     qkv_rope,
     select_blocks,
     sparse_attention,
@@ -55,7 +54,7 @@ class PackedTokens(PackedSeqParams):
         gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, which `documents` describes; otherwise None.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: whether the other stream is computed too, for the alignment and the captured mass.
-        sample: the spans of queries that compute the other stream; None: all queries.
+        sample: the queries of `documents` that compute the other stream; None: all of them.
         alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None: no gradient.
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
     """
@@ -66,7 +65,7 @@ class PackedTokens(PackedSeqParams):
     gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     main: str = "full"
     counterpart: bool = False
-    sample: DocumentLayout | None = None
+    sample: SampledQueries | None = None
     alignment_scale: float | Tensor | None = None
     diagnostics: dict[int, LayerDiagnostics] = field(default_factory=dict)
 
@@ -143,7 +142,7 @@ class SSAAttention(MegatronModule):
             k, v = packed.gather(k, v)
         attend = self._main_stream
         if packed.counterpart:
-            attend = self._both_streams if packed.sample is None else self._sampled_streams
+            attend = self._both_streams
         out = attend(q, k, v, gate_logits, packed)
         return self.linear_proj(out.flatten(1).unsqueeze(1))
 
@@ -191,57 +190,20 @@ class SSAAttention(MegatronModule):
             num_rows=packed.num_rows,
             main=packed.main,
             weights=(a.sparsity_weight, a.commitment_weight),
+            sample=packed.sample,
             impl=self.impl,
         )
-        return self._align(out, loss, mass, packed)
-
-    def _align(self, out: Tensor, loss: Tensor, mass: Tensor, packed: PackedTokens) -> Tensor:
-        """Returns `out` with the alignment loss attached; records the layer's diagnostics."""
         packed.diagnostics[self.layer_number] = LayerDiagnostics(loss.detach(), mass.detach())
         if packed.alignment_scale is not None and torch.is_grad_enabled():
             out = attach_loss(out, loss, packed.alignment_scale)
         return out
 
-    def _sampled_streams(
-        self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens
-    ) -> Tensor:
-        """Returns the gated main stream [T, H, D] of all queries, aligned with the other stream on the queries of `packed.sample`."""
-        a, layout = self.attention, packed.sample
-        assert layout is not None  # forward() has checked
-        main, lse_main = self._stream(packed.main, q, k, v, packed.documents, packed.num_rows, return_lse=True)
-        other_name = "sparse" if packed.main == "full" else "full"
-        logits = q.new_full(q.shape[:2], torch.inf) if gate_logits is None else gate_logits
-
-        def sampled(x: Tensor) -> Tensor:
-            return torch.cat([x[span.first : span.end] for span in layout.spans])
-
-        other, lse_other = self._stream(other_name, sampled(q), k, v, layout, return_lse=True)
-        streams = {packed.main: (sampled(main), sampled(lse_main)), other_name: (other, lse_other)}
-        (o_full, lse_full), (o_sparse, lse_sparse) = streams["full"], streams["sparse"]
-        weights = (a.sparsity_weight, a.commitment_weight)
-        _, loss = gate_and_align(o_full, o_sparse, sampled(logits), main=packed.main, weights=weights, impl=self.impl)
-        mass = captured_mass(lse_full, lse_sparse).mean()
-        return self._align(gate(main, logits, impl=self.impl), loss, mass, packed)
-
-    def _stream(
-        self,
-        name: str,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: DocumentLayout,
-        num_rows: int | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns a stream's ungated output [queries, H, D] and its log-sum-exp [queries, H]; the full stream's only if `return_lse`."""
-        common = {"cu_seqlens": layout, "impl": self.impl}
-        if name == "full":
-            return full_attention(q, k, v, return_lse=return_lse, num_rows=num_rows, **common)
-        indices = self.select(q.detach(), k.detach(), layout)
-        return sparse_attention(q, k, v, indices, block_size=self.attention.block_size, **common)
-
     def _main_stream(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens) -> Tensor:
         """Returns the gated main stream [T, H, D] without computing the other one."""
-        out, _ = self._stream(packed.main, q, k, v, packed.documents, packed.num_rows)
+        common = {"cu_seqlens": packed.documents, "impl": self.impl}
+        if packed.main == "full":
+            out, _ = full_attention(q, k, v, num_rows=packed.num_rows, **common)
+        else:
+            indices = self.select(q.detach(), k.detach(), packed.documents)
+            out, _ = sparse_attention(q, k, v, indices, block_size=self.attention.block_size, **common)
         return out if gate_logits is None else gate(out, gate_logits, impl=self.impl)

@@ -3,7 +3,6 @@
 Arguments: a JSON file with the cases (name -> configuration overrides) and the folder for results. A row of 96 tokens is cut at 24, 48 and 72 for two context ranks and every 12 tokens for four, in blocks of 16: only one cut lies on the block grid.
 """
 
-import itertools
 import json
 import sys
 from dataclasses import replace
@@ -20,7 +19,7 @@ from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, start
-from support.layout_worker import LENGTH, VOCAB, capture_first_gradients, configure
+from support.layout_worker import VOCAB, by_layout, capture_first_gradients, configure, rows_with_documents
 
 STEPS = 4
 # Where documents begin in each row of a step. Single tokens at the row's ends and on both sides of the ranks' borders; one document over all
@@ -32,12 +31,7 @@ PADDING = 20  # tokens of the last row, of its label too
 
 def packed_rows(seed: int) -> list[Row]:
     """Returns random tokens in the documents of STARTS, and padding at the end of the last row."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for places in STARTS:
-        starts = np.zeros(LENGTH + 1, dtype=bool)
-        starts[list(places)] = True
-        rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
+    rows = rows_with_documents(STARTS, np.random.default_rng(seed))
     rows[-1].tokens[-PADDING:] = 0
     rows[-1] = replace(rows[-1], padding=PADDING)
     return rows
@@ -117,10 +111,7 @@ def main() -> None:
     """Runs all cases of the file, layout by layout."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configs = {name: configure(overrides) for name, overrides in cases.items()}
-    by_layout = itertools.groupby(
-        sorted(configs, key=lambda name: repr(configs[name].parallel)), key=lambda name: configs[name].parallel
-    )
-    for layout, names in by_layout:
+    for layout, names in by_layout(configs):
         placement = start(layout, seed=1)
         context = ContextParallel(placement.groups.cp)
         check_gather_order(context)

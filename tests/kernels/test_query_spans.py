@@ -21,6 +21,7 @@ from ssa_kernels import (
 )
 from ssa_kernels.documents import layout_to
 from ssa_kernels.full_attention import spans as span_calls
+from ssa_kernels.full_attention import te
 from ssa_kernels.full_attention.fused import FusedPlan, fused_backward, fused_forward, plan_fused
 
 TOKENS, SCALE = 120, 8**-0.5
@@ -221,8 +222,11 @@ def test_bad_spans_are_refused():
     q, k = (torch.empty(n, 2, 64, dtype=torch.bfloat16) for n in (60, TOKENS))
     with pytest.raises(ValueError, match="the layout's spans 60; pass"):
         plan_fused(q[:50], k, part, num_rows=None, backend=None, scale=SCALE)
-    for backend, num_rows in (("te", None), ("cudnn", 1), (None, 1)):
-        with pytest.raises(ValueError, match="must be None for spans"):
+    for backend, num_rows in (("cudnn", None), ("te", 1), (None, 1)):
+        with pytest.raises(ValueError, match="do not take spans"):
             plan_fused(q, k, part, num_rows=num_rows, backend=backend, scale=SCALE)
+    if not te.is_usable():
+        with pytest.raises(ValueError, match="needs transformer_engine"):
+            plan_fused(q, k, part, num_rows=None, backend="te", scale=SCALE)
     with pytest.raises(ValueError, match="or a layout by query_spans"):
         plan_fused(q, k, query_slice(layout, slice(0, 60)), num_rows=None, backend="flash", scale=SCALE)

@@ -77,8 +77,8 @@ class _FullAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_o, _):
         q, k, v, o, lse, ends, *states = ctx.saved_tensors
-        grads = fused_backward(aligned(grad_o), q, k, v, o, lse, tuple(states), ends, ctx.plan)
-        return *grads, *(None,) * 5
+        dq, dk, dv = fused_backward(aligned(grad_o), q, k, v, o, lse, tuple(states), ends, ctx.plan)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), *(None,) * 5
 
 
 def check_rows(cu_seqlens: torch.Tensor | DocumentLayout, tokens: int, num_rows: object) -> None:

@@ -3,10 +3,10 @@
 The kernel is chosen from shapes, explicit arguments and the installed libraries, never from values on the device:
 
 - `cudnn`: torch's cuDNN attention, if the caller states that the tokens are `num_rows` rows of equal length, one document each.
-- `te`: Transformer Engine's cuDNN attention on packed documents, if it is installed (te.py). On request it also takes equal rows.
-- `flash`: torch's FlashAttention-2 on packed documents, or FlashAttention-3 or 4 if the process has activated one with
-  `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel of the operator called here. Only this one takes spans of
-  queries (`query_spans`, spans.py).
+- `te`: Transformer Engine's cuDNN attention on packed documents and on spans of queries (`query_spans`), if it is installed (te.py). On
+  request it also takes equal rows.
+- `flash`: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
+  activated one with `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel of the operator called here.
 
 Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms), and its gradients
 are wrong with more than one document. Deterministic mode (`torch.use_deterministic_algorithms`) sends everything to `flash`, whose
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..documents import DocumentLayout, QuerySpan, document_ends
+from ..documents import DocumentLayout, QuerySpan, SpanSegments, document_ends
 from . import te
 from .spans import spans_backward, spans_forward
 
@@ -37,6 +37,7 @@ class FusedPlan:
     max_length: int  # of a row or a document
     scale: float
     spans: tuple[QuerySpan, ...] = ()  # of a layout by `query_spans`
+    segments: SpanSegments | None = None  # the spans as one batch
 
 
 def plan_fused(
@@ -64,7 +65,7 @@ def plan_fused(
             f"head_dim={head_dim} must be a multiple of 8 and at most 128; try impl='reference' for others"
         )
     if isinstance(cu_seqlens, DocumentLayout) and cu_seqlens.spans:
-        return _plan_spans(tokens, cu_seqlens, num_rows, backend, scale), cu_seqlens.cu_seqlens
+        return _plan_spans(q, cu_seqlens, num_rows, backend, scale), cu_seqlens.cu_seqlens
     if tokens != k.shape[0]:
         raise ValueError(
             f"q has {tokens} tokens and k {k.shape[0]}: the fused kernels need them equal, or a layout by query_spans; "
@@ -73,10 +74,7 @@ def plan_fused(
     row_length = tokens // num_rows if num_rows else 0
     chosen = backend or _pick(q, row_length)
     check_backend(chosen, num_rows)
-    if chosen == "te" and not te.is_usable():
-        raise ValueError(
-            f"backend='te' needs transformer_engine {te.OLDEST[0]}.{te.OLDEST[1]} or later with its torch extension; try backend='flash'"
-        )
+    _check_te(chosen)
     ends = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, DocumentLayout) else document_ends(cu_seqlens, tokens)
     if chosen == "cudnn" or (chosen == "te" and row_length >= MIN_CUDNN_ROW):
         return FusedPlan(chosen, tokens // row_length, row_length, scale), ends
@@ -85,17 +83,19 @@ def plan_fused(
 
 
 def _plan_spans(
-    tokens: int, layout: DocumentLayout, num_rows: int | None, backend: str | None, scale: float
+    q: torch.Tensor, layout: DocumentLayout, num_rows: int | None, backend: str | None, scale: float
 ) -> FusedPlan:
-    if tokens != (expected := sum(span.length for span in layout.spans)):
+    if len(q) != (expected := sum(span.length for span in layout.spans)):
         raise ValueError(
-            f"q has {tokens} tokens and the layout's spans {expected}; pass the queries of the spans, in order"
+            f"q has {len(q)} tokens and the layout's spans {expected}; pass the queries of the spans, in order"
         )
-    if backend not in (None, "flash") or num_rows is not None:
+    if backend not in (None, "te", "flash") or num_rows is not None:
         raise ValueError(
-            f"backend={backend!r} and num_rows={num_rows} of full_attention must be None for spans of queries; only 'flash' takes them"
+            f"backend={backend!r} and num_rows={num_rows} of full_attention do not take spans of queries; try None for both"
         )
-    return FusedPlan("flash", 0, layout.max_length, scale, layout.spans)
+    chosen = backend or _pick(q, 0)
+    _check_te(chosen)
+    return FusedPlan(chosen, 0, layout.max_length, scale, layout.spans, layout.segments)
 
 
 def _pick(q: torch.Tensor, row_length: int) -> str:
@@ -103,8 +103,16 @@ def _pick(q: torch.Tensor, row_length: int) -> str:
         return "flash"
     if row_length >= MIN_CUDNN_ROW:
         return "cudnn"
-    hopper_or_later = torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    hopper_or_later = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
     return "te" if hopper_or_later and te.is_usable() else "flash"
+
+
+def _check_te(backend: str) -> None:
+    """Raises ValueError if the backend is "te" and Transformer Engine is not usable."""
+    if backend == "te" and not te.is_usable():
+        raise ValueError(
+            f"backend='te' needs transformer_engine {te.OLDEST[0]}.{te.OLDEST[1]} or later with its torch extension; try backend='flash'"
+        )
 
 
 def check_backend(backend: object, num_rows: object) -> None:
@@ -125,7 +133,7 @@ def fused_forward(
     Pass the two states to `fused_backward` unchanged (dropout's generator state, unused here).
     """
     longest = plan.max_length
-    if plan.spans:
+    if plan.spans and plan.backend == "flash":
         return spans_forward(q, k, v, plan.spans, max_length=longest, scale=plan.scale)
     if plan.backend == "cudnn":
         o, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -133,7 +141,7 @@ def fused_forward(
         )
         return o.transpose(1, 2).reshape(q.shape), lse.squeeze(-1).transpose(1, 2), seed, offset
     if plan.backend == "te":
-        sizes = {"num_rows": plan.num_rows, "max_length": longest, "scale": plan.scale}
+        sizes = {"num_rows": plan.num_rows, "max_length": longest, "scale": plan.scale, "segments": plan.segments}
         o, lse, state = te.te_forward(q, k, v, cu_seqlens, **sizes)
         return o, lse.squeeze(-1).transpose(1, 2) if plan.num_rows else lse.squeeze(-1)[None], state, state
     o, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -153,9 +161,12 @@ def fused_backward(
     cu_seqlens: torch.Tensor,
     plan: FusedPlan,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (dq, dk, dv) in the shapes of q, k and v; the other arguments are the forward's arguments and results."""
+    """Returns (dq, dk, dv) in the shapes of q, k and v; the other arguments are the forward's arguments and results.
+
+    dk and dv are float32 sums if the queries are spans, otherwise all are in q's dtype.
+    """
     longest = plan.max_length
-    if plan.spans:
+    if plan.spans and plan.backend == "flash":
         return spans_backward(grad_o, q, k, v, o, lse, states, plan.spans, max_length=longest, scale=plan.scale)
     if plan.backend == "cudnn":
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -164,7 +175,7 @@ def fused_backward(
         )  # fmt: skip
         return tuple(grad.transpose(1, 2).reshape(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
     if plan.backend == "te":
-        sizes = {"num_rows": plan.num_rows, "max_length": longest, "scale": plan.scale}
+        sizes = {"num_rows": plan.num_rows, "max_length": longest, "scale": plan.scale, "segments": plan.segments}
         lse = (lse.transpose(1, 2) if plan.num_rows else lse[0]).unsqueeze(-1)
         return te.te_backward(grad_o, q, k, v, o, lse, states[0], cu_seqlens, **sizes)
     return torch.ops.aten._flash_attention_backward(

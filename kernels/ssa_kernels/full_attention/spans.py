@@ -5,9 +5,7 @@ attention with different boundaries for queries and keys, and a causal mask alig
 query meets a key twice or needlessly. Keys past the span's last query are cut off; documents before it are keys without queries.
 
 The kernel is torch's FlashAttention-2 (or 3 or 4, if the process has activated one; fused.py), whose causal mask is aligned that way.
-Gradients of keys and values are summed over the spans in their own dtype, as the two streams' gradients are.
-
-Not done here: cuDNN's kernels, by torch or by Transformer Engine. Their masks for these shapes have not been tried.
+Gradients of keys and values are summed over the spans in float32. Where Transformer Engine is installed, te.py does the same in one call.
 """
 
 import torch
@@ -56,8 +54,8 @@ def spans_backward(
     max_length: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (dq, dk, dv) in the shapes of q, k and v; the other arguments are the forward's arguments and results."""
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    """Returns (dq, dk, dv) in the shapes of q, k and v, dk and dv in float32; the other arguments are the forward's arguments and results."""
+    dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
     dqs = []
     pieces = zip(spans, *(_pieces(x, spans) for x in (grad_o, q, o, lse[0])), strict=True)
     for span, grad_span, q_span, o_span, lse_TH in pieces:

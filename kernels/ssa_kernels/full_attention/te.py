@@ -1,9 +1,12 @@
-"""Transformer Engine's fused attention: cuDNN's kernels, with graphs kept from batch to batch, on packed documents or equal rows.
+"""Transformer Engine's fused attention: cuDNN's kernels, with graphs kept from batch to batch, on packed documents, spans or equal rows.
 
 On Hopper it computes packed documents in two thirds of FlashAttention-2's time. Neither the number of documents nor the bound on their
 length changes that: Transformer Engine rounds both up to sizes for which it builds a graph once. The calls are those of its own attention
 module. The log-sum-exp is a natural logarithm: [tokens, H, 1] for documents (cuDNN 9.6 and later on sm_90 and sm_100),
 [rows, H, tokens / rows, 1] for rows.
+
+Spans of queries (`query_spans`) are one batch of segments: each span's keys are copied one after another, a segment's queries are the last
+of the keys that it sees, and the causal mask is aligned at the bottom right.
 
 Not used in deterministic mode: for a deterministic backward on packed documents, version 2.20 with cuDNN 9.19 requests terabytes.
 """
@@ -15,9 +18,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ..documents import SpanSegments
+
 # The oldest version that this file's calls were tested with.
 OLDEST = (2, 20)
 PACKED = {"qkv_layout": "thd_thd_thd", "o_format": "thd", "attn_mask_type": "padding_causal"}
+SEGMENTS = {**PACKED, "attn_mask_type": "padding_causal_bottom_right"}
 ROWS = {"qkv_layout": "bshd_bshd_bshd", "o_format": "bshd", "attn_mask_type": "causal"}
 
 
@@ -59,13 +65,18 @@ def te_forward(
     num_rows: int,
     max_length: int,
     scale: float,
+    segments: SpanSegments | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (o [tokens, H, D], lse in this module's layout, random state). num_rows is 0 for packed documents."""
+    """Returns (o [queries, H, D], lse in this module's layout, random state).
+
+    num_rows is 0 for packed documents. With `segments`, q has their queries and k and v all keys.
+    """
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
-    ends, layout = _layout(cu_seqlens, num_rows)
+    lengths, ends, layout = _layout(cu_seqlens, num_rows, max_length, segments)
+    k, v = (_keys(x, segments) for x in (k, v))
     o, (lse, state) = fused_attn.fused_attn_fwd(
-        True, max_length, max_length, ends, ends, *(_shaped(x, num_rows) for x in (q, k, v)), q.dtype,
+        True, *lengths, *ends, *(_shaped(x, num_rows) for x in (q, k, v)), q.dtype,
         fused_attn.FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=scale, **layout,
     )  # fmt: skip
     if lse.dim() != (4 if num_rows else 3):
@@ -88,25 +99,55 @@ def te_backward(
     num_rows: int,
     max_length: int,
     scale: float,
+    segments: SpanSegments | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (dq, dk, dv); lse and state are the forward's results."""
+    """Returns (dq, dk, dv); lse and state are the forward's results. With `segments`, dk and dv are float32, summed over the spans."""
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
-    ends, layout = _layout(cu_seqlens, num_rows)
+    lengths, ends, layout = _layout(cu_seqlens, num_rows, max_length, segments)
+    keys = (_keys(x, segments) for x in (k, v))
     dq, dk, dv, *_ = fused_attn.fused_attn_bwd(
-        max_length, max_length, ends, ends, *(_shaped(x, num_rows) for x in (q, k, v, o, grad_o)), q.dtype, [lse, state],
+        *lengths, *ends, *(_shaped(x, num_rows) for x in (q, *keys, o, grad_o)), q.dtype, [lse, state],
         fused_attn.FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=scale, do_format=layout["o_format"],
         dqkv_layout=layout["qkv_layout"], **layout,
     )  # fmt: skip
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+    if segments is None:
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+    return dq, _sum_over_spans(dk, k, segments), _sum_over_spans(dv, v, segments)
 
 
-def _layout(cu_seqlens: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, dict]:
-    """Returns the boundaries and the keywords that name the layout. Of equal rows only the number of boundaries is read."""
+def _layout(
+    cu_seqlens: torch.Tensor, num_rows: int, max_length: int, segments: SpanSegments | None
+) -> tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor], dict]:
+    """Returns the maximum lengths and boundaries of queries and keys, and the keywords that name the layout.
+
+    Of equal rows only the number of boundaries is read.
+    """
+    if segments is not None:
+        # A power of two: the lengths of spans differ from batch to batch, and every other one would build another graph.
+        longest = (1 << (segments.longest_q - 1).bit_length(), 1 << (segments.longest_k - 1).bit_length())
+        places = {"cu_seqlens_q_padded": segments.cu_seqlens_q, "cu_seqlens_kv_padded": segments.first_key}
+        return longest, (segments.cu_seqlens_q, segments.cu_seqlens_k), {**SEGMENTS, **places}
     if num_rows:
-        return cu_seqlens[: num_rows + 1], ROWS
-    return cu_seqlens, {**PACKED, "cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens}
+        ends = cu_seqlens[: num_rows + 1]
+        return (max_length, max_length), (ends, ends), ROWS
+    places = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens}
+    return (max_length, max_length), (cu_seqlens, cu_seqlens), {**PACKED, **places}
 
 
 def _shaped(x: torch.Tensor, num_rows: int) -> torch.Tensor:
     return x.view(num_rows, -1, *x.shape[1:]) if num_rows else x
+
+
+def _keys(x: torch.Tensor, segments: SpanSegments | None) -> torch.Tensor:
+    """Returns k or v as the kernel takes it: copied for each span, one after another."""
+    return x if segments is None else torch.cat([x[first:end] for first, end in segments.key_ranges])
+
+
+def _sum_over_spans(grad: torch.Tensor, x: torch.Tensor, segments: SpanSegments) -> torch.Tensor:
+    """Returns the gradient of x, float32, from that of its copies; the spans are added in order."""
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    pieces = grad.view(-1, *x.shape[1:]).split([end - first for first, end in segments.key_ranges])
+    for (first, end), piece in zip(segments.key_ranges, pieces, strict=True):
+        total[first:end] += piece
+    return total

@@ -7,7 +7,8 @@ import torch
 
 from ..checks import check_attention, check_scale, check_whole
 from ..dispatch import past_modes, resolve_impl
-from ..documents import DocumentLayout, as_layout, query_slice
+from ..documents import DocumentLayout, as_layout
+from ..queries import query_slice
 from .reference import select_blocks_reference
 
 SCORES = ("softmax_sum", "per_head", "official_compat")
@@ -52,25 +53,28 @@ def select_blocks(
     block_size, top_k = layout.block_size, check_selection(layout.block_size, top_k, score)
     if resolve_impl(impl, q, "select_blocks") == "triton":
         _check_triton(q, k)
-        from .launch import select_blocks_triton  # imported here because Triton may be missing on a CPU machine
+        from .launch import (  # imported here because Triton may be missing on a CPU machine
+            queries_per_tile,
+            select_blocks_triton,
+        )
 
         # A tile of queries walks the block rows from its first query's document to its last one's. Only neighbours bound that.
         found = [
             select_blocks_triton(q_span, k, layout=span_layout, top_k=top_k, scale=scale, score=score)
-            for q_span, span_layout in _neighbours(q, layout)
+            for q_span, span_layout in _neighbours(q, layout, queries_per_tile(q.shape[1] // k.shape[1]))
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
     return select_blocks_reference(q.contiguous(), k.contiguous(), layout=layout, top_k=top_k, scale=scale, score=score)
 
 
-def _neighbours(q: torch.Tensor, layout: DocumentLayout) -> list[tuple[torch.Tensor, DocumentLayout]]:
-    """Returns the queries and layout of each span; all together if there is one span or none."""
-    if len(layout.spans) < 2:
-        return [(q, layout)]
+def _neighbours(q: torch.Tensor, layout: DocumentLayout, tile: int) -> list[tuple[torch.Tensor, DocumentLayout]]:
+    """Returns the queries and layout of each span; all together if no tile of queries then reaches from one span into the next."""
     lengths = [span.length for span in layout.spans]
+    if all(length % tile == 0 for length in lengths[:-1]):
+        return [(q, layout)]
     ends = list(accumulate(lengths))
     pieces = zip(q.split(lengths), lengths, ends, strict=True)
-    apart = replace(layout, spans=())  # a slice of one span does not reach into the next
+    apart = replace(layout, spans=(), segments=None)  # a slice of one span does not reach into the next
     return [(q_span, query_slice(apart, slice(end - length, end))) for q_span, length, end in pieces]
 
 

@@ -158,11 +158,16 @@ def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: i
     columns = cdiv(max(layout.max_blocks - 1, 1), TOP_K_WIDTH) * TOP_K_WIDTH
     kept = layout.block_size if score == "official_compat" else 2 * top_k
     survivors = max(32, next_power_of_2(kept))
-    tile = TILE_ROWS // next_power_of_2(heads // kv_heads)
+    tile = queries_per_tile(heads // kv_heads)
     bins = cdiv(columns + tile, SLICE_BLOCKS) * TILE_BLOCKS
     most = max(WORKSPACE_BYTES // (lists * (columns + survivors + bins) * 4) // tile, 1) * tile
     chunk = cdiv(cdiv(tokens, cdiv(tokens, most)), tile) * tile  # all chunks have about the same size
     return _Plan(lists, heads // kv_heads, tile, columns, survivors, chunk)
+
+
+def queries_per_tile(group_size: int) -> int:
+    """Returns the number of neighbouring queries that share a tile: with all their heads of one kv head they are at most its rows."""
+    return TILE_ROWS // next_power_of_2(group_size)
 
 
 def _softmax_sums(

@@ -67,7 +67,7 @@ def sparse_attention_backward(
     scale: float,
     delta: torch.Tensor | None = None,
     index: Callable[[], InvertedIndex] | None = None,
-    add_to: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    add_to: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dq, dk, dv).
 
@@ -77,7 +77,8 @@ def sparse_attention_backward(
         do: [tokens, H, D], the gradient of o, contiguous.
         delta: [tokens, H] float32, sum over d of do * o, if another kernel has computed it (gate_and_align's backward does).
         index: what `invert_beside` returned, if the caller could start it earlier.
-        add_to: contiguous gradients of q, k and v. The results are added to them in float32, in place, and they are returned.
+        add_to: contiguous gradients of q, k and v, in these tensors' dtype or float32. The results are added to them in float32, in place,
+            and they are returned. The first may be None: dq is then a tensor of its own.
     """
     if o is None and delta is None:
         raise ValueError("o=None of sparse_attention_backward needs delta; give one of them")

@@ -8,6 +8,9 @@
 
 `composed` is exactly that, by the public operators, and defines correctness. On a GPU one autograd function computes the same in fewer
 passes (autograd.py). If top_k blocks cover every document (by the layout's `max_length`), both streams are the same (`covered`).
+
+With a sample of queries (`sample_queries`), the main stream is computed for all queries and the other one, with the alignment and the
+captured mass, for the sample: `sampled` by the public operators, sampled.py on a GPU.
 Source: arXiv 2511.20102, section 3.
 """
 
@@ -21,7 +24,9 @@ from ..checks import aligned, check_attention, check_scale
 from ..dispatch import past_modes, resolve_impl
 from ..documents import DocumentLayout, as_layout
 from ..full_attention.api import check_rows, full_attention
+from ..gate import gate
 from ..gate_and_align.api import check_gate_inputs, check_weights, gate_and_align, main_operand
+from ..queries import SampledQueries
 from ..select.api import check_selection, select_blocks
 from ..sparse_attention.api import sparse_attention
 
@@ -50,8 +55,8 @@ class SSAOutput(NamedTuple):
     """The results of one layer."""
 
     out: torch.Tensor  # [tokens, H, D], the gated main stream in q's dtype
-    alignment_loss: torch.Tensor  # scalar, float32: the mean over tokens x H x D
-    captured_mass: torch.Tensor  # scalar, float32, no gradient: the mean over tokens x H
+    alignment_loss: torch.Tensor  # scalar, float32: the mean over tokens x H x D, or over the sampled ones
+    captured_mass: torch.Tensor  # scalar, float32, no gradient: the mean over tokens x H, or over the sampled ones
 
 
 @past_modes
@@ -70,6 +75,7 @@ def ssa_attention(
     score: str = "softmax_sum",
     select: Select | None = None,
     num_rows: int | None = None,
+    sample: SampledQueries | None = None,
     impl: str | None = None,
 ) -> SSAOutput:
     """Returns (out, alignment_loss, captured_mass), differentiable in q, k, v and gate_logits.
@@ -87,6 +93,7 @@ def ssa_attention(
         main, weights: as in `gate_and_align`.
         scale: factor of the logits, default D^-1/2.
         num_rows: as in `full_attention`.
+        sample: the queries that compute both streams, by `sample_queries` of the same layout; None: all. `main` is then a name.
         impl: None, "triton" or "reference".
 
     Raises:
@@ -100,26 +107,45 @@ def ssa_attention(
     layout = as_layout(cu_seqlens, q, k, block_size=block_size)
     check_rows(layout, q.shape[0], num_rows)
     selection = Selection(layout.block_size, check_selection(layout.block_size, top_k, score), score, select)
+    _check_sample(sample, layout, main)
+    common = {"layout": layout, "main": main, "scale": scale, "num_rows": num_rows, "impl": impl}
     if resolve_impl(impl, q, "ssa_attention") == "reference" or not q.is_cuda:
-        return composed(
-            q,
-            k,
-            v,
-            logits,
-            layout=layout,
-            selection=selection,
-            main=main,
-            weights=weights,
-            scale=scale,
-            num_rows=num_rows,
-            impl=impl,
-        )
+        choice = {"selection": selection, "weights": weights}
+        if sample is not None:
+            return sampled(q, k, v, logits, sample=sample, **common, **choice)
+        return composed(q, k, v, logits, **common, **choice)
     if selection.top_k * layout.block_size >= layout.max_length:
-        return covered(q, k, v, logits, layout=layout, main=main, scale=scale, num_rows=num_rows, impl=impl)
-    from .autograd import SSAAttention  # imported here because Triton may be missing on a CPU machine
+        return covered(q, k, v, logits, **common)
+    # Imported here because Triton may be missing on a CPU machine.
+    from .autograd import SSAAttention
+    from .sampled import SampledStreams
 
-    tensors = (aligned(x) for x in (q, k, v, logits))
+    tensors = [aligned(x) for x in (q, k, v, logits)]
+    if sample is not None:
+        return SSAOutput(*SampledStreams.apply(*tensors, main, weights, layout, sample, selection, scale, num_rows))
     return SSAOutput(*SSAAttention.apply(*tensors, main_operand(main), weights, layout, selection, scale, num_rows))
+
+
+def _check_sample(sample: object, layout: DocumentLayout, main: str | torch.Tensor) -> None:
+    """Raises ValueError unless the sample is None, or of this layout's queries and with a main stream that the host knows."""
+    if sample is None:
+        return
+    if not isinstance(sample, SampledQueries):
+        raise ValueError(f"sample must be None or a SampledQueries by sample_queries, got {type(sample).__name__}")
+    theirs = sample.layout
+    if (sample.num_queries, theirs.num_tokens, theirs.block_size) != (
+        layout.num_queries,
+        layout.num_tokens,
+        layout.block_size,
+    ):
+        raise ValueError(
+            f"sample of {sample.num_queries} queries, {theirs.num_tokens} tokens and blocks of {theirs.block_size} must be of the layout's "
+            f"{layout.num_queries}, {layout.num_tokens} and {layout.block_size}; take it by sample_queries(layout, slices)"
+        )
+    if isinstance(main, torch.Tensor):
+        raise ValueError(
+            "main must be 'full' or 'sparse' with a sample of queries: the host must know which stream is computed for all"
+        )
 
 
 def composed(
@@ -144,6 +170,43 @@ def composed(
     o_sparse, lse_sparse = sparse_attention(q, k, v, indices, block_size=selection.block_size, **common)
     out, loss = gate_and_align(o_full, o_sparse, gate_logits, main=main, weights=weights, impl=impl)
     return SSAOutput(out, loss, captured_mass(lse_full, lse_sparse).mean())
+
+
+def sampled(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate_logits: torch.Tensor,
+    *,
+    layout: DocumentLayout,
+    sample: SampledQueries,
+    selection: Selection,
+    main: str,
+    weights: tuple[float, float],
+    scale: float,
+    num_rows: int | None,
+    impl: str | None,
+) -> SSAOutput:
+    """Returns the result of `ssa_attention` with a sample of queries, by the public operators one after another."""
+
+    def stream(name: str, q: torch.Tensor, layout: DocumentLayout, num_rows: int | None):
+        common = {"cu_seqlens": layout, "scale": scale, "impl": impl}
+        if name == "full":
+            o, lse = full_attention(q, k, v, return_lse=True, num_rows=num_rows, **common)
+            assert lse is not None  # return_lse is set
+            return o, lse
+        indices = selection.choose(q.detach(), k.detach(), layout, scale=scale, impl=impl)
+        return sparse_attention(q, k, v, indices, block_size=selection.block_size, **common)
+
+    other = "sparse" if main == "full" else "full"
+    o, lse = stream(main, q, layout, num_rows)
+    streams = {
+        main: (sample.take(o), sample.take(lse)),
+        other: stream(other, sample.take(q), sample.layout, None),
+    }
+    (o_full, lse_full), (o_sparse, lse_sparse) = streams["full"], streams["sparse"]
+    _, loss = gate_and_align(o_full, o_sparse, sample.take(gate_logits), main=main, weights=weights, impl=impl)
+    return SSAOutput(gate(o, gate_logits, impl=impl), loss, captured_mass(lse_full, lse_sparse).mean())
 
 
 def covered(

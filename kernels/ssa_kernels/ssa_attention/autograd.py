@@ -57,6 +57,6 @@ class SSAAttention(torch.autograd.Function):
         del do_full  # freed before the sparse backward allocates its workspace
         grads = sparse_attention_backward(
             q, k, v, indices, None, lse_sparse, do_sparse, ctx.layout, ctx.scale,
-            delta=delta_sparse, index=index, add_to=(dq.contiguous(), dk.contiguous(), dv.contiguous()),
+            delta=delta_sparse, index=index, add_to=(dq.contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()),
         )  # fmt: skip
         return *grads, grad_logits, *(None,) * 6
