@@ -32,6 +32,9 @@ from ssa_pretrain.config import AttentionConfig, Config, OptimConfig, PrecisionN
 
 MIN_PAIRS = 8  # of chunks per row: the smallest share that every row can have is 1/8
 LONGEST_CHUNK = 1024  # queries, while a row has more than 2 * MIN_PAIRS chunks
+# If all queries are drawn, a microbatch leaves out those that need no counterpart (engine/counterpart.py) only if they are at least this part of its
+# tokens. Below that, one fused operator over all tokens is faster.
+MIN_SAVED = 1 / 8
 WINDOW = 8  # steps that share the rounding of the main stream
 STREAM, COUNTERPART = b"ssa-stream", b"ssa-counterpart"  # separate the two draws' random numbers
 

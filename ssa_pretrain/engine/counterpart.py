@@ -14,11 +14,9 @@ from itertools import pairwise
 
 from ssa_pretrain.config import AttentionConfig
 from ssa_pretrain.data.batches import Batch
+from ssa_pretrain.schedule import MIN_SAVED
 
 Span = tuple[int, int]  # first query, number of queries
-
-# At share 1, spans replace the fused operator over all tokens only if at least this part of a microbatch's tokens falls away.
-MIN_SAVED = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
