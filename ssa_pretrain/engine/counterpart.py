@@ -5,7 +5,7 @@ see the same keys there: the alignment is 0 with a gradient of 0, and the captur
 computed for them. Every score of `select_blocks` guarantees this, official_compat too, since its top_k is at most block_size. An attention method
 that overrides `SSAAttention.select` must guarantee it as well. Padding is cut into documents that short, so no padding is ever computed.
 
-Everything is arithmetic on the host: documents and padding are known before a microbatch is copied to the device.
+Everything is arithmetic on the host: a microbatch keeps its documents and padding there.
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,10 @@ def counterpart_queries(attention: AttentionConfig, batch: Batch, drawn: Sequenc
         batch: the whole microbatch.
         drawn: spans of the drawn queries, ascending (schedule.counterpart_spans).
     """
-    boundaries = batch.cu_seqlens.tolist()
-    num_tokens, reach = boundaries[-1], attention.top_k * attention.block_size
-    uncovered = [(begin + reach, end - begin - reach) for begin, end in pairwise(boundaries) if begin + reach < end]
+    num_tokens, reach = batch.boundaries[-1], attention.top_k * attention.block_size
+    uncovered = [
+        (begin + reach, end - begin - reach) for begin, end in pairwise(batch.boundaries) if begin + reach < end
+    ]
     spans = intersection(drawn, uncovered)
     num_drawn = total(drawn) - total(intersection(drawn, batch.padding))
     if total(drawn) == num_tokens and num_tokens - total(spans) < MIN_SAVED * num_tokens:
