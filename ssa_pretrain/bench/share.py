@@ -31,12 +31,12 @@ USABLE = 0.9  # of the device's memory; the estimate leaves out the allocator an
 def share_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     """Returns full, moba and ssa at 8k: one document per row, short documents, and documents of real lengths."""
     engine = MegatronEngine(config, placement, vocab)
-    found = _variants(engine, "8k", batches(config, placement, vocab, 1), (1, QUARTER, EIGHTH))
+    found = share_variants(engine, "8k", batches(config, placement, vocab, 1), (1, QUARTER, EIGHTH))
     short = batches(config, placement, vocab, 1, Documents.short)
     count = max(1, REAL_ROWS // config.training.micro_batch_size)
     real = batches(config, placement, vocab, count, Documents.real)
     for documents, packed in ((Documents.short, short), (Documents.real, real)):
-        found += _variants(engine, f"8k {documents}", packed, (1, QUARTER), count_flops=False)
+        found += share_variants(engine, f"8k {documents}", packed, (1, QUARTER), count_flops=False)
     return found
 
 
@@ -46,8 +46,8 @@ def share_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]
     engine = MegatronEngine(long, placement, vocab)
     real = batches(long, placement, vocab, REAL_ROWS // 4, Documents.real)
     return [
-        *_variants(engine, "32k", batches(long, placement, vocab, 1), (1, QUARTER, EIGHTH)),
-        *_variants(engine, "32k real", real, (1, QUARTER), count_flops=False),
+        *share_variants(engine, "32k", batches(long, placement, vocab, 1), (1, QUARTER, EIGHTH)),
+        *share_variants(engine, "32k real", real, (1, QUARTER), count_flops=False),
     ]
 
 
@@ -61,7 +61,7 @@ def share_128k(config: Config, placement: Placement, vocab: int) -> list[Variant
     cut = replace(long, model=replace(long.model, num_layers=layers))
     note = "" if layers == long.model.num_layers else f"{layers} of {long.model.num_layers} layers"
     engine = MegatronEngine(cut, placement, vocab)
-    found = _variants(engine, "128k", batches(cut, placement, vocab, 1), (1, QUARTER))
+    found = share_variants(engine, "128k", batches(cut, placement, vocab, 1), (1, QUARTER))
     return [replace(variant, model=note) for variant in found]
 
 
@@ -84,7 +84,7 @@ def layers_that_fit(config: Config, vocab_size: int, memory: int | None) -> int:
     return layers
 
 
-def _variants(
+def share_variants(
     engine: MegatronEngine,
     rows: str,
     packed: Sequence[Batch],
