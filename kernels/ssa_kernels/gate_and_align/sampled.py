@@ -108,7 +108,8 @@ def sampled_backward_kernel(
     delta_other = tl.sum(do_other.to(tl.float32) * o_other, 1)
     tl.store(delta_main_ptr + vector, delta_main, mask=vector_ok)
     tl.store(delta_other_ptr + there, delta_other, mask=sampled)
-    grad_logits = (delta_main + delta_other) * (1.0 - gate)
+    along = tl.sum(d_main * o_main, 1) + tl.sum(d_other * o_other, 1)  # not from the deltas, which have do's rounding
+    grad_logits = along * gate * (1.0 - gate)
     tl.store(grad_logits_ptr + vector, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=vector_ok)
 
 
