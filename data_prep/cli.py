@@ -13,7 +13,7 @@ from data_prep.config import Config
 from data_prep.errors import InputError
 from data_prep.own_settings import own_settings
 from data_prep.pipeline import run_stages
-from ssa_pretrain.errors import CommandError
+from ssa_pretrain.errors import Answered, CommandError
 from ssa_pretrain.settings.command_line import Program, report, resolve
 from ssa_pretrain.settings.output import pipe_may_close
 from ssa_pretrain.settings.problems import ConfigError, Problem, independent
@@ -61,9 +61,11 @@ def main(arguments: Sequence[str]) -> int:
     """Runs data_prep and returns its exit code."""
     try:
         with pipe_may_close():
-            run_stages(read_config(arguments), _log, sys.stdout.write)
-    except SystemExit as exiting:  # after --help, --explain and the like, or when the reader of the output has gone
-        return exiting.code if isinstance(exiting.code, int) else 0
+            try:
+                run_stages(read_config(arguments), _log, sys.stdout.write)
+            except Answered as answer:
+                sys.stdout.write(answer.text)
+                return answer.exit_code
     except ConfigError as error:
         _log(report(PROGRAM.name, error))
         return error.exit_code
@@ -83,7 +85,7 @@ def read_config(arguments: Sequence[str]) -> Config:
     """Returns the checked configuration of a command.
 
     Raises:
-        SystemExit: after printing what a flag asks for.
+        Answered: a flag asks for a text instead of a run.
         ConfigError: with all problems at once.
         InputError: the recipe of the dataset in `out` cannot be used.
     """

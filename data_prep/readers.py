@@ -1,9 +1,9 @@
 """Reads documents from files: JSON lines, Parquet, plain text.
 
-A `Piece` is a range of one file that can be read by itself: bytes of an uncompressed JSON-lines file (the lines that
-begin in the range), row groups of a Parquet file, or a whole file. Reading yields texts in file order. Anything that is
-not a document is an error with file and line. With `on_error=skip` it is left out and counted instead: a line, a row,
-or a file from the damaged place on. Nothing is skipped silently.
+A `Piece` is a range of one file that can be read independently: bytes of an uncompressed JSON-lines file (the lines
+that begin in the range), row groups of a Parquet file, or a whole file. Reading yields texts in file order. Anything
+that is not a document is an error with file and line. With `on_error=skip` it is left out and counted instead: a line,
+a row, or a file from the damaged place on. Nothing is skipped silently.
 
 JSON is parsed by orjson if it is installed (extra `gigatoken`), which is two to four times as fast. What orjson rejects
 is parsed again by the standard library, which accepts slightly more (NaN, a byte order mark) and has clearer messages.
@@ -81,7 +81,7 @@ def format_skipped(counts: dict[str, int]) -> str:
 
 
 def read_piece(piece: Piece, advance: Advance, skipped: Skipped | None = None) -> Iterator[Document]:
-    """Yields the documents of a piece; calls `advance` with the bytes of input done since the last call.
+    """Yields the documents of a piece; calls `advance` with the bytes read since the last call.
 
     Args:
         piece: what to read.
@@ -166,7 +166,7 @@ def _document_or_not(line: bytes, piece: Piece, refuse: Refuse, number: Callable
 def _decompressed(path: str, raw: BinaryIO) -> io.BufferedReader:
     if path.endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
-    import pyarrow  # slow to import, and only few formats need it
+    import pyarrow  # slow to import, and only .zst needs it here
 
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
 

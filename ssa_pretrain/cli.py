@@ -18,6 +18,7 @@ from ssa_pretrain.config import CONF, Config
 from ssa_pretrain.config.advice import in_keys_only, with_tried_advice
 from ssa_pretrain.config.machine import Machine, launcher_number, this_machine
 from ssa_pretrain.config.rules import check
+from ssa_pretrain.errors import Answered
 from ssa_pretrain.monitor.environment import PACKAGES
 from ssa_pretrain.outlook import plan_table
 from ssa_pretrain.settings.command_line import Program, report, resolve
@@ -75,9 +76,13 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
             sys.stderr.write(f"{note}\n" if note and prints else "")
         # Only rank 0 checks that the folder is free. It may already have locked it when a slower rank gets here.
         machine = replace(machine, locks_folder=entry == "train" and prints)
+        config = resolve_config(entry, given, machine)
+        if config.dry_run:
+            raise Answered(plan_table(entry, config, arguments, machine.world_size or 1))
+    except Answered as answer:
         with pipe_may_close():
-            config = resolve_config(entry, given, machine, prints=prints)
-        plan = plan_table(entry, config, arguments, machine.world_size or 1) if config.dry_run else ""
+            sys.stdout.write(answer.text * prints)
+        raise SystemExit(answer.exit_code) from None
     except ConfigError as error:
         message = report(f"ssa_pretrain.{entry}", error)
         if prints:
@@ -85,15 +90,16 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         elif os.environ.get("LOCAL_RANK") == "0":
             sys.stderr.write(f"{socket.gethostname()}: {message}\n")
         raise SystemExit(error.exit_code) from None
-    if plan:
-        with pipe_may_close():
-            sys.stdout.write(plan * prints)
-        raise SystemExit(0)
     return config
 
 
-def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, prints: bool = True) -> Config:
-    """Returns the checked configuration of a command on a machine. Raises ConfigError with all problems at once."""
+def resolve_config(entry: str, argv: Sequence[str], machine: Machine) -> Config:
+    """Returns the checked configuration of a command on a machine.
+
+    Raises:
+        Answered: a flag asks for a text instead of a run.
+        ConfigError: with all problems at once.
+    """
 
     def check_on_machine(config: Config, problems: list[Problem], has_groups: bool) -> list[Problem]:
         # A plan may be for another machine.
@@ -102,7 +108,7 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine, *, prints:
         problems = with_tried_advice(problems, config, known) if problems else []
         return problems if has_groups else [replace(p, advice=in_keys_only(p.advice)) for p in problems]
 
-    return resolve(program(entry), argv, check_on_machine, prints=prints)
+    return resolve(program(entry), argv, check_on_machine)
 
 
 def _is_printing_process() -> bool:

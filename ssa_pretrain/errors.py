@@ -3,6 +3,8 @@
 A `CommandError` is an error that a user can cause. It carries one sentence and an exit code, and is reported without a trace. Every
 other exception is a bug: it is reported with its trace and ends the process with 1. docs/launch.md has the table for users. Stdlib only.
 
+`Answered` is not an error. It takes the answer to a flag such as --help to the entry point, which prints it and exits.
+
 `ConfigError` is in settings/problems.py, beside the problems that it lists.
 """
 
@@ -33,6 +35,19 @@ class CommandError(Exception):
 
     exit_code: int = ExitCode.FAILED
     of_one_rank: bool = False
+
+
+class Answered(Exception):
+    """A flag such as --help asks for a text instead of a run; the entry point prints the text and exits.
+
+    Attributes:
+        text: the answer, for standard output.
+        exit_code: the exit code of the process.
+    """
+
+    def __init__(self, text: str, exit_code: int = ExitCode.DONE) -> None:
+        self.text, self.exit_code = text, exit_code
+        super().__init__(text)
 
 
 class DataError(CommandError, ValueError):

@@ -160,8 +160,8 @@ def require_finite(run: Run, result: StepResult, step: int) -> None:
     if math.isfinite(result.cross_entropy) and math.isfinite(result.grad_norm):
         return
     raise DivergedError(
-        f"step {step} has cross entropy {result.cross_entropy:g} and gradient norm {result.grad_norm:g}: training has diverged, and nothing "
-        f"was saved since. The same command repeats it from the newest checkpoint in {run.folder}; lower optim.lr, lengthen the warm-up "
+        f"step {step} has cross entropy {result.cross_entropy:g} and gradient norm {result.grad_norm:g}: training has diverged, and this step "
+        f"was not saved. The same command trains again from the newest checkpoint in {run.folder}; lower optim.lr, lengthen the warm-up "
         "(optim.warmup_fraction), or start from an earlier checkpoint with checkpoint.init_from"
     )
 

@@ -1,4 +1,4 @@
-"""Committing a dataset: its manifest is written last and renamed into place. Also: whether the dataset in `out` is the requested one.
+"""Committing a dataset: its manifest is written last and renamed into place. Before that: is the dataset in `out` the requested one?
 
 Beside the manifest are tokenizer.json and, for tools that take megatron-core's blends, train.blend and heldout.blend:
 `weight prefix` pairs as `--data-path` takes them. Their paths are relative to the dataset's folder, so that it can be

@@ -2,7 +2,7 @@
 
 Neighbouring shards are joined. A shard that is not joined gets its final name by a hard link, without a copy. Before a
 shard is joined, the size of its .bin is compared with the lengths in its .idx. While it is copied, its sha256 is
-compared with its record. Otherwise every document after a truncated shard would be read from the wrong offset. Memory
+compared with its record. Without these checks, all documents after a truncated shard would have wrong offsets. Memory
 does not grow with the number of documents, since indices are written from a million lengths at a time.
 
 A joined file has a record, work/merged/NAME.json, written last. Then the shards themselves are removed
@@ -22,7 +22,7 @@ from data_prep.errors import InputError
 from data_prep.files import write_json
 from data_prep.progress import Log
 from data_prep.run_config import MergeConfig
-from data_prep.shards.binaries import DOCUMENTS_AT_ONCE, TokenFile, with_suffix
+from data_prep.shards.binaries import DOCUMENTS_AT_ONCE, TokenFile, remove_files, with_suffix
 from data_prep.shards.groups import Group, group_shards, joined_record, joined_record_path
 from data_prep.shards.shard import FinishedShard, shard_prefix
 from ssa_pretrain.data.indexed_format import HEADER, SPLITS, ShardInfo, read_header
@@ -83,8 +83,7 @@ def _group_file(out: Path, group: Group, keep_shards: bool) -> dict[str, ShardIn
 def _remove_members(out: Path, group: Group) -> None:
     for member in group.members:
         for split in SPLITS:
-            for suffix in (".idx", ".bin", ".sums"):
-                with_suffix(out / shard_prefix(split, member.job.shard.stem), suffix).unlink(missing_ok=True)
+            remove_files(out / shard_prefix(split, member.job.shard.stem))
 
 
 def _link(out: Path, group: Group, split: str) -> ShardInfo | None:

@@ -3,7 +3,7 @@
 Checksums show that files are unchanged since they were written. Only the text shows that what was written is correct.
 So the beginnings of shards spread over the plan are read, split and encoded by `tokenizers` itself, and compared with
 the documents in the dataset. This needs out/work and unchanged input. Without them nothing is compared, and the result
-states that.
+reports that.
 """
 
 from itertools import islice

@@ -34,9 +34,7 @@ class TokenFile:
         self._sums: list[int] = []
         self._crc, self._crc_bytes = 0, 0
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        # An old .idx beside a new .bin would open and serve wrong documents, so it is removed first.
-        for suffix in (".idx", ".bin", ".sums"):
-            with_suffix(prefix, suffix).unlink(missing_ok=True)
+        remove_files(prefix)
         self._file = open(temporary_path(with_suffix(prefix, ".bin")), "wb")
 
     def write(self, raw: bytes | memoryview) -> None:
@@ -145,6 +143,12 @@ def first_changed_bytes(prefix: Path) -> tuple[int, int] | None:
 def with_suffix(prefix: Path, suffix: str) -> Path:
     """Returns the path prefix + suffix. Unlike Path.with_suffix it keeps dots in the name."""
     return prefix.with_name(prefix.name + suffix)
+
+
+def remove_files(prefix: Path) -> None:
+    """Removes the files of a prefix. The .idx goes first: beside a new .bin, an old one would open and serve wrong documents."""
+    for suffix in (".idx", ".bin", ".sums"):
+        with_suffix(prefix, suffix).unlink(missing_ok=True)
 
 
 def flush_pair(prefix: Path) -> None:

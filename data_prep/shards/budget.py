@@ -1,8 +1,8 @@
 """Which shards make up a token budget: for each part of a mix, the shortest prefix of its shuffled shards that is enough.
 
 The shards of a part are ordered by a keyed hash. So a budget takes a fair sample, and a larger budget adds to a smaller
-one. How many shards are enough is known only after they are tokenized. `choose` estimates the tokens of the shards that
-are not, and is called again with the new counts until no estimate is left. The final choice depends only on exact
+one. How many shards are enough is known only after they are tokenized. `choose` estimates the tokens of the other shards,
+and is called again with the new counts until no estimate is left. The final choice depends only on exact
 counts, not on the estimates.
 """
 

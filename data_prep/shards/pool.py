@@ -1,9 +1,9 @@
 """Worker processes that make shards, and the parent's loop that watches them.
 
-The parent loads the tokenizer once and forks, so workers start in milliseconds and share its memory. Each gets one
-shard after the other over a pipe. It is replaced after RECYCLE_BYTES of input, because tokenizers keep caches that grow
-with the text they see. The sums for the progress display are in shared memory, one row per shard. They have no lock,
-since a lock is lost if its holder dies.
+The parent loads the tokenizer once and forks, so workers start in milliseconds and share its memory. Each gets its
+shards over a pipe, one at a time. A worker is replaced after RECYCLE_BYTES of input, because tokenizers keep caches
+that grow with the text they see. The sums for the progress display are in shared memory, one entry per shard. They have
+no lock, because a lock stays locked if its holder dies.
 
 While a worker makes the next shard, the parent commits the last one: it flushes the files and writes the record. If ids
 have to be compared (data_prep/tokenizer/parity.py), it waits until the samples of that shard are confirmed.
@@ -12,7 +12,7 @@ A failing shard ends the run at once, with its name. The other workers are kille
 shards. A worker that is killed from outside (out of memory, kill -9) also ends the run. Workers exit if their parent is
 killed, so that they cannot write into the files of the next run.
 
-`concurrent.futures` can do neither: it cannot replace forked workers, and it does not report which process died.
+`concurrent.futures` cannot replace forked workers and does not report which process died.
 """
 
 import ctypes
@@ -76,7 +76,7 @@ def make_shards(
         jobs: the shards.
         num_workers: number of processes.
         parity: compares samples of every shard before its record is written, and the sample of the corpus if one was submitted.
-        display: shows progress; None takes the usual one.
+        display: shows progress; None for the default one.
 
     Raises:
         InputError: a shard cannot be read, or a worker died; names the shard.

@@ -3,7 +3,6 @@
 import json
 import resource
 import time
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from data_prep.files import digest
 from data_prep.processes import worker_count
 from data_prep.progress import Log
 from data_prep.readers import read_piece
+from data_prep.shards.binaries import remove_files
 from data_prep.shards.budget import choose, shares
 from data_prep.shards.executors import launch
 from data_prep.shards.groups import group_shards, joined_record
@@ -222,16 +222,10 @@ def _remove_leftovers(out: Path, stems: set[str]) -> None:
         remove_unfinished(folder)
     for record in shards.glob("*.json"):
         if record.stem not in stems:
-            remove_shard(out, record.stem)
+            for split in SPLITS:
+                remove_files(out / shard_prefix(split, record.stem))
             counts_path(out, record.stem).unlink(missing_ok=True)
             record_path(out, record.stem).unlink()
     for path in [path for split in SPLITS for path in (shards / split).glob("*.*")]:
         if path.stem not in stems:
             path.unlink()  # of a run that was killed before it wrote the record
-
-
-def remove_shard(out: Path, stem: str, splits: Iterable[str] = SPLITS) -> None:
-    """Removes a shard's files; its record stays."""
-    for split in splits:
-        for suffix in (".idx", ".bin", ".sums"):
-            Path(f"{out / shard_prefix(split, stem)}{suffix}").unlink(missing_ok=True)

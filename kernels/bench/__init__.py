@@ -1,4 +1,4 @@
 """The kernels' benchmark: `PYTHONPATH=kernels python -m bench`. Reading order: __main__, cases, timing, check, bounds, plot, locality.
 
-It is not a part of the installed package: run it from a clone.
+It is not part of the installed package. Run it from a clone.
 """

@@ -1,8 +1,8 @@
-"""`PYTHONPATH=kernels python -m bench`: times the kernels as ratios, in one process on one GPU; writes a table, CSV and a roofline plot.
+"""`PYTHONPATH=kernels python -m bench`: measures the kernels' speed relative to baselines, in one process on one GPU.
 
-It first checks selection, both streams, gate and alignment (check.py) and stops without a result if one is wrong. `--quick` leaves out rows
-beyond 32k. `--activations` adds the locality of real activations (.pt or .npz files with q, k, v and cu_seqlens of one layer), which works
-on a CPU too. It measures neither a whole training step nor several GPUs.
+It prints a table, and writes CSV files and a roofline plot. Before that it checks selection, both streams, gate and alignment (check.py), and
+stops if a result is wrong. `--quick` leaves out rows beyond 32k. `--activations` adds the locality of real activations (.pt or .npz files
+with q, k, v and cu_seqlens of one layer), which works on a CPU too. It measures neither a whole training step nor several GPUs.
 """
 
 import argparse

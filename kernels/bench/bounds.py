@@ -1,9 +1,10 @@
-"""What binds each operator: its measured time against the floors that memory, L2, the tensor cores and the exponentials set.
+"""What limits each operator: its measured time beside the floors set by device memory, L2, tensor cores and exponentials.
 
-Work is counted from the mathematics, at the shape's averages: a query sees half a row of keys, top_k * block_size chosen ones, half a row of
-block means. A floor is work over rate. The largest floor names what binds; floor / time is how close the operator comes. Device memory
-counts what must move once. L2 counts gathers: every chosen block of K and V again for each (token, kv head), and Q and dO again for each
-block in dK/dV. Rates: the copy and the matrix product of this run; L2 and exponentials are the card's (H100 SXM and H200).
+Work is counted from the mathematics, for the average query: half a row of keys, top_k * block_size chosen keys, half a row of block means.
+A floor is work divided by a rate. The largest floor is the limit, and floor / time tells how close the operator comes to it. Device memory
+counts each byte that has to move once. L2 counts gathers: every chosen block of K and V for each (token, kv head), and in dK/dV also Q and
+dO for each block. The rates of device memory and tensor cores are measured in the same run, as a copy and a matrix product. Those of L2 and
+exponentials are the card's (H100 SXM and H200).
 """
 
 from collections.abc import Callable
@@ -35,11 +36,11 @@ class Stage:
     memory_bytes: float
     l2_bytes: float
     exponentials: float
-    floors: dict[str, float]  # ms, by what sets them
+    floors: dict[str, float]  # in ms, by what sets them
 
     @property
     def binds(self) -> str:
-        """What sets the largest floor."""
+        """What sets the largest floor and so limits the operator."""
         return max(self.floors, key=self.floors.get)
 
     def as_record(self) -> dict[str, float | str]:
@@ -62,7 +63,7 @@ class Stage:
 
 
 def measure(shape: Shape, copy: float, matmul: float) -> list[Stage]:
-    """Returns the stages of one ssa layer at this shape, each timed alone."""
+    """Returns the stages of one ssa layer at this shape, each timed separately."""
     problem = Problem(shape)
     tokens, heads, kv_heads, head_dim = shape.tokens, shape.heads, shape.kv_heads, shape.head_dim
     q_bytes, kv_bytes, lse_bytes = problem.q.nbytes, 2 * problem.k.nbytes, 4 * tokens * heads

@@ -1,4 +1,4 @@
-"""What is measured: each case yields rows of the table, a value with what it must and should reach.
+"""The cases of the benchmark. Each yields rows of the table: a value, with the bounds that it must and should reach.
 
 Full attention is torch's `scaled_dot_product_attention` restricted to one backend, forward and backward through autograd, on the same
 tensors. Ours is timed through the public functions and autograd as well. Only the documents' layout is prepared outside the timed region,
@@ -109,7 +109,7 @@ class Problem:
 
 
 def streams(shape: Shape, both: Bounds = None, forward: Bounds = None) -> Iterator[Row]:
-    """Selection + sparse attention against full attention, forward + backward and forward, with what each must and should reach."""
+    """Yields the speed of selection + sparse attention relative to full attention, forward + backward and forward only."""
     problem = Problem(shape)
     full_f, full_fb = problem.time(lambda: problem.sdpa(SDPBackend.CUDNN_ATTENTION))
     ours_f, ours_fb = problem.time(problem.selection_and_sparse)
@@ -132,7 +132,7 @@ def streams(shape: Shape, both: Bounds = None, forward: Bounds = None) -> Iterat
 
 
 def layer(shape: Shape, must: float, aim: float) -> Iterator[Row]:
-    """Both streams, gate and alignment, forward and backward measured as one, over cuDNN's full attention alone."""
+    """Yields the time of both streams, gate and alignment together, relative to cuDNN's full attention; forward + backward."""
     problem = Problem(shape)
     logits = torch.randn(shape.tokens, shape.heads, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     one = torch.ones((), device="cuda")
@@ -160,7 +160,7 @@ def layer(shape: Shape, must: float, aim: float) -> Iterator[Row]:
 
 
 def gate(shape: Shape, copy: float) -> Iterator[Row]:
-    """Gate and alignment: the bytes that must move per second, over the copy's bandwidth of the same run."""
+    """Yields the bandwidth of gate and alignment, in bytes that must move, relative to a copy's bandwidth in the same run."""
     a, b, grad = (shapes.random_heads(shape, shape.heads, seed) for seed in (1, 2, 3))
     logits = torch.randn(shape.tokens, shape.heads, device="cuda", dtype=torch.bfloat16)
     leaves = [x.requires_grad_() for x in (a, b, logits)]
@@ -178,7 +178,7 @@ def gate(shape: Shape, copy: float) -> Iterator[Row]:
 
 
 def documents(shape: Shape, mean_length: int, must: float, aim: float) -> Iterator[Row]:
-    """Rows packed with short documents against one document per row: selection + sparse, forward and backward."""
+    """Yields the time on rows packed with short documents relative to one document per row: selection + sparse, forward + backward."""
     whole = Problem(shape)
     _, whole_ms = whole.time(whole.selection_and_sparse)
     packed = Problem(shape, shapes.random_documents(shape, mean_length))
@@ -195,7 +195,7 @@ def documents(shape: Shape, mean_length: int, must: float, aim: float) -> Iterat
 
 
 def sink(shape: Shape, must: float, aim: float) -> Iterator[Row]:
-    """Every query chooses block 0 and 14 evenly drawn blocks, against 15 evenly drawn ones: sparse attention, forward and backward."""
+    """Yields the time if every query chooses block 0 and 14 random blocks, relative to 15 random ones: sparse attention, forward + backward."""
     problem = Problem(shape)
     times = []
     for with_sink in (False, True):
@@ -214,7 +214,7 @@ def sink(shape: Shape, must: float, aim: float) -> Iterator[Row]:
 
 
 def memory(shape: Shape, must: float) -> Iterator[Row]:
-    """Peak memory of selection + sparse beyond inputs, outputs, tensors saved for the backward, and gradients."""
+    """Yields the peak memory of selection + sparse beyond inputs, outputs, tensors saved for the backward, and gradients."""
     problem = Problem(shape)
     problem.both(problem.selection_and_sparse)()
     for leaf in (problem.q, problem.k, problem.v):

@@ -2,7 +2,7 @@
 
 It uses one small packed batch of ragged documents and the package's references in float64, which the tests verify. Outputs and gradients may
 deviate as far as bf16 operands allow. Selection is compared with its reference on the same bf16 operands: chosen blocks may differ only
-where scores are as good as equal. The tests, and not this check, cover the fused layer and full attention over equal rows.
+where scores are nearly equal. The fused layer and full attention over equal rows are covered by the tests only.
 """
 
 import torch

@@ -9,7 +9,7 @@ from .bounds import L2_BYTES_PER_SECOND, Stage
 
 
 def roofline(stages: list[Stage], copy: float, matmul: float, path: Path) -> None:
-    """Writes the plot to `path`: filled marks against device memory, hollow ones against the L2's gathers. Without matplotlib prints a hint instead."""
+    """Writes the plot to `path`: filled marks against device memory, hollow ones against the L2's gathers. Prints a hint instead if matplotlib is missing."""
     try:
         import matplotlib
     except ModuleNotFoundError:

@@ -60,7 +60,7 @@ def random_documents(shape: Shape, mean_length: int, seed: int = 0) -> DocumentL
 
 
 def uniform_choices(shape: Shape, layout: DocumentLayout, *, sink: bool, seed: int = 0) -> torch.Tensor:
-    """Returns int32 [tokens, G, TOP_K] choices drawn evenly from each query's earlier blocks, the own block added.
+    """Returns int32 [tokens, G, TOP_K] choices: blocks drawn uniformly from each query's earlier ones, and its own block.
 
     The earlier blocks are split into TOP_K - 1 classes by their number, and one block is drawn from each, so none repeats. With `sink`,
     block 0 is always drawn from the first class.

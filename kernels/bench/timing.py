@@ -16,7 +16,7 @@ def median_ms(call: Callable[[], object], repetitions: int = 20, warmup: int = 3
 
 
 def medians_ms(calls: list[Callable[[], object]], repetitions: int = 20, warmup: int = 3) -> list[float]:
-    """Returns the calls' median times. The calls run in turns, so that nearly equal ones meet the same clocks."""
+    """Returns the calls' median times. The calls alternate, so that a change of the GPU's clock affects all of them alike."""
     for _ in range(warmup):
         for call in calls:
             call()
@@ -38,7 +38,7 @@ def repetitions_for(expected_ms: float) -> int:
 
 
 def workspace_bytes(call: Callable[[], object], kept: Callable[[object], int]) -> int:
-    """Returns the peak of memory during `call`, without what was allocated before and without the bytes that `kept` finds in its result."""
+    """Returns the peak of memory during `call`, minus what was allocated before it and minus the bytes that `kept` finds in its result."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

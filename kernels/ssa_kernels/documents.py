@@ -55,14 +55,16 @@ class QuerySpan:
 class SpanSegments:
     """All spans as one packed batch for a library's kernel: one segment for each document in each span, then empty segments.
 
-    Each span's keys are copied one after another, so that no two segments share a key and gradients of keys need no atomic sums.
+    Segments of different spans see the same keys. That is no matter in a forward. In a backward each span has copies of its keys, one span
+    after another, so that no two segments share a key and gradients need no atomic sums.
     """
 
     cu_seqlens_q: torch.Tensor  # int32 [segments + 1], cumulated queries
     cu_seqlens_k: torch.Tensor  # int32 [segments + 1], cumulated keys that the segments' queries see
-    first_key: (
-        torch.Tensor
-    )  # int32 [segments + 1], place of each segment's first key among the copied keys, ending with their number
+    first_key: torch.Tensor  # int32 [segments + 1], each segment's first key, ending with the number of keys
+    first_copy: torch.Tensor  # int32 [segments + 1], its place among the copies, ending with their number
+    # int32 [spans rounded up to a power of two, 3]: first key that is copied, end, and the first copy's place; 0, 0, 0 for no span
+    ranges: torch.Tensor
     key_ranges: tuple[tuple[int, int], ...]  # (first, end) of the keys that are copied for each span
     longest_q: int  # no segment has more queries
     longest_k: int  # or sees more keys
@@ -234,10 +236,10 @@ def layout_to(layout: DocumentLayout, device: torch.device | str) -> DocumentLay
         replace(span, cu_seqlens_q=span.cu_seqlens_q.to(device), cu_seqlens_k=span.cu_seqlens_k.to(device))
         for span in layout.spans
     )
-    segments = layout.segments and replace(
-        layout.segments,
-        **{name: getattr(layout.segments, name).to(device) for name in ("cu_seqlens_q", "cu_seqlens_k", "first_key")},
-    )
+    segments = layout.segments
+    if segments is not None:
+        held = {f.name: getattr(segments, f.name) for f in fields(segments)}
+        segments = replace(segments, **{name: x.to(device) for name, x in held.items() if isinstance(x, torch.Tensor)})
     return replace(layout, **moved, spans=spans, segments=segments)
 
 

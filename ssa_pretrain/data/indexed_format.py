@@ -111,7 +111,7 @@ def read_header(path: Path) -> IndexHeader:
     if version != VERSION:
         raise DatasetError(f"{path} has version {version} of the format, this code reads {VERSION}", remedy)
     if code not in DTYPES:
-        raise DatasetError(f"{path} has the unknown dtype code {code}, known are {sorted(DTYPES)}", remedy)
+        raise DatasetError(f"{path} has the unknown dtype code {code}; this code reads {sorted(DTYPES)}", remedy)
     if num_indices < 1:
         raise DatasetError(f"{path} lists no document indices, at least one is needed", remedy)
     header = IndexHeader(DTYPES[code], num_sequences, num_indices - 1)

@@ -19,6 +19,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from ssa_pretrain.errors import Answered
 from ssa_pretrain.settings.completion import completion
 from ssa_pretrain.settings.compose import Source, check_overrides, compose, group_options, has_groups, hydra_on
 from ssa_pretrain.settings.convert import NOT_SET, SECRET_ADVICE, SECRET_RULE, config_from_dict, known_keys
@@ -81,7 +82,6 @@ def resolve(
     check: Check,
     *,
     recipe: Callable[[list[str]], Mapping[str, Any]] = lambda _: {},
-    prints: bool = True,
 ) -> Any:
     """Returns the checked configuration of a command.
 
@@ -90,18 +90,17 @@ def resolve(
         argv: the command's arguments.
         check: the program's rules.
         recipe: returns the settings by section that are applied before those of the command line, from its overrides.
-        prints: whether this process prints the answer to a flag; other ranks of a run only exit.
 
     Raises:
-        SystemExit: after printing the answer to a flag.
+        Answered: a flag asks for a text instead of a run.
         ConfigError: with all problems at once.
     """
     command, problems = parse(program, argv)
     if command.action == "version":
-        _print_and_exit(version_line(program.name.partition(".")[0], program.packages) + "\n", prints=prints)
+        raise Answered(version_line(program.name.partition(".")[0], program.packages) + "\n")
     if command.action == "shell_completion":
         line, conf = os.environ.get("COMP_LINE", ""), command.source.folder
-        _print_and_exit(completion(command.overrides, line, program.name, program.root, conf), prints=prints)
+        raise Answered(completion(command.overrides, line, program.name, program.root, conf))
     if not command.source.folder.is_dir():
         raise ConfigError(problems)
     source = replace(command.source, recipe=recipe(command.overrides))
@@ -111,21 +110,20 @@ def resolve(
         if command.flags:
             if problems:
                 raise ConfigError(problems)
-            text, code = _hydra_prints(program, source, [*overrides, *command.flags])
-            _print_and_exit(text, code, prints=prints)
+            raise Answered(*_hydra_prints(program, source, [*overrides, *command.flags]))
         tree, found = compose(overrides, source)
         problems += found
         groups = group_options(source) if command.action or command.explained is not None else {}
         grouped = has_groups(source)
     if command.action == "help" and not problems:
-        _print_and_exit(_help(program, groups, tree), prints=prints)
+        raise Answered(_help(program, groups, tree))
     if not tree:
         raise ConfigError(problems)
     config, found = config_from_dict(program.root, tree)
     wrong = {problem.key for problem in problems}
     problems += [problem for problem in found if problem.key not in wrong]
     if command.explained is not None and all(problem.rule == NOT_SET for problem in problems):
-        _print_and_exit(explain(command.explained, config, groups) + "\n", prints=prints)
+        raise Answered(explain(command.explained, config, groups) + "\n")
     # If the experiment, the run or a path to either is unknown, the rules are skipped: they would all fail.
     wrong = {problem.key for problem in problems}
     if program.experiments not in wrong and not any("/" in key and "=" not in key for key in wrong):
@@ -236,8 +234,3 @@ def _hydra_prints(program: Program, source: Source, words: Sequence[str]) -> tup
 
 def _task(_: DictConfig) -> None:
     """Does nothing. hydra.main never runs its task, because every flag passed to it only prints something."""
-
-
-def _print_and_exit(text: str, code: int = 0, *, prints: bool) -> None:
-    sys.stdout.write(text * prints)
-    raise SystemExit(code)

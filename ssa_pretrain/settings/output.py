@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 
-READER_GONE = 141  # the code that a shell reports for a program killed by SIGPIPE
+from ssa_pretrain.errors import ExitCode
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def pipe_may_close() -> Iterator[None]:
         if not reader_gone():
             raise
         discard_output()
-        raise SystemExit(READER_GONE) from None
+        raise SystemExit(ExitCode.READER_GONE) from None
 
 
 def reader_gone() -> bool:

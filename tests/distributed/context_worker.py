@@ -3,24 +3,19 @@
 Arguments: a JSON file with the cases (name -> configuration overrides) and the folder for results. A row of 96 tokens is cut at 24, 48 and 72 for two context ranks and every 12 tokens for four, in blocks of 16: only one cut lies on the block grid.
 """
 
-import itertools
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.context import ContextParallel
-from ssa_pretrain.parallel.state import Placement, start
-from support.layout_worker import LENGTH, VOCAB, capture_first_gradients, configure
+from ssa_pretrain.parallel.state import Placement
+from support.layout_worker import VOCAB, capture_first_gradients, rows_with_documents, run_cases
 
 STEPS = 4
 # Where documents begin in each row of a step. Single tokens at the row's ends and on both sides of the ranks' borders; one document over all
@@ -32,12 +27,7 @@ PADDING = 20  # tokens of the last row, of its label too
 
 def packed_rows(seed: int) -> list[Row]:
     """Returns random tokens in the documents of STARTS, and padding at the end of the last row."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for places in STARTS:
-        starts = np.zeros(LENGTH + 1, dtype=bool)
-        starts[list(places)] = True
-        rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
+    rows = rows_with_documents(STARTS, np.random.default_rng(seed))
     rows[-1].tokens[-PADDING:] = 0
     rows[-1] = replace(rows[-1], padding=PADDING)
     return rows
@@ -113,24 +103,13 @@ def check_gather_order(context: ContextParallel) -> None:
     assert found.flatten().tolist() == [10 * p for p in (tokens - 1, 0, 7, 7, tokens // 2)]
 
 
-def main() -> None:
-    """Runs all cases of the file, layout by layout."""
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    configs = {name: configure(overrides) for name, overrides in cases.items()}
-    by_layout = itertools.groupby(
-        sorted(configs, key=lambda name: repr(configs[name].parallel)), key=lambda name: configs[name].parallel
-    )
-    for layout, names in by_layout:
-        placement = start(layout, seed=1)
-        context = ContextParallel(placement.groups.cp)
-        check_gather_order(context)
-        if context.size == 4:
-            check_gradient_sum_precision(context)
-        for name in names:
-            run_case(name, configs[name], placement, out)
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
+def check_context(placement: Placement) -> None:
+    """Checks the context-parallel operations of a layout before its cases run."""
+    context = ContextParallel(placement.groups.cp)
+    check_gather_order(context)
+    if context.size == 4:
+        check_gradient_sum_precision(context)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(run_case, check_context)

@@ -13,10 +13,9 @@ import torch.distributed as dist
 
 from ssa_pretrain.config import Config, KernelImpl, Method, PrecisionName, Recompute
 from ssa_pretrain.data.batches import Batch, collate
-from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
-from ssa_pretrain.engine.megatron.checkpoint import unwrap
 from ssa_pretrain.parallel.state import start, stop
+from support.layout_worker import capture_first_gradients, rows_with_documents
 
 VOCAB, LENGTH, STEPS = 1024, 2048, 4
 # Documents over both ranks' borders (512, 1024, 1536 and around), of one token, and a row of one document.
@@ -47,33 +46,14 @@ def cases() -> dict[str, Config]:
 
 def batches(step: int) -> list[Batch]:
     """Returns a step's microbatches."""
-    generator = np.random.default_rng(step)
-    rows = []
-    for places in STARTS:
-        starts = np.zeros(LENGTH + 1, dtype=bool)
-        starts[list(places)] = True
-        rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
+    rows = rows_with_documents(STARTS, np.random.default_rng(step), length=LENGTH, vocab=VOCAB)
     return [collate([row], index=index) for index, row in enumerate(rows)]
 
 
 def run_case(config: Config, placement) -> dict:
     """Returns a case's results and gradients."""
     engine = build_engine(config, placement, VOCAB)
-    gradients: dict[str, torch.Tensor] = {}
-    step = engine.optimizer.step
-
-    def step_and_capture():
-        if not gradients:
-            for buffer in engine.chunks[0].buffers:
-                for bucket in buffer.buckets:
-                    shards = list(bucket.grad_data.chunk(buffer.data_parallel_group.size()))
-                    dist.all_gather(
-                        shards, shards[buffer.data_parallel_group.rank()].clone(), buffer.data_parallel_group
-                    )
-            gradients.update({n: p.main_grad.cpu().clone() for n, p in unwrap(engine.chunks[0]).named_parameters()})
-        return step()
-
-    engine.optimizer.step = step_and_capture
+    captured = capture_first_gradients(engine)
     results, evaluated = [], []
     for index in range(STEPS):
         found = engine.train_step(batches(index), step=index, learning_rate=1e-2).result()
@@ -81,7 +61,11 @@ def run_case(config: Config, placement) -> dict:
     for mode in ("full", "sparse"):
         judged = engine.evaluate(batches(99), mode=mode)
         evaluated.append([judged.cross_entropy, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
-    return {"results": results, "evaluated": evaluated, "gradients": gradients}
+    return {
+        "results": results,
+        "evaluated": evaluated,
+        "gradients": {name: part["grad"].cpu() for name, part in captured.items()},
+    }
 
 
 def main() -> None:

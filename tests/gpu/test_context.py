@@ -24,7 +24,8 @@ def results(tmp_path_factory) -> list[dict]:
     for cp in (1, 2):
         path = tmp_path_factory.mktemp("context") / f"{cp}.pt"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cp)]
-        places = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        folders = (ROOT, ROOT / "kernels", ROOT / "tests")
+        places = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [*command, str(WORKER), str(path), str(cp)],
             env={**os.environ, "PYTHONPATH": places},

@@ -7,6 +7,7 @@ cases of one layout share the process groups: core never destroys them, and each
 import itertools
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def configure(overrides: dict) -> Config:
     config, problems = config_from_dict(Config, tree)
     assert not problems, problems
     return config
+
+
+def rows_with_documents(
+    starts_by_row: Sequence[Sequence[int]], generator: np.random.Generator, *, length: int = LENGTH, vocab: int = VOCAB
+) -> list[Row]:
+    """Returns rows of random tokens whose documents begin at the given places."""
+    rows = []
+    for places in starts_by_row:
+        starts = np.zeros(length + 1, dtype=bool)
+        starts[list(places)] = True
+        rows.append(Row(generator.integers(0, vocab, length + 1), starts))
+    return rows
 
 
 def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
@@ -111,7 +124,7 @@ def capture_first_gradients(engine) -> dict[str, dict]:
 
 
 def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
-    """Runs two steps of one case and write this rank's part."""
+    """Runs two steps of one case and writes this rank's part."""
     engine = build_engine(config, placement, VOCAB)
     records, captured = [], capture_first_gradients(engine)
     for index in range(2):
@@ -142,15 +155,16 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
     torch.save(part, out / f"{name}.{placement.rank}.pt")
 
 
-def main() -> None:
-    """Runs all cases of the file, layout by layout."""
+def run_cases(
+    run_case: Callable[[str, Config, Placement, Path], None], prepare: Callable[[Placement], None] = lambda _: None
+) -> None:
+    """Runs all cases of the file, layout by layout; `prepare` is called once per layout."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configs = {name: configure(overrides) for name, overrides in cases.items()}
-    by_layout = itertools.groupby(
-        sorted(configs, key=lambda name: repr(configs[name].parallel)), key=lambda name: configs[name].parallel
-    )
-    for layout, names in by_layout:
+    ordered = sorted(configs, key=lambda name: repr(configs[name].parallel))
+    for layout, names in itertools.groupby(ordered, key=lambda name: configs[name].parallel):
         placement = start(layout, seed=1)
+        prepare(placement)
         for name in names:
             run_case(name, configs[name], placement, out)
         dist.barrier()
@@ -158,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(run_case)

@@ -1,6 +1,6 @@
 """Making shards on other machines: Slurm job arrays and Ray clusters, both through datatrove's executors.
 
-The folder of a submission, work/runs/ID, is on a disk that all machines see. It holds job.json (what to make), the
+The folder of a submission, work/runs/ID, is on a disk that all machines share. It holds job.json (what to make), the
 executor's own logs, and failures/, where a task that cannot continue writes its reason. Shards are written as on one
 machine, with their record last, and only records count. datatrove's own completion markers are ignored: they do not
 show whether an output still exists or its input is unchanged. So a submission may be interrupted, and another executor

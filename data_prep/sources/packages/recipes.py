@@ -64,4 +64,4 @@ def check_packages(packages: list[str]) -> None:
     """Raises InputError for a package without a recipe."""
     for name in packages:
         if name not in RECIPES:
-            raise InputError(f"source.packages: there is no recipe for {name}; known are {', '.join(RECIPES)}")
+            raise InputError(f"source.packages: there is no recipe for {name}; try one of {', '.join(RECIPES)}")

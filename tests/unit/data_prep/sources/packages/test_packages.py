@@ -198,7 +198,7 @@ def test_local_docs_takes_long_documents_of_its_packages(debian, tmp_path):
 
 
 def test_package_without_a_recipe_is_named_before_any_download(tmp_path):
-    with pytest.raises(InputError, match="there is no recipe for emacs-doc; known are anarchism, sword-comm-tdavid"):
+    with pytest.raises(InputError, match="there is no recipe for emacs-doc; try one of anarchism, sword-comm-tdavid"):
         local_docs.extract_local_docs(LocalDocsSource(packages=["emacs-doc"]), tmp_path, print, TextStore(tmp_path))
 
 
