@@ -5,6 +5,8 @@ see the same keys there: the alignment is 0 with a gradient of 0, and the captur
 computed for them. Every score of `select_blocks` guarantees this, official_compat too, since its top_k is at most block_size. An attention method
 that overrides `SSAAttention.select` must guarantee it as well. Padding is cut into documents that short, so no padding is ever computed.
 
+Queries are left out in whole cells, so that spans have lengths that the kernels' tiles divide.
+
 Everything is arithmetic on the host: documents and padding are known before a microbatch is copied to the device.
 """
 
@@ -19,6 +21,7 @@ Span = tuple[int, int]  # first query, number of queries
 
 # At share 1, spans replace the fused operator over all tokens only if at least this part of a microbatch's tokens falls away.
 MIN_SAVED = 1 / 8
+CELL = 64  # neighbouring tokens; at least the queries of one tile of selection at group size 2 or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,23 @@ def counterpart_queries(attention: AttentionConfig, batch: Batch, drawn: Sequenc
     """
     boundaries = batch.cu_seqlens.tolist()
     num_tokens, reach = boundaries[-1], attention.top_k * attention.block_size
-    uncovered = [(begin + reach, end - begin - reach) for begin, end in pairwise(boundaries) if begin + reach < end]
-    spans = intersection(drawn, uncovered)
+    uncovered = [(begin + reach, end) for begin, end in pairwise(boundaries) if begin + reach < end]
+    spans = intersection(drawn, _whole_cells(uncovered, num_tokens))
     num_drawn = total(drawn) - total(intersection(drawn, batch.padding))
     if total(drawn) == num_tokens and num_tokens - total(spans) < MIN_SAVED * num_tokens:
         return CounterpartQueries(None, num_drawn)
     return CounterpartQueries(spans, num_drawn)
+
+
+def _whole_cells(ranges: Sequence[tuple[int, int]], num_tokens: int) -> list[Span]:
+    """Returns the spans of the cells that the ranges (begin, end) touch, ascending and merged."""
+    found: list[Span] = []
+    for begin, end in ranges:
+        begin, end = begin // CELL * CELL, min(-(-end // CELL) * CELL, num_tokens)
+        if found and begin <= sum(found[-1]):
+            begin = found.pop()[0]
+        found.append((begin, end - begin))
+    return found
 
 
 def intersection(some: Sequence[Span], others: Sequence[Span]) -> list[Span]:
