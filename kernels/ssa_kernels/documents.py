@@ -146,14 +146,24 @@ def build_layout(
     check_boundaries(cu_seqlens, num_tokens)
     max_length = num_tokens if max_length is None else min(max_length, num_tokens)
     num_block_rows = _block_row_bound(num_tokens, block_size, len(cu_seqlens))
-    sizes = {"num_tokens": num_tokens, "block_size": block_size}
     if _fits_kernels(cu_seqlens):
         from .documents_triton import layout_arrays  # imported here because Triton may be missing on a CPU machine
 
-        arrays = layout_arrays(cu_seqlens, num_block_rows=num_block_rows, **sizes)
+        arrays = layout_arrays(cu_seqlens, num_tokens=num_tokens, block_size=block_size, num_block_rows=num_block_rows)
     else:
-        arrays = _layout_arrays(cu_seqlens, num_block_rows=num_block_rows, max_length=max_length, **sizes)
-    return DocumentLayout(**arrays, **sizes, max_length=max_length)
+        arrays = _layout_arrays(cu_seqlens, num_tokens, block_size, num_block_rows, max_length)
+    return DocumentLayout(
+        cu_seqlens=arrays["cu_seqlens"],
+        document_first_block_row=arrays["document_first_block_row"],
+        query_start=arrays["query_start"],
+        query_position=arrays["query_position"],
+        query_first_block_row=arrays["query_first_block_row"],
+        block_start=arrays["block_start"],
+        block_length=arrays["block_length"],
+        block_size=block_size,
+        num_tokens=num_tokens,
+        max_length=max_length,
+    )
 
 
 def _fits_kernels(cu_seqlens: torch.Tensor) -> bool:
@@ -164,7 +174,7 @@ def _fits_kernels(cu_seqlens: torch.Tensor) -> bool:
 
 
 def _layout_arrays(
-    cu_seqlens: torch.Tensor, *, num_tokens: int, block_size: int, num_block_rows: int, max_length: int
+    cu_seqlens: torch.Tensor, num_tokens: int, block_size: int, num_block_rows: int, max_length: int
 ) -> dict[str, torch.Tensor]:
     """Returns the arrays of a layout by name, in plain PyTorch. Raises ValueError on a CPU for a document longer than max_length."""
     device = cu_seqlens.device

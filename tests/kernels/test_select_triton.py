@@ -189,6 +189,19 @@ def test_longer_documents_than_expected(monkeypatch, score, block_size, top_k, t
     assert torch.equal(unknown, select_blocks(q[queries], k, impl="reference", **arguments))
 
 
+def test_what_was_seen_reaches_the_host_in_any_mode():
+    from ssa_kernels.select.long_documents import LongestSeen
+
+    with torch.inference_mode():
+        seen = LongestSeen(torch.device("cpu"))
+    assert seen.tokens == 0
+    seen.on_device.fill_(7)
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        with mode:
+            seen.send()
+    assert seen.tokens == 7
+
+
 def test_a_layout_with_a_bound_expects_nothing(monkeypatch):
     from ssa_kernels.select import launch
 

@@ -93,7 +93,7 @@ def long_tiles_kernel(
     if last >= tl.load(longest_ptr):
         tl.atomic_max(longest_ptr, last + 1)
     if last // BLOCK_SIZE > columns:
-        KV_LISTS: tl.constexpr = GROUP_SIZE if PER_HEAD else 1  # lists per kv head
+        KV_LISTS: tl.constexpr = GROUP_SIZE if PER_HEAD else tl.constexpr(1)  # lists per kv head
         rows = importance_ptr + program.to(tl.int64) * (TILE_TOKENS * KV_LISTS) * width
         survivors = survivors_ptr + program.to(tl.int64) * SCRATCH
         for base in range(begin, end, TILE_TOKENS):

@@ -6,6 +6,7 @@ import torch
 from ssa_kernels import build_layout, query_slice, select_blocks
 from ssa_kernels.documents import ARRAYS
 from ssa_kernels.select import importance, launch, reference, topk
+from ssa_kernels.select.long_documents import longest_seen
 
 pytestmark = pytest.mark.gpu
 
@@ -207,6 +208,8 @@ def documents(*lengths):
 @pytest.mark.parametrize("score", ["softmax_sum", "per_head", "official_compat"])
 def test_boundaries_alone_choose_the_same_blocks(score):
     """Whatever documents a call expects from the calls before, including far shorter ones. Boundaries may change behind the same tensor."""
+    torch.cuda.synchronize()
+    longest_seen.cache_clear()
     tokens = 40_000
     q, k = make(tokens, 16, 2)
     arguments = {"block_size": 16, "top_k": 16, "score": score}
