@@ -150,7 +150,7 @@ def _longest_seen(layout: DocumentLayout, top_k: int) -> LongestSeen | None:
         return None
     device = layout.cu_seqlens.device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None  # a graph's plan must fit all replays, and may not refer to memory that outlives it
+        return None  # a graph is planned once, for whatever documents its replays will bring
     return longest_seen(device, layout.num_tokens.bit_length(), len(layout.cu_seqlens).bit_length())
 
 
