@@ -1,31 +1,42 @@
-"""The learning rate of a step and the streams of each microbatch, as pure functions of (seed, step).
+"""The learning rate of a step and the streams of each microbatch, as pure functions of (seed, step, place in the global batch).
 
-Nothing here has state. A resumed run gets the same values at a step as an uninterrupted one.
+Nothing here has state. A resumed run gets the same values at a step as an uninterrupted one. Places are counted over the global batch, so no draw
+depends on the layout: tensor, pipeline and context ranks agree, recomputation repeats the draw, and more data ranks change none.
 
 *Learning rate.* Linear warm-up, then cosine, linear or constant.
 
-*Main stream.* A microbatch is counted over the global batch, so its draw does not depend on the layout: tensor, pipeline and context ranks agree,
-recomputation repeats the draw, and more data ranks change none.
+*Main stream.* Each microbatch is full with probability p = `full_ratio`. The M microbatches of a global batch form n = M / Q groups of Q neighbours,
+where Q is the largest power of two that leaves at least two groups. All microbatches of a group have the same main stream. Data rank i of dp takes
+the microbatches i, dp + i, 2 * dp + i, ..., so if dp divides Q, all ranks compute the same stream at the same time. A step has floor(n * p) or
+ceil(n * p) full groups, and WINDOW steps together have the share p to within one group. The full groups are neighbours (the last group's neighbour
+is the first one), starting at a random group: a microbatch's place does not change its probability.
 
 *Counterpart stream.* It serves the alignment loss only, which is a mean over queries. With `counterpart_share` r < 1 the mean is estimated on a
-sample of each row's queries. A row is cut into 2 * PAIRS equal chunks, and chunk i is paired with chunk 2 * PAIRS - 1 - i. round(r * PAIRS) pairs
-are drawn without replacement, rounded at random so that the expectation is r * PAIRS. Every query is drawn with the same probability, so the
-sample's mean, normalised by the number of drawn queries, is an unbiased estimate of the row's mean. The cost of a query's full attention grows
-with its position, and the two chunks of a pair mirror each other: every pair of a row costs the same, every microbatch takes the same time, and
-no data rank waits for another because of the draw. If r * PAIRS < 1, a microbatch has no sample with probability 1 - P; the gradient of the
-others is then scaled by 1 / P.
+sample of each row's queries. A sparse counterpart is cheap and a full one is not, so a query is FAVOUR times as likely to be drawn where the main
+stream is full; the mean over both kinds of microbatch is r (`share_drawn`). A row is cut into 2 * P equal chunks, where P is `num_pairs`, and chunk i
+is paired with chunk 2 * P - 1 - i. The cost of a query's full attention grows with its position, and the chunks of a pair mirror each other, so all
+pairs of a row that is one document cost the same. A row draws its share of the P pairs, rounded down or up. The rounding is systematic over the rows
+of a group (one random offset, then equal distances; all microbatches form one if none draws its own main stream), so that a group's total lies within one pair of its share. It visits the rows in bit-reversed
+order: the rows of a data rank, whose places differ by a multiple of dp, are neighbours there if dp is a power of two, so each rank also has its
+share. A row's pairs are a systematic sample of 0 ... P - 1, because neighbouring pairs belong to the same context rank. All queries of a microbatch
+are drawn with the same probability.
 
 Standard library only.
 """
 
 import hashlib
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from ssa_pretrain.config import AttentionConfig, Config, OptimConfig, PrecisionName, Schedule, StreamDraw
 
-PAIRS = 8  # of chunks per row; a share of 1/8 is one pair: two mirrored chunks of 1/16 of the row each
-COUNTERPART = b"ssa-counterpart"
+MIN_PAIRS = 8  # of chunks per row: the smallest share that every row can have is 1/8
+LONGEST_CHUNK = 1024  # queries, while a row has more than 2 * MIN_PAIRS chunks
+FAVOUR = 3.0  # ratio of the two shares; about the square root of the ratio of the two counterparts' costs at 8k to 32k (docs/counterpart.md)
+WINDOW = 8  # steps that share the rounding of the main stream
+STREAM, COUNTERPART = b"ssa-stream", b"ssa-counterpart"  # separate the two draws' random numbers
 
 
 class Length(Protocol):
@@ -67,64 +78,112 @@ def is_due(step: int, interval: int, last_step: int) -> bool:
     return step == last_step or bool(interval and step % interval == 0)
 
 
-def main_stream(attention: AttentionConfig, *, seed: int, step: int, microbatch: int) -> str:
-    """Returns "full" or "sparse" for a microbatch.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A microbatch's place in a run.
 
-    Args:
-        attention: the method, its full_ratio and how often the stream is drawn.
+    Attributes:
         seed: the run's seed.
         step: optimizer step, from 0.
         microbatch: index in the global batch, from 0.
+        num_microbatches: microbatches of the global batch.
     """
+
+    seed: int
+    step: int
+    microbatch: int
+    num_microbatches: int
+
+
+def main_stream(attention: AttentionConfig, place: Place) -> str:
+    """Returns "full" or "sparse", the main stream of a microbatch."""
     if len(attention.method.streams) == 1:
         return attention.method.streams[0]
-    draw = microbatch if attention.stream_draw is StreamDraw.microbatch else 0
-    return "full" if _uniform(seed, step, draw) < attention.full_ratio else "sparse"
+    if attention.full_ratio in (0.0, 1.0):
+        return "full" if attention.full_ratio else "sparse"
+    if attention.stream_draw is StreamDraw.step:
+        return "full" if _uniform(place.seed, place.step, 0) < attention.full_ratio else "sparse"
+    size = group_size(place.num_microbatches)
+    num_groups = place.num_microbatches // size
+    first, num_full = _full_groups(attention.full_ratio, num_groups, place.seed, place.step)
+    return "full" if (place.microbatch // size - first) % num_groups < num_full else "sparse"
 
 
-def counterpart_spans(
-    attention: AttentionConfig, *, seed: int, step: int, microbatch: int, rows: int, row_length: int
-) -> list[tuple[int, int]]:
-    """Returns (first query, number of queries) of the spans that compute the counterpart, ascending; adjacent spans are merged.
+def group_size(num_microbatches: int) -> int:
+    """Returns Q, the number of neighbouring microbatches that share a main stream: the largest power of two that leaves at least two groups."""
+    power_of_two = num_microbatches & -num_microbatches
+    return power_of_two if power_of_two < num_microbatches else max(1, power_of_two // 2)
+
+
+def num_pairs(row_length: int) -> int:
+    """Returns P, the number of pairs of chunks of a row."""
+    return max(MIN_PAIRS, row_length // (2 * LONGEST_CHUNK))
+
+
+def share_drawn(attention: AttentionConfig, main: str) -> float:
+    """Returns the share of the queries of a microbatch with this main stream that are drawn for the other one.
+
+    With p = full_ratio, the two shares have the ratio FAVOUR, as far as neither exceeds 1, and p * full + (1 - p) * sparse = counterpart_share.
+    """
+    p, share = attention.full_ratio, attention.counterpart_share
+    full = FAVOUR * share / (1.0 + (FAVOUR - 1.0) * p)
+    if main == "full":
+        return min(1.0, full)
+    return full / FAVOUR if full <= 1.0 else (share - p) / (1.0 - p)
+
+
+def counterpart_pairs(attention: AttentionConfig, place: Place, *, rows: int, row_length: int) -> list[int]:
+    """Returns the number of pairs of chunks that each row of a microbatch draws: its share of P, rounded down or up.
+
+    Args:
+        attention: the method, full_ratio and counterpart_share.
+        place: the microbatch's.
+        rows: rows of each microbatch.
+        row_length: tokens per row.
+    """
+    one_stream = drawn_by_microbatch(attention) is None
+    size = place.num_microbatches if one_stream else group_size(place.num_microbatches)
+    group, first = divmod(place.microbatch, size)
+    pairs = num_pairs(row_length)
+    mean = share_drawn(attention, main_stream(attention, place)) * pairs
+    offset = _uniform(place.seed, place.step, "group", group, person=COUNTERPART)
+    order = _bit_reversed_order(size * rows)
+    return [min(pairs, _rounded(mean, order[first * rows + row], offset)) for row in range(rows)]
+
+
+def counterpart_spans(attention: AttentionConfig, place: Place, *, rows: int, row_length: int) -> list[tuple[int, int]]:
+    """Returns (first query, number of queries) of the spans that are drawn, ascending; adjacent spans are merged.
 
     Args:
         attention: the method and its counterpart_share.
-        seed: the run's seed.
-        step: optimizer step, from 0.
-        microbatch: index in the global batch, from 0.
-        rows: rows of the microbatch.
-        row_length: tokens per row, a multiple of 2 * PAIRS.
+        place: the microbatch's.
+        rows: rows of each microbatch.
+        row_length: tokens per row, an even number.
     """
     if len(attention.method.streams) == 1 or attention.counterpart_share == 0.0:
         return []
-    chunk, spans = row_length // (2 * PAIRS), []
-    for row in range(rows):
-        key = (seed, step, microbatch, row)
-        count = math.floor(attention.counterpart_share * PAIRS + _uniform(*key, person=COUNTERPART))
-        pairs = sorted(range(PAIRS), key=lambda pair: _uniform(*key, pair, person=COUNTERPART))[:count]
-        for number in sorted([*pairs, *(2 * PAIRS - 1 - pair for pair in pairs)]):
-            first = row * row_length + number * chunk
+    pairs = num_pairs(row_length)
+    edges = [i * row_length // (2 * pairs) for i in range(pairs + 1)]
+    edges += [row_length - edge for edge in reversed(edges[:-1])]
+    spans: list[tuple[int, int]] = []
+    counts = counterpart_pairs(attention, place, rows=rows, row_length=row_length)
+    for i, count in enumerate(counts):
+        start = _uniform(place.seed, place.step, place.microbatch * rows + i, person=COUNTERPART)
+        drawn = [math.floor((start + j) * pairs / count) for j in range(count)]
+        for chunk in sorted([*drawn, *(2 * pairs - 1 - pair for pair in drawn)]):
+            first, length = i * row_length + edges[chunk], edges[chunk + 1] - edges[chunk]
             if spans and sum(spans[-1]) == first:
-                spans[-1] = (spans[-1][0], spans[-1][1] + chunk)
-            else:
-                spans.append((first, chunk))
+                spans[-1] = (spans[-1][0], spans[-1][1] + length)
+            elif length:
+                spans.append((first, length))
     return spans
 
 
-def counterpart_factor(attention: AttentionConfig, *, rows: int) -> float:
-    """Returns 1 / P, where P is the probability that a microbatch of `rows` rows draws any span."""
-    return 1.0 / (1.0 - max(0.0, 1.0 - attention.counterpart_share * PAIRS) ** rows)
-
-
 def drawn_by_microbatch(attention: AttentionConfig) -> str | None:
-    """Returns the setting by which each microbatch draws its streams, such as "attention.full_ratio=0.5"; None if nothing is drawn per microbatch."""
-    if len(attention.method.streams) == 1:
+    """Returns the setting by which each microbatch draws its main stream, such as "attention.full_ratio=0.5"; None if all of a step have the same."""
+    if len(attention.method.streams) == 1 or attention.stream_draw is StreamDraw.step:
         return None
-    if 0.0 < attention.full_ratio < 1.0 and attention.stream_draw is StreamDraw.microbatch:
-        return f"attention.full_ratio={attention.full_ratio:g}"
-    if 0.0 < attention.counterpart_share < 1.0:
-        return f"attention.counterpart_share={attention.counterpart_share:g}"
-    return None
+    return f"attention.full_ratio={attention.full_ratio:g}" if 0.0 < attention.full_ratio < 1.0 else None
 
 
 def needs_equal_microbatches(config: Config) -> str | None:
@@ -136,7 +195,35 @@ def needs_equal_microbatches(config: Config) -> str | None:
     return None
 
 
-def _uniform(*key: int, person: bytes = b"ssa-stream") -> float:
+@lru_cache(maxsize=16)
+def _full_groups(ratio: float, num_groups: int, seed: int, step: int) -> tuple[int, int]:
+    """Returns the first full group of a step and the number of full groups, which follow it cyclically."""
+    window, place = divmod(step, WINDOW)
+    order = sorted(range(WINDOW), key=lambda i: _uniform(seed, "window", window, i))
+    num_full = _rounded(ratio * num_groups, order[place], _uniform(seed, "window", window))
+    return math.floor(_uniform(seed, step, 0) * num_groups), num_full
+
+
+def _rounded(mean: float, position: int, offset: float) -> int:
+    """Returns `mean` rounded down or up: the number of whole numbers between two multiples of it, shifted by `offset` in [0, 1).
+
+    Over a uniform offset the expectation is `mean`, and neighbouring positions sum up to within one of their means.
+    """
+    return math.floor((position + 1) * mean + offset) - math.floor(position * mean + offset)
+
+
+@lru_cache(maxsize=4)
+def _bit_reversed_order(count: int) -> tuple[int, ...]:
+    """Returns the place of each of `count` numbers when they are sorted by their binary digits, the lowest digit first."""
+    digits = max(1, (count - 1).bit_length())
+    order = sorted(range(count), key=lambda number: f"{number:0{digits}b}"[::-1])
+    places = [0] * count
+    for place, number in enumerate(order):
+        places[number] = place
+    return tuple(places)
+
+
+def _uniform(*key: int | str, person: bytes = STREAM) -> float:
     """Returns a number in [0, 1) that depends only on the key."""
     digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8, person=person).digest()
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)

@@ -5,8 +5,8 @@ document, so earlier tokens are not visible. Positions restart at each document.
 the next document's first token, so it is masked.
 
 Padding has no loss. Its labels are masked, and it is cut into documents so short that the chosen blocks cover each of
-them. There full and sparse attention are equal, the alignment loss is 0 and the captured mass is 1. Only means over
-tokens still count padding. The engine corrects them with `num_padding`.
+them. There full and sparse attention are equal, the alignment loss is 0 and the captured mass is 1. The engine leaves
+padding out of the number of tokens that it divides by.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class Batch:
         positions: int64 [T].
         cu_seqlens: int32 [documents + 1], from 0 to T.
         num_rows: rows of the microbatch if each row is one document, else None.
-        num_padding: how many of the T tokens are padding.
+        padding: (first token, number of tokens) of each span of padding, ascending.
     """
 
     index: int
@@ -43,7 +43,12 @@ class Batch:
     positions: Tensor
     cu_seqlens: Tensor
     num_rows: int | None = None
-    num_padding: int = 0
+    padding: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_padding(self) -> int:
+        """How many of the T tokens are padding."""
+        return sum(length for _, length in self.padding)
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on a device. A GPU copies it from pinned memory asynchronously, in stream order."""
@@ -65,15 +70,17 @@ def collate(
         isolate_documents: False: each row is one document, except for its padding.
         padding_document: tokens per document of padding, at most top_k * block_size.
     """
-    tokens, labels, masks, starts, num_padding = [], [], [], [], 0
+    tokens, labels, masks, starts, padding = [], [], [], [], []
     for row in rows:
         start = row.starts.copy() if isolate_documents else np.zeros_like(row.starts)
         if row.padding:
             start[-row.padding :: padding_document] = True
-            num_padding += row.padding - 1  # the last token of a row is only a label
         mask = ~start[1:]
         if row.padding:
             mask[-row.padding :] = False
+        if row.padding > 1:  # the last token of a row is only a label
+            end = sum(map(len, tokens)) + len(row.tokens) - 1
+            padding.append((end - row.padding + 1, row.padding - 1))
         masks.append(mask)
         start[0] = True
         starts.append(start[:-1])
@@ -91,7 +98,7 @@ def collate(
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(np.append(begin, total).astype(np.int32)),
         num_rows=len(tokens) if len(begin) == len(tokens) else None,
-        num_padding=num_padding,
+        padding=tuple(padding),
     )
 
 

@@ -17,7 +17,7 @@ class StepResult:
 
     Attributes:
         cross_entropy: mean over the labels that count, nats.
-        alignment_by_layer: mean over tokens other than padding, heads and head dims, one entry per layer; empty if no second stream ran.
+        alignment_by_layer: mean over drawn queries other than padding, heads and head dims, one entry per layer; empty if no query was drawn.
         captured_mass_by_layer: mean attention mass of the chosen blocks, as above.
         grad_norm: global norm before clipping.
         full_share: share of microbatches whose main stream was the full one.
@@ -64,7 +64,7 @@ class EvaluationResult:
 
     Attributes:
         cross_entropy: mean over `num_labels`; 0 without any.
-        alignment_by_layer: as in a step, over `num_tokens`.
+        alignment_by_layer: as in a step, over `num_tokens`: all queries are drawn.
         captured_mass_by_layer: as in a step, over `num_tokens`.
         num_labels: labels that count.
         num_tokens: tokens other than padding.

@@ -4,19 +4,23 @@ How the loss is normalised. A step's total is
 
     sum of masked cross entropies / labels that count in the global batch  +  alpha * mean over layers of the alignment,
 
-where the alignment is a mean over all tokens of the global batch except padding. megatron-core and DeepSpeed both divide a microbatch's loss by
-the number of microbatches and average gradients over data ranks. So the cross entropy enters as sum * (microbatches * dp / labels), with the
-labels counted over the global batch before the forward, and a layer's local alignment enters with scale
-alpha / (layers * microbatches * tp). Both terms are then independent of accumulation, dp, tp and pp. Neither library scales what `attach_loss`
-adds.
+where the alignment is a mean over all tokens of the global batch except padding. With counterpart_share below 1 it is estimated: each query of a
+microbatch is drawn with probability r (schedule.py; r depends on the main stream), and the sum over the drawn queries divided by r has the sum over
+all queries as its expectation (Horvitz-Thompson, docs/counterpart.md). This is exact for any batch: the divisor is r times the number of tokens, not
+the number of drawn queries, and a step that draws none has no alignment gradient.
 
-Padding (data/batches.py) has alignment 0 and captured mass 1. A mean without padding is therefore the mean with padding times `dilution`, the
-number of all tokens of the global batch over those that are not padding; the same holds for the mass that is not captured. Without padding the
-dilution is 1 and changes no bit.
+megatron-core and DeepSpeed both divide a microbatch's loss by the number of microbatches and average gradients over data ranks. So the cross entropy
+enters as sum * (microbatches * dp / labels), with the labels counted over the global batch before the forward. Under context parallelism
+(parallel/context.py) a rank has 1 / cp of each microbatch's tokens. Core then averages gradients over dp * cp ranks and multiplies the loss by cp,
+but not what `attach_loss` adds, and neither library scales that otherwise. A layer's local alignment is the mean over the N_c queries that this rank
+computes, and a tensor rank's mean over its heads. So it enters with scale
 
-Under context parallelism (parallel/context.py) a rank has 1 / cp of each microbatch's tokens. Core then averages gradients over dp * cp ranks and
-multiplies the loss by cp, but not what `attach_loss` adds. The cross entropy's scale stays the same. So does the alignment's: its local mean is
-over 1 / cp of the tokens, and the average over ranks makes it the mean over all of them.
+    alpha * dp * cp * N_c / (layers * tp * r * tokens).
+
+Both terms are then independent of accumulation, dp, cp, tp and pp.
+
+Padding (data/batches.py) and queries that the chosen blocks cover (counterpart.py) have alignment 0 and captured mass 1, whether they are computed
+or not. The results are means over the drawn queries except padding, in which a query counts for 1 / r.
 """
 
 from collections.abc import Sequence
@@ -29,27 +33,30 @@ from torch import Tensor
 from ssa_kernels import build_layout, sample_queries
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch
+from ssa_pretrain.engine.counterpart import CounterpartQueries, Span, counterpart_queries, total
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, StepResult
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement
-from ssa_pretrain.schedule import counterpart_factor, counterpart_spans, main_stream
+from ssa_pretrain.schedule import Place, counterpart_spans, main_stream, share_drawn
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The streams that a microbatch computes.
+    """The streams that a microbatch computes on this rank.
 
     Attributes:
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: whether the other stream is computed too.
-        spans: (first, length) of the queries that compute it; None: all.
+        spans: (first, length) of the queries that compute it, among this rank's; None: all.
+        weight: what a drawn query counts for in the means.
         alignment_scale: d(total loss) / d(one layer's local alignment), on the device; None: no gradient.
     """
 
     main: str
     counterpart: bool = False
-    spans: list[tuple[int, int]] | None = None
+    spans: list[Span] | None = None
+    weight: float = 1.0
     alignment_scale: Tensor | None = None
 
 
@@ -60,12 +67,12 @@ class Counts:
     Attributes:
         labels: labels that count.
         tokens: tokens other than padding.
-        dilution: all tokens over those.
+        drawn: of these, the queries that alignment and captured mass are means over, by weight.
     """
 
     labels: Tensor
     tokens: Tensor
-    dilution: Tensor
+    drawn: Tensor
 
 
 @dataclass(slots=True)
@@ -93,7 +100,7 @@ class StepSums:
 
 @dataclass(frozen=True, slots=True)
 class _Means:
-    """The reduced results by name; layers are empty if no microbatch computed both streams."""
+    """The reduced results by name; layers are empty if no query was drawn."""
 
     cross_entropy_sum: float
     alignment_by_layer: list[float]
@@ -113,41 +120,55 @@ class Microbatches:
         """Returns this context rank's part of each microbatch, on the device."""
         return [self.context.split(b).to(self.placement.device) for b in batches]
 
-    def count(self, batches: Sequence[Batch]) -> Counts:
-        """Returns the counts over the global batch; every rank calls it with its localised microbatches."""
+    def count(self, batches: Sequence[Batch], drawn: float | None = None) -> Counts:
+        """Returns the counts over the global batch; every rank calls it.
+
+        Args:
+            batches: this rank's, localised.
+            drawn: drawn queries of these whole microbatches, except padding, by weight; None: all, with weight 1.
+        """
         total = torch.zeros(3, dtype=torch.float64, device=self.placement.device)
         for batch in batches:
             total[0] += batch.loss_mask.sum(dtype=torch.float64)
-        tokens = sum(self.context.num_tokens(batch) for batch in batches)
-        total[1].fill_((tokens - sum(batch.num_padding for batch in batches)) / self.context.size)
-        total[2].fill_(tokens / self.context.size)  # every context rank counts whole microbatches
+        tokens = sum(self.context.num_tokens(batch) - batch.num_padding for batch in batches)
+        total[1].fill_(tokens / self.context.size)  # every context rank counts whole microbatches
+        total[2].fill_((tokens if drawn is None else drawn) / self.context.size)
         dist.all_reduce(total, group=self.placement.groups.dp_cp)
-        labels, tokens_without_padding, all_tokens = total
-        return Counts(labels, tokens_without_padding, all_tokens / tokens_without_padding)
+        return Counts(*total)
 
-    def training_sums(self, batches: Sequence[Batch]) -> StepSums:
-        """Returns empty sums for a training step, whose loss is normalised over the global batch."""
-        counts = self.count(batches)
-        return StepSums(counts, len(batches) * self.placement.dp / counts.labels)
+    def begin_step(self, batches: Sequence[Batch], step: int) -> tuple[list[Batch], list[Route], StepSums]:
+        """Returns a training step's localised microbatches, their routes, and empty sums; every rank calls it.
 
-    def routes(self, batches: Sequence[Batch], step: int, dilution: Tensor) -> list[Route]:
-        """Returns the route of each of this rank's microbatches in a training step."""
-        attention, data = self.config.attention, self.config.data
-        rows = self.config.training.micro_batch_size
-        tokens = rows * data.sequence_length
-        scale = attention.alignment_weight / (self.config.model.num_layers * len(batches) * self.config.parallel.tp)
-        routes = []
+        Args:
+            batches: this data rank's microbatches, whole and on the host.
+            step: the optimizer step, from 0.
+        """
+        attention, length = self.config.attention, self.config.data.sequence_length
+        common = {"seed": self.config.seed, "step": step, "num_microbatches": len(batches) * self.placement.dp}
+        drawn = []
         for batch in batches:
-            draw = {"seed": self.config.seed, "step": step, "microbatch": batch.index}
-            main = main_stream(attention, **draw)
-            spans = counterpart_spans(attention, **draw, rows=rows, row_length=data.sequence_length)
-            if not spans:
-                routes.append(Route(main))
-                continue
-            factor = counterpart_factor(attention, rows=rows)
-            spans = None if spans == [(0, tokens)] else spans
-            routes.append(Route(main, True, spans, (scale * factor * dilution).float()))
-        return routes
+            place = Place(**common, microbatch=batch.index)
+            spans = counterpart_spans(attention, place, rows=len(batch.positions) // length, row_length=length)
+            main = main_stream(attention, place)
+            drawn.append((main, share_drawn(attention, main), counterpart_queries(attention, batch, spans)))
+        localised = self.localise(batches)
+        counts = self.count(
+            localised, sum(queries.num_drawn / share for _, share, queries in drawn if queries.num_drawn)
+        )
+        routes = [self._route(*each, batch, counts.tokens) for each, batch in zip(drawn, localised, strict=True)]
+        return localised, routes, StepSums(counts, common["num_microbatches"] / counts.labels)
+
+    def _route(self, main: str, share: float, queries: CounterpartQueries, batch: Batch, tokens: Tensor) -> Route:
+        """Returns the route of a localised microbatch in a training step over `tokens` tokens; `share` is its queries' probability to be drawn."""
+        spans, computed = None, len(batch.positions)
+        if queries.spans is not None:
+            spans = self.context.own_spans(queries.spans, self.context.num_tokens(batch))
+            computed = total(spans)
+        if computed == 0:
+            return Route(main)
+        scale = self.config.attention.alignment_weight * self.placement.dp * self.context.size * computed
+        scale /= self.config.model.num_layers * self.config.parallel.tp * share
+        return Route(main, True, spans, 1.0 / share, (scale / tokens).float())
 
     def pack(self, batch: Batch, route: Route) -> PackedTokens:
         """Returns a localised microbatch's packing for the layers."""
@@ -158,6 +179,7 @@ class Microbatches:
             block_size=self.config.attention.block_size,
             max_length=length,
         )
+        documents = self.context.queries(layout)
         return PackedTokens(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -165,27 +187,30 @@ class Microbatches:
             max_seqlen_q=length,
             max_seqlen_kv=length,
             positions=batch.positions,
-            documents=self.context.queries(layout),
+            documents=documents,
             gather=self.context.gather if self.context.size > 1 else None,
             num_rows=batch.num_rows,
             main=route.main,
             counterpart=route.counterpart,
-            sample=sample_queries(layout, route.spans) if route.spans else None,
+            sample=sample_queries(documents, route.spans) if route.spans else None,
+            weight=route.weight,
             alignment_scale=route.alignment_scale,
         )
 
     def step_result(self, sums: StepSums, grad_norm: Tensor) -> PendingStep:
         """Returns a training step's results, reduced over all ranks; every rank calls it."""
-        labels = sums.counts.labels
-        values = torch.cat([self._reduce(sums), torch.stack([labels, grad_norm.to(labels)])])
+        counts = sums.counts
+        last = torch.stack([counts.labels, counts.drawn, grad_norm.to(counts.labels)])
+        values = torch.cat([self._reduce(sums), last])
 
         def interpret(values: list[float]) -> StepResult:
-            means = self._means(values)
+            *sums, labels, drawn, grad_norm = values
+            means = self._means(sums, drawn)
             return StepResult(
-                cross_entropy=means.cross_entropy_sum / values[-2],
+                cross_entropy=means.cross_entropy_sum / labels,
                 alignment_by_layer=means.alignment_by_layer,
                 captured_mass_by_layer=means.captured_mass_by_layer,
-                grad_norm=values[-1],
+                grad_norm=grad_norm,
                 full_share=means.full_share,
             )
 
@@ -193,7 +218,7 @@ class Microbatches:
 
     def evaluation_result(self, sums: StepSums) -> EvaluationResult:
         """Returns an evaluation's results, reduced over all ranks; every rank calls it."""
-        means = self._means(self._reduce(sums).tolist())
+        means = self._means(self._reduce(sums).tolist(), float(sums.counts.drawn))
         labels, tokens = float(sums.counts.labels), int(sums.counts.tokens)
         cross_entropy = means.cross_entropy_sum / max(1.0, labels)
         return EvaluationResult(
@@ -201,35 +226,50 @@ class Microbatches:
         )
 
     def _reduce(self, sums: StepSums) -> Tensor:
-        """Returns the sums over all ranks, on the device: tensor ranks are averaged, stages and data ranks added.
+        """Returns the sums over all ranks, on the device: tensor ranks are averaged, stages, context and data ranks added.
 
-        By layer: the alignments, the captured masses, and the number of microbatches that have them. Then the cross entropies, the number of
-        microbatches whose main stream was full, and the number of all microbatches.
+        By layer, over the computed queries by weight: the alignments, and the masses that are not captured. Queries that are not computed have 0 of both.
+        Then the cross entropies, the number of microbatches whose main stream was full, and the number of all microbatches.
         """
-        num_layers, packed, dilution = self.config.model.num_layers, sums.packed, sums.counts.dilution
-        vector = torch.zeros(3 * num_layers + 3, dtype=torch.float64, device=self.placement.device)
-        for number in sorted({n for p in packed for n in p.diagnostics}):
-            seen = [p.diagnostics[number] for p in packed if number in p.diagnostics]
-            alignment = torch.stack([s.alignment_loss for s in seen]).double().sum()
-            mass = torch.stack([s.captured_mass for s in seen]).double().sum()
-            vector[number - 1] = alignment * dilution
-            vector[num_layers + number - 1] = mass * dilution + len(seen) * (1.0 - dilution)
-            vector[2 * num_layers + number - 1].fill_(len(seen))  # an assignment would copy from the host and wait
+        num_layers = self.config.model.num_layers
+        vector = torch.zeros(2 * num_layers + 3, dtype=torch.float64, device=self.placement.device)
+        numbers = sorted({number for packed in sums.packed for number in packed.diagnostics})
+        if numbers:
+            seen = [[p for p in sums.packed if number in p.diagnostics] for number in numbers]
+            queries = self._copy_to_device([[p.weight * _num_computed(p) for p in packed] for packed in seen])
+            layers = [p.diagnostics[number] for number, packed in zip(numbers, seen, strict=True) for p in packed]
+            alignment = torch.stack([layer.alignment_loss for layer in layers]).double().view(queries.shape)
+            mass = torch.stack([layer.captured_mass for layer in layers]).double().view(queries.shape)
+            for number, *values in zip(
+                numbers, (alignment * queries).sum(1), ((1.0 - mass) * queries).sum(1), strict=True
+            ):
+                vector[number - 1], vector[num_layers + number - 1] = values
         if sums.cross_entropies:
-            vector[3 * num_layers] = torch.stack(sums.cross_entropies).double().sum()
-        vector[3 * num_layers + 1].fill_(sum(p.main == "full" for p in packed))
-        vector[3 * num_layers + 2].fill_(len(packed))
+            vector[2 * num_layers] = torch.stack(sums.cross_entropies).double().sum()
+        vector[2 * num_layers + 1].fill_(sum(p.main == "full" for p in sums.packed))
+        vector[2 * num_layers + 2].fill_(len(sums.packed))
         dist.all_reduce(vector)
         return vector / self.config.parallel.tp
 
-    def _means(self, values: list[float]) -> _Means:
-        """Returns the values of `_reduce` by name."""
+    def _copy_to_device(self, values: list[list[float]]) -> Tensor:
+        """Returns numbers of the host on the device, without waiting for it."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.placement.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.placement.device, non_blocking=True)
+
+    def _means(self, sums: list[float], drawn: float) -> _Means:
+        """Returns the values of `_reduce` by name; `drawn` is the queries that the layers' means are over, by weight."""
         n = self.config.model.num_layers
-        alignments, masses, counts = values[:n], values[n : 2 * n], values[2 * n : 3 * n]
-        seen = all(counts)
+        alignments, uncaptured, (cross_entropy_sum, full, every) = sums[:n], sums[n : 2 * n], sums[2 * n :]
         return _Means(
-            cross_entropy_sum=values[3 * n],
-            alignment_by_layer=[v / c for v, c in zip(alignments, counts, strict=True)] if seen else [],
-            captured_mass_by_layer=[v / c for v, c in zip(masses, counts, strict=True)] if seen else [],
-            full_share=values[3 * n + 1] / values[3 * n + 2],
+            cross_entropy_sum=cross_entropy_sum,
+            alignment_by_layer=[value / drawn for value in alignments] if drawn else [],
+            captured_mass_by_layer=[1.0 - value / drawn for value in uncaptured] if drawn else [],
+            full_share=full / every,
         )
+
+
+def _num_computed(packed: PackedTokens) -> int:
+    """Returns the number of queries that compute the counterpart."""
+    return (packed.documents if packed.sample is None else packed.sample.layout).num_queries

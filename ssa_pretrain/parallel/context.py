@@ -15,13 +15,13 @@ The sum is taken in fp32 (in fp64 for fp64) whatever the keys' dtype, and rounde
 Bytes per layer and rank: 2 * T * G * D * 2 gathered in bf16 each time the layer runs forward, and twice that reduced in its backward, with the G kv
 heads and T tokens of one rank's microbatch.
 
-Loss: the cross entropy is a sum over labels that are counted over all ranks. Alignment and captured mass are means over tokens, and every context
-rank has the same number of tokens. megatron-core averages gradients over data *and* context ranks and multiplies the loss by cp, so the engine's
-scales do not change (engine/step.py).
+Loss: the cross entropy is a sum over labels that are counted over all ranks. Each rank computes the alignment of its own queries among those that
+are drawn. megatron-core averages gradients over data *and* context ranks and multiplies the loss by cp; engine/step.py has the scales.
 
 Not done here: overlapping the gather with computation; distributing each document separately, which would balance rows of many documents.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -83,6 +83,22 @@ class ContextParallel:
     def queries(self, layout: DocumentLayout) -> DocumentLayout:
         """Returns the layout of this rank's queries over all keys."""
         return layout if self.size == 1 else query_spans(layout, chunk_spans(layout.num_tokens, self.size, self.rank))
+
+    def own_spans(self, spans: Sequence[tuple[int, int]], num_tokens: int) -> list[tuple[int, int]]:
+        """Returns the part of some spans that this rank holds, (first, length) among its own tokens; adjacent spans are not merged.
+
+        Args:
+            spans: (first, length) among all tokens, ascending.
+            num_tokens: T of the whole microbatch.
+        """
+        found, offset = [], 0
+        for own_first, own_length in chunk_spans(num_tokens, self.size, self.rank):
+            for first, length in spans:
+                begin, end = max(first, own_first), min(first + length, own_first + own_length)
+                if begin < end:
+                    found.append((begin - own_first + offset, end - begin))
+            offset += own_length
+        return found
 
     def gather(self, k_TGD: Tensor, v_TGD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the keys and values of all tokens, in order, from this rank's; differentiable."""

@@ -28,6 +28,7 @@ METHODS = {
     "ssa_sparse": {"attention.full_ratio": 0.0},
     "ssa_drawn": {"attention.full_ratio": 0.5},
     "ssa_drawn_once": {"attention.full_ratio": 0.5, "attention.stream_draw": "step"},
+    "ssa_quarter": {"attention.full_ratio": 0.5, "attention.counterpart_share": 0.25},
     "full": {"attention.method": "full"},
     "moba": {"attention.method": "moba", "attention.score": "per_head"},
 }
@@ -58,6 +59,12 @@ def build_cases() -> dict[int, dict[str, dict]]:
     add("cp2", "selective", "ssa_full", "full", "moba")
     add("cp2", "full_recompute", "ssa_sparse", "full", "moba")
     add("cp2", "two_rows", "ssa_drawn_once")
+    add("cp2", "plain", "ssa_quarter")
+    add("cp2", "full_recompute", "ssa_quarter")
+    add("cp4", "plain", "ssa_quarter")
+    add("cp2_tp2_sp", "plain", "ssa_quarter")
+    add("cp2_pp2", "plain", "ssa_quarter")
+    add("cp2_dp2", "plain", "ssa_quarter")
     add("cp4", "plain", "ssa_full", "ssa_sparse", "full", "moba")
     add("cp2_tp2", "plain", "ssa_sparse")
     add("cp2_tp2_sp", "plain", "ssa_full", "moba")

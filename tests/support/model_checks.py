@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssa_kernels import qkv_rope
-from ssa_pretrain.config import Config, Method, PrecisionName
+from ssa_pretrain.config import Config, Method, PrecisionName, Score
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from support.small_datasets import cut, write_dataset
@@ -239,39 +239,114 @@ def test_alignment_weighs_in_that_gradient(placement):
     assert abs(norms[1] / norms[0] - 1) > 0.03 and abs(norms[2] / norms[1] - 1) > 0.03
 
 
+def gradient_and_metrics(engine, batches: list[Batch], step: int = 0) -> tuple[list[Tensor], list[float], list[float]]:
+    """Returns the gradients of a step, and its alignments and captured masses by layer; the weights stay."""
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
+
+    sums = engine.forward_backward(batches, step=step)
+    result = engine.microbatches.step_result(sums, torch.zeros(())).result()
+    gradients = [p.main_grad.clone() for p in unwrap(engine.chunks[0]).parameters()]
+    return gradients, result.alignment_by_layer, result.captured_mass_by_layer
+
+
+def short_documents(*, padding: int) -> list[Batch]:
+    """Returns two rows as a microbatch each: one with documents that two blocks cover, one with padding at its end."""
+    generator, found = np.random.default_rng(4), []
+    for index, starts in enumerate(([0, 20, 45, 53], [0])):
+        flags = np.zeros(LENGTH + 1, dtype=bool)
+        flags[starts] = True
+        row = Row(generator.integers(0, VOCAB, LENGTH + 1), flags, padding if index else 0)
+        found.append(collate([row], index=index, padding_document=32))
+    return found
+
+
+@pytest.mark.parametrize("padding", [None, 0, 23])
 @pytest.mark.parametrize("mode", ["full", "sparse"])
-def test_mean_gradient_over_draws_of_the_counterpart_is_that_of_all_queries(placement, monkeypatch, mode):
-    """With one pair of chunks per row every query is drawn equally often: the mean over the PAIRS draws is exact, not statistical."""
+def test_mean_gradient_over_draws_of_the_counterpart_is_that_of_all_queries(placement, monkeypatch, mode, padding):
+    """With one pair of chunks per row every query is drawn equally often: the mean over the draws is exact, not statistical.
+
+    One draw is empty in one row and has two pairs in the other: draws of different sizes must count by their queries.
+    """
     from ssa_pretrain.engine import build_engine
     from ssa_pretrain.engine import step as engine_step
-    from ssa_pretrain.engine.megatron.checkpoint import unwrap
-    from ssa_pretrain.schedule import PAIRS
+    from ssa_pretrain.schedule import MIN_PAIRS
 
     config = small_config()
     config.attention.full_ratio, config.attention.alignment_weight = float(mode == "full"), 500.0
     engine = build_engine(config, placement, VOCAB)
-    parameters = list(unwrap(engine.chunks[0]).parameters())
+    batches = microbatches() if padding is None else short_documents(padding=padding)
+    wanted, *metrics = gradient_and_metrics(engine, batches)
+    config.attention.counterpart_share = 1 / MIN_PAIRS
+    chunk, found = LENGTH // (2 * MIN_PAIRS), []
 
-    def gradient() -> tuple[list[Tensor], list[float]]:
-        sums = engine.forward_backward(microbatches(), step=0)
-        result = engine.microbatches.step_result(sums, torch.zeros(())).result()
-        return [p.main_grad.clone() for p in parameters], result.alignment_by_layer + result.captured_mass_by_layer
+    def drawn(pairs: list[int]) -> list[tuple[int, int]]:
+        return [(n * chunk, chunk) for n in sorted([*pairs, *(2 * MIN_PAIRS - 1 - pair for pair in pairs)])]
 
-    wanted, metrics = gradient()
-    config.attention.counterpart_share = 1 / PAIRS
-    chunk, found = LENGTH // (2 * PAIRS), []
-    for pair in range(PAIRS):
-        spans = [(pair * chunk, chunk), ((2 * PAIRS - 1 - pair) * chunk, chunk)]
-        monkeypatch.setattr(engine_step, "counterpart_spans", lambda *_, spans=spans, **__: spans)
-        found.append(gradient())
-    assert [sum(values) / PAIRS for values in zip(*(m for _, m in found), strict=True)] == pytest.approx(metrics)
+    for pair in range(MIN_PAIRS):
+        # The first row's pairs in turn; the second row has two pairs in every other draw and none in between.
+        second = [] if pair % 2 else [pair, pair + 1]
+        spans = [drawn([pair]), drawn(second)]
+        monkeypatch.setattr(
+            engine_step, "counterpart_spans", lambda _, place, spans=spans, **__: spans[place.microbatch]
+        )
+        found.append((*gradient_and_metrics(engine, batches), spans))
     differs = False
     for number, gradient_wanted in enumerate(wanted):
-        mean = torch.stack([gradients[number] for gradients, _ in found]).mean(0)
+        mean = torch.stack([gradients[number] for gradients, *_ in found]).mean(0)
         scale = float(gradient_wanted.abs().max())
         torch.testing.assert_close(mean, gradient_wanted, rtol=1e-5, atol=1e-5 * scale)
         differs |= bool((found[0][0][number] - gradient_wanted).abs().max() > 1e-3 * scale)
     assert differs
+    real = [drawn_without_padding(batches, spans) for *_, spans in found]
+    for index, values in enumerate(metrics, start=1):
+        by_layer = zip(*(each[index] for each in found), strict=True)
+        means = [sum(n * x for n, x in zip(real, layer, strict=True)) / sum(real) for layer in by_layer]
+        assert means == pytest.approx(values), "weighted by the drawn queries"
+
+
+def drawn_without_padding(batches: list[Batch], spans: list[list[tuple[int, int]]]) -> int:
+    """Returns the number of drawn queries other than padding."""
+    padding = [{t for first, n in batch.padding for t in range(first, first + n)} for batch in batches]
+    return sum(
+        t not in own
+        for own, drawn in zip(padding, spans, strict=True)
+        for first, n in drawn
+        for t in range(first, first + n)
+    )
+
+
+@pytest.mark.parametrize("score", Score)
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_leaving_out_covered_queries_changes_nothing(placement, monkeypatch, mode, score):
+    """Queries whose document prefix fits into the chosen blocks have alignment 0 and captured mass 1."""
+    from ssa_pretrain.engine import build_engine, counterpart
+    from ssa_pretrain.engine import step as engine_step
+
+    monkeypatch.setattr(counterpart, "CELL", 2)
+    config = small_config()
+    config.attention.score = score
+    config.attention.full_ratio, config.attention.alignment_weight = float(mode == "full"), 500.0
+    config.attention.counterpart_share = 0.5
+    engine = build_engine(config, placement, VOCAB)
+    batches, found, computed = short_documents(padding=23), [], []
+    for share, reach in ((0.5, 0), (0.5, 32), (1.0, 0), (1.0, 32)):
+        config.attention.counterpart_share = share
+        monkeypatch.setattr(
+            engine_step,
+            "counterpart_queries",
+            lambda attention, batch, drawn, reach=reach: counterpart.counterpart_queries(
+                attention if reach else SimpleNamespace(top_k=0, block_size=16), batch, drawn
+            ),
+        )
+        found.append(gradient_and_metrics(engine, batches, step=3))
+        computed.append([(r.counterpart, r.spans) for r in engine.microbatches.begin_step(batches, 3)[1]])
+    assert computed[2:] == [[(True, None)] * 2, [(False, None), (True, [(32, 26)])]]
+    assert computed[0] != computed[1]
+    for all_drawn, uncovered in (found[:2], found[2:]):
+        for one, other in zip(all_drawn[1:], uncovered[1:], strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+        for one, other in zip(all_drawn[0], uncovered[0], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
 
 
 def padded(tokens: np.ndarray) -> Row:

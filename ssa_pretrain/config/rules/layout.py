@@ -62,10 +62,6 @@ def _context(config: Config, _: Machine) -> list[Problem]:
     if config.engine.name is not EngineName.megatron:
         advice = "try engine=megatron or parallel.cp=1"
         return [Problem("parallel.cp", parallel.cp, "needs engine.name=megatron", advice, ("engine.name",))]
-    if len(config.attention.method.streams) > 1 and config.attention.counterpart_share < 1.0:
-        rule = f"must be 1 under parallel.cp={parallel.cp}: the sampled queries are not spread over context ranks"
-        share = config.attention.counterpart_share
-        return [Problem("attention.counterpart_share", share, rule, "try 1 or parallel.cp=1", ("parallel.cp",))]
     shards = parallel.tp if parallel.sequence_parallel else 1
     if length % (2 * parallel.cp * shards) == 0:
         return []

@@ -59,11 +59,9 @@ class DeepSpeedEngine:
     def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
         """See `Engine.train_step`."""
         ds = self.ds
-        batches = self.microbatches.localise(batches)
         if len(batches) != ds.gradient_accumulation_steps():
             raise ValueError(f"got {len(batches)} microbatches; a step has {ds.gradient_accumulation_steps()}")
-        sums = self.microbatches.training_sums(batches)
-        routes = self.microbatches.routes(batches, step, sums.counts.dilution)
+        batches, routes, sums = self.microbatches.begin_step(batches, step)
         for group, decay in zip(ds.basic_optimizer.param_groups, (self.config.optim.weight_decay, 0.0), strict=True):
             group["lr"], group["weight_decay"] = learning_rate, decay
         ds.train()

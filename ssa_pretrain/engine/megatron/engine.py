@@ -53,9 +53,7 @@ class MegatronEngine:
 
     def forward_backward(self, batches: Sequence[Batch], *, step: int) -> StepSums:
         """Computes the global batch's gradients into their buffers. Returns the sums of the passes."""
-        batches = self.microbatches.localise(batches)
-        sums = self.microbatches.training_sums(batches)
-        routes = self.microbatches.routes(batches, step, sums.counts.dilution)
+        batches, routes, sums = self.microbatches.begin_step(batches, step)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()

@@ -73,6 +73,19 @@ def test_rank_slice_equals_the_batch_at_its_positions(cp: int) -> None:
     assert labels == float(batch.loss_mask.sum()) < 96
 
 
+@pytest.mark.parametrize("cp", [1, 2, 3, 4])
+def test_ranks_hold_each_query_of_some_spans_once(cp: int) -> None:
+    """The spans cross the ranks' borders. What a rank holds names the same tokens through its own part."""
+    spans = [(0, 5), (20, 9), (30, 31), (90, 6)]
+    held = []
+    for rank in range(cp):
+        context = ContextParallel(Group(cp, rank))
+        own = [t for first, length in chunk_spans(96, cp, rank) for t in range(first, first + length)]
+        for first, length in context.own_spans(spans, 96):
+            held += own[first : first + length]
+    assert sorted(held) == [t for first, length in spans for t in range(first, first + length)]
+
+
 def test_group_of_one_changes_nothing() -> None:
     context, batch = ContextParallel(Group(1, 0)), microbatch()
     layout = build_layout(batch.cu_seqlens, num_tokens=96, block_size=16)
