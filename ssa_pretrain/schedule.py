@@ -12,12 +12,14 @@ ceil(n * p) full groups, and WINDOW steps together have the share p to within on
 is the first one), starting at a random group: a microbatch's place does not change its probability.
 
 *Counterpart stream.* It serves the alignment loss only, which is a mean over queries. With `counterpart_share` r < 1 the mean is estimated on a
-sample of each row's queries. A row is cut into 2 * P equal chunks, where P is `num_pairs`, and chunk i is paired with chunk 2 * P - 1 - i. The cost
-of a query's full attention grows with its position, and the chunks of a pair mirror each other, so all pairs of a row that is one document cost the
-same. A row draws r * P pairs, rounded down or up. The rounding is systematic over the rows of a step (one random offset, then equal distances), so
-that a step's total lies within one pair of the share. It visits the rows in bit-reversed order: the rows of a data rank, whose places differ by a
-multiple of dp, are neighbours there if dp is a power of two, so each rank also has its share. A row's pairs are a systematic sample of
-0 ... P - 1, because neighbouring pairs belong to the same context rank. Every query is drawn with probability r exactly.
+sample of each row's queries. A sparse counterpart is cheap and a full one is not, so a query is FAVOUR times as likely to be drawn where the main
+stream is full; the mean over both kinds of microbatch is r (`share_drawn`). A row is cut into 2 * P equal chunks, where P is `num_pairs`, and chunk i
+is paired with chunk 2 * P - 1 - i. The cost of a query's full attention grows with its position, and the chunks of a pair mirror each other, so all
+pairs of a row that is one document cost the same. A row draws its share of the P pairs, rounded down or up. The rounding is systematic over the rows
+of a group (one random offset, then equal distances; all microbatches form one group if none draws its own main stream), so that a group's total lies within
+one pair of its share. It visits the rows in bit-reversed order: the rows of a data rank, whose places differ by a multiple of dp, are neighbours
+there if dp is a power of two, so each rank also has its share. A row's pairs are a systematic sample of 0 ... P - 1, because neighbouring pairs belong to the same context rank. All queries of a microbatch
+are drawn with the same probability.
 
 Standard library only.
 """
@@ -32,6 +34,7 @@ from ssa_pretrain.config import AttentionConfig, Config, OptimConfig, PrecisionN
 
 MIN_PAIRS = 8  # of chunks per row: the smallest share that every row can have is 1/8
 LONGEST_CHUNK = 1024  # queries, while a row has more than 2 * MIN_PAIRS chunks
+FAVOUR = 3.0  # ratio of the two shares; about the square root of the ratio of the two counterparts' costs at 8k to 32k (docs/counterpart.md)
 # If all queries are drawn, a microbatch leaves out those that need no counterpart (engine/counterpart.py) only if they are at least this part of its
 # tokens. Below that, one fused operator over all tokens is faster.
 MIN_SAVED = 1 / 8
@@ -120,20 +123,35 @@ def num_pairs(row_length: int) -> int:
     return max(MIN_PAIRS, row_length // (2 * LONGEST_CHUNK))
 
 
-def counterpart_pairs(share: float, *, seed: int, step: int, row: int, num_rows: int, row_length: int) -> int:
-    """Returns the number of pairs of chunks that a row draws: share * P, rounded down or up.
+def share_drawn(attention: AttentionConfig, main: str) -> float:
+    """Returns the share of the queries of a microbatch with this main stream that are drawn for the other one.
+
+    With p = full_ratio, the two shares have the ratio FAVOUR, as far as neither exceeds 1, and p * full + (1 - p) * sparse = counterpart_share.
+    """
+    p, share = attention.full_ratio, attention.counterpart_share
+    full = FAVOUR * share / (1.0 + (FAVOUR - 1.0) * p)
+    if main == "full":
+        return min(1.0, full)
+    return full / FAVOUR if full <= 1.0 else (share - p) / (1.0 - p)
+
+
+def counterpart_pairs(attention: AttentionConfig, place: Place, *, rows: int, row_length: int) -> list[int]:
+    """Returns the number of pairs of chunks that each row of a microbatch draws: its share of P, rounded down or up.
 
     Args:
-        share: attention.counterpart_share.
-        seed: the run's seed.
-        step: optimizer step, from 0.
-        row: index in the global batch, from 0.
-        num_rows: rows of the global batch.
+        attention: the method, full_ratio and counterpart_share.
+        place: the microbatch's.
+        rows: rows of each microbatch.
         row_length: tokens per row.
     """
+    one_stream = drawn_by_microbatch(attention) is None
+    size = place.num_microbatches if one_stream else group_size(place.num_microbatches)
+    group, first = divmod(place.microbatch, size)
     pairs = num_pairs(row_length)
-    offset = _uniform(seed, step, person=COUNTERPART)
-    return min(pairs, _rounded(share * pairs, _bit_reversed_order(num_rows)[row], offset))
+    mean = share_drawn(attention, main_stream(attention, place)) * pairs
+    offset = _uniform(place.seed, place.step, "group", group, person=COUNTERPART)
+    order = _bit_reversed_order(size * rows)
+    return [min(pairs, _rounded(mean, order[first * rows + row], offset)) for row in range(rows)]
 
 
 def counterpart_spans(attention: AttentionConfig, place: Place, *, rows: int, row_length: int) -> list[tuple[int, int]]:
@@ -151,11 +169,9 @@ def counterpart_spans(attention: AttentionConfig, place: Place, *, rows: int, ro
     edges = [i * row_length // (2 * pairs) for i in range(pairs + 1)]
     edges += [row_length - edge for edge in reversed(edges[:-1])]
     spans: list[tuple[int, int]] = []
-    for i in range(rows):
-        row = place.microbatch * rows + i
-        common = {"seed": place.seed, "step": place.step, "num_rows": place.num_microbatches * rows}
-        count = counterpart_pairs(attention.counterpart_share, row=row, row_length=row_length, **common)
-        start = _uniform(place.seed, place.step, row, person=COUNTERPART)
+    counts = counterpart_pairs(attention, place, rows=rows, row_length=row_length)
+    for i, count in enumerate(counts):
+        start = _uniform(place.seed, place.step, place.microbatch * rows + i, person=COUNTERPART)
         drawn = [math.floor((start + j) * pairs / count) for j in range(count)]
         for chunk in sorted([*drawn, *(2 * pairs - 1 - pair for pair in drawn)]):
             first, length = i * row_length + edges[chunk], edges[chunk + 1] - edges[chunk]

@@ -77,22 +77,23 @@ def _parse() -> argparse.Namespace:
 
 def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
     """Yields the table's rows with their bounds, in the order of README.md."""
-    yield from cases.streams(shapes.SHAPE_8K, (4.0, 5.2), (3.0, 3.7))
-    yield from cases.streams(shapes.SHAPE_32K, (11.5, 15.0), (6.2, 8.5))
-    yield from cases.layer(shapes.SHAPE_8K, 1.28, 1.20)
-    yield from cases.layer(shapes.SHAPE_32K, 1.10, 1.06)
+    yield from cases.streams(shapes.SHAPE_8K, (4.8, 5.2), (3.0, 3.7))
+    yield from cases.streams(shapes.SHAPE_32K, (13.0, 15.0), (6.2, 8.5))
+    yield from cases.plain_boundaries(shapes.SHAPE_8K, 1.3, 1.05)
+    yield from cases.layer(shapes.SHAPE_8K, 1.20, 1.17)
+    yield from cases.layer(shapes.SHAPE_32K, 1.085, 1.06)
     yield from cases.gate(shapes.SHAPE_8K, copy)
     yield from cases.documents(shapes.SHAPE_8K, 1024, 1.0, 0.8)
     yield from cases.sink(shapes.SHAPE_8K, 1.05, 1.02)
     yield from cases.sink(shapes.SHAPE_32K, 1.05, 1.02)
-    yield from cases.streams(shapes.SHAPE_8K_G4, (1.5, 2.2))
+    yield from cases.streams(shapes.SHAPE_8K_G4, (1.7, 2.2))
     yield from cases.memory(shapes.SHAPE_8K, 0.4)
     yield from cases.memory(shapes.SHAPE_32K, 0.4)
     for path in arguments.activations:
         yield from activation_rows(path, torch.device("cuda"))
     if not arguments.quick:
         yield from cases.streams(shapes.SHAPE_64K, (16.0, 22.0))
-        yield from cases.streams(shapes.SHAPE_128K, (22.0, 32.0))
+        yield from cases.streams(shapes.SHAPE_128K, (24.0, 32.0))
 
 
 def _line(row: Row) -> str:

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ssa_kernels import full_attention, gate_and_align, select_blocks, sparse_attention, ssa_attention
+from ssa_kernels import (
+    SampledQueries,
+    full_attention,
+    gate_and_align,
+    sample_queries,
+    select_blocks,
+    sparse_attention,
+    ssa_attention,
+)
 from ssa_kernels.documents import DocumentLayout
 from ssa_kernels.full_attention import te
 
@@ -99,6 +107,22 @@ class Problem:
 
         return call
 
+    def ssa_layer(self, main: str, sample: SampledQueries | None = None) -> Callable[[], None]:
+        """Returns a call that runs both streams, gate and alignment, forward and backward; the counterpart for the sample if one is given."""
+        logits = shapes.random_heads(self.shape, self.shape.heads, 5)[..., 0].contiguous().requires_grad_()
+        one = torch.ones((), device="cuda")
+
+        def call() -> None:
+            for leaf in (self.q, self.k, self.v, logits):
+                leaf.grad = None
+            result = ssa_attention(
+                self.q, self.k, self.v, logits, block_size=BLOCK_SIZE, top_k=TOP_K, cu_seqlens=self.layout,
+                main=main, num_rows=self.shape.num_rows, sample=sample,
+            )  # fmt: skip
+            torch.autograd.backward((result.out, result.alignment_loss), (self.grad, one))
+
+        return call
+
     def time(self, forward: Callable[[], torch.Tensor]) -> tuple[float, float]:
         """Returns (forward, forward + backward) in ms. The forward saves what a backward would need."""
         both = self.both(forward)
@@ -131,32 +155,46 @@ def streams(shape: Shape, both: Bounds = None, forward: Bounds = None) -> Iterat
             yield Row.bounded(name, own_ms / torch_ms, "x", bounds, higher=False, detail=detail)
 
 
-def layer(shape: Shape, must: float, aim: float) -> Iterator[Row]:
-    """Yields the time of both streams, gate and alignment together, relative to cuDNN's full attention; forward + backward."""
+def plain_boundaries(shape: Shape, must: float, aim: float) -> Iterator[Row]:
+    """`select_blocks` with the boundaries' tensor over the same call with a prepared layout, in turns."""
     problem = Problem(shape)
-    logits = torch.randn(shape.tokens, shape.heads, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    one = torch.ones((), device="cuda")
+    boundaries = problem.layout.cu_seqlens
 
-    def call() -> None:
-        for leaf in (problem.q, problem.k, problem.v, logits):
-            leaf.grad = None
-        result = ssa_attention(
-            problem.q, problem.k, problem.v, logits, block_size=BLOCK_SIZE, top_k=TOP_K, cu_seqlens=problem.layout,
-            main="full", num_rows=shape.num_rows,
-        )  # fmt: skip
-        torch.autograd.backward((result.out, result.alignment_loss), (problem.grad, one))
+    def plain() -> torch.Tensor:
+        return select_blocks(problem.q, problem.k, block_size=BLOCK_SIZE, top_k=TOP_K, cu_seqlens=boundaries)
 
-    _, full = problem.time(lambda: problem.sdpa(SDPBackend.CUDNN_ATTENTION))
-    ours = median_ms(call, repetitions_for(full))
-    yield Row(
-        f"ssa layer / cuDNN full, {shape.name}, fwd+bwd",
-        ours / full,
-        "x",
-        must,
-        aim,
-        False,
-        f"{ours:.2f} / {full:.2f} ms",
-    )
+    plain_ms, prepared_ms = medians_ms([plain, problem.choose], 40)
+    name = f"select_blocks with a tensor of boundaries / a layout, {shape.name}, fwd"
+    detail = f"{plain_ms:.2f} / {prepared_ms:.2f} ms, in turns"
+    yield Row(name, plain_ms / prepared_ms, "x", must, aim, False, detail)
+
+
+def layer(shape: Shape, must: float, aim: float) -> Iterator[Row]:
+    """Both streams, gate and alignment, forward and backward measured as one, over cuDNN's full attention alone.
+
+    At r = 1 all queries compute both streams. At r = 1/4 a sample of the queries computes the counterpart of the main stream, which
+    determines the cost; "mean" weighs both main streams equally, as training draws them.
+    """
+    problem = Problem(shape)
+    sample = sample_queries(problem.layout, shapes.mirrored_slices(shape))
+    calls = [
+        problem.both(lambda: problem.sdpa(SDPBackend.CUDNN_ATTENTION)),
+        problem.ssa_layer("full"),
+        problem.ssa_layer("full", sample),
+        problem.ssa_layer("sparse", sample),
+    ]
+    expected = sum(median_ms(call, 1, 2) for call in calls)
+    full, both, main_full, main_sparse = medians_ms(calls, repetitions_for(expected))
+    quarter = (main_full + main_sparse) / 2
+    for name, ms, bounds in (
+        ("", both, (must, aim)),
+        (" at r = 1/4, main full", main_full, None),
+        (" at r = 1/4, main sparse", main_sparse, None),
+        (" at r = 1/4, mean", quarter, None),
+    ):
+        detail = f"{ms:.2f} / {full:.2f} ms, in turns"
+        name = f"ssa layer{name} / cuDNN full, {shape.name}, fwd+bwd"
+        yield Row.bounded(name, ms / full, "x", bounds, higher=False, detail=detail)
 
 
 def gate(shape: Shape, copy: float) -> Iterator[Row]:

@@ -47,6 +47,19 @@ def equal_rows(shape: Shape) -> DocumentLayout:
     return build_layout(ends, num_tokens=shape.tokens, block_size=BLOCK_SIZE, max_length=shape.row_length)
 
 
+def mirrored_slices(shape: Shape) -> list[tuple[int, int]]:
+    """Returns (first, length) of the slices of a quarter of the queries, as training draws them.
+
+    A row is cut into 16 chunks, or into more of 1,024 queries, and chunk i is paired with the one as far from the row's end. Every fourth
+    pair is taken. The keys before the two chunks of a pair add up to the row's length, so the sample has the mean cost.
+    """
+    pairs = max(8, shape.row_length // 2048)
+    length = shape.row_length // (2 * pairs)
+    taken = range(1, pairs, 4)
+    chunks = sorted([*taken, *(2 * pairs - 1 - pair for pair in taken)])
+    return [(row * shape.row_length + chunk * length, length) for row in range(shape.num_rows) for chunk in chunks]
+
+
 def random_documents(shape: Shape, mean_length: int, seed: int = 0) -> DocumentLayout:
     """Returns the layout of documents with exponentially distributed lengths, cut at the ends of rows, as packing does."""
     generator = torch.Generator().manual_seed(seed)

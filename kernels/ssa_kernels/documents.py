@@ -4,9 +4,9 @@ Documents are packed one after another along the token axis; `cu_seqlens` holds 
 starts a new block, and its last block may be short. Numbering the blocks of all documents consecutively gives *block rows*: document d owns
 the block rows from `document_first_block_row[d]` on, and its block b is block row `document_first_block_row[d] + b`.
 
-Everything is computed on the device from `cu_seqlens` by a dozen small operations, without waiting for the device: sizes depend only on
-shapes. There are at most T // K + (number of documents) block rows, because a document of length l has ceil(l / K) <= l // K + 1 blocks.
-Block rows past the last document's have length 0. Build one layout per microbatch and pass it to every layer as `cu_seqlens`.
+Everything is computed on the device from `cu_seqlens`, by two kernels (documents_triton.py) or in plain PyTorch, without waiting for the
+device: sizes depend only on shapes. There are at most T // K + (number of documents) block rows, because a document of length l has
+ceil(l / K) <= l // K + 1 blocks. Block rows past the last document's have length 0. Build one layout per microbatch and pass it to every layer as `cu_seqlens`.
 
 A query's document and position are read from per-query arrays, never from its place in the batch. Hence a layout of some of the queries
 (queries.py): a rank that holds some of them, a sample, or a decoding step with one uses the same kernels over the same keys.
@@ -21,6 +21,7 @@ A layout checks its own arrays when it is built and makes them contiguous, so op
 """
 
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 
 import torch
 
@@ -55,14 +56,16 @@ class QuerySpan:
 class SpanSegments:
     """All spans as one packed batch for a library's kernel: one segment for each document in each span, then empty segments.
 
-    Each span's keys are copied one after another, so that no two segments share a key and gradients of keys need no atomic sums.
+    Segments of different spans see the same keys. That is no matter in a forward. In a backward each span has copies of its keys, one span
+    after another, so that no two segments share a key and gradients need no atomic sums.
     """
 
     cu_seqlens_q: torch.Tensor  # int32 [segments + 1], cumulated queries
     cu_seqlens_k: torch.Tensor  # int32 [segments + 1], cumulated keys that the segments' queries see
-    first_key: (
-        torch.Tensor
-    )  # int32 [segments + 1], place of each segment's first key among the copied keys, ending with their number
+    first_key: torch.Tensor  # int32 [segments + 1], each segment's first key, ending with the number of keys
+    first_copy: torch.Tensor  # int32 [segments + 1], its place among the copies, ending with their number
+    # int32 [spans rounded up to a power of two, 3]: first key that is copied, end, and the first copy's place; 0, 0, 0 for no span
+    ranges: torch.Tensor
     key_ranges: tuple[tuple[int, int], ...]  # (first, end) of the keys that are copied for each span
     longest_q: int  # no segment has more queries
     longest_k: int  # or sees more keys
@@ -118,11 +121,6 @@ class DocumentLayout:
         """int32 [queries]: the token of each query's own key."""
         return self.query_start + self.query_position
 
-    @property
-    def max_blocks(self) -> int:
-        """The maximum number of blocks per document."""
-        return -(-self.max_length // self.block_size)
-
 
 def build_layout(
     cu_seqlens: torch.Tensor, *, num_tokens: int, block_size: int, max_length: int | None = None
@@ -147,6 +145,38 @@ def build_layout(
         raise ValueError(f"num_tokens={num_tokens} and block_size={block_size} must lie below 2^31")
     check_boundaries(cu_seqlens, num_tokens)
     max_length = num_tokens if max_length is None else min(max_length, num_tokens)
+    num_block_rows = _block_row_bound(num_tokens, block_size, len(cu_seqlens))
+    if _fits_kernels(cu_seqlens):
+        from .documents_triton import layout_arrays  # imported here because Triton may be missing on a CPU machine
+
+        arrays = layout_arrays(cu_seqlens, num_tokens=num_tokens, block_size=block_size, num_block_rows=num_block_rows)
+    else:
+        arrays = _layout_arrays(cu_seqlens, num_tokens, block_size, num_block_rows, max_length)
+    return DocumentLayout(
+        cu_seqlens=arrays["cu_seqlens"],
+        document_first_block_row=arrays["document_first_block_row"],
+        query_start=arrays["query_start"],
+        query_position=arrays["query_position"],
+        query_first_block_row=arrays["query_first_block_row"],
+        block_start=arrays["block_start"],
+        block_length=arrays["block_length"],
+        block_size=block_size,
+        num_tokens=num_tokens,
+        max_length=max_length,
+    )
+
+
+def _fits_kernels(cu_seqlens: torch.Tensor) -> bool:
+    """Returns whether Triton can compute a layout's arrays: from a plain tensor on the current GPU, outside torch.compile."""
+    if type(cu_seqlens) is not torch.Tensor or not cu_seqlens.is_cuda or torch.compiler.is_compiling():
+        return False
+    return cu_seqlens.device.index == torch.cuda.current_device() and find_spec("triton") is not None
+
+
+def _layout_arrays(
+    cu_seqlens: torch.Tensor, num_tokens: int, block_size: int, num_block_rows: int, max_length: int
+) -> dict[str, torch.Tensor]:
+    """Returns the arrays of a layout by name, in plain PyTorch. Raises ValueError on a CPU for a document longer than max_length."""
     device = cu_seqlens.device
     ends = document_ends(cu_seqlens, num_tokens)
     lengths = ends[1:] - ends[:-1]
@@ -161,23 +191,19 @@ def build_layout(
     document = torch.searchsorted(ends[1:], token, right=True).clamp(max=len(lengths) - 1)
     start = ends[document]
 
-    num_block_rows = _block_row_bound(num_tokens, block_size, len(lengths))
     block_row = torch.arange(num_block_rows, dtype=torch.int32, device=device)
     its_document = torch.searchsorted(first_block_row[1:], block_row, right=True).clamp(max=len(lengths) - 1)
     block_start = ends[its_document] + (block_row - first_block_row[its_document]) * block_size
     block_length = (ends[its_document + 1] - block_start).clamp(0, block_size)
-    return DocumentLayout(
-        cu_seqlens=ends,
-        document_first_block_row=first_block_row,
-        query_start=start,
-        query_position=token - start,
-        query_first_block_row=first_block_row[document],
-        block_start=block_start.clamp(max=num_tokens),
-        block_length=block_length,
-        block_size=block_size,
-        num_tokens=num_tokens,
-        max_length=max_length,
-    )
+    return {
+        "cu_seqlens": ends,
+        "document_first_block_row": first_block_row,
+        "query_start": start,
+        "query_position": token - start,
+        "query_first_block_row": first_block_row[document],
+        "block_start": block_start.clamp(max=num_tokens),
+        "block_length": block_length,
+    }
 
 
 def document_ends(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -234,10 +260,10 @@ def layout_to(layout: DocumentLayout, device: torch.device | str) -> DocumentLay
         replace(span, cu_seqlens_q=span.cu_seqlens_q.to(device), cu_seqlens_k=span.cu_seqlens_k.to(device))
         for span in layout.spans
     )
-    segments = layout.segments and replace(
-        layout.segments,
-        **{name: getattr(layout.segments, name).to(device) for name in ("cu_seqlens_q", "cu_seqlens_k", "first_key")},
-    )
+    segments = layout.segments
+    if segments is not None:
+        held = {f.name: getattr(segments, f.name) for f in fields(segments)}
+        segments = replace(segments, **{name: x.to(device) for name, x in held.items() if isinstance(x, torch.Tensor)})
     return replace(layout, **moved, spans=spans, segments=segments)
 
 

@@ -42,18 +42,15 @@ def gate_stream_forward_kernel(
 
 @triton.jit(do_not_specialize=["num_vectors"])
 def gate_stream_backward_kernel(
-    o_ptr, logits_ptr, grad_out_ptr, grad_o_ptr, grad_logits_ptr, delta_ptr, num_vectors,
-    HEAD_DIM: tl.constexpr, TILE_DIM: tl.constexpr, TILE_VECTORS: tl.constexpr, WITH_DELTA: tl.constexpr,
+    o_ptr, logits_ptr, grad_out_ptr, grad_o_ptr, grad_logits_ptr, num_vectors,
+    HEAD_DIM: tl.constexpr, TILE_DIM: tl.constexpr, TILE_VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of both gradients and, WITH_DELTA, of the sums over d of grad_o * o, with grad_o as rounded."""
+    """One tile of both gradients."""
     vector, vector_ok, offsets, ok = vector_tile(num_vectors, HEAD_DIM, TILE_DIM, TILE_VECTORS)
     o = tl.load(o_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
     grad_out = tl.load(grad_out_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
     gate = tl.sigmoid(tl.load(logits_ptr + vector, mask=vector_ok, other=0.0).to(tl.float32))
-    grad_o = (grad_out * gate[:, None]).to(grad_o_ptr.dtype.element_ty)
-    tl.store(grad_o_ptr + offsets, grad_o, mask=ok)
-    if WITH_DELTA:
-        tl.store(delta_ptr + vector, tl.sum(grad_o.to(tl.float32) * o, 1), mask=vector_ok)
+    tl.store(grad_o_ptr + offsets, (grad_out * gate[:, None]).to(grad_o_ptr.dtype.element_ty), mask=ok)
     grad_logits = tl.sum(grad_out * o, 1) * gate * (1.0 - gate)
     tl.store(grad_logits_ptr + vector, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=vector_ok)
 
@@ -72,7 +69,7 @@ class Gate(torch.autograd.Function):
     def backward(ctx, grad_out):
         """Runs the backward kernel."""
         o, gate_logits = ctx.saved_tensors
-        return gate_stream_backward(o, gate_logits, grad_out.contiguous())[:2]
+        return gate_stream_backward(o, gate_logits, grad_out.contiguous())
 
 
 def gate_stream_forward(o: torch.Tensor, gate_logits: torch.Tensor) -> torch.Tensor:
@@ -85,22 +82,17 @@ def gate_stream_forward(o: torch.Tensor, gate_logits: torch.Tensor) -> torch.Ten
 
 
 def gate_stream_backward(
-    o: torch.Tensor, gate_logits: torch.Tensor, grad_out: torch.Tensor, *, with_delta: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Returns (grad_o, grad_logits, delta); all tensors are contiguous, with the forward's shapes.
-
-    delta [tokens, H] float32 is the sum over d of grad_o * o, which an attention's backward needs; None unless `with_delta`.
-    """
+    o: torch.Tensor, gate_logits: torch.Tensor, grad_out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (grad_o, grad_logits); all tensors are contiguous, with the forward's shapes."""
     grad_o, grad_logits = torch.empty_like(o), torch.empty_like(gate_logits)
-    delta = torch.empty(o.shape[:2], dtype=torch.float32, device=o.device) if with_delta else None
     if o.numel() > 0:
         grid, sizes = _tiling(o)
         launch(
             gate_stream_backward_kernel, grid,
-            o, gate_logits, grad_out, grad_o, grad_logits, grad_logits if delta is None else delta, gate_logits.numel(),
-            **sizes, WITH_DELTA=with_delta, num_warps=NUM_WARPS,
+            o, gate_logits, grad_out, grad_o, grad_logits, gate_logits.numel(), **sizes, num_warps=NUM_WARPS,
         )  # fmt: skip
-    return grad_o, grad_logits, delta
+    return grad_o, grad_logits
 
 
 def _tiling(o: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:

@@ -24,24 +24,22 @@ class SampledQueries:
     slices: tuple[
         tuple[int, int], ...
     ]  # (first, length) of each span among the queries of the layout that they were taken from
-    num_queries: int  # queries of that layout
+    places: torch.Tensor  # int32 [queries of that layout], each one's place in the sample, -1 if it is not in it
+
+    @property
+    def num_queries(self) -> int:
+        """The number of queries of the layout that the sample was taken from."""
+        return len(self.places)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the sampled queries' rows of x [queries, ...], one after another."""
         return torch.cat([x[first : first + length] for first, length in self.slices])
 
-    def write(self, whole: torch.Tensor, part: torch.Tensor) -> None:
-        """Writes `part` [sampled queries, ...] into the sampled queries' rows of `whole` [queries, ...]."""
-        torch._foreach_copy_(*self._pairs(whole, part))  # pyright: ignore[reportPrivateImportUsage]
-
     def add(self, whole: torch.Tensor, part: torch.Tensor) -> None:
-        """Adds `part` [sampled queries, ...] to the sampled queries' rows of `whole` [queries, ...]."""
-        torch._foreach_add_(*self._pairs(whole, part))  # pyright: ignore[reportPrivateImportUsage]
-
-    def _pairs(self, whole: torch.Tensor, part: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Returns views of both, span by span: one launch for all spans, where a loop would take one for each."""
+        """Adds `part` [sampled queries, ...] to the sampled queries' rows of `whole` [queries, ...]: one launch for all spans."""
         rows = [whole[first : first + length] for first, length in self.slices]
-        return rows, list(part.split([length for _, length in self.slices]))
+        pieces = part.split([length for _, length in self.slices])
+        torch._foreach_add_(rows, pieces)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def query_slice(layout: DocumentLayout, queries: slice | torch.Tensor) -> DocumentLayout:
@@ -117,7 +115,12 @@ def sample_queries(layout: DocumentLayout, slices: Sequence[tuple[int, int]]) ->
                 parts.append((begin, end - begin))
                 spans.append((key + begin - offset, end - begin))
         offset += length
-    return SampledQueries(_chosen(layout, parts, spans), tuple(parts), layout.num_queries)
+    places = torch.full((layout.num_queries,), -1, dtype=torch.int32)
+    place = 0
+    for first, length in parts:
+        places[first : first + length] = torch.arange(place, place + length, dtype=torch.int32)
+        place += length
+    return SampledQueries(_chosen(layout, parts, spans), tuple(parts), _on_device(places, layout.query_position.device))
 
 
 def _chosen(
@@ -138,32 +141,45 @@ def _chosen(
         query_position=chosen(layout.query_position),
         query_first_block_row=chosen(layout.query_first_block_row),
         spans=tuple(found),
-        segments=_segments(found, layout.max_length),
+        segments=_segments(found, layout.num_tokens, layout.max_length),
     )
 
 
-def _segments(spans: Sequence[QuerySpan], max_length: int) -> SpanSegments:
-    """Returns the spans as one packed batch. A span's keys begin where the longest possible document of its first query would."""
-    ranges = tuple((max(0, span.first + 1 - max_length), span.end) for span in spans)
-    ends = list(accumulate(end - first for first, end in ranges))
-    moved = [
-        end - last for (_, last), end in zip(ranges, ends, strict=True)
-    ]  # from a key to its place among the copies
+def _segments(spans: Sequence[QuerySpan], num_tokens: int, max_length: int) -> SpanSegments:
+    """Returns the spans as one packed batch. A span's keys are copied from where the longest possible document of its first query begins."""
+    key_ranges = tuple((max(0, span.first + 1 - max_length), span.end) for span in spans)
+    ends = list(accumulate((end - first for first, end in key_ranges), initial=0))
     queries = torch.stack([span.cu_seqlens_q.diff() for span in spans]).flatten()
     keys = torch.stack([span.cu_seqlens_k.diff() for span in spans]).flatten()
-    places = torch.stack([span.cu_seqlens_k[:-1] + shift for span, shift in zip(spans, moved, strict=True)]).flatten()
+    first = torch.stack([span.cu_seqlens_k[:-1] for span in spans])
+    moved = [place - first for (first, _), place in zip(key_ranges, ends, strict=False)]  # from a key to its copy
+    copies = torch.stack([row + shift for row, shift in zip(first, moved, strict=True)])
     # Every span cuts at most one document more, so at most this many segments have queries.
     most = len(spans[0].cu_seqlens_q) - 1 + len(spans) - 1
     order = torch.argsort(queries == 0, stable=True)[:most]
     some = queries[order] > 0
+
+    def places(firsts: torch.Tensor, end: int) -> torch.Tensor:
+        found = torch.where(some, firsts.flatten()[order], end)
+        return torch.cat([found, found.new_full((1,), end)]).int()
+
+    ranges = [(first, end, place) for (first, end), place in zip(key_ranges, ends, strict=False)]
+    ranges += [(0, 0, 0)] * ((1 << (len(spans) - 1).bit_length()) - len(spans))
     return SpanSegments(
         cu_seqlens_q=_cumulated(queries[order]),
         cu_seqlens_k=_cumulated(torch.where(some, keys[order], 0)),
-        first_key=torch.cat([torch.where(some, places[order], ends[-1]), places.new_full((1,), ends[-1])]).int(),
-        key_ranges=ranges,
+        first_key=places(first, num_tokens),
+        first_copy=places(copies, ends[-1]),
+        ranges=_on_device(torch.tensor(ranges, dtype=torch.int32), queries.device),
+        key_ranges=key_ranges,
         longest_q=min(max(span.length for span in spans), max_length),
         longest_k=min(max(span.end for span in spans), max_length),
     )
+
+
+def _on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a copy of a table on the host, without waiting for the device."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def _cumulated(lengths: torch.Tensor) -> torch.Tensor:

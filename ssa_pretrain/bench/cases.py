@@ -7,21 +7,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from ssa_pretrain.bench.documents import Documents
 from ssa_pretrain.bench.plain_megatron import PlainModel
+from ssa_pretrain.bench.share import share_8k, share_32k, share_128k
 from ssa_pretrain.bench.variants import (
     LEARNING_RATE,
     Variant,
     batches,
+    counted,
+    long_rows,
     memory_in_use,
     pass_over,
     plain_pass,
     whole_step,
-    with_method,
+    with_attention,
 )
 from ssa_pretrain.config import Config, Method, PrecisionName, Recompute
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
-from ssa_pretrain.planning.flops import row_flops
 
 Built = TypeVar("Built")
 ACCUMULATED = 8  # microbatches in a whole step
@@ -29,19 +32,22 @@ ACCUMULATED = 8  # microbatches in a whole step
 
 def speed_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     """Returns forward and backward at 8k: core's own model and our three methods, with one document per row and with short ones."""
+    separate = replace(config, engine=replace(config.engine, fuse_gradient_accumulation=False))
     plain, plain_bytes = _built(lambda: PlainModel(config, placement, vocab))
     engine, our_bytes = _built(lambda: MegatronEngine(config, placement, vocab))
-    rows, short = (batches(config, placement, vocab, 1, short=s) for s in (False, True))
-    counted = _counted(config, placement, 1)
-    length = config.data.sequence_length
+    unfused, unfused_bytes = _built(lambda: MegatronEngine(separate, placement, vocab))
+    rows, short = (batches(config, placement, vocab, 1, kind) for kind in (Documents.whole, Documents.short))
+    work = counted(config, placement, 1)
+    full = work[Method.full]
+    plain_run = plain_pass(plain, rows[0], config.data.sequence_length)
+    unfused_run = pass_over(with_attention(unfused, method=Method.full), rows)
     found = [
-        Variant(
-            name="plain 8k", run=plain_pass(plain, rows[0], length), foreign_bytes=our_bytes, **counted[Method.full]
-        )
+        Variant(name="plain 8k", run=plain_run, foreign_bytes=our_bytes + unfused_bytes, **full),
+        Variant(name="full 8k unfused", run=unfused_run, foreign_bytes=plain_bytes + our_bytes, **full),
     ]
     for method in Method:
-        view = with_method(engine, method)
-        common = {"foreign_bytes": plain_bytes, **counted[method]}
+        view = with_attention(engine, method=method)
+        common = {"foreign_bytes": plain_bytes + unfused_bytes, **work[method]}
         found.append(Variant(name=f"{method} 8k", run=pass_over(view, rows), **common))
         if method is not Method.moba:  # operations of short documents are not counted: no MFU
             run = pass_over(view, short)
@@ -51,28 +57,23 @@ def speed_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
 
 def speed_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     """Returns forward and backward of our three methods on one row of four times the length, with RoPE scaling."""
-    long = replace(
-        config,
-        data=replace(config.data, sequence_length=4 * config.data.sequence_length),
-        training=replace(config.training, micro_batch_size=1),
-        model=replace(config.model, rope_scaling=replace(config.model.rope_scaling, enabled=True)),
-    )
+    long = long_rows(config, 4)
     engine = MegatronEngine(long, placement, vocab)
-    rows = batches(long, placement, vocab, 1, short=False)
-    counted = _counted(long, placement, 1)
-    return [Variant(name=f"{m} 32k", run=pass_over(with_method(engine, m), rows), **counted[m]) for m in Method]
+    rows = batches(long, placement, vocab, 1)
+    work = counted(long, placement, 1)
+    return [Variant(name=f"{m} 32k", run=pass_over(with_attention(engine, method=m), rows), **work[m]) for m in Method]
 
 
 def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     """Returns a whole step of ssa over 8 microbatches, and the optimizer by itself."""
     engine = MegatronEngine(config, placement, vocab)
-    rows = batches(config, placement, vocab, ACCUMULATED, short=False)
-    counted = _counted(config, placement, ACCUMULATED)[Method.ssa]
+    rows = batches(config, placement, vocab, ACCUMULATED)
+    work = counted(config, placement, ACCUMULATED)[Method.ssa]
     tp, dp = config.parallel.tp, placement.dp
     layout = f" tp{tp}" if tp > 1 else f" dp{dp}" if dp > 1 else ""
     layout += " overlap" if config.engine.overlap_tp else ""
     return [
-        Variant(name=f"ssa step{layout}", run=whole_step(with_method(engine, Method.ssa), rows), **counted),
+        Variant(name=f"ssa step{layout}", run=whole_step(with_attention(engine, method=Method.ssa), rows), **work),
         Variant(name=f"optimizer{layout}", run=lambda: engine.update(LEARNING_RATE)),
     ]
 
@@ -80,34 +81,34 @@ def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]
 def fp8(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     """Returns full and ssa, each in FP8 and in bf16."""
     low = replace(config, precision=replace(config.precision, name=PrecisionName.fp8))
-    rows = batches(config, placement, vocab, 1, short=False)
+    rows = batches(config, placement, vocab, 1)
     found = []
     engines = {
         name: _built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in (("bf16", config), ("fp8", low))
     }
     total = sum(held for _, held in engines.values())
     for name, (engine, held) in engines.items():
-        counted = _counted(engine.config, placement, 1)
+        work = counted(engine.config, placement, 1)
         for method in (Method.full, Method.ssa):
-            run = pass_over(with_method(engine, method), rows)
-            found.append(Variant(name=f"{method} 8k {name}", run=run, foreign_bytes=total - held, **counted[method]))
+            run = pass_over(with_attention(engine, method=method), rows)
+            found.append(Variant(name=f"{method} 8k {name}", run=run, foreign_bytes=total - held, **work[method]))
     return found
 
 
 def recompute(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     """Returns ssa with no, selective and full recomputation."""
-    rows = batches(config, placement, vocab, 1, short=False)
+    rows = batches(config, placement, vocab, 1)
     names = {Recompute.none: "none", Recompute.selective: "selective", Recompute.full: "full recompute"}
     configs = {name: replace(config, engine=replace(config.engine, recompute=kind)) for kind, name in names.items()}
     engines = {name: _built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in configs.items()}
     total = sum(held for _, held in engines.values())
-    counted = _counted(config, placement, 1)[Method.ssa]
+    work = counted(config, placement, 1)[Method.ssa]
     return [
         Variant(
             name=f"ssa 8k {name}",
-            run=pass_over(with_method(engine, Method.ssa), rows),
+            run=pass_over(with_attention(engine, method=Method.ssa), rows),
             foreign_bytes=total - held,
-            **counted,
+            **work,
         )
         for name, (engine, held) in engines.items()
     ]
@@ -116,6 +117,9 @@ def recompute(config: Config, placement: Placement, vocab: int) -> list[Variant]
 CASES = {
     "8k": speed_8k,
     "32k": speed_32k,
+    "share_8k": share_8k,
+    "share_32k": share_32k,
+    "share_128k": share_128k,
     "optimizer": optimizer,
     "fp8": fp8,
     "recompute": recompute,
@@ -132,14 +136,3 @@ def _built(build: Callable[[], Built]) -> tuple[Built, int]:
     """Returns the result of `build` and the bytes that it holds."""
     before = memory_in_use()
     return build(), memory_in_use() - before
-
-
-def _counted(config: Config, placement: Placement, microbatches: int) -> dict[Method, dict[str, Any]]:
-    """Returns tokens and model operations of one run over all ranks, by method, with one document per row."""
-    rows = microbatches * config.training.micro_batch_size * placement.dp
-    length = config.data.sequence_length
-    found = {}
-    for method in Method:
-        flops = row_flops(config.model, replace(config.attention, method=method), [length]).model
-        found[method] = {"tokens": rows * length, "flops": rows * flops}
-    return found

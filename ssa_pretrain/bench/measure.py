@@ -2,13 +2,13 @@
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ssa_pretrain.bench.options import DEFAULT_VOCAB, Options
 from ssa_pretrain.bench.tables import Result
-from ssa_pretrain.bench.timing import time_in_turns
+from ssa_pretrain.bench.timing import Timing, mean_timing, time_in_turns
 from ssa_pretrain.bench.variants import Variant
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.monitor.environment import versions
@@ -37,11 +37,10 @@ def measure(
     on_gpu = placement.device.type == "cuda"
     device = torch.cuda.get_device_name(placement.device) if on_gpu else "CPU"
     variants = build(config, placement, config.model.vocab_size or DEFAULT_VOCAB)
-    timings = time_in_turns(
-        [v.run for v in variants], rounds=options.rounds, runs_per_turn=options.runs, warmup=3 if on_gpu else 1
-    )
+    timings = _timings(variants, options, warmup=3 if on_gpu else 1)
     results = []
-    for variant, timing in zip(variants, timings, strict=True):
+    for variant in variants:
+        timing = timings[variant.name]
         seconds, world = timing.ms / 1e3, placement.world_size
         precision = PrecisionName.fp8 if variant.name.endswith("fp8") else config.precision.name
         peak = peak_flops(device, precision)
@@ -50,7 +49,7 @@ def measure(
         results.append(
             Result(
                 case=case,
-                model=options.model,
+                model=f"{options.model}, {variant.model}" if variant.model else options.model,
                 variant=variant.name,
                 ms=timing.ms,
                 spread=timing.spread,
@@ -69,6 +68,17 @@ def measure(
     if on_gpu:
         torch.cuda.empty_cache()
     return results
+
+
+def _timings(variants: Sequence[Variant], options: Options, warmup: int) -> dict[str, Timing]:
+    """Returns the timing of each variant by name: those with a run in turns, then the means."""
+    runs = {variant.name: variant.run for variant in variants if variant.run is not None}
+    measured = time_in_turns(list(runs.values()), rounds=options.rounds, runs_per_turn=options.runs, warmup=warmup)
+    timings = dict(zip(runs, measured, strict=True))
+    for variant in variants:
+        if variant.run is None:
+            timings[variant.name] = mean_timing([(weight, timings[name]) for name, weight in variant.mean_of.items()])
+    return timings
 
 
 def _versions() -> str:

@@ -11,7 +11,9 @@ from ssa_pretrain.errors import UsageError
 from ssa_pretrain.planning.memory import count_parameters
 
 MODELS = CONF / "model"
-ONE_PROCESS = ("8k", "32k", "optimizer", "fp8", "recompute")
+ONE_PROCESS = ("8k", "32k", "share", "share_8k", "share_32k", "share_128k", "optimizer", "fp8", "recompute")
+SHORTHANDS = {"share": ("share_8k", "share_32k")}
+LENGTHS = {"32k": 4, "share_32k": 4, "share_128k": 16}  # how many times `length` the rows of a case are long
 TWO_PROCESSES = ("dp2", "tp2", "tp2_overlap")
 DEFAULT_VOCAB = 4096  # for models whose vocabulary is the tokenizer's
 CPU_PARAMETERS = 50_000_000
@@ -49,6 +51,7 @@ def read_options(arguments: Sequence[str], world_size: int) -> Options:
         raise UsageError(
             f"cases={','.join(wrong)} must be among {', '.join(known)} with {world_size} process(es); {hint}"
         )
+    cases = tuple(dict.fromkeys(part for case in cases for part in SHORTHANDS.get(case, (case,))))
     numbers: dict[str, int] = {}
     for name in ("length", "rows", "rounds", "runs"):
         text = given.pop(name, str(Options.__dataclass_fields__[name].default))
@@ -68,7 +71,8 @@ def require_small(options: Options) -> None:
     """Raises UsageError if a case is too large for a CPU."""
     config = bench_config(options)
     count, _ = count_parameters(config, config.model.padded_vocab_size(config.model.vocab_size or DEFAULT_VOCAB))
-    tokens = options.rows * options.length * (4 if "32k" in options.cases else 1)
+    longest = max(LENGTHS.get(case, 1) for case in options.cases)
+    tokens = options.length * max(options.rows, longest)
     if count > CPU_PARAMETERS or tokens > CPU_TOKENS:
         raise UsageError(
             f"model={options.model} ({count / 1e6:,.0f} million parameters) with {tokens:,} tokens needs a GPU, and torch sees none; "

@@ -98,10 +98,15 @@ def _ratio_lines(found: Sequence[tuple[Goal, float]]) -> list[str]:
 
 def _result_lines(results: Mapping[str, Result]) -> list[str]:
     """Returns the table of results, with device, versions and command of the newest."""
-    lines = ["| variant | ms | tokens/s per GPU | TFLOP/s per GPU | MFU | peak, GiB |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| variant | model | ms | spread | tokens/s per GPU | TFLOP/s per GPU | MFU | peak, GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for result in results.values():
         cells = (
+            result.model,
             f"{result.ms:.2f}",
+            f"{result.spread:.1%}",
             _cell(result.tokens_per_second_per_gpu, ",.0f"),
             _cell(result.model_tflops_per_gpu, ".0f"),
             _cell(result.mfu, ".1%"),

@@ -23,6 +23,16 @@ class Timing:
     peak_bytes: int | None
 
 
+def mean_timing(parts: Sequence[tuple[float, Timing]]) -> Timing:
+    """Returns the mean time of (weight, timing) pairs, with the largest spread and peak among them; the weights add up to 1."""
+    peaks = [timing.peak_bytes for _, timing in parts if timing.peak_bytes is not None]
+    return Timing(
+        ms=sum(weight * timing.ms for weight, timing in parts),
+        spread=max(timing.spread for _, timing in parts),
+        peak_bytes=max(peaks, default=None),
+    )
+
+
 def time_in_turns(
     runs: Sequence[Callable[[], object]], *, rounds: int, runs_per_turn: int, warmup: int
 ) -> list[Timing]:

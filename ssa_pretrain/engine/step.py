@@ -4,10 +4,10 @@ How the loss is normalised. A step's total is
 
     sum of masked cross entropies / labels that count in the global batch  +  alpha * mean over layers of the alignment,
 
-where the alignment is a mean over all tokens of the global batch except padding. With counterpart_share r it is estimated: each query is drawn with
-probability r (schedule.py), and the sum over the drawn queries divided by r has the sum over all queries as its expectation (Horvitz-Thompson,
-docs/counterpart.md). This is exact for any batch: the divisor is r times the number of tokens, not the number of drawn queries, and a step that
-draws none has no alignment gradient.
+where the alignment is a mean over all tokens of the global batch except padding. With counterpart_share below 1 it is estimated: each query of a
+microbatch is drawn with probability r (schedule.py; r depends on the main stream), and the sum over the drawn queries divided by r has the sum over
+all queries as its expectation (Horvitz-Thompson, docs/counterpart.md). This is exact for any batch: the divisor is r times the number of tokens, not
+the number of drawn queries, and a step that draws none has no alignment gradient.
 
 megatron-core and DeepSpeed both divide a microbatch's loss by the number of microbatches and average gradients over data ranks. So the cross entropy
 enters as sum * (microbatches * dp / labels), with the labels counted over the global batch before the forward. Under context parallelism
@@ -20,7 +20,7 @@ computes, and a tensor rank's mean over its heads. So it enters with scale
 Both terms are then independent of accumulation, dp, cp, tp and pp.
 
 Padding (data/batches.py) and queries that the chosen blocks cover (counterpart.py) have alignment 0 and captured mass 1, whether they are computed
-or not. The results are means over the drawn queries except padding.
+or not. The results are means over the drawn queries except padding, in which a query counts for 1 / r.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, StepRes
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement
-from ssa_pretrain.schedule import Place, counterpart_spans, main_stream
+from ssa_pretrain.schedule import Place, counterpart_spans, main_stream, share_drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,14 @@ class Route:
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: whether the other stream is computed too.
         spans: (first, length) of the queries that compute it, among this rank's; None: all.
+        weight: what a drawn query counts for in the means.
         alignment_scale: d(total loss) / d(one layer's local alignment), on the device; None: no gradient.
     """
 
     main: str
     counterpart: bool = False
     spans: list[Span] | None = None
+    weight: float = 1.0
     alignment_scale: Tensor | None = None
 
 
@@ -65,7 +67,7 @@ class Counts:
     Attributes:
         labels: labels that count.
         tokens: tokens other than padding.
-        drawn: of these, the queries that alignment and captured mass are means over.
+        drawn: of these, the queries that alignment and captured mass are means over, by weight.
     """
 
     labels: Tensor
@@ -118,19 +120,19 @@ class Microbatches:
         """Returns this context rank's part of each microbatch, on the device."""
         return [self.context.split(b).to(self.placement.device) for b in batches]
 
-    def count(self, batches: Sequence[Batch], num_drawn: int | None = None) -> Counts:
+    def count(self, batches: Sequence[Batch], drawn: float | None = None) -> Counts:
         """Returns the counts over the global batch; every rank calls it.
 
         Args:
             batches: this rank's, localised.
-            num_drawn: drawn queries of these whole microbatches, except padding; None: all.
+            drawn: drawn queries of these whole microbatches, except padding, by weight; None: all, with weight 1.
         """
         total = torch.zeros(3, dtype=torch.float64, device=self.placement.device)
         for batch in batches:
             total[0] += batch.loss_mask.sum(dtype=torch.float64)
         tokens = sum(self.context.num_tokens(batch) - batch.num_padding for batch in batches)
         total[1].fill_(tokens / self.context.size)  # every context rank counts whole microbatches
-        total[2].fill_((tokens if num_drawn is None else num_drawn) / self.context.size)
+        total[2].fill_((tokens if drawn is None else drawn) / self.context.size)
         dist.all_reduce(total, group=self.placement.groups.dp_cp)
         return Counts(*total)
 
@@ -143,29 +145,30 @@ class Microbatches:
         """
         attention, length = self.config.attention, self.config.data.sequence_length
         common = {"seed": self.config.seed, "step": step, "num_microbatches": len(batches) * self.placement.dp}
-        mains, queries = [], []
+        drawn = []
         for batch in batches:
             place = Place(**common, microbatch=batch.index)
-            drawn = counterpart_spans(attention, place, rows=len(batch.positions) // length, row_length=length)
-            mains.append(main_stream(attention, place))
-            queries.append(counterpart_queries(attention, batch, drawn))
+            spans = counterpart_spans(attention, place, rows=len(batch.positions) // length, row_length=length)
+            main = main_stream(attention, place)
+            drawn.append((main, share_drawn(attention, main), counterpart_queries(attention, batch, spans)))
         localised = self.localise(batches)
-        counts = self.count(localised, sum(q.num_drawn for q in queries))
-        routes = [self._route(*each, counts.tokens) for each in zip(mains, queries, localised, strict=True)]
+        counts = self.count(
+            localised, sum(queries.num_drawn / share for _, share, queries in drawn if queries.num_drawn)
+        )
+        routes = [self._route(*each, batch, counts.tokens) for each, batch in zip(drawn, localised, strict=True)]
         return localised, routes, StepSums(counts, common["num_microbatches"] / counts.labels)
 
-    def _route(self, main: str, queries: CounterpartQueries, batch: Batch, tokens: Tensor) -> Route:
-        """Returns the route of a localised microbatch in a training step over `tokens` tokens."""
+    def _route(self, main: str, share: float, queries: CounterpartQueries, batch: Batch, tokens: Tensor) -> Route:
+        """Returns the route of a localised microbatch in a training step over `tokens` tokens; `share` is its queries' probability to be drawn."""
         spans, computed = None, len(batch.positions)
         if queries.spans is not None:
             spans = self.context.own_spans(queries.spans, self.context.num_tokens(batch))
             computed = total(spans)
         if computed == 0:
             return Route(main)
-        attention, tp = self.config.attention, self.config.parallel.tp
-        scale = attention.alignment_weight * self.placement.dp * self.context.size * computed
-        scale /= self.config.model.num_layers * tp * attention.counterpart_share
-        return Route(main, True, spans, (scale / tokens).float())
+        scale = self.config.attention.alignment_weight * self.placement.dp * self.context.size * computed
+        scale /= self.config.model.num_layers * self.config.parallel.tp * share
+        return Route(main, True, spans, 1.0 / share, (scale / tokens).float())
 
     def pack(self, batch: Batch, route: Route) -> PackedTokens:
         """Returns a localised microbatch's packing for the layers."""
@@ -190,6 +193,7 @@ class Microbatches:
             main=route.main,
             counterpart=route.counterpart,
             sample=sample_queries(documents, route.spans) if route.spans else None,
+            weight=route.weight,
             alignment_scale=route.alignment_scale,
         )
 
@@ -224,7 +228,7 @@ class Microbatches:
     def _reduce(self, sums: StepSums) -> Tensor:
         """Returns the sums over all ranks, on the device: tensor ranks are averaged, stages, context and data ranks added.
 
-        By layer, over the computed queries: the alignments, and the masses that are not captured. Queries that are not computed have 0 of both.
+        By layer, over the computed queries by weight: the alignments, and the masses that are not captured. Queries that are not computed have 0 of both.
         Then the cross entropies, the number of microbatches whose main stream was full, and the number of all microbatches.
         """
         num_layers = self.config.model.num_layers
@@ -232,7 +236,7 @@ class Microbatches:
         numbers = sorted({number for packed in sums.packed for number in packed.diagnostics})
         if numbers:
             seen = [[p for p in sums.packed if number in p.diagnostics] for number in numbers]
-            queries = self._copy_to_device([[_num_computed(p) for p in packed] for packed in seen])
+            queries = self._copy_to_device([[p.weight * _num_computed(p) for p in packed] for packed in seen])
             layers = [p.diagnostics[number] for number, packed in zip(numbers, seen, strict=True) for p in packed]
             alignment = torch.stack([layer.alignment_loss for layer in layers]).double().view(queries.shape)
             mass = torch.stack([layer.captured_mass for layer in layers]).double().view(queries.shape)
@@ -247,7 +251,7 @@ class Microbatches:
         dist.all_reduce(vector)
         return vector / self.config.parallel.tp
 
-    def _copy_to_device(self, values: list[list[int]]) -> Tensor:
+    def _copy_to_device(self, values: list[list[float]]) -> Tensor:
         """Returns numbers of the host on the device, without waiting for it."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.placement.device.type == "cuda":
@@ -255,7 +259,7 @@ class Microbatches:
         return tensor.to(self.placement.device, non_blocking=True)
 
     def _means(self, sums: list[float], drawn: float) -> _Means:
-        """Returns the values of `_reduce` by name; `drawn` is the number of queries that the layers' means are over."""
+        """Returns the values of `_reduce` by name; `drawn` is the queries that the layers' means are over, by weight."""
         n = self.config.model.num_layers
         alignments, uncaptured, (cross_entropy_sum, full, every) = sums[:n], sums[n : 2 * n], sums[2 * n :]
         return _Means(

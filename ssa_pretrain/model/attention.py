@@ -55,6 +55,7 @@ class PackedTokens(PackedSeqParams):
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: whether the other stream is computed too, for the alignment and the captured mass.
         sample: the queries of `documents` that compute the other stream; None: all of them.
+        weight: what a query that computes the other stream counts for in the engine's means of alignment and captured mass.
         alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None: no gradient.
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
     """
@@ -66,6 +67,7 @@ class PackedTokens(PackedSeqParams):
     main: str = "full"
     counterpart: bool = False
     sample: SampledQueries | None = None
+    weight: float = 1.0
     alignment_scale: float | Tensor | None = None
     diagnostics: dict[int, LayerDiagnostics] = field(default_factory=dict)
 

@@ -87,10 +87,10 @@ def _costs(
         return [batch.rows * base[main] for main in mains]
     pairs = num_pairs(batch.row_length)
     each = {main: (row.computed(main, 1.0) - base[main]) / pairs for main in base}
-    common = {"seed": seed, "step": step, "num_rows": batch.rows * len(mains), "row_length": batch.row_length}
+    common = {"seed": seed, "step": step, "num_microbatches": len(mains)}
     costs = []
     for number, main in enumerate(mains):
-        places = range(number * batch.rows, (number + 1) * batch.rows)
-        drawn = sum(counterpart_pairs(attention.counterpart_share, row=place, **common) for place in places)
+        place = Place(**common, microbatch=number)
+        drawn = sum(counterpart_pairs(attention, place, rows=batch.rows, row_length=batch.row_length))
         costs.append(batch.rows * base[main] + drawn * each[main])
     return costs

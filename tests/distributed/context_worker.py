@@ -3,23 +3,19 @@
 Arguments: a JSON file with the cases (name -> configuration overrides) and the folder for results. A row of 96 tokens is cut at 24, 48 and 72 for two context ranks and every 12 tokens for four, in blocks of 16: only one cut lies on the block grid.
 """
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.context import ContextParallel
-from ssa_pretrain.parallel.state import Placement, start
-from support.layout_worker import VOCAB, by_layout, capture_first_gradients, configure, rows_with_documents
+from ssa_pretrain.parallel.state import Placement
+from support.layout_worker import VOCAB, capture_first_gradients, rows_with_documents, run_cases
 
 STEPS = 4
 # Where documents begin in each row of a step. Single tokens at the row's ends and on both sides of the ranks' borders; one document over all
@@ -107,21 +103,13 @@ def check_gather_order(context: ContextParallel) -> None:
     assert found.flatten().tolist() == [10 * p for p in (tokens - 1, 0, 7, 7, tokens // 2)]
 
 
-def main() -> None:
-    """Runs all cases of the file, layout by layout."""
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    configs = {name: configure(overrides) for name, overrides in cases.items()}
-    for layout, names in by_layout(configs):
-        placement = start(layout, seed=1)
-        context = ContextParallel(placement.groups.cp)
-        check_gather_order(context)
-        if context.size == 4:
-            check_gradient_sum_precision(context)
-        for name in names:
-            run_case(name, configs[name], placement, out)
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
+def check_context(placement: Placement) -> None:
+    """Checks the context-parallel operations of a layout before its cases run."""
+    context = ContextParallel(placement.groups.cp)
+    check_gather_order(context)
+    if context.size == 4:
+        check_gradient_sum_precision(context)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(run_case, check_context)

@@ -21,15 +21,8 @@ from ssa_kernels import (
     swiglu,
 )
 from ssa_kernels.documents import ARRAYS, document_ends, layout_to
+from support.kernel_impls import IMPLS
 
-IMPLS = ["reference"]
-try:
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        IMPLS.append("triton")
-except ImportError:
-    pass
 both = pytest.mark.parametrize("impl", IMPLS)
 interpreted = pytest.mark.skipif("triton" not in IMPLS, reason="needs TRITON_INTERPRET=1 before Triton is imported")
 

@@ -13,15 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ssa_kernels
-
-IMPLS = ["reference"]
-try:
-    import triton
-
-    if triton.knobs.runtime.interpret:
-        IMPLS.append("triton")
-except ImportError:
-    pass
+from support.kernel_impls import IMPLS
 
 T, H, G, D, K, N, V = 10, 4, 2, 16, 2, 2, 12
 ENDS = torch.tensor([0, 3, 10], dtype=torch.int32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import shapes
 from bench.activations import activation_rows
 from bench.bounds import Stage, table
 from bench.cases import Row
@@ -41,6 +42,17 @@ def test_sink_counts_block_0_unless_it_is_the_own_block():
     layout = layout_of(6)
     indices = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 1], [0, 2], [1, 2]]).view(6, 1, 2)
     assert sink_fraction(indices, layout) == 3 / 4
+
+
+@pytest.mark.parametrize("shape", [shapes.SHAPE_8K, shapes.SHAPE_32K], ids=lambda shape: shape.name)
+def test_sample_is_a_quarter_of_each_row_at_the_mean_cost(shape):
+    slices = shapes.mirrored_slices(shape)
+    queries = torch.cat([torch.arange(first, first + length) for first, length in slices])
+    assert torch.equal(queries, queries.unique())
+    assert torch.equal(
+        torch.bincount(queries // shape.row_length), torch.full((shape.num_rows,), shape.row_length // 4)
+    )
+    assert (queries % shape.row_length + 1).double().mean().item() == (shape.row_length + 1) / 2
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,37 @@ def test_layout_equals_a_direct_count(cu_seqlens, tokens, block_size):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("block_size", [1, 4, 100])
+@pytest.mark.parametrize("lengths", [(5, 0, 3, 40), (0,), (1,) * 2500, (0, 1, 2) * 700])
+def test_kernels_compute_the_same_arrays(lengths, block_size, dtype):
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported")
+    from ssa_kernels.documents import ARRAYS
+    from ssa_kernels.documents_triton import layout_arrays
+
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+    apart = torch.stack([cu_seqlens, cu_seqlens + 7], 1)[:, 0]  # a view with a stride
+    tokens = max(int(cu_seqlens[-1]) + 3, 1)
+    layout = build_layout(cu_seqlens, num_tokens=tokens, block_size=block_size)
+    for given in (cu_seqlens, apart):
+        arrays = layout_arrays(given, num_tokens=tokens, block_size=block_size, num_block_rows=layout.num_block_rows)
+        assert all(torch.equal(arrays[name], getattr(layout, name)) for name in ARRAYS)
+
+
+def test_kernels_clamp_boundaries_into_order():
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported")
+    from ssa_kernels.documents_triton import layout_arrays
+
+    wrong = torch.tensor([3, 9, 4, -(2**40), 2**40, 5])
+    arrays = layout_arrays(wrong, num_tokens=20, block_size=4, num_block_rows=11)
+    assert arrays["cu_seqlens"].tolist() == [0, 9, 9, 9, 20, 20, 20]
+    assert arrays["query_start"].tolist() == [0] * 9 + [9] * 11
+
+
 def test_implementation_follows_the_device_without_silent_fallback():
     here = torch.zeros(1)
     assert resolve_impl(None, here, "op") == "reference"

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from ssa_kernels import build_layout, query_slice, query_spans, sample_queries, ssa_attention
+from ssa_kernels import build_layout, gate, gate_and_align, query_slice, query_spans, sample_queries, ssa_attention
 from ssa_kernels.documents import layout_to
 from ssa_kernels.full_attention import fused, te
 
@@ -43,11 +43,11 @@ def test_layout_of_a_sample_is_that_of_its_queries(documents, slices):
     x = torch.randn(TOKENS, 3)
     assert torch.equal(sample.take(x), x[queries_of(SLICES[slices])])
     part = torch.randn(sample.layout.num_queries, 3)
-    written, added = x.clone(), x.clone()
-    sample.write(written, part)
+    added, rows = x.clone(), queries_of(SLICES[slices])
     sample.add(added, part)
-    rows = queries_of(SLICES[slices])
-    assert torch.equal(written, x.index_copy(0, rows, part)) and torch.equal(added, x.index_add(0, rows, part))
+    assert torch.equal(added, x.index_add(0, rows, part))
+    assert torch.equal(sample.places[rows], torch.arange(len(rows), dtype=torch.int32))
+    assert (sample.places >= 0).sum() == len(rows)
     assert layout_to(sample.layout, "meta").segments.first_key.is_meta
 
 
@@ -172,3 +172,42 @@ def fused_reference(q, k, v, layout):
     from ssa_kernels import full_attention
 
     return full_attention(q, k, v, cu_seqlens=layout, scale=SCALE, return_lse=True, impl="reference")
+
+
+@pytest.mark.parametrize("main", ["full", "sparse"])
+@pytest.mark.parametrize("dim", [8, 12])
+def test_gate_of_all_and_alignment_of_a_sample(main, dim):
+    """The kernels, interpreted, against the public operators in float64 on the copied rows."""
+    pytest.importorskip("triton")
+    from ssa_kernels.gate_and_align.sampled import sampled_backward, sampled_forward
+
+    sample = sample_queries(layout_of("ragged"), SLICES["some"])
+    generator = torch.Generator().manual_seed(3)
+    size = sample.layout.num_queries
+    o_main, o_other = (2 * torch.randn(n, 4, dim, generator=generator) for n in (TOKENS, size))
+    logits, grad_out = torch.randn(TOKENS, 4, generator=generator), torch.randn(TOKENS, 4, dim, generator=generator)
+    lse_main, lse_other = (torch.randn(n, 4, generator=generator) for n in (TOKENS, size))
+    weights, grad_loss = (0.7, 1.3), torch.tensor(900.0)
+
+    leaves = [x.double().requires_grad_() for x in (o_main, o_other, logits)]
+    wanted = gate(leaves[0], leaves[2])
+    streams = (sample.take(leaves[0]), leaves[1])
+    full, sparse = streams if main == "full" else streams[::-1]
+    _, loss = gate_and_align(full, sparse, sample.take(leaves[2]), main=main, weights=weights)
+    gradients = torch.autograd.grad((wanted, loss), leaves, (grad_out.double(), grad_loss.to(loss.dtype)))
+    mass = torch.exp((lse_other - sample.take(lse_main)) * (1 if main == "full" else -1)).mean()
+
+    rows = lse_main.view(2, 60, 4).transpose(1, 2).contiguous().transpose(1, 2)  # as a library may lay it out
+    other = lse_other.t().contiguous().t()
+    out, found_loss, found_mass = sampled_forward(o_main, o_other, logits, sample.places, main, weights, rows, other)
+    do_main, do_other, delta_main, delta_other, grad_logits = sampled_backward(
+        o_main, o_other, logits, sample.places, grad_out, grad_loss, main, weights
+    )
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(out.double(), wanted.detach(), **close)
+    torch.testing.assert_close(found_loss.double(), loss.detach().double(), **close)
+    torch.testing.assert_close(found_mass, mass, **close)
+    for got, want in zip((do_main, do_other, grad_logits), gradients, strict=True):
+        torch.testing.assert_close(got.double(), want, **close)
+    torch.testing.assert_close(delta_main, (do_main * o_main).sum(-1), **close)
+    torch.testing.assert_close(delta_other, (do_other * o_other).sum(-1), **close)

@@ -159,3 +159,57 @@ def test_query_spans_far_apart():
     arguments = {"block_size": 1, "top_k": 2, "cu_seqlens": part}
     ours, theirs = (select_blocks(q[queries], k, impl=impl, **arguments) for impl in ("triton", "reference"))
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("score", "block_size", "top_k"), [("softmax_sum", 1, 5), ("per_head", 1, 5), ("official_compat", 4, 3)]
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_longer_documents_than_expected(monkeypatch, score, block_size, top_k, together):
+    """The choice does not depend on the documents that a call expects, and the longest one reaches the next call."""
+    from ssa_kernels.select import launch
+    from ssa_kernels.select.long_documents import LongestSeen
+
+    bounds = [block_size * x for x in (0, 3, 20, 700)]
+    tokens = 720 * block_size
+    layout = build_layout(torch.tensor(bounds), num_tokens=tokens, block_size=block_size)
+    q, k = make(tokens, 32 if score == "softmax_sum" else 8, 1)
+    near = slice(694 * block_size, 694 * block_size + 30, 1)
+    numbers = torch.tensor([5, 19, 300, 400, 501, 531, 690, 699, 700, 719]) * block_size
+    queries = near if together else numbers
+    arguments = {"block_size": block_size, "top_k": top_k, "cu_seqlens": query_slice(layout, queries), "score": score}
+    seen = LongestSeen(torch.device("cpu"))
+    monkeypatch.setattr(launch, "longest_seen", lambda *_: seen)
+    unknown = select_blocks(q[queries], k, impl="triton", **arguments)
+    position = int(arguments["cu_seqlens"].query_position.max())
+    assert seen.tokens == position + 1 > 512 * block_size
+    for expected in (seen.tokens, 100):
+        seen.on_host.fill_(expected)
+        assert torch.equal(select_blocks(q[queries], k, impl="triton", **arguments), unknown)
+    assert torch.equal(unknown, select_blocks(q[queries], k, impl="reference", **arguments))
+
+
+def test_what_was_seen_reaches_the_host_in_any_mode():
+    from ssa_kernels.select.long_documents import LongestSeen
+
+    with torch.inference_mode():
+        seen = LongestSeen(torch.device("cpu"))
+    assert seen.tokens == 0
+    seen.on_device.fill_(7)
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        with mode:
+            seen.send()
+    assert seen.tokens == 7
+
+
+def test_a_layout_with_a_bound_expects_nothing(monkeypatch):
+    from ssa_kernels.select import launch
+
+    layouts = [
+        build_layout(torch.tensor([0, 700]), num_tokens=700, block_size=1),
+        build_layout(torch.tensor([0, 500, 700]), num_tokens=700, block_size=1, max_length=600),
+        build_layout(torch.tensor([0, 500, 700]), num_tokens=700, block_size=2),  # one pass of top-k holds any document
+    ]
+    assert [launch._longest_seen(layout, 4) for layout in layouts] == [None, None, None]
+    unknown = build_layout(torch.tensor([0, 500, 700]), num_tokens=700, block_size=1)
+    assert launch._longest_seen(unknown, 1) is None and launch._longest_seen(unknown, 4) is not None

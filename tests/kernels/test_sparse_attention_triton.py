@@ -176,6 +176,21 @@ def test_logits_far_above_the_reference(tensor_core, heads):
 
 
 @interpreted
+@pytest.mark.parametrize("heads", [16, 4])
+def test_dominant_keys_outside_the_own_tile(tensor_core, heads):
+    """The weights that multiply V add up to 1, so o is almost as near as float64's o rounded once: 1.08. Divided by the unrounded sum: 1.3.
+
+    Larger keys would overflow float16, and the kernel would start again with the exact maximum, which hides the difference.
+    """
+    q, k, v, _, indices, layout = make([0, 40], heads, 1, 64, 16, 3)
+    k[:16] *= 4
+    o, _ = tensor_core.forward(q, k, v, indices, layout, 0.125)
+    mask = oracle.visible(indices, [0, 40], 40, heads, 16)
+    exact, _ = oracle.attention(q.double(), k.double(), v.double(), mask, 0.125)
+    require_as_near(o[16:], exact[16:].half(), exact[16:], factor=1.2)
+
+
+@interpreted
 def test_precomputed_delta(tensor_core):
     inputs = make(DOCUMENTS, 16, 1, 64, 16, 2)
     delta = (public(*inputs, impl="reference")[0].float() * inputs[3].float()).sum(-1)

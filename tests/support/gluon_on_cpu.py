@@ -88,6 +88,7 @@ def _language():
         setattr(gl, name, lambda *args, **kwargs: None)
     gl.arange = lambda first, end, layout: tl.arange(tl.constexpr(first), tl.constexpr(getattr(end, "value", end)))
     gl.zeros = lambda shape, dtype, layout: tl.zeros(shape, dtype)
+    gl.full = lambda shape, value, dtype, layout: tl.full(shape, value, dtype)
     gl.convert_layout = lambda x, layout, assert_trivial=False: x
     gl.num_warps = lambda: 1
     gl.static_range = range

@@ -7,7 +7,7 @@ cases of one layout share the process groups: core never destroys them, and each
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from ssa_pretrain.config import Config, ParallelConfig
+from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
@@ -155,18 +155,16 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
     torch.save(part, out / f"{name}.{placement.rank}.pt")
 
 
-def by_layout(configs: dict[str, Config]) -> Iterator[tuple[ParallelConfig, Iterator[str]]]:
-    """Yields each layout with the names of its cases."""
-    ordered = sorted(configs, key=lambda name: repr(configs[name].parallel))
-    return itertools.groupby(ordered, key=lambda name: configs[name].parallel)
-
-
-def main() -> None:
-    """Runs all cases of the file, layout by layout."""
+def run_cases(
+    run_case: Callable[[str, Config, Placement, Path], None], prepare: Callable[[Placement], None] = lambda _: None
+) -> None:
+    """Runs all cases of the file, layout by layout; `prepare` is called once per layout."""
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configs = {name: configure(overrides) for name, overrides in cases.items()}
-    for layout, names in by_layout(configs):
+    ordered = sorted(configs, key=lambda name: repr(configs[name].parallel))
+    for layout, names in itertools.groupby(ordered, key=lambda name: configs[name].parallel):
         placement = start(layout, seed=1)
+        prepare(placement)
         for name in names:
             run_case(name, configs[name], placement, out)
         dist.barrier()
@@ -174,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(run_case)

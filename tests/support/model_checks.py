@@ -367,6 +367,7 @@ def test_leaving_out_covered_queries_changes_nothing(placement, monkeypatch, mod
     from ssa_pretrain.engine import build_engine, counterpart
     from ssa_pretrain.engine import step as engine_step
 
+    monkeypatch.setattr(counterpart, "CELL", 2)
     config = small_config()
     config.attention.score = score
     config.attention.full_ratio, config.attention.alignment_weight = float(mode == "full"), 500.0

@@ -15,6 +15,7 @@ from ssa_pretrain.schedule import (
     group_size,
     main_stream,
     num_pairs,
+    share_drawn,
 )
 
 SIZES = (1, 2, 3, 6, 8, 192, 384, 1024)  # microbatches of a global batch
@@ -103,8 +104,10 @@ def test_one_stream_methods_never_draw(method, stream):
 
 
 def spans(share: float, step: int, rows: int = 2, length: int = 64, **more) -> list[tuple[int, int]]:
+    """Returns the spans of a microbatch; by default its main stream is full as in all others, so that its share is the setting's."""
     place = Place(seed=1, step=step, microbatch=3, num_microbatches=12)
-    return counterpart_spans(AttentionConfig(counterpart_share=share, **more), place, rows=rows, row_length=length)
+    attention = AttentionConfig(**{"full_ratio": 1.0, "counterpart_share": share, **more})
+    return counterpart_spans(attention, place, rows=rows, row_length=length)
 
 
 def test_every_query_has_a_counterpart_if_the_share_is_one():
@@ -162,22 +165,69 @@ def test_context_ranks_have_equal_numbers_of_pairs(share, cp):
         assert {*held} == {round(share * 8) // cp}
 
 
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.5, 0.3, 0.25, 0.125, 0.05])
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
+def test_the_two_shares_average_to_the_setting(share, ratio):
+    attention = AttentionConfig(counterpart_share=share, full_ratio=ratio)
+    full, sparse = (share_drawn(attention, main) for main in ("full", "sparse"))
+    assert 0 < sparse <= full <= 1 and ratio * full + (1 - ratio) * sparse == pytest.approx(share)
+    assert full == 1.0 or full == pytest.approx(3 * sparse)
+    for one in (0.0, 1.0):
+        alone = AttentionConfig(counterpart_share=share, full_ratio=one)
+        assert share_drawn(alone, "full" if one else "sparse") == pytest.approx(share)
+
+
+def test_a_share_of_one_draws_all():
+    assert {share_drawn(AttentionConfig(full_ratio=p), main) for p in (0.3, 0.5) for main in ("full", "sparse")} == {
+        1.0
+    }
+
+
+@pytest.mark.parametrize("share", [0.25, 0.125])
+def test_each_query_is_drawn_with_its_streams_probability(share):
+    attention, steps, drawn = AttentionConfig(counterpart_share=share), 4000, {"full": [], "sparse": []}
+    for step in range(steps):
+        place = Place(seed=1, step=step, microbatch=5, num_microbatches=8)
+        mask = np.zeros(64, dtype=bool)
+        for first, number in counterpart_spans(attention, place, rows=1, row_length=64):
+            mask[first : first + number] = True
+        drawn[main_stream(attention, place)].append(mask)
+    for main, masks in drawn.items():
+        expected = share_drawn(attention, main)
+        error = (expected * (1 - expected) / len(masks)) ** 0.5
+        assert len(masks) > steps / 3 and abs(np.mean(masks, axis=0) - expected).max() <= 4.5 * error
+
+
+def pairs_of_step(share: float, num_rows: int, step: int, ratio: float) -> tuple[list[int], list[str]]:
+    """Returns the pairs that each row of a step draws and the rows' main streams, with one row per microbatch."""
+    attention, counts, mains = AttentionConfig(counterpart_share=share, full_ratio=ratio), [], []
+    for number in range(num_rows):
+        place = Place(seed=5, step=step, microbatch=number, num_microbatches=num_rows)
+        counts += counterpart_pairs(attention, place, rows=1, row_length=64)
+        mains.append(main_stream(attention, place))
+    return counts, mains
+
+
 @pytest.mark.parametrize("share", [0.3, 0.1, 0.05, 1 / 16, 0.9])
 @pytest.mark.parametrize("num_rows", [1, 6, 384, 1000])
-def test_a_step_has_the_share_to_within_one_pair(share, num_rows):
-    common = {"seed": 5, "num_rows": num_rows, "row_length": 64}
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_a_group_has_its_share_to_within_one_pair(share, num_rows, ratio):
+    attention = AttentionConfig(counterpart_share=share, full_ratio=ratio)
+    size = group_size(num_rows) if ratio < 1 else num_rows
     for step in range(10):
-        counts = [counterpart_pairs(share, step=step, row=row, **common) for row in range(num_rows)]
-        assert abs(sum(counts) - 8 * share * num_rows) < 1 + 1e-9
+        counts, mains = pairs_of_step(share, num_rows, step, ratio)
+        for first in range(0, num_rows, size):
+            mean = 8 * share_drawn(attention, mains[first])
+            assert abs(sum(counts[first : first + size]) - mean * size) < 1 + 1e-9
 
 
 @pytest.mark.parametrize("share", [0.3, 0.1, 1 / 16])
 @pytest.mark.parametrize("dp", [2, 8, 64, 128])
-def test_a_data_rank_has_the_share_to_within_one_pair(share, dp):
-    common = {"seed": 5, "num_rows": 384, "row_length": 64}
+def test_a_data_rank_has_its_share_to_within_one_pair(share, dp):
     for step in range(10):
-        counts = np.array([counterpart_pairs(share, step=step, row=row, **common) for row in range(384)])
-        assert abs(counts.reshape(-1, dp).sum(axis=0) - 8 * share * 384 / dp).max() < 1 + 1e-9
+        counts, _ = pairs_of_step(share, 384, step, 1.0)
+        by_rank = np.array(counts).reshape(-1, dp).sum(axis=0)
+        assert abs(by_rank - 8 * share * 384 / dp).max() < 1 + 1e-9
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ length changes that: Transformer Engine rounds both up to sizes for which it bui
 module. The log-sum-exp is a natural logarithm: [tokens, H, 1] for documents (cuDNN 9.6 and later on sm_90 and sm_100),
 [rows, H, tokens / rows, 1] for rows.
 
-Spans of queries (`query_spans`) are one batch of segments: each span's keys are copied one after another, a segment's queries are the last
-of the keys that it sees, and the causal mask is aligned at the bottom right.
+Spans of queries (`query_spans`) are one batch of segments: a segment's queries are the last of the keys that it sees, and the causal mask is
+aligned at the bottom right. Segments of different spans see the same keys, which the forward reads where they are. The backward gets copies
+of them, one span after another, and their gradients are added in float32 (span_sums.py).
 
 Not used in deterministic mode: for a deterministic backward on packed documents, version 2.20 with cuDNN 9.19 requests terabytes.
 """
@@ -74,7 +75,8 @@ def te_forward(
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
     lengths, ends, layout = _layout(cu_seqlens, num_rows, max_length, segments)
-    k, v = (_keys(x, segments) for x in (k, v))
+    if segments is not None:
+        layout["cu_seqlens_kv_padded"] = segments.first_key
     o, (lse, state) = fused_attn.fused_attn_fwd(
         True, *lengths, *ends, *(_shaped(x, num_rows) for x in (q, k, v)), q.dtype,
         fused_attn.FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=scale, **layout,
@@ -105,7 +107,10 @@ def te_backward(
     from transformer_engine.pytorch.cpp_extensions import fused_attn
 
     lengths, ends, layout = _layout(cu_seqlens, num_rows, max_length, segments)
-    keys = (_keys(x, segments) for x in (k, v))
+    keys = (k, v)
+    if segments is not None:
+        layout["cu_seqlens_kv_padded"] = segments.first_copy
+        keys = (torch.cat([x[first:end] for first, end in segments.key_ranges]) for x in (k, v))
     dq, dk, dv, *_ = fused_attn.fused_attn_bwd(
         *lengths, *ends, *(_shaped(x, num_rows) for x in (q, *keys, o, grad_o)), q.dtype, [lse, state],
         fused_attn.FusedAttnBackend["F16_arbitrary_seqlen"], attn_scale=scale, do_format=layout["o_format"],
@@ -113,7 +118,9 @@ def te_backward(
     )  # fmt: skip
     if segments is None:
         return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
-    return dq, _sum_over_spans(dk, k, segments), _sum_over_spans(dv, v, segments)
+    from .span_sums import sum_over_spans  # imported here because Triton may be missing on a CPU machine
+
+    return dq, *sum_over_spans(dk, dv, k, segments)
 
 
 def _layout(
@@ -121,13 +128,13 @@ def _layout(
 ) -> tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor], dict]:
     """Returns the maximum lengths and boundaries of queries and keys, and the keywords that name the layout.
 
-    Of equal rows only the number of boundaries is read.
+    Of equal rows only the number of boundaries is read. Where the keys of segments lie is left to the caller.
     """
     if segments is not None:
         # A power of two: the lengths of spans differ from batch to batch, and every other one would build another graph.
         longest = (1 << (segments.longest_q - 1).bit_length(), 1 << (segments.longest_k - 1).bit_length())
-        places = {"cu_seqlens_q_padded": segments.cu_seqlens_q, "cu_seqlens_kv_padded": segments.first_key}
-        return longest, (segments.cu_seqlens_q, segments.cu_seqlens_k), {**SEGMENTS, **places}
+        ends = (segments.cu_seqlens_q, segments.cu_seqlens_k)
+        return longest, ends, {**SEGMENTS, "cu_seqlens_q_padded": segments.cu_seqlens_q}
     if num_rows:
         ends = cu_seqlens[: num_rows + 1]
         return (max_length, max_length), (ends, ends), ROWS
@@ -137,17 +144,3 @@ def _layout(
 
 def _shaped(x: torch.Tensor, num_rows: int) -> torch.Tensor:
     return x.view(num_rows, -1, *x.shape[1:]) if num_rows else x
-
-
-def _keys(x: torch.Tensor, segments: SpanSegments | None) -> torch.Tensor:
-    """Returns k or v as the kernel takes it: copied for each span, one after another."""
-    return x if segments is None else torch.cat([x[first:end] for first, end in segments.key_ranges])
-
-
-def _sum_over_spans(grad: torch.Tensor, x: torch.Tensor, segments: SpanSegments) -> torch.Tensor:
-    """Returns the gradient of x, float32, from that of its copies; the spans are added in order."""
-    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    pieces = grad.view(-1, *x.shape[1:]).split([end - first for first, end in segments.key_ranges])
-    for (first, end), piece in zip(segments.key_ranges, pieces, strict=True):
-        total[first:end] += piece
-    return total

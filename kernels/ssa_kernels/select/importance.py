@@ -64,7 +64,7 @@ def _token_range(first_block_row_ptr, position_ptr, token, valid, num_queries, B
 
 
 @triton.jit
-def _tile_range(
+def tile_range(
     first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE: tl.constexpr, TILE_TOKENS: tl.constexpr
 ):
     """Returns (lo, hi, common): candidate block rows [lo, hi) of a tile of ascending queries; the first `common` are candidates of all."""
@@ -157,7 +157,7 @@ def softmax_sums_kernel(
     kv_heads = tl.num_programs(1)
     kv_head = tl.program_id(1)
     base = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE_TOKENS
-    lo, hi, common = _tile_range(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
+    lo, hi, common = tile_range(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
     TILE_ROWS: tl.constexpr = TILE_TOKENS * PADDED_GROUP
     r = tl.arange(0, TILE_ROWS)
     token, head = base + r // PADDED_GROUP, r % PADDED_GROUP
@@ -190,6 +190,96 @@ def softmax_sums_kernel(
             lse = top + tl.log2(total)
         out = (token.to(tl.int64) * kv_heads + kv_head) * GROUP_SIZE + head
         tl.store(lse_ptr + out, lse, mask=valid)
+
+
+@triton.jit
+def importance_of_tile(
+    q_ptr,
+    means,
+    first_block_row_ptr,
+    position_ptr,
+    lse_ptr,
+    importance_ptr,
+    bins_ptr,
+    base,
+    lo,
+    hi,
+    kv_head,
+    kv_heads,
+    row,
+    row_step,
+    num_queries,
+    stride_token,
+    stride_list,
+    scale_log2,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
+    FMA_SHARE: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    WITH_BINS: tl.constexpr,
+):
+    """Writes the importance of the block rows [lo, hi) to the tile of tokens from `base` on, and their bins.
+
+    The tile's first row of the workspace is `row`, the next token's `row + row_step`; with PER_HEAD each counts GROUP_SIZE rows.
+    """
+    # A thread of the tensor core's result holds the columns n with equal (n % 8) // 2. This order gives it whole groups.
+    TILE_ROWS: tl.constexpr = TILE_TOKENS * PADDED_GROUP
+    n = tl.arange(0, TILE_ROWS)
+    if PER_HEAD or PADDED_GROUP == 1:
+        token, head = n // PADDED_GROUP, n % PADDED_GROUP
+    else:
+        token = n % 8 // 2 * (TILE_TOKENS // 4) + n // (4 * PADDED_GROUP)
+        head = n // 8 % (PADDED_GROUP // 2) * 2 + n % 2
+    valid = (base + token < num_queries) & (head < GROUP_SIZE)
+    d = tl.arange(0, DIM)
+    at = (base + token).to(tl.int64) * stride_token + (kv_head * GROUP_SIZE + head) * HEAD_DIM
+    q = tl.load(q_ptr + at[:, None] + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    q = tl.trans(q)
+    column = kv_head * DIM
+    # out_*: the order of the values in the loop below, one per column of the tile or one per token.
+    if PER_HEAD:
+        out_token = token
+        out_valid = valid
+        out_list = (row + token * row_step) * GROUP_SIZE + head
+    else:
+        lse_at = ((base + token).to(tl.int64) * kv_heads + kv_head) * GROUP_SIZE + head
+        lse = tl.load(lse_ptr + lse_at, mask=valid, other=float("inf"))
+        out_token = tl.arange(0, TILE_TOKENS)
+        if PADDED_GROUP > 1:
+            out_token = out_token % 4 * (TILE_TOKENS // 4) + out_token // 4
+        out_valid = base + out_token < num_queries
+        out_list = row + out_token * row_step
+    out_first, out_last = _token_range(
+        first_block_row_ptr, position_ptr, base + out_token, out_valid, num_queries, BLOCK_SIZE
+    )
+    out_last = tl.minimum(out_last, out_first + stride_list)  # a document may exceed max_length
+    out_at = importance_ptr + out_list.to(tl.int64) * stride_list - out_first
+    bins = tl.full([TILE_BLOCKS, TILE_TOKENS], -1.0, tl.float32)
+    for block_row in tl.range(lo, hi, TILE_BLOCKS, num_stages=STAGES):
+        x = tl.dot(means.load([block_row, column]), q, input_precision="ieee") * scale_log2
+        if not PER_HEAD:
+            x = x - lse[None, :]
+            if PADDED_GROUP > 1:
+                x = tl.reshape(
+                    _sum_of_exp2(x, TILE_BLOCKS, TILE_TOKENS // 4, PADDED_GROUP // 2, FMA_SHARE),
+                    [TILE_BLOCKS, TILE_TOKENS],
+                )
+            else:
+                x = tl.exp2(x)
+        block_rows = block_row + tl.arange(0, TILE_BLOCKS)
+        wanted = (block_rows[:, None] >= out_first[None, :]) & (block_rows[:, None] < out_last[None, :])
+        tl.store(out_at[None, :] + block_rows[:, None], x, mask=wanted)
+        if WITH_BINS:
+            bins = tl.maximum(bins, tl.where(wanted, x, -1.0))
+    if WITH_BINS:
+        at = (out_list.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * TILE_BLOCKS
+        tl.store(bins_ptr + at[None, :] + tl.arange(0, TILE_BLOCKS)[:, None], bins, mask=out_valid[None, :])
 
 
 @triton.jit(do_not_specialize=["chunk_start", "num_queries"])
@@ -229,60 +319,14 @@ def importance_kernel(
     kv_head = tl.program_id(1)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     base = chunk_start + tile * TILE_TOKENS
-    lo, hi, _ = _tile_range(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
+    lo, hi, _ = tile_range(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
     needed = hi - lo >= TOP_K
     lo += tl.program_id(2) * SLICE
     hi = tl.minimum(hi, lo + SLICE)
     if needed & (WITH_BINS | (lo < hi)):
-        # A thread of the tensor core's result holds the columns n with equal (n % 8) // 2. This order gives it whole groups.
-        TILE_ROWS: tl.constexpr = TILE_TOKENS * PADDED_GROUP
-        n = tl.arange(0, TILE_ROWS)
-        if PER_HEAD or PADDED_GROUP == 1:
-            token, head = n // PADDED_GROUP, n % PADDED_GROUP
-        else:
-            token = n % 8 // 2 * (TILE_TOKENS // 4) + n // (4 * PADDED_GROUP)
-            head = n // 8 % (PADDED_GROUP // 2) * 2 + n % 2
-        valid = (base + token < num_queries) & (head < GROUP_SIZE)
-        d = tl.arange(0, DIM)
-        at = (base + token).to(tl.int64) * stride_token + (kv_head * GROUP_SIZE + head) * HEAD_DIM
-        q = tl.load(q_ptr + at[:, None] + d[None, :], mask=valid[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        q = tl.trans(q)
-        column = kv_head * DIM
-        # out_*: the order of the values in the loop below, one per column of the tile or one per token.
-        if PER_HEAD:
-            out_token = token
-            out_valid = valid
-            out_list = (tile * TILE_TOKENS + token) * (kv_heads * GROUP_SIZE) + kv_head * GROUP_SIZE + head
-        else:
-            lse_at = ((base + token).to(tl.int64) * kv_heads + kv_head) * GROUP_SIZE + head
-            lse = tl.load(lse_ptr + lse_at, mask=valid, other=float("inf"))
-            out_token = tl.arange(0, TILE_TOKENS)
-            if PADDED_GROUP > 1:
-                out_token = out_token % 4 * (TILE_TOKENS // 4) + out_token // 4
-            out_valid = base + out_token < num_queries
-            out_list = (tile * TILE_TOKENS + out_token) * kv_heads + kv_head
-        out_first, out_last = _token_range(
-            first_block_row_ptr, position_ptr, base + out_token, out_valid, num_queries, BLOCK_SIZE
-        )
-        out_last = tl.minimum(out_last, out_first + stride_list)  # a document may exceed max_length
-        out_at = importance_ptr + out_list.to(tl.int64) * stride_list - out_first
-        bins = tl.full([TILE_BLOCKS, TILE_TOKENS], -1.0, tl.float32)
-        for block_row in tl.range(lo, hi, TILE_BLOCKS, num_stages=STAGES):
-            x = tl.dot(means.load([block_row, column]), q, input_precision="ieee") * scale_log2
-            if not PER_HEAD:
-                x = x - lse[None, :]
-                if PADDED_GROUP > 1:
-                    x = tl.reshape(
-                        _sum_of_exp2(x, TILE_BLOCKS, TILE_TOKENS // 4, PADDED_GROUP // 2, FMA_SHARE),
-                        [TILE_BLOCKS, TILE_TOKENS],
-                    )
-                else:
-                    x = tl.exp2(x)
-            block_rows = block_row + tl.arange(0, TILE_BLOCKS)
-            wanted = (block_rows[:, None] >= out_first[None, :]) & (block_rows[:, None] < out_last[None, :])
-            tl.store(out_at[None, :] + block_rows[:, None], x, mask=wanted)
-            if WITH_BINS:
-                bins = tl.maximum(bins, tl.where(wanted, x, -1.0))
-        if WITH_BINS:
-            at = (out_list.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * TILE_BLOCKS
-            tl.store(bins_ptr + at[None, :] + tl.arange(0, TILE_BLOCKS)[:, None], bins, mask=out_valid[None, :])
+        importance_of_tile(
+            q_ptr, means, first_block_row_ptr, position_ptr, lse_ptr, importance_ptr, bins_ptr,
+            base, lo, hi, kv_head, kv_heads, tile * TILE_TOKENS * kv_heads + kv_head, kv_heads,
+            num_queries, stride_token, stride_list, scale_log2,
+            BLOCK_SIZE, GROUP_SIZE, PADDED_GROUP, HEAD_DIM, DIM, TILE_TOKENS, TILE_BLOCKS, STAGES, FMA_SHARE, PER_HEAD, WITH_BINS,
+        )  # fmt: skip

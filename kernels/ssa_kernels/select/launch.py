@@ -2,8 +2,10 @@
 
 Memory beyond the result: the means, one float32 per query and head for the softmax sums, and a workspace bounded by WORKSPACE_BYTES, which
 holds importance and top-k's scratch rows for as many tokens as fit. Grids depend only on shapes and on the layout's `max_length`, so nothing
-synchronises, and nothing is recompiled from batch to batch. If documents are packed into rows, pass a layout with the row length as
-`max_length`: it determines how many tokens make a chunk.
+synchronises, and nothing is recompiled from batch to batch. The bound determines how many tokens make a chunk. Without a `max_length`,
+chunks are planned for the longest document that earlier calls have met, and `long_documents.py` computes what exceeds the plan. So the first
+call on new sizes is slow, and a CUDA graph, which is planned once for all its replays, expects the longest document possible: there, pass a
+layout with a `max_length`.
 
 Registers, stages and tile sizes were chosen by measurement at group size 16, D 64 (kernels/LOG.md). Other shapes run in the same way, with
 what their tiles leave room for.
@@ -19,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..documents import DocumentLayout
 from ..launch import cdiv, high_priority_stream, launch, next_power_of_2
 from .importance import block_means_kernel, importance_kernel, softmax_sums_kernel
+from .long_documents import MAX_PROGRAMS, LongestSeen, long_tiles_kernel, longest_seen
 from .topk import top_k_kernel
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -89,9 +92,13 @@ def choose_blocks_triton(
 ) -> torch.Tensor:
     """Returns indices int32 `[T, G or H, top_k]` for contiguous queries `[T, H, D]` and the means of `block_means`."""
     tokens = q.shape[0]
-    plan = _plan(q, means, layout, top_k, score)
+    seen = _longest_seen(layout, top_k)
+    expected = layout.max_length if seen is None else min(seen.tokens or layout.max_length, layout.max_length)
+    plan = _plan(q, means, layout, top_k, score, expected)
     indices = torch.empty(tokens, plan.lists, top_k, dtype=torch.int32, device=q.device)
-    workspace = torch.empty(plan.chunk, plan.lists, plan.columns, dtype=torch.float32, device=q.device)
+    widest = _columns(layout.max_length, layout.block_size)
+    floats = max(plan.chunk * plan.lists * plan.columns, plan.tile * plan.lists // means.shape[1] * widest)
+    workspace = torch.empty(floats, dtype=torch.float32, device=q.device)
     scratch = torch.empty(plan.chunk, plan.lists, plan.survivors, dtype=torch.int32, device=q.device)
     starts = range(0, tokens, plan.chunk)
     before = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
@@ -130,7 +137,60 @@ def choose_blocks_triton(
                 SIGNED=score == "per_head", OFFICIAL=score == "official_compat",
                 BINS_PER_ROW=slices * TILE_BLOCKS if with_bins else 0, num_warps=1, stream=beside,
             )  # fmt: skip
+        if seen is not None:
+            arrays = (workspace, scratch, indices)
+            _choose_in_long_documents(q, means, lse, arrays, seen, layout, plan, top_k, scale, score, beside)
     return indices
+
+
+def _longest_seen(layout: DocumentLayout, top_k: int) -> LongestSeen | None:
+    """Returns what earlier calls have met, if the layout has no bound on its documents and a smaller bound would help."""
+    unknown = layout.max_length == layout.num_tokens and len(layout.cu_seqlens) > 3  # not one document
+    if not unknown or top_k == 1 or _columns(layout.num_tokens, layout.block_size) == TOP_K_WIDTH:
+        return None
+    device = layout.cu_seqlens.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # a graph is planned once, for whatever documents its replays will bring
+    return longest_seen(device, layout.num_tokens.bit_length(), len(layout.cu_seqlens).bit_length())
+
+
+def _choose_in_long_documents(
+    q: torch.Tensor,
+    means: torch.Tensor,
+    lse: torch.Tensor | None,
+    arrays: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    seen: LongestSeen,
+    layout: DocumentLayout,
+    plan: _Plan,
+    top_k: int,
+    scale: float,
+    score: str,
+    beside: torch.cuda.Stream | None,
+) -> None:
+    """Fills the indices of the tiles that the plan did not cover, and reports the longest document.
+
+    Args:
+        arrays: workspace, scratch rows and indices.
+        beside: the stream of the chunks, after which the workspace is free.
+    """
+    workspace, scratch, indices = arrays
+    width = _columns(layout.max_length, layout.block_size)
+    tiles = cdiv(q.shape[0], plan.tile)
+    rows = plan.tile * plan.lists // means.shape[1]
+    most = min(tiles, MAX_PROGRAMS, workspace.numel() // (rows * width), scratch.shape[0] * plan.lists)
+    tiles_per_program = cdiv(tiles, most)
+    sizes = _shape(means, layout, plan, q.shape[2], top_k, score)
+    del sizes["TOP_K"]
+    launch(
+        long_tiles_kernel, (cdiv(tiles, tiles_per_program),),
+        q, _table(means), layout.query_first_block_row, layout.query_position, workspace if lse is None else lse, workspace, scratch,
+        indices, seen.on_device, q.shape[0], tiles_per_program, q.stride(0), plan.columns, width, scale * LOG2E,
+        KV_HEADS=means.shape[1], **sizes, FMA_SHARE=FMA_SHARE, PER_HEAD=score == "per_head",
+        TOP_K=top_k, PADDED_TOP_K=next_power_of_2(top_k), SCRATCH=plan.survivors, WIDTH=TOP_K_WIDTH,
+        OFFICIAL=score == "official_compat", num_warps=4, stream=beside,
+    )  # fmt: skip
+    with torch.cuda.stream(beside):  # no effect for None
+        seen.send()
 
 
 @contextmanager
@@ -150,12 +210,20 @@ def _beside(device: torch.device, before: torch.cuda.Event | None) -> Iterator[t
     current.wait_stream(stream)
 
 
-def _plan(q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: int, score: str) -> _Plan:
+def _columns(length: int, block_size: int) -> int:
+    """Returns the width of an importance row for documents up to this length, in whole passes of top-k."""
+    # The own block is not a candidate, so a document of n blocks needs n - 1 columns.
+    return cdiv(max(cdiv(length, block_size) - 1, 1), TOP_K_WIDTH) * TOP_K_WIDTH
+
+
+def _plan(
+    q: torch.Tensor, means: torch.Tensor, layout: DocumentLayout, top_k: int, score: str, max_length: int
+) -> _Plan:
+    """Returns the sizes of a call that expects documents of at most `max_length` tokens."""
     tokens, heads, _ = q.shape
     kv_heads = means.shape[1]
     lists = heads if score == "per_head" else kv_heads
-    # The own block is not a candidate, so a document of n blocks needs n - 1 columns.
-    columns = cdiv(max(layout.max_blocks - 1, 1), TOP_K_WIDTH) * TOP_K_WIDTH
+    columns = _columns(max_length, layout.block_size)
     kept = layout.block_size if score == "official_compat" else 2 * top_k
     survivors = max(32, next_power_of_2(kept))
     tile = queries_per_tile(heads // kv_heads)

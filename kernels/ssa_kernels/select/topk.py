@@ -234,6 +234,54 @@ def _finish(
     tl.store(out_ptr + s, tl.where(s == kept, own, -1), mask=(s >= kept) & (s < TOP_K))
 
 
+@triton.jit
+def choose_of_row(
+    source,
+    bins_ptr,
+    survivors,
+    out,
+    own,
+    width,
+    BLOCK_SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PADDED_TOP_K: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIGNED: tl.constexpr,
+    OFFICIAL: tl.constexpr,
+    BINS_PER_ROW: tl.constexpr,
+):
+    """Writes the choice `out` of one row of importance, `source`, which holds `width` columns."""
+    k: tl.constexpr = TOP_K - 1
+    if own <= k and not OFFICIAL:
+        s = tl.arange(0, PADDED_TOP_K)
+        tl.store(out + s, tl.where(s <= own, s, -1), mask=s < TOP_K)
+    else:
+        end = tl.minimum(own, width)  # a document may exceed max_length
+        none = tl.full([], 0, tl.int32)
+        if OFFICIAL:
+            middle = tl.minimum(own // BLOCK_SIZE * BLOCK_SIZE, end)
+            half = tl.where(middle > 0, BLOCK_SIZE // 2, BLOCK_SIZE)
+            key, cut = _exact_threshold(source, none, middle, half, WIDTH, SIGNED)
+            found = _compact(source, survivors, none, middle, key, cut, none, SCRATCH, WIDTH, SIGNED, True)
+            key, cut = _exact_threshold(source, middle, end, half - 1, WIDTH, SIGNED)
+            found = _compact(source, survivors, middle, end, key, cut, found, SCRATCH, WIDTH, SIGNED, True)
+        else:
+            if BINS_PER_ROW > 0:
+                NUM_BINS: tl.constexpr = triton.next_power_of_2(BINS_PER_ROW)
+                i = tl.arange(0, NUM_BINS)
+                maxima = tl.load(bins_ptr + i, mask=i < BINS_PER_ROW, other=-1.0)
+                key = _threshold(maxima.to(tl.int32, bitcast=True), k, TOP_K // 4, NUM_BINS) - 1
+            else:
+                key = _bin_threshold(source, end, k, TOP_K // 4, WIDTH, SIGNED) - 1
+            found = _compact(source, survivors, none, end, key, end, none, SCRATCH, WIDTH, SIGNED, False)
+            if found > SCRATCH:
+                key, cut = _exact_threshold(source, none, end, k, WIDTH, SIGNED)
+                found = _compact(source, survivors, none, end, key, cut, none, SCRATCH, WIDTH, SIGNED, True)
+        tl.debug_barrier()  # other threads of the warp wrote the survivors
+        _finish(source, survivors, out, found, own, k, TOP_K, PADDED_TOP_K, SCRATCH, SIGNED)
+
+
 @triton.jit(do_not_specialize=["chunk_start"])
 def top_k_kernel(
     importance_ptr,
@@ -261,33 +309,8 @@ def top_k_kernel(
     token = chunk_start + row // LISTS
     own = tl.load(position_ptr + token) // BLOCK_SIZE
     out = indices_ptr + (token.to(tl.int64) * LISTS + row % LISTS) * TOP_K
-    k: tl.constexpr = TOP_K - 1
-    if own <= k and not OFFICIAL:
-        s = tl.arange(0, PADDED_TOP_K)
-        tl.store(out + s, tl.where(s <= own, s, -1), mask=s < TOP_K)
-    else:
-        source = importance_ptr + row.to(tl.int64) * stride_list
-        survivors = survivors_ptr + row.to(tl.int64) * SCRATCH
-        end = tl.minimum(own, stride_list)  # a document may exceed max_length
-        none = tl.full([], 0, tl.int32)
-        if OFFICIAL:
-            middle = tl.minimum(own // BLOCK_SIZE * BLOCK_SIZE, end)
-            half = tl.where(middle > 0, BLOCK_SIZE // 2, BLOCK_SIZE)
-            key, cut = _exact_threshold(source, none, middle, half, WIDTH, SIGNED)
-            found = _compact(source, survivors, none, middle, key, cut, none, SCRATCH, WIDTH, SIGNED, True)
-            key, cut = _exact_threshold(source, middle, end, half - 1, WIDTH, SIGNED)
-            found = _compact(source, survivors, middle, end, key, cut, found, SCRATCH, WIDTH, SIGNED, True)
-        else:
-            if BINS_PER_ROW > 0:
-                NUM_BINS: tl.constexpr = triton.next_power_of_2(BINS_PER_ROW)
-                i = tl.arange(0, NUM_BINS)
-                maxima = tl.load(bins_ptr + row.to(tl.int64) * BINS_PER_ROW + i, mask=i < BINS_PER_ROW, other=-1.0)
-                key = _threshold(maxima.to(tl.int32, bitcast=True), k, TOP_K // 4, NUM_BINS) - 1
-            else:
-                key = _bin_threshold(source, end, k, TOP_K // 4, WIDTH, SIGNED) - 1
-            found = _compact(source, survivors, none, end, key, end, none, SCRATCH, WIDTH, SIGNED, False)
-            if found > SCRATCH:
-                key, cut = _exact_threshold(source, none, end, k, WIDTH, SIGNED)
-                found = _compact(source, survivors, none, end, key, cut, none, SCRATCH, WIDTH, SIGNED, True)
-        tl.debug_barrier()  # other threads of the warp wrote the survivors
-        _finish(source, survivors, out, found, own, k, TOP_K, PADDED_TOP_K, SCRATCH, SIGNED)
+    choose_of_row(
+        importance_ptr + row.to(tl.int64) * stride_list, bins_ptr + row.to(tl.int64) * BINS_PER_ROW,
+        survivors_ptr + row.to(tl.int64) * SCRATCH, out, own, stride_list,
+        BLOCK_SIZE, TOP_K, PADDED_TOP_K, SCRATCH, WIDTH, SIGNED, OFFICIAL, BINS_PER_ROW,
+    )  # fmt: skip

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from ssa_kernels import build_layout, query_slice, select_blocks
+from ssa_kernels.documents import ARRAYS
 from ssa_kernels.select import importance, launch, reference, topk
+from ssa_kernels.select.long_documents import longest_seen
 
 pytestmark = pytest.mark.gpu
 
@@ -197,3 +199,57 @@ def test_tensors_beyond_2_to_the_31_elements():
     indices = select_blocks(q, k, block_size=16, top_k=8, cu_seqlens=layout)
     alone = select_blocks(q[-length:], k[-length:], block_size=16, top_k=8, cu_seqlens=bounds(0, length))
     assert torch.equal(indices[-length:], alone)
+
+
+def documents(*lengths):
+    return bounds(0, *torch.tensor(lengths).cumsum(0).tolist())
+
+
+@pytest.mark.parametrize("score", ["softmax_sum", "per_head", "official_compat"])
+def test_boundaries_alone_choose_the_same_blocks(score):
+    """Whatever documents a call expects from the calls before, including far shorter ones. Boundaries may change behind the same tensor."""
+    torch.cuda.synchronize()
+    longest_seen.cache_clear()
+    tokens = 40_000
+    q, k = make(tokens, 16, 2)
+    arguments = {"block_size": 16, "top_k": 16, "score": score}
+    cu_seqlens = documents(*[5000] * 8)
+    hidden = torch.from_dlpack(cu_seqlens)  # writes through it leave the version of cu_seqlens as it is
+    for lengths in ([5000] * 8, [5000] * 8, [100, 5000, 30_001, 899, 1, 999, 1, 1999], [1] * 7 + [39_993], [5000] * 8):
+        hidden.copy_(documents(*lengths))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            alone = select_blocks(q, k, cu_seqlens=cu_seqlens, **arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        layout = build_layout(cu_seqlens, num_tokens=tokens, block_size=16, max_length=max(lengths))
+        assert torch.equal(alone, select_blocks(q, k, cu_seqlens=layout, **arguments))
+
+
+def test_boundaries_change_between_replays_of_a_graph():
+    tokens = 20_000
+    q, k = make(tokens, 16, 2)
+    cu_seqlens = documents(*[2500] * 8)
+    arguments = {"block_size": 16, "top_k": 16}
+    select_blocks(q, k, cu_seqlens=cu_seqlens, **arguments)
+    torch.cuda.synchronize()
+    select_blocks(q, k, cu_seqlens=cu_seqlens, **arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = select_blocks(q, k, cu_seqlens=cu_seqlens, **arguments)
+    for lengths in ([2500] * 8, [100] * 7 + [19_300]):
+        cu_seqlens.copy_(documents(*lengths))
+        graph.replay()
+        layout = build_layout(cu_seqlens, num_tokens=tokens, block_size=16, max_length=max(lengths))
+        assert torch.equal(replayed, select_blocks(q, k, cu_seqlens=layout, **arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lengths", [(5, 0, 3, 40), (0,), (1,) * 2500, (0, 1, 2) * 700, (8192,) * 8])
+def test_layouts_equal_those_of_a_cpu(lengths, dtype):
+    cu_seqlens = documents(*lengths).to(dtype)
+    tokens = sum(lengths) + 3
+    ours = build_layout(cu_seqlens, num_tokens=tokens, block_size=16)
+    theirs = build_layout(cu_seqlens.cpu(), num_tokens=tokens, block_size=16)
+    assert all(torch.equal(getattr(ours, name).cpu(), getattr(theirs, name)) for name in ARRAYS)

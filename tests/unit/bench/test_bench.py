@@ -1,18 +1,30 @@
 """The benchmark's options, ratios and tables, and a complete benchmark of a tiny model in a separate process."""
 
 import csv
+import math
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from ssa_pretrain.bench import __main__ as bench
+from ssa_pretrain.bench.documents import SMOLLM_CORPUS, Documents, document_starts
 from ssa_pretrain.bench.goals import GOALS, Goal
-from ssa_pretrain.bench.options import read_options
+from ssa_pretrain.bench.options import bench_config, read_options
+from ssa_pretrain.bench.share import layers_that_fit, share_variants
 from ssa_pretrain.bench.tables import Result, append, ratio, read, verdict, write_ratios
+from ssa_pretrain.bench.timing import Timing, mean_timing
+from ssa_pretrain.bench.variants import long_rows
+from ssa_pretrain.config import Method
+from ssa_pretrain.engine.step import Microbatches
 from support.processes import ROOT
 
 
@@ -37,13 +49,17 @@ def result(variant: str, rate: float | None, ms: float = 10.0, peak: float | Non
 def test_command_line_options():
     options = read_options(["cases=8k,32k", "length=64", "rows=1"], 1)
     assert options.cases == ("8k", "32k") and options.length == 64 and options.rows == 1 and options.model == "llama_1b"
+    assert read_options(["cases=share,share_8k,8k"], 1).cases == ("share_8k", "share_32k", "8k")
     assert read_options([], 2).cases == ("dp2", "tp2", "tp2_overlap")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["cases=9k"], "cases=9k must be among 8k, 32k, optimizer, fp8, recompute with 1 process"),
+        (
+            ["cases=9k"],
+            "cases=9k must be among 8k, 32k, share, share_8k, share_32k, share_128k, optimizer, fp8, recompute with 1 process",
+        ),
         (["cases=dp2"], "need torchrun --nproc-per-node 2"),
         (["rounds=0"], "rounds=0 must be a positive whole number"),
         (["model=huge"], "model=huge is not a file in conf/model; try .*llama_1b"),
@@ -76,16 +92,101 @@ def test_ratios_and_verdicts(tmp_path):
     assert f"| full over plain megatron-core, 8k | {51 / 48:.3f} |  |  |  |" in write_ratios(tmp_path, other)
 
 
-def test_goals_name_existing_variants():
+def test_goals_have_distinct_labels():
     assert len({g.label for g in GOALS}) == len(GOALS)
 
 
+def test_cut_model_is_named_and_has_no_goals(tmp_path):
+    full, quarter = result("share full 8k", 50.0), result("share ssa r=1/4 8k", 53.0)
+    append(tmp_path, [full, quarter])
+    assert "| ssa r=1/4 over full, 8k | 1.060 | ≥ 1.05 | ≥ 1.08 | must reached |" in write_ratios(
+        tmp_path, read(tmp_path)
+    )
+    append(tmp_path, [replace(r, model="llama_1b, 8 of 16 layers") for r in (full, quarter)])
+    text = write_ratios(tmp_path, read(tmp_path))
+    assert "| ssa r=1/4 over full, 8k | 1.060 |  |  |  |" in text
+    assert "| share full 8k | llama_1b, 8 of 16 layers | 10.00 |" in text
+
+
+def test_mean_timing_weighs_its_parts():
+    parts = [(0.25, Timing(100.0, 0.01, 5)), (0.75, Timing(20.0, 0.03, 9))]
+    assert mean_timing(parts) == Timing(40.0, 0.03, 9)
+    assert mean_timing([(1.0, Timing(1.0, 0.0, None))]).peak_bytes is None
+
+
+def test_lengths_of_a_part_have_its_mean_and_the_lognormal_median():
+    for part in SMOLLM_CORPUS.values():
+        lengths = part.lengths(np.random.default_rng(0), 200_000)
+        mean = part.tokens / part.documents
+        assert lengths.min() >= 1 and lengths.mean() == pytest.approx(mean, rel=0.02)
+        assert np.median(lengths) == pytest.approx(mean * math.exp(-(part.log_deviation**2) / 2), rel=0.02)
+
+
+@pytest.mark.parametrize(("kind", "mean"), [(Documents.short, 1024), (Documents.real, 960)])
+def test_documents_have_the_documented_mean_and_repeat(kind, mean):
+    num_tokens = 10_000_000
+    starts = document_starts(kind, np.random.default_rng(0), num_tokens)
+    assert starts.shape == (num_tokens,) and num_tokens / starts.sum() == pytest.approx(mean, rel=0.03)
+    assert np.array_equal(starts, document_starts(kind, np.random.default_rng(0), num_tokens))
+    assert not document_starts(Documents.whole, np.random.default_rng(0), 100).any()
+
+
+def test_parts_of_the_corpus_are_weighted_as_the_mix_of_the_recipe():
+    mix = yaml.safe_load((ROOT / "data_prep/conf/mix/smollm1_corpus.yaml").read_text(encoding="utf-8"))
+    assert {name: part.weight for name, part in SMOLLM_CORPUS.items()} == mix["weights"]
+
+
+def test_layers_are_cut_until_the_model_fits():
+    config = long_rows(bench_config(read_options(["cases=share_128k"], 1)), 16)
+    assert config.data.sequence_length == 131072 and config.training.micro_batch_size == 1
+    vocab = config.model.vocab_size
+    assert layers_that_fit(config, vocab, None) == 16 == layers_that_fit(config, vocab, 400 << 30)
+    assert layers_that_fit(config, vocab, 139 << 30) == 8
+    assert layers_that_fit(config, vocab, 1 << 30) == 1
+
+
+class RecordingEngine:
+    """Records the attention settings of each pass in place of computing it."""
+
+    def __init__(self, config):
+        self.config = config
+        self.placement: Any = SimpleNamespace(dp=1, dp_rank=0)
+        self.microbatches = Microbatches(config, self.placement, context=self.placement)
+        self.passes = []
+
+    def forward_backward(self, batches, *, step):
+        assert self.microbatches.config is self.config
+        attention = self.config.attention
+        self.passes.append((attention.method, attention.full_ratio, attention.counterpart_share, len(batches), step))
+
+
+def test_share_forces_the_main_stream_and_weighs_by_full_ratio():
+    config = bench_config(read_options(["cases=share", "model=tiny", "length=64"], 1))
+    engine: Any = RecordingEngine(replace(config, attention=replace(config.attention, full_ratio=0.75)))
+    microbatches: Any = [None, None]
+    variants = {v.name: v for v in share_variants(engine, "8k", microbatches, [Fraction(1, 4)])}
+    assert variants["share ssa r=1/4 8k"].mean_of == {
+        "share ssa r=1/4 8k, main full": 0.75,
+        "share ssa r=1/4 8k, main sparse": 0.25,
+    }
+    names = ["full 8k", "moba 8k", "ssa r=1/4 8k, main full", "ssa r=1/4 8k, main sparse", "ssa r=1/4 8k, main full"]
+    for name in names:
+        run = variants[f"share {name}"].run
+        assert run is not None
+        run()
+    full, moba, main_full, main_sparse, again = engine.passes
+    assert full[0] is Method.full and moba[0] is Method.moba
+    assert main_full == (Method.ssa, 1.0, 0.25, 2, 0) and main_sparse == (Method.ssa, 0.0, 0.25, 2, 0)
+    # The second run draws the next step's sample.
+    assert again == (Method.ssa, 1.0, 0.25, 2, 1)
+    assert {v.tokens for v in variants.values()} == {2 * 2 * 64}
+
+
 def test_benchmark_runs_on_a_cpu(tmp_path):
-    cases = ["8k", "optimizer"]
     command = [
         "-m",
         "ssa_pretrain.bench",
-        f"cases={','.join(cases)}",
+        "cases=8k,share,share_128k,optimizer",
         "model=tiny",
         "length=64",
         "rows=1",
@@ -100,6 +201,12 @@ def test_benchmark_runs_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     with (tmp_path / "results.csv").open() as file:
         found = {line["variant"]: line for line in csv.DictReader(file)}
-    wanted = {"plain 8k", "full 8k", "ssa 8k", "moba 8k", "full 8k short", "ssa 8k short", "ssa step", "optimizer"}
-    assert set(found) == wanted and all(float(line["ms"]) > 0 for line in found.values())
-    assert "ssa over full, 8k" in done.stdout and "optimizer's share" in done.stdout
+    steps = {name for name in found if not name.startswith("share ")}
+    methods = {"full 8k", "full 8k unfused", "full 8k short", "ssa 8k", "ssa 8k short", "moba 8k"}
+    assert steps == {"plain 8k", *methods, "ssa step", "optimizer"}
+    shares = {name for goal in GOALS for name in (goal.over, goal.under) if name.startswith("share ")}
+    assert shares <= set(found) and all(float(line["ms"]) > 0 for line in found.values())
+    parts = [float(found[f"share ssa r=1/4 8k, main {main}"]["ms"]) for main in ("full", "sparse")]
+    assert float(found["share ssa r=1/4 8k"]["ms"]) == pytest.approx(sum(parts) / 2)
+    for label in ("ssa over full, 8k", "fused in neither", "ssa r=1/8 over full, 32k", "optimizer's share"):
+        assert label in done.stdout

@@ -114,10 +114,13 @@ def test_activation_estimate_is_near_a_measured_peak() -> None:
 
 
 def test_second_stream_is_kept_for_its_share_of_the_queries() -> None:
-    """Per layer and token: the output of 32 heads of 64 in bf16, and their log-sum-exps in fp32."""
+    """Per layer and token: the output of 32 heads of 64 in bf16, and their log-sum-exps in fp32.
+
+    At share 1/4, 3/8 of the queries of a microbatch with a full main stream keep it.
+    """
     found = [planned("experiment=ssa_1b_8k", f"attention.counterpart_share={r}").activation_bytes for r in (1, 0.25, 0)]
     stream = 16 * 2 * 8192 * (32 * 64 * 2 + 32 * 4)
-    assert [found[0] - other for other in found[1:]] == [0.75 * stream, stream]
+    assert [found[0] - other for other in found[1:]] == [5 / 8 * stream, stream]
 
 
 def test_pipelines_hold_the_microbatches_in_flight() -> None:

@@ -101,6 +101,8 @@ def test_version_is_the_project_version(capsys: pytest.CaptureFixture[str]) -> N
         ["model=llama_300m", "length=64"],
         ["model=tiny"],
         ["model=tiny", "length=2048", "cases=32k"],
+        ["model=tiny", "length=2048", "cases=share"],
+        ["model=tiny", "length=512", "cases=share_128k"],
     ],
 )
 def test_benchmark_refuses_large_cases_without_a_gpu(

@@ -9,7 +9,7 @@ q, dO and the accumulators, empty. With heads as columns they leave half. At D 1
 with 8 warps per multiprocessor, and fewer than 180. The keys' fragments are the same registers: a right operand of K^T is a left operand of
 K. Only p^T and ds^T are computed as accumulators and needed as right operands, which takes one movmatrix per 8 keys.
 
-Grid, order of tiles, reference maximum and restart are those of forward.py.
+Grid, order of tiles, reference maximum, restart and the division by the sum of the rounded weights are those of forward.py.
 """
 
 from triton.experimental import gluon
@@ -24,6 +24,7 @@ from .fragments import (
     dot_of_rows,
     left,
     mma_layout,
+    ones_as_left,
     store_columns,
     tile_columns,
     tile_rows,
@@ -50,11 +51,26 @@ def _values(tile, MMA: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def _lane_sums(p):
+    """Returns the sums [8, 8] over the two keys that a lane holds, of weights [16, 8]."""
+    return gl.sum(gl.reshape(p, [2, 8, COLUMNS]), 0)
+
+
+@gluon.jit
+def _of_own_tile(p, v, MMA: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
+    """Returns l, the sums of the rounded weights [16, 8] (equal rows) and acc [DIM, 8] of the own tile's weights p."""
+    weights = weights_as_right(p, MMA, 16, COLUMNS, DTYPE)
+    rounded = mma_v2(ones_as_left(MMA, DTYPE), weights, gl.zeros([16, COLUMNS], gl.float32, MMA))
+    acc = mma_v2(_values(v, MMA, DIM, DTYPE), weights, gl.zeros([DIM, COLUMNS], gl.float32, MMA))
+    return _lane_sums(p), rounded, acc
+
+
+@gluon.jit
 def _add_full_tiles(
-    q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2,
+    q, m, l, rounded, acc, tiles_ptr, indices_ptr, last, full, scale_log2,
     MMA: gl.constexpr, DIM: gl.constexpr, TILES: gl.constexpr, STRIDE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Returns l [16, 8] (not yet summed over keys) and acc [DIM, 8] with the full tiles added."""
+    """Returns l [8, 8] (not yet summed over lanes), the rounded weights' sums [16, 8] and acc [DIM, 8], with the full tiles added."""
     if full > 0:
         WORDS: gl.constexpr = 8 * DIM
         tile = tiles_ptr + tile_number(indices_ptr, 0, last, TILES).to(gl.int64) * STRIDE
@@ -67,10 +83,12 @@ def _add_full_tiles(
             s = _scores(k, q, MMA, DIM, DTYPE)
             k = load_packed(tile, DIM)
             p = gl.exp2(s * scale_log2 - m[None, :])
-            l += p
-            acc = mma_v2(_values(v, MMA, DIM, DTYPE), weights_as_right(p, MMA, 16, COLUMNS, DTYPE), acc)
+            l += _lane_sums(p)
+            weights = weights_as_right(p, MMA, 16, COLUMNS, DTYPE)
+            rounded = mma_v2(ones_as_left(MMA, DTYPE), weights, rounded)
+            acc = mma_v2(_values(v, MMA, DIM, DTYPE), weights, acc)
             v = load_packed(tile + WORDS, DIM)
-    return l, acc
+    return l, rounded, acc
 
 
 @gluon.jit(do_not_specialize=["num_queries"])
@@ -101,27 +119,27 @@ def forward_kernel(
     s_own = gl.where(visible[:, None], s_own * scale_log2, float("-inf"))
     m = gl.max(s_own, 0)
     m = gl.where(m == float("-inf"), 0.0, m)
-    l = gl.exp2(s_own - m[None, :])
-    zeros = gl.zeros([DIM, PADDED_HEADS], gl.float32, MMA)
-    acc = mma_v2(_values(v, MMA, DIM, DTYPE), weights_as_right(l, MMA, 16, COLUMNS, DTYPE), zeros)
-    l, acc = _add_full_tiles(
-        q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2, MMA, DIM, TILES, STRIDE, DTYPE
+    p = gl.exp2(s_own - m[None, :])
+    l, rounded, acc = _of_own_tile(p, v, MMA, DIM, DTYPE)
+    l, rounded, acc = _add_full_tiles(
+        q, m, l, rounded, acc, tiles_ptr, indices_ptr, last, full, scale_log2, MMA, DIM, TILES, STRIDE, DTYPE
     )
-    total = gl.sum(l, 0)
+    total = gl.convert_layout(gl.sum(l, 0), gl.SliceLayout(0, MMA), assert_trivial=True)
 
     if gl.max(gl.where(total < LIMIT, 0, 1), 0) > 0:  # rare: again, with the exact maximum
         for i in range(full):
             tile = tiles_ptr + tile_number(indices_ptr, i, last, TILES).to(gl.int64) * STRIDE
             m = gl.maximum(m, gl.max(_scores(load_packed(tile, DIM), q, MMA, DIM, DTYPE) * scale_log2, 0))
-        l = gl.exp2(s_own - m[None, :])
+        p = gl.exp2(s_own - m[None, :])
         v = load_packed(own + WORDS, DIM)
-        acc = mma_v2(_values(v, MMA, DIM, DTYPE), weights_as_right(l, MMA, 16, COLUMNS, DTYPE), zeros)
-        l, acc = _add_full_tiles(
-            q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2, MMA, DIM, TILES, STRIDE, DTYPE
+        l, rounded, acc = _of_own_tile(p, v, MMA, DIM, DTYPE)
+        l, rounded, acc = _add_full_tiles(
+            q, m, l, rounded, acc, tiles_ptr, indices_ptr, last, full, scale_log2, MMA, DIM, TILES, STRIDE, DTYPE
         )
-        total = gl.sum(l, 0)
+        total = gl.convert_layout(gl.sum(l, 0), gl.SliceLayout(0, MMA), assert_trivial=True)
 
-    acc = acc * (1.0 / gl.where(total > 0, total, 1.0))[None, :]
+    rounded = gl.max(rounded, 0)  # all rows are equal
+    acc = acc * (1.0 / gl.where(total > 0, rounded, 1.0))[None, :]
     store_columns(o_ptr + entry * (HEADS * HEAD_DIM), acc, HEADS, PADDED_HEADS, HEAD_DIM, DIM)
     head = gl.arange(0, PADDED_HEADS, gl.SliceLayout(0, MMA))
     gl.store(lse_ptr + entry * HEADS + head, (m + gl.log2(total)) * LN2, mask=head < HEADS)

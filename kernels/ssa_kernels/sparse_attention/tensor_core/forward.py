@@ -3,7 +3,12 @@
 For query t, the heads h of a list (which share one kv head) and the chosen keys J:
 
     s[h, j] = scale q[h] . k[j]      m[h] = max of s over the tile that holds the query's own key
-    p = exp(s - m)      l[h] = sum_j p[h, j]      o[h] = sum_j p[h, j] v[j] / l[h]      lse[h] = m[h] + log l[h]
+    p = exp(s - m)      l[h] = sum_j p[h, j]      o[h] = sum_j p'[h, j] v[j] / sum_j p'[h, j]      lse[h] = m[h] + log l[h]
+
+p' is p rounded to 16 bits for the product with V. o is divided by the sum of p', not by l: the weights that multiply V then add up to 1.
+Divided by l, a query with one dominant key would get o = (1 + e) v with the rounding error e of that key's weight. The backward's delta =
+rowsum(dO O) would inherit it, and dq the error e delta times the mean key. The exact maximum as reference hides this, because it makes the
+dominant weight exactly 1; the own tile's maximum does not. The sum of p' is one more product per tile, with a column of ones.
 
 The own tile comes first. It is the only one that needs the causal mask, and its maximum is the reference m of all tiles, so the loop
 rescales nothing. Any reference gives the same o and lse unless something overflows, which takes a later logit that exceeds m by more than
@@ -24,6 +29,7 @@ from .fragments import (
     as_left,
     as_right_transposed,
     mma_layout,
+    ones_as_right,
     right,
     store_rows,
     tile_columns,
@@ -41,11 +47,26 @@ def _values(tile, MMA: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def _lane_sums(p, PADDED_HEADS: gl.constexpr):
+    """Returns the sums [PADDED_HEADS, 4] over the keys that a lane holds, of weights [PADDED_HEADS, 16]. Two registers per 16 heads."""
+    return gl.sum(gl.sum(gl.reshape(p, [PADDED_HEADS, 2, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _of_own_tile(p, v, MMA: gl.constexpr, PADDED_HEADS: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
+    """Returns l, the sums of the rounded weights [PADDED_HEADS, 8] (equal columns) and acc of the own tile's weights p."""
+    weights = weights_as_left(p, MMA, DTYPE)
+    rounded = mma_v2(weights, ones_as_right(MMA, DTYPE), gl.zeros([PADDED_HEADS, 8], gl.float32, MMA))
+    acc = mma_v2(weights, _values(v, MMA, DIM, DTYPE), gl.zeros([PADDED_HEADS, DIM], gl.float32, MMA))
+    return _lane_sums(p, PADDED_HEADS), rounded, acc
+
+
+@gluon.jit
 def _add_full_tiles(
-    q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2,
+    q, m, l, rounded, acc, tiles_ptr, indices_ptr, last, full, scale_log2,
     MMA: gl.constexpr, PADDED_HEADS: gl.constexpr, DIM: gl.constexpr, TILES: gl.constexpr, STRIDE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Returns l (not yet summed over keys) and acc with the full tiles added."""
+    """Returns l [PADDED_HEADS, 4] (not yet summed over lanes), the sums of the rounded weights and acc, with the full tiles added."""
     if full > 0:
         WORDS: gl.constexpr = 8 * DIM
         tile = tiles_ptr + tile_number(indices_ptr, 0, last, TILES).to(gl.int64) * STRIDE
@@ -59,10 +80,12 @@ def _add_full_tiles(
             s = mma_v2(q, k_t, gl.zeros([PADDED_HEADS, 16], gl.float32, MMA))
             k = load_packed(tile, DIM)
             p = gl.exp2(s * scale_log2 - m[:, None])
-            l += p
-            acc = mma_v2(weights_as_left(p, MMA, DTYPE), _values(v, MMA, DIM, DTYPE), acc)
+            l += _lane_sums(p, PADDED_HEADS)
+            weights = weights_as_left(p, MMA, DTYPE)
+            rounded = mma_v2(weights, ones_as_right(MMA, DTYPE), rounded)
+            acc = mma_v2(weights, _values(v, MMA, DIM, DTYPE), acc)
             v = load_packed(tile + WORDS, DIM)
-    return l, acc
+    return l, rounded, acc
 
 
 @gluon.jit(do_not_specialize=["num_queries"])
@@ -94,13 +117,27 @@ def forward_kernel(
     s_own = gl.where(visible[None, :], s_own * scale_log2, float("-inf"))
     m = gl.max(s_own, 1)
     m = gl.where(m == float("-inf"), 0.0, m)
-    l = gl.exp2(s_own - m[:, None])
-    zeros = gl.zeros([PADDED_HEADS, DIM], gl.float32, MMA)
-    acc = mma_v2(weights_as_left(l, MMA, DTYPE), _values(v, MMA, DIM, DTYPE), zeros)
-    l, acc = _add_full_tiles(
-        q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2, MMA, PADDED_HEADS, DIM, TILES, STRIDE, DTYPE
+    p = gl.exp2(s_own - m[:, None])
+    l, rounded, acc = _of_own_tile(p, v, MMA, PADDED_HEADS, DIM, DTYPE)
+    l, rounded, acc = _add_full_tiles(
+        q,
+        m,
+        l,
+        rounded,
+        acc,
+        tiles_ptr,
+        indices_ptr,
+        last,
+        full,
+        scale_log2,
+        MMA,
+        PADDED_HEADS,
+        DIM,
+        TILES,
+        STRIDE,
+        DTYPE,
     )
-    total = gl.sum(l, 1)
+    total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, MMA), assert_trivial=True)
 
     if gl.max(gl.where(total < LIMIT, 0, 1), 0) > 0:  # rare: again, with the exact maximum
         for i in range(full):
@@ -108,15 +145,31 @@ def forward_kernel(
             k_t = as_right_transposed(tile_rows(load_packed(tile, DIM), DIM, False), MMA, 16, DIM, DTYPE)
             s = mma_v2(q, k_t, gl.zeros([PADDED_HEADS, 16], gl.float32, MMA))
             m = gl.maximum(m, gl.max(s * scale_log2, 1))
-        l = gl.exp2(s_own - m[:, None])
+        p = gl.exp2(s_own - m[:, None])
         v = load_packed(own + WORDS, DIM)
-        acc = mma_v2(weights_as_left(l, MMA, DTYPE), _values(v, MMA, DIM, DTYPE), zeros)
-        l, acc = _add_full_tiles(
-            q, m, l, acc, tiles_ptr, indices_ptr, last, full, scale_log2, MMA, PADDED_HEADS, DIM, TILES, STRIDE, DTYPE
+        l, rounded, acc = _of_own_tile(p, v, MMA, PADDED_HEADS, DIM, DTYPE)
+        l, rounded, acc = _add_full_tiles(
+            q,
+            m,
+            l,
+            rounded,
+            acc,
+            tiles_ptr,
+            indices_ptr,
+            last,
+            full,
+            scale_log2,
+            MMA,
+            PADDED_HEADS,
+            DIM,
+            TILES,
+            STRIDE,
+            DTYPE,
         )
-        total = gl.sum(l, 1)
+        total = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, MMA), assert_trivial=True)
 
-    acc = acc * (1.0 / gl.where(total > 0, total, 1.0))[:, None]
+    rounded = gl.max(rounded, 1)  # all columns are equal
+    acc = acc * (1.0 / gl.where(total > 0, rounded, 1.0))[:, None]
     store_rows(o_ptr + entry * (HEADS * HEAD_DIM), acc, HEADS, PADDED_HEADS, HEAD_DIM, DIM)
     head = gl.arange(0, PADDED_HEADS, gl.SliceLayout(1, MMA))
     gl.store(lse_ptr + entry * HEADS + head, (m + gl.log2(total)) * LN2, mask=head < HEADS)

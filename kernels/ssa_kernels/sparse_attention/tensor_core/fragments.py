@@ -150,6 +150,18 @@ def weights_as_right(p, MMA: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.const
 
 
 @gluon.jit
+def ones_as_right(MMA: gl.constexpr, DTYPE: gl.constexpr):
+    """Ones [16, 8] as right operand: weights times ones are the sums of the rounded weights, in each column."""
+    return gl.full([16, 8], 1.0, DTYPE, gl.DotOperandLayout(1, MMA, 2))
+
+
+@gluon.jit
+def ones_as_left(MMA: gl.constexpr, DTYPE: gl.constexpr):
+    """Ones [16, 16] as left operand: ones times weights are the sums of the rounded weights, in each row."""
+    return gl.full([16, 16], 1.0, DTYPE, gl.DotOperandLayout(0, MMA, 2))
+
+
+@gluon.jit
 def left(x, MMA: gl.constexpr):
     """Elements that are placed for it -> left operand."""
     return gl.convert_layout(x, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
