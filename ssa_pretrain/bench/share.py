@@ -22,6 +22,7 @@ from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.planning.memory import activation_bytes, count_parameters, state_bytes
+from ssa_pretrain.schedule import share_drawn
 
 QUARTER, EIGHTH = Fraction(1, 4), Fraction(1, 8)
 REAL_ROWS = 8  # of 8k; documents of real lengths differ so much that one microbatch is no fair sample of them
@@ -112,9 +113,15 @@ def share_variants(
     found = [variant(f"{method} {rows}", method) for method in (Method.full, Method.moba)]
     ratio = engine.config.attention.full_ratio
     for share in shares:
+        attention = replace(engine.config.attention, method=Method.ssa, counterpart_share=float(share))
         name = f"ssa r={share} {rows}"
         kinds = [
-            variant(f"{name}, main {main}", Method.ssa, full_ratio=forced, counterpart_share=float(share))
+            variant(
+                f"{name}, main {main}",
+                Method.ssa,
+                full_ratio=forced,
+                counterpart_share=share_drawn(attention, main),
+            )
             for main, forced in (("full", 1.0), ("sparse", 0.0))
         ]
         weights = dict(zip((kind.name for kind in kinds), (ratio, 1.0 - ratio), strict=True))

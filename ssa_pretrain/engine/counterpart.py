@@ -16,11 +16,10 @@ from itertools import pairwise
 
 from ssa_pretrain.config import AttentionConfig
 from ssa_pretrain.data.batches import Batch
+from ssa_pretrain.schedule import MIN_SAVED
 
 Span = tuple[int, int]  # first query, number of queries
 
-# At share 1, spans replace the fused operator over all tokens only if at least this part of a microbatch's tokens falls away.
-MIN_SAVED = 1 / 8
 CELL = 64  # neighbouring tokens; at least the queries of one tile of selection at group size 2 or more
 
 

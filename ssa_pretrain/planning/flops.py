@@ -4,10 +4,12 @@ A multiply-add counts as two operations, and the backward as twice the forward. 
 attention counts the (query, key) pairs that exist: half a square for one document, less for many. Each pair takes two
 products of 2 * D operations per head.
 
-MFU counts the matrix products and *one* attention stream: the full one for ssa and full, the sparse one for moba, which
-has no other. The extra work of SSA (sparse stream, selection, gates, alignment) is the price of the method, not work of
-the model: it is counted here and shown next to MFU, but never included in it. All counts are those of the algorithm. A
-kernel that pads or masks does more.
+MFU counts the matrix products and *one* attention stream per query: the full one where it is computed, else the sparse
+one. full computes the full stream everywhere, moba nowhere. ssa computes it for all queries of the microbatches where
+it is the main stream (the share p = full_ratio) and for the share of the others' queries that is drawn for the
+counterpart. At counterpart_share = 1 that is everywhere. The extra work of SSA (the second stream, selection, gates, alignment) is the price of the method, not work
+of the model: it is counted here and shown next to MFU, but never included in it. All counts are those of the algorithm.
+A kernel that pads or masks does more. Counts are means over the draws of a training step.
 
 Source of the peaks: NVIDIA's data sheets, dense (without 2:4 sparsity), at boost clocks. Standard library only.
 """
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssa_pretrain.config import AttentionConfig, ModelConfig, PrecisionName, Score
+from ssa_pretrain.schedule import MIN_SAVED, share_drawn
 
 TERA = 1e12
 
@@ -45,7 +48,7 @@ _PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFlops:
-    """Forward operations of one row in training, over all layers. What the method does not compute is 0.
+    """Forward operations of one row over all layers, if every query computes them. What the method does not compute is 0.
 
     Attributes:
         linear: projections to q, k, v, gates and output, and the feed-forward.
@@ -53,7 +56,11 @@ class RowFlops:
         full_attention: the full stream.
         sparse_attention: the sparse stream.
         selection: block means, logits against them and their softmax (one operation per step of it). It has no backward.
-        alignment: gates and SmoothL1 terms.
+        gate: the gates of the main stream.
+        alignment: SmoothL1 terms, and the gates of the other stream.
+        covered: either stream, of the queries that the counterpart leaves out because the chosen blocks cover them.
+        full_ratio: p, the share of microbatches whose main stream is full.
+        drawn: shares of the queries that compute the other stream, where full is the main stream and where sparse is.
     """
 
     linear: float
@@ -61,24 +68,46 @@ class RowFlops:
     full_attention: float
     sparse_attention: float
     selection: float
+    gate: float
     alignment: float
+    covered: float
+    full_ratio: float
+    drawn: tuple[float, float]
 
     @property
     def model(self) -> float:
         """Forward and backward operations that MFU counts."""
-        return 3.0 * (self.linear + self.logits + (self.full_attention or self.sparse_attention))
+        full = self.full_ratio + (1.0 - self.full_ratio) * self.drawn[1]
+        attention = full * self.full_attention + (1.0 - full) * self.sparse_attention
+        return 3.0 * (self.linear + self.logits + attention)
 
     @property
     def overhead(self) -> float:
         """Forward and backward operations of the method that MFU does not count."""
-        counterpart = self.sparse_attention if self.full_attention else 0.0
-        return 3.0 * (counterpart + self.alignment) + self.selection
+        ratio, (with_full, with_sparse) = self.full_ratio, self.drawn
+        aligned = ratio * with_full + (1.0 - ratio) * with_sparse
+        # Where the full counterpart is computed, MFU counts it, so the sparse stream is the method's work: everywhere once.
+        second = aligned * (self.sparse_attention - self.covered + self.alignment)
+        return 3.0 * (self.gate + second) + (1.0 - ratio * (1.0 - with_full)) * self.selection
+
+    def computed(self, main: str, share: float) -> float:
+        """Returns all forward and backward operations of a row with a main stream, "full" or "sparse".
+
+        Args:
+            main: the main stream.
+            share: the share of the row's queries that are drawn for the other stream.
+        """
+        streams = self.full_attention, self.sparse_attention
+        first, second = streams if main == "full" else streams[::-1]
+        both = share * (second - self.covered + self.alignment)
+        selection = self.selection * (share if main == "full" else 1.0)
+        return 3.0 * (self.linear + self.logits + first + self.gate + both) + selection
 
 
 def row_flops(
     model: ModelConfig, attention: AttentionConfig, document_lengths: Sequence[int], vocab_size: int | None = None
 ) -> RowFlops:
-    """Returns the forward operations of one row.
+    """Returns the operations of one row.
 
     Args:
         model: the shape of the model.
@@ -86,21 +115,29 @@ def row_flops(
         document_lengths: tokens of each document in the row; [sequence_length] for a row without boundaries.
         vocab_size: V without padding, which is not work; None: model.vocab_size.
     """
-    tokens, layers = sum(document_lengths), model.num_layers
+    tokens, layers, streams = sum(document_lengths), model.num_layers, attention.method.streams
     width, qkv = model.query_width, model.qkv_width(gate=attention.gate)
     weights = model.hidden_size * (qkv + width + 3 * model.ffn_hidden_size)
     full = sum(causal_pairs(length) for length in document_lengths)
     sparse = sum(sparse_pairs(length, attention.block_size, attention.top_k) for length in document_lengths)
-    has_full, has_sparse = (stream in attention.method.streams for stream in ("full", "sparse"))
+    has_full, has_sparse = (stream in streams for stream in ("full", "sparse"))
+    has_both = has_full and has_sparse
+    drawn = (share_drawn(attention, "full"), share_drawn(attention, "sparse")) if has_both else (0.0, 0.0)
+    covered = [min(length, attention.top_k * attention.block_size) for length in document_lengths]
+    left_out = min(drawn) < 1.0 or sum(covered) >= MIN_SAVED * tokens
     # A gate is one product per output. The two SmoothL1 terms share difference, size, square and branch, and are summed.
-    elementwise = (has_full + has_sparse) * attention.gate + (7 if has_full and has_sparse else 0)
+    elements = float(tokens * width * layers)
     return RowFlops(
         linear=2.0 * tokens * weights * layers,
         logits=2.0 * tokens * model.hidden_size * (vocab_size or model.vocab_size),
         full_attention=4.0 * width * layers * full * has_full,
         sparse_attention=4.0 * width * layers * sparse * has_sparse,
         selection=has_sparse * layers * sum(_selection(length, model, attention) for length in document_lengths),
-        alignment=float(elementwise * tokens * width * layers),
+        gate=attention.gate * elements,
+        alignment=has_both * (7 + attention.gate) * elements,
+        covered=4.0 * width * layers * sum(map(causal_pairs, covered)) * (has_both and left_out),
+        full_ratio=attention.full_ratio if has_both else float(has_full),
+        drawn=drawn,
     )
 
 

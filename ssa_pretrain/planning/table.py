@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from ssa_pretrain.config import Config, Method, PrecisionName
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.data.mixture import readings
+from ssa_pretrain.planning.balance import Batch, balance
 from ssa_pretrain.planning.flops import peak_flops
 from ssa_pretrain.planning.plan import Plan
+from ssa_pretrain.schedule import share_drawn
 from ssa_pretrain.settings.problems import divisors
 
 GIB = 2**30
@@ -55,6 +57,7 @@ def describe(
         ("memory", f"about {_bytes(plan.memory_bytes)} on the fullest rank ({plan.parameters_per_rank:,} parameters)"),
         ("", memory),
         *_work(config, plan),
+        *_balance(config, plan),
         *_files(config, plan),
         ("command", _command(config, plan, overrides, entry)),
     ]
@@ -70,6 +73,9 @@ def _attention(config: Config) -> str:
     if attention.method is Method.moba:
         return f"moba: only the sparse stream, {field}"
     terms = f"alignment weight {attention.alignment_weight:g}, full ratio {attention.full_ratio:g}"
+    if attention.counterpart_share < 1.0:
+        full, sparse = (share_drawn(attention, main) for main in ("full", "sparse"))
+        terms += f", the other stream on {attention.counterpart_share:.3g} of the queries ({full:.3g} where full is main, {sparse:.3g} where sparse is)"
     return f"ssa: both streams, sparse with {field}; {terms}"
 
 
@@ -134,6 +140,25 @@ def _work(config: Config, plan: Plan) -> list[tuple[str, str]]:
         gpus = _count(plan.world_size, "H100")
         lines.append(("time", f"about {hours:,.1f} h on {gpus} at {TYPICAL_MFU:.0%} MFU"))
     return lines
+
+
+def _balance(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """Returns how far the slowest data rank lies above the mean, and where the main stream changes."""
+    if len(config.attention.method.streams) == 1 or plan.num_microbatches * plan.dp == 1:
+        return []
+    batch = Batch(
+        dp=plan.dp,
+        num_microbatches=plan.num_microbatches,
+        rows=config.training.micro_batch_size,
+        row_length=config.data.sequence_length,
+    )
+    found = balance(config.attention, batch, plan.row, seed=config.seed)
+    changes = f"{found.changes:.2g} changes of it per step"
+    if plan.dp == 1:
+        return [("balance", f"the main stream of the microbatches has {changes}")] if plan.pp > 1 else []
+    slowest = f"the slowest data rank computes {found.slowest - 1:.1%} more than the mean"
+    same = f"all data ranks have the same main stream in {found.same_stream:.0%} of the slots"
+    return [("balance", f"{slowest}; {same}" + (f", with {changes}" if plan.pp > 1 else ""))]
 
 
 def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:

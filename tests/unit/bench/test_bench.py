@@ -176,9 +176,11 @@ def test_share_forces_the_main_stream_and_weighs_by_full_ratio():
         run()
     full, moba, main_full, main_sparse, again = engine.passes
     assert full[0] is Method.full and moba[0] is Method.moba
-    assert main_full == (Method.ssa, 1.0, 0.25, 2, 0) and main_sparse == (Method.ssa, 0.0, 0.25, 2, 0)
+    # The two shares that 1/4 stands for: three to one, and 0.75 * 0.3 + 0.25 * 0.1 = 0.25.
+    assert main_full == (Method.ssa, 1.0, pytest.approx(0.3), 2, 0)
+    assert main_sparse == (Method.ssa, 0.0, pytest.approx(0.1), 2, 0)
     # The second run draws the next step's sample.
-    assert again == (Method.ssa, 1.0, 0.25, 2, 1)
+    assert again == (Method.ssa, 1.0, pytest.approx(0.3), 2, 1)
     assert {v.tokens for v in variants.values()} == {2 * 2 * 64}
 
 

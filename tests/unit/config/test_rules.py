@@ -45,7 +45,7 @@ def found(*overrides: str, machine: Machine = CPU) -> list[str]:
     return []
 
 
-PAPERS = ("ssa_1b_8k", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k")
+PAPERS = ("ssa_1b_8k", "ssa_1b_8k_quarter", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k")
 EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp8_300m_evidence")
 
 

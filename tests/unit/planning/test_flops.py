@@ -70,13 +70,47 @@ def test_each_document_is_counted_separately() -> None:
 def test_mfu_counts_one_stream_and_ssa_overhead_is_separate() -> None:
     ssa, full, moba = (flops(experiment(f"experiment={name}_1b_8k")) for name in ("ssa", "full", "moba"))
     assert ssa.model == full.model
-    assert ssa.overhead == pytest.approx(3 * (ssa.sparse_attention + ssa.alignment) + ssa.selection)
-    assert full.overhead == 3 * full.alignment == 3 * 8192 * 2048 * 16  # its gate
+    assert ssa.overhead == pytest.approx(3 * (ssa.sparse_attention + ssa.gate + ssa.alignment) + ssa.selection)
+    assert full.overhead == 3 * full.gate == 3 * 8192 * 2048 * 16
+    assert ssa.alignment == (7 + 1) * 8192 * 2048 * 16, "the terms and the second stream's gate"
     assert moba.full_attention == 0
     assert moba.model == 3 * (moba.linear + moba.logits + moba.sparse_attention)
     assert moba.sparse_attention == ssa.sparse_attention
     # 15 whole blocks and half of the own block, of 4,096.5 keys; the first 240 tokens of a document read fewer.
     assert ssa.sparse_attention / ssa.full_attention == pytest.approx((15 * 16 + 8.5) / 4096.5, rel=0.02)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("lengths", [[8192], [256, 1000, 6936], [200] * 40])
+def test_all_operations_are_those_of_the_model_and_of_the_method(
+    share: float, ratio: float, lengths: list[int]
+) -> None:
+    """The mean over the main streams of what is computed, and the counts by hand for either stream."""
+    overrides = (f"attention.counterpart_share={share}", f"attention.full_ratio={ratio}")
+    row = flops(experiment("experiment=ssa_1b_8k", *overrides), lengths)
+    with_full, with_sparse = row.drawn
+    assert ratio * with_full + (1 - ratio) * with_sparse == pytest.approx(share)
+    mean = ratio * row.computed("full", with_full) + (1 - ratio) * row.computed("sparse", with_sparse)
+    assert row.model + row.overhead == pytest.approx(mean, rel=1e-12)
+    always = 3 * (row.linear + row.logits + row.gate)
+    full, sparse, aligned = row.full_attention, row.sparse_attention, share * row.alignment
+    reach = sum(causal_pairs(min(length, 256)) for length in lengths)
+    left_out = 4 * 2048 * 16 * reach if share < 1 or lengths[0] == 200 else 0
+    assert row.covered == left_out
+    assert row.computed("full", share) == pytest.approx(
+        always + 3 * (full + share * (sparse - left_out) + aligned) + share * row.selection
+    )
+    assert row.computed("sparse", share) == pytest.approx(
+        always + 3 * (sparse + share * (full - left_out) + aligned) + row.selection
+    )
+
+
+def test_mfu_counts_the_full_stream_where_it_is_computed() -> None:
+    row = flops(experiment("experiment=ssa_1b_8k", "attention.counterpart_share=0.25", "attention.full_ratio=0.5"))
+    # Half of the microbatches, and an eighth of the queries of the others: a share of 1/4 is 3/8 and 1/8.
+    attention = 0.5625 * row.full_attention + 0.4375 * row.sparse_attention
+    assert row.model == pytest.approx(3 * (row.linear + row.logits + attention))
 
 
 @pytest.mark.parametrize(
