@@ -1,11 +1,11 @@
 """The cases of `attention.counterpart_share`: ssa at several shares against full and moba.
 
-Below a share of 1 the cost of a microbatch depends on its main stream: if that is full, a part of the sparse stream is
-added to full attention; if it is sparse, a part of the full stream is added to sparse attention. A run over a few
-microbatches that draw their streams would measure the luck of the draw. So both kinds are forced (`full_ratio` 1 and 0)
-and timed as variants of their own, and the result of ssa is their mean, weighted by `full_ratio`: the time of a
-microbatch in a long run. The sample of queries is drawn again in each run. At these shares every row's sample has the
-same size.
+Below a share of 1 the cost of a microbatch depends on its main stream: if that is full, some queries add the sparse
+stream to full attention; if it is sparse, fewer queries add the full stream to sparse attention. A run over a few
+microbatches that draw their streams would measure the luck of the draw. So each kind is forced (`full_ratio` 1 or 0, and
+as `counterpart_share` the share that training draws for that kind) and timed as a variant of its own. The result of ssa
+is their mean, weighted by `full_ratio`: the time of a microbatch in a long run. The sample of queries is drawn again in
+each run. At these shares all samples of a kind have the same size.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.planning.memory import activation_bytes, count_parameters, state_bytes
+from ssa_pretrain.schedule import share_drawn
 
 QUARTER, EIGHTH = Fraction(1, 4), Fraction(1, 8)
 REAL_ROWS = 8  # of 8k; documents of real lengths differ so much that one microbatch is no fair sample of them
@@ -110,11 +111,13 @@ def share_variants(
         return Variant(name=f"share {name}", run=run, **work[method])
 
     found = [variant(f"{method} {rows}", method) for method in (Method.full, Method.moba)]
-    ratio = engine.config.attention.full_ratio
+    attention = engine.config.attention
+    ratio = attention.full_ratio
     for share in shares:
         name = f"ssa r={share} {rows}"
+        trained = replace(attention, method=Method.ssa, counterpart_share=float(share))
         kinds = [
-            variant(f"{name}, main {main}", Method.ssa, full_ratio=forced, counterpart_share=float(share))
+            variant(f"{name}, main {main}", Method.ssa, full_ratio=forced, counterpart_share=share_drawn(trained, main))
             for main, forced in (("full", 1.0), ("sparse", 0.0))
         ]
         weights = dict(zip((kind.name for kind in kinds), (ratio, 1.0 - ratio), strict=True))
