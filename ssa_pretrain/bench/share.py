@@ -17,7 +17,7 @@ import torch
 
 from ssa_pretrain.bench.documents import Documents
 from ssa_pretrain.bench.variants import Variant, batches, counted, long_rows, pass_over, with_attention
-from ssa_pretrain.config import Config, Method
+from ssa_pretrain.config import AttentionConfig, Config, Method
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
@@ -102,24 +102,25 @@ def share_variants(
         shares: values of attention.counterpart_share.
         count_flops: False for rows of several documents, whose operations are not counted: no MFU.
     """
-    work = counted(engine.config, engine.placement, len(packed))
-    if not count_flops:
-        work = {method: {**known, "flops": 0.0} for method, known in work.items()}
-
-    def variant(name: str, method: Method, **settings: Any) -> Variant:
-        run = pass_over(with_attention(engine, method=method, **settings), list(packed))
-        return Variant(name=f"share {name}", run=run, **work[method])
-
-    found = [variant(f"{method} {rows}", method) for method in (Method.full, Method.moba)]
     attention = engine.config.attention
-    ratio = attention.full_ratio
+
+    def work(trained: AttentionConfig) -> dict[str, Any]:
+        known = counted(replace(engine.config, attention=trained), engine.placement, len(packed))[trained.method]
+        return known if count_flops else {**known, "flops": 0.0}
+
+    def variant(name: str, **settings: Any) -> Variant:
+        run = pass_over(with_attention(engine, **settings), list(packed))
+        return Variant(name=f"share {name}", run=run, **work(replace(attention, **settings)))
+
+    found = [variant(f"{method} {rows}", method=method) for method in (Method.full, Method.moba)]
+    weights = (attention.full_ratio, 1.0 - attention.full_ratio)
     for share in shares:
         name = f"ssa r={share} {rows}"
         trained = replace(attention, method=Method.ssa, counterpart_share=float(share))
-        kinds = [
-            variant(f"{name}, main {main}", Method.ssa, full_ratio=forced, counterpart_share=share_drawn(trained, main))
-            for main, forced in (("full", 1.0), ("sparse", 0.0))
-        ]
-        weights = dict(zip((kind.name for kind in kinds), (ratio, 1.0 - ratio), strict=True))
-        found += [*kinds, Variant(name=f"share {name}", mean_of=weights, **work[Method.ssa])]
+        kinds = []
+        for main, forced in (("full", 1.0), ("sparse", 0.0)):
+            drawn = {"full_ratio": forced, "counterpart_share": share_drawn(trained, main)}
+            kinds.append(variant(f"{name}, main {main}", method=Method.ssa, **drawn))
+        mean_of = dict(zip((kind.name for kind in kinds), weights, strict=True))
+        found += [*kinds, Variant(name=f"share {name}", mean_of=mean_of, **work(trained))]
     return found
