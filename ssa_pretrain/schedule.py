@@ -16,10 +16,10 @@ sample of each row's queries. A sparse counterpart is cheap and a full one is no
 stream is full; the mean over both kinds of microbatch is r (`share_drawn`). A row is cut into 2 * P equal chunks, where P is `num_pairs`, and chunk i
 is paired with chunk 2 * P - 1 - i. The cost of a query's full attention grows with its position, and the chunks of a pair mirror each other, so all
 pairs of a row that is one document cost the same. A row draws its share of the P pairs, rounded down or up. The rounding is systematic over the rows
-of a group (one random offset, then equal distances; all microbatches form one group if none draws its own main stream), so that a group's total lies within
-one pair of its share. It visits the rows in bit-reversed order: the rows of a data rank, whose places differ by a multiple of dp, are neighbours
-there if dp is a power of two, so each rank also has its share. A row's pairs are a systematic sample of 0 ... P - 1, because neighbouring pairs belong to the same context rank. All queries of a microbatch
-are drawn with the same probability.
+of a step with this main stream (one random offset, then equal distances), so that their total lies within one pair of the share. It visits the
+microbatches of a group in bit-reversed order, and those of all groups of this stream together: the microbatches of a data rank, whose places differ
+by a multiple of dp, are neighbours there if dp is a power of two, so each rank also has its share. A row's pairs are a systematic sample of 0 ... P -
+1, because neighbouring pairs belong to the same context rank. All queries of a microbatch are drawn with the same probability.
 
 Standard library only.
 """
@@ -129,6 +129,8 @@ def share_drawn(attention: AttentionConfig, main: str) -> float:
     With p = full_ratio, the two shares have the ratio FAVOUR, as far as neither exceeds 1, and p * full + (1 - p) * sparse = counterpart_share.
     """
     p, share = attention.full_ratio, attention.counterpart_share
+    if share == 1.0:
+        return 1.0
     full = FAVOUR * share / (1.0 + (FAVOUR - 1.0) * p)
     if main == "full":
         return min(1.0, full)
@@ -144,14 +146,26 @@ def counterpart_pairs(attention: AttentionConfig, place: Place, *, rows: int, ro
         rows: rows of each microbatch.
         row_length: tokens per row.
     """
-    one_stream = drawn_by_microbatch(attention) is None
-    size = place.num_microbatches if one_stream else group_size(place.num_microbatches)
-    group, first = divmod(place.microbatch, size)
-    pairs = num_pairs(row_length)
-    mean = share_drawn(attention, main_stream(attention, place)) * pairs
-    offset = _uniform(place.seed, place.step, "group", group, person=COUNTERPART)
-    order = _bit_reversed_order(size * rows)
-    return [min(pairs, _rounded(mean, order[first * rows + row], offset)) for row in range(rows)]
+    pairs, main = num_pairs(row_length), main_stream(attention, place)
+    first = _place_in_kind(attention, place, rows)
+    offset = _uniform(place.seed, place.step, main, person=COUNTERPART)
+    mean = share_drawn(attention, main) * pairs
+    return [min(pairs, _rounded(mean, position, offset)) for position in first]
+
+
+def _place_in_kind(attention: AttentionConfig, place: Place, rows: int) -> list[int]:
+    """Returns the places of a microbatch's rows in the order by which the rows of all microbatches with its main stream round their pairs."""
+    if drawn_by_microbatch(attention) is None:
+        order = _bit_reversed_order(place.num_microbatches * rows)
+        return [order[place.microbatch * rows + row] for row in range(rows)]
+    size = group_size(place.num_microbatches)
+    num_groups = place.num_microbatches // size
+    group, number = divmod(place.microbatch, size)
+    first_full, num_full = _full_groups(attention.full_ratio, num_groups, place.seed, place.step)
+    since = (group - first_full) % num_groups
+    group, num_groups = (since, num_full) if since < num_full else (since - num_full, num_groups - num_full)
+    first = (_bit_reversed_order(size)[number] * num_groups + group) * rows
+    return list(range(first, first + rows))
 
 
 def counterpart_spans(attention: AttentionConfig, place: Place, *, rows: int, row_length: int) -> list[tuple[int, int]]:

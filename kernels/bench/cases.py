@@ -172,25 +172,24 @@ def plain_boundaries(shape: Shape, must: float, aim: float) -> Iterator[Row]:
 def layer(shape: Shape, must: float, aim: float) -> Iterator[Row]:
     """Both streams, gate and alignment, forward and backward measured as one, over cuDNN's full attention alone.
 
-    At r = 1 all queries compute both streams. At r = 1/4 a sample of the queries computes the counterpart of the main stream, which
-    determines the cost; "mean" weighs both main streams equally, as training draws them.
+    At r = 1 all queries compute both streams. At r = 1/4 a sample of the queries computes the counterpart of the main stream. Training draws
+    3/8 of them if the main stream is full and 1/8 if it is sparse; "mean" weighs both main streams equally.
     """
     problem = Problem(shape)
-    sample = sample_queries(problem.layout, shapes.mirrored_slices(shape))
+    many, few = (sample_queries(problem.layout, shapes.mirrored_slices(shape, share)) for share in (3 / 8, 1 / 8))
     calls = [
         problem.both(lambda: problem.sdpa(SDPBackend.CUDNN_ATTENTION)),
         problem.ssa_layer("full"),
-        problem.ssa_layer("full", sample),
-        problem.ssa_layer("sparse", sample),
+        problem.ssa_layer("full", many),
+        problem.ssa_layer("sparse", few),
     ]
     expected = sum(median_ms(call, 1, 2) for call in calls)
     full, both, main_full, main_sparse = medians_ms(calls, repetitions_for(expected))
-    quarter = (main_full + main_sparse) / 2
     for name, ms, bounds in (
         ("", both, (must, aim)),
         (" at r = 1/4, main full", main_full, None),
         (" at r = 1/4, main sparse", main_sparse, None),
-        (" at r = 1/4, mean", quarter, None),
+        (" at r = 1/4, mean", (main_full + main_sparse) / 2, None),
     ):
         detail = f"{ms:.2f} / {full:.2f} ms, in turns"
         name = f"ssa layer{name} / cuDNN full, {shape.name}, fwd+bwd"

@@ -47,15 +47,15 @@ def equal_rows(shape: Shape) -> DocumentLayout:
     return build_layout(ends, num_tokens=shape.tokens, block_size=BLOCK_SIZE, max_length=shape.row_length)
 
 
-def mirrored_slices(shape: Shape) -> list[tuple[int, int]]:
-    """Returns (first, length) of the slices of a quarter of the queries, as training draws them.
+def mirrored_slices(shape: Shape, share: float) -> list[tuple[int, int]]:
+    """Returns (first, length) of the slices of a share of each row's queries, as training draws them.
 
-    A row is cut into 16 chunks, or into more of 1,024 queries, and chunk i is paired with the one as far from the row's end. Every fourth
-    pair is taken. The keys before the two chunks of a pair add up to the row's length, so the sample has the mean cost.
+    A row is cut into 16 chunks, or into more of 1,024 queries, and chunk i is paired with the one as far from the row's end. Evenly spaced
+    pairs are taken. The keys of the two chunks of a pair add up to the same number for every pair, so the sample has the mean cost.
     """
     pairs = max(8, shape.row_length // 2048)
-    length = shape.row_length // (2 * pairs)
-    taken = range(1, pairs, 4)
+    length, count = shape.row_length // (2 * pairs), round(share * pairs)
+    taken = [(2 * i + 1) * pairs // (2 * count) for i in range(count)]
     chunks = sorted([*taken, *(2 * pairs - 1 - pair for pair in taken)])
     return [(row * shape.row_length + chunk * length, length) for row in range(shape.num_rows) for chunk in chunks]
 

@@ -1,11 +1,11 @@
 """The cases of `attention.counterpart_share`: ssa at several shares against full and moba.
 
-Below a share of 1 the cost of a microbatch depends on its main stream: if that is full, a part of the sparse stream is
-added to full attention; if it is sparse, a part of the full stream is added to sparse attention. A run over a few
-microbatches that draw their streams would measure the luck of the draw. So both kinds are forced (`full_ratio` 1 and 0)
-and timed as variants of their own, and the result of ssa is their mean, weighted by `full_ratio`: the time of a
-microbatch in a long run. The sample of queries is drawn again in each run. At these shares every row's sample has the
-same size.
+Below a share of 1 the cost of a microbatch depends on its main stream: if that is full, some queries add the sparse
+stream to full attention; if it is sparse, fewer queries add the full stream to sparse attention. A run over a few
+microbatches that draw their streams would measure the luck of the draw. So each kind is forced (`full_ratio` 1 or 0, and
+as `counterpart_share` the share that training draws for that kind) and timed as a variant of its own. The result of ssa
+is their mean, weighted by `full_ratio`: the time of a microbatch in a long run. The sample of queries is drawn again in
+each run. At these shares all samples of a kind have the same size.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,12 @@ import torch
 
 from ssa_pretrain.bench.documents import Documents
 from ssa_pretrain.bench.variants import Variant, batches, counted, long_rows, pass_over, with_attention
-from ssa_pretrain.config import Config, Method
+from ssa_pretrain.config import AttentionConfig, Config, Method
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.planning.memory import activation_bytes, count_parameters, state_bytes
+from ssa_pretrain.schedule import share_drawn
 
 QUARTER, EIGHTH = Fraction(1, 4), Fraction(1, 8)
 REAL_ROWS = 8  # of 8k; documents of real lengths differ so much that one microbatch is no fair sample of them
@@ -101,22 +102,25 @@ def share_variants(
         shares: values of attention.counterpart_share.
         count_flops: False for rows of several documents, whose operations are not counted: no MFU.
     """
-    work = counted(engine.config, engine.placement, len(packed))
-    if not count_flops:
-        work = {method: {**known, "flops": 0.0} for method, known in work.items()}
+    attention = engine.config.attention
 
-    def variant(name: str, method: Method, **settings: Any) -> Variant:
-        run = pass_over(with_attention(engine, method=method, **settings), list(packed))
-        return Variant(name=f"share {name}", run=run, **work[method])
+    def work(trained: AttentionConfig) -> dict[str, Any]:
+        known = counted(replace(engine.config, attention=trained), engine.placement, len(packed))[trained.method]
+        return known if count_flops else {**known, "flops": 0.0}
 
-    found = [variant(f"{method} {rows}", method) for method in (Method.full, Method.moba)]
-    ratio = engine.config.attention.full_ratio
+    def variant(name: str, **settings: Any) -> Variant:
+        run = pass_over(with_attention(engine, **settings), list(packed))
+        return Variant(name=f"share {name}", run=run, **work(replace(attention, **settings)))
+
+    found = [variant(f"{method} {rows}", method=method) for method in (Method.full, Method.moba)]
+    weights = (attention.full_ratio, 1.0 - attention.full_ratio)
     for share in shares:
         name = f"ssa r={share} {rows}"
-        kinds = [
-            variant(f"{name}, main {main}", Method.ssa, full_ratio=forced, counterpart_share=float(share))
-            for main, forced in (("full", 1.0), ("sparse", 0.0))
-        ]
-        weights = dict(zip((kind.name for kind in kinds), (ratio, 1.0 - ratio), strict=True))
-        found += [*kinds, Variant(name=f"share {name}", mean_of=weights, **work[Method.ssa])]
+        trained = replace(attention, method=Method.ssa, counterpart_share=float(share))
+        kinds = []
+        for main, forced in (("full", 1.0), ("sparse", 0.0)):
+            drawn = {"full_ratio": forced, "counterpart_share": share_drawn(trained, main)}
+            kinds.append(variant(f"{name}, main {main}", method=Method.ssa, **drawn))
+        mean_of = dict(zip((kind.name for kind in kinds), weights, strict=True))
+        found += [*kinds, Variant(name=f"share {name}", mean_of=mean_of, **work(trained))]
     return found

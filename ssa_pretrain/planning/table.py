@@ -9,6 +9,7 @@ from ssa_pretrain.data.mixture import readings
 from ssa_pretrain.planning.balance import Batch, balance
 from ssa_pretrain.planning.flops import peak_flops
 from ssa_pretrain.planning.plan import Plan
+from ssa_pretrain.schedule import share_drawn
 from ssa_pretrain.settings.problems import divisors
 
 GIB = 2**30
@@ -73,7 +74,8 @@ def _attention(config: Config) -> str:
         return f"moba: only the sparse stream, {field}"
     terms = f"alignment weight {attention.alignment_weight:g}, full ratio {attention.full_ratio:g}"
     if attention.counterpart_share < 1.0:
-        terms += f", the other stream on {attention.counterpart_share:.3g} of the queries"
+        full, sparse = (share_drawn(attention, main) for main in ("full", "sparse"))
+        terms += f", the other stream on {attention.counterpart_share:.3g} of the queries ({full:.3g} where full is main, {sparse:.3g} where sparse is)"
     return f"ssa: both streams, sparse with {field}; {terms}"
 
 

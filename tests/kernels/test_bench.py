@@ -44,14 +44,14 @@ def test_sink_counts_block_0_unless_it_is_the_own_block():
     assert sink_fraction(indices, layout) == 3 / 4
 
 
+@pytest.mark.parametrize("eighths", [1, 3, 8])
 @pytest.mark.parametrize("shape", [shapes.SHAPE_8K, shapes.SHAPE_32K], ids=lambda shape: shape.name)
-def test_sample_is_a_quarter_of_each_row_at_the_mean_cost(shape):
-    slices = shapes.mirrored_slices(shape)
+def test_sample_is_a_share_of_each_row_at_the_mean_cost(shape, eighths):
+    slices = shapes.mirrored_slices(shape, eighths / 8)
     queries = torch.cat([torch.arange(first, first + length) for first, length in slices])
     assert torch.equal(queries, queries.unique())
-    assert torch.equal(
-        torch.bincount(queries // shape.row_length), torch.full((shape.num_rows,), shape.row_length // 4)
-    )
+    per_row = torch.full((shape.num_rows,), shape.row_length * eighths // 8)
+    assert torch.equal(torch.bincount(queries // shape.row_length), per_row)
     assert (queries % shape.row_length + 1).double().mean().item() == (shape.row_length + 1) / 2
 
 

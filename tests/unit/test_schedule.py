@@ -211,23 +211,26 @@ def pairs_of_step(share: float, num_rows: int, step: int, ratio: float) -> tuple
 @pytest.mark.parametrize("share", [0.3, 0.1, 0.05, 1 / 16, 0.9])
 @pytest.mark.parametrize("num_rows", [1, 6, 384, 1000])
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
-def test_a_group_has_its_share_to_within_one_pair(share, num_rows, ratio):
+def test_the_rows_of_a_stream_have_their_share_to_within_one_pair(share, num_rows, ratio):
     attention = AttentionConfig(counterpart_share=share, full_ratio=ratio)
-    size = group_size(num_rows) if ratio < 1 else num_rows
     for step in range(10):
         counts, mains = pairs_of_step(share, num_rows, step, ratio)
-        for first in range(0, num_rows, size):
-            mean = 8 * share_drawn(attention, mains[first])
-            assert abs(sum(counts[first : first + size]) - mean * size) < 1 + 1e-9
+        for main in {*mains}:
+            own = [count for count, name in zip(counts, mains, strict=True) if name == main]
+            assert abs(sum(own) - 8 * share_drawn(attention, main) * len(own)) < 1 + 1e-9
 
 
 @pytest.mark.parametrize("share", [0.3, 0.1, 1 / 16])
 @pytest.mark.parametrize("dp", [2, 8, 64, 128])
-def test_a_data_rank_has_its_share_to_within_one_pair(share, dp):
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_a_data_rank_has_its_share_to_within_one_pair_of_each_stream(share, dp, ratio):
+    attention = AttentionConfig(counterpart_share=share, full_ratio=ratio)
     for step in range(10):
-        counts, _ = pairs_of_step(share, 384, step, 1.0)
-        by_rank = np.array(counts).reshape(-1, dp).sum(axis=0)
-        assert abs(by_rank - 8 * share * 384 / dp).max() < 1 + 1e-9
+        counts, mains = pairs_of_step(share, 384, step, ratio)
+        for main in {*mains}:
+            own = np.array([count if name == main else 0 for count, name in zip(counts, mains, strict=True)])
+            rows = mains[::dp].count(main)
+            assert abs(own.reshape(-1, dp).sum(axis=0) - 8 * share_drawn(attention, main) * rows).max() < 1 + 1e-9
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from ssa_pretrain.bench.timing import Timing, mean_timing
 from ssa_pretrain.bench.variants import long_rows
 from ssa_pretrain.config import Method
 from ssa_pretrain.engine.step import Microbatches
+from ssa_pretrain.schedule import Place, counterpart_spans, main_stream, share_drawn
 from support.processes import ROOT
 
 
@@ -176,10 +177,31 @@ def test_share_forces_the_main_stream_and_weighs_by_full_ratio():
         run()
     full, moba, main_full, main_sparse, again = engine.passes
     assert full[0] is Method.full and moba[0] is Method.moba
-    assert main_full == (Method.ssa, 1.0, 0.25, 2, 0) and main_sparse == (Method.ssa, 0.0, 0.25, 2, 0)
+    assert main_full == (Method.ssa, 1.0, pytest.approx(0.3), 2, 0)
+    assert main_sparse == (Method.ssa, 0.0, pytest.approx(0.1), 2, 0)
     # The second run draws the next step's sample.
-    assert again == (Method.ssa, 1.0, 0.25, 2, 1)
+    assert again == (*main_full[:-1], 1)
     assert {v.tokens for v in variants.values()} == {2 * 2 * 64}
+
+
+@pytest.mark.parametrize("share", [1, Fraction(1, 4), Fraction(1, 8)])
+@pytest.mark.parametrize(("length", "rows"), [(8192, 2), (32768, 1)])
+def test_forced_kinds_draw_the_queries_that_training_draws(share, length, rows):
+    config = bench_config(read_options(["cases=share", "model=tiny", f"length={length}", f"rows={rows}"], 1))
+    engine: Any = RecordingEngine(config)
+    microbatches: Any = [None]
+    for variant in share_variants(engine, "8k", microbatches, [share]):
+        if variant.run is not None:
+            variant.run()
+    trained = replace(config.attention, counterpart_share=float(share))
+    for main, (_, full_ratio, drawn, *_) in zip(("full", "sparse"), engine.passes[2:], strict=True):
+        forced = replace(config.attention, full_ratio=full_ratio, counterpart_share=drawn)
+        for step in range(10):
+            place = Place(seed=0, step=step, microbatch=0, num_microbatches=1)
+            assert main_stream(forced, place) == main
+            spans = counterpart_spans(forced, place, rows=rows, row_length=length)
+            expected = rows * length * share_drawn(trained, main)
+            assert sum(count for _, count in spans) == expected
 
 
 def test_benchmark_runs_on_a_cpu(tmp_path):
