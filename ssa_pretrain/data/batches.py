@@ -34,6 +34,7 @@ class Batch:
         cu_seqlens: int32 [documents + 1], from 0 to T.
         num_rows: rows of the microbatch if each row is one document, else None.
         padding: (first token, number of tokens) of each span of padding, ascending.
+        boundaries: the values of `cu_seqlens` on the host; kept by copies on a device, so that nobody waits for it.
     """
 
     index: int
@@ -44,6 +45,11 @@ class Batch:
     cu_seqlens: Tensor
     num_rows: int | None = None
     padding: tuple[tuple[int, int], ...] = ()
+    boundaries: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.boundaries:
+            object.__setattr__(self, "boundaries", tuple(self.cu_seqlens.tolist()))
 
     @property
     def num_padding(self) -> int:

@@ -7,7 +7,7 @@ that overrides `SSAAttention.select` must guarantee it as well. Padding is cut i
 
 Queries are left out in whole cells, so that spans have lengths that the kernels' tiles divide.
 
-Everything is arithmetic on the host: documents and padding are known before a microbatch is copied to the device.
+Everything is arithmetic on the host: a microbatch keeps its documents and padding there.
 """
 
 from collections.abc import Sequence
@@ -44,9 +44,8 @@ def counterpart_queries(attention: AttentionConfig, batch: Batch, drawn: Sequenc
         batch: the whole microbatch.
         drawn: spans of the drawn queries, ascending (schedule.counterpart_spans).
     """
-    boundaries = batch.cu_seqlens.tolist()
-    num_tokens, reach = boundaries[-1], attention.top_k * attention.block_size
-    uncovered = [(begin + reach, end) for begin, end in pairwise(boundaries) if begin + reach < end]
+    num_tokens, reach = batch.boundaries[-1], attention.top_k * attention.block_size
+    uncovered = [(begin + reach, end) for begin, end in pairwise(batch.boundaries) if begin + reach < end]
     spans = intersection(drawn, _whole_cells(uncovered, num_tokens))
     num_drawn = total(drawn) - total(intersection(drawn, batch.padding))
     if total(drawn) == num_tokens and num_tokens - total(spans) < MIN_SAVED * num_tokens:

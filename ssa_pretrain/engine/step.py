@@ -140,7 +140,7 @@ class Microbatches:
         """Returns a training step's localised microbatches, their routes, and empty sums; every rank calls it.
 
         Args:
-            batches: this data rank's microbatches, whole and on the host.
+            batches: this data rank's microbatches, whole.
             step: the optimizer step, from 0.
         """
         attention, length = self.config.attention, self.config.data.sequence_length

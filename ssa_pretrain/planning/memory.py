@@ -7,6 +7,7 @@ but the keys and values of all of them. Allocator overhead and communication buf
 """
 
 from ssa_pretrain.config import Config, EngineName, PrecisionName, Recompute, Score
+from ssa_pretrain.schedule import share_drawn
 
 
 def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
@@ -78,8 +79,8 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
     # Keys and values are gathered over the context ranks: cp times as many tokens as queries.
     width = model.query_width
     qkv = width + 2 * model.kv_width * config.parallel.cp
-    streams = len(method.streams)
-    outputs = streams * (width * size + 4 * model.num_attention_heads)  # with their log-sum-exps in fp32
+    second = max(share_drawn(config.attention, main) for main in method.streams) if len(method.streams) > 1 else 0.0
+    outputs = int((1.0 + second) * (width * size + 4 * model.num_attention_heads))  # with their log-sum-exps in fp32
     lists = model.num_attention_heads if config.attention.score is Score.per_head else model.num_kv_heads
     indices = 0 if "sparse" not in method.streams else 4 * config.attention.top_k * lists
     selective = config.engine.recompute is Recompute.selective

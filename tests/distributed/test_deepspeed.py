@@ -28,6 +28,7 @@ UNFUSED = {
 }  # else it adds a tied weight's two gradients in fp32, not in bf16
 BF16_GRADS = BF16 | {"precision.grad_reduce_in_fp32": False}
 UNTIED = {"model.tie_embeddings": False}
+QUARTER = {"attention.counterpart_share": 0.25}
 
 
 def deepspeed(stage: int, **more) -> dict:
@@ -57,13 +58,14 @@ VARIANTS = {  # name -> (layout, settings, the megatron engine's settings if the
     "tp2_sp.zero3.full_recompute": ("tp2_sp", deepspeed(3, engine__recompute="full"), {}),
     "dp2.zero3.selective": ("dp2", deepspeed(3, engine__recompute="selective"), {}),
     "dp2.zero3.untied": ("dp2", deepspeed(3) | UNTIED, UNTIED),  # a weight that no module's own forward uses
+    "dp2.zero3.quarter": ("dp2", deepspeed(3) | QUARTER, QUARTER),
     "dp2.bf16.zero0": ("dp2", deepspeed(0) | BF16_GRADS, BF16_GRADS),
     "dp2.bf16.zero1": ("dp2", deepspeed(1) | BF16, BF16),  # saves too: another of DeepSpeed's optimizers than in fp32
     "dp2.bf16.zero2": ("dp2", deepspeed(2) | BF16, BF16),
     "dp2.bf16.zero3": ("dp2", deepspeed(3) | BF16, BF16),
     "tp2_sp.bf16.zero1": ("tp2_sp", deepspeed(1) | BF16, BF16),
 }
-SUFFIXES = {".bf16": BF16, ".bf16_grads": BF16_GRADS, ".untied": UNTIED}
+SUFFIXES = {".bf16": BF16, ".bf16_grads": BF16_GRADS, ".untied": UNTIED, ".quarter": QUARTER}
 STAGES = (0, 1, 2, 3)
 FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
 
@@ -78,6 +80,7 @@ def two_processes() -> list[dict]:
             jobs.append(train("megatron.dp2.bf16", place | BF16 | UNFUSED))
             jobs.append(train("megatron.dp2.bf16_grads", place | BF16_GRADS | UNFUSED))
             jobs.append(train("megatron.dp2.untied", place | UNTIED))
+            jobs.append(train("megatron.dp2.quarter", place | QUARTER))
             jobs.append(weights("megatron.dp2.weights", "megatron.dp2", place))
         elif layout == "tp2_sp":
             jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED, logits=True))
@@ -152,8 +155,19 @@ def test_variant_equals_megatron_engine(results, name):
     wanted = results[f"megatron.{layout}{suffix}"]
     if name == "tp2_sp.bf16.zero1":
         near_bf16(results[name], wanted, results["megatron.tp2_sp.fp32"])
+    elif name == "dp2.bf16.zero2":
+        near_after_the_first_step(results[name][:STOP], wanted[:STOP], results["megatron.dp2"][:STOP])
     else:
         close(results[name][:STOP], wanted[:STOP])
+
+
+def near_after_the_first_step(found: list, wanted: list, exact: list) -> None:
+    """ZeRO-2 sums a gradient over ranks before it sums over microbatches, so its last fp32 bit can differ from core's.
+
+    A bf16 weight whose update lies between two numbers may then be rounded to the other one. Later steps are about as far from fp32 as core's.
+    """
+    close(found[:1], wanted[:1])
+    require_means_as_near(*(torch.tensor(rows, dtype=torch.float64) for rows in (found, wanted, exact)))
 
 
 def near_bf16(found: list, wanted: list, exact: list) -> None:

@@ -107,7 +107,7 @@ class Oracle:
         return full, sparse, mass
 
     def layer(self, x: Tensor, number: int, main: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (output, alignment, captured mass) of one layer, the last two summed over tokens."""
+        """Returns (output, alignment, captured mass) of one layer, the last two by token."""
         name = f"decoder.layers.{number}."
         mixed = self.norm(x, name + "input_layernorm.weight") @ self.w[name + "self_attention.linear_qkv.weight"].T
         per_group = HEADS // GROUPS
@@ -119,17 +119,18 @@ class Oracle:
             opened = 1 / (1 + (-gate.reshape(len(x), HEADS, 1)).exp())
             full, sparse = full * opened, sparse * opened
         gap = (full - sparse).abs()
-        alignment = 2 * torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean(dim=(1, 2)).sum()
+        alignment = 2 * torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean(dim=(1, 2))
         out = {"full": full, "sparse": sparse}[main].flatten(1)
         x = x + out @ self.w[name + "self_attention.linear_proj.weight"].T
         up = self.norm(x, name + "pre_mlp_layernorm.weight") @ self.w[name + "mlp.linear_fc1.weight"].T
         a, b = up.chunk(2, dim=-1)
         x = x + (a / (1 + (-a).exp()) * b) @ self.w[name + "mlp.linear_fc2.weight"].T
-        return x, alignment, mass.mean(1).sum()
+        return x, alignment, mass.mean(1)
 
-    def held_out_metrics(self, batch: Batch, main: str) -> list[float]:
-        """Returns cross entropy, then alignment and captured mass by layer, of a microbatch."""
+    def metrics(self, batch: Batch, main: str, drawn: Tensor | None = None) -> list[float]:
+        """Returns cross entropy, then alignment and captured mass by layer, of a microbatch; the layers' over its tokens or those drawn."""
         ends = batch.cu_seqlens.tolist()
+        counted = torch.ones(ends[-1], dtype=torch.float64) if drawn is None else drawn.double()
         layers = self.config.model.num_layers
         loss, alignment, mass = 0.0, [0.0] * layers, [0.0] * layers
         output = self.w.get("output_layer.weight", self.w["embedding.word_embeddings.weight"])
@@ -137,12 +138,12 @@ class Oracle:
             x = self.w["embedding.word_embeddings.weight"][batch.tokens[0, begin:end]]
             for n in range(layers):
                 x, a, m = self.layer(x, n, main)
-                alignment[n] += float(a)
-                mass[n] += float(m)
+                alignment[n] += float(a @ counted[begin:end])
+                mass[n] += float(m @ counted[begin:end])
             logits = self.norm(x, "decoder.final_layernorm.weight") @ output.T
             picked = logits.log_softmax(-1)[torch.arange(end - begin), batch.labels[0, begin:end]]
             loss -= float((picked * batch.loss_mask[0, begin:end]).sum())
-        tokens = ends[-1]
+        tokens = float(counted.sum())
         return [loss / float(batch.loss_mask.sum()), *(a / tokens for a in alignment), *(m / tokens for m in mass)]
 
 
@@ -157,7 +158,7 @@ def test_model_equals_the_definition(placement, mode, gate, tied):
     batch = microbatch()
     found = engine.evaluate([batch], mode=mode)
     weights = dict(unwrap(engine.chunks[0]).named_parameters())
-    wanted = Oracle(weights, config).held_out_metrics(batch, mode)
+    wanted = Oracle(weights, config).metrics(batch, mode)
     # fp32 has 24 mantissa bits and each value is a mean over hundreds of numbers; two layers of products stay within 1e-5.
     np.testing.assert_allclose(
         [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer], wanted, rtol=1e-5
@@ -313,6 +314,50 @@ def drawn_without_padding(batches: list[Batch], spans: list[list[tuple[int, int]
         for first, n in drawn
         for t in range(first, first + n)
     )
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_step_measures_the_drawn_queries(placement, mode, share):
+    """The definition counts every drawn query, also those that the chosen blocks cover and the layer leaves out."""
+    from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
+    from ssa_pretrain.schedule import Place, counterpart_spans
+
+    config = small_config()
+    config.attention.full_ratio, config.attention.counterpart_share = float(mode == "full"), share
+    engine, batch = build_engine(config, placement, VOCAB), microbatch()
+    place = Place(seed=config.seed, step=2, microbatch=0, num_microbatches=1)
+    drawn = torch.zeros(2 * LENGTH, dtype=torch.bool)
+    for first, length in counterpart_spans(config.attention, place, rows=2, row_length=LENGTH):
+        drawn[first : first + length] = True
+    weights = {name: p.clone() for name, p in unwrap(engine.chunks[0]).named_parameters()}
+    found = engine.train_step([batch], step=2, learning_rate=0.0).result()
+    oracle = Oracle(weights, config)
+    wanted = oracle.metrics(batch, mode, drawn)
+    np.testing.assert_allclose(
+        [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer], wanted, rtol=1e-5
+    )
+    covered = drawn & (batch.positions < 32)
+    assert covered.any() and drawn.sum() == share * 2 * LENGTH
+    assert abs(oracle.metrics(batch, mode)[1] / wanted[1] - 1) > 0.01, "the sample differs from the whole"
+
+
+def test_step_without_a_drawn_query_has_no_alignment(placement):
+    """Nothing is drawn for some steps of one row. They have neither metrics nor a gradient of the alignment."""
+    from ssa_pretrain.engine import build_engine
+
+    config = small_config()
+    config.attention.counterpart_share, config.attention.alignment_weight = 0.02, 500.0
+    engine, batches = build_engine(config, placement, VOCAB), microbatches()[:1]
+    found = [gradient_and_metrics(engine, batches, step) for step in range(30)]
+    empty = [alignment == mass == [] for _, alignment, mass in found]
+    assert 0 < sum(empty) < 30
+    config.attention.counterpart_share = 0.0
+    for step in range(30):
+        if empty[step]:
+            nothing, *_ = gradient_and_metrics(engine, batches, step)
+            assert all(map(torch.equal, found[step][0], nothing))
 
 
 @pytest.mark.parametrize("score", Score)

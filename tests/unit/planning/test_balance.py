@@ -18,7 +18,7 @@ def found(dp: int, num_microbatches: int, rows: int, *overrides: str, steps: int
     return balance(config.attention, batch, row, seed=config.seed, steps=steps)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.25, 0.125])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize(
     ("dp", "num_microbatches", "rows"), [(1, 384, 1), (8, 24, 2), (64, 6, 1), (64, 3, 2), (128, 3, 1), (512, 8, 1)]
 )
@@ -30,9 +30,14 @@ def test_data_ranks_have_equal_work(share: float, dp: int, num_microbatches: int
     assert result.changes <= 2.0 or dp == 1
 
 
-@pytest.mark.parametrize("share", [0.3, 0.1, 1 / 16])
-def test_shares_that_no_row_can_have_exactly_leave_little_imbalance(share: float) -> None:
-    assert found(64, 6, 1, f"attention.counterpart_share={share}", steps=8).slowest < 1.02
+@pytest.mark.parametrize("share", [0.3, 0.125, 0.1, 1 / 16])
+@pytest.mark.parametrize(("dp", "num_microbatches", "rows"), [(64, 6, 1), (64, 3, 2), (128, 3, 1), (8, 24, 2)])
+def test_shares_that_no_row_can_have_exactly_leave_little_imbalance(
+    share: float, dp: int, num_microbatches: int, rows: int
+) -> None:
+    """A rank's rows are within one pair of their share."""
+    setting = f"attention.counterpart_share={share}"
+    assert 1.0 <= found(dp, num_microbatches, rows, setting, steps=8).slowest < 1.01
 
 
 def test_one_microbatch_per_rank_by_hand() -> None:

@@ -113,6 +113,16 @@ def test_activation_estimate_is_near_a_measured_peak() -> None:
     assert estimate == pytest.approx(42.6, rel=0.1)
 
 
+def test_second_stream_is_kept_for_its_share_of_the_queries() -> None:
+    """Per layer and token: the output of 32 heads of 64 in bf16, and their log-sum-exps in fp32.
+
+    At share 1/4, 3/8 of the queries of a microbatch with a full main stream keep it.
+    """
+    found = [planned("experiment=ssa_1b_8k", f"attention.counterpart_share={r}").activation_bytes for r in (1, 0.25, 0)]
+    stream = 16 * 2 * 8192 * (32 * 64 * 2 + 32 * 4)
+    assert [found[0] - other for other in found[1:]] == [5 / 8 * stream, stream]
+
+
 def test_pipelines_hold_the_microbatches_in_flight() -> None:
     eight = ("experiment=ssa_1b_8k", "model=llama_8b", "model.vocab_size=1024", "training.micro_batch_size=1")
     stages = {pp: planned(*eight, f"parallel.pp={pp}", world_size=pp).activation_bytes for pp in (1, 4)}
