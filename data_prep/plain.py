@@ -27,6 +27,13 @@ def without_credentials(text: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def without_unset(settings: Any, name: str) -> Any:
+    """Returns plain settings without a key wherever its value is null, as a version without this setting stored them."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: without_unset(value, name) for key, value in settings.items() if key != name or value is not None}
+
+
 def without_keys(settings: Any, names: tuple[str, ...]) -> Any:
     """Returns plain settings without some keys, at any depth of dictionaries."""
     if not isinstance(settings, dict):

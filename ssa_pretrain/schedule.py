@@ -15,11 +15,11 @@ is the first one), starting at a random group: a microbatch's place does not cha
 sample of each row's queries. A sparse counterpart is cheap and a full one is not, so a query is FAVOUR times as likely to be drawn where the main
 stream is full; the mean over both kinds of microbatch is r (`share_drawn`). A row is cut into 2 * P equal chunks, where P is `num_pairs`, and chunk i
 is paired with chunk 2 * P - 1 - i. The cost of a query's full attention grows with its position, and the chunks of a pair mirror each other, so all
-pairs of a row that is one document cost the same. A row draws its share of the P pairs, rounded down or up. The rounding is systematic over the rows
-of a step with this main stream (one random offset, then equal distances), so that their total lies within one pair of the share. It visits the
-microbatches of a group in bit-reversed order, and those of all groups of this stream together: the microbatches of a data rank, whose places differ
-by a multiple of dp, are neighbours there if dp is a power of two, so each rank also has its share. A row's pairs are a systematic sample of 0 ... P -
-1, because neighbouring pairs belong to the same context rank. All queries of a microbatch are drawn with the same probability.
+pairs of a row that is one document cost the same. A row draws its share of the P pairs, rounded down or up. The rounding is systematic over all
+rows of the step with this main stream (one random offset, then equal distances), so their total lies within one pair of the share. It visits the
+microbatches of a group in bit-reversed order, and those of the groups together: the microbatches of a data rank, whose places differ by a multiple of
+dp, are neighbours there if dp is a power of two, so each rank also has its share. A row's pairs are a systematic sample of 0 ... P - 1, because
+neighbouring pairs belong to the same context rank. All queries of a microbatch are drawn with the same probability.
 
 Standard library only.
 """

@@ -14,7 +14,7 @@ from data_prep.corpus.planning import Shard, file_checksums, input_digest, plan_
 from data_prep.corpus.unreadable import with_skip_advice
 from data_prep.errors import InputError, UnreadableText
 from data_prep.files import digest, read_json, write_json
-from data_prep.plain import to_plain, without_keys
+from data_prep.plain import to_plain, without_keys, without_unset
 from data_prep.progress import Log
 from data_prep.recipe import known_dataset
 from data_prep.sources.catalog import SOURCES
@@ -100,7 +100,7 @@ def write_plan(out: Path, config: Config, corpus: Corpus | None) -> None:
 
 def _text_key(fetched: list[Any]) -> dict[str, Any]:
     """Returns what the fetched text depends on."""
-    settings = [without_keys(to_plain(source), ("on_error",)) for source in fetched]
+    settings = [without_unset(without_keys(to_plain(source), ("on_error",)), "max_repeated") for source in fetched]
     return {"version": EXTRACTION_VERSION, **(settings[0] if len(settings) == 1 else {"parts": settings})}
 
 

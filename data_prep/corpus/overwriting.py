@@ -5,7 +5,7 @@ from typing import Any
 
 from data_prep.config import Config
 from data_prep.errors import InputError
-from data_prep.plain import without_keys
+from data_prep.plain import without_keys, without_unset
 from data_prep.recipe import Recipe, known_dataset, plain_sources, recipe_of
 from data_prep.run_config import Packing
 from data_prep.sources.catalog import SOURCES
@@ -55,4 +55,4 @@ def check_same_source(config: Config, out: Path) -> None:
 def _fetched_sources(recipe: Recipe) -> list[Any]:
     """Returns the settings of the sources that fetch text, without those that only change the transfer."""
     sources = [source for source in plain_sources(recipe.settings["source"]) if SOURCES[source["kind"]].fetched]
-    return [without_keys(source, TRANSFER_SETTINGS) for source in sources]
+    return [without_unset(without_keys(source, TRANSFER_SETTINGS), "max_repeated") for source in sources]

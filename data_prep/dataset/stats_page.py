@@ -10,7 +10,17 @@ from ssa_pretrain.webpage.charts import colour_legend, histogram
 from ssa_pretrain.webpage.layout import card, document, fact_table, grid, number_table, tiles
 
 BINS_PER_OCTAVE = 4  # of document lengths, which are counted in bins of equal ratio
-SOURCE_COLUMNS = ("name", "origin", "kind", "files", "documents", "text_bytes", "duplicates")
+SOURCE_COLUMNS = (
+    "name",
+    "origin",
+    "kind",
+    "files",
+    "documents",
+    "text_bytes",
+    "duplicates",
+    "repeated",
+    "repeated_bytes",
+)
 
 
 def page(stats: dict[str, Any]) -> str:

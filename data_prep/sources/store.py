@@ -29,6 +29,8 @@ class Counts:
     text_bytes: int = 0
     duplicates: int = 0
     overlapping: int = 0  # dropped because they share words with held-out text
+    repeated: int = 0  # dropped because they repeat text of documents before them
+    repeated_bytes: int = 0  # of text in those
 
 
 class TextStore:
@@ -48,8 +50,18 @@ class TextStore:
         self._formats: dict[str, tuple[str, str]] = {}
         self.counts: dict[str, list[Any]] = {}
 
-    def add_texts(self, part: str, origin: str, texts: Iterable[str]) -> Counts:
-        """Appends documents to a part, without those seen before in any part; returns how many there were."""
+    def add_texts(
+        self, part: str, origin: str, texts: Iterable[str], keeps: Callable[[bytes], bool] | None = None
+    ) -> Counts:
+        """Appends documents to a part, without those seen before in any part; returns how many there were.
+
+        Args:
+            part: part of the corpus; letters, digits, - and _.
+            origin: where they come from, for the manifest.
+            texts: the documents.
+            keeps: called in order with each document (UTF-8) that is no exact duplicate. If it returns False, the document is
+                dropped and counted as repeated.
+        """
         counts = Counts(origin)
         self.counts.setdefault(part, []).append(counts)
         self._check_format(part, "jsonl", "text")
@@ -62,6 +74,10 @@ class TextStore:
                 counts.duplicates += 1
                 continue
             self._seen.add(key)
+            if keeps is not None and not keeps(raw):
+                counts.repeated += 1
+                counts.repeated_bytes += len(raw)
+                continue
             counts.documents += 1
             counts.text_bytes += len(raw)
             line = json.dumps({"text": raw.decode()}, ensure_ascii=False).encode() + b"\n"

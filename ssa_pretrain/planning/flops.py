@@ -6,11 +6,10 @@ products of 2 * D operations per head.
 
 MFU counts the matrix products and *one* attention stream per query: the full one where it is computed, else the sparse
 one. full computes the full stream everywhere, moba nowhere. ssa computes it for all queries of the microbatches where
-it is the main stream (the share p = full_ratio) and for the share of the others' queries that is drawn for the
-counterpart. At counterpart_share = 1 that is everywhere. The extra work of SSA (the second stream, selection, gates,
-alignment) is the price of the method, not work of the model: it is counted here and shown next to MFU, but never
-included in it. All counts are those of the algorithm. A kernel that pads or masks does more. Counts are means over the
-draws of a training step.
+it is the main stream (the share p = full_ratio) and for the drawn queries of the others. At counterpart_share = 1 that
+is everywhere. The extra work of SSA (the second stream, selection, gates, alignment) is the price of the method, not work
+of the model: it is counted here and shown next to MFU, but never included in it. All counts are those of the algorithm.
+A kernel that pads or masks does more. Counts are means over the draws of a training step.
 
 Source of the peaks: NVIDIA's data sheets, dense (without 2:4 sparsity), at boost clocks. Standard library only.
 """
@@ -61,7 +60,7 @@ class RowFlops:
         alignment: SmoothL1 terms, and the gates of the other stream.
         covered: either stream, of the queries that the counterpart leaves out because the chosen blocks cover them.
         full_ratio: p, the share of microbatches whose main stream is full.
-        drawn: shares of the queries that compute the other stream, where full is the main stream and where sparse is.
+        share_if_full, share_if_sparse: share of a microbatch's queries that are drawn for the other stream, by its main stream.
     """
 
     linear: float
@@ -73,23 +72,23 @@ class RowFlops:
     alignment: float
     covered: float
     full_ratio: float
-    drawn: tuple[float, float]
+    share_if_full: float
+    share_if_sparse: float
 
     @property
     def model(self) -> float:
         """Forward and backward operations that MFU counts."""
-        full = self.full_ratio + (1.0 - self.full_ratio) * self.drawn[1]
+        full = self.full_ratio + (1.0 - self.full_ratio) * self.share_if_sparse
         attention = full * self.full_attention + (1.0 - full) * self.sparse_attention
         return 3.0 * (self.linear + self.logits + attention)
 
     @property
     def overhead(self) -> float:
         """Forward and backward operations of the method that MFU does not count."""
-        ratio, (with_full, with_sparse) = self.full_ratio, self.drawn
-        aligned = ratio * with_full + (1.0 - ratio) * with_sparse
-        # Where the full counterpart is computed, MFU counts it, so the sparse stream is the method's work: everywhere once.
-        second = aligned * (self.sparse_attention - self.covered + self.alignment)
-        return 3.0 * (self.gate + second) + (1.0 - ratio * (1.0 - with_full)) * self.selection
+        p = self.full_ratio
+        both = p * self.share_if_full + (1.0 - p) * self.share_if_sparse
+        second = both * (self.sparse_attention - self.covered + self.alignment)
+        return 3.0 * (self.gate + second) + (p * self.share_if_full + 1.0 - p) * self.selection
 
     def computed(self, main: str, share: float) -> float:
         """Returns all forward and backward operations of a row with a main stream, "full" or "sparse".
@@ -123,9 +122,8 @@ def row_flops(
     sparse = sum(sparse_pairs(length, attention.block_size, attention.top_k) for length in document_lengths)
     has_full, has_sparse = (stream in streams for stream in ("full", "sparse"))
     has_both = has_full and has_sparse
-    drawn = (share_drawn(attention, "full"), share_drawn(attention, "sparse")) if has_both else (0.0, 0.0)
     covered = [min(length, attention.top_k * attention.block_size) for length in document_lengths]
-    left_out = min(drawn) < 1.0 or sum(covered) >= MIN_SAVED * tokens
+    left_out = attention.counterpart_share < 1.0 or sum(covered) >= MIN_SAVED * tokens
     # A gate is one product per output. The two SmoothL1 terms share difference, size, square and branch, and are summed.
     elements = float(tokens * width * layers)
     return RowFlops(
@@ -138,7 +136,8 @@ def row_flops(
         alignment=has_both * (7 + attention.gate) * elements,
         covered=4.0 * width * layers * sum(map(causal_pairs, covered)) * (has_both and left_out),
         full_ratio=attention.full_ratio if has_both else float(has_full),
-        drawn=drawn,
+        share_if_full=share_drawn(attention, "full") if has_both else 0.0,
+        share_if_sparse=share_drawn(attention, "sparse") if has_both else 0.0,
     )
 
 

@@ -7,8 +7,9 @@
 
 This is technical English and Python, not a sample of the web. Documents shorter than 500 characters and exact
 duplicates are dropped. `source.keep_out` names packages of held-out text: a training document that shares thirteen
-consecutive words with them is dropped and counted (data_prep/sources/packages/contamination.py). Packages and licences
-are in data_prep/sources/packages/recipes.py.
+consecutive words with them is dropped and counted (data_prep/sources/packages/contamination.py). With
+`source.max_repeated`, so is a document that repeats more than this share of the text before it
+(data_prep/sources/packages/repeats.py). Packages and licences are in data_prep/sources/packages/recipes.py.
 """
 
 import itertools
@@ -23,6 +24,7 @@ from data_prep.sources.packages.contamination import HeldOut
 from data_prep.sources.packages.debian import unpacked_packages
 from data_prep.sources.packages.extracting import Extracted, Task, extract, extract_all, package_tasks, wheel_task
 from data_prep.sources.packages.recipes import RECIPES, check_packages, is_wheel
+from data_prep.sources.packages.repeats import RepeatFilter
 from data_prep.sources.packages.settings import LocalDocsSource
 from data_prep.sources.packages.wheels import downloaded_wheels
 from data_prep.sources.store import TextStore
@@ -39,25 +41,30 @@ def extract_local_docs(source: LocalDocsSource, cache: Path, log: Log, store: Te
     if source.python_mb and not source.wheels:
         tasks.insert(0, Task("python", "installed Python packages", "installed", (), source.python_mb))
     held_out = _held_out(kept_out, log) if kept_out else None
-    _store_all(extract_all(tasks, held_out), source.python_mb * 1e6, store, log)
+    repeats = None if source.max_repeated is None else RepeatFilter(source.max_repeated)
+    _store_all(extract_all(tasks, held_out), source.python_mb * 1e6, repeats, store, log)
 
 
-def _store_all(results: Iterator[Extracted], python_bytes: float, store: TextStore, log: Log) -> None:
+def _store_all(
+    results: Iterator[Extracted], python_bytes: float, repeats: RepeatFilter | None, store: TextStore, log: Log
+) -> None:
     """Puts the results of the tasks into the store, origin by origin, Python source up to a number of bytes."""
     left = {"python": python_bytes}
     for origin, group in groupby(results, key=lambda extracted: extracted.task.origin):
         results_of_origin = _OriginResults(group)
         part = results_of_origin.part
         limit = left.get(part, math.inf)
-        counts = store.add_texts(part, origin, results_of_origin.texts(limit))
+        counts = store.add_texts(part, origin, results_of_origin.texts(limit), repeats and repeats.keeps)
         counts.overlapping = results_of_origin.overlapping
-        if not counts.documents and not counts.duplicates and limit > 0:
+        if not counts.documents and not counts.duplicates and not counts.repeated and limit > 0:
             raise InputError(
                 f"package {origin} has no text in the files of its recipe; leave it out of source.packages"
             )
         if part in left:
             left[part] -= counts.text_bytes
         dropped = f", {counts.overlapping} with held-out words dropped" if counts.overlapping else ""
+        if counts.repeated:
+            dropped += f", {counts.repeated:,} that repeat earlier text dropped ({counts.repeated_bytes / 1e6:.1f} MB)"
         log(f"text: {origin}, {counts.documents:,} documents, {counts.text_bytes / 1e6:.1f} MB{dropped}")
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ssa_pretrain.settings.problems import Problem, above_zero, at_least
+from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,10 +29,13 @@ class LocalDocsSource:
     wheels: list[str] = field(default_factory=list)  # Python packages as name==version, for their source
     python_mb: float = 10.0  # maximum MB of Python source, from `wheels` if there are any, else from installed packages
     keep_out: list[str] = field(default_factory=list)  # packages and wheels of held-out text; overlaps are dropped
+    max_repeated: float | None = None  # maximum share of a document's n-grams that occurred before; null keeps all
 
     def problems(self) -> list[Problem]:
         """Returns what is wrong with the values."""
         found = at_least("source", self, 0, "python_mb")
+        if self.max_repeated is not None:
+            found += between("source", self, 0.0, 1.0, "max_repeated")
         if not self.packages and not self.wheels:
             rule = "and source.wheels=[] must name at least one package"
             found.append(Problem("source.packages", [], rule, "try source.packages=[perl-doc]", ("source.wheels",)))

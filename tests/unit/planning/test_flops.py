@@ -89,9 +89,8 @@ def test_all_operations_are_those_of_the_model_and_of_the_method(
     """The mean over the main streams of what is computed, and the counts by hand for either stream."""
     overrides = (f"attention.counterpart_share={share}", f"attention.full_ratio={ratio}")
     row = flops(experiment("experiment=ssa_1b_8k", *overrides), lengths)
-    with_full, with_sparse = row.drawn
-    assert ratio * with_full + (1 - ratio) * with_sparse == pytest.approx(share)
-    mean = ratio * row.computed("full", with_full) + (1 - ratio) * row.computed("sparse", with_sparse)
+    mean = ratio * row.computed("full", row.share_if_full) + (1 - ratio) * row.computed("sparse", row.share_if_sparse)
+    assert ratio * row.share_if_full + (1 - ratio) * row.share_if_sparse == pytest.approx(share)
     assert row.model + row.overhead == pytest.approx(mean, rel=1e-12)
     always = 3 * (row.linear + row.logits + row.gate)
     full, sparse, aligned = row.full_attention, row.sparse_attention, share * row.alignment
@@ -108,8 +107,8 @@ def test_all_operations_are_those_of_the_model_and_of_the_method(
 
 def test_mfu_counts_the_full_stream_where_it_is_computed() -> None:
     row = flops(experiment("experiment=ssa_1b_8k", "attention.counterpart_share=0.25", "attention.full_ratio=0.5"))
-    # Half of the microbatches, and an eighth of the queries of the others: a share of 1/4 is 3/8 and 1/8.
-    attention = 0.5625 * row.full_attention + 0.4375 * row.sparse_attention
+    full = 0.5 + 0.5 * 0.125
+    attention = full * row.full_attention + (1 - full) * row.sparse_attention
     assert row.model == pytest.approx(3 * (row.linear + row.logits + attention))
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cli import read_config
+from data_prep.cli import main, read_config
 from data_prep.errors import InputError
+from data_prep.recipe import read_recipe, write_recipe
 from data_prep.sources.packages import extracting, local_docs
 from data_prep.sources.packages.debian import Package
 from data_prep.sources.packages.recipes import RECIPES, PackageRecipe
@@ -118,6 +119,35 @@ def test_results_are_the_same_with_one_process_and_with_two(cache, tmp_path, mon
     assert found[0] == found[1]
 
 
+def test_documents_that_repeat_earlier_text_are_dropped_and_counted(cache, tmp_path, monkeypatch):
+    source = LocalDocsSource(packages=["anarchism", "perl-doc"], python_mb=0, max_repeated=0.9)
+    for number, cores in enumerate(({0}, {0, 1})):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: cores)
+        texts, store = extracted(source, cache, tmp_path / str(number))
+        # The essay repeats few of its words. Each page is the same two words again and again.
+        assert texts == {"prose": [ESSAY]}
+        counts = {
+            count.origin: (count.documents, count.repeated, count.repeated_bytes) for (count,) in store.counts.values()
+        }
+        assert counts == {"anarchism 1": (1, 0, 0), "perl-doc 5": (0, 6, 5 * 1400 + 1500)}
+    assert any(line["repeated"] == 6 for line in store.origins())
+
+
+def test_datasets_made_without_the_limit_on_repeats_stay_the_same(cache, tmp_path):
+    run = ["source=local_docs", "source.packages=[anarchism,perl-doc]", "source.python_mb=0", "tokenizer=bpe4k"]
+    settings = [*run, "tokenizer.vocab_size=512", "split.heldout_fraction=0.3"]
+    settings += [f"cache='{cache}'", f"out='{tmp_path}/d'", "workers=1", "backend=hf"]
+    assert main(settings) == 0
+    key = json.loads((tmp_path / "d" / "text" / "index.json").read_text())["key"]
+    assert "max_repeated" not in key  # so text of an earlier version is found again
+    recipe = read_recipe(tmp_path / "d")
+    assert recipe is not None
+    del recipe.settings["source"]["max_repeated"]
+    write_recipe(tmp_path / "d", recipe)
+    assert main(settings) == 0
+    assert main([*settings, "source.max_repeated=0.5"]) == 4
+
+
 def test_listings_and_links_are_left_out(tmp_path):
     for name in ("index.html", "genindex-A.html", "_modules/a.html", "topic.html"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -150,5 +180,7 @@ def test_settings_report_their_problems():
     assert "at least one package" in str(LocalDocsSource().problems()[0])
     (unpinned,) = LocalDocsSource(wheels=["pack"]).problems()
     assert str(unpinned) == "source.wheels has pack, which has no version; write it as pack==1.2.3"
+    (share,) = LocalDocsSource(packages=["perl-doc"], max_repeated=5).problems()
+    assert "source.max_repeated=5 must lie in 0 to 1" in str(share)
     both = LocalDocsSource(packages=["anarchism"], keep_out=["anarchism"])
     assert "source.keep_out has anarchism, which the corpus includes" in str(both.problems()[0])

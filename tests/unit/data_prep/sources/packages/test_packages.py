@@ -89,9 +89,8 @@ def test_stored_text_is_extracted_once_for_its_settings(tmp_path):
     for settings, expected in (({"n": 1}, 1), ({"n": 1}, 1), ({"n": 2}, 2)):
         subsets, counts = stored_text(folder, settings, extract)
         assert texts_of(subsets) == {"a": [f"text {expected}"]}
-        assert counts == [
-            {"name": "a", "origin": "here", "documents": 1, "text_bytes": 6, "duplicates": 0, "overlapping": 0}
-        ]
+        dropped = dict.fromkeys(("duplicates", "overlapping", "repeated", "repeated_bytes"), 0)
+        assert counts == [{"name": "a", "origin": "here", "documents": 1, "text_bytes": 6, **dropped}]
     (folder / "a_00000.jsonl").write_text("cut")
     (folder / "mine.txt").write_text("not ours")
     assert texts_of(stored_text(folder, {"n": 2}, extract)[0]) == {"a": ["text 3"]}
