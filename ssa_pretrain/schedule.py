@@ -35,9 +35,6 @@ from ssa_pretrain.config import AttentionConfig, Config, OptimConfig, PrecisionN
 MIN_PAIRS = 8  # of chunks per row: the smallest share that every row can have is 1/8
 LONGEST_CHUNK = 1024  # queries, while a row has more than 2 * MIN_PAIRS chunks
 FAVOUR = 3.0  # ratio of the two shares; about the square root of the ratio of the two counterparts' costs at 8k to 32k (docs/counterpart.md)
-# If all queries are drawn, a microbatch leaves out those that need no counterpart (engine/counterpart.py) only if they are at least this part of its
-# tokens. Below that, one fused operator over all tokens is faster.
-MIN_SAVED = 1 / 8
 WINDOW = 8  # steps that share the rounding of the main stream
 STREAM, COUNTERPART = b"ssa-stream", b"ssa-counterpart"  # separate the two draws' random numbers
 

@@ -16,7 +16,6 @@ from itertools import pairwise
 
 from ssa_pretrain.config import AttentionConfig
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.schedule import MIN_SAVED
 
 Span = tuple[int, int]  # first query, number of queries
 
@@ -48,8 +47,8 @@ def counterpart_queries(attention: AttentionConfig, batch: Batch, drawn: Sequenc
     uncovered = [(begin + reach, end) for begin, end in pairwise(batch.boundaries) if begin + reach < end]
     spans = intersection(drawn, _whole_cells(uncovered, num_tokens))
     num_drawn = total(drawn) - total(intersection(drawn, batch.padding))
-    if total(drawn) == num_tokens and num_tokens - total(spans) < MIN_SAVED * num_tokens:
-        return CounterpartQueries(None, num_drawn)
+    if spans and total(drawn) == num_tokens:
+        return CounterpartQueries(None, num_drawn)  # one fused operator over all tokens is faster than leaving some out
     return CounterpartQueries(spans, num_drawn)
 
 

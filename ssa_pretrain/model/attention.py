@@ -168,7 +168,7 @@ class SSAAttention(MegatronModule):
         """Returns the blocks of the sparse stream, int32 [queries, G or H, N]. An attention method of its own overrides this.
 
         Blocks are numbered within the query's document, ascending and padded with -1, as `sparse_attention` takes them.
-        If a document has at most `attention.top_k` blocks, all are chosen. q [queries, H, D] and k [keys, G, D] have no
+        A query with at most `attention.top_k` blocks up to its own gets all of them. q [queries, H, D] and k [keys, G, D] have no
         gradient here.
         """
         a = self.attention

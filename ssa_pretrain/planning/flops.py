@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssa_pretrain.config import AttentionConfig, ModelConfig, PrecisionName, Score
-from ssa_pretrain.schedule import MIN_SAVED, share_drawn
+from ssa_pretrain.schedule import share_drawn
 
 TERA = 1e12
 
@@ -123,7 +123,7 @@ def row_flops(
     has_full, has_sparse = (stream in streams for stream in ("full", "sparse"))
     has_both = has_full and has_sparse
     covered = [min(length, attention.top_k * attention.block_size) for length in document_lengths]
-    left_out = attention.counterpart_share < 1.0 or sum(covered) >= MIN_SAVED * tokens
+    left_out = attention.counterpart_share < 1.0 or sum(covered) == tokens
     # A gate is one product per output. The two SmoothL1 terms share difference, size, square and branch, and are summed.
     elements = float(tokens * width * layers)
     return RowFlops(

@@ -88,7 +88,7 @@ def ssa_attention(
         gate_logits: `[tokens, H]` in q's dtype or float32; None for no gate, which is a gate of 1.
         block_size, top_k, score: as in `select_blocks`.
         select: chooses the blocks in place of `select_blocks`: (q, k, layout) -> indices as `sparse_attention` takes
-            them. If a document has at most top_k blocks, it must choose all of them.
+            them. A query with at most top_k blocks up to its own must get all of them.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it; a layout with `max_length` is faster.
         main, weights: as in `gate_and_align`.
         scale: factor of the logits, default D^-1/2.
