@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from support.errors import relative, require_as_near, require_means_as_near
+from support.errors import relative, require_means_as_near
 from support.processes import SUPPORT, run_workers
 
 pytest.importorskip("deepspeed")
@@ -83,14 +83,12 @@ def two_processes() -> list[dict]:
             jobs.append(train("megatron.dp2.quarter", place | QUARTER))
             jobs.append(weights("megatron.dp2.weights", "megatron.dp2", place))
         elif layout == "tp2_sp":
-            jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED, logits=True))
-            jobs.append(train("megatron.tp2_sp.fp32", place, logits=True))
+            jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED))
         for stage in STAGES if layout != "tp2" else ():
             jobs.append(train(f"{layout}.zero{stage}", place | deepspeed(stage), **SAVING))
             jobs.append(resume(f"{layout}.zero{stage}.resumed", f"{layout}.zero{stage}", place | deepspeed(stage)))
         for name in (name for name, (at, _, _) in VARIANTS.items() if at == layout):
             more = SAVING if name in ("dp2.bf16.zero0", "dp2.bf16.zero1") else {}
-            more |= {"logits": True} if name == "tp2_sp.bf16.zero1" else {}
             jobs.append(train(name, place | VARIANTS[name][1], **more))
     jobs.append(resume("dp2.bf16.zero0.resumed", "dp2.bf16.zero0", deepspeed(0) | BF16_GRADS))
     jobs.append(resume("tp2.from_dp2.zero3", "dp2.zero3", TP | deepspeed(3)))
@@ -154,7 +152,7 @@ def test_variant_equals_megatron_engine(results, name):
     suffix = next((s for s, changes in SUFFIXES.items() if changes == reference), "")
     wanted = results[f"megatron.{layout}{suffix}"]
     if name == "tp2_sp.bf16.zero1":
-        near_bf16(results[name], wanted, results["megatron.tp2_sp.fp32"])
+        near_bf16(results[name], wanted, results["megatron.tp2_sp"][:STOP])
     elif name == "dp2.bf16.zero2":
         near_after_the_first_step(results[name][:STOP], wanted[:STOP], results["megatron.dp2"][:STOP])
     else:
@@ -173,22 +171,17 @@ def near_after_the_first_step(found: list, wanted: list, exact: list) -> None:
 def near_bf16(found: list, wanted: list, exact: list) -> None:
     """DeepSpeed rounds a norm weight's sum over tensor ranks to bf16 and core does not, so the runs diverge after the first step.
 
-    That step's forward is the same operations on the same weights. The norms' weights hold 6% of the squared norm of the gradient, and a rounding of
-    them by 2^-9 moves the norm by 2^-13. Later both engines are about as far from fp32, over 384 logits to half as much again.
+    The first step's forward is the same operations on the same weights. The norms' weights hold 6% of the squared norm of the gradient, and a rounding
+    of them by 2^-9 moves the norm by 2^-13. After one update the engines are nearer to each other than to fp32. From then on bf16 weights may be
+    rounded apart, and chosen blocks with them; both engines stay about as far from fp32.
     """
     forward = [0, 2, 3, 4, 5]
-    first, target = (torch.tensor(rows[0], dtype=torch.float64) for rows in (found, wanted))
-    torch.testing.assert_close(first[forward], target[forward], rtol=TOLERANCE, atol=0.0)
-    torch.testing.assert_close(first[1], target[1], rtol=2**-13, atol=0.0)
-
-    def means(rows: list) -> torch.Tensor:
-        return torch.tensor(rows[:-1], dtype=torch.float64)[:, forward]
-
-    def last_logits(rows: list) -> torch.Tensor:
-        return torch.tensor(rows[-1], dtype=torch.float64)
-
-    require_as_near(last_logits(found), last_logits(wanted), last_logits(exact), factor=1.5)
-    require_means_as_near(means(found), means(wanted), means(exact))
+    ours, theirs, right = (torch.tensor(rows, dtype=torch.float64) for rows in (found, wanted, exact))
+    torch.testing.assert_close(ours[0, forward], theirs[0, forward], rtol=TOLERANCE, atol=0.0)
+    torch.testing.assert_close(ours[0, 1], theirs[0, 1], rtol=2**-13, atol=0.0)
+    second = [(rows[1, forward] / right[1, forward]) for rows in (ours, theirs)]
+    assert (second[0] - second[1]).norm() < 0.25 * (second[1] - 1.0).norm()
+    require_means_as_near(*(rows[:, forward] for rows in (ours, theirs, right)))
 
 
 def test_one_process_equals_two(results):

@@ -80,7 +80,7 @@ def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
             save(engine, out / f"{job['name']}.checkpoint")
             found += train(engine, config, placement, range(job["save_at"], job["stop"]))
         found += held_out_metrics(engine, held_out)
-        return [*found, *logits(engine, config)] if job.get("logits") else found
+        return found
     if job["do"] == "resume":
         engine.load(out / f"{job['from']}.checkpoint")
         return train(engine, config, placement, range(job["first"], job["stop"])) + held_out_metrics(engine, held_out)
