@@ -59,7 +59,7 @@ class TextStore:
             part: part of the corpus; letters, digits, - and _.
             origin: where they come from, for the manifest.
             texts: the documents.
-            keeps: called in order with each document (UTF-8) that is no exact duplicate. If it returns False, the document is
+            keeps: called in order with each document (UTF-8) that is not an exact duplicate. If it returns False, the document is
                 dropped and counted as repeated.
         """
         counts = Counts(origin)

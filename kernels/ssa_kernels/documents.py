@@ -56,8 +56,8 @@ class QuerySpan:
 class SpanSegments:
     """All spans as one packed batch for a library's kernel: one segment for each document in each span, then empty segments.
 
-    Segments of different spans see the same keys. That is no matter in a forward. In a backward each span has copies of its keys, one span
-    after another, so that no two segments share a key and gradients need no atomic sums.
+    Segments of different spans see the same keys, which a forward reads where they are. In a backward each span has copies of its keys, one
+    span after another, so that no two segments share a key and gradients need no atomic sums.
     """
 
     cu_seqlens_q: torch.Tensor  # int32 [segments + 1], cumulated queries

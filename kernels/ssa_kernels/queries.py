@@ -21,9 +21,8 @@ class SampledQueries:
     """Some of a layout's queries, in spans of neighbours."""
 
     layout: DocumentLayout  # of the sampled queries over all keys
-    slices: tuple[
-        tuple[int, int], ...
-    ]  # (first, length) of each span among the queries of the layout that they were taken from
+    # (first, length) of each span among the queries of the layout that they were taken from
+    slices: tuple[tuple[int, int], ...]
     places: torch.Tensor  # int32 [queries of that layout], each one's place in the sample, -1 if it is not in it
 
     @property

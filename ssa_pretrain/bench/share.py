@@ -25,7 +25,7 @@ from ssa_pretrain.planning.memory import activation_bytes, count_parameters, sta
 from ssa_pretrain.schedule import share_drawn
 
 QUARTER, EIGHTH = Fraction(1, 4), Fraction(1, 8)
-REAL_ROWS = 8  # of 8k; documents of real lengths differ so much that one microbatch is no fair sample of them
+REAL_ROWS = 8  # of 8k; documents of real lengths differ so much that one microbatch is not a fair sample of them
 USABLE = 0.9  # of the device's memory; the estimate leaves out the allocator and the backward's temporary tensors
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ssa_pretrain.data.rows import HeldOutRows, Row, TrainingRows
+from ssa_pretrain.data.spans import Span, total
 
 PADDING_DOCUMENT = 16  # the smallest block size: any choice of blocks covers it
 
@@ -44,7 +45,7 @@ class Batch:
     positions: Tensor
     cu_seqlens: Tensor
     num_rows: int | None = None
-    padding: tuple[tuple[int, int], ...] = ()
+    padding: tuple[Span, ...] = ()
     boundaries: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class Batch:
     @property
     def num_padding(self) -> int:
         """How many of the T tokens are padding."""
-        return sum(length for _, length in self.padding)
+        return total(self.padding)
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on a device. A GPU copies it from pinned memory asynchronously, in stream order."""

@@ -16,8 +16,7 @@ from itertools import pairwise
 
 from ssa_pretrain.config import AttentionConfig
 from ssa_pretrain.data.batches import Batch
-
-Span = tuple[int, int]  # first query, number of queries
+from ssa_pretrain.data.spans import Span, intersection, total
 
 CELL = 64  # neighbouring tokens; at least the queries of one tile of selection at group size 2 or more
 
@@ -61,23 +60,3 @@ def _whole_cells(ranges: Sequence[tuple[int, int]], num_tokens: int) -> list[Spa
             begin = found.pop()[0]
         found.append((begin, end - begin))
     return found
-
-
-def intersection(some: Sequence[Span], others: Sequence[Span]) -> list[Span]:
-    """Returns the spans that lie in both; each argument ascends and does not overlap itself."""
-    found, i, j = [], 0, 0
-    while i < len(some) and j < len(others):
-        (first, length), (other, other_length) = some[i], others[j]
-        begin, end = max(first, other), min(first + length, other + other_length)
-        if begin < end:
-            found.append((begin, end - begin))
-        if first + length < other + other_length:
-            i += 1
-        else:
-            j += 1
-    return found
-
-
-def total(spans: Sequence[Span]) -> int:
-    """Returns the number of queries in some spans."""
-    return sum(length for _, length in spans)

@@ -33,7 +33,8 @@ from torch import Tensor
 from ssa_kernels import build_layout, sample_queries
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.engine.counterpart import CounterpartQueries, Span, counterpart_queries, total
+from ssa_pretrain.data.spans import Span, total
+from ssa_pretrain.engine.counterpart import CounterpartQueries, counterpart_queries
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, StepResult
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.parallel.context import ContextParallel

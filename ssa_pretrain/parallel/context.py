@@ -30,11 +30,12 @@ from torch import Tensor
 
 from ssa_kernels import DocumentLayout, query_spans
 from ssa_pretrain.data.batches import Batch
+from ssa_pretrain.data.spans import Span, intersection
 
 CHUNKS_PER_RANK = 2
 
 
-def chunk_spans(num_tokens: int, cp: int, cp_rank: int) -> list[tuple[int, int]]:
+def chunk_spans(num_tokens: int, cp: int, cp_rank: int) -> list[Span]:
     """Returns (first token, number of tokens) of each span that a context rank holds, ascending; adjacent chunks are merged.
 
     Args:
@@ -84,7 +85,7 @@ class ContextParallel:
         """Returns the layout of this rank's queries over all keys."""
         return layout if self.size == 1 else query_spans(layout, chunk_spans(layout.num_tokens, self.size, self.rank))
 
-    def own_spans(self, spans: Sequence[tuple[int, int]], num_tokens: int) -> list[tuple[int, int]]:
+    def own_spans(self, spans: Sequence[Span], num_tokens: int) -> list[Span]:
         """Returns the part of some spans that this rank holds, (first, length) among its own tokens; adjacent spans are not merged.
 
         Args:
@@ -93,10 +94,8 @@ class ContextParallel:
         """
         found, offset = [], 0
         for own_first, own_length in chunk_spans(num_tokens, self.size, self.rank):
-            for first, length in spans:
-                begin, end = max(first, own_first), min(first + length, own_first + own_length)
-                if begin < end:
-                    found.append((begin - own_first + offset, end - begin))
+            held = intersection(spans, [(own_first, own_length)])
+            found += [(first - own_first + offset, length) for first, length in held]
             offset += own_length
         return found
 

@@ -10,7 +10,7 @@
 passes (autograd.py). If top_k blocks cover every document (by the layout's `max_length`), both streams are the same (`covered`).
 
 With a sample of queries (`sample_queries`), the main stream is computed for all queries and the other one, with the alignment and the
-captured mass, for the sample: `sampled` by the public operators, sampled.py on a GPU.
+captured mass, for the sample (`composed`; on a GPU sampled.py).
 Source: arXiv 2511.20102, section 3.
 """
 
@@ -110,10 +110,7 @@ def ssa_attention(
     _check_sample(sample, layout, main)
     common = {"layout": layout, "main": main, "scale": scale, "num_rows": num_rows, "impl": impl}
     if resolve_impl(impl, q, "ssa_attention") == "reference" or not q.is_cuda:
-        choice = {"selection": selection, "weights": weights}
-        if sample is not None:
-            return sampled(q, k, v, logits, sample=sample, **common, **choice)
-        return composed(q, k, v, logits, **common, **choice)
+        return composed(q, k, v, logits, selection=selection, weights=weights, sample=sample, **common)
     if selection.top_k * layout.block_size >= layout.max_length:
         return covered(q, k, v, logits, **common)
     # Imported here because Triton may be missing on a CPU machine.
@@ -161,33 +158,9 @@ def composed(
     scale: float,
     num_rows: int | None,
     impl: str | None,
+    sample: SampledQueries | None = None,
 ) -> SSAOutput:
     """Returns the result of `ssa_attention`, by the public operators one after another."""
-    common = {"cu_seqlens": layout, "scale": scale, "impl": impl}
-    o_full, lse_full = full_attention(q, k, v, return_lse=True, num_rows=num_rows, **common)
-    assert lse_full is not None  # return_lse is set
-    indices = selection.choose(q.detach(), k.detach(), layout, scale=scale, impl=impl)
-    o_sparse, lse_sparse = sparse_attention(q, k, v, indices, block_size=selection.block_size, **common)
-    out, loss = gate_and_align(o_full, o_sparse, gate_logits, main=main, weights=weights, impl=impl)
-    return SSAOutput(out, loss, captured_mass(lse_full, lse_sparse).mean())
-
-
-def sampled(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gate_logits: torch.Tensor,
-    *,
-    layout: DocumentLayout,
-    sample: SampledQueries,
-    selection: Selection,
-    main: str,
-    weights: tuple[float, float],
-    scale: float,
-    num_rows: int | None,
-    impl: str | None,
-) -> SSAOutput:
-    """Returns the result of `ssa_attention` with a sample of queries, by the public operators one after another."""
 
     def stream(name: str, q: torch.Tensor, layout: DocumentLayout, num_rows: int | None):
         common = {"cu_seqlens": layout, "scale": scale, "impl": impl}
@@ -198,15 +171,19 @@ def sampled(
         indices = selection.choose(q.detach(), k.detach(), layout, scale=scale, impl=impl)
         return sparse_attention(q, k, v, indices, block_size=selection.block_size, **common)
 
-    other = "sparse" if main == "full" else "full"
-    o, lse = stream(main, q, layout, num_rows)
-    streams = {
-        main: (sample.take(o), sample.take(lse)),
-        other: stream(other, sample.take(q), sample.layout, None),
-    }
+    streams, logits = {}, gate_logits
+    for name in ("full", "sparse"):
+        if sample is None or name == main:
+            streams[name] = stream(name, q, layout, num_rows)
+        else:
+            streams[name] = stream(name, sample.take(q), sample.layout, None)
+    if sample is not None:
+        assert isinstance(main, str)  # _check_sample refuses a number on the device
+        gated = gate(streams[main][0], gate_logits, impl=impl)
+        streams[main], logits = tuple(map(sample.take, streams[main])), sample.take(gate_logits)
     (o_full, lse_full), (o_sparse, lse_sparse) = streams["full"], streams["sparse"]
-    _, loss = gate_and_align(o_full, o_sparse, sample.take(gate_logits), main=main, weights=weights, impl=impl)
-    return SSAOutput(gate(o, gate_logits, impl=impl), loss, captured_mass(lse_full, lse_sparse).mean())
+    out, loss = gate_and_align(o_full, o_sparse, logits, main=main, weights=weights, impl=impl)
+    return SSAOutput(out if sample is None else gated, loss, captured_mass(lse_full, lse_sparse).mean())
 
 
 def covered(

@@ -5,7 +5,7 @@ import torch
 
 from ssa_kernels import build_layout, full_attention, sample_queries, select_blocks, ssa_attention
 from ssa_kernels.full_attention import te
-from ssa_kernels.ssa_attention.api import Selection, sampled
+from ssa_kernels.ssa_attention.api import Selection, composed
 from support.errors import relative, require_as_near, require_means_as_near
 
 pytestmark = pytest.mark.gpu
@@ -101,9 +101,9 @@ def test_layer_with_its_gradients(documents, main, sample, shape):
     exact_leaves = [x.detach().double().requires_grad_() for x in inputs]
     selection = Selection(16, 8, "softmax_sum", blocks)
     *exact, exact_means = run(
-        sampled(*exact_leaves, selection=selection, num_rows=None, impl="reference", **options), exact_leaves
+        composed(*exact_leaves, selection=selection, num_rows=None, impl="reference", **options), exact_leaves
     )
-    *parts, part_means = run(sampled(*inputs, selection=selection, num_rows=None, impl=None, **options), inputs)
+    *parts, part_means = run(composed(*inputs, selection=selection, num_rows=None, impl=None, **options), inputs)
     common = {"cu_seqlens": layout, "sample": picked, "main": main, "weights": (0.7, 1.3), **SELECTION}
     rows = 2 if documents == "rows" else None
     *found, means = run(ssa_attention(*inputs, num_rows=rows, **common), inputs)

@@ -8,7 +8,8 @@ import pytest
 from ssa_pretrain.config import AttentionConfig
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
-from ssa_pretrain.engine.counterpart import CELL, counterpart_queries, intersection, total
+from ssa_pretrain.data.spans import total
+from ssa_pretrain.engine.counterpart import CELL, counterpart_queries
 
 LENGTH, REACH = 1024, 128
 ATTENTION = AttentionConfig(block_size=16, top_k=REACH // 16)
@@ -64,9 +65,3 @@ def test_all_queries_go_through_one_operator_unless_none_is_computed(
 def test_boundaries_stay_on_the_host() -> None:
     batch = microbatch([0, 100], [0])
     assert batch.boundaries == (0, 100, LENGTH, 2 * LENGTH) == replace(batch, num_rows=None).boundaries
-
-
-def test_intersection_equals_that_of_the_sets() -> None:
-    one, other = [(0, 5), (7, 1), (10, 20)], [(3, 9), (15, 2), (29, 4)]
-    assert queries(intersection(one, other)) == queries(one) & queries(other)
-    assert intersection(one, []) == intersection([], one) == []
