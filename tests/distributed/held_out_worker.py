@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron.core import parallel_state
 
-from ssa_pretrain.evaluation import MODES, evaluate_mode
+from ssa_pretrain.evaluation import MODES
+from ssa_pretrain.evaluation.held_out import evaluate_mode
 from ssa_pretrain.parallel.state import start
 from ssa_pretrain.run import Run, build_run
 from support.layout_worker import LENGTH, configure
