@@ -105,13 +105,13 @@ def measure(run: Any) -> dict[str, Any]:
         heads[mode] = attention_by_head(run, mode, head_rows) if head_rows else {}
         for task in run.tasks:
             tasks[task.name][mode] = asdict(task.evaluate(run, mode))
-    return {"modes": modes, "heads": heads, "tasks": tasks, "lm_eval": lm_eval_results(run)}
+    return {"modes": modes, "heads": heads, "tasks": tasks, **lm_eval_results(run)}
 
 
 def lm_eval_results(run: Any) -> dict[str, Any]:
-    """Returns the results of lm_eval's tasks by task and mode; empty if none is asked for. lm_eval is imported only then."""
+    """Returns the results of lm_eval's tasks, empty if none is asked for. lm_eval is imported only then."""
     if not run.config.evaluation.lm_eval.tasks:
-        return {}
+        return {"lm_eval": {}}
     from ssa_pretrain.evaluation.lm_eval_model import evaluate_tasks
 
     return evaluate_tasks(run)

@@ -17,12 +17,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = _panels(result)
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * rows), layout="constrained")
+    rows = 1 + -(-len(panels) // 2)
+    figure = Figure(figsize=(2 * SIZE[0], SIZE[1] * rows), layout="constrained")
     figure.suptitle(result["name"], fontsize=9)
-    for number, (draw, *values) in enumerate(panels, start=1):
-        draw(figure, figure.add_subplot(rows, columns, number), *values)
+    cells = figure.add_gridspec(rows, 2)
+    _by_position(figure.add_subplot(cells[0, :]), result)
+    for number, (draw, *values) in enumerate(panels):
+        draw(figure, figure.add_subplot(cells[1 + number // 2, number % 2]), *values)
     FigureCanvasAgg(figure).print_png(path)
 
 
@@ -33,8 +34,8 @@ def buckets(metrics: dict[str, Any]) -> list[tuple[int, float]]:
 
 
 def _panels(result: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Returns the panels that have values: a function, and what it draws."""
-    panels: list[tuple[Any, ...]] = [(_by_position, result)]
+    """Returns the panels that have values, those of the two modes side by side: a function, and what it draws."""
+    panels: list[tuple[Any, ...]] = []
     for name, title, top in (
         ("captured_mass_by_head", "captured mass", 1.0),
         ("entropy_by_head", "entropy (nats)", None),
@@ -49,7 +50,7 @@ def _panels(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     return panels
 
 
-def _by_position(_: Any, axes: Any, result: dict[str, Any]) -> None:
+def _by_position(axes: Any, result: dict[str, Any]) -> None:
     for mode in MODES:
         points = buckets(result["modes"][mode])
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=mode)
@@ -62,6 +63,7 @@ def _by_position(_: Any, axes: Any, result: dict[str, Any]) -> None:
 def _by_head(figure: Any, axes: Any, values: list[list[float]], title: str, top: float | None) -> None:
     image = axes.imshow(values, aspect="auto", vmin=0.0, vmax=top, origin="lower", interpolation="nearest")
     figure.colorbar(image, ax=axes)
+    axes.locator_params(integer=True)
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("head")
     axes.set_ylabel("layer")

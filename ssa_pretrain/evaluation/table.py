@@ -37,8 +37,8 @@ def table(result: dict[str, Any]) -> str:
             if isinstance(value, float) and not name.endswith("_stderr"):
                 lines.append(_row(f"{task}: {name}", [by_mode[mode]["metrics"].get(name) for mode in MODES]))
     for task, by_mode in result["lm_eval"].items():
-        for name in by_mode["full"]:
-            lines.append(_row(f"lm_eval {task}: {name}", [by_mode[mode].get(name) for mode in MODES]))
+        shown = [name for name in by_mode["full"] if not name.endswith("_stderr") and name != "sample_len"]
+        lines += [_row(f"lm_eval {task}: {name}", [by_mode[mode].get(name) for mode in MODES]) for name in shown]
     return "\n".join(lines)
 
 

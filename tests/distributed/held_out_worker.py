@@ -11,11 +11,12 @@ from pathlib import Path
 
 from megatron.core import parallel_state
 
+from ssa_pretrain.engine import build_engine
 from ssa_pretrain.evaluation import MODES
 from ssa_pretrain.evaluation.held_out import evaluate_mode
 from ssa_pretrain.parallel.state import start
 from ssa_pretrain.run import Run, build_run
-from support.layout_worker import LENGTH, configure
+from support.layout_worker import LENGTH, VOCAB, configure
 
 SIZES = (1, 2, 3, 5)
 SMALL = {"model.num_layers": 6, "evaluation.rows": 0}
@@ -36,6 +37,7 @@ def main() -> None:
         placement = start(config.parallel, seed=1)
         config = replace(config, training=replace(config.training, global_batch_tokens=placement.dp * LENGTH))
         run = build_run(config, placement, trains=False)
+        run.engine = build_engine(config, placement, VOCAB)  # as within a run that trains
         found = []
         for size in SIZES:
             run.config.training.micro_batch_size = size
