@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from tqdm import tqdm
 
-from ssa_pretrain.evaluation.packing import first_fit, microbatch_tokens, over_data_ranks, pack_texts
+from ssa_pretrain.evaluation.packing import (
+    first_fit,
+    microbatch_tokens,
+    on_all_data_ranks,
+    over_data_ranks,
+    pack_texts,
+)
 from ssa_pretrain.run import Run
 
 Choose = Callable[[Tensor], list[int]]  # logits [texts, V], fp32 on the host -> a token per text
@@ -39,9 +45,14 @@ def generate_greedily(
             return eos in new or (stop is not None and stop(new))
 
         continued = continue_texts(
-            run, begun, mode=mode, num_new=num_new, choose=lambda logits: logits.argmax(-1).tolist(),
-            multiple=microbatch_tokens(run), is_done=is_done,
-        )  # fmt: skip
+            run,
+            begun,
+            mode=mode,
+            num_new=num_new,
+            choose=lambda logits: logits.argmax(-1).tolist(),
+            multiple=microbatch_tokens(run),
+            is_done=is_done,
+        )
         found = [text[len(prompt) :] for text, prompt in zip(continued, begun, strict=True)]
         return [new[: new.index(eos)] if eos in new else new for new in found]
 
@@ -68,7 +79,8 @@ def continue_texts(
         num_new: new tokens.
         choose: picks each text's next token.
         multiple: tokens of the packed texts are filled up to a multiple of this.
-        is_done: (text, its beginning) -> whether it needs no further token. Generation ends if that holds for all texts.
+        is_done: (text, its beginning) -> whether it needs no further token. Generation ends if that holds for all texts of all data ranks, which
+            then call this together with the same `num_new`.
     """
     length, begun = run.config.data.sequence_length, texts
     texts = [list(text) for text in texts]
@@ -80,6 +92,6 @@ def continue_texts(
         for text, token in zip(texts, chosen, strict=True):
             if len(text) < length:
                 text.append(token)
-        if is_done and run.plan.dp == 1 and all(map(is_done, texts, begun)):
+        if is_done and on_all_data_ranks(run, all(map(is_done, texts, begun))):
             break
     return texts

@@ -24,7 +24,7 @@ from ssa_pretrain.evaluation.held_out import evaluate_rows
 from ssa_pretrain.model.attention import PackedTokens, SSAAttention
 from ssa_pretrain.run import Run
 
-CHUNK_NUMBERS = 2**24  # logits in memory at once: 64 MB in fp32, and a few times that with what is computed from them
+CHUNK_NUMBERS = 2**25  # logits in memory at once: 128 MB in fp32, and a few times that with what is computed from them
 
 
 def attention_by_head(run: Run, mode: str, num_rows: int) -> dict[str, Any]:

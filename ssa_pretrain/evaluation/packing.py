@@ -87,3 +87,12 @@ def over_data_ranks(
         dist.all_gather_object(parts, found, group=run.placement.groups.dp)
         found = {index: result for part in parts for index, result in part.items()}
     return [found[index] for index in range(len(found))]
+
+
+def on_all_data_ranks(run: Run, value: bool) -> bool:
+    """Returns whether a value is true on every data rank; all of them call it."""
+    if run.plan.dp == 1:
+        return value
+    agreed = torch.tensor(int(value), device=run.placement.device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=run.placement.groups.dp)
+    return bool(agreed)
