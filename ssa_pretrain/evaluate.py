@@ -16,11 +16,14 @@ import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.errors import CheckpointError, ExitCode
 from ssa_pretrain.process import hide_library_warnings, rank_process
+
+if TYPE_CHECKING:
+    from ssa_pretrain.run import Run
 
 
 def main() -> None:
@@ -87,7 +90,7 @@ def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
             run.print(f"results: {path} and {path.with_suffix('.png').name}")
 
 
-def measure(run: Any) -> dict[str, Any]:
+def measure(run: "Run") -> dict[str, Any]:
     """Returns everything that is measured, by what and mode; every rank calls it."""
     from ssa_pretrain.evaluation import MODES
     from ssa_pretrain.evaluation.heads import attention_by_head
@@ -108,7 +111,7 @@ def measure(run: Any) -> dict[str, Any]:
     return {"modes": modes, "heads": heads, "tasks": tasks, **lm_eval_results(run)}
 
 
-def lm_eval_results(run: Any) -> dict[str, Any]:
+def lm_eval_results(run: "Run") -> dict[str, Any]:
     """Returns the results of lm_eval's tasks, empty if none is asked for. lm_eval is imported only then."""
     if not run.config.evaluation.lm_eval.tasks:
         return {"lm_eval": {}}
@@ -117,7 +120,7 @@ def lm_eval_results(run: Any) -> dict[str, Any]:
     return evaluate_tasks(run)
 
 
-def show(run: Any, result: dict[str, Any], path: Path) -> None:
+def show(run: "Run", result: dict[str, Any], path: Path) -> None:
     """Draws the results and sends them to W&B, as an own W&B run beside that of the training; rank 0 calls it."""
     from ssa_pretrain.evaluation.plots import plot
     from ssa_pretrain.evaluation.records import records

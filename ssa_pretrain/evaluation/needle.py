@@ -11,8 +11,10 @@ which is never less. Every prompt is a function of (seed, haystack, length, dept
 
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tokenizers import Tokenizer
 
@@ -120,11 +122,14 @@ def hide(
         lines = [*sentences[:before], NEEDLE.format(key=key, value=value), *sentences[before:count]]
         return encode(tokenizer, f"{INSTRUCTION}\n{joint.join(lines)}\n{QUESTION.format(key=key)}")
 
-    low, high = 0, len(sentences)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(prompt(middle)) <= most else (low, middle - 1)
-    return Needle(prompt(low), value, length, depth)
+    sizes = {text: len(encode(tokenizer, joint + text)) for text in set(sentences)}
+    ends = list(accumulate(sizes[text] for text in sentences))
+    count = bisect_right(ends, most - len(prompt(0)))  # nearly right: a token may reach over two sentences
+    while count and len(prompt(count)) > most:
+        count -= 1
+    while count < len(sentences) and len(prompt(count + 1)) <= most:
+        count += 1
+    return Needle(prompt(count), value, length, depth)
 
 
 def answer_tokens(tokenizer: Tokenizer, value: str) -> int:
