@@ -218,10 +218,10 @@ def _check_cache(cache: KeyValueCache) -> None:
             "[B, R, G, D], or with a page table [P, K, G, D] twice and [P, G, D]; try build_cache"
         )
     batch = len(cache.seq_lens) if table is not None else k.shape[0]
-    lists = [("seq_lens", cache.seq_lens, (batch,))]
+    wanted: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {"seq_lens": (cache.seq_lens, (batch,))}
     if table is not None:
-        lists.append(("page_table", table, (batch, table.shape[-1])))
-    for name, tensor, shape in lists:
+        wanted["page_table"] = (table, (batch, table.shape[-1]))
+    for name, (tensor, shape) in wanted.items():
         if tensor.dtype != torch.int32 or tuple(tensor.shape) != shape or not tensor.is_contiguous() or 0 in shape:
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} and {tensor.dtype} of a cache must be int32 {list(shape)}, contiguous; try build_cache"

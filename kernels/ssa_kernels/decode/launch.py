@@ -11,6 +11,7 @@ Full attention writes (D + 2) floats per split, new token and head.
 
 from dataclasses import dataclass
 from functools import cache as cached
+from typing import Any
 
 import torch
 
@@ -213,7 +214,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _ordered(kernel: object, sizes: dict[str, int], **more: int) -> dict[str, int]:
+def _ordered(kernel: Any, sizes: dict[str, int], **more: int) -> dict[str, int]:
     """Returns the compile-time arguments that the kernel takes, in its order."""
     given = {**sizes, **more}
     return {name: given[name] for name in kernel.arg_names if name in given}
