@@ -8,6 +8,7 @@ Shape letters: T query tokens, S key tokens, H query heads, G kv heads, D head d
 rows (documents.py), M model dim, F feed-forward dim, V vocabulary. Query heads per kv head: `group_size`.
 """
 
+from . import custom_ops  # noqa: F401  registers the operators with torch.compile
 from .captured_mass import captured_mass
 from .decode import (
     KeyValueCache,
