@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa_pretrain.config import Config, PrecisionName, Score
+from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.huggingface.modelling_ssa import SSALlamaConfig, SSALlamaForCausalLM
@@ -82,7 +82,7 @@ def hf_config(config: Config, **changed: object) -> SSALlamaConfig:
         "attention_gate": attention.gate,
         "block_size": attention.block_size,
         "top_k": attention.top_k,
-        "score": Score(attention.score).value,
+        "score": attention.score.value,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": 0,

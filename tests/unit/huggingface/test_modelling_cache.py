@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from ssa_pretrain.huggingface import modelling_ssa as modelling
 from support.hf_models import draw_documents, lively_model, padded
@@ -52,7 +53,10 @@ def test_means_are_those_of_the_keys_however_tokens_arrive(static, steps):
     require_means(cache, sum(steps), LEFT)
 
 
-@pytest.mark.parametrize("static", [False, True])
+CROPPED = [False, True] if hasattr(StaticLayer, "crop") else [False]  # transformers crops static layers from 5.24 on
+
+
+@pytest.mark.parametrize("static", CROPPED)
 def test_cropped_cache_goes_on_as_if_nothing_had_been(static):
     """Other tokens, cropped within a block, must leave no trace in the means."""
     model, cache, tokens, mask = filled(static, [90])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ssa_pretrain.config import Config, PrecisionName
+from ssa_pretrain.config import Config, PrecisionName, Score
+from ssa_pretrain.huggingface.modelling_ssa import SSALlamaForCausalLM
 from support.errors import require_as_near
 from support.hf_models import TrainingModel, draw_documents, hf_model, padded, small_config
 
@@ -26,8 +27,8 @@ def require_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def config_of(case: str) -> Config:
     """Returns the training configuration of a case."""
-    attention = {"no_gate": {"gate": False}, "per_head": {"score": "per_head"}, "one_block": {"top_k": 1}}
-    attention["official"] = {"score": "official_compat", "top_k": 4}
+    attention = {"no_gate": {"gate": False}, "per_head": {"score": Score.per_head}, "one_block": {"top_k": 1}}
+    attention["official"] = {"score": Score.official_compat, "top_k": 4}
     config = small_config(**attention.get(case, {}))
     config.model.tie_embeddings = case != "untied"
     config.model.rope_scaling.enabled = case == "llama3"
@@ -62,14 +63,25 @@ def test_logits_equal_the_training_models(placement, case):
     assert (streams[0] - streams[1]).abs().max() > 0.1, "the streams must differ, or the test proves nothing"
 
 
+def in_dtype(model: SSALlamaForCausalLM, dtype: torch.dtype) -> SSALlamaForCausalLM:
+    """Returns the model with its weights in a dtype, as from_pretrained loads them. `model.to(dtype)` would round RoPE's frequencies too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 def test_bf16_is_as_near_to_float64_as_training_in_bf16(placement, mode):
     config = small_config()
     config.precision.name = PrecisionName.bf16
     trained = TrainingModel(config, placement)
     documents = draw_documents([97, 131, 200])
-    exact, low = hf_model(trained, attention_mode=mode).double(), hf_model(trained, attention_mode=mode).bfloat16()
     tokens, mask = padded(documents, left=[200 - len(d) for d in documents], width=200)
-    with torch.no_grad():
-        wanted, found = (model(tokens, attention_mask=mask).logits[mask == 1] for model in (exact, low))
-    require_as_near(found, torch.cat(trained.logits(documents, mode)), wanted, factor=1.25, name=f"{mode} logits")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # as generate passes them
+    logits = []
+    for dtype in (torch.float64, torch.bfloat16):
+        model = in_dtype(hf_model(trained, attention_mode=mode), dtype)
+        with torch.no_grad():
+            logits.append(model(tokens, attention_mask=mask, position_ids=positions).logits[mask == 1])
+    exact, found = logits
+    require_as_near(found, torch.cat(trained.logits(documents, mode)), exact, factor=1.25, name=f"{mode} logits")
