@@ -8,8 +8,8 @@ the package `ssa_kernels` where it is installed. What SSA does not change is tra
 query attends to its own block of keys and to the `top_k - 1` earlier blocks of largest importance, as in training (arXiv 2511.20102, section 3.2;
 the definition is the reference of `ssa_kernels.select_blocks`). In both, a sigmoid gate per token and query head multiplies the output.
 
-*Blocks and padding.* A row is one document. Its blocks are counted from its first token, so left padding moves no block, and the first token is
-read from the attention mask. Padding is allowed on the left, on the right, or on both sides. A mask with gaps is refused, and so are packed rows.
+*Blocks and padding.* A row is one document. Its blocks are counted over its tokens, wherever the attention mask has padding: left, right or
+between. So padding moves no block. Packed rows are refused in sparse mode, and so are attention masks of a shape of one's own.
 
 *Cache.* In sparse mode each layer of a DynamicCache or StaticCache also holds the mean key of each block. An update computes the means of the blocks
 that it touches. Only complete blocks before a query's own are scored, and their means do not change. With any other cache the means
@@ -24,6 +24,7 @@ in sparse mode, the alignment loss of training.
 """
 
 import inspect
+from typing import NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -123,22 +124,75 @@ class SSALlamaConfig(LlamaConfig):
         return {name: value for name, value in super()._get_generation_parameters().items() if name != "top_k"}
 
 
-def block_means(k_BGSD: Tensor, first_slot_B: Tensor, first_block_B: Tensor, count: int, block_size: int) -> Tensor:
+class Rows(NamedTuple):
+    """Where the tokens of a batch's rows are among the slots of the keys, in sparse mode; the same for every layer.
+
+    Attributes:
+        position_BS: int64, the position of each slot's token in its row, -1 for padding.
+        order_BS: int64, the slots of each row's tokens in order, then the others.
+        query_BT: int64, the position of each query.
+        before_B: int64, tokens of each row before the first query.
+        packing: (order [B, T] of the queries, the kernels' layout) if ssa_kernels serves this call, otherwise None.
+    """
+
+    position_BS: Tensor
+    order_BS: Tensor
+    query_BT: Tensor
+    before_B: Tensor
+    packing: tuple | None = None
+
+
+def locate_tokens(visible_BS: Tensor, offset: int | Tensor, tokens: int) -> Rows:
+    """Returns the rows for a mask of their tokens, for `tokens` queries from slot `offset` on."""
+    position = torch.where(visible_BS, visible_BS.long().cumsum(1) - 1, -1)
+    slot = torch.arange(visible_BS.shape[1], device=visible_BS.device)
+    query = position.index_select(1, offset + slot[:tokens])
+    return Rows(position, tokens_first(visible_BS), query, (visible_BS & (slot < offset)).sum(1))
+
+
+def tokens_first(visible_BS: Tensor) -> Tensor:
+    """Returns int64 `[B, S]`: the slots of tokens, then the others."""
+    return (~visible_BS).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def visible_slots(mask: Tensor | None, shape: tuple[int, int], offset: int | Tensor, device: torch.device) -> Tensor:
+    """Returns bool `[B, S]` of that shape, whether a slot holds a token, from a mask `[B, at most S]` or `[B, 1, T, S]`.
+
+    Raises:
+        ValueError: for a mask of another shape, or of four dims and not causal; of one query, that cannot be known.
+    """
+    rows, slots = shape
+    if mask is None:
+        return torch.ones(rows, slots, dtype=torch.bool, device=device)
+    if mask.dim() == 4:
+        visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+        slot = torch.arange(visible.shape[2], device=visible.device)
+        causal = visible[:, -1:] & (slot <= offset + slot[: visible.shape[1], None])
+        if visible.shape[1] > 1 and not torch.compiler.is_compiling() and not torch.equal(visible, causal):
+            rule = "of four dims must be causal apart from padding under attention_mode=sparse"
+            raise ValueError(f"attention_mask {rule}; try a mask [rows, keys], or attention_mode=full")
+        return visible[:, -1].expand(rows, slots)
+    if mask.dim() != 2 or mask.shape[1] > slots:
+        rule = f"must be [rows, keys] with {slots} keys"
+        raise ValueError(f"attention_mask {tuple(mask.shape)} {rule}; try a mask as long as the text so far")
+    return nn.functional.pad(mask.to(device=device, dtype=torch.bool), (0, slots - mask.shape[1]))
+
+
+def block_means(k_BGSD: Tensor, order_BS: Tensor, first_block_B: Tensor, count: int, block_size: int) -> Tensor:
     """Returns `[B, G, count, D]` in k's dtype: the mean keys of `count` blocks of each row from its block `first_block_B` on.
 
     They are summed in float32 (float64 for float64) and then rounded, as in training. Means of incomplete blocks have no meaning.
 
     Args:
         k_BGSD: keys after RoPE, by slot; padding included.
-        first_slot_B: slot of each row's first token.
+        order_BS: see Rows.
         first_block_B: int64.
         count: blocks per row.
         block_size: keys per block.
     """
     B, G, S, D = k_BGSD.shape
-    block_BR = first_block_B[:, None] + torch.arange(count, device=k_BGSD.device)
-    place = torch.arange(block_size, device=k_BGSD.device)
-    slot = (first_slot_B[:, None, None] + block_BR[..., None] * block_size + place).flatten(1).clamp(max=S - 1)
+    token = first_block_B[:, None] * block_size + torch.arange(count * block_size, device=k_BGSD.device)
+    slot = order_BS.gather(1, token.clamp(max=S - 1))
     keys = k_BGSD.detach().gather(2, slot[:, None, :, None].expand(B, G, -1, D))
     wide = torch.promote_types(keys.dtype, torch.float32)
     return (keys.view(B, G, count, block_size, D).to(wide).sum(3) / block_size).to(keys.dtype)
@@ -152,22 +206,18 @@ class BlockMeans:
 
     block_means: Tensor | None = None
 
-    def update_means(
-        self, keys: Tensor, first_slot: Tensor, offset: int | Tensor, added: int, block_size: int
-    ) -> Tensor:
-        """Returns the means of all blocks, with those of the blocks that `added` new keys from slot `offset` on belong to.
+    def update_means(self, keys: Tensor, rows: Rows, block_size: int) -> Tensor:
+        """Returns the means of all blocks, after computing those that the call's new keys belong to.
 
         Args:
             keys: `[B, G, S, D]`, as the layer's `update` returned them.
-            first_slot: int64 `[B]`, slot of each row's first token.
-            offset: keys before the update.
-            added: keys of the update.
+            rows: where the tokens are.
             block_size: keys per block.
         """
-        count = (added + block_size - 2) // block_size + 1
-        first_block = (offset - first_slot).clamp(min=0) // block_size
-        new = block_means(keys, first_slot, first_block, count, block_size)
-        room = self._means_room(offset, count, block_size)
+        count = (rows.query_BT.shape[1] + block_size - 2) // block_size + 1
+        first_block = rows.before_B // block_size
+        new = block_means(keys, rows.order_BS, first_block, count, block_size)
+        room = (keys.shape[2] + block_size - 2) // block_size + 1
         old = self.block_means
         if old is None:
             old = new.new_zeros(*new.shape[:2], room, new.shape[3])
@@ -202,9 +252,6 @@ class SSADynamicLayer(BlockMeans, DynamicLayer):
 
     _layer_type = "ssa_sparse"
 
-    def _means_room(self, offset: int | Tensor, count: int, block_size: int) -> int:
-        return int(offset) // block_size + count
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row."""
         super().batch_repeat_interleave(repeats)
@@ -220,9 +267,6 @@ class SSAStaticLayer(BlockMeans, StaticLayer):
     """A cache layer of fixed size with keys, values and block means, for torch.compile."""
 
     _layer_type = "ssa_sparse"
-
-    def _means_room(self, offset: int | Tensor, count: int, block_size: int) -> int:
-        return (self.max_cache_len + block_size - 2) // block_size + 1
 
 
 def choose_blocks(q_BHTD: Tensor, means_BGRD: Tensor, own_BT: Tensor, scale: float, config: SSALlamaConfig) -> Tensor:
@@ -274,28 +318,6 @@ def _drop_unofficial(importance: Tensor, own: Tensor, block_size: int) -> Tensor
         best = _most_important(importance.masked_fill(~part, float("-inf")), count)
         kept = kept | (torch.zeros_like(importance, dtype=torch.bool).scatter_(-1, best, True) & part)
     return importance.masked_fill(~kept, float("-inf"))
-
-
-def first_slots(attention_mask: Tensor | None, like: Tensor) -> Tensor:
-    """Returns int64 `[B]`, the slot of each row's first token, from a mask `[B, S]` or `[B, 1, T, S]` for inputs `like` `[B, T, ...]`.
-
-    Raises:
-        ValueError: on a CPU, for a mask with gaps. On CUDA that is a device-side assertion, because raising would mean waiting.
-    """
-    if attention_mask is None:
-        return torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
-    visible = attention_mask[:, 0, -1] if attention_mask.dim() == 4 else attention_mask
-    visible = visible if visible.dtype == torch.bool else visible == (0 if attention_mask.dim() == 4 else 1)
-    visible = visible.to(like.device)
-    message = "attention_mask has a gap within a row, and blocks count every key of a row; try padding at the ends of rows only"
-    runs = visible[:, 0].int() + (visible[:, 1:] & ~visible[:, :-1]).sum(1)
-    if torch.compiler.is_compiling():
-        pass  # generate compiles with masks that create_masks_for_generate has checked
-    elif visible.is_cuda:
-        torch._assert_async((runs <= 1).all(), message)
-    elif (runs > 1).any():
-        raise ValueError(message)
-    return visible.int().argmax(-1)
 
 
 class SSALlamaRotaryEmbedding(LlamaRotaryEmbedding):
@@ -350,68 +372,67 @@ class SSALlamaAttention(LlamaAttention):
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         return self._attend(q, k, v, mask, **kwargs)
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, _, cache, *, first_slot: Tensor, documents=None, **kwargs):
-        """Returns (output, weights or None) of sparse attention. `documents` is the kernels' layout, or None for plain torch."""
-        offset, size, new_k, new_v, means = 0, self.config.block_size, k, v, None
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, _, cache, *, rows: Rows, **kwargs):
+        """Returns (output, attention weights or None) of sparse attention."""
+        size, new_k, new_v, means = self.config.block_size, k, v, None
         if cache is not None:
-            offset = cache.get_seq_length(self.layer_idx) + 0  # a static cache returns its counter, which update moves
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
             layer = cache.layers[self.layer_idx]
             if isinstance(layer, BlockMeans):
-                means = layer.update_means(k, first_slot, offset, q.shape[2], size)
-        if documents is not None:
-            return self._kernels(q, new_k, new_v, documents), None
+                means = layer.update_means(k, rows, size)
+        if rows.packing is not None:
+            return self._kernels(q, new_k, new_v, *rows.packing), None
         if means is None:
-            means = block_means(k, first_slot, torch.zeros_like(first_slot), (k.shape[2] - 1) // size + 1, size)
-        position = offset + torch.arange(q.shape[2], device=q.device) - first_slot[:, None]
-        outs = [
-            self._plain(q_part, k, v, means, position_part, first_slot, **kwargs)
-            for q_part, position_part in zip(
-                q.split(QUERIES_PER_CHUNK, 2), position.split(QUERIES_PER_CHUNK, 1), strict=True
-            )
-        ]
+            means = block_means(k, rows.order_BS, torch.zeros_like(rows.before_B), (k.shape[2] - 1) // size + 1, size)
+        parts = zip(q.split(QUERIES_PER_CHUNK, 2), rows.query_BT.split(QUERIES_PER_CHUNK, 1), strict=True)
+        outs = [self._plain(part, k, v, means, query, rows, **kwargs) for part, query in parts]
         if len(outs) == 1:
             return outs[0]
         weights = None if outs[0][1] is None else torch.cat([w for _, w in outs], dim=2)
         return torch.cat([out for out, _ in outs], dim=1), weights
 
-    def _kernels(self, q: Tensor, k: Tensor, v: Tensor, documents) -> Tensor:
-        """Returns [B, T, H, D]: rows are packed, and the padding on their left is a document of its own."""
+    def _kernels(self, q: Tensor, k: Tensor, v: Tensor, order: Tensor, documents) -> Tensor:
+        """Returns [B, T, H, D]: rows are packed, the tokens of each as a document and then its padding as another."""
         c, shape = self.config, (q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        if documents.cu_seqlens.device != q.device:  # layers on several devices
+            documents = ssa_kernels.documents.layout_to(documents, q.device)
+        place = order[..., None, None]
+        q, k, v = (torch.take_along_dim(x.transpose(1, 2), place, dim=1).flatten(0, 1) for x in (q, k, v))
         common = {"block_size": c.block_size, "cu_seqlens": documents, "scale": self.scaling}
         indices = ssa_kernels.select_blocks(q.detach(), k.detach(), top_k=c.top_k, score=c.score, **common)
-        return ssa_kernels.sparse_attention(q, k, v, indices, **common)[0].view(shape)
+        out = ssa_kernels.sparse_attention(q, k, v, indices, **common)[0].view(shape)
+        return torch.zeros_like(out).scatter(1, place.expand(shape), out)
 
     def _plain(
-        self, q: Tensor, k: Tensor, v: Tensor, means: Tensor, position: Tensor, first_slot: Tensor, **kwargs
+        self, q: Tensor, k: Tensor, v: Tensor, means: Tensor, query_BT: Tensor, rows: Rows, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns (output [B, T, H, D], weights or None) of some queries [B, H, T, D] at positions [B, T] of their rows."""
+        """Returns (output [B, T, H, D], weights or None) of some queries [B, H, T, D] at positions [B, T]."""
         size, eager = self.config.block_size, self.config._attn_implementation == "eager"
-        own = position.div(size, rounding_mode="floor")
-        chosen = choose_blocks(q, means, own, self.scaling, self.config)
-        heads = q.shape[1] // chosen.shape[1]
-        if q.shape[2] == 1 and chosen.shape[1] == k.shape[1] and chosen.shape[3] * size < k.shape[2] and not eager:
+        chosen = choose_blocks(q, means, query_BT.div(size, rounding_mode="floor"), self.scaling, self.config)
+        kv_heads, keys = k.shape[1:3]
+        if q.shape[2] == 1 and chosen.shape[1] == kv_heads and chosen.shape[3] * size < keys and not eager:
             # One token reads the keys of its blocks only.
             place = torch.arange(size, device=q.device)
-            key_position = (chosen.transpose(2, 3) * size + place).flatten(2)  # [B, G, N K]; a block -1 lies before the row
-            slot = (key_position + first_slot[:, None, None]).clamp(0, k.shape[2] - 1)
+            token = (chosen.transpose(2, 3) * size + place).flatten(2)  # [B, G, N K]; below 0 in a block of -1
+            slot = rows.order_BS[:, None].expand(-1, kv_heads, -1).gather(2, token.clamp(0, keys - 1))
             k, v = (x.gather(2, slot[..., None].expand(*slot.shape, x.shape[3])) for x in (k, v))
-            mask = ((key_position >= 0) & (key_position <= position[:, None])).unsqueeze(2)
+            mask = ((token >= 0) & (token <= query_BT[:, None])).unsqueeze(2)
         else:
-            key_position = torch.arange(k.shape[2], device=q.device) - first_slot[:, None]  # [B, S]
-            R = means.shape[2]
-            table = torch.zeros(*chosen.shape[:3], R + 1, dtype=torch.bool, device=q.device)
-            table.scatter_(3, torch.where(chosen < 0, R, chosen), True)
-            block = key_position.div(size, rounding_mode="floor").clamp(0, R - 1)[:, None, None]
-            mask = table.gather(3, block.expand(*chosen.shape[:3], -1))
-            key_position, query = key_position[:, None, None], position[:, None, :, None]
-            # Padding sees itself, because an empty softmax is NaN.
-            mask = (mask & (key_position >= 0) & (key_position <= query)) | (key_position == query)
-        mask = mask.repeat_interleave(heads, 1)
+            mask = _chosen_keys(chosen, means.shape[2], rows.position_BS, query_BT, size)
+        mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
         if eager:
             mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
         return self._attend(q, k, v, mask, **kwargs)
+
+
+def _chosen_keys(chosen: Tensor, num_blocks: int, position_BS: Tensor, query_BT: Tensor, block_size: int) -> Tensor:
+    """Returns bool [B, G or H, T, S], whether a query may see a key. Padding sees padding, because an empty softmax is NaN."""
+    table = torch.zeros(*chosen.shape[:3], num_blocks + 1, dtype=torch.bool, device=chosen.device)
+    table.scatter_(3, torch.where(chosen < 0, num_blocks, chosen), True)
+    position, query = position_BS[:, None, None], query_BT[:, None, :, None]
+    block = position.div(block_size, rounding_mode="floor").clamp(0, num_blocks - 1)
+    mask = table.gather(3, block.expand(*chosen.shape[:3], -1))
+    return (mask & (position >= 0) & (position <= query)) | ((position < 0) & (query < 0))
 
 
 class SSALlamaDecoderLayer(LlamaDecoderLayer):
@@ -452,11 +473,9 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         if cache is not None:
             kwargs[CACHE_NAME] = cache
         if self.config.is_sparse:
-            like = input_ids if inputs_embeds is None else inputs_embeds
             self._check_sparse(attention_mask, position_ids, cache)
-            kwargs["first_slot"] = first_slots(attention_mask, like)
-            kwargs["documents"] = self._documents(kwargs["first_slot"], like, cache)
-            attention_mask = None  # the sparse mask is made from first_slot
+            kwargs["rows"] = self._rows(attention_mask, input_ids if inputs_embeds is None else inputs_embeds, cache)
+            attention_mask = None  # each layer makes its own
         common = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         return super().forward(input_ids=input_ids, **common, **kwargs)
 
@@ -472,17 +491,32 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
             rule = "restart within a row, and under attention_mode=sparse a row is one document"
             raise ValueError(f"position_ids {rule}; try a row per document, or attention_mode=full")
 
-    def _documents(self, first_slot: Tensor, like: Tensor, cache):
-        """Returns the kernels' layout of the rows if ssa_kernels serves this call, otherwise None: the rule is at the top of this file."""
-        c, (rows, tokens) = self.config, like.shape[:2]
-        if ssa_kernels is None or not like.is_cuda or tokens == 1 or torch.compiler.is_compiling():
-            return None
+    def _rows(self, attention_mask: Tensor | None, like: Tensor, cache) -> Rows:
+        """Returns where the tokens are, for inputs `like` [B, T, ...]."""
+        count, tokens = like.shape[:2]
+        offset, slots = (
+            (0, tokens) if cache is None else (cache.get_seq_length() + 0, cache.get_mask_sizes(tokens, 0)[0])
+        )
+        visible = visible_slots(attention_mask, (count, slots), offset, like.device)
+        rows = locate_tokens(visible, offset, tokens)
+        return rows._replace(packing=self._pack(visible[:, :tokens])) if self._kernels_serve(like, offset) else rows
+
+    def _kernels_serve(self, like: Tensor, offset: int | Tensor) -> bool:
+        """Returns whether ssa_kernels serves a call: the rule is at the top of this file."""
+        c = self.config
+        if ssa_kernels is None or not like.is_cuda or like.shape[1] == 1 or torch.compiler.is_compiling():
+            return False
         fits = 16 <= c.head_dim <= 128 and c.num_attention_heads // c.num_key_value_heads <= 32
-        if not fits or c._attn_implementation != "sdpa" or self.dtype == torch.float64:
-            return None
-        if cache is not None and int(cache.get_seq_length()) > 0:
-            return None
-        return pack_rows(first_slot, tokens, c.block_size)
+        return fits and c._attn_implementation == "sdpa" and self.dtype != torch.float64 and int(offset) == 0
+
+    def _pack(self, visible_BT: Tensor) -> tuple:
+        """Returns `Rows.packing`: rows one after another, each its tokens and then its padding, which is a document of its own."""
+        count, tokens = visible_BT.shape
+        start = torch.arange(count, device=visible_BT.device) * tokens
+        ends = torch.stack([start, start + visible_BT.sum(1)], dim=1).flatten()
+        boundaries = torch.cat([ends, ends.new_full((1,), count * tokens)]).int()
+        sizes = {"num_tokens": count * tokens, "block_size": self.config.block_size, "max_length": tokens}
+        return tokens_first(visible_BT), ssa_kernels.build_layout(boundaries, **sizes)
 
 
 class SSALlamaForCausalLM(SSALlamaPreTrainedModel, LlamaForCausalLM):
@@ -509,19 +543,8 @@ class SSALlamaForCausalLM(SSALlamaPreTrainedModel, LlamaForCausalLM):
     @staticmethod
     def create_masks_for_generate(config: SSALlamaConfig, attention_mask: Tensor | None = None, **kwargs):
         """Returns the mask of a step on a static cache: [B, 1, T, cache length], so that a compiled step keeps its shapes."""
-        if config.is_sparse and attention_mask is not None:
-            first_slots(attention_mask, attention_mask)  # the check
         names = ("inputs_embeds", "position_ids", CACHE_NAME)
         return create_causal_mask(config, attention_mask=attention_mask, **{name: kwargs[name] for name in names})
-
-
-def pack_rows(first_slot_B: Tensor, tokens: int, block_size: int):
-    """Returns the kernels' layout of rows packed one after another, each the padding on its left and then its tokens."""
-    start = torch.arange(len(first_slot_B), device=first_slot_B.device) * tokens
-    ends = torch.stack([start, start + first_slot_B], dim=1).flatten()
-    total = len(first_slot_B) * tokens
-    boundaries = torch.cat([ends, ends.new_full((1,), total)]).int()
-    return ssa_kernels.build_layout(boundaries, num_tokens=total, block_size=block_size, max_length=tokens)
 
 
 SSALlamaConfig.register_for_auto_class()

@@ -111,8 +111,30 @@ def test_cache_without_block_means_gives_the_same():
     torch.testing.assert_close(found[real], wanted[real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_gaps_in_a_row_move_no_block(static):
+    """Right padding followed by new tokens, as generation from a batch padded on the right makes it, is the text without the padding."""
+    model, cache, tokens, mask = filled(static, [1])
+    cache.reset()
+    mask = torch.ones_like(mask)
+    mask[1, 40:59], mask[2, 3:4], mask[2, 70:90] = 0, 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found, begin = [], 0
+    for step in (60, 1, 15, *[1] * 44):
+        end = begin + step
+        name = {modelling.CACHE_NAME: cache, "position_ids": positions[:, begin:end]}
+        with torch.no_grad():
+            found.append(model(tokens[:, begin:end], attention_mask=mask[:, :end], **name).logits)
+        begin = end
+    for row, logits in enumerate(torch.cat(found, dim=1)):
+        real = mask[row] == 1
+        with torch.no_grad():
+            wanted = model(tokens[row, real][None]).logits[0]
+        torch.testing.assert_close(logits[real], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_full_mode_uses_transformers_own_layers():
     model = lively_model(attention_mode="full")
     with torch.no_grad():
-        cache = model(draw_documents([20])[0][None], use_cache=True).past_key_values
+        cache = getattr(model(draw_documents([20])[0][None], use_cache=True), modelling.CACHE_NAME)
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer"] * 2

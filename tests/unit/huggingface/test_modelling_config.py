@@ -27,7 +27,9 @@ def test_wrong_values_are_refused(fields, message):
     with pytest.raises(Exception, match=message) as refused:
         SSALlamaConfig(**fields)
     assert isinstance(refused.value, ValueError) or isinstance(refused.value.__cause__, ValueError)
-    with pytest.raises(ValueError, match=message):  # values set later, as from_pretrained does, are checked by the model
+    with pytest.raises(
+        ValueError, match=message
+    ):  # values set later, as from_pretrained does, are checked by the model
         sizes = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1}
         config = SSALlamaConfig(**sizes)
         for name, value in fields.items():
@@ -97,23 +99,16 @@ def test_plans_name_every_projection():
 def test_sparse_mode_refuses_what_it_would_get_wrong():
     model = lively_model(attention_mode="sparse")
     tokens = draw_documents([40])[0][None]
-    mask = torch.ones_like(tokens)
-    mask[0, 20:23] = 0
-    with pytest.raises(ValueError, match="attention_mask has a gap within a row, .*; try padding at the ends"):
-        model(tokens, attention_mask=mask)
+    bidirectional, window = torch.ones(2, 1, 1, 40, 40, dtype=torch.bool)
+    window = window.tril().triu(-20)
+    for mask in (bidirectional, window, torch.zeros(1, 1, 40, 40).masked_fill(~window, float("-inf"))):
+        with pytest.raises(ValueError, match="attention_mask of four dims must be causal apart from padding .*; try"):
+            model(tokens, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"attention_mask \(1, 41\) must be \[rows, keys\] with 40 keys; try a mask"):
+        model(tokens, attention_mask=torch.ones(1, 41))
     positions = torch.cat([torch.arange(25), torch.arange(15)])[None]
     with pytest.raises(ValueError, match="position_ids restart within a row, .*; try a row per document, or"):
         model(tokens, position_ids=positions)
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="attn_implementation=flex_attention must be sdpa or eager under .*; try"):
         model(tokens)
-
-
-def test_right_padding_followed_by_new_tokens_is_refused():
-    model = lively_model(attention_mode="sparse")
-    tokens = draw_documents([40])[0][None]
-    mask = torch.ones_like(tokens)
-    mask[0, 30:] = 0
-    for cache in ("dynamic", "static"):
-        with pytest.raises(ValueError, match="attention_mask has a gap within a row"):
-            model.generate(tokens, attention_mask=mask, max_new_tokens=3, cache_implementation=cache)

@@ -42,8 +42,7 @@ def test_logits_equal_the_training_models(placement, case):
     documents = draw_documents(LENGTHS)
     width = max(LENGTHS) + 9
     batches = [
-        padded(documents, left=left, width=width)
-        for left in ([0] * 5, [width - n for n in LENGTHS], [5, 3, 7, 17, 4])
+        padded(documents, left=left, width=width) for left in ([0] * 5, [width - n for n in LENGTHS], [5, 3, 7, 17, 4])
     ]
     model, streams = hf_model(trained), []
     for mode in ("full", "sparse"):
