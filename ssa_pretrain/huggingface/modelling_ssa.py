@@ -30,6 +30,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -130,7 +131,7 @@ class Rows(NamedTuple):
     Attributes:
         position_BS: int64, the position of each slot's token in its row, -1 for padding.
         order_BS: int64, the slots of each row's tokens in order, then the others.
-        query_BT: int64, the position of each query.
+        query_BT: int64, the position of each query, for padding that of the last token before it; -1 if there is none.
         before_B: int64, tokens of each row before the first query.
         packing: (order [B, T] of the queries, the kernels' layout) if ssa_kernels serves this call, otherwise None.
     """
@@ -144,10 +145,11 @@ class Rows(NamedTuple):
 
 def locate_tokens(visible_BS: Tensor, offset: int | Tensor, tokens: int) -> Rows:
     """Returns the rows for a mask of their tokens, for `tokens` queries from slot `offset` on."""
-    position = torch.where(visible_BS, visible_BS.long().cumsum(1) - 1, -1)
+    seen = visible_BS.long().cumsum(1)
     slot = torch.arange(visible_BS.shape[1], device=visible_BS.device)
-    query = position.index_select(1, offset + slot[:tokens])
-    return Rows(position, tokens_first(visible_BS), query, (visible_BS & (slot < offset)).sum(1))
+    query = seen.index_select(1, offset + slot[:tokens]) - 1
+    before = (visible_BS & (slot < offset)).sum(1)
+    return Rows(torch.where(visible_BS, seen - 1, -1), tokens_first(visible_BS), query, before)
 
 
 def tokens_first(visible_BS: Tensor) -> Tensor:
@@ -426,7 +428,7 @@ class SSALlamaAttention(LlamaAttention):
 
 
 def _chosen_keys(chosen: Tensor, num_blocks: int, position_BS: Tensor, query_BT: Tensor, block_size: int) -> Tensor:
-    """Returns bool [B, G or H, T, S], whether a query may see a key. Padding sees padding, because an empty softmax is NaN."""
+    """Returns bool [B, G or H, T, S], whether a query may see a key. Padding before a row's first token sees padding, because an empty softmax is NaN."""
     table = torch.zeros(*chosen.shape[:3], num_blocks + 1, dtype=torch.bool, device=chosen.device)
     table.scatter_(3, torch.where(chosen < 0, num_blocks, chosen), True)
     position, query = position_BS[:, None, None], query_BT[:, None, :, None]
@@ -467,10 +469,10 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, **kwargs):
-        """Returns what LlamaModel.forward does. `past_key_values` is the cache's name before transformers 5.24."""
-        past = kwargs.pop("past_key_values", None)
-        cache = past if cache is None else cache
-        if cache is not None:
+        """Returns what LlamaModel.forward does. `past_key_values` is the cache's name before transformers 5.24, and accepted by it."""
+        if cache is None:
+            cache = kwargs.get("past_key_values")
+        else:
             kwargs[CACHE_NAME] = cache
         if self.config.is_sparse:
             self._check_sparse(attention_mask, position_ids, cache)
@@ -519,7 +521,7 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         return tokens_first(visible_BT), ssa_kernels.build_layout(boundaries, **sizes)
 
 
-class SSALlamaForCausalLM(SSALlamaPreTrainedModel, LlamaForCausalLM):
+class SSALlamaForCausalLM(SSALlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
     """The Llama with its output layer."""
 
     def __init__(self, config: SSALlamaConfig) -> None:
