@@ -57,7 +57,7 @@ def export_run(arguments: Sequence[str]) -> None:
     run_folder = find_run_folder(str(named))
     config = load_config(Config, run_folder / "config.yaml")
     hide_library_warnings()
-    from ssa_pretrain.huggingface.exporting import export, layout_for
+    from ssa_pretrain.huggingface.exporting import DTYPES, export, layout_for
     from ssa_pretrain.parallel.state import joined
 
     checkpoint = named if named != run_folder else None
@@ -68,7 +68,7 @@ def export_run(arguments: Sequence[str]) -> None:
         if options.check:
             from ssa_pretrain.huggingface.checking import check_export
 
-            print(check_export(Path(options.out), config, placement))
+            print(check_export(Path(options.out), config, source.weights, DTYPES[options.dtype], placement))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ssa_pretrain.config import ModelConfig, ParallelConfig
 from ssa_pretrain.errors import ExitCode

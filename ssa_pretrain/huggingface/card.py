@@ -38,7 +38,7 @@ ssa_pretrain: method `{method}`, {steps}. The weights work with full attention a
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # attention_mode="{other}" for the other mode
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 ```
 
 - `attention_mode` is `{mode}` here. `block_size` and `top_k` may be set too, and only the sparse mode reads them.

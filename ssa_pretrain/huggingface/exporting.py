@@ -25,10 +25,9 @@ from ssa_pretrain.huggingface.settings import Mode, SpecialTokens, exported_conf
 from ssa_pretrain.huggingface.shards import plan_files, write_file, write_index
 from ssa_pretrain.huggingface.tokenizer import TextTokenizer, dataset_tokenizer, write_tokenizer
 from ssa_pretrain.huggingface.weights import EMBEDDING, Llama, training_shapes
-from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks, on_rank_0
+from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.settings.files import sync
-from ssa_pretrain.settings.problems import ConfigError, Problem
 
 KEY = "ssa_pretrain/failed_export"
 NO_TOKENS = SpecialTokens(eos=None, bos=None)
@@ -81,8 +80,8 @@ def export(
     scratch = target.with_name(f".{target.name}.tmp")
     checkpoint = _find(run_folder, named, placement)
     tokenizer = None
-    if options.data != NO_DATA:
-        tokenizer = dataset_tokenizer(Path(options.data or config.data.path), options.add_bos)
+    if (data := options.data or config.data.path) != NO_DATA:
+        tokenizer = dataset_tokenizer(Path(data), options.add_bos)
 
     def all_ranks(act: Callable[[], object]) -> None:
         message = on_all_ranks(

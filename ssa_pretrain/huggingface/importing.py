@@ -22,7 +22,7 @@ from ssa_pretrain.checkpoint.weights import WeightsWriter
 from ssa_pretrain.checkpoint.weights import write_index as write_weights_index
 from ssa_pretrain.config import Config, Method
 from ssa_pretrain.errors import WeightsError
-from ssa_pretrain.huggingface.options import Gate, ImportOptions
+from ssa_pretrain.huggingface.options import NO_DATA, Gate, ImportOptions
 from ssa_pretrain.huggingface.released import keep_used_gates
 from ssa_pretrain.huggingface.settings import LLAMA, MODEL_TYPE, RELEASED, imported_model
 from ssa_pretrain.huggingface.shards import HuggingFaceReader
@@ -86,7 +86,7 @@ def imported_config(record: dict[str, Any], options: ImportOptions) -> Config:
     config = Config(name=name, output_dir=options.out, model=model, attention=attention)
     config = replace(
         config,
-        data=replace(config.data, path=options.data or config.data.path, sequence_length=length),
+        data=replace(config.data, path=options.data or NO_DATA, sequence_length=length),
         training=replace(config.training, steps=1, micro_batch_size=1, global_batch_tokens=length),
     )
     if problems := config.problems():

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from ssa_pretrain.config import AttentionConfig, Config, ModelConfig, RopeScalingConfig, Score
-from ssa_pretrain.settings.problems import ConfigError, Problem, join
+from ssa_pretrain.settings.problems import ConfigError, Problem, join, show
 
 MODEL_TYPE = "ssa_llama"
 LLAMA, RELEASED = "llama", "llama-nsa"
@@ -157,7 +157,7 @@ def _problems(record: dict[str, Any]) -> Iterator[Problem]:
     for key, wanted in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "pretraining_tp": 1}.items():
         if record.get(key, wanted) != wanted:
             yield Problem(
-                key, record[key], f"must be {wanted}: the training model has no other", "import another model"
+                key, record[key], f"must be {show(wanted)}: the training model has no other", "import another model"
             )
     if record.get("quantization_config"):
         yield Problem("quantization_config", None, "is set, and quantized weights are not read", "import the original")
