@@ -35,7 +35,9 @@ from ssa_pretrain.settings.problems import ConfigError, Problem
 
 def main() -> None:
     """Reads the command line and exports."""
-    with rank_process("interrupted; nothing was left", code=ExitCode.INTERRUPTED, signals=[signal.SIGINT]):
+    with rank_process(
+        "interrupted; the same command exports again", code=ExitCode.INTERRUPTED, signals=[signal.SIGINT]
+    ):
         export_run(sys.argv[1:])
 
 

@@ -34,7 +34,11 @@ from ssa_pretrain.settings.problems import ConfigError, Problem
 
 def main() -> None:
     """Reads the command line and imports."""
-    with rank_process("interrupted", code=ExitCode.INTERRUPTED, signals=[signal.SIGINT]):
+    with rank_process(
+        "interrupted; remove the folder named by out= and import again",
+        code=ExitCode.INTERRUPTED,
+        signals=[signal.SIGINT],
+    ):
         import_model(sys.argv[1:])
 
 

@@ -105,7 +105,9 @@ def exported_logits(folder: Path, mode: Mode, documents: list[list[int]]) -> Ten
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise CheckpointError(f"check=true needs transformers ({error}); pip install transformers, or leave it out") from None
+        raise CheckpointError(
+            f"check=true needs transformers ({error}); pip install transformers, or leave it out"
+        ) from None
 
     settings = {"trust_remote_code": True, "dtype": torch.float32, "attention_mode": mode.value}
     model = AutoModelForCausalLM.from_pretrained(str(folder), **settings).eval()

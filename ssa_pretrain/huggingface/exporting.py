@@ -84,23 +84,24 @@ def export(
         tokenizer = dataset_tokenizer(Path(data), options.add_bos)
 
     def all_ranks(act: Callable[[], object]) -> None:
-        message = on_all_ranks(
+        if message := on_all_ranks(
             act, KEY, lambda reason: f"{target} could not be written ({reason}); nothing was left of it"
-        )
-        if message:
-            if placement.is_rank_0:
-                shutil.rmtree(scratch, ignore_errors=True)
+        ):
             raise CheckpointError(message)
 
-    with exits_with_peers(KEY, exit_code=ExitCode.CHECKPOINT):
-        all_ranks(lambda: _create(scratch) if placement.is_rank_0 else None)
-        reader = WeightsReader(_common_weights(checkpoint.folder, config, placement, scratch))
-        llama = Llama.of(config, reader.tensors.get(EMBEDDING, {"shape": [0]})["shape"][0])
-        reader.require(training_shapes(llama), exact=True)
-        source = Source(config, checkpoint, reader, llama, tokenizer, run_folder)
-        all_ranks(lambda: _write_share(scratch, source, placement, options))
-        all_ranks(lambda: _complete(scratch, source, options) if placement.is_rank_0 else None)
-        all_ranks(lambda: _rename(scratch, target) if placement.is_rank_0 else None)
+    try:
+        with exits_with_peers(KEY, exit_code=ExitCode.CHECKPOINT):
+            all_ranks(lambda: _create(scratch) if placement.is_rank_0 else None)
+            reader = WeightsReader(_common_weights(checkpoint.folder, config, placement, scratch))
+            llama = Llama.of(config, reader.tensors.get(EMBEDDING, {"shape": [0]})["shape"][0])
+            reader.require(training_shapes(llama), exact=True)
+            source = Source(config, checkpoint, reader, llama, tokenizer, run_folder)
+            all_ranks(lambda: _write_share(scratch, source, placement, options))
+            all_ranks(lambda: _complete(scratch, source, options) if placement.is_rank_0 else None)
+            all_ranks(lambda: _rename(scratch, target) if placement.is_rank_0 else None)
+    finally:
+        if placement.is_rank_0:
+            shutil.rmtree(scratch, ignore_errors=True)
     return source
 
 

@@ -1,49 +1,24 @@
 """Imported Llamas compute what transformers computes, whatever becomes of the gate; folders that do not fit get one sentence."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from ssa_pretrain.config import (
-    Config,
-    EngineConfig,
-    KernelImpl,
-    LayerSpec,
-    Method,
-    PrecisionConfig,
-    PrecisionName,
-    Score,
-)
-from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.engine import build_engine
+from ssa_pretrain.config import Config, Method, Score
 from ssa_pretrain.errors import WeightsError
-from ssa_pretrain.huggingface.importing import import_folder, imported_config, read_record
+from ssa_pretrain.huggingface.importing import imported_config, read_record
 from ssa_pretrain.huggingface.options import Gate, ImportOptions
+from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.settings.problems import ConfigError
 from support.foreign_llama import HEADS, LLAMA3_ROPE, SIZES, llama_record, random_tensors, released_record, write_folder
+from support.imported import import_to, training_logits
 
 DOCUMENT_LENGTHS = (1, 15, 17, 64, 301)
 
 
-def imported(folder, out, **settings) -> Config:
-    """Imports a folder and returns the configuration of the run's folder."""
-    record, options = read_record(folder), ImportOptions(out=str(out), **settings)
-    config = imported_config(record, options)
-    import_folder(folder, record, config, options.gate)
-    return config
-
-
-def training_logits(config: Config, run, placement, mode: str) -> torch.Tensor:
-    """Returns the training model's logits after each document, in fp32."""
-    config.precision = PrecisionConfig(name=PrecisionName.fp32)
-    config.engine = EngineConfig(layer_spec=LayerSpec.local)
-    config.attention.impl = KernelImpl.reference
-    engine = build_engine(config, placement, config.model.vocab_size)
-    engine.load_weights(run / "checkpoints/step_00000000")
-    documents = random_documents()
-    ends = torch.tensor([0, *map(len, documents)]).cumsum(0).int()
-    tokens, positions = torch.cat(documents).unsqueeze(0), torch.cat([torch.arange(len(d)) for d in documents])
-    batch = Batch(0, tokens, torch.zeros_like(tokens), torch.zeros_like(tokens).float(), positions, ends)
-    return engine.last_logits(batch, mode=mode).float()
+def logits(config: Config, run: Path, placement: Placement, mode: str) -> torch.Tensor:
+    return training_logits(config, run, placement, mode, random_documents())
 
 
 def random_documents() -> list[torch.Tensor]:
@@ -59,21 +34,19 @@ def test_imported_llama_gives_the_logits_of_transformers_with_and_without_gates(
     with torch.no_grad():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         wanted = torch.stack([model(d.unsqueeze(0)).logits[0, -1] for d in random_documents()])
-    off = training_logits(imported(folder, tmp_path / "off", gate=Gate.off), tmp_path / "off", placement, "full")
-    opened = training_logits(imported(folder, tmp_path / "open", gate=Gate.open), tmp_path / "open", placement, "full")
+    off = logits(import_to(folder, tmp_path / "off", gate=Gate.off), tmp_path / "off", placement, "full")
+    opened = logits(import_to(folder, tmp_path / "open", gate=Gate.open), tmp_path / "open", placement, "full")
     assert float((off - wanted).norm() / wanted.norm()) < 1e-5
     assert torch.equal(off, opened), "both factors are powers of two"
-    sparse = training_logits(
-        imported(folder, tmp_path / "sparse", gate=Gate.off), tmp_path / "sparse", placement, "sparse"
-    )
+    sparse = logits(import_to(folder, tmp_path / "sparse", gate=Gate.off), tmp_path / "sparse", placement, "sparse")
     assert float((sparse - wanted)[-1].norm() / wanted[-1].norm()) > 1e-2, "the comparison sees what attention does"
 
 
 def test_padding_of_the_vocabulary_is_rows_of_zeros(tmp_path, placement):
     folder = write_folder(tmp_path / "llama", llama_record(), random_tensors())
-    plain = training_logits(imported(folder, tmp_path / "a", gate=Gate.off), tmp_path / "a", placement, "full")
-    config = imported(folder, tmp_path / "b", gate=Gate.off, vocab_divisor=64)
-    padded = training_logits(config, tmp_path / "b", placement, "full")
+    plain = logits(import_to(folder, tmp_path / "a", gate=Gate.off), tmp_path / "a", placement, "full")
+    config = import_to(folder, tmp_path / "b", gate=Gate.off, vocab_divisor=64)
+    padded = logits(config, tmp_path / "b", placement, "full")
     assert (plain.shape[1], padded.shape[1]) == (96, 128)
     assert not padded[:, 96:].any()
     assert torch.allclose(padded[:, :96], plain, rtol=1e-5, atol=1e-6)
@@ -82,22 +55,22 @@ def test_padding_of_the_vocabulary_is_rows_of_zeros(tmp_path, placement):
 def test_released_layout_keeps_the_second_gate_of_each_head(tmp_path, placement):
     tensors = random_tensors(gate_rows=3, tied=True)
     folder = write_folder(tmp_path / "ssa", released_record(), tensors)
-    config = imported(folder, tmp_path / "run")
+    config = import_to(folder, tmp_path / "run")
     assert (config.attention.gate, config.attention.score, config.attention.top_k) == (True, Score.official_compat, 4)
     assert config.data.sequence_length == SIZES["max_position_embeddings"]
-    first = training_logits(config, tmp_path / "run", placement, "sparse")
+    first = logits(config, tmp_path / "run", placement, "sparse")
     for name in tensors:
         if "g_proj" in name:  # the rows of the other branches are not read
             rows = torch.arange(3 * HEADS) % 3
             tensors[name] = torch.where((rows == 1)[:, None], tensors[name], 7.0)
     folder = write_folder(tmp_path / "other", released_record(), tensors)
-    second = training_logits(imported(folder, tmp_path / "run2"), tmp_path / "run2", placement, "sparse")
+    second = logits(import_to(folder, tmp_path / "run2"), tmp_path / "run2", placement, "sparse")
     assert torch.equal(first, second)
     tensors["model.layers.0.self_attn.g_proj.weight"][3 * 2 + 1] += 1.0  # the gate of head 2
     folder = write_folder(tmp_path / "third", released_record(), tensors)
-    third = training_logits(imported(folder, tmp_path / "run3"), tmp_path / "run3", placement, "sparse")
+    third = logits(import_to(folder, tmp_path / "run3"), tmp_path / "run3", placement, "sparse")
     assert not torch.equal(first, third)
-    config = imported(folder, tmp_path / "full", method=Method.full)
+    config = import_to(folder, tmp_path / "full", method=Method.full)
     assert (config.attention.method, config.attention.alignment_weight) == (Method.full, 0.0)
 
 
@@ -105,7 +78,7 @@ def test_tensors_that_do_not_fit_config_json(tmp_path, placement):
     def message(record: dict, tensors: dict[str, torch.Tensor]) -> str:
         folder = write_folder(tmp_path / str(len(list(tmp_path.iterdir()))), record, tensors)
         with pytest.raises(WeightsError) as caught:
-            imported(folder, tmp_path / "out", gate=Gate.off)
+            import_to(folder, tmp_path / "out", gate=Gate.off)
         assert not (tmp_path / "out").exists()
         return str(caught.value).replace(str(folder), "DIR")
 
@@ -137,7 +110,7 @@ def test_tied_output_that_was_saved_twice_and_tables_of_rope_are_left_out(tmp_pa
     more = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     more["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     folder = write_folder(tmp_path / "llama", llama_record(tied=True), tensors | more)
-    assert imported(folder, tmp_path / "run", gate=Gate.off).model.tie_embeddings
+    assert import_to(folder, tmp_path / "run", gate=Gate.off).model.tie_embeddings
 
 
 def test_settings_that_do_not_fit_the_model():

@@ -145,7 +145,10 @@ def test_existing_folder_is_refused_and_a_checkpoint_of_another_model_too(tmp_pa
     config = configure({"model.num_layers": 1})
     write_run(tmp_path / "run", config, placement, VOCAB)
     (problem,) = ExportOptions(out=str(tmp_path)).problems()
-    assert str(problem) == f"out={tmp_path} exists, and nothing is overwritten; remove it, or try out={tmp_path}_2"
+    assert (problem.key, problem.value) == ("out", str(tmp_path))
+    assert (
+        f"{problem.rule}; {problem.advice}" == f"exists, and nothing is overwritten; remove it, or try out={tmp_path}_2"
+    )
     with pytest.raises(
         WeightsError, match=r"holds another model: decoder\.layers\.1\.input_layernorm\.weight is missing there"
     ):
@@ -154,3 +157,4 @@ def test_existing_folder_is_refused_and_a_checkpoint_of_another_model_too(tmp_pa
         )
     with pytest.raises(CheckpointError, match="holds no checkpoint; give the folder of a run that has saved one"):
         export_to(tmp_path / "out", tmp_path / "empty", config, placement)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
