@@ -106,7 +106,7 @@ def exported_logits(folder: Path, mode: Mode, documents: list[list[int]]) -> Ten
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise CheckpointError(
-            f"check=true needs transformers ({error}); pip install transformers, or leave it out"
+            f"check=true needs transformers ({error}); pip install -e '.[huggingface]', or leave it out"
         ) from None
 
     settings = {"trust_remote_code": True, "dtype": torch.float32, "attention_mode": mode.value}

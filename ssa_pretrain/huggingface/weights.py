@@ -82,7 +82,7 @@ class Llama:
 
 def tensor_names(llama: Llama) -> dict[str, tuple[str, ...]]:
     """Returns the Hugging Face tensors that each tensor of the training model becomes, in the model's order."""
-    names = {EMBEDDING: (HF_EMBEDDING,)}
+    names: dict[str, tuple[str, ...]] = {EMBEDDING: (HF_EMBEDDING,)}
     for number in range(llama.num_layers):
         for ours, theirs in LAYER:
             kept = [name for name in theirs if llama.gate or name != "self_attn.g_proj.weight"]
