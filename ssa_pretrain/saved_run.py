@@ -67,7 +67,7 @@ def expand(arguments: Sequence[str], world_size: int) -> tuple[list[str], str]:
     if any(word.partition("=")[0] in ("-cp", "--config-path") for word in rest):
         rule = "is a run's folder, and --config-path names another configuration"
         raise ConfigError([Problem(named, None, rule, "give one of the two")])
-    folder = _find_run_folder(named)
+    folder = find_run_folder(named)
     try:
         saved = load_config(Config, folder / CONFIG)
     except ConfigError:  # the composition reports each of its problems
@@ -77,7 +77,7 @@ def expand(arguments: Sequence[str], world_size: int) -> tuple[list[str], str]:
     return ["--config-path", str(folder), *placed, *rest], note
 
 
-def _find_run_folder(named: str) -> Path:
+def find_run_folder(named: str) -> Path:
     """Returns the run's folder for an argument that names it or one of its checkpoints."""
     folder = Path(named)
     if not folder.is_dir():

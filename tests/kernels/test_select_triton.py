@@ -75,9 +75,24 @@ def test_ties_go_to_the_more_recent_block():
 
 
 def test_official_rule():
+    """Tokens at the end of a block and within one, of documents that end with a complete block and without."""
     q, k = make(48, 2, 1)
     ours, theirs = both(q, k, [0, 48], 4, 4, [10, 47], "official_compat")
     assert torch.equal(ours, theirs)
+    q, k = make(84, 4, 2, seed=1)
+    queries = [7, 19, 22, 23, 39, 62, 63, 64, 79, 82, 83]
+    ours, theirs = both(q * 3, k, [0, 24, 64, 84], 4, 2, queries, "official_compat")
+    assert torch.equal(ours, theirs)
+
+
+def test_official_softmax_counts_the_own_block_once_it_is_complete():
+    """Two heads disagree about blocks 0 and 1 of the second document; at the last token of block 2 one of them looks at its own block."""
+    q, k = torch.zeros(34, 2, 16), torch.zeros(34, 1, 16)
+    k[22:26, 0, 0], k[26:30, 0, 1], k[30:, 0, 2] = 1.0, 1.0, 1.0
+    q[:, 0, 0], q[:, 1, 1], q[:, 1, 2] = 4.0, 6.0, 16.0
+    ours, theirs = both(q, k, [0, 22, 34], 4, 2, [31, 32, 33], "official_compat")
+    assert torch.equal(ours, theirs)
+    assert ours[:, 0].tolist() == [[1, 2], [1, 2], [0, 2]]
 
 
 @pytest.mark.parametrize("factor", [300.0, -300.0])

@@ -23,16 +23,20 @@ def where(cu_seqlens, num_tokens):
 
 
 def importance(q, k, cu_seqlens, block_size, scale, score):
-    """Returns per token and list (kv heads, or query heads for per_head) {earlier block: importance}."""
+    """Returns per token and list (kv heads, or query heads for per_head) {earlier block: importance}.
+
+    The official code's softmax also counts the own block, at the block's last token.
+    """
     tokens, heads, _ = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
     found = []
     for token, (start, end) in enumerate(where(cu_seqlens, tokens)):
         own = (token - start) // block_size
-        logits = [[0.0] * own for _ in range(heads)]
+        counted = own + (score == "official_compat" and (token - start + 1) % block_size == 0)
+        logits = [[0.0] * counted for _ in range(heads)]
         for head in range(heads):
-            for block in range(own):
+            for block in range(counted):
                 first = start + block * block_size
                 mean = k[first : min(first + block_size, end), head // group].double().mean(0).to(k.dtype).double()
                 logits[head][block] = float(q[token, head].double() @ mean) * scale

@@ -361,7 +361,7 @@ def test_help_lists_groups_and_keys_without_torch(tmp_path: Path) -> None:
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stderr == "imported []\n"
-    assert "model: llama_1b, llama_300m, llama_3b, llama_75m, llama_8b, quickstart, tiny" in done.stdout
+    assert "model: llama_1b, llama_300m, llama_3_2_1b, llama_3b, llama_75m, llama_8b, quickstart, tiny" in done.stdout
     assert "micro_batch_size: 1" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

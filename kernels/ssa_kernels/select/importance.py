@@ -55,23 +55,37 @@ def block_means_kernel(
 
 
 @triton.jit
-def _token_range(first_block_row_ptr, position_ptr, token, valid, num_queries, BLOCK_SIZE: tl.constexpr):
-    """Returns the first and last (exclusive) candidate block row of each token; no candidate for padding."""
+def _token_range(
+    first_block_row_ptr, position_ptr, token, valid, num_queries, BLOCK_SIZE: tl.constexpr, AHEAD: tl.constexpr = 0
+):
+    """Returns the first and last (exclusive) candidate block row of each token; no candidate for padding.
+
+    AHEAD = 1: as seen from the next position, where a complete own block is an earlier one.
+    """
     token = tl.minimum(token, num_queries - 1)
     first = tl.load(first_block_row_ptr + token)
-    own = tl.load(position_ptr + token) // BLOCK_SIZE
+    own = (tl.load(position_ptr + token) + AHEAD) // BLOCK_SIZE
     return first, tl.where(valid, first + own, first)
 
 
 @triton.jit
 def tile_range(
-    first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE: tl.constexpr, TILE_TOKENS: tl.constexpr
+    first_block_row_ptr,
+    position_ptr,
+    base,
+    num_queries,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
 ):
-    """Returns (lo, hi, common): candidate block rows [lo, hi) of a tile of ascending queries; the first `common` are candidates of all."""
+    """Returns (lo, hi, common): candidate block rows [lo, hi) of a tile of ascending queries; the first `common` are candidates of all.
+
+    AHEAD: as in `_token_range`.
+    """
     end = tl.minimum(base + TILE_TOKENS, num_queries) - 1
     lo, hi = tl.load(first_block_row_ptr + base), tl.load(first_block_row_ptr + end)
     common = tl.where(lo == hi, tl.load(position_ptr + base) // BLOCK_SIZE, 0)
-    return lo, hi + tl.load(position_ptr + end) // BLOCK_SIZE, common
+    return lo, hi + (tl.load(position_ptr + end) + AHEAD) // BLOCK_SIZE, common
 
 
 @triton.jit
@@ -152,12 +166,17 @@ def softmax_sums_kernel(
     TILE_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
     FMA_SHARE: tl.constexpr,
+    OFFICIAL: tl.constexpr,
 ):
-    """lse[t, g, h] = log2 of the softmax sum. Grid: (tiles, kv heads), last tiles first."""
+    """lse[t, g, h] = log2 of the softmax sum. Grid: (tiles, kv heads), last tiles first.
+
+    OFFICIAL: the sum also counts the own block, at its last token.
+    """
     kv_heads = tl.num_programs(1)
     kv_head = tl.program_id(1)
     base = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE_TOKENS
-    lo, hi, common = tile_range(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
+    AHEAD: tl.constexpr = 1 if OFFICIAL else 0
+    lo, hi, common = tile_range(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS, AHEAD)
     TILE_ROWS: tl.constexpr = TILE_TOKENS * PADDED_GROUP
     r = tl.arange(0, TILE_ROWS)
     token, head = base + r // PADDED_GROUP, r % PADDED_GROUP
@@ -168,7 +187,7 @@ def softmax_sums_kernel(
     if hi - lo >= TOP_K:
         column = kv_head * DIM
         whole = lo + common // TILE_BLOCKS * TILE_BLOCKS
-        first, last = _token_range(first_block_row_ptr, position_ptr, token, valid, num_queries, BLOCK_SIZE)
+        first, last = _token_range(first_block_row_ptr, position_ptr, token, valid, num_queries, BLOCK_SIZE, AHEAD)
         parts = tl.zeros([TILE_ROWS, 1, 4], tl.float32)
         for block_row in tl.range(lo, whole, TILE_BLOCKS, num_stages=STAGES):
             x = _logits(q, means, block_row, column, scale_log2)

@@ -248,7 +248,7 @@ def _softmax_sums(
             softmax_sums_kernel, (cdiv(part.stop - start, plan.tile), means.shape[1]),
             q[part], _table(means), layout.query_first_block_row[part], layout.query_position[part], lse[part],
             part.stop - start, q.stride(0), scale * LOG2E,
-            **_shape(means, layout, plan, dim, top_k, score), STAGES=2, FMA_SHARE=FMA_SHARE,
+            **_shape(means, layout, plan, dim, top_k, score), STAGES=2, FMA_SHARE=FMA_SHARE, OFFICIAL=score == "official_compat",
             num_warps=4, maxnreg=96 if means.shape[2] <= 64 else 168,
         )  # fmt: skip
         if q.is_cuda:

@@ -12,8 +12,9 @@ normal number, 2^-126, counts as 0. Source: arXiv 2511.20102, section 3.2; per_h
 
 official_compat reproduces what the official code (github zhenyi4/ssa) returns. That code scans the blocks by chunks of block_size blocks and
 keeps half a chunk of the running list. So a block of an earlier chunk must be among the best block_size // 2 of all earlier chunks, and one
-of the own chunk among the best block_size // 2 there (the own block included). Its softmax also counts the own block if that is complete;
-that scaling is not reproduced.
+of the own chunk among the best block_size // 2 there (the own block included). Its softmax also counts the own block once that is complete, which
+is at the block's last token: importance is then exp(scale q_h . mean_c - log sum over earlier blocks and the own one). A sum over heads is so
+weighted by how much each head looks at earlier blocks at all, which can change the choice.
 """
 
 import torch
@@ -56,12 +57,15 @@ def choose_blocks(
     chunks = []
     for first in range(0, q.shape[0], QUERIES_PER_CHUNK):
         queries = slice(first, first + QUERIES_PER_CHUNK)
-        own = layout.query_position[queries] // layout.block_size
+        position = layout.query_position[queries]
+        own = position // layout.block_size
         first_block_row = layout.query_first_block_row[queries]
         # Only the block rows of the chunk's documents, up to its last query.
         block_rows = slice(int(first_block_row.min()), int((first_block_row + own).max()) + 1)
         first_block_row = first_block_row - block_rows.start
-        importance = _importance(q[queries].to(wide), means[..., block_rows], first_block_row, own, scale, score)
+        counted = (position + 1) // layout.block_size if score == "official_compat" else own
+        ranges = (first_block_row, own, counted)
+        importance = _importance(q[queries].to(wide), means[..., block_rows], ranges, scale, score)
         if score == "official_compat":
             importance = _drop_unofficial(importance, first_block_row, own, layout.block_size)
         chunks.append(_top(importance, first_block_row, own, top_k))
@@ -69,16 +73,27 @@ def choose_blocks(
 
 
 def _importance(
-    q: torch.Tensor, means: torch.Tensor, first_block_row: torch.Tensor, own: torch.Tensor, scale: float, score: str
-):
-    """Returns importance [T, G or H, R], -inf unless the block row is a candidate: an earlier block of the query's document."""
+    q: torch.Tensor, means: torch.Tensor, ranges: tuple[torch.Tensor, ...], scale: float, score: str
+) -> torch.Tensor:
+    """Returns importance [T, G or H, R], -inf unless the block row is a candidate: an earlier block of the query's document.
+
+    Args:
+        q: [T, H, D].
+        means: [G, D, R].
+        ranges: of each query, [T]: the first block row of its document, the number of its candidates, and the number of blocks that the softmax
+            counts.
+        scale: factor of the logits.
+        score: as in `select_blocks`.
+    """
     tokens, heads, _ = q.shape
     kv_heads, _, num_block_rows = means.shape
+    first, own, counted = (x[:, None] for x in ranges)
     block_row = torch.arange(num_block_rows, device=q.device)
-    earlier = (block_row >= first_block_row[:, None]) & (block_row < (first_block_row + own)[:, None])
+    earlier = (block_row >= first) & (block_row < first + own)
+    in_softmax = (block_row >= first) & (block_row < first + counted)
     per_kv_head = q.view(tokens, kv_heads, heads // kv_heads, -1).transpose(0, 1).reshape(kv_heads, -1, q.shape[-1])
     logits = (per_kv_head @ means * scale).view(kv_heads, tokens, heads // kv_heads, num_block_rows).transpose(0, 1)
-    logits = logits.masked_fill(~earlier[:, None, None], float("-inf"))
+    logits = logits.masked_fill(~in_softmax[:, None, None], float("-inf"))
     if score == "per_head":
         return logits.reshape(tokens, heads, num_block_rows)
     # Without any candidate the softmax is NaN; those queries are masked again below.

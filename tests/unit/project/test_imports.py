@@ -46,7 +46,7 @@ def users(name: str) -> set[str]:
                 "data_prep/own_settings.py",
             ],
         ),
-        ("transformers", ["ssa_pretrain/export.py", "ssa_pretrain/evaluate.py"]),
+        ("transformers", ["ssa_pretrain/huggingface/checking.py", "ssa_pretrain/huggingface/modelling_ssa.py"]),
         ("megatron.core.parallel_state", ["ssa_pretrain/parallel/"]),
         ("triton", ["kernels/"]),
         ("pickle", []),

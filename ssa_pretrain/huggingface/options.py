@@ -1,0 +1,146 @@
+"""The arguments of `export` and `import_hf`: one folder, and key=value settings of a dataclass, all checked at once.
+
+No Hydra: neither command has groups or files of settings. Values are converted as everywhere else (settings/convert.py).
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ssa_pretrain.config import Method
+from ssa_pretrain.errors import UsageError
+from ssa_pretrain.huggingface.settings import Mode
+from ssa_pretrain.settings.command_line import report
+from ssa_pretrain.settings.convert import config_from_dict
+from ssa_pretrain.settings.problems import ConfigError, Problem, at_least
+
+Options = TypeVar("Options")
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+NO_DATA = "none"
+
+
+class Dtype(StrEnum):
+    """Number format of exported weights."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Gate(StrEnum):
+    """The attention gate of a Llama, which has none."""
+
+    off = "off"  # the model stays without: attention.gate=false
+    open = "open"  # weights 0, so every gate is 1/2, and W_o is doubled: the same function, and the gate can learn
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportOptions:
+    """Settings of `python -m ssa_pretrain.export`."""
+
+    out: str = ""  # folder of the export; must not exist
+    dtype: Dtype = Dtype.bf16  # of the weights in the files
+    attention_mode: Mode | None = (
+        None  # what the model computes unless asked otherwise; null: full, sparse after method=moba
+    )
+    max_shard_size: str = "5GB"  # largest file of weights, in decimal units
+    data: str = ""  # dataset whose tokenizer is exported; empty: the run's own; none: export no tokenizer
+    add_bos: bool | None = None  # whether the tokenizer puts BOS before each text; null: as in training
+    check: bool = False  # load the export with transformers and compare its logits with the training model's
+
+    def problems(self) -> list[Problem]:
+        """Returns the problems of these settings."""
+        found = new_folder_problems("out", self.out)
+        if not byte_count(self.max_shard_size):
+            found.append(Problem("max_shard_size", self.max_shard_size, "must be a size", "try 5GB or 500MB"))
+        if self.add_bos is not None and self.data == NO_DATA:
+            rule = "is a setting of the tokenizer, and data=none exports none"
+            found.append(Problem("add_bos", self.add_bos, rule, "leave out one of the two", ("data",)))
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class ImportOptions:
+    """Settings of `python -m ssa_pretrain.import_hf`."""
+
+    out: str = ""  # folder of the imported model; must not exist
+    name: str = ""  # name of the model; empty: that of `out`
+    gate: Gate | None = None  # the gate of a Llama without one; must be given for it, and for no other
+    method: Method = Method.ssa  # attention.method in the folder's config.yaml
+    sequence_length: int = (
+        0  # data.sequence_length there; 0: the longest input of config.json, at most 8192 for foreign models
+    )
+    vocab_divisor: int = (
+        0  # the embedding is padded to a multiple of this number of rows, with rows of 0; 0: no padding
+    )
+    data: str = ""  # data.path there, for `evaluate`; empty: to be given then
+
+    def problems(self) -> list[Problem]:
+        """Returns the problems of these settings."""
+        return [*new_folder_problems("out", self.out), *at_least("", self, 0, "sequence_length", "vocab_divisor")]
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Returns whether a command line asks for help."""
+    return not arguments or bool({"-h", "--help"} & set(arguments))
+
+
+def read_options(root: type[Options], program: str, what: str, arguments: Sequence[str]) -> tuple[Path, Options]:
+    """Returns the folder and the settings of a command line.
+
+    Args:
+        root: the dataclass of the settings, with `problems()`.
+        program: name of the command's module, such as "ssa_pretrain.export".
+        what: the folder is, such as "the folder of a run".
+        arguments: of the command line.
+
+    Raises:
+        UsageError: with every problem.
+    """
+    folders = [argument for argument in arguments if "=" not in argument or Path(argument).is_dir()]
+    given = [argument.partition("=") for argument in arguments if argument not in folders]
+    options, problems = config_from_dict(root, {key: value for key, _, value in given})
+    if len(folders) != 1:
+        named = Problem(
+            "the command line", None, f"names {len(folders) or 'no'} folder{'s' * (len(folders) > 1)}", f"give {what}"
+        )
+        problems = [named, *problems]
+    elif not Path(folders[0]).is_dir():
+        problems = [Problem(folders[0], None, "is not a folder", f"give {what}"), *problems]
+    wrong = {problem.key for problem in problems}
+    problems += [problem for problem in options.problems() if problem.key not in wrong]  # pyright: ignore[reportAttributeAccessIssue]
+    if problems:
+        raise UsageError(report(program, ConfigError(problems)))
+    return Path(folders[0]), options
+
+
+def new_folder_problems(key: str, path: str) -> list[Problem]:
+    """Returns the problem of a folder that is to be created: it has no name, or something is there already."""
+    if not path.strip():
+        return [Problem(key, path, "must name a folder that does not exist yet", f"try {key}=outputs/{key}")]
+    if Path(path).exists():
+        return [
+            Problem(key, path, "exists, and nothing is overwritten", f"remove it, or try {key}={path.rstrip('/')}_2")
+        ]
+    return []
+
+
+def byte_count(text: str) -> int | None:
+    """Returns the bytes of a size such as 5GB (decimal units); None if it is not one."""
+    match = SIZE.fullmatch(text.strip())
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else None
+
+
+def as_arguments(section: str, values: Any, defaults: Any) -> list[str]:
+    """Returns the settings of a section that differ from its defaults, as a user writes them: model.num_layers=16."""
+    found = []
+    for f in dataclasses.fields(values):
+        value, default = getattr(values, f.name), getattr(defaults, f.name)
+        if dataclasses.is_dataclass(value):
+            found += as_arguments(f"{section}.{f.name}", value, default)
+        elif value != default:
+            found.append(f"{section}.{f.name}={str(value).lower() if isinstance(value, bool) else value}")
+    return found

@@ -1,0 +1,89 @@
+"""The commands on a run of TP 2 x PP 2 and on one of DeepSpeed: any number of processes writes the same folder, which starts and scores as the run does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from support.run_folders import without_common_weights
+from support.training import run, train
+
+SETTINGS = (
+    "experiment=quickstart",
+    "model=tiny",
+    "model.init_std=0.2",
+    "training.steps=1",
+    "training.global_batch_tokens=512",
+    "training.micro_batch_size=1",
+    "data.sequence_length=128",
+    "evaluation.rows=4",
+    "evaluation.at_start=false",
+)
+SIZE = "max_shard_size=300KB"
+
+
+def export(source: Path, out: Path, *settings: str, processes: int = 1) -> Path:
+    done = run("ssa_pretrain.export", str(source), f"out={out}", SIZE, *settings, processes=processes)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f": {out}\n" in done.stdout
+    return out
+
+
+def require_same(one: Path, other: Path, *, but: tuple[str, ...] = ()) -> None:
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in other.iterdir()}
+    for name in names - set(but):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("engine", "layout", "processes"), [("megatron", "tp2_pp2", 4), ("deepspeed", "tp2", 2)])
+def test_every_number_of_processes_exports_the_same_and_import_scores_the_same(
+    corpus, tmp_path, engine, layout, processes
+):
+    source = tmp_path / "run"
+    train(
+        *SETTINGS,
+        f"data.path={corpus}",
+        f"output_dir={source}",
+        f"engine={engine}",
+        f"parallel={layout}",
+        processes=processes,
+    )
+    alone = export(source, tmp_path / "alone", "dtype=fp32")
+    assert len(list(alone.glob("*.safetensors"))) >= 4
+    require_same(
+        export(source / "checkpoints/step_00000001", tmp_path / "all", "dtype=fp32", processes=processes), alone
+    )
+
+    imported = tmp_path / "imported"
+    done = run("ssa_pretrain.import_hf", str(alone), f"out={imported}", f"data={corpus}")
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint.init_from={imported}" in done.stdout
+    settings = done.stdout.splitlines()[-1].split()
+    scores = [evaluate(folder, corpus) for folder in (source, imported)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+    begun = tmp_path / "begun"
+    start = (f"checkpoint.init_from={imported}", "optim.lr=1e-30", *settings)
+    train(
+        *SETTINGS,
+        *start,
+        f"data.path={corpus}",
+        f"output_dir={begun}",
+        f"engine={engine}",
+        f"parallel={layout}",
+        processes=processes,
+    )
+    require_same(export(begun, tmp_path / "unchanged", "dtype=fp32"), alone, but=("README.md",))
+
+    without_common_weights(source / "checkpoints/step_00000001")
+    require_same(export(source, tmp_path / "by_engine", "dtype=fp32", processes=processes), alone)
+
+
+def evaluate(folder: Path, corpus: Path) -> list[float]:
+    """Returns the cross entropy of each mode."""
+    done = run("ssa_pretrain.evaluate", str(folder), f"data.path={corpus}", "precision.name=fp32", "evaluation.rows=4")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    modes = json.loads((folder / "evaluation.json").read_text())["modes"]
+    (folder / "evaluation.json").unlink()
+    return [modes[mode]["cross_entropy"] for mode in ("full", "sparse")]
