@@ -72,7 +72,18 @@ def test_imported_packages_are_declared(folder: str, extras: tuple[str, ...]) ->
 
 def test_constraints_pin_every_requirement_within_its_range() -> None:
     pins = {normal(name): version for name, version in PINNED.items()}
-    extras = ("quickstart", "llama3", "gigatoken", "cluster", "deepspeed", "hub", "bench", "evaluation", "huggingface", "dev")
+    extras = (
+        "quickstart",
+        "llama3",
+        "gigatoken",
+        "cluster",
+        "deepspeed",
+        "hub",
+        "bench",
+        "evaluation",
+        "huggingface",
+        "dev",
+    )
     for requirement in requirements(*extras):
         assert normal(requirement.name) in pins, f"constraints.txt does not pin {requirement.name}"
         assert requirement.specifier.contains(pins[normal(requirement.name)]), (
