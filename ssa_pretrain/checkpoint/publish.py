@@ -251,8 +251,8 @@ def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_only
     Args:
         found: the checkpoint whose weights will be read.
         wanted: the run's facts.
-        shapes_only: compare only the keys that decide the weights' shapes, so that a new run may change others (a longer RoPE). The padded
-            vocabulary is compared; model.vocab_size only if neither is 0, which stands for the tokenizer's.
+        shapes_only: compare only the keys that decide the weights' shapes, so that a new run or an evaluation may change others (a longer RoPE).
+            The padded vocabulary is compared; model.vocab_size only if neither is 0, which stands for the tokenizer's.
 
     Raises:
         CheckpointError: the models differ; the message has each key with both values.

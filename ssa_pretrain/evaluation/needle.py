@@ -127,8 +127,12 @@ def hide(
     count = bisect_right(ends, most - len(prompt(0)))  # nearly right: a token may reach over two sentences
     while count and len(prompt(count)) > most:
         count -= 1
-    while count < len(sentences) and len(prompt(count + 1)) <= most:
-        count += 1
+    while count < len(sentences):
+        more = max(1, (most - len(prompt(count))) // max(sizes.values()))
+        longer = min(count + more, len(sentences))
+        if len(prompt(longer)) > most:
+            break
+        count = longer
     return Needle(prompt(count), value, length, depth)
 
 
