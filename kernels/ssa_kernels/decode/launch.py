@@ -221,7 +221,7 @@ def _overlaps(device: torch.device) -> bool:
     return OVERLAP and device.type == "cuda" and _capability(device) >= (9, 0)
 
 
-def _starts_early(overlap: bool) -> dict[str, bool]:
+def _starts_early(overlap: bool) -> dict[str, Any]:
     """Returns the launch option of a kernel whose programs start before the kernel before has ended, and then wait for it."""
     return {"launch_pdl": True} if overlap else {}
 
@@ -237,7 +237,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _ordered(kernel: Any, sizes: dict[str, int], **more: int) -> dict[str, int]:
+def _ordered(kernel: Any, sizes: dict[str, int], **more: int) -> dict[str, Any]:
     """Returns the compile-time arguments that the kernel takes, in its order."""
     given = {**sizes, **more}
     return {name: given[name] for name in kernel.arg_names if name in given}
