@@ -393,7 +393,7 @@ for tokens, heads, dim, paged in ((1, 16, 64, True), (1, 16, 64, False), (4, 16,
     sizes = dict(
         NUM_NEW=tokens, RAGGED=False, PAGED=paged, LISTS=2, LISTS_PER_KV_HEAD=1, KV_HEADS=2, HEADS=heads, PADDED_HEADS=heads,
         HEAD_DIM=dim, DIM=dim, BLOCK_SIZE=16, KEYS=16, TOP_K=16, SLOTS=16, SLICE=128, TILE=launch.TILE, TILES=16, PER_HEAD=False,
-        ROWS=rows, STEP=16, CHUNK=launch.MERGE_CHUNK, STAGES=3 if dim * rows <= 4096 else 2, SPLITS=128,
+        ROWS=rows, STEP=16, CHUNK=launch.MERGE_CHUNK, STAGES=3 if dim * rows <= 4096 else 2, SPLITS=128, OVERLAP=True,
     )
     shape = f"{tokens} {heads} {dim} {paged} "
     found[shape + "append"] = usage(append_triton.append_kernel, 1, sizes)

@@ -17,7 +17,15 @@ Pages lie anywhere, so a tile of keys is gathered block by block; keys past a qu
 import triton
 import triton.language as tl
 
-from .pages_triton import page_of_block, query_offsets, query_position, rows_of_tile, sequence_state
+from .pages_triton import (
+    let_next_start,
+    page_of_block,
+    query_offsets,
+    query_position,
+    rows_of_tile,
+    sequence_state,
+    wait_for_previous,
+)
 from .select_triton import choose
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -78,6 +86,7 @@ def chosen_kernel(
     NUM_NEW: tl.constexpr, RAGGED: tl.constexpr, PAGED: tl.constexpr, LISTS: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, SLICE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one new token and list over its chosen blocks, STEP blocks at a time. Grid: (lists, sequences x new tokens)."""
     chosen_list, sequence, t = tl.program_id(0), tl.program_id(1) // NUM_NEW, tl.program_id(1) % NUM_NEW
@@ -89,9 +98,10 @@ def chosen_kernel(
     top = tl.full([ROWS], -1e38, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
+    inside = (valid & (own_position >= 0))[:, None] & (dim < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + at[:, None] + dim[None, :], mask=inside, other=0.0)
+    wait_for_previous(OVERLAP)
     if own_position >= 0:
-        inside = valid[:, None] & (dim < HEAD_DIM)[None, :]
-        q = tl.load(q_ptr + at[:, None] + dim[None, :], mask=inside, other=0.0)
         entry = (sequence.to(tl.int64) * LISTS + chosen_list) * NUM_NEW + t
         chosen = choose(best_ptr, entry, own_position // BLOCK_SIZE, slices, TOP_K, SLOTS, CHUNK, SLICE)
         rows = tl.full([ROWS], 0, tl.int32) + own_position
@@ -115,9 +125,10 @@ def split_kernel(
     scale_log2, most, blocks_per_sequence, num_pages,
     NUM_NEW: tl.constexpr, RAGGED: tl.constexpr, PAGED: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """part[split, b, t, head, DIM], top and total of one split. Grid: (splits, kv heads x tiles of rows, sequences)."""
+    let_next_start(OVERLAP)
     split, sequence = tl.program_id(0), tl.program_id(2)
     kv_head = tl.program_id(1) % KV_HEADS
     length, new = sequence_state(seq_lens_ptr, num_new_ptr, sequence, most, NUM_NEW, RAGGED)
@@ -160,8 +171,10 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """o and lse of one query head from all splits. Grid: (sequences x new tokens x heads)."""
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM)
     at = split.to(tl.int64) * tl.num_programs(0) + row

@@ -1,11 +1,14 @@
 """Launches the decoding kernels: sizes of tiles, slices and splits, and workspaces.
 
 Sparse attention takes three launches (logits, candidates, choice with attention), or one if the longest sequence has no more blocks than
-top_k; full attention takes two (splits, combination), or the second not at all. Everything is planned from shapes and the cache's longest
+top_k; full attention takes two (splits, combination). Everything is planned from shapes and the cache's longest
 length, never from the lengths themselves: programs beyond a sequence's end return at once, and splits share what is there. So nothing
 waits, and a CUDA graph may replay while sequences grow.
 
-Workspace of the selection: 4 bytes per new token, query head and block (67 MB for 32 sequences of 32k at H 32), all in the L2 in small batches.
+One sequence keeps few multiprocessors busy, so the latency of launches counts. On Hopper and later the second and third kernel of a call start
+early: their programs are placed, and read what older kernels wrote, while the kernel before still runs, then wait for its end.
+
+Workspace of the selection: 4 bytes per new token, query head and block (8.4 MB for 32 sequences of 32k at H 32), so it stays in the L2.
 Full attention writes (D + 2) floats per split, new token and head.
 """
 
@@ -31,6 +34,7 @@ SPLIT_KEYS = 128  # keys at a time over all blocks
 MIN_KEYS_PER_SPLIT = 256
 MAX_SPLITS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 3
+OVERLAP = True  # on Hopper and later, whether a kernel's programs start while the one before ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +96,11 @@ class _Candidates:
     best: torch.Tensor
     top_k: int
     slice_blocks: int
+    overlap: bool = False  # whether what reads them starts early, and so has to wait for them
 
     def sizes(self) -> dict[str, int]:
         """Returns the compile-time sizes of what reads them."""
-        return {"TOP_K": self.top_k, "SLOTS": self.slots, "SLICE": self.slice_blocks}
+        return {"TOP_K": self.top_k, "SLOTS": self.slots, "SLICE": self.slice_blocks, "OVERLAP": self.overlap}
 
     @property
     def slots(self) -> int:
@@ -121,7 +126,7 @@ def decode_attention_triton(
         q, *cache.pages()[:2], *call.lengths, call.table, found.best, o, lse, scale * LOG2E, *call.bounds, found.best.shape[3],
         **_ordered(chosen_kernel, {**call.tokens(), **call.paged_lists(), **call.vectors(), **found.sizes()},
                    ROWS=max(16, next_power_of_2(call.heads)), KEYS=keys, STEP=max(step, 16 // keys), CHUNK=max(MERGE_CHUNK, found.slots)),
-        num_warps=8, num_stages=1,
+        num_warps=8, num_stages=1, **_starts_early(found.overlap),
     )  # fmt: skip
     return o, lse
 
@@ -138,7 +143,7 @@ def select_cached_triton(
         *call.lengths, found.best, indices, cache.longest, found.best.shape[3],
         **_ordered(indices_kernel, {**call.tokens(), **found.sizes()}, LISTS=call.lists, BLOCK_SIZE=cache.block_size,
                    CHUNK=max(MERGE_CHUNK, found.slots)),
-        num_warps=8,
+        num_warps=8, **_starts_early(found.overlap),
     )  # fmt: skip
     return indices
 
@@ -151,9 +156,10 @@ def _candidates(call: _Call, top_k: int, score: str) -> _Candidates:
     slices = cdiv(call.blocks, slice_blocks)
     device = call.q.device
     best = torch.empty(batch, call.lists, tokens, slices, slots, dtype=torch.int64, device=device)
-    found = _Candidates(best, top_k, slice_blocks)
     if call.blocks <= top_k:
-        return found
+        return _Candidates(best, top_k, slice_blocks)
+    overlap = _overlaps(device)
+    found = _Candidates(best, top_k, slice_blocks, overlap)
     tiles = cdiv(call.blocks, TILE)
     logits = torch.empty(batch, heads * tokens, tiles * TILE, dtype=torch.float32, device=device)
     tile_max, tile_sum = torch.empty(2, batch * heads * tokens * tiles, dtype=torch.float32, device=device).unbind()
@@ -163,7 +169,7 @@ def _candidates(call: _Call, top_k: int, score: str) -> _Candidates:
         call.q, call.cache.pages()[2], *call.lengths, call.table, logits, tile_max, tile_sum,
         call.scale * LOG2E, *call.bounds, tiles * TILE,
         **_ordered(block_logits_kernel, {**call.tokens(), **call.paged_lists(), **call.vectors()},
-                   TOP_K=top_k, ROWS=rows, TILE=TILE, PER_HEAD=score == "per_head"),
+                   TOP_K=top_k, ROWS=rows, TILE=TILE, PER_HEAD=score == "per_head", OVERLAP=overlap),
         num_warps=4, num_stages=1,
     )  # fmt: skip
     launch(
@@ -173,7 +179,7 @@ def _candidates(call: _Call, top_k: int, score: str) -> _Candidates:
                    LISTS=call.lists, HEADS=call.heads, PADDED_HEADS=next_power_of_2(call.heads), BLOCK_SIZE=call.cache.block_size,
                    TILE=TILE, TILES=next_power_of_2(tiles), PER_HEAD=score == "per_head",
                    CHUNK=max(CANDIDATE_CHUNK, slots)),
-        num_warps=8 if slots <= CANDIDATE_CHUNK else 16, num_stages=1,
+        num_warps=8 if slots <= CANDIDATE_CHUNK else 16, num_stages=1, **_starts_early(overlap),
     )  # fmt: skip
     return found
 
@@ -188,17 +194,19 @@ def _attend_all(call: _Call, o: torch.Tensor, lse: torch.Tensor) -> None:
     padded = next_power_of_2(dim)
     part = torch.empty(splits, batch * tokens * heads, padded, dtype=torch.float32, device=o.device)
     top, total = torch.empty(2, splits, batch * tokens * heads, dtype=torch.float32, device=o.device).unbind()
-    lists = call.paged_lists()
+    lists, overlap = call.paged_lists(), _overlaps(o.device)
     launch(
         split_kernel, (splits, call.lists * row_tiles, batch),
         call.q, *call.cache.pages()[:2], *call.lengths, call.table, part, top, total, call.scale * LOG2E, *call.bounds,
         **_ordered(split_kernel, {**call.tokens(), **call.vectors()}, PAGED=lists["PAGED"], KV_HEADS=call.lists, HEADS=call.heads,
-                   KEYS=keys, ROWS=rows, STEP=max(1, SPLIT_KEYS // keys), STAGES=3 if padded * rows <= 4096 else 2),
+                   KEYS=keys, ROWS=rows, STEP=max(1, SPLIT_KEYS // keys), STAGES=3 if padded * rows <= 4096 else 2,
+                   OVERLAP=overlap),
         num_warps=4,
     )  # fmt: skip
     launch(
         combine_kernel, (batch * tokens * heads,),
-        part, top, total, o, lse, splits, HEAD_DIM=dim, DIM=padded, SPLITS=next_power_of_2(splits), num_warps=4,
+        part, top, total, o, lse, splits, HEAD_DIM=dim, DIM=padded, SPLITS=next_power_of_2(splits), OVERLAP=overlap,
+        num_warps=4, **_starts_early(overlap),
     )  # fmt: skip
 
 
@@ -208,13 +216,28 @@ def _splits(call: _Call, programs: int) -> int:
     return max(1, min(wanted, cdiv(call.cache.longest, MIN_KEYS_PER_SPLIT), MAX_SPLITS))
 
 
+def _overlaps(device: torch.device) -> bool:
+    """Returns whether the kernels of a call overlap (programmatic dependent launch)."""
+    return OVERLAP and device.type == "cuda" and _capability(device) >= (9, 0)
+
+
+def _starts_early(overlap: bool) -> dict[str, Any]:
+    """Returns the launch option of a kernel whose programs start before the kernel before has ended, and then wait for it."""
+    return {"launch_pdl": True} if overlap else {}
+
+
+@cached
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 @cached
 def _multiprocessors(device: torch.device) -> int:
     """Returns the number of multiprocessors; 4 for Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _ordered(kernel: Any, sizes: dict[str, int], **more: int) -> dict[str, int]:
+def _ordered(kernel: Any, sizes: dict[str, int], **more: int) -> dict[str, Any]:
     """Returns the compile-time arguments that the kernel takes, in its order."""
     given = {**sizes, **more}
     return {name: given[name] for name in kernel.arg_names if name in given}

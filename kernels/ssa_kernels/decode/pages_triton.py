@@ -2,6 +2,21 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """Lets the next kernel's programs start before this kernel ends. They must call `wait_for_previous` before they read its results."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Waits for the end of the kernel before, whose results are then visible. What earlier kernels wrote is visible without."""
+    if OVERLAP:
+        gdc_wait()
 
 
 @triton.jit

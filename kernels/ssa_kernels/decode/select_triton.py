@@ -20,7 +20,15 @@ is exact, needs no loop over bits and no sort, and costs CHUNK^2 comparisons. No
 import triton
 import triton.language as tl
 
-from .pages_triton import page_of_block, query_offsets, query_position, rows_of_tile, sequence_state
+from .pages_triton import (
+    let_next_start,
+    page_of_block,
+    query_offsets,
+    query_position,
+    rows_of_tile,
+    sequence_state,
+    wait_for_previous,
+)
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number; importance below it counts as 0
 NEVER = tl.constexpr(
@@ -34,12 +42,13 @@ def block_logits_kernel(
     scale_log2, most, blocks_per_sequence, num_pages, columns,
     NUM_NEW: tl.constexpr, RAGGED: tl.constexpr, PAGED: tl.constexpr, LISTS: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOP_K: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, PER_HEAD: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, PER_HEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """logits[b, list, row, c], and each tile's maximum and sum. Grid: (tiles, lists x tiles of rows, sequences).
 
     Rows whose candidates are all chosen are not needed: a tile that has only such rows writes nothing.
     """
+    let_next_start(OVERLAP)
     tile, sequence = tl.program_id(0), tl.program_id(2)
     chosen_list = tl.program_id(1) % LISTS
     length, new = sequence_state(seq_lens_ptr, num_new_ptr, sequence, most, NUM_NEW, RAGGED)
@@ -104,13 +113,15 @@ def candidates_kernel(
     seq_lens_ptr, num_new_ptr, logits_ptr, tile_max_ptr, tile_sum_ptr, best_ptr, most, columns, tiles,
     NUM_NEW: tl.constexpr, RAGGED: tl.constexpr, LISTS: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    CHUNK: tl.constexpr, SLICE: tl.constexpr, PER_HEAD: tl.constexpr,
+    CHUNK: tl.constexpr, SLICE: tl.constexpr, PER_HEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """best[b, list, t, slice, SLOTS]: a slice's best blocks, in descending order. Grid: (slices, lists, sequences x new tokens)."""
+    let_next_start(OVERLAP)
     begin, chosen_list = tl.program_id(0) * SLICE, tl.program_id(1)
     sequence, t = tl.program_id(2) // NUM_NEW, tl.program_id(2) % NUM_NEW
     length, new = sequence_state(seq_lens_ptr, num_new_ptr, sequence, most, NUM_NEW, RAGGED)
     own = tl.maximum(query_position(length, new, t), 0) // BLOCK_SIZE
+    wait_for_previous(OVERLAP)
     if (own >= TOP_K) & (begin < own):
         entry = ((sequence.to(tl.int64) * LISTS + chosen_list) * NUM_NEW + t) * HEADS
         head = tl.arange(0, PADDED_HEADS)
@@ -162,7 +173,7 @@ def choose(
 def indices_kernel(
     seq_lens_ptr, num_new_ptr, best_ptr, indices_ptr, most, slices,
     NUM_NEW: tl.constexpr, RAGGED: tl.constexpr, LISTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr, CHUNK: tl.constexpr, SLICE: tl.constexpr,
+    SLOTS: tl.constexpr, CHUNK: tl.constexpr, SLICE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """indices[b, t, list, TOP_K], ascending, -1 at the end. Grid: (lists, sequences x new tokens)."""
     chosen_list, sequence, t = tl.program_id(0), tl.program_id(1) // NUM_NEW, tl.program_id(1) % NUM_NEW
@@ -170,6 +181,7 @@ def indices_kernel(
     position = query_position(length, new, t)
     slot = tl.arange(0, SLOTS)
     blocks = tl.full([SLOTS], -1, tl.int32)
+    wait_for_previous(OVERLAP)
     if position >= 0:
         entry = (sequence.to(tl.int64) * LISTS + chosen_list) * NUM_NEW + t
         blocks = choose(best_ptr, entry, position // BLOCK_SIZE, slices, TOP_K, SLOTS, CHUNK, SLICE)
