@@ -53,7 +53,7 @@ format: $(VENV)/.dev  ## rewrite files as ruff formats them
 	@$(BIN)/ruff format .
 
 clean:  ## remove the environment, caches and the quickstart's output
-	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache .import_linter_cache build ssa_pretrain.egg-info
+	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache .import_linter_cache build ssa_pretrain.egg-info kernels/build kernels/ssa_kernels.egg-info
 
 # make skips a set-up whose stamp is newer than its sources. The second set-up includes the first.
 $(VENV)/.quickstart: $(SETUP)
@@ -61,5 +61,5 @@ $(VENV)/.quickstart: $(SETUP)
 	@touch $@
 
 $(VENV)/.dev: $(SETUP)
-	@launchers/setup.sh $(VENV) quickstart,llama3,gigatoken,deepspeed,hub,cluster,bench,dev
+	@launchers/setup.sh $(VENV) quickstart,llama3,gigatoken,deepspeed,hub,cluster,bench,evaluation,dev
 	@touch $@ $(VENV)/.quickstart

@@ -1,26 +1,29 @@
-"""Entry point: evaluates the newest checkpoint of a run on held-out rows in both modes, and samples continuations.
+"""Entry point: evaluates a checkpoint in both modes, on held-out rows and tasks, and samples continuations.
 
     python -m ssa_pretrain.evaluate outputs/quickstart evaluation.rows=8
-    python -m ssa_pretrain.evaluate outputs/quickstart/checkpoints/step_00000100
+    python -m ssa_pretrain.evaluate outputs/quickstart/checkpoints/step_00000100 attention.top_k=8
+    python -m ssa_pretrain.evaluate outputs/8k data.sequence_length=32768 model.rope_scaling.enabled=true
     python -m ssa_pretrain.evaluate experiment=quickstart
 
-Takes the folder of a run, one of its checkpoints, or the run's own command line. With a folder or a checkpoint, the run's
-`config.yaml` is the configuration. A checkpoint loads on any layout, so one process can evaluate a run that many processes trained.
-The metrics depend neither on the layout nor on training.micro_batch_size. evaluation.rows sets the number of held-out rows; 0 means
-all. Writes `evaluation.json` and `samples.json` into the run's folder. A prompt and its continuation together have at most as many
-tokens as a row.
+Takes the folder of a run, one of its checkpoints, or the run's own command line. With a folder or a checkpoint, the run's `config.yaml` is the
+configuration, and settings that follow replace its values. Only what decides the weights must be as in training. Blocks, row length, RoPE and data
+may differ, and the results record them (evaluation/results.py). A checkpoint of either engine loads on any layout, so one process can evaluate a
+run that many processes trained, without an optimizer. The metrics depend neither on the layout nor on training.micro_batch_size.
+evaluation.rows sets the number of held-out rows; 0 means all.
 """
 
-import json
 import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.errors import CheckpointError, ExitCode
 from ssa_pretrain.process import hide_library_warnings, rank_process
-from ssa_pretrain.settings.files import write_atomically
+
+if TYPE_CHECKING:
+    from ssa_pretrain.run import Run
 
 
 def main() -> None:
@@ -39,11 +42,15 @@ def main() -> None:
 def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
     """Evaluates a checkpoint of a run, by default its newest, and samples from it. Every rank calls this."""
     from ssa_pretrain.checkpoint.publish import require_same_model
-    from ssa_pretrain.evaluation import MODES, evaluate_mode
+    from ssa_pretrain.evaluation import MODES, results
+    from ssa_pretrain.evaluation.sampling import sample
+    from ssa_pretrain.evaluation.table import table
+    from ssa_pretrain.evaluation.tasks import build_tasks
+    from ssa_pretrain.parallel.agreement import on_rank_0
     from ssa_pretrain.parallel.state import joined
     from ssa_pretrain.resume import newest_checkpoint, warn_of_another_tokenizer
     from ssa_pretrain.run import build_run
-    from ssa_pretrain.sampling import sample
+    from ssa_pretrain.settings.problems import ConfigError
 
     # User buffers have the shape of a training microbatch, and packed prompts have another shape.
     config = replace(config, engine=replace(config.engine, overlap_tp=False))
@@ -55,25 +62,82 @@ def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
         found = newest_checkpoint(run, checkpoint)
         if found is None:
             raise CheckpointError(f"{run.folder} holds no checkpoint; give the folder of a run that has saved one")
-        require_same_model(found, run.contract())
+        require_same_model(found, run.contract(), shapes_only=True)
         warn_of_another_tokenizer(run, found)
+        settings = results.settings_of(run, found)
+        name = results.result_name(settings, config.evaluation.name)
+
+        def require_own() -> None:
+            results.require_own(run.folder, name, settings)
+
+        on_rank_0(require_own, is_rank_0=placement.is_rank_0, errors=(ConfigError,))
+        run.tasks = build_tasks(run)
         run.engine.load_weights(found.folder)
-        metrics = {}
-        for mode in MODES:
-            metrics[mode] = asdict(evaluate_mode(run, mode))
-            run.print(f"held-out, {mode:<6}: cross entropy {metrics[mode]['cross_entropy']:.4f}")
-        tokens = found.step * found.facts["training.global_batch_tokens"]
-        results = {"step": found.step, "tokens": tokens, "split": "heldout", "rows": run.held_out.num_rows}
-        if placement.is_rank_0:
-            write_json(run.folder / "evaluation.json", results | {"modes": metrics})
+        result: dict[str, Any] = {
+            "settings": settings,
+            "trained_with": results.trained_with(run, found),
+            "step": found.step,
+            "tokens": found.step * found.facts["training.global_batch_tokens"],
+            "split": "heldout",
+            "rows": run.held_out.num_rows,
+            **measure(run),
+        }
         samples = sample(run, MODES)
         if placement.is_rank_0:
-            write_json(run.folder / "samples.json", samples)
+            path = results.write_result(run, name, result, samples)
+            show(run, result | {"name": name}, path)
+            run.print(table(result))
+            run.print(f"results: {path} and {path.with_suffix('.png').name}")
 
 
-def write_json(path: Path, value: object) -> None:
-    """Writes a value as JSON."""
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def measure(run: "Run") -> dict[str, Any]:
+    """Returns everything that is measured, by what and mode; every rank calls it."""
+    from ssa_pretrain.evaluation import MODES
+    from ssa_pretrain.evaluation.heads import attention_by_head
+    from ssa_pretrain.evaluation.held_out import evaluate_mode
+    from ssa_pretrain.evaluation.scoring import tokenizer_of
+    from ssa_pretrain.evaluation.text_size import perplexities, text_size
+
+    isolated, head_rows = run.config.data.isolate_documents, run.config.evaluation.head_rows
+    size = text_size(run.held_out, tokenizer_of(run), isolate_documents=isolated)
+    modes, heads, tasks = {}, {}, {task.name: {} for task in run.tasks}
+    for mode in MODES:
+        found = evaluate_mode(run, mode)
+        modes[mode] = asdict(found) | perplexities(found, size)
+        run.print(f"held-out, {mode:<6}: cross entropy {found.cross_entropy:.4f}")
+        heads[mode] = attention_by_head(run, mode, head_rows) if head_rows else {}
+        for task in run.tasks:
+            tasks[task.name][mode] = asdict(task.evaluate(run, mode))
+    return {"modes": modes, "heads": heads, "tasks": tasks, **lm_eval_results(run)}
+
+
+def lm_eval_results(run: "Run") -> dict[str, Any]:
+    """Returns the results of lm_eval's tasks, empty if none is asked for. lm_eval is imported only then."""
+    if not run.config.evaluation.lm_eval.tasks:
+        return {"lm_eval": {}}
+    from ssa_pretrain.evaluation.lm_eval_model import evaluate_tasks
+
+    return evaluate_tasks(run)
+
+
+def show(run: "Run", result: dict[str, Any], path: Path) -> None:
+    """Draws the results and sends them to W&B, as an own W&B run beside that of the training; rank 0 calls it."""
+    from ssa_pretrain.evaluation.plots import plot
+    from ssa_pretrain.evaluation.records import records
+    from ssa_pretrain.monitor.tracking import start_tracking
+
+    plot(result, path.with_suffix(".png"))
+    tracker = start_tracking(
+        run.config.logging.wandb,
+        name=f"{run.config.name}, {result['name']}",
+        folder=path.with_suffix(".wandb"),
+        config=result["settings"] | {"trained_with": result["trained_with"]},
+        print_line=run.print,
+    )
+    if tracker:
+        for record in records(result):
+            tracker.log(record)
+        tracker.finish()
 
 
 if __name__ == "__main__":

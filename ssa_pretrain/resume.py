@@ -8,7 +8,8 @@ from ssa_pretrain.checkpoint.facts import refused_changes
 from ssa_pretrain.checkpoint.publish import Checkpoint, newest, require_same_model
 from ssa_pretrain.checkpoint.weights import find_weights
 from ssa_pretrain.errors import CheckpointError
-from ssa_pretrain.evaluation import MODES, Evaluated, is_evaluation_missing
+from ssa_pretrain.evaluation import MODES
+from ssa_pretrain.evaluation.held_out import Evaluated, is_evaluation_missing
 from ssa_pretrain.monitor.metrics import FILE_NAME, evaluations
 from ssa_pretrain.monitor.tracking import lacks_records
 from ssa_pretrain.run import Run, training_rows
@@ -113,6 +114,7 @@ def why_finished(run: Run, step: int) -> str | None:
 def lacks_wandb_rows(run: Run, evaluated: Evaluated, step: int) -> bool:
     """Returns, on every rank, whether the W&B run ended before it received all rows of the run's last step."""
     newest_rows = {"train": step} | {f"heldout/{mode}": step for mode in MODES if (step, mode) in evaluated}
+    newest_rows |= {name: at for at, name in evaluated if at == step and name.startswith("task/")}
     missing = [run.placement.is_rank_0 and lacks_records(run.config.logging.wandb, run.folder, newest_rows)]
     dist.broadcast_object_list(missing, src=0)
     return missing[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Packing
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
-from ssa_pretrain.engine import Engine, build_engine
+from ssa_pretrain.engine import Engine, build_engine, build_evaluator
 from ssa_pretrain.errors import DataError
 from ssa_pretrain.monitor.console import with_timestamps
 from ssa_pretrain.monitor.environment import versions
@@ -30,23 +30,27 @@ from ssa_pretrain.settings.convert import config_to_dict
 from ssa_pretrain.settings.files import unlock
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
+if TYPE_CHECKING:
+    from ssa_pretrain.evaluation.tasks import Task
+
 NODE_SETTINGS = ("data.path", "output_dir", "logging.", "checkpoint.init_from", "dry_run")  # may differ between nodes
 MAX_LISTED = 8  # differences between ranks
 
 
 @dataclass(slots=True)
 class Run:
-    """The objects of a run on one rank."""
+    """The objects of a run on one rank. A run that only evaluates has no rows, and its engine is only an `Evaluator`."""
 
     config: Config
     plan: Plan
     placement: Placement
     manifest: Manifest
     engine: Engine
-    rows: TrainingRows | None  # None: the run only evaluates
+    rows: TrainingRows | None
     held_out: HeldOutRows
     folder: Path
     verdicts: Verdicts = field(default_factory=Verdicts)  # on the run's checkpoints; used on rank 0
+    tasks: "list[Task]" = field(default_factory=list)
 
     @property
     def last_step(self) -> int:
@@ -114,7 +118,7 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
     Args:
         config: the checked configuration.
         placement: this process's coordinates.
-        trains: False: only the held-out split is opened.
+        trains: False: only the held-out split is opened, and there is no optimizer.
 
     Raises:
         DataError: the data is missing, damaged or too small.
@@ -130,7 +134,8 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
     plan = make_plan(config, placement.world_size, vocab_size)
     if placement.world_size > 1:
         require_same_run(config, manifest)
-    engine = build_engine(config, placement, vocab_size)
+    build = build_engine if trains else build_evaluator
+    engine = cast(Engine, build(config, placement, vocab_size))
     return Run(config, plan, placement, manifest, engine, rows, held_out, Path(config.output_dir))
 
 

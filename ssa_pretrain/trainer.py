@@ -21,7 +21,15 @@ from ssa_pretrain.config.rules import warning
 from ssa_pretrain.data.batches import Batch, training_batches
 from ssa_pretrain.engine import PendingStep, StepResult
 from ssa_pretrain.errors import DivergedError, Interrupted
-from ssa_pretrain.evaluation import evaluate, is_evaluation_missing, mean
+from ssa_pretrain.evaluation import MODES
+from ssa_pretrain.evaluation.held_out import (
+    evaluate_mode,
+    evaluation_record,
+    is_evaluation_missing,
+    mean,
+    missing_evaluations,
+)
+from ssa_pretrain.evaluation.tasks import build_tasks, evaluate_due_tasks
 from ssa_pretrain.monitor.console import Console, banner, end_line, save_line
 from ssa_pretrain.monitor.environment import provenance, record_start, versions
 from ssa_pretrain.monitor.metrics import MetricsLogger, Tracker
@@ -66,6 +74,7 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
         if checkpoint is not None and (reason := why_finished(run, checkpoint.step)):
             run.print(reason)
             return
+        run.tasks = build_tasks(run)
         if placement.is_rank_0 and (shortage := space_warning(run.folder, run.plan.checkpoint_bytes)):
             run.print(shortage)
         first_step, begin = restore(run, checkpoint), time.monotonic()
@@ -102,6 +111,14 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) ->
             raise Interrupted(
                 f"{interruption.reason}: stopped after step {step}; its checkpoint is published, and the same command resumes from it"
             )
+
+
+def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
+    """Evaluates the tasks that are due, then the held-out rows, in both modes, and logs what the run's metrics do not have yet."""
+    for record in evaluate_due_tasks(run, run.tasks, log.evaluated, step):
+        log.log_task(record)
+    for mode in missing_evaluations(run, log.evaluated, step, MODES):
+        log.log_evaluation(evaluation_record(run, evaluate_mode(run, mode), step, mode))
 
 
 def evaluates_at_start(run: Run, log: MetricsLogger, step: int) -> bool:

@@ -8,7 +8,16 @@ Shape letters: T query tokens, S key tokens, H query heads, G kv heads, D head d
 rows (documents.py), M model dim, F feed-forward dim, V vocabulary. Query heads per kv head: `group_size`.
 """
 
+from . import custom_ops  # noqa: F401  registers the operators with torch.compile
 from .captured_mass import captured_mass
+from .decode import (
+    KeyValueCache,
+    append_to_cache,
+    build_cache,
+    decode_attention,
+    decode_bytes,
+    select_cached_blocks,
+)
 from .documents import DocumentLayout, build_layout
 from .full_attention import full_attention
 from .gate import gate
@@ -23,10 +32,15 @@ from .swiglu import swiglu
 
 __all__ = [
     "DocumentLayout",
+    "KeyValueCache",
     "SSAOutput",
     "SampledQueries",
+    "append_to_cache",
+    "build_cache",
     "build_layout",
     "captured_mass",
+    "decode_attention",
+    "decode_bytes",
     "full_attention",
     "gate",
     "gate_and_align",
@@ -36,6 +50,7 @@ __all__ = [
     "query_spans",
     "sample_queries",
     "select_blocks",
+    "select_cached_blocks",
     "sparse_attention",
     "ssa_attention",
     "swiglu",

@@ -13,8 +13,11 @@ from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch._C import _len_torch_function_stack
+from torch.compiler import is_compiling
 
 Impl = Literal["triton", "reference"]
+# What stands for each operator while torch.compile traces: a function of the same arguments that calls a custom op. custom_ops/ fills it.
+GRAPH_OPERATORS: dict[str, Callable] = {}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -24,10 +27,15 @@ def past_modes(operator: Callable[P, R]) -> Callable[P, R]:
 
     A reference is many small operations. Each of them, down to reading a shape, would go through the mode's Python first, which takes a
     fifth of the time. Operators name the device of everything that they allocate, so no mode has anything to add.
+
+    While torch.compile traces, the call goes to the operator's custom op (custom_ops/).
     """
+    name = operator.__name__
 
     @wraps(operator)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if is_compiling():
+            return GRAPH_OPERATORS[name](*args, **kwargs)
         if not _len_torch_function_stack():
             return operator(*args, **kwargs)
         with torch._C.DisableTorchFunction():

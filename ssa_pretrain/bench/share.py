@@ -26,7 +26,7 @@ from ssa_pretrain.schedule import share_drawn
 
 QUARTER, EIGHTH = Fraction(1, 4), Fraction(1, 8)
 REAL_ROWS = 8  # of 8k; documents of real lengths differ so much that one microbatch is not a fair sample of them
-USABLE = 0.9  # of the device's memory; the estimate leaves out the allocator and the backward's temporary tensors
+USABLE = 0.7  # of the device's memory; the estimate leaves out temporary tensors and what the allocator holds split, up to one copy of the logits
 
 
 def share_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:

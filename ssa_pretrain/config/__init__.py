@@ -1,6 +1,6 @@
 """The configuration of a run: its schema, the machine it runs on, its rules and DeepSpeed's dictionary.
 
-Reading order: choices, schema, machine, rules/, deepspeed. This module re-exports choices and schema only, so importing it is cheap.
+Reading order: choices, evaluation, schema, machine, rules/, deepspeed. This module re-exports choices, evaluation and schema only, so importing it is cheap.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from ssa_pretrain.config.choices import (
     AdamImpl,
     EngineName,
     Fp8Recipe,
+    Haystack,
     KernelImpl,
     LayerSpec,
     Method,
@@ -20,6 +21,14 @@ from ssa_pretrain.config.choices import (
     Timestamps,
     WandbMode,
 )
+from ssa_pretrain.config.evaluation import (
+    ChoiceTask,
+    EvaluationConfig,
+    LmEvalConfig,
+    NeedleTask,
+    PerplexityTask,
+    TaskConfig,
+)
 from ssa_pretrain.config.schema import (
     AttentionConfig,
     CheckpointConfig,
@@ -27,7 +36,6 @@ from ssa_pretrain.config.schema import (
     DataConfig,
     DeepSpeedConfig,
     EngineConfig,
-    EvaluationConfig,
     LoggingConfig,
     ModelConfig,
     OptimConfig,
@@ -46,6 +54,7 @@ __all__ = [
     "AdamImpl",
     "AttentionConfig",
     "CheckpointConfig",
+    "ChoiceTask",
     "Config",
     "DataConfig",
     "DeepSpeedConfig",
@@ -53,13 +62,17 @@ __all__ = [
     "EngineName",
     "EvaluationConfig",
     "Fp8Recipe",
+    "Haystack",
     "KernelImpl",
     "LayerSpec",
+    "LmEvalConfig",
     "LoggingConfig",
     "Method",
     "ModelConfig",
+    "NeedleTask",
     "OptimConfig",
     "ParallelConfig",
+    "PerplexityTask",
     "PrecisionConfig",
     "PrecisionName",
     "ProfileConfig",
@@ -68,6 +81,7 @@ __all__ = [
     "Schedule",
     "Score",
     "StreamDraw",
+    "TaskConfig",
     "Timestamps",
     "TrainingConfig",
     "WandbConfig",

@@ -110,3 +110,10 @@ class Timestamps(StrEnum):
     off = "off"
     time = "time"  # 14:05:31, local time
     datetime = "datetime"  # 2026-11-29 14:05:31
+
+
+class Haystack(StrEnum):
+    """The text around a needle."""
+
+    noise = "noise"  # the same few sentences, repeated
+    heldout = "heldout"  # text of the dataset's held-out split

@@ -23,6 +23,7 @@ from ssa_pretrain.config.choices import (
     Timestamps,
     WandbMode,
 )
+from ssa_pretrain.config.evaluation import EvaluationConfig
 from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between, divisors, join, nearest
 
 
@@ -299,19 +300,6 @@ class TrainingConfig:
             advice = "try training.steps=0 or training.total_tokens=0"
             found.append(Problem("training.steps", self.steps, rule, advice, both))
         return found
-
-
-@dataclass(kw_only=True, slots=True)
-class EvaluationConfig:
-    """Evaluation on held-out rows, with full and with sparse attention."""
-
-    interval: int = 0  # steps between evaluations; 0: only at the end
-    rows: int = 64  # held-out rows to evaluate, spread over the split; 0: all rows, the last of each part padded
-    at_start: bool = True  # also evaluate before the first step
-
-    def problems(self) -> list[Problem]:
-        """Returns the problems within this section."""
-        return at_least("evaluation", self, 0, "interval", "rows")
 
 
 @dataclass(kw_only=True, slots=True)

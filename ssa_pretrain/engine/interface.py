@@ -1,7 +1,7 @@
 """The engine's interface: everything the trainer may ask of the library that runs the model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -68,6 +68,9 @@ class EvaluationResult:
         captured_mass_by_layer: as in a step, over `num_tokens`.
         num_labels: labels that count.
         num_tokens: tokens other than padding.
+        cross_entropy_by_position: sums over the labels of a bucket of positions in the document, nats. Bucket 0 is position 0, and
+            bucket i holds the positions from 2^(i-1) to 2^i - 1.
+        labels_by_position: labels that count, by the same buckets.
     """
 
     cross_entropy: float
@@ -75,21 +78,46 @@ class EvaluationResult:
     captured_mass_by_layer: list[float]
     num_labels: int
     num_tokens: int
+    cross_entropy_by_position: list[float] = field(default_factory=list)
+    labels_by_position: list[int] = field(default_factory=list)
 
 
-class Engine(Protocol):
-    """A model on its devices with its optimizer."""
+class Evaluator(Protocol):
+    """A model on its devices, without an optimizer. `mode` is the main stream, "full" or "sparse". No method changes the weights but `load_weights`."""
 
-    def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
-        """Runs forward, backward and the optimizer step over this rank's microbatches of one global batch."""
+    def evaluate(
+        self, batches: Sequence[Batch], *, mode: str, observe: Callable[..., None] | None = None
+    ) -> EvaluationResult:
+        """Returns held-out metrics over all ranks' microbatches; every rank calls it.
+
+        Args:
+            batches: this data rank's microbatches; data ranks may have different numbers.
+            mode: the main stream.
+            observe: receives each layer's queries and keys (model/attention.py `PackedTokens.observe`).
+        """
         ...
 
-    def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
-        """Returns held-out metrics over all ranks' microbatches with `mode` ("full" or "sparse") as the main stream; weights stay as they are."""
+    def score_labels(self, batch: Batch, *, mode: str) -> Tensor:
+        """Returns, for each of the T labels, its log-probability in nats and whether no other token is likelier (1 or 0), fp32 [T, 2].
+
+        Every tensor, context and pipeline rank has the result for its data rank's batch. Data ranks call it equally often.
+        """
         ...
 
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
         """Returns the logits after each document's last token, fp32 [documents, padded V], on every rank."""
+        ...
+
+    def load_weights(self, folder: Path) -> None:
+        """Restores only the weights, from either engine's checkpoint or from common weights; an engine also resets its optimizer."""
+        ...
+
+
+class Engine(Evaluator, Protocol):
+    """A model on its devices with its optimizer."""
+
+    def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
+        """Runs forward, backward and the optimizer step over this rank's microbatches of one global batch."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -98,10 +126,6 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> None:
         """Restores weights and optimizer from a checkpoint of any layout; every rank calls it."""
-        ...
-
-    def load_weights(self, folder: Path) -> None:
-        """Restores only the weights, from either engine's checkpoint or from common weights, and resets the optimizer."""
         ...
 
     def save_weights(self, folder: Path) -> None:

@@ -23,8 +23,9 @@ Padding (data/batches.py) and queries that the chosen blocks cover (counterpart.
 or not. The results are means over the drawn queries except padding, in which a query counts for 1 / r.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,8 @@ from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.schedule import Place, counterpart_spans, main_stream, share_drawn
 
+SCORED_TOKENS = 1024  # tokens whose logits are in fp32 at once
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -52,6 +55,7 @@ class Route:
         spans: (first, length) of the queries that compute it, among this rank's; None: all.
         weight: what a drawn query counts for in the means.
         alignment_scale: d(total loss) / d(one layer's local alignment), on the device; None: no gradient.
+        observe: receives each layer's queries and keys, with `mask_T` of the queries whose label counts; None: nobody does.
     """
 
     main: str
@@ -59,6 +63,7 @@ class Route:
     spans: list[Span] | None = None
     weight: float = 1.0
     alignment_scale: Tensor | None = None
+    observe: Callable[..., None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +90,24 @@ class StepSums:
         loss_scale: factor of a microbatch's sum of cross entropies in its loss.
         packed: every microbatch's packing, with its layers' diagnostics.
         cross_entropies: every microbatch's sum; on the last stage only.
+        by_position: float64 [2, buckets], sums of cross entropies and labels by position (`EvaluationResult`); None: not counted.
     """
 
     counts: Counts
     loss_scale: float | Tensor = 1.0
     packed: list[PackedTokens] = field(default_factory=list)
     cross_entropies: list[Tensor] = field(default_factory=list)
+    by_position: Tensor | None = None
 
-    def loss(self, losses: Tensor, mask: Tensor) -> Tensor:
-        """Returns a microbatch's loss from its tokens' cross entropies, and keeps their sum."""
-        total = (losses.float() * mask).sum()
+    def loss(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Returns a localised microbatch's loss from its tokens' cross entropies, and keeps their sum."""
+        masked = losses.float() * batch.loss_mask
+        total = masked.sum()
         self.cross_entropies.append(total.detach())
+        if self.by_position is not None:
+            edges = 2 ** torch.arange(self.by_position.shape[1] - 1, device=losses.device)
+            bucket = torch.bucketize(batch.positions, edges, right=True)
+            self.by_position.index_add_(1, bucket, torch.cat([masked, batch.loss_mask]).detach().double())
         return total * self.loss_scale
 
 
@@ -196,7 +208,14 @@ class Microbatches:
             sample=sample_queries(documents, route.spans) if route.spans else None,
             weight=route.weight,
             alignment_scale=route.alignment_scale,
+            observe=partial(route.observe, mask_T=batch.loss_mask[0]) if route.observe else None,
         )
+
+    def begin_evaluation(self, batches: Sequence[Batch]) -> StepSums:
+        """Returns empty sums for an evaluation of localised microbatches; every rank calls it."""
+        buckets = self.config.data.sequence_length.bit_length() + 1
+        by_position = torch.zeros(2, buckets, dtype=torch.float64, device=self.placement.device)
+        return StepSums(self.count(batches), by_position=by_position)
 
     def step_result(self, sums: StepSums, grad_norm: Tensor) -> PendingStep:
         """Returns a training step's results, reduced over all ranks; every rank calls it."""
@@ -221,9 +240,17 @@ class Microbatches:
         """Returns an evaluation's results, reduced over all ranks; every rank calls it."""
         means = self._means(self._reduce(sums).tolist(), float(sums.counts.drawn))
         labels, tokens = float(sums.counts.labels), int(sums.counts.tokens)
-        cross_entropy = means.cross_entropy_sum / max(1.0, labels)
+        assert sums.by_position is not None
+        dist.all_reduce(sums.by_position)
+        by_position, counts = (sums.by_position / self.config.parallel.tp).tolist()
         return EvaluationResult(
-            cross_entropy, means.alignment_by_layer, means.captured_mass_by_layer, int(labels), tokens
+            cross_entropy=means.cross_entropy_sum / max(1.0, labels),
+            alignment_by_layer=means.alignment_by_layer,
+            captured_mass_by_layer=means.captured_mass_by_layer,
+            num_labels=int(labels),
+            num_tokens=tokens,
+            cross_entropy_by_position=by_position,
+            labels_by_position=[round(count) for count in counts],
         )
 
     def _reduce(self, sums: StepSums) -> Tensor:
@@ -269,6 +296,22 @@ class Microbatches:
             captured_mass_by_layer=[1.0 - value / drawn for value in uncaptured] if drawn else [],
             full_share=full / every,
         )
+
+
+def label_scores(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    """Returns each label's log-probability, and 1 if it is the likeliest of the vocabulary, else 0: fp32 [T, 2].
+
+    Args:
+        logits: [T, padded V]; as in training, the padding takes part in the softmax.
+        labels: int64 [T].
+        vocab_size: tokens of the tokenizer.
+    """
+    found = []
+    for wide, label in zip(logits.split(SCORED_TOKENS), labels.split(SCORED_TOKENS), strict=True):
+        wide = wide.float()
+        own = wide.gather(1, label[:, None])[:, 0] - wide.logsumexp(-1)
+        found.append(torch.stack([own, (wide[:, :vocab_size].argmax(-1) == label).float()], dim=1))
+    return torch.cat(found)
 
 
 def _num_computed(packed: PackedTokens) -> int:

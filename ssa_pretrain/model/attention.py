@@ -57,6 +57,7 @@ class PackedTokens(PackedSeqParams):
         sample: the queries of `documents` that compute the other stream; None: all of them.
         weight: what a query that computes the other stream counts for in the engine's means of alignment and captured mass.
         alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None: no gradient.
+        observe: called in each layer with (the layer, q [T, H, D], k of all tokens [S, G, D], this packing); None: nobody observes.
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
     """
 
@@ -69,6 +70,7 @@ class PackedTokens(PackedSeqParams):
     sample: SampledQueries | None = None
     weight: float = 1.0
     alignment_scale: float | Tensor | None = None
+    observe: Callable[..., None] | None = None
     diagnostics: dict[int, LayerDiagnostics] = field(default_factory=dict)
 
 
@@ -142,6 +144,8 @@ class SSAAttention(MegatronModule):
         q, k, v, gate_logits = self._project(hidden_states, rotary_pos_emb, packed.positions)
         if packed.gather is not None:
             k, v = packed.gather(k, v)
+        if packed.observe is not None:
+            packed.observe(self, q, k, packed)
         attend = self._main_stream
         if packed.counterpart:
             attend = self._both_streams

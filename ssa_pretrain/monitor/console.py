@@ -66,6 +66,16 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     return _join(parts)
 
 
+def task_line(record: Mapping[str, Any]) -> str:
+    """Returns one line for a task's record: its metrics without standard errors and counts, as many of the first as fit into 120 columns."""
+    line = f"eval {record['step']}  task {record['task']} {record['mode']}"
+    for name, value in record.items():
+        if isinstance(value, float) and not name.endswith("_stderr"):
+            longer = f"{line}  {name} {_number(value, '.4g')}"
+            line = longer if len(longer) <= MAX_COLUMNS else line
+    return line
+
+
 def save_line(step: int, seconds: float, folder: Path) -> str:
     """Returns the line for a published checkpoint.
 

@@ -9,8 +9,8 @@ checkpoint decides.
 Speed is tokens over seconds in a window of recent steps, by the monotonic clock. The first step and pauses for evaluations do not distort it.
 Values that JSON does not have (nan, inf) are written as null, so any reader can parse every line.
 
-Records: {"kind": "train", "step", "tokens", "loss", "cross_entropy", ...} and {"kind": "evaluation", "step", "split", "mode", ...};
-docs/metrics.md lists every key.
+Records: {"kind": "train", "step", "tokens", "loss", "cross_entropy", ...}, {"kind": "evaluation", "step", "split", "mode", ...} and
+{"kind": "task", "step", "task", "mode", ...}; docs/metrics.md lists every key.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from ssa_pretrain.monitor.console import Console, evaluation_line, train_line
+from ssa_pretrain.monitor.console import Console, evaluation_line, task_line, train_line
 from ssa_pretrain.settings.files import atomic_file
 
 FILE_NAME = "metrics.jsonl"
@@ -46,9 +46,24 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def evaluations(path: Path) -> set[tuple[int, str]]:
-    """Returns step and mode of every evaluation in a metrics file, which may not exist. Skips lines that are not records."""
+    """Returns step and name of every evaluation in a metrics file, which may not exist. Skips lines that are not records.
+
+    The name is the mode of an evaluation on held-out rows, and the series of a task.
+    """
     records = [record for _, _, record in _parse_lines(path) if isinstance(record, dict)] if path.exists() else []
-    return {(record["step"], record.get("mode", "")) for record in records if record.get("kind") == "evaluation"}
+    return {(record["step"], name) for record in records if (name := _evaluation_name(record))}
+
+
+def task_series(task: str, mode: str) -> str:
+    """Returns the name of a task's series of records."""
+    return f"task/{task}/{mode}"
+
+
+def _evaluation_name(record: Mapping[str, Any]) -> str | None:
+    """Returns the name of an evaluation's record, None for a training step's."""
+    if record.get("kind") == "task":
+        return task_series(record.get("task", ""), record.get("mode", ""))
+    return record.get("mode", "") if record.get("kind") == "evaluation" else None
 
 
 def replace_damaged_file(path: Path) -> str | None:
@@ -215,7 +230,7 @@ class MetricsLogger:
         self._trackers = trackers
         self._file = None
         self._waiting = b""  # lines that could not be written yet: the disk was full
-        self.evaluated: set[tuple[int, str]] = set()  # (step, mode) of every evaluation record
+        self.evaluated: set[tuple[int, str]] = set()  # step and name of every evaluation (`evaluations`)
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / FILE_NAME
@@ -268,6 +283,15 @@ class MetricsLogger:
         self.console.print(evaluation_line(full))
         self.speed.pause()
 
+    def log_task(self, record: Mapping[str, Any]) -> None:
+        """Writes a task's record: step, tokens, task, mode, and the task's metrics. Its time does not count towards the speed."""
+        if self._file is None:
+            return
+        full = {"kind": "task", **record}
+        self._write(full)
+        self.console.print(task_line(full))
+        self.speed.pause()
+
     def pause(self) -> None:
         """Excludes the time since the last step (a checkpoint, a wait) from the next step's time."""
         self.speed.pause()
@@ -316,8 +340,8 @@ class MetricsLogger:
 
     def _forward(self, record: Mapping[str, Any]) -> None:
         """Forwards a record to the trackers and remembers which evaluations exist."""
-        if record.get("kind") == "evaluation":
-            self.evaluated.add((record["step"], record.get("mode", "")))
+        if name := _evaluation_name(record):
+            self.evaluated.add((record["step"], name))
         for tracker in self._trackers:
             tracker.log(record)
 

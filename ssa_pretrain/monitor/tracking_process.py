@@ -113,8 +113,10 @@ class Session:
         )
         run.define_metric("tokens")
         run.define_metric("heldout_tokens")
+        run.define_metric("task_tokens")
         run.define_metric("train/*", step_metric="tokens")
         run.define_metric("heldout/*", step_metric="heldout_tokens")
+        run.define_metric("task/*", step_metric="task_tokens")
         return run
 
     def _log(self, values: dict[str, Any], row: int) -> None:

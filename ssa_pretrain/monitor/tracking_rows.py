@@ -6,7 +6,7 @@ only, and all of them up to some number. What lies past that number is sent agai
 
 An evaluation may come after its step's row was closed (the run was stopped between the two). It goes into the next training step's row, or
 into a row of its own if the run ends without another step. After such an inserted row, W&B's row numbers are one ahead of the steps.
-Evaluations have their own x axis (`heldout_tokens`), so charts show them at the right place.
+Evaluations have their own x axes (`heldout_tokens`, `task_tokens`), so charts show them at the right place.
 """
 
 import json
@@ -144,7 +144,9 @@ class History:
 
 
 def series(record: Mapping[str, Any]) -> str:
-    """Returns the name of a record's series: train, or split and mode of an evaluation."""
+    """Returns the name of a record's series: train, split and mode of an evaluation, or task, its name and mode."""
+    if record["kind"] == "task":
+        return f"task/{record['task']}/{record['mode']}"
     return "train" if record["kind"] == "train" else f"{record['split']}/{record['mode']}"
 
 
@@ -157,9 +159,10 @@ def flatten(record: Mapping[str, Any]) -> dict[str, float | int | str]:
     prefix = series(record)
     flat: dict[str, float | int | str] = {"tokens": record["tokens"], "step": record["step"]}
     if record["kind"] != "train":  # its own x axis: a late evaluation goes into a later step's row
-        flat |= {f"{record['split']}_tokens": record["tokens"], f"{record['split']}_step": record["step"]}
+        axis = record.get("split", "task")
+        flat |= {f"{axis}_tokens": record["tokens"], f"{axis}_step": record["step"]}
     for key, value in record.items():
-        if key in ("kind", "split", "mode", "tokens", "step") or value is None:
+        if key in ("kind", "split", "task", "mode", "tokens", "step") or value is None:
             continue
         if isinstance(value, list | tuple):
             name = key.removesuffix("_by_layer")

@@ -35,16 +35,25 @@ def results(tmp_path_factory) -> dict[str, list]:
         assert all(part == parts[0] for part in parts), f"{name}: ranks report different metrics"
         found[name] = parts[0]
     documents = sum(map(len, held.values()))
-    for sizes in found.values():
-        for modes in sizes:
+    for written in found.values():
+        for modes in written["held_out"]:
             assert [counts[-2:] for counts in modes] == [[sum(SIZES.values()) - documents, sum(SIZES.values())]] * 2
     return found
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_held_out_row_counts_once(results, name):
-    wanted = results["pp3_vpp2"][0]
+    wanted = results["pp3_vpp2"]["held_out"][0]
     assert wanted[0] != wanted[1], "the modes must differ, or the test proves nothing"
-    for found in results[name]:
+    for found in results[name]["held_out"]:
         for mode in (0, 1):
             assert found[mode] == pytest.approx(wanted[mode], rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_texts_are_scored_and_continued_alike(results, name):
+    """As tasks within a run do it, on data ranks that have no text of their own as well."""
+    wanted = results["pp3_vpp2"]["scores"]
+    assert wanted[0] != wanted[1]
+    for mode in (0, 1):
+        assert results[name]["scores"][mode] == pytest.approx(wanted[mode], rel=1e-5, abs=0)

@@ -53,11 +53,12 @@ def test_fp8_follows_bf16(placement, recipe):
 def test_fp8_samples_from_prompts_of_any_length(placement):
     """Sampling packs prompts that grow by a token at a time; FP8 products need multiples of 8."""
     from ssa_pretrain.engine import build_engine
-    from ssa_pretrain.sampling import TOKENS_MULTIPLE, packed_prompts
+    from ssa_pretrain.evaluation.packing import pack_texts
+    from ssa_pretrain.evaluation.sampling import TOKENS_MULTIPLE
 
     config = small_config(Method.ssa, LayerSpec.transformer_engine, KernelImpl.auto)
     config.precision.name = PrecisionName.fp8
     engine = build_engine(config, placement, VOCAB)
     for length in (33, 40):
-        logits = engine.last_logits(packed_prompts([[1] * length, [2] * 7], TOKENS_MULTIPLE, LENGTH), mode="sparse")
+        logits = engine.last_logits(pack_texts([[1] * length, [2] * 7], TOKENS_MULTIPLE, LENGTH), mode="sparse")
         assert logits[:2].isfinite().all()

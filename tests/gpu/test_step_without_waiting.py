@@ -11,6 +11,8 @@ from support.small_model import LENGTH, VOCAB, small_config
 
 pytestmark = pytest.mark.gpu
 
+COVERED = 5
+
 
 @pytest.fixture(scope="module")
 def placement():
@@ -22,14 +24,19 @@ def placement():
 
 
 def rows_with_documents(seed: int) -> list[Batch]:
-    """Returns two microbatches of two rows, each with a different number of documents; from the third seed on, one document per row."""
+    """Returns two microbatches of two rows: seeds below 3 have up to 20 documents per row, 3 and 4 one, COVERED documents of a block each.
+
+    The chosen blocks cover such documents whole, so a microbatch of them computes one stream, which has kernels of its own.
+    """
     generator = np.random.default_rng(seed)
     found = []
     for index in range(2):
         rows = []
         for _ in range(2):
             starts = np.zeros(LENGTH + 1, dtype=bool)
-            if seed < 3:
+            if seed == COVERED:
+                starts[::16] = True
+            elif seed < 3:
                 starts[generator.choice(np.arange(1, LENGTH), size=int(generator.integers(1, 20)), replace=False)] = (
                     True
                 )
@@ -49,8 +56,8 @@ def test_step_neither_waits_nor_recompiles(placement, method, spec):
         pytest.importorskip("transformer_engine")
     engine = build_engine(small_config(method, spec, KernelImpl.auto), placement, VOCAB)
     step = 0
-    # Both streams and both kinds of rows are met before: each has kernels of its own.
-    for seed in (0, 0, 0, 0, 3, 3, 3, 3):
+    # Both streams and all kinds of rows are met before: each has kernels of its own.
+    for seed in (0, 0, 0, 0, 3, 3, 3, 3, COVERED, COVERED, COVERED, COVERED):
         engine.train_step(rows_with_documents(seed), step=step, learning_rate=1e-3)
         step += 1
     torch.cuda.synchronize()
@@ -60,7 +67,7 @@ def test_step_neither_waits_nor_recompiles(placement, method, spec):
     torch.cuda.set_sync_debug_mode("error")
     try:
         pending = []
-        for seed in (0, 1, 2, 3, 4):
+        for seed in (0, 1, 2, 3, 4, COVERED):
             pending.append(engine.train_step(rows_with_documents(seed), step=step, learning_rate=1e-3))
             step += 1
     finally:

@@ -27,6 +27,7 @@ def export(source: Path, out: Path, *settings: str, processes: int = 1) -> Path:
     done = run("ssa_pretrain.export", str(source), f"out={out}", SIZE, *settings, processes=processes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f": {out}\n" in done.stdout
+    assert ("checked: relative errors of the logits" in done.stdout) is ("check=true" in settings)
     return out
 
 
@@ -50,7 +51,7 @@ def test_every_number_of_processes_exports_the_same_and_import_scores_the_same(
         f"parallel={layout}",
         processes=processes,
     )
-    alone = export(source, tmp_path / "alone", "dtype=fp32")
+    alone = export(source, tmp_path / "alone", "dtype=fp32", "check=true")
     assert len(list(alone.glob("*.safetensors"))) >= 4
     require_same(
         export(source / "checkpoints/step_00000001", tmp_path / "all", "dtype=fp32", processes=processes), alone
@@ -105,6 +106,7 @@ def evaluate(folder: Path, corpus: Path) -> list[float]:
     """Returns the cross entropy of each mode."""
     done = run("ssa_pretrain.evaluate", str(folder), f"data.path={corpus}", "precision.name=fp32", "evaluation.rows=4")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    modes = json.loads((folder / "evaluation.json").read_text())["modes"]
-    (folder / "evaluation.json").unlink()
+    (path,) = (folder / "evaluations").glob("*.json")
+    modes = json.loads(path.read_text())["modes"]
+    (folder / "evaluation.json").unlink(missing_ok=True)
     return [modes[mode]["cross_entropy"] for mode in ("full", "sparse")]

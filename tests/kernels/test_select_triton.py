@@ -204,17 +204,24 @@ def test_longer_documents_than_expected(monkeypatch, score, block_size, top_k, t
     assert torch.equal(unknown, select_blocks(q[queries], k, impl="reference", **arguments))
 
 
-def test_what_was_seen_reaches_the_host_in_any_mode():
+def test_what_was_seen_reaches_the_host_in_any_mode(monkeypatch):
+    """Also if the host's value is behind the device's, as after two programs that stored in the wrong order."""
+    from ssa_kernels.select import launch
     from ssa_kernels.select.long_documents import LongestSeen
 
     with torch.inference_mode():
         seen = LongestSeen(torch.device("cpu"))
     assert seen.tokens == 0
-    seen.on_device.fill_(7)
+    monkeypatch.setattr(launch, "longest_seen", lambda *_: seen)
+    layout = build_layout(torch.tensor([0, 16, 540]), num_tokens=540, block_size=1)
+    q, k = make(540, 8, 1)
+    first = slice(0, 32, 1)
+    arguments = {"block_size": 1, "top_k": 4, "cu_seqlens": query_slice(layout, first)}
     for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        seen.on_host.zero_()
         with mode:
-            seen.send()
-    assert seen.tokens == 7
+            select_blocks(q[first], k, impl="triton", **arguments)
+        assert seen.tokens == 16
 
 
 def test_a_layout_with_a_bound_expects_nothing(monkeypatch):

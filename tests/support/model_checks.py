@@ -508,7 +508,7 @@ def test_rope_turns_by_position_with_llama3_scaling(placement, factor):
 
 def held_out_metrics(engine, config: Config, held_out, mode: str) -> list[float]:
     """Returns what the trainer finds on held-out rows: cross entropy, alignments, masses, labels, tokens."""
-    from ssa_pretrain.evaluation import evaluate_mode
+    from ssa_pretrain.evaluation.held_out import evaluate_mode
 
     plan, first = SimpleNamespace(dp=1, pp=1, vpp=1), SimpleNamespace(dp_rank=0, is_rank_0=False)
     found = evaluate_mode(
@@ -549,9 +549,9 @@ def test_samples_are_no_longer_than_a_row(placement, tmp_path, monkeypatch, leng
     """Positions end with the row. Prompts of the data, and any others: of one token, of nearly a row, of a row and more."""
     from tokenizers import Tokenizer, models
 
-    from ssa_pretrain import sampling
     from ssa_pretrain.data.rows import HeldOutRows
     from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.evaluation import sampling
 
     words = {f"w{i}": i for i in range(VOCAB)}
     held = {"held": [d % (VOCAB - 1) + 1 for d in cut(20 * length, longest=3 * length)]}
@@ -583,9 +583,9 @@ def test_samples_are_no_longer_than_a_row(placement, tmp_path, monkeypatch, leng
 
 
 def test_filling_of_packed_prompts_has_documents_no_longer_than_a_row():
-    from ssa_pretrain.sampling import packed_prompts
+    from ssa_pretrain.evaluation.packing import pack_texts
 
-    batch = packed_prompts([[1, 2, 3], [4]], 64, 16)
+    batch = pack_texts([[1, 2, 3], [4]], 64, 16)
     assert batch.cu_seqlens.diff().tolist() == [3, 1, 16, 16, 16, 12]
     assert batch.positions.max() == 15
-    assert packed_prompts([[1] * 16], 16, 16).cu_seqlens.tolist() == [0, 16]
+    assert pack_texts([[1] * 16], 16, 16).cu_seqlens.tolist() == [0, 16]

@@ -14,7 +14,7 @@ from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row, TrainingRows
 from ssa_pretrain.engine import EvaluationResult
 from ssa_pretrain.errors import CheckpointError
-from ssa_pretrain.evaluation import combine_results, mean, num_held_out_microbatches
+from ssa_pretrain.evaluation.held_out import combine_results, mean, num_held_out_microbatches
 from ssa_pretrain.planning.flops import row_flops
 from ssa_pretrain.resume import find_checkpoint, restore, why_finished
 from ssa_pretrain.run import Run, training_rows

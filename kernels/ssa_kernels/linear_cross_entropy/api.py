@@ -51,7 +51,7 @@ def linear_cross_entropy(
         ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64: reference only).
     """
     group = None if group is None or dist.get_world_size(group) == 1 else group
-    _check(hidden, weight, labels, accumulate_into, 1 if group is None else dist.get_world_size(group))
+    check_inputs(hidden, weight, labels, accumulate_into, 1 if group is None else dist.get_world_size(group))
     hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
     if resolve_impl(impl, hidden, "linear_cross_entropy") == "reference":
         return LinearCrossEntropyReference.apply(hidden, weight, labels, group, accumulate_into)
@@ -61,7 +61,7 @@ def linear_cross_entropy(
     return LinearCrossEntropy.apply(hidden, weight, labels, group, accumulate_into, training)
 
 
-def _check(
+def check_inputs(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, accumulate_into: torch.Tensor | None, ranks: int
 ) -> None:
     """Raises ValueError unless dtypes, devices and shapes fit each other, and labels the vocabulary of all ranks."""

@@ -184,13 +184,11 @@ def _choose_in_long_documents(
     launch(
         long_tiles_kernel, (cdiv(tiles, tiles_per_program),),
         q, _table(means), layout.query_first_block_row, layout.query_position, workspace if lse is None else lse, workspace, scratch,
-        indices, seen.on_device, q.shape[0], tiles_per_program, q.stride(0), plan.columns, width, scale * LOG2E,
+        indices, seen.on_device, seen.on_host, q.shape[0], tiles_per_program, q.stride(0), plan.columns, width, scale * LOG2E,
         KV_HEADS=means.shape[1], **sizes, FMA_SHARE=FMA_SHARE, PER_HEAD=score == "per_head",
         TOP_K=top_k, PADDED_TOP_K=next_power_of_2(top_k), SCRATCH=plan.survivors, WIDTH=TOP_K_WIDTH,
         OFFICIAL=score == "official_compat", num_warps=4, stream=beside,
     )  # fmt: skip
-    with torch.cuda.stream(beside):  # no effect for None
-        seen.send()
 
 
 @contextmanager

@@ -23,7 +23,11 @@ LOOK = tl.constexpr(1024)  # positions that a program reads at a time
 
 
 class LongestSeen:
-    """The longest document that the calls so far have met, on the device and, later, on the host. It only decides what calls expect."""
+    """The longest document that the calls so far have met. It only decides what calls expect.
+
+    The kernel writes it to the device and to pinned memory of the host. Nobody waits for the second: until it lands, calls expect what they
+    did before.
+    """
 
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):  # later calls write to these tensors in any mode
@@ -34,10 +38,6 @@ class LongestSeen:
     def tokens(self) -> int:
         """The length that has reached the host; 0 before any has."""
         return int(self.on_host)
-
-    def send(self) -> None:
-        """Starts the copy to the host on the current stream. Nobody waits for it: until it lands, calls expect what they did before."""
-        self.on_host.copy_(self.on_device, non_blocking=True)
 
 
 @cache
@@ -57,6 +57,7 @@ def long_tiles_kernel(
     survivors_ptr,
     indices_ptr,
     longest_ptr,
+    longest_on_host_ptr,
     num_queries,
     tiles_per_program,
     stride_token,
@@ -79,7 +80,7 @@ def long_tiles_kernel(
     WIDTH: tl.constexpr,
     OFFICIAL: tl.constexpr,
 ):
-    """indices of the tiles with a token of more than `columns` candidates; the longest document met, if it is a new maximum.
+    """indices of the tiles with a token of more than `columns` candidates; the longest document met, on the device and on the host.
 
     A program takes neighbouring tiles, one after another. Its rows of importance have `width` columns.
     """
@@ -90,8 +91,14 @@ def long_tiles_kernel(
     for start in range(begin, end, LOOK):
         token = start + tl.arange(0, LOOK)
         last = tl.maximum(last, tl.max(tl.load(position_ptr + token, mask=token < end, other=0), 0))
-    if last >= tl.load(longest_ptr):
-        tl.atomic_max(longest_ptr, last + 1)
+    longest = tl.load(longest_ptr)
+    if last >= longest:
+        longest = tl.maximum(tl.atomic_max(longest_ptr, last + 1), last + 1)
+        tl.store(longest_on_host_ptr, longest)
+    elif program == 0:
+        tl.store(
+            longest_on_host_ptr, longest
+        )  # of two programs that found a longer one, the shorter may have been stored last
     if last // BLOCK_SIZE > columns:
         KV_LISTS: tl.constexpr = GROUP_SIZE if PER_HEAD else tl.constexpr(1)  # lists per kv head
         rows = importance_ptr + program.to(tl.int64) * (TILE_TOKENS * KV_LISTS) * width

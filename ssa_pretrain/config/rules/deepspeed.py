@@ -68,7 +68,8 @@ def _deepspeed(config: Config, machine: Machine) -> list[Problem]:
     if config.engine.name is not EngineName.deepspeed:
         return _without_effect(config)
     found = [_not_installed()] if machine.has_deepspeed is False else []
-    return found + _parallel(config) + _precision(config) + _extra(config)
+    trains = "train" in machine.splits  # an evaluation runs on megatron-core
+    return found + (_parallel(config) if trains else []) + _precision(config) + _extra(config)
 
 
 def _not_installed() -> Problem:

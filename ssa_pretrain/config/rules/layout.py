@@ -54,12 +54,12 @@ def _sequence(config: Config, _: Machine) -> list[Problem]:
     return []
 
 
-def _context(config: Config, _: Machine) -> list[Problem]:
+def _context(config: Config, machine: Machine) -> list[Problem]:
     """Context parallelism splits a row into two chunks per rank; sequence parallelism splits each chunk over tp."""
     parallel, length = config.parallel, config.data.sequence_length
     if parallel.cp < 2 or min(parallel.tp, length, config.attention.block_size) < 1:
         return []
-    if config.engine.name is not EngineName.megatron:
+    if config.engine.name is not EngineName.megatron and "train" in machine.splits:
         advice = "try engine=megatron or parallel.cp=1"
         return [Problem("parallel.cp", parallel.cp, "needs engine.name=megatron", advice, ("engine.name",))]
     shards = parallel.tp if parallel.sequence_parallel else 1

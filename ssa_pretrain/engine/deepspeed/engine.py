@@ -10,7 +10,7 @@ DeepSpeed's own engine is built on first use, so that weights are loaded into a 
 
 import gc
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from ssa_pretrain.engine.deepspeed.setup import (
     prepare_process,
 )
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep
-from ssa_pretrain.engine.step import Microbatches, Route, StepSums
+from ssa_pretrain.engine.step import Microbatches, Route, StepSums, label_scores
 from ssa_pretrain.model.llama import Llama
 from ssa_pretrain.model.sharding import partition_dim
 from ssa_pretrain.model.spec import build_model
@@ -77,27 +77,30 @@ class DeepSpeedEngine:
         )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
-        """See `Engine.evaluate`."""
+    def evaluate(
+        self, batches: Sequence[Batch], *, mode: str, observe: Callable[..., None] | None = None
+    ) -> EvaluationResult:
+        """See `Evaluator.evaluate`."""
         self.ds.eval()
         batches = self.microbatches.localise(batches)
-        sums, route = StepSums(self.microbatches.count(batches)), Route(mode, counterpart=True)
-        idle = self._idle_batches(len(batches))
+        sums, idle = self.microbatches.begin_evaluation(batches), self._idle_batches(len(batches))
         for batch in batches:
-            self._loss(sums, batch, route)
+            self._loss(sums, batch, Route(mode, counterpart=True, observe=observe))
         for batch in idle:
-            self._loss(StepSums(sums.counts), batch, route)
+            self._loss(StepSums(sums.counts), batch, Route(mode, counterpart=True))
         return self.microbatches.evaluation_result(sums)
 
     @torch.no_grad()
+    def score_labels(self, batch: Batch, *, mode: str) -> Tensor:
+        """See `Evaluator.score_labels`."""
+        batch, logits = self._logits(batch, mode)
+        return label_scores(logits, batch.labels[0], self.vocab_size)
+
+    @torch.no_grad()
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
-        """See `Engine.last_logits`."""
-        self.ds.eval()
-        (batch,) = self.microbatches.localise([batch])
-        packed = self.microbatches.pack(batch, Route(mode))
-        positions = batch.positions.unsqueeze(0)
-        logits = self.ds(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)
-        return logits[0, batch.cu_seqlens[1:].long() - 1].float()
+        """See `Evaluator.last_logits`."""
+        batch, logits = self._logits(batch, mode)
+        return logits[batch.cu_seqlens[1:].long() - 1].float()
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -109,7 +112,7 @@ class DeepSpeedEngine:
         checkpoint.load(folder, self.ds, self.config, self.placement)
 
     def load_weights(self, folder: Path) -> None:
-        """See `Engine.load_weights`."""
+        """See `Evaluator.load_weights`."""
         found = find_weights(folder)
         if found is None:
             raise WeightsError(f"{folder} holds no common weights; save it again with checkpoint.weights=true")
@@ -173,13 +176,21 @@ class DeepSpeedEngine:
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total
 
+    def _logits(self, batch: Batch, mode: str) -> tuple[Batch, Tensor]:
+        """Returns a microbatch on the device, and its logits [T, padded V]."""
+        self.ds.eval()
+        (batch,) = self.microbatches.localise([batch])
+        packed = self.microbatches.pack(batch, Route(mode))
+        positions = batch.positions.unsqueeze(0)
+        return batch, self.ds(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)[0]
+
     def _loss(self, sums: StepSums, batch: Batch, route: Route) -> Tensor:
         """Runs a microbatch forward; returns its part of the step's loss and adds its results to `sums`."""
         packed = self.microbatches.pack(batch, route)
         sums.packed.append(packed)
         positions = batch.positions.unsqueeze(0)
         losses = self.ds(batch.tokens, positions, None, labels=batch.labels, packed_seq_params=packed)
-        return sums.loss(losses, batch.loss_mask)
+        return sums.loss(losses, batch)
 
     def _grad_norm(self) -> Tensor:
         """Returns the global norm of the reduced gradients at stage 0; each parameter of the whole model counts once."""

@@ -42,6 +42,8 @@ FREE = (
     "data.weights",
     "logging.wandb.tags",
     "profile.at",
+    "evaluation.tasks",
+    "evaluation.lm_eval.tasks",
 )
 
 

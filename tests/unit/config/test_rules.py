@@ -1,6 +1,7 @@
 """Rules across sections: each invalid combination is one line with key, value, rule and the nearest valid choice."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -500,3 +501,48 @@ def test_planning_checks_no_files_and_no_processes(dataset: Path) -> None:
     assert "parallel.world_size=2 but 1 process started; leave it at 0 to train, or add dry_run=true to plan" in found(
         *BASE, *wrong_here, machine=HERE
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.tasks.n={kind:needle,lengths:[512,1024]}"], "evaluation.tasks.n.lengths=[1024] must be at most data.sequence_length=512 tokens each; try [512], or data.sequence_length=1024 in an evaluation"),
+        (["evaluation.tasks.n={kind:needle,lengths:[64]}"], "evaluation.tasks.n.lengths=[64] must be at least 128 tokens each; try [128]"),
+        (["evaluation.tasks.n={kind:needle,depths:[101]}"], "evaluation.tasks.n.depths=[101.0] must be percentages from 0 to 100; try [0,25,50,75,100]"),
+        (["evaluation.tasks.n={kind:needle,samples:0}"], "evaluation.tasks.n.samples=0 must be at least 1; try 1"),
+        (["evaluation.tasks.n={kind:needel}"], "evaluation.tasks.n.kind=needel must be perplexity, multiple_choice or needle; did you mean needle?"),
+        (["evaluation.tasks.n={kind:needle,haystack:straw}"], "evaluation.tasks.n.haystack=straw must be noise or heldout; try noise"),
+        (["evaluation.tasks.q={kind:multiple_choice}"], "evaluation.tasks.q.path is not set and has no default; give evaluation.tasks.q.path=…"),
+        (["evaluation.interval=20", "evaluation.task_interval=30"], "evaluation.task_interval=30 must be a multiple of evaluation.interval=20, with which the tasks are evaluated; try 40"),
+        (["evaluation.task_interval=30"], "evaluation.task_interval=30 needs evaluations on the way; try evaluation.interval=30"),
+        (["evaluation.name=a/b"], "evaluation.name=a/b must be a file's name of letters, digits, dots, hyphens and underscores; try rope_4x"),
+        (["evaluation.lm_eval.num_fewshot=-2"], "evaluation.lm_eval.num_fewshot=-2 must be at least -1; try -1"),
+    ],
+)  # fmt: skip
+def test_evaluation_that_cannot_run_is_one_line(overrides: list[str], message: str) -> None:
+    assert found(*BASE, *overrides) == [message]
+
+
+def test_files_of_tasks_are_checked_before_anything_starts(dataset: Path) -> None:
+    command = (*BASE, f"data.path={dataset}")
+    lines = found(*command, "evaluation.tasks.q={kind:multiple_choice,path:no.jsonl}", machine=HERE)
+    assert lines == ["evaluation.tasks.q.path=no.jsonl does not exist; give a file with one question per line"]
+    lines = found(*command, "evaluation.tasks.p={kind:perplexity,path:nowhere}", machine=HERE)
+    assert len(lines) == 1 and lines[0].startswith("evaluation.tasks.p.path=nowhere is not usable: ")
+    assert found(*command, f"evaluation.tasks.p={{kind:perplexity,path:{dataset}}}", machine=HERE) == []
+    evaluating = replace(HERE, splits=("heldout",), entry="evaluate")
+    if importlib.util.find_spec("lm_eval") is None:
+        lines = found(*command, "evaluation.lm_eval.tasks=[arc_easy]", machine=evaluating)
+        assert lines == [
+            'evaluation.lm_eval.tasks=[arc_easy] needs lm_eval, which is not installed; try pip install -e ".[evaluation]"'
+        ]
+    assert found(*command, "evaluation.lm_eval.tasks=[arc_easy]", machine=HERE) == [], (
+        "training runs no task of lm_eval"
+    )
+
+
+def test_checkpoints_of_deepspeed_are_evaluated_without_it_and_in_pipelines(dataset: Path) -> None:
+    command = (*BASE, f"data.path={dataset}", "engine=deepspeed", "parallel.pp=2", "parallel.cp=2")
+    evaluating = replace(HERE, splits=("heldout",), entry="evaluate", has_deepspeed=None, world_size=4)
+    assert found(*command, machine=evaluating) == []
+    assert len(found(*command, machine=replace(HERE, has_deepspeed=False, world_size=4))) == 3

@@ -15,6 +15,7 @@ from ssa_pretrain.monitor.console import (
     end_line,
     evaluation_line,
     save_line,
+    task_line,
     train_line,
     with_timestamps,
 )
@@ -64,6 +65,23 @@ def test_train_line_fits_when_every_number_is_long() -> None:
 
 def test_train_line_shows_nan() -> None:
     assert "loss nan" in train_line(TRAIN | {"loss": float("nan")}, 300)
+
+
+def test_task_line_has_as_many_metrics_as_fit() -> None:
+    record = {
+        "kind": "task",
+        "step": 100,
+        "tokens": 9,
+        "task": "arc",
+        "mode": "full",
+        "acc": 0.25,
+        "acc_stderr": 0.1,
+        "num": 4,
+    }
+    assert task_line(record) == "eval 100  task arc full  acc 0.25"
+    long = task_line(record | {f"accuracy_{n}": 0.123456 for n in range(20)})
+    assert len(long) <= MAX_COLUMNS and long.endswith("  accuracy_3 0.1235") and "None" not in long
+    assert task_line({"step": 1, "task": "n", "mode": "full", "acc": float("nan")}) == "eval 1  task n full  acc nan"
 
 
 def test_evaluation_line() -> None:

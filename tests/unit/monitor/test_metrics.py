@@ -350,3 +350,17 @@ def test_evaluations_are_read_without_a_logger(tmp_path: Path) -> None:
     before = path.read_bytes()
     assert evaluations(path) == {(1, "full"), (1, "sparse")}
     assert path.read_bytes() == before
+
+
+def test_tasks_are_known_by_their_series_before_and_after_a_resume(tmp_path: Path) -> None:
+    record = {"step": 1, "tokens": 100, "task": "arc", "mode": "full", "acc": 0.5}
+    with logger(tmp_path) as log:
+        log.log_task(record)
+        log.log_evaluation(make_evaluation(1, "full"))
+        log.log_task(record | {"step": 2})
+        assert log.evaluated == {(1, "task/arc/full"), (1, "full"), (2, "task/arc/full")}
+    first = json.loads((tmp_path / FILE_NAME).read_text().splitlines()[0])
+    assert first == {"kind": "task", **record}
+    with logger(tmp_path, resume_step=1) as log:
+        assert log.evaluated == {(1, "task/arc/full"), (1, "full")}
+    assert evaluations(tmp_path / FILE_NAME) == {(1, "task/arc/full"), (1, "full")}

@@ -68,6 +68,7 @@ def test_offline_run_can_be_read_back(tmp_path: Path) -> None:
     assert {(m.metric.name or m.metric.glob_name, m.metric.step_metric) for m in kinds["metric"]} >= {
         ("train/*", "tokens"),
         ("heldout/*", "heldout_tokens"),
+        ("task/*", "task_tokens"),
     }
     rows = history(tmp_path)
     assert [(row["tokens"], row["train/loss"]) for row in rows[:3]] == [(100, 1.0), (200, 0.5), (300, 1 / 3)]
@@ -372,4 +373,12 @@ def test_flatten_names() -> None:
         "heldout_step": 3,
         "heldout/full/cross_entropy": 2.5,
         "heldout/full/captured_mass/layer_01": 0.5,
+    }
+    task = {"kind": "task", "step": 3, "tokens": 300, "task": "arc", "mode": "sparse", "acc": 0.5, "acc_norm": None}
+    assert flatten(task) == {
+        "tokens": 300,
+        "step": 3,
+        "task_tokens": 300,
+        "task_step": 3,
+        "task/arc/sparse/acc": 0.5,
     }

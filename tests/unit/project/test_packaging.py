@@ -51,10 +51,10 @@ def imported(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("ssa_pretrain", ("gpu", "deepspeed", "bench", "huggingface")),
+        ("ssa_pretrain", ("gpu", "deepspeed", "bench", "evaluation", "huggingface")),
         ("data_prep", ("llama3", "gigatoken", "cluster", "hub")),
         ("kernels", ("gpu", "bench")),
-        ("tests", ("gpu", "deepspeed", "llama3", "gigatoken", "cluster", "hub", "dev")),
+        ("tests", ("gpu", "deepspeed", "llama3", "gigatoken", "cluster", "hub", "evaluation", "dev")),
     ],
 )
 def test_imported_packages_are_declared(folder: str, extras: tuple[str, ...]) -> None:
@@ -72,9 +72,19 @@ def test_imported_packages_are_declared(folder: str, extras: tuple[str, ...]) ->
 
 def test_constraints_pin_every_requirement_within_its_range() -> None:
     pins = {normal(name): version for name, version in PINNED.items()}
-    for requirement in requirements(
-        "quickstart", "llama3", "gigatoken", "cluster", "deepspeed", "hub", "bench", "huggingface", "dev"
-    ):
+    extras = (
+        "quickstart",
+        "llama3",
+        "gigatoken",
+        "cluster",
+        "deepspeed",
+        "hub",
+        "bench",
+        "evaluation",
+        "huggingface",
+        "dev",
+    )
+    for requirement in requirements(*extras):
         assert normal(requirement.name) in pins, f"constraints.txt does not pin {requirement.name}"
         assert requirement.specifier.contains(pins[normal(requirement.name)]), (
             f"the pin of {requirement.name} is out of range"

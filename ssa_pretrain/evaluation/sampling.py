@@ -1,13 +1,11 @@
 """Continuations of held-out prompts, sampled with full and with sparse attention."""
 
-import sys
-
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tqdm import tqdm
+from torch import Tensor
 
-from ssa_pretrain.data.batches import Batch
+from ssa_pretrain.evaluation.generation import continue_texts
+from ssa_pretrain.evaluation.scoring import tokenizer_of
 from ssa_pretrain.run import Run
 
 NUM_PROMPTS = 6
@@ -21,7 +19,7 @@ def sample(run: Run, modes: tuple[str, ...]) -> list[dict[str, str]]:
 
     A prompt with its continuation is at most as long as a row. Of a longer prompt only the end is kept, and it gets no continuation.
     """
-    tokenizer = Tokenizer.from_file(str(run.manifest.root / run.manifest.tokenizer.file))
+    tokenizer = tokenizer_of(run)
     prompts = [prompt[-run.config.data.sequence_length :] for prompt in held_out_prompts(run)]
     samples = []
     for mode in modes:
@@ -35,20 +33,13 @@ def sample(run: Run, modes: tuple[str, ...]) -> list[dict[str, str]]:
 
 def continue_prompts(run: Run, prompts: list[list[int]], mode: str) -> list[list[int]]:
     """Returns the prompts with NEW_TOKENS sampled tokens each, or fewer if the row is full."""
-    length = run.config.data.sequence_length  # positions end with the row
     generator = torch.Generator().manual_seed(run.config.seed)
-    texts = [list(prompt) for prompt in prompts]
-    count = min(NEW_TOKENS, length - min(len(text) for text in texts))
-    shown = run.placement.is_rank_0 and sys.stderr.isatty()
-    for _ in tqdm(range(count), desc=f"sampling, {mode}", disable=not shown, leave=False):
-        packed = packed_prompts(texts, TOKENS_MULTIPLE * run.plan.cp * run.plan.tp, length)
-        logits = run.engine.last_logits(packed, mode=mode).cpu()
-        logits = logits[: len(texts), : run.plan.vocab_size]
-        chosen = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator)
-        for text, token in zip(texts, chosen.flatten().tolist(), strict=True):
-            if len(text) < length:
-                text.append(token)
-    return texts
+
+    def draw(logits: Tensor) -> list[int]:
+        return torch.multinomial((logits / TEMPERATURE).softmax(-1), 1, generator=generator).flatten().tolist()
+
+    multiple = TOKENS_MULTIPLE * run.plan.cp * run.plan.tp
+    return continue_texts(run, prompts, mode=mode, num_new=NEW_TOKENS, choose=draw, multiple=multiple)
 
 
 def held_out_prompts(run: Run) -> list[list[int]]:
@@ -69,14 +60,3 @@ def held_out_prompts(run: Run) -> list[list[int]]:
         row = run.held_out.row(0)
         prompts = [row.tokens[: len(row.tokens) - row.padding][:size].tolist()]
     return prompts[::stride][:NUM_PROMPTS]
-
-
-def packed_prompts(texts: list[list[int]], multiple: int, length: int) -> Batch:
-    """Returns the texts as documents of one microbatch without labels. Documents of at most `length` tokens pad it to a multiple of `multiple`."""
-    rest = -sum(len(text) for text in texts) % multiple
-    texts = [*texts, *([0] * min(length, rest - begin) for begin in range(0, rest, length))]
-    tokens = torch.tensor([t for text in texts for t in text])
-    positions = torch.cat([torch.arange(len(text)) for text in texts])
-    ends = torch.tensor([0] + [len(text) for text in texts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    empty = torch.zeros_like(tokens).unsqueeze(0)
-    return Batch(0, tokens.unsqueeze(0), empty, empty.float(), positions, ends)

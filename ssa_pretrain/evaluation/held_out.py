@@ -1,40 +1,51 @@
-"""Evaluation on the held-out split, with full and with sparse attention."""
+"""Evaluation on held-out rows, with full and with sparse attention: the metrics, and the records of a run that trains."""
 
 import math
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
+from ssa_pretrain.data.rows import HeldOutRows
 from ssa_pretrain.engine import EvaluationResult
-from ssa_pretrain.monitor.metrics import MetricsLogger
+from ssa_pretrain.evaluation import MODES
 from ssa_pretrain.planning.plan import Plan
 from ssa_pretrain.run import Run, packing_of
 from ssa_pretrain.schedule import is_due
 
-MODES = ("full", "sparse")
-Evaluated = set[tuple[int, str]]  # step and mode of each evaluation in a run's metrics; known on rank 0
-
-
-def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
-    """Evaluates the held-out rows in both modes and logs the results."""
-    for mode in MODES:
-        log.log_evaluation(evaluation_record(run, evaluate_mode(run, mode), step, mode))
+Evaluated = set[
+    tuple[int, str]
+]  # step and mode, or series of a task, of each evaluation in a run's metrics; known on rank 0
 
 
 def evaluate_mode(run: Run, mode: str) -> EvaluationResult:
-    """Returns the held-out metrics of a mode. The microbatches are evaluated in slices, with a progress bar."""
+    """Returns the held-out metrics of a mode."""
+    return evaluate_rows(run, run.held_out, mode)
+
+
+def evaluate_rows(
+    run: Run, rows: HeldOutRows, mode: str, observe: Callable[..., None] | None = None
+) -> EvaluationResult:
+    """Returns the metrics of a mode on some rows. The microbatches are evaluated in slices, with a progress bar.
+
+    Args:
+        run: the model.
+        rows: of the run's sequence length.
+        mode: the main stream.
+        observe: receives each layer's queries and keys (model/attention.py `PackedTokens.observe`).
+    """
     plan, dp_rank, packing = run.plan, run.placement.dp_rank, packing_of(run.config)
-    total = num_held_out_microbatches(run.config.training.micro_batch_size, plan, run.held_out.num_rows)
+    total = num_held_out_microbatches(run.config.training.micro_batch_size, plan, rows.num_rows)
     size = 2 * plan.dp * plan.pp
     results = []
     hidden = not (run.placement.is_rank_0 and sys.stderr.isatty())
     with tqdm(total=total, desc=f"held-out, {mode}", unit="microbatch", disable=hidden, leave=False) as bar:
         for begin in range(0, total, size):
             indices = range(begin, min(begin + size, total))
-            batches = [packing.microbatch(run.held_out, i, index=i) for i in indices if i % plan.dp == dp_rank]
-            results.append(run.engine.evaluate(batches, mode=mode))
+            batches = [packing.microbatch(rows, i, index=i) for i in indices if i % plan.dp == dp_rank]
+            results.append(run.engine.evaluate(batches, mode=mode, observe=observe))
             bar.update(len(indices))
     return combine_results(results)
 
@@ -63,16 +74,26 @@ def combine_results(results: list[EvaluationResult]) -> EvaluationResult:
         captured_mass_by_layer=mean_by_layer([r.captured_mass_by_layer for r in results]),
         num_labels=num_labels,
         num_tokens=num_tokens,
+        cross_entropy_by_position=[sum(x) for x in zip(*(r.cross_entropy_by_position for r in results), strict=True)],
+        labels_by_position=[sum(x) for x in zip(*(r.labels_by_position for r in results), strict=True)],
     )
 
 
-def is_evaluation_missing(run: Run, evaluated: Evaluated, step: int) -> bool:
-    """Returns, on every rank, whether an evaluation was due at the step that a run resumes from, but did not run because of a signal."""
-    if not is_due(step, run.config.evaluation.interval, run.plan.steps):
-        return False
-    missing = [run.placement.is_rank_0 and any((step, mode) not in evaluated for mode in MODES)]
+def missing_evaluations(run: Run, evaluated: Evaluated, step: int, names: Iterable[str]) -> list[str]:
+    """Returns, on every rank, which evaluations of a step are not in the run's metrics: `names` are modes and series of tasks."""
+    missing = [[name for name in names if (step, name) not in evaluated]]
     dist.broadcast_object_list(missing, src=0)
     return missing[0]
+
+
+def is_evaluation_missing(run: Run, evaluated: Evaluated, step: int) -> bool:
+    """Returns, on every rank, whether an evaluation was due at the step that a run resumes from, but did not run because of a signal.
+
+    The held-out rows come after the tasks, so their records are there only if those of the tasks are.
+    """
+    if not is_due(step, run.config.evaluation.interval, run.plan.steps):
+        return False
+    return bool(missing_evaluations(run, evaluated, step, MODES))
 
 
 def evaluation_record(run: Run, result: EvaluationResult, step: int, mode: str) -> dict[str, Any]:

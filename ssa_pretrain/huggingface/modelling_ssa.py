@@ -1,0 +1,554 @@
+"""A Llama with SSA's sparse attention for Hugging Face transformers: configuration, KV cache and model, in one file without other files.
+
+An exported folder holds a copy of this file, and `trust_remote_code=True` runs it. It needs torch and transformers 5.16.1 to 5.24, and uses
+the package `ssa_kernels` where it is installed. What SSA does not change is transformers' own Llama, of whatever version is installed.
+
+*Modes.* `attention_mode` is a field of the configuration: `from_pretrained(folder, attention_mode="sparse")` chooses it, and
+`model.config.attention_mode = "full"` changes it. `full` is causal softmax attention with transformers' attention functions. In `sparse`, each
+query attends to its own block of keys and to the `top_k - 1` earlier blocks of largest importance, as in training (arXiv 2511.20102, section 3.2;
+the definition is the reference of `ssa_kernels.select_blocks`). In both, a sigmoid gate per token and query head multiplies the output.
+
+*Blocks and padding.* A row is one document. Its blocks are counted over its tokens, wherever the attention mask has padding: left, right or
+between. So padding moves no block. Packed rows are refused in sparse mode, and so are attention masks of a shape of one's own.
+
+*Cache.* In sparse mode each layer of a DynamicCache or StaticCache also holds the mean key of each block. An update computes the means of the blocks
+that it touches. Only complete blocks before a query's own are scored, and their means do not change. With any other cache the means
+are computed from its keys at each call: the same results, more slowly.
+
+*Which code runs in sparse mode.* `ssa_kernels` serves a prompt on an empty cache, or a call without a cache, if it is installed, the tensors are on
+CUDA, the attention function is sdpa, `16 <= head_dim <= 128`, there are at most 32 query heads per kv head, and the dtype is not float64. Everything
+else is plain torch: one new token attends to its gathered blocks, several attend under a mask, by chunks of queries. The results differ by rounding.
+
+Not here: sparse mode with other attention functions than eager and sdpa (vLLM, SGLang, FlashAttention and flex run mode full only), packed rows
+in sparse mode, the alignment loss of training.
+"""
+
+import inspect
+from typing import NamedTuple
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+try:
+    import ssa_kernels
+except ImportError:
+    ssa_kernels = None
+
+MODES = ("full", "sparse")
+SCORES = ("softmax_sum", "per_head", "official_compat")
+BLOCK_SIZES = (16, 32, 64, 128)
+QUERIES_PER_CHUNK = 128  # bounds the masks and the importance of a long prompt in plain torch
+TINY = torch.finfo(torch.float32).tiny
+# 5.24 renamed the argument.
+CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+@strict
+class SSALlamaConfig(LlamaConfig):
+    """Llama's configuration with the constants of SSA.
+
+    Args:
+        attention_mode: "full" or "sparse".
+        block_size: K, keys per block: 16, 32, 64 or 128.
+        top_k: N, blocks per query, the own block included.
+        attention_gate: whether a sigmoid gate per token and query head multiplies the attention's output.
+        score: how a query scores earlier blocks: "softmax_sum" (SSA), "per_head" (MoBA) or "official_compat" (SSA's official code).
+
+    Raises:
+        ValueError: for values that do not fit each other.
+    """
+
+    model_type = "ssa_llama"
+    base_model_tp_plan = {**(LlamaConfig.base_model_tp_plan or {}), "layers.*.self_attn.g_proj": "colwise"}  # noqa: RUF012
+
+    attention_mode: str = "sparse"
+    block_size: int = 16
+    top_k: int = 16
+    attention_gate: bool = True
+    score: str = "softmax_sum"
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the mode is sparse."""
+        if self.attention_mode not in MODES:
+            raise ValueError(f"attention_mode={self.attention_mode} must be full or sparse; try sparse")
+        return self.attention_mode == "sparse"
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The type of each layer's cache. Absent in full mode, as in a plain Llama. Follows `attention_mode`, and is therefore not saved."""
+        if not self.is_sparse:
+            raise AttributeError("layer_types")
+        return [SSADynamicLayer._layer_type] * self.num_hidden_layers
+
+    def validate_layer_type(self) -> None:
+        """Accepts the sparse cache's layer type, which transformers does not know."""
+
+    def validate_architecture(self) -> None:
+        """Raises ValueError for values that do not fit each other."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if kv_heads and heads % kv_heads:
+            raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}; try {heads}")
+        if self.head_dim and self.head_dim % 2:
+            advice = f"try {self.head_dim + 1}"
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs; {advice}")
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size={self.block_size} must be 16, 32, 64 or 128 keys; try 16")
+        if self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1: the own block is always chosen; try 16")
+        if self.score not in SCORES:
+            raise ValueError(f"score={self.score} must be softmax_sum, per_head or official_compat; try softmax_sum")
+        if self.score == "official_compat" and not 2 <= self.top_k <= self.block_size:
+            rule = f"must lie in 2 to block_size={self.block_size} under score=official_compat"
+            raise ValueError(f"top_k={self.top_k} {rule}; try {self.block_size}")
+        _ = self.is_sparse
+
+    def _get_generation_parameters(self) -> dict:
+        """Returns generation parameters among the fields. `top_k` has the name of one of sampling's, but is a constant of the model."""
+        return {name: value for name, value in super()._get_generation_parameters().items() if name != "top_k"}
+
+
+class Rows(NamedTuple):
+    """Where the tokens of a batch's rows are among the slots of the keys, in sparse mode; the same for every layer.
+
+    Attributes:
+        position_BS: int64, the position of each slot's token in its row, -1 for padding.
+        order_BS: int64, the slots of each row's tokens in order, then the others.
+        query_BT: int64, the position of each query, for padding that of the last token before it; -1 if there is none.
+        before_B: int64, tokens of each row before the first query.
+        packing: (order [B, T] of the queries, the kernels' layout) if ssa_kernels serves this call, otherwise None.
+    """
+
+    position_BS: Tensor
+    order_BS: Tensor
+    query_BT: Tensor
+    before_B: Tensor
+    packing: tuple | None = None
+
+
+def locate_tokens(visible_BS: Tensor, offset: int | Tensor, tokens: int) -> Rows:
+    """Returns the rows for a mask of their tokens, for `tokens` queries from slot `offset` on."""
+    seen = visible_BS.long().cumsum(1)
+    slot = torch.arange(visible_BS.shape[1], device=visible_BS.device)
+    query = seen.index_select(1, offset + slot[:tokens]) - 1
+    before = (visible_BS & (slot < offset)).sum(1)
+    return Rows(torch.where(visible_BS, seen - 1, -1), tokens_first(visible_BS), query, before)
+
+
+def tokens_first(visible_BS: Tensor) -> Tensor:
+    """Returns int64 `[B, S]`: the slots of tokens, then the others."""
+    return (~visible_BS).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def visible_slots(mask: Tensor | None, shape: tuple[int, int], offset: int | Tensor, device: torch.device) -> Tensor:
+    """Returns bool `[B, S]` of that shape, whether a slot holds a token, from a mask `[B, at most S]` or `[B, 1, T, S]`.
+
+    Raises:
+        ValueError: for a mask of another shape, or of four dims and not causal; of one query, that cannot be known.
+    """
+    rows, slots = shape
+    if mask is None:
+        return torch.ones(rows, slots, dtype=torch.bool, device=device)
+    if mask.dim() == 4:
+        visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+        slot = torch.arange(visible.shape[2], device=visible.device)
+        causal = visible[:, -1:] & (slot <= offset + slot[: visible.shape[1], None])
+        if visible.shape[1] > 1 and not torch.compiler.is_compiling() and not torch.equal(visible, causal):
+            rule = "of four dims must be causal apart from padding under attention_mode=sparse"
+            raise ValueError(f"attention_mask {rule}; try a mask [rows, keys], or attention_mode=full")
+        return visible[:, -1].expand(rows, slots)
+    if mask.dim() != 2 or mask.shape[1] > slots:
+        rule = f"must be [rows, keys] with {slots} keys"
+        raise ValueError(f"attention_mask {tuple(mask.shape)} {rule}; try a mask as long as the text so far")
+    return nn.functional.pad(mask.to(device=device, dtype=torch.bool), (0, slots - mask.shape[1]))
+
+
+def block_means(k_BGSD: Tensor, order_BS: Tensor, first_block_B: Tensor, count: int, block_size: int) -> Tensor:
+    """Returns `[B, G, count, D]` in k's dtype: the mean keys of `count` blocks of each row from its block `first_block_B` on.
+
+    They are summed in float32 (float64 for float64) and then rounded, as in training. Means of incomplete blocks have no meaning.
+
+    Args:
+        k_BGSD: keys after RoPE, by slot; padding included.
+        order_BS: see Rows.
+        first_block_B: int64.
+        count: blocks per row.
+        block_size: keys per block.
+    """
+    B, G, S, D = k_BGSD.shape
+    token = first_block_B[:, None] * block_size + torch.arange(count * block_size, device=k_BGSD.device)
+    slot = order_BS.gather(1, token.clamp(max=S - 1))
+    keys = k_BGSD.detach().gather(2, slot[:, None, :, None].expand(B, G, -1, D))
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    return (keys.view(B, G, count, block_size, D).to(wide).sum(3) / block_size).to(keys.dtype)
+
+
+class BlockMeans:
+    """What both sparse cache layers add to keys and values: the mean key of each block, `[B, G, R, D]`, and its updates.
+
+    After `crop`, the block of the next token and later ones hold old means; each is computed again before a query can score it.
+    """
+
+    block_means: Tensor | None = None
+
+    def update_means(self, keys: Tensor, rows: Rows, block_size: int) -> Tensor:
+        """Returns the means of all blocks, after computing those that the call's new keys belong to.
+
+        Args:
+            keys: `[B, G, S, D]`, as the layer's `update` returned them.
+            rows: where the tokens are.
+            block_size: keys per block.
+        """
+        count = (rows.query_BT.shape[1] + block_size - 2) // block_size + 1
+        first_block = rows.before_B // block_size
+        new = block_means(keys, rows.order_BS, first_block, count, block_size)
+        room = (keys.shape[2] + block_size - 2) // block_size + 1
+        old = self.block_means
+        if old is None:
+            old = new.new_zeros(*new.shape[:2], room, new.shape[3])
+            if isinstance(self, StaticLayer) and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(old)
+        elif old.shape[2] < room:
+            old = torch.cat([old, old.new_zeros(*old.shape[:2], room - old.shape[2], old.shape[3])], dim=2)
+        place = (first_block[:, None] + torch.arange(count, device=new.device))[:, None, :, None].expand_as(new)
+        self.block_means = old.scatter_(2, place, new)
+        return self.block_means
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        super().reset()  # type: ignore[misc]
+        if isinstance(self, StaticLayer) and self.block_means is not None:
+            self.block_means.zero_()  # in place: a compiled graph holds its address
+        else:
+            self.block_means = None
+
+    def _change_rows(self, change) -> None:
+        if self.block_means is not None:
+            self.block_means = change(self.block_means)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replaces row i by row `beam_idx[i]`."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._change_rows(lambda means: means.index_select(0, beam_idx.to(means.device)))
+
+
+class SSADynamicLayer(BlockMeans, DynamicLayer):
+    """A growing cache layer with keys, values and block means."""
+
+    _layer_type = "ssa_sparse"
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row."""
+        super().batch_repeat_interleave(repeats)
+        self._change_rows(lambda means: means.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows."""
+        super().batch_select_indices(indices)
+        self._change_rows(lambda means: means[indices, ...])
+
+
+class SSAStaticLayer(BlockMeans, StaticLayer):
+    """A cache layer of fixed size with keys, values and block means, for torch.compile."""
+
+    _layer_type = "ssa_sparse"
+
+
+def choose_blocks(q_BHTD: Tensor, means_BGRD: Tensor, own_BT: Tensor, scale: float, config: SSALlamaConfig) -> Tensor:
+    """Returns the chosen blocks, int64 `[B, G, T, N]` (`[B, H, T, N]` for per_head): ascending, padded with -1 at the end.
+
+    The own block always, and the `top_k - 1` earlier blocks of largest importance; of equal ones, the more recent. No gradient.
+
+    Args:
+        q_BHTD: queries after RoPE.
+        means_BGRD: mean key of each block; only those before a query's own are read.
+        own_BT: block of each query, below 0 for padding, which chooses nothing.
+        scale: factor of the logits.
+        config: `top_k`, `score` and `block_size`.
+    """
+    B, H, T, _ = q_BHTD.shape
+    G, R = means_BGRD.shape[1:3]
+    wide = torch.promote_types(q_BHTD.dtype, torch.float32)
+    block = torch.arange(R, device=own_BT.device)
+    later = block >= own_BT[..., None]
+    logits = q_BHTD.detach().to(wide).reshape(B, G, -1, q_BHTD.shape[3]) @ means_BGRD.to(wide).transpose(2, 3) * scale
+    logits = logits.view(B, H, T, R).masked_fill(later[:, None], float("-inf"))
+    importance = logits
+    if config.score != "per_head":
+        # Without any candidate the softmax is NaN; those queries are masked again below.
+        importance = logits.softmax(-1).view(B, G, H // G, T, R).sum(2)
+        importance = torch.where(importance < TINY, 0.0, importance).masked_fill(later[:, None], float("-inf"))
+    if config.score == "official_compat":
+        importance = _drop_unofficial(importance, own_BT[:, None, :, None], config.block_size)
+    best = _most_important(importance, min(config.top_k - 1, R))
+    absent = torch.iinfo(torch.int64).max
+    best = torch.where(importance.gather(-1, best) > float("-inf"), best, absent)
+    own = torch.where(own_BT < 0, absent, own_BT)[:, None, :, None].expand(*best.shape[:3], 1)
+    chosen = torch.cat([best, own], dim=-1).sort(-1).values
+    return torch.where(chosen == absent, -1, chosen)
+
+
+def _most_important(importance: Tensor, count: int) -> Tensor:
+    """Returns the `count` most important blocks; a stable descending sort in reverse order puts the more recent of equals first."""
+    order = importance.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return importance.shape[-1] - 1 - order
+
+
+def _drop_unofficial(importance: Tensor, own: Tensor, block_size: int) -> Tensor:
+    """Returns importance with -inf at the blocks that the official code's merge loses: see `ssa_kernels.select_blocks`."""
+    block = torch.arange(importance.shape[-1], device=own.device)
+    chunk_start = own.clamp(min=0) // block_size * block_size
+    kept = chunk_start == 0
+    for part, count in ((block < chunk_start, block_size // 2), (block >= chunk_start, block_size // 2 - 1)):
+        best = _most_important(importance.masked_fill(~part, float("-inf")), count)
+        kept = kept | (torch.zeros_like(importance, dtype=torch.bool).scatter_(-1, best, True) & part)
+    return importance.masked_fill(~kept, float("-inf"))
+
+
+class SSALlamaRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's RoPE with cosines and sines in float32: products are rounded once, as in training, and block means with them."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (cos, sin), `[B, T, D]`."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return super().forward(torch.empty(0, dtype=wide, device=x.device), position_ids)
+
+
+class SSALlamaAttention(LlamaAttention):
+    """One layer's attention: full or sparse as the configuration says, then the gate, then the output projection."""
+
+    def __init__(self, config: SSALlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.g_proj = None
+        if config.attention_gate:
+            self.g_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache=None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns (output [B, T, M], attention weights or None). The cache is `cache` from transformers 5.24 on, `past_key_values` before."""
+        cache = past_key_values if cache is None else cache
+        shape = hidden_states.shape[:-1]
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2) for p in projections)
+        q, k = (x.to(v.dtype) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
+        attend = self._sparse if self.config.is_sparse else self._full
+        out, weights = attend(q, k, v, attention_mask, cache, **kwargs)
+        if self.g_proj is not None:
+            out, logits = out.reshape(*shape, -1, self.head_dim), self.g_proj(hidden_states)
+            wide = torch.promote_types(out.dtype, torch.float32)
+            out = (out.to(wide) * logits.to(wide).sigmoid().unsqueeze(-1)).to(out.dtype)
+        return self.o_proj(out.reshape(*shape, -1)), weights
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Returns what the configured attention function does."""
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def _full(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache, **kwargs):
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
+        return self._attend(q, k, v, mask, **kwargs)
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, _, cache, *, rows: Rows, **kwargs):
+        """Returns (output, attention weights or None) of sparse attention."""
+        size, new_k, new_v, means = self.config.block_size, k, v, None
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
+            layer = cache.layers[self.layer_idx]
+            if isinstance(layer, BlockMeans):
+                means = layer.update_means(k, rows, size)
+        if rows.packing is not None:
+            return self._kernels(q, new_k, new_v, *rows.packing), None
+        if means is None:
+            means = block_means(k, rows.order_BS, torch.zeros_like(rows.before_B), (k.shape[2] - 1) // size + 1, size)
+        parts = zip(q.split(QUERIES_PER_CHUNK, 2), rows.query_BT.split(QUERIES_PER_CHUNK, 1), strict=True)
+        outs = [self._plain(part, k, v, means, query, rows, **kwargs) for part, query in parts]
+        if len(outs) == 1:
+            return outs[0]
+        weights = None if outs[0][1] is None else torch.cat([w for _, w in outs], dim=2)
+        return torch.cat([out for out, _ in outs], dim=1), weights
+
+    def _kernels(self, q: Tensor, k: Tensor, v: Tensor, order: Tensor, documents) -> Tensor:
+        """Returns [B, T, H, D]: rows are packed, the tokens of each as a document and then its padding as another."""
+        c, shape = self.config, (q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+        if documents.cu_seqlens.device != q.device:  # layers on several devices
+            documents = ssa_kernels.documents.layout_to(documents, q.device)
+        place = order[..., None, None]
+        q, k, v = (torch.take_along_dim(x.transpose(1, 2), place, dim=1).flatten(0, 1) for x in (q, k, v))
+        common = {"block_size": c.block_size, "cu_seqlens": documents, "scale": self.scaling}
+        indices = ssa_kernels.select_blocks(q.detach(), k.detach(), top_k=c.top_k, score=c.score, **common)
+        out = ssa_kernels.sparse_attention(q, k, v, indices, **common)[0].view(shape)
+        return torch.zeros_like(out).scatter(1, place.expand(shape), out)
+
+    def _plain(
+        self, q: Tensor, k: Tensor, v: Tensor, means: Tensor, query_BT: Tensor, rows: Rows, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns (output [B, T, H, D], weights or None) of some queries [B, H, T, D] at positions [B, T]."""
+        size, eager = self.config.block_size, self.config._attn_implementation == "eager"
+        chosen = choose_blocks(q, means, query_BT.div(size, rounding_mode="floor"), self.scaling, self.config)
+        kv_heads, keys = k.shape[1:3]
+        if q.shape[2] == 1 and chosen.shape[1] == kv_heads and chosen.shape[3] * size < keys and not eager:
+            # One token reads the keys of its blocks only.
+            place = torch.arange(size, device=q.device)
+            token = (chosen.transpose(2, 3) * size + place).flatten(2)  # [B, G, N K]; below 0 in a block of -1
+            slot = rows.order_BS[:, None].expand(-1, kv_heads, -1).gather(2, token.clamp(0, keys - 1))
+            k, v = (x.gather(2, slot[..., None].expand(*slot.shape, x.shape[3])) for x in (k, v))
+            mask = ((token >= 0) & (token <= query_BT[:, None])).unsqueeze(2)
+        else:
+            mask = _chosen_keys(chosen, means.shape[2], rows.position_BS, query_BT, size)
+        mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
+        if eager:
+            mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
+        return self._attend(q, k, v, mask, **kwargs)
+
+
+def _chosen_keys(chosen: Tensor, num_blocks: int, position_BS: Tensor, query_BT: Tensor, block_size: int) -> Tensor:
+    """Returns bool [B, G or H, T, S], whether a query may see a key. Padding before a row's first token sees padding, because an empty softmax is NaN."""
+    table = torch.zeros(*chosen.shape[:3], num_blocks + 1, dtype=torch.bool, device=chosen.device)
+    table.scatter_(3, torch.where(chosen < 0, num_blocks, chosen), True)
+    position, query = position_BS[:, None, None], query_BT[:, None, :, None]
+    block = position.div(block_size, rounding_mode="floor").clamp(0, num_blocks - 1)
+    mask = table.gather(3, block.expand(*chosen.shape[:3], -1))
+    return (mask & (position >= 0) & (position <= query)) | ((position < 0) & (query < 0))
+
+
+class SSALlamaDecoderLayer(LlamaDecoderLayer):
+    """Llama's decoder layer with SSA's attention."""
+
+    def __init__(self, config: SSALlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = SSALlamaAttention(config, layer_idx)
+
+
+class SSALlamaPreTrainedModel(LlamaPreTrainedModel):
+    """What both models share."""
+
+    config: SSALlamaConfig
+    _no_split_modules = ["SSALlamaDecoderLayer"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": SSALlamaDecoderLayer, "attentions": SSALlamaAttention}  # noqa: RUF012
+
+
+class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
+    """The Llama without its output layer."""
+
+    def __init__(self, config: SSALlamaConfig) -> None:
+        super(LlamaModel, self).__init__(config)  # the fields of LlamaModel.__init__, with other layers
+        config.validate_architecture()  # from_pretrained sets fields after the configuration's own check
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([SSALlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = SSALlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, **kwargs):
+        """Returns what LlamaModel.forward does. `past_key_values` is the cache's name before transformers 5.24, and accepted by it."""
+        if cache is None:
+            cache = kwargs.get("past_key_values")
+        else:
+            kwargs[CACHE_NAME] = cache
+        if self.config.is_sparse:
+            self._check_sparse(attention_mask, position_ids, cache)
+            kwargs["rows"] = self._rows(attention_mask, input_ids if inputs_embeds is None else inputs_embeds, cache)
+            attention_mask = None  # each layer makes its own
+        common = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        return super().forward(input_ids=input_ids, **common, **kwargs)
+
+    def _check_sparse(self, attention_mask, position_ids: Tensor | None, cache) -> None:
+        """Raises ValueError for what sparse mode does not support."""
+        name = self.config._attn_implementation
+        if name not in ("eager", "sdpa"):
+            rule = "must be sdpa or eager under attention_mode=sparse"
+            raise ValueError(f"attn_implementation={name} {rule}; try attn_implementation=sdpa, or attention_mode=full")
+        if position_ids is None or attention_mask is not None or cache is not None or torch.compiler.is_compiling():
+            return
+        if (position_ids.diff(dim=-1) < 1).any():
+            rule = "restart within a row, and under attention_mode=sparse a row is one document"
+            raise ValueError(f"position_ids {rule}; try a row per document, or attention_mode=full")
+
+    def _rows(self, attention_mask: Tensor | None, like: Tensor, cache) -> Rows:
+        """Returns where the tokens are, for inputs `like` [B, T, ...]."""
+        count, tokens = like.shape[:2]
+        offset, slots = (
+            (0, tokens) if cache is None else (cache.get_seq_length() + 0, cache.get_mask_sizes(tokens, 0)[0])
+        )
+        visible = visible_slots(attention_mask, (count, slots), offset, like.device)
+        rows = locate_tokens(visible, offset, tokens)
+        return rows._replace(packing=self._pack(visible[:, :tokens])) if self._kernels_serve(like, offset) else rows
+
+    def _kernels_serve(self, like: Tensor, offset: int | Tensor) -> bool:
+        """Returns whether ssa_kernels serves a call: the rule is at the top of this file."""
+        c = self.config
+        if ssa_kernels is None or not like.is_cuda or like.shape[1] == 1 or torch.compiler.is_compiling():
+            return False
+        fits = 16 <= c.head_dim <= 128 and c.num_attention_heads // c.num_key_value_heads <= 32
+        return fits and c._attn_implementation == "sdpa" and self.dtype != torch.float64 and int(offset) == 0
+
+    def _pack(self, visible_BT: Tensor) -> tuple:
+        """Returns `Rows.packing`: rows one after another, each its tokens and then its padding, which is a document of its own."""
+        count, tokens = visible_BT.shape
+        start = torch.arange(count, device=visible_BT.device) * tokens
+        ends = torch.stack([start, start + visible_BT.sum(1)], dim=1).flatten()
+        boundaries = torch.cat([ends, ends.new_full((1,), count * tokens)]).int()
+        sizes = {"num_tokens": count * tokens, "block_size": self.config.block_size, "max_length": tokens}
+        return tokens_first(visible_BT), ssa_kernels.build_layout(boundaries, **sizes)
+
+
+class SSALlamaForCausalLM(SSALlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
+    """The Llama with its output layer."""
+
+    def __init__(self, config: SSALlamaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)  # the fields of LlamaForCausalLM.__init__, with another model
+        self.model = SSALlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self._keep_top_k_out_of_sampling()
+
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        """Loads the generation configuration of a folder."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self._keep_top_k_out_of_sampling()
+
+    def _keep_top_k_out_of_sampling(self) -> None:
+        """Without a generation configuration of its own, transformers takes sampling's `top_k` from the model's field of the same name."""
+        if self.generation_config is not None and self.generation_config._from_model_config:
+            self.generation_config.top_k = None
+
+    @staticmethod
+    def create_masks_for_generate(config: SSALlamaConfig, attention_mask: Tensor | None = None, **kwargs):
+        """Returns the mask of a step on a static cache: [B, 1, T, cache length], so that a compiled step keeps its shapes."""
+        names = ("inputs_embeds", "position_ids", CACHE_NAME)
+        return create_causal_mask(config, attention_mask=attention_mask, **{name: kwargs[name] for name in names})
+
+
+SSALlamaConfig.register_for_auto_class()
+SSALlamaModel.register_for_auto_class("AutoModel")
+SSALlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
