@@ -19,7 +19,7 @@ from ssa_pretrain.checkpoint.sharded_weights import save_weights
 from ssa_pretrain.checkpoint.weights import WeightsReader, find_weights
 from ssa_pretrain.config import Config, EngineName, Method, ParallelConfig
 from ssa_pretrain.engine import build_engine, build_evaluator
-from ssa_pretrain.errors import CheckpointError, ExitCode
+from ssa_pretrain.errors import CheckpointError, DataError, ExitCode
 from ssa_pretrain.huggingface.card import model_card
 from ssa_pretrain.huggingface.options import NO_DATA, Dtype, ExportOptions, byte_count
 from ssa_pretrain.huggingface.settings import Mode, SpecialTokens, exported_config
@@ -75,7 +75,7 @@ def export(
     Raises:
         CheckpointError: there is no checkpoint, or a file could not be written; nothing is left then.
         WeightsError: the checkpoint holds another model than the run's configuration.
-        DataError: the tokenizer is missing.
+        DataError: the tokenizer is missing, or is not the one of the training.
     """
     target = Path(options.out)
     scratch = target.with_name(f".{target.name}.tmp")
@@ -83,6 +83,11 @@ def export(
     tokenizer = None
     if (data := options.data or config.data.path) != NO_DATA:
         tokenizer = dataset_tokenizer(Path(data), options.add_bos)
+        if checkpoint.facts.get("vocabulary.tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+            raise DataError(
+                f"data={data} has another tokenizer than the model was trained with: the same token ids stand for different text; "
+                "name the dataset of the training, or data=none"
+            )
 
     def all_ranks(act: Callable[[], object]) -> None:
         if message := on_all_ranks(

@@ -5,13 +5,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ssa_pretrain.checkpoint.weights import WeightsReader, find_weights
 from ssa_pretrain.config import Config, Method, PrecisionName
-from ssa_pretrain.errors import CheckpointError, WeightsError
+from ssa_pretrain.errors import CheckpointError, DataError, WeightsError
 from ssa_pretrain.evaluation.results import write_json
 from ssa_pretrain.huggingface import exporting
 from ssa_pretrain.huggingface.checking import check_export
@@ -21,6 +22,7 @@ from ssa_pretrain.huggingface.options import Dtype, ExportOptions, ImportOptions
 from ssa_pretrain.settings.convert import config_to_dict, load_config
 from support.layout_worker import VOCAB, configure
 from support.run_folders import without_common_weights, write_run
+from support.small_datasets import write_dataset
 
 CHECKPOINT = Path("checkpoints/step_00000003")
 
@@ -129,6 +131,16 @@ def test_what_else_an_export_holds(tmp_path, placement):
     card = (export_to(tmp_path / "out2", tmp_path / "run", config, placement) / "README.md").read_text()
     assert "No evaluation of this checkpoint" in card
     assert "| full |" not in card
+
+
+def test_tokenizer_of_another_training_is_refused(tmp_path, placement):
+    config = configure({"model.num_layers": 1})
+    write_run(tmp_path / "run", config, placement, VOCAB)
+    documents = {"a": [np.arange(4)]}
+    data = write_dataset(tmp_path / "data", documents, documents).root
+    with pytest.raises(DataError, match="has another tokenizer than the model was trained with: the same token ids"):
+        export_to(tmp_path / "out", tmp_path / "run", config, placement, data=str(data))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run"]
 
 
 def test_failed_export_leaves_nothing(tmp_path, placement, monkeypatch):
