@@ -25,7 +25,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ssa_pretrain.config import ModelConfig, ParallelConfig
+from ssa_pretrain.config import ParallelConfig
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.huggingface.options import ImportOptions, as_arguments, read_options, wants_help
 from ssa_pretrain.process import hide_library_warnings, rank_process
@@ -65,7 +65,7 @@ def import_model(arguments: Sequence[str]) -> None:
     with joined(ParallelConfig(), seed=config.seed):
         checkpoint = import_folder(folder, record, config, options.gate)
     gated = f"attention.gate={str(config.attention.gate).lower()}"
-    settings = shlex.join([*as_arguments("model", config.model, ModelConfig()), gated])
+    settings = shlex.join([*as_arguments("model", config.model), gated])
     print(f"imported {folder}: {checkpoint}")
     print(f"start from it with checkpoint.init_from={options.out} and the model's settings:\n  {settings}")
 

@@ -100,6 +100,21 @@ def recipe(config: Config) -> dict[str, Any]:
 
 def _table(evaluation: dict[str, Any]) -> str:
     """Returns the table of an evaluation's modes."""
-    lines = [f"{evaluation['rows']} held-out rows.\n", "| attention | cross entropy (nats per token) |", "|---|---|"]
-    lines += [f"| {mode} | {values['cross_entropy']:.4f} |" for mode, values in evaluation["modes"].items()]
+    columns = {
+        "cross_entropy": ("cross entropy (nats per token)", ".4f"),
+        "word_perplexity": ("perplexity per word", ".2f"),
+        "bits_per_byte": ("bits per byte", ".4f"),
+    }
+    kept = {
+        key: shown for key, shown in columns.items() if all(key in values for values in evaluation["modes"].values())
+    }
+    lines = [f"{evaluation['rows']} held-out rows.\n", _row(["attention", *(title for title, _ in kept.values())])]
+    lines.append("|---" * (len(kept) + 1) + "|")
+    for mode, values in evaluation["modes"].items():
+        numbers = [format(values[key], form) if values[key] is not None else "–" for key, (_, form) in kept.items()]
+        lines.append(_row([mode, *numbers]))
     return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

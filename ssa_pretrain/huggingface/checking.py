@@ -27,7 +27,7 @@ from ssa_pretrain.config import (
     PrecisionName,
 )
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.engine import build_engine
+from ssa_pretrain.engine import build_evaluator
 from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.huggingface.settings import Mode
 from ssa_pretrain.parallel.state import Placement
@@ -87,16 +87,16 @@ def training_logits(
         engine=EngineConfig(layer_spec=LayerSpec.local),
         attention=replace(config.attention, impl=KernelImpl.reference),
     )
-    engine = build_engine(config, placement, weights.tensors["embedding.word_embeddings.weight"]["shape"][0])
+    model = build_evaluator(config, placement, weights.tensors["embedding.word_embeddings.weight"]["shape"][0])
     with tempfile.TemporaryDirectory() as scratch:
         writer = WeightsWriter(Path(scratch), "rounded")
         for name in weights.tensors:
             writer.add(name, weights.read(name).to(dtype).float())
         writer.flush()
         write_index(Path(scratch))
-        engine.load_weights(Path(scratch))
+        model.load_weights(Path(scratch))
     batch = _packed(documents)
-    return {mode: engine.last_logits(batch, mode=mode.value).float().cpu() for mode in Mode}
+    return {mode: model.last_logits(batch, mode=mode.value).float().cpu() for mode in Mode}
 
 
 @torch.no_grad()

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from ssa_pretrain.checkpoint.publish import Checkpoint, newest
+from ssa_pretrain.checkpoint.sharded_weights import save_weights
 from ssa_pretrain.checkpoint.weights import WeightsReader, find_weights
 from ssa_pretrain.config import Config, EngineName, Method, ParallelConfig
-from ssa_pretrain.engine import build_engine
-from ssa_pretrain.errors import CheckpointError, ExitCode
+from ssa_pretrain.engine import build_engine, build_evaluator
+from ssa_pretrain.errors import CheckpointError, DataError, ExitCode
 from ssa_pretrain.huggingface.card import model_card
 from ssa_pretrain.huggingface.options import NO_DATA, Dtype, ExportOptions, byte_count
 from ssa_pretrain.huggingface.settings import Mode, SpecialTokens, exported_config
@@ -74,7 +75,7 @@ def export(
     Raises:
         CheckpointError: there is no checkpoint, or a file could not be written; nothing is left then.
         WeightsError: the checkpoint holds another model than the run's configuration.
-        DataError: the tokenizer is missing.
+        DataError: the tokenizer is missing, or is not the one of the training.
     """
     target = Path(options.out)
     scratch = target.with_name(f".{target.name}.tmp")
@@ -82,6 +83,11 @@ def export(
     tokenizer = None
     if (data := options.data or config.data.path) != NO_DATA:
         tokenizer = dataset_tokenizer(Path(data), options.add_bos)
+        if checkpoint.facts.get("vocabulary.tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+            raise DataError(
+                f"data={data} has another tokenizer than the model was trained with: the same token ids stand for different text; "
+                "name the dataset of the training, or data=none"
+            )
 
     def all_ranks(act: Callable[[], object]) -> None:
         if message := on_all_ranks(
@@ -92,7 +98,7 @@ def export(
     try:
         with exits_with_peers(KEY, exit_code=ExitCode.CHECKPOINT):
             all_ranks(lambda: _create(scratch) if placement.is_rank_0 else None)
-            reader = WeightsReader(_common_weights(checkpoint.folder, config, placement, scratch))
+            reader = WeightsReader(_common_weights(checkpoint, config, placement, scratch))
             llama = Llama.of(config, reader.tensors.get(EMBEDDING, {"shape": [0]})["shape"][0])
             reader.require(training_shapes(llama), exact=True)
             source = Source(config, checkpoint, reader, llama, tokenizer, run_folder)
@@ -125,30 +131,22 @@ def _find(run_folder: Path, named: Path | None, placement: Placement) -> Checkpo
     return found
 
 
-def _common_weights(folder: Path, config: Config, placement: Placement, scratch: Path) -> Path:
+def _common_weights(checkpoint: Checkpoint, config: Config, placement: Placement, scratch: Path) -> Path:
     """Returns the folder of a checkpoint's common weights; without them, its engine loads the checkpoint and writes them into `scratch`."""
-    if found := find_weights(folder):
+    if found := find_weights(checkpoint.folder):
         return found
-    shape = placement.groups
-    config = replace(
-        config, parallel=replace(config.parallel, tp=shape.tp.size(), pp=shape.pp.size(), cp=shape.cp.size())
-    )
-    if shape.pp.size() == 1:
-        config = replace(config, parallel=replace(config.parallel, vpp=1))
-    engine = build_engine(config, placement, config.model.vocab_size or _vocabulary(folder, config))
+    engine = replace(config.engine, overlap_tp=False)  # its buffers have the shape of a training microbatch
+    config = replace(config, parallel=layout_for(config, placement.world_size), engine=engine)
+    vocab_size = config.model.vocab_size or checkpoint.facts["vocabulary.padded_size"]
     if config.engine.name is EngineName.megatron:
-        engine.load_weights(folder)
+        model = build_evaluator(config, placement, vocab_size)
+        model.load_weights(checkpoint.folder)
+        save_weights(scratch, model.models, config, placement)
     else:
-        engine.load(folder)  # DeepSpeed's weights lie in its optimizer's files
-    engine.save_weights(scratch)
+        trained = build_engine(config, placement, vocab_size)
+        trained.load(checkpoint.folder)  # DeepSpeed's weights lie in its optimizer's files
+        trained.save_weights(scratch)
     return scratch / "weights"
-
-
-def _vocabulary(folder: Path, config: Config) -> int:
-    """Returns a vocabulary that is padded to the embedding of a checkpoint."""
-    from ssa_pretrain.checkpoint.publish import read
-
-    return read(folder).facts["vocabulary.padded_size"]
 
 
 def _create(scratch: Path) -> None:

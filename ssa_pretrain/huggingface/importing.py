@@ -8,6 +8,7 @@ the output projection is doubled. Both factors are powers of two, so the functio
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,9 @@ def imported_config(record: dict[str, Any], options: ImportOptions) -> Config:
     model, attention, longest = imported_model(record, name)
     if options.vocab_divisor:
         model = replace(model, vocab_divisor=options.vocab_divisor)
-    one_stream = {"alignment_weight": 0.0} if options.method is not Method.ssa else {}
+    one_stream = {Method.ssa: {}, Method.full: {"full_ratio": 1.0}, Method.moba: {"full_ratio": 0.0}}[options.method]
+    if one_stream:
+        one_stream |= {"alignment_weight": 0.0}
     attention = replace(
         attention, method=options.method, gate=attention.gate or options.gate is Gate.open, **one_stream
     )
@@ -125,8 +128,12 @@ def import_folder(folder: Path, record: dict[str, Any], config: Config, gate: Ga
 
     out = Path(config.output_dir)
     out.mkdir(parents=True)
-    published = publish(out, 0, facts, write, keep=1, is_rank_0=True)
-    save_config(config, out / "config.yaml")
+    try:
+        published = publish(out, 0, facts, write, keep=1, is_rank_0=True)
+        save_config(config, out / "config.yaml")
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     return published
 
 

@@ -134,13 +134,13 @@ def byte_count(text: str) -> int | None:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else None
 
 
-def as_arguments(section: str, values: Any, defaults: Any) -> list[str]:
-    """Returns the settings of a section that differ from its defaults, as a user writes them: model.num_layers=16."""
+def as_arguments(section: str, values: Any) -> list[str]:
+    """Returns all settings of a section as a user writes them, such as model.num_layers=16: those of an experiment may differ from the defaults."""
     found = []
     for f in dataclasses.fields(values):
-        value, default = getattr(values, f.name), getattr(defaults, f.name)
+        value = getattr(values, f.name)
         if dataclasses.is_dataclass(value):
-            found += as_arguments(f"{section}.{f.name}", value, default)
-        elif value != default:
+            found += as_arguments(f"{section}.{f.name}", value)
+        else:
             found.append(f"{section}.{f.name}={str(value).lower() if isinstance(value, bool) else value}")
     return found

@@ -22,9 +22,10 @@ FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 @dataclass(frozen=True, slots=True)
 class TextTokenizer:
-    """A tokenizer's file, and the ids of its special tokens that the model was trained with."""
+    """A tokenizer's file with its sha256, and the ids of its special tokens that the model was trained with."""
 
     file: Path
+    sha256: str
     tokens: SpecialTokens
 
 
@@ -53,7 +54,7 @@ def dataset_tokenizer(data: Path, add_bos: bool | None) -> TextTokenizer:
     if with_bos and known.bos_id is None:
         raise DataError(f"add_bos=true needs a tokenizer with BOS, and that of {data} has none; leave add_bos out")
     eos = known.eos_id if policy.get("append_eos", True) else None
-    return TextTokenizer(file, SpecialTokens(eos=eos, bos=known.bos_id if with_bos else None))
+    return TextTokenizer(file, known.sha256, SpecialTokens(eos=eos, bos=known.bos_id if with_bos else None))
 
 
 def write_tokenizer(folder: Path, tokenizer: TextTokenizer, longest: int) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from support.foreign_llama import LLAMA3_ROPE, llama_record, random_tensors, write_folder
 from support.run_folders import without_common_weights
-from support.training import run, train
+from support.training import records, run, train
 
 SETTINGS = (
     "experiment=quickstart",
@@ -26,6 +27,7 @@ def export(source: Path, out: Path, *settings: str, processes: int = 1) -> Path:
     done = run("ssa_pretrain.export", str(source), f"out={out}", SIZE, *settings, processes=processes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f": {out}\n" in done.stdout
+    assert ("checked: relative errors of the logits" in done.stdout) is ("check=true" in settings)
     return out
 
 
@@ -49,7 +51,7 @@ def test_every_number_of_processes_exports_the_same_and_import_scores_the_same(
         f"parallel={layout}",
         processes=processes,
     )
-    alone = export(source, tmp_path / "alone", "dtype=fp32")
+    alone = export(source, tmp_path / "alone", "dtype=fp32", "check=true")
     assert len(list(alone.glob("*.safetensors"))) >= 4
     require_same(
         export(source / "checkpoints/step_00000001", tmp_path / "all", "dtype=fp32", processes=processes), alone
@@ -80,10 +82,31 @@ def test_every_number_of_processes_exports_the_same_and_import_scores_the_same(
     require_same(export(source, tmp_path / "by_engine", "dtype=fp32", processes=processes), alone)
 
 
+def test_convert_llama_trains_a_llama_from_an_import(corpus, tmp_path):
+    """The recipe at its own settings, but for size, precision and the number of steps; the import prints the settings of the model."""
+    record = llama_record(rope=LLAMA3_ROPE) | {"vocab_size": 4096}
+    folder = write_folder(tmp_path / "llama", record, random_tensors(vocab=4096))
+    imported, out = tmp_path / "imported", tmp_path / "out"
+    done = run("ssa_pretrain.import_hf", str(folder), f"out={imported}", "gate=open")
+    assert done.returncode == 0, done.stderr
+    settings = done.stdout.splitlines()[-1].split()
+    assert "attention.gate=true" in settings
+    small = ("precision=fp32", "data.sequence_length=512", "training.global_batch_tokens=1024", "training.steps=2")
+    small += ("evaluation.rows=2", "attention.impl=reference", "attention.top_k=4")
+    paths = (f"data.path={corpus}", f"output_dir={out}", f"checkpoint.init_from={imported}")
+    train("experiment=convert_llama", *settings, *small, *paths)
+    losses = {(r["step"], r["mode"]): r["cross_entropy"] for r in records(out, "evaluation")}
+    assert set(losses) == {(step, mode) for step in (0, 2) for mode in ("full", "sparse")}
+    assert losses[0, "full"] != losses[0, "sparse"]
+    assert losses[2, "full"] < losses[0, "full"], "the weights of the import were trained"
+    assert (out / "checkpoints/step_00000002").is_dir()
+
+
 def evaluate(folder: Path, corpus: Path) -> list[float]:
     """Returns the cross entropy of each mode."""
     done = run("ssa_pretrain.evaluate", str(folder), f"data.path={corpus}", "precision.name=fp32", "evaluation.rows=4")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    modes = json.loads((folder / "evaluation.json").read_text())["modes"]
-    (folder / "evaluation.json").unlink()
+    (path,) = (folder / "evaluations").glob("*.json")
+    modes = json.loads(path.read_text())["modes"]
+    (folder / "evaluation.json").unlink(missing_ok=True)
     return [modes[mode]["cross_entropy"] for mode in ("full", "sparse")]

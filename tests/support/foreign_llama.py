@@ -30,9 +30,11 @@ LLAMA3_ROPE = {
 }
 
 
-def random_tensors(*, gate_rows: int = 0, tied: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_tensors(
+    *, gate_rows: int = 0, tied: bool = False, vocab: int = SIZES["vocab_size"]
+) -> dict[str, torch.Tensor]:
     """Returns the tensors of a Llama under Hugging Face's names: large enough that attention is far from uniform."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def matrix(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 2 / shape[-1] ** 0.5
@@ -40,7 +42,6 @@ def random_tensors(*, gate_rows: int = 0, tied: bool = False, seed: int = 0) -> 
     def norm() -> torch.Tensor:
         return 1 + 0.2 * torch.randn(HIDDEN, generator=generator)
 
-    vocab = SIZES["vocab_size"]
     found = {"model.embed_tokens.weight": matrix(vocab, HIDDEN), "model.norm.weight": norm()}
     if not tied:
         found["lm_head.weight"] = matrix(vocab, HIDDEN)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssa_pretrain.config import Config, EngineConfig, KernelImpl, LayerSpec, PrecisionConfig, PrecisionName
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.engine import build_engine
+from ssa_pretrain.engine import build_evaluator
 from ssa_pretrain.huggingface.importing import import_folder, imported_config, read_record
 from ssa_pretrain.huggingface.options import ImportOptions
 from ssa_pretrain.parallel.state import Placement
@@ -31,9 +31,9 @@ def training_logits(config: Config, run: Path, placement: Placement, mode: str, 
         engine=EngineConfig(layer_spec=LayerSpec.local),
         attention=replace(config.attention, impl=KernelImpl.reference),
     )
-    engine = build_engine(config, placement, config.model.vocab_size)
-    engine.load_weights(run / "checkpoints/step_00000000")
+    model = build_evaluator(config, placement, config.model.vocab_size)
+    model.load_weights(run / "checkpoints/step_00000000")
     ends = torch.tensor([0, *map(len, documents)]).cumsum(0).int()
     tokens, positions = torch.cat(list(documents)).unsqueeze(0), torch.cat([torch.arange(len(d)) for d in documents])
     batch = Batch(0, tokens, torch.zeros_like(tokens), torch.zeros_like(tokens).float(), positions, ends)
-    return engine.last_logits(batch, mode=mode).float()
+    return model.last_logits(batch, mode=mode).float()

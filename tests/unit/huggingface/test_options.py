@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import ModelConfig, RopeScalingConfig
+from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.errors import UsageError
 from ssa_pretrain.huggingface.options import (
     Dtype,
@@ -71,14 +73,17 @@ def test_sizes(text, count):
     assert byte_count(text) == count
 
 
-def test_a_model_as_arguments_names_what_differs_from_the_defaults():
-    model = ModelConfig(num_layers=16, tie_embeddings=False, rope_scaling=RopeScalingConfig(enabled=True, factor=32.0))
-    assert as_arguments("model", model, ModelConfig()) == [
-        "model.num_layers=16",
-        "model.tie_embeddings=false",
-        "model.rope_scaling.enabled=true",
-        "model.rope_scaling.factor=32.0",
-    ]
+def test_a_model_as_arguments_names_every_setting_of_the_model():
+    """Whatever experiment they are given to: with the settings of another model there, the result is the same."""
+    model = ModelConfig(num_layers=16, tie_embeddings=False, rope_scaling=RopeScalingConfig(enabled=False))
+    written = as_arguments("model", model)
+    assert "model.tie_embeddings=false" in written
+    assert "model.rope_scaling.enabled=false" in written
+    data = ["data.path=none", "data.sequence_length=128", "dry_run=true"]
+    config = resolve_config(
+        "plan", ["experiment=convert_llama", *written, *data], Machine(world_size=1, has_files=False)
+    )
+    assert config.model == model
 
 
 @pytest.mark.parametrize("command", ["export", "import_hf"])

@@ -1,24 +1,28 @@
 """Out, in and out again: the same bits. And what an export holds, refuses and leaves behind."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ssa_pretrain.checkpoint.weights import WeightsReader, find_weights
 from ssa_pretrain.config import Config, Method, PrecisionName
-from ssa_pretrain.errors import CheckpointError, WeightsError
-from ssa_pretrain.evaluate import write_json
+from ssa_pretrain.errors import CheckpointError, DataError, WeightsError
+from ssa_pretrain.evaluation.results import write_json
 from ssa_pretrain.huggingface import exporting
+from ssa_pretrain.huggingface.checking import check_export
 from ssa_pretrain.huggingface.exporting import export
 from ssa_pretrain.huggingface.importing import import_folder, imported_config, read_record
 from ssa_pretrain.huggingface.options import Dtype, ExportOptions, ImportOptions
 from ssa_pretrain.settings.convert import config_to_dict, load_config
 from support.layout_worker import VOCAB, configure
 from support.run_folders import without_common_weights, write_run
+from support.small_datasets import write_dataset
 
 CHECKPOINT = Path("checkpoints/step_00000003")
 
@@ -109,7 +113,10 @@ def test_what_else_an_export_holds(tmp_path, placement):
     )
     config = replace(config, name="my model", output_dir="/somewhere/secret")
     write_run(tmp_path / "run", config, placement, VOCAB)
-    modes = {mode: {"cross_entropy": value} for mode, value in (("full", 3.25), ("sparse", 3.5))}
+    modes = {
+        mode: {"cross_entropy": value, "word_perplexity": 40.0, "bits_per_byte": None}
+        for mode, value in (("full", 3.25), ("sparse", 3.5))
+    }
     write_json(tmp_path / "run/evaluation.json", {"step": 3, "rows": 8, "modes": modes})
     folder = export_to(tmp_path / "out", tmp_path / "run", config, placement)
     record = json.loads((folder / "config.json").read_text())
@@ -117,12 +124,23 @@ def test_what_else_an_export_holds(tmp_path, placement):
     assert json.loads((folder / "generation_config.json").read_text()) == {"do_sample": False}
     card = (folder / "README.md").read_text()
     assert "# my model\n" in card
-    assert "| full | 3.2500 |\n| sparse | 3.5000 |\n" in card
+    assert "| attention | cross entropy (nats per token) | perplexity per word | bits per byte |\n" in card
+    assert "| full | 3.2500 | 40.00 | – |\n| sparse | 3.5000 | 40.00 | – |\n" in card
     assert "secret" not in card
     write_json(tmp_path / "run/evaluation.json", {"step": 2, "rows": 8, "modes": modes})
     card = (export_to(tmp_path / "out2", tmp_path / "run", config, placement) / "README.md").read_text()
     assert "No evaluation of this checkpoint" in card
     assert "| full |" not in card
+
+
+def test_tokenizer_of_another_training_is_refused(tmp_path, placement):
+    config = configure({"model.num_layers": 1})
+    write_run(tmp_path / "run", config, placement, VOCAB)
+    documents = {"a": [np.arange(4)]}
+    data = write_dataset(tmp_path / "data", documents, documents).root
+    with pytest.raises(DataError, match="has another tokenizer than the model was trained with: the same token ids"):
+        export_to(tmp_path / "out", tmp_path / "run", config, placement, data=str(data))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run"]
 
 
 def test_failed_export_leaves_nothing(tmp_path, placement, monkeypatch):
@@ -158,3 +176,25 @@ def test_existing_folder_is_refused_and_a_checkpoint_of_another_model_too(tmp_pa
     with pytest.raises(CheckpointError, match="holds no checkpoint; give the folder of a run that has saved one"):
         export_to(tmp_path / "out", tmp_path / "empty", config, placement)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [
+        ({}, Dtype.bf16),
+        ({"attention.gate": False, "model.tie_embeddings": False, "model.rope_scaling.enabled": True}, Dtype.fp32),
+        ({"attention.score": "official_compat", "model.vocab_divisor": 80}, Dtype.fp32),
+    ],
+)
+def test_check_compares_the_export_with_the_training_model_and_sees_a_difference(tmp_path, placement, overrides, dtype):
+    config = configure({"model.num_layers": 2, "data.sequence_length": 192, **overrides})
+    write_run(tmp_path / "run", config, placement, VOCAB)
+    options = ExportOptions(out=str(tmp_path / "out"), dtype=dtype, data="none")
+    weights = export(tmp_path / "run", None, config, placement, options).weights
+    line = check_export(tmp_path / "out", config, weights, exporting.DTYPES[dtype], placement)
+    assert re.fullmatch(r"checked: .* of 7 documents in fp32: full \d\.\de-0[67], sparse \d\.\de-0[67]", line)
+    changed = load_file(tmp_path / "out/model.safetensors")
+    changed["model.layers.1.self_attn.o_proj.weight"][:, 0] *= 1.01
+    save_file(changed, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="gives other logits than the training model in full mode"):
+        check_export(tmp_path / "out", config, weights, exporting.DTYPES[dtype], placement)
