@@ -271,31 +271,35 @@ class SSAStaticLayer(BlockMeans, StaticLayer):
     _layer_type = "ssa_sparse"
 
 
-def choose_blocks(q_BHTD: Tensor, means_BGRD: Tensor, own_BT: Tensor, scale: float, config: SSALlamaConfig) -> Tensor:
+def choose_blocks(q_BHTD: Tensor, means_BGRD: Tensor, query_BT: Tensor, scale: float, config: SSALlamaConfig) -> Tensor:
     """Returns the chosen blocks, int64 `[B, G, T, N]` (`[B, H, T, N]` for per_head): ascending, padded with -1 at the end.
 
     The own block always, and the `top_k - 1` earlier blocks of largest importance; of equal ones, the more recent. No gradient.
 
     Args:
         q_BHTD: queries after RoPE.
-        means_BGRD: mean key of each block; only those before a query's own are read.
-        own_BT: block of each query, below 0 for padding, which chooses nothing.
+        means_BGRD: mean key of each block; only those of complete blocks are read.
+        query_BT: position of each query, -1 for padding, which chooses nothing.
         scale: factor of the logits.
         config: `top_k`, `score` and `block_size`.
     """
     B, H, T, _ = q_BHTD.shape
     G, R = means_BGRD.shape[1:3]
     wide = torch.promote_types(q_BHTD.dtype, torch.float32)
+    own_BT = query_BT.div(config.block_size, rounding_mode="floor")
+    # The official code's softmax also counts the own block, once that is complete.
+    official = config.score == "official_compat"
+    counted = (query_BT + 1).div(config.block_size, rounding_mode="floor") if official else own_BT
     block = torch.arange(R, device=own_BT.device)
     later = block >= own_BT[..., None]
     logits = q_BHTD.detach().to(wide).reshape(B, G, -1, q_BHTD.shape[3]) @ means_BGRD.to(wide).transpose(2, 3) * scale
-    logits = logits.view(B, H, T, R).masked_fill(later[:, None], float("-inf"))
+    logits = logits.view(B, H, T, R).masked_fill((block >= counted[..., None])[:, None], float("-inf"))
     importance = logits
     if config.score != "per_head":
         # Without any candidate the softmax is NaN; those queries are masked again below.
         importance = logits.softmax(-1).view(B, G, H // G, T, R).sum(2)
         importance = torch.where(importance < TINY, 0.0, importance).masked_fill(later[:, None], float("-inf"))
-    if config.score == "official_compat":
+    if official:
         importance = _drop_unofficial(importance, own_BT[:, None, :, None], config.block_size)
     best = _most_important(importance, min(config.top_k - 1, R))
     absent = torch.iinfo(torch.int64).max
@@ -410,7 +414,7 @@ class SSALlamaAttention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (output [B, T, H, D], weights or None) of some queries [B, H, T, D] at positions [B, T]."""
         size, eager = self.config.block_size, self.config._attn_implementation == "eager"
-        chosen = choose_blocks(q, means, query_BT.div(size, rounding_mode="floor"), self.scaling, self.config)
+        chosen = choose_blocks(q, means, query_BT, self.scaling, self.config)
         kv_heads, keys = k.shape[1:3]
         if q.shape[2] == 1 and chosen.shape[1] == kv_heads and chosen.shape[3] * size < keys and not eager:
             # One token reads the keys of its blocks only.

@@ -57,8 +57,7 @@ def require_same_choice(score: str, top_k: int, tied: bool) -> None:
     )
     means = modelling.block_means(k_BGSD, places.order_BS, none, (width - 1) // SIZE + 1, SIZE)
     config = modelling.SSALlamaConfig(score=score, top_k=top_k, block_size=SIZE)
-    own = places.position_BS.div(SIZE, rounding_mode="floor")
-    found = modelling.choose_blocks(q_BHTD, means, own, D**-0.5, config)
+    found = modelling.choose_blocks(q_BHTD, means, places.position_BS, D**-0.5, config)
     for row, indices in enumerate(wanted):
         count = min(top_k, found.shape[-1])
         chosen = found[row][:, visible[row]].transpose(0, 1)

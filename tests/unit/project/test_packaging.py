@@ -72,7 +72,9 @@ def test_imported_packages_are_declared(folder: str, extras: tuple[str, ...]) ->
 
 def test_constraints_pin_every_requirement_within_its_range() -> None:
     pins = {normal(name): version for name, version in PINNED.items()}
-    for requirement in requirements("quickstart", "llama3", "gigatoken", "cluster", "deepspeed", "hub", "bench", "huggingface", "dev"):
+    for requirement in requirements(
+        "quickstart", "llama3", "gigatoken", "cluster", "deepspeed", "hub", "bench", "huggingface", "dev"
+    ):
         assert normal(requirement.name) in pins, f"constraints.txt does not pin {requirement.name}"
         assert requirement.specifier.contains(pins[normal(requirement.name)]), (
             f"the pin of {requirement.name} is out of range"
