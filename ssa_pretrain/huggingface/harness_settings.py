@@ -26,7 +26,7 @@ DEFAULT_SEED = 1234  # lm_eval's own, of few-shot examples
 class Evaluation:
     """Tasks of lm_eval with the settings that decide their results."""
 
-    tasks: list[str]  # names of lm_eval's tasks or groups
+    tasks: list[str] = field(default_factory=list)  # names of lm_eval's tasks or groups
     num_fewshot: int | None = None  # examples before each question; null: as the task says
     seeds: list[int] = field(default_factory=lambda: [DEFAULT_SEED])  # one run each; the seed draws the examples
     batch_size: int = 8  # requests at once
@@ -84,7 +84,7 @@ def read_evaluations(names: list[str]) -> dict[str, Evaluation]:
     known = sorted(path.stem for path in FILES.glob("*.yaml"))
     found: dict[str, Evaluation] = {}
     problems: list[Problem] = []
-    for name in dict.fromkeys(each for name in names for each in (known if name == PAPER else [name])):
+    for name in dict.fromkeys(each for given in names for each in (known if given == PAPER else [given])):
         path = FILES / f"{name}.yaml" if name in known else Path(name)
         if not path.is_file():
             near = closest(name, [*known, PAPER], 1)

@@ -50,14 +50,11 @@ def require_same_choice(score: str, top_k: int, tied: bool) -> None:
         q_BHTD[row, :, slots], k_BGSD[row, :, slots] = q.transpose(0, 1), k.transpose(0, 1)
     places = modelling.locate_tokens(visible, 0, width)
     none = torch.zeros(len(rows), dtype=torch.int64)
-    assert torch.equal(places.before_B, none)
-    assert (
-        torch.equal(places.query_BT[visible], places.position_BS[visible])
-        and (places.position_BS[~visible] == -1).all()
-    )
-    means = modelling.block_means(k_BGSD, places.order_BS, none, (width - 1) // SIZE + 1, SIZE)
+    assert torch.equal(places.before, none)
+    assert torch.equal(places.queries[visible], places.positions[visible]) and (places.positions[~visible] == -1).all()
+    means = modelling.block_means(k_BGSD, places.order, none, (width - 1) // SIZE + 1, SIZE)
     config = modelling.SSALlamaConfig(score=score, top_k=top_k, block_size=SIZE)
-    found = modelling.choose_blocks(q_BHTD, means, places.position_BS, D**-0.5, config)
+    found = modelling.choose_blocks(q_BHTD, means, places.positions, D**-0.5, config)
     for row, indices in enumerate(wanted):
         count = min(top_k, found.shape[-1])
         chosen = found[row][:, visible[row]].transpose(0, 1)
