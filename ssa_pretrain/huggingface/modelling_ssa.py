@@ -129,17 +129,17 @@ class Rows(NamedTuple):
     """Where the tokens of a batch's rows are among the slots of the keys, in sparse mode; the same for every layer.
 
     Attributes:
-        position_BS: int64, the position of each slot's token in its row, -1 for padding.
-        order_BS: int64, the slots of each row's tokens in order, then the others.
-        query_BT: int64, the position of each query, for padding that of the last token before it; -1 if there is none.
-        before_B: int64, tokens of each row before the first query.
+        positions: int64 [B, S], the position of each slot's token in its row, -1 for padding.
+        order: int64 [B, S], the slots of each row's tokens in order, then the others.
+        queries: int64 [B, T], the position of each query, for padding that of the last token before it; -1 if there is none.
+        before: int64 [B], tokens of each row before the first query.
         packing: (order [B, T] of the queries, the kernels' layout) if ssa_kernels serves this call, otherwise None.
     """
 
-    position_BS: Tensor
-    order_BS: Tensor
-    query_BT: Tensor
-    before_B: Tensor
+    positions: Tensor
+    order: Tensor
+    queries: Tensor
+    before: Tensor
     packing: tuple | None = None
 
 
@@ -216,9 +216,9 @@ class BlockMeans:
             rows: where the tokens are.
             block_size: keys per block.
         """
-        count = (rows.query_BT.shape[1] + block_size - 2) // block_size + 1
-        first_block = rows.before_B // block_size
-        new = block_means(keys, rows.order_BS, first_block, count, block_size)
+        count = (rows.queries.shape[1] + block_size - 2) // block_size + 1
+        first_block = rows.before // block_size
+        new = block_means(keys, rows.order, first_block, count, block_size)
         room = (keys.shape[2] + block_size - 2) // block_size + 1
         old = self.block_means
         if old is None:
@@ -271,31 +271,35 @@ class SSAStaticLayer(BlockMeans, StaticLayer):
     _layer_type = "ssa_sparse"
 
 
-def choose_blocks(q_BHTD: Tensor, means_BGRD: Tensor, own_BT: Tensor, scale: float, config: SSALlamaConfig) -> Tensor:
+def choose_blocks(q_BHTD: Tensor, means_BGRD: Tensor, query_BT: Tensor, scale: float, config: SSALlamaConfig) -> Tensor:
     """Returns the chosen blocks, int64 `[B, G, T, N]` (`[B, H, T, N]` for per_head): ascending, padded with -1 at the end.
 
     The own block always, and the `top_k - 1` earlier blocks of largest importance; of equal ones, the more recent. No gradient.
 
     Args:
         q_BHTD: queries after RoPE.
-        means_BGRD: mean key of each block; only those before a query's own are read.
-        own_BT: block of each query, below 0 for padding, which chooses nothing.
+        means_BGRD: mean key of each block; only those of complete blocks are read.
+        query_BT: position of each query, -1 for padding, which chooses nothing.
         scale: factor of the logits.
         config: `top_k`, `score` and `block_size`.
     """
     B, H, T, _ = q_BHTD.shape
     G, R = means_BGRD.shape[1:3]
     wide = torch.promote_types(q_BHTD.dtype, torch.float32)
+    own_BT = query_BT.div(config.block_size, rounding_mode="floor")
+    # The official code's softmax also counts the own block, once that is complete.
+    official = config.score == "official_compat"
+    counted = (query_BT + 1).div(config.block_size, rounding_mode="floor") if official else own_BT
     block = torch.arange(R, device=own_BT.device)
     later = block >= own_BT[..., None]
     logits = q_BHTD.detach().to(wide).reshape(B, G, -1, q_BHTD.shape[3]) @ means_BGRD.to(wide).transpose(2, 3) * scale
-    logits = logits.view(B, H, T, R).masked_fill(later[:, None], float("-inf"))
+    logits = logits.view(B, H, T, R).masked_fill((block >= counted[..., None])[:, None], float("-inf"))
     importance = logits
     if config.score != "per_head":
         # Without any candidate the softmax is NaN; those queries are masked again below.
         importance = logits.softmax(-1).view(B, G, H // G, T, R).sum(2)
         importance = torch.where(importance < TINY, 0.0, importance).masked_fill(later[:, None], float("-inf"))
-    if config.score == "official_compat":
+    if official:
         importance = _drop_unofficial(importance, own_BT[:, None, :, None], config.block_size)
     best = _most_important(importance, min(config.top_k - 1, R))
     absent = torch.iinfo(torch.int64).max
@@ -385,8 +389,8 @@ class SSALlamaAttention(LlamaAttention):
         if rows.packing is not None:
             return self._kernels(q, new_k, new_v, *rows.packing), None
         if means is None:
-            means = block_means(k, rows.order_BS, torch.zeros_like(rows.before_B), (k.shape[2] - 1) // size + 1, size)
-        parts = zip(q.split(QUERIES_PER_CHUNK, 2), rows.query_BT.split(QUERIES_PER_CHUNK, 1), strict=True)
+            means = block_means(k, rows.order, torch.zeros_like(rows.before), (k.shape[2] - 1) // size + 1, size)
+        parts = zip(q.split(QUERIES_PER_CHUNK, 2), rows.queries.split(QUERIES_PER_CHUNK, 1), strict=True)
         outs = [self._plain(part, k, v, means, query, rows, **kwargs) for part, query in parts]
         if len(outs) == 1:
             return outs[0]
@@ -410,17 +414,17 @@ class SSALlamaAttention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (output [B, T, H, D], weights or None) of some queries [B, H, T, D] at positions [B, T]."""
         size, eager = self.config.block_size, self.config._attn_implementation == "eager"
-        chosen = choose_blocks(q, means, query_BT.div(size, rounding_mode="floor"), self.scaling, self.config)
+        chosen = choose_blocks(q, means, query_BT, self.scaling, self.config)
         kv_heads, keys = k.shape[1:3]
         if q.shape[2] == 1 and chosen.shape[1] == kv_heads and chosen.shape[3] * size < keys and not eager:
             # One token reads the keys of its blocks only.
             place = torch.arange(size, device=q.device)
             token = (chosen.transpose(2, 3) * size + place).flatten(2)  # [B, G, N K]; below 0 in a block of -1
-            slot = rows.order_BS[:, None].expand(-1, kv_heads, -1).gather(2, token.clamp(0, keys - 1))
+            slot = rows.order[:, None].expand(-1, kv_heads, -1).gather(2, token.clamp(0, keys - 1))
             k, v = (x.gather(2, slot[..., None].expand(*slot.shape, x.shape[3])) for x in (k, v))
             mask = ((token >= 0) & (token <= query_BT[:, None])).unsqueeze(2)
         else:
-            mask = _chosen_keys(chosen, means.shape[2], rows.position_BS, query_BT, size)
+            mask = _chosen_keys(chosen, means.shape[2], rows.positions, query_BT, size)
         mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
         if eager:
             mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)

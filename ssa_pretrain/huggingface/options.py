@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
+
+import yaml
 
 from ssa_pretrain.config import Method
 from ssa_pretrain.errors import UsageError
 from ssa_pretrain.huggingface.settings import Mode
 from ssa_pretrain.settings.command_line import report
-from ssa_pretrain.settings.convert import config_from_dict
+from ssa_pretrain.settings.convert import config_from_dict, known_keys
 from ssa_pretrain.settings.problems import ConfigError, Problem, at_least
 
 Options = TypeVar("Options")
@@ -102,7 +104,8 @@ def read_options(root: type[Options], program: str, what: str, arguments: Sequen
     """
     folders = [argument for argument in arguments if "=" not in argument or Path(argument).is_dir()]
     given = [argument.partition("=") for argument in arguments if argument not in folders]
-    options, problems = config_from_dict(root, {key: value for key, _, value in given})
+    kinds = known_keys(root)
+    options, problems = config_from_dict(root, {key: _value(kinds.get(key), value) for key, _, value in given})
     if len(folders) != 1:
         named = Problem(
             "the command line", None, f"names {len(folders) or 'no'} folder{'s' * (len(folders) > 1)}", f"give {what}"
@@ -115,6 +118,17 @@ def read_options(root: type[Options], program: str, what: str, arguments: Sequen
     if problems:
         raise UsageError(report(program, ConfigError(problems)))
     return Path(folders[0]), options
+
+
+def _value(kind: Any, text: str) -> Any:
+    """Returns a value from the command line: of lists and mappings its content, and one word is a list of one."""
+    if get_origin(kind) not in (list, dict):
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return [value] if get_origin(kind) is list and not isinstance(value, list) else value
 
 
 def new_folder_problems(key: str, path: str) -> list[Problem]:

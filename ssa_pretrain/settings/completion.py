@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssa_pretrain.settings.convert import known_keys
+from ssa_pretrain.settings.kinds import NOT_GROUPS
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 FLAGS = ("--help", "--version", "--explain", "--dry-run", "--cfg", "--resolve", "--package", "--info")
@@ -96,5 +97,7 @@ def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for folder in folders:
         for path in folder.glob("*/*.yaml"):
+            if path.parent.name in NOT_GROUPS:
+                continue
             found.setdefault(path.parent.name, set()).add(path.stem)
     return {group: sorted(options) for group, options in found.items()}

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ssa_pretrain.settings.convert import MISSING, SECRET_ADVICE, SECRET_RULE, config_to_dict, known_keys, unknown_key
-from ssa_pretrain.settings.kinds import kind_groups
+from ssa_pretrain.settings.kinds import NOT_GROUPS, kind_groups
 from ssa_pretrain.settings.problems import SECRET, Problem, join, show
 from ssa_pretrain.settings.suggestions import closest
 from ssa_pretrain.settings.typed import PATH_PART, UnwritableNameError, as_typed, field_type, typed_files
@@ -296,7 +296,7 @@ def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], 
 def _groups() -> list[str]:
     """Returns the groups of the configuration folder."""
     groups = GlobalHydra.instance().config_loader().list_groups("")
-    return [name for name in groups if name not in ("hydra", "recipe")]
+    return [name for name in groups if name not in NOT_GROUPS]
 
 
 def _options(group: str, source: Source) -> list[str]:

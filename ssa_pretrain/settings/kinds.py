@@ -5,6 +5,8 @@ import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
+NOT_GROUPS = ("hydra", "recipe", "lm_eval")  # folders beside the groups; lm_eval holds tasks, which no run reads
+
 
 def sections_in(kind: Any) -> list[Any]:
     """Returns the dataclasses that a field's type allows: one, several for a union of them, none for a plain value."""

@@ -102,13 +102,13 @@ def test_sparse_mode_refuses_what_it_would_get_wrong():
     bidirectional, window = torch.ones(2, 1, 1, 40, 40, dtype=torch.bool)
     window = window.tril().triu(-20)
     for mask in (bidirectional, window, torch.zeros(1, 1, 40, 40).masked_fill(~window, float("-inf"))):
-        with pytest.raises(ValueError, match="attention_mask of four dims must be causal apart from padding .*; try"):
+        with pytest.raises(ValueError, match=r"attention_mask of four dims must be causal apart from padding .*; try"):
             model(tokens, attention_mask=mask)
     with pytest.raises(ValueError, match=r"attention_mask \(1, 41\) must be \[rows, keys\] with 40 keys; try a mask"):
         model(tokens, attention_mask=torch.ones(1, 41))
     positions = torch.cat([torch.arange(25), torch.arange(15)])[None]
-    with pytest.raises(ValueError, match="position_ids restart within a row, .*; try a row per document, or"):
+    with pytest.raises(ValueError, match=r"position_ids restart within a row, .*; try a row per document, or"):
         model(tokens, position_ids=positions)
     model.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="attn_implementation=flex_attention must be sdpa or eager under .*; try"):
+    with pytest.raises(ValueError, match=r"attn_implementation=flex_attention must be sdpa or eager under .*; try"):
         model(tokens)
