@@ -68,6 +68,12 @@ class CheckpointError(CommandError, ValueError):
     exit_code = ExitCode.CHECKPOINT
 
 
+class UnsafePickle(CheckpointError):
+    """A file of a checkpoint names a function or class that no checkpoint needs, so it was not unpickled."""
+
+    of_one_rank = True
+
+
 class WeightsError(CommandError, ValueError):
     """A folder of weights is incomplete, damaged or holds another model."""
 

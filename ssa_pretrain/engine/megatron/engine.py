@@ -120,10 +120,11 @@ class MegatronEngine:
 
     def load_weights(self, folder: Path) -> None:
         """See `Engine.load_weights`."""
-        if checkpoint.is_core_checkpoint(folder):
+        source = find_weights(folder)
+        if source != folder and checkpoint.is_core_checkpoint(folder):
             checkpoint.load(folder, self.chunks, None)
-        else:
-            source = find_weights(folder) or folder
+        else:  # a folder of common weights has no checked list of files, so nothing in it is unpickled
+            source = source or folder
             sharded_weights.load_weights(source, self._models, self.config, self.placement)
         self.optimizer.reload_model_params()
 
