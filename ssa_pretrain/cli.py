@@ -81,7 +81,7 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
             raise Answered(plan_table(entry, config, arguments, machine.world_size or 1))
     except Answered as answer:
         with pipe_may_close():
-            sys.stdout.write(answer.text * prints)
+            sys.stdout.write(hide_secrets(answer.text, secrets_of(os.environ)) * prints)
         raise SystemExit(answer.exit_code) from None
     except ConfigError as error:
         message = hide_secrets(report(f"ssa_pretrain.{entry}", error), secrets_of(os.environ))

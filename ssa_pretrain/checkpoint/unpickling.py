@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import filesystem, state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ssa_pretrain.errors import UnsafePickle
@@ -92,6 +92,8 @@ def restricted(folder: Path) -> Iterator[None]:
     refused: list[UnsafePickle] = []
     torch.load = _noting(refused, _restricted_load(load, folder))
     filesystem.pickle = SimpleNamespace(load=_noting(refused, _load_metadata), dump=pickle.dump)
+    logger, was_disabled = state_dict_loader.logger, state_dict_loader.logger.disabled
+    logger.disabled = True  # torch logs the trace of an error that it also raises
     torch.serialization.clear_safe_globals()  # core's list is longer than its checkpoints need
     torch.serialization.add_safe_globals(_present(LOADED))
     try:
@@ -100,7 +102,7 @@ def restricted(folder: Path) -> Iterator[None]:
         refused += [cause for cause, _ in error.failures.values() if isinstance(cause, UnsafePickle)]
         raise (refused[0] if refused else error) from None
     finally:
-        torch.load, filesystem.pickle = load, reader
+        torch.load, filesystem.pickle, logger.disabled = load, reader, was_disabled
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(listed)
 

@@ -175,4 +175,6 @@ def _meeting_point(limit: datetime.timedelta) -> dict[str, Any]:
     if hosted_by_launcher or os.environ.get("RANK") != "0" or not host or not port.isdecimal():
         return {}
     world_size = int(os.environ["WORLD_SIZE"])
-    return {"store": hosted_store(host, int(port), timeout=limit), "rank": 0, "world_size": world_size}
+    hosted = hosted_store(host, int(port), world_size=world_size, timeout=limit)
+    store = dist.PrefixStore("default_pg", hosted)  # torch's own prefix, which the other ranks use
+    return {"store": store, "rank": 0, "world_size": world_size}

@@ -5,14 +5,14 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from support.processes import free_port
-from support.training import ROOT, command, descendants, environment, launched, run
+from support.training import ROOT, descendants, environment, launched, run
 
 pytestmark = pytest.mark.timeout(900)
 SETTINGS = (
@@ -68,34 +68,50 @@ def test_secrets_are_in_no_byte_of_a_run(trained):
         require_no_canary(path.read_bytes(), path)
 
 
+IN_SETTINGS = (
+    "+wandb.api_key={WANDB_API_KEY}",
+    "logging.wandb.project={HF_TOKEN}",
+    "logging.wandb.tags=[a,{WANDB_API_KEY}]",
+    "name=run-{MY_PASSWORD}",
+    "output_dir=s3://{AWS_ACCESS_KEY_ID}:{AWS_SECRET_ACCESS_KEY}@bucket/data",
+    "data.path='https://user:hunter2hunter2@host/data'",
+    "deepspeed.extra.a.b={HF_TOKEN}",
+)
+
+
 @pytest.mark.parametrize(
-    "argument",
+    ("arguments", "codes"),
     [
-        "+wandb.api_key={WANDB_API_KEY}",
-        "logging.wandb.api_key={WANDB_API_KEY}",
-        "logging.wandb.project={HF_TOKEN}",
-        "logging.wandb.tags=[a,{WANDB_API_KEY}]",
-        "name=run-{MY_PASSWORD}",
-        "data.path=s3://{AWS_ACCESS_KEY_ID}:{AWS_SECRET_ACCESS_KEY}@bucket/data",
-        "data.path='https://user:hunter2hunter2@host/data'",
-        "nmae={HF_TOKEN}",
-        "{HF_TOKEN}",
-        "--token={HF_TOKEN}",
+        (IN_SETTINGS, [3]),
+        ((*IN_SETTINGS, "dry_run=true"), [3]),
+        ((*IN_SETTINGS[1:], "--cfg", "job", "--resolve"), [0]),
+        (("nmae={HF_TOKEN}", "{HF_TOKEN}", "--token={HF_TOKEN}", "optim.lr={MY_PASSWORD}"), [3]),
     ],
 )
-def test_secret_on_the_command_line_is_refused_and_not_printed(argument, tmp_path, monkeypatch, capsys):
+def test_secret_on_the_command_line_is_refused_and_never_printed(arguments, codes, tmp_path, monkeypatch, capsys):
     from ssa_pretrain.cli import read_config
 
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    for more in ([], ["--cfg", "job", "--resolve"], ["dry_run=true"]):
-        with pytest.raises(SystemExit) as caught:
-            read_config("train", ["experiment=quickstart", argument.format_map(CANARIES), *more])
-        printed = "".join(capsys.readouterr())
-        assert caught.value.code == 3, printed
-        require_no_canary(printed.encode(), printed)
-        assert "hunter2hunter2" not in printed
+    with pytest.raises(SystemExit) as caught:
+        read_config("train", ["experiment=quickstart", *(word.format_map(CANARIES) for word in arguments)])
+    printed = "".join(capsys.readouterr())
+    assert [caught.value.code] == codes, printed
+    require_no_canary(printed.encode(), printed)
+    assert "hunter2hunter2" not in printed and "<hidden>" in printed
+    if arguments == IN_SETTINGS:
+        keys = (
+            "wandb.api_key",
+            "logging.wandb.project",
+            "logging.wandb.tags",
+            "name",
+            "output_dir",
+            "data.path",
+            "deepspeed.extra.a.b",
+        )
+        for key in keys:
+            assert f"  {key}=<hidden> is a secret, and the configuration is saved; set WANDB_API_KEY" in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +163,7 @@ def test_checkpoint_of_an_attacker_runs_no_code(trained, corpus, tmp_path, path)
     }[path]()
     assert done.returncode == 5, done.stderr[-3000:]
     assert f"{checkpoint / '.metadata'} names posix.mkdir, which is in no checkpoint" in done.stderr
-    assert "Traceback" not in done.stderr.replace("Traceback (most recent call last): (RANK", "")
+    assert "Traceback" not in done.stderr
     assert not marker.exists()
 
 
@@ -174,7 +190,7 @@ def listeners(pids: list[int]) -> set[str]:
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun.sh", "deepspeed.sh", "by hand"])
+@pytest.mark.parametrize("launcher", ["torchrun.sh", "deepspeed.sh"])
 def test_ranks_of_one_node_listen_on_the_loopback_only(corpus, tmp_path, launcher):
     settings = (
         *SETTINGS,
@@ -183,33 +199,18 @@ def test_ranks_of_one_node_listen_on_the_loopback_only(corpus, tmp_path, launche
         f"output_dir={tmp_path}",
         "checkpoint.interval=400",
     )
-    variables = environment()
-    if launcher == "by hand":
-        variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-        commands = [
-            (command("ssa_pretrain.train", *settings), {"RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(2)
-        ]
-    else:
-        commands = [(launched(launcher, *settings), {})]
-    started = [
-        subprocess.Popen(
-            words, env=variables | more, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for words, more in commands
-    ]
     found: set[str] = set()
-    try:
-        deadline = time.monotonic() + 200
-        while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
-            assert time.monotonic() < deadline and all(one.poll() is None for one in started), started[0].communicate()[
-                0
-            ]
-            found |= listeners([pid for one in started for pid in (one.pid, *descendants(one.pid))])
-            time.sleep(0.2)
-    finally:
-        for one in started:
-            for pid in (one.pid, *descendants(one.pid)):
-                os.kill(pid, 9)
-            one.communicate()
+    with subprocess.Popen(
+        launched(launcher, *settings), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+                assert time.monotonic() < deadline and process.poll() is None, "the run did not begin"
+                found |= listeners([process.pid, *descendants(process.pid)])
+                time.sleep(0.1)
+        finally:
+            for pid in (process.pid, *descendants(process.pid)):
+                os.kill(pid, signal.SIGKILL)
     assert found, "no store was seen"
     assert {address for address in found if not address.startswith(LOOPBACK)} == set()

@@ -21,6 +21,7 @@ from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep
 from ssa_pretrain.engine.megatron import checkpoint
 from ssa_pretrain.engine.megatron.optimizer import build_optimizer
+from ssa_pretrain.engine.replicas import ReplicaCheck
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums
 from ssa_pretrain.model.spec import build_model
 from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
@@ -37,6 +38,7 @@ class MegatronEngine:
         if config.engine.overlap_tp:
             start_user_buffers(config)
         self.context = ContextParallel(placement.groups.cp)
+        self.replicas = ReplicaCheck(config.training.replica_check_interval, placement)
         self.microbatches = Microbatches(config, placement, self.context)
         self.chunks = _build_chunks(config, placement, vocab_size)
         self.core = self.chunks[0].config
@@ -48,8 +50,11 @@ class MegatronEngine:
     def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
         """See `Engine.train_step`; on a GPU the step is only queued when this returns."""
         sums = self.forward_backward(batches, step=step)
+        # After the forward, which gathers the weights if `overlap_param_gather` defers that.
+        named = sharded_weights.named_weights(self._models, self.config, tied_copies=True)
+        differing = self.replicas.compare(named, step)
         grad_norm = self.update(learning_rate)
-        return self.microbatches.step_result(sums, grad_norm)
+        return self.microbatches.step_result(sums, grad_norm, differing)
 
     def forward_backward(self, batches: Sequence[Batch], *, step: int) -> StepSums:
         """Computes the global batch's gradients into their buffers. Returns the sums of the passes."""

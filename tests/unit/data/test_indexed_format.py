@@ -256,7 +256,7 @@ def test_link_to_another_file_of_the_same_size_is_refused(dataset):
     secret.write_bytes(b"s" * path.stat().st_size)
     path.unlink()
     path.symlink_to(secret)
-    with pytest.raises(DatasetError, match="text_00000.bin has sha256 .* its content changed after it was written"):
+    with pytest.raises(DatasetError, match=r"text_00000.bin has sha256 .* its content changed after it was written"):
         load_manifest(dataset)
 
 

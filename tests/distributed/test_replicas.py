@@ -1,0 +1,79 @@
+"""One flipped bit of one weight on one rank is found and named within the interval, on every layout with copies; equal copies raise no alarm."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from support.processes import run_workers
+
+WORKER = Path(__file__).parent / "replica_worker.py"
+EVERY, THIRD = {"training.replica_check_interval": 1}, {"training.replica_check_interval": 3}
+ALONE = {"engine.distributed_optimizer": False}  # each rank updates its own copy, so a wrong weight stays
+OVERLAP = {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True}
+BF16 = {"precision.name": "bf16"}
+ZERO = {"engine.name": "deepspeed", "training.global_batch_tokens": 8 * 96}
+CASES = {
+    2: {
+        "alone": THIRD | ALONE,
+        "distributed_optimizer": EVERY | OVERLAP,
+        "cp2": EVERY | {"parallel.cp": 2},
+        "tp2": EVERY | {"parallel.tp": 2},  # one data rank: no copies
+    },
+    4: {
+        "alone": THIRD | ALONE,
+        "tp2": EVERY | BF16 | {"parallel.tp": 2, "parallel.sequence_parallel": True},
+        "pp2": THIRD | ALONE | {"parallel.pp": 2},
+        "cp2": EVERY | BF16 | OVERLAP | {"parallel.cp": 2},
+    },
+}
+if find_spec("deepspeed"):
+    CASES[2] |= {f"zero{stage}": EVERY | ZERO | {"deepspeed.zero_stage": stage} for stage in (0, 2, 3)}
+# The ranks that hold the same weights as the last one.
+GROUPS = {(2, "tp2"): [1], (4, "tp2"): [1, 3], (4, "pp2"): [2, 3], (2, "zero3"): [1]}
+NAMES = [(size, name) for size, cases in CASES.items() for name in cases]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict[tuple[int, str], list[dict]]:
+    """Returns what each rank saw, by number of ranks and case."""
+    found = {}
+    for size, cases in CASES.items():
+        folder = tmp_path_factory.mktemp(f"replicas_{size}")
+        (folder / "cases.json").write_text(json.dumps(cases))
+        run_workers(WORKER, size, str(folder / "cases.json"), str(folder))
+        for name in cases:
+            found[size, name] = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(size)]
+    return found
+
+
+@pytest.mark.parametrize(("size", "name"), NAMES)
+def test_comparing_raises_no_alarm_and_changes_no_bit(seen, size, name):
+    for rank in seen[size, name]:
+        assert rank["on"] == rank["off"]
+        assert len(rank["on"]["metrics"]) == 6
+
+
+@pytest.mark.parametrize(("size", "name"), NAMES)
+@pytest.mark.parametrize("where", ["last", "first"])
+def test_flipped_bit_is_named_within_the_interval(seen, size, name, where):
+    group = GROUPS.get((size, name), list(range(size)))
+    flips = group[-1] if where == "last" or name == "pp2" else 0
+    ends = [rank[f"flipped_on_{where}"] for rank in seen[size, name]]
+    if len(group) == 1:
+        assert all("error" not in end for end in ends)
+        return
+    interval = CASES[size][name]["training.replica_check_interval"]
+    assert {end["error"] for end in ends} == {ends[0]["error"]}, "the ranks report different things"
+    assert {(end["step"], end["code"]) for end in ends} == {(3 if interval == 3 else 2, 12)}
+    message = ends[0]["error"]
+    assert "decoder.final_layernorm.weight" in message
+    assert f"were equal after step {0 if interval == 3 else 1}, and nothing was saved" in message
+    if len(group) > 2:
+        assert message.split(": ")[1].startswith(f"rank {flips} (")
+        assert "differs from the others in decoder." in message
+    else:
+        first, second = group if flips in group else [0, flips ^ 2]
+        assert f"rank {first} (" in message and f" and rank {second} (" in message
+        assert "and their number does not show which is right" in message
