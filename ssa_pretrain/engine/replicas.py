@@ -28,7 +28,10 @@ from torch import Tensor
 from ssa_pretrain.errors import ReplicaError
 from ssa_pretrain.parallel.state import Placement
 
-CHUNK = 2**22  # elements hashed at once, as int64
+CHUNKS = {
+    "cpu": 2**15,
+    "cuda": 2**22,
+}  # elements hashed at once, as int64: what fits a CPU's cache, and what fills a GPU
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 KEPT = 2  # comparisons whose hashes are kept: one step may be queued behind the one that is read
 MAX_NAMED = 3  # weights in the message
@@ -117,10 +120,11 @@ def bit_hash(tensor: Tensor) -> Tensor:
     """Returns the hash of a tensor's bits, int64 scalar on its device; the sum wraps around."""
     bits = tensor.detach().reshape(-1)
     bits = bits.view(BITS[bits.element_size()])
-    odd = 2 * torch.arange(min(CHUNK, bits.numel()), dtype=torch.int64, device=bits.device) + 1
+    chunk = CHUNKS[bits.device.type]
+    odd = 2 * torch.arange(min(chunk, bits.numel()), dtype=torch.int64, device=bits.device) + 1
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for first in range(0, bits.numel(), CHUNK):
-        part = bits[first : first + CHUNK].to(torch.int64)
+    for first in range(0, bits.numel(), chunk):
+        part = bits[first : first + chunk].to(torch.int64)
         total += (part * odd[: part.numel()]).sum()
         if first:
             total += part.sum() * (2 * first)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import run_workers
+from support.processes import ranks, run_ranks, run_workers
+from support.small_datasets import cut, write_dataset
 
 WORKER = Path(__file__).parent / "replica_worker.py"
+RUN = Path(__file__).parent / "flipping_run.py"
 EVERY, THIRD = {"training.replica_check_interval": 1}, {"training.replica_check_interval": 3}
 ALONE = {"engine.distributed_optimizer": False}  # each rank updates its own copy, so a wrong weight stays
 OVERLAP = {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True}
@@ -77,3 +79,24 @@ def test_flipped_bit_is_named_within_the_interval(seen, size, name, where):
         first, second = group if flips in group else [0, flips ^ 2]
         assert f"rank {first} (" in message and f" and rank {second} (" in message
         assert "and their number does not show which is right" in message
+
+
+def test_run_ends_with_its_own_exit_code_and_saves_nothing_after(tmp_path):
+    """A sign flips before step 5. The copies are compared in the first step and every third, so after step 6."""
+    write_dataset(tmp_path / "data", {"text": cut(20_000, base=1)}, {"text": cut(2_000, base=1)})
+    settings = ["experiment=quickstart", "model.num_layers=2", "engine.distributed_optimizer=false", "precision=fp32"]
+    settings += ["training.steps=12", "training.global_batch_tokens=512", "training.micro_batch_size=1"]
+    settings += ["data.sequence_length=128", "evaluation.rows=2", "evaluation.at_start=false", "checkpoint.interval=2"]
+    settings += [
+        "training.replica_check_interval=3",
+        f"data.path={tmp_path / 'data'}",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    ended = run_ranks([str(RUN), "1", "4", *settings], ranks(2), timeout=300)
+    assert [one.code for one in ended] == [12, 12], ended
+    sentence = ended[0].stderr.splitlines()[-1]
+    assert sentence.startswith("after step 6 data ranks hold different weights: rank 0 (")
+    assert " and rank 1 (" in sentence and "decoder.layers.1.mlp.linear_fc2.weight" in sentence
+    assert "The copies were equal after step 3, and nothing was saved since they were found to differ" in sentence
+    assert not any("Traceback" in one.stderr for one in ended)
+    assert max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == "step_00000006"

@@ -23,7 +23,7 @@ def expected(bits: list[int]) -> int:
 @pytest.mark.parametrize("dtype", INTEGER)
 @pytest.mark.parametrize("chunk", [4, 7, 1000])
 def test_hash_equals_its_formula_at_any_chunk(monkeypatch, dtype, chunk):
-    monkeypatch.setattr(replicas, "CHUNK", chunk)
+    monkeypatch.setitem(replicas.CHUNKS, "cpu", chunk)
     tensor = (torch.randn(5, 6, generator=torch.Generator().manual_seed(1)) * 50).to(dtype)
     bits = tensor.reshape(-1).view(INTEGER[dtype]).tolist()
     assert int(bit_hash(tensor)) == expected(bits)
@@ -32,7 +32,7 @@ def test_hash_equals_its_formula_at_any_chunk(monkeypatch, dtype, chunk):
 
 @pytest.mark.parametrize("dtype", INTEGER)
 def test_every_single_bit_changes_the_hash(monkeypatch, dtype):
-    monkeypatch.setattr(replicas, "CHUNK", 5)
+    monkeypatch.setitem(replicas.CHUNKS, "cpu", 5)
     bits = torch.zeros(13, dtype=INTEGER[dtype])
     bits[::2] = 77
     before, seen = int(bit_hash(bits.view(dtype))), set()
