@@ -173,6 +173,7 @@ def require_finite(run: Run, result: StepResult, step: int) -> None:
 def save(run: Run, log: MetricsLogger, step: int) -> None:
     """Publishes a checkpoint. The time it takes does not count towards the training speed."""
     begin = time.monotonic()
+    run.engine.require_equal_replicas(step)
 
     def write(folder: Path) -> None:
         run.engine.save(folder)

@@ -101,6 +101,10 @@ class Engine(Protocol):
         """Returns the logits after each document's last token, fp32 [documents, padded V], on every rank."""
         ...
 
+    def require_equal_replicas(self, step: int) -> None:
+        """Raises ReplicaError on every rank if data ranks hold different weights after `step` updates; every rank calls it before a save."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Writes weights and optimizer into an existing, empty folder; every rank calls it."""
         ...

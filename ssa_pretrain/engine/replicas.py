@@ -12,7 +12,7 @@ nothing. No weight, gradient or loss is changed.
 What it cannot see. ZeRO-3 and a single data rank hold no copies, so nothing is compared. Where each step copies the weights from fp32 ones
 (bf16), or gathers them from the rank that updates them (distributed optimizer, ZeRO 1 and 2), a wrong weight lasts for one step, so only the steps
 that are compared find it; an error in the fp32 weights or moments of a rank that updates alone reaches all copies alike. With two copies, both
-ranks are named.
+ranks are named. The copies are also compared before each save, so that no checkpoint holds a difference.
 
 docs/launch.md has the remedy.
 """
@@ -56,7 +56,6 @@ class ReplicaCheck:
         """Returns whether the weights after `step` updates are compared."""
         return bool(self._interval) and (not self._hashes or step % self._interval == 0)
 
-    @torch.no_grad()
     def compare(self, named: Iterable[tuple[str, Tensor]], step: int) -> Tensor | None:
         """Returns in how many weights the copies of any group differ at most, int64 scalar on the device; None if no comparison is due.
 
@@ -66,8 +65,19 @@ class ReplicaCheck:
             named: this rank's weights with their names, the same on every rank of a group.
             step: updates that the weights have seen.
         """
-        if not self.is_due(step):
-            return None
+        return self._compare(named, step) if self.is_due(step) else None
+
+    def require_equal_to_save(self, named: Iterable[tuple[str, Tensor]], step: int) -> None:
+        """Compares the copies before a checkpoint of them is saved, due or not, and waits for the outcome; every rank calls it.
+
+        Raises:
+            ReplicaError: on every rank, if copies differ.
+        """
+        if self._interval:
+            self.require_equal(int(self._compare(named, step)), step)
+
+    @torch.no_grad()
+    def _compare(self, named: Iterable[tuple[str, Tensor]], step: int) -> Tensor:
         names, tensors = zip(*named, strict=True)
         own = torch.stack([bit_hash(tensor) for tensor in tensors])
         self._hashes[step] = (list(names), own)
@@ -104,15 +114,10 @@ class ReplicaCheck:
         found: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(found, described)
         groups = "; ".join(dict.fromkeys(text for text in found if text))
-        known = (
-            "have not been compared before"
-            if self._equal_after is None
-            else f"were equal after step {self._equal_after}"
-        )
-        remedy = "a checkpoint up to that step" if self._equal_after is not None else "an earlier checkpoint"
+        before = "" if self._equal_after is None else f"; they were equal after step {self._equal_after}"
         raise ReplicaError(
-            f"after step {step} data ranks hold different weights: {groups}. The copies {known}, and nothing was saved since they were found to differ: "
-            f"test the memory of that machine, remove the later checkpoints, and run the same command without it to continue from {remedy}"
+            f"after step {step} data ranks hold different weights: {groups}{before}. Copies are compared before each save, so no checkpoint holds the "
+            "difference: test the memory of that machine, and run the same command without it to resume"
         )
 
 

@@ -71,7 +71,7 @@ def test_flipped_bit_is_named_within_the_interval(seen, size, name, where):
     assert {(end["step"], end["code"]) for end in ends} == {(3 if interval == 3 else 2, 12)}
     message = ends[0]["error"]
     assert "decoder.final_layernorm.weight" in message
-    assert f"were equal after step {0 if interval == 3 else 1}, and nothing was saved" in message
+    assert f"; they were equal after step {0 if interval == 3 else 1}. Copies are compared" in message
     if len(group) > 2:
         assert message.split(": ")[1].startswith(f"rank {flips} (")
         assert "differs from the others in decoder." in message
@@ -82,7 +82,7 @@ def test_flipped_bit_is_named_within_the_interval(seen, size, name, where):
 
 
 def test_run_ends_with_its_own_exit_code_and_saves_nothing_after(tmp_path):
-    """A sign flips before step 5. The copies are compared in the first step and every third, so after step 6."""
+    """A sign flips before step 5. Copies are compared in the first step, every third, and before a save: of step 6, which is not published."""
     write_dataset(tmp_path / "data", {"text": cut(20_000, base=1)}, {"text": cut(2_000, base=1)})
     settings = ["experiment=quickstart", "model.num_layers=2", "engine.distributed_optimizer=false", "precision=fp32"]
     settings += ["training.steps=12", "training.global_batch_tokens=512", "training.micro_batch_size=1"]
@@ -97,6 +97,6 @@ def test_run_ends_with_its_own_exit_code_and_saves_nothing_after(tmp_path):
     sentence = ended[0].stderr.splitlines()[-1]
     assert sentence.startswith("after step 6 data ranks hold different weights: rank 0 (")
     assert " and rank 1 (" in sentence and "decoder.layers.1.mlp.linear_fc2.weight" in sentence
-    assert "The copies were equal after step 3, and nothing was saved since they were found to differ" in sentence
+    assert "; they were equal after step 4. Copies are compared before each save" in sentence
     assert not any("Traceback" in one.stderr for one in ended)
-    assert max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == "step_00000006"
+    assert max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == "step_00000004"

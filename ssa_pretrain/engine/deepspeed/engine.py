@@ -10,7 +10,7 @@ DeepSpeed's own engine is built on first use, so that weights are loaded into a 
 
 import gc
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -67,8 +67,7 @@ class DeepSpeedEngine:
         batches, routes, sums = self.microbatches.begin_step(batches, step)
         for group, decay in zip(ds.basic_optimizer.param_groups, (self.config.optim.weight_decay, 0.0), strict=True):
             group["lr"], group["weight_decay"] = learning_rate, decay
-        named = sharded_weights.named_weights([ds.module], self.config, tied_copies=True)
-        differing = self.replicas.compare(named, step)
+        differing = self.replicas.compare(self._named_weights(), step)
         ds.train()
         grad_norm = None
         for batch, route in zip(batches, routes, strict=True):
@@ -102,6 +101,10 @@ class DeepSpeedEngine:
         positions = batch.positions.unsqueeze(0)
         logits = self.ds(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)
         return logits[0, batch.cu_seqlens[1:].long() - 1].float()
+
+    def require_equal_replicas(self, step: int) -> None:
+        """See `Engine.require_equal_replicas`."""
+        self.replicas.require_equal_to_save(self._named_weights(), step)
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -147,6 +150,10 @@ class DeepSpeedEngine:
                 # Its bf16 optimizer takes a step of zero gradients when it is built, and Adam would count that step.
                 self._ds.basic_optimizer.state.clear()
         return self._ds
+
+    def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Returns this rank's weights with their canonical names."""
+        return sharded_weights.named_weights([self.ds.module], self.config, tied_copies=True)
 
     @property
     def _must_compute_norm(self) -> bool:

@@ -51,8 +51,7 @@ class MegatronEngine:
         """See `Engine.train_step`; on a GPU the step is only queued when this returns."""
         sums = self.forward_backward(batches, step=step)
         # After the forward, which gathers the weights if `overlap_param_gather` defers that.
-        named = sharded_weights.named_weights(self._models, self.config, tied_copies=True)
-        differing = self.replicas.compare(named, step)
+        differing = self.replicas.compare(self._named_weights(), step)
         grad_norm = self.update(learning_rate)
         return self.microbatches.step_result(sums, grad_norm, differing)
 
@@ -114,6 +113,11 @@ class MegatronEngine:
         )
         return self._broadcast_from_last_stage(outputs[0] if outputs else None, len(ends))
 
+    def require_equal_replicas(self, step: int) -> None:
+        """See `Engine.require_equal_replicas`."""
+        self._gather_parameters()
+        self.replicas.require_equal_to_save(self._named_weights(), step)
+
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
         self._gather_parameters()
@@ -142,6 +146,10 @@ class MegatronEngine:
     def _models(self) -> list[torch.nn.Module]:
         """This rank's GPTModels, one per virtual stage."""
         return [checkpoint.unwrap(chunk) for chunk in self.chunks]
+
+    def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Returns this rank's weights with their canonical names."""
+        return sharded_weights.named_weights(self._models, self.config, tied_copies=True)
 
     def _start_evaluating(self) -> None:
         """Updates the weights and sets the model to evaluation."""
