@@ -18,9 +18,9 @@ import io
 import mmap
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,10 +88,11 @@ def restricted(folder: Path) -> Iterator[None]:
     Raises:
         UnsafePickle: a file of the checkpoint names a global that no checkpoint needs.
     """
-    load, reader, listed = torch.load, filesystem.pickle, torch.serialization.get_safe_globals()
+    reader: Any = filesystem
+    load, unrestricted, listed = torch.load, reader.pickle, torch.serialization.get_safe_globals()
     refused: list[UnsafePickle] = []
     torch.load = _noting(refused, _restricted_load(load, folder))
-    filesystem.pickle = SimpleNamespace(load=_noting(refused, _load_metadata), dump=pickle.dump)
+    reader.pickle = SimpleNamespace(load=_noting(refused, _load_metadata), dump=pickle.dump)
     logger, was_disabled = state_dict_loader.logger, state_dict_loader.logger.disabled
     logger.disabled = True  # torch logs the trace of an error that it also raises
     torch.serialization.clear_safe_globals()  # core's list is longer than its checkpoints need
@@ -102,7 +103,7 @@ def restricted(folder: Path) -> Iterator[None]:
         refused += [cause for cause, _ in error.failures.values() if isinstance(cause, UnsafePickle)]
         raise (refused[0] if refused else error) from None
     finally:
-        torch.load, filesystem.pickle, logger.disabled = load, reader, was_disabled
+        torch.load, reader.pickle, logger.disabled = load, unrestricted, was_disabled
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(listed)
 
@@ -189,11 +190,5 @@ def _name_of(f: Any, folder: Path) -> str:
 
 
 def _present(names: Iterable[Global]) -> list[Any]:
-    """Returns the globals of the packages that this process has imported or can import; DeepSpeed is optional."""
-    found = []
-    for module, name in names:
-        try:
-            found.append(getattr(import_module(module), name))
-        except ImportError:
-            continue
-    return found
+    """Returns the globals of the packages that this process has imported: DeepSpeed only where it runs."""
+    return [getattr(sys.modules[module], name) for module, name in names if module in sys.modules]

@@ -176,5 +176,6 @@ def _meeting_point(limit: datetime.timedelta) -> dict[str, Any]:
         return {}
     world_size = int(os.environ["WORLD_SIZE"])
     hosted = hosted_store(host, int(port), world_size=world_size, timeout=limit)
-    store = dist.PrefixStore("default_pg", hosted)  # torch's own prefix, which the other ranks use
+    # Torch's own prefix, which the other ranks use.
+    store = dist.PrefixStore("default_pg", hosted)  # pyright: ignore[reportPrivateImportUsage]
     return {"store": store, "rank": 0, "world_size": world_size}

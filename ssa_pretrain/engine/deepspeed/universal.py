@@ -40,29 +40,28 @@ def main() -> None:
     elif damage := find_damage(source.parent):
         raise CheckpointError(f"{source.parent} is damaged ({damage}); name an intact checkpoint")
     universal = out / "whole"
-    with restricted(source.parent):
-        convert(source, universal)
-        for rank in range(tp):
-            cut(universal, out / f"tp_{rank:02d}" / TAG, tp, rank)
+    convert(source, universal)
+    for rank in range(tp):
+        cut(universal, out / f"tp_{rank:02d}" / TAG, tp, rank)
     shutil.rmtree(universal)
 
 
 def convert(source: Path, out: Path) -> None:
     """Runs DeepSpeed's converter on the folder of a tag."""
-    from deepspeed.checkpoint import ds_to_universal
+    from deepspeed.checkpoint import ds_to_universal  # before `restricted`, whose list has classes of DeepSpeed
 
     workers = min(4, os.cpu_count() or 1)
-    ds_to_universal.main(
-        argparse.Namespace(
-            input_folder=str(source),
-            output_folder=str(out),
-            num_extract_workers=workers,
-            num_merge_workers=min(2, workers),
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=False,
-        )
+    settings = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(out),
+        num_extract_workers=workers,
+        num_merge_workers=min(2, workers),
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
     )
+    with restricted(source.parent):
+        ds_to_universal.main(settings)
 
 
 def cut(universal: Path, out: Path, tp: int, rank: int) -> None:
