@@ -26,8 +26,8 @@ INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def hosted_store(host: str, port: int, *, world_size: int | None = None, timeout: timedelta | None = None) -> TCPStore:
     """Returns a store that this process hosts, listening only on the address of `host`.
 
-    It listens on every interface, as torch's own, if the name stands for no address of this node (a service in front of it), or for the loopback
-    although it is not called so: other nodes may know the same name by another address.
+    It listens on every interface, as torch's own, where other nodes may know the name by another address than this one does: if it stands for several
+    addresses, for none of this node (a service in front of it), or for the loopback although it is not called so.
 
     Args:
         host: the address or name under which the ranks meet.
@@ -49,13 +49,14 @@ def hosted_store(host: str, port: int, *, world_size: int | None = None, timeout
 
 
 def listening_socket(host: str, port: int) -> socket.socket | None:
-    """Returns a socket that listens on the address of a host, None if it has none here that every rank knows.
+    """Returns a socket that listens on the address of a host, None if it has no address here that every rank must know.
 
-    IPv6 comes first, as in the clients of torch's store.
+    Of the loopback's two, IPv6 comes first, as in the clients of torch's store.
     """
-    for family, address in _addresses(host):
-        if _is_loopback(address) and not is_loopback(host):
-            return None
+    addresses = list(dict.fromkeys(_addresses(host)))
+    if not is_loopback(host) and (len(addresses) != 1 or _is_loopback(addresses[0][1])):
+        return None
+    for family, address in addresses:
         opened = socket.socket(family, socket.SOCK_STREAM)
         try:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

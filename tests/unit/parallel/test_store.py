@@ -65,6 +65,14 @@ def test_name_that_is_the_loopback_only_here_is_left_to_torch(monkeypatch):
     assert listening_socket("node0", 0) is None
 
 
+def test_name_of_several_addresses_is_left_to_torch(monkeypatch):
+    found = {socket.AF_INET6: ("::1", 0, 0, 0), socket.AF_INET: ("127.0.0.1", 0)}
+    monkeypatch.setattr(store.socket, "getaddrinfo", lambda host, port, family, *_: [(family, 1, 6, "", found[family])])
+    assert listening_socket("node0", 0) is None
+    with listening_socket("localhost", 0) as opened:
+        assert opened.family == socket.AF_INET6
+
+
 def test_loopback_by_name_and_number():
     assert all(is_loopback(host) for host in ("localhost", "127.0.0.1", "127.0.1.1", "::1"))
     assert not any(is_loopback(host) for host in ("node0", "10.0.0.1", "fe80::1%eth0", ""))
