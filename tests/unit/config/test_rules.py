@@ -500,3 +500,18 @@ def test_planning_checks_no_files_and_no_processes(dataset: Path) -> None:
     assert "parallel.world_size=2 but 1 process started; leave it at 0 to train, or add dry_run=true to plan" in found(
         *BASE, *wrong_here, machine=HERE
     )
+
+
+def test_no_setting_holds_a_secret() -> None:
+    machine = replace(CPU, secrets=("a-passphrase-of-mine",))
+    advice = "set WANDB_API_KEY or HF_TOKEN in the environment, or log in with `wandb login` or `hf auth login`"
+    line = "{}=<hidden> is a secret, and the configuration is saved; " + advice
+    assert found(*BASE, "name=a-passphrase-of-mine", machine=machine) == [line.format("name")]
+    token = "hf_" + "aB1" * 8
+    weights = f"data.weights={{{token}: 1.0}}"
+    assert found(*BASE, f"logging.wandb.tags=[a,{token}]", weights) == [
+        line.format("data.weights"),
+        line.format("logging.wandb.tags"),
+    ]
+    assert found(*BASE, f"name={'0123456789abcdef' * 2}01234567") == []  # a revision as well as a key
+    assert "a-passphrase" not in repr(machine)
