@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.training import ROOT, descendants, environment, launched, run
+from support.training import ROOT, descendants, environment, launched, run, run_command
 
 pytestmark = pytest.mark.timeout(900)
 SETTINGS = (
@@ -113,6 +113,16 @@ def test_secret_on_the_command_line_is_refused_and_never_printed(arguments, code
         for key in keys:
             assert f"  {key}=<hidden> is a secret, and the configuration is saved; set WANDB_API_KEY" in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_of_a_launcher_prints_no_secret(monkeypatch):
+    for name, value in CANARIES.items():
+        monkeypatch.setenv(name, value)
+    given = [word.format_map(CANARIES) for word in IN_SETTINGS]
+    done = run_command(launched("torchrun.sh", "--dry-run", "experiment=quickstart", *given))
+    assert done.returncode == 3
+    require_no_canary((done.stdout + done.stderr).encode(), done.stdout + done.stderr)
+    assert "name=run-<hidden>" in done.stdout
 
 
 class Attack:

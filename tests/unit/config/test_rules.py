@@ -506,7 +506,7 @@ def test_no_setting_holds_a_secret() -> None:
     machine = replace(CPU, secrets=("a-passphrase-of-mine",))
     advice = "set WANDB_API_KEY or HF_TOKEN in the environment, or log in with `wandb login` or `hf auth login`"
     line = "{}=<hidden> is a secret, and the configuration is saved; " + advice
-    assert found(*BASE, "name=a-passphrase-of-mine", machine=machine) == [line.format("name")]
+    assert found(*BASE, "output_dir=here", "name=a-passphrase-of-mine", machine=machine) == [line.format("name")]
     token = "hf_" + "aB1" * 8
     weights = f"data.weights={{{token}: 1.0}}"
     assert found(*BASE, f"logging.wandb.tags=[a,{token}]", weights) == [
