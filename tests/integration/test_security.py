@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from support.sockets import beyond_loopback, listeners
 from support.training import ROOT, descendants, environment, launched, run, run_command
 
 pytestmark = pytest.mark.timeout(900)
@@ -177,31 +178,7 @@ def test_checkpoint_of_an_attacker_runs_no_code(trained, corpus, tmp_path, path)
     assert not marker.exists()
 
 
-def listeners(pids: list[int]) -> set[str]:
-    """Returns the addresses, in hex as the kernel shows them, on which processes accept TCP connections."""
-    inodes = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                target = os.readlink(link)
-            except OSError:
-                continue
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            local, state, inode = (line.split()[column] for column in (1, 3, 9))
-            if state == "0A" and inode in inodes:
-                found.add(local)
-    return found
-
-
-LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
-
-
-@pytest.mark.parametrize("launcher", ["torchrun.sh", "deepspeed.sh"])
-def test_ranks_of_one_node_listen_on_the_loopback_only(corpus, tmp_path, launcher):
+def test_launcher_and_ranks_of_one_node_listen_on_the_loopback_only(corpus, tmp_path):
     settings = (
         *SETTINGS,
         "training.steps=400",
@@ -211,7 +188,11 @@ def test_ranks_of_one_node_listen_on_the_loopback_only(corpus, tmp_path, launche
     )
     found: set[str] = set()
     with subprocess.Popen(
-        launched(launcher, *settings), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        launched("torchrun.sh", *settings),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         try:
             deadline = time.monotonic() + 200
@@ -223,4 +204,4 @@ def test_ranks_of_one_node_listen_on_the_loopback_only(corpus, tmp_path, launche
             for pid in (process.pid, *descendants(process.pid)):
                 os.kill(pid, signal.SIGKILL)
     assert found, "no store was seen"
-    assert {address for address in found if not address.startswith(LOOPBACK)} == set()
+    assert beyond_loopback(found) == set()
