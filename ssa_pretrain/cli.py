@@ -23,7 +23,7 @@ from ssa_pretrain.monitor.environment import PACKAGES
 from ssa_pretrain.outlook import plan_table
 from ssa_pretrain.settings.command_line import Program, report, resolve
 from ssa_pretrain.settings.output import pipe_may_close
-from ssa_pretrain.settings.problems import ConfigError, Problem
+from ssa_pretrain.settings.problems import ConfigError, Problem, hide_secrets, secrets_of
 
 HELP = """\
 Pretraining with SSA (Sparse Sparse Attention)
@@ -81,10 +81,10 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
             raise Answered(plan_table(entry, config, arguments, machine.world_size or 1))
     except Answered as answer:
         with pipe_may_close():
-            sys.stdout.write(answer.text * prints)
+            sys.stdout.write(hide_secrets(answer.text, secrets_of(os.environ)) * prints)
         raise SystemExit(answer.exit_code) from None
     except ConfigError as error:
-        message = report(f"ssa_pretrain.{entry}", error)
+        message = hide_secrets(report(f"ssa_pretrain.{entry}", error), secrets_of(os.environ))
         if prints:
             sys.stderr.write(f"{message}\n")
         elif os.environ.get("LOCAL_RANK") == "0":

@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     CHECKPOINT = 5
     DIVERGED = 6  # a step's loss or gradient norm is not finite
     STOPPED = 7  # on request; the same command resumes
+    REPLICAS = 12  # data ranks hold different copies of the weights
     INTERRUPTED = 130  # by Ctrl-C, at once; the code that shells report
     READER_GONE = 141  # the reader of its output, such as `head`, has exited; the code that shells report
 
@@ -68,6 +69,12 @@ class CheckpointError(CommandError, ValueError):
     exit_code = ExitCode.CHECKPOINT
 
 
+class UnsafePickle(CheckpointError):
+    """A file of a checkpoint names a function or class that no checkpoint needs, so it was not unpickled."""
+
+    of_one_rank = True
+
+
 class WeightsError(CommandError, ValueError):
     """A folder of weights is incomplete, damaged or holds another model."""
 
@@ -78,6 +85,12 @@ class DivergedError(CommandError, RuntimeError):
     """A step's loss or gradient norm is not finite."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class ReplicaError(CommandError, RuntimeError):
+    """Data ranks hold different copies of the weights."""
+
+    exit_code = ExitCode.REPLICAS
 
 
 class Interrupted(CommandError):

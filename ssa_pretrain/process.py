@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ssa_pretrain.errors import CommandError, ExitCode
+from ssa_pretrain.settings.problems import hide_secrets, secrets_of
 from ssa_pretrain.signals import STOP_SIGNALS, on_signals, survive_terminal
 
 LAUNCH = "SSA_PRETRAIN_LAUNCH"
@@ -163,6 +164,7 @@ def report_exit(text: str, *, code: int, of_one_rank: bool = False) -> None:
         of_one_rank: whether only this rank ends for that reason.
     """
     rank, folder = int(os.environ.get("RANK", "0")), launch_folder()
+    text = hide_secrets(text, secrets_of(os.environ))
     if rank and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if not folder and not of_one_rank and os.environ.get("LOCAL_RANK") != "0":
             return
@@ -244,7 +246,7 @@ def _report_crash(folder: Path, rank: int, error: BaseException) -> None:
         write_exit(folder, RankExit(rank, ExitCode.FAILED, follows=True))
         time.sleep(PEER_SECONDS)  # DeepSpeed's launcher polls once per second, and should notice the other rank first
         exit_now(ExitCode.FAILED)
-    line = shortened(f"{type(error).__name__}: {error}")
+    line = hide_secrets(shortened(f"{type(error).__name__}: {error}"), secrets_of(os.environ))
     text = f"rank {rank} failed, its trace is above: {line}"
     write_exit(folder, RankExit(rank, ExitCode.FAILED, text, of_one_rank=True))
     if has_peers:

@@ -51,6 +51,7 @@ NEUTRAL_SETTINGS = (
     "checkpoint.",
     "evaluation.",
     "profile.",
+    "training.replica_check_interval",
     "training.stop_at_step",
     "parallel.timeout_minutes",
 )
@@ -161,12 +162,15 @@ def log_results(run: Run, log: MetricsLogger, queue: deque[QueuedStep], *, keep:
 
     Raises:
         DivergedError: a loss or gradient norm is not finite.
+        ReplicaError: data ranks hold different copies of the weights.
     """
     while len(queue) > keep:
         queued = queue.popleft()
         result = queued.pending.result()
         log.log_step(training_record(run, result, queued.number), queued.flops_per_token)
         require_finite(run, result, queued.number)
+        if result.differing_weights is not None:
+            run.engine.replicas.require_equal(result.differing_weights, queued.number - 1)
 
 
 def require_finite(run: Run, result: StepResult, step: int) -> None:
@@ -186,6 +190,7 @@ def require_finite(run: Run, result: StepResult, step: int) -> None:
 def save(run: Run, log: MetricsLogger, step: int) -> None:
     """Publishes a checkpoint. The time it takes does not count towards the training speed."""
     begin = time.monotonic()
+    run.engine.require_equal_replicas(step)
 
     def write(folder: Path) -> None:
         run.engine.save(folder)

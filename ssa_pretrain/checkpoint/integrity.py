@@ -1,14 +1,16 @@
 """Checks the files of published checkpoints and caches the verdicts.
 
-`checkpoint.json` lists size and sha256 of every file. Hashing a checkpoint takes as long as reading it, so a verdict is kept as long as the files'
+`checkpoint.json` lists size and sha256 of every file. A name that leads out of the folder is damage, and so is a file that is read as a pickle but is
+not listed: nothing may be unpickled whose sha256 has not been compared. Hashing a checkpoint takes as long as reading it, so a verdict is kept as long as the files'
 sizes and times do not change; changing a file in place changes its times.
 """
 
 import json
 from pathlib import Path
 
-from ssa_pretrain.settings.files import file_sha256
+from ssa_pretrain.settings.files import file_sha256, leads_outside
 
+PICKLES = (".metadata", ".distcp", ".pt")  # ends of the names of files that the engines unpickle
 FACTS = "checkpoint.json"
 SCHEMA = 1
 Stamp = tuple[str, int, int, int]  # of a file: name, bytes, times of the last change of content and of metadata
@@ -37,7 +39,10 @@ class Verdicts:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Returns the first damage to a published checkpoint's files (a missing file, a size, a sha256); None if intact or of another schema."""
+    """Returns the first damage to a published checkpoint's files; None if intact or of another schema.
+
+    Damage is a missing file, another size or sha256, a file outside the folder, and a file with pickles that is not listed.
+    """
     try:
         record = json.loads((folder / FACTS).read_text())
         if record["schema"] != SCHEMA:
@@ -47,6 +52,8 @@ def find_damage(folder: Path) -> str | None:
         return f"{FACTS} cannot be read"
     for name, size, digest in files:
         path = folder / name
+        if leads_outside(folder, name):
+            return f"{FACTS} lists {name}, which is outside the folder"
         try:
             if not path.is_file():
                 return f"{name} is missing"
@@ -56,7 +63,9 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} has another sha256"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
-    return None
+    listed = {name for name, _, _ in files}
+    found = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.name.endswith(PICKLES))
+    return next((f"{name} is not listed in {FACTS}" for name in found if name not in listed), None)
 
 
 def is_of_another_schema(folder: Path) -> bool:

@@ -50,7 +50,7 @@ def save_weights(
     joins = groups.dp_cp.rank() == 0
     writes = joins and placement.tp_rank == 0
     writer = WeightsWriter(target, f"stage_{placement.pp_rank:03d}")
-    for name, parameter in _named_parameters(models, config):
+    for name, parameter in named_weights(models, config):
         with gathered(parameter):
             whole = _join_over_ranks(name, parameter, groups.tp) if joins else None
         if writes and whole is not None:
@@ -70,7 +70,7 @@ def load_weights(folder: Path, models: Iterable[GPTModel], config: Config, place
         WeightsError: the folder holds another model.
     """
     tp, reader = config.parallel.tp, WeightsReader(folder)
-    named = list(_named_parameters(models, config, tied_copies=True))
+    named = list(named_weights(models, config, tied_copies=True))
     shapes = {name: whole_shape(name, parameter.shape, tp) for name, parameter in named}
     reader.require(shapes, exact=config.parallel.pp == 1)
     for name, parameter in named:
@@ -78,7 +78,7 @@ def load_weights(folder: Path, models: Iterable[GPTModel], config: Config, place
         parameter.copy_(part(name, whole, tp, placement.tp_rank))
 
 
-def _named_parameters(
+def named_weights(
     models: Iterable[GPTModel], config: Config, *, tied_copies: bool = False
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yields every parameter with its canonical name; a last stage's copy of a tied embedding only if `tied_copies`."""

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssa_pretrain.errors import WeightsError
+from ssa_pretrain.settings.files import leads_outside
 
 INDEX = "weights.json"
 SCHEMA = 1
@@ -90,7 +91,7 @@ class WeightsReader:
     """Reads a folder of common weights tensor by tensor.
 
     Raises:
-        WeightsError: the folder holds no common weights, or has another schema.
+        WeightsError: the folder holds no common weights, has another schema, or names a file outside itself.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -102,6 +103,11 @@ class WeightsReader:
         if record.get("schema") != SCHEMA:
             raise WeightsError(f"{folder / INDEX} has schema {record.get('schema')}, and this version reads {SCHEMA}")
         self.tensors: dict[str, dict] = record["tensors"]
+        for name in sorted({str(entry["file"]) for entry in self.tensors.values()}):
+            if leads_outside(folder, name):
+                raise WeightsError(
+                    f"{folder / INDEX} names {name!r}, which is outside its folder; take weights only from files inside it"
+                )
 
     def require(self, shapes: dict[str, tuple[int, ...]], *, exact: bool) -> None:
         """Checks that the folder holds a model's tensors.

@@ -5,11 +5,11 @@ A run checks again once torch is loaded and stops if torch disagrees about the G
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from ssa_pretrain.settings.problems import ConfigError, Problem
+from ssa_pretrain.settings.problems import ConfigError, Problem, secrets_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class Machine:
         locks_folder: the command will lock output_dir for a run.
         slurm_tasks: processes that srun started without a launcher to join them; else 1.
         entry: name of the entry point, used in advice.
+        secrets: the secrets in the environment, which no setting may contain.
     """
 
     world_size: int | None = None
@@ -39,10 +40,11 @@ class Machine:
     slurm_tasks: int = 1
     entry: str = "train"
     locks_folder: bool = False
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
     def unknown(self) -> "Machine":
         """Returns another machine to plan for: only the number of processes is known."""
-        return Machine(world_size=self.world_size, has_files=False)
+        return Machine(world_size=self.world_size, has_files=False, secrets=self.secrets)
 
 
 def this_machine() -> Machine:
@@ -58,6 +60,7 @@ def this_machine() -> Machine:
         has_deepspeed=find_spec("deepspeed") is not None,
         has_wandb=bool((client := find_spec("wandb")) and client.origin),  # a folder ./wandb has no origin
         slurm_tasks=_slurm_tasks(),
+        secrets=secrets_of(os.environ),
     )
 
 

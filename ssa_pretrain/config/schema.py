@@ -277,6 +277,7 @@ class TrainingConfig:
     steps: int = 0  # optimizer steps; 0: set by total_tokens
     global_batch_tokens: int = 0  # tokens per optimizer step over all ranks
     micro_batch_size: int = 1  # rows per rank and microbatch
+    replica_check_interval: int = 10  # steps between comparisons of the data ranks' copies of the weights; 0: none
     stop_at_step: int = 0  # checkpoint and exit after this step; the schedule stays the same; 0: run to the end
 
     def num_steps(self) -> int:
@@ -285,7 +286,7 @@ class TrainingConfig:
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
-        found = at_least("training", self, 0, "total_tokens", "steps", "stop_at_step")
+        found = at_least("training", self, 0, "total_tokens", "steps", "replica_check_interval", "stop_at_step")
         found += at_least("training", self, 1, "micro_batch_size")
         if self.global_batch_tokens < 1:
             rule, advice = "must be set to the tokens per optimizer step over all ranks", "try 8192"

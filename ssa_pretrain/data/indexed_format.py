@@ -18,7 +18,9 @@ unchanged, but it checks nothing: a truncated `.bin` opens, a stale `.idx` besid
 token id. Hence the manifest: one JSON file beside the shards, written last and renamed into place. It records the size
 and sha256 of each file and a checksum of its own content. A folder without it is not a dataset. `load_manifest`
 compares paths, sizes, headers and the sha256 of the small files (.idx, tokenizer), but reads no tokens. `verify_hashes`
-reads everything. Files may be links.
+reads everything. Files may be links, also out of the folder, as in a hub's cache. A `.bin` that is reached by such a
+link is compared by its sha256 too, up to LINKED_BYTES: a dataset from elsewhere must not make a run read a file of its
+user as tokens.
 
 Source of the layout: megatron-core 0.16.1, megatron/core/datasets/indexed_dataset.py (BSD-3-Clause), checked byte by
 byte in tests/unit/data/test_indexed_format.py. Needs only the standard library and numpy. The multimodal mode
@@ -43,7 +45,7 @@ from ssa_pretrain.data.repair import (
     dangling_link_error,
     repair_advice,
 )
-from ssa_pretrain.settings.files import file_sha256
+from ssa_pretrain.settings.files import file_sha256, leads_outside
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -64,6 +66,7 @@ DTYPES: dict[int, np.dtype] = {
 
 UINT16_VOCAB_LIMIT = 65_500
 HASH_THREADS = 4
+LINKED_BYTES = 2**28  # a larger file takes seconds to hash, and secrets are small
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -278,6 +281,11 @@ def load_manifest(path: Path | str, *, hashes: bool = True) -> Manifest:
                 _check_shard(manifest, split, shard)
         if hashes:
             small = [(f"{shard.prefix}.idx", shard.idx_sha256) for shard in every]
+            small += [
+                (f"{shard.prefix}.bin", shard.bin_sha256)
+                for shard in every
+                if shard.bin_bytes <= LINKED_BYTES and leads_outside(manifest.root, f"{shard.prefix}.bin")
+            ]
             _compare_hashes(manifest, [(manifest.tokenizer.file, manifest.tokenizer.sha256), *small])
     except OSError as error:
         raise DatasetError(

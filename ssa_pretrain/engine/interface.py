@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssa_pretrain.data.batches import Batch
+from ssa_pretrain.engine.replicas import ReplicaCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class StepResult:
         captured_mass_by_layer: mean attention mass of the chosen blocks, as above.
         grad_norm: global norm before clipping.
         full_share: share of microbatches whose main stream was the full one.
+        differing_weights: weights whose copies differed between data ranks before the update; None if they were not compared.
     """
 
     cross_entropy: float
@@ -28,6 +30,7 @@ class StepResult:
     captured_mass_by_layer: list[float]
     grad_norm: float
     full_share: float
+    differing_weights: int | None = None
 
 
 class PendingStep:
@@ -114,10 +117,20 @@ class Evaluator(Protocol):
 
 
 class Engine(Evaluator, Protocol):
-    """A model on its devices with its optimizer."""
+    """A model on its devices with its optimizer.
+
+    Attributes:
+        replicas: compares the data ranks' copies of the weights.
+    """
+
+    replicas: ReplicaCheck
 
     def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
         """Runs forward, backward and the optimizer step over this rank's microbatches of one global batch."""
+        ...
+
+    def require_equal_replicas(self, step: int) -> None:
+        """Raises ReplicaError on every rank if data ranks hold different weights after `step` updates; every rank calls it before a save."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -43,6 +43,7 @@ from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.schedule import Place, counterpart_spans, main_stream, share_drawn
 
 SCORED_TOKENS = 1024  # tokens whose logits are in fp32 at once
+NOT_COMPARED = -1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,14 +218,21 @@ class Microbatches:
         by_position = torch.zeros(2, buckets, dtype=torch.float64, device=self.placement.device)
         return StepSums(self.count(batches), by_position=by_position)
 
-    def step_result(self, sums: StepSums, grad_norm: Tensor) -> PendingStep:
-        """Returns a training step's results, reduced over all ranks; every rank calls it."""
+    def step_result(self, sums: StepSums, grad_norm: Tensor, differing: Tensor | None = None) -> PendingStep:
+        """Returns a training step's results, reduced over all ranks; every rank calls it.
+
+        Args:
+            sums: of the step.
+            grad_norm: before clipping.
+            differing: weights whose copies differ, reduced already; None if they were not compared.
+        """
         counts = sums.counts
-        last = torch.stack([counts.labels, counts.drawn, grad_norm.to(counts.labels)])
+        compared = counts.labels.new_full((), NOT_COMPARED) if differing is None else differing.to(counts.labels)
+        last = torch.stack([counts.labels, counts.drawn, grad_norm.to(counts.labels), compared])
         values = torch.cat([self._reduce(sums), last])
 
         def interpret(values: list[float]) -> StepResult:
-            *sums, labels, drawn, grad_norm = values
+            *sums, labels, drawn, grad_norm, compared = values
             means = self._means(sums, drawn)
             return StepResult(
                 cross_entropy=means.cross_entropy_sum / labels,
@@ -232,6 +240,7 @@ class Microbatches:
                 captured_mass_by_layer=means.captured_mass_by_layer,
                 grad_norm=grad_norm,
                 full_share=means.full_share,
+                differing_weights=None if compared == NOT_COMPARED else int(compared),
             )
 
         return PendingStep(values, interpret)

@@ -21,6 +21,7 @@ from ssa_pretrain.launch.jobs import POSITIVE, TRAIN, Job, deepspeed_job, torchr
 from ssa_pretrain.launch.quickstart import Quickstart, quickstart_environment, read_quickstart
 from ssa_pretrain.launch.supervision import NOT_BEGUN, RERUN, Supervisor
 from ssa_pretrain.process import command
+from ssa_pretrain.settings.problems import hide_secrets, secrets_of
 from ssa_pretrain.signals import survive_terminal
 
 REPORTING = (TRAIN, "ssa_pretrain.evaluate")  # entry points whose ranks report their exits
@@ -84,7 +85,8 @@ def show(program: str, job: Job, environment: Mapping[str, str]) -> int:
     settings = {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1")}
     if program == PROGRAMS["torchrun"]:
         settings[PATIENCE] = environment.get(PATIENCE, "600")
-    print(*(f"{name}={value}" for name, value in settings.items()), shlex.join(job.command), flush=True)
+    shown = hide_secrets(shlex.join(job.command), secrets_of(environment))
+    print(*(f"{name}={value}" for name, value in settings.items()), shown, flush=True)
     world = [f"parallel.world_size={job.world_size}"] if job.world_size else []
     if not world and not any("parallel.world_size=" in argument for argument in job.arguments):
         report(program, ExitCode.DONE, f"the plan is for 1 process, since {job.uncounted}")

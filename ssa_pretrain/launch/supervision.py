@@ -33,7 +33,7 @@ from ssa_pretrain.signals import REPEAT_SECONDS, STOP_SIGNALS, on_signals
 
 FAILURES = "failures"  # file of torch_agent.py: the exit codes of the ranks
 AGENT = "agent"  # file of torch_agent.py: its own last sentence
-OUR_CODES = range(ExitCode.CONFIGURATION, ExitCode.STOPPED + 1)
+OUR_CODES = (*range(ExitCode.CONFIGURATION, ExitCode.STOPPED + 1), ExitCode.REPLICAS)
 NOT_BEGUN = "stopped before training began; the same command starts it again"
 RERUN = "run the same command again to resume from the newest checkpoint"
 POLL_SECONDS = 0.2

@@ -1,18 +1,13 @@
-"""Removes what looks like a secret from values that leave this machine."""
+"""Removes what looks like a secret from values that leave this machine, and the secrets of this process's environment."""
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from ssa_pretrain.settings.problems import SECRET
+from ssa_pretrain.settings.problems import HIDDEN, SECRET, hide_secrets, secrets_of
 
-HIDDEN = "<hidden>"
-
-# Shapes of credentials: W&B, Hugging Face, GitHub, AWS, OpenAI-like keys, JSON web tokens, and passwords inside URLs.
-_CREDENTIAL = re.compile(
-    r"\b[0-9a-f]{40}\b|\bwandb_v1_\w{20,}|\bhf_\w{20,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b"
-    r"|\bsk-[\w-]{20,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
+_OLD_WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")
 
 
 def redact(value: Any) -> Any:
@@ -26,5 +21,5 @@ def redact(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
     if isinstance(value, str):
-        return _CREDENTIAL.sub(HIDDEN, value)
+        return _OLD_WANDB_KEY.sub(HIDDEN, hide_secrets(value, secrets_of(os.environ)))
     return value

@@ -1,11 +1,13 @@
 """This process's start and stop, its parallel degrees and its process groups. The only module that uses megatron-core's parallel state."""
 
 import datetime
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from ssa_pretrain.config import ParallelConfig
 from ssa_pretrain.config.machine import has_gpu
 from ssa_pretrain.parallel import cpu_backend
+from ssa_pretrain.parallel.store import hosted_store, is_loopback, keep_on_loopback
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
@@ -154,10 +157,25 @@ def _join(backend: str, limit: datetime.timedelta) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
         return
     try:
-        dist.init_process_group(backend, timeout=limit)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
+        dist.init_process_group(backend, **_meeting_point(limit), timeout=limit)
+    except (dist.DistNetworkError, OSError) as error:
+        if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise
         rule = f"is in use by another program on {socket.gethostname()}"
         advice = "try another: --master-port of launchers/deepspeed.sh, MASTER_PORT elsewhere"
         raise ConfigError([Problem("MASTER_PORT", os.environ.get("MASTER_PORT"), rule, advice)]) from None
+
+
+def _meeting_point(limit: datetime.timedelta) -> dict[str, Any]:
+    """Returns the arguments that make torch use the store of rank 0, on one interface; none if a launcher or another rank hosts the store."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if is_loopback(host):
+        keep_on_loopback()
+    hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if hosted_by_launcher or os.environ.get("RANK") != "0" or not host or not port.isdecimal():
+        return {}
+    world_size = int(os.environ["WORLD_SIZE"])
+    hosted = hosted_store(host, int(port), world_size=world_size, timeout=limit)
+    # Torch's own prefix, which the other ranks use.
+    store = dist.PrefixStore("default_pg", hosted)  # pyright: ignore[reportPrivateImportUsage]
+    return {"store": store, "rank": 0, "world_size": world_size}

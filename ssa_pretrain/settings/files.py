@@ -84,6 +84,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def leads_outside(folder: Path, name: str) -> bool:
+    """Returns whether a name from a list of files means something outside its folder: an absolute path, a path with `..`, or a link that leads out."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        return True
+    return not (folder / name).resolve().is_relative_to(folder.resolve())
+
+
 def lock(path: Path, *, patience: float = PATIENCE_SECONDS, patience_if_alive: float = ALIVE_SECONDS) -> TextIO | None:
     """Takes the lock of a file and writes this process into it as its owner.
 

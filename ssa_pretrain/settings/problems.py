@@ -4,8 +4,9 @@ Rules return lists of problems instead of raising, so that a user sees all of th
 several of them, and the words and numbers that rules share. Standard library only.
 """
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,28 @@ SECRET = re.compile(
     r"(api|access|auth|secret|private)[_-]?(key|token)|(^|[._-])(key|(?<!eos_)(?<!bos_)token)$|secret|passw|credential",
     re.IGNORECASE,
 )
+
+# Shapes of credentials: W&B, Hugging Face, GitHub, AWS, OpenAI-like keys, JSON web tokens, and passwords inside URLs. A W&B key of the old form is
+# 40 hex digits, like a revision in a path, so only `redact` looks for it.
+CREDENTIAL = re.compile(
+    r"\bwandb_v1_\w{20,}|\bhf_\w{20,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bAKIA[0-9A-Z]{16}\b"
+    r"|\bsk-[\w-]{20,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+HIDDEN = "<hidden>"
+SHORTEST_SECRET = 12  # a shorter value in the environment is a word that other texts contain
+
+
+def secrets_of(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the values of the variables whose names are those of secrets (WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY), longest first."""
+    found = {v for name, v in environment.items() if SECRET.search(name) and len(v) >= SHORTEST_SECRET}
+    return tuple(sorted(found - {name for name in found if os.path.exists(name)}, key=len, reverse=True))
+
+
+def hide_secrets(text: str, secrets: Iterable[str] = ()) -> str:
+    """Returns a text with everything that has the shape of a credential, and the given secrets, replaced by HIDDEN."""
+    for secret in secrets:
+        text = text.replace(secret, HIDDEN)
+    return CREDENTIAL.sub(HIDDEN, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +63,7 @@ class Problem:
     def __str__(self) -> str:
         shown = "" if self.value is None else f"={show(self.value)}"
         if shown and SECRET.search(self.key):
-            shown = "=<hidden>"
+            shown = f"={HIDDEN}"
         return f"{self.key}{shown} {self.rule}" + (f"; {self.advice}" if self.advice else "")
 
 

@@ -1,5 +1,6 @@
 """engine=deepspeed as users start it: DeepSpeed's launcher, kill -9, a rerun, and the content of its checkpoints."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssa_pretrain.settings.files import file_sha256
 from support.training import ROOT, descendants, environment, is_alive, launched, records, run, wait_for_step
 
 pytest.importorskip("deepspeed")
@@ -97,6 +99,37 @@ def test_sigterm_saves_killed_launcher_fails_and_rerun_continues(uninterrupted, 
     assert "resuming after step 2" in done.stdout
     assert records(tmp_path, "train") == records(uninterrupted, "train")
     assert records(tmp_path, "evaluation") == records(uninterrupted, "evaluation")
+
+
+class Attack:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_optimizer_states_of_an_attacker_run_no_code(uninterrupted, corpus, tmp_path):
+    """Only rank 1 reads the file; its sha256 in the list is right."""
+    run_folder, marker = tmp_path / "run", tmp_path / "attacked"
+    shutil.copytree(uninterrupted, run_folder)
+    checkpoint = run_folder / "checkpoints" / "step_00000006"
+    (states,) = (checkpoint / "deepspeed").glob("*pp_rank_1_*optim_states.pt")
+    torch.save({"optimizer_state_dict": Attack(marker)}, states)
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    entry = {"bytes": states.stat().st_size, "sha256": file_sha256(states)}
+    record["files"][str(states.relative_to(checkpoint))] = entry
+    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    longer = tuple("training.steps=8" if line.startswith("training.steps") else line for line in SETTINGS)
+    done = launch(*longer, f"data.path={corpus}", f"output_dir={run_folder}")
+    assert done.returncode == 5, done.stderr[-3000:]
+    last = done.stderr.splitlines()[-1]
+    assert (
+        last.startswith("deepspeed.sh: rank 1 (") and f"{states} names posix.mkdir, which is in no checkpoint" in last
+    )
+    assert not marker.exists()
 
 
 def test_deepspeed_recovery_script_extracts_the_weights(uninterrupted, tmp_path):

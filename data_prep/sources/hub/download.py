@@ -26,7 +26,7 @@ from data_prep.errors import InputError
 from data_prep.files import read_json, write_json
 from data_prep.progress import Log
 from data_prep.sources.hub.settings import HubSource
-from ssa_pretrain.settings.files import file_sha256, sync
+from ssa_pretrain.settings.files import file_sha256, leads_outside, sync
 
 MAX_PAUSE_SECONDS = 30.0
 
@@ -92,6 +92,8 @@ def list_dataset(source: HubSource, folder: Path) -> Listing:
         for s in info.siblings or []
         if not s.rfilename.startswith(".")
     ]
+    if outside := next((file.path for file in files if leads_outside(folder, file.path)), None):
+        raise InputError(f"{source.repo} lists {outside!r}, which is outside its folder; use another dataset")
     licence = (info.card_data or {}).get("license")
     listing = Listing(source.repo, info.sha, licence if isinstance(licence, str) else None, tuple(files))
     write_json(listing_file, {**asdict(listing), "files": [asdict(file) for file in files]})

@@ -5,7 +5,8 @@ Rules run in order. A rule that reads a key with a problem of its own is skipped
 `warning` reports a suspicious setting that no rule rejects.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
@@ -14,7 +15,8 @@ from ssa_pretrain.config.rules.evaluation import EVALUATION_FILE_RULES, EVALUATI
 from ssa_pretrain.config.rules.files import FILE_RULES
 from ssa_pretrain.config.rules.layout import LAYOUT_RULES
 from ssa_pretrain.config.rules.machine import MACHINE_RULES
-from ssa_pretrain.settings.problems import Problem, independent
+from ssa_pretrain.settings.convert import SECRET_ADVICE, SECRET_RULE, config_to_dict
+from ssa_pretrain.settings.problems import HIDDEN, Problem, hide_secrets, independent
 
 
 def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list[Problem]:
@@ -26,7 +28,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         wrong: keys that already have problems; a section stands for all its keys.
     """
     files = (*FILE_RULES, *EVALUATION_FILE_RULES) if machine.has_files else ()
-    rules = (_sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *EVALUATION_RULES, *files)
+    rules = (_secrets, _sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *EVALUATION_RULES, *files)
     found: list[Problem] = []
     for rule in rules:
         bad = {*wrong, *(problem.key for problem in found)}
@@ -44,6 +46,25 @@ def warning(config: Config) -> str:
         f"{blocks} cover whole rows of data.sequence_length={length}, so sparse attention is full attention: alignment 0, captured mass 1; "
         "lower top_k or lengthen the rows"
     )
+
+
+def _secrets(config: Config, machine: Machine) -> list[Problem]:
+    """No setting holds a secret: the configuration is saved beside the checkpoints."""
+    found = [key for key, text in _texts(config_to_dict(config)) if hide_secrets(text, machine.secrets) != text]
+    return [Problem(key, HIDDEN, SECRET_RULE, SECRET_ADVICE) for key in found]
+
+
+def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the texts of a tree with their keys; a mapping's own names count as texts."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield key, str(name)
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _texts(value, key)
 
 
 def _sections(config: Config, _: Machine) -> list[Problem]:

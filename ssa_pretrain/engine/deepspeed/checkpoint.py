@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ssa_pretrain.checkpoint.unpickling import restricted
 from ssa_pretrain.checkpoint.weights import WeightsError
 from ssa_pretrain.config import Config
 from ssa_pretrain.engine.deepspeed.setup import converter_environment
+from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.model.sharding import is_norm, is_paired, is_row_parallel
 from ssa_pretrain.monitor.console import with_timestamps
 from ssa_pretrain.parallel.agreement import on_rank_0
@@ -50,6 +52,7 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
 
     Raises:
         WeightsError: on every rank, if the checkpoint's stage cannot be reshaped into this one, or the converter failed.
+        UnsafePickle: a file names a global that `save` never writes.
     """
     saved, wanted = read_layout(folder), layout(config, placement)
     _require_convertible(folder, saved, wanted)
@@ -157,6 +160,8 @@ def _convert(folder: Path, universal: Path, wanted: dict[str, int]) -> None:
             f"{folder} could not be reshaped: DeepSpeed's converter was killed by signal {-done.returncode} (9: is memory short?); "
             "run the same command again"
         )
+    if done.returncode == ExitCode.CHECKPOINT:
+        raise WeightsError(done.stderr.strip().rpartition("\n")[2].partition(": ")[2])
     if done.returncode:
         raise WeightsError(f"{folder} could not be reshaped; DeepSpeed's converter failed:\n{done.stderr[-2000:]}")
 
@@ -176,7 +181,7 @@ def _load_universal(folder: Path, ds) -> None:
 
 
 def _load_quietly(folder: Path, ds) -> None:
-    with redirect_stdout(io.StringIO()):  # it prints the names of its own functions
+    with restricted(folder), redirect_stdout(io.StringIO()):  # it prints the names of its own functions
         ds.load_checkpoint(str(folder), tag=TAG)
 
 

@@ -10,7 +10,7 @@ DeepSpeed's own engine is built on first use, so that weights are loaded into a 
 
 import gc
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from ssa_pretrain.engine.deepspeed.setup import (
     prepare_process,
 )
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep
+from ssa_pretrain.engine.replicas import ReplicaCheck
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums, label_scores
 from ssa_pretrain.model.llama import Llama
 from ssa_pretrain.model.sharding import partition_dim
@@ -51,6 +52,8 @@ class DeepSpeedEngine:
         self.config, self.placement, self.vocab_size = config, placement, vocab_size
         self.stage = config.deepspeed.zero_stage
         self.microbatches = Microbatches(config, placement, ContextParallel(placement.groups.cp))  # cp is 1 here
+        interval, is_sharded = config.training.replica_check_interval, self.stage == 3
+        self.replicas = ReplicaCheck(interval, placement, sharded=is_sharded)
         self.ds_config = ds_config(config, placement.dp)
         _require_accepted(self.ds_config)
         self._ds = None
@@ -64,6 +67,7 @@ class DeepSpeedEngine:
         batches, routes, sums = self.microbatches.begin_step(batches, step)
         for group, decay in zip(ds.basic_optimizer.param_groups, (self.config.optim.weight_decay, 0.0), strict=True):
             group["lr"], group["weight_decay"] = learning_rate, decay
+        differing = self.replicas.compare(self._named_weights(), step)
         ds.train()
         grad_norm = None
         for batch, route in zip(batches, routes, strict=True):
@@ -72,9 +76,8 @@ class DeepSpeedEngine:
                 grad_norm = self._grad_norm()
             with torch.profiler.record_function(OPTIMIZER_RANGE):  # before a step's last microbatch it only counts
                 ds.step()
-        return self.microbatches.step_result(
-            sums, torch.as_tensor(ds.get_global_grad_norm() if grad_norm is None else grad_norm)
-        )
+        norm = torch.as_tensor(ds.get_global_grad_norm() if grad_norm is None else grad_norm)
+        return self.microbatches.step_result(sums, norm, differing)
 
     @torch.no_grad()
     def evaluate(
@@ -101,6 +104,10 @@ class DeepSpeedEngine:
         """See `Evaluator.last_logits`."""
         batch, logits = self._logits(batch, mode)
         return logits[batch.cu_seqlens[1:].long() - 1].float()
+
+    def require_equal_replicas(self, step: int) -> None:
+        """See `Engine.require_equal_replicas`."""
+        self.replicas.require_equal_to_save(self._named_weights(), step)
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -146,6 +153,10 @@ class DeepSpeedEngine:
                 # Its bf16 optimizer takes a step of zero gradients when it is built, and Adam would count that step.
                 self._ds.basic_optimizer.state.clear()
         return self._ds
+
+    def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Returns this rank's weights with their canonical names."""
+        return sharded_weights.named_weights([self.ds.module], self.config, tied_copies=True)
 
     @property
     def _must_compute_norm(self) -> bool:

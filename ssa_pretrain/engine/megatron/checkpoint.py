@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 
+from ssa_pretrain.checkpoint.unpickling import require_safe_extra_state, restricted
 from ssa_pretrain.checkpoint.writer import ThreadedStrategy
 
 METADATA = {
@@ -34,14 +35,25 @@ def is_core_checkpoint(folder: Path) -> bool:
 
 
 def load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
-    """Restores the weights, and the optimizer unless it is None, from a folder that `save` wrote."""
+    """Restores the weights, and the optimizer unless it is None, from a folder that `save` wrote.
+
+    Raises:
+        UnsafePickle: the folder's files name a global that `save` never writes.
+    """
+    with restricted(folder):
+        _load(folder, chunks, optimizer)
+
+
+def _load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
     state = _model_state(chunks)
     if optimizer is not None:
         _init_states(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
     loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[_model_key(i, chunks)], strict=True)
+        weights = loaded[_model_key(i, chunks)]
+        require_safe_extra_state(weights, folder)
+        unwrap(chunk).load_state_dict(weights, strict=True)
     if optimizer is not None:
         _load_optimizer(optimizer, loaded["optimizer"])
 

@@ -3,7 +3,7 @@
 Losses and results are step.py's. Core's schedules run forward and backward, and its gradient buffers do the reduction over data ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ssa_pretrain.engine.interface import PendingStep
 from ssa_pretrain.engine.megatron import checkpoint
 from ssa_pretrain.engine.megatron.model import MegatronModel
 from ssa_pretrain.engine.megatron.optimizer import build_optimizer
+from ssa_pretrain.engine.replicas import ReplicaCheck
 from ssa_pretrain.engine.step import StepSums
 from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.parallel.state import Placement
@@ -27,6 +28,7 @@ class MegatronEngine(MegatronModel):
 
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
         super().__init__(config, placement, vocab_size)
+        self.replicas = ReplicaCheck(config.training.replica_check_interval, placement)
         self.optimizer = build_optimizer(config, self.chunks)
         self._install_hooks()
 
@@ -44,8 +46,10 @@ class MegatronEngine(MegatronModel):
     def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
         """See `Engine.train_step`; on a GPU the step is only queued when this returns."""
         sums = self.forward_backward(batches, step=step)
+        # After the forward, which gathers the weights if `overlap_param_gather` defers that.
+        differing = self.replicas.compare(self._named_weights(), step)
         grad_norm = self.update(learning_rate)
-        return self.microbatches.step_result(sums, grad_norm)
+        return self.microbatches.step_result(sums, grad_norm, differing)
 
     def forward_backward(self, batches: Sequence[Batch], *, step: int) -> StepSums:
         """Computes the global batch's gradients into their buffers. Returns the sums of the passes."""
@@ -66,6 +70,11 @@ class MegatronEngine(MegatronModel):
             _, norm, _ = self.optimizer.step()
         return norm
 
+    def require_equal_replicas(self, step: int) -> None:
+        """See `Engine.require_equal_replicas`."""
+        self._gather_parameters()
+        self.replicas.require_equal_to_save(self._named_weights(), step)
+
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
         self._gather_parameters()
@@ -84,6 +93,10 @@ class MegatronEngine(MegatronModel):
         """See `Engine.save_weights`."""
         self._gather_parameters()
         sharded_weights.save_weights(folder, self.models, self.config, self.placement)
+
+    def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Returns this rank's weights with their canonical names."""
+        return sharded_weights.named_weights(self.models, self.config, tied_copies=True)
 
     def start_evaluating(self) -> None:
         """Updates the weights and sets the model to evaluation."""

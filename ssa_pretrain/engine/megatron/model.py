@@ -92,11 +92,11 @@ class MegatronModel:
 
     def load_weights(self, folder: Path) -> None:
         """See `Evaluator.load_weights`."""
-        if checkpoint.is_core_checkpoint(folder):
+        source = find_weights(folder)
+        if source != folder and checkpoint.is_core_checkpoint(folder):
             checkpoint.load(folder, self.chunks, None)
-        else:
-            source = find_weights(folder) or folder
-            sharded_weights.load_weights(source, self.models, self.config, self.placement)
+        else:  # a folder of common weights has no checked list of files, so nothing in it is unpickled
+            sharded_weights.load_weights(source or folder, self.models, self.config, self.placement)
 
     @property
     def models(self) -> list[torch.nn.Module]:

@@ -1,5 +1,6 @@
 """Checkpoints are published atomically, damaged ones are found and skipped, and a run does not resume another run's checkpoint."""
 
+import hashlib
 import json
 import shutil
 
@@ -341,3 +342,40 @@ def test_weights_of_another_vocabulary_are_refused_if_the_checkpoint_names_it(tm
         older = {"model.vocab_size": 0}
         require_same_model(Checkpoint(tmp_path, 5, older), wanted, shapes_only=shapes_only)
     assert differences(older, wanted) == [], "a checkpoint from before these facts goes on"
+
+
+def rewrite(folder, change):
+    """Rewrites the list of a published checkpoint, as whoever has made it could."""
+    record = json.loads((folder / FACTS).read_text())
+    change(record["files"])
+    (folder / FACTS).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "link", "inner/file", ""])
+def test_listed_file_outside_the_folder_is_damage(tmp_path, name):
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    (tmp_path / "checkpoints" / "outside").write_bytes(b"secret")
+    (folder / "link").symlink_to("../outside")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_bytes(b"secret")
+    (folder / "inner").symlink_to(tmp_path / "elsewhere")
+    entry = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
+    rewrite(folder, lambda files: files.update({name: entry}))
+    assert find_damage(folder) == f"{FACTS} lists {name}, which is outside the folder"
+
+
+def test_link_inside_the_folder_is_followed(tmp_path):
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    (folder / "weights.bin").rename(folder / "moved.bin")
+    (folder / "weights.bin").symlink_to("moved.bin")
+    assert find_damage(folder) is None
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "deepspeed/mp_rank_00_model_states.pt"])
+def test_unlisted_file_with_pickles_is_damage(tmp_path, name):
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    (folder / "notes.txt").write_text("the user's own")
+    assert find_damage(folder) is None
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"")
+    assert find_damage(folder) == f"{name} is not listed in {FACTS}"

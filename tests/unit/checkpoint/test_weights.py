@@ -1,5 +1,6 @@
 """The common weights format: names, files, and the messages for weights that do not fit."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,19 @@ def test_folder_without_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "weights.json").write_text('{"schema": 99}')
     with pytest.raises(WeightsError, match="has schema 99, and this version reads 1"):
         WeightsReader(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/outside.safetensors", "link.safetensors"])
+def test_index_that_names_a_file_outside_is_refused(tmp_path, file):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    writer = WeightsWriter(folder, "stage_000")
+    writer.add("a", torch.zeros(3))
+    writer.flush()
+    write_index(folder)
+    (folder / "stage_000_0000.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "link.safetensors").symlink_to("../outside.safetensors")
+    index = folder / "weights.json"
+    index.write_text(index.read_text().replace("stage_000_0000.safetensors", file))
+    with pytest.raises(WeightsError, match=rf"weights.json names '{re.escape(file)}', which is outside its folder"):
+        WeightsReader(folder)

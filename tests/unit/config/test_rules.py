@@ -546,3 +546,18 @@ def test_checkpoints_of_deepspeed_are_evaluated_without_it_and_in_pipelines(data
     evaluating = replace(HERE, splits=("heldout",), entry="evaluate", has_deepspeed=None, world_size=4)
     assert found(*command, machine=evaluating) == []
     assert len(found(*command, machine=replace(HERE, has_deepspeed=False, world_size=4))) == 3
+
+
+def test_no_setting_holds_a_secret() -> None:
+    machine = replace(CPU, secrets=("a-passphrase-of-mine",))
+    advice = "set WANDB_API_KEY or HF_TOKEN in the environment, or log in with `wandb login` or `hf auth login`"
+    line = "{}=<hidden> is a secret, and the configuration is saved; " + advice
+    assert found(*BASE, "output_dir=here", "name=a-passphrase-of-mine", machine=machine) == [line.format("name")]
+    token = "hf_" + "aB1" * 8
+    weights = f"data.weights={{{token}: 1.0}}"
+    assert found(*BASE, f"logging.wandb.tags=[a,{token}]", weights) == [
+        line.format("data.weights"),
+        line.format("logging.wandb.tags"),
+    ]
+    assert found(*BASE, f"name={'0123456789abcdef' * 2}01234567") == []  # a revision as well as a key
+    assert "a-passphrase" not in repr(machine)

@@ -249,6 +249,17 @@ def test_dataset_of_links_opens_and_is_checked(dataset, names):
         load_manifest(dataset)
 
 
+def test_link_to_another_file_of_the_same_size_is_refused(dataset):
+    """A dataset from elsewhere may not turn a file of its user into tokens."""
+    path = dataset / "train/text_00000.bin"
+    secret = dataset.parent / "secret"
+    secret.write_bytes(b"s" * path.stat().st_size)
+    path.unlink()
+    path.symlink_to(secret)
+    with pytest.raises(DatasetError, match=r"text_00000.bin has sha256 .* its content changed after it was written"):
+        load_manifest(dataset)
+
+
 @pytest.mark.parametrize("name", [*FILES, "train", "."])
 def test_broken_link_is_named(dataset, name):
     path = dataset if name == "." else dataset / name

@@ -1,6 +1,7 @@
 """Who may import what, where import-linter's layers are too coarse: a table of names and the only files that may import them."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,25 @@ def users(name: str) -> set[str]:
         ("transformers", ["ssa_pretrain/huggingface/checking.py", "ssa_pretrain/huggingface/modelling_ssa.py"]),
         ("megatron.core.parallel_state", ["ssa_pretrain/parallel/"]),
         ("triton", ["kernels/"]),
-        ("pickle", []),
+        ("pickle", ["ssa_pretrain/checkpoint/unpickling.py"]),
+        (
+            "torch.load",
+            ["ssa_pretrain/checkpoint/unpickling.py", "ssa_pretrain/engine/deepspeed/universal.py", "kernels/bench/"],
+        ),
     ],
 )
 def test_only_allowed_files_import_module(name: str, allowed: list[str]) -> None:
     strangers = {path for path in users(name) if not any(path.startswith(prefix) for prefix in allowed)}
     assert strangers == set()
+
+
+def test_nothing_asks_for_objects_without_a_list() -> None:
+    """SECURITY.md: pickles, arrays, YAML and models from elsewhere are read without running their code."""
+    unsafe = re.compile(
+        r"weights_only\s*=\s*False|allow_pickle\s*=\s*True|trust_remote_code\s*=\s*True|yaml\.(unsafe_|full_)?load(_all)?\("
+    )
+    found = {str(path.relative_to(ROOT)) for path in SOURCES if unsafe.search(path.read_text())}
+    assert found == set()
 
 
 def test_kernels_import_only_torch_and_triton() -> None:

@@ -252,3 +252,13 @@ def test_presets_are_valid_and_name_the_documented_parts():
     assert parts["smollm_corpus"] == {"fineweb-edu-dedup": False, "cosmopedia-v2": False, "python-edu": True}
     assert list(parts["smollm2_135m_100b"]) == ["smollm2"]
     assert read_config(["source=hub", "source.repo=a/b", "out=x"]).source.repo == "a/b"
+
+
+@pytest.mark.parametrize("name", ["../outside.parquet", "/outside.parquet", "data/../../outside.parquet"])
+def test_listing_with_a_file_outside_its_folder_is_refused(hub, tmp_path, name):
+    hub.files[name] = table(5, "outside")
+    with pytest.raises(
+        InputError, match=r"^owner/corpus lists .*outside.parquet', which is outside its folder; use another"
+    ):
+        fetch_hub(source(hub), tmp_path / "cache", print)
+    assert not list(tmp_path.rglob("*outside*"))
