@@ -42,6 +42,7 @@ RERUN = "run the same command again to resume from the newest checkpoint"
 POLL_SECONDS = 0.2
 HEARTBEAT_SECONDS = 1.0  # between looks at the ranks' heartbeats
 LOST_SECONDS = 10.0  # for the other ranks to end after one was killed
+HUNG_SECONDS = 5.0  # for the other ranks to end after one was named that hangs
 SILENT_SECONDS = 40.0  # for the ranks to name one whose heartbeats have stopped, after its limit
 UNLIMITED_SECONDS = 600.0  # without heartbeats of a rank that may take as long as it wants
 HELPER_SECONDS = 15.0  # for helpers of ranks to end by themselves, such as the W&B client of a killed rank
@@ -211,7 +212,7 @@ class Supervisor:
             return
         was_stopped, self._checked_at = now - self._checked_at > SILENT_SECONDS, now
         if any(one.code == ExitCode.HUNG for one in read_exits(self.folder)):
-            self._lost_at = min(self._lost_at, now)
+            self._lost_at = min(self._lost_at, now - LOST_SECONDS + HUNG_SECONDS)
         if was_stopped or self._silent:
             return  # this process was itself stopped, with all ranks
 

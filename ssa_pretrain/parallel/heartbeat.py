@@ -86,13 +86,10 @@ class Beat:
 
     @property
     def place(self) -> str:
-        """Such as "training step 13"."""
-        return place(self.phase, self.step)
-
-
-def place(phase: str, step: int) -> str:
-    """Returns where a phase is, for a sentence: "training step 13" is under way after 12 steps; "saving after step 12"."""
-    return f"training step {step + 1}" if phase == "training" else f"{phase} after step {step}" if step else phase
+        """Where the phase is, for a sentence: "training step 13" is under way after 12 steps; "saving after step 12"."""
+        if self.phase == "training":
+            return f"training step {self.step + 1}"
+        return f"{self.phase} after step {self.step}" if self.step else self.phase
 
 
 def missing(beats: Sequence[Beat], silent: Collection[int] = ()) -> list[Beat]:

@@ -31,7 +31,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch.distributed as dist
 
@@ -43,12 +43,13 @@ from ssa_pretrain.parallel.heartbeat import (
     describe_process,
     main_stack,
     missing,
-    place,
     waits_for_others,
 )
-from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.parallel.stragglers import WINDOW, OwnTime, Stragglers
 from ssa_pretrain.process import RankExit, exit_now, launch_folder, write_beat, write_exit
+
+if TYPE_CHECKING:
+    from ssa_pretrain.parallel.state import Placement
 
 BEAT_SECONDS = 1.0
 BEATS_PER_SECOND = 500  # that the store gets from all ranks together
@@ -63,7 +64,7 @@ KEY, VERDICT = "ssa_pretrain/beat", "ssa_pretrain/hang"
 STACKS, REPORT = ".stacks", "hang.txt"
 
 
-def watchdog(config: Config, placement: Placement) -> "Watchdog":
+def watchdog(config: Config, placement: "Placement") -> "Watchdog":
     """Returns the watchdog of a run on this rank."""
     return Watchdog(placement, config.parallel, Path(config.output_dir))
 
@@ -80,7 +81,7 @@ class Watchdog:
 
     def __init__(
         self,
-        placement: Placement,
+        placement: "Placement",
         parallel: ParallelConfig,
         folder: Path,
         print_line: Callable[[str], None] | None = None,
@@ -227,8 +228,8 @@ class Watchdog:
 
     def _name_stragglers(self, store: dist.Store) -> None:
         """Prints a line if a rank has become slow."""
-        if self._trained % WINDOW > WINDOW // 2 or self._trained < WINDOW:
-            return  # the others are about to end their window
+        if self._trained < WINDOW:
+            return
         with suppress(dist.DistError):
             beats = self._read(store)
             if len(beats) == self.world_size and (line := self._stragglers.check(beats)):
@@ -299,7 +300,7 @@ def report(beats: list[Beat], silent: set[int], folder: Path) -> str:
         return f"hang: rank {never[0]} has never given a sign of life since the run was started"
     lines = [_sentence(shown[0], beats, found, silent)]
     for beat in shown:
-        lines.append(f"  {beat.name}: {beat.place}, {beat.seconds:.0f} s" + _why(beat, silent))
+        lines.append(f"  {beat.name}: {beat.place}, {_why(beat, silent) or f'{beat.seconds:.0f} s'}")
         lines += [f"    {line}" for line in beat.stack or _written_stack(folder / STACKS / f"rank_{beat.rank}.txt")]
     if len(found) > MAX_SHOWN:
         lines.append(f"  and {len(found) - MAX_SHOWN} more: ranks {', '.join(str(b.rank) for b in found[MAX_SHOWN:])}")
@@ -326,14 +327,11 @@ def _sentence(first: Beat, beats: list[Beat], found: list[Beat], silent: set[int
             "a collective or a kernel does not finish"
         )
     names = ", ".join(beat.name for beat in found[:MAX_SHOWN])
-    limit = max((beat.limit or 0.0 for beat in beats), default=0.0)
-    seconds = max((beat.seconds for beat in beats), default=0.0)
     what = "gives no sign of life" if first.rank in silent else "does not move"
     others = len(beats) - len(found)
+    here = max(beats, key=lambda beat: (beat.order, beat.seconds))  # a silent rank may be further than it could tell
     waiting = f"; {others} other{'s' * (others > 1)} wait{'s' * (others == 1)} for it" if others else ""
-    return (
-        f"hang: {names} {what} in {place(first.phase, first.step)} for {seconds:.0f} s (limit {limit:.0f} s){waiting}"
-    )
+    return f"hang: {names} {what} in {here.place} for {here.seconds:.0f} s (limit {here.limit or 0:.0f} s){waiting}"
 
 
 def _why(beat: Beat, silent: set[int]) -> str:
@@ -341,7 +339,7 @@ def _why(beat: Beat, silent: set[int]) -> str:
     if beat.rank not in silent:
         return ""
     known = describe_process(beat.pid) if beat.host == socket.gethostname() else ""
-    return f" at its last sign of life{'; ' * bool(known)}{known}"
+    return f"at its last sign of life{'; ' * bool(known)}{known}"
 
 
 def _written_stack(path: Path) -> list[str]:
