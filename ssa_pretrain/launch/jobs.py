@@ -181,13 +181,20 @@ def deepspeed_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple
     options = {name: given.get(name, "") for name in ("num-nodes", "num-gpus", "include", "exclude")}
     options["master-port"] = port
     # Without a hostfile the command names one that does not exist, which means this node; by default DeepSpeed reads /job/hostfile.
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile or '/nonexistent'}"]
+    launcher = [f"--hostfile={hostfile or '/nonexistent'}"]
     launcher += [f"--{name.replace('-', '_')}={value}" for name, value in options.items() if value]
     entry = ["--module", module, "engine=deepspeed", *flags.rest]
     remedy = "--hostfile=PATH" if options["include"] or options["exclude"] else "--num-gpus=N"
     job = Job(
-        command=[*launcher, *entry],
-        executed=[*launcher, "--log_level=critical", *entry],
+        command=[sys.executable, "-m", "deepspeed.launcher.runner", *launcher, *entry],
+        executed=[
+            sys.executable,
+            "-m",
+            "ssa_pretrain.launch.deepspeed_agent",
+            *launcher,
+            "--log_level=critical",
+            *entry,
+        ],
         module=module,
         arguments=["engine=deepspeed", *flags.rest],
         world_size=sum(counts.values()) or None,

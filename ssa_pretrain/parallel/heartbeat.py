@@ -82,7 +82,7 @@ class Beat:
     @property
     def name(self) -> str:
         """Such as "rank 3 (node2, pid 4711)"."""
-        return f"rank {self.rank} ({self.host}, pid {self.pid})"
+        return f"rank {self.rank}" + (f" ({self.host}, pid {self.pid})" if self.host else "")
 
     @property
     def place(self) -> str:

@@ -9,8 +9,8 @@ The other publishes the heartbeat in the process group's store, over a connectio
     rank 0's log and `hang.txt` in the run's folder get the names and the stacks; all ranks end with exit code 8.
 
 The limit of a training step is `parallel.hang_minutes`, by default 20 times the median step but at least two minutes. The first steps of a process compile, and
-building, loading, evaluating and saving have no usual time: they may take as long as a collective may wait, and every collective that is called
-meanwhile counts as progress. A process without peers has no limit there.
+building, loading, evaluating and saving have no usual time: there a rank may wait for others almost as long as a collective lets it, or work six times as
+long by itself, and every collective that is called meanwhile counts as progress. A process without peers has no limit there.
 
 No thread of a stopped process runs, and a thread needs Python's lock. So a rank that hangs in C code while it holds the lock is recognised by the beats
 that it does not send. `faulthandler` writes its stack: a thread in C that needs no lock, armed again by each beat. A launcher ends a
@@ -59,6 +59,7 @@ WARM_STEPS = 5  # training steps of a process that may compile
 USUAL_FACTOR, LEAST_SECONDS = 20.0, 120.0  # the limit of a step, from the median step
 SHARE_OF_TIMEOUT = 0.9  # of a collective's timeout: the watchdog comes first
 ANSWER_SECONDS = 15.0  # for the store to answer after the ranks are stuck; rank 0 may host it
+OWN_WORK = 6.0  # times as long may a rank work by itself, outside of measured steps, as it may wait
 MAX_SHOWN = 4  # ranks with their stacks in the log
 KEY, VERDICT = "ssa_pretrain/beat", "ssa_pretrain/hang"
 STACKS, REPORT = ".stacks", "hang.txt"
@@ -110,6 +111,7 @@ class Watchdog:
         self._threads = [threading.Thread(target=self._live, name="heartbeat", daemon=True)]
         if self.world_size > 1:
             self._threads.append(threading.Thread(target=self._watch, name="watchdog", daemon=True))
+        self._latest = self._beat()  # a rank that hangs at once has said where
         for thread in self._threads:
             thread.start()
         return self
@@ -150,9 +152,16 @@ class Watchdog:
         """Adds this rank's own time of a step (stragglers.py)."""
         self._own.add(seconds)
 
-    def limit(self, phase: str) -> float | None:
-        """Returns the seconds that a phase may take without progress; None: as many as it wants."""
+    def limit(self, phase: str, *, waits: bool = True) -> float | None:
+        """Returns the seconds that a phase may take without progress; None: as many as it wants.
+
+        Args:
+            phase: its name.
+            waits: whether the main thread waits for other ranks; work of its own, such as loading, may take longer.
+        """
         longest = SHARE_OF_TIMEOUT * 60.0 * self._parallel.timeout_minutes if self.world_size > 1 else None
+        if longest is not None and not waits:
+            longest *= OWN_WORK
         if phase != "training" or self._trained < WARM_STEPS:
             return longest
         asked = 60.0 * self._parallel.hang_minutes
@@ -176,23 +185,29 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Thread: publishes beats, looks for a verdict and for stragglers, and judges."""
-        with suppress(
-            dist.DistError, RuntimeError
-        ):  # the store has gone with its host: the launcher ends this rank, or `_live` does
-            store = dist.distributed_c10d._get_default_store().clone()
-            store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
-            while not self._ended.wait(self._interval):
-                beat = self._latest
-                if beat is None:
-                    continue
-                store.set(f"{KEY}/{self.rank}", beat.encode())
-                if store.check([VERDICT]):
-                    self._end(store.get(VERDICT).decode(), follows=True)
-                if self.rank == 0:
-                    self._name_stragglers(store)
-                if beat.is_stuck and (verdict := self._judge(store)):
-                    decided = store.compare_set(VERDICT, "", verdict).decode()
-                    self._end(decided, follows=decided != verdict)
+        store = None
+        while True:
+            try:
+                store = store or _connect()
+                if self._latest is not None:
+                    self._exchange(store, self._latest)
+            except RuntimeError:  # DistError too: the network; or the store's host has gone, and `_live` ends this rank
+                store = None
+            if self._ended.wait(self._interval):
+                return
+
+    def _exchange(self, store: dist.Store, beat: Beat) -> None:
+        """Publishes a beat and reads those of the others as far as needed."""
+        store.set(f"{KEY}/{self.rank}", beat.encode())
+        if store.check([VERDICT]):
+            self._end(store.get(VERDICT).decode(), follows=True)
+        if self.rank == 0 and self._trained >= WINDOW:
+            beats = self._read(store)
+            if len(beats) == self.world_size and (line := self._stragglers.check(beats)):
+                self.print_line(line)
+        if beat.is_stuck and (verdict := self._judge(store)):
+            decided = store.compare_set(VERDICT, "", verdict).decode()
+            self._end(decided, follows=decided != verdict)
 
     def _beat(self) -> Beat:
         """Returns this rank's state now."""
@@ -207,6 +222,7 @@ class Watchdog:
         self._beat_at = now
         self._count += 1
         frame = sys._current_frames().get(self._main)
+        waits = waits_for_others(frame)
         return Beat(
             rank=self.rank,
             host=socket.gethostname(),
@@ -216,24 +232,15 @@ class Watchdog:
             step=step,
             order=number,
             seconds=now - max(begin, self._progress, self._resumed),
-            limit=self.limit(phase),
+            limit=self.limit(phase, waits=waits),
             collectives=collectives,
-            waits=waits_for_others(frame),
+            waits=waits,
             stack=main_stack(frame),
             own_seconds=self._own.median,
             trained=self._trained,
             saved=self._saved,
             time=now,
         )
-
-    def _name_stragglers(self, store: dist.Store) -> None:
-        """Prints a line if a rank has become slow."""
-        if self._trained < WINDOW:
-            return
-        with suppress(dist.DistError):
-            beats = self._read(store)
-            if len(beats) == self.world_size and (line := self._stragglers.check(beats)):
-                self.print_line(line)
 
     def _read(self, store: dist.Store) -> list[Beat]:
         """Returns the last beat of every rank that has published one."""
@@ -255,7 +262,7 @@ class Watchdog:
         return report(beats, silent, self._folder)
 
     def _end(self, text: str, *, follows: bool) -> None:
-        """Ends this process with the verdict. The rank that has judged prints it, unless rank 0 still can."""
+        """Ends this process with the verdict. The rank that has judged prints it."""
         with self._reporting:
             if self._ended.is_set():
                 return
@@ -293,15 +300,14 @@ def report(beats: list[Beat], silent: set[int], folder: Path) -> str:
         silent: ranks whose beats have stopped.
         folder: the run's.
     """
+    beats = [*beats, *(Beat(rank, phase="start") for rank in silent - {beat.rank for beat in beats})]
     found = missing(beats, silent)
-    never = sorted(silent - {beat.rank for beat in beats})
     shown = found[:MAX_SHOWN]
-    if never and not found:
-        return f"hang: rank {never[0]} has never given a sign of life since the run was started"
     lines = [_sentence(shown[0], beats, found, silent)]
     for beat in shown:
         lines.append(f"  {beat.name}: {beat.place}, {_why(beat, silent) or f'{beat.seconds:.0f} s'}")
-        lines += [f"    {line}" for line in beat.stack or _written_stack(folder / STACKS / f"rank_{beat.rank}.txt")]
+        written = _written_stack(folder / STACKS / f"rank_{beat.rank}.txt") if beat.rank in silent else []
+        lines += [f"    {line}" for line in written or beat.stack]
     if len(found) > MAX_SHOWN:
         lines.append(f"  and {len(found) - MAX_SHOWN} more: ranks {', '.join(str(b.rank) for b in found[MAX_SHOWN:])}")
     others = [beat for beat in beats if beat not in found]
@@ -355,6 +361,13 @@ def _append(path: Path, text: str) -> None:
     """Appends a report with the time to the run's file."""
     with suppress(OSError), path.open("a") as file:
         file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+
+def _connect() -> dist.Store:
+    """Returns a connection of its own to the ranks' store: operations of the main thread would hold up a shared one."""
+    store = dist.distributed_c10d._get_default_store().clone()
+    store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
+    return store
 
 
 def _collectives() -> dict[str, int]:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from ssa_pretrain.config import ParallelConfig
+from ssa_pretrain.launch import supervision
 from ssa_pretrain.launch.supervision import RERUN, Supervisor, find_processes
 from ssa_pretrain.parallel import watchdog as module
 from ssa_pretrain.parallel.watchdog import LEAST_SECONDS, WARM_STEPS, Watchdog
@@ -34,11 +35,16 @@ def run(folder: Path, *modes: str) -> tuple[int, str]:
         return supervisor.verdict(code)
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "HUNG_SECONDS", 2.0)
+    monkeypatch.setattr(supervision, "HELPER_SECONDS", 1.0)
+
+
 @pytest.mark.parametrize(
     ("modes", "culprit", "what", "detail"),
     [
-        (("trains", "loops"), 1, "does not move", "rank_for_watchdog.py:"),
-        (("skips", "trains", "trains"), 0, "does not move", "in hang"),
+        (("trains", "trains", "loops"), 2, "does not move", "in hang"),
         (("trains", "locks"), 1, "gives no sign of life", "without giving up Python's lock"),
         (("stops", "trains"), 0, "gives no sign of life", "its process is stopped (SIGSTOP)"),
     ],
