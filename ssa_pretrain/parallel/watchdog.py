@@ -58,7 +58,7 @@ PAUSED_BEATS = 5  # without a beat of its own: this process did not run
 WARM_STEPS = 5  # training steps of a process that may compile
 USUAL_FACTOR, LEAST_SECONDS = 20.0, 120.0  # the limit of a step, from the median step
 SHARE_OF_TIMEOUT = 0.9  # of a collective's timeout: the watchdog comes first
-ANSWER_SECONDS = 15.0  # for the store to answer after the ranks are stuck; rank 0 may host it
+ANSWER_SECONDS = 10.0  # for the store to answer after the ranks are stuck; rank 0 may host it
 OWN_WORK = 6.0  # times as long may a rank work by itself, outside of measured steps, as it may wait
 MAX_SHOWN = 4  # ranks with their stacks in the log
 KEY, VERDICT = "ssa_pretrain/beat", "ssa_pretrain/hang"
@@ -100,6 +100,8 @@ class Watchdog:
         self._count, self._beat_at, self._resumed = 0, self._progress, self._progress
         self._known: set[int] = set()  # ranks that have published a beat
         self._latest: Beat | None = None
+        self._rank_0: Beat | None = None  # who hosts the store, unless torchrun's agent does
+        self._launcher_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._ended = threading.Event()
         self._reporting = threading.Lock()
         self._main = threading.main_thread().ident or 0
@@ -201,6 +203,8 @@ class Watchdog:
         store.set(f"{KEY}/{self.rank}", beat.encode())
         if store.check([VERDICT]):
             self._end(store.get(VERDICT).decode(), follows=True)
+        if self._rank_0 is None and store.check([f"{KEY}/0"]):
+            self._rank_0 = Beat.decode(store.get(f"{KEY}/0"))
         if self.rank == 0 and self._trained >= WINDOW:
             beats = self._read(store)
             if len(beats) == self.world_size and (line := self._stragglers.check(beats)):
@@ -277,10 +281,13 @@ class Watchdog:
         with self._reporting:
             if self._ended.is_set():
                 return
-            text = report([beat], set(), self._folder)
-            if self.world_size > 1:
-                first = f"hang: {beat.name} has waited {beat.seconds:.0f} s in {beat.place}, and the store of rank 0 does not answer"
-                text = "\n".join([first, *text.splitlines()[1:]])
+            if self.world_size > 1 and not self._launcher_has_store:
+                text = report([self._rank_0 or Beat(0, phase="start"), beat], {0}, self._folder)
+            else:
+                text = report([beat], set(), self._folder)
+                if self.world_size > 1:
+                    first = f"hang: {beat.name} has waited {beat.seconds:.0f} s in {beat.place}, and the first node does not answer"
+                    text = "\n".join([first, *text.splitlines()[1:]])
             self.print_line(text)
             _append(self._folder / REPORT, text)
             leave(self.rank, text.partition("\n")[0], follows=False)

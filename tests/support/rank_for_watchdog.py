@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from ssa_pretrain.process import rank_process
 
-HANGS_AT, STEPS = 8, 90
+HANGS_AT, STEPS = 8, 60
 WORK_SECONDS = 0.03  # of CPU time
 
 
@@ -57,7 +57,7 @@ def live(folder: Path, mode: str) -> None:
         from ssa_pretrain.config import ParallelConfig
         from ssa_pretrain.parallel import watchdog
 
-        watchdog.BEAT_SECONDS = 0.5
+        watchdog.BEAT_SECONDS, watchdog.ANSWER_SECONDS = 0.5, 2.0
         dist.init_process_group("gloo")
         placement = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size())
         with watchdog.Watchdog(placement, ParallelConfig(hang_minutes=0.05), folder) as watch:  # type: ignore[arg-type]

@@ -76,7 +76,7 @@ def test_rank_that_is_stopped_again_and_again_is_named_as_slow(
         while not (path.exists() and path.read_text()) and not ended.wait(0.02):
             pass
         while not ended.is_set():
-            for number, seconds in ((signal.SIGSTOP, 0.06), (signal.SIGCONT, 0.01)):
+            for number, seconds in ((signal.SIGSTOP, 0.04), (signal.SIGCONT, 0.015)):
                 try:
                     os.kill(int(path.read_text()), number)
                 except (OSError, ValueError):
