@@ -59,6 +59,7 @@ def read_query(text: str) -> list[Finding]:
 def torch_and_cuda() -> list[Finding]:
     """Whether torch can use the GPUs, the versions of CUDA and NCCL, and a product of matrices on each GPU."""
     import torch
+    from torch.cuda import nccl
 
     visible = len(glob("/dev/nvidia[0-9]*"))
     if not torch.cuda.is_available():
@@ -68,8 +69,8 @@ def torch_and_cuda() -> list[Finding]:
             return [fail("torch and gpu", f"torch ({build}) can use none of {visible} GPUs", remedy)]
         return [ok("torch and gpu", f"torch {torch.__version__} on the CPU, {torch.get_num_threads()} threads")]
     count = torch.cuda.device_count()
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    found = [ok("torch and gpu", f"{count} GPUs, CUDA {torch.version.cuda}, NCCL {nccl}")]
+    nccl_version = ".".join(map(str, nccl.version()))
+    found = [ok("torch and gpu", f"{count} GPUs, CUDA {torch.version.cuda}, NCCL {nccl_version}")]
     wrong = [index for index in range(count) if not _computes(index)]
     if wrong:
         text = f"GPU {', '.join(map(str, wrong))} computes a product of matrices wrongly"

@@ -20,7 +20,7 @@ from ssa_pretrain.errors import LaunchError
 TRAIN = "ssa_pretrain.train"
 POSITIVE = re.compile(r"[1-9][0-9]*")
 DEFAULT_PORT = 29500
-MAX_RESTARTS, RESTART_WAIT = 3, 5  # defaults
+MAX_RESTARTS, RESTART_WAIT = 3, 5  # defaults; only training resumes, so other entry points do not restart by default
 COMMON_FLAGS = ("python", "module", "max-restarts", "restart-wait")
 TORCHRUN_FLAGS = ("nproc-per-node", "nnodes", "rdzv-endpoint", "rdzv-id", *COMMON_FLAGS)
 DEEPSPEED_FLAGS = ("num-gpus", "num-nodes", "hostfile", "include", "exclude", "master-port", *COMMON_FLAGS)
@@ -91,15 +91,11 @@ def require(pattern: re.Pattern[str], flag: str, value: str, rule: str, advice: 
         raise LaunchError(f"--{flag}={value} must be {rule}; {advice}")
 
 
-def restarts_of(flags: Flags, environment: Mapping[str, str], module: str) -> dict[str, int]:
-    """Returns how often a job restarts and after how long, as fields of `Job`. Only training resumes, so other entry points do not restart by default."""
-    found = {}
-    for flag, default in (("max-restarts", MAX_RESTARTS if module == TRAIN else 0), ("restart-wait", RESTART_WAIT)):
-        name = flag.replace("-", "_")
-        value = flags.values.get(flag) or environment.get(name.upper()) or str(default)
-        require(re.compile(r"[0-9]{1,6}"), flag, value, "a whole number, at least 0", f"try {default}")
-        found[name] = int(value)
-    return found
+def number(flags: Flags, environment: Mapping[str, str], flag: str, default: int) -> int:
+    """Returns the whole number of a flag, else of the variable of its name, else the default."""
+    value = flags.values.get(flag) or environment.get(flag.upper().replace("-", "_")) or str(default)
+    require(re.compile(r"[0-9]{1,6}"), flag, value, "a whole number, at least 0", f"try {default}")
+    return int(value)
 
 
 def require_package(module: str) -> None:
@@ -136,7 +132,8 @@ def torchrun_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple[
         arguments=flags.rest,
         world_size=int(nnodes) * per_node if per_node else None,
         uncounted="the GPUs of a node cannot be counted here; --nproc-per-node=N gives their number",
-        **restarts_of(flags, environment, module),
+        max_restarts=number(flags, environment, "max-restarts", MAX_RESTARTS if module == TRAIN else 0),
+        restart_wait=number(flags, environment, "restart-wait", RESTART_WAIT),
     )
     return job, flags.dry_run
 
@@ -200,7 +197,8 @@ def deepspeed_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple
         world_size=sum(counts.values()) or None,
         uncounted=f"the GPUs of this node cannot be counted here; {remedy} gives their number",
         is_remote=sum(count > 0 for count in counts.values()) > 1,
-        **restarts_of(flags, environment, module),
+        max_restarts=number(flags, environment, "max-restarts", MAX_RESTARTS if module == TRAIN else 0),
+        restart_wait=number(flags, environment, "restart-wait", RESTART_WAIT),
     )
     return job, flags.dry_run
 

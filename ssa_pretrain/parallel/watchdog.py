@@ -34,6 +34,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from ssa_pretrain.config import Config, ParallelConfig
 from ssa_pretrain.errors import ExitCode
@@ -198,7 +199,7 @@ class Watchdog:
             if self._ended.wait(self._interval):
                 return
 
-    def _exchange(self, store: dist.Store, beat: Beat) -> None:
+    def _exchange(self, store: Store, beat: Beat) -> None:
         """Publishes a beat and reads those of the others as far as needed."""
         store.set(f"{KEY}/{self.rank}", beat.encode())
         if store.check([VERDICT]):
@@ -246,12 +247,12 @@ class Watchdog:
             time=now,
         )
 
-    def _read(self, store: dist.Store) -> list[Beat]:
+    def _read(self, store: Store) -> list[Beat]:
         """Returns the last beat of every rank that has published one."""
         self._known |= {r for r in range(self.world_size) if r not in self._known and store.check([f"{KEY}/{r}"])}
         return [Beat.decode(text) for text in store.multi_get([f"{KEY}/{rank}" for rank in sorted(self._known)])]
 
-    def _judge(self, store: dist.Store) -> str | None:
+    def _judge(self, store: Store) -> str | None:
         """Returns the report on who is missing, if it is this rank that writes it; takes GRACE beats."""
         before = {beat.rank: beat.count for beat in self._read(store)}
         for _ in range(GRACE):
@@ -370,7 +371,7 @@ def _append(path: Path, text: str) -> None:
         file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
 
-def _connect() -> dist.Store:
+def _connect() -> Store:
     """Returns a connection of its own to the ranks' store: operations of the main thread would hold up a shared one."""
     store = dist.distributed_c10d._get_default_store().clone()
     store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
