@@ -26,6 +26,7 @@ from ssa_pretrain.process import command
 from ssa_pretrain.signals import survive_terminal
 
 REPORTING = (TRAIN, "ssa_pretrain.evaluate")  # entry points whose ranks report their exits
+DOCTOR = "ssa_pretrain.doctor"
 RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -114,6 +115,8 @@ def show(program: str, job: Job, environment: Mapping[str, str]) -> int:
     if program == PROGRAMS["torchrun"]:
         settings[PATIENCE] = environment.get(PATIENCE, "600")
     print(*(f"{name}={value}" for name, value in settings.items()), shlex.join(job.command), flush=True)
+    if job.module == DOCTOR:
+        return ExitCode.DONE  # it has no settings to plan
     world = [f"parallel.world_size={job.world_size}"] if job.world_size else []
     if not world and not any("parallel.world_size=" in argument for argument in job.arguments):
         report(program, ExitCode.DONE, f"the plan is for 1 process, since {job.uncounted}")
