@@ -171,7 +171,7 @@ class ParallelConfig:
         found += between("parallel", self, 0.1, 1440.0, "timeout_minutes") + at_least(
             "parallel", self, 0.0, "hang_minutes"
         )
-        if self.hang_minutes >= self.timeout_minutes:
+        if self.hang_minutes > 0.0 and self.hang_minutes >= self.timeout_minutes:
             rule = f"must be less than parallel.timeout_minutes={self.timeout_minutes}, or the collective times out first and names no rank"
             advice = f"try {self.timeout_minutes / 2:g}, or 0 for 20 times a usual step"
             reads = ("parallel.timeout_minutes",)
