@@ -11,6 +11,8 @@
 #   --master-port PORT  where the processes meet                             (MASTER_PORT; a free one on one node, else 29500)
 #   --python PATH       the interpreter                                      (PYTHON, or python3)
 #   --module NAME       the entry point                                      (ssa_pretrain.train)
+#   --max-restarts N    restarts in a row after a crash, a hang or a killed rank     (MAX_RESTARTS, or 3)
+#   --restart-wait SECONDS    before the first of them; each next wait is twice as long    (RESTART_WAIT, or 5)
 #   --dry-run           print the exact command, the run's plan and DeepSpeed's configuration; start nothing
 #
 # --num_gpus=8 is the same. A flag takes precedence over the variable in brackets. The arguments after the flags go to the entry point unchanged.

@@ -10,6 +10,8 @@
 #   --rdzv-id NAME           distinguishes jobs on one endpoint          (RDZV_ID, or ssa_pretrain)
 #   --python PATH            the interpreter                             (PYTHON, or python3)
 #   --module NAME            the entry point                             (ssa_pretrain.train)
+#   --max-restarts N         restarts in a row after a crash, a hang or a killed rank   (MAX_RESTARTS, or 3)
+#   --restart-wait SECONDS   before the first of them; each next wait is twice as long  (RESTART_WAIT, or 5)
 #   --dry-run                print the exact command and the run's plan; start nothing
 #
 # --nproc_per_node=8 is the same. A flag takes precedence over the variable in brackets. The arguments after the flags go to the entry point unchanged.

@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     CHECKPOINT = 5
     DIVERGED = 6  # a step's loss or gradient norm is not finite
     STOPPED = 7  # on request; the same command resumes
+    HUNG = 8  # a rank made no progress; the watchdog has named it
     REPLICAS = 12  # data ranks hold different copies of the weights
     INTERRUPTED = 130  # by Ctrl-C, at once; the code that shells report
     READER_GONE = 141  # the reader of its output, such as `head`, has exited; the code that shells report

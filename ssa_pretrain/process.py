@@ -7,6 +7,7 @@ A rank reports its exit to the launcher of its node, which prints it last. For t
 a private folder. The environment variable LAUNCH names it:
 
     exit_RANK.json     a `RankExit`, the last file that a rank writes
+    beat_RANK.json     a `Beat` (parallel/heartbeat.py) of a rank that trains
     lost               the ranks that ended without a `RankExit` because they were killed; written by the launcher
     stop               the signal that the launcher received, such as SIGINT
     alive              a FIFO that the launcher keeps open; when the launcher ends it closes, and the ranks end too
@@ -15,6 +16,7 @@ Without the variable (torchrun by hand, a single process, the other nodes of Dee
 themselves. Stdlib only.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -184,17 +186,29 @@ def exit_now(code: int) -> NoReturn:
 
 
 def exit_when_launcher_ends(folder: Path) -> None:
-    """Starts a thread that ends this process when the launcher ends, even by kill -9."""
+    """Ends this process when the launcher ends, even by kill -9.
+
+    The launcher's FIFO closes then. Linux kills this process at once, also if it is stopped or does not run Python. Elsewhere a thread ends it.
+    """
 
     def wait() -> None:
         # Non-blocking: if the launcher has already ended, a blocking open would wait forever.
         descriptor = os.open(folder / ALIVE, os.O_RDONLY | os.O_NONBLOCK)
+        _kill_when_closed(descriptor)
         os.set_blocking(descriptor, True)
         os.read(descriptor, 1)
         shutil.rmtree(folder, ignore_errors=True)
         exit_now(ExitCode.FAILED)
 
     threading.Thread(target=wait, name="launcher", daemon=True).start()
+
+
+def write_beat(folder: Path, rank: int, text: str) -> None:
+    """Writes this rank's heartbeat for the launcher, over the one before."""
+    path = folder / f"beat_{rank}.json"
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
 
 
 def launch_folder() -> Path | None:
@@ -237,6 +251,14 @@ def shortened(text: str) -> str:
     """Returns a text as one line of at most LONGEST_LINE characters."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 3] + "..."
+
+
+def _kill_when_closed(descriptor: int) -> None:
+    """Makes the kernel kill this process when the last writer of a FIFO closes it (`fcntl`, F_SETSIG)."""
+    if hasattr(fcntl, "F_SETSIG"):
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _report_crash(folder: Path, rank: int, error: BaseException) -> None:

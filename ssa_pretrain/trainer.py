@@ -37,6 +37,7 @@ from ssa_pretrain.monitor.profiling import profiled
 from ssa_pretrain.monitor.tracking import WandbTracker, start_tracking
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
+from ssa_pretrain.parallel.watchdog import Watchdog, watchdog
 from ssa_pretrain.planning.flops import peak_flops, row_flops
 from ssa_pretrain.resume import find_checkpoint, restore, why_finished
 from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flatten_settings, locked_folder, packing_of
@@ -54,6 +55,7 @@ NEUTRAL_SETTINGS = (
     "training.replica_check_interval",
     "training.stop_at_step",
     "parallel.timeout_minutes",
+    "parallel.hang_minutes",
 )
 
 
@@ -69,7 +71,11 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
         DivergedError: a loss or gradient norm is not finite.
         Interrupted: the run was asked to stop; its last step is saved.
     """
-    with joined(config.parallel, seed=config.seed) as placement, locked_folder(config, placement):
+    with (
+        joined(config.parallel, seed=config.seed) as placement,
+        locked_folder(config, placement),
+        watchdog(config, placement) as watch,
+    ):
         run = build_run(config, placement)
         checkpoint = find_checkpoint(run)
         if checkpoint is not None and (reason := why_finished(run, checkpoint.step)):
@@ -80,13 +86,14 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
             run.print(shortage)
         first_step, begin = restore(run, checkpoint), time.monotonic()
         with Interruption(placement) as interruption, open_log(run, first_step, more_trackers) as log:
-            loop(run, log, first_step, interruption)
+            watch.print_line = log.console.print if placement.is_rank_0 else watch.print_line
+            loop(run, log, first_step, interruption, watch)
         step, seconds = max(first_step, run.last_step), time.monotonic() - begin
         tokens = step * run.plan.tokens_per_step
         log.console.print(end_line(step, first_step, run.plan.steps, tokens, seconds))
 
 
-def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) -> None:
+def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, watch: Watchdog) -> None:
     """Trains from `step` to the last step; evaluates and saves when due.
 
     On a GPU the results of a step are read after the next step is queued, so the device never waits for the host to write a line. On a CPU
@@ -96,18 +103,24 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption) ->
     max_queued = 1 if run.placement.device.type == "cuda" else 0
     queue: deque[QueuedStep] = deque()
     if evaluates_at_start(run, log, step):
+        watch.enter("evaluating", step)
         evaluate(run, log, step)
     while step < run.last_step:
+        watch.enter("profiling" if step + 1 in config.profile.at else "training", step)
         queue.append(train_step(run, step))
         step += 1
         stopping = interruption.stops_after(step)
         evaluating = is_due(step, config.evaluation.interval, run.plan.steps) and not stopping
         saving = is_due(step, config.checkpoint.interval, run.last_step) or stopping
-        log_results(run, log, queue, keep=0 if evaluating or saving else max_queued)
+        for own_seconds in log_results(run, log, queue, keep=0 if evaluating or saving else max_queued):
+            watch.add_own_seconds(own_seconds)
         if evaluating:
+            watch.enter("evaluating", step)
             evaluate(run, log, step)
         if saving:
+            watch.enter("saving", step)
             save(run, log, step)
+            watch.saved()
         if stopping:
             raise Interrupted(
                 f"{interruption.reason}: stopped after step {step}; its checkpoint is published, and the same command resumes from it"
@@ -137,33 +150,41 @@ class QueuedStep:
         number: its number, counted from 1.
         pending: its results; `result()` waits for the device.
         flops_per_token: model FLOPs per token; they depend on the step's documents.
+        data_seconds: the time to read its rows.
     """
 
     number: int
     pending: PendingStep
     flops_per_token: float
+    data_seconds: float
+
+    def own_seconds(self, *, on_gpu: bool) -> float:
+        """Returns this rank's own time (parallel/stragglers.py): on a GPU reading and computing overlap. Call it after `pending.result()`."""
+        computed = self.pending.own_seconds()
+        return max(self.data_seconds, computed) if on_gpu else self.data_seconds + computed
 
 
 def train_step(run: Run, step: int) -> QueuedStep:
     """Queues the next optimizer step after `step` steps."""
     assert run.rows is not None
-    plan, dp_rank = run.plan, run.placement.dp_rank
+    plan, dp_rank, begin = run.plan, run.placement.dp_rank, time.monotonic()
     batches = training_batches(
         run.rows, packing_of(run.config), step, count=plan.num_microbatches, dp=plan.dp, dp_rank=dp_rank
     )
-    rate = learning_rate(step, run.config.optim, plan)
+    data_seconds, rate = time.monotonic() - begin, learning_rate(step, run.config.optim, plan)
     with profiling(run, step + 1):
         pending = run.engine.train_step(batches, step=step, learning_rate=rate)
-    return QueuedStep(step + 1, pending, flops_per_token(run, batches))
+    return QueuedStep(step + 1, pending, flops_per_token(run, batches), data_seconds)
 
 
-def log_results(run: Run, log: MetricsLogger, queue: deque[QueuedStep], *, keep: int) -> None:
-    """Reads and logs the results of the queued steps, oldest first, except the newest `keep`.
+def log_results(run: Run, log: MetricsLogger, queue: deque[QueuedStep], *, keep: int) -> list[float]:
+    """Reads and logs the results of the queued steps, oldest first, except the newest `keep`. Returns this rank's own time of each.
 
     Raises:
         DivergedError: a loss or gradient norm is not finite.
         ReplicaError: data ranks hold different copies of the weights.
     """
+    own_seconds = []
     while len(queue) > keep:
         queued = queue.popleft()
         result = queued.pending.result()
@@ -171,6 +192,8 @@ def log_results(run: Run, log: MetricsLogger, queue: deque[QueuedStep], *, keep:
         require_finite(run, result, queued.number)
         if result.differing_weights is not None:
             run.engine.replicas.require_equal(result.differing_weights, queued.number - 1)
+        own_seconds.append(queued.own_seconds(on_gpu=run.placement.device.type == "cuda"))
+    return own_seconds
 
 
 def require_finite(run: Run, result: StepResult, step: int) -> None:

@@ -162,11 +162,21 @@ class ParallelConfig:
     sequence_parallel: bool = False  # shard norms and residuals along the sequence over the tensor-parallel ranks
     world_size: int = 0  # number of processes; 0: as launched (set it to plan for a larger machine)
     timeout_minutes: float = 10.0  # minutes that a rank waits for the others in a collective before it ends the run
+    hang_minutes: float = (
+        0.0  # minutes that a training step may take before the rank that hangs is named and the run ends; 0: measured
+    )
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         found = at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + at_least("parallel", self, 0, "world_size")
-        found += between("parallel", self, 0.1, 1440.0, "timeout_minutes")
+        found += between("parallel", self, 0.1, 1440.0, "timeout_minutes") + at_least(
+            "parallel", self, 0.0, "hang_minutes"
+        )
+        if self.hang_minutes > 0.0 and self.hang_minutes >= self.timeout_minutes:
+            rule = f"must be less than parallel.timeout_minutes={self.timeout_minutes}, or the collective times out first and names no rank"
+            advice = f"try {self.timeout_minutes / 2:g}, or 0 for 20 times a usual step"
+            reads = ("parallel.timeout_minutes",)
+            found.append(Problem("parallel.hang_minutes", self.hang_minutes, rule, advice, reads))
         if self.vpp > 1 and self.pp in (1, 2):
             rule = "interleaves pipeline stages, but parallel.pp=1 has only one"
             if self.pp == 2:

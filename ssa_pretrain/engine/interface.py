@@ -42,10 +42,16 @@ class PendingStep:
     Args:
         values: float64 vector on the device.
         interpret: builds the result from the vector's values.
+        own_seconds: returns this rank's own time on the device, without waits for other ranks; called when the step is done.
     """
 
-    def __init__(self, values: Tensor, interpret: Callable[[list[float]], StepResult]) -> None:
-        self._interpret = interpret
+    def __init__(
+        self,
+        values: Tensor,
+        interpret: Callable[[list[float]], StepResult],
+        own_seconds: Callable[[], float] = float,
+    ) -> None:
+        self._interpret, self._own_seconds = interpret, own_seconds
         self._copied: torch.cuda.Event | None = None
         self._values = values
         if values.is_cuda:
@@ -59,6 +65,10 @@ class PendingStep:
         if self._copied is not None:
             self._copied.synchronize()
         return self._interpret(self._values.tolist())
+
+    def own_seconds(self) -> float:
+        """Returns the seconds that this rank has computed before its gradients are reduced (parallel/stragglers.py); call it after `result`."""
+        return self._own_seconds()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.data.spans import Span, total
 from ssa_pretrain.engine.counterpart import CounterpartQueries, counterpart_queries
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, StepResult
+from ssa_pretrain.engine.own_time import OwnTime
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement
@@ -129,6 +130,7 @@ class Microbatches:
     config: Config
     placement: Placement
     context: ContextParallel
+    own_time: OwnTime = field(default_factory=OwnTime)
 
     def localise(self, batches: Sequence[Batch]) -> list[Batch]:
         """Returns this context rank's part of each microbatch, on the device."""
@@ -169,6 +171,7 @@ class Microbatches:
         counts = self.count(
             localised, sum(queries.num_drawn / share for _, share, queries in drawn if queries.num_drawn)
         )
+        self.own_time.begin(self.placement.device)  # the count has brought all ranks together
         routes = [self._route(*each, batch, counts.tokens) for each, batch in zip(drawn, localised, strict=True)]
         return localised, routes, StepSums(counts, common["num_microbatches"] / counts.labels)
 
@@ -243,7 +246,7 @@ class Microbatches:
                 differing_weights=None if compared == NOT_COMPARED else int(compared),
             )
 
-        return PendingStep(values, interpret)
+        return PendingStep(values, interpret, self.own_time.reader())
 
     def evaluation_result(self, sums: StepSums) -> EvaluationResult:
         """Returns an evaluation's results, reduced over all ranks; every rank calls it."""

@@ -6,6 +6,7 @@
 
 It checks the flags and the environment, then the settings, with `ssa_pretrain.plan --check` for the number of processes that the flags give. So a bad
 setting is reported once, before torch is imported. The command then runs under supervision.py, which passes signals on and reports how the run ended.
+After a fault that a restart can cure (restarts.py) it runs again.
 Exit codes: those of docs/launch.md. Stdlib only.
 """
 
@@ -19,12 +20,14 @@ from collections.abc import Mapping, Sequence
 from ssa_pretrain.errors import ExitCode, LaunchError
 from ssa_pretrain.launch.jobs import POSITIVE, TRAIN, Job, deepspeed_job, torchrun_job
 from ssa_pretrain.launch.quickstart import Quickstart, quickstart_environment, read_quickstart
+from ssa_pretrain.launch.restarts import Restarts
 from ssa_pretrain.launch.supervision import NOT_BEGUN, RERUN, Supervisor
 from ssa_pretrain.process import command
 from ssa_pretrain.settings.problems import hide_secrets, secrets_of
 from ssa_pretrain.signals import survive_terminal
 
 REPORTING = (TRAIN, "ssa_pretrain.evaluate")  # entry points whose ranks report their exits
+DOCTOR = "ssa_pretrain.doctor"
 RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -56,27 +59,54 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def start(program: str, job: Job, environment: Mapping[str, str]) -> int:
-    """Runs a job to its end and returns its exit code."""
+    """Runs a job to its end, with restarts after faults that a restart cures, and returns its exit code."""
     patience = environment.get(PATIENCE, "600")
     if not POSITIVE.fullmatch(patience):
         raise LaunchError(f"{PATIENCE}={patience} in the environment must be a whole number of seconds; try 600")
     variables = job_environment(environment)
     reports = job.module in REPORTING and not job.is_remote
-    with Supervisor(float(patience), reports=reports) as supervisor:
-        if job.world_size and job.module == TRAIN:
-            check = [sys.executable, "-m", "ssa_pretrain.plan", "--check", *job.arguments]
-            # Without its place in a Slurm job, since with it only the check on the first node would report a problem.
-            alone = {name: value for name, value in variables.items() if name != "SLURM_PROCID"}
-            code = supervisor.run(check, alone | {"WORLD_SIZE": str(job.world_size)})
-            if supervisor.stop:
-                return report(program, ExitCode.STOPPED, f"{supervisor.stop.name}: {NOT_BEGUN}")
-            if code:
-                return code
-        code = supervisor.run(job.executed, variables, waits=job.is_remote)
-        if job.is_remote and supervisor.stop and not supervisor.abandoned:
-            how = "passed on to DeepSpeed's launcher, which gives the ranks 30 seconds to save"
-            return report(program, ExitCode.STOPPED, f"{supervisor.stop.name}: {how}; {RERUN}")
-        return report(program, *supervisor.verdict(code))
+    restarts = Restarts(job.max_restarts, job.restart_wait)
+    checked = False
+    while True:
+        with Supervisor(float(patience), reports=reports) as supervisor:
+            if not checked and (refused := check(program, job, variables, supervisor)) is not None:
+                return refused
+            checked = True
+            code, sentence = run_once(job, variables, supervisor)
+            wait = None if supervisor.stop else restarts.wait_after(supervisor.outcome(code))
+            if wait is None:
+                if restarts.count and code and not supervisor.stop:
+                    sentence += (
+                        f" (after {restarts.count} restart{'s' * (restarts.count > 1)} without a new checkpoint)"
+                    )
+                return report(program, code, sentence)
+            why = sentence.removesuffix(f"; {RERUN}") or f"ended with exit code {code}"
+            again = f"restart {restarts.count} of {restarts.limit} in {wait:g} s, from the newest checkpoint"
+            report(program, code, f"{why}; {again}")
+            if supervisor.pause(wait) and supervisor.stop:
+                return report(program, ExitCode.STOPPED, f"{supervisor.stop.name}: stopped before the restart; {RERUN}")
+
+
+def check(program: str, job: Job, variables: Mapping[str, str], supervisor: Supervisor) -> int | None:
+    """Checks the settings of a training job. Returns the exit code if they are refused or a signal arrives, None if the job can start."""
+    if not (job.world_size and job.module == TRAIN):
+        return None
+    words = [sys.executable, "-m", "ssa_pretrain.plan", "--check", *job.arguments]
+    # Without its place in a Slurm job, since with it only the check on the first node would report a problem.
+    alone = {name: value for name, value in variables.items() if name != "SLURM_PROCID"}
+    code = supervisor.run(words, alone | {"WORLD_SIZE": str(job.world_size)})
+    if supervisor.stop:
+        return report(program, ExitCode.STOPPED, f"{supervisor.stop.name}: {NOT_BEGUN}")
+    return code or None
+
+
+def run_once(job: Job, variables: Mapping[str, str], supervisor: Supervisor) -> tuple[int, str]:
+    """Runs a job once; returns its exit code and the launcher's last sentence, which may be empty."""
+    code = supervisor.run(job.executed, variables, waits=job.is_remote)
+    if job.is_remote and supervisor.stop and not supervisor.abandoned:
+        how = "passed on to DeepSpeed's launcher, which gives the ranks 30 seconds to save"
+        return ExitCode.STOPPED, f"{supervisor.stop.name}: {how}; {RERUN}"
+    return supervisor.verdict(code)
 
 
 def show(program: str, job: Job, environment: Mapping[str, str]) -> int:
@@ -87,6 +117,8 @@ def show(program: str, job: Job, environment: Mapping[str, str]) -> int:
         settings[PATIENCE] = environment.get(PATIENCE, "600")
     shown = hide_secrets(shlex.join(job.command), secrets_of(environment))
     print(*(f"{name}={value}" for name, value in settings.items()), shown, flush=True)
+    if job.module == DOCTOR:
+        return ExitCode.DONE  # it has no settings to plan
     world = [f"parallel.world_size={job.world_size}"] if job.world_size else []
     if not world and not any("parallel.world_size=" in argument for argument in job.arguments):
         report(program, ExitCode.DONE, f"the plan is for 1 process, since {job.uncounted}")

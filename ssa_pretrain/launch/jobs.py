@@ -20,8 +20,10 @@ from ssa_pretrain.errors import LaunchError
 TRAIN = "ssa_pretrain.train"
 POSITIVE = re.compile(r"[1-9][0-9]*")
 DEFAULT_PORT = 29500
-TORCHRUN_FLAGS = ("nproc-per-node", "nnodes", "rdzv-endpoint", "rdzv-id", "python", "module")
-DEEPSPEED_FLAGS = ("num-gpus", "num-nodes", "hostfile", "include", "exclude", "master-port", "python", "module")
+MAX_RESTARTS, RESTART_WAIT = 3, 5  # defaults; only training resumes, so other entry points do not restart by default
+COMMON_FLAGS = ("python", "module", "max-restarts", "restart-wait")
+TORCHRUN_FLAGS = ("nproc-per-node", "nnodes", "rdzv-endpoint", "rdzv-id", *COMMON_FLAGS)
+DEEPSPEED_FLAGS = ("num-gpus", "num-nodes", "hostfile", "include", "exclude", "master-port", *COMMON_FLAGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class Job:
         world_size: the number of processes; None if it cannot be counted here.
         uncounted: why it cannot be counted, and the remedy.
         is_remote: whether DeepSpeed's launcher starts the ranks by ssh, so that they are not children of this process.
+        max_restarts: how often in a row the run is started again after a fault.
+        restart_wait: seconds before the first of these.
     """
 
     command: list[str]
@@ -44,6 +48,8 @@ class Job:
     world_size: int | None
     uncounted: str
     is_remote: bool = False
+    max_restarts: int = 0
+    restart_wait: int = RESTART_WAIT
 
 
 @dataclass(slots=True)
@@ -85,6 +91,13 @@ def require(pattern: re.Pattern[str], flag: str, value: str, rule: str, advice: 
         raise LaunchError(f"--{flag}={value} must be {rule}; {advice}")
 
 
+def number(flags: Flags, environment: Mapping[str, str], flag: str, default: int) -> int:
+    """Returns the whole number of a flag, else of the variable of its name, else the default."""
+    value = flags.values.get(flag) or environment.get(flag.upper().replace("-", "_")) or str(default)
+    require(re.compile(r"[0-9]{1,6}"), flag, value, "a whole number, at least 0", f"try {default}")
+    return int(value)
+
+
 def require_package(module: str) -> None:
     """Raises LaunchError if this interpreter does not have the package of the entry point."""
     package = module.partition(".")[0]
@@ -119,6 +132,8 @@ def torchrun_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple[
         arguments=flags.rest,
         world_size=int(nnodes) * per_node if per_node else None,
         uncounted="the GPUs of a node cannot be counted here; --nproc-per-node=N gives their number",
+        max_restarts=number(flags, environment, "max-restarts", MAX_RESTARTS if module == TRAIN else 0),
+        restart_wait=number(flags, environment, "restart-wait", RESTART_WAIT),
     )
     return job, flags.dry_run
 
@@ -163,18 +178,27 @@ def deepspeed_job(words: Sequence[str], environment: Mapping[str, str]) -> tuple
     options = {name: given.get(name, "") for name in ("num-nodes", "num-gpus", "include", "exclude")}
     options["master-port"] = port
     # Without a hostfile the command names one that does not exist, which means this node; by default DeepSpeed reads /job/hostfile.
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile or '/nonexistent'}"]
+    launcher = [f"--hostfile={hostfile or '/nonexistent'}"]
     launcher += [f"--{name.replace('-', '_')}={value}" for name, value in options.items() if value]
     entry = ["--module", module, "engine=deepspeed", *flags.rest]
     remedy = "--hostfile=PATH" if options["include"] or options["exclude"] else "--num-gpus=N"
     job = Job(
-        command=[*launcher, *entry],
-        executed=[*launcher, "--log_level=critical", *entry],
+        command=[sys.executable, "-m", "deepspeed.launcher.runner", *launcher, *entry],
+        executed=[
+            sys.executable,
+            "-m",
+            "ssa_pretrain.launch.deepspeed_agent",
+            *launcher,
+            "--log_level=critical",
+            *entry,
+        ],
         module=module,
         arguments=["engine=deepspeed", *flags.rest],
         world_size=sum(counts.values()) or None,
         uncounted=f"the GPUs of this node cannot be counted here; {remedy} gives their number",
         is_remote=sum(count > 0 for count in counts.values()) > 1,
+        max_restarts=number(flags, environment, "max-restarts", MAX_RESTARTS if module == TRAIN else 0),
+        restart_wait=number(flags, environment, "restart-wait", RESTART_WAIT),
     )
     return job, flags.dry_run
 

@@ -5,6 +5,7 @@ are killed themselves. So the command runs in its own session, where no signal o
 This process
 
     passes the first SIGTERM, SIGINT or SIGHUP on to the ranks as SIGTERM; they stop together and save. A second SIGINT kills them
+    notices a rank whose heartbeats stop (parallel/heartbeat.py) although no other rank has named it, and ends the run
     notices a rank that ends without a `RankExit` (process.py): it was killed. The others, which may wait for it for ever, are ended too
     ends with the sentence and exit code of the rank that explains the others
     kills the processes that remain; it finds them by the variable LAUNCH in their environment
@@ -27,17 +28,23 @@ from pathlib import Path
 from typing import Self
 
 from ssa_pretrain.errors import ExitCode
+from ssa_pretrain.launch.restarts import Outcome
+from ssa_pretrain.parallel.heartbeat import ENDED, Beat, describe_process
 from ssa_pretrain.process import ALIVE, LAUNCH, LOST, STOP, RankExit, read_exits
 from ssa_pretrain.settings.files import write_atomically
 from ssa_pretrain.signals import REPEAT_SECONDS, STOP_SIGNALS, on_signals
 
 FAILURES = "failures"  # file of torch_agent.py: the exit codes of the ranks
 AGENT = "agent"  # file of torch_agent.py: its own last sentence
-OUR_CODES = (*range(ExitCode.CONFIGURATION, ExitCode.STOPPED + 1), ExitCode.REPLICAS)
+OUR_CODES = (*range(ExitCode.CONFIGURATION, ExitCode.HUNG + 1), ExitCode.REPLICAS)
 NOT_BEGUN = "stopped before training began; the same command starts it again"
 RERUN = "run the same command again to resume from the newest checkpoint"
 POLL_SECONDS = 0.2
+HEARTBEAT_SECONDS = 1.0  # between looks at the ranks' heartbeats
 LOST_SECONDS = 10.0  # for the other ranks to end after one was killed
+HUNG_SECONDS = 5.0  # for the other ranks to end after one was named that hangs
+SILENT_SECONDS = 40.0  # for the ranks to name one whose heartbeats have stopped, after its limit
+UNLIMITED_SECONDS = 600.0  # without heartbeats of a rank that may take as long as it wants
 HELPER_SECONDS = 15.0  # for helpers of ranks to end by themselves, such as the W&B client of a killed rank
 
 
@@ -81,6 +88,8 @@ class Supervisor:
         self._patience, self._reports = patience, reports
         self._signalled_at, self._lost_at = 0.0, math.inf
         self._ranks: dict[int, Process] = {}
+        self._silent = ""  # the sentence on ranks whose heartbeats have stopped
+        self._checked_at = time.monotonic()
         self._signals = on_signals(self._receive)
         self._temporary = tempfile.TemporaryDirectory(prefix="ssa_pretrain_")
         self.folder = Path(self._temporary.name)
@@ -111,6 +120,7 @@ class Supervisor:
         signalled: set[int] = set()
         while not self.abandoned:
             self._find_lost(process.pid)
+            self._find_hung()
             ended = process.poll()
             if ended is not None and -ended in STOP_SIGNALS:
                 self._receive(signal.Signals(-ended))  # somebody stopped the command instead of this process
@@ -130,6 +140,8 @@ class Supervisor:
         exits, (lost, number) = read_exits(self.folder), self._killed_rank(code)
         if self.abandoned:
             return ExitCode.INTERRUPTED, "SIGINT again: exited at once, without the steps since the last checkpoint"
+        if hung := self._silent or next((one.text for one in exits if one.code == ExitCode.HUNG), ""):
+            return ExitCode.HUNG, f"{hung}; {RERUN}"
         if exits and exits[0].code and not exits[0].follows and not self._was_killed_before(exits[0], number):
             return exits[0].code, exits[0].text
         if code == 0 and (not self._reports or exits):
@@ -149,6 +161,23 @@ class Supervisor:
             return ExitCode.CONFIGURATION, sentence
         who = lost or "the launcher's own process"
         return 1, f"{who} failed, and what it printed is above; {RERUN}"
+
+    def outcome(self, code: int) -> Outcome:
+        """Returns how the command ended, for restarts.py, after it was given the exit code `code`."""
+        beats, exits = self._beats(), read_exits(self.folder)
+        return Outcome(
+            code,
+            crashed=any(one.code == ExitCode.FAILED and one.of_one_rank for one in exits),
+            trained=max((beat.trained for beat in beats), default=0),
+            saved=max((beat.saved for beat in beats), default=0),
+        )
+
+    def pause(self, seconds: float) -> bool:
+        """Waits before a restart. Returns whether a signal asked to stop meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not self.stop and time.monotonic() < deadline:
+            time.sleep(min(POLL_SECONDS, seconds))
+        return self.stop is not None
 
     def _receive(self, number: signal.Signals) -> None:
         now = time.monotonic()
@@ -170,6 +199,34 @@ class Supervisor:
         if lost := [str(rank) for rank in gone if not (self.folder / f"exit_{rank}.json").exists()]:
             write_atomically(self.folder / LOST, " ".join(lost))
             self._lost_at = time.monotonic()
+
+    def _beats(self) -> list[Beat]:
+        """Returns the last heartbeats of this node's ranks."""
+        texts = [_read(path) for path in self.folder.glob("beat_*.json")]
+        return [Beat.decode(text) for text in texts if text]
+
+    def _find_hung(self) -> None:
+        """Looks for ranks that have named one that hangs, and for heartbeats that have stopped while none has."""
+        now = time.monotonic()
+        if not self._reports or now - self._checked_at < HEARTBEAT_SECONDS:
+            return
+        was_stopped, self._checked_at = now - self._checked_at > SILENT_SECONDS, now
+        if any(one.code == ExitCode.HUNG for one in read_exits(self.folder)):
+            self._lost_at = min(self._lost_at, now - LOST_SECONDS + HUNG_SECONDS)
+        if was_stopped or self._silent:
+            return  # this process was itself stopped, with all ranks
+
+        def is_silent(beat: Beat) -> bool:
+            return beat.phase != ENDED and now - beat.time > SILENT_SECONDS + (beat.limit or UNLIMITED_SECONDS)
+
+        silent = [beat for beat in self._beats() if is_silent(beat) and self._ranks.get(beat.rank)]
+        known = {beat.rank: describe_process(beat.pid) for beat in silent}
+        if silent:
+            first = min(silent, key=lambda beat: ("stopped" not in known[beat.rank], beat.time))
+            why = f"; {known[first.rank]}" if known[first.rank] else ""
+            seconds = f"{now - first.time:.0f} s"
+            self._silent = f"hang: {first.name} has given no sign of life for {seconds} in {first.place}{why}"
+            self._lost_at = now - LOST_SECONDS - 1  # nothing else is to be expected of the ranks
 
     def _killed_rank(self, code: int) -> tuple[str, signal.Signals | None]:
         """Returns which rank was killed, empty if none was, and by which signal, other than the SIGTERM that the remaining ranks receive."""

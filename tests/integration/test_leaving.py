@@ -17,6 +17,7 @@ from support.training import (
     environment,
     is_alive,
     launched,
+    rank_of,
     records,
     run,
     signals_act_as_usual,
@@ -42,11 +43,6 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
 
 
-def rank(pid: int) -> str:
-    pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((p[5:].decode() for p in pairs if p.startswith(b"RANK=")), "")
-
-
 def test_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corpus, tmp_path):
     """Our launcher prints the last line and leaves no process behind. torchrun without it resumes from the checkpoint."""
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
@@ -63,7 +59,7 @@ def test_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corp
     ):
         wait_for_step(launcher, tmp_path, 3, seconds=200, output=lambda: log.read_text()[-3000:])
         family = descendants(launcher.pid)
-        (second,) = [pid for pid in family if rank(pid) == "1"]
+        (second,) = [pid for pid in family if rank_of(pid) == "1"]
         os.kill(second, signal.SIGHUP)
         launcher.wait(timeout=120)
     assert launcher.returncode == 7

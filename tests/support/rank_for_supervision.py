@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from ssa_pretrain.process import rank_process
+from ssa_pretrain.parallel.heartbeat import Beat
+from ssa_pretrain.process import launch_folder, rank_process, write_beat
 from ssa_pretrain.signals import on_signals
 
 
@@ -44,6 +46,7 @@ def live(mode: str) -> None:
     with rank_process("stopped before training began"):
         subprocess.Popen(["sleep", "60"])  # a helper that outlives its rank
         Path(here).write_text(str(os.getpid()))
+        live_until_killed(mode)
         if mode == "waits":
             time.sleep(60)
         if mode == "finishes":
@@ -58,6 +61,21 @@ def live(mode: str) -> None:
             raise RuntimeError("Connection closed by peer")
         if mode.isdecimal():
             sys.exit(int(mode))
+
+
+def live_until_killed(mode: str) -> None:
+    """Modes of test_restarts.py: a rank with heartbeats."""
+    rank, folder = int(os.environ["RANK"]), launch_folder()
+    beat = Beat(rank, "node7", os.getpid(), phase="training", step=12, time=time.monotonic(), trained=3, limit=0.1)
+    if folder and mode in ("saves-and-is-killed", "trains-and-fails", "silent"):
+        saved = int(mode == "saves-and-is-killed")
+        write_beat(folder, rank, replace(beat, saved=saved, limit=0.1 if mode == "silent" else None).encode())
+    if mode in ("killed", "saves-and-is-killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "trains-and-fails":
+        raise ValueError("a bad value")
+    if mode == "silent":
+        time.sleep(60)
 
 
 if __name__ == "__main__":

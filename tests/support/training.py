@@ -22,10 +22,17 @@ def command(module: str, *overrides: str, processes: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", module, *overrides]
 
 
-def launched(script: str, *arguments: str) -> list[str]:
-    """Returns the command of a launcher for two processes."""
+def launched(script: str, *arguments: str, restarts: int = 0) -> list[str]:
+    """Returns the command of a launcher for two processes, with at most so many restarts."""
     count = {"torchrun.sh": "--nproc-per-node", "deepspeed.sh": "--num-gpus"}[script]
-    return [str(ROOT / "launchers" / script), "--python", sys.executable, count, "2", *arguments]
+    flags = ["--python", sys.executable, count, "2", "--max-restarts", str(restarts), "--restart-wait", "1"]
+    return [str(ROOT / "launchers" / script), *flags, *arguments]
+
+
+def rank_of(pid: int) -> str:
+    """Returns the rank of a process; empty if it is none."""
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((p[5:].decode() for p in pairs if p.startswith(b"RANK=")), "")
 
 
 def is_alive(pid: int) -> bool:

@@ -71,7 +71,10 @@ class DeepSpeedEngine:
         ds.train()
         grad_norm = None
         for batch, route in zip(batches, routes, strict=True):
-            ds.backward(self._loss(sums, batch, route))
+            loss = self._loss(sums, batch, route)
+            if ds.is_gradient_accumulation_boundary():  # this backward pass reduces the gradients
+                self.microbatches.own_time.end(self.placement.device)
+            ds.backward(loss)
             if self._must_compute_norm and ds.is_gradient_accumulation_boundary():
                 grad_norm = self._grad_norm()
             with torch.profiler.record_function(OPTIMIZER_RANGE):  # before a step's last microbatch it only counts

@@ -111,7 +111,7 @@ class MegatronEngine(MegatronModel):
 
     def _install_hooks(self) -> None:
         """Sets the functions that core's schedules call to synchronise gradients and parameters."""
-        self.core.finalize_model_grads_func = finalize_model_grads
+        self.core.finalize_model_grads_func = self._finalize_gradients
         ddp = self.chunks[0].ddp_config
         if ddp.overlap_grad_reduce:
             self.core.no_sync_func = (
@@ -121,3 +121,8 @@ class MegatronEngine(MegatronModel):
                 self.core.grad_sync_func = [c.start_grad_sync for c in self.chunks]
         if ddp.overlap_param_gather and len(self.chunks) > 1:
             self.core.param_sync_func = [c.start_param_sync for c in self.chunks]
+
+    def _finalize_gradients(self, *arguments, **options) -> None:
+        """Reduces the gradients; until here this rank has computed alone."""
+        self.microbatches.own_time.end(self.placement.device)
+        finalize_model_grads(*arguments, **options)

@@ -133,6 +133,13 @@ def test_all_problems_are_reported_together() -> None:
         ("parallel.world_size", -1, "parallel.world_size=-1 must be at least 0; try 0"),
         ("parallel.cp", 0, "parallel.cp=0 must be at least 1; try 1"),
         ("parallel.timeout_minutes", 0.0, "parallel.timeout_minutes=0.0 must lie in 0.1 to 1440; try 0.1"),
+        ("parallel.hang_minutes", -1.0, "parallel.hang_minutes=-1.0 must be at least 0; try 0"),
+        (
+            "parallel.hang_minutes",
+            10.0,
+            "parallel.hang_minutes=10.0 must be less than parallel.timeout_minutes=10.0, or the collective times out first and "
+            "names no rank; try 5, or 0 for 20 times a usual step",
+        ),
         ("parallel.timeout_minutes", 2000.0, "parallel.timeout_minutes=2000.0 must lie in 0.1 to 1440; try 1440"),
         (
             "parallel.vpp",

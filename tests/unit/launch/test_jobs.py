@@ -62,6 +62,23 @@ def test_torchrun_command(words: str, environment: dict[str, str], command: str,
     assert job.world_size == world_size
 
 
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(
+    ("words", "environment", "restarts"),
+    [
+        ("", {}, (3, 5)),
+        ("--max-restarts 0 --restart_wait=60", {"MAX_RESTARTS": "7"}, (0, 60)),
+        ("", {"MAX_RESTARTS": "7", "RESTART_WAIT": "0"}, (7, 0)),
+        (f"--module {MODULE}", {}, (0, 5)),  # only training resumes
+        (f"--module {MODULE} --max-restarts 2", {}, (2, 5)),
+    ],
+)
+def test_restarts_of_both_launchers(words: str, environment: dict[str, str], restarts: tuple[int, int]) -> None:
+    for build, more in ((jobs.torchrun_job, ""), (jobs.deepspeed_job, " --master-port=15997")):
+        job, _ = build((words + more).split(), environment)
+        assert (job.max_restarts, job.restart_wait) == restarts
+
+
 HOSTS = "# three nodes\nn1 slots=8\n\n n2\tslots=4 max_slots=4\r\nn3 slots=2"  # no newline at the end
 
 
@@ -88,7 +105,8 @@ def test_deepspeed_command(tmp_path: Path, words: str, environment: dict[str, st
     words, command = (text.replace("HOSTS", str(tmp_path / "hosts")) for text in (words, command))
     job, is_shown = jobs.deepspeed_job(words.split(), environment)
     assert job.command == [sys.executable, "-m", "deepspeed.launcher.runner", *command.split()]
-    assert [word for word in job.executed if word != "--log_level=critical"] == job.command
+    agent = [sys.executable, "-m", "ssa_pretrain.launch.deepspeed_agent", *command.split()]
+    assert [word for word in job.executed if word != "--log_level=critical"] == agent
     assert is_shown == ("--dry-run" in words)
 
 
@@ -150,6 +168,8 @@ NODE = "with a line such as 'node0 slots=8' for each node"
     ("command", "message"),
     [
         ("torchrun --nnodes 0", "--nnodes=0 must be a positive number; try 1"),
+        ("torchrun --max-restarts -1", "--max-restarts=-1 must be a whole number, at least 0; try 3"),
+        ("deepspeed --restart-wait=soon", "--restart-wait=soon must be a whole number, at least 0; try 5"),
         ("torchrun --nproc-per-node many", "--nproc-per-node=many must be a positive number, gpu or auto; try 8"),
         (
             "torchrun --nnodes 2",

@@ -184,14 +184,21 @@ def test_entry_points_that_report_nothing_keep_their_code() -> None:
         assert supervisor.verdict(supervisor.run(["true"], environment())) == (0, "")
 
 
-def test_ranks_end_with_a_killed_supervisor() -> None:
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_ranks_end_with_a_killed_supervisor(is_stopped: bool) -> None:
+    def kill() -> None:
+        if is_stopped:
+            time.sleep(0.2)  # a rank writes its pid before it looks at the launcher
+            os.kill(pid(1), signal.SIGSTOP)
+        process.kill()
+
     code = (
         "import os, sys; from ssa_pretrain.launch.supervision import Supervisor\n"
         "with Supervisor(9) as supervisor: supervisor.run(sys.argv[1:], os.environ)"
     )
     command = [sys.executable, "-c", code, sys.executable, str(SCRIPT), "launcher", "waits", "waits"]
     with subprocess.Popen(command, env=environment()) as process:
-        when(lambda: up(0, 1), process.kill)
+        when(lambda: up(0, 1), kill)
         process.wait(30)
     deadline = time.monotonic() + 10
     while any(supervision.find_process(pid(rank)) for rank in (0, 1)) and time.monotonic() < deadline:

@@ -24,6 +24,7 @@ PRINTING = {
     "ssa_pretrain.bench": ["--help"],
     "ssa_pretrain.report": ["--help"],
     "ssa_pretrain.launch": ["--help"],
+    "ssa_pretrain.doctor": ["--help"],
     "data_prep": ["--help"],
 }
 

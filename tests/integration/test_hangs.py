@@ -1,0 +1,51 @@
+"""A rank that hangs: the log names it, the launcher starts the run again, and its metrics are those of a run that was never interrupted."""
+
+import os
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from support.training import descendants, environment, is_alive, launched, rank_of, records, train, wait_for_step
+
+pytestmark = pytest.mark.timeout(600)
+STEPS = 16
+SETTINGS = (
+    "experiment=quickstart",
+    "model.num_layers=2",
+    f"training.steps={STEPS}",
+    "training.global_batch_tokens=512",
+    "training.micro_batch_size=1",
+    "data.sequence_length=128",
+    "evaluation.rows=2",
+    "evaluation.at_start=false",
+    "evaluation.interval=12",
+    "checkpoint.interval=4",
+    "parallel.hang_minutes=0.15",
+)
+
+
+def test_stopped_rank_is_named_and_the_restarted_run_is_bit_identical(corpus, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    train(*SETTINGS, f"data.path={corpus}", f"output_dir={whole}", processes=2)
+    command = launched("torchrun.sh", *SETTINGS, f"data.path={corpus}", f"output_dir={folder}", restarts=1)
+    log = tmp_path / "log.txt"
+    with log.open("w") as file, subprocess.Popen(command, env=environment(), stdout=file, stderr=file) as launcher:
+        wait_for_step(launcher, folder, 9, seconds=200, output=lambda: log.read_text()[-3000:])
+        family = descendants(launcher.pid)
+        (second,) = [pid for pid in family if rank_of(pid) == "1"]
+        os.kill(second, signal.SIGSTOP)
+        launcher.wait(timeout=300)
+    text = log.read_text()
+    assert launcher.returncode == 0, text[-3000:]
+    assert not [pid for pid in family if is_alive(pid)]
+    hang = f"hang: rank 1 ({socket.gethostname()}, pid {second}) gives no sign of life in training step "
+    ours = [line for line in text.splitlines() if hang in line]
+    assert len(ours) == 2, text  # the log and the launcher
+    assert ours[0].endswith("; 1 other waits for it")
+    assert ours[1] == f"torchrun.sh: {ours[0]}; restart 1 of 1 in 1 s, from the newest checkpoint"
+    assert "its process is stopped (SIGSTOP)" in text and "resuming after step 8" in text
+    assert (folder / "hang.txt").read_text().count(hang) == 1
+    for kind in ("train", "evaluation"):
+        assert records(folder, kind) == records(whole, kind)

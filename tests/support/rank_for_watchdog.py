@@ -1,0 +1,79 @@
+"""Acts as a launcher of ranks (`launcher FOLDER MODE MODE …`) and as one of its ranks (`rank FOLDER MODE`), for test_watchdog.py.
+
+A step is a little work and one collective, under a watchdog. At step HANGS_AT a rank does what its mode says: "trains", "loops" in Python, "locks" Python
+in C code, "stops" its process. "timed" trains and takes the time that passes for its own, not the CPU time.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from ssa_pretrain.process import rank_process
+
+HANGS_AT, STEPS = 8, 60
+WORK_SECONDS = 0.03  # of CPU time
+
+
+def launch(folder: str, modes: list[str]) -> int:
+    """Starts a rank per mode and waits for all; returns the first code that is not 0."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "rank", folder, mode],
+            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(modes))},
+        )
+        for rank, mode in enumerate(modes)
+    ]
+    return next((code for code in [rank.wait() for rank in ranks] if code), 0)
+
+
+def hang(mode: str) -> None:
+    if mode == "loops":
+        while True:
+            time.sleep(0.01)
+    if mode == "locks":
+        re.match(r"(a+)+$", "a" * 60 + "b")  # for ever, without giving up Python's lock
+    if mode == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def work() -> None:
+    """Burns CPU time."""
+    end = time.thread_time() + WORK_SECONDS
+    while time.thread_time() < end:
+        pass
+
+
+def live(folder: Path, mode: str) -> None:
+    """One rank."""
+    with rank_process("stopped"):
+        import torch
+        import torch.distributed as dist
+
+        from ssa_pretrain.config import ParallelConfig
+        from ssa_pretrain.parallel import watchdog
+
+        watchdog.BEAT_SECONDS, watchdog.ANSWER_SECONDS = 0.5, 2.0
+        dist.init_process_group("gloo")
+        placement = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size())
+        with watchdog.Watchdog(placement, ParallelConfig(hang_minutes=0.05), folder) as watch:  # type: ignore[arg-type]
+            for step in range(STEPS):
+                watch.enter("training", step)
+                (folder / f"up_{placement.rank}").write_text(str(os.getpid())) if step == 0 else None
+                if step == HANGS_AT:
+                    hang(mode)
+                begin = time.monotonic()
+                work()
+                watch.add_own_seconds(time.monotonic() - begin if mode == "timed" else WORK_SECONDS)
+                dist.all_reduce(torch.zeros(1))
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "launcher":
+        sys.exit(launch(sys.argv[2], sys.argv[3:]))
+    live(Path(sys.argv[2]), sys.argv[3])
