@@ -59,6 +59,11 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
+def listed_bytes(folder: Path) -> int:
+    """Returns the size of a published checkpoint's files."""
+    return sum(int(entry["bytes"]) for entry in json.loads((folder / FACTS).read_text())["files"].values())
+
+
 def is_of_another_schema(folder: Path) -> bool:
     """Returns whether a checkpoint has another version's schema; this version cannot check its files."""
     try:

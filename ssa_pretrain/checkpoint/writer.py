@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -32,10 +33,15 @@ NUM_THREADS = 4  # and files per rank; four threads write as fast as two forked 
 
 
 class ThreadedStrategy(SaveShardedStrategy):
-    """Saves shards in core's format "torch_dist", version 1, within this process."""
+    """Saves shards in core's format "torch_dist", version 1, within this process.
 
-    def __init__(self) -> None:
+    Args:
+        group: of all ranks, for the thread that saves; None: the default group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         super().__init__("torch_dist", 1)
+        self.group = group
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -53,6 +59,7 @@ class ThreadedStrategy(SaveShardedStrategy):
             mcore_to_pyt_state_dict(shards, False),
             storage_writer=ThreadedWriter(Path(checkpoint_dir)),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=self.group,
         )
 
 

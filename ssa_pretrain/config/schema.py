@@ -318,14 +318,21 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Checkpoints, and the weights that a run starts from."""
 
-    interval: int = 0  # steps between checkpoints; 0: only at the end
+    interval: int | str = 0  # steps between checkpoints; 0: only at the end; auto: chosen by what a save costs
+    mean_hours_between_failures: float = 0.0  # of the whole run, for interval=auto; 0: 8,090 hours / number of GPUs
+    asynchronous: bool = True  # training goes on while a checkpoint is written, from a copy in host memory
     keep: int = 2  # how many of the newest intact checkpoints are kept
     weights: bool = True  # also save the weights in the common format, which both engines read
     init_from: str = ""  # start at step 0 from the weights in this folder: a run's, a checkpoint's or common weights
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
-        return at_least("checkpoint", self, 0, "interval") + at_least("checkpoint", self, 1, "keep")
+        found = at_least("checkpoint", self, 1, "keep") + at_least("checkpoint", self, 0, "mean_hours_between_failures")
+        if not isinstance(self.interval, str):
+            return at_least("checkpoint", self, 0, "interval") + found
+        if self.interval != "auto":
+            found.append(Problem("checkpoint.interval", self.interval, "must be a number of steps or auto", "try auto"))
+        return found
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING
 
 from ssa_pretrain.config import Config, EngineName
-from ssa_pretrain.engine.interface import Engine, EvaluationResult, PendingStep, StepResult
+from ssa_pretrain.engine.interface import Engine, EvaluationResult, PendingStep, Snapshot, StepResult
 
 if TYPE_CHECKING:
     from ssa_pretrain.parallel.state import Placement
 
-__all__ = ["Engine", "EvaluationResult", "PendingStep", "StepResult", "build_engine"]
+__all__ = ["Engine", "EvaluationResult", "PendingStep", "Snapshot", "StepResult", "build_engine"]
 
 
 def build_engine(config: Config, placement: "Placement", vocab_size: int) -> Engine:

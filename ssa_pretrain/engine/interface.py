@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ssa_pretrain.data.batches import Batch
@@ -77,6 +78,20 @@ class EvaluationResult:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A copy of a rank's part of the state, and how it is written while training goes on.
+
+    Attributes:
+        write: writes into an existing, empty folder what `save` would have written; a thread of every rank calls it, with a process group of all
+            ranks that only these threads use.
+        device_seconds: returns how long the device was busy copying; for after `write`.
+    """
+
+    write: Callable[[Path, dist.ProcessGroup], None]
+    device_seconds: Callable[[], float]
+
+
 class Engine(Protocol):
     """A model on its devices with its optimizer."""
 
@@ -94,6 +109,16 @@ class Engine(Protocol):
 
     def save(self, folder: Path) -> None:
         """Writes weights and optimizer into an existing, empty folder; every rank calls it."""
+        ...
+
+    def snapshot(self, *, weights: bool) -> Snapshot:
+        """Copies this rank's part of the state to host memory, between two steps; every rank calls it.
+
+        The next snapshot may be taken only when this one is written.
+
+        Args:
+            weights: whether `write` also does what `save_weights` does.
+        """
         ...
 
     def load(self, folder: Path) -> None:

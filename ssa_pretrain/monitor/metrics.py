@@ -9,7 +9,8 @@ checkpoint decides.
 Speed is tokens over seconds in a window of recent steps, by the monotonic clock. The first step and pauses for evaluations do not distort it.
 Values that JSON does not have (nan, inf) are written as null, so any reader can parse every line.
 
-Records: {"kind": "train", "step", "tokens", "loss", "cross_entropy", ...} and {"kind": "evaluation", "step", "split", "mode", ...};
+Records: {"kind": "train", "step", "tokens", "loss", "cross_entropy", ...}, {"kind": "evaluation", "step", "split", "mode", ...} and
+{"kind": "checkpoint", "step", ...}, which is written when the checkpoint is published, a few steps later, and may be missing after a kill;
 docs/metrics.md lists every key.
 """
 
@@ -268,6 +269,15 @@ class MetricsLogger:
         self.console.print(evaluation_line(full))
         self.speed.pause()
 
+    def log_checkpoint(self, record: Mapping[str, Any]) -> None:
+        """Writes the record of a published checkpoint; trackers do not get it.
+
+        Args:
+            record: step, stall_seconds, write_seconds, bytes.
+        """
+        if self._file is not None:
+            self._append(_json_line({"kind": "checkpoint", **record}))
+
     def pause(self) -> None:
         """Excludes the time since the last step (a checkpoint, a wait) from the next step's time."""
         self.speed.pause()
@@ -315,7 +325,9 @@ class MetricsLogger:
             self.console.print(f"{FILE_NAME} can be written again and has all records")
 
     def _forward(self, record: Mapping[str, Any]) -> None:
-        """Forwards a record to the trackers and remembers which evaluations exist."""
+        """Forwards a record to the trackers and remembers which evaluations exist. A checkpoint's record comes after later steps, so it stays here."""
+        if record.get("kind") == "checkpoint":
+            return
         if record.get("kind") == "evaluation":
             self.evaluated.add((record["step"], record.get("mode", "")))
         for tracker in self._trackers:

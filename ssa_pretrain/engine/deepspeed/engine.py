@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa_pretrain.checkpoint import sharded_weights
+from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.weights import WeightsError, find_weights
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.config.deepspeed import ds_config
@@ -31,7 +32,7 @@ from ssa_pretrain.engine.deepspeed.setup import (
     exit_with_launcher,
     prepare_process,
 )
-from ssa_pretrain.engine.interface import EvaluationResult, PendingStep
+from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, Snapshot
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums
 from ssa_pretrain.model.llama import Llama
 from ssa_pretrain.model.sharding import partition_dim
@@ -52,6 +53,7 @@ class DeepSpeedEngine:
         self.stage = config.deepspeed.zero_stage
         self.microbatches = Microbatches(config, placement, ContextParallel(placement.groups.cp))  # cp is 1 here
         self.ds_config = ds_config(config, placement.dp)
+        self.copies = HostCopies(placement.device)
         _require_accepted(self.ds_config)
         self._ds = None
         self.model = self._build_model()
@@ -103,6 +105,22 @@ class DeepSpeedEngine:
         """See `Engine.save`."""
         checkpoint.save(folder, self.ds, self.config, self.placement)
 
+    def snapshot(self, *, weights: bool) -> Snapshot:
+        """See `Engine.snapshot`."""
+        ds, copies = self.ds, self.copies
+        with copies.taking():
+            write_state = checkpoint.copy_state(ds, copies, self.config, self.placement)
+            parts = (copies, [ds.module], self.config, self.placement, self._gathering)
+            copied = sharded_weights.copy_weights(*parts) if weights else None
+
+        def write(folder: Path, group: dist.ProcessGroup) -> None:
+            copies.wait()
+            write_state(folder, group)
+            if copied is not None:
+                sharded_weights.write_copies(folder, copied, self.placement, group)
+
+        return Snapshot(write, copies.device_seconds)
+
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
         self._reset()
@@ -118,10 +136,7 @@ class DeepSpeedEngine:
 
     def save_weights(self, folder: Path) -> None:
         """See `Engine.save_weights`."""
-        ds = self.ds
-        model = ds.module
-        gathered = self._gathered if self.stage == 3 else sharded_weights.already_gathered
-        sharded_weights.save_weights(folder, [model], self.config, self.placement, gathered)
+        sharded_weights.save_weights(folder, [self.ds.module], self.config, self.placement, self._gathering)
 
     @property
     def ds(self):
@@ -143,6 +158,11 @@ class DeepSpeedEngine:
                 # Its bf16 optimizer takes a step of zero gradients when it is built, and Adam would count that step.
                 self._ds.basic_optimizer.state.clear()
         return self._ds
+
+    @property
+    def _gathering(self) -> sharded_weights.Gathered:
+        """The context in which a parameter is whole on each data rank."""
+        return self._gathered if self.stage == 3 else sharded_weights.already_gathered
 
     @property
     def _must_compute_norm(self) -> bool:

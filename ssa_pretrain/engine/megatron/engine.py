@@ -15,10 +15,11 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from ssa_pretrain.checkpoint import sharded_weights
+from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.weights import find_weights
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.engine.interface import EvaluationResult, PendingStep
+from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, Snapshot
 from ssa_pretrain.engine.megatron import checkpoint
 from ssa_pretrain.engine.megatron.optimizer import build_optimizer
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums
@@ -41,6 +42,7 @@ class MegatronEngine:
         self.chunks = _build_chunks(config, placement, vocab_size)
         self.core = self.chunks[0].config
         self.optimizer = build_optimizer(config, self.chunks)
+        self.copies = HostCopies(placement.device)
         self._install_hooks()
         self._schedule = get_forward_backward_func()
         limit_waiting(config.parallel)
@@ -113,6 +115,22 @@ class MegatronEngine:
         """See `Engine.save`."""
         self._gather_parameters()
         checkpoint.save(folder, self.chunks, self.optimizer)
+
+    def snapshot(self, *, weights: bool) -> Snapshot:
+        """See `Engine.snapshot`."""
+        self._gather_parameters()
+        with self.copies.taking():
+            write_state = checkpoint.copy_state(self.chunks, self.optimizer, self.copies)
+            parts = (self._models, self.config, self.placement)
+            copied = sharded_weights.copy_weights(self.copies, *parts) if weights else None
+
+        def write(folder: Path, group: dist.ProcessGroup) -> None:
+            self.copies.wait()
+            write_state(folder, group)
+            if copied is not None:
+                sharded_weights.write_copies(folder, copied, self.placement, group)
+
+        return Snapshot(write, self.copies.device_seconds)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""

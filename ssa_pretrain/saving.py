@@ -1,0 +1,236 @@
+"""When a run saves, and how: beside training (`checkpoint.asynchronous`) or while it waits.
+
+A save beside training has two parts. Between two steps the engine copies its state to host memory; only this stalls training. A thread of each rank
+then writes, hashes and publishes the copy. At most one save is under way, so the next one waits for it and reports how long. The last save of a run,
+and the one of a run that is asked to stop, have nothing to run beside, so training waits for them and no copy is made.
+
+Whichever way, a checkpoint has the same content, and no step sees a difference.
+
+With `checkpoint.interval=auto` the interval follows from what the last save cost (planning/checkpoint_interval.py). Rank 0 chooses, at the end of a save,
+and tells the others. They use it from the next save on, before which all ranks have waited for this one. So all ranks save after the same steps.
+"""
+
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from ssa_pretrain.checkpoint.background import BackgroundSave
+from ssa_pretrain.checkpoint.integrity import listed_bytes
+from ssa_pretrain.checkpoint.publish import publish
+from ssa_pretrain.errors import CheckpointError, CommandError
+from ssa_pretrain.monitor.console import save_line, wait_line
+from ssa_pretrain.monitor.metrics import MetricsLogger
+from ssa_pretrain.parallel.state import timeout
+from ssa_pretrain.planning.checkpoint_interval import (
+    AUTO,
+    FIRST_STEPS,
+    SaveCost,
+    best_interval,
+    explain,
+    hours_between_failures,
+)
+from ssa_pretrain.run import Run
+
+NOTICEABLE_SECONDS = 0.1  # a shorter wait is not reported
+SMALL_CHANGE = 0.2  # a chosen interval stays while the next measurement would change it by a smaller share
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A published checkpoint.
+
+    Attributes:
+        folder: its folder.
+        step: optimizer steps done.
+        stall_seconds: for which training stood still, on this rank.
+        write_seconds: from the start of the save until old checkpoints were removed.
+        interval: the steps until the next save that rank 0 chose; 0 unless `checkpoint.interval=auto`.
+        explanation: of that choice; empty on other ranks.
+    """
+
+    folder: Path
+    step: int
+    stall_seconds: float
+    write_seconds: float
+    interval: int = 0
+    explanation: str = ""
+
+
+class Saver:
+    """Saves the checkpoints of a run, as a context manager around its training.
+
+    Args:
+        run: the run.
+        log: receives a line and a record of each checkpoint.
+        step: steps done before this process started.
+    """
+
+    def __init__(self, run: Run, log: MetricsLogger, step: int) -> None:
+        self._run, self._log = run, log
+        settings = run.config.checkpoint
+        self._auto = settings.interval == AUTO
+        self._interval = FIRST_STEPS if self._auto else int(settings.interval)
+        self._chosen = False  # whether the interval comes from a measurement
+        self._next = step + self._interval if self._auto else 0
+        self._pending: BackgroundSave[Saved] | None = None
+        self._group: dist.ProcessGroup | None = None
+        if settings.asynchronous:
+            self._group = dist.new_group(backend="gloo", timeout=timeout(run.config.parallel))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for the save that is under way, unless this rank fails by itself: then the others may never come to finish it."""
+        of_all_ranks = error is None or (isinstance(error, CommandError) and not error.of_one_rank)
+        if self._pending is None or not (of_all_ranks or dist.get_world_size() == 1):
+            return
+        try:
+            self._finish(self._pending.wait())
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            self._run.print(str(failure))  # the other error ends the run
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether a checkpoint is due after this step, the same on every rank."""
+        if step == self._run.last_step:
+            return True
+        return step >= self._next if self._auto else bool(self._interval and step % self._interval == 0)
+
+    def after_step(self, step: int) -> None:
+        """Finishes a save that has ended; every rank calls this after each step.
+
+        Raises:
+            CheckpointError: the save has failed; on all ranks after the same step.
+        """
+        if self._pending is not None and (saved := self._pending.poll(step)) is not None:
+            self._finish(saved)
+
+    def save(self, step: int, *, wait: bool) -> None:
+        """Saves after a step, beside the next steps if the run goes on; every rank calls it. The stall does not count towards the training speed.
+
+        Args:
+            step: steps done.
+            wait: whether the run ends after this save.
+
+        Raises:
+            CheckpointError: this save, or the one before it, has failed.
+        """
+        begin = time.monotonic()
+        self._wait_for_earlier(step)
+        engine, weights = self._run.engine, self._run.config.checkpoint.weights
+        facts = self._run.contract()
+        if self._group is None or wait:
+
+            def write(folder: Path, _: dist.ProcessGroup | None) -> None:
+                engine.save(folder)
+                if weights:
+                    engine.save_weights(folder)
+
+            self._finish(self._publish(_Save(step, begin, self._step_seconds(), facts, write), None))
+        else:
+            snapshot, group = engine.snapshot(weights=weights), self._group
+            stall = time.monotonic() - begin
+            spent = lambda: stall + snapshot.device_seconds()  # noqa: E731
+            save = _Save(step, begin, self._step_seconds(), facts, snapshot.write, spent)
+            self._pending = BackgroundSave(step, lambda: self._publish(save, group))
+        self._next = step + self._interval
+        self._log.pause()
+
+    def _wait_for_earlier(self, step: int) -> None:
+        """Waits until the save that is under way is done, and reports for how long."""
+        if self._pending is None:
+            return
+        begin = time.monotonic()
+        self._finish(self._pending.wait())
+        if (seconds := time.monotonic() - begin) > NOTICEABLE_SECONDS:
+            self._log.console.print(wait_line(step, seconds))
+
+    def _publish(self, save: "_Save", group: dist.ProcessGroup | None) -> Saved:
+        """Writes and publishes; runs on the main thread, or with a group of its own on another."""
+        run = self._run
+        folder = publish(
+            run.folder,
+            save.step,
+            save.facts,
+            lambda hidden: save.write(hidden, group),
+            keep=run.config.checkpoint.keep,
+            is_rank_0=run.placement.is_rank_0,
+            report=self._report,
+            verdicts=run.verdicts,
+            group=group,
+        )
+        seconds = time.monotonic() - save.begin
+        stall = save.stall() if save.stall else seconds
+        saved = Saved(folder, save.step, stall, seconds)
+        return self._with_interval(saved, SaveCost(stall, seconds, save.step_seconds), group) if self._auto else saved
+
+    def _with_interval(self, saved: Saved, cost: SaveCost, group: dist.ProcessGroup | None) -> Saved:
+        """Returns a saved checkpoint with the interval that rank 0 chooses by what it cost. A small change is none."""
+        configured, num_gpus = self._run.config.checkpoint.mean_hours_between_failures, dist.get_world_size()
+        hours = hours_between_failures(configured, num_gpus)
+        chosen = best_interval(cost, hours)
+        keeps = self._chosen and abs(chosen - self._interval) < SMALL_CHANGE * self._interval
+        told = [self._interval if keeps else chosen]
+        dist.broadcast_object_list(told, src=0, group=group)
+        text = explain(told[0], cost, hours, configured=bool(configured), num_gpus=num_gpus)
+        return replace(saved, interval=told[0], explanation="" if keeps else text)
+
+    def _finish(self, saved: Saved) -> None:
+        """Takes note of a published checkpoint."""
+        self._pending = None
+        self._log.console.print(save_line(saved.step, saved.stall_seconds, saved.write_seconds, saved.folder))
+        if self._auto:
+            self._interval, self._chosen = saved.interval, True
+            if saved.explanation:
+                self._log.console.print(saved.explanation)
+        if self._log.enabled:
+            record = {
+                "step": saved.step,
+                "stall_seconds": saved.stall_seconds,
+                "write_seconds": saved.write_seconds,
+                "bytes": listed_bytes(saved.folder),
+            }
+            self._log.log_checkpoint(record)
+
+    def _step_seconds(self) -> float:
+        """Returns the recent mean time of a step; only rank 0 knows it."""
+        return self._log.speed.eta(1)
+
+    def _report(self, text: str) -> None:
+        """Prints a line about storage: rank 0 on its console, another rank with its name."""
+        if self._run.placement.is_rank_0:
+            self._log.console.print(text)
+        else:
+            print(f"rank {self._run.placement.rank} ({socket.gethostname()}): {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """A save that has begun.
+
+    Attributes:
+        step: optimizer steps done.
+        begin: by the monotonic clock, in seconds.
+        step_seconds: the recent mean time of a step.
+        write: the engine's part.
+        stall: returns the seconds for which training stood still; None: as long as the save takes.
+        facts: the facts that a resume must agree on.
+    """
+
+    step: int
+    begin: float
+    step_seconds: float
+    facts: dict[str, Any]
+    write: Callable[[Path, Any], None]
+    stall: Callable[[], float] | None = None
