@@ -24,12 +24,12 @@ import torch.distributed as dist
 from ssa_pretrain.checkpoint.background import BackgroundSave
 from ssa_pretrain.checkpoint.integrity import listed_bytes
 from ssa_pretrain.checkpoint.publish import publish
+from ssa_pretrain.config import Auto
 from ssa_pretrain.errors import CheckpointError, CommandError
 from ssa_pretrain.monitor.console import save_line, wait_line
 from ssa_pretrain.monitor.metrics import MetricsLogger
 from ssa_pretrain.parallel.state import timeout
 from ssa_pretrain.planning.checkpoint_interval import (
-    AUTO,
     FIRST_STEPS,
     SaveCost,
     best_interval,
@@ -75,8 +75,8 @@ class Saver:
     def __init__(self, run: Run, log: MetricsLogger, step: int) -> None:
         self._run, self._log = run, log
         settings = run.config.checkpoint
-        self._auto = settings.interval == AUTO
-        self._interval = FIRST_STEPS if self._auto else int(settings.interval)
+        self._auto = isinstance(settings.interval, Auto)
+        self._interval = FIRST_STEPS if isinstance(settings.interval, Auto) else settings.interval
         self._chosen = False  # whether the interval comes from a measurement
         self._next = step + self._interval if self._auto else 0
         self._pending: BackgroundSave[Saved] | None = None

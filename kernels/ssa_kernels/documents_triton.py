@@ -123,4 +123,6 @@ def layout_arrays(
 def _empty(lengths: dict[str, int], device: torch.device) -> dict[str, torch.Tensor]:
     """Returns int32 arrays of these lengths, cut from one allocation at multiples of 16 bytes."""
     pieces = [size for n in lengths.values() for size in (n, -n % 4)]
-    return dict(zip(lengths, torch.empty(sum(pieces), dtype=torch.int32, device=device).split(pieces)[::2], strict=True))
+    return dict(
+        zip(lengths, torch.empty(sum(pieces), dtype=torch.int32, device=device).split(pieces)[::2], strict=True)
+    )

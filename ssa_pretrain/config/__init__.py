@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ssa_pretrain.config.choices import (
     AdamImpl,
+    Auto,
     EngineName,
     Fp8Recipe,
     KernelImpl,
@@ -45,6 +46,7 @@ __all__ = [
     "CONF",
     "AdamImpl",
     "AttentionConfig",
+    "Auto",
     "CheckpointConfig",
     "Config",
     "DataConfig",

@@ -110,3 +110,9 @@ class Timestamps(StrEnum):
     off = "off"
     time = "time"  # 14:05:31, local time
     datetime = "datetime"  # 2026-11-29 14:05:31
+
+
+class Auto(StrEnum):
+    """The word that stands for a number which the run chooses."""
+
+    auto = "auto"

@@ -10,6 +10,7 @@ from typing import Any
 
 from ssa_pretrain.config.choices import (
     AdamImpl,
+    Auto,
     EngineName,
     Fp8Recipe,
     KernelImpl,
@@ -318,7 +319,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Checkpoints, and the weights that a run starts from."""
 
-    interval: int | str = 0  # steps between checkpoints; 0: only at the end; auto: chosen by what a save costs
+    interval: int | Auto = 0  # steps between checkpoints; 0: only at the end; auto: chosen by what a save costs
     mean_hours_between_failures: float = 0.0  # of the whole run, for interval=auto; 0: 8,090 hours / number of GPUs
     asynchronous: bool = True  # training goes on while a checkpoint is written, from a copy in host memory
     keep: int = 2  # how many of the newest intact checkpoints are kept
@@ -327,12 +328,10 @@ class CheckpointConfig:
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
-        found = at_least("checkpoint", self, 1, "keep") + at_least("checkpoint", self, 0, "mean_hours_between_failures")
-        if not isinstance(self.interval, str):
-            return at_least("checkpoint", self, 0, "interval") + found
-        if self.interval != "auto":
-            found.append(Problem("checkpoint.interval", self.interval, "must be a number of steps or auto", "try auto"))
-        return found
+        counted = [] if isinstance(self.interval, Auto) else ["interval"]
+        return at_least("checkpoint", self, 0, *counted, "mean_hours_between_failures") + at_least(
+            "checkpoint", self, 1, "keep"
+        )
 
 
 @dataclass(kw_only=True, slots=True)

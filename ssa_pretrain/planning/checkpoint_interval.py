@@ -17,7 +17,6 @@ from ssa_pretrain.settings.quantities import duration
 
 GPU_HOURS_BETWEEN_FAILURES = 7.9 * 1024
 FIRST_STEPS = 20  # before the first save of a run without measurements, and before the second: the first one's is colder than later ones
-AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from ssa_pretrain.config import Config, Method, PrecisionName
+from ssa_pretrain.config import Auto, Config, Method, PrecisionName
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.data.mixture import readings
 from ssa_pretrain.planning.balance import Batch, balance
@@ -164,7 +164,7 @@ def _balance(config: Config, plan: Plan) -> list[tuple[str, str]]:
 def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:
     """Returns the files that the run writes, and the disk space they need."""
     interval, keep = config.checkpoint.interval, config.checkpoint.keep
-    if isinstance(interval, str):  # auto
+    if isinstance(interval, Auto):
         kept, number = keep, "checkpoints"
     else:
         saves = plan.steps // interval + (plan.steps % interval > 0) if interval else 1

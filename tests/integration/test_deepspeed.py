@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.training import ROOT, descendants, environment, is_alive, launched, records, run, wait_for_step
+from support.training import (
+    ROOT,
+    descendants,
+    environment,
+    is_alive,
+    launched,
+    records,
+    run,
+    wait_for_checkpoint,
+    wait_for_step,
+)
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)
@@ -67,6 +77,7 @@ def interrupted(folder: Path, settings: tuple[str, ...], step: int, choose, numb
             seconds=400,
             output=lambda: process.stderr.read() if process.poll() is not None else "",
         )
+        wait_for_checkpoint(process, folder, 2, seconds=60)
         family = descendants(process.pid)
         os.kill(choose(process.pid, family), number)
         output = process.communicate(timeout=60)[1]

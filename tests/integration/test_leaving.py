@@ -73,7 +73,7 @@ def test_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corp
     sentence = f"SIGHUP: stopped after step {last}; its checkpoint is published, and the same command resumes from it"
     lines = log.read_text().splitlines()
     assert lines[-1] == f"torchrun.sh: {sentence}"
-    assert lines[-2].startswith(f"save {last} ")
+    assert lines[-2].startswith(f"saved step {last}: ")
     assert checkpoints(tmp_path) == [f"step_{last:08d}"]
     done = run("ssa_pretrain.train", *settings, f"training.stop_at_step={last + 1}", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -119,7 +119,7 @@ def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tm
     assert checkpoints(tmp_path) == [f"step_{last:08d}"]
     sentence = "its checkpoint is published, and the same command resumes from it"
     assert error.splitlines()[-1] == f"SIGINT: stopped after step {last}; {sentence}"
-    assert error.splitlines()[-2].startswith(f"save {last} ")
+    assert error.splitlines()[-2].startswith(f"saved step {last}: ")
 
 
 @pytest.mark.parametrize(

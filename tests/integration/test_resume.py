@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from support.processes import free_port
-from support.training import ROOT, command, descendants, environment, records, run, run_command, train, wait_for_step
+from support.training import (
+    ROOT,
+    command,
+    descendants,
+    environment,
+    records,
+    run,
+    run_command,
+    train,
+    wait_for_checkpoint,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.timeout(1200)
 STEPS = 9
@@ -42,6 +53,7 @@ def kill_at(step: int, folder: Path, arguments: list[str]) -> None:
         arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
         wait_for_step(process, folder, step, seconds=300)
+        wait_for_checkpoint(process, folder, step - 1, seconds=60)
         ranks = descendants(process.pid)
         assert len(ranks) == 2, "a save has started processes, which a killed rank would leave behind"
         for victim in (process.pid, *ranks):

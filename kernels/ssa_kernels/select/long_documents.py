@@ -96,7 +96,9 @@ def long_tiles_kernel(
         longest = tl.maximum(tl.atomic_max(longest_ptr, last + 1), last + 1)
         tl.store(longest_on_host_ptr, longest)
     elif program == 0:
-        tl.store(longest_on_host_ptr, longest)  # of two programs that found a longer one, the shorter may have been stored last
+        tl.store(
+            longest_on_host_ptr, longest
+        )  # of two programs that found a longer one, the shorter may have been stored last
     if last // BLOCK_SIZE > columns:
         KV_LISTS: tl.constexpr = GROUP_SIZE if PER_HEAD else tl.constexpr(1)  # lists per kv head
         rows = importance_ptr + program.to(tl.int64) * (TILE_TOKENS * KV_LISTS) * width
