@@ -1,0 +1,138 @@
+"""Training goes on while a checkpoint is written: the losses are the same, and whatever happens to the save, the run resumes bit for bit."""
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from ssa_pretrain import trainer
+from ssa_pretrain.checkpoint import publish
+from ssa_pretrain.checkpoint.integrity import find_damage
+from ssa_pretrain.cli import resolve_config
+from ssa_pretrain.config.machine import this_machine
+from ssa_pretrain.errors import CheckpointError, DivergedError
+from support.processes import SUPPORT, ranks, run_ranks
+from support.training import records, train
+
+pytestmark = pytest.mark.timeout(600)
+SETTINGS = (
+    "experiment=quickstart",
+    "model.num_layers=2",
+    "training.global_batch_tokens=512",
+    "training.micro_batch_size=1",
+    "data.sequence_length=128",
+    "evaluation.rows=2",
+    "evaluation.at_start=false",
+    "evaluation.interval=0",
+    "logging.wandb.mode=off",
+)
+
+
+@pytest.fixture
+def run(corpus, tmp_path, monkeypatch):
+    """Returns a function that trains in this process, in a folder of its own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def trained(*overrides: str, folder: str = "run") -> Path:
+        arguments = [*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path / folder}", *overrides]
+        trainer.train(resolve_config("train", arguments, this_machine()))
+        return tmp_path / folder
+
+    return trained
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Makes hashing a file take a fifth of a second."""
+    read = publish.file_sha256
+    monkeypatch.setattr(publish, "file_sha256", lambda path: time.sleep(0.2) or read(path))
+
+
+def intact(folder: Path) -> list[int]:
+    """Returns the steps of a run's checkpoints, all of which must be intact."""
+    found = sorted((folder / "checkpoints").iterdir())
+    assert [p.name for p in found if find_damage(p)] == []
+    return [int(p.name.removeprefix("step_")) for p in found]
+
+
+@pytest.mark.usefixtures("slow")
+def test_saves_back_to_back_wait_for_each_other_and_change_no_loss(run, capsys):
+    overlapping = run("training.steps=5", "checkpoint.interval=1", "checkpoint.keep=3")
+    lines = capsys.readouterr().err
+    assert intact(overlapping) == [3, 4, 5]
+    assert "the save of step 2 waited" in lines and "raise checkpoint.interval" in lines
+    saves = [json.loads(line) for line in (overlapping / "metrics.jsonl").read_text().splitlines()]
+    saves = [record for record in saves if record["kind"] == "checkpoint"]
+    assert [record["step"] for record in saves] == [1, 2, 3, 4, 5]
+    assert saves[0]["stall_seconds"] < saves[0]["write_seconds"] / 2
+    assert saves[1]["stall_seconds"] > saves[1]["write_seconds"] / 4, "it had to wait for the first"
+    assert saves[4]["stall_seconds"] == saves[4]["write_seconds"], "nothing is left to do beside the last save"
+    size = sum(p.stat().st_size for p in (overlapping / "checkpoints" / "step_00000005").rglob("*") if p.is_file())
+    assert saves[4]["bytes"] == pytest.approx(size, rel=0.01)
+    plain = run("training.steps=5", "checkpoint.asynchronous=false", folder="plain")
+    assert records(overlapping, "train") == records(plain, "train")
+
+
+@pytest.mark.usefixtures("slow")
+def test_exit_with_an_error_waits_for_the_save_that_is_under_way(run, tmp_path, monkeypatch):
+    """A divergence in step 3 ends the run; the checkpoint of step 2 is good."""
+    check = trainer.require_finite
+
+    def diverged(run, result, step: int) -> None:
+        if step == 3:
+            raise DivergedError("step 3 has diverged")
+        check(run, result, step)
+
+    monkeypatch.setattr(trainer, "require_finite", diverged)
+    with pytest.raises(DivergedError, match="step 3"):
+        run("training.steps=5", "checkpoint.interval=2")
+    assert intact(tmp_path / "run") == [2]
+
+
+def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_identical(run, monkeypatch, capsys):
+    whole = run("training.steps=8", folder="whole")
+    read = publish.file_sha256
+
+    def full(path: Path) -> str:
+        if ".step_00000004.tmp" in path.parts:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return read(path)
+
+    monkeypatch.setattr(publish, "file_sha256", full)
+    with pytest.raises(CheckpointError, match=r"step 4 could not be saved in .*No space left.*earlier checkpoints are"):
+        run("training.steps=8", "checkpoint.interval=2")
+    monkeypatch.setattr(publish, "file_sha256", read)
+    capsys.readouterr()
+    again = run("training.steps=8", "checkpoint.interval=2")
+    assert "resuming after step 2" in capsys.readouterr().out
+    assert records(again, "train") == records(whole, "train")
+
+
+def test_killed_rank_during_a_save_leaves_the_checkpoint_before_it(corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", "training.steps=10", "checkpoint.interval=3", "parallel=tp2")
+    killed, whole = (*settings, f"output_dir={tmp_path / 'killed'}"), (*settings, f"output_dir={tmp_path / 'whole'}")
+    ended = run_ranks([str(SUPPORT / "killed_in_save.py"), *killed], ranks(2), timeout=200)
+    assert ended[1].code == -9, ended
+    assert ended[0].code not in (0, -9), ended
+    published = (tmp_path / "killed" / "checkpoints").glob("step_*")
+    assert [(p.name, find_damage(p)) for p in published] == [("step_00000003", None)]
+    train(*killed, processes=2)
+    train(*whole, "checkpoint.asynchronous=false", processes=2)
+    assert records(tmp_path / "killed", "train") == records(tmp_path / "whole", "train")
+    assert intact(tmp_path / "killed") == [9, 10]
+
+
+def test_interval_auto_chooses_by_what_a_save_cost_and_changes_no_loss(run, capsys):
+    folder = run("training.steps=64", "checkpoint.interval=auto", "checkpoint.mean_hours_between_failures=1e-6")
+    output = capsys.readouterr().err
+    assert "checkpoint.interval=auto: a checkpoint every" in output
+    assert "(checkpoint.mean_hours_between_failures); expected loss" in output
+    steps = [r["step"] for r in records(folder, "checkpoint")]
+    assert steps[:2] == [20, 40] and steps[-1] == 64
+    chosen = int(output.partition("a checkpoint every ")[2].split()[0])
+    assert chosen < 20 and steps[2] == 40 + chosen
+    plain = run("training.steps=64", "checkpoint.interval=0", folder="plain")
+    assert records(folder, "train") == records(plain, "train")
