@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ from ssa_pretrain.planning.checkpoint_interval import (
 )
 from ssa_pretrain.run import Run
 
+GIB = 2**30
 NOTICEABLE_SECONDS = 0.1  # a shorter wait is not reported
 SMALL_CHANGE = 0.2  # a chosen interval stays while the next measurement would change it by a smaller share
 
@@ -83,6 +85,8 @@ class Saver:
         self._group: dist.ProcessGroup | None = None
         if settings.asynchronous:
             self._group = dist.new_group(backend="gloo", timeout=timeout(run.config.parallel))
+            if self._interval and (shortage := memory_warning(2 * run.plan.checkpoint_bytes)):
+                run.print(shortage)
 
     def __enter__(self) -> Self:
         return self
@@ -213,6 +217,30 @@ class Saver:
             self._log.console.print(text)
         else:
             print(f"rank {self._run.placement.rank} ({socket.gethostname()}): {text}", file=sys.stderr, flush=True)
+
+
+def memory_warning(needed: int) -> str | None:
+    """Returns a warning if this host has fewer free bytes of memory than copies of the whole state may need, else None."""
+    free = free_memory()
+    if free is None or free >= needed:
+        return None
+    return (
+        f"warning: this host has {free / GIB:.1f} GiB of free memory, and writing a checkpoint beside training may need {needed / GIB:.1f} GiB "
+        "of it: set checkpoint.asynchronous=false if it runs out"
+    )
+
+
+def free_memory(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Returns the bytes of memory that are free on this host and within this container; None if unknown."""
+    found = []
+    with suppress(OSError, ValueError, StopIteration):
+        (line,) = (line for line in proc.read_text().splitlines() if line.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):
+        found.append(
+            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        )  # "max": no limit
+    return min(found, default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,19 @@ ranks' shards of a flat buffer, and it follows the attributes of parameters to t
 """
 
 import copy
+import mmap
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
+
+from ssa_pretrain.errors import CheckpointError
+
+LARGE = 2**20  # bytes; a smaller buffer comes from torch's pinned allocator
 
 
 class HostCopies:
@@ -81,10 +88,22 @@ class HostCopies:
 
     def _new_buffer(self, live: Tensor) -> Tensor:
         """Returns an empty host tensor, page-locked if the copies come from a GPU."""
-        # torch's own pinned allocator would round each size up to a power of two.
-        buffer = torch.empty(live.shape, dtype=live.dtype, device="cpu")
-        if self._on_gpu and live.is_cuda and (size := buffer.numel() * buffer.element_size()):
-            code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
-            if int(code):
-                raise RuntimeError(f"page-locking {size} bytes of host memory failed with CUDA error {int(code)}")
-        return buffer
+        if not (self._on_gpu and live.is_cuda):
+            return torch.empty(live.shape, dtype=live.dtype, device="cpu")
+        if live.nbytes < LARGE:
+            return torch.empty(live.shape, dtype=live.dtype, device="cpu", pin_memory=True)
+        return _locked_pages(live)
+
+
+def _locked_pages(live: Tensor) -> Tensor:
+    """Returns an empty host tensor in page-locked pages of its own; torch's pinned allocator would round its size up to a power of two."""
+    buffer = torch.frombuffer(mmap.mmap(-1, live.nbytes), dtype=live.dtype).view(live.shape)
+    try:
+        pin_memory(buffer.data_ptr(), live.nbytes)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{live.nbytes / 2**30:.1f} GiB of host memory cannot be page-locked for a copy of the training state ({error}); "
+            "set checkpoint.asynchronous=false"
+        ) from None
+    weakref.finalize(buffer, unpin_memory, buffer.data_ptr()).atexit = False  # at exit CUDA may be gone before
+    return buffer

@@ -2,8 +2,9 @@
 
 Arguments: what to do, then a folder.
 
-    content SETTINGS   train, copy the state, save it, go on training while the copy is written; then load it and train again
-    failure            rank 1 cannot write a save in the background
+    content CASES   for each case of a JSON object: train, copy the state, save it, go on training while the copy is written; then load it and
+                    train again
+    failure         rank 1 cannot write a save in the background
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from ssa_pretrain.checkpoint.background import BackgroundSave
 from ssa_pretrain.checkpoint.publish import publish
@@ -35,12 +37,19 @@ def train(engine, config, placement, steps: range) -> list[list[float]]:
     return found
 
 
-def content(out: Path, settings: dict) -> None:
-    """Writes one state twice, at once and from a copy while training goes on, and what training continues with from each."""
+def content(out: Path, settings: dict, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Writes one state twice, at once and from a copy while training goes on, and what training continues with from each.
+
+    Returns:
+        The group of the writing threads, for the next case.
+    """
     config = configure(SMALL | settings)
     placement = start(config.parallel, seed=1)
+    group = group or dist.new_group(backend="gloo")
+    if placement.is_rank_0:
+        out.mkdir()
+    dist.barrier()
     engine = build_engine(config, placement, VOCAB)
-    group = dist.new_group(backend="gloo")
     results = {}
     for number in (1, 2):  # the second copy uses the memory of the first
         now, later = out / f"now_{number}", out / f"later_{number}"
@@ -66,6 +75,8 @@ def content(out: Path, settings: dict) -> None:
         results[f"loaded_{number}"] = train(engine, config, placement, range(2 * number, 2 * number + 2))
     (out / f"results_{placement.rank}.json").write_text(json.dumps(results))
     dist.barrier()
+    parallel_state.destroy_model_parallel()
+    return group
 
 
 def failure(out: Path) -> None:
@@ -97,8 +108,10 @@ def main() -> None:
     out = Path(sys.argv[2])
     if sys.argv[1] == "failure":
         failure(out)
-    else:
-        content(out, json.loads(sys.argv[3]))
+        return
+    group = None
+    for name, settings in json.loads(sys.argv[3]).items():
+        group = content(out / name, settings, group)
 
 
 if __name__ == "__main__":

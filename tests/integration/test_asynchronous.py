@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain import trainer
+from ssa_pretrain import saving, trainer
 from ssa_pretrain.checkpoint import publish
 from ssa_pretrain.checkpoint.integrity import find_damage
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config.machine import this_machine
 from ssa_pretrain.errors import CheckpointError, DivergedError
-from support.processes import SUPPORT, ranks, run_ranks
-from support.training import records, train
+from support.training import records
 
 pytestmark = pytest.mark.timeout(600)
 SETTINGS = (
@@ -111,28 +110,15 @@ def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_ide
     assert records(again, "train") == records(whole, "train")
 
 
-def test_killed_rank_during_a_save_leaves_the_checkpoint_before_it(corpus, tmp_path):
-    settings = (*SETTINGS, f"data.path={corpus}", "training.steps=10", "checkpoint.interval=3", "parallel=tp2")
-    killed, whole = (*settings, f"output_dir={tmp_path / 'killed'}"), (*settings, f"output_dir={tmp_path / 'whole'}")
-    ended = run_ranks([str(SUPPORT / "killed_in_save.py"), *killed], ranks(2), timeout=200)
-    assert ended[1].code == -9, ended
-    assert ended[0].code not in (0, -9), ended
-    published = (tmp_path / "killed" / "checkpoints").glob("step_*")
-    assert [(p.name, find_damage(p)) for p in published] == [("step_00000003", None)]
-    train(*killed, processes=2)
-    train(*whole, "checkpoint.asynchronous=false", processes=2)
-    assert records(tmp_path / "killed", "train") == records(tmp_path / "whole", "train")
-    assert intact(tmp_path / "killed") == [9, 10]
-
-
-def test_interval_auto_chooses_by_what_a_save_cost_and_changes_no_loss(run, capsys):
-    folder = run("training.steps=64", "checkpoint.interval=auto", "checkpoint.mean_hours_between_failures=1e-6")
+def test_interval_auto_chooses_by_what_a_save_cost_and_changes_no_loss(run, capsys, monkeypatch):
+    monkeypatch.setattr(saving, "FIRST_STEPS", 9)
+    folder = run("training.steps=24", "checkpoint.interval=auto", "checkpoint.mean_hours_between_failures=1e-6")
     output = capsys.readouterr().err
     assert "checkpoint.interval=auto: a checkpoint every" in output
     assert "(checkpoint.mean_hours_between_failures); expected loss" in output
     steps = [r["step"] for r in records(folder, "checkpoint")]
-    assert steps[:2] == [20, 40] and steps[-1] == 64
+    assert steps[:2] == [9, 18] and steps[-1] == 24
     chosen = int(output.partition("a checkpoint every ")[2].split()[0])
-    assert chosen < 20 and steps[2] == 40 + chosen
-    plain = run("training.steps=64", "checkpoint.interval=0", folder="plain")
+    assert chosen < 9 and steps[2] == min(18 + chosen, 24)
+    plain = run("training.steps=24", "checkpoint.interval=0", folder="plain")
     assert records(folder, "train") == records(plain, "train")
