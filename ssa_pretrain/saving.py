@@ -84,7 +84,9 @@ class Saver:
         self._pending: BackgroundSave[Saved] | None = None
         self._group: dist.ProcessGroup | None = None
         if settings.asynchronous:
-            self._group = dist.new_group(backend="gloo", timeout=timeout(run.config.parallel))
+            group = dist.new_group(backend="gloo", timeout=timeout(run.config.parallel))
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
             if self._interval and (shortage := memory_warning(2 * run.plan.checkpoint_bytes)):
                 run.print(shortage)
 

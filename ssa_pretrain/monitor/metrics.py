@@ -165,7 +165,7 @@ class Tracker(Protocol):
     """
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Takes a record of metrics.jsonl; after a restart, again from the first one on."""
+        """Takes a record of metrics.jsonl, except those of checkpoints; after a restart, again from the first one on."""
         ...
 
     def finish(self) -> None:

@@ -11,6 +11,8 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +39,18 @@ def train(engine, config, placement, steps: range) -> list[list[float]]:
     return found
 
 
+def write_after(event: threading.Event, write: Callable, *arguments: object) -> None:
+    """Waits, then writes."""
+    event.wait()
+    write(*arguments)
+
+
+def new_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def content(out: Path, settings: dict, group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """Writes one state twice, at once and from a copy while training goes on, and what training continues with from each.
 
@@ -45,7 +59,7 @@ def content(out: Path, settings: dict, group: dist.ProcessGroup | None) -> dist.
     """
     config = configure(SMALL | settings)
     placement = start(config.parallel, seed=1)
-    group = group or dist.new_group(backend="gloo")
+    group = group or new_group()
     if placement.is_rank_0:
         out.mkdir()
     dist.barrier()
@@ -62,11 +76,8 @@ def content(out: Path, settings: dict, group: dist.ProcessGroup | None) -> dist.
         engine.save_weights(now)
         trained = threading.Event()
 
-        def write(folder=later, snapshot=snapshot, trained=trained) -> None:
-            trained.wait()  # the live weights have changed when the copy is written
-            snapshot.write(folder, group)
-
-        save = BackgroundSave(2, write)
+        # The live weights have changed when the copy is written.
+        save = BackgroundSave(2, partial(write_after, trained, snapshot.write, later, group))
         results[f"live_{number}"] = train(engine, config, placement, range(2 * number, 2 * number + 2))
         trained.set()
         save.wait()
@@ -82,7 +93,7 @@ def content(out: Path, settings: dict, group: dist.ProcessGroup | None) -> dist.
 def failure(out: Path) -> None:
     """Writes the step after which this rank raises, and the message: the ranks train at different speeds."""
     dist.init_process_group("gloo")
-    rank, group = dist.get_rank(), dist.new_group(backend="gloo")
+    rank, group = dist.get_rank(), new_group()
 
     def write(folder: Path) -> None:
         if rank == 1:

