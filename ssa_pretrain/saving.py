@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from ssa_pretrain.checkpoint.background import BackgroundSave
 from ssa_pretrain.checkpoint.integrity import listed_bytes
+from ssa_pretrain.checkpoint.mirror import Mirror, leave_together
 from ssa_pretrain.checkpoint.publish import publish
 from ssa_pretrain.config import Auto
 from ssa_pretrain.errors import CheckpointError, CommandError
@@ -83,6 +84,10 @@ class Saver:
         self._next = step + self._interval if self._auto else 0
         self._pending: BackgroundSave[Saved] | None = None
         self._group: dist.ProcessGroup | None = None
+        self._mirror: Mirror | None = None
+        if settings.mirror and run.placement.is_rank_0:
+            in_use, report = run.verdicts.in_use, log.console.print
+            self._mirror = Mirror(settings.mirror, keep=settings.keep, in_use=in_use, report=report)
         if settings.asynchronous:
             group = dist.new_group(backend="gloo", timeout=timeout(run.config.parallel))
             assert isinstance(group, dist.ProcessGroup)
@@ -98,14 +103,17 @@ class Saver:
     ) -> None:
         """Waits for the save that is under way, unless this rank fails by itself: then the others may never come to finish it."""
         of_all_ranks = error is None or (isinstance(error, CommandError) and not error.of_one_rank)
-        if self._pending is None or not (of_all_ranks or dist.get_world_size() == 1):
+        if not (of_all_ranks or dist.get_world_size() == 1):
             return
         try:
-            self._finish(self._pending.wait())
+            if self._pending is not None:
+                self._finish(self._pending.wait())
         except CheckpointError as failure:
             if error is None:
                 raise
             self._run.print(str(failure))  # the other error ends the run
+        finally:
+            self._finish_mirror()
 
     def is_due(self, step: int) -> bool:
         """Returns whether a checkpoint is due after this step, the same on every rank."""
@@ -200,6 +208,8 @@ class Saver:
             self._interval, self._chosen = saved.interval, True
             if saved.explanation:
                 self._log.console.print(saved.explanation)
+        if self._mirror is not None:
+            self._mirror.offer(saved.folder)
         if self._log.enabled:
             record = {
                 "step": saved.step,
@@ -208,6 +218,13 @@ class Saver:
                 "bytes": listed_bytes(saved.folder),
             }
             self._log.log_checkpoint(record)
+
+    def _finish_mirror(self) -> None:
+        """Waits on all ranks until rank 0 has uploaded the newest checkpoint."""
+        if self._run.config.checkpoint.mirror:
+            if self._mirror is not None:
+                self._mirror.finish()
+            leave_together(is_rank_0=self._run.placement.is_rank_0)
 
     def _step_seconds(self) -> float:
         """Returns the recent mean time of a step; only rank 0 knows it."""

@@ -15,9 +15,14 @@ Stamp = tuple[str, int, int, int]  # of a file: name, bytes, times of the last c
 
 
 class Verdicts:
-    """This process's verdicts on checkpoints; files are read again only after they have changed."""
+    """This process's verdicts on checkpoints; files are read again only after they have changed.
+
+    Attributes:
+        in_use: checkpoints that must not be removed now, such as one that is being uploaded.
+    """
 
     def __init__(self) -> None:
+        self.in_use: set[Path] = set()
         self._found: dict[Path, tuple[list[Stamp], str | None]] = {}
 
     def damage(self, folder: Path) -> str | None:

@@ -225,7 +225,7 @@ def newest(
         CheckpointError: there are checkpoints, but none is intact.
     """
     named = (folder / FACTS).is_file()
-    candidates = [folder] if named else _published(folder)
+    candidates = [folder] if named else published(folder)
     found = torch.full((), -1, dtype=torch.int64, device=device)  # a step; -1: no checkpoint, -2: none intact
     if is_rank_0:
         verdicts = verdicts or Verdicts()
@@ -233,7 +233,7 @@ def newest(
         for candidate in candidates:
             damage = verdicts.damage(candidate)
             if damage is None:
-                found.fill_(0 if named else _step_of(candidate))
+                found.fill_(0 if named else step_of(candidate))
                 break
             report(f"checkpoint {candidate} is damaged ({damage}); looking for an older one")
     dist.broadcast(found, src=0)
@@ -307,11 +307,11 @@ def _hidden_from_rank_0(seen: set[str], group: dist.ProcessGroup | None) -> set[
 def _outdated(run_folder: Path, step: int, keep: int, verdicts: Verdicts, report: Callable[[str], None]) -> list[Path]:
     """Returns the checkpoints older than the `keep` newest intact ones up to a step; later ones were damaged when the run resumed."""
     num_intact, old = 0, []
-    for folder in _published(run_folder):
-        if _step_of(folder) > step or is_of_another_schema(folder):
+    for folder in published(run_folder):
+        if step_of(folder) > step or is_of_another_schema(folder):
             continue
         if num_intact == keep:
-            old.append(folder)
+            old += [folder] * (folder not in verdicts.in_use)
             continue
         is_news = not verdicts.knows(folder)
         damage = verdicts.damage(folder)
@@ -359,15 +359,16 @@ def _share(sizes: dict[str, int], rank: int, world_size: int) -> list[str]:
     return own
 
 
-def _published(run_folder: Path) -> list[Path]:
+def published(run_folder: Path) -> list[Path]:
     """Returns a run's published checkpoints, newest first; folders with other names are ignored."""
     found = (p for p in (run_folder / "checkpoints").glob("step_*") if NAME.fullmatch(p.name) and p.is_dir())
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _folder_of(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step_{step:08d}"
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Returns the step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step_"))

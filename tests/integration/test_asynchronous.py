@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ssa_pretrain.checkpoint.integrity import find_damage
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config.machine import this_machine
 from ssa_pretrain.errors import CheckpointError, DivergedError
+from support.s3_server import s3_server
 from support.training import records
 
 pytestmark = pytest.mark.timeout(600)
@@ -120,3 +122,20 @@ def test_interval_auto_chooses_by_what_a_save_cost(run, capsys, monkeypatch):
     assert steps[:2] == [9, 18] and steps[-1] == 24
     chosen = int(output.partition("a checkpoint every ")[2].split()[0])
     assert chosen < 9 and steps[2] == min(18 + chosen, 24)
+
+
+def test_run_whose_storage_is_lost_resumes_from_the_mirror_bit_for_bit(run, monkeypatch, capsys):
+    with s3_server("runs") as (variables, _):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        settings = ("training.steps=6", "checkpoint.interval=2", "checkpoint.mirror=s3://runs/mine")
+        whole = run("training.steps=6", folder="whole")
+        folder = run(*settings, "training.stop_at_step=4")
+        assert "mirrored step 4 in " in capsys.readouterr().err
+        kept = records(folder, "train")
+        shutil.rmtree(folder)
+        run(*settings)
+        output = capsys.readouterr().out
+        assert f"restored {folder}/checkpoints/step_00000004 from s3://runs/mine" in output
+        assert "resuming after step 4" in output
+        assert kept + records(folder, "train") == records(whole, "train")
