@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.timeout(600)
 SETTINGS = (
     "experiment=quickstart",
     "model.num_layers=2",
+    "training.steps=6",
     "training.global_batch_tokens=512",
     "training.micro_batch_size=1",
     "data.sequence_length=128",
@@ -32,17 +34,25 @@ SETTINGS = (
 )
 
 
+def train(corpus: Path, folder: Path, *overrides: str) -> Path:
+    """Trains in this process and returns the run's folder."""
+    arguments = [*SETTINGS, f"data.path={corpus}", f"output_dir={folder}", *overrides]
+    trainer.train(resolve_config("train", arguments, this_machine()))
+    return folder
+
+
 @pytest.fixture
 def run(corpus, tmp_path, monkeypatch):
-    """Returns a function that trains in this process, in a folder of its own."""
+    """Returns a function that trains in a folder of its own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return partial(train, corpus, tmp_path / "run")
 
-    def trained(*overrides: str, folder: str = "run") -> Path:
-        arguments = [*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path / folder}", *overrides]
-        trainer.train(resolve_config("train", arguments, this_machine()))
-        return tmp_path / folder
 
-    return trained
+@pytest.fixture(scope="module")
+def plain(corpus, tmp_path_factory) -> list[dict]:
+    """Returns the training records of a run that saves only at its end."""
+    folder = train(corpus, tmp_path_factory.mktemp("plain"), "checkpoint.asynchronous=false")
+    return records(folder, "train")
 
 
 @pytest.fixture
@@ -60,21 +70,20 @@ def intact(folder: Path) -> list[int]:
 
 
 @pytest.mark.usefixtures("slow")
-def test_saves_back_to_back_wait_for_each_other_and_change_no_loss(run, capsys):
-    overlapping = run("training.steps=5", "checkpoint.interval=1", "checkpoint.keep=3")
+def test_saves_back_to_back_wait_for_each_other_and_change_no_loss(run, plain, capsys):
+    overlapping = run("checkpoint.interval=1", "checkpoint.keep=3")
     lines = capsys.readouterr().err
-    assert intact(overlapping) == [3, 4, 5]
+    assert intact(overlapping) == [4, 5, 6]
     assert "the save of step 2 waited" in lines and "raise checkpoint.interval" in lines
     saves = [json.loads(line) for line in (overlapping / "metrics.jsonl").read_text().splitlines()]
     saves = [record for record in saves if record["kind"] == "checkpoint"]
-    assert [record["step"] for record in saves] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in saves] == [1, 2, 3, 4, 5, 6]
     assert saves[0]["stall_seconds"] < saves[0]["write_seconds"] / 2
     assert saves[1]["stall_seconds"] > saves[1]["write_seconds"] / 4, "it had to wait for the first"
-    assert saves[4]["stall_seconds"] == saves[4]["write_seconds"], "nothing is left to do beside the last save"
-    size = sum(p.stat().st_size for p in (overlapping / "checkpoints" / "step_00000005").rglob("*") if p.is_file())
-    assert saves[4]["bytes"] == pytest.approx(size, rel=0.01)
-    plain = run("training.steps=5", "checkpoint.asynchronous=false", folder="plain")
-    assert records(overlapping, "train") == records(plain, "train")
+    assert saves[5]["stall_seconds"] == saves[5]["write_seconds"], "nothing is left to do beside the last save"
+    size = sum(p.stat().st_size for p in (overlapping / "checkpoints" / "step_00000006").rglob("*") if p.is_file())
+    assert saves[5]["bytes"] == pytest.approx(size, rel=0.01)
+    assert records(overlapping, "train") == plain
 
 
 @pytest.mark.usefixtures("slow")
@@ -89,12 +98,11 @@ def test_exit_with_an_error_waits_for_the_save_that_is_under_way(run, tmp_path, 
 
     monkeypatch.setattr(trainer, "require_finite", diverged)
     with pytest.raises(DivergedError, match="step 3"):
-        run("training.steps=5", "checkpoint.interval=2")
+        run("checkpoint.interval=2")
     assert intact(tmp_path / "run") == [2]
 
 
-def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_identical(run, monkeypatch, capsys):
-    whole = run("training.steps=8", folder="whole")
+def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_identical(run, plain, monkeypatch, capsys):
     read = publish.file_sha256
 
     def full(path: Path) -> str:
@@ -104,12 +112,12 @@ def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_ide
 
     monkeypatch.setattr(publish, "file_sha256", full)
     with pytest.raises(CheckpointError, match=r"step 4 could not be saved in .*No space left.*earlier checkpoints are"):
-        run("training.steps=8", "checkpoint.interval=2")
+        run("checkpoint.interval=2")
     monkeypatch.setattr(publish, "file_sha256", read)
     capsys.readouterr()
-    again = run("training.steps=8", "checkpoint.interval=2")
+    again = run("checkpoint.interval=2")
     assert "resuming after step 2" in capsys.readouterr().out
-    assert records(again, "train") == records(whole, "train")
+    assert records(again, "train") == plain
 
 
 def test_interval_auto_chooses_by_what_a_save_cost(run, capsys, monkeypatch):
@@ -124,12 +132,11 @@ def test_interval_auto_chooses_by_what_a_save_cost(run, capsys, monkeypatch):
     assert chosen < 9 and steps[2] == min(18 + chosen, 24)
 
 
-def test_run_whose_storage_is_lost_resumes_from_the_mirror_bit_for_bit(run, monkeypatch, capsys):
+def test_run_whose_storage_is_lost_resumes_from_the_mirror_bit_for_bit(run, plain, monkeypatch, capsys):
     with s3_server("runs") as (variables, _):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        settings = ("training.steps=6", "checkpoint.interval=2", "checkpoint.mirror=s3://runs/mine")
-        whole = run("training.steps=6", folder="whole")
+        settings = ("checkpoint.interval=2", "checkpoint.mirror=s3://runs/mine")
         folder = run(*settings, "training.stop_at_step=4")
         assert "mirrored step 4 in " in capsys.readouterr().err
         kept = records(folder, "train")
@@ -138,4 +145,4 @@ def test_run_whose_storage_is_lost_resumes_from_the_mirror_bit_for_bit(run, monk
         output = capsys.readouterr().out
         assert f"restored {folder}/checkpoints/step_00000004 from s3://runs/mine" in output
         assert "resuming after step 4" in output
-        assert kept + records(folder, "train") == records(whole, "train")
+        assert kept + records(folder, "train") == plain

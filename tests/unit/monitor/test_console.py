@@ -16,6 +16,7 @@ from ssa_pretrain.monitor.console import (
     evaluation_line,
     save_line,
     train_line,
+    wait_line,
     with_timestamps,
 )
 
@@ -69,6 +70,12 @@ def test_train_line_shows_nan() -> None:
 def test_evaluation_line() -> None:
     assert evaluation_line(EVALUATION) == "eval 100  heldout sparse  ce 5.500  perplexity 244.69  64 rows"
     assert "mass 0.90" in evaluation_line(EVALUATION | {"captured_mass": 0.9})
+
+
+def test_line_of_a_save_that_waited_names_what_to_do() -> None:
+    assert wait_line(60, 3.21) == (
+        "the save of step 60 waited 3.2 s until the one before it was written: raise checkpoint.interval, or write to faster storage"
+    )
 
 
 def test_save_line_has_the_stall_and_the_whole_time() -> None:
