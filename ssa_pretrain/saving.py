@@ -26,6 +26,7 @@ from ssa_pretrain.checkpoint.background import BackgroundSave
 from ssa_pretrain.checkpoint.integrity import listed_bytes
 from ssa_pretrain.checkpoint.mirror import Mirror, leave_together
 from ssa_pretrain.checkpoint.publish import publish
+from ssa_pretrain.checkpoint.storage import patiently
 from ssa_pretrain.config import Auto
 from ssa_pretrain.errors import CheckpointError, CommandError
 from ssa_pretrain.monitor.console import save_line, wait_line
@@ -54,6 +55,7 @@ class Saved:
         step: optimizer steps done.
         stall_seconds: for which training stood still, on this rank.
         write_seconds: from the start of the save until old checkpoints were removed.
+        size: bytes of its files.
         interval: the steps until the next save that rank 0 chose; 0 unless `checkpoint.interval=auto`.
         explanation: of that choice; empty on other ranks.
     """
@@ -62,6 +64,7 @@ class Saved:
     step: int
     stall_seconds: float
     write_seconds: float
+    size: int
     interval: int = 0
     explanation: str = ""
 
@@ -186,7 +189,8 @@ class Saver:
         )
         seconds = time.monotonic() - save.begin
         stall = save.stall() if save.stall else seconds
-        saved = Saved(folder, save.step, stall, seconds)
+        size = patiently(lambda: listed_bytes(folder), f"reading {folder}", self._report)
+        saved = Saved(folder, save.step, stall, seconds, size)
         return self._with_interval(saved, SaveCost(stall, seconds, save.step_seconds), group) if self._auto else saved
 
     def _with_interval(self, saved: Saved, cost: SaveCost, group: dist.ProcessGroup | None) -> Saved:
@@ -215,7 +219,7 @@ class Saver:
                 "step": saved.step,
                 "stall_seconds": saved.stall_seconds,
                 "write_seconds": saved.write_seconds,
-                "bytes": listed_bytes(saved.folder),
+                "bytes": saved.size,
             }
             self._log.log_checkpoint(record)
 

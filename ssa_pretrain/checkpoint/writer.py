@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ssa_pretrain.checkpoint.storage import patiently
+
 NUM_THREADS = 4  # and files per rank; four threads write as fast as two forked processes
 
 
@@ -74,12 +76,16 @@ class ThreadedWriter(FileSystemWriter):
         """Writes this rank's plan and returns the results, already done."""
         write_one, prefix = super().write_data, plan.storage_data.prefix
 
-        def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
+        def write_once(number: int, items: list[WriteItem]) -> list[WriteResult]:
             storage = replace(plan.storage_data, prefix=f"{prefix}{number}_")
             try:
                 return write_one(replace(plan, items=items, storage_data=storage), planner).wait()
             except RuntimeError as error:  # "unexpected pos 704 vs 598" hides the operating system's own error
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+        def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
+            what = f"writing file {prefix}{number}_0 of {self.path}"
+            return patiently(lambda: write_once(number, items), what)  # a new try begins with an empty file
 
         files = spread(plan.items, NUM_THREADS)
         device = torch.cuda.current_device()
