@@ -23,10 +23,8 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from ssa_pretrain.checkpoint.background import BackgroundSave
-from ssa_pretrain.checkpoint.integrity import listed_bytes
 from ssa_pretrain.checkpoint.mirror import Mirror, leave_together
 from ssa_pretrain.checkpoint.publish import publish
-from ssa_pretrain.checkpoint.storage import patiently
 from ssa_pretrain.config import Auto
 from ssa_pretrain.errors import CheckpointError, CommandError
 from ssa_pretrain.monitor.console import save_line, wait_line
@@ -55,9 +53,9 @@ class Saved:
         step: optimizer steps done.
         stall_seconds: for which training stood still, on this rank.
         write_seconds: from the start of the save until old checkpoints were removed.
-        size: bytes of its files.
+        size: bytes of its files; 0 on ranks other than 0.
         interval: the steps until the next save that rank 0 chose; 0 unless `checkpoint.interval=auto`.
-        explanation: of that choice; empty on other ranks.
+        explanation: of a new choice, for the user; empty if the interval stays.
     """
 
     folder: Path
@@ -108,15 +106,17 @@ class Saver:
         of_all_ranks = error is None or (isinstance(error, CommandError) and not error.of_one_rank)
         if not (of_all_ranks or dist.get_world_size() == 1):
             return
-        try:
-            if self._pending is not None:
+        failure = None
+        if self._pending is not None:
+            try:
                 self._finish(self._pending.wait())
-        except CheckpointError as failure:
-            if error is None:
-                raise
+            except CheckpointError as found:
+                failure = found
+        self._finish_mirror()
+        if failure is not None and error is None:
+            raise failure
+        if failure is not None and failure is not error:
             self._run.print(str(failure))  # the other error ends the run
-        finally:
-            self._finish_mirror()
 
     def is_due(self, step: int) -> bool:
         """Returns whether a checkpoint is due after this step, the same on every rank."""
@@ -143,26 +143,35 @@ class Saver:
         Raises:
             CheckpointError: this save, or the one before it, has failed.
         """
-        begin = time.monotonic()
+        save = _Save(step, time.monotonic(), self._step_seconds(), self._run.contract())
         self._wait_for_earlier(step)
-        engine, weights = self._run.engine, self._run.config.checkpoint.weights
-        facts = self._run.contract()
         if self._group is None or wait:
-
-            def write(folder: Path, _: dist.ProcessGroup | None) -> None:
-                engine.save(folder)
-                if weights:
-                    engine.save_weights(folder)
-
-            self._finish(self._publish(_Save(step, begin, self._step_seconds(), facts, write), None))
+            self._finish(self._publish(save, self._write, None))
         else:
-            snapshot, group = engine.snapshot(weights=weights), self._group
-            stall = time.monotonic() - begin
-            spent = lambda: stall + snapshot.device_seconds()  # noqa: E731
-            save = _Save(step, begin, self._step_seconds(), facts, snapshot.write, spent)
-            self._pending = BackgroundSave(step, lambda: self._publish(save, group))
+            self._pending = self._begin(save, self._group)
         self._next = step + self._interval
         self._log.pause()
+
+    def _write(self, folder: Path) -> None:
+        """Writes the live state."""
+        self._run.engine.save(folder)
+        if self._run.config.checkpoint.weights:
+            self._run.engine.save_weights(folder)
+
+    def _begin(self, save: "_Save", group: dist.ProcessGroup) -> BackgroundSave[Saved]:
+        """Copies the state and begins to write the copy beside training."""
+        snapshot = self._run.engine.snapshot(weights=self._run.config.checkpoint.weights)
+        stall = time.monotonic() - save.begin
+
+        def act() -> Saved:
+            return self._publish(
+                save,
+                lambda folder: snapshot.write(folder, group),
+                group,
+                stall=lambda: stall + snapshot.device_seconds(),
+            )
+
+        return BackgroundSave(save.step, act)
 
     def _wait_for_earlier(self, step: int) -> None:
         """Waits until the save that is under way is done, and reports for how long."""
@@ -173,14 +182,27 @@ class Saver:
         if (seconds := time.monotonic() - begin) > NOTICEABLE_SECONDS:
             self._log.console.print(wait_line(step, seconds))
 
-    def _publish(self, save: "_Save", group: dist.ProcessGroup | None) -> Saved:
-        """Writes and publishes; runs on the main thread, or with a group of its own on another."""
+    def _publish(
+        self,
+        save: "_Save",
+        write: Callable[[Path], None],
+        group: dist.ProcessGroup | None,
+        stall: Callable[[], float] | None = None,
+    ) -> Saved:
+        """Writes and publishes; runs on the main thread, or with a group of its own on another.
+
+        Args:
+            save: the save.
+            write: the engine's part.
+            group: of all ranks; None: the default group.
+            stall: returns for how long training stood still; None: as long as this takes.
+        """
         run = self._run
         folder = publish(
             run.folder,
             save.step,
             save.facts,
-            lambda hidden: save.write(hidden, group),
+            write,
             keep=run.config.checkpoint.keep,
             is_rank_0=run.placement.is_rank_0,
             report=self._report,
@@ -188,10 +210,9 @@ class Saver:
             group=group,
         )
         seconds = time.monotonic() - save.begin
-        stall = save.stall() if save.stall else seconds
-        size = patiently(lambda: listed_bytes(folder), f"reading {folder}", self._report)
-        saved = Saved(folder, save.step, stall, seconds, size)
-        return self._with_interval(saved, SaveCost(stall, seconds, save.step_seconds), group) if self._auto else saved
+        cost = SaveCost(stall() if stall else seconds, seconds, save.step_seconds)
+        saved = Saved(folder, save.step, cost.stall_seconds, seconds, run.verdicts.known_bytes(folder))
+        return self._with_interval(saved, cost, group) if self._auto else saved
 
     def _with_interval(self, saved: Saved, cost: SaveCost, group: dist.ProcessGroup | None) -> Saved:
         """Returns a saved checkpoint with the interval that rank 0 chooses by what it cost. A small change is none."""
@@ -274,8 +295,6 @@ class _Save:
         step: optimizer steps done.
         begin: by the monotonic clock, in seconds.
         step_seconds: the recent mean time of a step.
-        write: the engine's part.
-        stall: returns the seconds for which training stood still; None: as long as the save takes.
         facts: the facts that a resume must agree on.
     """
 
@@ -283,5 +302,3 @@ class _Save:
     begin: float
     step_seconds: float
     facts: dict[str, Any]
-    write: Callable[[Path, Any], None]
-    stall: Callable[[], float] | None = None

@@ -36,6 +36,10 @@ class Verdicts:
         """Returns whether there is a verdict and it still holds."""
         return folder in self._found and bool(self._found[folder][0]) and self._found[folder][0] == _stamps(folder)
 
+    def known_bytes(self, folder: Path) -> int:
+        """Returns the size of a checkpoint's files when its verdict was found; 0 without one."""
+        return sum(stamp[1] for stamp in self._found[folder][0]) if folder in self._found else 0
+
     def note_intact(self, folder: Path) -> None:
         """Records that a checkpoint is intact, because this run has just written and hashed its files."""
         self._found[folder] = (_stamps(folder), None)
@@ -62,11 +66,6 @@ def find_damage(folder: Path) -> str | None:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
-
-
-def listed_bytes(folder: Path) -> int:
-    """Returns the size of a published checkpoint's files."""
-    return sum(int(entry["bytes"]) for entry in json.loads((folder / FACTS).read_text())["files"].values())
 
 
 def is_of_another_schema(folder: Path) -> bool:
