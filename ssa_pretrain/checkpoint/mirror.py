@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from ssa_pretrain.checkpoint.integrity import find_damage
 from ssa_pretrain.checkpoint.object_store import ObjectStore, StoreError
@@ -121,7 +122,7 @@ def leave_together(*, is_rank_0: bool) -> None:
         _wait_for(store, UPLOADED)
 
 
-def _wait_for(store: dist.Store, key: str) -> None:
+def _wait_for(store: Store, key: str) -> None:
     while not store.check([key]):
         time.sleep(POLL_SECONDS)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ssa_pretrain.checkpoint.integrity import find_damage
 from support.processes import free_port
 from support.training import (
     command,
@@ -102,7 +103,8 @@ def test_ranks_with_different_settings_are_refused(corpus, tmp_path):
 
 
 def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tmp_path):
-    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
+    """The signal comes while a save is under way, as one is after every step; it is finished first."""
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "checkpoint.interval=1")
     with subprocess.Popen(
         command("ssa_pretrain.train", *settings),
         env=environment(),
@@ -116,7 +118,8 @@ def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tm
         _, error = process.communicate(timeout=120)
     last = records(tmp_path, "train")[-1]["step"]
     assert process.returncode == 7
-    assert checkpoints(tmp_path) == [f"step_{last:08d}"]
+    assert checkpoints(tmp_path) == [f"step_{last - 1:08d}", f"step_{last:08d}"]
+    assert [find_damage(path) for path in (tmp_path / "checkpoints").iterdir()] == [None, None]
     sentence = "its checkpoint is published, and the same command resumes from it"
     assert error.splitlines()[-1] == f"SIGINT: stopped after step {last}; {sentence}"
     assert error.splitlines()[-2].startswith(f"saved step {last}: ")
