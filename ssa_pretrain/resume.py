@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ssa_pretrain.checkpoint import mirror
 from ssa_pretrain.checkpoint.facts import refused_changes
 from ssa_pretrain.checkpoint.publish import Checkpoint, newest, require_same_model
 from ssa_pretrain.checkpoint.weights import find_weights
@@ -17,13 +18,15 @@ from ssa_pretrain.schedule import needs_equal_microbatches
 
 
 def find_checkpoint(run: Run) -> Checkpoint | None:
-    """Returns the newest intact checkpoint of the run; None if it has no checkpoint yet.
+    """Returns the newest intact checkpoint of the run; None if it has no checkpoint yet. If its folder has none, the mirror is asked.
 
     If the checkpoint was written under an older row order, the run keeps that order.
 
     Raises:
         CheckpointError: no checkpoint is intact, or this configuration cannot resume from it.
     """
+    if address := run.config.checkpoint.mirror:
+        mirror.restore(address, run.folder, is_rank_0=run.placement.is_rank_0, report=run.print)
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         return None

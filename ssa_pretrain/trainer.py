@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ssa_pretrain import __version__
-from ssa_pretrain.checkpoint.publish import publish
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.rules import warning
 from ssa_pretrain.data.batches import Batch, training_batches
@@ -30,7 +29,7 @@ from ssa_pretrain.evaluation.held_out import (
     missing_evaluations,
 )
 from ssa_pretrain.evaluation.tasks import build_tasks, evaluate_due_tasks
-from ssa_pretrain.monitor.console import Console, banner, end_line, save_line
+from ssa_pretrain.monitor.console import Console, banner, end_line
 from ssa_pretrain.monitor.environment import provenance, record_start, versions
 from ssa_pretrain.monitor.metrics import MetricsLogger, Tracker
 from ssa_pretrain.monitor.profiling import profiled
@@ -42,6 +41,7 @@ from ssa_pretrain.planning.flops import peak_flops, row_flops
 from ssa_pretrain.resume import find_checkpoint, restore, why_finished
 from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flatten_settings, locked_folder, packing_of
 from ssa_pretrain.run_folder import space_warning
+from ssa_pretrain.saving import Saver
 from ssa_pretrain.schedule import is_due, learning_rate
 from ssa_pretrain.settings.convert import config_to_dict, save_config
 
@@ -85,15 +85,19 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
         if placement.is_rank_0 and (shortage := space_warning(run.folder, run.plan.checkpoint_bytes)):
             run.print(shortage)
         first_step, begin = restore(run, checkpoint), time.monotonic()
-        with Interruption(placement) as interruption, open_log(run, first_step, more_trackers) as log:
+        with (
+            Interruption(placement) as interruption,
+            open_log(run, first_step, more_trackers) as log,
+            Saver(run, log, first_step, published=watch.saved) as saver,
+        ):
             watch.print_line = log.console.print if placement.is_rank_0 else watch.print_line
-            loop(run, log, first_step, interruption, watch)
+            loop(run, log, first_step, interruption, saver, watch)
         step, seconds = max(first_step, run.last_step), time.monotonic() - begin
         tokens = step * run.plan.tokens_per_step
         log.console.print(end_line(step, first_step, run.plan.steps, tokens, seconds))
 
 
-def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, watch: Watchdog) -> None:
+def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, saver: Saver, watch: Watchdog) -> None:
     """Trains from `step` to the last step; evaluates and saves when due.
 
     On a GPU the results of a step are read after the next step is queued, so the device never waits for the host to write a line. On a CPU
@@ -111,7 +115,8 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, wa
         step += 1
         stopping = interruption.stops_after(step)
         evaluating = is_due(step, config.evaluation.interval, run.plan.steps) and not stopping
-        saving = is_due(step, config.checkpoint.interval, run.last_step) or stopping
+        saver.after_step(step)
+        saving = saver.is_due(step) or stopping
         for own_seconds in log_results(run, log, queue, keep=0 if evaluating or saving else max_queued):
             watch.add_own_seconds(own_seconds)
         if evaluating:
@@ -119,8 +124,7 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, wa
             evaluate(run, log, step)
         if saving:
             watch.enter("saving", step)
-            save(run, log, step)
-            watch.saved()
+            saver.save(step, wait=stopping or step == run.last_step)
         if stopping:
             raise Interrupted(
                 f"{interruption.reason}: stopped after step {step}; its checkpoint is published, and the same command resumes from it"
@@ -208,30 +212,6 @@ def require_finite(run: Run, result: StepResult, step: int) -> None:
         f"was not saved. The same command trains again from the newest checkpoint in {run.folder}; lower optim.lr, lengthen the warm-up "
         "(optim.warmup_fraction), or start from an earlier checkpoint with checkpoint.init_from"
     )
-
-
-def save(run: Run, log: MetricsLogger, step: int) -> None:
-    """Publishes a checkpoint. The time it takes does not count towards the training speed."""
-    begin = time.monotonic()
-    run.engine.require_equal_replicas(step)
-
-    def write(folder: Path) -> None:
-        run.engine.save(folder)
-        if run.config.checkpoint.weights:
-            run.engine.save_weights(folder)
-
-    folder = publish(
-        run.folder,
-        step,
-        run.contract(),
-        write,
-        keep=run.config.checkpoint.keep,
-        is_rank_0=run.placement.is_rank_0,
-        report=log.console.print,
-        verdicts=run.verdicts,
-    )
-    log.console.print(save_line(step, time.monotonic() - begin, folder))
-    log.pause()
 
 
 def profiling(run: Run, step: int) -> AbstractContextManager[None]:

@@ -17,9 +17,14 @@ Stamp = tuple[str, int, int, int]  # of a file: name, bytes, times of the last c
 
 
 class Verdicts:
-    """This process's verdicts on checkpoints; files are read again only after they have changed."""
+    """This process's verdicts on checkpoints; files are read again only after they have changed.
+
+    Attributes:
+        in_use: checkpoints that must not be removed now, such as one that is being uploaded.
+    """
 
     def __init__(self) -> None:
+        self.in_use: set[Path] = set()
         self._found: dict[Path, tuple[list[Stamp], str | None]] = {}
 
     def damage(self, folder: Path) -> str | None:
@@ -32,6 +37,10 @@ class Verdicts:
     def knows(self, folder: Path) -> bool:
         """Returns whether there is a verdict and it still holds."""
         return folder in self._found and bool(self._found[folder][0]) and self._found[folder][0] == _stamps(folder)
+
+    def known_bytes(self, folder: Path) -> int:
+        """Returns the size of a checkpoint's files when its verdict was found; 0 without one."""
+        return sum(stamp[1] for stamp in self._found[folder][0]) if folder in self._found else 0
 
     def note_intact(self, folder: Path) -> None:
         """Records that a checkpoint is intact, because this run has just written and hashed its files."""

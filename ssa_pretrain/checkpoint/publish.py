@@ -13,12 +13,12 @@ One of another schema cannot be checked and stays.
 import hashlib
 import heapq
 import json
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from ssa_pretrain.checkpoint.facts import differences
 from ssa_pretrain.checkpoint.integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema
+from ssa_pretrain.checkpoint.storage import patiently, rename_patiently
 from ssa_pretrain.errors import CheckpointError, ExitCode
 from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
 from ssa_pretrain.settings.files import file_sha256, sync
@@ -56,8 +57,12 @@ def publish(
     is_rank_0: bool,
     report: Callable[[str], None] = print,
     verdicts: Verdicts | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Writes and publishes a checkpoint, then removes old ones; every rank calls it.
+
+    Old ones are removed here and nowhere else, after the new one is published. So none is removed while another save is in flight, and with `keep`
+    of 2 or more there are always two complete checkpoints, once there have been two.
 
     Args:
         run_folder: the run's output folder.
@@ -68,6 +73,7 @@ def publish(
         is_rank_0: whether this rank publishes.
         report: receives a line for the user.
         verdicts: verdicts on earlier checkpoints, so that they are not hashed again; None: no verdicts yet.
+        group: of all ranks, for this thread only; None: the default group.
 
     Returns:
         The published folder.
@@ -75,7 +81,7 @@ def publish(
     Raises:
         CheckpointError: on every rank, if any rank could not write its part; earlier checkpoints are unchanged.
     """
-    save = _Save(run_folder, step, facts, is_rank_0=is_rank_0)
+    save = _Save(run_folder, step, facts, is_rank_0=is_rank_0, report=report, group=group)
     with exits_with_peers(save.failure_key, exit_code=ExitCode.CHECKPOINT):
         save.on_every_rank(save.create_folder)
         save.on_every_rank(lambda: write(save.scratch))
@@ -106,6 +112,8 @@ class _Save:
     step: int
     facts: dict[str, Any]
     is_rank_0: bool = field(kw_only=True)
+    report: Callable[[str], None] = field(kw_only=True)
+    group: dist.ProcessGroup | None = field(kw_only=True)
     own: dict[str, Entry] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -132,7 +140,7 @@ class _Save:
         Raises:
             CheckpointError: on every rank, if any rank failed.
         """
-        if message := on_all_ranks(act, self.failure_key, self._describe):
+        if message := on_all_ranks(act, self.failure_key, self._describe, self.group):
             if self.is_rank_0:
                 shutil.rmtree(self.scratch, ignore_errors=True)
             raise CheckpointError(message)
@@ -141,20 +149,21 @@ class _Save:
         """Creates the empty hidden folder, on rank 0."""
         if self.is_rank_0:
             shutil.rmtree(self.scratch, ignore_errors=True)
-            self.scratch.mkdir(parents=True)
+            patiently(lambda: self.scratch.mkdir(parents=True), f"creating {self.scratch}", self.report)
 
     def hash_share(self) -> None:
         """Hashes this rank's share of the files and flushes them to disk."""
-        sizes = _sizes(self.scratch)
+        sizes = patiently(lambda: _sizes(self.scratch), f"listing {self.scratch}", self.report)
         self.seen.update(sizes)
-        self.own.update(_entries(self.scratch, _share(sizes, dist.get_rank(), dist.get_world_size())))
+        share = _share(sizes, dist.get_rank(), dist.get_world_size())
+        self.own.update(_entries(self.scratch, share, self.report))
 
     def gather_entries(self) -> None:
         """Gathers all ranks' entries, and the files that rank 0 does not see."""
         parts: list[dict[str, Entry]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(parts, self.own)
+        dist.all_gather_object(parts, self.own, group=self.group)
         self.entries = {name: entry for part in parts for name, entry in part.items()}
-        self.hidden = _hidden_from_rank_0(self.seen)
+        self.hidden = _hidden_from_rank_0(self.seen, self.group)
 
     def require_visible(self) -> None:
         """Raises OSError on rank 0 if another rank's files stay invisible to it: its list would lack them."""
@@ -169,10 +178,23 @@ class _Save:
     def commit(self) -> None:
         """Writes `checkpoint.json`, flushes, and renames the folder, on rank 0."""
         if self.is_rank_0:
-            _write_facts(self.scratch, self.step, self.facts, self.entries)
+            patiently(self._write_facts, f"writing {self.scratch / FACTS}", self.report)
             shutil.rmtree(self.target, ignore_errors=True)
-            os.rename(self.scratch, self.target)
+            rename_patiently(self.scratch, self.target, self.report)
             sync(self.target.parent)
+
+    def _write_facts(self) -> None:
+        """Writes the facts and the list of files; a file whose entry is missing or has another size is hashed here."""
+        sizes = _sizes(self.scratch)
+        known = {name: entry for name, entry in self.entries.items() if entry["bytes"] == sizes.get(name)}
+        listed = dict(
+            sorted((known | _entries(self.scratch, sizes.keys() - known.keys() - {FACTS}, self.report)).items())
+        )
+        record = self.scratch / FACTS
+        content = {"schema": SCHEMA, "step": self.step, "facts": self.facts, "files": listed}
+        record.write_text(json.dumps(content, indent=1))
+        sync(record)
+        sync(self.scratch)
 
     def _describe(self, reason: str) -> str:
         free = shutil.disk_usage(self.run_folder).free / 2**30
@@ -203,7 +225,7 @@ def newest(
         CheckpointError: there are checkpoints, but none is intact.
     """
     named = (folder / FACTS).is_file()
-    candidates = [folder] if named else _published(folder)
+    candidates = [folder] if named else published(folder)
     found = torch.full((), -1, dtype=torch.int64, device=device)  # a step; -1: no checkpoint, -2: none intact
     if is_rank_0:
         verdicts = verdicts or Verdicts()
@@ -211,7 +233,7 @@ def newest(
         for candidate in candidates:
             damage = verdicts.damage(candidate)
             if damage is None:
-                found.fill_(0 if named else _step_of(candidate))
+                found.fill_(0 if named else step_of(candidate))
                 break
             report(f"checkpoint {candidate} is damaged ({damage}); looking for an older one")
     dist.broadcast(found, src=0)
@@ -271,25 +293,25 @@ def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_only
         )
 
 
-def _hidden_from_rank_0(seen: set[str]) -> set[str]:
+def _hidden_from_rank_0(seen: set[str], group: dist.ProcessGroup | None) -> set[str]:
     """Returns the files that some rank sees and rank 0 does not, on every rank; names are exchanged only if the ranks see different files."""
     digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, hashlib.sha256("\n".join(sorted(seen)).encode()).hexdigest())
+    dist.all_gather_object(digests, hashlib.sha256("\n".join(sorted(seen)).encode()).hexdigest(), group=group)
     if len(set(digests)) == 1:
         return set()
     views: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(views, seen)
+    dist.all_gather_object(views, seen, group=group)
     return set().union(*views) - views[0]
 
 
 def _outdated(run_folder: Path, step: int, keep: int, verdicts: Verdicts, report: Callable[[str], None]) -> list[Path]:
     """Returns the checkpoints older than the `keep` newest intact ones up to a step; later ones were damaged when the run resumed."""
     num_intact, old = 0, []
-    for folder in _published(run_folder):
-        if _step_of(folder) > step or is_of_another_schema(folder):
+    for folder in published(run_folder):
+        if step_of(folder) > step or is_of_another_schema(folder):
             continue
         if num_intact == keep:
-            old.append(folder)
+            old += [folder] * (folder not in verdicts.in_use)
             continue
         is_news = not verdicts.knows(folder)
         damage = verdicts.damage(folder)
@@ -307,23 +329,15 @@ def _remove(folder: Path, report: Callable[[str], None]) -> None:
         report(f"{folder} could not be removed ({error.strerror}); the next checkpoint tries again")
 
 
-def _write_facts(folder: Path, step: int, facts: dict[str, Any], entries: dict[str, Entry]) -> None:
-    """Writes the facts and the list of files; a file whose entry is missing or has another size is hashed here."""
-    sizes = _sizes(folder)
-    known = {name: entry for name, entry in entries.items() if entry["bytes"] == sizes.get(name)}
-    files = known | _entries(folder, sizes.keys() - known.keys())
-    record = folder / FACTS
-    listed = dict(sorted(files.items()))
-    record.write_text(json.dumps({"schema": SCHEMA, "step": step, "facts": facts, "files": listed}, indent=1))
-    sync(record)
-    sync(folder)
-
-
-def _entries(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
+def _entries(folder: Path, names: Iterable[str], report: Callable[[str], None]) -> dict[str, Entry]:
     """Returns size and sha256 of files in a folder, after flushing them to disk."""
+
+    def entry(path: Path) -> Entry:
+        return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
     found: dict[str, Entry] = {}
     for name in names:
-        found[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+        found[name] = patiently(partial(entry, folder / name), f"reading {folder / name}", report)
         sync(folder / name)
     return found
 
@@ -345,15 +359,16 @@ def _share(sizes: dict[str, int], rank: int, world_size: int) -> list[str]:
     return own
 
 
-def _published(run_folder: Path) -> list[Path]:
+def published(run_folder: Path) -> list[Path]:
     """Returns a run's published checkpoints, newest first; folders with other names are ignored."""
     found = (p for p in (run_folder / "checkpoints").glob("step_*") if NAME.fullmatch(p.name) and p.is_dir())
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _folder_of(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step_{step:08d}"
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Returns the step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step_"))

@@ -1,7 +1,7 @@
 """Copies weights between an engine's sharded parameters and the common weights format (weights.py).
 
 Writing: each parameter is joined over its tensor ranks and written by one data rank, stage by stage, so no rank holds more than a few GB of
-whole tensors. Reading: each rank reads whole tensors one at a time and keeps its part. A parameter of ZeRO-3 is whole only inside `gathered`.
+whole tensors. `copy_weights` keeps them all in host memory instead, for a thread that writes them while training goes on. Reading: each rank reads whole tensors one at a time and keeps its part. A parameter of ZeRO-3 is whole only inside `gathered`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.weights import WeightsReader, WeightsWriter, canonical_name, write_index
 from ssa_pretrain.config import Config
 from ssa_pretrain.model.sharding import global_name, join, part, partition_dim, whole_shape
@@ -43,23 +44,60 @@ def save_weights(
         placement: this process's coordinates.
         gathered: context in which a parameter is sharded by tensor parallelism only.
     """
-    target, groups = folder / "weights", placement.groups
-    if placement.is_rank_0:
-        target.mkdir()
-    dist.barrier()
+    _write(folder, _whole_weights(models, config, placement, gathered), placement)
+
+
+@torch.no_grad()
+def copy_weights(
+    copies: HostCopies,
+    models: Iterable[GPTModel],
+    config: Config,
+    placement: Placement,
+    gathered: Gathered = already_gathered,
+) -> dict[str, Tensor]:
+    """Returns the whole tensors that this rank will write, in host memory, complete after `copies.wait()`; every rank calls it."""
+    whole = _whole_weights(models, config, placement, gathered)
+    return {name: copies.tensor(f"weights.{name}", tensor) for name, tensor in whole}
+
+
+def write_copies(folder: Path, copied: dict[str, Tensor], placement: Placement, group: dist.ProcessGroup) -> None:
+    """Writes the result of `copy_weights` into `folder`/weights; a thread of every rank calls it, with its own group of all ranks."""
+    _write(folder, copied.items(), placement, group)
+
+
+def _whole_weights(
+    models: Iterable[GPTModel], config: Config, placement: Placement, gathered: Gathered
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields the whole tensors that this rank writes, one at a time; every rank runs it to its end."""
+    groups = placement.groups
     joins = groups.dp_cp.rank() == 0
     writes = joins and placement.tp_rank == 0
-    writer = WeightsWriter(target, f"stage_{placement.pp_rank:03d}")
     for name, parameter in named_weights(models, config):
         with gathered(parameter):
             whole = _join_over_ranks(name, parameter, groups.tp) if joins else None
         if writes and whole is not None:
-            writer.add(name, whole)
+            yield name, whole
+
+
+def _write(
+    folder: Path,
+    whole: Iterable[tuple[str, Tensor]],
+    placement: Placement,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Writes every rank's whole tensors and their index; every rank calls it."""
+    target = folder / "weights"
+    if placement.is_rank_0:
+        target.mkdir()
+    dist.barrier(group)
+    writer = WeightsWriter(target, f"stage_{placement.pp_rank:03d}")
+    for name, tensor in whole:
+        writer.add(name, tensor)
     writer.flush()
-    dist.barrier()
+    dist.barrier(group)
     if placement.is_rank_0:
         write_index(target)
-    dist.barrier()
+    dist.barrier(group)
 
 
 @torch.no_grad()

@@ -17,12 +17,15 @@ It does not contain the optimizer. The checkpoint around it has the sha256 of ea
 """
 
 import json
+import os
+import re
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssa_pretrain.checkpoint.storage import patiently
 from ssa_pretrain.errors import WeightsError
 from ssa_pretrain.settings.files import leads_outside
 
@@ -66,14 +69,20 @@ class WeightsWriter:
         """Writes the tensors added since the last flush to a file."""
         if self.pending:
             path = self.folder / f"{self.prefix}_{self.count:04d}.safetensors"
-            path.touch()
-            mode = (
-                path.stat().st_mode
-            )  # set by the umask; safetensors replaces it by a file that only the owner may read
-            save_file(self.pending, path)
-            path.chmod(mode)
+            patiently(lambda: self._write(path), f"writing {path}")
             self.count += 1
             self.size, self.pending = 0, {}
+
+    def _write(self, path: Path) -> None:
+        path.touch()
+        mode = path.stat().st_mode  # set by the umask; safetensors replaces it by a file that only the owner may read
+        try:
+            save_file(self.pending, path)
+        except SafetensorError as error:  # has the operating system's error as text
+            if found := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+            raise
+        path.chmod(mode)
 
 
 def write_index(folder: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -28,14 +29,21 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ssa_pretrain.checkpoint.storage import patiently
+
 NUM_THREADS = 4  # and files per rank; four threads write as fast as two forked processes
 
 
 class ThreadedStrategy(SaveShardedStrategy):
-    """Saves shards in core's format "torch_dist", version 1, within this process."""
+    """Saves shards in core's format "torch_dist", version 1, within this process.
 
-    def __init__(self) -> None:
+    Args:
+        group: of all ranks, for the thread that saves; None: the default group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         super().__init__("torch_dist", 1)
+        self.group = group
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -53,6 +61,7 @@ class ThreadedStrategy(SaveShardedStrategy):
             mcore_to_pyt_state_dict(shards, False),
             storage_writer=ThreadedWriter(Path(checkpoint_dir)),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=self.group,
         )
 
 
@@ -67,12 +76,16 @@ class ThreadedWriter(FileSystemWriter):
         """Writes this rank's plan and returns the results, already done."""
         write_one, prefix = super().write_data, plan.storage_data.prefix
 
-        def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
+        def write_once(number: int, items: list[WriteItem]) -> list[WriteResult]:
             storage = replace(plan.storage_data, prefix=f"{prefix}{number}_")
             try:
                 return write_one(replace(plan, items=items, storage_data=storage), planner).wait()
             except RuntimeError as error:  # "unexpected pos 704 vs 598" hides the operating system's own error
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+        def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
+            what = f"writing file {prefix}{number}_0 of {self.path}"
+            return patiently(lambda: write_once(number, items), what)  # a new try begins with an empty file
 
         files = spread(plan.items, NUM_THREADS)
         device = torch.cuda.current_device()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ssa_pretrain.config.choices import (
     AdamImpl,
+    Auto,
     EngineName,
     Fp8Recipe,
     Haystack,
@@ -53,6 +54,7 @@ __all__ = [
     "CONF",
     "AdamImpl",
     "AttentionConfig",
+    "Auto",
     "CheckpointConfig",
     "ChoiceTask",
     "Config",

@@ -17,6 +17,7 @@ from ssa_pretrain.config import CONF, Config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config.rules import check
 from ssa_pretrain.settings.convert import MismatchError, convert, known_keys
+from ssa_pretrain.settings.kinds import first_of
 from ssa_pretrain.settings.problems import Problem, join
 
 GROUP_KEYS = {"precision": "precision.name", "engine": "engine.name", "attention": "attention.method"}
@@ -84,7 +85,7 @@ def with_value(config: Any, key: str, value: Any) -> Any:
 
 def _tried(problem: Problem, trial: _Trial) -> Problem:
     """Returns the problem with advice that all rules accept."""
-    kind, named = known_keys(Config).get(problem.key), settings_advised(problem)
+    kind, named = first_of(known_keys(Config).get(problem.key)), settings_advised(problem)
     if not named or not (kind in (bool, int, float) or (isinstance(kind, type) and issubclass(kind, Enum))):
         return problem
     for alone in (

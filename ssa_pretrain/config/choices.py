@@ -117,3 +117,9 @@ class Haystack(StrEnum):
 
     noise = "noise"  # the same few sentences, repeated
     heldout = "heldout"  # text of the dataset's held-out split
+
+
+class Auto(StrEnum):
+    """The word that stands for a number which the run chooses."""
+
+    auto = "auto"

@@ -5,11 +5,13 @@ From then on the configuration is a plain value that nothing changes. Each secti
 across sections are in rules/. Imports neither torch nor Hydra.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from ssa_pretrain.config.choices import (
     AdamImpl,
+    Auto,
     EngineName,
     Fp8Recipe,
     KernelImpl,
@@ -313,18 +315,29 @@ class TrainingConfig:
         return found
 
 
+MIRROR = re.compile(r"s3://[A-Za-z0-9.-]+(/[^\s@?#]*)?")
+
+
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     """Checkpoints, and the weights that a run starts from."""
 
-    interval: int = 0  # steps between checkpoints; 0: only at the end
+    interval: int | Auto = 0  # steps between checkpoints; 0: only at the end; auto: chosen by what a save costs
+    mean_hours_between_failures: float = 0.0  # of the whole run, for interval=auto; 0: 8,090 hours / number of GPUs
+    asynchronous: bool = True  # training goes on while a checkpoint is written, from a copy in host memory
     keep: int = 2  # how many of the newest intact checkpoints are kept
+    mirror: str = ""  # also copy each checkpoint to this object store, such as s3://BUCKET/PREFIX, and resume from there; empty: no
     weights: bool = True  # also save the weights in the common format, which both engines read
     init_from: str = ""  # start at step 0 from the weights in this folder: a run's, a checkpoint's or common weights
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
-        return at_least("checkpoint", self, 0, "interval") + at_least("checkpoint", self, 1, "keep")
+        counted = [] if isinstance(self.interval, Auto) else ["interval"]
+        found = at_least("checkpoint", self, 0, *counted, "mean_hours_between_failures")
+        if self.mirror and not MIRROR.fullmatch(self.mirror):
+            rule, advice = "must be the address of a bucket", "try s3://BUCKET/PREFIX"
+            found.append(Problem("checkpoint.mirror", self.mirror, rule, advice))
+        return found + at_least("checkpoint", self, 1, "keep")
 
 
 @dataclass(kw_only=True, slots=True)

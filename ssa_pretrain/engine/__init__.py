@@ -3,12 +3,21 @@
 from typing import TYPE_CHECKING
 
 from ssa_pretrain.config import Config, EngineName
-from ssa_pretrain.engine.interface import Engine, EvaluationResult, Evaluator, PendingStep, StepResult
+from ssa_pretrain.engine.interface import Engine, EvaluationResult, Evaluator, PendingStep, Snapshot, StepResult
 
 if TYPE_CHECKING:
     from ssa_pretrain.parallel.state import Placement
 
-__all__ = ["Engine", "EvaluationResult", "Evaluator", "PendingStep", "StepResult", "build_engine", "build_evaluator"]
+__all__ = [
+    "Engine",
+    "EvaluationResult",
+    "Evaluator",
+    "PendingStep",
+    "Snapshot",
+    "StepResult",
+    "build_engine",
+    "build_evaluator",
+]
 
 
 def build_engine(config: Config, placement: "Placement", vocab_size: int) -> Engine:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ssa_pretrain.data.batches import Batch
@@ -95,6 +96,20 @@ class EvaluationResult:
     labels_by_position: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A copy of a rank's part of the state, and how it is written while training goes on.
+
+    Attributes:
+        write: writes into an existing, empty folder what `save` would have written; a thread of every rank calls it, with a process group of all
+            ranks that only these threads use.
+        device_seconds: returns how long the device was busy copying; for after `write`.
+    """
+
+    write: Callable[[Path, dist.ProcessGroup], None]
+    device_seconds: Callable[[], float]
+
+
 class Evaluator(Protocol):
     """A model on its devices, without an optimizer. `mode` is the main stream, "full" or "sparse". No method changes the weights but `load_weights`."""
 
@@ -145,6 +160,16 @@ class Engine(Evaluator, Protocol):
 
     def save(self, folder: Path) -> None:
         """Writes weights and optimizer into an existing, empty folder; every rank calls it."""
+        ...
+
+    def snapshot(self, *, weights: bool) -> Snapshot:
+        """Copies this rank's part of the state to host memory, between two steps; every rank calls it.
+
+        The next snapshot may be taken only when this one is written.
+
+        Args:
+            weights: whether `write` also does what `save_weights` does.
+        """
         ...
 
     def load(self, folder: Path) -> None:

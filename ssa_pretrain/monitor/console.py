@@ -76,15 +76,25 @@ def task_line(record: Mapping[str, Any]) -> str:
     return line
 
 
-def save_line(step: int, seconds: float, folder: Path) -> str:
+def save_line(step: int, stall_seconds: float, write_seconds: float, folder: Path) -> str:
     """Returns the line for a published checkpoint.
 
     Args:
         step: optimizer steps done.
-        seconds: from the start of the save until old checkpoints were removed.
+        stall_seconds: for which training stood still.
+        write_seconds: from the start of the save until old checkpoints were removed.
         folder: the checkpoint's.
     """
-    return f"save {step}  {seconds:.1f} s  {folder}"
+    times = f"stalled training {stall_seconds:.1f} s, written in {write_seconds:.1f} s"
+    return f"saved step {step}: {times}  {folder}"
+
+
+def wait_line(step: int, seconds: float) -> str:
+    """Returns the line for a save that had to wait for the one before it."""
+    return (
+        f"the save of step {step} waited {seconds:.1f} s until the one before it was written: raise checkpoint.interval, "
+        "or write to faster storage"
+    )
 
 
 def end_line(step: int, first_step: int, total_steps: int, tokens: int, seconds: float) -> str:

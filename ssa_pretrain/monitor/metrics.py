@@ -10,7 +10,8 @@ Speed is tokens over seconds in a window of recent steps, by the monotonic clock
 Values that JSON does not have (nan, inf) are written as null, so any reader can parse every line.
 
 Records: {"kind": "train", "step", "tokens", "loss", "cross_entropy", ...}, {"kind": "evaluation", "step", "split", "mode", ...} and
-{"kind": "task", "step", "task", "mode", ...}; docs/metrics.md lists every key.
+{"kind": "task", "step", "task", "mode", ...}; {"kind": "checkpoint", "step", ...}, which is written when the checkpoint is published, a few
+steps later, and may be missing after a kill. docs/metrics.md lists every key.
 """
 
 import itertools
@@ -179,7 +180,7 @@ class Tracker(Protocol):
     """
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Takes a record of metrics.jsonl; after a restart, again from the first one on."""
+        """Takes a record of metrics.jsonl, except those of checkpoints; after a restart, again from the first one on."""
         ...
 
     def finish(self) -> None:
@@ -292,6 +293,15 @@ class MetricsLogger:
         self.console.print(task_line(full))
         self.speed.pause()
 
+    def log_checkpoint(self, record: Mapping[str, Any]) -> None:
+        """Writes the record of a published checkpoint; trackers do not get it.
+
+        Args:
+            record: step, stall_seconds, write_seconds, bytes.
+        """
+        if self._file is not None:
+            self._append(_json_line({"kind": "checkpoint", **record}))
+
     def pause(self) -> None:
         """Excludes the time since the last step (a checkpoint, a wait) from the next step's time."""
         self.speed.pause()
@@ -339,7 +349,9 @@ class MetricsLogger:
             self.console.print(f"{FILE_NAME} can be written again and has all records")
 
     def _forward(self, record: Mapping[str, Any]) -> None:
-        """Forwards a record to the trackers and remembers which evaluations exist."""
+        """Forwards a record to the trackers and remembers which evaluations exist. A checkpoint's record comes after later steps, so it stays here."""
+        if record.get("kind") == "checkpoint":
+            return
         if name := _evaluation_name(record):
             self.evaluated.add((record["step"], name))
         for tracker in self._trackers:

@@ -31,13 +31,19 @@ GRACE_SECONDS = 10.0  # from the failure of a rank until the ranks that still wa
 T = TypeVar("T")
 
 
-def on_all_ranks(act: Callable[[], object], key: str, describe: Callable[[str], str] = str) -> str | None:
+def on_all_ranks(
+    act: Callable[[], object],
+    key: str,
+    describe: Callable[[str], str] = str,
+    group: dist.ProcessGroup | None = None,
+) -> str | None:
     """Runs a piece of work on every rank. Every rank calls this, and it is a barrier.
 
     Args:
         act: this rank's part.
         key: the key under which `exits_with_peers` sees a failure.
         describe: turns a reason, such as "rank 3: OSError: [Errno 28] No space left on device", into the message.
+        group: of all ranks; a thread other than the main one needs one that only it uses. None: the default group.
 
     Returns:
         None if all ranks succeeded, else the same message on every rank.
@@ -49,7 +55,7 @@ def on_all_ranks(act: Callable[[], object], key: str, describe: Callable[[str], 
         message = describe(f"rank {dist.get_rank()}: {_describe_error(error)}")
         dist.distributed_c10d._get_default_store().set(key, message)
     messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
+    dist.all_gather_object(messages, message, group=group)
     found = [text for text in messages if text]
     # If a write failed on one rank, the others may only have been told about it.
     return next((text for text in found if "Errno" in text), found[0] if found else None)

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from ssa_pretrain.config import Config, Method, PrecisionName
+from ssa_pretrain.config import Auto, Config, Method, PrecisionName
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.data.mixture import readings
 from ssa_pretrain.planning.balance import Batch, balance
@@ -164,9 +164,12 @@ def _balance(config: Config, plan: Plan) -> list[tuple[str, str]]:
 def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:
     """Returns the files that the run writes, and the disk space they need."""
     interval, keep = config.checkpoint.interval, config.checkpoint.keep
-    saves = plan.steps // interval + (plan.steps % interval > 0) if interval else 1
-    kept = min(keep, saves)
-    disk = f"{_count(saves, 'checkpoint')} of about {_bytes(plan.checkpoint_bytes)}, the newest {kept} kept"
+    if isinstance(interval, Auto):
+        kept, number = keep, "checkpoints"
+    else:
+        saves = plan.steps // interval + (plan.steps % interval > 0) if interval else 1
+        kept, number = min(keep, saves), _count(saves, "checkpoint")
+    disk = f"{number} of about {_bytes(plan.checkpoint_bytes)}, the newest {kept} kept"
     room = f"needs {_bytes((kept + 1) * plan.checkpoint_bytes)} of disk while one is written"
     start = [("start", f"weights of {config.checkpoint.init_from}")] if config.checkpoint.init_from else []
     return [*start, ("files", f"{config.output_dir}/: config.yaml, metrics.jsonl, {disk}"), ("", room)]

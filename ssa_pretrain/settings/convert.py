@@ -205,8 +205,8 @@ class _Reader:
 def convert(kind: Any, value: Any) -> Any:
     """Returns a value as a field's type; raises MismatchError."""
     if get_origin(kind) in (Union, types.UnionType):
-        inner, *_ = (member for member in get_args(kind) if member is not types.NoneType)
-        return None if value in (None, "null") else convert(inner, value)
+        inner, *more = (member for member in get_args(kind) if member is not types.NoneType)
+        return _number_or_word(inner, more[0], value) if more else _optional(inner, value)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _choice(kind, value)
     if kind is Any:
@@ -227,6 +227,21 @@ def convert(kind: Any, value: Any) -> Any:
         advice = "" if sections_in(get_args(kind)[1]) else "try {name: 1.0}"
         raise MismatchError("must be a mapping of names to values", advice)
     return {_text(name): convert(get_args(kind)[1], item) for name, item in value.items()}
+
+
+def _optional(kind: Any, value: Any) -> Any:
+    return None if value in (None, "null") else convert(kind, value)
+
+
+def _number_or_word(number: Any, words: type[Enum], value: Any) -> Any:
+    """Returns a number, or one of a few words that stand for one."""
+    names = [member.value for member in words]
+    if value in names:
+        return words(value)
+    try:
+        return convert(number, value)
+    except MismatchError as mismatch:
+        raise MismatchError(f"{mismatch.rule} or {join(names)}", mismatch.advice or f"try {names[0]}") from None
 
 
 def _choice(kind: type[Enum], value: Any) -> Enum:

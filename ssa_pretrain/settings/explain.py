@@ -202,7 +202,9 @@ def _type(kind: Any) -> str:
     if _is_enum(kind):
         return "one of"
     if isinstance(kind, UnionType):
-        return " or ".join(_type(part) for part in get_args(kind))
+        return " or ".join(
+            ", ".join(member.value for member in part) if _is_enum(part) else _type(part) for part in get_args(kind)
+        )
     if get_origin(kind) is list:
         return f"list, each a {_type(get_args(kind)[0])}"
     if get_origin(kind) is dict:

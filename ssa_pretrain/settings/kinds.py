@@ -18,6 +18,11 @@ def sections_in(kind: Any) -> list[Any]:
     return members if all(dataclasses.is_dataclass(member) for member in members) else []
 
 
+def first_of(kind: Any) -> Any:
+    """Returns the first type of a union, such as the number of `int | Auto`; any other type as it is."""
+    return get_args(kind)[0] if get_origin(kind) in (Union, types.UnionType) else kind
+
+
 def by_kind(kind: Any) -> dict[str, Any]:
     """Returns the dataclasses of a union by the value of `kind` that picks them; empty unless there are several."""
     members = sections_in(kind)

@@ -82,7 +82,8 @@ def train(checkout: Path, case: str, data: Path, out: Path) -> list[dict[str, An
             [*launcher, "-m", "ssa_pretrain.train", *SMALL, *overrides, f"data.path={data}", f"output_dir={out}"],
         )
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    found = [record for record in map(json.loads, lines) if record["kind"] != "checkpoint"]  # has only times
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in found]
 
 
 def run(checkout: Path, arguments: list[str]) -> None:

@@ -50,9 +50,9 @@ def test_rerun_of_a_finished_run_reports_it_and_changes_nothing(run, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines), lines
     lines = [line[9:] for line in lines]
-    saved = [line for line in lines if line.startswith("save ")]
+    saved = [line for line in lines if line.startswith("saved step ")]
     assert [re.sub(r"[\d.]+ s", "S", line) for line in saved] == [
-        f"save {step}  S  {folder}/checkpoints/step_{step:08d}" for step in (2, 4)
+        f"saved step {step}: stalled training S, written in S  {folder}/checkpoints/step_{step:08d}" for step in (2, 4)
     ]
     assert re.fullmatch(r"done: step 4/4, 2\.05k tokens, \d+s", lines[-1])
     before = contents(folder)

@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from ssa_pretrain.settings.files import file_sha256
-from support.training import ROOT, descendants, environment, is_alive, launched, records, run, wait_for_step
+from support.training import (
+    ROOT,
+    descendants,
+    environment,
+    is_alive,
+    launched,
+    records,
+    run,
+    wait_for_checkpoint,
+    wait_for_step,
+)
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)
@@ -74,6 +84,7 @@ def interrupted(
             seconds=400,
             output=lambda: process.stderr.read() if process.poll() is not None else "",
         )
+        wait_for_checkpoint(process, folder, 2, seconds=60)
         family = descendants(process.pid)
         os.kill(choose(process.pid, family), number)
         output = process.communicate(timeout=400)[1]

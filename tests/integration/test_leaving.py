@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ssa_pretrain.checkpoint.integrity import find_damage
 from support.processes import free_port
 from support.training import (
     command,
@@ -69,7 +70,7 @@ def test_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(corp
     sentence = f"SIGHUP: stopped after step {last}; its checkpoint is published, and the same command resumes from it"
     lines = log.read_text().splitlines()
     assert lines[-1] == f"torchrun.sh: {sentence}"
-    assert lines[-2].startswith(f"save {last} ")
+    assert lines[-2].startswith(f"saved step {last}: ")
     assert checkpoints(tmp_path) == [f"step_{last:08d}"]
     done = run("ssa_pretrain.train", *settings, f"training.stop_at_step={last + 1}", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -98,7 +99,8 @@ def test_ranks_with_different_settings_are_refused(corpus, tmp_path):
 
 
 def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tmp_path):
-    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}")
+    """The signal comes while a save is under way, as one is after every step; it is finished first."""
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "checkpoint.interval=1")
     with subprocess.Popen(
         command("ssa_pretrain.train", *settings),
         env=environment(),
@@ -112,10 +114,11 @@ def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tm
         _, error = process.communicate(timeout=120)
     last = records(tmp_path, "train")[-1]["step"]
     assert process.returncode == 7
-    assert checkpoints(tmp_path) == [f"step_{last:08d}"]
+    assert checkpoints(tmp_path) == [f"step_{last - 1:08d}", f"step_{last:08d}"]
+    assert [find_damage(path) for path in (tmp_path / "checkpoints").iterdir()] == [None, None]
     sentence = "its checkpoint is published, and the same command resumes from it"
     assert error.splitlines()[-1] == f"SIGINT: stopped after step {last}; {sentence}"
-    assert error.splitlines()[-2].startswith(f"save {last} ")
+    assert error.splitlines()[-2].startswith(f"saved step {last}: ")
 
 
 @pytest.mark.parametrize(

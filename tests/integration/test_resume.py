@@ -10,8 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import free_port
-from support.training import ROOT, command, descendants, environment, records, run, run_command, train, wait_for_step
+from ssa_pretrain.checkpoint.integrity import find_damage
+from support.processes import SUPPORT, free_port, ranks, run_ranks
+from support.training import (
+    ROOT,
+    command,
+    descendants,
+    environment,
+    records,
+    run,
+    run_command,
+    train,
+    wait_for_checkpoint,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.timeout(1200)
 STEPS = 9
@@ -42,6 +54,7 @@ def kill_at(step: int, folder: Path, arguments: list[str]) -> None:
         arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
         wait_for_step(process, folder, step, seconds=300)
+        wait_for_checkpoint(process, folder, step - 1, seconds=60)
         ranks = descendants(process.pid)
         assert len(ranks) == 2, "a save has started processes, which a killed rank would leave behind"
         for victim in (process.pid, *ranks):
@@ -59,6 +72,18 @@ def test_killed_and_rerun_is_bit_identical(uninterrupted, corpus, tmp_path):
     again = run("ssa_pretrain.train", *settings, processes=2)
     assert again.returncode == 0
     assert records(tmp_path, "train") == records(uninterrupted, "train")
+
+
+def test_rank_killed_during_a_save_leaves_the_checkpoint_before_it(uninterrupted, corpus, tmp_path):
+    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
+    ended = run_ranks([str(SUPPORT / "killed_in_save.py"), *settings], ranks(2), timeout=200)
+    assert ended[1].code == -signal.SIGKILL, ended
+    assert ended[0].code not in (0, -signal.SIGKILL), ended
+    (published,) = (tmp_path / "checkpoints").glob("step_*")
+    assert published.name == "step_00000003" and find_damage(published) is None
+    train(*settings, processes=2)
+    assert records(tmp_path, "train") == records(uninterrupted, "train")
+    assert records(tmp_path, "evaluation") == records(uninterrupted, "evaluation")
 
 
 def test_resumed_on_other_layouts(uninterrupted, corpus, tmp_path):

@@ -11,7 +11,18 @@ from typing import Any
 
 from support.processes import ROOT, environment, ranks, run_ranks
 
-__all__ = ["ROOT", "command", "descendants", "environment", "records", "run", "run_command", "train", "wait_for_step"]
+__all__ = [
+    "ROOT",
+    "command",
+    "descendants",
+    "environment",
+    "records",
+    "run",
+    "run_command",
+    "train",
+    "wait_for_checkpoint",
+    "wait_for_step",
+]
 
 TIMES = ("tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_seconds")
 
@@ -103,4 +114,13 @@ def wait_for_step(
     while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
         assert process.poll() is None, f"the run ended before step {step}: {output()}"
         assert time.monotonic() < deadline, f"the run did not reach step {step}: {output()}"
+        time.sleep(0.05)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int, *, seconds: float) -> None:
+    """Waits until a run that is still running has published the checkpoint of a step, which it writes beside the next steps."""
+    deadline = time.monotonic() + seconds
+    while not (folder / "checkpoints" / f"step_{step:08d}").is_dir():
+        assert process.poll() is None, f"the run ended before it had saved step {step}"
+        assert time.monotonic() < deadline, f"the run did not save step {step}"
         time.sleep(0.05)

@@ -1,5 +1,6 @@
 """Rules of the files: output folder, initial weights and data. They run only if `Machine.has_files`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from ssa_pretrain.config import Config
@@ -39,6 +40,14 @@ def _initial_weights(config: Config, _: Machine) -> list[Problem]:
     return []
 
 
+def _mirror(config: Config, _: Machine) -> list[Problem]:
+    """A mirror needs boto3."""
+    if not config.checkpoint.mirror or find_spec("boto3"):
+        return []
+    rule, advice = "needs boto3, which is not installed", "install the extra: pip install -e '.[hub]'"
+    return [Problem("checkpoint.mirror", config.checkpoint.mirror, rule, advice)]
+
+
 def _data(config: Config, machine: Machine) -> list[Problem]:
     """The data is usable: readable manifest, vocabulary that fits, known sources, enough tokens in the splits that are read."""
     path, length = config.data.path, config.data.sequence_length
@@ -72,4 +81,4 @@ def _data(config: Config, machine: Machine) -> list[Problem]:
     return found
 
 
-FILE_RULES = (_output_dir, _initial_weights, _data)
+FILE_RULES = (_output_dir, _initial_weights, _mirror, _data)

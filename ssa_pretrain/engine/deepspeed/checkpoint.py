@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.unpickling import restricted
 from ssa_pretrain.checkpoint.weights import WeightsError
 from ssa_pretrain.config import Config
+from ssa_pretrain.engine.deepspeed import snapshot
 from ssa_pretrain.engine.deepspeed.setup import converter_environment
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.model.sharding import is_norm, is_paired, is_row_parallel
@@ -38,13 +40,20 @@ LAYOUT = "deepspeed.json"
 
 def save(folder: Path, ds, config: Config, placement: Placement) -> None:
     """Writes weights and optimizer into an existing, empty folder."""
-    names = [name for name, _ in ds.module.named_parameters()]
-    ds.save_checkpoint(str(folder), tag=TAG, client_state=universal_info(names), save_latest=False)
+    ds.save_checkpoint(str(folder), tag=TAG, client_state=_client_state(ds), save_latest=False)
     dist.barrier()
     if placement.is_rank_0:
         (folder / "latest").write_text(TAG)
         (folder / LAYOUT).write_text(json.dumps(layout(config, placement), indent=1))
     dist.barrier()
+
+
+def copy_state(
+    ds, copies: HostCopies, config: Config, placement: Placement
+) -> Callable[[Path, dist.ProcessGroup], None]:
+    """Copies weights and optimizer to host memory. Returns the function that writes what `save` writes, for a thread of every rank."""
+    notes = {"latest": TAG, LAYOUT: layout(config, placement)}
+    return snapshot.take(ds, copies, tag=TAG, client_state=_client_state(ds), notes=notes)
 
 
 def load(folder: Path, ds, config: Config, placement: Placement) -> None:
@@ -126,6 +135,10 @@ def without_extra_state(model: torch.nn.Module) -> None:
 
     model.register_state_dict_post_hook(drop)
     model.register_load_state_dict_post_hook(ignore_missing)
+
+
+def _client_state(ds) -> dict:
+    return universal_info([name for name, _ in ds.module.named_parameters()])
 
 
 def _require_convertible(folder: Path, saved: dict[str, int], wanted: dict[str, int]) -> None:

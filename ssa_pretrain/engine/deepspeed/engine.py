@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa_pretrain.checkpoint import sharded_weights
+from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.weights import WeightsError, find_weights
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.config.deepspeed import ds_config
@@ -31,7 +32,7 @@ from ssa_pretrain.engine.deepspeed.setup import (
     exit_with_launcher,
     prepare_process,
 )
-from ssa_pretrain.engine.interface import EvaluationResult, PendingStep
+from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, Snapshot
 from ssa_pretrain.engine.replicas import ReplicaCheck
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums, label_scores
 from ssa_pretrain.model.llama import Llama
@@ -55,6 +56,7 @@ class DeepSpeedEngine:
         interval, is_sharded = config.training.replica_check_interval, self.stage == 3
         self.replicas = ReplicaCheck(interval, placement, sharded=is_sharded)
         self.ds_config = ds_config(config, placement.dp)
+        self.copies = HostCopies(placement.device)
         _require_accepted(self.ds_config)
         self._ds = None
         self.model = self._build_model()
@@ -116,6 +118,22 @@ class DeepSpeedEngine:
         """See `Engine.save`."""
         checkpoint.save(folder, self.ds, self.config, self.placement)
 
+    def snapshot(self, *, weights: bool) -> Snapshot:
+        """See `Engine.snapshot`."""
+        ds, copies = self.ds, self.copies
+        with copies.taking():
+            write_state = checkpoint.copy_state(ds, copies, self.config, self.placement)
+            parts = (copies, [ds.module], self.config, self.placement, self._gathering)
+            copied = sharded_weights.copy_weights(*parts) if weights else None
+
+        def write(folder: Path, group: dist.ProcessGroup) -> None:
+            copies.wait()
+            write_state(folder, group)
+            if copied is not None:
+                sharded_weights.write_copies(folder, copied, self.placement, group)
+
+        return Snapshot(write, copies.device_seconds)
+
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
         self._reset()
@@ -131,10 +149,7 @@ class DeepSpeedEngine:
 
     def save_weights(self, folder: Path) -> None:
         """See `Engine.save_weights`."""
-        ds = self.ds
-        model = ds.module
-        gathered = self._gathered if self.stage == 3 else sharded_weights.already_gathered
-        sharded_weights.save_weights(folder, [model], self.config, self.placement, gathered)
+        sharded_weights.save_weights(folder, [self.ds.module], self.config, self.placement, self._gathering)
 
     @property
     def ds(self):
@@ -160,6 +175,11 @@ class DeepSpeedEngine:
     def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Returns this rank's weights with their canonical names."""
         return sharded_weights.named_weights([self.ds.module], self.config, tied_copies=True)
+
+    @property
+    def _gathering(self) -> sharded_weights.Gathered:
+        """The context in which a parameter is whole on each data rank."""
+        return self._gathered if self.stage == 3 else sharded_weights.already_gathered
 
     @property
     def _must_compute_norm(self) -> bool:

@@ -6,15 +6,19 @@ then grows by the number of parameters at each step. So `_init_states` gives eve
 the counts while shards are loaded and returns a separate one per parameter.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 
+from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.unpickling import require_safe_extra_state, restricted
 from ssa_pretrain.checkpoint.writer import ThreadedStrategy
+from ssa_pretrain.engine.megatron import snapshot
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -27,6 +31,13 @@ def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None
     state = _model_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(METADATA))
     dist_checkpointing.save(state, str(folder), sharded_strategy=ThreadedStrategy(), content_metadata=dict(METADATA))
+
+
+def copy_state(
+    chunks: list[DistributedDataParallel], optimizer, copies: HostCopies
+) -> Callable[[Path, dist.ProcessGroup], None]:
+    """Copies weights and optimizer to host memory. Returns the function that writes what `save` writes, for a thread of every rank."""
+    return snapshot.take(_model_state(chunks), optimizer, copies, METADATA)
 
 
 def is_core_checkpoint(folder: Path) -> bool:

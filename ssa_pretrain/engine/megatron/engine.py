@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
 from ssa_pretrain.checkpoint import sharded_weights
+from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch
-from ssa_pretrain.engine.interface import PendingStep
+from ssa_pretrain.engine.interface import PendingStep, Snapshot
 from ssa_pretrain.engine.megatron import checkpoint
 from ssa_pretrain.engine.megatron.model import MegatronModel
 from ssa_pretrain.engine.megatron.optimizer import build_optimizer
@@ -30,6 +32,7 @@ class MegatronEngine(MegatronModel):
         super().__init__(config, placement, vocab_size)
         self.replicas = ReplicaCheck(config.training.replica_check_interval, placement)
         self.optimizer = build_optimizer(config, self.chunks)
+        self.copies = HostCopies(placement.device)
         self._install_hooks()
 
     def wrap(self, chunk: torch.nn.Module, stage: int) -> DistributedDataParallel:
@@ -79,6 +82,22 @@ class MegatronEngine(MegatronModel):
         """See `Engine.save`."""
         self._gather_parameters()
         checkpoint.save(folder, self.chunks, self.optimizer)
+
+    def snapshot(self, *, weights: bool) -> Snapshot:
+        """See `Engine.snapshot`."""
+        self._gather_parameters()
+        with self.copies.taking():
+            write_state = checkpoint.copy_state(self.chunks, self.optimizer, self.copies)
+            parts = (self.models, self.config, self.placement)
+            copied = sharded_weights.copy_weights(self.copies, *parts) if weights else None
+
+        def write(folder: Path, group: dist.ProcessGroup) -> None:
+            self.copies.wait()
+            write_state(folder, group)
+            if copied is not None:
+                sharded_weights.write_copies(folder, copied, self.placement, group)
+
+        return Snapshot(write, self.copies.device_seconds)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""

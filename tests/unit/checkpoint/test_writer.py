@@ -1,5 +1,6 @@
 """ssa_pretrain/checkpoint/writer.py writes core's format from threads of this process and raises the failure of any of them."""
 
+import errno
 import os
 import resource
 from pathlib import Path
@@ -12,6 +13,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ssa_pretrain.checkpoint import storage
+from ssa_pretrain.checkpoint.weights import WeightsWriter, write_index
 from ssa_pretrain.checkpoint.writer import NUM_THREADS, ThreadedStrategy
 from ssa_pretrain.parallel import cpu_backend
 
@@ -67,10 +70,40 @@ def test_full_disk_is_an_error_in_any_thread(tmp_path):
     assert not (tmp_path / "saved" / ".metadata").exists()
 
 
+def test_file_that_fails_for_a_moment_is_written_again_whole(tmp_path, monkeypatch, capsys):
+    fsync, left = os.fsync, [2]
+
+    def fails_twice(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_twice)
+    monkeypatch.setattr(storage, "PAUSES", (0.0,) * 5)
+    save(tmp_path / "saved")
+    loaded = dist_checkpointing.load(state(0.0), str(tmp_path / "saved"))
+    torch.testing.assert_close(loaded["large"], torch.full((300, 1000), 2.0), rtol=0, atol=0)
+    output = capsys.readouterr().out
+    assert output.count("failed (Input/output error); trying again in 0 s") == 2
+    assert f"of {tmp_path / 'saved'}" in output
+
+
+def test_full_disk_has_the_systems_own_error_in_common_weights(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    writer = WeightsWriter(tmp_path, "stage_000")
+    try:
+        writer.add("a", torch.zeros(10_000))
+        with pytest.raises(OSError, match="File too large") as caught:
+            writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
 def test_file_mode_follows_umask(tmp_path, umask, mode):
-    from ssa_pretrain.checkpoint.weights import WeightsWriter, write_index
-
     before = os.umask(umask)
     try:
         save(tmp_path / "saved")

@@ -14,6 +14,7 @@ import pytest
 
 from ssa_pretrain.cli import read_config, resolve_config
 from ssa_pretrain.config.machine import Machine, this_machine
+from ssa_pretrain.config.rules import files
 from ssa_pretrain.data.indexed_format import token_dtype, write_index
 from ssa_pretrain.run_folder import lock_folder
 from ssa_pretrain.settings.files import file_sha256, unlock
@@ -493,6 +494,16 @@ def test_initial_weights_must_come_from_another_run_folder(dataset: Path, tmp_pa
     assert lines[0].endswith(f"own output_dir={tmp_path}/run; leave it out: the same command again resumes")
     (tmp_path / "other").mkdir()
     assert found(*ours, f"checkpoint.init_from={tmp_path}/other", machine=HERE) == []
+
+
+def test_mirror_needs_boto3(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = (*BASE, f"data.path={dataset}", f"output_dir={tmp_path}/run", "checkpoint.mirror=s3://bucket/run")
+    monkeypatch.setattr(files, "find_spec", lambda name: name != "boto3")
+    assert found(*ours, machine=HERE) == [
+        "checkpoint.mirror=s3://bucket/run needs boto3, which is not installed; install the extra: pip install -e '.[hub]'"
+    ]
+    monkeypatch.setattr(files, "find_spec", lambda _: True)
+    assert found(*ours, machine=HERE) == []
 
 
 def test_planning_checks_no_files_and_no_processes(dataset: Path) -> None:

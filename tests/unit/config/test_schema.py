@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssa_pretrain.config import Config, Method, WandbMode
+from ssa_pretrain.config import Auto, Config, Method, WandbMode
 from ssa_pretrain.settings.convert import config_from_dict, config_to_dict, known_keys, load_config, save_config
 from ssa_pretrain.settings.problems import ConfigError
 
@@ -189,6 +189,21 @@ def test_all_problems_are_reported_together() -> None:
         ("evaluation.rows", -1, "evaluation.rows=-1 must be at least 0; try 0"),
         ("checkpoint.interval", -5, "checkpoint.interval=-5 must be at least 0; try 0"),
         ("checkpoint.keep", 0, "checkpoint.keep=0 must be at least 1; try 1"),
+        (
+            "checkpoint.mean_hours_between_failures",
+            -1.0,
+            "checkpoint.mean_hours_between_failures=-1.0 must be at least 0; try 0",
+        ),
+        (
+            "checkpoint.mirror",
+            "/backup",
+            "checkpoint.mirror=/backup must be the address of a bucket; try s3://BUCKET/PREFIX",
+        ),
+        (
+            "checkpoint.mirror",
+            "s3://key:secret@bucket",
+            "checkpoint.mirror=s3://key:secret@bucket must be the address of a bucket; try s3://BUCKET/PREFIX",
+        ),
         ("logging.interval", 0, "logging.interval=0 must be at least 1; try 1"),
         ("name", " ", "name=  must not be empty; try run"),
         ("output_dir", "", "output_dir='' must not be empty; try run"),
@@ -272,3 +287,23 @@ def test_loading_another_file_fails(tmp_path: Path) -> None:
     path.write_text("optim: {lrr: 1}\ndata: {path: x}\n")
     with pytest.raises(ConfigError, match=r"optim\.lrr=1 is not a known key; did you mean optim\.lr\?"):
         load_config(Config, path)
+
+
+@pytest.mark.parametrize(("given", "kept"), [("auto", Auto.auto), (25, 25), ("25", 25), ("1e2", 100)])
+def test_interval_is_a_number_or_auto(given: object, kept: object) -> None:
+    config, problems = config_from_dict(Config, {"checkpoint": {"interval": given}})
+    assert not problems and config.checkpoint.interval == kept and type(config.checkpoint.interval) is type(kept)
+    assert config_to_dict(config)["checkpoint"]["interval"] == (kept if isinstance(kept, int) else "auto")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("automatic", "checkpoint.interval=automatic must be a whole number or auto; try auto"),
+        (None, "checkpoint.interval=null must be a whole number or auto; try auto"),
+        ("3k", "checkpoint.interval=3k must be a whole number or auto; try 3e3"),
+    ],
+)
+def test_interval_that_is_neither_is_reported(given: object, message: str) -> None:
+    _, problems = config_from_dict(Config, {"checkpoint": {"interval": given}})
+    assert [str(problem) for problem in problems] == [message]

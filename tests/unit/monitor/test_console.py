@@ -17,6 +17,7 @@ from ssa_pretrain.monitor.console import (
     save_line,
     task_line,
     train_line,
+    wait_line,
     with_timestamps,
 )
 
@@ -89,8 +90,15 @@ def test_evaluation_line() -> None:
     assert "mass 0.90" in evaluation_line(EVALUATION | {"captured_mass": 0.9})
 
 
-def test_save_line_has_its_duration() -> None:
-    assert save_line(60, 12.34, Path("outputs/x/step_60")) == "save 60  12.3 s  outputs/x/step_60"
+def test_line_of_a_save_that_waited_names_what_to_do() -> None:
+    assert wait_line(60, 3.21) == (
+        "the save of step 60 waited 3.2 s until the one before it was written: raise checkpoint.interval, or write to faster storage"
+    )
+
+
+def test_save_line_has_the_stall_and_the_whole_time() -> None:
+    line = save_line(60, 0.42, 12.34, Path("outputs/x/step_60"))
+    assert line == "saved step 60: stalled training 0.4 s, written in 12.3 s  outputs/x/step_60"
 
 
 @pytest.mark.parametrize(

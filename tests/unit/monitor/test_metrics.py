@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -268,7 +270,9 @@ def test_perplexity_overflows_to_infinity() -> None:
 
 WRITER = """
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from ssa_pretrain.monitor.metrics import MetricsLogger
 metrics = MetricsLogger(Path(sys.argv[1]), total_steps=10**9, tokens_per_step=1, resume_step=int(sys.argv[2]), interval=10**9)
 print("ready", flush=True)
@@ -364,3 +368,27 @@ def test_tasks_are_known_by_their_series_before_and_after_a_resume(tmp_path: Pat
     with logger(tmp_path, resume_step=1) as log:
         assert log.evaluated == {(1, "task/arc/full"), (1, "full")}
     assert evaluations(tmp_path / FILE_NAME) == {(1, "task/arc/full"), (1, "full")}
+
+
+def test_record_of_a_checkpoint_comes_after_later_steps_survives_a_resume_and_reaches_no_tracker(
+    tmp_path: Path,
+) -> None:
+    seen: list[str] = []
+
+    class Tracker:
+        def log(self, record: Mapping[str, Any]) -> None:
+            seen.append(f"{record['kind']} {record['step']}")
+
+        def finish(self) -> None:
+            pass
+
+    with logger(tmp_path, trackers=[Tracker()]) as log:
+        for step in (1, 2, 3):
+            log.log_step(make_step(step))
+        log.log_checkpoint({"step": 2, "stall_seconds": 0.1, "write_seconds": 2.0, "bytes": 10})
+        log.log_checkpoint({"step": 3, "stall_seconds": 0.1, "write_seconds": 2.0, "bytes": 10})
+    with logger(tmp_path, resume_step=2, trackers=[Tracker()]):
+        pass
+    kept = [(record["kind"], record["step"]) for record in read_records(tmp_path / FILE_NAME)]
+    assert kept == [("train", 1), ("train", 2), ("checkpoint", 2)]
+    assert seen == ["train 1", "train 2", "train 3", "train 1", "train 2"]

@@ -1,0 +1,308 @@
+"""When a run saves, and how: beside training (`checkpoint.asynchronous`) or while it waits.
+
+A save beside training has two parts. Between two steps the engine copies its state to host memory; only this stalls training. A thread of each rank
+then writes, hashes and publishes the copy. At most one save is under way, so the next one waits for it and reports how long. The last save of a run,
+and the one of a run that is asked to stop, have nothing to run beside, so training waits for them and no copy is made.
+
+Whichever way, a checkpoint has the same content, and no step sees a difference.
+
+With `checkpoint.interval=auto` the interval follows from what the last save cost (planning/checkpoint_interval.py). Rank 0 chooses, at the end of a save,
+and tells the others. They use it from the next save on, before which all ranks have waited for this one. So all ranks save after the same steps.
+"""
+
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from ssa_pretrain.checkpoint.background import BackgroundSave
+from ssa_pretrain.checkpoint.mirror import Mirror, leave_together
+from ssa_pretrain.checkpoint.publish import publish
+from ssa_pretrain.config import Auto
+from ssa_pretrain.errors import CheckpointError, CommandError
+from ssa_pretrain.monitor.console import save_line, wait_line
+from ssa_pretrain.monitor.metrics import MetricsLogger
+from ssa_pretrain.parallel.state import timeout
+from ssa_pretrain.planning.checkpoint_interval import (
+    FIRST_STEPS,
+    SaveCost,
+    best_interval,
+    explain,
+    hours_between_failures,
+)
+from ssa_pretrain.run import Run
+
+GIB = 2**30
+NOTICEABLE_SECONDS = 0.1  # a shorter wait is not reported
+SMALL_CHANGE = 0.2  # a chosen interval stays while the next measurement would change it by a smaller share
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A published checkpoint.
+
+    Attributes:
+        folder: its folder.
+        step: optimizer steps done.
+        stall_seconds: for which training stood still, on this rank.
+        write_seconds: from the start of the save until old checkpoints were removed.
+        size: bytes of its files; 0 on ranks other than 0.
+        interval: the steps until the next save that rank 0 chose; 0 unless `checkpoint.interval=auto`.
+        explanation: of a new choice, for the user; empty if the interval stays.
+    """
+
+    folder: Path
+    step: int
+    stall_seconds: float
+    write_seconds: float
+    size: int
+    interval: int = 0
+    explanation: str = ""
+
+
+class Saver:
+    """Saves the checkpoints of a run, as a context manager around its training.
+
+    Args:
+        run: the run.
+        log: receives a line and a record of each checkpoint.
+        step: steps done before this process started.
+        published: called on every rank when a checkpoint is published.
+    """
+
+    def __init__(self, run: Run, log: MetricsLogger, step: int, *, published: Callable[[], None]) -> None:
+        self._run, self._log, self._published = run, log, published
+        settings = run.config.checkpoint
+        self._auto = isinstance(settings.interval, Auto)
+        self._interval = FIRST_STEPS if isinstance(settings.interval, Auto) else settings.interval
+        self._chosen = False  # whether the interval comes from a measurement
+        self._next = step + self._interval if self._auto else 0
+        self._pending: BackgroundSave[Saved] | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._mirror: Mirror | None = None
+        if settings.mirror and run.placement.is_rank_0:
+            in_use, report = run.verdicts.in_use, log.console.print
+            self._mirror = Mirror(settings.mirror, keep=settings.keep, in_use=in_use, report=report)
+        if settings.asynchronous:
+            group = dist.new_group(backend="gloo", timeout=timeout(run.config.parallel))
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
+            if self._interval and (shortage := memory_warning(2 * run.plan.checkpoint_bytes)):
+                run.print(shortage)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for the save that is under way, unless this rank fails by itself: then the others may never come to finish it."""
+        of_all_ranks = error is None or (isinstance(error, CommandError) and not error.of_one_rank)
+        if not (of_all_ranks or dist.get_world_size() == 1):
+            return
+        failure = None
+        if self._pending is not None:
+            try:
+                self._finish(self._pending.wait())
+            except CheckpointError as found:
+                failure = found
+        self._finish_mirror()
+        if failure is not None and error is None:
+            raise failure
+        if failure is not None and failure is not error:
+            self._run.print(str(failure))  # the other error ends the run
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether a checkpoint is due after this step, the same on every rank."""
+        if step == self._run.last_step:
+            return True
+        return step >= self._next if self._auto else bool(self._interval and step % self._interval == 0)
+
+    def after_step(self, step: int) -> None:
+        """Finishes a save that has ended; every rank calls this after each step.
+
+        Raises:
+            CheckpointError: the save has failed; on all ranks after the same step.
+        """
+        if self._pending is not None and (saved := self._pending.poll(step)) is not None:
+            self._finish(saved)
+
+    def save(self, step: int, *, wait: bool) -> None:
+        """Saves after a step, beside the next steps if the run goes on; every rank calls it. The stall does not count towards the training speed.
+
+        Args:
+            step: steps done.
+            wait: whether the run ends after this save.
+
+        Raises:
+            CheckpointError: this save, or the one before it, has failed.
+            ReplicaError: data ranks hold different copies of the weights; nothing is saved.
+        """
+        save = _Save(step, time.monotonic(), self._step_seconds(), self._run.contract())
+        self._wait_for_earlier(step)
+        self._run.engine.require_equal_replicas(step)
+        if self._group is None or wait:
+            self._finish(self._publish(save, self._write, None))
+        else:
+            self._pending = self._begin(save, self._group)
+        self._next = step + self._interval
+        self._log.pause()
+
+    def _write(self, folder: Path) -> None:
+        """Writes the live state."""
+        self._run.engine.save(folder)
+        if self._run.config.checkpoint.weights:
+            self._run.engine.save_weights(folder)
+
+    def _begin(self, save: "_Save", group: dist.ProcessGroup) -> BackgroundSave[Saved]:
+        """Copies the state and begins to write the copy beside training."""
+        snapshot = self._run.engine.snapshot(weights=self._run.config.checkpoint.weights)
+        stall = time.monotonic() - save.begin
+
+        def act() -> Saved:
+            return self._publish(
+                save,
+                lambda folder: snapshot.write(folder, group),
+                group,
+                stall=lambda: stall + snapshot.device_seconds(),
+            )
+
+        return BackgroundSave(save.step, act)
+
+    def _wait_for_earlier(self, step: int) -> None:
+        """Waits until the save that is under way is done, and reports for how long."""
+        if self._pending is None:
+            return
+        begin = time.monotonic()
+        self._finish(self._pending.wait())
+        if (seconds := time.monotonic() - begin) > NOTICEABLE_SECONDS:
+            self._log.console.print(wait_line(step, seconds))
+
+    def _publish(
+        self,
+        save: "_Save",
+        write: Callable[[Path], None],
+        group: dist.ProcessGroup | None,
+        stall: Callable[[], float] | None = None,
+    ) -> Saved:
+        """Writes and publishes; runs on the main thread, or with a group of its own on another.
+
+        Args:
+            save: the save.
+            write: the engine's part.
+            group: of all ranks; None: the default group.
+            stall: returns for how long training stood still; None: as long as this takes.
+        """
+        run = self._run
+        folder = publish(
+            run.folder,
+            save.step,
+            save.facts,
+            write,
+            keep=run.config.checkpoint.keep,
+            is_rank_0=run.placement.is_rank_0,
+            report=self._report,
+            verdicts=run.verdicts,
+            group=group,
+        )
+        seconds = time.monotonic() - save.begin
+        cost = SaveCost(stall() if stall else seconds, seconds, save.step_seconds)
+        saved = Saved(folder, save.step, cost.stall_seconds, seconds, run.verdicts.known_bytes(folder))
+        return self._with_interval(saved, cost, group) if self._auto else saved
+
+    def _with_interval(self, saved: Saved, cost: SaveCost, group: dist.ProcessGroup | None) -> Saved:
+        """Returns a saved checkpoint with the interval that rank 0 chooses by what it cost. A small change is none."""
+        configured, num_gpus = self._run.config.checkpoint.mean_hours_between_failures, dist.get_world_size()
+        hours = hours_between_failures(configured, num_gpus)
+        chosen = best_interval(cost, hours)
+        keeps = self._chosen and abs(chosen - self._interval) < SMALL_CHANGE * self._interval
+        told = [self._interval if keeps else chosen]
+        dist.broadcast_object_list(told, src=0, group=group)
+        text = explain(told[0], cost, hours, configured=bool(configured), num_gpus=num_gpus)
+        return replace(saved, interval=told[0], explanation="" if keeps else text)
+
+    def _finish(self, saved: Saved) -> None:
+        """Takes note of a published checkpoint."""
+        self._pending = None
+        self._published()
+        self._log.console.print(save_line(saved.step, saved.stall_seconds, saved.write_seconds, saved.folder))
+        if self._auto:
+            self._interval, self._chosen = saved.interval, True
+            if saved.explanation:
+                self._log.console.print(saved.explanation)
+        if self._mirror is not None:
+            self._mirror.offer(saved.folder)
+        if self._log.enabled:
+            record = {
+                "step": saved.step,
+                "stall_seconds": saved.stall_seconds,
+                "write_seconds": saved.write_seconds,
+                "bytes": saved.size,
+            }
+            self._log.log_checkpoint(record)
+
+    def _finish_mirror(self) -> None:
+        """Waits on all ranks until rank 0 has uploaded the newest checkpoint."""
+        if self._run.config.checkpoint.mirror:
+            if self._mirror is not None:
+                self._mirror.finish()
+            leave_together(is_rank_0=self._run.placement.is_rank_0)
+
+    def _step_seconds(self) -> float:
+        """Returns the recent mean time of a step; only rank 0 knows it."""
+        return self._log.speed.eta(1)
+
+    def _report(self, text: str) -> None:
+        """Prints a line about storage: rank 0 on its console, another rank with its name."""
+        if self._run.placement.is_rank_0:
+            self._log.console.print(text)
+        else:
+            print(f"rank {self._run.placement.rank} ({socket.gethostname()}): {text}", file=sys.stderr, flush=True)
+
+
+def memory_warning(needed: int) -> str | None:
+    """Returns a warning if this host has fewer free bytes of memory than copies of the whole state may need, else None."""
+    free = free_memory()
+    if free is None or free >= needed:
+        return None
+    return (
+        f"warning: this host has {free / GIB:.1f} GiB of free memory, and writing a checkpoint beside training may need {needed / GIB:.1f} GiB "
+        "of it: set checkpoint.asynchronous=false if it runs out"
+    )
+
+
+def free_memory(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Returns the bytes of memory that are free on this host and within this container; None if unknown."""
+    found = []
+    with suppress(OSError, ValueError, StopIteration):
+        (line,) = (line for line in proc.read_text().splitlines() if line.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):
+        found.append(
+            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        )  # "max": no limit
+    return min(found, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """A save that has begun.
+
+    Attributes:
+        step: optimizer steps done.
+        begin: by the monotonic clock, in seconds.
+        step_seconds: the recent mean time of a step.
+        facts: the facts that a resume must agree on.
+    """
+
+    step: int
+    begin: float
+    step_seconds: float
+    facts: dict[str, Any]

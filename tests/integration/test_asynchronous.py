@@ -1,0 +1,148 @@
+"""Training goes on while a checkpoint is written: the losses are the same, and whatever happens to the save, the run resumes bit for bit."""
+
+import errno
+import json
+import os
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from ssa_pretrain import saving, trainer
+from ssa_pretrain.checkpoint import publish
+from ssa_pretrain.checkpoint.integrity import find_damage
+from ssa_pretrain.cli import resolve_config
+from ssa_pretrain.config.machine import this_machine
+from ssa_pretrain.errors import CheckpointError, DivergedError
+from support.s3_server import s3_server
+from support.training import records
+
+pytestmark = pytest.mark.timeout(600)
+SETTINGS = (
+    "experiment=quickstart",
+    "model.num_layers=2",
+    "training.steps=6",
+    "training.global_batch_tokens=512",
+    "training.micro_batch_size=1",
+    "data.sequence_length=128",
+    "evaluation.rows=2",
+    "evaluation.at_start=false",
+    "evaluation.interval=0",
+    "logging.wandb.mode=off",
+)
+
+
+def train(corpus: Path, folder: Path, *overrides: str) -> Path:
+    """Trains in this process and returns the run's folder."""
+    arguments = [*SETTINGS, f"data.path={corpus}", f"output_dir={folder}", *overrides]
+    trainer.train(resolve_config("train", arguments, this_machine()))
+    return folder
+
+
+@pytest.fixture
+def run(corpus, tmp_path, monkeypatch):
+    """Returns a function that trains in a folder of its own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return partial(train, corpus, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def plain(corpus, tmp_path_factory) -> list[dict]:
+    """Returns the training records of a run that saves only at its end."""
+    folder = train(corpus, tmp_path_factory.mktemp("plain"), "checkpoint.asynchronous=false")
+    return records(folder, "train")
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Makes hashing a file take a twentieth of a second."""
+    read = publish.file_sha256
+    monkeypatch.setattr(publish, "file_sha256", lambda path: time.sleep(0.05) or read(path))
+
+
+def intact(folder: Path) -> list[int]:
+    """Returns the steps of a run's checkpoints, all of which must be intact."""
+    found = sorted((folder / "checkpoints").iterdir())
+    assert [p.name for p in found if find_damage(p)] == []
+    return [int(p.name.removeprefix("step_")) for p in found]
+
+
+@pytest.mark.usefixtures("slow")
+def test_saves_back_to_back_wait_for_each_other_and_change_no_loss(run, plain, capsys):
+    overlapping = run("checkpoint.interval=1", "checkpoint.keep=3")
+    lines = capsys.readouterr().err
+    assert intact(overlapping) == [4, 5, 6]
+    assert "the save of step 2 waited" in lines and "raise checkpoint.interval" in lines
+    saves = [json.loads(line) for line in (overlapping / "metrics.jsonl").read_text().splitlines()]
+    saves = [record for record in saves if record["kind"] == "checkpoint"]
+    assert [record["step"] for record in saves] == [1, 2, 3, 4, 5, 6]
+    assert saves[0]["stall_seconds"] < saves[0]["write_seconds"] / 2
+    assert saves[1]["stall_seconds"] > saves[1]["write_seconds"] / 4, "it had to wait for the first"
+    assert saves[5]["stall_seconds"] == saves[5]["write_seconds"], "nothing is left to do beside the last save"
+    size = sum(p.stat().st_size for p in (overlapping / "checkpoints" / "step_00000006").rglob("*") if p.is_file())
+    assert saves[5]["bytes"] == size
+    assert records(overlapping, "train") == plain
+
+
+@pytest.mark.usefixtures("slow")
+def test_exit_with_an_error_waits_for_the_save_that_is_under_way(run, tmp_path, monkeypatch):
+    """A divergence in step 3 ends the run; the checkpoint of step 2 is good."""
+    check = trainer.require_finite
+
+    def diverged(run, result, step: int) -> None:
+        if step == 3:
+            raise DivergedError("step 3 has diverged")
+        check(run, result, step)
+
+    monkeypatch.setattr(trainer, "require_finite", diverged)
+    with pytest.raises(DivergedError, match="step 3"):
+        run("checkpoint.interval=2")
+    assert intact(tmp_path / "run") == [2]
+
+
+def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_identical(run, plain, monkeypatch, capsys):
+    read = publish.file_sha256
+
+    def full(path: Path) -> str:
+        if ".step_00000004.tmp" in path.parts:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return read(path)
+
+    monkeypatch.setattr(publish, "file_sha256", full)
+    with pytest.raises(CheckpointError, match=r"step 4 could not be saved in .*No space left.*earlier checkpoints are"):
+        run("checkpoint.interval=2")
+    monkeypatch.setattr(publish, "file_sha256", read)
+    capsys.readouterr()
+    again = run("checkpoint.interval=2")
+    assert "resuming after step 2" in capsys.readouterr().out
+    assert records(again, "train") == plain
+
+
+def test_interval_auto_chooses_by_what_a_save_cost(run, capsys, monkeypatch):
+    monkeypatch.setattr(saving, "FIRST_STEPS", 9)
+    folder = run("training.steps=24", "checkpoint.interval=auto", "checkpoint.mean_hours_between_failures=1e-6")
+    output = capsys.readouterr().err
+    assert "checkpoint.interval=auto: a checkpoint every" in output
+    assert "(checkpoint.mean_hours_between_failures); expected loss" in output
+    steps = [r["step"] for r in records(folder, "checkpoint")]
+    assert steps[:2] == [9, 18] and steps[-1] == 24
+    chosen = int(output.partition("a checkpoint every ")[2].split()[0])
+    assert chosen < 9 and steps[2] == min(18 + chosen, 24)
+
+
+def test_run_whose_storage_is_lost_resumes_from_the_mirror_bit_for_bit(run, plain, monkeypatch, capsys):
+    with s3_server("runs") as (variables, _):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        settings = ("checkpoint.interval=2", "checkpoint.mirror=s3://runs/mine")
+        folder = run(*settings, "training.stop_at_step=4")
+        assert "mirrored step 4 in " in capsys.readouterr().err
+        kept = records(folder, "train")
+        shutil.rmtree(folder)
+        run(*settings)
+        output = capsys.readouterr().out
+        assert f"restored {folder}/checkpoints/step_00000004 from s3://runs/mine" in output
+        assert "resuming after step 4" in output
+        assert kept + records(folder, "train") == plain

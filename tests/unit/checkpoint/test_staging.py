@@ -1,0 +1,79 @@
+"""Host copies keep the values of the moment at which they were taken, and their memory is used again."""
+
+import mmap
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from ssa_pretrain.checkpoint import staging
+from ssa_pretrain.checkpoint.staging import HostCopies
+from ssa_pretrain.errors import CheckpointError
+
+
+def test_copies_keep_their_values_while_the_live_tensors_change():
+    live = {"a": torch.arange(6.0).view(2, 3), "b": [torch.ones(2, dtype=torch.bfloat16), {"lr": 0.1}], "c": (1, "x")}
+    view = live["a"].t()[1:]
+    copies = HostCopies(torch.device("cpu"))
+    with copies.taking():
+        taken, part = copies.tree("live", live), copies.tensor("view", view)
+    wanted = view.clone()
+    live["a"].zero_()
+    live["b"][0].fill_(7)
+    live["b"][1]["lr"] = 0.2
+    copies.wait()
+    assert taken["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert taken["b"][0].tolist() == [1, 1] and taken["b"][0].dtype is torch.bfloat16
+    assert taken["b"][1] == {"lr": 0.1} and taken["c"] == (1, "x")
+    assert torch.equal(part, wanted) and part.is_contiguous()
+    assert copies.device_seconds() == 0.0
+
+
+def test_memory_is_used_again_by_the_next_snapshot():
+    copies, live = HostCopies(torch.device("cpu")), torch.ones(3)
+    first = copies.tensor("x", live)
+    live.fill_(2)
+    second = copies.tensor("x", live)
+    assert first.data_ptr() == second.data_ptr() and second.tolist() == [2, 2, 2]
+    assert copies.tensor("x", torch.ones(4)).shape == (4,)
+
+
+def test_containers_keep_their_type_and_attributes():
+    live = OrderedDict(weight=torch.ones(1))
+    live._metadata = {"": {"version": 2}}  # as torch's state dicts have
+    taken = HostCopies(torch.device("cpu")).tree("x", live)
+    assert type(taken) is OrderedDict and taken._metadata == {"": {"version": 2}}
+    assert taken["weight"] is not live["weight"] and live["weight"].tolist() == [1]
+
+
+def test_parameters_are_copied_without_their_gradients():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    taken = HostCopies(torch.device("cpu")).tensor("p", parameter)
+    assert type(taken) is torch.Tensor and not taken.requires_grad and taken.grad is None
+
+
+def test_large_copies_have_locked_pages_of_their_own_that_are_freed_with_them(monkeypatch):
+    calls = []
+    monkeypatch.setattr(staging, "pin_memory", lambda *place: calls.append(("lock", *place)))
+    monkeypatch.setattr(staging, "unpin_memory", lambda *place: calls.append(("free", *place)))
+    live = torch.zeros(300, 1000, dtype=torch.bfloat16)
+    buffer = staging._locked_pages(live)
+    buffer.copy_(live + 2)
+    assert (buffer.shape, buffer.dtype) == (live.shape, live.dtype) and bool((buffer == 2).all())
+    place = buffer.data_ptr()
+    assert place % mmap.PAGESIZE == 0 and calls == [("lock", place, live.nbytes)]
+    del buffer
+    assert calls[1:] == [("free", place)]
+
+
+def test_memory_that_cannot_be_locked_is_reported_with_the_setting(monkeypatch):
+    def refuse(*_: int) -> None:
+        raise RuntimeError("cudaError: 2")
+
+    monkeypatch.setattr(staging, "pin_memory", refuse)
+    with pytest.raises(CheckpointError) as caught:
+        staging._locked_pages(torch.zeros(2**28 // 4, dtype=torch.float32))
+    assert str(caught.value) == (
+        "0.2 GiB of host memory cannot be page-locked for a copy of the training state (cudaError: 2); set checkpoint.asynchronous=false"
+    )
