@@ -39,6 +39,7 @@ AGENT = "agent"  # file of torch_agent.py: its own last sentence
 OUR_CODES = (*range(ExitCode.CONFIGURATION, ExitCode.HUNG + 1), ExitCode.REPLICAS)
 NOT_BEGUN = "stopped before training began; the same command starts it again"
 RERUN = "run the same command again to resume from the newest checkpoint"
+OTHER_NODE = "the node where the ranks meet has ended its part of the run"
 POLL_SECONDS = 0.2
 HEARTBEAT_SECONDS = 1.0  # between looks at the ranks' heartbeats
 LOST_SECONDS = 10.0  # for the other ranks to end after one was killed
@@ -142,6 +143,8 @@ class Supervisor:
             return ExitCode.INTERRUPTED, "SIGINT again: exited at once, without the steps since the last checkpoint"
         if hung := self._silent or next((one.text for one in exits if one.code == ExitCode.HUNG), ""):
             return ExitCode.HUNG, f"{hung}; {RERUN}"
+        if self._lost_other_nodes(exits):
+            return 1, f"{OTHER_NODE}; {RERUN}"
         if exits and exits[0].code and not exits[0].follows and not self._was_killed_before(exits[0], number):
             return exits[0].code, exits[0].text
         if code == 0 and (not self._reports or exits):
@@ -248,6 +251,12 @@ class Supervisor:
         return (
             rank_exit.code == ExitCode.STOPPED and not self.stop and number is not None and number not in STOP_SIGNALS
         )
+
+    def _lost_other_nodes(self, exits: Sequence[RankExit]) -> bool:
+        """Returns whether torchrun's agent has ended the ranks because the node where they met has gone. They take its SIGTERM for a request to stop."""
+        if self.stop or not (self.folder / AGENT).exists() or not any(beat.trained for beat in self._beats()):
+            return False
+        return all(one.follows or (one.code == ExitCode.STOPPED and NOT_BEGUN in one.text) for one in exits)
 
     def _overdue(self) -> bool:
         """Returns whether the time for the ranks to stop, or to end after one was killed, is over."""

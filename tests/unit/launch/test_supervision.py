@@ -12,6 +12,8 @@ import pytest
 
 from ssa_pretrain.launch import supervision
 from ssa_pretrain.launch.supervision import NOT_BEGUN, RERUN, Supervisor
+from ssa_pretrain.parallel.heartbeat import Beat
+from ssa_pretrain.process import RankExit, write_beat, write_exit
 from support.processes import ROOT, SUPPORT
 from support.signal_handlers import default_signals
 
@@ -182,6 +184,19 @@ def test_entry_points_that_report_nothing_keep_their_code() -> None:
     with Supervisor(30) as supervisor:
         assert supervisor.verdict(supervisor.run(["sh", "-c", "exit 9"], environment())) == (9, "")
         assert supervisor.verdict(supervisor.run(["true"], environment())) == (0, "")
+
+
+def test_node_whose_ranks_were_ended_with_those_of_another_node_has_failed() -> None:
+    """torchrun's agent sends SIGTERM when the first node goes, which a rank takes for a request to stop."""
+    with Supervisor(30, reports=True) as supervisor:
+        write_exit(supervisor.folder, RankExit(1, 7, f"rank 1 (node1): SIGTERM: {NOT_BEGUN}"))
+        assert supervisor.verdict(1)[0] == 7
+        (supervisor.folder / supervision.AGENT).write_text("--rdzv-endpoint=node0:1 does not answer")
+        assert supervisor.verdict(1)[0] == 7  # the ranks have not met yet
+        write_beat(supervisor.folder, 1, Beat(1, trained=3).encode())
+        assert supervisor.verdict(1) == (1, f"{supervision.OTHER_NODE}; {RERUN}")
+        write_exit(supervisor.folder, RankExit(2, 4, "rank 2 (node1): the data is damaged", of_one_rank=True))
+        assert supervisor.verdict(1)[0] == 4
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
