@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssa_pretrain.engine import replicas
-from ssa_pretrain.engine.replicas import bit_hash, describe
+from ssa_pretrain.engine.replicas import MULTIPLIER, bit_hash, describe, odd_weights
 
 INTEGER = {
     torch.bfloat16: torch.int16,
@@ -14,10 +14,18 @@ INTEGER = {
 }
 
 
-def expected(bits: list[int]) -> int:
+def expected(bits: list[int], chunk: int) -> int:
     """Returns the hash by Python's integers, as a signed 64-bit number."""
-    total = sum(value * (2 * i + 1) for i, value in enumerate(bits)) % 2**64
+    weights = odd_weights(chunk, torch.device("cpu")).tolist()
+    terms = (value * weights[i % chunk] * MULTIPLIER ** (i // chunk) for i, value in enumerate(bits))
+    total = sum(terms) % 2**64
     return total - 2**64 if total >= 2**63 else total
+
+
+def test_weights_are_odd_and_all_different():
+    weights = odd_weights(100_000, torch.device("cpu"))
+    assert (weights % 2).abs().min() == 1
+    assert len(weights.unique()) == len(weights)
 
 
 @pytest.mark.parametrize("dtype", INTEGER)
@@ -26,8 +34,8 @@ def test_hash_equals_its_formula_at_any_chunk(monkeypatch, dtype, chunk):
     monkeypatch.setitem(replicas.CHUNKS, "cpu", chunk)
     tensor = (torch.randn(5, 6, generator=torch.Generator().manual_seed(1)) * 50).to(dtype)
     bits = tensor.reshape(-1).view(INTEGER[dtype]).tolist()
-    assert int(bit_hash(tensor)) == expected(bits)
-    assert int(bit_hash(tensor.T)) == expected(tensor.T.reshape(-1).view(INTEGER[dtype]).tolist())
+    assert int(bit_hash(tensor)) == expected(bits, chunk)
+    assert int(bit_hash(tensor.T)) == expected(tensor.T.reshape(-1).view(INTEGER[dtype]).tolist(), chunk)
 
 
 @pytest.mark.parametrize("dtype", INTEGER)
