@@ -78,7 +78,7 @@ class ReplicaCheck:
     @torch.no_grad()
     def _compare(self, named: Iterable[tuple[str, Tensor]], step: int) -> Tensor:
         names, tensors = zip(*named, strict=True)
-        own = torch.stack([bit_hash(tensor) for tensor in tensors])
+        own = bit_hashes(tensors)
         self._hashes[step] = (list(names), own)
         if len(self._hashes) > KEPT:
             del self._hashes[min(self._hashes)]
@@ -120,20 +120,22 @@ class ReplicaCheck:
         )
 
 
-def bit_hash(tensor: Tensor) -> Tensor:
-    """Returns the hash of a tensor's bits, int64 scalar on its device; products and sums wrap around."""
-    bits = tensor.detach().reshape(-1)
-    bits = bits.view(BITS[bits.element_size()])
-    chunk = CHUNKS[bits.device.type]
-    weights = odd_weights(min(chunk, bits.numel()), bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for number, first in enumerate(range(0, bits.numel(), chunk)):
-        part = bits[first : first + chunk].to(torch.int64)
-        total += (part * weights[: part.numel()]).sum() * _signed(pow(MULTIPLIER, number, 2**64))
-    return total
+def bit_hashes(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the hash of each tensor's bits, int64 [len(tensors)] on their device; products and sums wrap around."""
+    device = tensors[0].device
+    chunk = min(CHUNKS[device.type], max(tensor.numel() for tensor in tensors))
+    factors = odd_numbers(chunk, device)
+    hashes = torch.zeros(len(tensors), dtype=torch.int64, device=device)
+    for tensor, total in zip(tensors, hashes.unbind(), strict=True):
+        bits = tensor.detach().reshape(-1)
+        bits = bits.view(BITS[bits.element_size()])
+        for number, first in enumerate(range(0, bits.numel(), chunk)):
+            part = bits[first : first + chunk].to(torch.int64)
+            total += (part * factors[: part.numel()]).sum() * _signed(pow(MULTIPLIER, number, 2**64))
+    return hashes
 
 
-def odd_weights(count: int, device: torch.device) -> Tensor:
+def odd_numbers(count: int, device: torch.device) -> Tensor:
     """Returns fixed odd numbers without a pattern, int64 [count]."""
     mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(MULTIPLIER)
     mixed = (mixed ^ (mixed >> 29)) * _signed(MULTIPLIER)
