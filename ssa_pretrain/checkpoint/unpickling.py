@@ -5,9 +5,9 @@ megatron-core and DeepSpeed take every global. Inside `restricted`, all of them 
 
     torch.load                       torch's own `weights_only` unpickler, whatever the caller asks for, with LOADED beside torch's list
     `.metadata`                      METADATA
-    Transformer Engine's extra state EXTRA_STATE; `require_safe_extra_state` reads it once before the layer does, in vain
+    Transformer Engine's extra state EXTRA_STATE; `require_safe_extra_state` reads it before the layer does, and drops the result
 
-The lists are what real checkpoints of both engines name (tests/unit/checkpoint/test_unpickling.py compares). Any other global raises `UnsafePickle`,
+The lists are what real checkpoints of both engines name; Transformer Engine's is from its source. Any other global raises `UnsafePickle`,
 one sentence with the file and the global, before anything is called. The sha256 of the files is integrity.py's; it comes first and finds damage,
 not malice: who can write a checkpoint can write its list. A process that writes to the folder between the check and the load is not guarded against.
 

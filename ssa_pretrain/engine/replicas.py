@@ -3,11 +3,12 @@
 A memory or processor error changes weights silently. Data and context ranks hold equal copies, bit for bit, so comparing them finds it. In the first
 step of a process and every `training.replica_check_interval` steps, between the backward and the update, each rank hashes every weight on its device,
 
-    hash = sum over elements i of bits_i * (2 i + 1)    mod 2**64,
+    hash = sum over elements i of bits_i * w_i    mod 2**64,
 
-where `bits` are the element's bits read as an integer. Integer sums do not depend on their order, so equal copies have equal hashes. One changed
-element changes the hash for certain, because odd factors are invertible mod 2**64; several cancel with a probability of about 2**-64. Two small reductions follow; the host reads their outcome with the step's results and waits for
-nothing. No weight, gradient or loss is changed.
+where `bits` are the element's bits read as an integer and the w are fixed odd numbers without a pattern. Integer sums do not depend on their order,
+so equal copies have equal hashes. One changed element changes the hash for certain, because odd factors are invertible mod 2**64. Several changed
+elements cancel by chance only. Two small reductions follow; the host reads their outcome with the step's results and waits for nothing. No weight,
+gradient or loss is changed.
 
 What it cannot see. ZeRO-3 and a single data rank hold no copies, so nothing is compared. Where each step copies the weights from fp32 ones
 (bf16), or gathers them from the rank that updates them (distributed optimizer, ZeRO 1 and 2), a wrong weight lasts for one step, so only the steps
@@ -28,10 +29,8 @@ from torch import Tensor
 from ssa_pretrain.errors import ReplicaError
 from ssa_pretrain.parallel.state import Placement
 
-CHUNKS = {
-    "cpu": 2**15,
-    "cuda": 2**22,
-}  # elements hashed at once, as int64: what fits a CPU's cache, and what fills a GPU
+CHUNKS = {"cpu": 2**15, "cuda": 2**22}  # elements hashed at once as int64: they fit a CPU's cache, or fill a GPU
+MULTIPLIER = 0x9E3779B97F4A7C15  # odd; 2**64 divided by the golden ratio
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 KEPT = 2  # comparisons whose hashes are kept: one step may be queued behind the one that is read
 MAX_NAMED = 3  # weights in the message
@@ -79,7 +78,7 @@ class ReplicaCheck:
     @torch.no_grad()
     def _compare(self, named: Iterable[tuple[str, Tensor]], step: int) -> Tensor:
         names, tensors = zip(*named, strict=True)
-        own = torch.stack([bit_hash(tensor) for tensor in tensors])
+        own = bit_hashes(tensors)
         self._hashes[step] = (list(names), own)
         if len(self._hashes) > KEPT:
             del self._hashes[min(self._hashes)]
@@ -121,19 +120,31 @@ class ReplicaCheck:
         )
 
 
-def bit_hash(tensor: Tensor) -> Tensor:
-    """Returns the hash of a tensor's bits, int64 scalar on its device; the sum wraps around."""
-    bits = tensor.detach().reshape(-1)
-    bits = bits.view(BITS[bits.element_size()])
-    chunk = CHUNKS[bits.device.type]
-    odd = 2 * torch.arange(min(chunk, bits.numel()), dtype=torch.int64, device=bits.device) + 1
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for first in range(0, bits.numel(), chunk):
-        part = bits[first : first + chunk].to(torch.int64)
-        total += (part * odd[: part.numel()]).sum()
-        if first:
-            total += part.sum() * (2 * first)
-    return total
+def bit_hashes(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the hash of each tensor's bits, int64 [len(tensors)] on their device; products and sums wrap around."""
+    device = tensors[0].device
+    chunk = min(CHUNKS[device.type], max(tensor.numel() for tensor in tensors))
+    factors = odd_numbers(chunk, device)
+    hashes = torch.zeros(len(tensors), dtype=torch.int64, device=device)
+    for tensor, total in zip(tensors, hashes.unbind(), strict=True):
+        bits = tensor.detach().reshape(-1)
+        bits = bits.view(BITS[bits.element_size()])
+        for number, first in enumerate(range(0, bits.numel(), chunk)):
+            part = bits[first : first + chunk].to(torch.int64)
+            total += (part * factors[: part.numel()]).sum() * _signed(pow(MULTIPLIER, number, 2**64))
+    return hashes
+
+
+def odd_numbers(count: int, device: torch.device) -> Tensor:
+    """Returns fixed odd numbers without a pattern, int64 [count]."""
+    mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(MULTIPLIER)
+    mixed = (mixed ^ (mixed >> 29)) * _signed(MULTIPLIER)
+    return (mixed ^ (mixed >> 32)) | 1
+
+
+def _signed(number: int) -> int:
+    """Returns the int64 with the bits of a number below 2**64."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def describe(names: Sequence[str], hashes: Sequence[Sequence[int]], ranks: Sequence[str]) -> str:

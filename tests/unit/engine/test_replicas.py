@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from ssa_pretrain.engine import replicas
-from ssa_pretrain.engine.replicas import bit_hash, describe
+from ssa_pretrain.engine.replicas import MULTIPLIER, bit_hashes, describe, odd_numbers
+
+
+def bit_hash(tensor: torch.Tensor) -> int:
+    """Returns one tensor's hash, beside another tensor."""
+    hashes = bit_hashes([torch.ones(3), tensor, torch.zeros(2)])
+    assert hashes[2] == 0
+    return int(hashes[1])
+
 
 INTEGER = {
     torch.bfloat16: torch.int16,
@@ -14,10 +22,18 @@ INTEGER = {
 }
 
 
-def expected(bits: list[int]) -> int:
+def expected(bits: list[int], chunk: int) -> int:
     """Returns the hash by Python's integers, as a signed 64-bit number."""
-    total = sum(value * (2 * i + 1) for i, value in enumerate(bits)) % 2**64
+    weights = odd_numbers(chunk, torch.device("cpu")).tolist()
+    terms = (value * weights[i % chunk] * MULTIPLIER ** (i // chunk) for i, value in enumerate(bits))
+    total = sum(terms) % 2**64
     return total - 2**64 if total >= 2**63 else total
+
+
+def test_factors_are_odd_and_all_different():
+    weights = odd_numbers(100_000, torch.device("cpu"))
+    assert (weights % 2).abs().min() == 1
+    assert len(weights.unique()) == len(weights)
 
 
 @pytest.mark.parametrize("dtype", INTEGER)
@@ -26,8 +42,8 @@ def test_hash_equals_its_formula_at_any_chunk(monkeypatch, dtype, chunk):
     monkeypatch.setitem(replicas.CHUNKS, "cpu", chunk)
     tensor = (torch.randn(5, 6, generator=torch.Generator().manual_seed(1)) * 50).to(dtype)
     bits = tensor.reshape(-1).view(INTEGER[dtype]).tolist()
-    assert int(bit_hash(tensor)) == expected(bits)
-    assert int(bit_hash(tensor.T)) == expected(tensor.T.reshape(-1).view(INTEGER[dtype]).tolist())
+    assert bit_hash(tensor) == expected(bits, chunk)
+    assert bit_hash(tensor.T) == expected(tensor.T.reshape(-1).view(INTEGER[dtype]).tolist(), chunk)
 
 
 @pytest.mark.parametrize("dtype", INTEGER)
@@ -35,26 +51,26 @@ def test_every_single_bit_changes_the_hash(monkeypatch, dtype):
     monkeypatch.setitem(replicas.CHUNKS, "cpu", 5)
     bits = torch.zeros(13, dtype=INTEGER[dtype])
     bits[::2] = 77
-    before, seen = int(bit_hash(bits.view(dtype))), set()
+    before, seen = bit_hash(bits.view(dtype)), set()
     for i in range(len(bits)):
         for bit in range(8 * bits.element_size()):
             mask = torch.tensor(1 << bit, dtype=torch.uint64 if bits.element_size() == 8 else torch.int64)
             changed = bits.clone()
             changed[i] ^= mask.view(torch.int64).to(bits.dtype)
             assert not torch.equal(changed, bits)
-            seen.add(int(bit_hash(changed.view(dtype))))
+            seen.add(bit_hash(changed.view(dtype)))
     assert before not in seen
 
 
 def test_sign_of_zero_and_bits_of_nan_count():
-    assert int(bit_hash(torch.tensor([0.0]))) != int(bit_hash(torch.tensor([-0.0])))
+    assert bit_hash(torch.tensor([0.0])) != bit_hash(torch.tensor([-0.0]))
     nans = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
-    assert int(bit_hash(nans[:1])) != int(bit_hash(nans[1:]))
+    assert bit_hash(nans[:1]) != bit_hash(nans[1:])
 
 
 def test_swapped_elements_change_the_hash():
     tensor = torch.arange(10.0)
-    assert int(bit_hash(tensor)) != int(bit_hash(tensor.flip(0)))
+    assert bit_hash(tensor) != bit_hash(tensor.flip(0))
 
 
 NAMES = ["a", "b", "c", "d", "e"]
