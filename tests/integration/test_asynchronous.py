@@ -31,6 +31,7 @@ SETTINGS = (
     "evaluation.at_start=false",
     "evaluation.interval=0",
     "logging.wandb.mode=off",
+    "checkpoint.asynchronous=true",
 )
 
 
