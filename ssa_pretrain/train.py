@@ -2,7 +2,7 @@
 
 The configuration is checked before torch is imported. `--help`, `--cfg job` and `dry_run=true` never import it. The same command
 resumes from the run's newest checkpoint. Exit codes: 0 done, 3 configuration, 4 data, 5 checkpoint, 6 a loss or gradient norm is not
-finite, 7 stopped by SIGTERM, Ctrl-C or SIGHUP, either with a checkpoint or before there was anything to save.
+finite, 7 stopped by SIGTERM, Ctrl-C or SIGHUP, either with a checkpoint or before there was anything to save, 8 a rank hung.
 """
 
 from collections.abc import Callable, Sequence

@@ -14,6 +14,7 @@ jobs of one world size share its processes: starting them costs more than the st
 import itertools
 import json
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def train(engine, config, placement: Placement, steps: range) -> list[list[float
     found = []
     for step in steps:
         mine = batches(config, placement.dp_rank, placement.dp, step)
-        result = engine.train_step(mine, step=step, learning_rate=1e-2).result()
+        begin = time.monotonic()
+        pending = engine.train_step(mine, step=step, learning_rate=1e-2)
+        result = pending.result()
+        assert 0 < pending.own_seconds() < time.monotonic() - begin
         found.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
         )

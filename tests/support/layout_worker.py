@@ -7,6 +7,7 @@ cases of one layout share the process groups: core never destroys them, and each
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -129,7 +130,10 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
     records, captured = [], capture_first_gradients(engine)
     for index in range(2):
         local = batches(config, placement.dp_rank, placement.dp, index)
-        result = engine.train_step(local, step=index, learning_rate=1e-2).result()
+        begin = time.monotonic()
+        pending = engine.train_step(local, step=index, learning_rate=1e-2)
+        result = pending.result()
+        assert 0 < pending.own_seconds() < time.monotonic() - begin
         records.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
         )

@@ -57,10 +57,11 @@ def live(folder: Path, mode: str) -> None:
         from ssa_pretrain.config import ParallelConfig
         from ssa_pretrain.parallel import watchdog
 
-        watchdog.BEAT_SECONDS, watchdog.ANSWER_SECONDS = 0.5, 2.0
+        watchdog.ANSWER_SECONDS = 2.0
+        parallel = ParallelConfig(hang_minutes=float(os.environ["HANG_MINUTES"]))
         dist.init_process_group("gloo")
         placement = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size())
-        with watchdog.Watchdog(placement, ParallelConfig(hang_minutes=0.05), folder) as watch:  # type: ignore[arg-type]
+        with watchdog.Watchdog(placement, parallel, folder) as watch:  # type: ignore[arg-type]
             for step in range(STEPS):
                 watch.enter("training", step)
                 (folder / f"up_{placement.rank}").write_text(str(os.getpid())) if step == 0 else None

@@ -25,9 +25,9 @@ SCRIPT = SUPPORT / "rank_for_watchdog.py"
 PLACE = f"in training step {HANGS_AT + 1} for "
 
 
-def run(folder: Path, *modes: str) -> tuple[int, str]:
+def run(folder: Path, *modes: str, hang_minutes: float = 5.0) -> tuple[int, str]:
     """Returns the verdict of a launcher on one rank per mode. Fails if a process is left."""
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "HANG_MINUTES": str(hang_minutes)}
     with Supervisor(30, reports=True) as supervisor:
         command = [sys.executable, str(SCRIPT), "launcher", str(folder), *modes]
         code = supervisor.run(command, environment() | meet)
@@ -53,7 +53,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hanging_rank_is_named_and_all_end(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], modes: tuple[str, ...], culprit: int, what: str, detail: str
 ) -> None:
-    code, sentence = run(tmp_path, *modes)
+    code, sentence = run(tmp_path, *modes, hang_minutes=0.05)
     printed = capfd.readouterr().err
     assert code == 8, printed
     pid = int((tmp_path / f"up_{culprit}").read_text())
