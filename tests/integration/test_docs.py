@@ -27,7 +27,7 @@ from ssa_pretrain.huggingface.options import read_options as read_folder_options
 from support.processes import ROOT
 
 GUIDES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 VENV = Path(sys.prefix)
 SHELLS = [["bash"], *([["zsh", "-f"]] if shutil.which("zsh") else [])]
 # Why a command is run neither as it stands nor as a dry run; its words are still checked.
