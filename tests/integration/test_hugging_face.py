@@ -38,48 +38,41 @@ def require_same(one: Path, other: Path, *, but: tuple[str, ...] = ()) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(("engine", "layout", "processes"), [("megatron", "tp2_pp2", 4), ("deepspeed", "tp2", 2)])
-def test_every_number_of_processes_exports_the_same_and_import_scores_the_same(
-    corpus, tmp_path, engine, layout, processes
-):
-    source = tmp_path / "run"
-    train(
-        *SETTINGS,
-        f"data.path={corpus}",
-        f"output_dir={source}",
-        f"engine={engine}",
-        f"parallel={layout}",
-        processes=processes,
-    )
+def trained(folder: Path, corpus: Path, *settings: str, processes: int) -> Path:
+    train(*SETTINGS, f"data.path={corpus}", f"output_dir={folder}", *settings, processes=processes)
+    return folder
+
+
+def imported_from(folder: Path, out: Path, *settings: str) -> list[str]:
+    """Imports a folder; returns the model's settings, as the command prints them."""
+    done = run("ssa_pretrain.import_hf", str(folder), f"out={out}", *settings)
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint.init_from={out}" in done.stdout
+    return done.stdout.splitlines()[-1].split()
+
+
+def test_every_number_of_processes_exports_the_same_and_an_import_scores_the_same(corpus, tmp_path):
+    source = trained(tmp_path / "run", corpus, "parallel=tp2_pp2", processes=4)
     alone = export(source, tmp_path / "alone", "dtype=fp32", "check=true")
     assert len(list(alone.glob("*.safetensors"))) >= 4
-    require_same(
-        export(source / "checkpoints/step_00000001", tmp_path / "all", "dtype=fp32", processes=processes), alone
-    )
-
-    imported = tmp_path / "imported"
-    done = run("ssa_pretrain.import_hf", str(alone), f"out={imported}", f"data={corpus}")
-    assert done.returncode == 0, done.stderr
-    assert f"checkpoint.init_from={imported}" in done.stdout
-    settings = done.stdout.splitlines()[-1].split()
-    scores = [evaluate(folder, corpus) for folder in (source, imported)]
+    require_same(export(source / "checkpoints/step_00000001", tmp_path / "four", "dtype=fp32", processes=4), alone)
+    imported_from(alone, tmp_path / "imported", f"data={corpus}")
+    scores = [evaluate(folder, corpus) for folder in (source, tmp_path / "imported")]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
-
-    begun = tmp_path / "begun"
-    start = (f"checkpoint.init_from={imported}", "optim.lr=1e-30", *settings)
-    train(
-        *SETTINGS,
-        *start,
-        f"data.path={corpus}",
-        f"output_dir={begun}",
-        f"engine={engine}",
-        f"parallel={layout}",
-        processes=processes,
-    )
-    require_same(export(begun, tmp_path / "unchanged", "dtype=fp32"), alone, but=("README.md",))
-
     without_common_weights(source / "checkpoints/step_00000001")
-    require_same(export(source, tmp_path / "by_engine", "dtype=fp32", processes=processes), alone)
+    require_same(export(source, tmp_path / "by_engine", "dtype=fp32", processes=4), alone)
+
+
+def test_deepspeed_exports_and_starts_from_an_import(corpus, tmp_path):
+    layout = ("engine=deepspeed", "parallel=tp2")
+    source = trained(tmp_path / "run", corpus, *layout, processes=2)
+    alone = export(source, tmp_path / "alone", "dtype=fp32")
+    settings = imported_from(alone, tmp_path / "imported")
+    start = (f"checkpoint.init_from={tmp_path / 'imported'}", "optim.lr=1e-30", *settings)
+    begun = trained(tmp_path / "begun", corpus, *layout, *start, processes=2)
+    require_same(export(begun, tmp_path / "unchanged", "dtype=fp32"), alone, but=("README.md",))
+    without_common_weights(source / "checkpoints/step_00000001")
+    require_same(export(source, tmp_path / "by_engine", "dtype=fp32", processes=2), alone)
 
 
 def test_convert_llama_trains_a_llama_from_an_import(corpus, tmp_path):
@@ -87,9 +80,7 @@ def test_convert_llama_trains_a_llama_from_an_import(corpus, tmp_path):
     record = llama_record(rope=LLAMA3_ROPE) | {"vocab_size": 4096}
     folder = write_folder(tmp_path / "llama", record, random_tensors(vocab=4096))
     imported, out = tmp_path / "imported", tmp_path / "out"
-    done = run("ssa_pretrain.import_hf", str(folder), f"out={imported}", "gate=open")
-    assert done.returncode == 0, done.stderr
-    settings = done.stdout.splitlines()[-1].split()
+    settings = imported_from(folder, imported, "gate=open")
     assert "attention.gate=true" in settings
     small = ("precision=fp32", "data.sequence_length=512", "training.global_batch_tokens=1024", "training.steps=2")
     small += ("evaluation.rows=2", "attention.impl=reference", "attention.top_k=4")
