@@ -39,8 +39,13 @@ def evaluate_folder(
     record: dict[str, Any] = {"schema": SCHEMA, "model": named, "versions": packages, "evaluations": {}}
     record["settings"] = {key: value for key, value in config_to_dict(options).items() if key not in ("out", "tasks")}
     out.parent.mkdir(parents=True, exist_ok=True)
+    managers: dict[str, TaskManager] = {}  # by metadata: finding lm_eval's tasks takes seconds
     for name, evaluation in evaluations.items():
-        runs = list(_runs(folder, evaluation, options))
+        key = json.dumps(evaluation.metadata, sort_keys=True)
+        if key not in managers:
+            metadata = {"pretrained": str(folder), **evaluation.metadata}
+            managers[key] = TaskManager(include_path=options.include_path or None, metadata=metadata)
+        runs = list(_runs(folder, evaluation, options, managers[key]))
         versions = {task: number for _, _, found in runs for task, number in found["versions"].items()}
         results = [
             {"mode": mode, "seed": seed, "results": {task: _numbers(m) for task, m in found["results"].items()}}
@@ -57,7 +62,9 @@ def evaluate_folder(
     return record
 
 
-def _runs(folder: Path, evaluation: Evaluation, options: LmEvalOptions) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _runs(
+    folder: Path, evaluation: Evaluation, options: LmEvalOptions, manager: TaskManager
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yields (mode, seed, lm_eval's results)."""
     for mode in options.modes:
         arguments: dict[str, Any] = {"pretrained": str(folder), "trust_remote_code": True, "attention_mode": mode.value}
@@ -65,9 +72,6 @@ def _runs(folder: Path, evaluation: Evaluation, options: LmEvalOptions) -> Itera
             arguments["max_length"] = evaluation.max_length
         placed = {"batch_size": options.batch_size or evaluation.batch_size, "device": options.device or None}
         model = get_model("hf").create_from_arg_obj(arguments | options.model_args, placed)
-        manager = TaskManager(
-            include_path=options.include_path or None, metadata={"pretrained": str(folder), **evaluation.metadata}
-        )
         for seed in options.seeds or evaluation.seeds:
             found = simple_evaluate(
                 model=model,

@@ -18,7 +18,8 @@ from ssa_pretrain.huggingface.harness import summarise, table
 from support.hf_models import VOCAB, draw_documents, lively_model
 from support.processes import ROOT
 
-WORDS = [f"w{i}" for i in range(VOCAB)]
+# A special token is found anywhere in a text, so no word may contain it.
+WORDS = ["<pad>", "<unk>", "<eos>", *(f"w{i}" for i in range(3, VOCAB))]
 MODES = ("full", "sparse")
 
 
@@ -31,9 +32,9 @@ def write_folder(folder: Path):
     """Writes a model with a tokenizer of words, as an export has them, and returns the model."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w1"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     model = lively_model(attention_mode="full", max_position_embeddings=256)
     model.save_pretrained(folder)
     assert (folder / "modelling_ssa.py").read_text() == Path(modelling_ssa.__file__).read_text()
@@ -58,8 +59,8 @@ def write_tasks(folder: Path) -> tuple[list[dict], list[str]]:
         {"task": "own_texts", "file": "texts", "output_type": "loglikelihood_rolling", "doc_to_text": ""}
         | {"doc_to_target": "{{text}}", "metric_list": [{"metric": "word_perplexity"}]},
         {"task": "own_prompts", "file": "prompts", "output_type": "generate_until", "doc_to_text": "{{prompt}}"}
-        | {"doc_to_target": "w1", "metric_list": [{"metric": "exact_match"}]}
-        | {"generation_kwargs": {"until": ["w2"], "max_gen_toks": 5}},
+        | {"doc_to_target": "w9", "metric_list": [{"metric": "exact_match"}]}
+        | {"generation_kwargs": {"until": ["<eos>"], "max_gen_toks": 5}},
     ]
     for task in tasks:
         task["dataset_kwargs"] = {"data_files": {"test": str(folder / f"{task.pop('file')}.jsonl")}}
