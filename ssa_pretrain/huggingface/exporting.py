@@ -141,7 +141,7 @@ def _common_weights(checkpoint: Checkpoint, config: Config, placement: Placement
     if config.engine.name is EngineName.megatron:
         model = build_evaluator(config, placement, vocab_size)
         model.load_weights(checkpoint.folder)
-        save_weights(scratch, model.models, config, placement)
+        save_weights(scratch, model.models, config, placement)  # pyright: ignore[reportAttributeAccessIssue]
     else:
         trained = build_engine(config, placement, vocab_size)
         trained.load(checkpoint.folder)  # DeepSpeed's weights lie in its optimizer's files
