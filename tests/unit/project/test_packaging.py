@@ -51,7 +51,7 @@ def imported(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("ssa_pretrain", ("gpu", "deepspeed", "bench", "huggingface")),
+        ("ssa_pretrain", ("gpu", "deepspeed", "bench", "huggingface", "evaluation")),
         ("data_prep", ("llama3", "gigatoken", "cluster", "hub")),
         ("kernels", ("gpu", "bench")),
         ("tests", ("gpu", "deepspeed", "llama3", "gigatoken", "cluster", "hub", "dev")),
