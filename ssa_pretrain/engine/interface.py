@@ -1,7 +1,8 @@
 """The engine's interface: everything the trainer may ask of the library that runs the model."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +20,9 @@ class StepResult:
         cross_entropy: mean over the labels that count, nats.
         alignment_by_layer: mean over drawn queries other than padding, heads and head dims, one entry per layer; empty if no query was drawn.
         captured_mass_by_layer: mean attention mass of the chosen blocks, as above.
-        grad_norm: global norm before clipping.
+        grad_norm: global norm before clipping; not finite if the step was skipped.
         full_share: share of microbatches whose main stream was the full one.
+        cross_entropy_by_stream: mean over the labels of the microbatches with this main stream, "full" or "sparse"; only streams that occurred.
     """
 
     cross_entropy: float
@@ -28,6 +30,12 @@ class StepResult:
     captured_mass_by_layer: list[float]
     grad_norm: float
     full_share: float
+    cross_entropy_by_stream: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the optimizer skipped this step on all ranks, because the gradient norm is not finite. Weights and moments are unchanged then."""
+        return not math.isfinite(self.grad_norm)
 
 
 class PendingStep:
@@ -81,7 +89,10 @@ class Engine(Protocol):
     """A model on its devices with its optimizer."""
 
     def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
-        """Runs forward, backward and the optimizer step over this rank's microbatches of one global batch."""
+        """Runs forward, backward and the optimizer step over this rank's microbatches of one global batch.
+
+        If the loss or a gradient of any rank is not finite, no rank changes its weights, moments and step counts.
+        """
         ...
 
     def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
@@ -90,6 +101,10 @@ class Engine(Protocol):
 
     def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
         """Returns the logits after each document's last token, fp32 [documents, padded V], on every rank."""
+        ...
+
+    def first_not_finite(self) -> str | None:
+        """Returns the name of this rank's first weight or moment with a value that is not finite; None if all are. Waits for the device."""
         ...
 
     def save(self, folder: Path) -> None:

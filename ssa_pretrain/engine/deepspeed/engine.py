@@ -31,6 +31,7 @@ from ssa_pretrain.engine.deepspeed.setup import (
     exit_with_launcher,
     prepare_process,
 )
+from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums
 from ssa_pretrain.model.llama import Llama
@@ -70,11 +71,13 @@ class DeepSpeedEngine:
             ds.backward(self._loss(sums, batch, route))
             if self._must_compute_norm and ds.is_gradient_accumulation_boundary():
                 grad_norm = self._grad_norm()
+                if not bool(grad_norm.isfinite()):  # without gradients its optimizer changes nothing
+                    ds.zero_grad()
             with torch.profiler.record_function(OPTIMIZER_RANGE):  # before a step's last microbatch it only counts
                 ds.step()
-        return self.microbatches.step_result(
-            sums, torch.as_tensor(ds.get_global_grad_norm() if grad_norm is None else grad_norm)
-        )
+        if grad_norm is None:  # after a step that it skipped, DeepSpeed may still report the norm of the step before
+            grad_norm = ds.get_global_grad_norm() if ds.was_step_applied() else torch.inf
+        return self.microbatches.step_result(sums, torch.as_tensor(grad_norm))
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], *, mode: str) -> EvaluationResult:
@@ -98,6 +101,11 @@ class DeepSpeedEngine:
         positions = batch.positions.unsqueeze(0)
         logits = self.ds(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)
         return logits[0, batch.cu_seqlens[1:].long() - 1].float()
+
+    def first_not_finite(self) -> str | None:
+        """See `Engine.first_not_finite`."""
+        weights = [(name, getattr(p, "ds_tensor", p)) for name, p in self.model.named_parameters()]
+        return first_not_finite([*weights, *optimizer_tensors([self.ds.basic_optimizer])])
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -179,7 +187,7 @@ class DeepSpeedEngine:
         sums.packed.append(packed)
         positions = batch.positions.unsqueeze(0)
         losses = self.ds(batch.tokens, positions, None, labels=batch.labels, packed_seq_params=packed)
-        return sums.loss(losses, batch.loss_mask)
+        return sums.loss(losses, batch.loss_mask, route.main)
 
     def _grad_norm(self) -> Tensor:
         """Returns the global norm of the reduced gradients at stage 0; each parameter of the whole model counts once."""

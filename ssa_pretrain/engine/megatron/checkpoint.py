@@ -23,6 +23,8 @@ METADATA = {
 
 def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
     """Writes weights and optimizer into an existing, empty folder."""
+    if any(not inner.state for inner in inner_optimizers(optimizer)):  # every step so far was skipped
+        _init_states(optimizer)
     state = _model_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(METADATA))
     dist_checkpointing.save(state, str(folder), sharded_strategy=ThreadedStrategy(), content_metadata=dict(METADATA))
@@ -64,15 +66,15 @@ def _model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
     }
 
 
-def _inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:
+def inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:
     """Returns the torch optimizers inside core's wrappers."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [o.optimizer for o in chained]
+    return [o.optimizer for o in chained if o.optimizer is not None]
 
 
 def _init_states(optimizer) -> None:
     """Gives torch AdamW's states the values of step 0, so that core finds the entries that it will overwrite."""
-    for inner in _inner_optimizers(optimizer):
+    for inner in inner_optimizers(optimizer):
         if not isinstance(inner, torch.optim.AdamW):
             continue
         for group in inner.param_groups:
@@ -99,5 +101,5 @@ def _load_optimizer(optimizer, loaded: dict) -> None:
 
 def _pop_steps(optimizer) -> list[tuple[dict, torch.Tensor]]:
     """Removes torch AdamW's step counts, which core would look for among the loaded shards; returns each state with its own copy."""
-    states = [state for inner in _inner_optimizers(optimizer) for state in inner.state.values()]
+    states = [state for inner in inner_optimizers(optimizer) for state in inner.state.values()]
     return [(state, state.pop("step").clone()) for state in states if isinstance(state.get("step"), torch.Tensor)]

@@ -18,6 +18,7 @@ from ssa_pretrain.checkpoint import sharded_weights
 from ssa_pretrain.checkpoint.weights import find_weights
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.data.batches import Batch
+from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep
 from ssa_pretrain.engine.megatron import checkpoint
 from ssa_pretrain.engine.megatron.optimizer import build_optimizer
@@ -109,14 +110,23 @@ class MegatronEngine:
         )
         return self._broadcast_from_last_stage(outputs[0] if outputs else None, len(ends))
 
+    def first_not_finite(self) -> str | None:
+        """See `Engine.first_not_finite`."""
+        self._gather_parameters()
+        weights = (named for model in self._models for named in model.named_parameters())
+        return first_not_finite([*weights, *optimizer_tensors(checkpoint.inner_optimizers(self.optimizer))])
+
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
         self._gather_parameters()
+        self.optimizer.count_skipped_steps()
         checkpoint.save(folder, self.chunks, self.optimizer)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
+        self.optimizer.count_skipped_steps()
         checkpoint.load(folder, self.chunks, self.optimizer)
+        self.optimizer.prepare_skipping()
 
     def load_weights(self, folder: Path) -> None:
         """See `Engine.load_weights`."""
@@ -172,7 +182,10 @@ class MegatronEngine:
             packed = self.microbatches.pack(batch, route)
             sums.packed.append(packed)
             out = chunk(batch.tokens, batch.positions.unsqueeze(0), None, labels=batch.labels, packed_seq_params=packed)
-            return out, lambda losses: (sums.loss(losses, batch.loss_mask), {})  # called on the last stage only
+            return out, lambda losses: (
+                sums.loss(losses, batch.loss_mask, route.main),
+                {},
+            )  # called on the last stage only
 
         iterators = [iter(list(zip(batches, routes, strict=True))) for _ in self.chunks]
         self._schedule(
