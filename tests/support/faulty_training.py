@@ -4,7 +4,9 @@
     loss      likewise: the cross entropies of the first tokens of this rank are infinite, without a gradient of their own
     spike     {"steps": [40], "factor": 10.0, "stream": "sparse"}: cross entropies of microbatches with this main stream are larger
     weights   {"step": 5, "rank": 0}: a weight of this rank is NaN after this step
-    states    FILE: after each step, the digest of this rank's weights, moments and step counts is appended to FILE.RANK, one JSON line per step
+    deterministic    true: torch's deterministic mode, in which memory that nobody has written holds NaN
+    states    FILE: after each step, a JSON line is appended to FILE.RANK: the step, the digest of this rank's weights, and that of its weights,
+              moments and step counts
 
 Steps count from 1. The faults enter where real ones do: gradients in a hook of the backward, losses in the model's output.
 """
@@ -27,20 +29,26 @@ def models_of(engine: Any) -> list[torch.nn.Module]:
     return engine._models if engine.config.engine.name is EngineName.megatron else [engine.model]
 
 
-def digest(engine: Any) -> str:
-    """Returns a digest of every bit of this rank's weights, moments and step counts."""
+def digests(engine: Any) -> tuple[str, str]:
+    """Returns digests of every bit of this rank's weights, and of its weights, moments and step counts."""
     if engine.config.engine.name is EngineName.megatron:
         from ssa_pretrain.engine.megatron.checkpoint import inner_optimizers
 
         inner = inner_optimizers(engine.optimizer)
     else:
         inner = [engine.ds.basic_optimizer]
-    tensors = [getattr(p, "ds_tensor", p) for model in models_of(engine) for p in model.parameters()]
+    weights = [getattr(p, "ds_tensor", p) for model in models_of(engine) for p in model.parameters()]
+    tensors = list(weights)
     for optimizer in inner:
         tensors += [p for group in optimizer.param_groups for p in group["params"]]
         # A state that is not there yet is one of zeros.
         states = (v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.any())
         tensors += list(states)
+    return digest(weights), digest(tensors)
+
+
+def digest(tensors: list[torch.Tensor]) -> str:
+    """Returns the sha256 of tensors' bytes."""
     whole = hashlib.sha256()
     for tensor in tensors:
         whole.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -96,14 +104,16 @@ def install(faults: dict[str, Any]) -> None:
                 next(iter(models_of(run.engine)[0].parameters())).view(-1)[0] = torch.nan
         if "states" in faults:
             with Path(f"{faults['states']}.{rank}").open("a") as file:
-                file.write(json.dumps([step + 1, digest(run.engine)]) + "\n")
+                file.write(json.dumps([step + 1, *digests(run.engine)]) + "\n")
         return queued
 
     trainer.train_step = train_step_and_record
 
 
 if __name__ == "__main__":
-    install(json.loads(sys.argv[1]))
+    chosen = json.loads(sys.argv[1])
+    torch.use_deterministic_algorithms(chosen.get("deterministic", False))
+    install(chosen)
     from ssa_pretrain.train import main
 
     sys.argv = ["train", *sys.argv[2:]]
