@@ -1,5 +1,6 @@
 """Numbers that are not finite, loss spikes and left-out data, in real runs: exactly the bad step is lost, on every rank, and nothing bad is published."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -69,8 +70,7 @@ def test_step_that_is_not_finite_is_skipped_on_all_ranks_and_resumes_exactly(cor
         )
     for rank in (0, 1):
         found = states(tmp_path / "whole.states", rank)
-        changed = [True, *(one != other for one, other in zip(found, found[1:], strict=False))]
-        assert changed[1:] == [True, False, False, True, True]
+        assert [one != other for one, other in itertools.pairwise(found)] == [True, False, False, True, True]
         assert found == states(tmp_path / "parts.states", rank)
     weights = [[weights for weights, _ in states(tmp_path / "whole.states", rank)] for rank in (0, 1)]
     assert weights[0] == weights[1]
@@ -93,7 +93,7 @@ def test_deepspeed_skips_exactly_that_step(corpus, tmp_path, stage):
     require_finished(ended)
     for rank in (0, 1):
         found = states(tmp_path / "states", rank)
-        assert [one != other for one, other in zip(found, found[1:], strict=False)] == [True, False, False, True]
+        assert [one != other for one, other in itertools.pairwise(found)] == [True, False, False, True]
     logged = records(tmp_path / "run", "train")
     assert [record["step"] for record in logged if record.get("skipped")] == [3, 4]
     assert "step 3 skipped on all ranks" in ended[0].stderr
