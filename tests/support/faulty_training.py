@@ -40,10 +40,10 @@ def digests(engine: Any) -> tuple[str, str]:
     weights = [getattr(p, "ds_tensor", p) for model in models_of(engine) for p in model.parameters()]
     tensors = list(weights)
     for optimizer in inner:
-        tensors += [p for group in optimizer.param_groups for p in group["params"]]
-        # A state that is not there yet is one of zeros.
-        states = (v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.any())
-        tensors += list(states)
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        # In the order of the weights and names, which loading does not keep. A state that is not there yet is one of zeros.
+        states = (state for p in held for _, state in sorted(optimizer.state.get(p, {}).items()))
+        tensors += held + [state for state in states if isinstance(state, torch.Tensor) and state.any()]
     return digest(weights), digest(tensors)
 
 

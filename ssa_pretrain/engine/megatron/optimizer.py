@@ -26,8 +26,10 @@ class DeviceClippedOptimizer(ChainedOptimizer):
 
     def __init__(self, optimizers: list[MegatronOptimizer]) -> None:
         super().__init__(optimizers)
-        on_gpu = torch.cuda.is_available()
-        self._flags = [SkipFlag(o.optimizer) for o in optimizers if on_gpu and o.optimizer is not None]
+        device = _device()
+        self._flags = [
+            SkipFlag(o.optimizer, device) for o in optimizers if device.type == "cuda" and o.optimizer is not None
+        ]
 
     @torch.no_grad()
     def step(self) -> tuple[bool, Tensor, None]:
@@ -61,11 +63,15 @@ class DeviceClippedOptimizer(ChainedOptimizer):
 
 def _norm(grads: list[Tensor], group: dist.ProcessGroup) -> Tensor:
     """Returns the norm over all ranks of a group; `grads` are those that only this rank counts."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=device)]  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=_device())]  # pyright: ignore[reportPrivateImportUsage]
     total = torch.stack(list(norms)).float().square().sum()
     dist.all_reduce(total, group=group)
     return total.sqrt()
+
+
+def _device() -> torch.device:
+    """Returns the device that this rank trains on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> DeviceClippedOptimizer:

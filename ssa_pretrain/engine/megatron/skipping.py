@@ -21,17 +21,17 @@ from torch import Tensor
 
 
 class SkipFlag:
-    """The flag of one optimizer on a GPU.
+    """The flag of one optimizer.
 
     Args:
-        optimizer: Transformer Engine's FusedAdam or torch's AdamW, over fp32 weights on one GPU.
+        optimizer: Transformer Engine's FusedAdam or torch's AdamW, over fp32 weights on one device.
+        device: of the weights.
 
     Raises:
         TypeError: another optimizer.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    def __init__(self, optimizer: Any, device: torch.device) -> None:
         self._optimizer = optimizer
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
         self._skipped = torch.zeros(1, dtype=torch.int32, device=device)  # since the host last counted
