@@ -10,8 +10,8 @@ DeepSpeed's own engine is built on first use, so that weights are loaded into a 
 
 import gc
 import io
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,10 +71,9 @@ class DeepSpeedEngine:
             ds.backward(self._loss(sums, batch, route))
             if self._must_compute_norm and ds.is_gradient_accumulation_boundary():
                 grad_norm = self._grad_norm()
-                if not bool(grad_norm.isfinite()):  # without gradients its optimizer changes nothing
-                    ds.zero_grad()
-            with torch.profiler.record_function(OPTIMIZER_RANGE):  # before a step's last microbatch it only counts
-                ds.step()
+            skip = grad_norm is not None and not bool(grad_norm.isfinite())
+            with torch.profiler.record_function(OPTIMIZER_RANGE), self._without_gradients() if skip else nullcontext():
+                ds.step()  # before a step's last microbatch it only counts
         if grad_norm is None:  # after a step that it skipped, DeepSpeed may still report the norm of the step before
             grad_norm = ds.get_global_grad_norm() if ds.was_step_applied() else torch.inf
         return self.microbatches.step_result(sums, torch.as_tensor(grad_norm))
@@ -197,6 +196,15 @@ class DeepSpeedEngine:
         total = torch.stack([g.float().norm() for g in grads]).square().sum()
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total.sqrt()
+
+    @contextmanager
+    def _without_gradients(self) -> Iterator[None]:
+        """Takes the gradients from the optimizer when it steps: AdamW changes nothing then. DeepSpeed's clipping before needs them."""
+        hook = self.ds.basic_optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _idle_batches(self, count: int) -> list[Batch]:
         """Returns empty microbatches for a rank that has fewer than another: under ZeRO-3 every forward gathers weights from all ranks."""
