@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
     CONFIGURATION = 3  # the configuration, the command line, a port in use, an output_dir that cannot be written
     DATA = 4
     CHECKPOINT = 5
-    DIVERGED = 6  # a step's loss or gradient norm is not finite
+    DIVERGED = 6  # steps in a row or the weights are not finite, or rollbacks do not help
     STOPPED = 7  # on request; the same command resumes
     HUNG = 8  # a rank made no progress; the watchdog has named it
     REPLICAS = 12  # data ranks hold different copies of the weights
@@ -83,7 +83,7 @@ class WeightsError(CommandError, ValueError):
 
 
 class DivergedError(CommandError, RuntimeError):
-    """A step's loss or gradient norm is not finite."""
+    """Too many steps in a row were not finite, or the weights are not, or rollbacks do not help."""
 
     exit_code = ExitCode.DIVERGED
 

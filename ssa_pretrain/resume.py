@@ -33,7 +33,9 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
     if "data.order" not in checkpoint.facts:
         run.rows = training_rows(run.config, run.manifest, order=1)
         run.print(f"{checkpoint.folder} was written under row order 1: the run keeps it to its end")
-    if changed := refused_changes(checkpoint.facts, run.contract(), needs_equal_microbatches(run.config)):
+    if changed := refused_changes(
+        checkpoint.facts, run.contract(checkpoint.step), needs_equal_microbatches(run.config)
+    ):
         listed = "\n  ".join(changed)
         raise CheckpointError(
             f"{checkpoint.folder} cannot be continued with this configuration; restore these settings or choose another output_dir:\n  {listed}"
@@ -56,6 +58,7 @@ def restore(run: Run, checkpoint: Checkpoint | None) -> int:
     """Loads a checkpoint, or the weights that a new run starts from. Returns the steps done."""
     if checkpoint is not None:
         run.engine.load(checkpoint.folder)
+        run.health.load(checkpoint.folder)
         run.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
         return checkpoint.step
     if run.config.checkpoint.init_from:

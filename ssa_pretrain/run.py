@@ -14,12 +14,14 @@ import torch.distributed as dist
 
 from ssa_pretrain.checkpoint.facts import run_facts
 from ssa_pretrain.checkpoint.integrity import Verdicts
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, TrainingConfig
 from ssa_pretrain.data.batches import Packing
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, build_engine, build_evaluator
 from ssa_pretrain.errors import DataError
+from ssa_pretrain.health import Health
+from ssa_pretrain.incidents import Incident
 from ssa_pretrain.monitor.console import with_timestamps
 from ssa_pretrain.monitor.environment import versions
 from ssa_pretrain.parallel.agreement import differences_from_rank_0, on_rank_0, ranks_without
@@ -29,6 +31,7 @@ from ssa_pretrain.run_folder import lock_folder, marker_is_visible, write_marker
 from ssa_pretrain.settings.convert import config_to_dict
 from ssa_pretrain.settings.files import unlock
 from ssa_pretrain.settings.problems import ConfigError, Problem
+from ssa_pretrain.step_ranges import Range, merged, up_to
 
 if TYPE_CHECKING:
     from ssa_pretrain.evaluation.tasks import Task
@@ -51,6 +54,8 @@ class Run:
     folder: Path
     verdicts: Verdicts = field(default_factory=Verdicts)  # on the run's checkpoints; used on rank 0
     tasks: "list[Task]" = field(default_factory=list)
+    health: Health = field(default_factory=lambda: Health(TrainingConfig()))
+    incidents: list[Incident] = field(default_factory=list)  # by step; the same on every rank
 
     @property
     def last_step(self) -> int:
@@ -68,8 +73,17 @@ class Run:
         if self.placement.is_rank_0:
             print(with_timestamps(text, self.config.logging.timestamps), flush=True)
 
-    def contract(self) -> dict[str, Any]:
-        """Returns the facts on which a resumed run and its checkpoint must agree: everything that decides the losses, except layout and schedule."""
+    @property
+    def left_out(self) -> list[Range]:
+        """The steps whose data is left out, by the configuration or after rollbacks."""
+        return merged([*self.config.training.skip_steps, *(i.skipped_steps for i in self.incidents if i.skipped_steps)])
+
+    def contract(self, step: int = 0) -> dict[str, Any]:
+        """Returns the facts on which a resumed run and its checkpoint must agree: everything that decides the losses, except layout and schedule.
+
+        Args:
+            step: the checkpoint's. Steps that were left out up to it are a fact; which later ones will be is not.
+        """
         facts = run_facts(
             self.config,
             fingerprint=self.manifest.fingerprint,
@@ -78,6 +92,8 @@ class Run:
         )
         if self.rows and self.rows.order > 1:  # a checkpoint without this fact was written under row order 1
             facts["data.order"] = self.rows.order
+        if left_out := up_to(self.left_out, step):
+            facts["training.skip_steps"] = [list(pair) for pair in left_out]
         return facts
 
 
@@ -136,7 +152,8 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
         require_same_run(config, manifest)
     build = build_engine if trains else build_evaluator
     engine = cast(Engine, build(config, placement, vocab_size))
-    return Run(config, plan, placement, manifest, engine, rows, held_out, Path(config.output_dir))
+    folder, health = Path(config.output_dir), Health(config.training)
+    return Run(config, plan, placement, manifest, engine, rows, held_out, folder, health=health)
 
 
 def training_rows(config: Config, manifest: Manifest, order: int = ORDER) -> TrainingRows:

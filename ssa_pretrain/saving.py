@@ -27,6 +27,7 @@ from ssa_pretrain.checkpoint.mirror import Mirror, leave_together
 from ssa_pretrain.checkpoint.publish import publish
 from ssa_pretrain.config import Auto
 from ssa_pretrain.errors import CheckpointError, CommandError
+from ssa_pretrain.health import FILE_NAME, require_finite_weights
 from ssa_pretrain.monitor.console import save_line, wait_line
 from ssa_pretrain.monitor.metrics import MetricsLogger
 from ssa_pretrain.parallel.state import timeout
@@ -143,11 +144,12 @@ class Saver:
 
         Raises:
             CheckpointError: this save, or the one before it, has failed.
-            ReplicaError: data ranks hold different copies of the weights; nothing is saved.
+            ReplicaError, DivergedError: data ranks hold different copies of the weights, or values that are not finite; nothing is saved.
         """
-        save = _Save(step, time.monotonic(), self._step_seconds(), self._run.contract())
-        self._wait_for_earlier(step)
+        save = _Save(step, time.monotonic(), self._step_seconds(), self._run.contract(step), self._run.health.text())
+        self.wait(step)
         self._run.engine.require_equal_replicas(step)
+        require_finite_weights(self._run.engine, step)
         if self._group is None or wait:
             self._finish(self._publish(save, self._write, None))
         else:
@@ -176,8 +178,8 @@ class Saver:
 
         return BackgroundSave(save.step, act)
 
-    def _wait_for_earlier(self, step: int) -> None:
-        """Waits until the save that is under way is done, and reports for how long."""
+    def wait(self, step: int) -> None:
+        """Waits until the save that is under way is done, and reports for how long; every rank calls it."""
         if self._pending is None:
             return
         begin = time.monotonic()
@@ -201,11 +203,17 @@ class Saver:
             stall: returns for how long training stood still; None: as long as this takes.
         """
         run = self._run
+
+        def write_all(folder: Path) -> None:
+            write(folder)
+            if run.placement.is_rank_0:
+                (folder / FILE_NAME).write_text(save.health)
+
         folder = publish(
             run.folder,
             save.step,
             save.facts,
-            write,
+            write_all,
             keep=run.config.checkpoint.keep,
             is_rank_0=run.placement.is_rank_0,
             report=self._report,
@@ -300,9 +308,11 @@ class _Save:
         begin: by the monotonic clock, in seconds.
         step_seconds: the recent mean time of a step.
         facts: the facts that a resume must agree on.
+        health: content of `health.json`.
     """
 
     step: int
     begin: float
     step_seconds: float
     facts: dict[str, Any]
+    health: str

@@ -5,7 +5,6 @@ checkpoint holds only weights and optimizer states. A resumed run continues as i
 which engine runs.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from ssa_pretrain.config import Config
 from ssa_pretrain.config.rules import warning
 from ssa_pretrain.data.batches import Batch, training_batches
 from ssa_pretrain.engine import PendingStep, StepResult
-from ssa_pretrain.errors import DivergedError, Interrupted
+from ssa_pretrain.errors import Interrupted
 from ssa_pretrain.evaluation import MODES
 from ssa_pretrain.evaluation.held_out import (
     evaluate_mode,
@@ -33,17 +32,20 @@ from ssa_pretrain.monitor.console import Console, banner, end_line
 from ssa_pretrain.monitor.environment import provenance, record_start, versions
 from ssa_pretrain.monitor.metrics import MetricsLogger, Tracker
 from ssa_pretrain.monitor.profiling import profiled
+from ssa_pretrain.monitor.spikes import Spike
 from ssa_pretrain.monitor.tracking import WandbTracker, start_tracking
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.parallel.watchdog import Watchdog, watchdog
 from ssa_pretrain.planning.flops import peak_flops, row_flops
-from ssa_pretrain.resume import find_checkpoint, restore, why_finished
+from ssa_pretrain.resume import find_checkpoint, newest_checkpoint, restore, why_finished
+from ssa_pretrain.rollback import load_incidents, roll_back
 from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flatten_settings, locked_folder, packing_of
 from ssa_pretrain.run_folder import space_warning
 from ssa_pretrain.saving import Saver
 from ssa_pretrain.schedule import is_due, learning_rate
 from ssa_pretrain.settings.convert import config_to_dict, save_config
+from ssa_pretrain.step_ranges import contains
 
 # Settings that do not affect the results of a step.
 NEUTRAL_SETTINGS = (
@@ -68,7 +70,7 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
 
     Raises:
         DataError, CheckpointError, ConfigError: the run cannot start.
-        DivergedError: a loss or gradient norm is not finite.
+        DivergedError: too many steps in a row were not finite, or the weights are not.
         Interrupted: the run was asked to stop; its last step is saved.
     """
     with (
@@ -77,6 +79,7 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
         watchdog(config, placement) as watch,
     ):
         run = build_run(config, placement)
+        load_incidents(run)
         checkpoint = find_checkpoint(run)
         if checkpoint is not None and (reason := why_finished(run, checkpoint.step)):
             run.print(reason)
@@ -85,20 +88,24 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
         if placement.is_rank_0 and (shortage := space_warning(run.folder, run.plan.checkpoint_bytes)):
             run.print(shortage)
         first_step, begin = restore(run, checkpoint), time.monotonic()
-        with (
-            Interruption(placement) as interruption,
-            open_log(run, first_step, more_trackers) as log,
-            Saver(run, log, first_step, published=watch.saved) as saver,
-        ):
-            watch.print_line = log.console.print if placement.is_rank_0 else watch.print_line
-            loop(run, log, first_step, interruption, saver, watch)
+        with Interruption(placement) as interruption:
+            while True:
+                with (
+                    open_log(run, first_step, more_trackers) as log,
+                    Saver(run, log, first_step, published=watch.saved) as saver,
+                ):
+                    watch.print_line = log.console.print if placement.is_rank_0 else watch.print_line
+                    finished = loop(run, log, first_step, interruption, saver, watch)
+                if finished:
+                    break
+                first_step = restore(run, newest_checkpoint(run))
         step, seconds = max(first_step, run.last_step), time.monotonic() - begin
         tokens = step * run.plan.tokens_per_step
         log.console.print(end_line(step, first_step, run.plan.steps, tokens, seconds))
 
 
-def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, saver: Saver, watch: Watchdog) -> None:
-    """Trains from `step` to the last step; evaluates and saves when due.
+def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, saver: Saver, watch: Watchdog) -> bool:
+    """Trains from `step` to the last step; evaluates and saves when due. Returns False if the run goes back to its newest checkpoint instead.
 
     On a GPU the results of a step are read after the next step is queued, so the device never waits for the host to write a line. On a CPU
     a step is done when it returns. Its results are read at once, so that its time does not include the next step.
@@ -117,8 +124,13 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, sa
         evaluating = is_due(step, config.evaluation.interval, run.plan.steps) and not stopping
         saver.after_step(step)
         saving = saver.is_due(step) or stopping
-        for own_seconds in log_results(run, log, queue, keep=0 if evaluating or saving else max_queued):
-            watch.add_own_seconds(own_seconds)
+        own_seconds, found = log_results(run, log, queue, keep=0 if evaluating or saving else max_queued)
+        for seconds in own_seconds:
+            watch.add_own_seconds(seconds)
+        if found is not None and config.training.rollback_on_spike:
+            saver.wait(step)
+            if roll_back(run, *found):
+                return False
         if evaluating:
             watch.enter("evaluating", step)
             evaluate(run, log, step)
@@ -129,6 +141,7 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, sa
             raise Interrupted(
                 f"{interruption.reason}: stopped after step {step}; its checkpoint is published, and the same command resumes from it"
             )
+    return True
 
 
 def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
@@ -152,13 +165,13 @@ class QueuedStep:
 
     Attributes:
         number: its number, counted from 1.
-        pending: its results; `result()` waits for the device.
+        pending: its results; `result()` waits for the device. None: its data is left out.
         flops_per_token: model FLOPs per token; they depend on the step's documents.
         data_seconds: the time to read its rows.
     """
 
     number: int
-    pending: PendingStep
+    pending: PendingStep | None
     flops_per_token: float
     data_seconds: float
 
@@ -169,8 +182,10 @@ class QueuedStep:
 
 
 def train_step(run: Run, step: int) -> QueuedStep:
-    """Queues the next optimizer step after `step` steps."""
+    """Queues the next optimizer step after `step` steps, unless its data is left out."""
     assert run.rows is not None
+    if contains(run.left_out, step + 1):
+        return QueuedStep(step + 1, None, 0.0, 0.0)
     plan, dp_rank, begin = run.plan, run.placement.dp_rank, time.monotonic()
     batches = training_batches(
         run.rows, packing_of(run.config), step, count=plan.num_microbatches, dp=plan.dp, dp_rank=dp_rank
@@ -181,37 +196,36 @@ def train_step(run: Run, step: int) -> QueuedStep:
     return QueuedStep(step + 1, pending, flops_per_token(run, batches), data_seconds)
 
 
-def log_results(run: Run, log: MetricsLogger, queue: deque[QueuedStep], *, keep: int) -> list[float]:
-    """Reads and logs the results of the queued steps, oldest first, except the newest `keep`. Returns this rank's own time of each.
+def log_results(
+    run: Run, log: MetricsLogger, queue: deque[QueuedStep], *, keep: int
+) -> tuple[list[float], tuple[Spike, int] | None]:
+    """Reads, judges and logs the results of the queued steps, oldest first, except the newest `keep`.
+
+    Returns:
+        This rank's own time of each trained step, and the first loss spike with its step, if there is one.
 
     Raises:
-        DivergedError: a loss or gradient norm is not finite.
+        DivergedError: too many steps in a row were skipped. Every rank has the same results, so all ranks stop at the same step.
         ReplicaError: data ranks hold different copies of the weights.
     """
-    own_seconds = []
+    own_seconds, found = [], None
     while len(queue) > keep:
         queued = queue.popleft()
+        if queued.pending is None:
+            log.log_step(left_out_record(run, queued.number))
+            continue
         result = queued.pending.result()
-        log.log_step(training_record(run, result, queued.number), queued.flops_per_token)
-        require_finite(run, result, queued.number)
+        verdict = run.health.judge(result, queued.number)
+        log.log_step(training_record(run, result, queued.number) | verdict.record, queued.flops_per_token)
+        if verdict.line:
+            log.console.print(verdict.line)
+        run.health.require_progress(result, queued.number, run.folder)
         if result.differing_weights is not None:
             run.engine.replicas.require_equal(result.differing_weights, queued.number - 1)
         own_seconds.append(queued.own_seconds(on_gpu=run.placement.device.type == "cuda"))
-    return own_seconds
-
-
-def require_finite(run: Run, result: StepResult, step: int) -> None:
-    """Raises DivergedError if the loss or the gradient norm is not finite.
-
-    The weights are already corrupt then and must not be saved. Every rank has the same results, so all ranks stop at the same step.
-    """
-    if math.isfinite(result.cross_entropy) and math.isfinite(result.grad_norm):
-        return
-    raise DivergedError(
-        f"step {step} has cross entropy {result.cross_entropy:g} and gradient norm {result.grad_norm:g}: training has diverged, and this step "
-        f"was not saved. The same command trains again from the newest checkpoint in {run.folder}; lower optim.lr, lengthen the warm-up "
-        "(optim.warmup_fraction), or start from an earlier checkpoint with checkpoint.init_from"
-    )
+        if found is None and verdict.spike is not None:
+            found = verdict.spike, queued.number
+    return own_seconds, found
 
 
 def profiling(run: Run, step: int) -> AbstractContextManager[None]:
@@ -245,6 +259,20 @@ def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
         "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
         "stream": {1.0: "full", 0.0: "sparse"}.get(result.full_share, "mixed"),
         "full_share": result.full_share,
+    }
+
+
+def left_out_record(run: Run, step: int) -> dict[str, Any]:
+    """Returns the record of a step whose data is left out: it has no results."""
+    by_hand = contains(run.config.training.skip_steps, step)
+    return {
+        "step": step,
+        "tokens": step * run.plan.tokens_per_step,
+        "loss": None,
+        "cross_entropy": None,
+        "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
+        "skipped": True,
+        "skip_reason": "training.skip_steps" if by_hand else "rollback",
     }
 
 

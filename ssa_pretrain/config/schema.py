@@ -27,6 +27,7 @@ from ssa_pretrain.config.choices import (
 )
 from ssa_pretrain.config.evaluation import EvaluationConfig
 from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between, divisors, join, nearest
+from ssa_pretrain.step_ranges import are_valid
 
 
 @dataclass(kw_only=True, slots=True)
@@ -291,6 +292,13 @@ class TrainingConfig:
     micro_batch_size: int = 1  # rows per rank and microbatch
     replica_check_interval: int = 10  # steps between comparisons of the data ranks' copies of the weights; 0: none
     stop_at_step: int = 0  # checkpoint and exit after this step; the schedule stays the same; 0: run to the end
+    max_skipped_steps: int = (
+        0  # steps in a row that are not finite and skipped until the run ends; 0: the first ends it
+    )
+    skip_steps: list[list[int]] = field(default_factory=list)  # ranges [first, last] of steps whose data is left out
+    spike_threshold: float = 8.0  # deviations above recent losses of its main stream that make a step a spike; 0: never
+    rollback_on_spike: bool = False  # after a spike, go back to the newest checkpoint and leave out the data before it
+    rollback_window: int = 16  # steps, up to the spike's, that a rollback leaves out
 
     def num_steps(self) -> int:
         """Returns the optimizer steps of the whole schedule."""
@@ -299,7 +307,15 @@ class TrainingConfig:
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         found = at_least("training", self, 0, "total_tokens", "steps", "replica_check_interval", "stop_at_step")
-        found += at_least("training", self, 1, "micro_batch_size")
+        found += at_least("training", self, 0, "max_skipped_steps", "spike_threshold")
+        found += at_least("training", self, 1, "micro_batch_size", "rollback_window")
+        if not are_valid(self.skip_steps):
+            rule = "must be ranges [first, last] of steps, counted from 1"
+            found.append(Problem("training.skip_steps", self.skip_steps, rule, "try 'training.skip_steps=[[120,130]]'"))
+        if self.rollback_on_spike and not self.spike_threshold:
+            rule = "needs spikes, but training.spike_threshold=0 finds none"
+            advice, reads = "try training.spike_threshold=8", ("training.spike_threshold",)
+            found.append(Problem("training.rollback_on_spike", True, rule, advice, reads))
         if self.global_batch_tokens < 1:
             rule, advice = "must be set to the tokens per optimizer step over all ranks", "try 8192"
             found.append(Problem("training.global_batch_tokens", self.global_batch_tokens, rule, advice))

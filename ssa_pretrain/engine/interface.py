@@ -1,5 +1,6 @@
 """The engine's interface: everything the trainer may ask of the library that runs the model."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,10 @@ class StepResult:
         cross_entropy: mean over the labels that count, nats.
         alignment_by_layer: mean over drawn queries other than padding, heads and head dims, one entry per layer; empty if no query was drawn.
         captured_mass_by_layer: mean attention mass of the chosen blocks, as above.
-        grad_norm: global norm before clipping.
+        grad_norm: global norm before clipping; not finite if the step was skipped.
         full_share: share of microbatches whose main stream was the full one.
         differing_weights: weights whose copies differed between data ranks before the update; None if they were not compared.
+        cross_entropy_by_stream: mean over the labels of the microbatches with this main stream, "full" or "sparse"; only streams that occurred.
     """
 
     cross_entropy: float
@@ -32,6 +34,12 @@ class StepResult:
     grad_norm: float
     full_share: float
     differing_weights: int | None = None
+    cross_entropy_by_stream: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the optimizer skipped this step on all ranks, because the gradient norm is not finite. Weights and moments are unchanged then."""
+        return not math.isfinite(self.grad_norm)
 
 
 class PendingStep:
@@ -151,11 +159,19 @@ class Engine(Evaluator, Protocol):
     replicas: ReplicaCheck
 
     def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
-        """Runs forward, backward and the optimizer step over this rank's microbatches of one global batch."""
+        """Runs forward, backward and the optimizer step over this rank's microbatches of one global batch.
+
+        If the loss or a gradient of any rank is not finite, no rank changes its weights, moments and step counts. On a GPU that needs
+        `training.max_skipped_steps` above 0.
+        """
         ...
 
     def require_equal_replicas(self, step: int) -> None:
         """Raises ReplicaError on every rank if data ranks hold different weights after `step` updates; every rank calls it before a save."""
+        ...
+
+    def first_not_finite(self) -> str | None:
+        """Returns the name of this rank's first weight or moment with a value that is not finite; None if all are. Waits for the device."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -19,6 +19,9 @@ computes, and a tensor rank's mean over its heads. So it enters with scale
 
 Both terms are then independent of accumulation, dp, cp, tp and pp.
 
+A microbatch's loss that is not finite makes its gradients NaN (`StepSums.loss`), so the gradient norm, which all ranks share, tells every rank
+whether to skip the step.
+
 Padding (data/batches.py) and queries that the chosen blocks cover (counterpart.py) have alignment 0 and captured mass 1, whether they are computed
 or not. The results are means over the drawn queries except padding, in which a query counts for 1 / r.
 """
@@ -93,6 +96,7 @@ class StepSums:
         packed: every microbatch's packing, with its layers' diagnostics.
         cross_entropies: every microbatch's sum; on the last stage only.
         by_position: float64 [2, buckets], sums of cross entropies and labels by position (`EvaluationResult`); None: not counted.
+        full: sum and number of labels of every microbatch whose main stream is the full one; on the last stage only.
     """
 
     counts: Counts
@@ -100,17 +104,28 @@ class StepSums:
     packed: list[PackedTokens] = field(default_factory=list)
     cross_entropies: list[Tensor] = field(default_factory=list)
     by_position: Tensor | None = None
+    full: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def loss(self, losses: Tensor, batch: Batch) -> Tensor:
-        """Returns a localised microbatch's loss from its tokens' cross entropies, and keeps their sum."""
+    def loss(self, losses: Tensor, batch: Batch, main: str) -> Tensor:
+        """Returns a localised microbatch's loss from its tokens' cross entropies, and keeps their sum. A loss that is not finite has NaN gradients.
+
+        Args:
+            losses: cross entropies of the tokens.
+            batch: the microbatch.
+            main: its main stream.
+        """
         masked = losses.float() * batch.loss_mask
         total = masked.sum()
-        self.cross_entropies.append(total.detach())
+        kept = total.detach()
+        self.cross_entropies.append(kept)
+        if main == "full":
+            self.full.append((kept, batch.loss_mask.sum()))
         if self.by_position is not None:
             edges = 2 ** torch.arange(self.by_position.shape[1] - 1, device=losses.device)
             bucket = torch.bucketize(batch.positions, edges, right=True)
             self.by_position.index_add_(1, bucket, torch.cat([masked, batch.loss_mask]).detach().double())
-        return total * self.loss_scale
+        one_or_nan = torch.where(kept.isfinite(), 1.0, torch.nan)
+        return total * self.loss_scale * one_or_nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +136,16 @@ class _Means:
     alignment_by_layer: list[float]
     captured_mass_by_layer: list[float]
     full_share: float
+    full_sum: float
+    full_labels: float
+
+    def cross_entropy_by_stream(self, labels: float) -> dict[str, float]:
+        """Returns the mean cross entropy of the microbatches of each main stream; `labels` are those of all of them."""
+        sums = {
+            "full": (self.full_sum, self.full_labels),
+            "sparse": (self.cross_entropy_sum - self.full_sum, labels - self.full_labels),
+        }
+        return {stream: total / count for stream, (total, count) in sums.items() if count > 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +269,7 @@ class Microbatches:
                 grad_norm=grad_norm,
                 full_share=means.full_share,
                 differing_weights=None if compared == NOT_COMPARED else int(compared),
+                cross_entropy_by_stream=means.cross_entropy_by_stream(labels),
             )
 
         return PendingStep(values, interpret, self.own_time.reader())
@@ -269,10 +295,11 @@ class Microbatches:
         """Returns the sums over all ranks, on the device: tensor ranks are averaged, stages, context and data ranks added.
 
         By layer, over the computed queries by weight: the alignments, and the masses that are not captured. Queries that are not computed have 0 of both.
-        Then the cross entropies, the number of microbatches whose main stream was full, and the number of all microbatches.
+        Then the cross entropies, the number of microbatches whose main stream was full, and the number of all microbatches. Last, of the full
+        ones, the cross entropies and the labels.
         """
         num_layers = self.config.model.num_layers
-        vector = torch.zeros(2 * num_layers + 3, dtype=torch.float64, device=self.placement.device)
+        vector = torch.zeros(2 * num_layers + 5, dtype=torch.float64, device=self.placement.device)
         numbers = sorted({number for packed in sums.packed for number in packed.diagnostics})
         if numbers:
             seen = [[p for p in sums.packed if number in p.diagnostics] for number in numbers]
@@ -288,6 +315,10 @@ class Microbatches:
             vector[2 * num_layers] = torch.stack(sums.cross_entropies).double().sum()
         vector[2 * num_layers + 1].fill_(sum(p.main == "full" for p in sums.packed))
         vector[2 * num_layers + 2].fill_(len(sums.packed))
+        if sums.full:
+            totals, labels = zip(*sums.full, strict=True)
+            vector[2 * num_layers + 3] = torch.stack(totals).double().sum()
+            vector[2 * num_layers + 4] = torch.stack(labels).double().sum()
         dist.all_reduce(vector)
         return vector / self.config.parallel.tp
 
@@ -301,12 +332,14 @@ class Microbatches:
     def _means(self, sums: list[float], drawn: float) -> _Means:
         """Returns the values of `_reduce` by name; `drawn` is the queries that the layers' means are over, by weight."""
         n = self.config.model.num_layers
-        alignments, uncaptured, (cross_entropy_sum, full, every) = sums[:n], sums[n : 2 * n], sums[2 * n :]
+        alignments, uncaptured, (cross_entropy_sum, full, every, *of_full) = sums[:n], sums[n : 2 * n], sums[2 * n :]
         return _Means(
             cross_entropy_sum=cross_entropy_sum,
             alignment_by_layer=[value / drawn for value in alignments] if drawn else [],
             captured_mass_by_layer=[1.0 - value / drawn for value in uncaptured] if drawn else [],
             full_share=full / every,
+            full_sum=of_full[0],
+            full_labels=of_full[1],
         )
 
 

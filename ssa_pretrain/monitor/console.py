@@ -34,6 +34,8 @@ def train_line(record: Mapping[str, Any], total_steps: int) -> str:
         "tokens": f"{compact(record['tokens']):>5} tok",
         "loss": f"loss {_number(record['loss'], '.3f')}",
     }
+    if record.get("skipped"):
+        parts["loss"] = "skipped, data left out" if record["cross_entropy"] is None else "skipped"
     if record.get("alignment_loss") is not None:
         parts["ce"] = f"ce {_number(record['cross_entropy'], '.3f')}"
         parts["align"] = f"align {_number(record['alignment_loss'], '#.2g')}"

@@ -246,12 +246,13 @@ class MetricsLogger:
         """Adds times and speeds to a training record and writes it.
 
         Args:
-            record: at least step, tokens (since the start of the run), loss, cross_entropy and learning_rate; plain numbers, lists, strings.
+            record: at least step, tokens (since the start of the run), loss, cross_entropy (None: the step's data was left out) and
+                learning_rate; plain numbers, lists, strings.
             flops_per_token: model FLOPs per token of this step, which depend on its documents; None: the logger's own.
         """
         if self._file is None:
             return
-        seconds = self.speed.step(self.tokens_per_step)
+        seconds = self.speed.step(self.tokens_per_step if record["cross_entropy"] is not None else 0)
         rate = self.speed.tokens_per_second
         flops_per_token = flops_per_token or self.flops_per_token
         flops = rate * flops_per_token if flops_per_token else None

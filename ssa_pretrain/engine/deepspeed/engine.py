@@ -11,7 +11,7 @@ DeepSpeed's own engine is built on first use, so that weights are loaded into a 
 import gc
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from ssa_pretrain.engine.deepspeed.setup import (
     exit_with_launcher,
     prepare_process,
 )
+from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, Snapshot
 from ssa_pretrain.engine.replicas import ReplicaCheck
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums, label_scores
@@ -79,10 +80,12 @@ class DeepSpeedEngine:
             ds.backward(loss)
             if self._must_compute_norm and ds.is_gradient_accumulation_boundary():
                 grad_norm = self._grad_norm()
-            with torch.profiler.record_function(OPTIMIZER_RANGE):  # before a step's last microbatch it only counts
-                ds.step()
-        norm = torch.as_tensor(ds.get_global_grad_norm() if grad_norm is None else grad_norm)
-        return self.microbatches.step_result(sums, norm, differing)
+            skip = grad_norm is not None and not bool(grad_norm.isfinite())
+            with torch.profiler.record_function(OPTIMIZER_RANGE), self._without_gradients() if skip else nullcontext():
+                ds.step()  # before a step's last microbatch it only counts
+        if grad_norm is None:  # after a step that it skipped, DeepSpeed may still report the norm of the step before
+            grad_norm = ds.get_global_grad_norm() if ds.was_step_applied() else torch.inf
+        return self.microbatches.step_result(sums, torch.as_tensor(grad_norm), differing)
 
     @torch.no_grad()
     def evaluate(
@@ -113,6 +116,11 @@ class DeepSpeedEngine:
     def require_equal_replicas(self, step: int) -> None:
         """See `Engine.require_equal_replicas`."""
         self.replicas.require_equal_to_save(self._named_weights(), step)
+
+    def first_not_finite(self) -> str | None:
+        """See `Engine.first_not_finite`."""
+        weights = [(name, getattr(p, "ds_tensor", p)) for name, p in self.model.named_parameters()]
+        return first_not_finite([*weights, *optimizer_tensors([self.ds.basic_optimizer])])
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -224,7 +232,7 @@ class DeepSpeedEngine:
         sums.packed.append(packed)
         positions = batch.positions.unsqueeze(0)
         losses = self.ds(batch.tokens, positions, None, labels=batch.labels, packed_seq_params=packed)
-        return sums.loss(losses, batch)
+        return sums.loss(losses, batch, route.main)
 
     def _grad_norm(self) -> Tensor:
         """Returns the global norm of the reduced gradients at stage 0; each parameter of the whole model counts once."""
@@ -234,6 +242,15 @@ class DeepSpeedEngine:
         total = torch.stack([g.float().norm() for g in grads]).square().sum()
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total.sqrt()
+
+    @contextmanager
+    def _without_gradients(self) -> Iterator[None]:
+        """Takes the gradients from the optimizer when it steps: AdamW changes nothing then. DeepSpeed's clipping before needs them."""
+        hook = self.ds.basic_optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _idle_batches(self, count: int) -> list[Batch]:
         """Returns empty microbatches for a rank that has fewer than another: under ZeRO-3 every forward gathers weights from all ranks."""

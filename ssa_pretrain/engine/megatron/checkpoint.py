@@ -28,6 +28,7 @@ METADATA = {
 
 def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
     """Writes weights and optimizer into an existing, empty folder."""
+    _require_states(optimizer)
     state = _model_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(METADATA))
     dist_checkpointing.save(state, str(folder), sharded_strategy=ThreadedStrategy(), content_metadata=dict(METADATA))
@@ -37,6 +38,7 @@ def copy_state(
     chunks: list[DistributedDataParallel], optimizer, copies: HostCopies
 ) -> Callable[[Path, dist.ProcessGroup], None]:
     """Copies weights and optimizer to host memory. Returns the function that writes what `save` writes, for a thread of every rank."""
+    _require_states(optimizer)
     return snapshot.take(_model_state(chunks), optimizer, copies, METADATA)
 
 
@@ -87,15 +89,21 @@ def _model_state(chunks: list[DistributedDataParallel]) -> ShardedStateDict:
     }
 
 
-def _inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:
+def inner_optimizers(optimizer) -> list[torch.optim.Optimizer]:
     """Returns the torch optimizers inside core's wrappers."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [o.optimizer for o in chained]
+    return [o.optimizer for o in chained if o.optimizer is not None]
+
+
+def _require_states(optimizer) -> None:
+    """Gives an optimizer that has taken no step, because all were skipped, the states that a checkpoint holds."""
+    if any(not inner.state for inner in inner_optimizers(optimizer)):
+        _init_states(optimizer)
 
 
 def _init_states(optimizer) -> None:
     """Gives torch AdamW's states the values of step 0, so that core finds the entries that it will overwrite."""
-    for inner in _inner_optimizers(optimizer):
+    for inner in inner_optimizers(optimizer):
         if not isinstance(inner, torch.optim.AdamW):
             continue
         for group in inner.param_groups:
@@ -122,5 +130,5 @@ def _load_optimizer(optimizer, loaded: dict) -> None:
 
 def _pop_steps(optimizer) -> list[tuple[dict, torch.Tensor]]:
     """Removes torch AdamW's step counts, which core would look for among the loaded shards; returns each state with its own copy."""
-    states = [state for inner in _inner_optimizers(optimizer) for state in inner.state.values()]
+    states = [state for inner in inner_optimizers(optimizer) for state in inner.state.values()]
     return [(state, state.pop("step").clone()) for state in states if isinstance(state.get("step"), torch.Tensor)]

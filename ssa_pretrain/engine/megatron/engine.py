@@ -15,6 +15,7 @@ from ssa_pretrain.checkpoint import sharded_weights
 from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch
+from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
 from ssa_pretrain.engine.interface import PendingStep, Snapshot
 from ssa_pretrain.engine.megatron import checkpoint
 from ssa_pretrain.engine.megatron.model import MegatronModel
@@ -78,14 +79,22 @@ class MegatronEngine(MegatronModel):
         self._gather_parameters()
         self.replicas.require_equal_to_save(self._named_weights(), step)
 
+    def first_not_finite(self) -> str | None:
+        """See `Engine.first_not_finite`."""
+        self._gather_parameters()
+        weights = (named for model in self.models for named in model.named_parameters())
+        return first_not_finite([*weights, *optimizer_tensors(checkpoint.inner_optimizers(self.optimizer))])
+
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
         self._gather_parameters()
+        self.optimizer.count_skipped_steps()
         checkpoint.save(folder, self.chunks, self.optimizer)
 
     def snapshot(self, *, weights: bool) -> Snapshot:
         """See `Engine.snapshot`."""
         self._gather_parameters()
+        self.optimizer.count_skipped_steps()
         with self.copies.taking():
             write_state = checkpoint.copy_state(self.chunks, self.optimizer, self.copies)
             parts = (self.models, self.config, self.placement)
@@ -101,7 +110,9 @@ class MegatronEngine(MegatronModel):
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
+        self.optimizer.count_skipped_steps()
         checkpoint.load(folder, self.chunks, self.optimizer)
+        self.optimizer.prepare_skipping()
 
     def load_weights(self, folder: Path) -> None:
         """See `Evaluator.load_weights`."""

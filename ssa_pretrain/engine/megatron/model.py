@@ -113,7 +113,7 @@ class MegatronModel:
             packed = self.microbatches.pack(batch, route)
             sums.packed.append(packed)
             out = chunk(batch.tokens, batch.positions.unsqueeze(0), None, labels=batch.labels, packed_seq_params=packed)
-            return out, lambda losses: (sums.loss(losses, batch), {})  # called on the last stage only
+            return out, lambda losses: (sums.loss(losses, batch, route.main), {})  # called on the last stage only
 
         iterators = [iter(list(zip(batches, routes, strict=True))) for _ in self.chunks]
         self._schedule(

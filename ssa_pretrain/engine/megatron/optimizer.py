@@ -1,7 +1,7 @@
-"""AdamW through megatron-core, with the gradient norm and the clipping on the device.
+"""AdamW through megatron-core, with the gradient norm, the clipping and the decision to skip a step on the device.
 
 Core's own step reads the norm on the host to decide whether to clip, and there it waits for the whole backward. Here the gradients are multiplied
-by min(1, clip / norm), a scalar on the device.
+by min(1, clip / norm), a scalar on the device. A norm that is not finite makes the step a no-op (skipping.py).
 """
 
 import torch
@@ -12,20 +12,37 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from torch import Tensor
 
 from ssa_pretrain.config import Config, PrecisionName
+from ssa_pretrain.engine.megatron.skipping import SkipFlag
 
 NORM_EPSILON = 1.0e-6  # the same as core's
 
 
 class DeviceClippedOptimizer(ChainedOptimizer):
-    """Core's chained optimizer, with a step that does not wait for the device."""
+    """Core's chained optimizer, with a step that does not wait for the device and changes nothing if the gradient norm is not finite.
+
+    Args:
+        optimizers: core's optimizers of a rank's model chunks.
+        skips: whether such steps are skipped on a GPU too; else the caller ends the run after one, and the update is the library's own.
+    """
+
+    def __init__(self, optimizers: list[MegatronOptimizer], *, skips: bool) -> None:
+        super().__init__(optimizers)
+        device = _device()
+        on_gpu = device.type == "cuda" and skips
+        self._flags = [SkipFlag(o.optimizer, device) for o in optimizers if on_gpu and o.optimizer is not None]
 
     @torch.no_grad()
     def step(self) -> tuple[bool, Tensor, None]:
-        """Returns (True, the global gradient norm before clipping, fp32 on the device, None)."""
+        """Returns (whether the step was queued, the global gradient norm before clipping, fp32 on the device, None)."""
         found_inf = self.prepare_grads()
         assert not found_inf  # only fp16 scales losses, and fp16 is not supported
         grads = [g for optimizer in self.chained_optimizers for g in optimizer.get_main_grads_for_grad_norm()]
         norm = _norm(grads, self.get_grad_stats_parallel_group())
+        if self._flags:
+            for flag in self._flags:
+                flag.set(~norm.isfinite())
+        elif not norm.is_cuda and not bool(norm.isfinite()):  # on a CPU the norm is there
+            return False, norm, None
         if self.config.clip_grad > 0.0:
             factor = (self.config.clip_grad / (norm + NORM_EPSILON)).clamp(max=1.0)
             for optimizer in self.chained_optimizers:
@@ -33,17 +50,31 @@ class DeviceClippedOptimizer(ChainedOptimizer):
                     torch._foreach_mul_(own, factor)  # pyright: ignore[reportPrivateImportUsage]
         return self.step_with_ready_grads(), norm, None
 
+    def prepare_skipping(self) -> None:
+        """Restores what skipping needs after optimizer states were loaded."""
+        for flag in self._flags:
+            flag.prepare()
+
+    def count_skipped_steps(self) -> None:
+        """Takes skipped steps out of Adam's step counts, before they are saved or replaced. Waits for the device."""
+        for flag in self._flags:
+            flag.settle()
+
 
 def _norm(grads: list[Tensor], group: dist.ProcessGroup) -> Tensor:
     """Returns the norm over all ranks of a group; `grads` are those that only this rank counts."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=device)]  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=_device())]  # pyright: ignore[reportPrivateImportUsage]
     total = torch.stack(list(norms)).float().square().sum()
     dist.all_reduce(total, group=group)
     return total.sqrt()
 
 
-def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def _device() -> torch.device:
+    """Returns the device that this rank trains on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> DeviceClippedOptimizer:
     """Returns AdamW over a rank's model chunks: Transformer Engine's fused one if it is installed, otherwise torch's."""
     low = config.precision.name is not PrecisionName.fp32
     optim = config.optim
@@ -64,4 +95,4 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
         ),
         chunks,
     )
-    return DeviceClippedOptimizer(built.chained_optimizers)
+    return DeviceClippedOptimizer(built.chained_optimizers, skips=config.training.max_skipped_steps > 0)

@@ -47,6 +47,27 @@ def found(*overrides: str, machine: Machine = CPU) -> list[str]:
     return []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("training.skip_steps=[[130,120]]",),
+            "training.skip_steps=[[130, 120]] must be ranges [first, last] of steps, counted from 1; try 'training.skip_steps=[[120,130]]'",
+        ),
+        (("training.skip_steps=[120,130]",), "training.skip_steps=[120, 130] must be a list; try [120]"),
+        (("training.max_skipped_steps=-1",), "training.max_skipped_steps=-1 must be at least 0; try 0"),
+        (("training.rollback_window=0",), "training.rollback_window=0 must be at least 1; try 1"),
+        (
+            ("training.rollback_on_spike=true", "training.spike_threshold=0"),
+            "training.rollback_on_spike=true needs spikes, but training.spike_threshold=0 finds none; try training.spike_threshold=8",
+        ),
+    ],
+)
+def test_settings_of_skipped_steps_and_spikes_are_checked(overrides: tuple[str, ...], message: str) -> None:
+    assert found("experiment=quickstart", *overrides) == [message]
+    assert found("experiment=quickstart", "training.skip_steps=[[1,3],[120,130]]") == []
+
+
 PAPERS = ("ssa_1b_8k", "ssa_1b_8k_quarter", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k")
 EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp8_300m_evidence")
 
