@@ -33,8 +33,8 @@ class StepResult:
     captured_mass_by_layer: list[float]
     grad_norm: float
     full_share: float
-    differing_weights: int | None = None
     cross_entropy_by_stream: dict[str, float] = field(default_factory=dict)
+    differing_weights: int | None = None
 
     @property
     def was_skipped(self) -> bool:
