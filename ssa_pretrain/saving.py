@@ -144,12 +144,12 @@ class Saver:
 
         Raises:
             CheckpointError: this save, or the one before it, has failed.
-            ReplicaError, DivergedError: data ranks hold different copies of the weights, or values that are not finite; nothing is saved.
+            DivergedError, ReplicaError: weights or moments are not finite, or data ranks hold different copies; nothing is saved.
         """
         save = _Save(step, time.monotonic(), self._step_seconds(), self._run.contract(step), self._run.health.text())
         self.wait(step)
-        self._run.engine.require_equal_replicas(step)
         require_finite_weights(self._run.engine, step)
+        self._run.engine.require_equal_replicas(step)
         if self._group is None or wait:
             self._finish(self._publish(save, self._write, None))
         else:

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     def flipping_step(run, step):
         """Flips the sign of one weight before a step, then trains."""
         if step == when and int(os.environ["RANK"]) == rank:
-            weights = dict(named_weights(run.engine._models, run.config))
+            weights = dict(named_weights(run.engine.models, run.config))
             weights["decoder.layers.1.mlp.linear_fc2.weight"].data.view(-1)[7] *= -1
         return train_step(run, step)
 

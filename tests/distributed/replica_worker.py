@@ -24,7 +24,7 @@ WEIGHT = "decoder.final_layernorm.weight"
 
 
 def models_of(engine) -> list[torch.nn.Module]:
-    return engine._models if hasattr(engine, "_models") else [engine.ds.module]
+    return engine.models if hasattr(engine, "models") else [engine.ds.module]
 
 
 def flip_bit(engine, config: Config) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ssa_pretrain.engine.step import Microbatches, StepSums
 
 def models_of(engine: Any) -> list[torch.nn.Module]:
     """Returns this rank's models."""
-    return engine._models if engine.config.engine.name is EngineName.megatron else [engine.model]
+    return engine.models if engine.config.engine.name is EngineName.megatron else [engine.model]
 
 
 def digests(engine: Any) -> tuple[str, str]:
@@ -68,16 +69,16 @@ def install(faults: dict[str, Any]) -> None:
         fault = faults.get(name, {})
         return now["step"] in fault.get("steps", ()) and fault.get("rank", rank) == rank
 
-    def faulty_loss(self, losses, mask, main):
+    def faulty_loss(self, losses, batch, main):
         if not losses.requires_grad:  # an evaluation
-            return loss(self, losses, mask, main)
+            return loss(self, losses, batch, main)
         if is_here("loss"):
             extra = torch.zeros_like(losses)
             extra[..., :8] = torch.inf
-            mask, losses = torch.ones_like(mask), losses + extra
+            batch, losses = replace(batch, loss_mask=torch.ones_like(batch.loss_mask)), losses + extra
         if is_here("spike") and faults["spike"].get("stream", main) == main:
             losses = losses * faults["spike"]["factor"]
-        return loss(self, losses, mask, main)
+        return loss(self, losses, batch, main)
 
     Microbatches.begin_step, StepSums.loss = begin_step, faulty_loss
 
