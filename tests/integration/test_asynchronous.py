@@ -16,6 +16,7 @@ from ssa_pretrain.checkpoint.integrity import find_damage
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config.machine import this_machine
 from ssa_pretrain.errors import CheckpointError, DivergedError
+from ssa_pretrain.health import Health
 from support.s3_server import s3_server
 from support.training import records
 
@@ -90,14 +91,14 @@ def test_saves_back_to_back_wait_for_each_other_and_change_no_loss(run, plain, c
 @pytest.mark.usefixtures("slow")
 def test_exit_with_an_error_waits_for_the_save_that_is_under_way(run, tmp_path, monkeypatch):
     """A divergence in step 3 ends the run; the checkpoint of step 2 is good."""
-    check = trainer.require_finite
+    check = Health.require_progress
 
-    def diverged(run, result, step: int) -> None:
+    def diverged(self, result, step: int, folder: Path) -> None:
         if step == 3:
             raise DivergedError("step 3 has diverged")
-        check(run, result, step)
+        check(self, result, step, folder)
 
-    monkeypatch.setattr(trainer, "require_finite", diverged)
+    monkeypatch.setattr(Health, "require_progress", diverged)
     with pytest.raises(DivergedError, match="step 3"):
         run("checkpoint.interval=2")
     assert intact(tmp_path / "run") == [2]
