@@ -75,7 +75,13 @@ def test_killed_and_rerun_is_bit_identical(uninterrupted, corpus, tmp_path):
 
 
 def test_rank_killed_during_a_save_leaves_the_checkpoint_before_it(uninterrupted, corpus, tmp_path):
-    settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
+    settings = (
+        *SETTINGS,
+        f"data.path={corpus}",
+        f"output_dir={tmp_path}",
+        "parallel=tp2",
+        "checkpoint.asynchronous=true",
+    )
     ended = run_ranks([str(SUPPORT / "killed_in_save.py"), *settings], ranks(2), timeout=200)
     assert ended[1].code == -signal.SIGKILL, ended
     assert ended[0].code not in (0, -signal.SIGKILL), ended

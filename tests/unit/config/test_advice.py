@@ -42,6 +42,7 @@ FREE = (
     "data.weights",
     "logging.wandb.tags",
     "profile.at",
+    "training.skip_steps",
     "evaluation.tasks",
     "evaluation.lm_eval.tasks",
 )

