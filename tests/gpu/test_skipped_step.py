@@ -128,7 +128,7 @@ def test_update_equals_the_one_without_a_flag(placement):
     pytest.importorskip("transformer_engine")
     flagged, plain = build(placement), build(placement)
     for optimizer in inner(plain):
-        import transformer_engine_torch
+        transformer_engine_torch = pytest.importorskip("transformer_engine_torch")
 
         optimizer.multi_tensor_adam = transformer_engine_torch.multi_tensor_adam
     generator = torch.Generator(device="cuda").manual_seed(0)
