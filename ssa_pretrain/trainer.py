@@ -177,6 +177,7 @@ class QueuedStep:
 
     def own_seconds(self, *, on_gpu: bool) -> float:
         """Returns this rank's own time (parallel/stragglers.py): on a GPU reading and computing overlap. Call it after `pending.result()`."""
+        assert self.pending is not None  # its data was trained on
         computed = self.pending.own_seconds()
         return max(self.data_seconds, computed) if on_gpu else self.data_seconds + computed
 
