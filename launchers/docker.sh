@@ -10,4 +10,4 @@ exec docker run --rm --name ssa_1b_8k --gpus 8 --network host --ipc host --ulimi
     --volume /shared/data:/shared/data:ro --volume /shared/runs:/shared/runs \
     --entrypoint /opt/ssa_pretrain/launchers/torchrun.sh registry.example.org/lab/ssa_pretrain:gpu \
     --nproc-per-node 8 --python python3 experiment=ssa_1b_8k output_dir=/shared/runs/ssa_1b_8k \
-    layout=gpus_64_8k data.path=/shared/data/smollm logging=wandb layout=gpus_8_8k
+    data.path=/shared/data/smollm logging=wandb layout=gpus_8_8k
