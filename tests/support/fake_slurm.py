@@ -1,8 +1,7 @@
 """Stands in for sbatch, srun and scontrol where no Slurm is installed. It follows their manuals in what launchers/slurm.sbatch uses, and refuses the rest.
 
 sbatch: options in #SBATCH lines, the job's variables, one batch shell on the first node, SIGUSR1 to that shell only (--signal=B:), and the same script
-again after `scontrol requeue`, with SLURM_RESTART_COUNT. srun: a task per node, signals passed on to every task, with --kill-on-bad-exit=1 SIGTERM to the
-others when one fails, and the highest exit code. All nodes are processes of this machine. It knows neither time, queues nor containers.
+again after `scontrol requeue`, with SLURM_RESTART_COUNT. srun: a task per node, signals passed on to every task, and the highest exit code. All nodes are processes of this machine. It knows neither time, queues nor containers.
 """
 
 import os
@@ -15,7 +14,7 @@ SRUN = """#!/usr/bin/env bash
 set -u
 while [[ $1 == --* ]]; do
     case $1 in
-        --kill-on-bad-exit=1 | --no-container-mount-home) shift ;;
+        --kill-on-bad-exit=0 | --no-container-mount-home) shift ;;
         --container-image | --container-mounts) echo "$1 $2" >>"$FAKE/containers"; shift 2 ;;
         *) echo "srun: unrecognized option $1" >&2; exit 1 ;;
     esac
@@ -36,7 +35,6 @@ while ((${#left[@]})); do
         else
             wait "$task"
             code=$?
-            ((code == 0)) || ((${#left[@]} == 1)) || kill -TERM "${tasks[@]}" 2>/dev/null
             ((code > highest)) && highest=$code
         fi
     done
