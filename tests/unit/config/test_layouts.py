@@ -11,7 +11,7 @@ from ssa_pretrain.planning.plan import make_plan
 METHODS, SIZES, LENGTHS, GPUS = ("ssa", "full", "moba"), ("300m", "1b"), ("8k", "32k"), (1, 8, 64, 512)
 
 
-@pytest.mark.parametrize(("size", "length"), product(SIZES, LENGTHS))
+@pytest.mark.parametrize(("size", "length"), list(product(SIZES, LENGTHS)))
 def test_every_experiment_has_a_layout_for_every_number_of_gpus(size: str, length: str) -> None:
     for method, gpus in product(METHODS, GPUS):
         name = f"{method}_{size}_{length}"
