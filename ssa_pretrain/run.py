@@ -134,7 +134,7 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
     Args:
         config: the checked configuration.
         placement: this process's coordinates.
-        trains: False: only the held-out split is opened, and there is no optimizer.
+        trains: False opens only the held-out split and builds no optimizer.
 
     Raises:
         DataError: the data is missing, damaged or too small.

@@ -73,7 +73,7 @@ def export(
         What was exported. Its weights may lie in a folder that is gone.
 
     Raises:
-        CheckpointError: there is no checkpoint, or a file could not be written; nothing is left then.
+        CheckpointError: the run has no checkpoint, or a file could not be written, which leaves nothing behind.
         WeightsError: the checkpoint holds another model than the run's configuration.
         DataError: the tokenizer is missing, or is not the one of the training.
     """

@@ -1,7 +1,7 @@
 """Reads a Hugging Face folder into a run's folder whose checkpoint holds weights only, for any layout and either engine.
 
 The result has a config.yaml with the model and `checkpoints/step_00000000`, written and hashed like every checkpoint. A run starts from it with
-`checkpoint.init_from`; `evaluate` and `export` take it like any run. Its optimizer starts fresh: there is none.
+`checkpoint.init_from`; `evaluate` and `export` take it like any run. It holds no optimizer state, so the optimizer starts fresh.
 
 A Llama has no attention gate. With gate=off the model stays without. With gate=open the gates' weights are 0, so each gate is sigmoid(0) = 1/2, and
 the output projection is doubled. Both factors are powers of two, so the function is the same to the bit, and the gates have a gradient.

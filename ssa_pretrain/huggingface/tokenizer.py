@@ -37,7 +37,7 @@ def dataset_tokenizer(data: Path, add_bos: bool | None) -> TextTokenizer:
         add_bos: whether BOS goes before every text; None: as in training.
 
     Raises:
-        DataError: there is no dataset, or its tokenizer has no BOS.
+        DataError: the dataset is missing, or its tokenizer has no BOS.
     """
     try:
         manifest = read_manifest(data)

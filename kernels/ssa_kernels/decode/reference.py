@@ -92,7 +92,7 @@ def _choose(
 
 
 def _pack(cache: KeyValueCache, tokens: int, num_new: torch.Tensor | None) -> PackedCache | None:
-    """Returns the cached sequences as packed documents, or None if there is no query."""
+    """Returns the cached sequences as packed documents, or None without queries."""
     table, size, device = cache.block_pages().cpu().long(), cache.block_size, cache.k.device
     keys, pages, rows, queries, ends = [], [], [], [], [0]
     for b, (length, new) in enumerate(_lengths(cache, tokens, num_new)):
