@@ -27,7 +27,7 @@ OF_DATA = ("data.fingerprint", "vocabulary.tokenizer_sha256")  # unknown without
 MAX_LISTED = 4
 
 
-def plan_table(entry: str, config: Config, arguments: Sequence[str], world_size: int) -> str:
+def plan_text(entry: str, config: Config, arguments: Sequence[str], world_size: int, views: Sequence[str] = ()) -> str:
     """Returns the plan of a command as a table; prepared data gives the vocabulary and the epochs.
 
     Args:
