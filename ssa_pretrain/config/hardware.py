@@ -26,6 +26,7 @@ class HardwareConfig:
     network_gb_per_s: float = 50.0  # network between nodes, GB/s
     storage_gb_per_s: float = 10.0  # writing a checkpoint from all nodes together, GB/s
     host_copy_gb_per_s: float = 20.0  # copying a GPU's part of a checkpoint to its host, GB/s
+    host_speed: float = 1.0  # speed at which a host's core launches kernels, over that of the measured host (docs/planning.md)
     restart_minutes: float = 10.0  # from a failure until training goes on at the newest checkpoint
     price_per_gpu_hour: float = 3.0  # price of a GPU and its share of the node, in USD per hour
 
@@ -33,7 +34,7 @@ class HardwareConfig:
         """Returns the problems within this section."""
         found = at_least("hardware", self, 1, "gpus_per_node", "nvlink_gpus")
         found += above_zero("hardware", self, "memory_gib", "bf16_tflops", "hbm_tb_per_s", "nvlink_gb_per_s")
-        found += above_zero("hardware", self, "network_gb_per_s", "storage_gb_per_s", "host_copy_gb_per_s")
+        found += above_zero("hardware", self, "network_gb_per_s", "storage_gb_per_s", "host_copy_gb_per_s", "host_speed")
         return found + at_least("hardware", self, 0, "fp8_tflops", "restart_minutes", "price_per_gpu_hour")
 
 

@@ -16,10 +16,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from ssa_pretrain.planning.communication import COMMUNICATION, GIGA, HIDDEN, TENSOR, communication
+from ssa_pretrain.planning.communication import DATA, GIGA, LINKS, OTHER, TENSOR, USER_BUFFERS, communication
 from ssa_pretrain.planning.documents import typical_row
 from ssa_pretrain.planning.measured import MeasuredRun, measured_runs
-from ssa_pretrain.planning.memory import activations, count_parameters, state_bytes
+from ssa_pretrain.planning.memory import activations, count_parameters, optimizer_shards, state_bytes
 from ssa_pretrain.planning.work import TERMS, Rank, mean_work, step_work
 
 SPREAD, PRIOR_SPREAD = 0.015, 0.3  # relative standard deviations of a measured time and of a prior
@@ -39,9 +39,10 @@ PRIOR = {
     "zero 2": 1.0,
     "zero 3": 5.0,
     "offload": 2.0,
-    COMMUNICATION: 1.25,
     TENSOR: 1.25,
-    HIDDEN: 1.25,
+    USER_BUFFERS: 1.25,
+    DATA: 1.25,
+    OTHER: 1.25,
 }
 
 
@@ -62,16 +63,6 @@ class Calibration:
     left_out_errors: Sequence[float | None]
     memory_errors: Sequence[float | None]
     runs: Sequence[MeasuredRun]
-
-    @property
-    def nvlink_share(self) -> float:
-        """Share of NVLink's nominal bandwidth that visible communication reaches."""
-        return 1.0 / self.factors[COMMUNICATION]
-
-    @property
-    def hidden_share(self) -> float:
-        """How much of its own time hidden communication still costs, at most 1."""
-        return min(1.0, self.factors[HIDDEN] / self.factors[COMMUNICATION])
 
     @property
     def time_error(self) -> float:
@@ -125,9 +116,9 @@ def terms(run: MeasuredRun) -> dict[str, float]:
     if run.has_optimizer:
         for term, seconds in step_work(config, hardware, rank).items():
             found[term] += seconds
-    found |= {COMMUNICATION: 0.0, TENSOR: 0.0, HIDDEN: 0.0}
+    found |= dict.fromkeys(LINKS, 0.0)
     for traffic in communication(config, hardware, rank, run.world_size):
-        found[traffic.term] += traffic.bytes / (hardware.nvlink_gb_per_s * GIGA)
+        found[traffic.term] += traffic.cost * traffic.bytes / (hardware.nvlink_gb_per_s * GIGA)
     return found
 
 
@@ -139,25 +130,34 @@ def rank_of(run: MeasuredRun) -> Rank:
     training = config.training
     rows = run.dp * training.micro_batch_size * config.data.sequence_length
     replicas = run.dp * config.parallel.cp
-    sharded = config.engine.distributed_optimizer or config.deepspeed.zero_stage > 0
     return Rank(
         layers=config.model.num_layers // config.parallel.pp,
         has_output=True,
         parameters=largest,
         padded_vocab_size=padded,
         num_microbatches=training.global_batch_tokens // rows,
-        sharded=replicas if sharded else 1,
+        sharded=optimizer_shards(config, replicas),
     )
 
 
 def peak_bytes(run: MeasuredRun) -> float:
-    """Returns the estimated peak of a measured run. Before the first optimizer step AdamW has no moments yet."""
+    """Returns the estimated peak of a measured run."""
+    return sum(part_bytes(run).values())
+
+
+def part_bytes(run: MeasuredRun) -> dict[str, float]:
+    """Returns the estimated parts of a measured run's peak. Before the first optimizer step AdamW has no moments yet."""
     config, rank = run.config, rank_of(run)
     total, largest = count_parameters(config, rank.padded_vocab_size)
     states = state_bytes(config, total, largest, run.dp * config.parallel.cp)
     optimizer = states["optimizer_bytes"] * (1.0 if run.has_optimizer else 1 / 3)
     held = activations(config, rank.padded_vocab_size, rank.num_microbatches, largest, run.dp)
-    return states["weight_bytes"] + states["gradient_bytes"] + optimizer + held.peak + LIBRARIES
+    return {
+        "weights": states["weight_bytes"],
+        "gradients": states["gradient_bytes"],
+        "optimizer": optimizer,
+        "activations": held.peak + LIBRARIES,
+    }
 
 
 def _solve(x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +165,7 @@ def _solve(x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> tuple[np.ndarr
     prior = np.array([PRIOR[name] for name in names])
     rows = np.concatenate([x / y[:, None] / SPREAD, np.diag(1.0 / (prior * PRIOR_SPREAD))])
     goal = np.concatenate([np.full(len(y), 1.0 / SPREAD), np.full(len(names), 1.0 / PRIOR_SPREAD)])
-    lowest = np.array([1.0 if name in (COMMUNICATION, TENSOR) else 0.0 for name in names])
+    lowest = np.array([1.0 if name in LINKS else 0.0 for name in names])
     free = np.ones(len(names), dtype=bool)
     while True:
         factors = prior.copy()

@@ -12,8 +12,9 @@ eight ranks per node it has eight adapters. Latencies are those that NCCL plans 
 | dp | gradients, summed; weights, gathered (ZeRO 2: gradients, 3: also weights, each microbatch) | once per step |
 
 The data ranks' group includes the context ranks, which have the same weights. What `overlap_grad_reduce` and `overlap_param_gather` hide is limited by
-the time of the computation beside it. How much the hidden rest still slows that computation is fitted (calibration.py). No network has been measured
-here: its share of the nominal bandwidth is an assumption.
+the time of the computation beside it. Hidden communication still slows that computation, since it takes processors and bandwidth of the memory:
+HIDDEN_COST of its own time, an assumption that the measured runs on two GPUs agree with. No network has been measured: NETWORK_SHARE of its nominal
+bandwidth is an assumption too.
 
 Sources: megatron-core 0.16 (order of ranks, size of buckets); NCCL's tuning model (latencies per hop). Standard library only.
 """
@@ -26,8 +27,10 @@ from ssa_pretrain.planning.work import Rank
 
 GIGA = 1e9
 # Terms of the cost model. Tensor parallelism's includes that the products of a rank are smaller.
-COMMUNICATION, TENSOR, HIDDEN = "communication", "tensor parallelism", "hidden communication"
-NETWORK_SHARE = 0.8  # of the adapters' nominal bandwidth; an assumption
+TENSOR, USER_BUFFERS, DATA, OTHER = "tensor parallelism", "the same with user buffers", "data parallelism", "communication"
+LINKS = (TENSOR, USER_BUFFERS, DATA, OTHER)
+NETWORK_SHARE = 0.8  # of the adapters' nominal bandwidth
+HIDDEN_COST = 0.5  # of the time of hidden communication
 BASE_LATENCY, NVLINK_HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 14e-6  # seconds
 SMALLEST_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000  # parameters per reduction of gradients that overlaps with the backward
 
@@ -78,27 +81,34 @@ class Traffic:
     @property
     def term(self) -> str:
         """The term of the cost model."""
-        return HIDDEN if self.hidden else TENSOR if self.group.name == "tp" else COMMUNICATION
+        if self.group.name == "tp":
+            return USER_BUFFERS if self.hidden else TENSOR
+        return DATA if self.group.name == "dp" else OTHER
 
-    def bandwidth(self, hardware: HardwareConfig, nvlink_share: float) -> float:
+    @property
+    def cost(self) -> float:
+        """The part of its time that it costs while computation hides it, 1 if none does. User buffers have a factor of their own."""
+        return HIDDEN_COST if self.hidden and self.term == DATA else 1.0
+
+    def bandwidth(self, hardware: HardwareConfig, factor: float) -> float:
         """Returns the bandwidth of the group's slowest link in bytes per second.
 
         Args:
             hardware: nominal bandwidths.
-            nvlink_share: share of NVLink's nominal bandwidth that collectives reach.
+            factor: of the term: how many times longer than at NVLink's nominal bandwidth collectives take.
         """
-        nvlink = hardware.nvlink_gb_per_s * GIGA * nvlink_share
+        nvlink = hardware.nvlink_gb_per_s * GIGA / factor
         if self.group.num_nodes == 1:
             return nvlink
         adapters = 1 if self.group.name == "pp" else self.group.per_node
         return min(nvlink, hardware.network_gb_per_s * GIGA * NETWORK_SHARE * adapters)
 
-    def seconds(self, hardware: HardwareConfig, nvlink_share: float) -> float:
+    def seconds(self, hardware: HardwareConfig, factor: float) -> float:
         """Returns the time of all calls, one after another."""
         nodes, size = self.group.num_nodes, self.group.size
         hops = (0, 1) if self.group.name == "pp" else (size - nodes, nodes - 1)
         latency = BASE_LATENCY + hops[0] * NVLINK_HOP + hops[1] * NETWORK_HOP * (nodes > 1)
-        return self.bytes / self.bandwidth(hardware, nvlink_share) + self.calls * latency
+        return self.bytes / self.bandwidth(hardware, factor) + self.calls * latency
 
 
 def communication(config: Config, hardware: HardwareConfig, rank: Rank, world_size: int) -> list[Traffic]:

@@ -10,6 +10,8 @@ One line per run:
     documents        a rule of documents.py
     ms               time of the work; empty: not measured
     peak_gib         peak of the memory that tensors hold, on the fullest rank; empty: not measured, or shared with another model
+    weights_gib, gradients_gib, optimizer_gib, activations_gib
+                     the parts of that peak; empty: not measured by part
     source           the page with the run, and its section
 
 `python tests/benchmarks/measure_plan.py` appends runs in this form. Runs of code that has since become faster or smaller are left out.
@@ -31,8 +33,9 @@ from ssa_pretrain.settings.problems import ConfigError
 PATH = Path(__file__).with_name("measured_runs.csv")
 COLUMNS = (
     *("date", "commit", "hardware", "gpus", "work", "microbatches"),
-    *("settings", "documents", "ms", "peak_gib", "source"),
+    *("settings", "documents", "ms", "peak_gib", "weights_gib", "gradients_gib", "optimizer_gib", "activations_gib", "source"),
 )
+PARTS = ("weights", "gradients", "optimizer", "activations")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,7 @@ class MeasuredRun:
         documents: the rule of its documents.
         seconds: time of the work; None: not measured.
         peak_bytes: peak of the memory; None: not measured.
+        part_bytes: its parts, by the names in PARTS; those that were not measured are left out.
         settings: as in the file.
         source: where the run is described.
     """
@@ -58,6 +62,7 @@ class MeasuredRun:
     documents: str
     seconds: float | None
     peak_bytes: float | None
+    part_bytes: dict[str, float]
     settings: str
     source: str
 
@@ -97,6 +102,7 @@ def _run(line: dict[str, str], place: str) -> MeasuredRun:
         documents=line["documents"],
         seconds=float(line["ms"]) / 1e3 if line["ms"] else None,
         peak_bytes=float(line["peak_gib"]) * 2**30 if line["peak_gib"] else None,
+        part_bytes={part: float(text) * 2**30 for part in PARTS if (text := line[f"{part}_gib"])},
         settings=f"{line['hardware']} x {gpus}, {line['work']}, {line['settings']}, {line['documents']}",
         source=line["source"],
     )

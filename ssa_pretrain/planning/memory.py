@@ -77,6 +77,23 @@ def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
     return total, model.num_layers // pp * (matrices // tp + norms) + model.hidden_size + ends // tp
 
 
+def optimizer_shards(config: Config, replicas: int) -> int:
+    """Returns the ranks over which the optimizer's states are sharded.
+
+    Args:
+        config: the engine and its sharding.
+        replicas: ranks with the same weights, dp * cp.
+    """
+    return replicas if _zero_stage(config) >= 1 else 1
+
+
+def _zero_stage(config: Config) -> int:
+    """Returns the ZeRO stage; megatron-core's distributed optimizer shards as stage 1 does."""
+    if config.engine.name is EngineName.deepspeed:
+        return config.deepspeed.zero_stage
+    return int(config.engine.distributed_optimizer)
+
+
 def _layer_parameters(config: Config) -> int:
     """Returns the parameters of the layers' matrices on one rank."""
     model, parallel = config.model, config.parallel
@@ -99,10 +116,9 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
     fp32 = config.precision.name is PrecisionName.fp32
     weight, optimizer = (4, 8) if fp32 else (2, 12)
     gradient = 4 if fp32 or config.precision.grad_reduce_in_fp32 else 2
-    stage = int(config.engine.distributed_optimizer)  # megatron-core shards as ZeRO-1 does
-    offloaded = False
+    stage, offloaded = _zero_stage(config), False
     if config.engine.name is EngineName.deepspeed:
-        stage, offloaded = config.deepspeed.zero_stage, config.deepspeed.offload_optimizer
+        offloaded = config.deepspeed.offload_optimizer
     weights, gradients, states = (replicas if stage >= needed else 1 for needed in (3, 2, 1))
     # FP8 keeps the layers' matrices in one byte per element, and transposed, beside the weights in bf16.
     copies = 2 * _layer_parameters(config) if config.precision.name is PrecisionName.fp8 else 0

@@ -120,12 +120,12 @@ def step_work(config: Config, hardware: HardwareConfig, rank: Rank) -> dict[str,
     return work
 
 
-def host_seconds(config: Config, layers: int) -> float:
-    """Returns how long the host needs to launch a microbatch's forward and backward, as measured on a slow one."""
+def host_seconds(config: Config, hardware: HardwareConfig, layers: int) -> float:
+    """Returns how long the host needs to launch a microbatch's forward and backward, from what a slow one took."""
     streams = len(config.attention.method.streams)
     again = 4 / 3 if config.engine.recompute is Recompute.full else 1.0
     both = 2 if streams == 2 or config.attention.method is Method.moba else 1  # selection has 13 launches
-    return HOST_MS_PER_LAYER[both] * 1e-3 * layers * again
+    return HOST_MS_PER_LAYER[both] * 1e-3 * layers * again / hardware.host_speed
 
 
 def _attention(row: RowFlops, main: str, share: float, *, whole_rows: bool) -> tuple[float, float, float, float]:
