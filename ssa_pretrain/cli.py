@@ -88,7 +88,8 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         machine = replace(machine, locks_folder=entry == "train" and prints)
         config = resolve_config(entry, given, machine)
         if config.dry_run:
-            raise Answered(plan_text(entry, config, arguments, machine.world_size or 1, views))
+            gpus = config.num_gpus() if isinstance(config, PlanConfig) else 0
+            raise Answered(plan_text(entry, config, arguments, gpus or machine.world_size or 1, views))
     except Answered as answer:
         with pipe_may_close():
             sys.stdout.write(hide_secrets(answer.text, secrets_of(os.environ)) * prints)
@@ -117,6 +118,8 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine) -> Config:
         if isinstance(config, PlanConfig) and config.num_gpus():
             known = replace(known, world_size=config.num_gpus())
         problems = [*problems, *check(config, known, {problem.key for problem in problems})]
+        if any(problem.key == "nodes" for problem in problems):  # its own sentence says what the rule on processes would
+            problems = [problem for problem in problems if problem.key != "world_size"]
         problems = with_tried_advice(problems, config, known) if problems else []
         return problems if has_groups else [replace(p, advice=in_keys_only(p.advice)) for p in problems]
 

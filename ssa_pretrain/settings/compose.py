@@ -146,8 +146,9 @@ def _check_override(line: str, override: Override, source: Source) -> tuple[list
         given = _as_typed_value(line, source)
         chosen = given if isinstance(given, list) else [given]
         wrong = [choice for choice in chosen if choice not in options]
-        sign = "+" if key in OPTIONAL_GROUPS else ""  # no defaults list names them
-        return _no_option(key, wrong[0], options) if wrong else ([f"{sign}{key}={value}"], [])
+        good, found = _no_option(key, wrong[0], options) if wrong else ([f"{key}={value}"], [])
+        sign = "+" * (key in OPTIONAL_GROUPS)  # no defaults list names them
+        return [f"{sign}{choice}" for choice in good], found
     if _is_section(key, source) and not isinstance(override.value(), dict) and not has_groups(source):
         return [], [_no_group(key, override.value(), source)]
     if override.is_hydra_override() or override.type is OverrideType.DEL:
