@@ -118,7 +118,9 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine) -> Config:
         if isinstance(config, PlanConfig) and config.num_gpus():
             known = replace(known, world_size=config.num_gpus())
         problems = [*problems, *check(config, known, {problem.key for problem in problems})]
-        if any(problem.key == "nodes" for problem in problems):  # its own sentence says what the rule on processes would
+        if any(
+            problem.key == "nodes" for problem in problems
+        ):  # its own sentence says what the rule on processes would
             problems = [problem for problem in problems if problem.key != "world_size"]
         problems = with_tried_advice(problems, config, known) if problems else []
         return problems if has_groups else [replace(p, advice=in_keys_only(p.advice)) for p in problems]

@@ -3,7 +3,7 @@
     python -m ssa_pretrain.plan experiment=ssa_1b_8k hardware=h100 nodes=8
     python -m ssa_pretrain.plan experiment=ssa_1b_8k hardware=h100 nodes=8 --search     # ranks the layouts of these GPUs
     python -m ssa_pretrain.plan experiment=ssa_1b_8k hardware=h100 --scale              # 8 to 2,048 GPUs
-    python -m ssa_pretrain.plan --measured                                              # the measured runs behind the estimates
+    python -m ssa_pretrain.plan experiment=ssa_1b_8k --measured                         # the measured runs behind the estimates
     python -m ssa_pretrain.plan --check experiment=quickstart
 
 The settings are those of a run, and `hardware`, `nodes` and `document_tokens` (config/hardware.py). With --check it prints nothing and exits 0 if

@@ -26,7 +26,9 @@ class HardwareConfig:
     network_gb_per_s: float = 50.0  # network between nodes, GB/s
     storage_gb_per_s: float = 10.0  # writing a checkpoint from all nodes together, GB/s
     host_copy_gb_per_s: float = 20.0  # copying a GPU's part of a checkpoint to its host, GB/s
-    host_speed: float = 1.0  # speed at which a host's core launches kernels, over that of the measured host (docs/planning.md)
+    host_speed: float = (
+        1.0  # speed at which a host's core launches kernels, over that of the measured host (docs/planning.md)
+    )
     restart_minutes: float = 10.0  # from a failure until training goes on at the newest checkpoint
     price_per_gpu_hour: float = 3.0  # price of a GPU and its share of the node, in USD per hour
 
@@ -34,7 +36,9 @@ class HardwareConfig:
         """Returns the problems within this section."""
         found = at_least("hardware", self, 1, "gpus_per_node", "nvlink_gpus")
         found += above_zero("hardware", self, "memory_gib", "bf16_tflops", "hbm_tb_per_s", "nvlink_gb_per_s")
-        found += above_zero("hardware", self, "network_gb_per_s", "storage_gb_per_s", "host_copy_gb_per_s", "host_speed")
+        found += above_zero(
+            "hardware", self, "network_gb_per_s", "storage_gb_per_s", "host_copy_gb_per_s", "host_speed"
+        )
         return found + at_least("hardware", self, 0, "fp8_tflops", "restart_minutes", "price_per_gpu_hour")
 
 
@@ -72,5 +76,9 @@ class PlanConfig(Config):
         rule = f"has {gpus} GPUs, which must be a multiple of tp * pp * cp = {parallel.tp} * {parallel.pp} * {parallel.cp} = {unit}"
         fitting = [count for count in range(1, 4097) if count * per_node % unit == 0]
         if not fitting:
-            return [Problem("nodes", self.nodes, rule, f"try parallel.world_size={nearest_multiples(gpus, unit)[-1]}", reads)]
+            return [
+                Problem(
+                    "nodes", self.nodes, rule, f"try parallel.world_size={nearest_multiples(gpus, unit)[-1]}", reads
+                )
+            ]
         return [Problem("nodes", self.nodes, rule, f"try {join(nearest_multiples(self.nodes, fitting[0]))}", reads)]

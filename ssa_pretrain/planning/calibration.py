@@ -20,10 +20,12 @@ from ssa_pretrain.planning.communication import DATA, GIGA, LINKS, OTHER, TENSOR
 from ssa_pretrain.planning.documents import typical_row
 from ssa_pretrain.planning.measured import MeasuredRun, measured_runs
 from ssa_pretrain.planning.memory import activations, count_parameters, optimizer_shards, state_bytes
-from ssa_pretrain.planning.work import TERMS, Rank, mean_work, step_work
+from ssa_pretrain.planning.work import Rank, mean_work, step_work
 
 SPREAD, PRIOR_SPREAD = 0.015, 0.3  # relative standard deviations of a measured time and of a prior
-LIBRARIES = 200 * 2**20  # bytes of cuBLAS's and Transformer Engine's workspaces and of RoPE's tables, by the measured peaks
+LIBRARIES = (
+    200 * 2**20
+)  # bytes of cuBLAS's and Transformer Engine's workspaces and of RoPE's tables, by the measured peaks
 # What kernels alone take. Full and sparse stream and selection: the table of kernels/README.md. The others: usual shares of the peak and of the
 # bandwidth, 80% for large products and 75% for the memory; NCCL counts on 360 of NVLink's 450 GB/s.
 PRIOR = {

@@ -27,12 +27,20 @@ from ssa_pretrain.planning.work import Rank
 
 GIGA = 1e9
 # Terms of the cost model. Tensor parallelism's includes that the products of a rank are smaller.
-TENSOR, USER_BUFFERS, DATA, OTHER = "tensor parallelism", "the same with user buffers", "data parallelism", "communication"
+TENSOR, USER_BUFFERS, DATA, OTHER = (
+    "tensor parallelism",
+    "the same with user buffers",
+    "data parallelism",
+    "communication",
+)
 LINKS = (TENSOR, USER_BUFFERS, DATA, OTHER)
 NETWORK_SHARE = 0.8  # of the adapters' nominal bandwidth
 HIDDEN_COST = 0.5  # of the time of hidden communication
 BASE_LATENCY, NVLINK_HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 14e-6  # seconds
-SMALLEST_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000  # parameters per reduction of gradients that overlaps with the backward
+SMALLEST_BUCKET, BUCKET_PER_RANK = (
+    40_000_000,
+    1_000_000,
+)  # parameters per reduction of gradients that overlaps with the backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +175,9 @@ def _data(config: Config, hardware: HardwareConfig, rank: Rank, world_size: int)
         reduces, gathers = (times if stage >= 2 else 1), (2 * times if stage == 3 else 1)
         number = rank.layers * 7 if stage == 3 else 1
         bytes_ = share * (reduces * gradient + gathers * weight)
-        return [Traffic(group=group, bytes=bytes_, calls=number * (reduces + gathers), hidden=engine.overlap_grad_reduce)]
+        return [
+            Traffic(group=group, bytes=bytes_, calls=number * (reduces + gathers), hidden=engine.overlap_grad_reduce)
+        ]
     calls = -(-rank.parameters // max(SMALLEST_BUCKET, BUCKET_PER_RANK * size)) if engine.overlap_grad_reduce else 1
     sums = 1 if engine.distributed_optimizer else 2
     reduce = Traffic(group=group, bytes=sums * share * gradient, calls=calls, hidden=engine.overlap_grad_reduce)

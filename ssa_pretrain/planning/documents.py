@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 
 from ssa_pretrain.config import AttentionConfig, ModelConfig
@@ -66,7 +67,9 @@ def document_lengths(rule: str, row_length: int) -> tuple[int, ...]:
         return tuple(_cut(int(number), row_length, rng))
     drawn = {"lognormal": _lognormal, "geometric": _geometric}.get(name)
     if drawn is None or not number.isdecimal() or int(number) < 1:
-        raise ValueError(f"documents={rule} must be whole, lognormal:MEAN, geometric:MEAN or cut:NUMBER; try lognormal:960")
+        raise ValueError(
+            f"documents={rule} must be whole, lognormal:MEAN, geometric:MEAN or cut:NUMBER; try lognormal:960"
+        )
     lengths = [max(1, round(drawn(int(number), (i + 0.5) / NUM_DOCUMENTS))) for i in range(NUM_DOCUMENTS)]
     rng.shuffle(lengths)
     found, room, index = [], row_length * NUM_ROWS, 0
@@ -95,4 +98,4 @@ def _cut(number: int, row_length: int, rng: random.Random) -> Iterator[int]:
     """Yields the documents of rows that are cut at random places."""
     for _ in range(NUM_ROWS):
         edges = [0, *sorted(rng.sample(range(1, row_length), number - 1)), row_length]
-        yield from (end - start for start, end in zip(edges, edges[1:], strict=False))
+        yield from (end - start for start, end in pairwise(edges))

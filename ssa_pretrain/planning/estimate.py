@@ -174,7 +174,7 @@ class Estimate:
         mean = self._scaled(mean_work(self.config, self.hardware, self.row, self.rank))
         device, slot = sum(mean.values()), self._slot_seconds()
         once = self._scaled(step_work(self.config, self.hardware, self.rank))
-        groups = {name: 0.0 for name in ("tp", "cp", "pp", "dp")}
+        groups = dict.fromkeys(("tp", "cp", "pp", "dp"), 0.0)
         for traffic in self.traffic:
             groups[traffic.group.name] += self._exposed(traffic, slot)
         per_microbatch = slot + (groups["tp"] + groups["cp"] + groups["pp"]) / count
@@ -301,5 +301,3 @@ def estimate(config: PlanConfig, plan: Plan, fitted: Calibration | None = None) 
 def as_plan_config(config: Config, hardware: HardwareConfig) -> PlanConfig:
     """Returns a run's configuration on a cluster."""
     return PlanConfig(**{name: getattr(config, name) for name in Config.__dataclass_fields__}, hardware=hardware)
-
-

@@ -44,7 +44,10 @@ def search_table(found: Found, config: PlanConfig, gpus: int) -> str:
     head = f"search: {found.num_tried:,} layouts of {gpus:,} GPUs that the rules accept, {len(ranked):,} of them fit\n"
     if not ranked:
         if found.smallest is None:
-            return head + "The batch does not divide among them: change training.global_batch_tokens or the number of GPUs.\n"
+            return (
+                head
+                + "The batch does not divide among them: change training.global_batch_tokens or the number of GPUs.\n"
+            )
         least = found.smallest
         need, has = least.needed_bytes / GIB, least.hardware.memory_gib
         words = " ".join(settings_of(least.config))
@@ -114,7 +117,9 @@ def measured_table(fitted: Calibration) -> str:
         lines.append(" ".join([*cells, f" {run.settings}"]))
         planned = part_bytes(run)
         for part, size in run.part_bytes.items():
-            lines.append(f"{'':>37}{size / GIB:>6.2f} {planned[part] / GIB:>8.2f} {planned[part] / size - 1:>+7.1%}   {part}")
+            lines.append(
+                f"{'':>37}{size / GIB:>6.2f} {planned[part] / GIB:>8.2f} {planned[part] / size - 1:>+7.1%}   {part}"
+            )
     lines.append("factors: how many times longer than at the peak")
     lines += [f"{factor:>8.2f}  {term}" for term, factor in fitted.factors.items()]
     return "\n".join(lines) + "\n" + f"{_accuracy(fitted)}\n"
@@ -136,7 +141,12 @@ def _memory(estimate: Estimate, vocab_size: int | None) -> list[tuple[str, str]]
     verdict = "it fits" if estimate.fits else "it does not fit"
     needs = f"with the allocator and CUDA {estimate.needed_bytes / GIB:.1f} of {hardware.memory_gib:g} GiB: {verdict}"
     error = f"± {estimate.fitted.memory_error:.1%}"
-    rows = [("memory", f"{_size(estimate.peak_bytes)} {error} at the peak on the fullest rank ({plan.parameters_per_rank:,} parameters); {needs}")]
+    rows = [
+        (
+            "memory",
+            f"{_size(estimate.peak_bytes)} {error} at the peak on the fullest rank ({plan.parameters_per_rank:,} parameters); {needs}",
+        )
+    ]
     rows += [("", f"{_size(size):>10}  {part}") for part, size in estimate.memory_parts.items() if size]
     spaces = estimate.activations.workspaces
     if spaces.segment_sums:
@@ -158,7 +168,12 @@ def _memory(estimate: Estimate, vocab_size: int | None) -> list[tuple[str, str]]
 def _step(estimate: Estimate) -> list[tuple[str, str]]:
     """Returns the time of a step by part."""
     step, plan = estimate.step, estimate.plan
-    rows = [("step time", f"{step.total:.3f} s ± {_time_error(estimate):.0%}, of {plan.num_microbatches} microbatch{"es" * (plan.num_microbatches > 1)} per rank")]
+    rows = [
+        (
+            "step time",
+            f"{step.total:.3f} s ± {_time_error(estimate):.0%}, of {plan.num_microbatches} microbatch{'es' * (plan.num_microbatches > 1)} per rank",
+        )
+    ]
     parts = {name: seconds for name, seconds in step.work.items() if seconds}
     parts |= {"launching on the host": step.waiting_for_host, "pipeline bubble": step.bubble}
     parts |= {"waiting for drawn streams": step.imbalance}
@@ -193,7 +208,9 @@ def _run(estimate: Estimate) -> list[tuple[str, str]]:
     price = f"${estimate.cost:,.0f} at ${hardware.price_per_gpu_hour:g} per GPU-hour"
     saves = f"a checkpoint every {found.interval:,} steps" if found.interval else "a checkpoint at the end"
     stall = f"stalls training {found.cost.stall_seconds:.2g} s and takes {found.cost.write_seconds:.2g} s"
-    failures = f"a failure every {found.hours:,.1f} h costs {hardware.restart_minutes:g} min and the work since the last save"
+    failures = (
+        f"a failure every {found.hours:,.1f} h costs {hardware.restart_minutes:g} min and the work since the last save"
+    )
     rows = [
         ("speed", speed),
         ("time", f"{days:,.2f} days ({duration(estimate.run_seconds)}), {estimate.gpu_hours:,.0f} GPU-hours, {price}"),
@@ -207,7 +224,12 @@ def _basis(estimate: Estimate) -> list[tuple[str, str]]:
     """Returns what the estimates rest on."""
     rows = [("estimated", f"{_accuracy(estimate.fitted)}; --measured lists them")]
     if not estimate.is_measured:
-        rows.append(("", "of this kind none: more GPUs, another GPU, pipelines and context ranks are extrapolated (docs/planning.md)"))
+        rows.append(
+            (
+                "",
+                "of this kind none: more GPUs, another GPU, pipelines and context ranks are extrapolated (docs/planning.md)",
+            )
+        )
     return rows
 
 

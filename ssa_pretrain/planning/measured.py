@@ -33,7 +33,17 @@ from ssa_pretrain.settings.problems import ConfigError
 PATH = Path(__file__).with_name("measured_runs.csv")
 COLUMNS = (
     *("date", "commit", "hardware", "gpus", "work", "microbatches"),
-    *("settings", "documents", "ms", "peak_gib", "weights_gib", "gradients_gib", "optimizer_gib", "activations_gib", "source"),
+    *(
+        "settings",
+        "documents",
+        "ms",
+        "peak_gib",
+        "weights_gib",
+        "gradients_gib",
+        "optimizer_gib",
+        "activations_gib",
+        "source",
+    ),
 )
 PARTS = ("weights", "gradients", "optimizer", "activations")
 

@@ -136,7 +136,9 @@ def activation_bytes(config: Config, padded_vocab_size: int, num_microbatches: i
     return activations(config, padded_vocab_size, num_microbatches).peak
 
 
-def activations(config: Config, padded_vocab_size: int, num_microbatches: int, largest: int = 0, dp: int = 1) -> Activations:
+def activations(
+    config: Config, padded_vocab_size: int, num_microbatches: int, largest: int = 0, dp: int = 1
+) -> Activations:
     """Returns the activations of the first stage (most microbatches in flight) or the last (the logits), whichever holds more.
 
     Args:

@@ -62,7 +62,11 @@ def describe(
         ("step", f"{plan.tokens_per_step:,} tokens = {plan.rows_per_step:,} rows = {batch}"),
         ("length", f"{plan.steps:,} steps, {plan.warmup_steps:,} of warm-up; {plan.total_tokens:,} tokens"),
         *_epochs(config, plan, manifest),
-        *(() if estimates else (("memory", f"about {_bytes(plan.memory_bytes)} on the fullest rank ({fullest})"), ("", memory))),
+        *(
+            ()
+            if estimates
+            else (("memory", f"about {_bytes(plan.memory_bytes)} on the fullest rank ({fullest})"), ("", memory))
+        ),
         *_work(config, plan, with_time=not estimates),
         *estimates,
         *_balance(config, plan),

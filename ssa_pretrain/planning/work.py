@@ -33,7 +33,10 @@ TERMS = {
     "zero 3": "in stage 3",
     "offload": "DeepSpeed's optimizer on the host",
 }
-HOST_MS_PER_LAYER = {1: 61 / 16, 2: 88 / 16}  # by the number of streams: docs/results/h200.md, "Where the host is the limit"
+HOST_MS_PER_LAYER = {
+    1: 61 / 16,
+    2: 88 / 16,
+}  # by the number of streams: docs/results/h200.md, "Where the host is the limit"
 
 Work = Mapping[str, float]  # seconds at the peak, by term
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
 NOT_GROUPS = ("hydra", "recipe", "lm_eval")  # folders beside the groups; lm_eval holds tasks, which no run reads
-OPTIONAL_GROUPS = ("hardware",)  # only programs whose configuration has this section offer the group; nothing need be chosen from it
+OPTIONAL_GROUPS = (
+    "hardware",
+)  # only programs whose configuration has this section offer the group; nothing need be chosen from it
 
 
 def offers(root: Any, group: str) -> bool:

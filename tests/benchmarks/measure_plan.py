@@ -38,8 +38,14 @@ from ssa_pretrain.planning.calibration import calibration, peak_bytes, terms  # 
 from ssa_pretrain.planning.measured import COLUMNS, config_of, hardware_of, measured_runs  # noqa: E402
 
 GIB = 2**30
-SHORT, LONG = "data.sequence_length=8192 training.micro_batch_size={rows}", "data.sequence_length=32768 training.micro_batch_size=1"
-SHARES = {"full": 0.375, "sparse": 0.125}  # the shares that training draws at a counterpart share of 1/4, by main stream
+SHORT, LONG = (
+    "data.sequence_length=8192 training.micro_batch_size={rows}",
+    "data.sequence_length=32768 training.micro_batch_size=1",
+)
+SHARES = {
+    "full": 0.375,
+    "sparse": 0.125,
+}  # the shares that training draws at a counterpart share of 1/4, by main stream
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,18 @@ RUNS = calibration().runs
 
 def test_every_measured_time_is_within_10_percent() -> None:
     found = calibration()
-    wrong = {run.settings: error for run, error in zip(RUNS, found.time_errors, strict=True) if error and abs(error) > 0.1}
+    wrong = {
+        run.settings: error for run, error in zip(RUNS, found.time_errors, strict=True) if error and abs(error) > 0.1
+    }
     assert not wrong
     assert sum(error is not None for error in found.time_errors) >= 60
 
 
 def test_every_measured_peak_and_part_is_within_5_percent() -> None:
     found = calibration()
-    wrong = {run.settings: error for run, error in zip(RUNS, found.memory_errors, strict=True) if error and abs(error) > 0.05}
+    wrong = {
+        run.settings: error for run, error in zip(RUNS, found.memory_errors, strict=True) if error and abs(error) > 0.05
+    }
     for run in RUNS:
         planned = part_bytes(run)
         for part, size in run.part_bytes.items():
@@ -104,7 +108,9 @@ def test_parts_of_a_measured_peak_are_compared(tmp_path: Path) -> None:
     """The form in which measure_plan.py writes a run with parts."""
     path = tmp_path / "runs.csv"
     values = ["2026-11-29", "abcdef0", "h200", "1", "pass", "1", "model=llama_1b data.sequence_length=8192", "whole"]
-    path.write_text(f"{','.join(COLUMNS)}\n{','.join([*values, '150.0', '23.0', '2.257', '4.514', '4.514', '11.7', 'here'])}\n")
+    path.write_text(
+        f"{','.join(COLUMNS)}\n{','.join([*values, '150.0', '23.0', '2.257', '4.514', '4.514', '11.7', 'here'])}\n"
+    )
     (run,) = measured_runs(path)
     planned = part_bytes(run)
     assert {part: size / planned[part] for part, size in run.part_bytes.items()} == pytest.approx(
@@ -117,7 +123,10 @@ def test_parts_of_a_measured_peak_are_compared(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a,b\n1,2\n", r"must have the columns date,commit"),
-        (f"{','.join(COLUMNS)}\n2026-11-29,a,h200,1,pass,1,model=llama_1b atention.method=ssa,whole,1,,,,,,x\n", "line 2.*atention"),
+        (
+            f"{','.join(COLUMNS)}\n2026-11-29,a,h200,1,pass,1,model=llama_1b atention.method=ssa,whole,1,,,,,,x\n",
+            "line 2.*atention",
+        ),
     ],
 )
 def test_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -128,7 +137,9 @@ def test_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_settings_are_read_as_on_the_command_line() -> None:
-    config = config_of("model=llama_300m parallel.tp=2 parallel.sequence_parallel=true attention.counterpart_share=0.25 optim.lr=1e-3")
+    config = config_of(
+        "model=llama_300m parallel.tp=2 parallel.sequence_parallel=true attention.counterpart_share=0.25 optim.lr=1e-3"
+    )
     assert (config.model.name, config.parallel.tp, config.parallel.sequence_parallel) == ("llama_300m", 2, True)
     assert (config.attention.counterpart_share, config.optim.lr) == (0.25, 1e-3)
 

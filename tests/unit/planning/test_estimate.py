@@ -161,7 +161,9 @@ def test_search_ranks_what_fits_by_time(paper: PlanConfig) -> None:
     best = found.ranked[0]
     again = planned(config, 64, *[word for word in settings_of(best.config) if word != "engine=deepspeed"])
     assert again.step.total == pytest.approx(best.step.total)
-    kinds = {(layout.plan.pp, layout.plan.vpp, layout.plan.cp, layout.config.engine.recompute) for layout in found.ranked}
+    kinds = {
+        (layout.plan.pp, layout.plan.vpp, layout.plan.cp, layout.config.engine.recompute) for layout in found.ranked
+    }
     assert {kind[0] for kind in kinds} == {1, 4} and {kind[1] for kind in kinds} == {1, 2}
     assert {kind[3] for kind in kinds} == set(Recompute)
     tiny = replace(config, hardware=replace(config.hardware, memory_gib=2.0))
@@ -233,7 +235,9 @@ def test_plan_prints_every_estimate(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_that_does_not_fit_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
-    table = shown(capsys, "experiment=ssa_1b_32k", "engine.recompute=none", "hardware.memory_gib=40", "nodes=2", "--search")
+    table = shown(
+        capsys, "experiment=ssa_1b_32k", "engine.recompute=none", "hardware.memory_gib=40", "nodes=2", "--search"
+    )
     assert re.search(r"search: \d+ layouts of 16 GPUs that the rules accept, \d+ of them fit", table)
     assert re.search(r"for the first: .*(engine\.recompute|parallel\.cp)=", table)
     table = shown(capsys, "experiment=ssa_1b_32k", "engine.recompute=none", "hardware.memory_gib=40", "nodes=2")
@@ -251,13 +255,22 @@ def test_views_print_curves_and_measured_runs(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nodes=3", "parallel.pp=16"), "nodes=3 has 24 GPUs, which must be a multiple of tp * pp * cp = 1 * 16 * 1 = 16; try 2 or 4"),
-        (("nodes=2", "parallel.world_size=8"), "nodes=2 has 16 GPUs (hardware.gpus_per_node=8), but parallel.world_size=8; leave one of them out"),
+        (
+            ("nodes=3", "parallel.pp=16"),
+            "nodes=3 has 24 GPUs, which must be a multiple of tp * pp * cp = 1 * 16 * 1 = 16; try 2 or 4",
+        ),
+        (
+            ("nodes=2", "parallel.world_size=8"),
+            "nodes=2 has 16 GPUs (hardware.gpus_per_node=8), but parallel.world_size=8; leave one of them out",
+        ),
         (("hardware=h10",), "hardware=h10 is not an option of the group hardware; did you mean hardware=h100?"),
         (("hardware.memory_gib=0",), "hardware.memory_gib=0.0 must be above 0; try 79.6"),
         (("nodes=-1",), "nodes=-1 must be at least 0; try 0"),
         (("document_tokens=-5",), "document_tokens=-5 must be at least 0; try 0"),
-        (("nodes=7",), "training.global_batch_tokens=3145728 must be a multiple of sequence_length * micro_batch_size * dp"),
+        (
+            ("nodes=7",),
+            "training.global_batch_tokens=3145728 must be a multiple of sequence_length * micro_batch_size * dp",
+        ),
     ],
 )
 def test_wrong_cluster_is_refused_with_one_sentence(words: tuple[str, ...], message: str) -> None:
