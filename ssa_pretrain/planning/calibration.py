@@ -114,13 +114,16 @@ def terms(run: MeasuredRun) -> dict[str, float]:
     row = typical_row(
         config.model, config.attention, config.data.sequence_length, config.model.vocab_size, run.documents
     )
-    found = {term: rank.num_microbatches * seconds for term, seconds in mean_work(config, hardware, row, rank).items()}
+    # Stages of a pipeline wait for each other as in estimate.py.
+    slots = rank.num_microbatches + (config.parallel.pp - 1) / config.parallel.vpp
+    found = {term: slots * seconds for term, seconds in mean_work(config, hardware, row, rank).items()}
     if run.has_optimizer:
         for term, seconds in step_work(config, hardware, rank).items():
             found[term] += seconds
     found |= dict.fromkeys(LINKS, 0.0)
     for traffic in communication(config, hardware, rank, run.world_size):
-        found[traffic.term] += traffic.cost * traffic.bytes / (hardware.nvlink_gb_per_s * GIGA)
+        times = 1.0 if traffic.term == DATA else slots / rank.num_microbatches
+        found[traffic.term] += times * traffic.cost * traffic.bytes / (hardware.nvlink_gb_per_s * GIGA)
     return found
 
 
