@@ -231,10 +231,12 @@ class Estimate:
 
     @property
     def is_measured(self) -> bool:
-        """Whether runs of this kind have been measured: this GPU's generation, one or two GPUs, no pipeline or context parallelism."""
-        plan = self.plan
-        known = {run.hardware.name for run in self.fitted.runs}
-        return self.hardware.name in known and plan.world_size <= 2 and plan.pp == plan.cp == 1
+        """Whether runs of this kind have been measured: on this GPU, on as many of them, with as much of each parallelism."""
+        runs = [run for run in self.fitted.runs if run.hardware.name == self.hardware.name and run.seconds]
+        degrees = [run.config.parallel for run in runs]
+        asked = [(self.plan.world_size, [run.world_size for run in runs])]
+        asked += [(getattr(self.plan, axis), [getattr(d, axis) for d in degrees]) for axis in ("tp", "pp", "vpp", "cp")]
+        return all(degree <= max(known, default=0) for degree, known in asked)
 
     def _scaled(self, work: Mapping[str, float]) -> dict[str, float]:
         """Returns work at the peak as seconds."""
