@@ -66,7 +66,7 @@ def test_waiting_for_drawn_streams_is_counted_in_time(paper: PlanConfig) -> None
     found = planned(paper, 384, *words)
     full, sparse = found._device_seconds("full", 0.375), found._device_seconds("sparse", 0.125)
     assert found.step.imbalance == pytest.approx(full - (full + sparse) / 2, rel=0.02)
-    assert planned(paper, 192, *words).step.imbalance == pytest.approx(0.0, abs=1e-9)
+    assert planned(paper, 128, *words).step.imbalance == pytest.approx(0.0, abs=1e-9)
 
 
 def test_workspaces_are_those_that_the_kernels_state(paper: PlanConfig) -> None:
@@ -180,14 +180,17 @@ def test_changes_that_make_a_run_fit_do(paper: PlanConfig) -> None:
     for words, found in changes:
         assert found.fits and planned(config, 8, *words.split()).fits
     assert any("training.micro_batch_size=1" in words for words, _ in changes)
-    two = smaller(planned(replace(config, hardware=replace(config.hardware, memory_gib=18.0)), 8))
+    two = smaller(planned(replace(config, hardware=replace(config.hardware, memory_gib=12.0)), 8))
     assert two and all(found.fits for _, found in two) and any(" " in words for words, _ in two)
     assert smaller(planned(replace(config, hardware=replace(config.hardware, memory_gib=3.0)), 8)) == []
 
 
 def test_curves_reach_2048_gpus(paper: PlanConfig) -> None:
     assert gpu_counts(paper) == [8 << power for power in range(9)]
-    strong, weak = (curve(replace(paper, nodes=8), calibration()) for curve in (strong_curve, weak_curve))
+    config = with_settings(
+        replace(paper, nodes=8), ["attention.method=full"]
+    )  # draws no streams, which take long to simulate
+    strong, weak = (curve(config, calibration()) for curve in (strong_curve, weak_curve))
     assert [point.gpus for point in strong] == [point.gpus for point in weak] == gpu_counts(paper)
     assert all(point.estimate is not None for point in [*strong, *weak])
     speeds = [efficiency(point, strong) or 0.0 for point in strong]
