@@ -25,9 +25,11 @@ from ssa_pretrain.planning.goodput import Goodput, goodput
 from ssa_pretrain.planning.memory import Activations, activations
 from ssa_pretrain.planning.plan import Plan
 from ssa_pretrain.planning.work import TERMS, Rank, host_seconds, mean_work, microbatch_work, step_work
+from ssa_pretrain.schedule import WINDOW
 
 GIB = 2**30
 CONTEXT = 1.5 * GIB  # bytes outside torch's allocator: the CUDA context and NCCL's channels; an assumption
+SIMULATED_MICROBATCHES = 4096  # whose streams are drawn to find the slowest data rank
 SPLIT = 0.04  # of the tensors' peak that the allocator holds but cannot use; an assumption
 
 
@@ -273,7 +275,8 @@ class Estimate:
             rows=training.micro_batch_size,
             row_length=self.config.data.sequence_length,
         )
-        return balance(attention, batch, _RowTime(self), seed=self.config.seed).slowest
+        steps = max(1, min(WINDOW, SIMULATED_MICROBATCHES // (plan.dp * plan.num_microbatches)))
+        return balance(attention, batch, _RowTime(self), seed=self.config.seed, steps=steps).slowest
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,7 +242,7 @@ def test_plan_that_does_not_fit_says_what_to_change(capsys: pytest.CaptureFixtur
         capsys, "experiment=ssa_1b_32k", "engine.recompute=none", "hardware.memory_gib=40", "nodes=2", "--search"
     )
     assert re.search(r"search: \d+ layouts of 16 GPUs that the rules accept, \d+ of them fit", table)
-    assert re.search(r"for the first: .*(engine\.recompute|parallel\.cp)=", table)
+    assert re.search(r"for the first: .*(engine\.recompute|parallel\.[tpc]+)=", table)
     table = shown(capsys, "experiment=ssa_1b_32k", "engine.recompute=none", "hardware.memory_gib=40", "nodes=2")
     assert "it does not fit" in table
     assert re.search(r"to fit     (engine|parallel)\.\S+.*: \d+\.\d GiB, \S+ s per step\n           or ", table)
