@@ -233,8 +233,11 @@ class Estimate:
 
     @property
     def is_measured(self) -> bool:
-        """Whether runs of this kind have been measured: on this GPU, on as many of them, with as much of each parallelism."""
+        """Whether runs of this kind have been measured: such a model, on this GPU, on as many of them, with as much of each parallelism."""
         runs = [run for run in self.fitted.runs if run.hardware.name == self.hardware.name and run.seconds]
+        widths = [run.config.model.hidden_size for run in runs]
+        if not runs or not min(widths) <= self.config.model.hidden_size <= max(widths):
+            return False
         degrees = [run.config.parallel for run in runs]
         asked = [(self.plan.world_size, [run.world_size for run in runs])]
         asked += [(getattr(self.plan, axis), [getattr(d, axis) for d in degrees]) for axis in ("tp", "pp", "vpp", "cp")]

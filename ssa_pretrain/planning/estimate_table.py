@@ -227,7 +227,7 @@ def _basis(estimate: Estimate) -> list[tuple[str, str]]:
         rows.append(
             (
                 "",
-                "of this kind none: more GPUs, another GPU, pipelines and context ranks are extrapolated (docs/planning.md)",
+                "of this kind none: other models and GPUs, more GPUs, pipelines and context ranks are extrapolated (docs/planning.md)",
             )
         )
     return rows
