@@ -247,8 +247,13 @@ class Estimate:
         """Returns work at the peak as seconds."""
         return {term: seconds * self.fitted.factors[term] for term, seconds in work.items()}
 
-    def _device_seconds(self, main: str, share: float) -> float:
-        """Returns the device's time for a microbatch."""
+    def device_seconds(self, main: str, share: float) -> float:
+        """Returns the device's time for a microbatch.
+
+        Args:
+            main: the main stream, "full" or "sparse".
+            share: share of the queries that compute the other one.
+        """
         work = microbatch_work(self.config, self.hardware, self.row, self.rank, main, share)
         return sum(self._scaled(work).values())
 
@@ -256,7 +261,7 @@ class Estimate:
         """Returns the mean time of a microbatch over both main streams, launching included, communication excluded."""
         host, row = host_seconds(self.config, self.hardware, self.rank.layers), self.row
         kinds = ((row.full_ratio, "full", row.share_if_full), (1.0 - row.full_ratio, "sparse", row.share_if_sparse))
-        return sum(p * max(host, self._device_seconds(main, share)) for p, main, share in kinds if p)
+        return sum(p * max(host, self.device_seconds(main, share)) for p, main, share in kinds if p)
 
     def _exposed(self, traffic: Traffic, slot: float) -> float:
         """Returns the time that a group's communication adds to a step."""
@@ -292,7 +297,7 @@ class _RowTime:
         """Returns the seconds of a row with a main stream and a share of its queries drawn for the other one."""
         sampled = self.estimate.config.attention.counterpart_share < 1.0  # by other kernels than all queries
         share = min(share, 0.999) if sampled else share
-        return self.estimate._device_seconds(main, share) / self.estimate.config.training.micro_batch_size
+        return self.estimate.device_seconds(main, share) / self.estimate.config.training.micro_batch_size
 
 
 def estimate(config: PlanConfig, plan: Plan, fitted: Calibration | None = None) -> Estimate:

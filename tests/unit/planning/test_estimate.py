@@ -64,7 +64,7 @@ def test_waiting_for_drawn_streams_is_counted_in_time(paper: PlanConfig) -> None
     """One microbatch per data rank at a share of 1/4: half of the ranks are full and set the time of all."""
     words = ("attention.counterpart_share=0.25", "training.micro_batch_size=1")
     found = planned(paper, 384, *words)
-    full, sparse = found._device_seconds("full", 0.375), found._device_seconds("sparse", 0.125)
+    full, sparse = found.device_seconds("full", 0.375), found.device_seconds("sparse", 0.125)
     assert found.step.imbalance == pytest.approx(full - (full + sparse) / 2, rel=0.02)
     assert planned(paper, 128, *words).step.imbalance == pytest.approx(0.0, abs=1e-9)
 
