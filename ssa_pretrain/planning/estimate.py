@@ -176,7 +176,7 @@ class Estimate:
         mean = self._scaled(mean_work(self.config, self.hardware, self.row, self.rank))
         device, slot = sum(mean.values()), self._slot_seconds()
         once = self._scaled(step_work(self.config, self.hardware, self.rank))
-        groups = dict.fromkeys(("tp", "cp", "pp", "dp"), 0.0)
+        groups: dict[str, float] = dict.fromkeys(("tp", "cp", "pp", "dp"), 0.0)
         for traffic in self.traffic:
             groups[traffic.group.name] += self._exposed(traffic, slot)
         per_microbatch = slot + (groups["tp"] + groups["cp"] + groups["pp"]) / count
