@@ -205,7 +205,14 @@ def test_several_tiles_slices_and_splits(monkeypatch):
     """Small tiles, so that each loop runs more than once and its last round is not full; 8 tokens of 16 heads take two tiles of rows."""
     from ssa_kernels.decode import launch
 
-    small = {"TILE": 32, "CANDIDATE_CHUNK": 16, "MERGE_CHUNK": 16, "MAX_SLICES": 5, "CHOSEN_KEYS": 16}
+    small = {
+        "TILE": 32,
+        "SLICE_BLOCKS": 32,
+        "CANDIDATE_CHUNK": 16,
+        "MERGE_CHUNK": 16,
+        "MAX_SLICES": 5,
+        "CHOSEN_KEYS": 16,
+    }
     for name, size in {**small, "SPLIT_KEYS": 16, "MIN_KEYS_PER_SPLIT": 64, "PROGRAMS_PER_MULTIPROCESSOR": 99}.items():
         monkeypatch.setattr(launch, name, size)
     check(tokens_of([330, 101], 16, 1, 16), block_size=2, top_k=12, tokens=8, paged=True)
