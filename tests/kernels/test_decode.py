@@ -363,7 +363,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ssa_kernels.decode import append_triton, attend_triton, launch, select_triton
 
-TYPES = {"seq_lens_ptr": "*i32", "num_new_ptr": "*i32", "page_table_ptr": "*i32", "indices_ptr": "*i32", "best_ptr": "*i64"}
+TYPES = {"seq_lens_ptr": "*i32", "num_new_ptr": "*i32", "page_table_ptr": "*i32", "key_table_ptr": "*i32", "indices_ptr": "*i32", "best_ptr": "*i64"}
 FLOATS = ("logits_ptr", "tile_max_ptr", "tile_sum_ptr", "lse_ptr", "part_ptr", "top_ptr", "total_ptr")
 
 def usage(kernel, num_warps, sizes, **options):
@@ -391,7 +391,7 @@ found = {}
 for tokens, heads, dim, paged in ((1, 16, 64, True), (1, 16, 64, False), (4, 16, 64, True), (1, 4, 128, True)):
     rows = min(launch.MAX_ROWS, max(16, tokens * heads))
     sizes = dict(
-        NUM_NEW=tokens, RAGGED=False, PAGED=paged, LISTS=2, LISTS_PER_KV_HEAD=1, KV_HEADS=2, HEADS=heads, PADDED_HEADS=heads,
+        NUM_NEW=tokens, RAGGED=False, PAGED=paged, INDEXED=not paged, LISTS=2, LISTS_PER_KV_HEAD=1, KV_HEADS=2, HEADS=heads, PADDED_HEADS=heads,
         HEAD_DIM=dim, DIM=dim, BLOCK_SIZE=16, KEYS=16, TOP_K=16, SLOTS=16, SLICE=128, TILE=launch.TILE, TILES=16, PER_HEAD=False,
         ROWS=rows, STEP=16, CHUNK=launch.MERGE_CHUNK, STAGES=3 if dim * rows <= 4096 else 2, SPLITS=128, OVERLAP=True,
     )

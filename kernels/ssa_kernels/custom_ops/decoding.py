@@ -14,13 +14,14 @@ def append_to_cache_op(
     seq_lens: torch.Tensor,
     page_table: torch.Tensor | None,
     max_length: int | None,
+    key_table: torch.Tensor | None,
     k_new: torch.Tensor,
     v_new: torch.Tensor,
     num_new: torch.Tensor | None,
     impl: str | None,
 ) -> None:
     """Writes keys, values and means."""
-    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length)
+    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length, key_table)
     cache.append_to_cache(held, k_new, v_new, num_new=num_new, impl=impl)
 
 
@@ -33,6 +34,7 @@ def decode_attention_op(
     seq_lens: torch.Tensor,
     page_table: torch.Tensor | None,
     max_length: int | None,
+    key_table: torch.Tensor | None,
     mode: str,
     top_k: int,
     num_new: torch.Tensor | None,
@@ -41,7 +43,7 @@ def decode_attention_op(
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (o, lse)."""
-    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length)
+    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length, key_table)
     o, lse = api.decode_attention(
         q, held, mode=mode, top_k=top_k, num_new=num_new, scale=scale, score=score, return_lse=True, impl=impl
     )
@@ -58,6 +60,7 @@ def select_cached_blocks_op(
     seq_lens: torch.Tensor,
     page_table: torch.Tensor | None,
     max_length: int | None,
+    key_table: torch.Tensor | None,
     top_k: int,
     num_new: torch.Tensor | None,
     scale: float | None,
@@ -65,28 +68,28 @@ def select_cached_blocks_op(
     impl: str | None,
 ) -> torch.Tensor:
     """Returns indices."""
-    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length)
+    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length, key_table)
     return api.select_cached_blocks(q, held, top_k=top_k, num_new=num_new, scale=scale, score=score, impl=impl)
 
 
 @append_to_cache_op.register_fake
-def _(k, v, means, seq_lens, page_table, max_length, k_new, v_new, num_new, impl):
+def _(k, v, means, seq_lens, page_table, max_length, key_table, k_new, v_new, num_new, impl):
     return None
 
 
 @decode_attention_op.register_fake
-def _(q, k, v, means, seq_lens, page_table, max_length, mode, top_k, num_new, scale, score, impl):
+def _(q, k, v, means, seq_lens, page_table, max_length, key_table, mode, top_k, num_new, scale, score, impl):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
 
 
 @select_cached_blocks_op.register_fake
-def _(q, k, v, means, seq_lens, page_table, max_length, top_k, num_new, scale, score, impl):
+def _(q, k, v, means, seq_lens, page_table, max_length, key_table, top_k, num_new, scale, score, impl):
     lists = q.shape[2] if score == "per_head" else k.shape[-2]
     return q.new_empty((*q.shape[:2], lists, top_k), dtype=torch.int32)
 
 
 def _operands(held: cache.KeyValueCache) -> tuple:
-    return held.k, held.v, held.means, held.seq_lens, held.page_table, held.max_length
+    return held.k, held.v, held.means, held.seq_lens, held.page_table, held.max_length, held.key_table
 
 
 def append_to_cache(
