@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ssa_kernels import KeyValueCache, append_to_cache, build_cache, decode_attention, decode_bytes, select_cached_blocks
+from ssa_kernels import (
+    KeyValueCache,
+    append_to_cache,
+    build_cache,
+    decode_attention,
+    decode_bytes,
+    select_cached_blocks,
+)
 
 triton = pytest.importorskip("triton")
 IMPLS = ["reference"] + ["triton"] * bool(triton.knobs.runtime.interpret)
