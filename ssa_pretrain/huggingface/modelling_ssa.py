@@ -233,17 +233,21 @@ class BlockMeans:
         count = (rows.queries.shape[1] + block_size - 2) // block_size + 1
         first_block = rows.before // block_size
         new = block_means(keys, rows.order, first_block, count, block_size)
-        room = blocks_of(keys.shape[2], block_size)
-        old = self.block_means
+        place = (first_block[:, None] + torch.arange(count, device=new.device))[:, None, :, None].expand_as(new)
+        return self.means_for(keys, block_size).scatter_(2, place, new)
+
+    def means_for(self, keys: Tensor, block_size: int) -> Tensor:
+        """Returns the means with room for the blocks of the keys; new ones are 0."""
+        (B, G, S, D), old = keys.shape, self.block_means
+        room = blocks_of(S, block_size)
         if old is None:
-            old = new.new_zeros(*new.shape[:2], room, new.shape[3])
+            old = keys.new_zeros(B, G, room, D)
             if isinstance(self, StaticLayer) and not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(old)
         elif old.shape[2] < room:
-            old = torch.cat([old, old.new_zeros(*old.shape[:2], room - old.shape[2], old.shape[3])], dim=2)
-        place = (first_block[:, None] + torch.arange(count, device=new.device))[:, None, :, None].expand_as(new)
-        self.block_means = old.scatter_(2, place, new)
-        return self.block_means
+            old = torch.cat([old, old.new_zeros(B, G, room - old.shape[2], D)], dim=2)
+        self.block_means = old
+        return old
 
     def reset(self) -> None:
         """Empties the layer."""
@@ -391,7 +395,7 @@ class SSALlamaAttention(LlamaAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         if rows is not None:
-            return self._decode(q, k, v, None, *rows.decoding), None
+            return self._decode(q, k, v, None, rows.decoding), None
         return self._attend(q, k, v, mask, **kwargs)
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, _, cache, *, rows: Rows, **kwargs):
@@ -400,6 +404,8 @@ class SSALlamaAttention(LlamaAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
             layer = cache.layers[self.layer_idx]
+            if isinstance(layer, BlockMeans) and rows.decoding is not None:
+                return self._decode(q, k, v, layer.means_for(k, size), rows.decoding), None
             if isinstance(layer, BlockMeans):
                 means = layer.update_means(k, rows, size)
         if rows.packing is not None:
@@ -407,7 +413,7 @@ class SSALlamaAttention(LlamaAttention):
         if means is None:
             means = block_means(k, rows.order, torch.zeros_like(rows.before), (k.shape[2] - 1) // size + 1, size)
         if rows.decoding is not None:
-            return self._decode(q, k, v, means, *rows.decoding), None
+            return self._decode(q, k, v, means, rows.decoding), None
         parts = zip(q.split(QUERIES_PER_CHUNK, 2), rows.queries.split(QUERIES_PER_CHUNK, 1), strict=True)
         outs = [self._plain(part, k, v, means, query, rows, **kwargs) for part, query in parts]
         if len(outs) == 1:
@@ -427,24 +433,26 @@ class SSALlamaAttention(LlamaAttention):
         out = ssa_kernels.sparse_attention(q, k, v, indices, **common)[0].view(shape)
         return torch.zeros_like(out).scatter(1, place.expand(shape), out)
 
-    def _decode(
-        self, q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, key_table: Tensor, lengths: Tensor
-    ) -> Tensor:
-        """Returns [B, 1, H, D]: to the kernels, each kv head of each row is a sequence. Without means, of full attention."""
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, decoding: tuple) -> Tensor:
+        """Returns [B, 1, H, D]: to the kernels, each kv head of each row is a sequence. Without means, of full attention.
+
+        The mean of the block that the new token completes is written to `means`.
+        """
         c, (B, G, S, D), H = self.config, k.shape, q.shape[1]
-        room = blocks_of(S, c.block_size)
+        room, (key_table, lengths) = blocks_of(S, c.block_size), decoding
         if len(lengths) != B * G:  # a tensor-parallel rank's kv heads
             key_table, lengths = (x.view(B, -1, *x.shape[1:])[:, :G].flatten(0, 1) for x in (key_table, lengths))
-        means = k.new_empty(B, G, room, D) if means is None else means[:, :, :room]
-        k, v, means = (x.reshape(B * G, -1, 1, D).contiguous() for x in (k, v, means))
-        table = {"key_table": key_table.to(q.device), "seq_lens": lengths.to(q.device)}
-        common = {"top_k": c.top_k, "score": c.score, "scale": self.scaling} if c.is_sparse else {"scale": self.scaling}
-        out, _ = ssa_kernels.decode_attention(
-            q.reshape(B * G, 1, H // G, D),
-            ssa_kernels.KeyValueCache(k=k, v=v, means=means, **table),
-            mode=c.attention_mode,
-            **common,
-        )
+        held = k.new_empty(B, G, room, D) if means is None else means
+        if more := held.shape[2] - room:  # a cropped cache has more blocks
+            key_table = nn.functional.pad(key_table, (0, more * c.block_size))
+        k, v, held = (x.reshape(B * G, -1, 1, D).contiguous() for x in (k, v, held))
+        where = {"key_table": key_table.to(q.device), "seq_lens": lengths.to(q.device)}
+        held = ssa_kernels.KeyValueCache(k=k, v=v, means=held, **where)
+        common = {"scale": self.scaling}
+        if c.is_sparse:
+            ssa_kernels.update_block_means(held, num_tokens=1)
+            common |= {"top_k": c.top_k, "score": c.score}
+        out, _ = ssa_kernels.decode_attention(q.reshape(B * G, 1, H // G, D), held, mode=c.attention_mode, **common)
         return out.view(B, 1, H, D)
 
     def _plain(
@@ -521,7 +529,9 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
             self._check_sparse(attention_mask, position_ids, cache)
         if self.config.is_sparse or self._kernels_decode(like, attention_mask, cache):
             kwargs["rows"] = self._rows(attention_mask, like, cache)
-            attention_mask = None  # each layer makes its own
+            attention_mask = torch.ones(
+                1, 1, 1, 1, dtype=torch.bool, device=like.device
+            )  # of four dims, it is taken as it is; layers use the rows
         common = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         return super().forward(input_ids=input_ids, **common, **kwargs)
 

@@ -397,6 +397,7 @@ for tokens, heads, dim, paged in ((1, 16, 64, True), (1, 16, 64, False), (4, 16,
     )
     shape = f"{tokens} {heads} {dim} {paged} "
     found[shape + "append"] = usage(append_triton.append_kernel, 1, sizes)
+    found[shape + "means"] = usage(append_triton.means_kernel, 1, sizes)
     found[shape + "logits"] = usage(select_triton.block_logits_kernel, 4, sizes, num_stages=1)
     chunk = dict(sizes, CHUNK=launch.CANDIDATE_CHUNK)
     found[shape + "candidates"] = usage(select_triton.candidates_kernel, 8, chunk, num_stages=1)
@@ -415,6 +416,6 @@ def test_kernels_compiled_for_hopper_do_not_spill():
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 28
+    assert len(found) == 32
     assert {name: stack for name, (stack, _) in found.items() if stack} == {}
     assert all(found[f"1 16 64 {paged} split"][1] <= 227 * 1024 // 3 for paged in (True, False))

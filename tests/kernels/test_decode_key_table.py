@@ -12,6 +12,7 @@ from ssa_kernels import (
     decode_attention,
     decode_bytes,
     select_cached_blocks,
+    update_block_means,
 )
 
 triton = pytest.importorskip("triton")
@@ -65,12 +66,30 @@ def test_kv_heads_may_be_sequences_of_their_own(impl):
     for mode in ("sparse", "full"):
         wanted = decode_attention(q, plain, mode=mode, top_k=3, num_new=(plain.seq_lens > 0).int(), impl=impl)[0]
         found = decode_attention(per_head, cache, mode=mode, top_k=3, num_new=(lengths > 0).int(), impl=impl)[0]
-        assert torch.equal(found.view_as(wanted), wanted), mode
+        torch.testing.assert_close(found.view_as(wanted), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_means_of_keys_that_the_owner_wrote_are_those_of_appended_ones(impl):
+    plain, scattered, _ = draw_cache()
+    page_table = torch.arange(plain.num_pages, dtype=torch.int32).view(len(LENGTHS), -1)
+    paged = KeyValueCache(*plain.pages(), plain.seq_lens, page_table=page_table)
+    new = torch.tensor([7, 1, 0, 3], dtype=torch.int32)
+    for cache in (plain, scattered, paged):
+        cache = replace(cache, means=torch.full_like(cache.means, float("nan")))
+        update_block_means(cache, num_tokens=9, num_new=new, impl=impl)
+        means = cache.means.view_as(plain.means)
+        for b, (length, count) in enumerate(zip(LENGTHS, new.tolist(), strict=True)):
+            written = slice((length - count) // SIZE, length // SIZE)
+            assert torch.equal(means[b, written], plain.means[b, written])
+            assert torch.isnan(means[b]).flatten(1).all(1).sum() == len(means[b]) - (written.stop - written.start)
+    with pytest.raises(ValueError, match="num_tokens=0 must be an int of at least 1"):
+        update_block_means(plain, num_tokens=0)
 
 
 def test_wrong_key_tables_are_refused():
     plain, scattered, q = draw_cache()
-    with pytest.raises(ValueError, match="append_to_cache takes no cache with a key_table; its owner writes keys"):
+    with pytest.raises(ValueError, match="append_to_cache takes no cache with a key_table; write keys and values"):
         append_to_cache(scattered, scattered.k[:, :1], scattered.v[:, :1])
     for table, message in (
         (scattered.key_table[:, :-1], "must be contiguous"),

@@ -25,6 +25,24 @@ def append_to_cache_op(
     cache.append_to_cache(held, k_new, v_new, num_new=num_new, impl=impl)
 
 
+@torch.library.custom_op("ssa_kernels::update_block_means", mutates_args=("means",))
+def update_block_means_op(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    means: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_table: torch.Tensor | None,
+    max_length: int | None,
+    key_table: torch.Tensor | None,
+    num_tokens: int,
+    num_new: torch.Tensor | None,
+    impl: str | None,
+) -> None:
+    """Writes means."""
+    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length, key_table)
+    cache.update_block_means(held, num_tokens=num_tokens, num_new=num_new, impl=impl)
+
+
 @torch.library.custom_op("ssa_kernels::decode_attention", mutates_args=())
 def decode_attention_op(
     q: torch.Tensor,
@@ -77,6 +95,11 @@ def _(k, v, means, seq_lens, page_table, max_length, key_table, k_new, v_new, nu
     return None
 
 
+@update_block_means_op.register_fake
+def _(k, v, means, seq_lens, page_table, max_length, key_table, num_tokens, num_new, impl):
+    return None
+
+
 @decode_attention_op.register_fake
 def _(q, k, v, means, seq_lens, page_table, max_length, key_table, mode, top_k, num_new, scale, score, impl):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
@@ -102,6 +125,13 @@ def append_to_cache(
 ) -> None:
     """Appends by the custom op; arguments as in `ssa_kernels.append_to_cache`."""
     append_to_cache_op(*_operands(cache), k.detach(), v.detach(), num_new, impl)
+
+
+def update_block_means(
+    cache: cache.KeyValueCache, *, num_tokens: int, num_new: torch.Tensor | None = None, impl: str | None = None
+) -> None:
+    """Writes means by the custom op; arguments as in `ssa_kernels.update_block_means`."""
+    update_block_means_op(*_operands(cache), num_tokens, num_new, impl)
 
 
 def decode_attention(

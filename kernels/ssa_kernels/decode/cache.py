@@ -16,7 +16,8 @@ numbers outside the pages as the nearest page and entries of a `key_table` as th
 On a CPU all three are refused.
 
 A `key_table` is for keys and values that another library wrote, such as a batch with padding between its tokens: it says where each token's key
-lies in k[b], which may have any number of rows. Means are by block of tokens as ever. Such a cache is only read: its owner writes all three.
+lies in k[b], which may have any number of rows. Means are by block of tokens as ever. The owner writes keys and values, and calls
+`update_block_means`.
 
 Not done here: choosing and freeing pages, a cache for sequences with several documents, quantised keys.
 """
@@ -155,7 +156,9 @@ def append_to_cache(
     check_one_dtype(cache=cache.k, k=k, v=v)
     check_step(cache, num_new, k=k, v=v)
     if cache.key_table is not None:
-        raise ValueError("append_to_cache takes no cache with a key_table; its owner writes keys, values and means")
+        raise ValueError(
+            "append_to_cache takes no cache with a key_table; write keys and values, then try update_block_means"
+        )
     if k.shape != v.shape or k.shape[2:] != cache.k.shape[2:]:
         raise ValueError(
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [B, T, G, D] with the cache's G and D {tuple(cache.k.shape[2:])}"
@@ -170,8 +173,42 @@ def append_to_cache(
         append_reference(cache, k.detach(), v.detach(), num_new)
 
 
-def check_step(cache: KeyValueCache, num_new: torch.Tensor | None, **tensors: torch.Tensor) -> None:
-    """Raises ValueError unless the tensors are [B, T, heads, D] for the cache's sequences. Values are checked on a CPU only."""
+@past_modes
+def update_block_means(
+    cache: KeyValueCache, *, num_tokens: int, num_new: torch.Tensor | None = None, impl: str | None = None
+) -> None:
+    """Writes the means of the blocks that the last tokens of each sequence complete, for an owner who has written keys and values.
+
+    The same sums as `append_to_cache`, in one launch, deterministic, without waiting.
+
+    Args:
+        cache: the layer's cache, whose keys are written and counted.
+        num_tokens: T, the most tokens that a sequence got since its means were last written.
+        num_new: int32 `[B]`, how many each sequence got. By default T.
+        impl: None, "triton" or "reference".
+
+    Raises:
+        ValueError: for arguments that do not fit each other.
+    """
+    check_whole("num_tokens", num_tokens, least=1, hint=": new tokens per sequence")
+    check_step(cache, num_new, num_tokens=num_tokens)
+    if resolve_impl(impl, cache.k, "update_block_means") == "triton":
+        from .append_triton import update_means_triton
+
+        update_means_triton(cache, num_tokens, num_new)
+    else:
+        from .reference import update_means_reference
+
+        update_means_reference(cache, num_tokens, num_new)
+
+
+def check_step(
+    cache: KeyValueCache, num_new: torch.Tensor | None, *, num_tokens: int = 0, **tensors: torch.Tensor
+) -> None:
+    """Raises ValueError unless the tensors are [B, T, heads, D] for the cache's sequences. Values are checked on a CPU only.
+
+    Without tensors, T is `num_tokens`.
+    """
     if not isinstance(cache, KeyValueCache):
         raise ValueError(f"cache must be a KeyValueCache by build_cache, got {type(cache).__name__}")
     check_tensors(cache=cache.k, **tensors)
@@ -181,7 +218,7 @@ def check_step(cache: KeyValueCache, num_new: torch.Tensor | None, **tensors: to
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} must be [B, T, heads, D], no size 0, with the cache's B={batch}"
             )
-    tokens = next(iter(tensors.values())).shape[1]
+    tokens = next(iter(tensors.values())).shape[1] if tensors else num_tokens
     if num_new is not None:
         check_tensors(cache=cache.k, num_new=num_new)
         if num_new.dtype != torch.int32 or num_new.shape != (batch,):

@@ -30,16 +30,28 @@ class PackedCache:
 
 def append_reference(cache: KeyValueCache, k: torch.Tensor, v: torch.Tensor, num_new: torch.Tensor | None) -> None:
     """Writes keys, values and means; arguments as in `append_to_cache`."""
-    k_pages, v_pages, means = cache.pages()
+    k_pages, v_pages, _ = cache.pages()
     table, size = cache.block_pages().long(), cache.block_size
     for b, (length, new) in enumerate(_lengths(cache, k.shape[1], num_new)):
         first = max(new - length, 0)
         position = torch.arange(length - new + first, length, device=k.device)
         at = (table[b, position // size], position % size)
         k_pages[at], v_pages[at] = k[b, first:new], v[b, first:new]
+    update_means_reference(cache, k.shape[1], num_new)
+
+
+def update_means_reference(cache: KeyValueCache, tokens: int, num_new: torch.Tensor | None) -> None:
+    """Writes means; arguments as in `update_block_means`."""
+    table, size, means = cache.block_pages().long(), cache.block_size, cache.pages()[2]
+    for b, (length, new) in enumerate(_lengths(cache, tokens, num_new)):
         for block in range(max(length - new, 0) // size, length // size):
-            keys = k_pages[table[b, block]].to(torch.promote_types(k.dtype, torch.float32))
-            means[table[b, block]] = (keys.sum(0) / size).to(k.dtype)
+            if cache.key_table is None:
+                keys = cache.pages()[0][table[b, block]]
+            else:
+                keys = cache.k[b, cache.key_table[b, block * size : (block + 1) * size].long()]
+            means[table[b, block]] = (keys.to(torch.promote_types(keys.dtype, torch.float32)).sum(0) / size).to(
+                means.dtype
+            )
 
 
 def select_cached_reference(
