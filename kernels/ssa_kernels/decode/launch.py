@@ -71,6 +71,11 @@ class _Call:
         return self.cache.seq_lens if self.cache.page_table is None else self.cache.page_table
 
     @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The page table and the key table, or some tensor in their places."""
+        return self.table, self.cache.seq_lens if self.cache.key_table is None else self.cache.key_table
+
+    @property
     def bounds(self) -> tuple[int, int, int]:
         """The longest length, blocks per sequence and number of pages."""
         return self.cache.longest, self.cache.blocks_per_sequence, self.cache.num_pages
@@ -88,7 +93,7 @@ class _Call:
         """Returns where lists and pages lie."""
         per_kv_head = self.lists // self.cache.k.shape[2]
         return {
-            "PAGED": self.cache.page_table is not None, "LISTS": self.lists, "LISTS_PER_KV_HEAD": per_kv_head, "HEADS": self.heads,
+            "PAGED": self.cache.page_table is not None, "INDEXED": self.cache.key_table is not None, "LISTS": self.lists, "LISTS_PER_KV_HEAD": per_kv_head, "HEADS": self.heads,
         }  # fmt: skip
 
 
@@ -126,7 +131,8 @@ def decode_attention_triton(
     step = min(found.slots, max(1, CHOSEN_KEYS // keys))
     launch(
         chosen_kernel, (call.lists, q.shape[0] * q.shape[1]),
-        q, *cache.pages()[:2], *call.lengths, call.table, found.best, o, lse, scale * LOG2E, *call.bounds, found.best.shape[3],
+        q, *cache.pages()[:2], *call.lengths, *call.tables, found.best, o, lse, scale * LOG2E, *call.bounds, cache.k.shape[1],
+        found.best.shape[3],
         **_ordered(chosen_kernel, {**call.tokens(), **call.paged_lists(), **call.vectors(), **found.sizes()},
                    ROWS=max(16, next_power_of_2(call.heads)), KEYS=keys, STEP=max(step, 16 // keys), CHUNK=_merge_chunk(found)),
         num_warps=CHOSEN_WARPS, num_stages=1, **_starts_early(found.overlap),
@@ -206,8 +212,9 @@ def _attend_all(call: _Call, o: torch.Tensor, lse: torch.Tensor) -> None:
     lists, overlap = call.paged_lists(), _overlaps(o.device)
     launch(
         split_kernel, (splits, call.lists * row_tiles, batch),
-        call.q, *call.cache.pages()[:2], *call.lengths, call.table, part, top, total, call.scale * LOG2E, *call.bounds,
-        **_ordered(split_kernel, {**call.tokens(), **call.vectors()}, PAGED=lists["PAGED"], KV_HEADS=call.lists, HEADS=call.heads,
+        call.q, *call.cache.pages()[:2], *call.lengths, *call.tables, part, top, total, call.scale * LOG2E, *call.bounds,
+        call.cache.k.shape[1],
+        **_ordered(split_kernel, {**call.tokens(), **call.vectors(), **lists}, KV_HEADS=call.lists,
                    KEYS=keys, ROWS=rows, STEP=max(1, SPLIT_KEYS // keys), STAGES=3 if padded * rows <= 4096 else 2,
                    OVERLAP=overlap),
         num_warps=4,
