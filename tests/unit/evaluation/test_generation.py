@@ -1,23 +1,18 @@
 """Generation from a cache of keys, values and block means: the tokens are those of forwards over the whole text, in both modes."""
 
-import json
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from ssa_pretrain.config import Config, Method, Score
-from ssa_pretrain.engine import build_engine
 from ssa_pretrain.evaluation import generation
 from ssa_pretrain.evaluation.generation import continue_texts, generate_greedily
-from ssa_pretrain.evaluation.packing import pack_texts
 from ssa_pretrain.model import spec
 from ssa_pretrain.model.attention import SSAAttention
 from ssa_pretrain.model.text_cache import TextCache
-from support.hf_models import VOCAB, draw_documents, small_config
+from support.generation_run import LENGTH, LENGTHS, likeliest, prompts, require_likeliest, run_of, with_cache
+from support.hf_models import VOCAB
 
-LENGTH, NEW = 720, 500
-LENGTHS = [1, 15, 16, 33, 200]
+NEW = 500
 
 
 @pytest.fixture(scope="module")
@@ -29,51 +24,6 @@ def placement():
     stop()
 
 
-def run_of(placement, **attention: object):
-    """Returns what generation needs of a run: a small model whose text does not repeat itself at once."""
-    config = small_config(**attention)
-    config.data.sequence_length = LENGTH
-    config.training.micro_batch_size = 4
-    plan = SimpleNamespace(vocab_size=VOCAB, dp=1, tp=1, cp=1)
-    manifest = SimpleNamespace(tokenizer=SimpleNamespace(eos_id=VOCAB + 1))
-    engine = build_engine(config, placement, VOCAB)
-    return SimpleNamespace(config=config, plan=plan, manifest=manifest, placement=placement, engine=engine)
-
-
-def prompts(lengths: list[int] = LENGTHS) -> list[list[int]]:
-    """Returns random texts."""
-    return [document.tolist() for document in draw_documents(lengths)]
-
-
-def likeliest(logits: torch.Tensor) -> list[int]:
-    """Returns each text's likeliest token."""
-    return logits.argmax(-1).tolist()
-
-
-def with_cache(run, texts: list[list[int]], mode: str, num_new: int) -> list[list[int]]:
-    """Returns the likeliest continuations; every forward but the first must be of newest tokens."""
-    calls = {"last_logits": 0, "next_logits": 0}
-
-    def counted(name):
-        method = getattr(type(run.engine), name)
-
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return method(run.engine, *args, **kwargs)
-
-        return call
-
-    for name in calls:
-        setattr(run.engine, name, counted(name))
-    try:
-        found = continue_texts(run, texts, mode=mode, num_new=num_new, choose=likeliest, multiple=16)
-    finally:
-        for name in calls:
-            delattr(run.engine, name)
-    assert calls == {"last_logits": 1, "next_logits": num_new - 1}
-    return found
-
-
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 def test_500_tokens_are_those_of_whole_forwards(placement, monkeypatch, mode):
     """All of them follow from one forward over the whole texts; the first 30 also from forwards over the texts so far, one by one."""
@@ -81,13 +31,8 @@ def test_500_tokens_are_those_of_whole_forwards(placement, monkeypatch, mode):
     found = with_cache(run, texts, mode, NEW)
     assert [len(text) for text in found] == [n + NEW for n in LENGTHS]
     assert all(len(set(text[-NEW:])) > VOCAB / 3 for text in found), "a text that repeats itself proves little"
-    for text, prompt in zip(found, texts, strict=True):
-        assert text[: len(prompt)] == prompt
-        labels = [*text[1:], 0]
-        scores = run.engine.score_labels(pack_texts([text], 16, LENGTH, [labels]), mode=mode)
-        assert (scores[len(prompt) - 1 : len(text) - 1, 1] == 1).all(), (
-            "each token is the likeliest after those before it"
-        )
+    assert all(text[: len(prompt)] == prompt for text, prompt in zip(found, texts, strict=True))
+    require_likeliest(run, found, LENGTHS, mode)
     monkeypatch.setattr(SSAAttention, "continues_from_cache", lambda: False)
     again = continue_texts(run, texts, mode=mode, num_new=30, choose=likeliest, multiple=16)
     assert again == [text[: n + 30] for text, n in zip(found, LENGTHS, strict=True)]
@@ -126,7 +71,7 @@ def test_greedy_texts_end_when_all_are_done(placement):
     found = generate_greedily(run, begun, mode="sparse", num_new=20)
     eos = whole[0][4]
     assert found == [new[: new.index(eos)] if eos in new else new for new in whole]
-    assert json.dumps(found) != json.dumps(whole)
+    assert found != whole
 
 
 class Window(SSAAttention):
@@ -150,8 +95,7 @@ def test_a_method_with_its_own_choice_is_not_continued_from_a_cache(placement, m
     run, texts = run_of(placement, top_k=2), prompts([70])
     assert generation._empty_cache(run, texts, 9) is None
     (text,) = continue_texts(run, texts, mode="sparse", num_new=9, choose=likeliest, multiple=16)
-    scores = run.engine.score_labels(pack_texts([text], 16, LENGTH, [[*text[1:], 0]]), mode="sparse")
-    assert (scores[69 : len(text) - 1, 1] == 1).all()
+    require_likeliest(run, [text], [70], "sparse")
 
 
 def test_a_cache_has_room_for_what_is_asked_and_no_more():
