@@ -12,6 +12,7 @@ A text is one document. The engine says which tokens are new (engine/interface.p
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -49,12 +50,10 @@ class TextCache:
 
     def __init__(self, lengths: Sequence[int], room: Sequence[int], *, block_size: int, device: torch.device) -> None:
         pages = [-(-most // block_size) for most in room]
-        first = [sum(pages[:i]) for i in range(len(pages))]
-        table = [list(range(begin, begin + count)) for begin, count in zip(first, pages, strict=True)]
+        table = [list(range(end - count, end)) for end, count in zip(accumulate(pages), pages, strict=True)]
         self.lengths, self.block_size, self.num_pages = list(lengths), block_size, sum(pages)
-        self.page_table = torch.tensor([row + [0] * (max(pages) - len(row)) for row in table], dtype=torch.int32).to(
-            device
-        )
+        rows = [row + [0] * (max(pages) - len(row)) for row in table]
+        self.page_table = torch.tensor(rows, dtype=torch.int32).to(device)
         self.seq_lens = torch.tensor(self.lengths, dtype=torch.int32).to(device)
         self.num_new = torch.zeros_like(self.seq_lens)
         self._layers: dict[int, KeyValueCache] = {}
