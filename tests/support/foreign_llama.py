@@ -52,8 +52,8 @@ def random_tensors(
         found |= {layer + name + ".weight": norm() for name in ("input_layernorm", "post_attention_layernorm")}
         shapes = {
             "self_attn.q_proj": (heads * dim, hidden),
-            "self_attn.k_proj": (KV_HEADS * dim, hidden),
-            "self_attn.v_proj": (KV_HEADS * dim, hidden),
+            "self_attn.k_proj": (kv_heads * dim, hidden),
+            "self_attn.v_proj": (kv_heads * dim, hidden),
             "self_attn.o_proj": (hidden, heads * dim),
             "mlp.gate_proj": (inner, hidden),
             "mlp.up_proj": (inner, hidden),
