@@ -79,8 +79,8 @@ def main() -> int:
         tensors = random_tensors(gate_rows=3, tied=True, sizes=sizes)
         folder = write_folder(scratch / "folder", sizes | released_record(block_counts=16), tensors)
         theirs = released_logits(arguments.site, scratch, folder, documents)
-        config = import_to(folder, scratch / "run")
         placement = start(Config().parallel, seed=1)
+        config = import_to(folder, scratch / "run")
         config = replace(config, attention=replace(config.attention, score=Score.official_compat))
         failed = 0
         for mode in MODES:
