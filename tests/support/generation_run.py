@@ -18,6 +18,7 @@ LENGTHS = [1, 15, 16, 33, 200]
 def run_of(placement: Placement, **attention: object) -> Any:
     """Returns what generation needs of a run: a small model whose text does not repeat itself at once."""
     config = small_config(**attention)
+    config.model.init_std, config.model.tie_embeddings = 0.3, False
     config.data.sequence_length = LENGTH
     config.training.micro_batch_size = 4
     plan = SimpleNamespace(vocab_size=VOCAB, dp=1, tp=1, cp=1)
