@@ -68,7 +68,7 @@ def test_gaps_and_cropped_caches(monkeypatch, calls, mode):
 @pytest.mark.parametrize("mode", ["full", "sparse"])
 def test_a_compiled_step_has_no_break(calls, mode):
     """With the static cache, as generate compiles it."""
-    model = lively_model(attention_mode=mode)
+    model = lively_model(attention_mode=mode, num_hidden_layers=1)
     tokens = torch.stack(draw_documents([50, 50]))
     logits = []
     for compiled in (False, True):
@@ -84,7 +84,7 @@ def test_a_compiled_step_has_no_break(calls, mode):
                 found = step(tokens[:, i : i + 1], **arguments, **{modelling.CACHE_NAME: cache}).logits
                 mask[..., i + 1 :] = True
         logits.append(found)
-    assert len(calls) >= 4
+    assert len(calls) >= 2 + 1
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
