@@ -62,7 +62,7 @@ SIZES = {
         ),
         lengths={"8k": 64, "32k": 128},
         rows={"8k": 1, "32k": 1},
-        tokens_per_gpu=512,
+        tokens_per_gpu=256,
     ),
 }
 
@@ -161,7 +161,8 @@ def two_gpus() -> dict[str, list[Job]]:
 def one_gpu(variants: tuple[str, ...]) -> list[Job]:
     """Returns the jobs of the baseline, one per length, which run side by side on two GPUs."""
     return [
-        Job(gpus=1, cases=[Case(layout="one GPU", length=length, gpus=1, variants=variants)]) for length in ("8k", "32k")
+        Job(gpus=1, cases=[Case(layout="one GPU", length=length, gpus=1, variants=variants)])
+        for length in ("8k", "32k")
     ]
 
 

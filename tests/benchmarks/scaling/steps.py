@@ -143,13 +143,10 @@ def waits(run: Callable[[], object], placement: Placement) -> dict[str, Any]:
     on_gpu = placement.device.type == "cuda"
     wait_for_device()
     dist.barrier()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler,
-    ):
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         run()
         wait_for_device()
-        profiler.stop()
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = read_trace(path)
