@@ -33,9 +33,9 @@ from ssa_pretrain.monitor.environment import versions
 from ssa_pretrain.planning.plan import make_plan
 
 SECONDS = {
-    "two_gpus": {"speed": 210, "layouts": 280, "save": 100, "deepspeed": 120},
-    "scaling": {"speed": 330, "save": 90, "restart": 110},
-}
+    "two_gpus": {"speed": 180, "layouts": 220, "save": 60, "deepspeed": 75},
+    "scaling": {"speed": 300, "save": 75, "restart": 95},
+}  # limits of the parts: nine minutes, and eight
 SIZE = {"two_gpus": "1b_half", "scaling": "1b"}
 TITLES = {"two_gpus": "Two GPUs", "scaling": "Scaling"}
 TESTS = ("tests/gpu/test_layouts_gpu.py", "tests/gpu/test_context.py")

@@ -97,11 +97,17 @@ def environment(names: list[str] | None = None) -> dict[str, str]:
     return found | {"UB_SKIPMC": "1"}  # user buffers without multicast, which not every host allows
 
 
-def run_logged(command: list[str], log: Path, seconds: float) -> tuple[int | None, str]:
+def command(processes: int, job: Path, results: Path) -> list[str]:
+    """Returns the command that measures a job's cases."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launcher, "-m", "benchmarks.scaling.worker", str(job), str(results)]
+
+
+def run_logged(arguments: list[str], log: Path, seconds: float) -> tuple[int | None, str]:
     """Runs a command with its output in a file. Returns its exit code, None if it was killed at the limit, and the output."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            arguments, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = process.wait(seconds)
@@ -132,12 +138,10 @@ def _start(one: Running, host: Host) -> None:
     listing = one.stem.with_suffix(".json")
     listing.write_text(json.dumps(job))
     one.stem.with_suffix(".jsonl").unlink(missing_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(one.job.gpus)]
-    worker = ["-m", "benchmarks.scaling.worker", str(listing), str(one.stem.with_suffix(".jsonl"))]
     one.starts += 1
     log = one.stem.with_name(f"{one.stem.name}_{one.starts}.log").open("w")
     one.process = subprocess.Popen(
-        [sys.executable, *launcher, *worker],
+        command(one.job.gpus, listing, one.stem.with_suffix(".jsonl")),
         cwd=ROOT,
         env=environment(one.devices),
         stdout=log,

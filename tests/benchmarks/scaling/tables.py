@@ -114,8 +114,11 @@ def fixed_lines(results: Sequence[Result]) -> list[str]:
 def exposed_lines(results: Sequence[Result]) -> list[str]:
     columns = ("layout", "rows", "variant", "exposed", "hidden", "device idle", "ms of the traced step")
     rows = [
-        (r["layout"], r["length"], r["variant"], f"{r['exposed']:.2%}", f"{r['hidden']:.2%}", f"{r['idle']:.2%}")
-        + (f"{r['traced_ms']:,.0f}",)
+        (
+            *(r["layout"], r["length"], r["variant"]),
+            *(f"{r[share]:.2%}" for share in ("exposed", "hidden", "idle")),
+            f"{r['traced_ms']:,.0f}",
+        )
         for r in measured(results)
         if "exposed" in r
     ]
