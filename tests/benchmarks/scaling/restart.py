@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def killed_and_restarted(host: Host, seconds: float) -> list[dict[str, Any]]:
         finally:
             if process.poll() is None:
                 kill(process)
+    if "restart 1 of 1" not in (host.folder / "killed.log").read_text(errors="replace"):
+        return [result | {"error": "the launcher did not start the run again"}]
     after = losses(folder)
     again = [(before[step], after[step]) for step in before if step in after]
     result["difference"] = max(abs(a - b) / abs(b) for a, b in again)
@@ -87,20 +90,23 @@ def _kill_last_rank(process: subprocess.Popen, folder: Path, seconds: float) -> 
     """Kills the last rank once there are a checkpoint and later steps; returns the losses by step until then."""
     wait_for_checkpoint(process, folder, INTERVAL, seconds=seconds)
     wait_for_step(process, folder, KILLED_AFTER, seconds=seconds)
-    family = [(rank_of(pid), pid) for pid in descendants(process.pid) if _is_python(pid)]
-    rank, victim = max((int(rank), pid) for rank, pid in family if rank)
+    ranks = _ranks(process.pid)
     before = losses(folder)
-    os.kill(victim, signal.SIGKILL)
-    assert before, f"rank {rank} was killed before the first step"
+    os.kill(ranks[max(ranks)], signal.SIGKILL)
     return before
 
 
-def _is_python(pid: int) -> bool:
-    """Returns whether a process is one of Python's, and not a compiler that a rank has started."""
-    try:
-        return "ssa_pretrain.train" in Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return False
+def _ranks(launcher: int) -> dict[int, int]:
+    """Returns the process of each rank. A rank comes before what it has started, such as compilers, which may end while this reads."""
+    for _ in range(50):
+        found: dict[int, int] = {}
+        with suppress(OSError):
+            for pid in descendants(launcher):
+                if rank := rank_of(pid):
+                    found.setdefault(int(rank), pid)
+            return found
+        time.sleep(0.05)
+    raise AssertionError("the ranks could not be read from /proc")
 
 
 def losses(folder: Path) -> dict[int, float]:

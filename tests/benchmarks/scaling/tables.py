@@ -32,7 +32,7 @@ def page(title: str, results: Sequence[Result], *, about: dict[str, Any], size: 
         size: name in SIZES.
     """
     blocks = [
-        [f"# {title}", ""],
+        [f"# {title}"],
         about_lines(about),
         speed_lines(results),
         fixed_lines(results),
