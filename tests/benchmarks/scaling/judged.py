@@ -72,10 +72,11 @@ def loss_difference(result: Result, other: Result | None) -> float | None:
     return max(abs(a[0] - b[0]) / abs(b[0]) for a, b in pairs)
 
 
-def plan_error(result: Result) -> float | None:
-    """Returns the planned peak memory over the measured one, minus 1."""
-    peak = result.get("peak_gib")
-    return result["planned_gib"] / peak - 1.0 if peak else None
+def plan_errors(result: Result) -> dict[str, float]:
+    """Returns the planned peak memory and time of a step over the measured ones, minus 1, where both are known."""
+    pairs = {"memory": ("planned_gib", "peak_gib"), "time": ("planned_ms", "ms")}
+    known = {what: (result.get(plan), result.get(found)) for what, (plan, found) in pairs.items()}
+    return {what: plan / found - 1.0 for what, (plan, found) in known.items() if plan and found}
 
 
 def checks(results: Sequence[Result]) -> list[Check]:
@@ -92,8 +93,9 @@ def checks(results: Sequence[Result]) -> list[Check]:
         difference = loss_difference(result, base)
         if difference is not None and result is not base:
             found.append(Check(what=f"{name}: losses beside one GPU's", value=difference, limit=LOSS_TOLERANCE))
-        if (error := plan_error(result)) is not None and result["variant"] == SSA:
-            found.append(Check(what=f"{name}: planned memory over measured", value=abs(error), limit=PLAN_ERROR))
+        if result["variant"] == SSA:
+            errors = plan_errors(result).items()
+            found += [Check(what=f"{name}: planned {what}", value=abs(off), limit=PLAN_ERROR) for what, off in errors]
         ratio = over_full(results, result)
         base_ratio = over_full(results, base) if base else None
         if result["variant"] == SSA and result is not base and ratio and base_ratio:

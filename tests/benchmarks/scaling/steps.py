@@ -29,7 +29,7 @@ from ssa_pretrain.engine import build_engine
 from ssa_pretrain.monitor.profiling import breakdown, read_trace
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.planning.flops import peak_flops, row_flops
-from ssa_pretrain.planning.plan import make_plan
+from ssa_pretrain.planning.plan import Plan, make_plan
 
 LEARNING_RATE = 1e-4  # of the steps whose losses are compared
 LOSS_STEPS = {"8k": 3, "32k": 2}
@@ -133,9 +133,14 @@ def speed(case: Case, config: Config, variant: str, ms: float, placement: Placem
         "ms": ms,
         "tokens_per_second": per_second,
         "mfu": per_second * flops / peak if peak else None,
-        "planned_gib": plan.memory_bytes / 2**30,
         "device": device,
+        **planned(config, plan, device),
     }
+
+
+def planned(config: Config, plan: Plan, device: str) -> dict[str, float | None]:
+    """Returns what the planner predicts: the peak memory of a rank, and the time of a step, None where it predicts none."""
+    return {"planned_gib": plan.memory_bytes / 2**30, "planned_ms": None}
 
 
 def waits(run: Callable[[], object], placement: Placement) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from benchmarks.scaling.judged import (
     loss_difference,
     measured,
     over_full,
-    plan_error,
+    plan_errors,
     relative_speed,
 )
 
@@ -68,6 +68,12 @@ def cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def with_error(text: str, result: Result, what: str) -> str:
+    """Returns a planned value with its error, if that is known."""
+    error = plan_errors(result).get(what)
+    return text if error is None else f"{text} ({error:+.0%})"
+
+
 def about_lines(about: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     seconds = ", ".join(f"{part} {taken:.0f} s" for part, taken in about["seconds"].items())
@@ -77,7 +83,7 @@ def about_lines(about: dict[str, Any]) -> list[str]:
 
 def speed_lines(results: Sequence[Result]) -> list[str]:
     columns = ("layout", "rows", "variant", "tokens/s per GPU", "over one GPU", "over full", "MFU", "ms per step")
-    columns = (*columns, "spread", "peak, GiB", "planned")
+    columns = (*columns, "planned", "spread", "peak, GiB", "planned")
     rows = []
     for r in measured(results):
         numbers = (
@@ -86,9 +92,10 @@ def speed_lines(results: Sequence[Result]) -> list[str]:
             cell(over_full(results, r), ".3f"),
             cell(r["mfu"], ".1%"),
             cell(r["ms"], ",.0f"),
+            with_error(cell(r.get("planned_ms"), ",.0f"), r, "time"),
             cell(r["spread"], ".1%"),
             cell(r.get("peak_gib"), ".1f"),
-            cell(r["planned_gib"], ".1f") + (f" ({plan_error(r):+.0%})" if plan_error(r) is not None else ""),
+            with_error(cell(r["planned_gib"], ".1f"), r, "memory"),
         )
         rows.append((r["layout"], r["length"], r["variant"], *numbers))
     head = ["## Whole steps, equal tokens per GPU", ""]
