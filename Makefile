@@ -32,7 +32,7 @@ export TORCH_INDEX PYTHON
 .PHONY: help quickstart test test-gpu test-gpu2 lint types format clean
 
 help:  ## print this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 quickstart: $(VENV)/.quickstart  ## set up, prepare real text, pretrain a small SSA Llama on two processes, evaluate, report
 	@launchers/quickstart.sh --venv $(VENV) --out $(OUT)

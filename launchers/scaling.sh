@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures how the 1B model scales over the GPUs of this host, in at most nine minutes, and writes one table and one plot.
+# Measures how the 1B model scales over the GPUs of this host, in at most eight minutes, and writes one table and one plot.
 #
 #   launchers/scaling.sh                                             # 1, 2, 4 and 8 GPUs, as many as there are
 #   launchers/scaling.sh --table docs/results/scaling.md --dry-run
