@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scaling import cases, tables
-from benchmarks.scaling.cases import SIZES, Case, Job, case_config, fixed_rows
+from benchmarks.scaling.cases import SIZES, Case, Job, case_config, with_equal_share
 from benchmarks.scaling.jobs import ROOT, Host, run_jobs, run_logged
 from benchmarks.scaling.judged import checks, has_requirements
 from ssa_pretrain.monitor.environment import versions
@@ -165,8 +165,8 @@ def plan_lines(jobs: dict[str, list[Job]], options: argparse.Namespace) -> list[
 
 
 def _planned(part: str, case: Case, size: cases.Size, host_gpus: int) -> tuple[str, ...]:
-    plan = make_plan(case_config(case, size), case.gpus)
-    case_config(case, size, fixed_rows(case.length, host_gpus))  # the fixed batch must fit too
+    config = case_config(case, size, host_gpus)
+    plan = make_plan(with_equal_share(config, case, size), case.gpus)
     numbers = (str(case.gpus), str(plan.num_microbatches), f"{plan.tokens_per_step:,}")
     return (part, case.layout, case.length, *numbers, f"{plan.memory_bytes / 2**30:.1f}", ", ".join(case.variants))
 

@@ -6,7 +6,7 @@ microbatches have the full main stream (schedule.py), so that no layout profits 
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ssa_pretrain.cli import resolve_config
@@ -217,13 +217,13 @@ def _sharded(count: int) -> tuple[str, tuple[str, ...]]:
     return "tp2 pp2" + (f" dp{count // 4}" if count > 4 else ""), (*TP2, *PP2)
 
 
-def case_config(case: Case, size: Size, rows: int | None = None, settings: tuple[str, ...] | None = None) -> Config:
-    """Returns a case's checked configuration.
+def case_config(case: Case, size: Size, host_gpus: int, settings: tuple[str, ...] | None = None) -> Config:
+    """Returns a case's checked configuration, with the fixed global batch.
 
     Args:
         case: layout and length.
         size: the model.
-        rows: of the global batch; None: `size.tokens_per_gpu` per GPU.
+        host_gpus: GPUs of the host, which the fixed batch is for.
         settings: of another layout than the case's.
 
     Raises:
@@ -231,18 +231,22 @@ def case_config(case: Case, size: Size, rows: int | None = None, settings: tuple
     """
     length = size.lengths[case.length]
     of_layout = case.settings if settings is None else settings
-    tokens = rows * length if rows else case.gpus * size.tokens_per_gpu
     arguments = [
         *size.settings,
         f"data.sequence_length={length}",
         f"model.rope_scaling.enabled={str(case.length == '32k').lower()}",
         f"training.micro_batch_size={size.rows[case.length]}",
-        f"training.global_batch_tokens={tokens}",
+        f"training.global_batch_tokens={fixed_rows(case.length, host_gpus) * length}",
         "data.path=none",
         *of_layout,
         *(f"engine.overlap_{what}={str(_has_replicas(case.gpus, of_layout)).lower()}" for what in OVERLAPPED),
     ]
     return resolve_config("train", arguments, Machine(world_size=case.gpus, has_files=False))
+
+
+def with_equal_share(config: Config, case: Case, size: Size) -> Config:
+    """Returns a case's configuration with the batch of weak scaling, `size.tokens_per_gpu` for each GPU."""
+    return replace(config, training=replace(config.training, global_batch_tokens=case.gpus * size.tokens_per_gpu))
 
 
 def _has_replicas(gpus: int, settings: tuple[str, ...]) -> bool:

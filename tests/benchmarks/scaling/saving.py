@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.scaling.cases import Case, Size, case_config, fixed_rows
+from benchmarks.scaling.cases import Case, Size, case_config
 from benchmarks.scaling.steps import LEARNING_RATE, global_batch, largest, release, wait_for_device
 from ssa_pretrain.checkpoint.background import BackgroundSave
 from ssa_pretrain.config import Config
@@ -35,8 +35,7 @@ def save_and_resume(
         host_gpus: GPUs of the host.
         folder: for the checkpoint, which is removed again.
     """
-    rows = fixed_rows(case.length, host_gpus)
-    config, other = case_config(case, size, rows), case_config(case, size, rows, case.then)
+    config, other = case_config(case, size, host_gpus), case_config(case, size, host_gpus, case.then)
     if placement.is_rank_0:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.scaling import exchange
-from benchmarks.scaling.cases import VARIANTS, Case, Size, case_config, fixed_rows
+from benchmarks.scaling.cases import VARIANTS, Case, Size, case_config, with_equal_share
 from ssa_pretrain.bench.timing import time_in_turns
 from ssa_pretrain.bench.variants import memory_in_use, whole_step, with_attention
 from ssa_pretrain.config import Config, EngineName, Method
@@ -46,7 +46,8 @@ def measure(case: Case, size: Size, placement: Placement, host_gpus: int) -> lis
         host_gpus: the largest number of GPUs that the fixed batch is for.
     """
     before = memory_in_use()
-    weak, fixed = case_config(case, size), case_config(case, size, fixed_rows(case.length, host_gpus))
+    fixed = case_config(case, size, host_gpus)
+    weak = with_equal_share(fixed, case, size)
     engine = build_engine(fixed, placement, fixed.model.vocab_size)
     first = losses(engine, fixed, placement, steps=LOSS_STEPS[case.length])
     if weak.engine.name is EngineName.deepspeed:  # its number of microbatches is fixed

@@ -17,7 +17,7 @@ from ssa_pretrain.process import hide_library_warnings
 def main(job_file: str, results_file: str) -> None:
     """Measures the cases of a job."""
     hide_library_warnings()
-    from benchmarks.scaling.cases import SIZES, Case, case_config, fixed_rows
+    from benchmarks.scaling.cases import SIZES, Case, case_config
     from benchmarks.scaling.saving import save_and_resume
     from benchmarks.scaling.steps import measure
     from ssa_pretrain.parallel.state import reset_layout, start, stop
@@ -26,7 +26,7 @@ def main(job_file: str, results_file: str) -> None:
     size, host_gpus = SIZES[job["size"]], job["host_gpus"]
     for values in job["cases"]:
         case, begin = Case.from_json(values), time.monotonic()
-        parallel = case_config(case, size, fixed_rows(case.length, host_gpus)).parallel
+        parallel = case_config(case, size, host_gpus).parallel
         placement = start(parallel, seed=1)
         if case.kind == "save":
             folder = Path(job["scratch"]) / "checkpoint"

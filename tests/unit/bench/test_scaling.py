@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.scaling import jobs
 from benchmarks.scaling.__main__ import main
-from benchmarks.scaling.cases import SIZES, Case, Job, case_config, scaling, two_gpus
+from benchmarks.scaling.cases import SIZES, Case, Job, case_config, scaling, two_gpus, with_equal_share
 from benchmarks.scaling.exchange import parts
 from benchmarks.scaling.jobs import Host, last_error, run_jobs
 from benchmarks.scaling.judged import checks
@@ -50,14 +50,15 @@ def test_smaller_hosts_have_the_layouts_that_fit(gpus):
     assert ("tp2 pp2" in layouts) == (gpus == 4) and ("cp2" in layouts) == (gpus == 2)
 
 
-def test_every_layout_of_a_length_has_the_same_tokens_per_gpu():
-    for listed in two_gpus().values():
-        for case in (case for job in listed for case in job.cases if "fp8" not in case.layout):
-            config = case_config(case, SIZES["1b_half"])
-            assert config.training.global_batch_tokens == 65_536 * case.gpus
-            shards = case.gpus // (config.parallel.tp * config.parallel.pp)
-            assert config.engine.overlap_grad_reduce == (shards > 1)
-            assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
+def test_batches_and_overlap_of_layouts():
+    """Weak scaling gives each GPU the same tokens; gradients are reduced during the backward wherever ranks share weights."""
+    cases = {case.name: case for listed in two_gpus().values() for job in listed for case in job.cases}
+    for name, replicas in (("tp2, 8k", 1), ("cp2, 32k", 2), ("dp2, 32k", 2)):
+        fixed = case_config(cases[name], SIZES["1b_half"], 2)
+        weak = with_equal_share(fixed, cases[name], SIZES["1b_half"])
+        assert weak.training.global_batch_tokens == 2 * 65_536 and fixed.training.global_batch_tokens == 65_536
+        assert fixed.engine.overlap_grad_reduce == fixed.engine.overlap_param_gather == (replicas > 1)
+        assert Case.from_json(json.loads(json.dumps(cases[name].to_json()))) == cases[name]
 
 
 def kernel(name: str, begin: float, duration: float, *, stream: int = 7, launch: int | None = None) -> dict:
