@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks.scaling import cases, tables
 from benchmarks.scaling.cases import SIZES, Case, Job, case_config, with_equal_share
@@ -84,10 +84,18 @@ def main(arguments: Sequence[str]) -> int:
     return exit_code(results, options.size)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose error is the exit code of wrong options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits."""
+        self.exit(3, f"{self.prog}: {message}\n")
+
+
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Returns the options of a command line."""
     lines = __doc__.splitlines()
-    parser = argparse.ArgumentParser("benchmarks.scaling", description=lines[0], epilog="\n".join(lines[1:]))
+    parser = Parser("benchmarks.scaling", description=lines[0], epilog="\n".join(lines[1:]))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--suite", choices=list(SECONDS), default="scaling")
     parser.add_argument("--parts", default="", help="names, separated by spaces; empty: all of the suite")
@@ -101,7 +109,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.size = options.size or SIZE[options.suite]
     options.plot = options.suite == "scaling"
-    options.table = options.table or options.out / f"{options.suite}.md"
+    options.out = options.out.absolute()
+    options.table = (options.table or options.out / f"{options.suite}.md").absolute()
     found = num_gpus()
     options.gpus = options.gpus or (
         2 if options.suite == "two_gpus" else next(n for n in (8, 4, 2, 1) if n <= max(1, found))

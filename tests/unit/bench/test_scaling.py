@@ -1,6 +1,7 @@
 """benchmarks/scaling: what it would measure, how it reads a trace, how it judges, and what it keeps when something fails."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def test_dry_run_lists_every_layout_with_a_plan_that_the_rules_accept(capsys):
 def test_unknown_part_is_refused(arguments, capsys):
     assert main(arguments) == 3
     assert capsys.readouterr().err.startswith(f"--parts={arguments[-1]} must be among speed")
+
+
+def test_wrong_option_is_one_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--gpus", "3"])
+    assert left.value.code == 3 and re.fullmatch("benchmarks.scaling: argument --gpus: .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
