@@ -50,7 +50,7 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     | dict.fromkeys(TWO, tuple(STREAMS))
     | dict.fromkeys(FOUR, ("drawn",))
     | {"dp2": (*STREAMS, "quarter"), "tp2_sp": (*STREAMS, "quarter"), "tp2_pp2": ("drawn", "quarter")}
-    | {"pp2_vpp2": ("drawn", "quarter")},
+    | {"pp2_vpp2": ("drawn",), "pp2_vpp2_dp2": ()},
     "no_distributed_optimizer": {
         "single": BOTH,
         "dp2": BOTH,
@@ -82,7 +82,6 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
         "tp2_sp": ("full",),
         "pp2": ("sparse",),
         "tp2_sp_pp2": ("full", "quarter"),
-        "pp2_vpp2": ("sparse",),
         "pp4_vpp2": ("sparse",),
     },
     "overlap": {"dp2": ("drawn",), "tp2_dp2": ("drawn",), "pp2_vpp2_dp2": ("drawn",)},

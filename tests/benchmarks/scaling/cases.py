@@ -61,7 +61,7 @@ SIZES = {
             "precision=fp32",
         ),
         lengths={"8k": 64, "32k": 128},
-        rows={"8k": 1, "32k": 1},
+        rows={"8k": 2, "32k": 1},
         tokens_per_gpu=256,
     ),
 }
