@@ -180,11 +180,9 @@ class ParallelConfig:
             advice = f"try {self.timeout_minutes / 2:g}, or 0 for 20 times a usual step"
             reads = ("parallel.timeout_minutes",)
             found.append(Problem("parallel.hang_minutes", self.hang_minutes, rule, advice, reads))
-        if self.vpp > 1 and self.pp in (1, 2):
+        if self.vpp > 1 and self.pp == 1:
             rule = "interleaves pipeline stages, but parallel.pp=1 has only one"
-            if self.pp == 2:
-                rule = "is not supported at parallel.pp=2, where megatron-core's interleaving trains incorrectly"
-            advice = "try parallel.vpp=1 or parallel.pp=4"
+            advice = "try parallel.vpp=1 or parallel.pp=2"
             found.append(Problem("parallel.vpp", self.vpp, rule, advice, ("parallel.pp",)))
         if self.sequence_parallel and self.tp == 1:
             rule = "shards the sequence over tensor-parallel ranks, but parallel.tp=1 has only one"
