@@ -16,11 +16,12 @@ from dataclasses import replace
 from ssa_pretrain import saved_run
 from ssa_pretrain.config import CONF, Config
 from ssa_pretrain.config.advice import in_keys_only, with_tried_advice
+from ssa_pretrain.config.hardware import PlanConfig
 from ssa_pretrain.config.machine import Machine, launcher_number, this_machine
 from ssa_pretrain.config.rules import check
 from ssa_pretrain.errors import Answered
 from ssa_pretrain.monitor.environment import PACKAGES
-from ssa_pretrain.outlook import plan_table
+from ssa_pretrain.outlook import plan_text
 from ssa_pretrain.settings.command_line import Program, report, resolve
 from ssa_pretrain.settings.output import pipe_may_close
 from ssa_pretrain.settings.problems import ConfigError, Problem, hide_secrets, secrets_of
@@ -30,6 +31,13 @@ Pretraining with SSA (Sparse Sparse Attention)
 
 Start from an experiment and override anything:
   python -m {name} experiment=quickstart optim.lr=2e-3
+"""
+VIEWS = ("--search", "--scale", "--measured")  # what else `plan` prints, see plan.py
+PLAN_FOOTER = """\
+Rank the layouts of these GPUs:           --search
+The same run on 8 to 2,048 GPUs:          --scale
+The measured runs behind the estimates:   --measured
+Guide: docs/planning.md
 """
 FOOTER = """\
 What a key or section means:              --explain optim.lr
@@ -45,10 +53,10 @@ def program(entry: str) -> Program:
     """Returns the description of an entry point for the shared command line."""
     return Program(
         name=f"ssa_pretrain.{entry}",
-        root=Config,
+        root=PlanConfig if entry == "plan" else Config,
         conf=CONF,
         help=HELP,
-        footer=FOOTER,
+        footer=FOOTER + PLAN_FOOTER * (entry == "plan"),
         packages=PACKAGES[1:],
         dry_run="dry_run=true",
         experiments="experiment",
@@ -66,6 +74,8 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         SystemExit: 0 after printing an answer (141 if its reader exited early); 3 or 4 after one message that lists every problem.
     """
     arguments, prints = sys.argv[1:] if argv is None else argv, True
+    views = [argument for argument in arguments if argument in VIEWS and entry == "plan"]
+    arguments = [argument for argument in arguments if argument not in views]
     given = [*arguments, "--dry-run"] if entry == "plan" else arguments
     try:
         prints = _is_printing_process()
@@ -78,7 +88,8 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         machine = replace(machine, locks_folder=entry == "train" and prints)
         config = resolve_config(entry, given, machine)
         if config.dry_run:
-            raise Answered(plan_table(entry, config, arguments, machine.world_size or 1))
+            gpus = config.num_gpus() if isinstance(config, PlanConfig) else 0
+            raise Answered(plan_text(entry, config, arguments, gpus or machine.world_size or 1, views))
     except Answered as answer:
         with pipe_may_close():
             sys.stdout.write(hide_secrets(answer.text, secrets_of(os.environ)) * prints)
@@ -104,7 +115,13 @@ def resolve_config(entry: str, argv: Sequence[str], machine: Machine) -> Config:
     def check_on_machine(config: Config, problems: list[Problem], has_groups: bool) -> list[Problem]:
         # A plan may be for another machine.
         known = machine.unknown() if config.dry_run else machine
+        if isinstance(config, PlanConfig) and config.num_gpus():
+            known = replace(known, world_size=config.num_gpus())
         problems = [*problems, *check(config, known, {problem.key for problem in problems})]
+        if any(
+            problem.key == "nodes" for problem in problems
+        ):  # its own sentence says what the rule on processes would
+            problems = [problem for problem in problems if problem.key != "world_size"]
         problems = with_tried_advice(problems, config, known) if problems else []
         return problems if has_groups else [replace(p, advice=in_keys_only(p.advice)) for p in problems]
 

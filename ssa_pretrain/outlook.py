@@ -14,9 +14,15 @@ from typing import Any
 from ssa_pretrain.checkpoint.facts import refused_changes, run_facts
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config.deepspeed import ds_config
+from ssa_pretrain.config.hardware import PlanConfig
 from ssa_pretrain.config.rules import warning
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
+from ssa_pretrain.planning.calibration import calibration
+from ssa_pretrain.planning.estimate import estimate
+from ssa_pretrain.planning.estimate_table import curve_table, estimate_rows, measured_table, search_table
 from ssa_pretrain.planning.plan import Plan, make_plan
+from ssa_pretrain.planning.scaling import strong_curve, weak_curve
+from ssa_pretrain.planning.search import all_choices, search
 from ssa_pretrain.planning.table import describe
 from ssa_pretrain.run_folder import LOCK, unwritable
 from ssa_pretrain.schedule import needs_equal_microbatches
@@ -27,14 +33,15 @@ OF_DATA = ("data.fingerprint", "vocabulary.tokenizer_sha256")  # unknown without
 MAX_LISTED = 4
 
 
-def plan_table(entry: str, config: Config, arguments: Sequence[str], world_size: int) -> str:
+def plan_text(entry: str, config: Config, arguments: Sequence[str], world_size: int, views: Sequence[str] = ()) -> str:
     """Returns the plan of a command as a table; prepared data gives the vocabulary and the epochs.
 
     Args:
         entry: the entry point.
-        config: a configuration without problems.
+        config: a configuration without problems; that of `plan` adds a cluster, and estimates for it.
         arguments: of the command.
-        world_size: processes of this command, if parallel.world_size does not give a number.
+        world_size: processes of this command or GPUs of the cluster, if parallel.world_size does not give a number.
+        views: flags that ask for other tables instead: --search, --scale, --measured.
 
     Raises:
         ConfigError: the data is damaged.
@@ -42,8 +49,12 @@ def plan_table(entry: str, config: Config, arguments: Sequence[str], world_size:
     manifest = _load_prepared(Path(config.data.path))
     vocab_size = manifest.tokenizer.vocab_size if manifest else None
     plan = make_plan(config, config.parallel.world_size or world_size, vocab_size)
+    if views and isinstance(config, PlanConfig):
+        return _views(config, plan, views, vocab_size)
     overrides = [argument for argument in arguments if not argument.startswith("--")]
-    table = describe(config, plan, overrides, manifest, entry="evaluate" if entry == "evaluate" else "train") + "\n"
+    rows = estimate_rows(estimate(config, plan), vocab_size) if isinstance(config, PlanConfig) else []
+    command = "evaluate" if entry == "evaluate" else "train"
+    table = describe(config, plan, overrides, manifest, entry=command, estimates=rows) + "\n"
     rows = outlook(entry, config, plan, manifest)
     if suspicious := warning(config):
         rows.append(("warning", suspicious))
@@ -51,6 +62,21 @@ def plan_table(entry: str, config: Config, arguments: Sequence[str], world_size:
     if config.engine.name is EngineName.deepspeed:
         table += f"DeepSpeed's configuration:\n{json.dumps(ds_config(config, plan.dp), indent=2)}\n"
     return table
+
+
+def _views(config: PlanConfig, plan: Plan, views: Sequence[str], vocab_size: int | None) -> str:
+    """Returns the tables of --search, --scale and --measured."""
+    fitted, found = calibration(), []
+    if "--search" in views:
+        layouts = search(config, plan.world_size, fitted, all_choices(config), vocab_size)
+        found.append(search_table(layouts, config, plan.world_size))
+    if "--scale" in views:
+        strong, weak = (curve(config, fitted, vocab_size) for curve in (strong_curve, weak_curve))
+        found.append(curve_table("The batch as it is, the fastest layout for each number of GPUs", strong))
+        found.append(curve_table("The batch grows with the machine, the layout as it is", weak))
+    if "--measured" in views:
+        found.append(measured_table(fitted))
+    return "\n".join(found)
 
 
 def _load_prepared(path: Path) -> Manifest | None:

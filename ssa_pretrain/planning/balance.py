@@ -10,11 +10,20 @@ A microbatch costs its floating-point operations, with one document per row. Row
 lengths as well, with or without a draw. Standard library only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, Protocol
 
 from ssa_pretrain.config import AttentionConfig
-from ssa_pretrain.planning.flops import RowFlops
 from ssa_pretrain.schedule import WINDOW, Place, counterpart_pairs, main_stream, num_pairs
+
+
+class RowCost(Protocol):
+    """The cost of a row: operations (`flops.RowFlops`), or seconds."""
+
+    def computed(self, main: str, share: float) -> float:
+        """Returns the cost with a main stream, "full" or "sparse", and a share of the queries drawn for the other one."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +48,7 @@ class Balance:
     """Means over the steps.
 
     Attributes:
-        slowest: operations of the data rank that has most, over those of the mean rank.
+        slowest: cost of the data rank that has most, over that of the mean rank.
         same_stream: share of slots in which all data ranks have the same main stream.
         changes: changes of the main stream from one microbatch of a data rank to its next, per step.
     """
@@ -49,20 +58,21 @@ class Balance:
     changes: float
 
 
-def balance(attention: AttentionConfig, batch: Batch, row: RowFlops, *, seed: int, steps: int = WINDOW) -> Balance:
+def balance(attention: AttentionConfig, batch: Batch, row: RowCost, *, seed: int, steps: int = WINDOW) -> Balance:
     """Returns the balance of the data ranks over the first steps of a run.
 
     Args:
         attention: the method and its draws.
         batch: the global batch.
-        row: operations of one row.
+        row: cost of one row.
         seed: the run's seed.
         steps: how many steps; the main stream's share is exact over a multiple of schedule.WINDOW.
     """
     slowest = same = changes = 0.0
+    settings = tuple(getattr(attention, field.name) for field in fields(attention))
     for step in range(steps):
-        mains = _main_streams(attention, batch, seed, step)
-        costs = _costs(attention, batch, row, mains, seed, step)
+        mains, drawn = _draws(settings, batch, seed, step)
+        costs = _costs(batch, row, mains, drawn)
         ranks = [sum(costs[rank :: batch.dp]) for rank in range(batch.dp)]
         slots = [mains[first : first + batch.dp] for first in range(0, len(mains), batch.dp)]
         slowest += max(ranks) * batch.dp / sum(ranks)
@@ -71,26 +81,33 @@ def balance(attention: AttentionConfig, batch: Batch, row: RowFlops, *, seed: in
     return Balance(slowest=slowest / steps, same_stream=same / steps, changes=changes / steps)
 
 
-def _main_streams(attention: AttentionConfig, batch: Batch, seed: int, step: int) -> list[str]:
-    """Returns the main stream of each microbatch of a step."""
+@lru_cache(maxsize=256)
+def _draws(settings: tuple[Any, ...], batch: Batch, seed: int, step: int) -> tuple[list[str], list[int]]:
+    """Returns the main stream of each microbatch of a step, and the pairs of chunks that its rows draw for the other stream.
+
+    Args:
+        settings: the values of an `AttentionConfig`, which can be a key of the cache.
+        batch: the global batch.
+        seed: the run's seed.
+        step: the step.
+    """
+    names = (field.name for field in fields(AttentionConfig))
+    attention = AttentionConfig(**dict(zip(names, settings, strict=True)))
     count = batch.dp * batch.num_microbatches
     common = {"seed": seed, "step": step, "num_microbatches": count}
-    return [main_stream(attention, Place(**common, microbatch=number)) for number in range(count)]
-
-
-def _costs(
-    attention: AttentionConfig, batch: Batch, row: RowFlops, mains: list[str], seed: int, step: int
-) -> list[float]:
-    """Returns the operations of each microbatch of a step."""
-    base = {main: row.computed(main, 0.0) for main in ("full", "sparse")}
+    places = [Place(**common, microbatch=number) for number in range(count)]
+    mains = [main_stream(attention, place) for place in places]
     if len(attention.method.streams) == 1:
-        return [batch.rows * base[main] for main in mains]
+        return mains, [0] * count
+    length = batch.row_length
+    if attention.counterpart_share == 1.0:
+        return mains, [batch.rows * num_pairs(length)] * count
+    return mains, [sum(counterpart_pairs(attention, place, rows=batch.rows, row_length=length)) for place in places]
+
+
+def _costs(batch: Batch, row: RowCost, mains: list[str], drawn: list[int]) -> list[float]:
+    """Returns the cost of each microbatch of a step."""
+    base = {main: row.computed(main, 0.0) for main in {*mains}}
     pairs = num_pairs(batch.row_length)
-    each = {main: (row.computed(main, 1.0) - base[main]) / pairs for main in base}
-    common = {"seed": seed, "step": step, "num_microbatches": len(mains)}
-    costs = []
-    for number, main in enumerate(mains):
-        place = Place(**common, microbatch=number)
-        drawn = sum(counterpart_pairs(attention, place, rows=batch.rows, row_length=batch.row_length))
-        costs.append(batch.rows * base[main] + drawn * each[main])
-    return costs
+    each = {main: (row.computed(main, 1.0) - cost) / pairs for main, cost in base.items()}
+    return [batch.rows * base[main] + count * each[main] for main, count in zip(mains, drawn, strict=True)]

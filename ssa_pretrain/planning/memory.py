@@ -1,13 +1,66 @@
 """Parameters and memory of a layout, computed without building a model.
 
-Memory is an estimate for the rank that holds most: weights, gradients and optimizer states as megatron-core allocates
-them, and activations by counting the tensors that the backward needs (after Korthikanti et al., arXiv 2205.05198, redone
-for SwiGLU, RMSNorm and two attention streams). Under context parallelism a rank keeps 1 / cp of a microbatch's tokens,
-but the keys and values of all of them. Allocator overhead and communication buffers are not included.
+Memory is that of the rank that holds most: weights, gradients and optimizer states as the engine allocates them, and activations by counting the
+tensors that the backward needs (after Korthikanti et al., arXiv 2205.05198, redone for SwiGLU, RMSNorm and two attention streams). Under context
+parallelism a rank keeps 1 / cp of a microbatch's tokens, but the keys and values of all of them.
+
+*Peak.* When the backward begins, the layers' activations are all kept. Beside them lies either the output layer (one buffer of logits, and the hidden
+states' gradients in fp32) or, once that is freed, the temporary tensors of one layer's backward with the kernels' workspaces. The larger of the two
+counts. With a vocabulary of 128k it is the output layer.
+
+*Workspaces* are those that kernels/ssa_kernels states: the segment sums and the inverted index of the sparse backward (sparse_attention/index.py),
+and what selection needs in the forward (select/launch.py).
+
+Peaks are compared with measured ones in measured_runs.csv. They are what tensors hold: the allocator's splits, NCCL and the CUDA context come on top
+(estimate.py).
 """
+
+from dataclasses import dataclass
 
 from ssa_pretrain.config import Config, EngineName, PrecisionName, Recompute, Score
 from ssa_pretrain.schedule import share_drawn
+
+SELECTION_WORKSPACE = 64 * 2**20  # bytes, the bound in kernels/ssa_kernels/select/launch.py
+USER_BUFFERS = 93  # hidden states of a microbatch that Transformer Engine's user buffers take, by the measured run with engine.overlap_tp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workspaces:
+    """Bytes that the sparse stream's kernels need in one layer beyond their results.
+
+    Attributes:
+        segment_sums: dK and dV of each segment of the inverted index, fp32; in the backward.
+        index: the inverted index; in the backward.
+        selection: the blocks' means, one fp32 per query and head, and the workspace of importance; in the forward.
+    """
+
+    segment_sums: int = 0
+    index: int = 0
+    selection: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activations:
+    """Bytes of activations on the stage that holds most.
+
+    Attributes:
+        layers: kept by the layers for the backward of the microbatches in flight.
+        output_layer: the final norm, the logits and their gradients; 0 on a stage without an output layer.
+        layer: temporary tensors of one layer's backward, its workspaces and recomputed activations included.
+        workspaces: of the kernels, a part of `layer` (the backward's) or free again before it (selection's).
+        buffers: of the communication between ranks, and of DeepSpeed.
+    """
+
+    layers: int
+    output_layer: int
+    layer: int
+    workspaces: Workspaces
+    buffers: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return self.layers + max(self.output_layer, self.layer) + self.buffers
 
 
 def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
@@ -24,6 +77,31 @@ def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
     return total, model.num_layers // pp * (matrices // tp + norms) + model.hidden_size + ends // tp
 
 
+def optimizer_shards(config: Config, replicas: int) -> int:
+    """Returns the ranks over which the optimizer's states are sharded.
+
+    Args:
+        config: the engine and its sharding.
+        replicas: ranks with the same weights, dp * cp.
+    """
+    return replicas if _zero_stage(config) >= 1 else 1
+
+
+def _zero_stage(config: Config) -> int:
+    """Returns the ZeRO stage; megatron-core's distributed optimizer shards as stage 1 does."""
+    if config.engine.name is EngineName.deepspeed:
+        return config.deepspeed.zero_stage
+    return int(config.engine.distributed_optimizer)
+
+
+def _layer_parameters(config: Config) -> int:
+    """Returns the parameters of the layers' matrices on one rank."""
+    model, parallel = config.model, config.parallel
+    qkv = model.qkv_width(gate=config.attention.gate)
+    matrices = model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
+    return model.num_layers // parallel.pp * matrices // parallel.tp
+
+
 def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict[str, int]:
     """Returns the sizes of weights, gradients and AdamW's states on the fullest rank, and of a checkpoint.
 
@@ -38,13 +116,14 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
     fp32 = config.precision.name is PrecisionName.fp32
     weight, optimizer = (4, 8) if fp32 else (2, 12)
     gradient = 4 if fp32 or config.precision.grad_reduce_in_fp32 else 2
-    stage = int(config.engine.distributed_optimizer)  # megatron-core shards as ZeRO-1 does
-    offloaded = False
+    stage, offloaded = _zero_stage(config), False
     if config.engine.name is EngineName.deepspeed:
-        stage, offloaded = config.deepspeed.zero_stage, config.deepspeed.offload_optimizer
+        offloaded = config.deepspeed.offload_optimizer
     weights, gradients, states = (replicas if stage >= needed else 1 for needed in (3, 2, 1))
+    # FP8 keeps the layers' matrices in one byte per element, and transposed, beside the weights in bf16.
+    copies = 2 * _layer_parameters(config) if config.precision.name is PrecisionName.fp8 else 0
     return {
-        "weight_bytes": -(-largest * weight // weights),
+        "weight_bytes": -(-largest * weight // weights) + copies,
         "gradient_bytes": -(-largest * gradient // gradients),
         "optimizer_bytes": 0 if offloaded else -(-largest * optimizer // states),
         # Optimizer states with fp32 main weights, the engine's weights, and the common weights.
@@ -53,29 +132,81 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
 
 
 def activation_bytes(config: Config, padded_vocab_size: int, num_microbatches: int) -> int:
-    """Returns the activations of the first stage (most microbatches in flight) or the last (the logits), whichever holds more."""
+    """Returns the peak of `activations`."""
+    return activations(config, padded_vocab_size, num_microbatches).peak
+
+
+def activations(
+    config: Config, padded_vocab_size: int, num_microbatches: int, largest: int = 0, dp: int = 1
+) -> Activations:
+    """Returns the activations of the first stage (most microbatches in flight) or the last (the logits), whichever holds more.
+
+    Args:
+        config: the model, its precision, layout and microbatch.
+        padded_vocab_size: rows of the embedding.
+        num_microbatches: per data rank and step.
+        largest: parameters of the rank that holds most, for the buffers of DeepSpeed.
+        dp: data ranks, for the same.
+    """
     model, parallel = config.model, config.parallel
-    size = 4 if config.precision.name is PrecisionName.fp32 else 2
+    size = _element(config)
     tokens = config.training.micro_batch_size * config.data.sequence_length // parallel.cp
+    shards = parallel.tp if parallel.sequence_parallel else 1
     chunk = model.num_layers // (parallel.pp * parallel.vpp)
     # Most (microbatch, chunk) pairs in flight on the first stage, in the 1F1B and the interleaved schedule.
     most = 2 * (parallel.pp - 1) + (parallel.vpp - 1) * parallel.pp + 1 if parallel.vpp > 1 else parallel.pp
     in_flight = min(most, num_microbatches * parallel.vpp)
-    layer = tokens * _layer_bytes_per_token(config, size)
-    kept = layer
+    whole = tokens * _layer_bytes_per_token(config, size)
+    kept, recomputed = whole, 0
     if config.engine.recompute is Recompute.full:
-        shards = parallel.tp if parallel.sequence_parallel else 1
-        kept = tokens * model.hidden_size * size // shards
-    logits = tokens * padded_vocab_size // parallel.tp * size  # one buffer; the cross entropy works in place
-    working = layer if config.engine.recompute is Recompute.full else 0
-    first, last = in_flight * chunk * kept + working, chunk * parallel.vpp * kept + working + logits
-    return max(first, last)
+        kept, recomputed = tokens * model.hidden_size * size // shards, whole
+    workspaces = workspace_bytes(config)
+    layer = tokens * _backward_bytes_per_token(config, size) + recomputed + workspaces.segment_sums + workspaces.index
+    # One buffer of logits, in which the cross entropy works; the final norm's input and output; the gradient of the hidden states.
+    logits = tokens * padded_vocab_size // parallel.tp * size
+    hidden = tokens * model.hidden_size * (2 * size // shards + 2 * size + 4)
+    common = {"layer": layer, "workspaces": workspaces, "buffers": _buffer_bytes(config, tokens, largest, dp)}
+    last = Activations(layers=chunk * parallel.vpp * kept, output_layer=logits + hidden, **common)
+    first = Activations(layers=in_flight * chunk * kept, output_layer=0, **common)
+    return max(first, last, key=lambda stage: stage.peak)
+
+
+def workspace_bytes(config: Config) -> Workspaces:
+    """Returns the workspaces of the sparse stream's kernels for one microbatch on a rank; zeros without that stream.
+
+    With `attention.counterpart_share` below 1 they are those of a microbatch whose main stream is sparse, which has all queries.
+    """
+    model, attention, parallel = config.model, config.attention, config.parallel
+    if "sparse" not in attention.method.streams:
+        return Workspaces()
+    keys = config.training.micro_batch_size * config.data.sequence_length
+    queries = keys // parallel.cp
+    heads, kv_heads = model.num_attention_heads // parallel.tp, max(1, model.num_kv_heads // parallel.tp)
+    lists = heads if attention.score is Score.per_head else kv_heads
+    width = 1 << (model.head_dim - 1).bit_length()
+    choices, block_rows = queries * lists * attention.top_k, keys // attention.block_size
+    segment = max(1024 // (heads // lists), 32)
+    segments = choices // segment + min(kv_heads * block_rows, choices)
+    means = block_rows * kv_heads * width * _element(config)
+    sums = 0 if attention.score is Score.per_head else 4 * queries * heads
+    return Workspaces(
+        segment_sums=segments * 2 * attention.block_size * width * 4,
+        index=8 * choices + 20 * segments,
+        selection=means + sums + min(SELECTION_WORKSPACE, 4 * queries * lists * block_rows),
+    )
+
+
+def _element(config: Config) -> int:
+    """Returns the bytes of an activation."""
+    return 4 if config.precision.name is PrecisionName.fp32 else 2
 
 
 def _layer_bytes_per_token(config: Config, size: int) -> int:
     """Returns the bytes per token that one layer keeps for its backward."""
     model, tp, method = config.model, config.parallel.tp, config.attention.method
     shards = tp if config.parallel.sequence_parallel else 1
+    # In FP8 the products keep their inputs with one byte per element: both norms' outputs, the gated output, SwiGLU's output.
+    product = 1 if config.precision.name is PrecisionName.fp8 else size
     # Keys and values are gathered over the context ranks: cp times as many tokens as queries.
     width = model.query_width
     qkv = width + 2 * model.kv_width * config.parallel.cp
@@ -83,9 +214,35 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
     outputs = int((1.0 + second) * (width * size + 4 * model.num_attention_heads))  # with their log-sum-exps in fp32
     lists = model.num_attention_heads if config.attention.score is Score.per_head else model.num_kv_heads
     indices = 0 if "sparse" not in method.streams else 4 * config.attention.top_k * lists
+    gates = size * model.num_attention_heads if config.attention.gate else 0
     selective = config.engine.recompute is Recompute.selective
     # SwiGLU's input, and its output unless that is recomputed.
-    feed_forward = (2 if selective else 3) * model.ffn_hidden_size * size
-    norms = 4 * model.hidden_size * size // shards  # both norms' inputs and outputs
-    attention = (qkv + width) * size + outputs + indices  # q, k, v; the gated output
+    feed_forward = model.ffn_hidden_size * (2 * size + (0 if selective else product))
+    norms = 2 * model.hidden_size * (size + product) // shards  # both norms' inputs and outputs
+    attention = qkv * size + width * product + outputs + indices + gates  # q, k, v; the gated output
     return norms + (attention + feed_forward) // tp
+
+
+def _backward_bytes_per_token(config: Config, size: int) -> int:
+    """Returns the bytes per token of the temporary tensors of one layer's backward: those of the feed-forward or of attention."""
+    model, tp = config.model, config.parallel.tp
+    width, streams = model.query_width, len(config.attention.method.streams)
+    qkv = model.qkv_width(gate=config.attention.gate)
+    feed_forward = 3 * model.ffn_hidden_size * size // tp
+    # The gradients of each stream's output and of q, k, v, before and after RoPE; dQ in fp32 inside the full stream's kernel.
+    attention = ((streams + 1) * width * size + 2 * qkv * size + 4 * width + 8 * model.num_attention_heads) // tp
+    return 2 * model.hidden_size * size + max(feed_forward, attention)
+
+
+def _buffer_bytes(config: Config, tokens: int, largest: int, dp: int) -> int:
+    """Returns the buffers of communication, as far as measured runs show them."""
+    engine, deepspeed = config.engine, config.deepspeed
+    if engine.name is EngineName.deepspeed:
+        weight = 4 if config.precision.name is PrecisionName.fp32 else 2
+        if deepspeed.zero_stage <= 1:
+            return weight * largest  # gradients before they are added to the accumulated ones
+        # Stage 3 reduces from a bucket in fp32 and keeps gathered weights.
+        return (4 * deepspeed.reduce_bucket_size + weight * largest * (dp > 1)) * (deepspeed.zero_stage == 3)
+    if engine.overlap_tp and config.parallel.tp > 1:
+        return USER_BUFFERS * tokens * config.model.hidden_size * _element(config)
+    return 0

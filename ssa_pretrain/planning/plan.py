@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.planning.flops import RowFlops, row_flops
-from ssa_pretrain.planning.memory import activation_bytes, count_parameters, state_bytes
+from ssa_pretrain.planning.memory import activations, count_parameters, optimizer_shards, state_bytes
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
@@ -27,6 +27,7 @@ class Plan:
         weight_bytes, gradient_bytes, optimizer_bytes, activation_bytes: estimates for that rank.
         checkpoint_bytes: estimate of one checkpoint, the files of all ranks.
         row: floating-point operations of a row that holds one document.
+        optimizer_shards: ranks over which the optimizer's states are sharded.
     """
 
     world_size: int
@@ -51,6 +52,7 @@ class Plan:
     activation_bytes: int
     checkpoint_bytes: int
     row: RowFlops
+    optimizer_shards: int = 1
 
     @property
     def memory_bytes(self) -> int:
@@ -117,6 +119,7 @@ def make_plan(config: Config, world_size: int, vocab_size: int | None = None) ->
         parameters=total,
         parameters_per_rank=largest,
         **state_bytes(config, total, largest, dp * parallel.cp),
-        activation_bytes=activation_bytes(config, padded, num_microbatches),
+        activation_bytes=activations(config, padded, num_microbatches, largest, dp).peak,
+        optimizer_shards=optimizer_shards(config, dp * parallel.cp),
         row=row_flops(config.model, config.attention, [length], vocab),
     )

@@ -19,7 +19,13 @@ MAX_LINES = 4  # ranks or parts that are listed
 
 
 def describe(
-    config: Config, plan: Plan, overrides: Sequence[str] = (), manifest: Manifest | None = None, *, entry: str = "train"
+    config: Config,
+    plan: Plan,
+    overrides: Sequence[str] = (),
+    manifest: Manifest | None = None,
+    *,
+    entry: str = "train",
+    estimates: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Returns the plan as a table for people.
 
@@ -29,6 +35,7 @@ def describe(
         overrides: the command line's key=value arguments, for the launch command.
         manifest: the dataset's manifest; None if the data is not prepared yet.
         entry: the entry point that the launch command starts.
+        estimates: rows on a cluster, which replace those on memory and time.
     """
     length = config.data.sequence_length
     degrees = f"tp {plan.tp} x pp {plan.pp} x cp {plan.cp} x dp {plan.dp}"
@@ -40,6 +47,7 @@ def describe(
         "optimizer": plan.optimizer_bytes,
         "activations": plan.activation_bytes,
     }
+    fullest = f"{plan.parameters_per_rank:,} parameters"
     memory = " + ".join(f"{_bytes(size)} {name}" for name, size in parts.items())
     vocabulary = f"vocabulary {plan.vocab_size:,}, padded to {plan.padded_vocab_size:,}"
     rows = [
@@ -54,9 +62,13 @@ def describe(
         ("step", f"{plan.tokens_per_step:,} tokens = {plan.rows_per_step:,} rows = {batch}"),
         ("length", f"{plan.steps:,} steps, {plan.warmup_steps:,} of warm-up; {plan.total_tokens:,} tokens"),
         *_epochs(config, plan, manifest),
-        ("memory", f"about {_bytes(plan.memory_bytes)} on the fullest rank ({plan.parameters_per_rank:,} parameters)"),
-        ("", memory),
-        *_work(config, plan),
+        *(
+            ()
+            if estimates
+            else (("memory", f"about {_bytes(plan.memory_bytes)} on the fullest rank ({fullest})"), ("", memory))
+        ),
+        *_work(config, plan, with_time=not estimates),
+        *estimates,
         *_balance(config, plan),
         *_files(config, plan),
         ("command", _command(config, plan, overrides, entry)),
@@ -128,14 +140,14 @@ def _epochs(config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple
     return lines
 
 
-def _work(config: Config, plan: Plan) -> list[tuple[str, str]]:
-    """Returns the floating-point operations, and the hours they take at a typical MFU."""
+def _work(config: Config, plan: Plan, *, with_time: bool) -> list[tuple[str, str]]:
+    """Returns the floating-point operations, and, if asked for, the hours they take at a typical MFU."""
     share = plan.row.overhead / plan.row.model
     overhead = f"; {config.attention.method} adds {share:.1%} that MFU does not count" if share > 0.001 else ""
     total = plan.flops_per_token * plan.total_tokens
     lines = [("work", f"{plan.flops_per_token / 1e9:.3g} GFLOP per token, {total:.3g} FLOP in total{overhead}")]
     peak = peak_flops("H100", config.precision.name)
-    if config.precision.name is not PrecisionName.fp32 and peak:
+    if with_time and config.precision.name is not PrecisionName.fp32 and peak:
         hours = total / (TYPICAL_MFU * peak * plan.world_size) / 3600
         gpus = _count(plan.world_size, "H100")
         lines.append(("time", f"about {hours:,.1f} h on {gpus} at {TYPICAL_MFU:.0%} MFU"))
@@ -177,8 +189,8 @@ def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:
 
 def _command(config: Config, plan: Plan, overrides: Sequence[str], entry: str) -> str:
     """Returns the command that starts the run on this many processes."""
-    dropped = ("dry_run", "parallel.world_size")
-    kept = [word for word in overrides if word.lstrip("+").split("=")[0] not in dropped]
+    dropped = ("dry_run", "parallel.world_size", "nodes", "hardware", "document_tokens")
+    kept = [word for word in overrides if _key(word) not in dropped and not _key(word).startswith("hardware.")]
     program = f"-m ssa_pretrain.{entry} {shlex.join(kept) or f'name={config.name} …'}"
     if plan.world_size == 1:
         return f"python {program}"
@@ -187,6 +199,11 @@ def _command(config: Config, plan: Plan, overrides: Sequence[str], entry: str) -
     per_node = max(divisor for divisor in divisors(plan.world_size) if divisor <= GPUS_PER_NODE)
     rendezvous = "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
     return f"torchrun --nnodes {plan.world_size // per_node} --nproc-per-node {per_node} {rendezvous} {program}"
+
+
+def _key(word: str) -> str:
+    """Returns the key of an override."""
+    return word.lstrip("+").split("=")[0]
 
 
 def _count(number: int, noun: str) -> str:

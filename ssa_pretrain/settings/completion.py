@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssa_pretrain.settings.convert import known_keys
-from ssa_pretrain.settings.kinds import NOT_GROUPS
+from ssa_pretrain.settings.kinds import offers
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 FLAGS = ("--help", "--version", "--explain", "--dry-run", "--cfg", "--resolve", "--package", "--info")
@@ -70,7 +70,7 @@ def candidates(line: str, root: Any, conf: Path) -> list[str]:
     words = line.split()
     typed = "" if not words or line[-1:].isspace() else words.pop()
     folders = [conf, *(Path(b) for a, b in pairwise(words) if a in ("-cd", "--config-dir"))]
-    keys, groups = known_keys(root), _groups(folders)
+    keys, groups = known_keys(root), _groups(folders, root)
     key, equals, _ = typed.partition("=")
     sign = key[: len(key) - len(key.lstrip("+"))]
     if words and words[-1] == "--explain":
@@ -92,12 +92,12 @@ def candidates(line: str, root: Any, conf: Path) -> list[str]:
     return [word for word in found if word.startswith(typed)]
 
 
-def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
+def _groups(folders: Sequence[Path], root: Any) -> dict[str, list[str]]:
     """Returns the options of each group, by group, over all folders."""
     found: dict[str, set[str]] = {}
     for folder in folders:
         for path in folder.glob("*/*.yaml"):
-            if path.parent.name in NOT_GROUPS:
+            if not offers(root, path.parent.name):
                 continue
             found.setdefault(path.parent.name, set()).add(path.stem)
     return {group: sorted(options) for group, options in found.items()}

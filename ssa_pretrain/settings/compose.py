@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ssa_pretrain.settings.convert import MISSING, SECRET_ADVICE, SECRET_RULE, config_to_dict, known_keys, unknown_key
-from ssa_pretrain.settings.kinds import NOT_GROUPS, kind_groups
+from ssa_pretrain.settings.kinds import OPTIONAL_GROUPS, kind_groups, offers
 from ssa_pretrain.settings.problems import SECRET, Problem, join, show
 from ssa_pretrain.settings.suggestions import closest
 from ssa_pretrain.settings.typed import PATH_PART, UnwritableNameError, as_typed, field_type, typed_files
@@ -131,7 +131,7 @@ def _absent_entries(overrides: Sequence[str], source: Source) -> list[Problem]:
 
 def group_options(source: Source) -> dict[str, list[str]]:
     """Returns the options of each group, those in the user's own folder included; needs `hydra_on`."""
-    found = {group: _options(group, source) for group in _groups()}
+    found = {group: _options(group, source) for group in _groups(source)}
     return {group: options for group, options in found.items() if options}
 
 
@@ -146,14 +146,16 @@ def _check_override(line: str, override: Override, source: Source) -> tuple[list
         given = _as_typed_value(line, source)
         chosen = given if isinstance(given, list) else [given]
         wrong = [choice for choice in chosen if choice not in options]
-        return _no_option(key, wrong[0], options) if wrong else ([f"{key}={value}"], [])
+        good, found = _no_option(key, wrong[0], options) if wrong else ([f"{key}={value}"], [])
+        sign = "+" * (key in OPTIONAL_GROUPS)  # no defaults list names them
+        return [f"{sign}{choice}" for choice in good], found
     if _is_section(key, source) and not isinstance(override.value(), dict) and not has_groups(source):
         return [], [_no_group(key, override.value(), source)]
     if override.is_hydra_override() or override.type is OverrideType.DEL:
         return [line], []
     if _is_settable(key, source):
         return [f"++{key}={value}"], []
-    groups = _groups()
+    groups = _groups(source)
     near = closest(key, [*known_keys(source.root), *groups], 1)
     if not near or near[0] not in groups:
         return [], [unknown_key(key, value, known_keys(source.root))]
@@ -239,7 +241,7 @@ def _unreadable(line: str, source: Source) -> Problem:
     if not equals and ("/" in line or line.endswith((".yaml", ".yml"))):
         return Problem(line, None, *_path(Path(line), source))
     if not equals:
-        near = closest(line, [*known_keys(source.root), *_groups()], 1)
+        near = closest(line, [*known_keys(source.root), *_groups(source)], 1)
         return Problem(line, None, "is not key=value", f"try {near[0]}=…" if near else "see --help")
     if not _is_settable(key, source) and not _options(key, source):
         return unknown_key(key, value, known_keys(source.root))
@@ -293,15 +295,15 @@ def _no_option(group: str, choice: Any, options: list[str]) -> tuple[list[str], 
     return [], [Problem(group, choice, rule, f"try {join(options)}")]
 
 
-def _groups() -> list[str]:
+def _groups(source: Source) -> list[str]:
     """Returns the groups of the configuration folder."""
     groups = GlobalHydra.instance().config_loader().list_groups("")
-    return [name for name in groups if name not in NOT_GROUPS]
+    return [name for name in groups if offers(source.root, name)]
 
 
 def _options(group: str, source: Source) -> list[str]:
     """Returns the options of a group, including those in the user's own folder; empty if there is no such group."""
-    if not group.replace("/", "_").isidentifier():
+    if not group.replace("/", "_").isidentifier() or not offers(source.root, group):
         return []
     loader = GlobalHydra.instance().config_loader()
     options = loader.get_group_options(group, config_name=source.name, overrides=source.search_path())

@@ -116,7 +116,15 @@ def settings_of(cls: Any, values: Mapping[str, Any]) -> list[Section | Setting]:
 
 
 def field_comments(cls: Any) -> dict[str, str]:
-    """Returns the comment on the line of each field of a dataclass, or of each member of an enumeration; empty where there is none."""
+    """Returns the comment on the line of each field of a dataclass, inherited ones first, or of each member of an enumeration; empty where there is none."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base) and base is not cls]):
+        found |= _own_comments(base)
+    return found | _own_comments(cls)
+
+
+def _own_comments(cls: Any) -> dict[str, str]:
+    """Returns the comments on the fields or members that a class itself has."""
     source = Path(inspect.getfile(cls)).read_text(encoding="utf-8")
     tree = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
     lines = source.splitlines(keepends=True)

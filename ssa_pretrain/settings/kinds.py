@@ -6,6 +6,16 @@ from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin
 
 NOT_GROUPS = ("hydra", "recipe", "lm_eval")  # folders beside the groups; lm_eval holds tasks, which no run reads
+OPTIONAL_GROUPS = (
+    "hardware",
+)  # only programs whose configuration has this section offer the group; nothing need be chosen from it
+
+
+def offers(root: Any, group: str) -> bool:
+    """Returns whether a folder of the settings is a group of a program with this configuration."""
+    if group in OPTIONAL_GROUPS:
+        return any(field.name == group for field in dataclasses.fields(root))
+    return group not in NOT_GROUPS
 
 
 def sections_in(kind: Any) -> list[Any]:

@@ -36,6 +36,12 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
     return found
 
 
+def accepts_layout(config: Config, machine: Machine) -> bool:
+    """Returns whether a configuration has no problem that its layout, batch or engine can cause. Stops at the first: a search asks thousands of times."""
+    rules = (_sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES)
+    return not any(rule(config, machine) for rule in rules)
+
+
 def warning(config: Config) -> str:
     """Returns a warning about a suspicious setting that no rule rejects; usually empty."""
     attention, length = config.attention, config.data.sequence_length
