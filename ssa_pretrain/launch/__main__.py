@@ -3,6 +3,7 @@
     python -m ssa_pretrain.launch torchrun [flags] [KEY=VALUE ...]
     python -m ssa_pretrain.launch deepspeed [flags] [KEY=VALUE ...]
     python -m ssa_pretrain.launch quickstart [flags] [KEY=VALUE ...]
+    python -m ssa_pretrain.launch render target=TARGET spec=FILE [KEY=VALUE ...]
 
 It checks the flags and the environment, then the settings, with `ssa_pretrain.plan --check` for the number of processes that the flags give. So a bad
 setting is reported once, before torch is imported. The command then runs under supervision.py, which passes signals on and reports how the run ended.
@@ -46,12 +47,16 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
         print(__doc__)
         return ExitCode.DONE if words else ExitCode.CONFIGURATION
     launcher, *words = words
+    if launcher == "render":  # starts nothing, and is the only one that needs the configuration's libraries
+        from ssa_pretrain.launch.render.command import main as render
+
+        return render(words)
     program = PROGRAMS.get(launcher, "ssa_pretrain.launch")
     try:
         if launcher == "quickstart":
             return quickstart(read_quickstart(words), quickstart_environment(environment))
         if launcher not in JOBS:
-            raise LaunchError(f"{launcher} is not a launcher; try torchrun, deepspeed or quickstart")
+            raise LaunchError(f"{launcher} is not a launcher; try torchrun, deepspeed, quickstart or render")
         job, dry_run = JOBS[launcher](words, environment)
         return (show if dry_run else start)(program, job, environment)
     except LaunchError as error:

@@ -37,8 +37,9 @@ NOT_RUN = {
     "wandb": "asks for a key",
     "deepspeed": "starts one process per GPU; its settings are planned",
     "torchrun": "needs two GPUs; its settings are read",
+    "scancel": "needs a cluster",
 }
-PROGRAMS = ("make", "pip", "wandb", "deepspeed", "torchrun", "python", "srun", "scontrol")
+PROGRAMS = ("make", "pip", "wandb", "deepspeed", "torchrun", "python", "srun", "scontrol", "scancel")
 NO_DATA = "model.vocab_size=4096"  # in place of the tokenizer of data that does not exist here
 COMMAND = re.compile(rf"^\s*(?:{'|'.join(PROGRAMS)}|source|launchers/\w+\.sh)\s")
 # Blocks that run as typed, one after the other, in what `make quickstart` leaves behind.
