@@ -3,7 +3,8 @@
 Slurm signals the script before the time limit (--signal=B:USR1). The run then writes a checkpoint and the script puts the job back into the queue. It
 does the same after a failure that may be cured by other nodes. After a node has failed or the job was preempted, Slurm does it (--requeue).
 One task's failure does not end the others (--kill-on-bad-exit=0): they end by themselves when they miss its ranks, and the highest exit code, which
-srun returns, is then that of a run and not that of a signal. Containers are started by pyxis and enroot. Source: the manuals of sbatch, srun and scontrol, and pyxis' README. It does not ask Slurm anything.
+srun returns, is then that of a run and not that of a signal. Containers are started by pyxis and enroot. Source: the manuals of sbatch, srun and
+scontrol, and pyxis' README. It does not ask Slurm anything.
 """
 
 import re
@@ -22,12 +23,12 @@ def slurm(spec: LaunchSpec, rendered: str) -> str:
         text += f"\nsbatch passes {', '.join(spec.secrets)} on from the environment in which it is called."
     options = "".join(f"#SBATCH {option}\n" for option in _options(spec))
     words = ["srun --kill-on-bad-exit=0", *container_words(spec), *slurm_words(spec)]
+    head = 'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n' * (spec.nodes > 1)
     return f"""\
 #!/usr/bin/env bash
 {heading(text, rendered)}{options}set -uo pipefail
 
-{exports(spec.variables)}head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-restarts=${{SLURM_RESTART_COUNT:-0}}
+{exports(spec.variables)}{head}restarts=${{SLURM_RESTART_COUNT:-0}}
 
 {supervised(spec, words, stop_signal="USR1")}
 if asks_for_restart && ((restarts < {spec.max_restarts})); then

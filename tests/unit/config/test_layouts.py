@@ -8,12 +8,15 @@ from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.planning.plan import make_plan
 
-METHODS, SIZES, LENGTHS, GPUS = ("ssa", "full", "moba"), ("300m", "1b"), ("8k", "32k"), (1, 8, 64, 512)
+SIZES, LENGTHS = ("300m", "1b"), ("8k", "32k")
+# Methods differ only in their group, layouts only in their degrees, so each is looked at once per size and length, and SSA, which needs the most memory,
+# on the fewest and the most GPUs.
+METHOD_AND_GPUS = (("ssa", 1), ("full", 8), ("moba", 64), ("ssa", 512))
 
 
 @pytest.mark.parametrize(("size", "length"), list(product(SIZES, LENGTHS)))
 def test_every_experiment_has_a_layout_for_every_number_of_gpus(size: str, length: str) -> None:
-    for method, gpus in product(METHODS, GPUS):
+    for method, gpus in METHOD_AND_GPUS:
         name = f"{method}_{size}_{length}"
         words = [f"experiment={name}", f"layout=gpus_{gpus}_{length}", f"parallel.world_size={gpus}", "dry_run=true"]
         config = resolve_config("train", words, Machine(world_size=gpus, has_files=False))
