@@ -1,8 +1,9 @@
-"""Launchers: `launchers/torchrun.sh`, `deepspeed.sh` and `quickstart.sh` only find the interpreter and start this module.
+"""Launchers: `launchers/torchrun.sh`, `deepspeed.sh`, `quickstart.sh` and `stages.sh` only find the interpreter and start this module.
 
     python -m ssa_pretrain.launch torchrun [flags] [KEY=VALUE ...]
     python -m ssa_pretrain.launch deepspeed [flags] [KEY=VALUE ...]
     python -m ssa_pretrain.launch quickstart [flags] [KEY=VALUE ...]
+    python -m ssa_pretrain.launch stages [flags] [KEY=VALUE ...] [STAGE:KEY=VALUE ...]
     python -m ssa_pretrain.launch render target=TARGET spec=FILE [KEY=VALUE ...]
 
 It checks the flags and the environment, then the settings, with `ssa_pretrain.plan --check` for the number of processes that the flags give. So a bad
@@ -47,16 +48,20 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
         print(__doc__)
         return ExitCode.DONE if words else ExitCode.CONFIGURATION
     launcher, *words = words
-    if launcher == "render":  # starts nothing, and is the only one that needs the configuration's libraries
+    if launcher == "render":  # starts nothing; it and `stages` need the configuration's libraries
         from ssa_pretrain.launch.render.command import main as render
 
         return render(words)
+    if launcher == "stages":
+        from ssa_pretrain.launch.stages.command import main as stages
+
+        return stages(words, environment)
     program = PROGRAMS.get(launcher, "ssa_pretrain.launch")
     try:
         if launcher == "quickstart":
             return quickstart(read_quickstart(words), quickstart_environment(environment))
         if launcher not in JOBS:
-            raise LaunchError(f"{launcher} is not a launcher; try torchrun, deepspeed, quickstart or render")
+            raise LaunchError(f"{launcher} is not a launcher; try torchrun, deepspeed, quickstart, stages or render")
         job, dry_run = JOBS[launcher](words, environment)
         return (show if dry_run else start)(program, job, environment)
     except LaunchError as error:
