@@ -7,14 +7,15 @@
 #   docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD:/run_ssa" --env WANDB_API_KEY \
 #       ssa_pretrain:gpu --nproc-per-node 8 experiment=ssa_1b_8k                                                    # launchers/torchrun.sh
 #
-# Another base with torch 2.11 - 2.13 and Transformer Engine: --build-arg GPU_BASE=nvcr.io/nvidia/pytorch:YY.MM-py3
-# The bases are tags, which their owners may move. For builds that can be repeated, give the digest of the base that you have tested:
-#   docker buildx imagetools inspect python:3.12-slim           --build-arg CPU_BASE=python:3.12-slim@sha256:...
-# A bill of materials and the provenance are attached to the image by: docker buildx build --sbom=true --provenance=mode=max ...
+# The bases are named by digest, so a build does not change when their owners move a tag. To renew them, look a digest up and give it here:
+#   docker buildx imagetools inspect python:3.12-slim
+# Another base with torch 2.11 - 2.13 and Transformer Engine: --build-arg GPU_BASE=nvcr.io/nvidia/pytorch:YY.MM-py3@sha256:...
+# A bill of materials (SBOM) and the provenance are attached to the image by: docker buildx build --sbom=true --provenance=mode=max ...
+# `docker buildx imagetools inspect IMAGE --format '{{ json .SBOM }}'` prints the bill.
 #
 # Layers go from what changes least to what changes most. A change of the code installs no dependency again.
-ARG CPU_BASE=python:3.12-slim
-ARG GPU_BASE=nvcr.io/nvidia/pytorch:26.06-py3
+ARG CPU_BASE=python:3.12-slim@sha256:78387bc3881b8273120a12ebe6c1ab22b018ccc2c9adf565ae1ac9b536e184ea
+ARG GPU_BASE=nvcr.io/nvidia/pytorch:26.06-py3@sha256:43c018d6a12963f1a1bad85ef8574b5c2a978eec2be0ebcacfb87f69e0d210e1
 
 FROM ${CPU_BASE} AS cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

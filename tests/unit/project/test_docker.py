@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -46,11 +47,18 @@ def taken() -> set[str]:
     return {line[1:] for line in ignored() if line.startswith("!")}
 
 
-def test_every_base_is_an_argument_with_a_tagged_default() -> None:
+def test_every_base_is_an_argument_with_a_tag_and_a_digest() -> None:
     defaults = dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG" and "_BASE" in rest)
-    assert defaults["CPU_BASE"] == "python:3.12-slim" and re.fullmatch(
-        r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", defaults["GPU_BASE"]
-    )
+    assert re.fullmatch(r"python:3\.12-slim@sha256:[0-9a-f]{64}", defaults["CPU_BASE"])
+    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3@sha256:[0-9a-f]{64}", defaults["GPU_BASE"])
+
+
+def test_hadolint_finds_nothing() -> None:
+    linter = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    bad = subprocess.run([linter, "-"], input="FROM python\nRUN cd /tmp\n", capture_output=True, text=True)
+    assert bad.returncode == 1 and "DL3006" in bad.stdout  # it does look
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
