@@ -1,7 +1,9 @@
-"""Stands in for sbatch, srun and scontrol where no Slurm is installed. It follows their manuals in what launchers/slurm.sbatch uses, and refuses the rest.
+"""Stands in for sbatch, srun, scancel and scontrol where no Slurm is installed. It follows Slurm 22.05 in what launchers/slurm.sbatch uses, and refuses the rest.
 
 sbatch: options in #SBATCH lines, the job's variables, one batch shell on the first node, SIGUSR1 to that shell only (--signal=B:), and the same script
-again after `scontrol requeue`, with SLURM_RESTART_COUNT. srun: a task per node, signals passed on to every task, and the highest exit code. All nodes are processes of this machine. It knows neither time, queues nor containers.
+again after `scontrol requeue`, with SLURM_RESTART_COUNT. scancel --signal: to every task, not to the batch shell. srun: a task per node, and the highest
+exit code; after a SIGTERM of its own it kills the tasks (Slurm gives them KillWait seconds). All nodes are processes of this machine. It knows neither
+time, queues nor containers.
 """
 
 import os
@@ -24,7 +26,8 @@ for ((node = 0; node < SLURM_NNODES; node++)); do
     SLURM_PROCID=$node SLURM_NODEID=$node "$@" &
     tasks+=($!)
 done
-trap 'kill -TERM "${tasks[@]}" 2>/dev/null' TERM
+echo "${tasks[@]}" >"$FAKE/tasks"
+trap 'kill -KILL "${tasks[@]}" 2>/dev/null' TERM
 highest=0
 left=("${tasks[@]}")
 while ((${#left[@]})); do
@@ -50,6 +53,11 @@ case "$1 $2" in
     *) echo "scontrol: invalid command $*" >&2; exit 1 ;;
 esac
 """
+SCANCEL = """#!/usr/bin/env bash
+[[ $# == 2 && $1 == --signal=TERM && $2 == "$SLURM_JOB_ID" ]] || { echo "scancel: invalid command $*" >&2; exit 1; }
+read -ra tasks <"$FAKE/tasks"
+kill -TERM "${tasks[@]}"
+"""
 OPTIONS = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "exclusive", "partition", "time", "output"}
 OPTIONS |= {"open-mode", "requeue", "signal"}
 
@@ -66,7 +74,7 @@ def sbatch(
     """
     programs = folder / "programs"
     programs.mkdir(parents=True, exist_ok=True)
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     lines = [line.split(" ", 1)[1] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]

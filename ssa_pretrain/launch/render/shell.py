@@ -64,7 +64,9 @@ def heading(text: str, rendered: str) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in [f"Rendered by: {rendered}", *lines])
 
 
-def supervised(spec: LaunchSpec, command: Sequence[str], *, stop_signal: str = "") -> str:
+def supervised(
+    spec: LaunchSpec, command: Sequence[str], *, stop_signal: str = "", stop: str = 'kill -TERM "$job" 2>/dev/null'
+) -> str:
     """Returns the lines that run a command in the background, pass signals on to it and leave its exit code in `code`.
 
     After them, `asks_for_restart` returns whether the run is to be started again.
@@ -73,6 +75,7 @@ def supervised(spec: LaunchSpec, command: Sequence[str], *, stop_signal: str = "
         spec: the spec.
         command: its quoted words.
         stop_signal: the signal by which the scheduler asks for a stop and a restart; any other SIGTERM is only passed on.
+        stop: the command that asks the run to stop and save.
     """
     handlers = {"TERM": "pass_on"} | ({stop_signal: "stopping=1; pass_on"} if stop_signal else {})
     traps = "\n".join(f"trap '{action}' {name}" for name, action in handlers.items())
@@ -81,7 +84,7 @@ def supervised(spec: LaunchSpec, command: Sequence[str], *, stop_signal: str = "
 stopping='' signalled='' job=''
 pass_on() {{
     signalled=1
-    kill -TERM "$job" 2>/dev/null
+    {stop}
 }}
 {traps}
 # Not after an end that would come again (docs/launch.md has the codes), nor after a failure in the first {spec.restart_after_minutes} minutes.

@@ -13,6 +13,8 @@ import shlex
 from ssa_pretrain.launch.render.shell import exports, heading, node_words, supervised
 from ssa_pretrain.launch.render.spec import LaunchSpec
 
+# To the tasks of all steps, not to srun: srun would end the step, and Slurm would kill its tasks KillWait (30) seconds later, while they save.
+STOP = 'scancel --signal=TERM "$SLURM_JOB_ID"'
 MARGIN_SECONDS = 60  # between the last moment to save and the time limit
 
 
@@ -30,7 +32,7 @@ def slurm(spec: LaunchSpec, rendered: str) -> str:
 
 {exports(spec.variables)}{head}restarts=${{SLURM_RESTART_COUNT:-0}}
 
-{supervised(spec, words, stop_signal="USR1")}
+{supervised(spec, words, stop_signal="USR1", stop=STOP)}
 if asks_for_restart && ((restarts < {spec.max_restarts})); then
     echo "{spec.name}: exit code $code; back into the queue, restart $((restarts + 1)) of {spec.max_restarts}"
     scontrol requeue "$SLURM_JOB_ID" && exit 0
