@@ -9,23 +9,24 @@ from collections.abc import Mapping, Sequence
 
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.launch.jobs import TRAIN
-from ssa_pretrain.launch.render.spec import LaunchSpec
+from ssa_pretrain.launch.render.spec import LaunchSpec, stages_words
 
 # Ends that would come again: a scheduler does not start the run again after them.
 FINAL = (ExitCode.CONFIGURATION, ExitCode.DATA, ExitCode.CHECKPOINT, ExitCode.DIVERGED)
 WIDTH = 110
 
 
-def node_words(spec: LaunchSpec, *, endpoint: str = "", rdzv_id: str = "", program: str = "") -> list[str]:
-    """Returns the quoted words of launchers/torchrun.sh on every node.
+def node_words(spec: LaunchSpec, *, endpoint: str = "", rdzv_id: str = "", folder: str = "") -> list[str]:
+    """Returns the quoted words of launchers/torchrun.sh, or of stages.sh, which has the same flags, on every node.
 
     Args:
         spec: the spec.
         endpoint: where the nodes meet, quoted for the shell; used if there are several.
         rdzv_id: distinguishes this start of the job from others, quoted for the shell; empty: the spec's name.
-        program: the launcher, quoted for the shell; empty: that in the spec's directory.
+        folder: the folder of the launchers, quoted for the shell; empty: that in the spec's directory.
     """
-    words = [program or shlex.quote(f"{spec.directory}/launchers/torchrun.sh")]
+    launcher = "stages.sh" if spec.recipe else "torchrun.sh"
+    words = [f"{folder}/{launcher}" if folder else shlex.quote(f"{spec.directory}/launchers/{launcher}")]
     if spec.nodes > 1:
         words += [f"--nnodes {spec.nodes}", f"--nproc-per-node {spec.gpus_per_node}"]
         words += [f"--rdzv-endpoint {endpoint}", f"--rdzv-id {rdzv_id or shlex.quote(spec.name)}"]
@@ -39,6 +40,8 @@ def entry_words(spec: LaunchSpec) -> list[str]:
     words = [f"--python {shlex.quote(spec.python)}"]
     if spec.module != TRAIN:
         words.append(f"--module {shlex.quote(spec.module)}")
+    if spec.recipe:
+        words += map(shlex.quote, stages_words(spec))
     return words + [shlex.quote(setting) for setting in spec.settings]
 
 

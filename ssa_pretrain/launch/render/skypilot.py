@@ -42,6 +42,6 @@ def skypilot(spec: LaunchSpec, rendered: str) -> str:
 
 def skypilot_words(spec: LaunchSpec) -> list[str]:
     """Returns the quoted words of every machine, which runs in the project's folder."""
-    words = node_words(spec, endpoint=f'"$head:{spec.port}"', program="launchers/torchrun.sh")
+    words = node_words(spec, endpoint=f'"$head:{spec.port}"', folder="launchers")
     own = f"--python {shlex.quote(spec.python)}"
     return [f"--python {VENV}/bin/python" if word == own else word for word in words]

@@ -23,7 +23,7 @@ from ssa_pretrain.settings.typed import field_type, read_yaml
 NAME = re.compile(r"[a-z]([a-z0-9_-]{0,38}[a-z0-9])?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TIME = re.compile(r"([0-9]+-)?[0-9]{1,2}:[0-5][0-9]:[0-5][0-9]")
-OVERRIDE = re.compile(r"[+~]{0,2}[\w.@/]+=.*", re.DOTALL)
+OVERRIDE = re.compile(r"(\w+:)?[+~]{0,2}[\w.@/]+=.*", re.DOTALL)  # the prefix is that of a stage
 BUCKET = re.compile(r"(s3|gs|r2|https)://.+")
 # Settings of the run that the spec gives, with the key that gives them.
 OF_THE_SPEC = {
@@ -110,8 +110,9 @@ class LaunchSpec:
     directory: str = "/opt/ssa_pretrain"  # the project's folder in the image, or on every machine
     python: str = "python3"  # interpreter with the project installed
     module: str = TRAIN  # entry point of the processes
-    experiment: str = MISSING  # the run's experiment
-    output_dir: str = MISSING  # the run's folder, on storage that all machines share
+    experiment: str = ""  # the run's experiment
+    recipe: str = ""  # in place of experiment: all stages of this recipe, by launchers/stages.sh
+    output_dir: str = MISSING  # the folder of the run, or of all stages, on storage that all machines share
     overrides: list[str] = field(default_factory=list)  # further settings of the run, KEY=VALUE
     environment: dict[str, str] = field(default_factory=dict)  # variables of the processes
     secrets: list[str] = field(default_factory=list)  # names of variables that are passed on from outside the spec
@@ -138,8 +139,8 @@ class LaunchSpec:
 
     @property
     def settings(self) -> list[str]:
-        """The arguments of the entry point; one other than training takes only the overrides."""
-        if self.module != TRAIN:
+        """The arguments of the entry point; one other than training, and the stages, take only the overrides."""
+        if self.module != TRAIN or self.recipe:
             return self.overrides
         return [f"experiment={self.experiment}", f"output_dir={self.output_dir}", *self.overrides]
 
@@ -158,6 +159,9 @@ class LaunchSpec:
                 "must be at most 40 of a-z, 0-9, - and _, beginning with a letter and ending with a letter or a digit"
             )
             found.append(Problem("name", self.name, rule, "try ssa_1b_8k"))
+        if self.module == TRAIN and bool(self.experiment) == bool(self.recipe):
+            rule = "must be given, or recipe" if not self.recipe else f"must be empty with recipe={self.recipe}"
+            found.append(Problem("experiment", self.experiment, rule, "try experiment=ssa_1b_8k"))
         for name in ("output_dir", "directory"):
             value = getattr(self, name)
             if value != MISSING and not value.startswith("/"):
@@ -232,7 +236,7 @@ def read_spec(path: str, changes: Sequence[str], overrides: Sequence[str]) -> La
 
 
 def check_run(spec: LaunchSpec, engine: Sequence[str] = ()) -> Config | None:
-    """Returns the configuration of the spec's run, checked for its number of processes; None if it is not a training run.
+    """Returns the configuration of the spec's run, checked for its number of processes; None if it is not one training run.
 
     Args:
         spec: the spec.
@@ -244,10 +248,19 @@ def check_run(spec: LaunchSpec, engine: Sequence[str] = ()) -> Config | None:
     from ssa_pretrain.cli import resolve_config
     from ssa_pretrain.config.machine import Machine
 
-    if spec.module != TRAIN:
+    if spec.recipe:
+        from ssa_pretrain.launch.stages.command import check_words
+
+        check_words([*stages_words(spec), *spec.overrides], spec.world_size)
+    if spec.module != TRAIN or spec.recipe:
         return None
     arguments = [*engine, *spec.settings, f"parallel.world_size={spec.world_size}", "dry_run=true"]
     return resolve_config("train", arguments, Machine(world_size=spec.world_size, has_files=False))
+
+
+def stages_words(spec: LaunchSpec) -> list[str]:
+    """Returns the flags that only launchers/stages.sh has."""
+    return [f"--recipe={spec.recipe}", f"--out={spec.output_dir}"]
 
 
 def _key(override: str) -> str:

@@ -66,6 +66,10 @@ def target_problems(spec: LaunchSpec, name: str) -> list[Problem]:
         found.append(Problem("kubernetes.secret", "", rule, f"try kubernetes.secret={spec.dns_name}"))
     if name == "deepspeed" and spec.module != TRAIN:
         found.append(Problem("module", spec.module, f"must be {TRAIN} for target=deepspeed", "try target=torchrun"))
+    if name == "deepspeed" and spec.recipe:
+        found.append(Problem("recipe", spec.recipe, "has no target=deepspeed", "try target=torchrun"))
+    if spec.recipe and spec.module != TRAIN:
+        found.append(Problem("module", spec.module, f"must be {TRAIN} with recipe={spec.recipe}", "leave it out"))
     return found + _mount_problems(spec, name)
 
 

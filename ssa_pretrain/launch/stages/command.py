@@ -17,18 +17,17 @@ from dataclasses import replace
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import this_machine
-from ssa_pretrain.errors import CheckpointError, CommandError, ExitCode, LaunchError, UsageError
-from ssa_pretrain.huggingface.options import ExportOptions, read_options
+from ssa_pretrain.errors import CheckpointError, CommandError, ExitCode, LaunchError
+from ssa_pretrain.huggingface.options import ExportOptions, read_settings
 from ssa_pretrain.launch.jobs import torchrun_job
 from ssa_pretrain.launch.stages.options import EVALUATION, EXPORT, LONG, SHORT, Options, read_stages
 from ssa_pretrain.launch.stages.plan import Configs, Stage, resolve, stages
 from ssa_pretrain.launch.stages.state import DONE, FAILED, RUNNING, STOPPED, Record, State, table
 from ssa_pretrain.launch.supervision import RERUN, Supervisor
 from ssa_pretrain.outlook import plan_table
-from ssa_pretrain.settings.command_line import report as listed
 from ssa_pretrain.settings.files import LockedError, lock, unlock
 from ssa_pretrain.settings.output import pipe_may_close
-from ssa_pretrain.settings.problems import ConfigError, hide_secrets, secrets_of
+from ssa_pretrain.settings.problems import ConfigError, Problem, hide_secrets, secrets_of
 
 PROGRAM = "stages"
 Execute = Callable[[list[str]], int]  # runs a command to its end and returns its exit code
@@ -52,41 +51,48 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
             return ExitCode.DONE
         with Supervisor(float("inf")) as supervisor:
             return run(options, configs, lambda command: supervised(supervisor, command, environment))
+    except ConfigError as error:
+        return say(
+            error.exit_code,
+            f"{len(error.problems)} problem{'s' * (len(error.problems) > 1)}; nothing was started.\n{error}",
+        )
     except CommandError as error:
         return say(error.exit_code, str(error))
+
+
+def check_words(words: Sequence[str], world_size: int) -> None:
+    """Checks a command line for another machine. Raises ConfigError."""
+    try:
+        options = read_stages(words)
+    except LaunchError as error:
+        raise ConfigError([Problem(str(error), None, "")]) from None
+    options.dry_run = True
+    check(options, world_size)
 
 
 def check(options: Options, world_size: int) -> Configs:
     """Returns the configurations of all stages.
 
     Raises:
-        UsageError: with the problems of every stage.
+        ConfigError: with the problems of every stage, whose keys have the stage's name before them.
     """
     machine = replace(this_machine(), world_size=world_size, slurm_tasks=1)
-    problems: list[str] = []
-    codes: list[int] = []
+    problems: list[Problem] = []
 
     def resolved(stage: str, long: Config | None = None) -> Config | None:
         try:
             return resolve(options, stage, machine, long)
         except ConfigError as error:
-            problems.append(listed(f"stages, {stage}", error))
-            codes.append(error.exit_code)
+            problems.extend(replace(problem, key=f"{stage}:{problem.key}") for problem in error.problems)
             return None
 
     short, long = resolved(SHORT), resolved(LONG)
     evaluated = resolved(EVALUATION, long) if long else None
-    try:
-        if not (options.out / EXPORT).exists():
-            words = [".", f"out={options.out / EXPORT}", *options.settings[EXPORT]]
-            read_options(ExportOptions, f"stages, {EXPORT}", "a folder", words)
-    except UsageError as error:
-        problems.append(str(error))
-        codes.append(error.exit_code)
+    words = [f"out={options.out / EXPORT}", *options.settings[EXPORT]]
+    _, found = read_settings(ExportOptions, words)
+    problems += [replace(problem, key=f"{EXPORT}:{problem.key}") for problem in found if problem.key != "out"]
     if problems or not (short and long and evaluated):
-        raised = UsageError("nothing was started\n" + "\n".join(problems))
-        raised.exit_code = ExitCode.DATA if set(codes) == {ExitCode.DATA} else ExitCode.CONFIGURATION
-        raise raised
+        raise ConfigError(problems)
     return Configs(short, long, evaluated)
 
 

@@ -106,6 +106,7 @@ def evaluation_words(options: Options, long: Config) -> list[str]:
         "evaluation.rows": max(1, rows // TIMES) if rows else 0,
         "evaluation.name": RESULTS,
         "training.micro_batch_size": 1,
+        "training.global_batch_tokens": TIMES * long.training.global_batch_tokens,  # as many rows as in training
     }
     own = options.settings[EVALUATION]
     asked = {word.lstrip("+").partition("=")[0] for word in own}

@@ -124,6 +124,10 @@ def test_every_script_passes_shellcheck_and_keeps_words_whole(tmp_path: Path, mo
         (["target=docker", SPEC, "mounts.data.path=", "mounts.data.target=/data"], "must name a folder of the nodes"),
         (["target=deepspeed", SPEC, "module=who"], "module=who must be ssa_pretrain.train for target=deepspeed"),
         (["target=slurm", SPEC, "fast"], "fast is not KEY=VALUE; see --help"),
+        (["target=slurm", SPEC, "experiment="], "experiment='' must be given, or recipe; try experiment=ssa_1b_8k"),
+        (["target=slurm", SPEC, "recipe=ssa_1b"], "experiment=ssa_1b_8k must be empty with recipe=ssa_1b"),
+        (["target=deepspeed", SPEC, "experiment=", "recipe=ssa_1b"], "recipe=ssa_1b has no target=deepspeed"),
+        (["target=slurm", SPEC, "experiment=", "recipe=ssa_9b"], "--recipe=ssa_9b must be "),
     ],
 )
 def test_messages(words: list[str], message: str) -> None:
@@ -150,6 +154,15 @@ def test_later_overrides_replace_those_of_the_spec() -> None:
     text = answer(["target=slurm", SPEC, "--", "layout=gpus_8_8k", "seed=3"])
     command = text.partition("srun")[2]
     assert "gpus_64_8k" not in command and command.count("layout=") == 1 and "seed=3" in command
+
+
+def test_recipe_runs_all_stages_on_every_node() -> None:
+    changes = ["experiment=", "recipe=ssa_1b", "overrides=[data.path=/shared/data, '8k:layout=gpus_64_8k']"]
+    text = answer(["target=slurm", SPEC, *changes, "--", "32k:layout=gpus_64_32k"])
+    command = " ".join(text.partition("srun")[2].replace("\\\n", " ").split())
+    assert "/opt/ssa_pretrain/launchers/stages.sh --nnodes 8 --nproc-per-node 8 --rdzv-endpoint" in command
+    assert "--recipe=ssa_1b --out=/shared/runs/ssa_1b_8k data.path=/shared/data 8k:layout=gpus_64_8k" in command
+    assert "32k:layout=gpus_64_32k &" in command and "experiment=" not in command
 
 
 def test_units_and_names() -> None:

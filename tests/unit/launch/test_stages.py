@@ -82,9 +82,9 @@ def test_problems_of_all_stages_are_reported_before_anything_starts(
     ]
     assert command.main(words, {}) == 3
     errors = capsys.readouterr().err
-    assert "stages, 8k" in errors and "optim.lr?" in errors
-    assert "stages, 32k" in errors and "attention.top_k=0 must be at least 1" in errors
-    assert "dtype=fp8" in errors and not (tmp_path / "o").exists()
+    assert "8k:optim.lrr=1 is not a known key; did you mean optim.lr?" in errors
+    assert "32k:attention.top_k=0 must be at least 1" in errors and "stages: 5 problems; nothing was started." in errors
+    assert "export:dtype=fp8 must be " in errors and not (tmp_path / "o").exists()
 
 
 def test_dry_run_prints_every_command_and_both_plans(tmp_path: Path) -> None:
