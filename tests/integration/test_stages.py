@@ -165,7 +165,9 @@ def test_done_stages_are_skipped_until_something_changes(
     words, found.words = found.words, [*found.words, "export:add_bos=true"]
     assert found.run() == 3 and "exists, and is not known to be this export" in capsys.readouterr().err
     found.words = words
-    # A damaged result is made again, and nothing else.
-    (found.out / "32k" / "evaluations" / "at_4x.json").unlink()
-    assert found.run() == 5
-    assert "at_4x.json does not exist" in capsys.readouterr().err
+    # A result that is gone is made again, and nothing else.
+    result = found.out / "32k" / "evaluations" / "at_4x.json"
+    content = result.read_text()
+    result.unlink()
+    found.execute = lambda words: result.write_text(content) and int("--module=ssa_pretrain.evaluate" not in words)  # type: ignore[method-assign]
+    assert found.run() == 0

@@ -157,11 +157,16 @@ def is_done(stage: Stage, record: Record, inputs: dict[str, str]) -> bool:
     """Returns whether a stage has run with these arguments and inputs, and its outputs are unchanged.
 
     Raises:
-        CommandError: it was done, and its outputs are gone: it is not run again without being asked.
+        CommandError: a run was done, and its last checkpoint is gone: it is not trained again without being asked.
     """
     if record.status != DONE or record.words != stage.words or record.inputs != inputs:
         return False
-    return stage.outputs() == record.outputs
+    try:
+        return stage.outputs() == record.outputs
+    except CommandError:
+        if not stage.repeatable:
+            raise
+        return False
 
 
 def require_own(stage: Stage, record: Record, inputs: dict[str, str], options: Options) -> None:

@@ -45,6 +45,7 @@ class Stage:
         inputs: returns the digests of what it reads, and raises if that is missing.
         verify: reads what it reads entirely, and raises if it is damaged.
         outputs: returns the digests of what it wrote, and raises if that is incomplete.
+        repeatable: whether it is run again without being asked if what it wrote is gone or has changed.
         steps: training steps; 0 if it does not train.
     """
 
@@ -55,6 +56,7 @@ class Stage:
     inputs: Callable[[], Digests]
     verify: Callable[[], None]
     outputs: Callable[[], Digests]
+    repeatable: bool = True
     steps: int = 0
 
 
@@ -115,7 +117,7 @@ def evaluation_words(options: Options, long: Config) -> list[str]:
 
 def stages(options: Options, configs: Configs) -> list[Stage]:
     """Returns the stages in their order."""
-    out, verdicts = options.out, data_check_file(options.out)
+    out, verdicts = options.out, verdicts_of(options.out)
     short, long = (last_checkpoint(out / name, one) for name, one in ((SHORT, configs.short), (LONG, configs.long)))
     paths = [Path(one.data.path) for one in (configs.short, configs.long, configs.evaluated)]
     datasets = list(dict.fromkeys(paths))
@@ -148,6 +150,7 @@ def stages(options: Options, configs: Configs) -> list[Stage]:
             partial(inputs, paths[0]),
             partial(verify, paths[0]),
             partial(finished, short),
+            False,
             configs.short.training.num_steps(),
         ),
         Stage(
@@ -158,6 +161,7 @@ def stages(options: Options, configs: Configs) -> list[Stage]:
             partial(inputs, paths[1], short),
             partial(verify, paths[1], short),
             partial(finished, long),
+            False,
             configs.long.training.num_steps(),
         ),
         Stage(
@@ -181,9 +185,9 @@ def stages(options: Options, configs: Configs) -> list[Stage]:
     ]
 
 
-def data_check_file(out: Path) -> Path:
-    """Returns the file of verdicts on the data."""
-    return out / "data_check.json"
+def verdicts_of(out: Path) -> Path:
+    """Returns the folder of the verdicts on the data."""
+    return out / "data_check"
 
 
 def last_checkpoint(run: Path, config: Config) -> Path:

@@ -1,6 +1,5 @@
 """The stages command without training: its command line, messages, dry run and state, the data check, and what it refuses to continue."""
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -116,7 +115,7 @@ def dataset(tmp_path: Path) -> Path:
 def test_data_check_goes_on_with_the_files_that_it_has_not_read(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verdicts, read = tmp_path / "verdicts.json", []
+    verdicts, read = tmp_path / "verdicts", []
     monkeypatch.setattr(data_check, "THREADS", 1)
     monkeypatch.setattr(data_check, "SAVE_SECONDS", -1.0)
     hashing = data_check.file_sha256
@@ -130,8 +129,8 @@ def test_data_check_goes_on_with_the_files_that_it_has_not_read(
     monkeypatch.setattr(data_check, "file_sha256", stops)
     with pytest.raises(KeyboardInterrupt):
         data_check.check([dataset], verdicts)
-    kept = json.loads(verdicts.read_text())
-    assert {Path(name).name for name in kept} == set(read[: len(kept)]) and kept
+    kept = data_check.known(verdicts)
+    assert {Path(name).name for name, *_ in kept} == set(read[: len(kept)]) and kept
     with pytest.raises(DataError, match="has changed since it was checked"):
         data_check.require_checked(dataset, verdicts)
     read.clear()
@@ -142,7 +141,7 @@ def test_data_check_goes_on_with_the_files_that_it_has_not_read(
 
 
 def test_data_check_finds_a_changed_byte_and_a_change_after_the_check(dataset: Path, tmp_path: Path) -> None:
-    verdicts, file = tmp_path / "verdicts.json", dataset / "b_0.bin"
+    verdicts, file = tmp_path / "verdicts", dataset / "b_0.bin"
     data_check.check([dataset], verdicts)
     content = bytearray(file.read_bytes())
     content[10] ^= 1
@@ -169,7 +168,8 @@ def stage(name: str, tmp_path: Path, weights: str) -> Stage:
             raise CheckpointError("result does not exist")
         return {"result": (tmp_path / "result").read_text()}
 
-    return Stage(name, name, "ssa_pretrain.train", ["a=1"], lambda: {"weights": weights}, lambda: None, outputs)
+    inputs = lambda: {"weights": weights}  # noqa: E731
+    return Stage(name, name, "ssa_pretrain.train", ["a=1"], inputs, lambda: None, outputs, repeatable=name == "data")
 
 
 def test_what_was_done_is_done_again_only_if_it_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +191,9 @@ def test_what_was_done_is_done_again_only_if_it_may(tmp_path: Path, capsys: pyte
     state.change("32k", DONE)
     (tmp_path / "result").unlink()
     assert command.run_stage(stage("32k", tmp_path, "w1"), state, options, execute) == 5 and len(started) == 1
+    assert command.run_stage(stage("data", tmp_path, "w1"), state, options, execute) == 0 and len(started) == 2
+    (tmp_path / "result").unlink()
+    assert command.run_stage(stage("data", tmp_path, "w1"), state, options, execute) == 0 and len(started) == 3
     assert "32k         failed" in table(state) and "checkpoint of step 1, exit code 5" in table(state)
 
 
