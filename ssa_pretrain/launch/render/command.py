@@ -30,7 +30,7 @@ def main(words: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     with pipe_may_close():
         if "-h" in words or "--help" in words:
-            print(f"{__doc__.lstrip()}{explain('', LaunchSpec(), {})}")
+            print((__doc__ or "").lstrip() + explain("", LaunchSpec(), {}))
             return ExitCode.DONE
         try:
             sys.stdout.write(answer(words))

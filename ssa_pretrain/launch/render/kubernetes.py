@@ -40,7 +40,7 @@ def jobset(spec: LaunchSpec, rendered: str) -> str:
             "network": {"enableDNSHostnames": True, "subdomain": spec.dns_name},
             "failurePolicy": {
                 "maxRestarts": spec.max_restarts,
-                "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+                "rules": [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
             "replicatedJobs": [{"name": JOB, "replicas": 1, "template": {"spec": job}}],
         },
