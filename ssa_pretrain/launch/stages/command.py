@@ -25,6 +25,7 @@ from ssa_pretrain.launch.stages.plan import Configs, Stage, resolve, stages
 from ssa_pretrain.launch.stages.state import DONE, FAILED, RUNNING, STOPPED, Record, State, table
 from ssa_pretrain.launch.supervision import RERUN, Supervisor
 from ssa_pretrain.outlook import plan_table
+from ssa_pretrain.run_folder import unwritable
 from ssa_pretrain.settings.files import LockedError, lock, unlock
 from ssa_pretrain.settings.output import pipe_may_close
 from ssa_pretrain.settings.problems import ConfigError, Problem, hide_secrets, secrets_of
@@ -105,8 +106,10 @@ def run(options: Options, configs: Configs, execute: Execute) -> int:
         execute: runs the command of a stage.
 
     Raises:
-        CommandError: another process runs the stages of this folder, or it is that of another recipe.
+        CommandError: another process runs the stages of this folder, it is that of another recipe, or it cannot be written.
     """
+    if reason := unwritable(options.out):
+        raise LaunchError(f"--out={options.out} {reason}; choose another folder")
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         held = lock(options.out / f".stages.{socket.gethostname()}.lock")

@@ -2,16 +2,18 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ssa_pretrain.errors import CheckpointError, CommandError, DataError, LaunchError
+from ssa_pretrain.errors import CheckpointError, CommandError, DataError, Interrupted, LaunchError
 from ssa_pretrain.launch.stages import command, data_check
 from ssa_pretrain.launch.stages.options import STAGES, read_stages, recipes
-from ssa_pretrain.launch.stages.plan import Stage, require_intact
+from ssa_pretrain.launch.stages.plan import Stage, finished, require_intact
 from ssa_pretrain.launch.stages.state import DONE, RUNNING, State, table
+from ssa_pretrain.launch.supervision import Supervisor
 from support.processes import ROOT
 from support.small_datasets import cut, write_dataset
 
@@ -158,6 +160,10 @@ def test_damaged_state_and_damaged_checkpoint_are_refused(tmp_path: Path) -> Non
         State(tmp_path)
     with pytest.raises(CheckpointError, match=r"is damaged .*restore it, or remove it"):
         require_intact(tmp_path)
+    with pytest.raises(
+        Interrupted, match=r"/8k has ended before its last step 10 \(training.stop_at_step\?\); run the same"
+    ):
+        finished(tmp_path / "8k" / "checkpoints" / "step_00000010")
 
 
 def stage(name: str, tmp_path: Path, weights: str) -> Stage:
@@ -205,10 +211,22 @@ def test_exit_codes_and_states(tmp_path: Path) -> None:
     assert State(tmp_path)["8k"].words == ["a=1"]
 
 
+def test_signal_is_passed_on_and_a_killed_program_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    stops = "import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); os.kill(os.getppid(), 15); time.sleep(60)"
+    killed = "import os; os.kill(os.getpid(), 9)"
+    for code, program in ((5, "raise SystemExit(5)"), (1, killed), (7, stops)):
+        with Supervisor(float("inf")) as supervisor:
+            assert command.supervised(supervisor, [sys.executable, "-c", program], os.environ) == code
+    assert "was killed by signal 9; run the same command again to continue" in capsys.readouterr().err
+
+
 def test_folder_of_another_recipe_or_in_use_is_refused(tmp_path: Path) -> None:
     state = State(tmp_path)
     state.recipe = "full_1b"
     state.change("8k", RUNNING)
     options = read_stages(["--recipe=ssa_1b", f"--out={tmp_path}"])
     with pytest.raises(CommandError, match="has the stages of --recipe=full_1b; choose another folder"):
+        command.run(options, None, lambda _: 0)  # pyright: ignore[reportArgumentType]
+    options.out = tmp_path / "stages.json"
+    with pytest.raises(CommandError, match=r"stages.json is a file, not a folder; choose another folder"):
         command.run(options, None, lambda _: 0)  # pyright: ignore[reportArgumentType]
