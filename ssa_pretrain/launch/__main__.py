@@ -24,7 +24,7 @@ from ssa_pretrain.launch.jobs import POSITIVE, TRAIN, Job, deepspeed_job, torchr
 from ssa_pretrain.launch.quickstart import Quickstart, quickstart_environment, read_quickstart
 from ssa_pretrain.launch.restarts import Restarts
 from ssa_pretrain.launch.supervision import NOT_BEGUN, RERUN, Supervisor
-from ssa_pretrain.process import command
+from ssa_pretrain.process import command, exit_with_starter
 from ssa_pretrain.settings.problems import hide_secrets, secrets_of
 from ssa_pretrain.signals import survive_terminal
 
@@ -73,6 +73,7 @@ def start(program: str, job: Job, environment: Mapping[str, str]) -> int:
     patience = environment.get(PATIENCE, "600")
     if not POSITIVE.fullmatch(patience):
         raise LaunchError(f"{PATIENCE}={patience} in the environment must be a whole number of seconds; try 600")
+    exit_with_starter(environment)
     variables = job_environment(environment)
     reports = job.module in REPORTING and not job.is_remote
     restarts = Restarts(job.max_restarts, job.restart_wait)

@@ -8,6 +8,7 @@ are read. Hosts read each other's verdicts: a file on shared storage is the same
 """
 
 import json
+import os
 import socket
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
 from ssa_pretrain.data.repair import repair_advice
 from ssa_pretrain.errors import DataError
-from ssa_pretrain.process import command
+from ssa_pretrain.process import command, exit_with_starter
 from ssa_pretrain.settings.files import file_sha256, write_atomically
 
 THREADS = 4
@@ -131,4 +132,5 @@ def _write(path: Path, verdicts: Verdicts) -> None:
 
 if __name__ == "__main__":
     with command("stages, data"):
+        exit_with_starter(os.environ)
         check([Path(word) for word in sys.argv[2:]], Path(sys.argv[1]))
