@@ -8,15 +8,18 @@ from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.planning.plan import make_plan
 
-SIZES, LENGTHS = ("300m", "1b"), ("8k", "32k")
-# Methods differ only in their group, layouts only in their degrees, so each is looked at once per size and length, and SSA, which needs the most memory,
-# on the fewest and the most GPUs.
-METHOD_AND_GPUS = (("ssa", 1), ("full", 8), ("moba", 64), ("ssa", 512))
+LENGTHS = ("8k", "32k")
+# Methods differ in their group, layouts in their degrees: every experiment once, every layout once per length or more, and the larger SSA model, which
+# needs the most memory, on the fewest GPUs.
+GPUS = {
+    "300m": {"ssa": 512, "full": 64, "moba": 1},
+    "1b": {"ssa": 1, "full": 8, "moba": 512},
+}
 
 
-@pytest.mark.parametrize(("size", "length"), list(product(SIZES, LENGTHS)))
+@pytest.mark.parametrize(("size", "length"), list(product(GPUS, LENGTHS)))
 def test_every_experiment_has_a_layout_for_every_number_of_gpus(size: str, length: str) -> None:
-    for method, gpus in METHOD_AND_GPUS:
+    for method, gpus in GPUS[size].items():
         name = f"{method}_{size}_{length}"
         words = [f"experiment={name}", f"layout=gpus_{gpus}_{length}", f"parallel.world_size={gpus}", "dry_run=true"]
         config = resolve_config("train", words, Machine(world_size=gpus, has_files=False))
