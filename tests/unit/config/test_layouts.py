@@ -1,4 +1,4 @@
-"""The table of experiments: each method, size and length on 1, 8, 64 and 512 GPUs is accepted, fits a GPU of 80 GB and uses every GPU."""
+"""The table of experiments: every experiment, and every layout for its length, is accepted, fits a GPU of 80 GB and uses every GPU."""
 
 from itertools import product
 
@@ -18,7 +18,7 @@ GPUS = {
 
 
 @pytest.mark.parametrize(("size", "length"), list(product(GPUS, LENGTHS)))
-def test_every_experiment_has_a_layout_for_every_number_of_gpus(size: str, length: str) -> None:
+def test_experiment_and_layout_fit(size: str, length: str) -> None:
     for method, gpus in GPUS[size].items():
         name = f"{method}_{size}_{length}"
         words = [f"experiment={name}", f"layout=gpus_{gpus}_{length}", f"parallel.world_size={gpus}", "dry_run=true"]
