@@ -117,10 +117,26 @@ def test_image_has_labels_and_a_revision_that_rebuilds_nothing(target: str) -> N
 def test_requirements_are_the_projects_and_those_of_the_extras() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     command = [sys.executable, "launchers/requirements.py"]
-    done = subprocess.run([*command, "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == project["dependencies"] + project["optional-dependencies"]["quickstart"]
+    done = subprocess.run([*command, "quickstart,bench"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        *project["dependencies"],
+        *project["optional-dependencies"]["quickstart"],
+        *project["optional-dependencies"]["bench"],
+    ]
     done = subprocess.run([*command, "nope"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("requirements.py: nope is not an extra of pyproject.toml; ")
+
+
+def test_set_up_installs_in_the_steps_of_the_cpu_image() -> None:
+    """So every fresh environment runs them: torch, then what the project depends on, then the project."""
+    steps = ["torch", "--requirement", "--no-deps --editable"]
+    image = " ".join(rest for word, rest in stages()["cpu"] if word == "RUN" and "pip install" in rest)
+    lines = (ROOT / "launchers" / "setup.sh").read_text().splitlines()
+    script = " ".join(line for line in lines if line.strip().startswith("install "))
+    for text in (image, script):
+        places = [text.rindex(step) for step in steps]
+        assert places == sorted(places), text
+    assert "constraints.txt" in image and 'requirements.py" "$extras"' in "\n".join(lines)
 
 
 def test_build_neither_stores_nor_asks_for_secrets() -> None:
