@@ -22,7 +22,7 @@ $(error OUT=$(OUT) must be one folder without spaces in its name; try OUT=output
 endif
 
 BIN := $(VENV)/bin
-SETUP := pyproject.toml constraints.txt launchers/setup.sh
+SETUP := pyproject.toml constraints.txt launchers/setup.sh launchers/requirements.py
 
 # Keep the repository's root off sys.path: there, `kernels/` would pass for a package.
 export PYTHONSAFEPATH := 1
@@ -51,7 +51,7 @@ lint: $(VENV)/.dev  ## run ruff (rules and format), import-linter, shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
-	@$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR launchers/*.sh .ci/run
+	@$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR launchers/*.sh launchers/*.sbatch .ci/run
 
 types: $(VENV)/.dev  ## run pyright
 	@$(BIN)/pyright --pythonpath $(BIN)/python

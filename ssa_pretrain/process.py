@@ -28,7 +28,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -201,6 +201,13 @@ def exit_when_launcher_ends(folder: Path) -> None:
         exit_now(ExitCode.FAILED)
 
     threading.Thread(target=wait, name="launcher", daemon=True).start()
+
+
+def exit_with_starter(environment: Mapping[str, str]) -> None:
+    """Ends this process, itself a launcher or a program of one process, when the launcher that started it ends; without one it does nothing."""
+    folder = environment.get(LAUNCH, "")
+    if folder and Path(folder).is_dir():
+        exit_when_launcher_ends(Path(folder))
 
 
 def write_beat(folder: Path, rank: int, text: str) -> None:
