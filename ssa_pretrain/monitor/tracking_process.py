@@ -1,45 +1,39 @@
-"""The process that runs W&B's client for a training run. tracking_client.py starts it and writes records to its standard input.
+"""The process that runs W&B's client for a training run (tracking_loop.py).
 
 At the start it asks for the last row that W&B has: online the server knows it, offline the files written by W&B's service contain it. From
-there on tracking_rows.py decides which rows are sent.
+there on tracking_rows.py decides which rows are sent. Alerts go out at once (`wandb.alert`); offline they are stored with the rows.
 
-Every exception ends this process, and every wait in it has an alarm or a deadline. Training reports the end and continues. If training dies,
-standard input closes, and this process uploads the received records before it exits.
+Beside the numbers, a row with a held-out evaluation has a picture of the captured mass by layer (mass_map.py) as `heldout/<mode>/captured_mass_map`.
 """
 
+import io
 import json
 import os
-import select
 import signal
 import struct
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-import psutil
 import wandb
 from google.protobuf.message import DecodeError
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
+from ssa_pretrain.monitor.alerts import Alert, Level
+from ssa_pretrain.monitor.mass_map import MassMaps
+from ssa_pretrain.monitor.names import AXES, HELDOUT, TASK, TRAIN, summaries
 from ssa_pretrain.monitor.redaction import redact
+from ssa_pretrain.monitor.tracking_loop import END_SECONDS, Send, serve
 from ssa_pretrain.monitor.tracking_rows import STATE_FILE, History, State, read_state
-from ssa_pretrain.settings.files import LockedError, lock, unlock, write_atomically
+from ssa_pretrain.settings.files import write_atomically
 
-START_SECONDS = 25
 LOG_SECONDS = 60
 FINISH_SECONDS = 8.0  # for the upload; the alarm comes a little later
-END_SECONDS = 10
+LEVELS = {Level.info: wandb.AlertLevel.INFO, Level.warning: wandb.AlertLevel.WARN, Level.error: wandb.AlertLevel.ERROR}
 SETTLE_SECONDS = 20.0  # W&B's service writes its files every 15 seconds
 BLOCK = 2**15  # bytes per block of LevelDB's log format
-
-Send = Callable[[Mapping[str, Any]], None]
 
 
 class Session:
@@ -54,6 +48,7 @@ class Session:
         self._opening, self._send = opening, send
         self._folder = Path(opening["folder"])
         self._save_fails = False
+        self._maps = MassMaps()
         self.state = read_state(self._folder)
         offline = opening["mode"] == "offline"
         row = max(self.state.row, stored_row(self._folder, self.state.id))
@@ -73,6 +68,24 @@ class Session:
         self._unsettled_row, self._settled_at = row, time.monotonic()
         self.state.row = row
         self.save()
+
+    def ready(self) -> dict[str, Any]:
+        """Returns what training is told once records are taken."""
+        return {
+            "id": self.state.id,
+            "step": self.state.step_of(self.history.next - 1),
+            "offline": self._opening["mode"] == "offline",
+            "folder": str(Path(self.run.dir).parent),
+        }
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Takes the next record of the run."""
+        self._maps.add(record)
+        self.history.add(record)
+
+    def alert(self, alert: Alert) -> None:
+        """Sends an alert."""
+        self.run.alert(title=alert.title, text=redact(alert.text), level=LEVELS[alert.level], wait_duration=0)
 
     def _changed(self, row: int) -> bool:
         """Returns whether other settings trained steps that W&B has and that will be trained again; prints a line if so."""
@@ -111,17 +124,17 @@ class Session:
                 silent=True,
             ),
         )
-        run.define_metric("tokens")
-        run.define_metric("heldout_tokens")
-        run.define_metric("task_tokens")
-        run.define_metric("train/*", step_metric="tokens")
-        run.define_metric("heldout/*", step_metric="heldout_tokens")
-        run.define_metric("task/*", step_metric="task_tokens")
+        for kind in (TRAIN, HELDOUT, TASK):
+            run.define_metric(AXES[kind])
+            run.define_metric(f"{kind}/*", step_metric=AXES[kind])
+        for name, axis, best in summaries():
+            run.define_metric(name, step_metric=axis, summary=f"{best},last")
         return run
 
     def _log(self, values: dict[str, Any], row: int) -> None:
         signal.alarm(LOG_SECONDS)
-        self.run.log(values, step=row, commit=True)
+        pictures = {name: wandb.Image(io.BytesIO(png)) for name, png in self._maps.pictures(values).items()}
+        self.run.log(values | pictures, step=row, commit=True)
         signal.alarm(0)
         if time.monotonic() - self._settled_at > SETTLE_SECONDS:
             self.state.row, self._unsettled_row, self._settled_at = self._unsettled_row, row, time.monotonic()
@@ -200,68 +213,4 @@ def _name(item: Any) -> str:
 
 def main() -> None:
     """Passes the records on standard input to W&B until `finish` or the end of the input."""
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # W&B's output goes to the log
-    send = partial(_send, channel)
-    sys.excepthook = partial(_report_exception, send)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for training; when it ends, the input closes
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, partial(_exit_at_once, send))
-    messages = _messages(int(sys.argv[1]))
-    opening = next(messages)
-    folder = Path(opening["folder"])
-    patience = END_SECONDS + 2  # the process of the previous start exits within END_SECONDS after its training
-    held = None
-    with suppress(LockedError, OSError):
-        held = lock(folder / "wandb" / ".lock", patience=patience, patience_if_alive=patience)
-    signal.alarm(START_SECONDS)
-    session = Session(opening, send)
-    signal.alarm(0)
-    step, wandb_folder = session.state.step_of(session.history.next - 1), str(Path(session.run.dir).parent)
-    ready = {"id": session.state.id, "step": step, "offline": opening["mode"] == "offline", "folder": wandb_folder}
-    send({"ready": ready})
-    orderly = False
-    for message in messages:
-        if orderly := "finish" in message:
-            break
-        session.history.add(message)
-    session.finish(orderly=orderly)
-    send({"finished": True})
-    if held:
-        unlock(held)
-
-
-def _messages(training: int) -> Iterator[dict[str, Any]]:
-    """Yields the messages on standard input until it closes or training ends: processes forked by training may keep the pipe open."""
-    partial_line = b""
-    while True:
-        if select.select([0], [], [], 1.0)[0]:
-            chunk = os.read(0, 2**16)
-            if not chunk:
-                return
-            *lines, partial_line = (partial_line + chunk).split(b"\n")
-            yield from map(json.loads, lines)
-        elif os.getppid() != training:
-            return
-
-
-def _send(channel: TextIO, message: Mapping[str, Any]) -> None:
-    """Sends a message to training, if it still runs."""
-    with suppress(BrokenPipeError):
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
-
-
-def _report_exception(send: Send, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Logs the exception that ends this process and sends its first line."""
-    traceback.print_exception(kind, error, trace)
-    lines = redact(str(error)).splitlines()
-    send({"failed": lines[0] if lines else kind.__name__})
-
-
-def _exit_at_once(send: Send, _: int, __: FrameType | None) -> None:
-    """Kills W&B's service and exits."""
-    send({"failed": "its service does not answer"})
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(1)
+    serve(Session, lock_name="wandb/.lock")

@@ -18,7 +18,7 @@ import pytest
 
 from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.monitor import tracking, tracking_client
+from ssa_pretrain.monitor import client_tracker, tracking, tracking_client
 from ssa_pretrain.monitor.redaction import HIDDEN, redact
 from ssa_pretrain.monitor.tracking import WandbTracker, start_tracking
 from ssa_pretrain.monitor.tracking_rows import STATE_FILE, flatten
@@ -183,7 +183,7 @@ def service(tracker: WandbTracker) -> psutil.Process:
 
 
 def test_hanging_service_delays_only_the_end_by_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(client_tracker, "FINISH_SECONDS", 1.0)
     lines: list[str] = []
     tracker = offline(tmp_path, lines=lines)
     child, core = tracker._process._child, service(tracker)  # pyright: ignore[reportOptionalMemberAccess]
@@ -205,7 +205,7 @@ def test_hanging_service_delays_only_the_end_by_seconds(tmp_path: Path, monkeypa
 
 def test_hanging_process_ends_tracking_but_not_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking_client, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(tracking, "MAX_WAITING", 2**16)
+    monkeypatch.setattr(client_tracker, "MAX_WAITING", 2**16)
     lines: list[str] = []
     tracker = offline(tmp_path, lines=lines)
     child = tracker._process._child  # pyright: ignore[reportOptionalMemberAccess]
