@@ -87,7 +87,9 @@ def finished(step: int, total_steps: int, tokens: int, seconds: float) -> Alert:
         seconds: of this process.
     """
     title = FINISHED if step >= total_steps else STOPPED
-    return Alert(title, f"step {step:,} of {total_steps:,}, {compact(tokens)} tokens, {duration(seconds)}", Level.info, step)
+    return Alert(
+        title, f"step {step:,} of {total_steps:,}, {compact(tokens)} tokens, {duration(seconds)}", Level.info, step
+    )
 
 
 def failed(error: BaseException, step: int | None = None) -> Alert:
@@ -106,7 +108,7 @@ def restarted(before: Sequence[Segment], step: int, now: float) -> Alert | None:
         step: the step that the run continues after.
         now: seconds since the epoch.
     """
-    if not before or before[-1].how in (FINISHED, STOPPED, ROLLED_BACK, Interrupted.__name__):
+    if not before or before[-1].how in (FINISHED, STOPPED, ROLLED_BACK):
         return None
     last = before[-1]
     done = last.marks[-1][0]
@@ -116,11 +118,6 @@ def restarted(before: Sequence[Segment], step: int, now: float) -> Alert | None:
         f"{max(0, done - step):,} steps are trained again"
     )
     return Alert("restarted", text, Level.warning, step)
-
-
-def ending(error: BaseException) -> str:
-    """Returns how a segment of the timeline ends that an error ended."""
-    return STOPPED if isinstance(error, Interrupted) else type(error).__name__
 
 
 def _number(value: float | None) -> str:

@@ -19,13 +19,15 @@ time between two segments.
 import json
 import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from ssa_pretrain.errors import Interrupted
 
 FILE_NAME = "timeline.jsonl"
 INTERVAL = 30.0  # seconds between lines within a phase
@@ -86,6 +88,16 @@ class Timeline:
         self._open = False  # whether a segment has begun and not ended
         self._segments = 0  # of this process
 
+    @contextmanager
+    def segment(self, step: int) -> Iterator[None]:
+        """Yields within a segment that begins after `step` steps. An error within it ends it."""
+        self.begin(step)
+        try:
+            yield
+        except BaseException as error:
+            self.end(STOPPED if isinstance(error, Interrupted) else type(error).__name__)
+            raise
+
     def begin(self, step: int, began: float | None = None) -> None:
         """Begins a segment, a rollback if this process has begun one before.
 
@@ -112,7 +124,9 @@ class Timeline:
         changed = phase != self._phase
         now = self._count(step)
         if changed or now - self._written > INTERVAL:
-            self._append({"event": "times", "time": self._now(), "step": step, "phase": phase, "seconds": self._rounded()})
+            self._append(
+                {"event": "times", "time": self._now(), "step": step, "phase": phase, "seconds": self._rounded()}
+            )
             self._written = now
         self._phase = phase
 

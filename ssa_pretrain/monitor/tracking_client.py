@@ -139,7 +139,10 @@ class ClientProcess:
             if self.finished and not finished:
                 deadline, finished = min(deadline, time.monotonic() + CLOSE_SECONDS), True
         self.failure()  # reaps a process that has exited
-        for number in (signal.SIGALRM, signal.SIGKILL):  # on SIGALRM it also kills its own processes, such as W&B's service
+        for number in (
+            signal.SIGALRM,
+            signal.SIGKILL,
+        ):  # on SIGALRM it also kills its own processes, such as W&B's service
             if self._child.poll() is not None:
                 break
             self._child.send_signal(number)

@@ -7,13 +7,10 @@ Beside the numbers, a row with a held-out evaluation has a picture of the captur
 """
 
 import io
-import json
 import os
 import signal
 import struct
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +22,17 @@ from ssa_pretrain.monitor.alerts import Alert, Level
 from ssa_pretrain.monitor.mass_map import MassMaps
 from ssa_pretrain.monitor.names import AXES, HELDOUT, TASK, TRAIN, summaries
 from ssa_pretrain.monitor.redaction import redact
+from ssa_pretrain.monitor.row_session import RowSession
 from ssa_pretrain.monitor.tracking_loop import END_SECONDS, Send, serve
-from ssa_pretrain.monitor.tracking_rows import STATE_FILE, History, State, read_state
-from ssa_pretrain.settings.files import write_atomically
+from ssa_pretrain.monitor.tracking_rows import STATE_FILE, State
 
 LOG_SECONDS = 60
 FINISH_SECONDS = 8.0  # for the upload; the alarm comes a little later
 LEVELS = {Level.info: wandb.AlertLevel.INFO, Level.warning: wandb.AlertLevel.WARN, Level.error: wandb.AlertLevel.ERROR}
-SETTLE_SECONDS = 20.0  # W&B's service writes its files every 15 seconds
 BLOCK = 2**15  # bytes per block of LevelDB's log format
 
 
-class Session:
+class Session(RowSession):
     """One start's W&B run.
 
     Args:
@@ -45,59 +41,44 @@ class Session:
     """
 
     def __init__(self, opening: Mapping[str, Any], send: Send) -> None:
-        self._opening, self._send = opening, send
-        self._folder = Path(opening["folder"])
-        self._save_fails = False
+        super().__init__(opening, send, "W&B", STATE_FILE)
         self._maps = MassMaps()
-        self.state = read_state(self._folder)
         offline = opening["mode"] == "offline"
-        row = max(self.state.row, stored_row(self._folder, self.state.id))
-        if offline and self._changed(row):
+        row = max(self.state.row, stored_row(self.folder, self.state.id))
+        if offline and self.changed(row):
             self.state, row = State(), -1
         self.run = self._start()
         if not offline:
             row = self.run.starting_step - 1
-            if self._changed(row):
+            if self.changed(row):
                 self.run.finish()
                 self.state, row = State(), -1
                 self.run = self._start()
-            if row < stored_row(self._folder, self.state.id, "offline-run"):
-                self._send({"print": "W&B: the records of offline starts are sent now; no upload is needed"})
-        self.state.settings = opening["settings"]
-        self.history = History(self.state, row, self._log, self.save)
-        self._unsettled_row, self._settled_at = row, time.monotonic()
-        self.state.row = row
-        self.save()
+            if row < stored_row(self.folder, self.state.id, "offline-run"):
+                send({"print": "W&B: the records of offline starts are sent now; no upload is needed"})
+        self.begin(row)
 
     def ready(self) -> dict[str, Any]:
         """Returns what training is told once records are taken."""
         return {
             "id": self.state.id,
             "step": self.state.step_of(self.history.next - 1),
-            "offline": self._opening["mode"] == "offline",
+            "offline": self.opening["mode"] == "offline",
             "folder": str(Path(self.run.dir).parent),
         }
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Takes the next record of the run."""
         self._maps.add(record)
-        self.history.add(record)
+        super().add(record)
 
     def alert(self, alert: Alert) -> None:
         """Sends an alert."""
         self.run.alert(title=alert.title, text=redact(alert.text), level=LEVELS[alert.level], wait_duration=0)
 
-    def _changed(self, row: int) -> bool:
-        """Returns whether other settings trained steps that W&B has and that will be trained again; prints a line if so."""
-        before, step = self.state.settings, self._opening["step"]
-        if before in ("", self._opening["settings"]) or self.state.step_of(row) <= step:
-            return False
-        self._send({"print": f"W&B: a new run, because the previous one has steps after {step} from other settings"})
-        return True
-
     def _start(self) -> "wandb.Run":
         """Starts or resumes W&B's run. Code, console output and git state are not sent."""
-        opening = self._opening
+        opening = self.opening
         self.save()
         run = wandb.init(
             project=opening["project"],
@@ -108,7 +89,7 @@ class Session:
             id=self.state.id,
             resume="allow",
             job_type="pretrain",
-            dir=str(self._folder),
+            dir=str(self.folder),
             config=opening["config"],
             mode=opening["mode"],
             settings=wandb.Settings(
@@ -131,35 +112,20 @@ class Session:
             run.define_metric(name, step_metric=axis, summary=f"{best},last")
         return run
 
-    def _log(self, values: dict[str, Any], row: int) -> None:
+    def write(self, values: dict[str, Any], row: int) -> None:
+        """Sends a row, with the pictures of its evaluations."""
         signal.alarm(LOG_SECONDS)
         pictures = {name: wandb.Image(io.BytesIO(png)) for name, png in self._maps.pictures(values).items()}
         self.run.log(values | pictures, step=row, commit=True)
         signal.alarm(0)
-        if time.monotonic() - self._settled_at > SETTLE_SECONDS:
-            self.state.row, self._unsettled_row, self._settled_at = self._unsettled_row, row, time.monotonic()
-            self.save()
+        self.settle(row)
 
     def finish(self, *, orderly: bool) -> None:
         """Writes the remaining rows and ends W&B's run."""
         self.history.finish(orderly=orderly)
         signal.alarm(END_SECONDS)
         self.run.finish(0 if orderly else 1)
-        self.state.row = self.history.next - 1
-        self.save()
-
-    def save(self) -> None:
-        """Writes the state atomically. If that fails, training and W&B continue, and a line reports it once."""
-        file = self._folder / STATE_FILE
-        content = asdict(self.state) | {"received": self.state.received()}
-        try:
-            write_atomically(file, json.dumps(content) + "\n")
-        except OSError as error:
-            if not self._save_fails:
-                self._send({"print": f"{file} cannot be written ({error.strerror}); training and W&B continue"})
-            self._save_fails = True
-        else:
-            self._save_fails = False
+        self.finished()
 
 
 def stored_row(folder: Path, run: str, kind: str = "*run") -> int:

@@ -58,10 +58,10 @@ class State:
         return {name: step for name, step in steps.items() if step >= 0}
 
 
-def read_state(folder: Path) -> State:
-    """Returns the content of a run's state file. If it is missing or damaged, returns a new state, which starts a new W&B run."""
+def read_state(folder: Path, name: str = STATE_FILE) -> State:
+    """Returns the content of a run's state file. If it is missing or damaged, returns a new state, which starts a new run of the tracker."""
     try:
-        found = json.loads((folder / STATE_FILE).read_text())
+        found = json.loads((folder / name).read_text())
         known = {name: found[name] for name in State.__slots__ if name in found}
         if "row" not in known:  # an earlier version kept only the last step of each series
             known["row"] = max(found["received"].values(), default=-1)
