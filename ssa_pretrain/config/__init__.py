@@ -1,6 +1,6 @@
 """The configuration of a run: its schema, the machine it runs on, its rules and DeepSpeed's dictionary.
 
-Reading order: choices, evaluation, logging, schema, machine, rules/, deepspeed. This module re-exports the first four only, so importing it is cheap.
+Reading order: choices, evaluation, trackers, schema, machine, rules/, deepspeed. This module re-exports the first four only, so importing it is cheap.
 """
 
 from pathlib import Path
@@ -30,7 +30,6 @@ from ssa_pretrain.config.evaluation import (
     PerplexityTask,
     TaskConfig,
 )
-from ssa_pretrain.config.logging import LoggingConfig, TensorboardConfig, TrackioConfig, WandbConfig
 from ssa_pretrain.config.schema import (
     AttentionConfig,
     CheckpointConfig,
@@ -46,6 +45,7 @@ from ssa_pretrain.config.schema import (
     RopeScalingConfig,
     TrainingConfig,
 )
+from ssa_pretrain.config.trackers import LoggingConfig, TensorboardConfig, TrackioConfig, WandbConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"  # the YAML files of the settings
 

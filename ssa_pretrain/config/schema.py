@@ -24,7 +24,7 @@ from ssa_pretrain.config.choices import (
     StreamDraw,
 )
 from ssa_pretrain.config.evaluation import EvaluationConfig
-from ssa_pretrain.config.logging import LoggingConfig
+from ssa_pretrain.config.trackers import LoggingConfig
 from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between, divisors, join, nearest
 from ssa_pretrain.step_ranges import are_valid
 

@@ -5,7 +5,7 @@ A held-out evaluation adds the picture of the captured mass by layer (mass_map.p
 
 A restart writes another file. It begins with a mark that makes TensorBoard drop what the files before it have from a step on (SessionLog.START), and the
 records from there on are written again. The step is the one that the run continues after, or the last one that is known to be on the disk, which
-`tensorboard.json` in the run's folder has, whichever is less.
+`state.json` beside them has, whichever is less.
 
 What it does not do: TensorBoard has no alerts and no summaries of a run.
 """
@@ -35,7 +35,7 @@ from ssa_pretrain.monitor.tracking_loop import Send, serve
 from ssa_pretrain.monitor.tracking_rows import flatten, series
 from ssa_pretrain.settings.files import write_atomically
 
-STATE_FILE, FOLDER = "tensorboard.json", "tensorboard"
+STATE_FILE, FOLDER = "tensorboard/state.json", "tensorboard"
 FLUSH_SECONDS = 10.0
 
 
@@ -147,4 +147,4 @@ def _is_drawn(tag: str, value: Any) -> bool:
 
 def main() -> None:
     """Writes the records on standard input until `finish` or the end of the input."""
-    serve(Session, lock_name=".tensorboard.lock")
+    serve(Session, lock_name="tensorboard/.lock")

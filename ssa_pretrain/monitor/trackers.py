@@ -77,7 +77,7 @@ def _start(
         **names,
     }
     try:
-        process = ClientProcess(opening.folder / f".{label.lower()}.log", print_line, module)
+        process = ClientProcess(opening.folder / label.lower() / "process.log", print_line, module)
     except OSError as error:
         print_line(f"{label} cannot start ({error.strerror or error}); continuing without it")
         return []

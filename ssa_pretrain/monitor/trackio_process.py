@@ -2,7 +2,7 @@
 
 trackio keeps the runs of a project in an SQLite file in its own folder (TRACKIO_DIR, by default in the Hugging Face cache), and `trackio show` draws them.
 With TRACKIO_SPACE_ID or TRACKIO_SERVER_URL in the environment it sends them to a Space or a server of its own instead. A row is a training step with
-its evaluations, as in W&B (tracking_rows.py); the x axis is the row's number. The run's folder keeps its name in `trackio.json`, so that a restart
+its evaluations, as in W&B (tracking_rows.py); the x axis is the row's number. The run's folder keeps its name in `trackio/state.json`, so that a restart
 continues the same run: in the local file trackio knows the last row, elsewhere the state in the folder does.
 """
 
@@ -22,7 +22,7 @@ from ssa_pretrain.monitor.row_session import RowSession
 from ssa_pretrain.monitor.tracking_loop import Send, serve
 from ssa_pretrain.monitor.tracking_rows import State
 
-STATE_FILE = "trackio.json"
+STATE_FILE = "trackio/state.json"
 LEVELS = {
     Level.info: trackio.AlertLevel.INFO,
     Level.warning: trackio.AlertLevel.WARN,
@@ -78,7 +78,8 @@ class Session(RowSession):
                 path = Path(folder) / f"{number}.png"
                 path.write_bytes(png)
                 pictures[name] = trackio.Image(path)
-            self.run.log(values | pictures, step=row)  # copies the pictures
+            named = {key: value for key, value in values.items() if key != "step"}  # trackio's own name for the row
+            self.run.log(named | pictures, step=row)  # copies the pictures
         self.settle(row)
 
     def finish(self, *, orderly: bool) -> None:
@@ -102,4 +103,4 @@ class Session(RowSession):
 
 def main() -> None:
     """Passes the records on standard input to trackio until `finish` or the end of the input."""
-    serve(Session, lock_name=".trackio.lock")
+    serve(Session, lock_name="trackio/.lock")
