@@ -125,13 +125,13 @@ def _held_out(summary: RunSummary) -> str:
 
 def _captured_mass(summary: RunSummary) -> str:
     """Returns the heat map of captured mass by layer over training."""
-    rows = summary.layers("captured_mass_by_layer")
+    rows, where = summary.mass_by_layer()
     values = [value for row in rows for _, value in row]
     if not values:
         return ""
     low = min(0.9, min(values) // 0.05 * 0.05)
     text = (
-        f"The share of full attention inside the blocks that sparse attention chooses, by layer. The colour runs from {low:.2f}"
+        f"The share of full attention inside the blocks that sparse attention chooses, by layer, {where}. The colour runs from {low:.2f}"
         " (faint) to 1 (strong). At 1, reading only those blocks loses nothing."
     )
     chart = heat_map(rows, title="Captured attention mass by layer over training", low=low)

@@ -108,12 +108,13 @@ def _held_out(runs: Runs, key: str, heading: str, unit: str) -> str:
 
 def _heat_maps(runs: Runs) -> Iterator[str]:
     """Yields the map of captured mass by layer of each run, all on one scale of colour."""
-    layers = {name: summary.layers("captured_mass_by_layer") for name, summary in runs}
-    values = [value for rows in layers.values() for row in rows for _, value in row]
+    layers = {name: summary.mass_by_layer() for name, summary in runs}
+    values = [value for rows, _ in layers.values() for row in rows for _, value in row]
     low = min(0.9, min(values, default=0.9) // 0.05 * 0.05)
-    for name, rows in layers.items():
+    for name, (rows, where) in layers.items():
         chart = heat_map(rows, title=f"Captured attention mass by layer, {name}", low=low, width=HALF)
-        yield card(f"Captured mass by layer: {name}", f"In training. Faint: {low:.2f}. Strong: 1.", chart)
+        text = f"Measured {where}. The colour runs from {low:.2f} (faint) to 1 (strong)."
+        yield card(f"Captured mass by layer: {name}", text, chart)
 
 
 def _tasks(runs: Runs) -> str:

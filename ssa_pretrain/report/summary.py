@@ -72,13 +72,14 @@ class RunSummary:
         return [(record["tokens"], record[key]) for record in self.steps if record.get(key) is not None]
 
     def layers(self, key: str) -> list[Points]:
-        """Returns (tokens, value) by layer, for a key whose values are lists."""
-        records = [record for record in self.steps if record.get(key)]
-        count = max((len(record[key]) for record in records), default=0)
-        return [
-            [(r["tokens"], r[key][layer]) for r in records if layer < len(r[key]) and r[key][layer] is not None]
-            for layer in range(count)
-        ]
+        """Returns (tokens, value) by layer of the training records, for a key whose values are lists."""
+        return _by_layer(self.steps, key)
+
+    def mass_by_layer(self) -> tuple[list[Points], str]:
+        """Returns (tokens, captured mass) by layer and where it was measured: in training, else on held-out text with full attention."""
+        if rows := self.layers("captured_mass_by_layer"):
+            return rows, "in training"
+        return _by_layer(self.evaluations.get("full", []), "captured_mass_by_layer"), "on held-out text, full attention"
 
     @property
     def seconds(self) -> float:
@@ -159,6 +160,16 @@ def read_summary(folder: Path) -> RunSummary:
         goodput=goodput(read_timeline(folder)),
         health=health,
     )
+
+
+def _by_layer(records: list[dict[str, Any]], key: str) -> list[Points]:
+    """Returns (tokens, value) by layer, for a key whose values are lists."""
+    records = [record for record in records if record.get(key)]
+    count = max((len(record[key]) for record in records), default=0)
+    return [
+        [(r["tokens"], r[key][layer]) for r in records if layer < len(r[key]) and r[key][layer] is not None]
+        for layer in range(count)
+    ]
 
 
 def _checked(record: dict[str, Any], place: str) -> dict[str, Any]:
