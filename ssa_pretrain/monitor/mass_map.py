@@ -6,7 +6,10 @@ number at the end of a row is its newest value. matplotlib, without a display.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ssa_pretrain.monitor.names import HELDOUT, MASS_MAP, MODES, layer_name
@@ -37,6 +40,15 @@ class MassMaps:
             for mode, columns in self._columns.items()
             if columns and layer_name(f"{HELDOUT}/{mode}/captured_mass", 0) in values
         }
+
+    @contextmanager
+    def files(self, values: Mapping[str, Any]) -> Iterator[dict[str, Path]]:
+        """Yields `pictures` as files, which exist while the context is open."""
+        with TemporaryDirectory() as folder:
+            found = {name: Path(folder) / f"{i}.png" for i, name in enumerate(pictures := self.pictures(values))}
+            for name, path in found.items():
+                path.write_bytes(pictures[name])
+            yield found
 
 
 def draw(columns: Columns, title: str) -> bytes:

@@ -6,7 +6,6 @@ there on tracking_rows.py decides which rows are sent. Alerts go out at once (`w
 Beside the numbers, a row with a held-out evaluation has a picture of the captured mass by layer (mass_map.py) as `heldout/<mode>/captured_mass_map`.
 """
 
-import io
 import os
 import signal
 import struct
@@ -115,8 +114,9 @@ class Session(RowSession):
     def write(self, values: dict[str, Any], row: int) -> None:
         """Sends a row, with the pictures of its evaluations."""
         signal.alarm(LOG_SECONDS)
-        pictures = {name: wandb.Image(io.BytesIO(png)) for name, png in self._maps.pictures(values).items()}
-        self.run.log(values | pictures, step=row, commit=True)
+        with self._maps.files(values) as files:  # W&B copies them
+            pictures = {name: wandb.Image(str(path)) for name, path in files.items()}
+            self.run.log(values | pictures, step=row, commit=True)
         signal.alarm(0)
         self.settle(row)
 

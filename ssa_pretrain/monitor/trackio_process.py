@@ -7,9 +7,7 @@ continues the same run: in the local file trackio knows the last row, elsewhere 
 """
 
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import trackio
@@ -72,14 +70,9 @@ class Session(RowSession):
 
     def write(self, values: dict[str, Any], row: int) -> None:
         """Passes a row on, with the pictures of its evaluations."""
-        pictures = {}
-        with tempfile.TemporaryDirectory() as folder:
-            for number, (name, png) in enumerate(self._maps.pictures(values).items()):
-                path = Path(folder) / f"{number}.png"
-                path.write_bytes(png)
-                pictures[name] = trackio.Image(path)
-            named = {key: value for key, value in values.items() if key != "step"}  # trackio's own name for the row
-            self.run.log(named | pictures, step=row)  # copies the pictures
+        named = {key: value for key, value in values.items() if key != "step"}  # trackio's own name for the row
+        with self._maps.files(values) as files:  # trackio copies them
+            self.run.log(named | {name: trackio.Image(path) for name, path in files.items()}, step=row)
         self.settle(row)
 
     def finish(self, *, orderly: bool) -> None:

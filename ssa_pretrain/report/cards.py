@@ -18,18 +18,20 @@ def goodput_card(runs: Sequence[tuple[str, Goodput]]) -> str:
     """Returns a bar per run with the parts of its time, and a table of them; empty without runs."""
     if not runs:
         return ""
-    bars = [(name, [found.seconds[part] / max(found.total, 1e-9) for part in PARTS]) for name, found in runs]
+    several = len(runs) > 1
+    bars = [
+        (name if several else "", [found.seconds[part] / max(found.total, 1e-9) for part in PARTS])
+        for name, found in runs
+    ]
     chart = stacked_bars(bars, PARTS, title="Where the time went")
     rows = []
     for part in PARTS:
         cells = [f"{duration(found.seconds[part])} ({_share(found, part)})" for _, found in runs]
-        rows.append([part, *cells, MEANINGS[part]])
-    rows.append(
-        ["in all", *(duration(found.total) for _, found in runs), "from the first start to the last sign of life"]
-    )
-    names = [name if len(runs) > 1 else "time" for name, _ in runs]
-    table = number_table(["part", *names, ""], rows)
-    text = " ".join(goodput_sentence(found, name if len(runs) > 1 else "") for name, found in runs)
+        rows.append([part, MEANINGS[part], *cells])
+    rows.append(["in all", "from the first start to the last line", *(duration(found.total) for _, found in runs)])
+    names = [name if several else "time" for name, _ in runs]
+    table = number_table(["part", "", *names], rows, labels=2)
+    text = " ".join(goodput_sentence(found, name if several else "") for name, found in runs)
     return card("Goodput", text, colour_legend(PARTS) + chart + table, wide=True)
 
 

@@ -252,10 +252,10 @@ def stacked_bars(
         title: text for screen readers.
         width: of the drawing, pixels.
     """
-    thickness, gap, body = 30, 24, []
+    thickness, gap, body = 30, 24 if any(name for name, _ in bars) else 0, []
     height = len(bars) * (thickness + gap)
     for index, (name, shares) in enumerate(bars):
-        top, x = index * (thickness + gap) + gap - 4, 0.0
+        top, x = index * (thickness + gap) + gap, 0.0
         body.append(f'<text class="tick" x="0" y="{top - 6}">{escape(name)}</text>')
         for part, (label, share) in enumerate(zip(names, shares, strict=True)):
             if share <= 0:

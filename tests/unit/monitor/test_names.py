@@ -1,8 +1,11 @@
 """ssa_pretrain/monitor/names.py: the one list of metrics against docs/metrics.md and against the names that trackers get."""
 
+import io
 import re
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from ssa_pretrain.monitor.mass_map import LOW, MassMaps, draw
 from ssa_pretrain.monitor.names import ALL, AXES, GROUPS, HELDOUT, METRICS, TASK, TRAIN, metric_of, names, summaries
@@ -60,11 +63,6 @@ def evaluation(step: int, mode: str, values: list[float | None]) -> dict:
 
 def test_picture_has_a_row_per_layer_and_a_column_per_evaluation() -> None:
     """The colours of the pixels: a high value is bright, a low one dark, a missing one white."""
-    import io
-
-    import numpy as np
-    from matplotlib.image import imread
-
     maps = MassMaps()
     assert maps.pictures({"heldout/full/captured_mass/layer_00": 0.5}) == {}
     for step, values in ((0, [LOW, 1.0]), (1, [LOW, None])):
@@ -76,7 +74,7 @@ def test_picture_has_a_row_per_layer_and_a_column_per_evaluation() -> None:
     pixels = imread(io.BytesIO(pictures[name]))[:, :, :3]
     dark, bright = np.array([0.267, 0.005, 0.329]), np.array([0.993, 0.906, 0.144])
     is_dark, is_bright = (np.abs(pixels - colour).max(axis=2) < 0.02 for colour in (dark, bright))
-    height, width = pixels.shape[:2]
+    width = pixels.shape[1]
     dark_area, bright_area = is_dark[:, : width * 3 // 4].mean(), is_bright[:, : width * 3 // 4].mean()
     assert dark_area > 1.5 * bright_area > 0.05, (
         "the upper row is dark in both columns, the lower one bright in the first"
