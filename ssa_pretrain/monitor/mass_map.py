@@ -45,9 +45,10 @@ class MassMaps:
     def files(self, values: Mapping[str, Any]) -> Iterator[dict[str, Path]]:
         """Yields `pictures` as files, which exist while the context is open."""
         with TemporaryDirectory() as folder:
-            found = {name: Path(folder) / f"{i}.png" for i, name in enumerate(pictures := self.pictures(values))}
-            for name, path in found.items():
-                path.write_bytes(pictures[name])
+            found = {}
+            for number, (name, png) in enumerate(self.pictures(values).items()):
+                found[name] = Path(folder) / f"{number}.png"
+                found[name].write_bytes(png)
             yield found
 
 
