@@ -69,5 +69,5 @@ $(VENV)/.quickstart: $(SETUP)
 	@touch $@
 
 $(VENV)/.dev: $(SETUP)
-	@launchers/setup.sh $(VENV) quickstart,llama3,gigatoken,deepspeed,hub,cluster,bench,evaluation,dev
+	@launchers/setup.sh $(VENV) quickstart,llama3,gigatoken,deepspeed,hub,cluster,bench,evaluation,trackers,dev
 	@touch $@ $(VENV)/.quickstart

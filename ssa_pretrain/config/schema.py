@@ -22,10 +22,9 @@ from ssa_pretrain.config.choices import (
     Schedule,
     Score,
     StreamDraw,
-    Timestamps,
-    WandbMode,
 )
 from ssa_pretrain.config.evaluation import EvaluationConfig
+from ssa_pretrain.config.trackers import LoggingConfig
 from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between, divisors, join, nearest
 from ssa_pretrain.step_ranges import are_valid
 
@@ -352,33 +351,6 @@ class CheckpointConfig:
             rule, advice = "must be the address of a bucket", "try s3://BUCKET/PREFIX"
             found.append(Problem("checkpoint.mirror", self.mirror, rule, advice))
         return found + at_least("checkpoint", self, 1, "keep")
-
-
-@dataclass(kw_only=True, slots=True)
-class WandbConfig:
-    """Weights & Biases. The API key comes from WANDB_API_KEY or `wandb login`, never from the configuration."""
-
-    mode: WandbMode = WandbMode.off
-    project: str = "ssa_pretrain"  # W&B project
-    entity: str = ""  # W&B user or team; empty: the account's default
-    group: str = ""  # W&B group of the run; empty: none
-    tags: list[str] = field(default_factory=list)  # W&B tags of the run
-
-
-@dataclass(kw_only=True, slots=True)
-class LoggingConfig:
-    """What a run prints and where its metrics go."""
-
-    interval: int = 10  # steps between console lines; metrics.jsonl records every step
-    timestamps: Timestamps = Timestamps.off  # time stamp before every console line
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-
-    def problems(self) -> list[Problem]:
-        """Returns the problems within this section."""
-        found = at_least("logging", self, 1, "interval")
-        if self.wandb.mode is not WandbMode.off and not self.wandb.project:
-            found.append(Problem("logging.wandb.project", "", "must name a project", "try ssa_pretrain"))
-        return found
 
 
 @dataclass(kw_only=True, slots=True)
