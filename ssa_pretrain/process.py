@@ -18,7 +18,6 @@ themselves. Stdlib only.
 
 import fcntl
 import json
-import logging
 import os
 import shutil
 import signal
@@ -27,7 +26,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -237,14 +235,6 @@ def received_signal(number: signal.Signals) -> str:
     """Returns the name of the signal that the launcher received and passed on, or of `number` without a launcher."""
     folder = launch_folder()
     return (folder / STOP).read_text() if folder and (folder / STOP).exists() else number.name
-
-
-def hide_library_warnings() -> None:
-    """Hides megatron-core's warnings about optional packages and settings; the banner reports those that matter."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # "Unknown MLP type": ours
 
 
 def shortened(text: str) -> str:
