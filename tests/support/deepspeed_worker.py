@@ -77,7 +77,7 @@ def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
     """Runs one job and return its results."""
     config = configure(SMALL | job["set"])
     engine = build_engine(config, placement, VOCAB)
-    held_out = batches(config, placement.dp_rank, placement.dp, 99)
+    held_out = batches(config, placement.dp_rank, placement.dp, 99, num_rows=4)
     if job["do"] == "train":
         found = train(engine, config, placement, range(job.get("save_at", job["stop"])))
         if "save_at" in job:
