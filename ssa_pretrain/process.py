@@ -6,6 +6,7 @@
 A rank reports its exit to the launcher of its node, which prints it last. For this the launcher (launch/supervision.py) gives its ranks
 a private folder. The environment variable LAUNCH names it:
 
+    pid_RANK           the rank's process: its id and when it started; the first file that a rank writes
     exit_RANK.json     a `RankExit`, the last file that a rank writes
     beat_RANK.json     a `Beat` (parallel/heartbeat.py) of a rank that trains
     lost               the ranks that ended without a `RankExit` because they were killed; written by the launcher
@@ -117,6 +118,7 @@ def rank_process(
 
     survive_terminal()
     if folder:
+        write_pid(folder, rank)
         exit_when_launcher_ends(folder)
     with on_signals(stop, signals):
         try:
@@ -201,9 +203,19 @@ def exit_when_launcher_ends(folder: Path) -> None:
     threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
+def write_pid(folder: Path, rank: int) -> None:
+    """Writes this rank's process id and start, in clock ticks since boot, so that its launcher can name it if it is killed at once."""
+    with suppress(OSError):  # not Linux
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        _replace(folder / f"pid_{rank}", f"{os.getpid()} {fields[19]}")
+
+
 def write_beat(folder: Path, rank: int, text: str) -> None:
     """Writes this rank's heartbeat for the launcher, over the one before."""
-    path = folder / f"beat_{rank}.json"
+    _replace(folder / f"beat_{rank}.json", text)
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     temporary.rename(path)
