@@ -1,9 +1,10 @@
 """megatron-core in a process of ours: its warnings, and an import that leaves out what training does not call.
 
-Importing megatron-core 0.16 takes 4 s of CPU time in every rank. Half of it loads two libraries for nothing. Its small functions are decorated with
-`torch.compile`, which loads torch's compiler at the decorator and not at the first call; and its text generation looks for W&B, which only the tracker's
-process uses (monitor/tracking_process.py). `import_megatron_core` imports it with decorators that wait for the first call, and without W&B. What is
-compiled, and with which options, stays the same. A process that imports megatron-core before is only slower.
+Importing megatron-core 0.16 takes 4 s of CPU time in every rank. Half of it loads libraries for nothing. Its small functions are decorated with
+`torch.compile`, which loads torch's compiler at the decorator and not at the first call; its text generation looks for W&B, which only the tracker's
+process uses (monitor/tracking_process.py); its datasets look for boto3, to read from S3. `import_megatron_core` imports it with decorators that wait for
+the first call, and without W&B and boto3. What is compiled, and with which options, stays the same. A process that imports megatron-core before is only
+slower.
 """
 
 import functools
@@ -34,8 +35,8 @@ def import_megatron_core() -> None:
     compile_now = torch.compile
     torch.compile = functools.partial(compile_at_first_call, compile_now)
     try:
-        with _hidden("wandb"):
-            import megatron.core  # noqa: F401
+        with _hidden("wandb"), _hidden("boto3"):
+            import megatron.core.datasets.indexed_dataset  # noqa: F401
     finally:
         torch.compile = compile_now
 

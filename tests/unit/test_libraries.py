@@ -1,4 +1,4 @@
-"""megatron-core is imported without torch's compiler and W&B; what it would compile is compiled at the first call."""
+"""megatron-core is imported without torch's compiler, W&B and boto3; what it would compile is compiled at the first call."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 from ssa_pretrain.libraries import compile_at_first_call
 from support.processes import environment
 
-NOT_LOADED = ("torch._dynamo", "torch._inductor.compile_fx", "wandb")
+NOT_LOADED = ("torch._dynamo", "torch._inductor.compile_fx", "wandb", "boto3")
 IMPORT = f"""
 import sys, torch
 from ssa_pretrain.libraries import hide_library_warnings, import_megatron_core
@@ -16,11 +16,11 @@ import_megatron_core()
 import ssa_pretrain.trainer, ssa_pretrain.engine.megatron.engine
 assert torch.compile is compile_now
 print([name for name in {NOT_LOADED} if name in sys.modules])
-import wandb
+import boto3, wandb
 """
 
 
-def test_a_rank_loads_neither_the_compiler_nor_wandb():
+def test_a_rank_loads_neither_the_compiler_nor_clients():
     done = subprocess.run(
         [sys.executable, "-c", IMPORT], env=environment(), capture_output=True, text=True, timeout=120
     )
