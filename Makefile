@@ -4,11 +4,15 @@
 #   VENV=/path/to/venv           puts it elsewhere
 #   TORCH_INDEX=url              the index for CPU builds of torch (see launchers/setup.sh); empty: only pip's own index
 #   PYTEST_ARGS="-k select -x"   is passed to pytest
+#   PARTS="speed layouts"        what test-gpu2 runs; empty: all
+#   TABLE=docs/results/two_gpus.md  where test-gpu2 writes its results
 
 VENV ?= .venv
 OUT ?= outputs/quickstart
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+PARTS ?=
+TABLE ?= docs/results/two_gpus.md
 # They go unquoted into commands, one of which is rm -rf.
 ifneq ($(words $(VENV)),1)
 $(error VENV=$(VENV) must be one folder without spaces in its name; try VENV=.venv)
@@ -18,17 +22,17 @@ $(error OUT=$(OUT) must be one folder without spaces in its name; try OUT=output
 endif
 
 BIN := $(VENV)/bin
-SETUP := pyproject.toml constraints.txt launchers/setup.sh
+SETUP := pyproject.toml constraints.txt launchers/setup.sh launchers/requirements.py
 
 # Keep the repository's root off sys.path: there, `kernels/` would pass for a package.
 export PYTHONSAFEPATH := 1
 export TORCH_INDEX PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu lint types format clean
+.PHONY: help quickstart test test-gpu test-gpu2 lint types format clean
 
 help:  ## print this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 quickstart: $(VENV)/.quickstart  ## set up, prepare real text, pretrain a small SSA Llama on two processes, evaluate, report
 	@launchers/quickstart.sh --venv $(VENV) --out $(OUT)
@@ -39,11 +43,15 @@ test: $(VENV)/.dev  ## set up, run the tests (CPU)
 test-gpu:  ## run the GPU tests in an environment that already has CUDA torch: make test-gpu PYTHON=python3
 	@$(or $(PYTHON),python3) -m pytest -m gpu $(PYTEST_ARGS)
 
+test-gpu2:  ## measure and test on two GPUs, in nine minutes: make test-gpu2 PYTHON=python3 PARTS="speed layouts save deepspeed"
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests:$$PYTHONPATH \
+		$(or $(PYTHON),python3) -m benchmarks.scaling --suite two_gpus --parts "$(PARTS)" --table $(TABLE) $(SCALING_ARGS)
+
 lint: $(VENV)/.dev  ## run ruff (rules and format), import-linter, shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports
-	@$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR launchers/*.sh .ci/run
+	@$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR launchers/*.sh launchers/*.sbatch .ci/run
 
 types: $(VENV)/.dev  ## run pyright
 	@$(BIN)/pyright --pythonpath $(BIN)/python
@@ -61,5 +69,5 @@ $(VENV)/.quickstart: $(SETUP)
 	@touch $@
 
 $(VENV)/.dev: $(SETUP)
-	@launchers/setup.sh $(VENV) quickstart,llama3,gigatoken,deepspeed,hub,cluster,bench,evaluation,dev
+	@launchers/setup.sh $(VENV) quickstart,llama3,gigatoken,deepspeed,hub,cluster,bench,evaluation,trackers,dev
 	@touch $@ $(VENV)/.quickstart

@@ -78,4 +78,9 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     fi
 fi
 export DS_BUILD_OPS=0  # DeepSpeed compiles nothing at set-up
-install --editable "${root}[${extras}]"
+# In the Dockerfile's steps, which are run nowhere else: first what the project depends on, then the project.
+requirements=$(mktemp)
+trap 'rm -f "$requirements"' EXIT
+"$venv/bin/python" "$root/launchers/requirements.py" "$extras" >"$requirements" || stop "EXTRAS=$extras must name extras of pyproject.toml; try quickstart,dev."
+install --requirement "$requirements"
+install --no-deps --editable "$root"

@@ -81,7 +81,8 @@ def read_config(entry: str, argv: Sequence[str] | None = None) -> Config:
         prints = _is_printing_process()
         machine = replace(this_machine(), entry=entry)
         if entry == "evaluate":
-            machine = replace(machine, splits=("heldout",), has_wandb=None, has_deepspeed=None)
+            trackers = {"has_wandb": None, "has_tensorboard": None, "has_trackio": None}
+            machine = replace(machine, splits=("heldout",), has_deepspeed=None, **trackers)
             given, note = saved_run.expand(arguments, machine.world_size or 1)
             sys.stderr.write(f"{note}\n" if note and prints else "")
         # Only rank 0 checks that the folder is free. It may already have locked it when a slower rank gets here.

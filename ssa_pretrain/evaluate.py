@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.errors import CheckpointError, ExitCode
-from ssa_pretrain.process import hide_library_warnings, rank_process
+from ssa_pretrain.libraries import hide_library_warnings, import_megatron_core
+from ssa_pretrain.process import rank_process
 
 if TYPE_CHECKING:
     from ssa_pretrain.run import Run
@@ -36,6 +37,7 @@ def main() -> None:
         checkpoint = named_checkpoint(sys.argv[1:])
         config = read_config("evaluate")
         hide_library_warnings()
+        import_megatron_core()
         evaluate_run(config, checkpoint)
 
 

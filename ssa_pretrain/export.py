@@ -27,7 +27,8 @@ from pathlib import Path
 from ssa_pretrain.config import Config
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.huggingface.options import ExportOptions, read_options, wants_help
-from ssa_pretrain.process import hide_library_warnings, rank_process
+from ssa_pretrain.libraries import hide_library_warnings, import_megatron_core
+from ssa_pretrain.process import rank_process
 from ssa_pretrain.saved_run import find_run_folder
 from ssa_pretrain.settings.convert import load_config
 from ssa_pretrain.settings.problems import ConfigError, Problem
@@ -59,6 +60,7 @@ def export_run(arguments: Sequence[str]) -> None:
     run_folder = find_run_folder(str(named))
     config = load_config(Config, run_folder / "config.yaml")
     hide_library_warnings()
+    import_megatron_core()
     from ssa_pretrain.huggingface.exporting import DTYPES, export, layout_for
     from ssa_pretrain.parallel.state import joined
 

@@ -28,7 +28,8 @@ from collections.abc import Sequence
 from ssa_pretrain.config import ParallelConfig
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.huggingface.options import ImportOptions, as_arguments, read_options, wants_help
-from ssa_pretrain.process import hide_library_warnings, rank_process
+from ssa_pretrain.libraries import hide_library_warnings, import_megatron_core
+from ssa_pretrain.process import rank_process
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
@@ -57,6 +58,7 @@ def import_model(arguments: Sequence[str]) -> None:
             [Problem("WORLD_SIZE", world_size, "must be 1: one process reads the folder", "start it by itself")]
         )
     hide_library_warnings()
+    import_megatron_core()
     from ssa_pretrain.huggingface.importing import import_folder, imported_config, read_record
     from ssa_pretrain.parallel.state import joined
 

@@ -6,6 +6,7 @@
 A rank reports its exit to the launcher of its node, which prints it last. For this the launcher (launch/supervision.py) gives its ranks
 a private folder. The environment variable LAUNCH names it:
 
+    pid_RANK           the rank's process: its id and when it started; the first file that a rank writes
     exit_RANK.json     a `RankExit`, the last file that a rank writes
     beat_RANK.json     a `Beat` (parallel/heartbeat.py) of a rank that trains
     lost               the ranks that ended without a `RankExit` because they were killed; written by the launcher
@@ -18,7 +19,6 @@ themselves. Stdlib only.
 
 import fcntl
 import json
-import logging
 import os
 import shutil
 import signal
@@ -27,8 +27,7 @@ import sys
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -119,6 +118,7 @@ def rank_process(
 
     survive_terminal()
     if folder:
+        write_pid(folder, rank)
         exit_when_launcher_ends(folder)
     with on_signals(stop, signals):
         try:
@@ -203,9 +203,26 @@ def exit_when_launcher_ends(folder: Path) -> None:
     threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
+def exit_with_starter(environment: Mapping[str, str]) -> None:
+    """Ends this process, itself a launcher or a program of one process, when the launcher that started it ends; without one it does nothing."""
+    folder = environment.get(LAUNCH, "")
+    if folder and Path(folder).is_dir():
+        exit_when_launcher_ends(Path(folder))
+
+
+def write_pid(folder: Path, rank: int) -> None:
+    """Writes this rank's process id and start, in clock ticks since boot, so that its launcher can name it if it is killed at once."""
+    with suppress(OSError):  # not Linux
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        _replace(folder / f"pid_{rank}", f"{os.getpid()} {fields[19]}")
+
+
 def write_beat(folder: Path, rank: int, text: str) -> None:
     """Writes this rank's heartbeat for the launcher, over the one before."""
-    path = folder / f"beat_{rank}.json"
+    _replace(folder / f"beat_{rank}.json", text)
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     temporary.rename(path)
@@ -237,14 +254,6 @@ def received_signal(number: signal.Signals) -> str:
     """Returns the name of the signal that the launcher received and passed on, or of `number` without a launcher."""
     folder = launch_folder()
     return (folder / STOP).read_text() if folder and (folder / STOP).exists() else number.name
-
-
-def hide_library_warnings() -> None:
-    """Hides megatron-core's warnings about optional packages and settings; the banner reports those that matter."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # "Unknown MLP type": ours
 
 
 def shortened(text: str) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssa_pretrain.process import hide_library_warnings, rank_process
+from ssa_pretrain.libraries import hide_library_warnings, import_megatron_core
+from ssa_pretrain.process import rank_process
 
 if TYPE_CHECKING:
     from ssa_pretrain.monitor.metrics import Tracker
@@ -22,6 +23,7 @@ def main(more_trackers: Sequence[Callable[[Path], "Tracker"]] = ()) -> None:
 
         config = read_config("train")
         hide_library_warnings()
+        import_megatron_core()
         from ssa_pretrain.trainer import train
 
         train(config, more_trackers)

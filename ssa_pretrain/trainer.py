@@ -28,12 +28,14 @@ from ssa_pretrain.evaluation.held_out import (
     missing_evaluations,
 )
 from ssa_pretrain.evaluation.tasks import build_tasks, evaluate_due_tasks
+from ssa_pretrain.monitor.alerts import finished, hung, restarted
 from ssa_pretrain.monitor.console import Console, banner, end_line
 from ssa_pretrain.monitor.environment import provenance, record_start, versions
 from ssa_pretrain.monitor.metrics import MetricsLogger, Tracker
 from ssa_pretrain.monitor.profiling import profiled
 from ssa_pretrain.monitor.spikes import Spike
-from ssa_pretrain.monitor.tracking import WandbTracker, start_tracking
+from ssa_pretrain.monitor.timeline import FINISHED, HUNG, ROLLED_BACK, STOPPED, Timeline, read_timeline
+from ssa_pretrain.monitor.trackers import Opening, start_trackers
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.parallel.watchdog import Watchdog, watchdog
@@ -66,7 +68,7 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
 
     Args:
         config: the run.
-        more_trackers: functions that start a tracker beside W&B, given the run's folder; called on rank 0.
+        more_trackers: functions that start a tracker beside the configured ones, given the run's folder; called on rank 0.
 
     Raises:
         DataError, CheckpointError, ConfigError: the run cannot start.
@@ -88,20 +90,47 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
         if placement.is_rank_0 and (shortage := space_warning(run.folder, run.plan.checkpoint_bytes)):
             run.print(shortage)
         first_step, begin = restore(run, checkpoint), time.monotonic()
+        timeline = Timeline(run.folder, processes=placement.world_size, enabled=placement.is_rank_0)
         with Interruption(placement) as interruption:
-            while True:
-                with (
-                    open_log(run, first_step, more_trackers) as log,
-                    Saver(run, log, first_step, published=watch.saved) as saver,
-                ):
-                    watch.print_line = log.console.print if placement.is_rank_0 else watch.print_line
-                    finished = loop(run, log, first_step, interruption, saver, watch)
-                if finished:
-                    break
+            while (log := train_segment(run, first_step, interruption, watch, timeline, more_trackers)) is None:
                 first_step = restore(run, newest_checkpoint(run))
         step, seconds = max(first_step, run.last_step), time.monotonic() - begin
         tokens = step * run.plan.tokens_per_step
         log.console.print(end_line(step, first_step, run.plan.steps, tokens, seconds))
+
+
+def train_segment(
+    run: Run,
+    first_step: int,
+    interruption: Interruption,
+    watch: Watchdog,
+    timeline: Timeline,
+    more_trackers: Sequence[Callable[[Path], Tracker]],
+) -> MetricsLogger | None:
+    """Trains from `first_step` on, and records its times and how it ends. Returns the closed log; None if the run goes back to its newest checkpoint."""
+    before = read_timeline(run.folder) if run.placement.is_rank_0 else []
+    with (
+        timeline.segment(first_step),
+        open_log(run, first_step, more_trackers) as log,
+        Saver(run, log, first_step, published=watch.saved) as saver,
+    ):
+
+        def on_hang(report: str) -> None:
+            timeline.end(HUNG)
+            log.alert(hung(report))
+
+        watch.on_phase, watch.on_hang = timeline.enter, on_hang
+        watch.print_line = log.console.print if run.placement.is_rank_0 else watch.print_line
+        if alert := restarted(before, first_step, time.time()):
+            log.alert(alert)
+        begin = time.monotonic()
+        if not loop(run, log, first_step, interruption, saver, watch):
+            timeline.end(ROLLED_BACK)
+            return None
+        step = max(first_step, run.last_step)
+        timeline.end(FINISHED if step >= run.plan.steps else STOPPED, step)
+        log.alert(finished(step, run.plan.steps, step * run.plan.tokens_per_step, time.monotonic() - begin))
+        return log
 
 
 def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, saver: Saver, watch: Watchdog) -> bool:
@@ -291,8 +320,7 @@ def open_log(run: Run, step: int, more_trackers: Sequence[Callable[[Path], Track
         save_config(run.config, run.folder / "config.yaml")
         record_start(run.folder, step=step, device=run.device_name, processes=run.plan.world_size)
         console.print(banner(banner_facts(run)))
-        wandb = start_wandb(run, console, step)
-        trackers = [*([wandb] if wandb else ()), *(start(run.folder) for start in more_trackers)]
+        trackers = [*start_own_trackers(run, console, step), *(start(run.folder) for start in more_trackers)]
     peak = peak_flops(run.device_name, run.config.precision.name)
     return MetricsLogger(
         run.folder,
@@ -325,17 +353,16 @@ def banner_facts(run: Run) -> dict[str, str]:
     return lines
 
 
-def start_wandb(run: Run, console: Console, step: int) -> WandbTracker | None:
-    """Starts or resumes the W&B run; returns None if W&B is off or cannot start."""
+def start_own_trackers(run: Run, console: Console, step: int) -> list[Tracker]:
+    """Starts or resumes the run in W&B, TensorBoard and trackio, as configured; one that cannot start is left out."""
     settings = config_to_dict(run.config)
     repository = Path(__file__).resolve().parents[1]
     origin = provenance(repository, Path(run.config.data.path))
-    return start_tracking(
-        run.config.logging.wandb,
+    opening = Opening(
         name=run.config.name,
         folder=run.folder,
         config=settings | {"version": __version__, "versions": versions()} | origin,
-        print_line=console.print,
         step=step,
         decisive={key: value for key, value in flatten_settings(settings) if not key.startswith(NEUTRAL_SETTINGS)},
     )
+    return [*start_trackers(run.config.logging, opening, console.print)]

@@ -16,7 +16,7 @@ from data_prep.progress import Log
 from data_prep.readers import read_piece
 from data_prep.shards.binaries import remove_files
 from data_prep.shards.budget import choose, shares
-from data_prep.shards.executors import launch
+from data_prep.shards.executors import launch, queued_tasks_may_run
 from data_prep.shards.groups import group_shards, joined_record
 from data_prep.shards.pool import WorkerSetup, make_shards
 from data_prep.shards.shard import (
@@ -48,7 +48,8 @@ def tokenize(config: Config, out: Path, work: Work, log: Log) -> list[FinishedSh
         ConfigurationError: the mix does not fit the corpus, or the backend cannot be used.
     """
     shares(config.mix, work.jobs)  # rejects a mix that does not fit the corpus before any work is done
-    _remove_leftovers(out, {job.shard.stem for job in work.jobs})
+    if not queued_tasks_may_run(out):
+        _remove_leftovers(out, {job.shard.stem for job in work.jobs})
     records = _records(out, work.jobs)
     missing_shards = MissingShards(config, out)
     first = True
@@ -62,7 +63,8 @@ def tokenize(config: Config, out: Path, work: Work, log: Log) -> list[FinishedSh
             log_skipped(shards, log)
             return shards
         for job in missing:
-            record_path(out, job.shard.stem).unlink(missing_ok=True)  # so that a cluster task does not treat it as done
+            if job.shard.stem in records:  # without its files; a cluster task would treat it as done
+                record_path(out, job.shard.stem).unlink(missing_ok=True)
         new = _make(config, out, work, missing, log)
         if new is None:
             return None

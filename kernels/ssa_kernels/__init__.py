@@ -17,6 +17,7 @@ from .decode import (
     decode_attention,
     decode_bytes,
     select_cached_blocks,
+    update_block_means,
 )
 from .documents import DocumentLayout, build_layout
 from .full_attention import full_attention
@@ -54,4 +55,5 @@ __all__ = [
     "sparse_attention",
     "ssa_attention",
     "swiglu",
+    "update_block_means",
 ]

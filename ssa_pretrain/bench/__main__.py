@@ -25,7 +25,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssa_pretrain.process import command, hide_library_warnings
+from ssa_pretrain.libraries import hide_library_warnings, import_megatron_core
+from ssa_pretrain.process import command
 from ssa_pretrain.settings.output import pipe_may_close
 
 LAUNCHER_VARIABLES = (
@@ -61,6 +62,7 @@ def measure_cases(arguments: Sequence[str], world_size: int) -> None:
     if world_size > 1 and os.environ.get("RANK") == "0":
         _measure_one_gpu(arguments)
     hide_library_warnings()
+    import_megatron_core()
     from ssa_pretrain.bench.cases import CASES, LAYOUTS
     from ssa_pretrain.bench.measure import measure
     from ssa_pretrain.bench.tables import append, read, write_ratios

@@ -13,6 +13,7 @@ One of another schema cannot be checked and stays.
 import hashlib
 import heapq
 import json
+import os
 import re
 import shutil
 import time
@@ -34,6 +35,7 @@ from ssa_pretrain.settings.files import file_sha256, sync
 
 VISIBLE_SECONDS = 30.0  # until a file of another node must be visible: network storage may be slow to show it
 NAME = re.compile(r"step_\d{8,}")  # folders with other names (step_00000100_good, a copy) are the user's
+REMOVED = ".old.tmp"  # end of the name of an old checkpoint that is being removed
 Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
 SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
 
@@ -92,7 +94,7 @@ def publish(
     if is_rank_0:
         verdicts = verdicts or Verdicts()
         verdicts.note_intact(save.target)
-        for old in _outdated(run_folder, step, keep, verdicts, report):
+        for old in [*_half_removed(run_folder), *_outdated(run_folder, step, keep, verdicts, report)]:
             _remove(old, report)
     return save.target
 
@@ -321,10 +323,21 @@ def _outdated(run_folder: Path, step: int, keep: int, verdicts: Verdicts, report
     return old
 
 
+def _half_removed(run_folder: Path) -> list[Path]:
+    """Returns the old checkpoints whose removal has begun and failed."""
+    return sorted((run_folder / "checkpoints").glob(f".step_*{REMOVED}"))
+
+
 def _remove(folder: Path, report: Callable[[str], None]) -> None:
-    """Removes an old checkpoint, or reports why it stays: the newer one is published, and the next save tries again."""
+    """Removes an old checkpoint, or reports why it stays: the newer one is published, and the next save tries again.
+
+    Its name goes first. So a kill in between leaves a hidden folder, which the next start removes, and no damaged checkpoint.
+    """
+    hidden = folder if folder.name.endswith(REMOVED) else folder.with_name(f".{folder.name}{REMOVED}")
     try:
-        shutil.rmtree(folder)
+        if hidden != folder:
+            os.rename(folder, hidden)
+        shutil.rmtree(hidden)
     except OSError as error:
         report(f"{folder} could not be removed ({error.strerror}); the next checkpoint tries again")
 

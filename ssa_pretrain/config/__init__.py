@@ -1,6 +1,6 @@
 """The configuration of a run: its schema, the machine it runs on, its rules and DeepSpeed's dictionary.
 
-Reading order: choices, evaluation, schema, machine, rules/, deepspeed. This module re-exports choices, evaluation and schema only, so importing it is cheap.
+Reading order: choices, evaluation, trackers, schema, machine, rules/, deepspeed. This module re-exports the first four only, so importing it is cheap.
 """
 
 from pathlib import Path
@@ -37,7 +37,6 @@ from ssa_pretrain.config.schema import (
     DataConfig,
     DeepSpeedConfig,
     EngineConfig,
-    LoggingConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -45,8 +44,8 @@ from ssa_pretrain.config.schema import (
     ProfileConfig,
     RopeScalingConfig,
     TrainingConfig,
-    WandbConfig,
 )
+from ssa_pretrain.config.trackers import LoggingConfig, TensorboardConfig, TrackioConfig, WandbConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"  # the YAML files of the settings
 
@@ -84,7 +83,9 @@ __all__ = [
     "Score",
     "StreamDraw",
     "TaskConfig",
+    "TensorboardConfig",
     "Timestamps",
+    "TrackioConfig",
     "TrainingConfig",
     "WandbConfig",
     "WandbMode",

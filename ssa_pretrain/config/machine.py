@@ -22,6 +22,8 @@ class Machine:
         has_transformer_engine: Transformer Engine is installed.
         has_deepspeed: DeepSpeed is installed.
         has_wandb: W&B's client is installed.
+        has_tensorboard: TensorBoard is installed.
+        has_trackio: trackio is installed.
         has_files: data and checkpoints are on this machine and can be checked.
         splits: the splits of the data that the command reads.
         locks_folder: the command will lock output_dir for a run.
@@ -35,6 +37,8 @@ class Machine:
     has_transformer_engine: bool | None = None
     has_deepspeed: bool | None = None
     has_wandb: bool | None = None
+    has_tensorboard: bool | None = None
+    has_trackio: bool | None = None
     has_files: bool = True
     splits: tuple[str, ...] = ("train", "heldout")
     slurm_tasks: int = 1
@@ -58,7 +62,9 @@ def this_machine() -> Machine:
         has_gpu=has_gpu(),
         has_transformer_engine=find_spec("transformer_engine") is not None,
         has_deepspeed=find_spec("deepspeed") is not None,
-        has_wandb=bool((client := find_spec("wandb")) and client.origin),  # a folder ./wandb has no origin
+        has_wandb=_has_package("wandb"),
+        has_tensorboard=_has_package("tensorboard"),
+        has_trackio=_has_package("trackio"),
         slurm_tasks=_slurm_tasks(),
         secrets=secrets_of(os.environ),
     )
@@ -72,6 +78,12 @@ def has_gpu() -> bool:
         return False
     version = Path(torch.submodule_search_locations[0]) / "version.py" if torch.submodule_search_locations else None
     return version is not None and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
+
+
+def _has_package(name: str) -> bool:
+    """Returns whether a package is installed. A folder of that name, such as ./wandb, has no origin."""
+    found = find_spec(name)
+    return found is not None and found.origin is not None
 
 
 def launcher_number(name: str, *, default: int) -> int:

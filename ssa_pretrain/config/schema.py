@@ -22,10 +22,9 @@ from ssa_pretrain.config.choices import (
     Schedule,
     Score,
     StreamDraw,
-    Timestamps,
-    WandbMode,
 )
 from ssa_pretrain.config.evaluation import EvaluationConfig
+from ssa_pretrain.config.trackers import LoggingConfig
 from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between, divisors, join, nearest
 from ssa_pretrain.step_ranges import are_valid
 
@@ -180,11 +179,9 @@ class ParallelConfig:
             advice = f"try {self.timeout_minutes / 2:g}, or 0 for 20 times a usual step"
             reads = ("parallel.timeout_minutes",)
             found.append(Problem("parallel.hang_minutes", self.hang_minutes, rule, advice, reads))
-        if self.vpp > 1 and self.pp in (1, 2):
+        if self.vpp > 1 and self.pp == 1:
             rule = "interleaves pipeline stages, but parallel.pp=1 has only one"
-            if self.pp == 2:
-                rule = "is not supported at parallel.pp=2, where megatron-core's interleaving trains incorrectly"
-            advice = "try parallel.vpp=1 or parallel.pp=4"
+            advice = "try parallel.vpp=1 or parallel.pp=2"
             found.append(Problem("parallel.vpp", self.vpp, rule, advice, ("parallel.pp",)))
         if self.sequence_parallel and self.tp == 1:
             rule = "shards the sequence over tensor-parallel ranks, but parallel.tp=1 has only one"
@@ -354,33 +351,6 @@ class CheckpointConfig:
             rule, advice = "must be the address of a bucket", "try s3://BUCKET/PREFIX"
             found.append(Problem("checkpoint.mirror", self.mirror, rule, advice))
         return found + at_least("checkpoint", self, 1, "keep")
-
-
-@dataclass(kw_only=True, slots=True)
-class WandbConfig:
-    """Weights & Biases. The API key comes from WANDB_API_KEY or `wandb login`, never from the configuration."""
-
-    mode: WandbMode = WandbMode.off
-    project: str = "ssa_pretrain"  # W&B project
-    entity: str = ""  # W&B user or team; empty: the account's default
-    group: str = ""  # W&B group of the run; empty: none
-    tags: list[str] = field(default_factory=list)  # W&B tags of the run
-
-
-@dataclass(kw_only=True, slots=True)
-class LoggingConfig:
-    """What a run prints and where its metrics go."""
-
-    interval: int = 10  # steps between console lines; metrics.jsonl records every step
-    timestamps: Timestamps = Timestamps.off  # time stamp before every console line
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-
-    def problems(self) -> list[Problem]:
-        """Returns the problems within this section."""
-        found = at_least("logging", self, 1, "interval")
-        if self.wandb.mode is not WandbMode.off and not self.wandb.project:
-            found.append(Problem("logging.wandb.project", "", "must name a project", "try ssa_pretrain"))
-        return found
 
 
 @dataclass(kw_only=True, slots=True)

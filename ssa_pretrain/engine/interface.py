@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.replicas import ReplicaCheck
+from ssa_pretrain.model.text_cache import TextCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,24 @@ class Evaluator(Protocol):
         """
         ...
 
-    def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
-        """Returns the logits after each document's last token, fp32 [documents, padded V], on every rank."""
+    def last_logits(self, batch: Batch, *, mode: str, texts: TextCache | None = None) -> Tensor:
+        """Returns the logits after each document's last token, fp32 [documents, padded V], on every rank.
+
+        Args:
+            batch: whole.
+            mode: the main stream.
+            texts: keeps keys and values of the first documents.
+        """
+        ...
+
+    def next_logits(self, batch: Batch, *, mode: str, texts: TextCache) -> Tensor:
+        """Returns the logits after each text's newest token, fp32 [texts, padded V], on every rank; of texts without one, without meaning.
+
+        Args:
+            batch: one token per document: first the newest token of each text at its position, then padding.
+            mode: the main stream.
+            texts: filled by `last_logits`, and advanced since.
+        """
         ...
 
     def load_weights(self, folder: Path) -> None:

@@ -42,6 +42,7 @@ from ssa_pretrain.engine.counterpart import CounterpartQueries, counterpart_quer
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, StepResult
 from ssa_pretrain.engine.own_time import OwnTime
 from ssa_pretrain.model.attention import PackedTokens
+from ssa_pretrain.model.text_cache import TextCache
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.schedule import Place, counterpart_spans, main_stream, share_drawn
@@ -61,6 +62,7 @@ class Route:
         weight: what a drawn query counts for in the means.
         alignment_scale: d(total loss) / d(one layer's local alignment), on the device; None: no gradient.
         observe: receives each layer's queries and keys, with `mask_T` of the queries whose label counts; None: nobody does.
+        keep: receives each layer's keys and values of the first documents; None: nobody does.
     """
 
     main: str
@@ -69,6 +71,7 @@ class Route:
     weight: float = 1.0
     alignment_scale: Tensor | None = None
     observe: Callable[..., None] | None = None
+    keep: TextCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +241,23 @@ class Microbatches:
             weight=route.weight,
             alignment_scale=route.alignment_scale,
             observe=partial(route.observe, mask_T=batch.loss_mask[0]) if route.observe else None,
+            keep=route.keep,
+        )
+
+    def pack_newest(self, batch: Batch, mode: str, texts: TextCache) -> PackedTokens:
+        """Returns the packing of the newest tokens of texts, documents of one token each; the same on every context rank."""
+        count, length = len(batch.positions), self.config.data.sequence_length
+        sizes = {"num_tokens": count, "block_size": self.config.attention.block_size, "max_length": 1}
+        return PackedTokens(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=length,
+            max_seqlen_kv=length,
+            positions=batch.positions,
+            documents=build_layout(batch.cu_seqlens, **sizes),
+            main=mode,
+            continues=texts,
         )
 
     def begin_evaluation(self, batches: Sequence[Batch]) -> StepSums:

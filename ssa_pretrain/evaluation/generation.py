@@ -1,7 +1,11 @@
 """Continues texts token by token: the only place that decides how a continuation is computed.
 
-Each new token costs a forward over all texts, because the training model has no key-value cache. A decoder with a cache replaces `continue_texts`,
-which promises no more than its arguments: texts, a mode, a number of tokens, and a function from logits to tokens.
+The first forward is over the texts, packed as documents, and keeps their keys, values and block means (model/text_cache.py). Each later one is over
+the newest token of each text. The tokens are those of a forward over everything for each new token, in every layout: tensor, pipeline and context
+parallelism and both engines. Such forwards remain for an attention method whose layer cannot continue from a cache (`continues_from_cache`).
+
+A step's tokens are filled up to a multiple that FP8 products and sequence parallelism can divide; where Transformer Engine's user buffers are in use,
+to a whole microbatch, because they have its shape.
 """
 
 import sys
@@ -13,13 +17,17 @@ from tqdm import tqdm
 from ssa_pretrain.evaluation.packing import (
     first_fit,
     microbatch_tokens,
+    newest_tokens,
     on_all_data_ranks,
     over_data_ranks,
     pack_texts,
 )
+from ssa_pretrain.model.spec import ATTENTION
+from ssa_pretrain.model.text_cache import TextCache
 from ssa_pretrain.run import Run
 
 Choose = Callable[[Tensor], list[int]]  # logits [texts, V], fp32 on the host -> a token per text
+TOKENS_MULTIPLE = 16  # of a forward's tokens per rank: FP8 products need 8, context parallelism two chunks
 
 
 def generate_greedily(
@@ -85,13 +93,34 @@ def continue_texts(
     length, begun = run.config.data.sequence_length, texts
     texts = [list(text) for text in texts]
     count = min(num_new, length - min(len(text) for text in texts))
+    kept = _empty_cache(run, texts, count)
     shown = run.placement.is_rank_0 and sys.stderr.isatty()
-    for _ in tqdm(range(count), desc=f"sampling, {mode}", disable=not shown, leave=False):
-        logits = run.engine.last_logits(pack_texts(texts, multiple, length), mode=mode).cpu()
-        chosen = choose(logits[: len(texts), : run.plan.vocab_size])
-        for text, token in zip(texts, chosen, strict=True):
-            if len(text) < length:
-                text.append(token)
+    for step in tqdm(range(count), desc=f"sampling, {mode}", disable=not shown, leave=False):
+        if step == 0 or kept is None:
+            logits = run.engine.last_logits(pack_texts(texts, multiple, length), mode=mode, texts=kept)
+        else:
+            logits = run.engine.next_logits(newest_tokens(texts, _step_multiple(run)), mode=mode, texts=kept)
+        chosen = choose(logits.cpu()[: len(texts), : run.plan.vocab_size])
+        grows = [len(text) < length for text in texts]
+        for text, token, grow in zip(texts, chosen, grows, strict=True):
+            text.extend([token] * grow)
+        if kept is not None:
+            kept.advance(grows)
         if is_done and on_all_data_ranks(run, all(map(is_done, texts, begun))):
             break
     return texts
+
+
+def _empty_cache(run: Run, texts: Sequence[list[int]], num_new: int) -> TextCache | None:
+    """Returns a cache with room for `num_new` tokens more of each text, None if the attention method cannot continue from one."""
+    attention, length = run.config.attention, run.config.data.sequence_length
+    if num_new <= 1 or not ATTENTION[attention.method].continues_from_cache():
+        return None
+    lengths = [len(text) for text in texts]
+    room = [min(n + num_new, length) for n in lengths]
+    return TextCache(lengths, room, block_size=attention.block_size, device=run.placement.device)
+
+
+def _step_multiple(run: Run) -> int:
+    """Returns what the number of a step's tokens is a multiple of."""
+    return microbatch_tokens(run) if run.config.engine.overlap_tp else TOKENS_MULTIPLE * run.plan.tp

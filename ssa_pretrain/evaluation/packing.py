@@ -41,6 +41,16 @@ def pack_texts(texts: Sequence[list[int]], multiple: int, length: int, labels: S
     return Batch(0, tokens.unsqueeze(0), following.unsqueeze(0), mask, positions, ends)
 
 
+def newest_tokens(texts: Sequence[list[int]], multiple: int) -> Batch:
+    """Returns each text's last token as a document of its own, at its position, filled up with token 0 to a multiple of `multiple` documents."""
+    rest = [0] * (-len(texts) % multiple)
+    tokens = torch.tensor([text[-1] for text in texts] + rest)
+    positions = torch.tensor([len(text) - 1 for text in texts] + rest)
+    empty = torch.zeros_like(tokens).unsqueeze(0)
+    ends = torch.arange(len(tokens) + 1, dtype=torch.int32)
+    return Batch(0, tokens.unsqueeze(0), empty, empty.float(), positions, ends)
+
+
 def microbatch_tokens(run: Run) -> int:
     """Returns the tokens of a training microbatch."""
     return run.config.training.micro_batch_size * run.config.data.sequence_length

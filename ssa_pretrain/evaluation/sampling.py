@@ -4,14 +4,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa_pretrain.evaluation.generation import continue_texts
+from ssa_pretrain.evaluation.generation import TOKENS_MULTIPLE, continue_texts
 from ssa_pretrain.evaluation.scoring import tokenizer_of
 from ssa_pretrain.run import Run
 
 NUM_PROMPTS = 6
 NEW_TOKENS = 48
 TEMPERATURE = 0.8
-TOKENS_MULTIPLE = 16  # of a packed sequence per rank: FP8 products need 8, context parallelism two chunks
 
 
 def sample(run: Run, modes: tuple[str, ...]) -> list[dict[str, str]]:

@@ -53,7 +53,7 @@ def check_export(folder: Path, config: Config, weights: WeightsReader, dtype: to
     ours = training_logits(config, weights, dtype, placement, documents)
     words = []
     for mode in Mode:
-        theirs = exported_logits(folder, mode, documents)
+        theirs = exported_logits(folder, mode, documents, placement.device)
         errors = [float((a - b).norm() / a.norm()) for a, b in zip(ours[mode], theirs, strict=True)]
         allowed = int(TIES * len(errors)) if mode is Mode.sparse else 0
         if sum(not error <= TOLERANCE for error in errors) > allowed:
@@ -100,8 +100,8 @@ def training_logits(
 
 
 @torch.no_grad()
-def exported_logits(folder: Path, mode: Mode, documents: list[list[int]]) -> Tensor:
-    """Returns the export's logits after each document's last token in a mode, float32 [documents, V]."""
+def exported_logits(folder: Path, mode: Mode, documents: list[list[int]], device: torch.device) -> Tensor:
+    """Returns the export's logits after each document's last token in a mode, float32 [documents, V] on the CPU, computed on a device."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
@@ -110,12 +110,12 @@ def exported_logits(folder: Path, mode: Mode, documents: list[list[int]]) -> Ten
         ) from None
 
     settings = {"trust_remote_code": True, "dtype": torch.float32, "attention_mode": mode.value}
-    model = AutoModelForCausalLM.from_pretrained(str(folder), **settings).eval()
+    model = AutoModelForCausalLM.from_pretrained(str(folder), **settings).to(device).eval()
     longest = max(map(len, documents))
     tokens, mask = torch.zeros(2, len(documents), longest, dtype=torch.int64)
     for row, document in enumerate(documents):
         tokens[row, -len(document) :], mask[row, -len(document) :] = torch.tensor(document), 1
-    return model(input_ids=tokens, attention_mask=mask).logits[:, -1].float()
+    return model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits[:, -1].float().cpu()
 
 
 def _packed(documents: list[list[int]]) -> Batch:

@@ -15,9 +15,13 @@ between. So padding moves no block. Packed rows are refused in sparse mode, and 
 that it touches. Only complete blocks before a query's own are scored, and their means do not change. With any other cache the means
 are computed from its keys at each call: the same results, more slowly.
 
-*Which code runs in sparse mode.* `ssa_kernels` serves a prompt on an empty cache, or a call without a cache, if it is installed, the tensors are on
-CUDA, the attention function is sdpa, `16 <= head_dim <= 128`, there are at most 32 query heads per kv head, and the dtype is not float64. Everything
-else is plain torch: one new token attends to its gathered blocks, several attend under a mask, by chunks of queries. The results differ by rounding.
+*Which code runs.* `ssa_kernels` serves, if it is installed, the tensors are on CUDA, the attention function is sdpa, `16 <= head_dim <= 128`, there
+are at most 32 query heads per kv head, and the dtype is not float64:
+- in both modes, one new token per row on a cache, without gradients, also inside torch.compile; in sparse mode with `top_k <= 128` and any score but
+  official_compat, in full mode with a mask that is not additive;
+- in sparse mode, a prompt on an empty cache, or a call without a cache.
+Everything else is transformers' own in full mode, and plain torch in sparse mode: one new token attends to its gathered blocks, several attend
+under a mask, by chunks of queries. The results differ by rounding.
 
 Not here: sparse mode with other attention functions than eager and sdpa (vLLM, SGLang, FlashAttention and flex run mode full only), packed rows
 in sparse mode, the alignment loss of training.
@@ -133,7 +137,8 @@ class Rows(NamedTuple):
         order: int64 [B, S], the slots of each row's tokens in order, then the others.
         queries: int64 [B, T], the position of each query, for padding that of the last token before it; -1 if there is none.
         before: int64 [B], tokens of each row before the first query.
-        packing: (order [B, T] of the queries, the kernels' layout) if ssa_kernels serves this call, otherwise None.
+        packing: (order [B, T] of the queries, the kernels' layout) if ssa_kernels serves this call's prompt, otherwise None.
+        decoding: (int32 [B * G, at least S] where each token's key lies, int32 [B * G] tokens of each row) if they serve its one new token.
     """
 
     positions: Tensor
@@ -141,6 +146,7 @@ class Rows(NamedTuple):
     queries: Tensor
     before: Tensor
     packing: tuple | None = None
+    decoding: tuple | None = None
 
 
 def locate_tokens(visible_BS: Tensor, offset: int | Tensor, tokens: int) -> Rows:
@@ -154,7 +160,10 @@ def locate_tokens(visible_BS: Tensor, offset: int | Tensor, tokens: int) -> Rows
 
 def tokens_first(visible_BS: Tensor) -> Tensor:
     """Returns int64 `[B, S]`: the slots of tokens, then the others."""
-    return (~visible_BS).to(torch.uint8).argsort(dim=1, stable=True)
+    tokens, others = visible_BS.long().cumsum(1), (~visible_BS).long().cumsum(1)
+    place = torch.where(visible_BS, tokens, tokens[:, -1:] + others) - 1
+    slot = torch.arange(visible_BS.shape[1], device=visible_BS.device).expand_as(place)
+    return torch.empty_like(place).scatter_(1, place, slot)
 
 
 def visible_slots(mask: Tensor | None, shape: tuple[int, int], offset: int | Tensor, device: torch.device) -> Tensor:
@@ -200,6 +209,11 @@ def block_means(k_BGSD: Tensor, order_BS: Tensor, first_block_B: Tensor, count: 
     return (keys.view(B, G, count, block_size, D).to(wide).sum(3) / block_size).to(keys.dtype)
 
 
+def blocks_of(slots: int, block_size: int) -> int:
+    """Returns the blocks that a cache of so many slots has room for: an update of its last token may write one more than it fills."""
+    return (slots + block_size - 2) // block_size + 1
+
+
 class BlockMeans:
     """What both sparse cache layers add to keys and values: the mean key of each block, `[B, G, R, D]`, and its updates.
 
@@ -219,17 +233,21 @@ class BlockMeans:
         count = (rows.queries.shape[1] + block_size - 2) // block_size + 1
         first_block = rows.before // block_size
         new = block_means(keys, rows.order, first_block, count, block_size)
-        room = (keys.shape[2] + block_size - 2) // block_size + 1
-        old = self.block_means
+        place = (first_block[:, None] + torch.arange(count, device=new.device))[:, None, :, None].expand_as(new)
+        return self.means_for(keys, block_size).scatter_(2, place, new)
+
+    def means_for(self, keys: Tensor, block_size: int) -> Tensor:
+        """Returns the means with room for the blocks of the keys; new ones are 0."""
+        (B, G, S, D), old = keys.shape, self.block_means
+        room = blocks_of(S, block_size)
         if old is None:
-            old = new.new_zeros(*new.shape[:2], room, new.shape[3])
+            old = keys.new_zeros(B, G, room, D)
             if isinstance(self, StaticLayer) and not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(old)
         elif old.shape[2] < room:
-            old = torch.cat([old, old.new_zeros(*old.shape[:2], room - old.shape[2], old.shape[3])], dim=2)
-        place = (first_block[:, None] + torch.arange(count, device=new.device))[:, None, :, None].expand_as(new)
-        self.block_means = old.scatter_(2, place, new)
-        return self.block_means
+            old = torch.cat([old, old.new_zeros(B, G, room - old.shape[2], D)], dim=2)
+        self.block_means = old
+        return old
 
     def reset(self) -> None:
         """Empties the layer."""
@@ -373,9 +391,11 @@ class SSALlamaAttention(LlamaAttention):
         dropout = self.attention_dropout if self.training else 0.0
         return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
-    def _full(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache, **kwargs):
+    def _full(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache, *, rows: Rows | None = None, **kwargs):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
+        if rows is not None:
+            return self._decode(q, k, v, None, rows.decoding), None
         return self._attend(q, k, v, mask, **kwargs)
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, _, cache, *, rows: Rows, **kwargs):
@@ -384,12 +404,16 @@ class SSALlamaAttention(LlamaAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
             layer = cache.layers[self.layer_idx]
+            if isinstance(layer, BlockMeans) and rows.decoding is not None:
+                return self._decode(q, k, v, layer.means_for(k, size), rows.decoding), None
             if isinstance(layer, BlockMeans):
                 means = layer.update_means(k, rows, size)
         if rows.packing is not None:
             return self._kernels(q, new_k, new_v, *rows.packing), None
         if means is None:
             means = block_means(k, rows.order, torch.zeros_like(rows.before), (k.shape[2] - 1) // size + 1, size)
+        if rows.decoding is not None:
+            return self._decode(q, k, v, means, rows.decoding), None
         parts = zip(q.split(QUERIES_PER_CHUNK, 2), rows.queries.split(QUERIES_PER_CHUNK, 1), strict=True)
         outs = [self._plain(part, k, v, means, query, rows, **kwargs) for part, query in parts]
         if len(outs) == 1:
@@ -408,6 +432,28 @@ class SSALlamaAttention(LlamaAttention):
         indices = ssa_kernels.select_blocks(q.detach(), k.detach(), top_k=c.top_k, score=c.score, **common)
         out = ssa_kernels.sparse_attention(q, k, v, indices, **common)[0].view(shape)
         return torch.zeros_like(out).scatter(1, place.expand(shape), out)
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, decoding: tuple) -> Tensor:
+        """Returns [B, 1, H, D]: to the kernels, each kv head of each row is a sequence. Without means, of full attention.
+
+        The mean of the block that the new token completes is written to `means`.
+        """
+        c, (B, G, S, D), H = self.config, k.shape, q.shape[1]
+        room, (key_table, lengths) = blocks_of(S, c.block_size), decoding
+        if len(lengths) != B * G:  # a tensor-parallel rank's kv heads
+            key_table, lengths = (x.view(B, -1, *x.shape[1:])[:, :G].flatten(0, 1) for x in (key_table, lengths))
+        held = k.new_empty(B, G, room, D) if means is None else means
+        if more := held.shape[2] - room:  # a cropped cache has more blocks
+            key_table = nn.functional.pad(key_table, (0, more * c.block_size))
+        k, v, held = (x.reshape(B * G, -1, 1, D).contiguous() for x in (k, v, held))
+        where = {"key_table": key_table.to(q.device), "seq_lens": lengths.to(q.device)}
+        held = ssa_kernels.KeyValueCache(k=k, v=v, means=held, **where)
+        common = {"scale": self.scaling}
+        if c.is_sparse:
+            ssa_kernels.update_block_means(held, num_tokens=1)
+            common |= {"top_k": c.top_k, "score": c.score}
+        out, _ = ssa_kernels.decode_attention(q.reshape(B * G, 1, H // G, D), held, mode=c.attention_mode, **common)
+        return out.view(B, 1, H, D)
 
     def _plain(
         self, q: Tensor, k: Tensor, v: Tensor, means: Tensor, query_BT: Tensor, rows: Rows, **kwargs
@@ -478,10 +524,14 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
             cache = kwargs.get("past_key_values")
         else:
             kwargs[CACHE_NAME] = cache
+        like = input_ids if inputs_embeds is None else inputs_embeds
         if self.config.is_sparse:
             self._check_sparse(attention_mask, position_ids, cache)
-            kwargs["rows"] = self._rows(attention_mask, input_ids if inputs_embeds is None else inputs_embeds, cache)
-            attention_mask = None  # each layer makes its own
+        if self.config.is_sparse or self._kernels_decode(like, attention_mask, cache):
+            kwargs["rows"] = self._rows(attention_mask, like, cache)
+            attention_mask = torch.ones(
+                1, 1, 1, 1, dtype=torch.bool, device=like.device
+            )  # of four dims, it is taken as it is; layers use the rows
         common = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         return super().forward(input_ids=input_ids, **common, **kwargs)
 
@@ -505,15 +555,38 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         )
         visible = visible_slots(attention_mask, (count, slots), offset, like.device)
         rows = locate_tokens(visible, offset, tokens)
+        if self._kernels_decode(like, attention_mask, cache):
+            return rows._replace(decoding=self._key_table(rows))
         return rows._replace(packing=self._pack(visible[:, :tokens])) if self._kernels_serve(like, offset) else rows
 
     def _kernels_serve(self, like: Tensor, offset: int | Tensor) -> bool:
-        """Returns whether ssa_kernels serves a call: the rule is at the top of this file."""
-        c = self.config
-        if ssa_kernels is None or not like.is_cuda or like.shape[1] == 1 or torch.compiler.is_compiling():
+        """Returns whether ssa_kernels serves a prompt: the rule is at the top of this file."""
+        if like.shape[1] == 1 or torch.compiler.is_compiling():
             return False
-        fits = 16 <= c.head_dim <= 128 and c.num_attention_heads // c.num_key_value_heads <= 32
-        return fits and c._attn_implementation == "sdpa" and self.dtype != torch.float64 and int(offset) == 0
+        return self._kernels_take(like) and int(offset) == 0
+
+    def _kernels_decode(self, like: Tensor, attention_mask: Tensor | None, cache) -> bool:
+        """Returns whether ssa_kernels serves one new token per row: the rule is at the top of this file."""
+        c = self.config
+        if like.shape[1] != 1 or cache is None or torch.is_grad_enabled():
+            return False
+        if c.is_sparse:
+            return c.top_k <= 128 and c.score != "official_compat" and self._kernels_take(like)
+        additive = attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype != torch.bool
+        return not additive and self._kernels_take(like)
+
+    def _kernels_take(self, like: Tensor) -> bool:
+        """Returns whether ssa_kernels takes the model's shapes and dtype, for inputs on this device."""
+        c = self.config
+        if ssa_kernels is None or not like.is_cuda or c._attn_implementation != "sdpa" or self.dtype == torch.float64:
+            return False
+        return 16 <= c.head_dim <= 128 and c.num_attention_heads // c.num_key_value_heads <= 32
+
+    def _key_table(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Returns `Rows.decoding`, each row once per kv head."""
+        heads, size, slots = self.config.num_key_value_heads, self.config.block_size, rows.order.shape[1]
+        table = nn.functional.pad(rows.order.int(), (0, blocks_of(slots, size) * size - slots))
+        return table.repeat_interleave(heads, 0), (rows.queries[:, 0] + 1).int().repeat_interleave(heads)
 
     def _pack(self, visible_BT: Tensor) -> tuple:
         """Returns `Rows.packing`: rows one after another, each its tokens and then its padding, which is a document of its own."""

@@ -103,9 +103,7 @@ def read_options(root: type[Options], program: str, what: str, arguments: Sequen
         UsageError: with every problem.
     """
     folders = [argument for argument in arguments if "=" not in argument or Path(argument).is_dir()]
-    given = [argument.partition("=") for argument in arguments if argument not in folders]
-    kinds = known_keys(root)
-    options, problems = config_from_dict(root, {key: _value(kinds.get(key), value) for key, _, value in given})
+    options, problems = read_settings(root, [argument for argument in arguments if argument not in folders])
     if len(folders) != 1:
         named = Problem(
             "the command line", None, f"names {len(folders) or 'no'} folder{'s' * (len(folders) > 1)}", f"give {what}"
@@ -113,11 +111,17 @@ def read_options(root: type[Options], program: str, what: str, arguments: Sequen
         problems = [named, *problems]
     elif not Path(folders[0]).is_dir():
         problems = [Problem(folders[0], None, "is not a folder", f"give {what}"), *problems]
-    wrong = {problem.key for problem in problems}
-    problems += [problem for problem in options.problems() if problem.key not in wrong]  # pyright: ignore[reportAttributeAccessIssue]
     if problems:
         raise UsageError(report(program, ConfigError(problems)))
     return Path(folders[0]), options
+
+
+def read_settings(root: type[Options], words: Sequence[str]) -> tuple[Options, list[Problem]]:
+    """Returns the settings that words of the form KEY=VALUE give, and all their problems."""
+    given, kinds = [word.partition("=") for word in words], known_keys(root)
+    options, problems = config_from_dict(root, {key: _value(kinds.get(key), value) for key, _, value in given})
+    wrong = {problem.key for problem in problems}
+    return options, problems + [problem for problem in options.problems() if problem.key not in wrong]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _value(kind: Any, text: str) -> Any:

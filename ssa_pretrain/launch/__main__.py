@@ -1,8 +1,10 @@
-"""Launchers: `launchers/torchrun.sh`, `deepspeed.sh` and `quickstart.sh` only find the interpreter and start this module.
+"""Launchers: `launchers/torchrun.sh`, `deepspeed.sh`, `quickstart.sh` and `stages.sh` only find the interpreter and start this module.
 
     python -m ssa_pretrain.launch torchrun [flags] [KEY=VALUE ...]
     python -m ssa_pretrain.launch deepspeed [flags] [KEY=VALUE ...]
     python -m ssa_pretrain.launch quickstart [flags] [KEY=VALUE ...]
+    python -m ssa_pretrain.launch stages [flags] [KEY=VALUE ...] [STAGE:KEY=VALUE ...]
+    python -m ssa_pretrain.launch render target=TARGET spec=FILE [KEY=VALUE ...]
 
 It checks the flags and the environment, then the settings, with `ssa_pretrain.plan --check` for the number of processes that the flags give. So a bad
 setting is reported once, before torch is imported. The command then runs under supervision.py, which passes signals on and reports how the run ended.
@@ -22,7 +24,7 @@ from ssa_pretrain.launch.jobs import POSITIVE, TRAIN, Job, deepspeed_job, torchr
 from ssa_pretrain.launch.quickstart import Quickstart, quickstart_environment, read_quickstart
 from ssa_pretrain.launch.restarts import Restarts
 from ssa_pretrain.launch.supervision import NOT_BEGUN, RERUN, Supervisor
-from ssa_pretrain.process import command
+from ssa_pretrain.process import command, exit_with_starter
 from ssa_pretrain.settings.problems import hide_secrets, secrets_of
 from ssa_pretrain.signals import survive_terminal
 
@@ -46,12 +48,20 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
         print(__doc__)
         return ExitCode.DONE if words else ExitCode.CONFIGURATION
     launcher, *words = words
+    if launcher == "render":  # starts nothing; it and `stages` need the configuration's libraries
+        from ssa_pretrain.launch.render.command import main as render
+
+        return render(words)
+    if launcher == "stages":
+        from ssa_pretrain.launch.stages.command import main as stages
+
+        return stages(words, environment)
     program = PROGRAMS.get(launcher, "ssa_pretrain.launch")
     try:
         if launcher == "quickstart":
             return quickstart(read_quickstart(words), quickstart_environment(environment))
         if launcher not in JOBS:
-            raise LaunchError(f"{launcher} is not a launcher; try torchrun, deepspeed or quickstart")
+            raise LaunchError(f"{launcher} is not a launcher; try torchrun, deepspeed, quickstart, stages or render")
         job, dry_run = JOBS[launcher](words, environment)
         return (show if dry_run else start)(program, job, environment)
     except LaunchError as error:
@@ -63,6 +73,7 @@ def start(program: str, job: Job, environment: Mapping[str, str]) -> int:
     patience = environment.get(PATIENCE, "600")
     if not POSITIVE.fullmatch(patience):
         raise LaunchError(f"{PATIENCE}={patience} in the environment must be a whole number of seconds; try 600")
+    exit_with_starter(environment)
     variables = job_environment(environment)
     reports = job.module in REPORTING and not job.is_remote
     restarts = Restarts(job.max_restarts, job.restart_wait)

@@ -195,13 +195,18 @@ class Supervisor:
 
     def _find_lost(self, launcher: int) -> None:
         """Looks for new ranks, and for ranks that ended without a report."""
-        self._ranks |= find_ranks(launcher)
+        self._ranks = self._noted() | self._ranks | find_ranks(launcher)
         if not self._reports or (self.folder / LOST).exists():
             return
         gone = [rank for rank, process in sorted(self._ranks.items()) if not process.is_alive()]
         if lost := [str(rank) for rank in gone if not (self.folder / f"exit_{rank}.json").exists()]:
             write_atomically(self.folder / LOST, " ".join(lost))
             self._lost_at = time.monotonic()
+
+    def _noted(self) -> dict[int, Process]:
+        """Returns the ranks of this node that have written their process ids, dead or alive."""
+        texts = {path.name.removeprefix("pid_"): _read(path).split() for path in self.folder.glob("pid_*[0-9]")}
+        return {int(rank): Process(int(words[0]), words[1]) for rank, words in texts.items() if len(words) == 2}
 
     def _beats(self) -> list[Beat]:
         """Returns the last heartbeats of this node's ranks."""
@@ -245,8 +250,8 @@ class Supervisor:
 
     def _was_killed_before(self, rank_exit: RankExit, number: signal.Signals | None) -> bool:
         """Returns whether a rank was killed before another ended in this way."""
-        if (self.folder / LOST).exists():
-            return (self.folder / LOST).stat().st_mtime < rank_exit.time
+        if (self.folder / LOST).exists() and (self.folder / LOST).stat().st_mtime < rank_exit.time:
+            return True
         # It happened between two polls: the launcher ended the other rank, which took the SIGTERM for a request to stop.
         return (
             rank_exit.code == ExitCode.STOPPED and not self.stop and number is not None and number not in STOP_SIGNALS

@@ -7,7 +7,10 @@ blocks. Both are multiplied by the same sigmoid gate. The layer's output is the 
 The projection's rows are grouped by kv head: group_size * D for queries, D for keys, D for values, group_size for gates. Tensor parallelism
 therefore shards queries, keys, values and gates together, and Transformer Engine's fused norm applies to the gates too. A microbatch is one packed
 sequence with hidden states [tokens, 1, M]. Document boundaries, positions and the main stream travel in `PackedTokens`, on every pipeline stage and
-under recomputation. The layer does not know the schedule, the optimizer or the engine, and it has no key-value cache.
+under recomputation. The layer does not know the schedule, the optimizer or the engine.
+
+Texts are continued from a cache of keys, values and block means (text_cache.py): a forward over the texts fills it, and the forwards after it see only
+each text's newest token.
 """
 
 from collections.abc import Callable
@@ -33,6 +36,7 @@ from ssa_kernels import (
 )
 from ssa_pretrain.config import AttentionConfig
 from ssa_pretrain.model.alignment import attach_loss
+from ssa_pretrain.model.text_cache import Choice, TextCache
 
 
 @dataclass
@@ -58,6 +62,8 @@ class PackedTokens(PackedSeqParams):
         weight: what a query that computes the other stream counts for in the engine's means of alignment and captured mass.
         alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None: no gradient.
         observe: called in each layer with (the layer, q [T, H, D], k of all tokens [S, G, D], this packing); None: nobody observes.
+        keep: receives each layer's keys and values of the texts that the first documents are; None: nobody does.
+        continues: the texts whose newest tokens the first tokens are, one each; the others are padding. None: documents are whole.
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
     """
 
@@ -71,6 +77,8 @@ class PackedTokens(PackedSeqParams):
     weight: float = 1.0
     alignment_scale: float | Tensor | None = None
     observe: Callable[..., None] | None = None
+    keep: TextCache | None = None
+    continues: TextCache | None = None
     diagnostics: dict[int, LayerDiagnostics] = field(default_factory=dict)
 
 
@@ -146,7 +154,9 @@ class SSAAttention(MegatronModule):
             k, v = packed.gather(k, v)
         if packed.observe is not None:
             packed.observe(self, q, k, packed)
-        attend = self._main_stream
+        if packed.keep is not None:
+            packed.keep.keep(self.layer_number, k.detach(), v.detach(), self.impl)
+        attend = self._main_stream if packed.continues is None else self._newest_tokens
         if packed.counterpart:
             attend = self._both_streams
         out = attend(q, k, v, gate_logits, packed)
@@ -178,6 +188,26 @@ class SSAAttention(MegatronModule):
         a = self.attention
         sizes = {"block_size": a.block_size, "top_k": a.top_k}
         return select_blocks(q, k, **sizes, cu_seqlens=layout, score=a.score.value, impl=self.impl)
+
+    @classmethod
+    def continues_from_cache(cls) -> bool:
+        """Returns whether `_newest_tokens` computes this method's streams: not if a subclass chooses or attends differently and does not override it."""
+
+        def definer(name: str) -> type:
+            return next(kind for kind in cls.__mro__ if name in vars(kind))
+
+        return all(issubclass(definer("_newest_tokens"), definer(name)) for name in ("select", "_main_stream"))
+
+    def _newest_tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens
+    ) -> Tensor:
+        """Returns the gated main stream [T, H, D] of the newest tokens of cached texts, 0 for the padding after them."""
+        texts, a = packed.continues, self.attention
+        assert texts is not None
+        count, choice = len(texts), Choice(packed.main, a.top_k, a.score.value, self.impl)
+        newest = texts.attend(self.layer_number, q[:count], k[:count], v[:count], choice)
+        out = torch.nn.functional.pad(newest, (0, 0, 0, 0, 0, len(q) - count))
+        return out if gate_logits is None else gate(out, gate_logits, impl=self.impl)
 
     def _both_streams(
         self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens

@@ -27,6 +27,7 @@ from ssa_pretrain.config import (
     KernelImpl,
     LayerSpec,
     Method,
+    ParallelConfig,
     PrecisionName,
     Recompute,
 )
@@ -41,7 +42,6 @@ def transformer_config(config: Config) -> TransformerConfig:
     """Returns megatron-core's configuration of the layers for a run's `Config`."""
     model, parallel, engine = config.model, config.parallel, config.engine
     low = config.precision.name is not PrecisionName.fp32
-    on_gpu = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -74,7 +74,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         tp_comm_overlap=engine.overlap_tp,
         variable_seq_lengths=False,
         deallocate_pipeline_outputs=True,
-        batch_p2p_comm=on_gpu,
+        **_stage_exchange(parallel),
         gradient_accumulation_fusion=False,
         **_recompute(engine),
     )
@@ -148,6 +148,16 @@ def uses_transformer_engine(config: Config) -> bool:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return HAVE_TE
+
+
+def _stage_exchange(parallel: ParallelConfig) -> dict[str, bool]:
+    """Returns how pipeline stages exchange activations.
+
+    Interleaved stages do not batch their messages. At pp 2 the next stage and the previous one are the same rank, and a batch does not say which of
+    its messages is which (Megatron-LM #750). On GPUs the messages overlap with computation. gloo matches overlapping messages wrongly.
+    """
+    on_gpu, interleaved = torch.cuda.is_available(), parallel.vpp > 1
+    return {"batch_p2p_comm": on_gpu and not interleaved, "overlap_p2p_comm": on_gpu and interleaved}
 
 
 def _recompute(engine: EngineConfig) -> dict:

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from ssa_pretrain.monitor.alerts import Alert, StepAlerts, failed
 from ssa_pretrain.monitor.console import Console, evaluation_line, task_line, train_line
 from ssa_pretrain.settings.files import atomic_file
 
@@ -183,6 +184,10 @@ class Tracker(Protocol):
         """Takes a record of metrics.jsonl, except those of checkpoints; after a restart, again from the first one on."""
         ...
 
+    def alert(self, alert: Alert) -> None:
+        """Tells people of an event, once: it is not repeated after a restart. After a hang, a thread beside the main one calls it."""
+        ...
+
     def finish(self) -> None:
         """Ends the tracking; called once, after the last record."""
         ...
@@ -229,6 +234,7 @@ class MetricsLogger:
         self.console = console or Console(total_steps=total_steps, first_step=resume_step, enabled=enabled)
         self.speed = Speed(clock=clock)
         self._trackers = trackers
+        self._step_alerts = StepAlerts()
         self._file = None
         self._waiting = b""  # lines that could not be written yet: the disk was full
         self.evaluated: set[tuple[int, str]] = set()  # step and name of every evaluation (`evaluations`)
@@ -266,6 +272,8 @@ class MetricsLogger:
             "eta_seconds": self.speed.eta(self.total_steps - record["step"]),
         }
         self._write(full)
+        if alert := self._step_alerts.judge(full):
+            self.alert(alert)
         step = full["step"]
         if step % self.interval == 0 or step in (1, self.total_steps):
             self.console.print(train_line(full, self.total_steps))
@@ -303,6 +311,11 @@ class MetricsLogger:
         if self._file is not None:
             self._append(_json_line({"kind": "checkpoint", **record}))
 
+    def alert(self, alert: Alert) -> None:
+        """Passes an alert on to the trackers."""
+        for tracker in self._trackers:
+            tracker.alert(alert)
+
     def pause(self) -> None:
         """Excludes the time since the last step (a checkpoint, a wait) from the next step's time."""
         self.speed.pause()
@@ -325,6 +338,8 @@ class MetricsLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.alert(failed(error))
         self.close()
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from ssa_pretrain.config import WandbConfig, WandbMode
+from ssa_pretrain.monitor.client_tracker import ClientTracker
 from ssa_pretrain.monitor.redaction import redact
 from ssa_pretrain.monitor.tracking_client import ClientProcess
 from ssa_pretrain.monitor.tracking_rows import STATE_FILE
 
 CLIENT_SECONDS = 8.0  # limit for each of W&B's service, login and server, at the start
 START_SECONDS = 60.0  # limit for W&B's process to be ready; on a busy machine, importing its client takes most of it
-FINISH_SECONDS = 11.0  # limit for uploading the last rows
-MAX_WAITING = 2**24  # bytes in memory; with more, training waits for W&B's process to read
 LOG = "wandb/process.log"
 
 
-class WandbTracker:
+class WandbTracker(ClientTracker):
     """A W&B run that receives the records of metrics.jsonl, again from the first one after every restart.
 
     Args:
@@ -40,9 +39,8 @@ class WandbTracker:
     """
 
     def __init__(self, process: ClientProcess, print_line: Callable[[str], None]) -> None:
+        super().__init__(process, print_line, "W&B")
         assert process.ready is not None
-        self._process: ClientProcess | None = process
-        self._print_line = print_line
         self.id: str = process.ready["id"]
         self._stored_step: int = process.ready["step"]
         self._sync = f"wandb sync {shlex.quote(process.ready['folder'])}"
@@ -50,32 +48,16 @@ class WandbTracker:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Sends a record of metrics.jsonl unless W&B has it from before a restart."""
-        if self._process is None or (record["kind"] == "train" and record["step"] <= self._stored_step):
-            return
-        self._process.send(record)
-        self._process.pump()
-        while self._process.waiting > MAX_WAITING and not self._process.failure():
-            self._process.pump(1.0)
-        if reason := self._process.failure():
-            self._process.end(0.0)
-            self._process = None
-            self._print_line(
-                f"W&B stopped taking records ({reason}); training and metrics.jsonl continue, and the next start sends the missing records"
-            )
+        if record["kind"] != "train" or record["step"] > self._stored_step:
+            super().log(record)
 
-    def finish(self) -> None:
-        """Ends the W&B run. Records that could not be uploaded in time are sent by the next start, and stay on disk for `wandb sync`."""
-        if self._process is None:
-            return
-        process, self._process = self._process, None
-        process.send({"finish": True})
-        process.end(FINISH_SECONDS)
-        if not process.finished:
-            reason = process.failure() or f"still running after {FINISH_SECONDS:g} s"
-            self._print_line(
-                f"W&B did not finish ({reason}); the next start sends the missing records, or upload with: {self._sync}"
-            )
-        elif self._offline:
+    def remedy(self) -> str:
+        """Returns how to get the records that W&B did not take in time."""
+        return f"the next start sends the missing records, or upload with: {self._sync}"
+
+    def after_finish(self) -> None:
+        """Prints how to upload an offline run."""
+        if self._offline:
             self._print_line(f"W&B wrote offline; upload with: {self._sync}")
 
 
@@ -103,7 +85,6 @@ def start_tracking(
     """
     if settings.mode is WandbMode.off:
         return None
-    digest = hashlib.sha256(json.dumps(decisive or {}, sort_keys=True, default=str).encode()).hexdigest()
     opening = {
         "project": settings.project,
         "entity": settings.entity,
@@ -113,7 +94,7 @@ def start_tracking(
         "folder": str(folder),
         "config": redact(dict(config)),
         "step": step,
-        "settings": digest,
+        "settings": digest(decisive or {}),
         "patience": CLIENT_SECONDS,
     }
     for mode in ("online", "offline") if settings.mode is WandbMode.online else ("offline",):
@@ -130,6 +111,11 @@ def start_tracking(
         process.end(0.0)
         print_line(f"W&B {mode} cannot start ({reason}); {consequence}")
     return None
+
+
+def digest(decisive: Mapping[str, Any]) -> str:
+    """Returns a digest of the settings that determine a run's metrics."""
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def lacks_records(settings: WandbConfig, folder: Path, newest: Mapping[str, int]) -> bool:

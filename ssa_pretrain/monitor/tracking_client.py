@@ -1,6 +1,6 @@
-"""The training side of W&B's process: starts it, sends messages through a pipe, reads its answers. Stdlib only.
+"""The training side of a tracker's process (W&B, TensorBoard, trackio): starts it, sends messages through a pipe, reads its answers. Stdlib only.
 
-Messages are lines of JSON. Training sends the opening, then records, then {"finish": true}. The process answers with {"ready": {…}}, lines for
+Messages are lines of JSON. Training sends the opening, then records and {"alert": …}, then {"finish": true}. The process answers with {"ready": {…}}, lines for
 the user ({"print": …}), {"failed": reason} and {"finished": true}. No call raises because of what happens in the process, and none blocks
 without a limit.
 """
@@ -21,22 +21,23 @@ from ssa_pretrain.monitor.redaction import redact
 STALL_SECONDS = 60.0  # without a byte read, after which the process counts as hung
 CLOSE_SECONDS = 2.0  # for closing files and connections after the run has finished
 CHUNK = 2**16  # bytes of one read or write
-PROGRAM = "from ssa_pretrain.monitor.tracking_process import main; main()"
+PROGRAM = "from ssa_pretrain.monitor.{module} import main; main()"
 
 
 class ClientProcess:
-    """W&B's process and the pipes to it.
+    """A tracker's process and the pipes to it.
 
     Args:
-        log: file for the output of W&B's client and service.
+        log: file for the output of the tracker's library and its service.
         print_line: prints the lines that the process has for the user.
+        module: of this package, whose `main` the process runs.
 
     Attributes:
-        ready: sent by the process once it takes records: W&B's id, last step and folder; None before.
-        finished: whether the process passed everything to W&B and the W&B run ended.
+        ready: sent by the process once it takes records, such as W&B's id, last step and folder; None before.
+        finished: whether the process passed everything on and the tracker's run ended.
     """
 
-    def __init__(self, log: Path, print_line: Callable[[str], None]) -> None:
+    def __init__(self, log: Path, print_line: Callable[[str], None], module: str = "tracking_process") -> None:
         self._print_line = print_line
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ class ClientProcess:
         with log.open("ab") as file:
             self._log_start = file.tell()
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-c", PROGRAM, str(os.getpid())],
+                [sys.executable, "-P", "-c", PROGRAM.format(module=module), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
@@ -100,6 +101,13 @@ class ClientProcess:
             for line in lines:
                 self._receive(json.loads(line))
 
+    def drain(self, seconds: float) -> None:
+        """Waits at most `seconds` until the process has read all messages."""
+        deadline = time.monotonic() + seconds
+        self.pump()
+        while self._to_write and not self.failure() and time.monotonic() < deadline:
+            self.pump(0.1)
+
     def wait_ready(self, seconds: float) -> bool:
         """Returns whether the process is ready for records within `seconds`."""
         deadline = time.monotonic() + seconds
@@ -131,7 +139,10 @@ class ClientProcess:
             if self.finished and not finished:
                 deadline, finished = min(deadline, time.monotonic() + CLOSE_SECONDS), True
         self.failure()  # reaps a process that has exited
-        for number in (signal.SIGALRM, signal.SIGKILL):  # on SIGALRM it also kills W&B's service
+        for number in (
+            signal.SIGALRM,
+            signal.SIGKILL,
+        ):  # on SIGALRM it also kills its own processes, such as W&B's service
             if self._child.poll() is not None:
                 break
             self._child.send_signal(number)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ssa_pretrain.monitor.names import AXES, TASK, TRAIN, layer_name
 from ssa_pretrain.monitor.redaction import redact
 
 STATE_FILE = "wandb.json"
@@ -57,10 +58,10 @@ class State:
         return {name: step for name, step in steps.items() if step >= 0}
 
 
-def read_state(folder: Path) -> State:
-    """Returns the content of a run's state file. If it is missing or damaged, returns a new state, which starts a new W&B run."""
+def read_state(folder: Path, name: str = STATE_FILE) -> State:
+    """Returns the content of a run's state file. If it is missing or damaged, returns a new state, which starts a new run of the tracker."""
     try:
-        found = json.loads((folder / STATE_FILE).read_text())
+        found = json.loads((folder / name).read_text())
         known = {name: found[name] for name in State.__slots__ if name in found}
         if "row" not in known:  # an earlier version kept only the last step of each series
             known["row"] = max(found["received"].values(), default=-1)
@@ -145,28 +146,29 @@ class History:
 
 def series(record: Mapping[str, Any]) -> str:
     """Returns the name of a record's series: train, split and mode of an evaluation, or task, its name and mode."""
-    if record["kind"] == "task":
-        return f"task/{record['task']}/{record['mode']}"
-    return "train" if record["kind"] == "train" else f"{record['split']}/{record['mode']}"
+    if record["kind"] == TASK:
+        return f"{TASK}/{record['task']}/{record['mode']}"
+    return TRAIN if record["kind"] == TRAIN else f"{record['split']}/{record['mode']}"
 
 
 def flatten(record: Mapping[str, Any]) -> dict[str, float | int | str]:
-    """Returns a record under W&B's flat names. A list by layer becomes one name per layer; missing values are left out.
+    """Returns a record under flat names (names.py). A list by layer becomes one name per layer; missing values are left out.
 
     Args:
         record: a record of metrics.jsonl.
     """
     prefix = series(record)
     flat: dict[str, float | int | str] = {"tokens": record["tokens"], "step": record["step"]}
-    if record["kind"] != "train":  # its own x axis: a late evaluation goes into a later step's row
-        axis = record.get("split", "task")
-        flat |= {f"{axis}_tokens": record["tokens"], f"{axis}_step": record["step"]}
+    if record["kind"] != TRAIN:  # its own x axis: a late evaluation goes into a later step's row
+        split = record.get("split", TASK)
+        axis = AXES.get(split, f"{split}_tokens")
+        flat |= {axis: record["tokens"], axis.replace("_tokens", "_step"): record["step"]}
     for key, value in record.items():
         if key in ("kind", "split", "task", "mode", "tokens", "step") or value is None:
             continue
         if isinstance(value, list | tuple):
             name = key.removesuffix("_by_layer")
-            flat |= {f"{prefix}/{name}/layer_{i:02d}": item for i, item in enumerate(value) if item is not None}
+            flat |= {layer_name(f"{prefix}/{name}", i): item for i, item in enumerate(value) if item is not None}
         else:
             flat[f"{prefix}/{key}"] = value
     return flat

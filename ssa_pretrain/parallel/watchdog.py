@@ -79,6 +79,10 @@ class Watchdog:
         parallel: its timeouts.
         folder: the run's folder, which all ranks share.
         print_line: how rank 0 prints a line into the normal log.
+
+    Attributes:
+        on_phase: called with the phase and the step when a phase begins.
+        on_hang: called with the report before a hang ends this process, in a thread of this object.
     """
 
     def __init__(
@@ -90,6 +94,8 @@ class Watchdog:
     ) -> None:
         self.rank, self.world_size = placement.rank, placement.world_size
         self.print_line = print_line or (lambda text: print(text, file=sys.stderr, flush=True))
+        self.on_phase: Callable[[str, int], object] = lambda phase, step: None
+        self.on_hang: Callable[[str], object] = lambda report: None
         self._parallel, self._folder = parallel, folder
         self._interval = max(BEAT_SECONDS, self.world_size / BEATS_PER_SECOND)
         self._phase = ("building", 0, 0, time.monotonic())  # name, step, number, begin
@@ -146,6 +152,7 @@ class Watchdog:
             self._steps.append(now - begin)
             self._trained += 1
         self._phase = (phase, step, number + 1, now)
+        self.on_phase(phase, step)
 
     def saved(self) -> None:
         """Notes that a checkpoint has been published: a launcher that restarts the run has not restarted it in vain."""
@@ -274,8 +281,12 @@ class Watchdog:
             if not follows:
                 _append(self._folder / REPORT, text)
                 self.print_line(text)
-                time.sleep(2 * self._interval)  # for the others to read it: this rank may host the store
-            leave(self.rank, text.partition("\n")[0], follows=follows)
+            try:
+                self.on_hang(text)
+            finally:  # whatever a tracker does
+                if not follows:
+                    time.sleep(2 * self._interval)  # for the others to read it: this rank may host the store
+                leave(self.rank, text.partition("\n")[0], follows=follows)
 
     def _end_alone(self, beat: Beat) -> None:
         """Ends this process without the others' view: it has no peers, or the store does not answer."""
@@ -291,7 +302,10 @@ class Watchdog:
                     text = "\n".join([first, *text.splitlines()[1:]])
             self.print_line(text)
             _append(self._folder / REPORT, text)
-            leave(self.rank, text.partition("\n")[0], follows=False)
+            try:
+                self.on_hang(text)
+            finally:
+                leave(self.rank, text.partition("\n")[0], follows=False)
 
     def _write_local(self, beat: Beat) -> None:
         """Writes the beat for this node's launcher."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ssa_pretrain.errors import UsageError
 from ssa_pretrain.monitor.metrics import perplexity
+from ssa_pretrain.report.cards import MODE_COLOURS, goodput_card, health_card, tasks_card
 from ssa_pretrain.report.summary import RunSummary
 from ssa_pretrain.settings.files import write_atomically
 from ssa_pretrain.settings.quantities import compact, duration
@@ -12,7 +13,6 @@ from ssa_pretrain.webpage.charts import WIDE, Line, heat_map, legend, line_chart
 from ssa_pretrain.webpage.layout import card, document, fact_table, grid, number_table, tiles
 
 METHODS = {"ssa": "SSA (Sparse Sparse Attention)", "full": "full attention", "moba": "MoBA"}
-MODE_COLOURS = {"full": "a", "sparse": "b"}
 
 
 def page(summary: RunSummary) -> str:
@@ -31,6 +31,9 @@ def page(summary: RunSummary) -> str:
             "Over the last 20 steps, without evaluations and checkpoints.",
             "tokens/s",
         ),
+        tasks_card(summary.tasks),
+        goodput_card([(summary.name, summary.goodput)] if summary.goodput else []),
+        health_card(summary.health),
         _samples(summary),
         card("The run", "", fact_table(summary.facts()), wide=True),
     ]
@@ -78,6 +81,8 @@ def _tiles(summary: RunSummary) -> str:
         values.append((f"{mass[-1][1]:.1%}", "attention mass inside the chosen blocks, last step"))
     if summary.tokens_per_second:
         values.append((compact(summary.tokens_per_second), "tokens per second"))
+    if summary.goodput:
+        values.append((f"{summary.goodput.share:.1%}", "goodput: share of the time that trained"))
     return tiles(values)
 
 
@@ -120,13 +125,13 @@ def _held_out(summary: RunSummary) -> str:
 
 def _captured_mass(summary: RunSummary) -> str:
     """Returns the heat map of captured mass by layer over training."""
-    rows = summary.layers("captured_mass_by_layer")
+    rows, where = summary.mass_by_layer()
     values = [value for row in rows for _, value in row]
     if not values:
         return ""
     low = min(0.9, min(values) // 0.05 * 0.05)
     text = (
-        f"The share of full attention inside the blocks that sparse attention chooses, by layer. The colour runs from {low:.2f}"
+        f"The share of full attention inside the blocks that sparse attention chooses, by layer, {where}. The colour runs from {low:.2f}"
         " (faint) to 1 (strong). At 1, reading only those blocks loses nothing."
     )
     chart = heat_map(rows, title="Captured attention mass by layer over training", low=low)

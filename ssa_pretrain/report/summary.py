@@ -1,7 +1,8 @@
 """The content of a report, read from the run's folder.
 
-Reads metrics.jsonl, config.yaml and environment.jsonl; evaluation.json and samples.json if `ssa_pretrain.evaluate` wrote them. The dataset's
-manifest.json gives the unigram entropy: the loss of a model that knows token frequencies only.
+Reads metrics.jsonl, config.yaml, environment.jsonl and timeline.jsonl; evaluation.json and samples.json if `ssa_pretrain.evaluate` wrote them;
+incidents/, hang.txt and the newest health.json (health.py). The dataset's manifest.json gives the unigram entropy: the loss of a model that knows
+token frequencies only. A folder of an older version lacks some of these, and its report the parts that need them.
 """
 
 import json
@@ -15,9 +16,13 @@ import yaml
 from ssa_pretrain.errors import CommandError, ExitCode
 from ssa_pretrain.monitor.environment import last_start
 from ssa_pretrain.monitor.metrics import FILE_NAME, perplexity, read_records
+from ssa_pretrain.monitor.timeline import read_timeline
+from ssa_pretrain.report.goodput import Goodput, goodput
+from ssa_pretrain.report.health import RunHealth, read_health
+from ssa_pretrain.report.tasks import TaskScores, read_tasks
 from ssa_pretrain.settings.quantities import compact, duration
 
-REQUIRED_KEYS = {"train": ("tokens",), "evaluation": ("mode", "cross_entropy")}
+REQUIRED_KEYS = {"train": ("tokens",), "evaluation": ("mode", "cross_entropy"), "task": ("task", "mode")}
 Points = list[tuple[float, float]]
 
 
@@ -43,6 +48,9 @@ class RunSummary:
         samples_step: training step of the weights that the samples were drawn from; None if unknown.
         data: facts about the dataset.
         start: the newest line of environment.jsonl; None if there is none.
+        tasks: results of tasks.
+        goodput: where the time went; None without timeline.jsonl.
+        health: skipped steps, spikes, rollbacks and hangs.
     """
 
     name: str
@@ -55,19 +63,23 @@ class RunSummary:
     samples_step: int | None = None
     data: dict[str, str] = field(default_factory=dict)
     start: dict[str, Any] | None = None
+    tasks: list[TaskScores] = field(default_factory=list)
+    goodput: Goodput | None = None
+    health: RunHealth = field(default_factory=RunHealth)
 
     def series(self, key: str) -> Points:
         """Returns (tokens, value) of every training record that has the key."""
         return [(record["tokens"], record[key]) for record in self.steps if record.get(key) is not None]
 
     def layers(self, key: str) -> list[Points]:
-        """Returns (tokens, value) by layer, for a key whose values are lists."""
-        records = [record for record in self.steps if record.get(key)]
-        count = max((len(record[key]) for record in records), default=0)
-        return [
-            [(r["tokens"], r[key][layer]) for r in records if layer < len(r[key]) and r[key][layer] is not None]
-            for layer in range(count)
-        ]
+        """Returns (tokens, value) by layer of the training records, for a key whose values are lists."""
+        return _by_layer(self.steps, key)
+
+    def mass_by_layer(self) -> tuple[list[Points], str]:
+        """Returns (tokens, captured mass) by layer and where it was measured: in training, else on held-out text with full attention."""
+        if rows := self.layers("captured_mass_by_layer"):
+            return rows, "in training"
+        return _by_layer(self.evaluations.get("full", []), "captured_mass_by_layer"), "on held-out text, full attention"
 
     @property
     def seconds(self) -> float:
@@ -100,6 +112,10 @@ class RunSummary:
             facts.append(("speed", f"{compact(self.tokens_per_second)} tokens/s (median)"))
         if self.steps and self.steps[-1].get("mfu") is not None:
             facts.append(("MFU", f"{self.steps[-1]['mfu']:.1%}"))
+        if self.goodput:
+            facts.append(("goodput", f"{self.goodput.share:.1%} of {duration(self.goodput.total)}"))
+        if not self.health.is_clean:
+            facts.append(("health", self.health.sentence()))
         if self.start:
             facts.append(("ran on", f"{self.start['processes']} x {self.start['device']}"))
             facts.append(("versions", ", ".join(f"{name} {number}" for name, number in self.start["versions"].items())))
@@ -120,6 +136,8 @@ def read_summary(folder: Path) -> RunSummary:
         config = _read(folder / "config.yaml") or {}
         evaluation = _read(folder / "evaluation.json")
         samples = _read(folder / "samples.json") or []
+        steps = [record for record in records if record["kind"] == "train"]
+        tasks, health = read_tasks(records, folder, evaluation), read_health(folder, steps)
     except (ValueError, yaml.YAMLError) as error:
         raise ReportError(str(error)) from error
     evaluations: dict[str, list[dict[str, Any]]] = {}
@@ -130,7 +148,7 @@ def read_summary(folder: Path) -> RunSummary:
     return RunSummary(
         name=config.get("name", folder.name),
         config=config,
-        steps=[record for record in records if record["kind"] == "train"],
+        steps=steps,
         evaluations=evaluations,
         final=_final(evaluations, evaluation),
         unigram=manifest.get("unigram_entropy_nats", {}).get("heldout"),
@@ -138,7 +156,20 @@ def read_summary(folder: Path) -> RunSummary:
         samples_step=(evaluation or {}).get("step"),
         data=_data_facts(manifest),
         start=last_start(folder),
+        tasks=tasks,
+        goodput=goodput(read_timeline(folder)),
+        health=health,
     )
+
+
+def _by_layer(records: list[dict[str, Any]], key: str) -> list[Points]:
+    """Returns (tokens, value) by layer, for a key whose values are lists."""
+    records = [record for record in records if record.get(key)]
+    count = max((len(record[key]) for record in records), default=0)
+    return [
+        [(r["tokens"], r[key][layer]) for r in records if layer < len(r[key]) and r[key][layer] is not None]
+        for layer in range(count)
+    ]
 
 
 def _checked(record: dict[str, Any], place: str) -> dict[str, Any]:

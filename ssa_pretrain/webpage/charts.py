@@ -241,6 +241,36 @@ def histogram(
     return _svg(title, width, height, body)
 
 
+def stacked_bars(
+    bars: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, title: str, width: int = WIDE
+) -> str:
+    """Returns an SVG of horizontal bars of the same length, each cut into shares. `colour_legend(names)` builds its legend.
+
+    Args:
+        bars: name, and shares that sum to 1, of each bar.
+        names: of the shares, in their order.
+        title: text for screen readers.
+        width: of the drawing, pixels.
+    """
+    thickness, gap, body = 30, 24 if any(name for name, _ in bars) else 0, []
+    height = len(bars) * (thickness + gap)
+    for index, (name, shares) in enumerate(bars):
+        top, x = index * (thickness + gap) + gap, 0.0
+        body.append(f'<text class="tick" x="0" y="{top - 6}">{escape(name)}</text>')
+        for part, (label, share) in enumerate(zip(names, shares, strict=True)):
+            if share <= 0:
+                continue
+            wide = share * width
+            body.append(
+                f'<rect class="{_colour(part)}" x="{x:.1f}" y="{top}" width="{max(0.5, wide - 1):.1f}" height="{thickness}">'
+                f"<title>{escape(name)}, {escape(label)}: {share:.1%}</title></rect>"
+            )
+            if wide > 70:
+                body.append(f'<text class="on-bar" x="{x + 8:.1f}" y="{top + 20}">{share:.1%}</text>')
+            x += wide
+    return _svg(title, width, height, body)
+
+
 def legend(lines: Sequence[Line]) -> str:
     """Returns the names of a chart's lines beside a stroke of their colour, as HTML."""
     drawn = [line for line in lines if line.points and not line.faint]

@@ -16,7 +16,7 @@ pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes
 WORKER = SUPPORT / "deepspeed_worker.py"
 TOLERANCE = 1e-5
-STOP, SAVED, RESUMED = 3, 2, 5
+STOP, SAVED, RESUMED = 3, 2, 4
 NUM_METRICS = 6  # cross entropy, norm, two layers' alignments and captured masses
 
 TP = {"parallel.tp": 2}
@@ -206,7 +206,7 @@ def test_resumed_run_is_bit_identical(results, name):
     ],
 )
 def test_run_resumes_on_other_degrees(results, name, source):
-    """Compares three steps after the resume: a lost step count, moment or weight decay shows in the second."""
+    """Compares two steps after the resume: a lost step count, moment or weight decay shows in the second."""
     close(results[name], results[source][SAVED:])
 
 

@@ -14,11 +14,18 @@ pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes
 WORKER = SUPPORT / "layout_worker.py"
 
 TP, PP, DP = "parallel.tp", "parallel.pp", "world"
-TWO = {"tp2": {TP: 2}, "tp2_sp": {TP: 2, "parallel.sequence_parallel": True}, "pp2": {PP: 2}, "dp2": {DP: 2}}
+TWO = {
+    "tp2": {TP: 2},
+    "tp2_sp": {TP: 2, "parallel.sequence_parallel": True},
+    "pp2": {PP: 2},
+    "pp2_vpp2": {PP: 2, "parallel.vpp": 2},
+    "dp2": {DP: 2},
+}
 FOUR = {
     "tp2_pp2": TWO["tp2"] | TWO["pp2"],
     "tp2_dp2": TWO["tp2"] | TWO["dp2"],
     "tp2_sp_pp2": TWO["tp2_sp"] | TWO["pp2"],
+    "pp2_vpp2_dp2": {PP: 2, "parallel.vpp": 2, DP: 2},
     "pp4_vpp2": {PP: 4, "parallel.vpp": 2, "model.num_layers": 8},
 }
 LAYOUTS = {"single": {}, "single_of_8": {"model.num_layers": 8}} | TWO | FOUR
@@ -42,7 +49,8 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     "plain": {"single": (*STREAMS, "quarter"), "single_of_8": tuple(STREAMS)}
     | dict.fromkeys(TWO, tuple(STREAMS))
     | dict.fromkeys(FOUR, ("drawn",))
-    | {"dp2": (*STREAMS, "quarter"), "tp2_sp": (*STREAMS, "quarter"), "tp2_pp2": ("drawn", "quarter")},
+    | {"dp2": (*STREAMS, "quarter"), "tp2_sp": (*STREAMS, "quarter"), "tp2_pp2": ("drawn", "quarter")}
+    | {"pp2_vpp2": ("drawn",), "pp2_vpp2_dp2": ()},
     "no_distributed_optimizer": {
         "single": BOTH,
         "dp2": BOTH,
@@ -65,6 +73,7 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
         "tp2_sp": ("sparse",),
         "pp2": ("full",),
         "tp2_pp2": ("sparse",),
+        "pp2_vpp2": ("full",),
         "pp4_vpp2": ("full",),
     },
     "full_recompute": {
@@ -75,7 +84,7 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
         "tp2_sp_pp2": ("full", "quarter"),
         "pp4_vpp2": ("sparse",),
     },
-    "overlap": {"dp2": ("drawn",), "tp2_dp2": ("drawn",)},
+    "overlap": {"dp2": ("drawn",), "tp2_dp2": ("drawn",), "pp2_vpp2_dp2": ("drawn",)},
     "one_microbatch": {"single": BOTH},
     "no_alignment": {"single": BOTH},
 }

@@ -23,12 +23,15 @@ STARTS = ((0, 511, 512, 513, 1023, 1500), (0,), (0, 1, 700, 1024, 2047), (0, 153
 
 
 def cases() -> dict[str, Config]:
-    """Returns the configurations by name: fp32 by the references, bf16 by the kernels."""
+    """Returns the configurations by name: fp32 by the references, bf16 and FP8 by the kernels."""
     found = {}
     for method in Method:
         for ratio in (0.0, 1.0) if method is Method.ssa else (0.5,):
-            for precision, impl in ((PrecisionName.fp32, KernelImpl.reference), (PrecisionName.bf16, KernelImpl.auto)):
+            for precision in PrecisionName:
+                impl = KernelImpl.reference if precision is PrecisionName.fp32 else KernelImpl.auto
                 for recompute in (Recompute.none, Recompute.selective, Recompute.full):
+                    if precision is PrecisionName.fp8 and recompute is not Recompute.none:
+                        continue
                     if recompute is not Recompute.none and ratio == 1.0:
                         continue
                     config = Config()

@@ -22,7 +22,7 @@ from support.small_model import VOCAB, random_batches, small_config
 def gradients(engine: MegatronEngine, step: int) -> dict[str, torch.Tensor]:
     """Returns copies of a step's gradients by parameter, and their norm."""
     engine.forward_backward(random_batches(2), step=step)
-    found = {n: p.main_grad.clone() for model in engine._models for n, p in model.named_parameters()}
+    found = {n: p.main_grad.clone() for model in engine.models for n, p in model.named_parameters()}
     engine.optimizer.prepare_grads()
     (optimizer,) = engine.optimizer.chained_optimizers
     norm = _norm(optimizer.get_main_grads_for_grad_norm(), engine.optimizer.get_grad_stats_parallel_group())
@@ -32,7 +32,7 @@ def gradients(engine: MegatronEngine, step: int) -> dict[str, torch.Tensor]:
 def states(engine: MegatronEngine) -> dict[str, torch.Tensor]:
     """Returns copies of weights, fp32 weights, moments and step counts."""
     engine.optimizer.count_skipped_steps()
-    found = {n: p.detach().clone() for model in engine._models for n, p in model.named_parameters()}
+    found = {n: p.detach().clone() for model in engine.models for n, p in model.named_parameters()}
     for optimizer in inner_optimizers(engine.optimizer):
         for g, group in enumerate(optimizer.param_groups):
             found[f"step of group {g}"] = torch.tensor(group.get("step", 0))

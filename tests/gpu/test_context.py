@@ -1,4 +1,4 @@
-"""Context parallelism on two GPUs against one GPU: references in fp32 to 1e-5, kernels in bf16 about as far from fp32 as one GPU."""
+"""Context parallelism on two GPUs against one GPU: references in fp32 to 1e-5, kernels in bf16 and FP8 about as far from fp32 as one GPU."""
 
 import os
 import subprocess
@@ -38,10 +38,10 @@ def results(tmp_path_factory) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_two_gpus_equal_one(results, precision):
     one, two = results
-    assert one.keys() == two.keys() and len(one) == 20
+    assert one.keys() == two.keys() and len(one) == 24
     for name, wanted in one.items():
         if not name.startswith(precision):
             continue

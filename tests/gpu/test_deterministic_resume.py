@@ -19,7 +19,7 @@ def test_resume_is_bit_identical(spec, tmp_path):
     """Names the first stage and tensor that differ. A process of its own: cuBLAS reads its variable once."""
     if spec == "transformer_engine":
         pytest.importorskip("transformer_engine")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(WORKER), spec, str(tmp_path)],
         env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": path},

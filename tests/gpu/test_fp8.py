@@ -53,8 +53,8 @@ def test_fp8_follows_bf16(placement, recipe):
 def test_fp8_samples_from_prompts_of_any_length(placement):
     """Sampling packs prompts that grow by a token at a time; FP8 products need multiples of 8."""
     from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.evaluation.generation import TOKENS_MULTIPLE
     from ssa_pretrain.evaluation.packing import pack_texts
-    from ssa_pretrain.evaluation.sampling import TOKENS_MULTIPLE
 
     config = small_config(Method.ssa, LayerSpec.transformer_engine, KernelImpl.auto)
     config.precision.name = PrecisionName.fp8

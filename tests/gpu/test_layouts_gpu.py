@@ -25,6 +25,7 @@ LAYOUTS = {
     "tp2": {TP: 2},
     "tp2_sp": {TP: 2, "parallel.sequence_parallel": True},
     "pp2": {PP: 2},
+    "pp2_vpp2": {PP: 2, "parallel.vpp": 2},
     "dp2": {DP: 2, "engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True},
 }
 FP32 = {"attention.impl": "reference", "engine.layer_spec": "local"}

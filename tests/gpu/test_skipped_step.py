@@ -56,7 +56,7 @@ def inner(engine) -> list:
 
 def tensors(engine) -> list[torch.Tensor]:
     """Returns copies of all weights, fp32 weights and moments."""
-    found = [p.detach().clone() for model in engine._models for p in model.parameters()]
+    found = [p.detach().clone() for model in engine.models for p in model.parameters()]
     for optimizer in inner(engine):
         found += [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
         found += [state[name].clone() for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -166,7 +166,7 @@ def test_weights_that_are_not_finite_are_found(placement):
     engine = build(placement)
     step(engine, 0)
     assert engine.first_not_finite() is None
-    name, weight = list(engine._models[0].named_parameters())[2]
+    name, weight = list(engine.models[0].named_parameters())[2]
     with torch.no_grad():
         weight.view(-1)[-1] = torch.inf
     assert engine.first_not_finite() == name

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
+from data_prep.shards import tokenizing
 from data_prep.shards.executors.step import run_task
 from ssa_pretrain.data.indexed_format import load_manifest
 
@@ -159,6 +160,35 @@ def test_queued_jobs_are_picked_up_by_a_later_command(corpus, slurm, capsys):
     assert "waiting for Slurm job" in error or "reusing" in error
     assert len(list((corpus.parent / "slurm" / "work" / "runs").iterdir())) <= 2
     assert load_manifest(corpus.parent / "slurm")
+
+
+def test_files_of_running_tasks_are_left_alone(corpus, tmp_path, monkeypatch):
+    """A second command neither removes what a task is writing nor the record that it has just written."""
+    root, running = corpus.parent / "local", tmp_path / "running"
+    assert main(settings(corpus, "local")) == 0
+    (root / "manifest.json").unlink()
+    record, *_ = sorted((root / "work" / "shards").glob("*.json"))
+    content, unfinished = record.read_bytes(), root / "work" / "shards" / "train" / f"{record.stem}.bin.1.tmp"
+    record.unlink()
+    unfinished.touch()
+    running.touch()
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n[ -e {running} ] && echo RUNNING\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (root / "work" / "slurm.json").write_text(json.dumps({"job_id": "1", "run": str(root / "work" / "runs" / "1")}))
+    find_records = tokenizing._records
+
+    def find_before_a_task_ends(*arguments):
+        found = find_records(*arguments)
+        record.write_bytes(content)
+        return found
+
+    monkeypatch.setattr(tokenizing, "_records", find_before_a_task_ends)
+    assert main(settings(corpus, "local", *SLURM, "executor.wait=false")) == 0
+    assert unfinished.exists() and record.read_bytes() == content
+    running.unlink()
+    assert main(settings(corpus, "local")) == 0
+    assert not unfinished.exists() and load_manifest(root)
 
 
 def test_failing_task_ends_the_command_with_its_shard(corpus, slurm, capsys):

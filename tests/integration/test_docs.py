@@ -24,6 +24,7 @@ from ssa_pretrain.bench.options import read_options
 from ssa_pretrain.cli import read_config
 from ssa_pretrain.huggingface.options import ExportOptions, ImportOptions
 from ssa_pretrain.huggingface.options import read_options as read_folder_options
+from ssa_pretrain.launch.__main__ import main as launch
 from support.processes import ROOT
 
 GUIDES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -37,8 +38,13 @@ NOT_RUN = {
     "wandb": "asks for a key",
     "deepspeed": "starts one process per GPU; its settings are planned",
     "torchrun": "needs two GPUs; its settings are read",
+    "sbatch": "needs a cluster",
+    "scancel": "needs a cluster",
+    "kubectl": "needs a cluster; the files that it takes exist",
+    "sky": "needs a cloud; the files that it takes exist",
+    "docker": "needs its daemon; the targets that it builds exist",
 }
-PROGRAMS = ("make", "pip", "wandb", "deepspeed", "torchrun", "python", "srun", "scontrol")
+PROGRAMS = (*NOT_RUN, "python", "srun", "scontrol")
 NO_DATA = "model.vocab_size=4096"  # in place of the tokenizer of data that does not exist here
 COMMAND = re.compile(rf"^\s*(?:{'|'.join(PROGRAMS)}|source|launchers/\w+\.sh)\s")
 # Blocks that run as typed, one after the other, in what `make quickstart` leaves behind.
@@ -97,7 +103,7 @@ def words_of(shell: list[str], folder: Path) -> list[list[str]]:
     (folder / "launchers").symlink_to(programs)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
-    for program in ("torchrun.sh", "deepspeed.sh", "quickstart.sh"):
+    for program in ("torchrun.sh", "deepspeed.sh", "quickstart.sh", "stages.sh"):
         (programs / program).write_text(note.replace("${0##*/programs/}", "launchers/${0##*/}"))
     for path in programs.iterdir():
         path.chmod(0o755)
@@ -184,7 +190,8 @@ def test_first_blocks_of_the_readme_work_as_typed(clone: Path, typed: subprocess
 
 
 def test_launchers_accept_every_documented_command(clone: Path, commands: list[list[str]]) -> None:
-    found = [words[words.index(word) :] for words in commands for word in words if word.startswith("launchers/")]
+    called = re.compile(r"launchers/\w+\.sh")
+    found = [words[words.index(word) :] for words in commands for word in words if called.fullmatch(word)]
     assert len(found) >= 10
     lines = "\n".join(shlex.join([words[0], "--dry-run", *words[1:]]) for words in found if "--dry-run" not in words)
     lines = lines.replace("/shared/venv/bin/python", "python")
@@ -214,6 +221,10 @@ def test_programs_accept_every_documented_command(
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         else:
             assert words[0] in NOT_RUN or words[0].startswith("launchers/") or words[0] in ("srun", "scontrol"), words
+            if words[:2] == ["docker", "build"]:
+                target = words[words.index("--target") + 1]
+                assert re.search(rf"^FROM .* AS {target}$", (ROOT / "Dockerfile").read_text(), re.M), words
+            assert all((ROOT / word).is_file() for word in words[1:] if word.startswith("launchers/")), words
 
 
 def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +236,10 @@ def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         return
     module, rest = words[start + 1], words[start + 2 :]
     assert (ROOT / module.replace(".", "/")).exists() or (ROOT / f"{module.replace('.', '/')}.py").exists(), words
-    if module == "data_prep" and rest[0] == "--explain":
+    if module == "ssa_pretrain.launch":
+        assert rest[0] == "render", words  # it starts nothing
+        assert launch(rest, {}) == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
+    elif module == "data_prep" and rest[0] == "--explain":
         assert data_prep(rest) == 0
     elif module == "data_prep":
         read_data_config(rest)

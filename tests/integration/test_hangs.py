@@ -4,9 +4,13 @@ import os
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ssa_pretrain.monitor.timeline import read_timeline
+from ssa_pretrain.report.goodput import goodput
 from support.training import descendants, environment, is_alive, launched, rank_of, records, train, wait_for_step
 
 pytestmark = pytest.mark.timeout(600)
@@ -29,7 +33,8 @@ SETTINGS = (
 def test_stopped_rank_is_named_and_the_restarted_run_is_bit_identical(corpus, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train(*SETTINGS, f"data.path={corpus}", f"output_dir={whole}", processes=2)
-    command = launched("torchrun.sh", *SETTINGS, f"data.path={corpus}", f"output_dir={folder}", restarts=1)
+    data = (f"data.path={corpus}", f"output_dir={folder}")
+    command = launched("torchrun.sh", *SETTINGS, *data, "logging=tensorboard", restarts=1)
     log = tmp_path / "log.txt"
     with log.open("w") as file, subprocess.Popen(command, env=environment(), stdout=file, stderr=file) as launcher:
         wait_for_step(launcher, folder, 9, seconds=200, output=lambda: log.read_text()[-3000:])
@@ -49,3 +54,26 @@ def test_stopped_rank_is_named_and_the_restarted_run_is_bit_identical(corpus, tm
     assert (folder / "hang.txt").read_text().count(hang) == 1
     for kind in ("train", "evaluation"):
         assert records(folder, kind) == records(whole, kind)
+    require_alerts_and_times(folder)
+
+
+def require_alerts_and_times(folder: Path) -> None:
+    """The hang was an alert before the ranks ended, the restart another; the report knows the time that it cost."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    alerts = {
+        tag: [event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+        if tag.startswith("alerts/")
+    }
+    assert sorted(alerts) == ["alerts/finished", "alerts/hung", "alerts/restarted"]
+    assert alerts["alerts/hung"][0].startswith("error: hang: rank 1 (")
+    assert "the start before hung at about step" in alerts["alerts/restarted"][0]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    segments = read_timeline(folder)
+    assert [(segment.step, segment.how) for segment in segments] == [(0, "hung"), (8, "finished")]
+    found = goodput(segments)
+    assert found is not None and found.starts == 2 and found.seconds["repeated"] > 0
+    assert found.total == pytest.approx(segments[1].last - segments[0].began, abs=1.0), (
+        "no second is lost or counted twice"
+    )

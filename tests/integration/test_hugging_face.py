@@ -1,11 +1,18 @@
-"""The commands on a run of TP 2 x PP 2 and on one of DeepSpeed: any number of processes writes the same folder, which starts and scores as the run does."""
+"""The commands on a run of TP 2 x PP 2 and on one of DeepSpeed: any number of processes writes the same folder, which starts and scores as the run does.
+
+The quickstart's export also generates text in an environment that has torch, transformers and what those two need, and nothing else.
+"""
 
 import json
+import os
+import subprocess
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 from support.foreign_llama import LLAMA3_ROPE, llama_record, random_tensors, write_folder
+from support.fresh_environment import fresh_environment, needed
 from support.run_folders import without_common_weights
 from support.training import records, run, train
 
@@ -21,6 +28,21 @@ SETTINGS = (
     "evaluation.at_start=false",
 )
 SIZE = "max_shard_size=300KB"
+GENERATE = """
+import json, sys
+from importlib.util import find_spec
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+found = [name for name in ("ssa_pretrain", "ssa_kernels", "data_prep", "megatron", "hydra", "triton", "pytest") if find_spec(name)]
+tokenizer, texts = AutoTokenizer.from_pretrained(sys.argv[1]), []
+for mode in ("full", "sparse"):
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attention_mode=mode, trust_remote_code=True)
+    tokens = tokenizer(sys.argv[2], return_tensors="pt")
+    new = model.generate(**tokens, max_new_tokens=40, do_sample=False)[0, tokens["input_ids"].shape[1] :]
+    texts.append({"tokens": new.tolist(), "text": tokenizer.decode(new)})
+print(json.dumps({"found": found, "module": type(model).__module__, "texts": texts}))
+"""
+TEXT = "The history of the town begins in the thirteenth century, when a bridge was built over the river. " * 5
 
 
 def export(source: Path, out: Path, *settings: str, processes: int = 1) -> Path:
@@ -51,9 +73,49 @@ def imported_from(folder: Path, out: Path, *settings: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()
 
 
-def test_every_number_of_processes_exports_the_same_and_an_import_scores_the_same(corpus, tmp_path):
-    source = trained(tmp_path / "run", corpus, "parallel=tp2_pp2", processes=4)
-    alone = export(source, tmp_path / "alone", "dtype=fp32", "check=true")
+@pytest.fixture(scope="module")
+def exported(corpus, tmp_path_factory) -> tuple[Path, Path]:
+    """Returns the folders of the quickstart's run on four processes, and of its export. No test changes the export."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    source = trained(folder / "run", corpus, "parallel=tp2_pp2", processes=4)
+    return source, export(source, folder / "alone", "dtype=fp32", "check=true")
+
+
+def test_quickstarts_export_generates_with_torch_and_transformers_only(exported, tmp_path):
+    import torch
+    from transformers import AutoTokenizer
+
+    from ssa_pretrain.huggingface.modelling_ssa import SSALlamaForCausalLM
+
+    _, folder = exported
+    python = fresh_environment(tmp_path / "environment", "torch", "transformers")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    variables |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(python), "-I", "-c", GENERATE, str(folder), TEXT]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=variables, cwd=tmp_path, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["found"] in ([], ["triton"]), "a CUDA build of torch needs triton"
+    assert result["module"].startswith("transformers_modules.")
+    tokens = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")
+    for mode, found in zip(("full", "sparse"), result["texts"], strict=True):
+        model = SSALlamaForCausalLM.from_pretrained(folder, attention_mode=mode)
+        with torch.no_grad():
+            wanted = model.generate(**tokens, max_new_tokens=40, do_sample=False)[0, tokens["input_ids"].shape[1] :]
+        assert found["tokens"] == wanted.tolist() and found["text"].strip(), mode
+
+
+def test_needs_are_found_through_needs():
+    found = {name.replace("_", "-") for name in needed("torch", "transformers")}
+    assert {"torch", "transformers", "huggingface-hub", "numpy", "sympy", "mpmath"} <= found
+    with pytest.raises(PackageNotFoundError, match="no_such_package"):
+        needed("no_such_package")
+
+
+def test_every_number_of_processes_exports_the_same_and_an_import_scores_the_same(exported, corpus, tmp_path):
+    source, alone = exported
     assert len(list(alone.glob("*.safetensors"))) >= 4
     require_same(export(source / "checkpoints/step_00000001", tmp_path / "four", "dtype=fp32", processes=4), alone)
     imported_from(alone, tmp_path / "imported", f"data={corpus}")

@@ -180,6 +180,7 @@ def test_torch_checks_the_ops():
         (layers.qkv_rope_op, (MIXED.clone().requires_grad_(), ANGLES, POSITIONS, [2, 2, 8, 2], None)),
         (layers.linear_cross_entropy_op, (HIDDEN.clone().requires_grad_(), WEIGHT, LABELS, True, None)),
         (decoding.append_to_cache_op, (*held, draw(2, 1, 2, 8), draw(2, 1, 2, 8), None, None)),
+        (decoding.update_block_means_op, (*held, 2, None, None)),
         (decoding.decode_attention_op, (draw(2, 1, 4, 8), *held, "sparse", 2, None, None, "softmax_sum", None)),
     ):
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")

@@ -205,7 +205,14 @@ def test_several_tiles_slices_and_splits(monkeypatch):
     """Small tiles, so that each loop runs more than once and its last round is not full; 8 tokens of 16 heads take two tiles of rows."""
     from ssa_kernels.decode import launch
 
-    small = {"TILE": 32, "CANDIDATE_CHUNK": 16, "MERGE_CHUNK": 16, "MAX_SLICES": 5, "CHOSEN_KEYS": 16}
+    small = {
+        "TILE": 32,
+        "SLICE_BLOCKS": 32,
+        "CANDIDATE_CHUNK": 16,
+        "MERGE_CHUNK": 16,
+        "MAX_SLICES": 5,
+        "CHOSEN_KEYS": 16,
+    }
     for name, size in {**small, "SPLIT_KEYS": 16, "MIN_KEYS_PER_SPLIT": 64, "PROGRAMS_PER_MULTIPROCESSOR": 99}.items():
         monkeypatch.setattr(launch, name, size)
     check(tokens_of([330, 101], 16, 1, 16), block_size=2, top_k=12, tokens=8, paged=True)
@@ -363,7 +370,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ssa_kernels.decode import append_triton, attend_triton, launch, select_triton
 
-TYPES = {"seq_lens_ptr": "*i32", "num_new_ptr": "*i32", "page_table_ptr": "*i32", "indices_ptr": "*i32", "best_ptr": "*i64"}
+TYPES = {"seq_lens_ptr": "*i32", "num_new_ptr": "*i32", "page_table_ptr": "*i32", "key_table_ptr": "*i32", "indices_ptr": "*i32", "best_ptr": "*i64"}
 FLOATS = ("logits_ptr", "tile_max_ptr", "tile_sum_ptr", "lse_ptr", "part_ptr", "top_ptr", "total_ptr")
 
 def usage(kernel, num_warps, sizes, **options):
@@ -391,12 +398,13 @@ found = {}
 for tokens, heads, dim, paged in ((1, 16, 64, True), (1, 16, 64, False), (4, 16, 64, True), (1, 4, 128, True)):
     rows = min(launch.MAX_ROWS, max(16, tokens * heads))
     sizes = dict(
-        NUM_NEW=tokens, RAGGED=False, PAGED=paged, LISTS=2, LISTS_PER_KV_HEAD=1, KV_HEADS=2, HEADS=heads, PADDED_HEADS=heads,
+        NUM_NEW=tokens, RAGGED=False, PAGED=paged, INDEXED=not paged, LISTS=2, LISTS_PER_KV_HEAD=1, KV_HEADS=2, HEADS=heads, PADDED_HEADS=heads,
         HEAD_DIM=dim, DIM=dim, BLOCK_SIZE=16, KEYS=16, TOP_K=16, SLOTS=16, SLICE=128, TILE=launch.TILE, TILES=16, PER_HEAD=False,
         ROWS=rows, STEP=16, CHUNK=launch.MERGE_CHUNK, STAGES=3 if dim * rows <= 4096 else 2, SPLITS=128, OVERLAP=True,
     )
     shape = f"{tokens} {heads} {dim} {paged} "
     found[shape + "append"] = usage(append_triton.append_kernel, 1, sizes)
+    found[shape + "means"] = usage(append_triton.means_kernel, 1, sizes)
     found[shape + "logits"] = usage(select_triton.block_logits_kernel, 4, sizes, num_stages=1)
     chunk = dict(sizes, CHUNK=launch.CANDIDATE_CHUNK)
     found[shape + "candidates"] = usage(select_triton.candidates_kernel, 8, chunk, num_stages=1)
@@ -415,6 +423,6 @@ def test_kernels_compiled_for_hopper_do_not_spill():
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 28
+    assert len(found) == 32
     assert {name: stack for name, (stack, _) in found.items() if stack} == {}
     assert all(found[f"1 16 64 {paged} split"][1] <= 227 * 1024 // 3 for paged in (True, False))

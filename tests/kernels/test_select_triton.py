@@ -185,12 +185,12 @@ def test_longer_documents_than_expected(monkeypatch, score, block_size, top_k, t
     from ssa_kernels.select import launch
     from ssa_kernels.select.long_documents import LongestSeen
 
-    bounds = [block_size * x for x in (0, 3, 20, 700)]
-    tokens = 720 * block_size
+    bounds = [block_size * x for x in (0, 3, 20, 560)]
+    tokens = 576 * block_size
     layout = build_layout(torch.tensor(bounds), num_tokens=tokens, block_size=block_size)
     q, k = make(tokens, 32 if score == "softmax_sum" else 8, 1)
-    near = slice(694 * block_size, 694 * block_size + 30, 1)
-    numbers = torch.tensor([5, 19, 300, 400, 501, 531, 690, 699, 700, 719]) * block_size
+    near = slice(556 * block_size, 556 * block_size + 6, 1)
+    numbers = torch.tensor([5, 19, 300, 531, 532, 559, 560, 575]) * block_size
     queries = near if together else numbers
     arguments = {"block_size": block_size, "top_k": top_k, "cu_seqlens": query_slice(layout, queries), "score": score}
     seen = LongestSeen(torch.device("cpu"))

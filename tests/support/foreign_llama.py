@@ -31,35 +31,37 @@ LLAMA3_ROPE = {
 
 
 def random_tensors(
-    *, gate_rows: int = 0, tied: bool = False, vocab: int = SIZES["vocab_size"]
+    *, gate_rows: int = 0, tied: bool = False, vocab: int = SIZES["vocab_size"], sizes: dict = SIZES
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors of a Llama under Hugging Face's names: large enough that attention is far from uniform."""
     generator = torch.Generator().manual_seed(0)
+    hidden, inner, dim = sizes["hidden_size"], sizes["intermediate_size"], sizes["head_dim"]
+    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
 
     def matrix(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 2 / shape[-1] ** 0.5
 
     def norm() -> torch.Tensor:
-        return 1 + 0.2 * torch.randn(HIDDEN, generator=generator)
+        return 1 + 0.2 * torch.randn(hidden, generator=generator)
 
-    found = {"model.embed_tokens.weight": matrix(vocab, HIDDEN), "model.norm.weight": norm()}
+    found = {"model.embed_tokens.weight": matrix(vocab, hidden), "model.norm.weight": norm()}
     if not tied:
-        found["lm_head.weight"] = matrix(vocab, HIDDEN)
-    for number in range(LAYERS):
+        found["lm_head.weight"] = matrix(vocab, hidden)
+    for number in range(sizes["num_hidden_layers"]):
         layer = f"model.layers.{number}."
         found |= {layer + name + ".weight": norm() for name in ("input_layernorm", "post_attention_layernorm")}
         shapes = {
-            "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
-            "mlp.gate_proj": (INNER, HIDDEN),
-            "mlp.up_proj": (INNER, HIDDEN),
-            "mlp.down_proj": (HIDDEN, INNER),
+            "self_attn.q_proj": (heads * dim, hidden),
+            "self_attn.k_proj": (kv_heads * dim, hidden),
+            "self_attn.v_proj": (kv_heads * dim, hidden),
+            "self_attn.o_proj": (hidden, heads * dim),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
         }
         found |= {f"{layer}{name}.weight": matrix(*shape) for name, shape in shapes.items()}
         if gate_rows:
-            found[f"{layer}self_attn.g_proj.weight"] = matrix(gate_rows * HEADS, HIDDEN)
+            found[f"{layer}self_attn.g_proj.weight"] = matrix(gate_rows * heads, hidden)
     return found
 
 

@@ -72,10 +72,13 @@ def rows_with_documents(
     return rows
 
 
-def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
-    """Returns this data rank's microbatches of the global batch: packed documents of uneven lengths, the last row half padding."""
+def batches(config: Config, dp_rank: int, dp: int, step: int, num_rows: int = 0) -> list[Batch]:
+    """Returns this data rank's microbatches of the global batch: packed documents of uneven lengths, the last row half padding.
+
+    With `num_rows`, returns those of so many rows instead.
+    """
     generator = np.random.default_rng(step)
-    num_rows = config.training.global_batch_tokens // LENGTH
+    num_rows = num_rows or config.training.global_batch_tokens // LENGTH
     rows = []
     for _ in range(num_rows):
         starts = np.zeros(LENGTH + 1, dtype=bool)

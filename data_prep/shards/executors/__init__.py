@@ -42,6 +42,13 @@ class Handle(Protocol):
         ...
 
 
+def queued_tasks_may_run(out: Path) -> bool:
+    """Returns whether tasks that an earlier command queued for this dataset still wait or run. Their files must be left alone."""
+    from data_prep.shards.executors.slurm_array import attach
+
+    return attach(out) is not None
+
+
 def launch(
     config: Config, out: Path, vocabulary: Vocabulary, backend: str, jobs: list[Job], log: Log
 ) -> list[dict[str, Any]] | None:

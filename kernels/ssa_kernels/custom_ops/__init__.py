@@ -28,5 +28,6 @@ GRAPH_OPERATORS.update(
         "sparse_attention": attention.sparse_attention,
         "ssa_attention": attention.ssa_attention,
         "swiglu": layers.swiglu,
+        "update_block_means": decoding.update_block_means,
     }
 )

@@ -14,14 +14,33 @@ def append_to_cache_op(
     seq_lens: torch.Tensor,
     page_table: torch.Tensor | None,
     max_length: int | None,
+    key_table: torch.Tensor | None,
     k_new: torch.Tensor,
     v_new: torch.Tensor,
     num_new: torch.Tensor | None,
     impl: str | None,
 ) -> None:
     """Writes keys, values and means."""
-    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length)
+    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length, key_table)
     cache.append_to_cache(held, k_new, v_new, num_new=num_new, impl=impl)
+
+
+@torch.library.custom_op("ssa_kernels::update_block_means", mutates_args=("means",))
+def update_block_means_op(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    means: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_table: torch.Tensor | None,
+    max_length: int | None,
+    key_table: torch.Tensor | None,
+    num_tokens: int,
+    num_new: torch.Tensor | None,
+    impl: str | None,
+) -> None:
+    """Writes means."""
+    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length, key_table)
+    cache.update_block_means(held, num_tokens=num_tokens, num_new=num_new, impl=impl)
 
 
 @torch.library.custom_op("ssa_kernels::decode_attention", mutates_args=())
@@ -33,6 +52,7 @@ def decode_attention_op(
     seq_lens: torch.Tensor,
     page_table: torch.Tensor | None,
     max_length: int | None,
+    key_table: torch.Tensor | None,
     mode: str,
     top_k: int,
     num_new: torch.Tensor | None,
@@ -41,7 +61,7 @@ def decode_attention_op(
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (o, lse)."""
-    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length)
+    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length, key_table)
     o, lse = api.decode_attention(
         q, held, mode=mode, top_k=top_k, num_new=num_new, scale=scale, score=score, return_lse=True, impl=impl
     )
@@ -58,6 +78,7 @@ def select_cached_blocks_op(
     seq_lens: torch.Tensor,
     page_table: torch.Tensor | None,
     max_length: int | None,
+    key_table: torch.Tensor | None,
     top_k: int,
     num_new: torch.Tensor | None,
     scale: float | None,
@@ -65,28 +86,33 @@ def select_cached_blocks_op(
     impl: str | None,
 ) -> torch.Tensor:
     """Returns indices."""
-    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length)
+    held = cache.KeyValueCache(k, v, means, seq_lens, page_table, max_length, key_table)
     return api.select_cached_blocks(q, held, top_k=top_k, num_new=num_new, scale=scale, score=score, impl=impl)
 
 
 @append_to_cache_op.register_fake
-def _(k, v, means, seq_lens, page_table, max_length, k_new, v_new, num_new, impl):
+def _(k, v, means, seq_lens, page_table, max_length, key_table, k_new, v_new, num_new, impl):
+    return None
+
+
+@update_block_means_op.register_fake
+def _(k, v, means, seq_lens, page_table, max_length, key_table, num_tokens, num_new, impl):
     return None
 
 
 @decode_attention_op.register_fake
-def _(q, k, v, means, seq_lens, page_table, max_length, mode, top_k, num_new, scale, score, impl):
+def _(q, k, v, means, seq_lens, page_table, max_length, key_table, mode, top_k, num_new, scale, score, impl):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))
 
 
 @select_cached_blocks_op.register_fake
-def _(q, k, v, means, seq_lens, page_table, max_length, top_k, num_new, scale, score, impl):
+def _(q, k, v, means, seq_lens, page_table, max_length, key_table, top_k, num_new, scale, score, impl):
     lists = q.shape[2] if score == "per_head" else k.shape[-2]
     return q.new_empty((*q.shape[:2], lists, top_k), dtype=torch.int32)
 
 
 def _operands(held: cache.KeyValueCache) -> tuple:
-    return held.k, held.v, held.means, held.seq_lens, held.page_table, held.max_length
+    return held.k, held.v, held.means, held.seq_lens, held.page_table, held.max_length, held.key_table
 
 
 def append_to_cache(
@@ -99,6 +125,13 @@ def append_to_cache(
 ) -> None:
     """Appends by the custom op; arguments as in `ssa_kernels.append_to_cache`."""
     append_to_cache_op(*_operands(cache), k.detach(), v.detach(), num_new, impl)
+
+
+def update_block_means(
+    cache: cache.KeyValueCache, *, num_tokens: int, num_new: torch.Tensor | None = None, impl: str | None = None
+) -> None:
+    """Writes means by the custom op; arguments as in `ssa_kernels.update_block_means`."""
+    update_block_means_op(*_operands(cache), num_tokens, num_new, impl)
 
 
 def decode_attention(

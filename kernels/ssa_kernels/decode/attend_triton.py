@@ -11,7 +11,7 @@ once for all of them; in full mode the rows are the heads of all new tokens.
   write o without its division, the maximum and the sum.
 * `combine_kernel`, one program per query head: adds the splits in their order, so the result is the same every time.
 
-Pages lie anywhere, so a tile of keys is gathered block by block; keys past a query's position are neither read nor counted.
+Pages lie anywhere, so a tile of keys is gathered block by block (INDEXED: key by key); keys past a query's position are neither read nor counted.
 """
 
 import triton
@@ -33,8 +33,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _keys_of_blocks(
-    k_ptr, v_ptr, page_table_ptr, sequence, blocks, kv_head, last, blocks_per_sequence, num_pages,
-    PAGED: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    k_ptr, v_ptr, page_table_ptr, key_table_ptr, sequence, blocks, kv_head, last, blocks_per_sequence, num_pages, row_keys,
+    PAGED: tl.constexpr, INDEXED: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Returns (position, k, v) of the keys of `blocks` up to position `last`: [n], [n, DIM] twice, n = blocks x KEYS.
 
@@ -46,7 +47,11 @@ def _keys_of_blocks(
     position = blocks[:, None] * BLOCK_SIZE + key[None, :]
     visible = (blocks >= 0)[:, None] & (key < BLOCK_SIZE)[None, :] & (position <= last)
     position = tl.reshape(tl.where(visible, position, 2147483647), [NUM])
-    at = tl.reshape((page[:, None] * BLOCK_SIZE + key[None, :]) * KV_HEADS + kv_head, [NUM])
+    at = page[:, None] * BLOCK_SIZE + key[None, :]
+    if INDEXED:
+        place = tl.load(key_table_ptr + at, mask=visible, other=0)
+        at = sequence.to(tl.int64) * row_keys + tl.minimum(tl.maximum(place, 0), row_keys - 1)
+    at = tl.reshape(at * KV_HEADS + kv_head, [NUM])
     dim = tl.arange(0, DIM)
     offsets = at[:, None] * HEAD_DIM + dim[None, :]
     inside = (position <= last)[:, None] & (dim < HEAD_DIM)[None, :]
@@ -79,12 +84,12 @@ def _store(o_ptr, lse_ptr, at, valid, top, total, acc, HEAD_DIM: tl.constexpr, D
     tl.store(lse_ptr + at // HEAD_DIM, lse, mask=valid)
 
 
-@triton.jit(do_not_specialize=["most", "blocks_per_sequence", "num_pages", "slices"])
+@triton.jit(do_not_specialize=["most", "blocks_per_sequence", "num_pages", "row_keys", "slices"])
 def chosen_kernel(
-    q_ptr, k_ptr, v_ptr, seq_lens_ptr, num_new_ptr, page_table_ptr, best_ptr, o_ptr, lse_ptr,
-    scale_log2, most, blocks_per_sequence, num_pages, slices,
-    NUM_NEW: tl.constexpr, RAGGED: tl.constexpr, PAGED: tl.constexpr, LISTS: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOP_K: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, seq_lens_ptr, num_new_ptr, page_table_ptr, key_table_ptr, best_ptr, o_ptr, lse_ptr,
+    scale_log2, most, blocks_per_sequence, num_pages, row_keys, slices,
+    NUM_NEW: tl.constexpr, RAGGED: tl.constexpr, PAGED: tl.constexpr, INDEXED: tl.constexpr, LISTS: tl.constexpr,
+    LISTS_PER_KV_HEAD: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, SLICE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -112,18 +117,18 @@ def chosen_kernel(
                 wanted = (first + tl.arange(0, STEP))[:, None] == tl.arange(0, SLOTS)[None, :]
                 blocks = tl.max(tl.where(wanted, chosen[None, :], -1), 1)
             position, k, v = _keys_of_blocks(
-                k_ptr, v_ptr, page_table_ptr, sequence, blocks, chosen_list // LISTS_PER_KV_HEAD, own_position,
-                blocks_per_sequence, num_pages, PAGED, LISTS // LISTS_PER_KV_HEAD, HEAD_DIM, DIM, BLOCK_SIZE, KEYS,
+                k_ptr, v_ptr, page_table_ptr, key_table_ptr, sequence, blocks, chosen_list // LISTS_PER_KV_HEAD, own_position,
+                blocks_per_sequence, num_pages, row_keys, PAGED, INDEXED, LISTS // LISTS_PER_KV_HEAD, HEAD_DIM, DIM, BLOCK_SIZE, KEYS,
             )  # fmt: skip
             top, total, acc = _attend(q, k, v, position, rows, scale_log2, top, total, acc)
     _store(o_ptr, lse_ptr, at, valid, top, total, acc, HEAD_DIM, DIM)
 
 
-@triton.jit(do_not_specialize=["most", "blocks_per_sequence", "num_pages"])
+@triton.jit(do_not_specialize=["most", "blocks_per_sequence", "num_pages", "row_keys"])
 def split_kernel(
-    q_ptr, k_ptr, v_ptr, seq_lens_ptr, num_new_ptr, page_table_ptr, part_ptr, top_ptr, total_ptr,
-    scale_log2, most, blocks_per_sequence, num_pages,
-    NUM_NEW: tl.constexpr, RAGGED: tl.constexpr, PAGED: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, seq_lens_ptr, num_new_ptr, page_table_ptr, key_table_ptr, part_ptr, top_ptr, total_ptr,
+    scale_log2, most, blocks_per_sequence, num_pages, row_keys,
+    NUM_NEW: tl.constexpr, RAGGED: tl.constexpr, PAGED: tl.constexpr, INDEXED: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
     STEP: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -148,8 +153,8 @@ def split_kernel(
         blocks = step * STEP + tl.arange(0, STEP)
         blocks = tl.where(blocks * BLOCK_SIZE <= last, blocks, -1)
         position, k, v = _keys_of_blocks(
-            k_ptr, v_ptr, page_table_ptr, sequence, blocks, kv_head, last, blocks_per_sequence, num_pages,
-            PAGED, KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, KEYS,
+            k_ptr, v_ptr, page_table_ptr, key_table_ptr, sequence, blocks, kv_head, last, blocks_per_sequence, num_pages, row_keys,
+            PAGED, INDEXED, KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, KEYS,
         )  # fmt: skip
         top, total, acc = _attend(q, k, v, position, own_position, scale_log2, top, total, acc)
     rows_in_all = tl.num_programs(2).to(tl.int64) * (NUM_NEW * KV_HEADS * HEADS)

@@ -11,8 +11,13 @@ block's keys in the cache: the same sum, in the same order, as the prefill compu
 could drift from it, and none to undo. Means of incomplete blocks are never written or read.
 
 Without `page_table` the memory of a sequence is k[b]; with it, pages may lie anywhere and in any order. Entries for blocks that a sequence
-has not reached are never read, nor is memory that was never written. On a GPU, lengths above the capacity count as the capacity and page
-numbers outside the pages as the nearest page, so no kernel accesses memory outside its tensors. On a CPU both are refused.
+has not reached are never read, nor is memory that was never written. On a GPU, lengths above the capacity count as the capacity, page
+numbers outside the pages as the nearest page and entries of a `key_table` as the nearest key, so no kernel accesses memory outside its tensors.
+On a CPU all three are refused.
+
+A `key_table` is for keys and values that another library wrote, such as a batch with padding between its tokens: it says where each token's key
+lies in k[b], which may have any number of rows. Means are by block of tokens as ever. The owner writes keys and values, and calls
+`update_block_means`.
 
 Not done here: choosing and freeing pages, a cache for sequences with several documents, quantised keys.
 """
@@ -33,12 +38,13 @@ class KeyValueCache:
         ValueError: for tensors that do not fit each other.
     """
 
-    k: torch.Tensor  # [B, R * K, G, D], or with a page table [P, K, G, D]
+    k: torch.Tensor  # [B, R * K, G, D], with a page table [P, K, G, D], with a key table [B, any number, G, D]
     v: torch.Tensor  # the same
     means: torch.Tensor  # [B, R, G, D], or with a page table [P, G, D], in k's dtype
     seq_lens: torch.Tensor  # int32 [B], tokens of each sequence, those of the current step included
     page_table: torch.Tensor | None = None  # int32 [B, R], the page of each block
     max_length: int | None = None  # no sequence of the next call is longer; bounds grids; by default the capacity
+    key_table: torch.Tensor | None = None  # int32 [B, R * K]: key j of sequence b is k[b, key_table[b, j]]
 
     def __post_init__(self) -> None:
         _check_cache(self)
@@ -46,7 +52,9 @@ class KeyValueCache:
     @property
     def block_size(self) -> int:
         """K, the keys per block, which is the page size."""
-        return self.k.shape[1] if self.page_table is not None else self.k.shape[1] // self.means.shape[1]
+        if self.page_table is not None:
+            return self.k.shape[1]
+        return (self.k if self.key_table is None else self.key_table).shape[1] // self.means.shape[1]
 
     @property
     def blocks_per_sequence(self) -> int:
@@ -69,9 +77,12 @@ class KeyValueCache:
         return self.means.shape[0] if self.page_table is not None else self.means.shape[0] * self.means.shape[1]
 
     def pages(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns views of keys and values `[P, K, G, D]` and of means `[P, G, D]`."""
+        """Returns views of keys and values `[P, K, G, D]` (with a key table as they are) and of means `[P, G, D]`."""
+        means = self.means.view(self.num_pages, *self.k.shape[2:])
+        if self.key_table is not None:
+            return self.k, self.v, means
         shape = (self.num_pages, self.block_size, *self.k.shape[2:])
-        return self.k.view(shape), self.v.view(shape), self.means.view(shape[0], *shape[2:])
+        return self.k.view(shape), self.v.view(shape), means
 
     def block_pages(self) -> torch.Tensor:
         """Returns the page of each block, int32 or int64 `[B, R]`."""
@@ -139,10 +150,15 @@ def append_to_cache(
         impl: None, "triton" or "reference".
 
     Raises:
-        ValueError: for arguments that do not fit each other. On a CPU also for sequences with more tokens than their length or their room.
+        ValueError: for arguments that do not fit each other, and a cache with a key table. On a CPU also for sequences with more tokens than their
+            length or their room.
     """
     check_one_dtype(cache=cache.k, k=k, v=v)
     check_step(cache, num_new, k=k, v=v)
+    if cache.key_table is not None:
+        raise ValueError(
+            "append_to_cache takes no cache with a key_table; write keys and values, then try update_block_means"
+        )
     if k.shape != v.shape or k.shape[2:] != cache.k.shape[2:]:
         raise ValueError(
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [B, T, G, D] with the cache's G and D {tuple(cache.k.shape[2:])}"
@@ -157,8 +173,42 @@ def append_to_cache(
         append_reference(cache, k.detach(), v.detach(), num_new)
 
 
-def check_step(cache: KeyValueCache, num_new: torch.Tensor | None, **tensors: torch.Tensor) -> None:
-    """Raises ValueError unless the tensors are [B, T, heads, D] for the cache's sequences. Values are checked on a CPU only."""
+@past_modes
+def update_block_means(
+    cache: KeyValueCache, *, num_tokens: int, num_new: torch.Tensor | None = None, impl: str | None = None
+) -> None:
+    """Writes the means of the blocks that the last tokens of each sequence complete, for an owner who has written keys and values.
+
+    The same sums as `append_to_cache`, in one launch, deterministic, without waiting.
+
+    Args:
+        cache: the layer's cache, whose keys are written and counted.
+        num_tokens: T, the most tokens that a sequence got since its means were last written.
+        num_new: int32 `[B]`, how many each sequence got. By default T.
+        impl: None, "triton" or "reference".
+
+    Raises:
+        ValueError: for arguments that do not fit each other.
+    """
+    check_whole("num_tokens", num_tokens, least=1, hint=": new tokens per sequence")
+    check_step(cache, num_new, num_tokens=num_tokens)
+    if resolve_impl(impl, cache.k, "update_block_means") == "triton":
+        from .append_triton import update_means_triton
+
+        update_means_triton(cache, num_tokens, num_new)
+    else:
+        from .reference import update_means_reference
+
+        update_means_reference(cache, num_tokens, num_new)
+
+
+def check_step(
+    cache: KeyValueCache, num_new: torch.Tensor | None, *, num_tokens: int = 0, **tensors: torch.Tensor
+) -> None:
+    """Raises ValueError unless the tensors are [B, T, heads, D] for the cache's sequences. Values are checked on a CPU only.
+
+    Without tensors, T is `num_tokens`.
+    """
     if not isinstance(cache, KeyValueCache):
         raise ValueError(f"cache must be a KeyValueCache by build_cache, got {type(cache).__name__}")
     check_tensors(cache=cache.k, **tensors)
@@ -168,7 +218,7 @@ def check_step(cache: KeyValueCache, num_new: torch.Tensor | None, **tensors: to
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} must be [B, T, heads, D], no size 0, with the cache's B={batch}"
             )
-    tokens = next(iter(tensors.values())).shape[1]
+    tokens = next(iter(tensors.values())).shape[1] if tensors else num_tokens
     if num_new is not None:
         check_tensors(cache=cache.k, num_new=num_new)
         if num_new.dtype != torch.int32 or num_new.shape != (batch,):
@@ -199,6 +249,12 @@ def _check_values(cache: KeyValueCache, tokens: int, num_new: torch.Tensor | Non
             raise ValueError(
                 f"page_table of sequence {sequence} must hold pages in [0, {cache.num_pages}) for its {int(lengths[sequence])} tokens"
             )
+    if cache.key_table is not None:
+        reached = torch.arange(cache.capacity) < lengths[:, None]
+        if bool((reached & ((cache.key_table < 0) | (cache.key_table >= cache.k.shape[1]))).any()):
+            raise ValueError(
+                f"key_table must hold rows of k in [0, {cache.k.shape[1]}) for the {lengths.tolist()[:8]}... tokens"
+            )
 
 
 def _check_cache(cache: KeyValueCache) -> None:
@@ -206,12 +262,15 @@ def _check_cache(cache: KeyValueCache) -> None:
     check_tensors(k=cache.k, v=cache.v, means=cache.means, seq_lens=cache.seq_lens)
     check_floats(k=cache.k)
     check_one_dtype(k=cache.k, v=cache.v, means=cache.means)
-    k, means, table = cache.k, cache.means, cache.page_table
-    if table is not None:
-        check_tensors(k=k, page_table=table)
+    k, means, table, keys = cache.k, cache.means, cache.page_table, cache.key_table
+    given = {name: x for name, x in (("page_table", table), ("key_table", keys)) if x is not None}
+    check_tensors(k=k, **given)
+    if len(given) > 1:
+        raise ValueError("page_table and key_table of a cache exclude each other; try one of them")
     fits = k.dim() == 4 and cache.v.shape == k.shape and means.dim() == (4 if table is None else 3) and 0 not in k.shape
     fits = fits and means.shape[0] == k.shape[0] and means.shape[-2:] == k.shape[2:]
-    fits = fits and (table is not None or (means.shape[1] > 0 and k.shape[1] % means.shape[1] == 0))
+    rows = k if keys is None else keys
+    fits = fits and (table is not None or (means.shape[1] > 0 and rows.shape[1] % means.shape[1] == 0))
     if not fits or not all(x.is_contiguous() for x in (k, cache.v, means)):
         raise ValueError(
             f"k {tuple(k.shape)}, v {tuple(cache.v.shape)} and means {tuple(means.shape)} of a cache must be contiguous: [B, R * K, G, D] twice and "
@@ -221,6 +280,8 @@ def _check_cache(cache: KeyValueCache) -> None:
     wanted: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {"seq_lens": (cache.seq_lens, (batch,))}
     if table is not None:
         wanted["page_table"] = (table, (batch, table.shape[-1]))
+    if keys is not None:
+        wanted["key_table"] = (keys, (batch, keys.shape[-1]))
     for name, (tensor, shape) in wanted.items():
         if tensor.dtype != torch.int32 or tuple(tensor.shape) != shape or not tensor.is_contiguous() or 0 in shape:
             raise ValueError(

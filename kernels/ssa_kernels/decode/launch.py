@@ -25,8 +25,11 @@ from .select_triton import block_logits_kernel, candidates_kernel, indices_kerne
 
 LOG2E = 1.4426950408889634
 TILE = 128  # blocks per program of the logits
-CANDIDATE_CHUNK = 64  # blocks that are ranked at once; the layout of a sum over heads has no registers for more
-MERGE_CHUNK = 128  # candidates that are ranked at once
+SLICE_BLOCKS = 128  # the fewest blocks of a slice, and a power of two
+CANDIDATE_CHUNK = 128  # blocks that are ranked at once
+MERGE_CHUNK = 256  # candidates that are ranked at once
+CANDIDATE_WARPS = 4
+CHOSEN_WARPS = 8
 MAX_SLICES = 16  # programs per (list, new token) that look for candidates
 MAX_ROWS = 64  # rows of a tile of queries: (new tokens x heads)
 CHOSEN_KEYS = 256  # keys at a time over the chosen blocks
@@ -68,6 +71,11 @@ class _Call:
         return self.cache.seq_lens if self.cache.page_table is None else self.cache.page_table
 
     @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The page table and the key table, or some tensor in their places."""
+        return self.table, self.cache.seq_lens if self.cache.key_table is None else self.cache.key_table
+
+    @property
     def bounds(self) -> tuple[int, int, int]:
         """The longest length, blocks per sequence and number of pages."""
         return self.cache.longest, self.cache.blocks_per_sequence, self.cache.num_pages
@@ -85,7 +93,7 @@ class _Call:
         """Returns where lists and pages lie."""
         per_kv_head = self.lists // self.cache.k.shape[2]
         return {
-            "PAGED": self.cache.page_table is not None, "LISTS": self.lists, "LISTS_PER_KV_HEAD": per_kv_head, "HEADS": self.heads,
+            "PAGED": self.cache.page_table is not None, "INDEXED": self.cache.key_table is not None, "LISTS": self.lists, "LISTS_PER_KV_HEAD": per_kv_head, "HEADS": self.heads,
         }  # fmt: skip
 
 
@@ -123,10 +131,11 @@ def decode_attention_triton(
     step = min(found.slots, max(1, CHOSEN_KEYS // keys))
     launch(
         chosen_kernel, (call.lists, q.shape[0] * q.shape[1]),
-        q, *cache.pages()[:2], *call.lengths, call.table, found.best, o, lse, scale * LOG2E, *call.bounds, found.best.shape[3],
+        q, *cache.pages()[:2], *call.lengths, *call.tables, found.best, o, lse, scale * LOG2E, *call.bounds, cache.k.shape[1],
+        found.best.shape[3],
         **_ordered(chosen_kernel, {**call.tokens(), **call.paged_lists(), **call.vectors(), **found.sizes()},
-                   ROWS=max(16, next_power_of_2(call.heads)), KEYS=keys, STEP=max(step, 16 // keys), CHUNK=max(MERGE_CHUNK, found.slots)),
-        num_warps=8, num_stages=1, **_starts_early(found.overlap),
+                   ROWS=max(16, next_power_of_2(call.heads)), KEYS=keys, STEP=max(step, 16 // keys), CHUNK=_merge_chunk(found)),
+        num_warps=CHOSEN_WARPS, num_stages=1, **_starts_early(found.overlap),
     )  # fmt: skip
     return o, lse
 
@@ -142,7 +151,7 @@ def select_cached_triton(
         indices_kernel, (call.lists, q.shape[0] * q.shape[1]),
         *call.lengths, found.best, indices, cache.longest, found.best.shape[3],
         **_ordered(indices_kernel, {**call.tokens(), **found.sizes()}, LISTS=call.lists, BLOCK_SIZE=cache.block_size,
-                   CHUNK=max(MERGE_CHUNK, found.slots)),
+                   CHUNK=_merge_chunk(found)),
         num_warps=8, **_starts_early(found.overlap),
     )  # fmt: skip
     return indices
@@ -152,7 +161,8 @@ def _candidates(call: _Call, top_k: int, score: str) -> _Candidates:
     """Returns each slice's best blocks. Nothing is launched if no query has more than top_k blocks, and so all are chosen."""
     batch, tokens, heads, _ = call.q.shape
     slots = max(16, next_power_of_2(top_k))
-    slice_blocks = cdiv(call.blocks, MAX_SLICES * MERGE_CHUNK) * MERGE_CHUNK
+    unit = max(SLICE_BLOCKS, slots)
+    slice_blocks = cdiv(call.blocks, MAX_SLICES * unit) * unit
     slices = cdiv(call.blocks, slice_blocks)
     device = call.q.device
     best = torch.empty(batch, call.lists, tokens, slices, slots, dtype=torch.int64, device=device)
@@ -178,10 +188,15 @@ def _candidates(call: _Call, top_k: int, score: str) -> _Candidates:
         **_ordered(candidates_kernel, {**call.tokens(), **found.sizes()},
                    LISTS=call.lists, HEADS=call.heads, PADDED_HEADS=next_power_of_2(call.heads), BLOCK_SIZE=call.cache.block_size,
                    TILE=TILE, TILES=next_power_of_2(tiles), PER_HEAD=score == "per_head",
-                   CHUNK=max(CANDIDATE_CHUNK, slots)),
-        num_warps=8 if slots <= CANDIDATE_CHUNK else 16, num_stages=1, **_starts_early(overlap),
+                   CHUNK=max(min(CANDIDATE_CHUNK, unit), slots)),
+        num_warps=CANDIDATE_WARPS, num_stages=1, **_starts_early(overlap),
     )  # fmt: skip
     return found
+
+
+def _merge_chunk(found: _Candidates) -> int:
+    """Returns how many of the slices' best are ranked at once."""
+    return min(max(MERGE_CHUNK, found.slots), next_power_of_2(found.best.shape[3] * found.slots))
 
 
 def _attend_all(call: _Call, o: torch.Tensor, lse: torch.Tensor) -> None:
@@ -197,8 +212,9 @@ def _attend_all(call: _Call, o: torch.Tensor, lse: torch.Tensor) -> None:
     lists, overlap = call.paged_lists(), _overlaps(o.device)
     launch(
         split_kernel, (splits, call.lists * row_tiles, batch),
-        call.q, *call.cache.pages()[:2], *call.lengths, call.table, part, top, total, call.scale * LOG2E, *call.bounds,
-        **_ordered(split_kernel, {**call.tokens(), **call.vectors()}, PAGED=lists["PAGED"], KV_HEADS=call.lists, HEADS=call.heads,
+        call.q, *call.cache.pages()[:2], *call.lengths, *call.tables, part, top, total, call.scale * LOG2E, *call.bounds,
+        call.cache.k.shape[1],
+        **_ordered(split_kernel, {**call.tokens(), **call.vectors(), **lists}, KV_HEADS=call.lists,
                    KEYS=keys, ROWS=rows, STEP=max(1, SPLIT_KEYS // keys), STAGES=3 if padded * rows <= 4096 else 2,
                    OVERLAP=overlap),
         num_warps=4,

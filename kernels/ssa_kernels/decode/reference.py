@@ -25,21 +25,33 @@ class PackedCache:
     layout: DocumentLayout  # of the queries over all keys
     rows: torch.Tensor  # int64 [queries], each one's place in [B * T]
     pages: torch.Tensor  # int64 [block rows in use], the page of each block row
-    keys: torch.Tensor  # int64 [keys], each one's place in [P * K]
+    keys: torch.Tensor  # int64 [keys], each one's place in k's first two dims
 
 
 def append_reference(cache: KeyValueCache, k: torch.Tensor, v: torch.Tensor, num_new: torch.Tensor | None) -> None:
     """Writes keys, values and means; arguments as in `append_to_cache`."""
-    k_pages, v_pages, means = cache.pages()
-    table, size = cache.block_pages().tolist(), cache.block_size
+    k_pages, v_pages, _ = cache.pages()
+    table, size = cache.block_pages().long(), cache.block_size
     for b, (length, new) in enumerate(_lengths(cache, k.shape[1], num_new)):
-        for t in range(max(new - length, 0), new):
-            block, place = divmod(length - new + t, size)
-            k_pages[table[b][block], place] = k[b, t]
-            v_pages[table[b][block], place] = v[b, t]
+        first = max(new - length, 0)
+        position = torch.arange(length - new + first, length, device=k.device)
+        at = (table[b, position // size], position % size)
+        k_pages[at], v_pages[at] = k[b, first:new], v[b, first:new]
+    update_means_reference(cache, k.shape[1], num_new)
+
+
+def update_means_reference(cache: KeyValueCache, tokens: int, num_new: torch.Tensor | None) -> None:
+    """Writes means; arguments as in `update_block_means`."""
+    table, size, means = cache.block_pages().long(), cache.block_size, cache.pages()[2]
+    for b, (length, new) in enumerate(_lengths(cache, tokens, num_new)):
         for block in range(max(length - new, 0) // size, length // size):
-            keys = k_pages[table[b][block]].to(torch.promote_types(k.dtype, torch.float32))
-            means[table[b][block]] = (keys.sum(0) / size).to(k.dtype)
+            if cache.key_table is None:
+                keys = cache.pages()[0][table[b, block]]
+            else:
+                keys = cache.k[b, cache.key_table[b, block * size : (block + 1) * size].long()]
+            means[table[b, block]] = (keys.to(torch.promote_types(keys.dtype, torch.float32)).sum(0) / size).to(
+                means.dtype
+            )
 
 
 def select_cached_reference(
@@ -98,7 +110,10 @@ def _pack(cache: KeyValueCache, tokens: int, num_new: torch.Tensor | None) -> Pa
     for b, (length, new) in enumerate(_lengths(cache, tokens, num_new)):
         first = max(new - length, 0)
         position = torch.arange(length)
-        keys.append(table[b, position // size] * size + position % size)
+        if cache.key_table is None:
+            keys.append(table[b, position // size] * size + position % size)
+        else:
+            keys.append(b * cache.k.shape[1] + cache.key_table[b, :length].cpu().long())
         pages.append(table[b, : -(-length // size)])
         rows += range(b * tokens + first, b * tokens + new)
         queries += range(ends[-1] + length - new + first, ends[-1] + length)

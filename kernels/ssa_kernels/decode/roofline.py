@@ -1,6 +1,6 @@
 """The bytes that a decoding step has to read and write: the floor of its time is this number over the memory's bandwidth.
 
-Each byte counts once: the queries and outputs, the page numbers, and in full mode all keys and values of the sequence; in sparse mode the
+Each byte counts once: the queries and outputs, the numbers of pages or keys, and in full mode all keys and values of the sequence; in sparse mode the
 means of the blocks before the query's own, and the keys and values of the chosen blocks up to the query. Several new tokens of a sequence
 share its keys and its means; their chosen blocks are counted as if they all differed, so for them it is an upper bound. What a kernel writes for
 itself and reads again (logits of the means, partial sums) is not counted: it need not leave the L2.
@@ -35,17 +35,18 @@ def decode_bytes(q: torch.Tensor, cache: KeyValueCache, lengths: Sequence[int], 
     total = 2 * q.numel() * q.element_size()
     for length in lengths:
         blocks = -(-length // size)
-        read = 0
+        read = keys = 0
         if top_k is None:
-            total += 2 * length * vector
-            read = blocks
+            keys, read = length, blocks
         else:
             for position in range(max(length - tokens, 0), length):
                 own = position // size
-                total += 2 * (min(top_k - 1, own) * size + position % size + 1) * vector
+                keys += min(top_k - 1, own) * size + position % size + 1
                 read += min(top_k, own + 1)
             if blocks > top_k:  # else all blocks are chosen without a look at their means
                 total += (length - 1) // size * vector
                 read += (length - 1) // size
+        total += 2 * keys * vector
         total += read * 4 if cache.page_table is not None else 0
+        total += keys * 4 if cache.key_table is not None else 0
     return total

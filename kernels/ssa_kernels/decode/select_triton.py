@@ -13,8 +13,8 @@ For a new token at position p of a sequence the candidates are the blocks c befo
 * attend_triton.py folds the slices' best into the choice.
 
 The best are kept as int64 (importance's bits in order, then the block's number), all different, and of equal importance the more recent block
-is the larger. `fold` takes a chunk in: an entry's rank is the number of entries above it, so the best SLOTS are those of rank below SLOTS. That
-is exact, needs no loop over bits and no sort, and costs CHUNK^2 comparisons. Nothing depends on how programs are scheduled.
+is the larger. Each chunk is reduced by a bitonic top-k, which compares within registers and between the lanes of a warp: exact, and a fixed
+number of steps. Nothing depends on how programs are scheduled.
 """
 
 import triton
@@ -31,9 +31,7 @@ from .pages_triton import (
 )
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # float32's smallest normal number; importance below it counts as 0
-NEVER = tl.constexpr(
-    -(2**31) * 2**32
-)  # below every candidate; entries that are none add a number to it and so all differ
+NEVER = tl.constexpr(-(2**31) * 2**32)  # below every candidate
 
 
 @triton.jit(do_not_specialize=["most", "blocks_per_sequence", "num_pages", "columns"])
@@ -75,21 +73,9 @@ def block_logits_kernel(
 
 
 @triton.jit
-def fold(best, entries):
-    """Returns the largest of both, as many as `best` has, in descending order. All entries differ."""
-    rank_best = tl.sum((best[None, :] > best[:, None]).to(tl.int32), 1)
-    rank_best += tl.sum((entries[None, :] > best[:, None]).to(tl.int32), 1)
-    rank = tl.sum((entries[None, :] > entries[:, None]).to(tl.int32), 1)
-    rank += tl.sum((best[None, :] > entries[:, None]).to(tl.int32), 1)
-    slot = tl.arange(0, best.shape[0])
-    kept = tl.sum(tl.where(rank_best[:, None] == slot[None, :], best[:, None], 0), 0)
-    return kept + tl.sum(tl.where(rank[:, None] == slot[None, :], entries[:, None], 0), 0)
-
-
-@triton.jit
-def no_entries(SLOTS: tl.constexpr):
-    """Returns SLOTS entries that are no candidates, below those of any chunk of at least SLOTS entries."""
-    return tl.arange(0, SLOTS).to(tl.int64) + NEVER
+def merge(best, more):
+    """Returns the largest of both, as many as each of them has, in descending order."""
+    return tl.topk(tl.ravel(tl.join(best, more)), best.shape[0])
 
 
 @triton.jit
@@ -108,6 +94,25 @@ def _log_sums(
     return tl.where(head < HEADS, top + tl.log2(tl.where(head < HEADS, total, 1.0)), float("inf"))
 
 
+@triton.jit
+def _best_blocks(
+    logits_ptr, row, columns, block, own, lse,
+    HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr, SLOTS: tl.constexpr, PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Returns the best SLOTS of `block`, by the rows of logits from `row` on, in descending order. No candidates come last."""
+    head = tl.arange(0, PADDED_HEADS)
+    inside = (head < HEADS)[:, None] & (block < own)[None, :]
+    x = tl.load(logits_ptr + (row + head)[:, None] * columns + block[None, :], mask=inside, other=float("-inf"))
+    if PER_HEAD:
+        importance = tl.sum(tl.where(inside, x, 0.0), 0)  # of one head
+        bits = importance.to(tl.int32, bitcast=True)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    else:
+        importance = tl.sum(tl.exp2(x - lse[:, None]), 0)
+        bits = tl.where(importance < TINY, 0.0, importance).to(tl.int32, bitcast=True)
+    return tl.topk(tl.where(block < own, (bits.to(tl.int64) << 32) + block, NEVER), SLOTS)
+
+
 @triton.jit(do_not_specialize=["most", "columns", "tiles"])
 def candidates_kernel(
     seq_lens_ptr, num_new_ptr, logits_ptr, tile_max_ptr, tile_sum_ptr, best_ptr, most, columns, tiles,
@@ -124,29 +129,26 @@ def candidates_kernel(
     wait_for_previous(OVERLAP)
     if (own >= TOP_K) & (begin < own):
         entry = ((sequence.to(tl.int64) * LISTS + chosen_list) * NUM_NEW + t) * HEADS
-        head = tl.arange(0, PADDED_HEADS)
         if PER_HEAD:
             lse = tl.zeros([PADDED_HEADS], tl.float32)
         else:
             lse = _log_sums(tile_max_ptr, tile_sum_ptr, entry, own, tiles, HEADS, PADDED_HEADS, TILES, TILE)
-        best = no_entries(SLOTS)
-        for first in range(begin, tl.minimum(begin + SLICE, own), CHUNK):
-            block = first + tl.arange(0, CHUNK)
-            inside = (head < HEADS)[:, None] & (block < own)[None, :]
-            x = tl.load(
-                logits_ptr + (entry + head)[:, None] * columns + block[None, :], mask=inside, other=float("-inf")
+        block = begin + tl.arange(0, CHUNK)
+        best = _best_blocks(logits_ptr, entry, columns, block, own, lse, HEADS, PADDED_HEADS, SLOTS, PER_HEAD)
+        for step in range(CHUNK, tl.minimum(SLICE, own - begin), CHUNK):
+            more = _best_blocks(
+                logits_ptr, entry, columns, block + step, own, lse, HEADS, PADDED_HEADS, SLOTS, PER_HEAD
             )
-            if PER_HEAD:
-                importance = tl.sum(tl.where(inside, x, 0.0), 0)  # of one head
-                bits = importance.to(tl.int32, bitcast=True)
-                bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-            else:
-                importance = tl.sum(tl.exp2(x - lse[:, None]), 0)
-                bits = tl.where(importance < TINY, 0.0, importance).to(tl.int32, bitcast=True)
-            entries = (bits.to(tl.int64) << 32) + block
-            best = fold(best, tl.where(block < own, entries, block.to(tl.int64) + (NEVER + SLOTS)))
+            best = merge(best, more)
         out = (entry // HEADS * tl.num_programs(0) + tl.program_id(0)) * SLOTS
         tl.store(best_ptr + out + tl.arange(0, SLOTS), best)
+
+
+@triton.jit
+def _found(best_ptr, i, found, SLOTS: tl.constexpr):
+    """Returns the best SLOTS of the slices' entries number i, in descending order."""
+    entries = tl.load(best_ptr + i, mask=i < found, other=0)
+    return tl.topk(tl.where(i < found, entries, NEVER), SLOTS)
 
 
 @triton.jit
@@ -158,12 +160,10 @@ def choose(
     if own < TOP_K:
         blocks = tl.where(slot <= own, slot, -1)
     else:
-        best = no_entries(SLOTS)
         found = (own + SLICE - 1) // SLICE * SLOTS
-        for first in range(0, found, CHUNK):
-            i = first + tl.arange(0, CHUNK)
-            entries = tl.load(best_ptr + entry * slices * SLOTS + i, mask=i < found, other=0)
-            best = fold(best, tl.where(i < found, entries, i.to(tl.int64) + (NEVER + 2**30)))
+        best = _found(best_ptr + entry * slices * SLOTS, tl.arange(0, CHUNK), found, SLOTS)
+        for first in range(CHUNK, found, CHUNK):
+            best = merge(best, _found(best_ptr + entry * slices * SLOTS, first + tl.arange(0, CHUNK), found, SLOTS))
         blocks = (best & 0x7FFFFFFF).to(tl.int32)
         blocks = tl.where(slot < TOP_K - 1, blocks, tl.where(slot == TOP_K - 1, own, -1))
     return blocks

@@ -1,4 +1,4 @@
-"""Rules of the machine: what kernels, Transformer Engine, W&B and Slurm need from it."""
+"""Rules of the machine: what kernels, Transformer Engine, trackers and Slurm need from it."""
 
 from ssa_pretrain.config import Config, KernelImpl, LayerSpec, PrecisionName, WandbMode
 from ssa_pretrain.config.machine import Machine
@@ -95,6 +95,18 @@ def _wandb(config: Config, machine: Machine) -> list[Problem]:
     return [Problem("logging.wandb.mode", mode, rule, advice)]
 
 
+def _other_trackers(config: Config, machine: Machine) -> list[Problem]:
+    """TensorBoard and trackio need their packages."""
+    logging, found = config.logging, []
+    asked = (("tensorboard", logging.tensorboard.enabled, machine.has_tensorboard),)
+    for name, enabled, installed in (*asked, ("trackio", logging.trackio.enabled, machine.has_trackio)):
+        if enabled and installed is False:
+            rule = f"needs the package {name}, which is not installed"
+            advice = f"try pip install {name}, or logging.{name}.enabled=false"
+            found.append(Problem(f"logging.{name}.enabled", True, rule, advice))
+    return found
+
+
 def _launcher(_: Config, machine: Machine) -> list[Problem]:
     """Slurm tasks need a launcher that joins them into one run."""
     if machine.slurm_tasks < 2:
@@ -111,4 +123,4 @@ def _missing(machine: Machine) -> str:
     return "Transformer Engine, which is not installed" if machine.has_transformer_engine is False else ""
 
 
-MACHINE_RULES = (_kernels, _layer_spec, _fp8, _overlap_tp, _wandb, _launcher)
+MACHINE_RULES = (_kernels, _layer_spec, _fp8, _overlap_tp, _wandb, _other_trackers, _launcher)

@@ -36,9 +36,11 @@ from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, Snapshot
 from ssa_pretrain.engine.replicas import ReplicaCheck
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums, label_scores
+from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import Llama
 from ssa_pretrain.model.sharding import partition_dim
 from ssa_pretrain.model.spec import build_model
+from ssa_pretrain.model.text_cache import TextCache
 from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, limit_waiting
@@ -104,14 +106,22 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def score_labels(self, batch: Batch, *, mode: str) -> Tensor:
         """See `Evaluator.score_labels`."""
-        batch, logits = self._logits(batch, mode)
+        (batch,) = self.microbatches.localise([batch])
+        logits = self._logits(batch, self.microbatches.pack(batch, Route(mode)))
         return label_scores(logits, batch.labels[0], self.vocab_size)
 
     @torch.no_grad()
-    def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
+    def last_logits(self, batch: Batch, *, mode: str, texts: TextCache | None = None) -> Tensor:
         """See `Evaluator.last_logits`."""
-        batch, logits = self._logits(batch, mode)
+        (batch,) = self.microbatches.localise([batch])
+        logits = self._logits(batch, self.microbatches.pack(batch, Route(mode, keep=texts)))
         return logits[batch.cu_seqlens[1:].long() - 1].float()
+
+    @torch.no_grad()
+    def next_logits(self, batch: Batch, *, mode: str, texts: TextCache) -> Tensor:
+        """See `Evaluator.next_logits`."""
+        batch = batch.to(self.placement.device)
+        return self._logits(batch, self.microbatches.pack_newest(batch, mode, texts))[: len(texts)].float()
 
     def require_equal_replicas(self, step: int) -> None:
         """See `Engine.require_equal_replicas`."""
@@ -218,13 +228,11 @@ class DeepSpeedEngine:
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total
 
-    def _logits(self, batch: Batch, mode: str) -> tuple[Batch, Tensor]:
-        """Returns a microbatch on the device, and its logits [T, padded V]."""
+    def _logits(self, batch: Batch, packed: PackedTokens) -> Tensor:
+        """Returns the logits [T, padded V] of a microbatch on the device."""
         self.ds.eval()
-        (batch,) = self.microbatches.localise([batch])
-        packed = self.microbatches.pack(batch, Route(mode))
         positions = batch.positions.unsqueeze(0)
-        return batch, self.ds(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)[0]
+        return self.ds(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)[0]
 
     def _loss(self, sums: StepSums, batch: Batch, route: Route) -> Tensor:
         """Runs a microbatch forward; returns its part of the step's loss and adds its results to `sums`."""

@@ -6,6 +6,7 @@ other stages, so that every rank of a model has them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.interface import EvaluationResult
 from ssa_pretrain.engine.megatron import checkpoint
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums, label_scores
+from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.spec import build_model
+from ssa_pretrain.model.text_cache import TextCache
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement, limit_waiting
 
@@ -79,16 +82,26 @@ class MegatronModel:
             scores = label_scores(logits, batch.labels[0], self.vocab_size)
             return self.context.values_at(scores, torch.arange(tokens, device=scores.device), tokens)
 
-        return self._read_logits(batch, mode, read, num_rows=batch.boundaries[-1])
+        (batch,) = self.microbatches.localise([batch])
+        pack = partial(self.microbatches.pack, batch, Route(mode))
+        return self._read_logits(batch, pack, read, num_rows=batch.boundaries[-1])
 
-    def last_logits(self, batch: Batch, *, mode: str) -> Tensor:
+    def last_logits(self, batch: Batch, *, mode: str, texts: TextCache | None = None) -> Tensor:
         """See `Evaluator.last_logits`."""
 
         def read(batch: Batch, logits: Tensor) -> Tensor:
             ends = batch.cu_seqlens[1:].long() - 1
             return self.context.values_at(logits, ends, self.context.num_tokens(batch)).float()
 
-        return self._read_logits(batch, mode, read, num_rows=len(batch.boundaries) - 1)
+        (batch,) = self.microbatches.localise([batch])
+        pack = partial(self.microbatches.pack, batch, Route(mode, keep=texts))
+        return self._read_logits(batch, pack, read, num_rows=len(batch.boundaries) - 1)
+
+    def next_logits(self, batch: Batch, *, mode: str, texts: TextCache) -> Tensor:
+        """See `Evaluator.next_logits`. Context ranks hold whole caches and compute the same."""
+        batch = batch.to(self.placement.device)
+        pack = partial(self.microbatches.pack_newest, batch, mode, texts)
+        return self._read_logits(batch, pack, lambda _, logits: logits[: len(texts)].float(), num_rows=len(texts))
 
     def load_weights(self, folder: Path) -> None:
         """See `Evaluator.load_weights`."""
@@ -128,23 +141,27 @@ class MegatronModel:
 
     @torch.no_grad()
     def _read_logits(
-        self, batch: Batch, mode: str, read: Callable[[Batch, Tensor], Tensor], *, num_rows: int
+        self,
+        batch: Batch,
+        pack: Callable[[], PackedTokens],
+        read: Callable[[Batch, Tensor], Tensor],
+        *,
+        num_rows: int,
     ) -> Tensor:
         """Returns, on every stage, what `read` finds in a microbatch's logits.
 
         Args:
-            batch: whole.
-            mode: the main stream.
-            read: (this rank's part of the microbatch, its logits [tokens, padded V]) -> [num_rows, any number] for the whole microbatch.
+            batch: this rank's part of the microbatch, on the device.
+            pack: returns its packing.
+            read: (the batch, its logits [tokens, padded V]) -> [num_rows, any number] for the whole microbatch.
             num_rows: the result's first dim.
         """
         self.start_evaluating()
-        (batch,) = self.microbatches.localise([batch])
 
         def forward_step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
-            packed = self.microbatches.pack(next(iterator), Route(mode))
+            next(iterator)
             positions = batch.positions.unsqueeze(0)
-            out = chunk(batch.tokens, positions, None, packed_seq_params=packed, runtime_gather_output=True)
+            out = chunk(batch.tokens, positions, None, packed_seq_params=pack(), runtime_gather_output=True)
             return out, lambda logits, non_loss_data: read(batch, logits[0])
 
         count = self.config.parallel.pp if len(self.chunks) > 1 else 1  # interleaving needs whole rounds of the stages

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ssa_kernels import (
+    KeyValueCache,
     append_to_cache,
     build_cache,
     build_layout,
@@ -18,6 +19,7 @@ from ssa_kernels import (
     select_blocks,
     select_cached_blocks,
     sparse_attention,
+    update_block_means,
 )
 from ssa_kernels.select.launch import block_means
 from support.errors import require_as_near
@@ -137,7 +139,7 @@ def test_choice_equals_the_prefills():
     """By the prefill's kernels, on the same means: they differ only where importance ties within float32."""
     cache, k, v = filled_cache([4000])
     layout = build_layout(torch.tensor([0, 4000]).cuda(), num_tokens=4000, block_size=16)
-    assert torch.equal(cache.means[cache.page_table[0, :250].long()], block_means(k[0], layout))
+    assert torch.equal(cache.means[cache.page_table[0, :250].long()], block_means(k[0], layout)[:250])
     q = random(1, 8, 32, 64)
     part = query_slice(layout, slice(3992, 4000))
     expected = select_blocks(q[0], k[0], block_size=16, top_k=16, cu_seqlens=part)
@@ -270,4 +272,38 @@ def test_wrong_values_stay_inside_the_cache():
     append_to_cache(cache, k, v)
     for mode in ("sparse", "full"):
         decode_attention(q, cache, mode=mode)
+    torch.cuda.synchronize()
+
+
+def scattered(plain, rows):
+    """Returns a cache with a key table over the sequences of a contiguous one: keys in random rows, NaN in all others."""
+    table = torch.full((len(plain.seq_lens), plain.capacity), 2**30, dtype=torch.int32, device="cuda")
+    moved = [
+        torch.full((len(table), rows, *x.shape[2:]), float("nan"), dtype=x.dtype, device="cuda")
+        for x in (plain.k, plain.v)
+    ]
+    for b, length in enumerate(plain.seq_lens.tolist()):
+        place = torch.randperm(rows, device="cuda")[:length].sort().values
+        table[b, :length] = place.int()
+        for to, source in zip(moved, (plain.k, plain.v), strict=True):
+            to[b, place] = source[b, :length]
+    return KeyValueCache(*moved, plain.means, plain.seq_lens, key_table=table)
+
+
+def test_keys_anywhere_in_their_row_give_the_same_bits():
+    """Also that means are those of appended keys, and that wrong entries of the table stay inside the keys."""
+    plain, _, _ = filled_cache([4001, 17, 300, 1], paged=False)
+    cache, q = scattered(plain, 5003), random(4, 1, 32, 64)
+    for mode in ("sparse", "full"):
+        found, wanted = (decode_attention(q, x, mode=mode, return_lse=True) for x in (cache, plain))
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True)), mode
+    again = replace(cache, means=torch.full_like(cache.means, float("nan")))
+    update_block_means(again, num_tokens=64, num_new=cache.seq_lens.clamp(max=64))
+    assert torch.equal(again.means[0, 247:250], plain.means[0, 247:250]) and torch.equal(
+        again.means[1, 0], plain.means[1, 0]
+    )
+    assert again.means[0, :246].isnan().all() and again.means[0, 250:].isnan().all() and again.means[3].isnan().all()
+    for wrong in (2**30, -7):
+        for mode in ("sparse", "full"):
+            decode_attention(q, replace(cache, key_table=torch.full_like(cache.key_table, wrong)), mode=mode)
     torch.cuda.synchronize()

@@ -30,16 +30,11 @@ def check(q, k, cu_seqlens, block_size, top_k, score="softmax_sum", tolerance=1e
     assert torch.equal(ours < 0, exact < 0)
     different = (ours != exact).any(-1).any(-1).nonzero()[:, 0]
     own = layout.query_position // block_size
+    counted = (layout.query_position + 1) // block_size if score == "official_compat" else own
     for token in different.tolist():
-        part = query_slice(layout, torch.tensor([token], device="cuda"))
-        row = reference._importance(
-            q[token : token + 1].double(),
-            means.permute(1, 2, 0),
-            part.query_first_block_row,
-            own[token : token + 1],
-            scale,
-            score,
-        )[0]
+        one = slice(token, token + 1)
+        ranges = (layout.query_first_block_row[one], own[one], counted[one])
+        row = reference._importance(q[one].double(), means.permute(1, 2, 0), ranges, scale, score)[0]
         first = int(layout.query_first_block_row[token])
         for mine, theirs, values in zip(ours[token].tolist(), exact[token].tolist(), row, strict=True):
             assert int(own[token]) in mine and mine == sorted(x for x in mine if x >= 0) + [x for x in mine if x < 0]

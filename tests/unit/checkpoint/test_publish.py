@@ -76,7 +76,7 @@ def test_unremovable_old_checkpoint_does_not_fail_the_save(tmp_path, monkeypatch
     output, remove = [], shutil.rmtree
 
     def busy(folder, *arguments, **options):
-        if folder.name == "step_00000005":
+        if folder.name == ".step_00000005.old.tmp":
             raise OSError(39, "Directory not empty")
         remove(folder, *arguments, **options)
 
@@ -88,6 +88,25 @@ def test_unremovable_old_checkpoint_does_not_fail_the_save(tmp_path, monkeypatch
     ]
     assert find(tmp_path).step == 10
     monkeypatch.setattr(shutil, "rmtree", remove)
+    publish(tmp_path, 15, {}, write, keep=1, is_rank_0=True)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000015"]
+
+
+def test_kill_during_the_removal_of_an_old_checkpoint_leaves_no_damaged_one(tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def killed(folder, *arguments, **options):
+        if "step_00000005" in folder.name:
+            (folder / "weights.bin").unlink()
+            raise KeyboardInterrupt
+        remove(folder, *arguments, **options)
+
+    publish(tmp_path, 5, {}, write, keep=1, is_rank_0=True)
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, 10, {}, write, keep=1, is_rank_0=True)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    assert [(p.name, find_damage(p)) for p in publishing.published(tmp_path)] == [("step_00000010", None)]
     publish(tmp_path, 15, {}, write, keep=1, is_rank_0=True)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000015"]
 

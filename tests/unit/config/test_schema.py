@@ -145,7 +145,7 @@ def test_all_problems_are_reported_together() -> None:
             "parallel.vpp",
             2,
             "parallel.vpp=2 interleaves pipeline stages, but parallel.pp=1 has only one; "
-            "try parallel.vpp=1 or parallel.pp=4",
+            "try parallel.vpp=1 or parallel.pp=2",
         ),
         (
             "parallel.sequence_parallel",
@@ -224,11 +224,6 @@ def test_rules_over_two_fields_of_a_section() -> None:
     base = {"data": {"path": "x"}, "training": {"steps": 10, "global_batch_tokens": 512}}
     for section, message in (
         (
-            {"parallel": {"pp": 2, "vpp": 2}},
-            "parallel.vpp=2 is not supported at parallel.pp=2, where megatron-core's interleaving trains incorrectly; "
-            "try parallel.vpp=1 or parallel.pp=4",
-        ),
-        (
             {"attention": {"score": "official_compat", "top_k": 32}},
             "attention.top_k=32 must lie in 2 to attention.block_size=16 under attention.score=official_compat; try 16",
         ),
@@ -244,7 +239,7 @@ def test_rules_over_two_fields_of_a_section() -> None:
         config, problems = config_from_dict(Config, base | section)
         assert not problems
         assert [str(p) for p in config.problems()] == [message]
-    quiet = {"parallel": {"pp": 4, "vpp": 2}, "model": {"rope_scaling": {"enabled": False, "factor": 0.5}}}
+    quiet = {"parallel": {"pp": 2, "vpp": 2}, "model": {"rope_scaling": {"enabled": False, "factor": 0.5}}}
     assert config_from_dict(Config, base | quiet)[0].problems() == []
 
 

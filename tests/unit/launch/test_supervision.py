@@ -132,10 +132,15 @@ def test_helper_of_a_dying_rank_is_not_taken_for_the_rank(monkeypatch: pytest.Mo
     assert [sorted(ranks) for ranks in helpers] == [[0, 1], [0]]
 
 
-def test_rank_killed_before_it_was_seen_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_killed_before_it_was_seen_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "find_ranks", lambda launcher: {})
     when(lambda: up(0, 1), lambda: os.kill(pid(1), signal.SIGKILL))
-    assert run("waits", "waits") == (1, f"a rank was killed by SIGKILL; {RERUN}")
+    assert run("waits", "waits") == (1, f"rank 1 was killed by SIGKILL; {RERUN}")
+
+
+def test_rank_killed_before_it_wrote_its_process_id_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "find_ranks", lambda launcher: {})
+    assert run("waits", "dies") == (1, f"a rank was killed by SIGKILL; {RERUN}")
 
 
 def test_unexpected_error_prints_its_traceback_and_is_named_last(capfd) -> None:

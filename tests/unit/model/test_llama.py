@@ -1,25 +1,14 @@
 """Runs support/model_checks.py in a separate process, because the engine redirects torch's CUDA calls for its whole process."""
 
 import os
-import subprocess
-import sys
 
-from support.processes import ROOT, SUPPORT
+from support.processes import SUPPORT, run_ranks
 
 CHECKS = SUPPORT / "model_checks.py"
 
 
 def test_model_passes_model_checks():
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    for name in [n for n in environment if n.startswith("PYTEST")]:
-        del environment[name]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
+    own = {name: "" for name in os.environ if name.startswith("PYTEST")}  # of the pytest that runs this test
+    options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    (done,) = run_ranks(["-m", "pytest", *options, str(CHECKS)], [own], timeout=500)
+    assert done.code == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]

@@ -18,7 +18,8 @@ import pytest
 
 from ssa_pretrain.cli import read_config
 from ssa_pretrain.config import WandbConfig, WandbMode
-from ssa_pretrain.monitor import tracking, tracking_client
+from ssa_pretrain.monitor import client_tracker, tracking, tracking_client
+from ssa_pretrain.monitor.alerts import Alert, Level
 from ssa_pretrain.monitor.redaction import HIDDEN, redact
 from ssa_pretrain.monitor.tracking import WandbTracker, start_tracking
 from ssa_pretrain.monitor.tracking_rows import STATE_FILE, flatten
@@ -47,9 +48,11 @@ def test_offline_run_can_be_read_back(tmp_path: Path) -> None:
     tracker = offline(tmp_path, {"optim": {"lr": 0.5}, "data_manifest_sha256": "abc"}, lines)
     for step in (1, 2, 3):
         tracker.log(train_record(step))
-    tracker.log(evaluation_record(3, "sparse"))
+    tracker.log(evaluation_record(3, "sparse") | {"captured_mass_by_layer": [0.5, 0.75]})
+    tracker.alert(Alert("not finite", f"step 3, key {KEY}", Level.error, 3))
     tracker.finish()
     tracker.finish()
+    tracker.alert(Alert("too late", "the tracker has ended"))
 
     (file,) = segments(tmp_path)
     kinds: dict[str, list] = {}
@@ -70,9 +73,16 @@ def test_offline_run_can_be_read_back(tmp_path: Path) -> None:
         ("heldout/*", "heldout_tokens"),
         ("task/*", "task_tokens"),
     }
+    best = {m.metric.name: m.metric.summary for m in kinds["metric"]}
+    assert best["heldout/sparse/cross_entropy"].min and best["train/mfu"].max and best["train/mfu"].last
+    (alert,) = [record.alert for record in kinds["alert"]]
+    assert (alert.title, alert.level) == ("not finite", "ERROR") and alert.text == f"step 3, key {HIDDEN}"
+    (picture,) = (tmp_path / "wandb").glob("offline-run-*/files/media/images/heldout/sparse/captured_mass_map_3_*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
     rows = history(tmp_path)
     assert [(row["tokens"], row["train/loss"]) for row in rows[:3]] == [(100, 1.0), (200, 0.5), (300, 1 / 3)]
     assert rows[0]["train/captured_mass/layer_01"] == 0.25 and "train/mfu" not in rows[0]
+    assert rows[2]["heldout/sparse/captured_mass_map"]["_type"] == "image-file"
     assert rows[2]["heldout/sparse/cross_entropy"] == 2.5 and rows[2]["_step"] == 3
     assert len(lines) == 1 and lines[0].startswith("W&B wrote offline; upload with: wandb sync ")
     assert Path(lines[0].rsplit(" ", 1)[1]) == file.parent
@@ -183,7 +193,7 @@ def service(tracker: WandbTracker) -> psutil.Process:
 
 
 def test_hanging_service_delays_only_the_end_by_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(client_tracker, "FINISH_SECONDS", 1.0)
     lines: list[str] = []
     tracker = offline(tmp_path, lines=lines)
     child, core = tracker._process._child, service(tracker)  # pyright: ignore[reportOptionalMemberAccess]
@@ -205,7 +215,7 @@ def test_hanging_service_delays_only_the_end_by_seconds(tmp_path: Path, monkeypa
 
 def test_hanging_process_ends_tracking_but_not_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking_client, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(tracking, "MAX_WAITING", 2**16)
+    monkeypatch.setattr(client_tracker, "MAX_WAITING", 2**16)
     lines: list[str] = []
     tracker = offline(tmp_path, lines=lines)
     child = tracker._process._child  # pyright: ignore[reportOptionalMemberAccess]

@@ -76,7 +76,7 @@ def test_help_exits_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_missing_or_bad_arguments_exit_with_3(capsys: pytest.CaptureFixture[str]) -> None:
     assert [launch([], {}), launch(["slurm"], {})] == [3, 3]
     assert (
-        "ssa_pretrain.launch: slurm is not a launcher; try torchrun, deepspeed or quickstart\n"
+        "ssa_pretrain.launch: slurm is not a launcher; try torchrun, deepspeed, quickstart, stages or render\n"
         in capsys.readouterr().err
     )
     assert data_prep(["--verify=full", "out=x"]) == 3

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.monitor.names import metric_of
 from ssa_pretrain.monitor.tracking_rows import flatten
 from support.processes import environment, run_workers
 from support.small_datasets import cut, write_dataset
@@ -71,6 +72,9 @@ def test_tracker(data: Path, tmp_path: Path) -> None:
     lines = [line for line in lines if line["kind"] != "checkpoint"]  # which trackers do not get
     wanted = [(str(line["step"]), name, str(value)) for line in lines for name, value in flatten(line).items()]
     assert found == sorted(wanted) and len(lines) == 6
+    for line in lines:
+        for key in line:
+            metric_of(key)  # raises for one that the list of metrics lacks
 
 
 def test_data_source(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_deepspeed_dry_run_ends_with_the_plan_and_deepspeeds_configuration() -> 
     assert settings["train_batch_size"] == 384 == 8 * settings["gradient_accumulation_steps"] * 2
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "torchrun.sh", "deepspeed.sh"])
+@pytest.mark.parametrize("script", ["quickstart.sh", "torchrun.sh", "deepspeed.sh", "stages.sh"])
 def test_help_is_the_comment_of_the_script(script: str) -> None:
     done = call(script, "--help")
     assert (
@@ -270,7 +270,7 @@ def test_make_clean_removes_the_given_folders() -> None:
 
 
 def test_shell_files_pass_shellcheck() -> None:
-    files = [*ROOT.glob("launchers/*.*sh"), ROOT / ".ci" / "run"]
+    files = [*ROOT.glob("launchers/*.*sh"), *ROOT.glob("launchers/*.sbatch"), ROOT / ".ci" / "run"]
     checker = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run(
         [checker, "--external-sources", "--shell=bash", *files], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -51,10 +51,10 @@ def imported(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("ssa_pretrain", ("gpu", "deepspeed", "bench", "evaluation", "hub", "huggingface")),
+        ("ssa_pretrain", ("gpu", "deepspeed", "bench", "evaluation", "hub", "huggingface", "trackers")),
         ("data_prep", ("llama3", "gigatoken", "cluster", "hub")),
         ("kernels", ("gpu", "bench")),
-        ("tests", ("gpu", "deepspeed", "llama3", "gigatoken", "cluster", "hub", "evaluation", "dev")),
+        ("tests", ("gpu", "deepspeed", "llama3", "gigatoken", "cluster", "hub", "evaluation", "trackers", "dev")),
     ],
 )
 def test_imported_packages_are_declared(folder: str, extras: tuple[str, ...]) -> None:
@@ -82,6 +82,7 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
         "bench",
         "evaluation",
         "huggingface",
+        "trackers",
         "dev",
     )
     for requirement in requirements(*extras):
@@ -150,7 +151,7 @@ def test_kernels_folder_is_not_taken_for_a_package() -> None:
 
 
 def test_report_and_metrics_do_not_import_torch() -> None:
-    code = "import sys, ssa_pretrain.report.page, ssa_pretrain.report.table, ssa_pretrain.report.compare; print([m for m in ('torch', 'megatron', 'hydra', 'matplotlib') if m in sys.modules])"
+    code = "import sys, ssa_pretrain.report.page, ssa_pretrain.report.table, ssa_pretrain.report.compare, ssa_pretrain.monitor.metrics; print([m for m in ('torch', 'megatron', 'hydra', 'matplotlib') if m in sys.modules])"
     assert isolated(code, "1").stdout.strip() == "[]"
 
 

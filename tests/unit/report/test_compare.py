@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from ssa_pretrain.errors import UsageError
-from ssa_pretrain.report import compare
+from ssa_pretrain.report import compare, several
+from ssa_pretrain.report.summary import read_summary
 
 
 def write(folder, mass):
@@ -34,23 +35,29 @@ def test_table_has_the_last_evaluation_of_each_mode(tmp_path, monkeypatch, capsy
     ]
 
 
-def test_page_draws_every_run_in_both_charts(tmp_path, monkeypatch):
+def test_page_is_that_of_the_report(tmp_path, monkeypatch):
     write(tmp_path / "a", 0.5)
     write(tmp_path / "b <>", 0.6)
     out = tmp_path / "x" / "page.html"
     monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "a"), str(tmp_path / "b <>"), f"out={out}"])
     compare.main()
     text = out.read_text()
-    assert text.count('<svg class="chart"') == 2
-    assert text.count("b &lt;&gt;</span>") == 2 and "b <>" not in text
-    assert "<td>20.00</td>" in text and "a: 4 at 100 tokens" in text and "b &lt;&gt;: 0.6 at 200 tokens" in text
+    assert text.count("b &lt;&gt;</span>") == 1 and "b <>" not in text
+    assert (
+        "<td>20.00</td>" in text
+        and "a, full: 0.5 at 100 tokens" in text
+        and "b &lt;&gt;, full: 0.6 at 200 tokens" in text
+    )
 
 
-def test_first_tenth_of_a_run_is_not_drawn():
-    records = [{"kind": "train", "tokens": i, "cross_entropy": 100.0 if i < 10 else 2.0} for i in range(200)]
-    points = compare._cross_entropy(records)
+def test_first_tenth_of_a_run_is_not_drawn(tmp_path):
+    write(tmp_path / "a", 0.5)
+    summary = read_summary(tmp_path / "a")
+    summary.steps = [{"kind": "train", "tokens": i, "cross_entropy": 100.0 if i < 10 else 2.0} for i in range(200)]
+    points = several._training(summary)
     assert len(points) == 180 and {round(y, 9) for _, y in points} == {2.0}
-    assert compare._cross_entropy([]) == []
+    summary.steps = []
+    assert several._training(summary) == []
 
 
 @pytest.mark.parametrize(

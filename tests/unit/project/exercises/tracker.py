@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ssa_pretrain.monitor.alerts import Alert
 from ssa_pretrain.monitor.tracking_rows import flatten
 from ssa_pretrain.train import main
 
@@ -25,6 +26,9 @@ class CsvTracker:
         """Writes a record, a line per value."""
         self._writer.writerows((record["step"], name, value) for name, value in flatten(record).items())
         self._file.flush()
+
+    def alert(self, alert: Alert) -> None:
+        """Does nothing: a table of metrics has no place for events."""
 
     def finish(self) -> None:
         """Closes the file."""

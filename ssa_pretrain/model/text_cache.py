@@ -1,0 +1,99 @@
+"""Keys, values and block means of texts that a model continues token by token, of one rank's layers and kv heads.
+
+The first forward over the texts keeps each layer's keys and values (`keep`). After that a step needs only each text's newest token: its key and value are
+appended, and its query attends to what is kept (`attend`), by `ssa_kernels.decode_attention`. So a token costs no longer a forward over the whole text.
+
+The cache is paged. A text has the pages that its longest continuation needs from the start, one after another, so nothing is moved or freed, and
+texts of any lengths lie side by side without padding. All layers share lengths and pages; each layer's memory is allocated at its first `keep`.
+Every layer may do its part of a step twice, as interleaved stages do: it writes the same again.
+
+A text is one document. The engine says which tokens are new (engine/interface.py `Evaluator`); methods with a choice of their own are in attention.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ssa_kernels import KeyValueCache, append_to_cache, decode_attention
+
+KERNELS_MOST_BLOCKS = 128  # per query, in the decoding kernels; beyond it their reference is asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a step attends to: a stream, "full" or "sparse", and for the latter the blocks per query and their score; `impl` as operators take it."""
+
+    mode: str
+    top_k: int
+    score: str
+    impl: str | None
+
+    @property
+    def decoding_impl(self) -> str | None:
+        """The implementation of a step: the reference where there is no kernel."""
+        has_kernel = self.score != "official_compat" and self.top_k <= KERNELS_MOST_BLOCKS
+        return self.impl if has_kernel or self.mode == "full" else "reference"
+
+
+class TextCache:
+    """The cache of some texts.
+
+    Args:
+        lengths: tokens of each text.
+        room: the most tokens that each will have.
+        block_size: keys per block, and per page.
+        device: where the model is.
+    """
+
+    def __init__(self, lengths: Sequence[int], room: Sequence[int], *, block_size: int, device: torch.device) -> None:
+        pages = [-(-most // block_size) for most in room]
+        table = [list(range(end - count, end)) for end, count in zip(accumulate(pages), pages, strict=True)]
+        self.lengths, self.block_size, self.num_pages = list(lengths), block_size, sum(pages)
+        rows = [row + [0] * (max(pages) - len(row)) for row in table]
+        self.page_table = torch.tensor(rows, dtype=torch.int32).to(device)
+        self.seq_lens = torch.tensor(self.lengths, dtype=torch.int32).to(device)
+        self.num_new = torch.zeros_like(self.seq_lens)
+        self._layers: dict[int, KeyValueCache] = {}
+
+    def __len__(self) -> int:
+        """Returns the number of texts."""
+        return len(self.lengths)
+
+    def advance(self, grows: Sequence[bool]) -> None:
+        """Counts one more token of the texts that have one, before the step that computes it."""
+        self.lengths = [length + int(more) for length, more in zip(self.lengths, grows, strict=True)]
+        self.num_new = torch.tensor(grows, dtype=torch.int32).to(self.seq_lens.device)
+        self.seq_lens = self.seq_lens + self.num_new
+
+    def keep(self, layer_number: int, k_SGD: Tensor, v_SGD: Tensor, impl: str | None) -> None:
+        """Keeps a layer's keys and values of the texts, which are the first documents of a microbatch of S tokens.
+
+        Args:
+            layer_number: from 1.
+            k_SGD: keys after RoPE, of all the microbatch's tokens.
+            v_SGD: values.
+            impl: as operators take it.
+        """
+        if layer_number not in self._layers:
+            shape = (self.num_pages, self.block_size, *k_SGD.shape[1:])
+            k, v = k_SGD.new_empty(shape), v_SGD.new_empty(shape)
+            means = k_SGD.new_empty(self.num_pages, *k_SGD.shape[1:])
+            self._layers[layer_number] = KeyValueCache(k, v, means, self.seq_lens, self.page_table)
+        held, begin = self._layers[layer_number], 0
+        for i, length in enumerate(self.lengths):
+            text = slice(begin, begin + length)
+            one = replace(held, seq_lens=self.seq_lens[i : i + 1], page_table=self.page_table[i : i + 1])
+            append_to_cache(one, k_SGD[text].unsqueeze(0), v_SGD[text].unsqueeze(0), impl=impl)
+            begin += length
+
+    def attend(self, layer_number: int, q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor, choice: Choice) -> Tensor:
+        """Returns the attention of each text's newest token, [B, H, D]; 0 for texts that got none. Its key and value are appended first."""
+        held = replace(self._layers[layer_number], seq_lens=self.seq_lens, max_length=max(self.lengths))
+        impl = choice.decoding_impl
+        append_to_cache(held, k_BGD.unsqueeze(1), v_BGD.unsqueeze(1), num_new=self.num_new, impl=choice.impl)
+        common = {"top_k": choice.top_k, "score": choice.score} if choice.mode == "sparse" else {}
+        out, _ = decode_attention(q_BHD.unsqueeze(1), held, mode=choice.mode, num_new=self.num_new, impl=impl, **common)
+        return out.squeeze(1)

@@ -1,0 +1,75 @@
+"""Cards that the page of one run and that of several share: goodput, tasks, and what went wrong."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from ssa_pretrain.report.goodput import MEANINGS, PARTS, Goodput
+from ssa_pretrain.report.health import RunHealth
+from ssa_pretrain.report.tasks import MODES, TaskScores
+from ssa_pretrain.settings.quantities import duration
+from ssa_pretrain.webpage.charts import Line, colour_legend, legend, line_chart, stacked_bars
+from ssa_pretrain.webpage.layout import card, number_table
+
+MODE_COLOURS = {"full": "a", "sparse": "b"}
+TASK_HEAD = ("task", "metric", *MODES, "step")
+
+
+def goodput_card(runs: Sequence[tuple[str, Goodput]]) -> str:
+    """Returns a bar per run with the parts of its time, and a table of them; empty without runs."""
+    if not runs:
+        return ""
+    several = len(runs) > 1
+    bars = [
+        (name if several else "", [found.seconds[part] / max(found.total, 1e-9) for part in PARTS])
+        for name, found in runs
+    ]
+    chart = stacked_bars(bars, PARTS, title="Where the time went")
+    rows = []
+    for part in PARTS:
+        cells = [f"{duration(found.seconds[part])} ({_share(found, part)})" for _, found in runs]
+        rows.append([part, MEANINGS[part], *cells])
+    rows.append(["in all", "from the first start to the last line", *(duration(found.total) for _, found in runs)])
+    names = [name if several else "time" for name, _ in runs]
+    table = number_table(["part", "", *names], rows, labels=2)
+    text = " ".join(goodput_sentence(found, name if several else "") for name, found in runs)
+    return card("Goodput", text, colour_legend(PARTS) + chart + table, wide=True)
+
+
+def goodput_sentence(found: Goodput, name: str = "") -> str:
+    """Returns goodput, number of starts and how the run ended, in a sentence."""
+    starts = f"{found.starts} start{'s' * (found.starts != 1)}"
+    back = f" and {found.rollbacks} rollback{'s' * (found.rollbacks != 1)}" if found.rollbacks else ""
+    last = datetime.fromtimestamp(found.last, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    how = f"ended: {found.how}" if found.how else "no end is recorded: it runs, or was killed"
+    head = f"{name}: " if name else ""
+    return f"{head}{found.share:.1%} of the time trained steps that count, over {starts}{back}; {how}, {last}."
+
+
+def tasks_card(tasks: Sequence[TaskScores]) -> str:
+    """Returns the table of a run's tasks, and a chart for each that was evaluated more than once; empty without tasks."""
+    if not tasks:
+        return ""
+    charts = []
+    for task in tasks:
+        lines = [
+            Line(mode, task.points(mode), MODE_COLOURS[mode], marks=5.5 if mode == "full" else 3) for mode in MODES
+        ]
+        if max(len(line.points) for line in lines) > 1:
+            title = f"{task.name}: {task.main}"
+            chart = line_chart(lines, title=title, y_name=title, y_text="{:g}".format, height=190)
+            charts.append(chart and f"<div>{legend(lines)}{chart}</div>")
+    drawn = f'<div class="columns">{"".join(charts)}</div>' if any(charts) else ""
+    text = "The newest result of each task with each kind of attention, with standard errors where the task has them."
+    return card("Tasks", text, number_table(TASK_HEAD, [task.row() for task in tasks], labels=2) + drawn, wide=True)
+
+
+def health_card(health: RunHealth) -> str:
+    """Returns skipped steps, spikes, rollbacks and hangs as a table; a sentence if there are none."""
+    heading, text = "Health", f"{health.sentence()[:1].upper()}{health.sentence()[1:]}."
+    if health.is_clean:
+        return card(heading, "", f"<p>{text}</p>")
+    return card(heading, text, number_table(("step", "what", ""), health.events(), labels=3), wide=True)
+
+
+def _share(found: Goodput, part: str) -> str:
+    return f"{found.seconds[part] / found.total:.1%}" if found.total else "–"
