@@ -7,7 +7,7 @@ from ssa_pretrain.config.hardware import PlanConfig
 from ssa_pretrain.planning.calibration import Calibration, part_bytes, peak_bytes
 from ssa_pretrain.planning.estimate import GIB, Estimate
 from ssa_pretrain.planning.scaling import Point, efficiency
-from ssa_pretrain.planning.search import Found, settings_of, smaller, zero_stage
+from ssa_pretrain.planning.search import Found, recomputations, settings_of, smaller, zero_stage
 from ssa_pretrain.planning.work import TERMS
 from ssa_pretrain.settings.quantities import duration
 
@@ -157,6 +157,11 @@ def _memory(estimate: Estimate, vocab_size: int | None) -> list[tuple[str, str]]
         rows.append(("", f"the kernels' workspaces ({parts}) lie where the output layer's tensors do at the peak"))
         if estimate.activations.layer > estimate.activations.output_layer:
             rows[-1] = ("", f"the backward of one layer includes the kernels' workspaces: {parts}")
+    kinds = recomputations(estimate, vocab_size)
+    if len(kinds) > 1:
+        peaks = " / ".join(f"{other.peak_bytes / GIB:.1f}" for other in kinds.values())
+        times = " / ".join(f"{other.time_without_waiting:.3g}" for other in kinds.values())
+        rows.append(("", f"with engine.recompute={' / '.join(kinds)}: {peaks} GiB and {times} s per step"))
     if estimate.fits:
         return rows
     changes = smaller(estimate, vocab_size)[:SHOWN_CHANGES]

@@ -114,6 +114,14 @@ def smaller(estimate: Estimate, vocab_size: int | None = None) -> list[tuple[str
     return []
 
 
+def recomputations(estimate: Estimate, vocab_size: int | None = None) -> dict[Recompute, Estimate]:
+    """Returns the run with each kind of recomputation that the rules accept, its own included."""
+    config, world = estimate.config, estimate.plan.world_size
+    configs = [replace(config, engine=replace(config.engine, recompute=kind)) for kind in Recompute]
+    found = _accepted(configs, world, estimate.fitted, vocab_size)
+    return {other.config.engine.recompute: other for other in found}
+
+
 def with_settings(config: PlanConfig, words: Iterable[str]) -> PlanConfig:
     """Returns a configuration with other settings of its sections; values are those of `settings_of`."""
     for word in words:
