@@ -35,7 +35,6 @@ from ssa_pretrain.planning.plan import Plan, make_plan
 
 LEARNING_RATE = 1e-4  # of the steps whose losses are compared
 LOSS_STEPS = {"8k": 3, "32k": 2}
-HARDWARE = {"H200": "h200", "H100": "h100"}  # words in a device's name, and files of conf/hardware
 ROUNDS = 2  # timed steps of each variant
 
 
@@ -143,11 +142,11 @@ def speed(case: Case, config: Config, variant: str, ms: float, placement: Placem
 
 
 def planned(config: Config, plan: Plan, device: str) -> dict[str, float | None]:
-    """Returns what the planner predicts: the peak memory of a rank, and the time of a step, None for a device that it does not know."""
-    hardware = next((file for word, file in HARDWARE.items() if word in device), None)
-    if hardware is None:
+    """Returns what the planner predicts: the peak memory of a rank, and the time of a step, None on a device that conf/hardware lacks."""
+    name = next((known for known in ("h100", "h200", "b200") if known.upper() in device), None)
+    if name is None:
         return {"planned_gib": plan.memory_bytes / 2**30, "planned_ms": None}
-    costs = estimate(as_plan_config(config, hardware_of(hardware)), plan)
+    costs = estimate(as_plan_config(config, hardware_of(name)), plan)
     return {"planned_gib": costs.peak_bytes / 2**30, "planned_ms": costs.step.total * 1e3}
 
 
