@@ -16,13 +16,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import cycle, pairwise
 from statistics import NormalDist
 
 from ssa_pretrain.config import AttentionConfig, ModelConfig
 from ssa_pretrain.planning.flops import RowFlops, row_flops
 
-NUM_DOCUMENTS = 1000
+NUM_DOCUMENTS = 400
 NUM_ROWS = 32
 WHOLE = "whole"
 
@@ -72,16 +72,17 @@ def document_lengths(rule: str, row_length: int) -> tuple[int, ...]:
         )
     lengths = [max(1, round(drawn(int(number), (i + 0.5) / NUM_DOCUMENTS))) for i in range(NUM_DOCUMENTS)]
     rng.shuffle(lengths)
-    found, room, index = [], row_length * NUM_ROWS, 0
-    left = lengths[0]
-    while room:
-        piece = min(left, row_length - (row_length * NUM_ROWS - room) % row_length)
-        found.append(piece)
-        room, left = room - piece, left - piece
-        if not left:
-            index += 1
-            left = lengths[index % NUM_DOCUMENTS]
-    return tuple(found)
+    found, place = [], 0
+    room = max(row_length, sum(lengths) // row_length * row_length)
+    for length in cycle(lengths):
+        length = min(length, room - place)
+        while length:
+            piece = min(length, row_length - place % row_length)
+            found.append(piece)
+            place, length = place + piece, length - piece
+        if place == room:
+            return tuple(found)
+    raise AssertionError  # cycle does not end
 
 
 def _lognormal(mean: int, quantile: float) -> float:

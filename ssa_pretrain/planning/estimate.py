@@ -25,9 +25,11 @@ from ssa_pretrain.planning.goodput import Goodput, goodput
 from ssa_pretrain.planning.memory import Activations, activations
 from ssa_pretrain.planning.plan import Plan
 from ssa_pretrain.planning.work import TERMS, Rank, host_seconds, mean_work, microbatch_work, step_work
+from ssa_pretrain.schedule import WINDOW
 
 GIB = 2**30
 CONTEXT = 1.5 * GIB  # bytes outside torch's allocator: the CUDA context and NCCL's channels; an assumption
+SIMULATED_MICROBATCHES = 4096  # whose streams are drawn to find the slowest data rank
 SPLIT = 0.04  # of the tensors' peak that the allocator holds but cannot use; an assumption
 
 
@@ -174,7 +176,7 @@ class Estimate:
         mean = self._scaled(mean_work(self.config, self.hardware, self.row, self.rank))
         device, slot = sum(mean.values()), self._slot_seconds()
         once = self._scaled(step_work(self.config, self.hardware, self.rank))
-        groups = dict.fromkeys(("tp", "cp", "pp", "dp"), 0.0)
+        groups: dict[str, float] = dict.fromkeys(("tp", "cp", "pp", "dp"), 0.0)
         for traffic in self.traffic:
             groups[traffic.group.name] += self._exposed(traffic, slot)
         per_microbatch = slot + (groups["tp"] + groups["cp"] + groups["pp"]) / count
@@ -231,8 +233,11 @@ class Estimate:
 
     @property
     def is_measured(self) -> bool:
-        """Whether runs of this kind have been measured: on this GPU, on as many of them, with as much of each parallelism."""
+        """Whether runs of this kind have been measured: such a model, on this GPU, on as many of them, with as much of each parallelism."""
         runs = [run for run in self.fitted.runs if run.hardware.name == self.hardware.name and run.seconds]
+        widths = [run.config.model.hidden_size for run in runs]
+        if not runs or not min(widths) <= self.config.model.hidden_size <= max(widths):
+            return False
         degrees = [run.config.parallel for run in runs]
         asked = [(self.plan.world_size, [run.world_size for run in runs])]
         asked += [(getattr(self.plan, axis), [getattr(d, axis) for d in degrees]) for axis in ("tp", "pp", "vpp", "cp")]
@@ -242,8 +247,13 @@ class Estimate:
         """Returns work at the peak as seconds."""
         return {term: seconds * self.fitted.factors[term] for term, seconds in work.items()}
 
-    def _device_seconds(self, main: str, share: float) -> float:
-        """Returns the device's time for a microbatch."""
+    def device_seconds(self, main: str, share: float) -> float:
+        """Returns the device's time for a microbatch.
+
+        Args:
+            main: the main stream, "full" or "sparse".
+            share: share of the queries that compute the other one.
+        """
         work = microbatch_work(self.config, self.hardware, self.row, self.rank, main, share)
         return sum(self._scaled(work).values())
 
@@ -251,7 +261,7 @@ class Estimate:
         """Returns the mean time of a microbatch over both main streams, launching included, communication excluded."""
         host, row = host_seconds(self.config, self.hardware, self.rank.layers), self.row
         kinds = ((row.full_ratio, "full", row.share_if_full), (1.0 - row.full_ratio, "sparse", row.share_if_sparse))
-        return sum(p * max(host, self._device_seconds(main, share)) for p, main, share in kinds if p)
+        return sum(p * max(host, self.device_seconds(main, share)) for p, main, share in kinds if p)
 
     def _exposed(self, traffic: Traffic, slot: float) -> float:
         """Returns the time that a group's communication adds to a step."""
@@ -273,7 +283,8 @@ class Estimate:
             rows=training.micro_batch_size,
             row_length=self.config.data.sequence_length,
         )
-        return balance(attention, batch, _RowTime(self), seed=self.config.seed).slowest
+        steps = max(1, min(WINDOW, SIMULATED_MICROBATCHES // (plan.dp * plan.num_microbatches)))
+        return balance(attention, batch, _RowTime(self), seed=self.config.seed, steps=steps).slowest
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +297,7 @@ class _RowTime:
         """Returns the seconds of a row with a main stream and a share of its queries drawn for the other one."""
         sampled = self.estimate.config.attention.counterpart_share < 1.0  # by other kernels than all queries
         share = min(share, 0.999) if sampled else share
-        return self.estimate._device_seconds(main, share) / self.estimate.config.training.micro_batch_size
+        return self.estimate.device_seconds(main, share) / self.estimate.config.training.micro_batch_size
 
 
 def estimate(config: PlanConfig, plan: Plan, fitted: Calibration | None = None) -> Estimate:

@@ -138,7 +138,10 @@ def _hardware(estimate: Estimate) -> str:
 def _memory(estimate: Estimate, vocab_size: int | None) -> list[tuple[str, str]]:
     """Returns the memory by part, and what to change if the run does not fit."""
     hardware, plan = estimate.hardware, estimate.plan
+    spare = hardware.memory_gib * GIB - estimate.needed_bytes
     verdict = "it fits" if estimate.fits else "it does not fit"
+    if 0 <= spare < estimate.activations.output_layer:
+        verdict = "it fits, but tightly: in bad cases the allocator's splits take as much as another copy of the logits"
     needs = f"with the allocator and CUDA {estimate.needed_bytes / GIB:.1f} of {hardware.memory_gib:g} GiB: {verdict}"
     error = f"± {estimate.fitted.memory_error:.1%}"
     rows = [
@@ -227,7 +230,7 @@ def _basis(estimate: Estimate) -> list[tuple[str, str]]:
         rows.append(
             (
                 "",
-                "of this kind none: more GPUs, another GPU, pipelines and context ranks are extrapolated (docs/planning.md)",
+                "of this kind none: other models and GPUs, more GPUs, pipelines and context ranks are extrapolated (docs/planning.md)",
             )
         )
     return rows

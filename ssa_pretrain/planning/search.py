@@ -1,7 +1,7 @@
 """Ranks the layouts of a run on a cluster by the estimated time of a step, and finds what to change if a run does not fit.
 
-A layout is tensor, pipeline, virtual pipeline and context parallelism, the rows of a microbatch, recomputation, and how far ZeRO shards (0 and 1 on
-megatron-core, 2 and 3 on DeepSpeed). All that the configuration's rules accept and whose memory fits are estimated. The model, the batch and the number
+A layout is tensor, pipeline, virtual pipeline and context parallelism, the rows of a microbatch, recomputation, and how far ZeRO shards (0 and 1 on the
+configuration's engine, 2 and 3 on DeepSpeed). All that the configuration's rules accept and whose memory fits are estimated. The model, the batch and the number
 of GPUs stay as they are. The waiting for drawn streams is simulated only for the fastest, because that takes longest to compute.
 
 It searches no layout that the rules refuse: tp divides the kv heads, a row has two chunks per context rank, and so on.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ssa_pretrain.config import EngineName, Recompute
+from ssa_pretrain.config import EngineConfig, EngineName, Recompute
 from ssa_pretrain.config.hardware import PlanConfig
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config.rules import accepts_layout
@@ -159,17 +159,23 @@ def _configs(config: PlanConfig, world_size: int, choices: Choices) -> Iterator[
             parallel=replace(config.parallel, tp=tp, pp=pp, vpp=vpp, cp=cp, sequence_parallel=tp > 1),
             training=replace(config.training, micro_batch_size=size),
             engine=_engine(config, recompute, zero),
-            deepspeed=replace(config.deepspeed, zero_stage=zero) if zero > 1 else config.deepspeed,
+            deepspeed=replace(config.deepspeed, zero_stage=zero),
         )
 
 
-def _engine(config: PlanConfig, recompute: Recompute, zero: int):
-    """Returns the section engine of a layout: stages 0 and 1 are megatron-core's."""
-    sharded, name = zero == 1, EngineName.deepspeed if zero > 1 else EngineName.megatron
-    gather = config.engine.overlap_param_gather and sharded
-    overlap_tp = config.engine.overlap_tp and name is EngineName.megatron
-    changes = {"name": name, "recompute": recompute, "distributed_optimizer": sharded}
-    return replace(config.engine, **changes, overlap_param_gather=gather, overlap_tp=overlap_tp)
+def _engine(config: PlanConfig, recompute: Recompute, zero: int) -> EngineConfig:
+    """Returns the section engine of a layout. Stages 0 and 1 stay on the configuration's engine, 2 and 3 are DeepSpeed's."""
+    name = EngineName.deepspeed if zero > 1 else config.engine.name
+    on_core = name is EngineName.megatron
+    sharded = zero == 1 and on_core
+    return replace(
+        config.engine,
+        name=name,
+        recompute=recompute,
+        distributed_optimizer=sharded,
+        overlap_param_gather=config.engine.overlap_param_gather and sharded,
+        overlap_tp=config.engine.overlap_tp and on_core,
+    )
 
 
 def _accepted(
@@ -196,7 +202,7 @@ def _changes(config: PlanConfig) -> list[str]:
     if engine.recompute is not Recompute.full:
         found.append("engine.recompute=full")
     if size > 1:
-        found += [f"training.micro_batch_size={smaller}" for smaller in divisors(size)[:-1]]
+        found += [f"training.micro_batch_size={rows}" for rows in divisors(size)[:-1]]
     if engine.name is EngineName.megatron and not engine.distributed_optimizer:
         found.append("engine.distributed_optimizer=true")
     if engine.name is EngineName.deepspeed:

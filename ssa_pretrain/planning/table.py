@@ -41,14 +41,6 @@ def describe(
     degrees = f"tp {plan.tp} x pp {plan.pp} x cp {plan.cp} x dp {plan.dp}"
     degrees += f", vpp {plan.vpp}" if plan.vpp > 1 else ""
     batch = f"dp {plan.dp} x {plan.num_microbatches} microbatches of {config.training.micro_batch_size}"
-    parts = {
-        "weights": plan.weight_bytes,
-        "gradients": plan.gradient_bytes,
-        "optimizer": plan.optimizer_bytes,
-        "activations": plan.activation_bytes,
-    }
-    fullest = f"{plan.parameters_per_rank:,} parameters"
-    memory = " + ".join(f"{_bytes(size)} {name}" for name, size in parts.items())
     vocabulary = f"vocabulary {plan.vocab_size:,}, padded to {plan.padded_vocab_size:,}"
     rows = [
         ("run", config.name),
@@ -62,11 +54,7 @@ def describe(
         ("step", f"{plan.tokens_per_step:,} tokens = {plan.rows_per_step:,} rows = {batch}"),
         ("length", f"{plan.steps:,} steps, {plan.warmup_steps:,} of warm-up; {plan.total_tokens:,} tokens"),
         *_epochs(config, plan, manifest),
-        *(
-            ()
-            if estimates
-            else (("memory", f"about {_bytes(plan.memory_bytes)} on the fullest rank ({fullest})"), ("", memory))
-        ),
+        *([] if estimates else _memory(plan)),
         *_work(config, plan, with_time=not estimates),
         *estimates,
         *_balance(config, plan),
@@ -74,6 +62,18 @@ def describe(
         ("command", _command(config, plan, overrides, entry)),
     ]
     return "\n".join(f"{name:<11}{value}" for name, value in rows)
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    """Returns the memory by part."""
+    parts = {
+        "weights": plan.weight_bytes,
+        "gradients": plan.gradient_bytes,
+        "optimizer": plan.optimizer_bytes,
+        "activations": plan.activation_bytes,
+    }
+    fullest = f"about {_bytes(plan.memory_bytes)} on the fullest rank ({plan.parameters_per_rank:,} parameters)"
+    return [("memory", fullest), ("", " + ".join(f"{_bytes(size)} {name}" for name, size in parts.items()))]
 
 
 def _attention(config: Config) -> str:

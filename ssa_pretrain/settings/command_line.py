@@ -159,7 +159,7 @@ def parse(program: Program, argv: Sequence[str]) -> tuple[Command, list[Problem]
     flags += [f"--{flag}={getattr(parsed, flag)}" for flag in ("cfg", "info") if getattr(parsed, flag)]
     if parsed.cfg:
         flags += ["--resolve"] * parsed.resolve + [f"--package={parsed.package}"] * bool(parsed.package)
-    overrides = [*parsed.overrides, *late, *[program.dry_run] * parsed.dry_run]
+    overrides = [*parsed.overrides, *late, *[program.dry_run] * (parsed.dry_run and not parsed.shell_completion)]
     explained = parsed.explain
     if explained and "=" in explained:  # a setting after the bare flag, or the key with its value
         overrides, explained = [*overrides, explained], explained.partition("=")[0]

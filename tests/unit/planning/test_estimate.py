@@ -64,7 +64,7 @@ def test_waiting_for_drawn_streams_is_counted_in_time(paper: PlanConfig) -> None
     """One microbatch per data rank at a share of 1/4: half of the ranks are full and set the time of all."""
     words = ("attention.counterpart_share=0.25", "training.micro_batch_size=1")
     found = planned(paper, 384, *words)
-    full, sparse = found._device_seconds("full", 0.375), found._device_seconds("sparse", 0.125)
+    full, sparse = found.device_seconds("full", 0.375), found.device_seconds("sparse", 0.125)
     assert found.step.imbalance == pytest.approx(full - (full + sparse) / 2, rel=0.02)
     assert planned(paper, 128, *words).step.imbalance == pytest.approx(0.0, abs=1e-9)
 
@@ -242,7 +242,7 @@ def test_plan_that_does_not_fit_says_what_to_change(capsys: pytest.CaptureFixtur
         capsys, "experiment=ssa_1b_32k", "engine.recompute=none", "hardware.memory_gib=40", "nodes=2", "--search"
     )
     assert re.search(r"search: \d+ layouts of 16 GPUs that the rules accept, \d+ of them fit", table)
-    assert re.search(r"for the first: .*(engine\.recompute|parallel\.cp)=", table)
+    assert re.search(r"for the first: .*(engine\.recompute|parallel\.[tpc]+)=", table)
     table = shown(capsys, "experiment=ssa_1b_32k", "engine.recompute=none", "hardware.memory_gib=40", "nodes=2")
     assert "it does not fit" in table
     assert re.search(r"to fit     (engine|parallel)\.\S+.*: \d+\.\d GiB, \S+ s per step\n           or ", table)

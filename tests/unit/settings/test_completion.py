@@ -37,6 +37,16 @@ def test_options_of_a_user_folder_are_completed(tmp_path: Path) -> None:
     assert completed(f"-cd {tmp_path} experiment=mi") == ["experiment=mine "]
 
 
+def test_group_of_one_program_is_completed_for_it_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", "python -m ssa_pretrain.plan hardware=h1")
+    with pytest.raises(SystemExit) as left:
+        read_config("plan", ["-sc", "query=bash"])
+    assert (left.value.code, capsys.readouterr().out) == (0, "hardware=h100 \n")
+    assert completed("hardw") == []
+
+
 def test_unknown_request_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         read_config("train", ["-sc", "install=fish"])
