@@ -21,6 +21,7 @@ from support.training import (
     launched,
     records,
     run,
+    train,
     wait_for_checkpoint,
     wait_for_step,
 )
@@ -42,23 +43,11 @@ SETTINGS = (
 )
 
 
-def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        launched("deepspeed.sh", *arguments),
-        env=environment() | variables,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory) -> Path:
-    """Returns an uninterrupted run under DeepSpeed's launcher."""
+    """Returns an uninterrupted run, without a launcher."""
     folder = tmp_path_factory.mktemp("deepspeed_whole")
-    done = launch(*SETTINGS, f"data.path={corpus}", f"output_dir={folder}")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    train(*SETTINGS, "engine=deepspeed", f"data.path={corpus}", f"output_dir={folder}", processes=2)
     assert "fwd flops per GPU" in (folder / "flops_profile.txt").read_text()
     return folder
 
