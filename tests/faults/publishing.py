@@ -149,7 +149,7 @@ def _unflushed(calls: list[Call], folder: Path) -> str | None:
             renamed = [name for name in renamed if name != call.path]
         elif call.name.startswith("rename"):
             left = [path for path in dirty if path.startswith(call.path)]
-            if left and f"{folder}/checkpoints/.step_" in call.path:
+            if left and "/.step_" in call.path and "/.step_" not in call.target:
                 return f"{left[0]} is not flushed when its folder is published"
             dirty = {path.replace(call.path, call.target, 1) if path.startswith(call.path) else path for path in dirty}
             renamed.append(os.path.dirname(call.target))

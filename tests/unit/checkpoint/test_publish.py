@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ssa_pretrain.checkpoint import integrity
 from ssa_pretrain.checkpoint import publish as publishing
 from ssa_pretrain.checkpoint.facts import differences
-from ssa_pretrain.checkpoint.integrity import FACTS, Verdicts, find_damage
+from ssa_pretrain.checkpoint.integrity import FACTS, Verdicts, find_damage, record_text
 from ssa_pretrain.checkpoint.publish import (
     Checkpoint,
     CheckpointError,
@@ -222,17 +222,32 @@ def test_checkpoint_of_another_schema_is_neither_counted_nor_removed(tmp_path):
     for step in (1, 2, 3):
         publish(tmp_path, step, {}, write, keep=9, is_rank_0=True)
     facts = tmp_path / "checkpoints" / "step_00000002" / FACTS
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"schema": 0}))
+    facts.write_text(record_text(json.loads(facts.read_text()) | {"schema": 0}))
     publish(tmp_path, 4, {}, write, keep=2, is_rank_0=True)
     assert set(intact_by_step(tmp_path)) == {4, 3, 2}
     publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
     assert set(intact_by_step(tmp_path)) == {5, 4, 2}
 
 
+def test_every_flipped_bit_of_the_record_is_damage(tmp_path):
+    """Also in the step, the schema and the facts, none of which a file's sha256 covers. Records of older versions have no checksum."""
+    facts = publish(tmp_path, 5, {"seed": 7, "optim.lr": 1e-05}, write, keep=2, is_rank_0=True) / FACTS
+    data = facts.read_bytes()
+    for place in range(len(data)):
+        for bit in (1, 4, 32):
+            facts.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+            assert find_damage(facts.parent), (place, bit)
+            assert not integrity.is_of_another_schema(facts.parent)
+    record = json.loads(data)
+    del record["checksum"]
+    facts.write_text(json.dumps(record))
+    assert find_damage(facts.parent) is None
+
+
 @pytest.mark.parametrize("files", [[], {"weights.bin": 7}, {"weights.bin": {"bytes": 1}}])
 def test_malformed_file_list_is_damage(tmp_path, files):
     facts = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True) / FACTS
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"files": files}))
+    facts.write_text(record_text(json.loads(facts.read_text()) | {"files": files}))
     assert find_damage(facts.parent) == f"{FACTS} cannot be read"
 
 
@@ -315,7 +330,7 @@ def test_another_schema_is_an_error_without_fallback_to_older_checkpoints(tmp_pa
     publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
     newer = publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
     record = json.loads((newer / FACTS).read_text())
-    (newer / FACTS).write_text(json.dumps(record | {"schema": 2, "files": ["another form"]}))
+    (newer / FACTS).write_text(record_text(record | {"schema": 2, "files": ["another form"]}))
     with pytest.raises(CheckpointError, match=r"step_00000010 has schema 2, and this version of ssa_pretrain reads 1"):
         find(tmp_path)
 
@@ -367,7 +382,7 @@ def rewrite(folder, change):
     """Rewrites the list of a published checkpoint, as whoever has made it could."""
     record = json.loads((folder / FACTS).read_text())
     change(record["files"])
-    (folder / FACTS).write_text(json.dumps(record))
+    (folder / FACTS).write_text(record_text(record))
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "link", "inner/file", ""])
