@@ -196,7 +196,8 @@ class _Save:
         content = {"schema": SCHEMA, "step": self.step, "facts": self.facts, "files": listed}
         record.write_text(record_text(content))
         sync(record)
-        sync(self.scratch)
+        for folder in (*(p for p in self.scratch.rglob("*") if p.is_dir()), self.scratch):  # the names of the files
+            sync(folder)
 
     def _describe(self, reason: str) -> str:
         free = shutil.disk_usage(self.run_folder).free / 2**30

@@ -19,7 +19,9 @@ LAST = 4  # steps of a run that resumes
 def trained(stage: Stage, *, weights: bool = False) -> Path:
     """Returns a run that has stopped after step 3, with checkpoints of steps 1 to 3."""
     folder = stage.new_folder()
-    config = stage.config(folder, checkpoint__interval=1, checkpoint__keep=3, training__stop_at_step=3, checkpoint__weights=weights)
+    config = stage.config(
+        folder, checkpoint__interval=1, checkpoint__keep=3, training__stop_at_step=3, checkpoint__weights=weights
+    )
     assert stage.train(config).wait() == 0
     return folder
 
@@ -169,7 +171,9 @@ def broken_data(stage: Stage) -> Tally:
         "changed tokenizer": lambda d: (d / "tokenizer.json").write_text('{"version": 2}'),
         "missing manifest": lambda d: (d / "manifest.json").unlink(),
         "manifest cut in half": lambda d: _cut(d / "manifest.json", 0.5),
-        "ids outside the vocabulary": lambda d: (d / "part0_0.bin").write_bytes(b"\xff" * (d / "part0_0.bin").stat().st_size),
+        "ids outside the vocabulary": lambda d: (d / "part0_0.bin").write_bytes(
+            b"\xff" * (d / "part0_0.bin").stat().st_size
+        ),
     }
     for name, damage in ways.items():
         folder = stage.write_corpus(stage.new_folder(), parts=2)
@@ -190,10 +194,15 @@ def _cut_bytes(path: Path, count: int) -> None:
 def changed_data(stage: Stage) -> Tally:
     """Resumes with other data: another shard order, one part more, other documents, another tokenizer."""
     tally, folder = Tally(), trained(stage)
-    other = {"other documents": stage.write_corpus(stage.new_folder(), seed=5), "one part more": stage.write_corpus(stage.new_folder(), parts=2)}
+    other = {
+        "other documents": stage.write_corpus(stage.new_folder(), seed=5),
+        "one part more": stage.write_corpus(stage.new_folder(), parts=2),
+    }
     for name, data in other.items():
         manifest = json.loads((data / "manifest.json").read_text())
-        del manifest["checksum"]  # data_prep derives the fingerprint from the content; the test's dataset has a constant
+        del manifest[
+            "checksum"
+        ]  # data_prep derives the fingerprint from the content; the test's dataset has a constant
         (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": name}))
         child = stage.train(stage.config(folder, data__path=str(data), training__stop_at_step=LAST))
         code, text = child.wait(), child.text()
@@ -209,15 +218,30 @@ ROWS = [
         "noticed before anything is unpickled; the run falls back to the checkpoint before, says so, and its curve is bit-identical",
         partial(flipped_checkpoint, record_only=False),
     ),
-    Row("flipped_record", "one bit of a checkpoint's checkpoint.json flips", "the same", partial(flipped_checkpoint, record_only=True)),
+    Row(
+        "flipped_record",
+        "one bit of a checkpoint's checkpoint.json flips",
+        "the same",
+        partial(flipped_checkpoint, record_only=True),
+    ),
     Row(
         "broken_checkpoints",
         "newest checkpoint with a truncated, empty, swapped, missing or older shard, a zero hole, an empty or missing list, an unlisted pickle; then all checkpoints",
         "falls back; with none left the run ends with 5, and never begins again silently",
         broken_checkpoints,
     ),
-    Row("flipped_idx", "one bit of an .idx file flips", "refused at the start (4)", partial(flipped_data, names="*.idx", full=1000)),
-    Row("flipped_manifest", "one bit of the dataset's manifest.json flips", "refused at the start (4)", partial(flipped_data, names="manifest.json", full=1000)),
+    Row(
+        "flipped_idx",
+        "one bit of an .idx file flips",
+        "refused at the start (4)",
+        partial(flipped_data, names="*.idx", full=1000),
+    ),
+    Row(
+        "flipped_manifest",
+        "one bit of the dataset's manifest.json flips",
+        "refused at the start (4)",
+        partial(flipped_data, names="manifest.json", full=1000),
+    ),
     Row(
         "flipped_bin",
         "one bit of a .bin file flips",
@@ -230,5 +254,10 @@ ROWS = [
         "refused with 4 before a wrong token is trained on",
         broken_data,
     ),
-    Row("changed_data", "a run resumes with other documents or one part more", "refused (5) with the difference", changed_data),
+    Row(
+        "changed_data",
+        "a run resumes with other documents or one part more",
+        "refused (5) with the difference",
+        changed_data,
+    ),
 ]
