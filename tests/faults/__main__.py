@@ -26,6 +26,7 @@ def main() -> None:
         "--folder", type=Path, default=(SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path("/tmp")) / "ssa_faults"
     )
     parser.add_argument("--results", type=Path, default=tally.RESULTS)
+    parser.add_argument("--page", type=Path, default=page.PAGE)
     given = parser.parse_args()
     rows = {row.name: row.run for group in GROUPS.values() for row in group if row.run is not None}
     if unknown := set(given.rows) - rows.keys():
@@ -41,7 +42,7 @@ def main() -> None:
                     f"{name}: {found.good} of {found.tries} in {time.monotonic() - begin:.0f} s {found.failures[:2]}",
                     flush=True,
                 )
-    page.write(given.results)
+    page.write(given.results, given.page)
     sys.exit(page.num_bad(given.results) > 0)
 
 

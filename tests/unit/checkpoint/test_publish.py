@@ -111,6 +111,19 @@ def test_kill_during_the_removal_of_an_old_checkpoint_leaves_no_damaged_one(tmp_
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000015"]
 
 
+def test_names_in_every_folder_are_flushed_before_the_checkpoint_is_published(tmp_path, monkeypatch):
+    def write_below(folder):
+        (folder / "weights" / "parts").mkdir(parents=True)
+        (folder / "weights" / "parts" / "a.bin").write_bytes(b"a")
+
+    calls, sync = [], publishing.sync
+    monkeypatch.setattr(publishing, "sync", lambda path: calls.append(path) or sync(path))
+    folder = publish(tmp_path, 5, {}, write_below, keep=1, is_rank_0=True)
+    hidden = folder.with_name(".step_00000005.tmp")
+    flushed = [hidden / "weights/parts/a.bin", hidden / "weights/parts", hidden / "weights", hidden, hidden / FACTS]
+    assert set(flushed) <= set(calls[:-1]) and calls[-1] == folder.parent
+
+
 def test_folders_with_other_names_are_ignored(tmp_path):
     intact = publish(tmp_path, 2, {}, write, keep=1, is_rank_0=True)
     copies = [intact.with_name(name) for name in ("step_00000002_good", "step_00000003_best", "step_3")]
