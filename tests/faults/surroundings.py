@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -244,8 +243,6 @@ def silent_wandb(stage: Stage) -> Tally:
             )
     return tally
 
-
-Install = Callable[[], None]
 
 ROWS = [
     Row(
