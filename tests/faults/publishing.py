@@ -161,10 +161,10 @@ def random_kills(stage: Stage, *, full: int = 500) -> Tally:
     for number in range(tries):
         config = stage.config(folder, checkpoint__interval=1, training__steps=100_000)
         config.checkpoint.asynchronous = number % 2 == 1
-        before = max(steps_of(folder), default=0)
+        step = max(steps_of(folder), default=0) + 1 + stage.random.randrange(2)
         child = stage.train(config)
-        scratches = partial((folder / "checkpoints").glob, f".step_{before + 1 + stage.random.randrange(2):08d}.tmp")
-        seen = child.until(lambda scratches=scratches: any(scratches()))
+        begun = partial((folder / "checkpoints").glob, f".step_{step:08d}.tmp")  # its save has begun, or is over
+        seen = child.until(lambda step=step, begun=begun: any(begun()) or max(steps_of(folder), default=0) >= step)
         time.sleep(stage.random.uniform(0.0, 0.15))
         child.kill()
         code = child.wait()
