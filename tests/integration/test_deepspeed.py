@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssa_pretrain.checkpoint.integrity import record_text
 from ssa_pretrain.settings.files import file_sha256
 from support.processes import ranks, run_ranks
 from support.training import (
@@ -124,7 +125,7 @@ def test_optimizer_states_of_an_attacker_run_no_code(uninterrupted, corpus, tmp_
     record = json.loads((checkpoint / "checkpoint.json").read_text())
     entry = {"bytes": states.stat().st_size, "sha256": file_sha256(states)}
     record["files"][str(states.relative_to(checkpoint))] = entry
-    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    (checkpoint / "checkpoint.json").write_text(record_text(record))
     longer = tuple("training.steps=8" if line.startswith("training.steps") else line for line in SETTINGS)
     arguments = [*longer, f"data.path={corpus}", f"output_dir={run_folder}", "engine=deepspeed"]
     ended = run_ranks(["-m", "ssa_pretrain.train", *arguments], ranks(2), timeout=300)

@@ -5,6 +5,8 @@ in what is already imported. Tests of the start itself, of imports and of signal
 """
 
 import atexit
+import gc
+import itertools
 import multiprocessing
 import os
 import random
@@ -120,6 +122,7 @@ def _become(command: list[str], variables: dict[str, str], stdout: Path, stderr:
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     torch.set_num_threads(1)
+    gc.freeze()  # core collects garbage at each save; what has been imported is none, and takes it a third of a second
     try:
         if command[0] == "-m":
             sys.argv = command[1:]
