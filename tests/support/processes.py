@@ -6,7 +6,6 @@ in what is already imported. Tests of the start itself, of imports and of signal
 
 import atexit
 import gc
-import itertools
 import multiprocessing
 import os
 import random
