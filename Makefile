@@ -3,6 +3,7 @@
 #   PYTHON=/path/to/python3.12   builds the environment on another interpreter
 #   VENV=/path/to/venv           puts it elsewhere
 #   TORCH_INDEX=url              the index for CPU builds of torch (see launchers/setup.sh); empty: only pip's own index
+#   FAULTS="sigterm --again"      rows of `make test-faults`; by default those that have no results yet
 #   PYTEST_ARGS="-k select -x"   is passed to pytest
 #   PARTS="speed layouts"        what test-gpu2 runs; empty: all
 #   TABLE=docs/results/two_gpus.md  where test-gpu2 writes its results
@@ -13,6 +14,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
 PARTS ?=
 TABLE ?= docs/results/two_gpus.md
+FAULTS ?=
 # They go unquoted into commands, one of which is rm -rf.
 ifneq ($(words $(VENV)),1)
 $(error VENV=$(VENV) must be one folder without spaces in its name; try VENV=.venv)
@@ -29,7 +31,7 @@ export PYTHONSAFEPATH := 1
 export TORCH_INDEX PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu test-gpu2 lint types format clean
+.PHONY: help quickstart test test-faults test-gpu test-gpu2 lint types format clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,6 +41,9 @@ quickstart: $(VENV)/.quickstart  ## set up, prepare real text, pretrain a small 
 
 test: $(VENV)/.dev  ## set up, run the tests (CPU)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(PYTEST_ARGS)
+
+test-faults: $(VENV)/.dev  ## run the fault matrix and write docs/fault-matrix.md; FAULTS="ROW… --again" chooses rows
+	@PYTHONPATH=.:kernels:tests OMP_NUM_THREADS=1 $(BIN)/python -m faults $(FAULTS)
 
 test-gpu:  ## run the GPU tests in an environment that already has CUDA torch: make test-gpu PYTHON=python3
 	@$(or $(PYTHON),python3) -m pytest -m gpu $(PYTEST_ARGS)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from ssa_pretrain.checkpoint.background import BackgroundSave
 from ssa_pretrain.checkpoint.mirror import Mirror, leave_together
 from ssa_pretrain.checkpoint.publish import publish
+from ssa_pretrain.checkpoint.storage import patiently
 from ssa_pretrain.config import Auto
 from ssa_pretrain.errors import CheckpointError, CommandError
 from ssa_pretrain.health import FILE_NAME, require_finite_weights
@@ -207,7 +208,7 @@ class Saver:
         def write_all(folder: Path) -> None:
             write(folder)
             if run.placement.is_rank_0:
-                (folder / FILE_NAME).write_text(save.health)
+                patiently(lambda: (folder / FILE_NAME).write_text(save.health), f"writing {FILE_NAME}", self._report)
 
         folder = publish(
             run.folder,

@@ -1,18 +1,21 @@
 """Checks the files of published checkpoints and caches the verdicts.
 
-`checkpoint.json` lists size and sha256 of every file. A name that leads out of the folder is damage, and so is a file that is read as a pickle but is
+`checkpoint.json` lists size and sha256 of every file, and has a checksum of its own text. Those of older versions have none. A name that leads out of the folder is damage, and so is a file that is read as a pickle but is
 not listed: nothing may be unpickled whose sha256 has not been compared. Hashing a checkpoint takes as long as reading it, so a verdict is kept as long as the files'
 sizes and times do not change; changing a file in place changes its times.
 """
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from ssa_pretrain.settings.files import file_sha256, leads_outside
 
 PICKLES = (".metadata", ".distcp", ".pt")  # ends of the names of files that the engines unpickle
 FACTS = "checkpoint.json"
 SCHEMA = 1
+FIELDS = {"schema", "step", "facts", "files"}
 Stamp = tuple[str, int, int, int]  # of a file: name, bytes, times of the last change of content and of metadata
 
 
@@ -53,7 +56,10 @@ def find_damage(folder: Path) -> str | None:
     Damage is a missing file, another size or sha256, a file outside the folder, and a file with pickles that is not listed.
     """
     try:
-        record = json.loads((folder / FACTS).read_text())
+        text = (folder / FACTS).read_text()
+        record = json.loads(text)
+        if not _is_sound(text, record):
+            return f"{FACTS} does not match its own checksum"
         if record["schema"] != SCHEMA:
             return None
         files = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in record["files"].items()]
@@ -77,10 +83,26 @@ def find_damage(folder: Path) -> str | None:
     return next((f"{name} is not listed in {FACTS}" for name in found if name not in listed), None)
 
 
+def record_text(content: dict[str, Any]) -> str:
+    """Returns the text of `checkpoint.json`: the content and, as the last field, the sha256 of its text without that."""
+    content = {key: value for key, value in content.items() if key != "checksum"}
+    checksum = hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
+    return json.dumps(content | {"checksum": checksum}, indent=1)
+
+
+def _is_sound(text: str, record: dict[str, Any]) -> bool:
+    """Returns whether a `checkpoint.json` is as it was written, to the bit. Without a checksum, only its fields are checked."""
+    if "checksum" in record:
+        return text == record_text(record)
+    return record["schema"] != SCHEMA or record.keys() <= FIELDS
+
+
 def is_of_another_schema(folder: Path) -> bool:
     """Returns whether a checkpoint has another version's schema; this version cannot check its files."""
     try:
-        return json.loads((folder / FACTS).read_text())["schema"] != SCHEMA
+        text = (folder / FACTS).read_text()
+        record = json.loads(text)
+        return record["schema"] != SCHEMA and _is_sound(text, record)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

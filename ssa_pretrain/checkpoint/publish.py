@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from ssa_pretrain.checkpoint.facts import differences
-from ssa_pretrain.checkpoint.integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema
+from ssa_pretrain.checkpoint.integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema, record_text
 from ssa_pretrain.checkpoint.storage import patiently, rename_patiently
 from ssa_pretrain.errors import CheckpointError, ExitCode
 from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
@@ -194,9 +194,10 @@ class _Save:
         )
         record = self.scratch / FACTS
         content = {"schema": SCHEMA, "step": self.step, "facts": self.facts, "files": listed}
-        record.write_text(json.dumps(content, indent=1))
+        record.write_text(record_text(content))
         sync(record)
-        sync(self.scratch)
+        for folder in (*(p for p in self.scratch.rglob("*") if p.is_dir()), self.scratch):  # the names of the files
+            sync(folder)
 
     def _describe(self, reason: str) -> str:
         free = shutil.disk_usage(self.run_folder).free / 2**30

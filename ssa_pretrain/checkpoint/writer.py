@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
@@ -94,6 +95,10 @@ class ThreadedWriter(FileSystemWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result([result for results in written for result in results])
         return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Writes the list of all ranks' shards, on rank 0; a new try begins with an empty file."""
+        patiently(lambda: super(ThreadedWriter, self).finish(metadata, results), f"writing {self.path}/.metadata")
 
 
 def spread(items: list[WriteItem], num_files: int) -> list[list[WriteItem]]:

@@ -29,11 +29,12 @@ class ClientTracker:
     def __init__(self, process: ClientProcess, print_line: Callable[[str], None], label: str) -> None:
         self._process: ClientProcess | None = process
         self._print_line, self._label = print_line, label
+        self._stored_step: int = (process.ready or {}).get("step", -1)  # training records up to it are there
         self._pipes = threading.Lock()  # the watchdog's thread sends an alert on a hang
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Sends a record of metrics.jsonl."""
-        if self._process is None:
+        """Sends a record of metrics.jsonl, unless the tracker has it from before a restart."""
+        if self._process is None or (record["kind"] == "train" and record["step"] <= self._stored_step):
             return
         with self._pipes:
             self._process.send(record)

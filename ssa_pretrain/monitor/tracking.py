@@ -42,14 +42,8 @@ class WandbTracker(ClientTracker):
         super().__init__(process, print_line, "W&B")
         assert process.ready is not None
         self.id: str = process.ready["id"]
-        self._stored_step: int = process.ready["step"]
         self._sync = f"wandb sync {shlex.quote(process.ready['folder'])}"
         self._offline: bool = process.ready["offline"]
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Sends a record of metrics.jsonl unless W&B has it from before a restart."""
-        if record["kind"] != "train" or record["step"] > self._stored_step:
-            super().log(record)
 
     def remedy(self) -> str:
         """Returns how to get the records that W&B did not take in time."""

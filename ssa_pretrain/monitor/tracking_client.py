@@ -1,8 +1,8 @@
 """The training side of a tracker's process (W&B, TensorBoard, trackio): starts it, sends messages through a pipe, reads its answers. Stdlib only.
 
-Messages are lines of JSON. Training sends the opening, then records and {"alert": …}, then {"finish": true}. The process answers with {"ready": {…}}, lines for
-the user ({"print": …}), {"failed": reason} and {"finished": true}. No call raises because of what happens in the process, and none blocks
-without a limit.
+Messages are lines of JSON. Training sends the opening, then records and {"alert": …}, then {"finish": true}. The process answers with
+{"ready": {…}}, lines for the user ({"print": …}), {"failed": reason} and {"finished": true}. No call raises because of what happens in the
+process, and none blocks without a limit.
 """
 
 import json
@@ -139,10 +139,7 @@ class ClientProcess:
             if self.finished and not finished:
                 deadline, finished = min(deadline, time.monotonic() + CLOSE_SECONDS), True
         self.failure()  # reaps a process that has exited
-        for number in (
-            signal.SIGALRM,
-            signal.SIGKILL,
-        ):  # on SIGALRM it also kills its own processes, such as W&B's service
+        for number in (signal.SIGALRM, signal.SIGKILL):  # on SIGALRM it also kills W&B's service
             if self._child.poll() is not None:
                 break
             self._child.send_signal(number)

@@ -57,7 +57,7 @@ class Session(RowSession):
 
     def ready(self) -> dict[str, Any]:
         """Returns what training is told once records are taken."""
-        return {"name": self._name, "project": self.opening["project"]}
+        return {"step": self.state.step_of(self.history.next - 1)}
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Takes the next record of the run."""

@@ -79,10 +79,6 @@ class Watchdog:
         parallel: its timeouts.
         folder: the run's folder, which all ranks share.
         print_line: how rank 0 prints a line into the normal log.
-
-    Attributes:
-        on_phase: called with the phase and the step when a phase begins.
-        on_hang: called with the report before a hang ends this process, in a thread of this object.
     """
 
     def __init__(
@@ -94,8 +90,8 @@ class Watchdog:
     ) -> None:
         self.rank, self.world_size = placement.rank, placement.world_size
         self.print_line = print_line or (lambda text: print(text, file=sys.stderr, flush=True))
-        self.on_phase: Callable[[str, int], object] = lambda phase, step: None
-        self.on_hang: Callable[[str], object] = lambda report: None
+        self.on_phase: Callable[[str, int], object] = lambda phase, step: None  # called when a phase begins
+        self.on_hang: Callable[[str], object] = lambda report: None  # before a hang ends this process, in a thread
         self._parallel, self._folder = parallel, folder
         self._interval = max(BEAT_SECONDS, self.world_size / BEATS_PER_SECOND)
         self._phase = ("building", 0, 0, time.monotonic())  # name, step, number, begin
@@ -281,12 +277,8 @@ class Watchdog:
             if not follows:
                 _append(self._folder / REPORT, text)
                 self.print_line(text)
-            try:
-                self.on_hang(text)
-            finally:  # whatever a tracker does
-                if not follows:
-                    time.sleep(2 * self._interval)  # for the others to read it: this rank may host the store
-                leave(self.rank, text.partition("\n")[0], follows=follows)
+            # The others read it meanwhile: this rank may host the store.
+            self._leave(text, follows=follows, pause=0.0 if follows else 2 * self._interval)
 
     def _end_alone(self, beat: Beat) -> None:
         """Ends this process without the others' view: it has no peers, or the store does not answer."""
@@ -302,10 +294,15 @@ class Watchdog:
                     text = "\n".join([first, *text.splitlines()[1:]])
             self.print_line(text)
             _append(self._folder / REPORT, text)
-            try:
-                self.on_hang(text)
-            finally:
-                leave(self.rank, text.partition("\n")[0], follows=False)
+            self._leave(text, follows=False)
+
+    def _leave(self, text: str, *, follows: bool, pause: float = 0.0) -> None:
+        """Ends this process after `on_hang`, whatever that does."""
+        try:
+            self.on_hang(text)
+        finally:
+            time.sleep(pause)
+            leave(self.rank, text.partition("\n")[0], follows=follows)
 
     def _write_local(self, beat: Beat) -> None:
         """Writes the beat for this node's launcher."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from ssa_pretrain.report.goodput import MEANINGS, PARTS, Goodput
+from ssa_pretrain.report.goodput import MEANINGS, PARTS, RUNNING, Goodput
 from ssa_pretrain.report.health import RunHealth
 from ssa_pretrain.report.tasks import MODES, TaskScores
 from ssa_pretrain.settings.quantities import duration
@@ -40,9 +40,10 @@ def goodput_sentence(found: Goodput, name: str = "") -> str:
     starts = f"{found.starts} start{'s' * (found.starts != 1)}"
     back = f" and {found.rollbacks} rollback{'s' * (found.rollbacks != 1)}" if found.rollbacks else ""
     last = datetime.fromtimestamp(found.last, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    how = f"ended: {found.how}" if found.how else "no end is recorded: it runs, or was killed"
+    how = f"ended ({found.how})" if found.how else "was killed"
+    how = "still running, last line" if found.how == RUNNING else how
     head = f"{name}: " if name else ""
-    return f"{head}{found.share:.1%} of the time trained steps that count, over {starts}{back}; {how}, {last}."
+    return f"{head}{found.share:.1%} of the time trained steps that count, over {starts}{back}; {how} {last}."
 
 
 def tasks_card(tasks: Sequence[TaskScores]) -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from ssa_pretrain.monitor.timeline import EVALUATING, SAVING, STARTING, TRAINING, Segment
 
 REPEATED, STOPPED = "repeated", "stopped"
+RUNNING = "running"
 PARTS = (TRAINING, REPEATED, EVALUATING, SAVING, STARTING, STOPPED)
 MEANINGS = {
     TRAINING: "steps that were kept",
@@ -41,7 +42,7 @@ class Goodput:
         starts: processes that trained it, one after the other.
         rollbacks: returns to a checkpoint within a process.
         began, last: first and last moment, in seconds since the epoch.
-        how: how the last segment ended; empty: killed, or it still runs.
+        how: how the last segment ended; RUNNING if it has not; empty: it was killed.
     """
 
     seconds: dict[str, float]
@@ -62,8 +63,13 @@ class Goodput:
         return self.seconds[TRAINING] / self.total if self.total else 0.0
 
 
-def goodput(segments: Sequence[Segment]) -> Goodput | None:
-    """Returns the goodput of a run; None without segments."""
+def goodput(segments: Sequence[Segment], *, running: bool = False) -> Goodput | None:
+    """Returns the goodput of a run; None without segments.
+
+    Args:
+        segments: of its timeline.
+        running: whether a process trains it now.
+    """
     if not segments:
         return None
     seconds = dict.fromkeys(PARTS, 0.0)
@@ -80,7 +86,8 @@ def goodput(segments: Sequence[Segment]) -> Goodput | None:
             seconds[STOPPED] += max(0.0, later[0].began - segment.last)
     starts = sum(segment.event == "start" for segment in segments)
     last = segments[-1]
-    return Goodput(seconds, starts, len(segments) - starts, segments[0].began, last.last, last.how)
+    how = last.how or (RUNNING if running else "")
+    return Goodput(seconds, starts, len(segments) - starts, segments[0].began, last.last, how)
 
 
 def training_until(segment: Segment, step: int) -> float:

@@ -20,6 +20,8 @@ from ssa_pretrain.monitor.timeline import read_timeline
 from ssa_pretrain.report.goodput import Goodput, goodput
 from ssa_pretrain.report.health import RunHealth, read_health
 from ssa_pretrain.report.tasks import TaskScores, read_tasks
+from ssa_pretrain.run_folder import LOCK
+from ssa_pretrain.settings.files import LockedError, require_unlocked
 from ssa_pretrain.settings.quantities import compact, duration
 
 REQUIRED_KEYS = {"train": ("tokens",), "evaluation": ("mode", "cross_entropy"), "task": ("task", "mode")}
@@ -157,9 +159,18 @@ def read_summary(folder: Path) -> RunSummary:
         data=_data_facts(manifest),
         start=last_start(folder),
         tasks=tasks,
-        goodput=goodput(read_timeline(folder)),
+        goodput=goodput(read_timeline(folder), running=_is_running(folder)),
         health=health,
     )
+
+
+def _is_running(folder: Path) -> bool:
+    """Returns whether a process holds the lock of a run's folder."""
+    try:
+        require_unlocked(folder / LOCK, patience=0.0)
+    except LockedError:
+        return True
+    return False
 
 
 def _by_layer(records: list[dict[str, Any]], key: str) -> list[Points]:

@@ -42,6 +42,7 @@ class Source:
         extra: a folder of the user's own, searched after the primary one; empty: none.
         experiments: the group whose option sets keys of all sections, if there is one; nothing need be chosen from it.
         recipe: settings by section that are applied before those of the command line.
+        options: those of the groups that were looked up since `hydra_on` began; Hydra reads files for each.
     """
 
     root: Any
@@ -50,6 +51,7 @@ class Source:
     extra: str = ""
     experiments: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, list[str]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def search_path(self) -> list[str]:
         """Returns the override that makes Hydra search the user's folder."""
@@ -75,6 +77,7 @@ def hydra_on(source: Source) -> Iterator[None]:
             store.store(group=group, name=f"{BASE}{kind}", node=config_to_dict(section()))
     if source.recipe:
         store.store(group="recipe", name="settings", node=dict(source.recipe), package="_global_")
+    source.options.clear()
     with typed_files(source.root), hydra.initialize_config_dir(config_dir=str(source.folder), version_base="1.3"):
         yield
 
@@ -305,9 +308,11 @@ def _options(group: str, source: Source) -> list[str]:
     """Returns the options of a group, including those in the user's own folder; empty if there is no such group."""
     if not group.replace("/", "_").isidentifier() or not offers(source.root, group):
         return []
-    loader = GlobalHydra.instance().config_loader()
-    options = loader.get_group_options(group, config_name=source.name, overrides=source.search_path())
-    return [option for option in options if not option.startswith(BASE)]
+    if group not in source.options:
+        loader = GlobalHydra.instance().config_loader()
+        options = loader.get_group_options(group, config_name=source.name, overrides=source.search_path())
+        source.options[group] = [option for option in options if not option.startswith(BASE)]
+    return source.options[group]
 
 
 def _resolve(composed: DictConfig) -> tuple[dict[str, Any], list[Problem]]:

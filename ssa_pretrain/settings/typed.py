@@ -31,6 +31,7 @@ from ssa_pretrain.settings.kinds import sections_in
 
 READ_BY_LOOKS = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL, OverrideLexer.NULL)
 TEXT, NULL, MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
+HEADER = 512  # characters of a file in which Hydra looks for its package
 PATH_PART = re.compile(r"0|[1-9](_?[0-9])*|[A-Za-z_$][A-Za-z0-9_$-]*")  # what Hydra's grammar takes between dots
 
 
@@ -97,14 +98,16 @@ def typed_files(root: type) -> Iterator[None]:
         """Files whose words are read by the type of their field."""
 
         def load_config(self, config_path: str) -> ConfigResult:
-            found = super().load_config(config_path)
-            group = config_path.rpartition("/")[0].replace("/", ".")
-            package = (found.header.get("package") or "_group_").replace("_group_", group).replace("_global_", "")
             path = Path(self.path, self._normalize_file_name(config_path))
+            if not path.exists():
+                return super().load_config(config_path)  # raises
+            text = path.read_text(encoding="utf-8")
+            header = self._get_header_dict(text[:HEADER])
+            group = config_path.rpartition("/")[0].replace("/", ".")
+            package = (header.get("package") or "_group_").replace("_group_", group).replace("_global_", "")
             kind = field_type(root, package.strip(".")) if package.strip(".") else root
-            tree = read_yaml(path.read_text(encoding="utf-8"), kind, get_yaml_loader())
-            found.config = OmegaConf.create(tree or {})  # pyright: ignore[reportAttributeAccessIssue]
-            return found
+            tree = OmegaConf.create(read_yaml(text, kind, get_yaml_loader()) or {})
+            return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", tree, header)
 
     Plugins.instance()  # registers Hydra's own sources
     sources = SourcesRegistry.instance().types

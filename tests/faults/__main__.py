@@ -4,6 +4,7 @@ Rows that have a file are left out, unless they are named or `--again` is given.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def main() -> None:
         "--folder", type=Path, default=(SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path("/tmp")) / "ssa_faults"
     )
     parser.add_argument("--results", type=Path, default=tally.RESULTS)
+    parser.add_argument("--page", type=Path, default=page.PAGE)
     given = parser.parse_args()
-    rows = {row.name: row for group in GROUPS.values() for row in group}
+    rows = {row.name: row.run for group in GROUPS.values() for row in group if row.run is not None}
     if unknown := set(given.rows) - rows.keys():
         parser.error(f"{sorted(unknown)[0]} is not a row; try one of {', '.join(rows)}")
     chosen = given.rows or [name for name in rows if given.again or tally.read(name, given.results) is None]
@@ -34,13 +36,14 @@ def main() -> None:
         with stage(given.folder, given.scale) as place:
             for name in chosen:
                 begin = time.monotonic()
-                found = rows[name].run(place)
+                found = rows[name](place)
                 found.write(name, begin, given.results)
                 print(
                     f"{name}: {found.good} of {found.tries} in {time.monotonic() - begin:.0f} s {found.failures[:2]}",
                     flush=True,
                 )
-    page.write(given.results)
+    page.write(given.results, given.page)
+    sys.exit(page.num_bad(given.results) > 0)
 
 
 if __name__ == "__main__":

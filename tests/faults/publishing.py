@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -52,48 +51,38 @@ def require_resumes(stage: Stage, folder: Path, whole: list[dict], tally: Tally)
     return None if records(folder, "train") == whole else "the rerun's curve differs"
 
 
-def kill_at_every_call(stage: Stage, *, torn: bool, asynchronous: bool = False) -> Tally:
-    """Kills the process before every call of a save, or in the middle of every write."""
+def kill_at_every_call(stage: Stage, *, asynchronous: bool) -> Tally:
+    """Kills the process before every call of a save that changes a file."""
     tally, (template, whole) = Tally(), prepared(stage)
     folder, num_calls = stage.new_folder(), 0
-    stride = max(1, round(1 / stage.scale))  # a smaller matrix takes every so many calls
-
-    def attempt(kill_at: int) -> list[str]:
-        """Saves once; kills at that call, counted from 0. Returns the names of the calls that were seen."""
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(template, folder)
-        seen: list[str] = []
-
-        def at_call(call: Call) -> bool:
-            seen.append(f"{call.name} {call.path.removeprefix(str(folder))}")
-            is_due = len(seen) == kill_at + 1
-            return is_due and (not torn or call.do_half())
-
-        config = stage.config(folder, checkpoint__interval=1, training__stop_at_step=SAVED + asynchronous)
-        config.checkpoint.asynchronous = asynchronous
-        child = stage.train(config, before=publish_traced, stopped=True)
-        code = trace(child.pid, at_call, folder / "checkpoints")
-        if code == 0:
-            return []
-        if torn and code != -signal.SIGKILL:
-            return [f"exit code {code}: {child.text()[-200:]}"]
-        found, wrong = steps_of(folder), damaged(folder)
-        if len(set(found)) - len(wrong) < 2:
-            wrong.append(f"only {found} are left")
-        problem = "; ".join(wrong) or require_resumes(stage, folder, whole, tally)
-        tally.add(
-            f"at {seen[-1]}: {problem}" if problem else None,
-            code=code,
-            lost=SAVED - 1 - found[-1] if found[-1] < SAVED else 0,
-        )
-        return seen
-
-    while attempt(num_calls):
-        num_calls += stride
-        if torn:  # calls other than writes are passed over: the run then ends by itself
-            continue
+    while _killed_at(stage, (template, folder), num_calls, whole, tally, asynchronous=asynchronous):
+        num_calls += max(1, round(1 / stage.scale))  # a smaller matrix takes every so many calls
     tally.figures["system calls of one save"] = num_calls
     return tally
+
+
+def _killed_at(
+    stage: Stage, folders: tuple[Path, Path], place: int, whole: list[dict], tally: Tally, *, asynchronous: bool
+) -> bool:
+    """Saves step 3 in a copy of the prepared run and kills the process at one call; returns False if the save had fewer calls."""
+    template, folder = folders
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(template, folder)
+    seen: list[Call] = []
+    config = stage.config(folder, checkpoint__interval=1, training__stop_at_step=SAVED + asynchronous)
+    config.checkpoint.asynchronous = asynchronous
+    child = stage.train(config, before=publish_traced, stopped=True)
+    code = trace(child.pid, lambda call: seen.append(call) or len(seen) == place + 1, folder / "checkpoints")
+    if code == 0:
+        return False
+    found, wrong = steps_of(folder), damaged(folder)
+    if len(found) - len(wrong) < 2:
+        wrong.append(f"only {found} are left")
+    problem = "; ".join(wrong) or require_resumes(stage, folder, whole, tally)
+    call = seen[min(place, len(seen) - 1)]
+    where = f"at {call.name} of {call.path.removeprefix(str(folder))}"
+    tally.add(f"{where}: {problem}" if problem else None, code=code, lost=max(0, SAVED - 1 - max(found, default=0)))
+    return True
 
 
 def torn_writes(stage: Stage) -> Tally:
@@ -149,7 +138,7 @@ def _unflushed(calls: list[Call], folder: Path) -> str | None:
             renamed = [name for name in renamed if name != call.path]
         elif call.name.startswith("rename"):
             left = [path for path in dirty if path.startswith(call.path)]
-            if left and f"{folder}/checkpoints/.step_" in call.path:
+            if left and "/.step_" in call.path and "/.step_" not in call.target:
                 return f"{left[0]} is not flushed when its folder is published"
             dirty = {path.replace(call.path, call.target, 1) if path.startswith(call.path) else path for path in dirty}
             renamed.append(os.path.dirname(call.target))
@@ -172,10 +161,10 @@ def random_kills(stage: Stage, *, full: int = 500) -> Tally:
     for number in range(tries):
         config = stage.config(folder, checkpoint__interval=1, training__steps=100_000)
         config.checkpoint.asynchronous = number % 2 == 1
-        before = max(steps_of(folder), default=0)
+        step = max(steps_of(folder), default=0) + 1 + stage.random.randrange(2)
         child = stage.train(config)
-        scratches = partial((folder / "checkpoints").glob, f".step_{before + 1 + stage.random.randrange(2):08d}.tmp")
-        seen = child.until(lambda scratches=scratches: any(scratches()))
+        begun = partial((folder / "checkpoints").glob, f".step_{step:08d}.tmp")  # its save has begun, or is over
+        seen = child.until(lambda step=step, begun=begun: any(begun()) or max(steps_of(folder), default=0) >= step)
         time.sleep(stage.random.uniform(0.0, 0.15))
         child.kill()
         code = child.wait()
@@ -280,13 +269,13 @@ ROWS = [
         "kill_every_syscall",
         "kill -9 before every system call of a save that changes a file, removal of old checkpoints included; a leftover of an earlier kill is there",
         "two intact checkpoints at any time, none damaged; the rerun's curve is bit-identical",
-        partial(kill_at_every_call, torn=False),
+        partial(kill_at_every_call, asynchronous=False),
     ),
     Row(
         "kill_every_syscall_async",
         "the same while the save runs beside training",
         "the same",
-        partial(kill_at_every_call, torn=False, asynchronous=True),
+        partial(kill_at_every_call, asynchronous=True),
     ),
     Row("torn_writes", "kill -9 in the middle of every write of a save", "the same", torn_writes),
     Row(

@@ -15,10 +15,10 @@ class Row:
         name: of its file.
         fault: what is done to the run.
         expected: what must come of it.
-        run: injects it as often as the stage's scale says.
+        run: injects it as often as the stage's scale says; None if the row has a command of its own.
     """
 
     name: str
     fault: str
     expected: str
-    run: Callable[[Stage], Tally]
+    run: Callable[[Stage], Tally] | None

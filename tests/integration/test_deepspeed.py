@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssa_pretrain.checkpoint.integrity import record_text
 from ssa_pretrain.settings.files import file_sha256
 from support.processes import ranks, run_ranks
 from support.training import (
@@ -21,6 +22,7 @@ from support.training import (
     launched,
     records,
     run,
+    train,
     wait_for_checkpoint,
     wait_for_step,
 )
@@ -42,23 +44,11 @@ SETTINGS = (
 )
 
 
-def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        launched("deepspeed.sh", *arguments),
-        env=environment() | variables,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory) -> Path:
-    """Returns an uninterrupted run under DeepSpeed's launcher."""
+    """Returns an uninterrupted run, without a launcher."""
     folder = tmp_path_factory.mktemp("deepspeed_whole")
-    done = launch(*SETTINGS, f"data.path={corpus}", f"output_dir={folder}")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    train(*SETTINGS, "engine=deepspeed", f"data.path={corpus}", f"output_dir={folder}", processes=2)
     assert "fwd flops per GPU" in (folder / "flops_profile.txt").read_text()
     return folder
 
@@ -135,7 +125,7 @@ def test_optimizer_states_of_an_attacker_run_no_code(uninterrupted, corpus, tmp_
     record = json.loads((checkpoint / "checkpoint.json").read_text())
     entry = {"bytes": states.stat().st_size, "sha256": file_sha256(states)}
     record["files"][str(states.relative_to(checkpoint))] = entry
-    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    (checkpoint / "checkpoint.json").write_text(record_text(record))
     longer = tuple("training.steps=8" if line.startswith("training.steps") else line for line in SETTINGS)
     arguments = [*longer, f"data.path={corpus}", f"output_dir={run_folder}", "engine=deepspeed"]
     ended = run_ranks(["-m", "ssa_pretrain.train", *arguments], ranks(2), timeout=300)

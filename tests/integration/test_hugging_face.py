@@ -34,7 +34,7 @@ from importlib.util import find_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 found = [name for name in ("ssa_pretrain", "ssa_kernels", "data_prep", "megatron", "hydra", "triton", "pytest") if find_spec(name)]
-tokenizer, texts = AutoTokenizer.from_pretrained(sys.argv[1]), []
+tokenizer, texts = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True), []
 for mode in ("full", "sparse"):
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attention_mode=mode, trust_remote_code=True)
     tokens = tokenizer(sys.argv[2], return_tensors="pt")
@@ -99,7 +99,7 @@ def test_quickstarts_export_generates_with_torch_and_transformers_only(exported,
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["found"] in ([], ["triton"]), "a CUDA build of torch needs triton"
     assert result["module"].startswith("transformers_modules.")
-    tokens = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(TEXT, return_tensors="pt")
     for mode, found in zip(("full", "sparse"), result["texts"], strict=True):
         model = SSALlamaForCausalLM.from_pretrained(folder, attention_mode=mode)
         with torch.no_grad():

@@ -1,20 +1,19 @@
 """A rerun resumes: bit for bit after kill -9, to rounding on another layout, and never from damaged checkpoints or those of another run."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ssa_pretrain.checkpoint.integrity import find_damage
-from support.processes import SUPPORT, free_port, ranks, run_ranks
+from support.processes import SUPPORT, free_port, ranks, run_ranks, start_ranks
 from support.training import (
     ROOT,
-    command,
     descendants,
     environment,
     records,
@@ -47,22 +46,26 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
     return folder
 
 
-def kill_at(step: int, folder: Path, arguments: list[str]) -> None:
-    """Starts a run and kills all its processes with SIGKILL once `step` is in its metrics."""
-    with subprocess.Popen(
-        arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
-        wait_for_step(process, folder, step, seconds=300)
-        wait_for_checkpoint(process, folder, step - 1, seconds=60)
-        ranks = descendants(process.pid)
-        assert len(ranks) == 2, "a save has started processes, which a killed rank would leave behind"
-        for victim in (process.pid, *ranks):
-            os.kill(victim, signal.SIGKILL)
+def kill_at(step: int, folder: Path, output: Path, settings: tuple[str, ...]) -> None:
+    """Starts a run on two ranks and kills both with SIGKILL once `step` is in its metrics."""
+    started = start_ranks(["-m", "ssa_pretrain.train", *settings], ranks(2), output)
+    run = SimpleNamespace(poll=lambda: started[0].exitcode)
+    try:
+        wait_for_step(run, folder, step, seconds=300)
+        wait_for_checkpoint(run, folder, step - 1, seconds=60)
+        helpers = [helper for rank in started for helper in descendants(rank.pid)]
+        assert helpers == [], "a save has started processes, which a killed rank would leave behind"
+    finally:
+        for rank in started:
+            rank.kill()
+        for rank in started:
+            rank.join()
+    assert [rank.exitcode for rank in started] == [-signal.SIGKILL] * 2
 
 
-def test_killed_and_rerun_is_bit_identical(uninterrupted, corpus, tmp_path):
+def test_killed_and_rerun_is_bit_identical(uninterrupted, corpus, tmp_path, tmp_path_factory):
     settings = (*SETTINGS, f"data.path={corpus}", f"output_dir={tmp_path}", "parallel=tp2")
-    kill_at(4, tmp_path, command("ssa_pretrain.train", *settings, processes=2))
+    kill_at(4, tmp_path, tmp_path_factory.mktemp("output"), settings)
     done = run("ssa_pretrain.train", *settings, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming after step 3" in done.stdout

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ssa_pretrain.checkpoint.integrity import record_text
 from support.sockets import beyond_loopback, listeners
 from support.training import ROOT, descendants, environment, launched, run, run_command
 
@@ -146,7 +147,7 @@ def attacked(trained: Path, folder: Path, *, listed: bool) -> tuple[Path, Path]:
     if listed:
         record = json.loads((checkpoint / "checkpoint.json").read_text())
         record["files"][".metadata"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+        (checkpoint / "checkpoint.json").write_text(record_text(record))
     return checkpoint, marker
 
 

@@ -5,7 +5,7 @@ in what is already imported. Tests of the start itself, of imports and of signal
 """
 
 import atexit
-import itertools
+import gc
 import multiprocessing
 import os
 import random
@@ -74,16 +74,9 @@ def run_ranks(command: list[str], variables: list[dict[str, str]], *, timeout: f
         timeout: seconds for all of them; processes that still run then are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [(Path(folder) / f"{n}.out", Path(folder) / f"{n}.err") for n in range(len(variables))]
-        for path in itertools.chain(*outputs):
-            path.touch()
-        processes = [
-            FORKSERVER.Process(target=_become, args=(command, environment() | more, *files))
-            for more, files in zip(variables, outputs, strict=True)
-        ]
+        processes = []
         try:
-            for process in processes:
-                process.start()
+            processes += start_ranks(command, variables, Path(folder))
             deadline = time.monotonic() + timeout
             for process in processes:
                 process.join(max(0.0, deadline - time.monotonic()))
@@ -92,9 +85,28 @@ def run_ranks(command: list[str], variables: list[dict[str, str]], *, timeout: f
             for process in late:
                 process.kill()
                 process.join()
-        texts = [(out.read_text(), err.read_text()) for out, err in outputs]
+        texts = [tuple(path.read_text() for path in _outputs(Path(folder), n)) for n in range(len(variables))]
     assert not late, f"{len(late)} of {len(processes)} processes did not end in {timeout} s:\n{texts}"
     return [Ended(process.exitcode, *text) for process, text in zip(processes, texts, strict=True)]
+
+
+def start_ranks(
+    command: list[str], variables: list[dict[str, str]], folder: Path
+) -> list[multiprocessing.context.ForkServerProcess]:
+    """Starts one process per set of variables, as `run_ranks`, and returns them. What they print is in files of `folder`."""
+    started = []
+    for number, more in enumerate(variables):
+        files = _outputs(folder, number)
+        for path in files:
+            path.touch()
+        process = FORKSERVER.Process(target=_become, args=(command, environment() | more, *files))
+        process.start()
+        started.append(process)
+    return started
+
+
+def _outputs(folder: Path, number: int) -> tuple[Path, Path]:
+    return folder / f"{number}.out", folder / f"{number}.err"
 
 
 def _become(command: list[str], variables: dict[str, str], stdout: Path, stderr: Path) -> None:
@@ -109,6 +121,7 @@ def _become(command: list[str], variables: dict[str, str], stdout: Path, stderr:
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     torch.set_num_threads(1)
+    gc.freeze()  # core collects garbage at each save; what has been imported is none, and takes it a third of a second
     try:
         if command[0] == "-m":
             sys.argv = command[1:]

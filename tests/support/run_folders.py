@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from ssa_pretrain.checkpoint.facts import run_facts
+from ssa_pretrain.checkpoint.integrity import record_text
 from ssa_pretrain.checkpoint.publish import publish
 from ssa_pretrain.config import Config
 from ssa_pretrain.engine import Engine, build_engine
@@ -38,7 +39,7 @@ def without_common_weights(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "weights")
     record = json.loads((checkpoint / "checkpoint.json").read_text())
     record["files"] = {name: entry for name, entry in record["files"].items() if not name.startswith("weights/")}
-    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    (checkpoint / "checkpoint.json").write_text(record_text(record))
 
 
 def _save(engine: Engine, scratch: Path) -> None:

@@ -34,6 +34,7 @@ class MegatronEngine(MegatronModel):
         self.replicas = ReplicaCheck(config.training.replica_check_interval, placement)
         self.optimizer = build_optimizer(config, self.chunks)
         self.copies = HostCopies(placement.device)
+        self._are_gathered = False  # whether every data rank has the weights after the last update
         self._install_hooks()
 
     def wrap(self, chunk: torch.nn.Module, stage: int) -> DistributedDataParallel:
@@ -70,6 +71,7 @@ class MegatronEngine(MegatronModel):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.config.optim.weight_decay * group.get("wd_mult", 1.0)
+        self._are_gathered = False
         with torch.profiler.record_function(OPTIMIZER_RANGE):
             _, norm, _ = self.optimizer.step()
         return norm
@@ -110,12 +112,14 @@ class MegatronEngine(MegatronModel):
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
+        self._are_gathered = False
         self.optimizer.count_skipped_steps()
         checkpoint.load(folder, self.chunks, self.optimizer)
         self.optimizer.prepare_skipping()
 
     def load_weights(self, folder: Path) -> None:
         """See `Evaluator.load_weights`."""
+        self._are_gathered = False
         super().load_weights(folder)
         self.optimizer.reload_model_params()
 
@@ -134,10 +138,11 @@ class MegatronEngine(MegatronModel):
         super().start_evaluating()
 
     def _gather_parameters(self) -> None:
-        """Updates every data rank's weights, which `overlap_param_gather` defers to the next training forward."""
-        if self.chunks[0].ddp_config.overlap_param_gather:
+        """Updates every data rank's weights, which `overlap_param_gather` defers to the next training forward; once after each update."""
+        if self.chunks[0].ddp_config.overlap_param_gather and not self._are_gathered:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
+            self._are_gathered = True
 
     def _install_hooks(self) -> None:
         """Sets the functions that core's schedules call to synchronise gradients and parameters."""

@@ -117,72 +117,88 @@ def evaluation_words(options: Options, long: Config) -> list[str]:
 
 def stages(options: Options, configs: Configs) -> list[Stage]:
     """Returns the stages in their order."""
-    out, verdicts = options.out, verdicts_of(options.out)
-    short, long = (last_checkpoint(out / name, one) for name, one in ((SHORT, configs.short), (LONG, configs.long)))
-    paths = [Path(one.data.path) for one in (configs.short, configs.long, configs.evaluated)]
-    datasets = list(dict.fromkeys(paths))
-
-    def verify(dataset: Path, checkpoint: Path | None = None) -> None:
-        data_check.require_checked(dataset, verdicts)
-        if checkpoint is not None:
-            require_intact(checkpoint)
-
-    def inputs(dataset: Path, checkpoint: Path | None = None) -> Digests:
-        return digest_of_data([dataset]) | (digest_of(checkpoint) if checkpoint is not None else {})
-
-    start = [f"checkpoint.init_from={quoted(short)}"]
-    name = configs.evaluated.evaluation.name
+    short = last_checkpoint(options.out / SHORT, configs.short)
+    long = last_checkpoint(options.out / LONG, configs.long)
     return [
-        Stage(
-            DATA,
-            "Data: every byte against its manifest",
-            data_check.__name__,
-            [str(verdicts), *map(str, datasets)],
-            partial(digest_of_data, datasets),
-            lambda: None,
-            lambda: {str(path): require_data(path, verdicts) for path in datasets},
-        ),
-        Stage(
-            SHORT,
-            f"Training at {SHORT}: {options.recipe}_{SHORT}",
-            TRAIN,
-            words_of(options, SHORT),
-            partial(inputs, paths[0]),
-            partial(verify, paths[0]),
-            partial(finished, short),
-            False,
-            configs.short.training.num_steps(),
-        ),
-        Stage(
-            LONG,
-            f"Training at {LONG}: {options.recipe}_{LONG}, from the weights of {SHORT}",
-            TRAIN,
-            [*words_of(options, LONG), *start],
-            partial(inputs, paths[1], short),
-            partial(verify, paths[1], short),
-            partial(finished, long),
-            False,
-            configs.long.training.num_steps(),
-        ),
-        Stage(
-            EVALUATION,
-            f"Evaluation of {LONG} at {TIMES} times its length",
-            EVALUATE,
-            [str(long), *evaluation_words(options, configs.long)],
-            partial(inputs, paths[2], long),
-            partial(verify, paths[2], long),
-            lambda: {"results": digest(out / LONG / "evaluations" / f"{name}.json")},
-        ),
-        Stage(
-            EXPORT,
-            f"Export of {LONG} as a Hugging Face folder",
-            EXPORTER,
-            [str(long), f"out={out / EXPORT}", *options.settings[EXPORT]],
-            partial(digest_of, long),
-            partial(require_intact, long),
-            lambda: {"config": digest(out / EXPORT / "config.json"), "bytes": str(size_of(out / EXPORT))},
-        ),
+        data_stage(options, configs),
+        training_stage(options, SHORT, configs.short),
+        training_stage(options, LONG, configs.long, weights=short),
+        evaluation_stage(options, configs, long),
+        export_stage(options, long),
     ]
+
+
+def data_stage(options: Options, configs: Configs) -> Stage:
+    """Returns the check of every dataset that a stage reads."""
+    verdicts, used = verdicts_of(options.out), (configs.short, configs.long, configs.evaluated)
+    datasets = list(dict.fromkeys(Path(config.data.path) for config in used))
+    return Stage(
+        name=DATA,
+        heading="Data: every byte against its manifest",
+        module=data_check.__name__,
+        words=[str(verdicts), *map(str, datasets)],
+        inputs=partial(digest_of_data, datasets),
+        verify=lambda: None,  # this stage is the verification
+        outputs=lambda: {str(path): require_data(path, verdicts) for path in datasets},
+    )
+
+
+def training_stage(options: Options, name: str, config: Config, weights: Path | None = None) -> Stage:
+    """Returns a run, from new weights or from those of a checkpoint."""
+    data = Path(config.data.path)
+    start = [f"checkpoint.init_from={quoted(weights)}"] if weights else []
+    return Stage(
+        name=name,
+        heading=f"Training at {name}: {options.recipe}_{name}" + (f", from the weights of {SHORT}" if weights else ""),
+        module=TRAIN,
+        words=[*words_of(options, name), *start],
+        inputs=partial(digests, data, weights),
+        verify=partial(verify, options, data, weights),
+        outputs=partial(finished, last_checkpoint(options.out / name, config)),
+        repeatable=False,
+        steps=config.training.num_steps(),
+    )
+
+
+def evaluation_stage(options: Options, configs: Configs, checkpoint: Path) -> Stage:
+    """Returns the evaluation of a checkpoint at TIMES its length."""
+    data, name = Path(configs.evaluated.data.path), configs.evaluated.evaluation.name
+    results = options.out / LONG / "evaluations" / f"{name}.json"
+    return Stage(
+        name=EVALUATION,
+        heading=f"Evaluation of {LONG} at {TIMES} times its length",
+        module=EVALUATE,
+        words=[str(checkpoint), *evaluation_words(options, configs.long)],
+        inputs=partial(digests, data, checkpoint),
+        verify=partial(verify, options, data, checkpoint),
+        outputs=lambda: {"results": digest(results)},
+    )
+
+
+def export_stage(options: Options, checkpoint: Path) -> Stage:
+    """Returns the export of a checkpoint."""
+    folder = options.out / EXPORT
+    return Stage(
+        name=EXPORT,
+        heading=f"Export of {LONG} as a Hugging Face folder",
+        module=EXPORTER,
+        words=[str(checkpoint), f"out={folder}", *options.settings[EXPORT]],
+        inputs=partial(digest_of, checkpoint),
+        verify=partial(require_intact, checkpoint),
+        outputs=lambda: {"config": digest(folder / "config.json"), "bytes": str(size_of(folder))},
+    )
+
+
+def digests(data: Path, checkpoint: Path | None) -> Digests:
+    """Returns the digests of a dataset and of a checkpoint that a stage reads. Raises CommandError if one is missing."""
+    return digest_of_data([data]) | (digest_of(checkpoint) if checkpoint else {})
+
+
+def verify(options: Options, data: Path, checkpoint: Path | None) -> None:
+    """Raises CommandError unless a dataset is unchanged since its check, and every file of a checkpoint has its checksum."""
+    data_check.require_checked(data, verdicts_of(options.out))
+    if checkpoint:
+        require_intact(checkpoint)
 
 
 def verdicts_of(out: Path) -> Path:

@@ -30,6 +30,8 @@ from benchmarks.scaling.cases import SIZES, Case, Job, case_config, with_equal_s
 from benchmarks.scaling.jobs import ROOT, Host, run_jobs, run_logged
 from benchmarks.scaling.judged import checks, has_requirements
 from ssa_pretrain.monitor.environment import versions
+from ssa_pretrain.planning.estimate import as_plan_config, estimate
+from ssa_pretrain.planning.measured import hardware_of
 from ssa_pretrain.planning.plan import make_plan
 
 SECONDS = {
@@ -166,18 +168,24 @@ def plan_lines(jobs: dict[str, list[Job]], options: argparse.Namespace) -> list[
         for job in listed:
             rows += [_planned(part, case, size, options.gpus) for case in job.cases]
         if not listed:
-            rows.append((part, "–", "–", str(options.gpus), "–", "–", "–", "–"))
-    columns = ("part", "layout", "rows", "GPUs", "microbatches", "tokens per step", "planned GiB", "variants")
+            rows.append((part, "–", "–", str(options.gpus), *["–"] * 5))
+    columns = ("part", "layout", "rows", "GPUs", "microbatches", "tokens per step", "GiB", "ms", "variants")
     total = sum(limit(part, options) for part in jobs)
-    head = [f"{options.suite}: {options.size}, {options.gpus} GPUs, at most {total:.0f} s", ""]
+    head = [
+        f"{options.suite}: {options.size}, {options.gpus} GPUs, at most {total:.0f} s; GiB and ms of ssa as planned on H200s",
+        "",
+    ]
     return [*head, *tables.table(columns, rows)]
 
 
 def _planned(part: str, case: Case, size: cases.Size, host_gpus: int) -> tuple[str, ...]:
     config = case_config(case, size, host_gpus)
-    plan = make_plan(with_equal_share(config, case, size), case.gpus)
+    config = with_equal_share(config, case, size)
+    plan = make_plan(config, case.gpus)
+    costs = estimate(as_plan_config(config, hardware_of("h200")), plan)
     numbers = (str(case.gpus), str(plan.num_microbatches), f"{plan.tokens_per_step:,}")
-    return (part, case.layout, case.length, *numbers, f"{plan.memory_bytes / 2**30:.1f}", ", ".join(case.variants))
+    predicted = (f"{costs.peak_bytes / 2**30:.1f}", f"{costs.step.total * 1e3:,.0f}")
+    return (part, case.layout, case.length, *numbers, *predicted, ", ".join(case.variants))
 
 
 def exit_code(results: list[dict[str, Any]], size: str) -> int:

@@ -28,7 +28,9 @@ from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.monitor.profiling import breakdown, read_trace
 from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.planning.estimate import as_plan_config, estimate
 from ssa_pretrain.planning.flops import peak_flops, row_flops
+from ssa_pretrain.planning.measured import hardware_of
 from ssa_pretrain.planning.plan import Plan, make_plan
 
 LEARNING_RATE = 1e-4  # of the steps whose losses are compared
@@ -140,8 +142,12 @@ def speed(case: Case, config: Config, variant: str, ms: float, placement: Placem
 
 
 def planned(config: Config, plan: Plan, device: str) -> dict[str, float | None]:
-    """Returns what the planner predicts: the peak memory of a rank, and the time of a step, None where it predicts none."""
-    return {"planned_gib": plan.memory_bytes / 2**30, "planned_ms": None}
+    """Returns what the planner predicts: the peak memory of a rank, and the time of a step, None on a device that conf/hardware lacks."""
+    name = next((known for known in ("h100", "h200", "b200") if known.upper() in device), None)
+    if name is None:
+        return {"planned_gib": plan.memory_bytes / 2**30, "planned_ms": None}
+    costs = estimate(as_plan_config(config, hardware_of(name)), plan)
+    return {"planned_gib": costs.peak_bytes / 2**30, "planned_ms": costs.step.total * 1e3}
 
 
 def waits(run: Callable[[], object], placement: Placement) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def test_dry_run_lists_every_layout_with_a_plan_that_the_rules_accept(capsys):
     for layout in ("one GPU | 32k | 1", "dp2 | 32k | 2", "dp4 | 32k | 4", "cp2 dp4 | 32k | 8", "cp4 dp2 | 32k | 8"):
         assert f"| speed | {layout} |" in text
     assert "| save | tp2 pp2 dp2 | 8k | 8 |" in text and "| restart |" in text and "at most 470 s" in text
-    assert "| speed | dp8 | 8k | 8 | 8 | 1,048,576 | 32.6 | ssa, full, ssa r=1/4 |" in text
+    row = r"\| speed \| dp8 \| 8k \| 8 \| 8 \| 1,048,576 \| [\d.]+ \| [\d,]+ \| ssa, full, ssa r=1/4 \|"
+    assert re.search(row, text), "with the planned memory and time"
 
 
 @pytest.mark.parametrize("arguments", [["--parts", "sped"], ["--suite", "two_gpus", "--parts", "restart"]])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ssa_pretrain.checkpoint import integrity
 from ssa_pretrain.checkpoint import publish as publishing
 from ssa_pretrain.checkpoint.facts import differences
-from ssa_pretrain.checkpoint.integrity import FACTS, Verdicts, find_damage
+from ssa_pretrain.checkpoint.integrity import FACTS, Verdicts, find_damage, record_text
 from ssa_pretrain.checkpoint.publish import (
     Checkpoint,
     CheckpointError,
@@ -109,6 +109,19 @@ def test_kill_during_the_removal_of_an_old_checkpoint_leaves_no_damaged_one(tmp_
     assert [(p.name, find_damage(p)) for p in publishing.published(tmp_path)] == [("step_00000010", None)]
     publish(tmp_path, 15, {}, write, keep=1, is_rank_0=True)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000015"]
+
+
+def test_names_in_every_folder_are_flushed_before_the_checkpoint_is_published(tmp_path, monkeypatch):
+    def write_below(folder):
+        (folder / "weights" / "parts").mkdir(parents=True)
+        (folder / "weights" / "parts" / "a.bin").write_bytes(b"a")
+
+    calls, sync = [], publishing.sync
+    monkeypatch.setattr(publishing, "sync", lambda path: calls.append(path) or sync(path))
+    folder = publish(tmp_path, 5, {}, write_below, keep=1, is_rank_0=True)
+    hidden = folder.with_name(".step_00000005.tmp")
+    flushed = [hidden / "weights/parts/a.bin", hidden / "weights/parts", hidden / "weights", hidden, hidden / FACTS]
+    assert set(flushed) <= set(calls[:-1]) and calls[-1] == folder.parent
 
 
 def test_folders_with_other_names_are_ignored(tmp_path):
@@ -222,17 +235,32 @@ def test_checkpoint_of_another_schema_is_neither_counted_nor_removed(tmp_path):
     for step in (1, 2, 3):
         publish(tmp_path, step, {}, write, keep=9, is_rank_0=True)
     facts = tmp_path / "checkpoints" / "step_00000002" / FACTS
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"schema": 0}))
+    facts.write_text(record_text(json.loads(facts.read_text()) | {"schema": 0}))
     publish(tmp_path, 4, {}, write, keep=2, is_rank_0=True)
     assert set(intact_by_step(tmp_path)) == {4, 3, 2}
     publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
     assert set(intact_by_step(tmp_path)) == {5, 4, 2}
 
 
+def test_every_flipped_bit_of_the_record_is_damage(tmp_path):
+    """Also in the step, the schema and the facts, none of which a file's sha256 covers. Records of older versions have no checksum."""
+    facts = publish(tmp_path, 5, {"seed": 7, "optim.lr": 1e-05}, write, keep=2, is_rank_0=True) / FACTS
+    data = facts.read_bytes()
+    for place in range(len(data)):
+        for bit in (1, 4, 32):
+            facts.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+            assert find_damage(facts.parent), (place, bit)
+            assert not integrity.is_of_another_schema(facts.parent)
+    record = json.loads(data)
+    del record["checksum"]
+    facts.write_text(json.dumps(record))
+    assert find_damage(facts.parent) is None
+
+
 @pytest.mark.parametrize("files", [[], {"weights.bin": 7}, {"weights.bin": {"bytes": 1}}])
 def test_malformed_file_list_is_damage(tmp_path, files):
     facts = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True) / FACTS
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"files": files}))
+    facts.write_text(record_text(json.loads(facts.read_text()) | {"files": files}))
     assert find_damage(facts.parent) == f"{FACTS} cannot be read"
 
 
@@ -315,7 +343,7 @@ def test_another_schema_is_an_error_without_fallback_to_older_checkpoints(tmp_pa
     publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
     newer = publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
     record = json.loads((newer / FACTS).read_text())
-    (newer / FACTS).write_text(json.dumps(record | {"schema": 2, "files": ["another form"]}))
+    (newer / FACTS).write_text(record_text(record | {"schema": 2, "files": ["another form"]}))
     with pytest.raises(CheckpointError, match=r"step_00000010 has schema 2, and this version of ssa_pretrain reads 1"):
         find(tmp_path)
 
@@ -367,7 +395,7 @@ def rewrite(folder, change):
     """Rewrites the list of a published checkpoint, as whoever has made it could."""
     record = json.loads((folder / FACTS).read_text())
     change(record["files"])
-    (folder / FACTS).write_text(json.dumps(record))
+    (folder / FACTS).write_text(record_text(record))
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "link", "inner/file", ""])

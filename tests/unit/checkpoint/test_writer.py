@@ -89,6 +89,22 @@ def test_file_that_fails_for_a_moment_is_written_again_whole(tmp_path, monkeypat
     assert f"of {tmp_path / 'saved'}" in output
 
 
+def test_list_of_the_shards_is_written_again_after_a_failed_rename(tmp_path, monkeypatch, capsys):
+    rename, left = os.rename, [2]
+
+    def fails_twice(old, new, **options):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        rename(old, new, **options)
+
+    monkeypatch.setattr(os, "rename", fails_twice)
+    monkeypatch.setattr(storage, "PAUSES", (0.0,) * 5)
+    save(tmp_path / "saved")
+    dist_checkpointing.load(state(0.0), str(tmp_path / "saved"))
+    assert capsys.readouterr().out.count(f"writing {tmp_path / 'saved'}/.metadata failed (Stale file handle)") == 2
+
+
 def test_full_disk_has_the_systems_own_error_in_common_weights(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))

@@ -224,3 +224,22 @@ def test_ranks_end_with_a_killed_supervisor(is_stopped: bool) -> None:
     while any(supervision.find_process(pid(rank)) for rank in (0, 1)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(supervision.find_process(pid(rank)) for rank in (0, 1))
+
+
+def test_launcher_that_another_launcher_started_ends_with_it() -> None:
+    """As under launchers/stages.sh: after kill -9 of the outer one nothing goes on, so the same command can run again at once."""
+    inner = "import os, time; from ssa_pretrain.process import exit_with_starter as join; join(os.environ)"
+    inner += "; print(os.getpid(), flush=True); time.sleep(60)"
+    outer = "import os, sys; from ssa_pretrain.launch.supervision import Supervisor\nwith Supervisor(1.0) as found:\n"
+    outer += f"    found.run([sys.executable, '-c', {inner!r}], os.environ, waits=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", outer], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        pid = int(process.stdout.readline())
+        assert supervision.find_process(pid)
+        process.kill()
+        deadline = time.monotonic() + 20
+        while supervision.find_process(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert supervision.find_process(pid) is None

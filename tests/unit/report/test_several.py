@@ -21,7 +21,9 @@ from ssa_pretrain.report.several import page as several_page
 from ssa_pretrain.report.summary import ReportError, read_summary
 from ssa_pretrain.report.workspace import NOT_DRAWN, workspace
 from ssa_pretrain.report.workspace import main as save_workspace
+from ssa_pretrain.run_folder import lock_folder
 from ssa_pretrain.settings.convert import save_config
+from ssa_pretrain.settings.files import unlock
 
 
 def train(step: int, **more: object) -> dict:
@@ -104,7 +106,7 @@ def test_page_of_one_run_shows_goodput_tasks_and_health(runs: tuple[Path, Path])
         "0.300 ± 0.020",
         "Where the time went",
         "goodput: share of the time that trained",
-        "ended: finished",
+        "ended (finished) 20",
     ):
         assert shown in html, shown
     assert "sparse cross entropy 9.500" not in html, "a spike with a decision is shown once"
@@ -138,6 +140,16 @@ def test_a_running_run_without_any_step_has_a_place_on_the_page(runs: tuple[Path
     started = write(tmp_path / "c", [])
     html = several_page([("a", read_summary(runs[0])), ("c", read_summary(started))])
     assert ">c<" in html
+
+
+def test_report_knows_whether_a_run_is_running_or_was_killed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", [train(1)])
+    Timeline(folder).begin(0)
+    held = lock_folder(folder)
+    assert held is not None
+    assert "still running, last line" in page(read_summary(folder))
+    unlock(held)
+    assert "was killed 20" in page(read_summary(folder))
 
 
 def test_results_of_evaluate_count_for_tasks(runs: tuple[Path, Path]) -> None:
