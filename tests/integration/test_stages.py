@@ -34,12 +34,12 @@ SETTINGS = [
 SETTINGS += ["8k:data.sequence_length=64", "8k:training.global_batch_tokens=128", "8k:training.total_tokens=512"]
 SETTINGS += ["32k:data.sequence_length=256", "32k:training.global_batch_tokens=512", "32k:training.total_tokens=1536"]
 SETTINGS += ["export:dtype=fp32"]
-# Where each stage is killed: a function and its call. The second of two saves of training; the last thing that the others do.
+# Where each stage is killed: a function and its call. While it commits a later checkpoint; between the modes; when the weights are written.
 KILLED = {
     "data": ("ssa_pretrain.settings.files:file_sha256", 2),
     "8k": ("ssa_pretrain.checkpoint.publish:_Save.commit", 3),
     "32k": ("ssa_pretrain.checkpoint.publish:_Save.commit", 2),
-    "evaluation": ("ssa_pretrain.evaluation.results:write_json", 1),
+    "evaluation": ("ssa_pretrain.evaluation.held_out:evaluate_mode", 2),
     "export": ("ssa_pretrain.huggingface.exporting:write_index", 1),
 }
 AND_THE_COMMAND = (

@@ -8,6 +8,8 @@ the same content; a file appears atomically. Stdlib only.
 """
 
 import json
+import os
+import socket
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.launch.stages.options import STAGES
-from ssa_pretrain.settings.files import write_atomically
+from ssa_pretrain.settings.files import sync
 
 FILE_NAME = "stages.json"
 SCHEMA = 1
@@ -81,7 +83,11 @@ class State:
             setattr(record, name, value)
         stages = {name: asdict(one) for name, one in self._records.items()}
         content = {"schema": SCHEMA, "recipe": self.recipe, "stages": stages}
-        write_atomically(self.folder / FILE_NAME, json.dumps(content, indent=1) + "\n")
+        # Named after the host: on shared storage processes of several nodes, which may have the same id, write at the same time.
+        unfinished = self.folder / f".{FILE_NAME}.{socket.gethostname()}.tmp"
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        sync(unfinished)
+        os.replace(unfinished, self.folder / FILE_NAME)
 
 
 def table(state: State) -> str:
