@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ssa_pretrain.monitor.alerts import Alert
 from ssa_pretrain.monitor.console import Console
 from ssa_pretrain.monitor.metrics import (
     FILE_NAME,
@@ -378,6 +379,9 @@ def test_record_of_a_checkpoint_comes_after_later_steps_survives_a_resume_and_re
     class Tracker:
         def log(self, record: Mapping[str, Any]) -> None:
             seen.append(f"{record['kind']} {record['step']}")
+
+        def alert(self, alert: Alert) -> None:
+            raise AssertionError(alert)
 
         def finish(self) -> None:
             pass
