@@ -22,6 +22,7 @@ SETTINGS = (
     "optim.schedule=constant",  # so short a cosine ends before the attention has moved
     "evaluation.rows=16",
     "evaluation.interval=96",
+    "checkpoint.interval=96",
     "evaluation.at_start=false",
     "logging.wandb.mode=off",
 )
