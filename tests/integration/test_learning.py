@@ -16,12 +16,13 @@ pytestmark = pytest.mark.timeout(1200)
 SETTINGS = (
     "experiment=quickstart",
     "model.num_layers=2",
-    "training.steps=48",
-    "training.global_batch_tokens=4096",
-    "training.micro_batch_size=4",
+    "training.steps=96",
+    "training.global_batch_tokens=1024",
+    "training.micro_batch_size=2",
     "optim.schedule=constant",  # so short a cosine ends before the attention has moved
     "evaluation.rows=16",
-    "evaluation.interval=48",
+    "evaluation.interval=96",
+    "checkpoint.interval=96",
     "evaluation.at_start=false",
     "logging.wandb.mode=off",
 )
@@ -73,7 +74,7 @@ def test_moved_run_folder_can_be_evaluated_and_sampled(runs, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert not (runs["ssa"] / "evaluation.json").exists()
     evaluation = json.loads((moved / "evaluation.json").read_text())
-    assert evaluation["step"] == 48
+    assert evaluation["step"] == 96
     assert set(evaluation["modes"]) == {"full", "sparse"}
     for mode, metrics in evaluation["modes"].items():
         assert f"held-out, {mode:<6}: cross entropy {metrics['cross_entropy']:.4f}" in done.stdout

@@ -87,7 +87,7 @@ def test_advised_settings_are_accepted() -> None:
     keys = [key for key in known_keys(Config) if key not in FREE]
     for run in RUNS:
         tree = composed([*run, "data.path=somewhere"])
-        for machine, key, value in draw.sample(list(itertools.product(MACHINES, keys, VALUES)), 350):
+        for machine, key, value in draw.sample(list(itertools.product(MACHINES, keys, VALUES)), 200):
             typed = with_setting(tree, key, value)
             found = checked(typed, machine)
             for problem, setting in ((each, setting) for each in found for setting in settings_advised(each)):
