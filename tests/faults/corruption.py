@@ -235,12 +235,14 @@ ROWS = [
         "one bit of an .idx file flips",
         "refused at the start (4)",
         partial(flipped_data, names="*.idx", full=1000),
+        must_fail=True,
     ),
     Row(
         "flipped_manifest",
         "one bit of the dataset's manifest.json flips",
         "refused at the start (4)",
         partial(flipped_data, names="manifest.json", full=1000),
+        must_fail=True,
     ),
     Row(
         "flipped_bin",
@@ -253,11 +255,13 @@ ROWS = [
         "files of the dataset truncated, missing, swapped; another tokenizer; no manifest; ids outside the vocabulary",
         "refused with 4 before a wrong token is trained on",
         broken_data,
+        must_fail=True,
     ),
     Row(
         "changed_data",
         "a run resumes with other documents or one part more",
         "refused (5) with the difference",
         changed_data,
+        must_fail=True,
     ),
 ]

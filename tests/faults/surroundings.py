@@ -250,6 +250,7 @@ ROWS = [
         "no file may grow past a limit, and a file system of 1.5 MB is full, during a save, beside training and not",
         "5, with the reason; the earlier checkpoint stays, and the rerun's curve is bit-identical",
         full_disk,
+        must_fail=True,
     ),
     Row(
         "slow_storage",
@@ -262,12 +263,14 @@ ROWS = [
         "the thread that writes beside training ends with an unexpected error, on one of one or two ranks",
         "all ranks end, not with 0, within one more interval; the earlier checkpoint stays",
         crashing_writer,
+        must_fail=True,
     ),
     Row(
         "second_run",
         "the same run is started twice at once; then its owner is killed",
         "3 for the second, with the owner; after the kill it starts at once",
         second_run,
+        must_fail=True,
     ),
     Row(
         "silent_wandb",
