@@ -41,7 +41,7 @@ def stops(stage: Stage, *, numbers: tuple[signal.Signals, ...], full: int) -> Ta
     tries = stage.tries(full, 4)
     settings = {"training__steps": STEPS, "evaluation__interval": 3, "checkpoint__interval": 2}
     first = stage.train(stage.config(whole, **settings))
-    first.until(lambda: has_step(whole, 60))
+    first.until(lambda: has_step(whole, stage.tries(60, 15)))
     first.kill()
     first.wait()
     expected = {r["step"]: r for r in records(whole, "train")}

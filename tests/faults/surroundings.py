@@ -28,6 +28,13 @@ def whole_run(stage: Stage) -> list[dict]:
     return records(folder, "train")
 
 
+def limit_files(folder: Path, most: int) -> None:
+    """Lets no file of this process grow past some bytes, once the save of step 2 is over."""
+    while not (folder / "checkpoints/step_00000002").exists():
+        time.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+
+
 def full_disk(stage: Stage) -> Tally:
     """Saves where no file may grow past a limit, and on a file system that is full."""
     tally, whole = Tally(), whole_run(stage)
@@ -35,10 +42,8 @@ def full_disk(stage: Stage) -> Tally:
         folder = stage.new_folder()
         config = stage.config(folder, training__steps=STEPS, checkpoint__interval=2)
         config.checkpoint.asynchronous = number % 2 == 1
-        limit = partial(
-            resource.setrlimit, resource.RLIMIT_FSIZE, (stage.random.randrange(20_000, 40_000), resource.RLIM_INFINITY)
-        )
-        child = stage.train(config, before=partial(at_step, 3, 0, limit))
+        most = stage.random.randrange(20_000, 40_000)
+        child = stage.train(config, before=partial(at_step, 3, 0, partial(limit_files, folder, most)))
         tally.add(_full(stage, folder, child.wait(), child.text(), whole), code=child.code, lost=1)
     mount = stage.new_folder()
     mount.mkdir()

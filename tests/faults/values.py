@@ -35,7 +35,9 @@ def bad_steps(stage: Stage) -> Tally:
             "states": str(states),
         }
         children = stage.train_ranks(
-            stage.config(folder, training__steps=STEPS, checkpoint__interval=2), ranks, before=partial(install, faults)
+            stage.config(folder, training__steps=STEPS, checkpoint__interval=2, training__max_skipped_steps=9),
+            ranks,
+            before=partial(install, faults),
         )
         codes = [child.wait() for child in children]
         if any(codes):
