@@ -6,6 +6,7 @@ Rows that have a file are left out, unless they are named or `--again` is given.
 import argparse
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from faults import page, tally
@@ -31,19 +32,27 @@ def main() -> None:
     rows = {row.name: row.run for group in GROUPS.values() for row in group if row.run is not None}
     if unknown := set(given.rows) - rows.keys():
         parser.error(f"{sorted(unknown)[0]} is not a row; try one of {', '.join(rows)}")
+    broken: list[str] = []
     chosen = given.rows or [name for name in rows if given.again or tally.read(name, given.results) is None]
     if not given.render and chosen:
         with stage(given.folder, given.scale) as place:
             for name in chosen:
                 begin = time.monotonic()
-                found = rows[name](place)
+                try:
+                    found = rows[name](place)
+                except (AssertionError, OSError, LookupError, RuntimeError) as error:  # the other rows can still run
+                    traceback.print_exc()
+                    broken.append(f"{name}: {error}")
+                    continue
                 found.write(name, begin, given.results)
                 print(
                     f"{name}: {found.good} of {found.tries} in {time.monotonic() - begin:.0f} s {found.failures[:2]}",
                     flush=True,
                 )
     page.write(given.results, given.page)
-    sys.exit(page.num_bad(given.results) > 0)
+    for line in broken:
+        print(f"could not be run: {line}")
+    sys.exit(bool(broken) or page.num_bad(given.results) > 0)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def flipped_checkpoint(stage: Stage, *, record_only: bool) -> Tally:
         flip(path, stage.random)
         damage = find_damage(newest)
         problem = None if damage else f"a bit of {path.name} was not noticed"
-        if number % max(1, tries // 20) == 0:
+        if number % (tries // max(1, round(20 * stage.scale))) == 0:
             num_resumed += 1
             copy = stage.new_folder()
             shutil.copytree(original, copy)
@@ -142,7 +142,7 @@ def flipped_data(stage: Stage, *, names: str, full: int) -> Tally:
                 problem = ""  # the same value in other words
         except (DatasetError, ValueError):
             problem = ""
-        if number % max(1, tries // 10) == 0 and names != "*.bin":
+        if number % (tries // max(1, round(10 * stage.scale))) == 0 and names != "*.bin":
             started += 1
             child = stage.train(stage.config(stage.new_folder(), data__path=str(folder), training__stop_at_step=1))
             code = child.wait()
@@ -235,12 +235,14 @@ ROWS = [
         "one bit of an .idx file flips",
         "refused at the start (4)",
         partial(flipped_data, names="*.idx", full=1000),
+        must_fail=True,
     ),
     Row(
         "flipped_manifest",
         "one bit of the dataset's manifest.json flips",
         "refused at the start (4)",
         partial(flipped_data, names="manifest.json", full=1000),
+        must_fail=True,
     ),
     Row(
         "flipped_bin",
@@ -253,11 +255,13 @@ ROWS = [
         "files of the dataset truncated, missing, swapped; another tokenizer; no manifest; ids outside the vocabulary",
         "refused with 4 before a wrong token is trained on",
         broken_data,
+        must_fail=True,
     ),
     Row(
         "changed_data",
         "a run resumes with other documents or one part more",
         "refused (5) with the difference",
         changed_data,
+        must_fail=True,
     ),
 ]

@@ -127,17 +127,20 @@ ROWS = [
         "one typing error in the name of a setting, also with Hydra's `+`",
         "3 before anything is imported; the message suggests the right name",
         typing_errors,
+        must_fail=True,
     ),
     Row(
         "wrong_values",
         "wrong types, values out of range, sizes that do not fit, unknown groups",
         "3, with the key",
         wrong_values,
+        must_fail=True,
     ),
     Row(
         "whole_commands",
         "the same through the entry point; several errors at once",
         "3 or 4, one message with every problem, no trace",
         whole_commands,
+        must_fail=True,
     ),
 ]

@@ -199,6 +199,7 @@ ROWS = [
         "one of two ranks ends by kill -9, a segmentation fault, exit(0), an exception, no memory",
         "the other one ends within seconds, never with 0; checkpoints are intact",
         dying_rank,
+        must_fail=True,
     ),
     Row(
         "restarted",
@@ -211,6 +212,7 @@ ROWS = [
         "one of two ranks is stopped (SIGSTOP), loops for ever, hangs in C code with Python's lock held; limit 3 s",
         "8; rank and host are named, the stacks are in hang.txt",
         hanging_rank,
+        must_fail=True,
     ),
     Row(
         "straggler",
@@ -218,5 +220,5 @@ ROWS = [
         "named within 65 steps; the other one is not",
         straggler,
     ),
-    Row("port_in_use", "another program listens on the ranks' port", "3, with the port", port_in_use),
+    Row("port_in_use", "another program listens on the ranks' port", "3, with the port", port_in_use, must_fail=True),
 ]

@@ -57,7 +57,7 @@ def kill_at_every_call(stage: Stage, *, asynchronous: bool) -> Tally:
     folder, num_calls = stage.new_folder(), 0
     while _killed_at(stage, (template, folder), num_calls, whole, tally, asynchronous=asynchronous):
         num_calls += max(1, round(1 / stage.scale))  # a smaller matrix takes every so many calls
-    tally.figures["system calls of one save"] = num_calls
+    tally.figures["system calls"] = num_calls
     return tally
 
 
@@ -270,14 +270,16 @@ ROWS = [
         "kill -9 before every system call of a save that changes a file, removal of old checkpoints included; a leftover of an earlier kill is there",
         "two intact checkpoints at any time, none damaged; the rerun's curve is bit-identical",
         partial(kill_at_every_call, asynchronous=False),
+        must_fail=True,
     ),
     Row(
         "kill_every_syscall_async",
-        "the same while the save runs beside training",
+        "the same while a save runs beside training, and in the one after it",
         "the same",
         partial(kill_at_every_call, asynchronous=True),
+        must_fail=True,
     ),
-    Row("torn_writes", "kill -9 in the middle of every write of a save", "the same", torn_writes),
+    Row("torn_writes", "kill -9 in the middle of every write of a save", "the same", torn_writes, must_fail=True),
     Row(
         "power_failure",
         "power failure at any moment of a save, judged from the order of its writes and flushes",
@@ -289,6 +291,7 @@ ROWS = [
         "kill -9 at random moments of the saves of one run, half of them beside training; the same command goes on each time",
         "no checkpoint is damaged, none that was reported is missing; the curve is bit-identical",
         random_kills,
+        must_fail=True,
     ),
     Row(
         "storage_errors",

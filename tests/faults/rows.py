@@ -16,9 +16,11 @@ class Row:
         fault: what is done to the run.
         expected: what must come of it.
         run: injects it as often as the stage's scale says; None if the row has a command of its own.
+        must_fail: whether no try may end with exit code 0.
     """
 
     name: str
     fault: str
     expected: str
     run: Callable[[Stage], Tally] | None
+    must_fail: bool = False

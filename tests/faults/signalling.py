@@ -41,7 +41,7 @@ def stops(stage: Stage, *, numbers: tuple[signal.Signals, ...], full: int) -> Ta
     tries = stage.tries(full, 4)
     settings = {"training__steps": STEPS, "evaluation__interval": 3, "checkpoint__interval": 2}
     first = stage.train(stage.config(whole, **settings))
-    first.until(lambda: has_step(whole, 60))
+    first.until(lambda: has_step(whole, stage.tries(60, 15)))
     first.kill()
     first.wait()
     expected = {r["step"]: r for r in records(whole, "train")}
@@ -151,24 +151,34 @@ ROWS = [
         "SIGTERM at a random moment of training, evaluating or saving, with saves beside training and not",
         "the last step is saved (7); the curve is bit-identical, also after a rerun",
         partial(stops, numbers=(signal.SIGTERM,), full=200),
+        must_fail=True,
     ),
     Row(
         "sigint_sighup",
         "Ctrl-C or SIGHUP, likewise",
         "the same",
         partial(stops, numbers=(signal.SIGINT, signal.SIGHUP), full=40),
+        must_fail=True,
     ),
-    Row("sigterm_early", "SIGTERM while the run is being built", "7, with a sentence; nothing is damaged", early_stops),
+    Row(
+        "sigterm_early",
+        "SIGTERM while the run is being built",
+        "7, with a sentence; nothing is damaged",
+        early_stops,
+        must_fail=True,
+    ),
     Row(
         "too_little_time",
         "kill -9 0.4 s after SIGTERM, while the save takes longer; a second Ctrl-C during the save",
         "checkpoints stay intact; the second Ctrl-C leaves at once (130); no more is lost than one interval and the steps since",
         too_little_time,
+        must_fail=True,
     ),
     Row(
         "killed_launcher",
         "kill -9 of launchers/torchrun.sh and launchers/deepspeed.sh, each with two ranks",
         "no process is left after 10 s",
         killed_launcher,
+        must_fail=True,
     ),
 ]

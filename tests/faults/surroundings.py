@@ -28,6 +28,13 @@ def whole_run(stage: Stage) -> list[dict]:
     return records(folder, "train")
 
 
+def limit_files(folder: Path, most: int) -> None:
+    """Lets no file of this process grow past some bytes, once the save of step 2 is over."""
+    while not (folder / "checkpoints/step_00000002").exists():
+        time.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+
+
 def full_disk(stage: Stage) -> Tally:
     """Saves where no file may grow past a limit, and on a file system that is full."""
     tally, whole = Tally(), whole_run(stage)
@@ -35,10 +42,8 @@ def full_disk(stage: Stage) -> Tally:
         folder = stage.new_folder()
         config = stage.config(folder, training__steps=STEPS, checkpoint__interval=2)
         config.checkpoint.asynchronous = number % 2 == 1
-        limit = partial(
-            resource.setrlimit, resource.RLIMIT_FSIZE, (stage.random.randrange(20_000, 40_000), resource.RLIM_INFINITY)
-        )
-        child = stage.train(config, before=partial(at_step, 3, 0, limit))
+        most = stage.random.randrange(20_000, 40_000)
+        child = stage.train(config, before=partial(at_step, 3, 0, partial(limit_files, folder, most)))
         tally.add(_full(stage, folder, child.wait(), child.text(), whole), code=child.code, lost=1)
     mount = stage.new_folder()
     mount.mkdir()
@@ -250,6 +255,7 @@ ROWS = [
         "no file may grow past a limit, and a file system of 1.5 MB is full, during a save, beside training and not",
         "5, with the reason; the earlier checkpoint stays, and the rerun's curve is bit-identical",
         full_disk,
+        must_fail=True,
     ),
     Row(
         "slow_storage",
@@ -262,12 +268,14 @@ ROWS = [
         "the thread that writes beside training ends with an unexpected error, on one of one or two ranks",
         "all ranks end, not with 0, within one more interval; the earlier checkpoint stays",
         crashing_writer,
+        must_fail=True,
     ),
     Row(
         "second_run",
         "the same run is started twice at once; then its owner is killed",
         "3 for the second, with the owner; after the kill it starts at once",
         second_run,
+        must_fail=True,
     ),
     Row(
         "silent_wandb",

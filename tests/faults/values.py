@@ -35,7 +35,9 @@ def bad_steps(stage: Stage) -> Tally:
             "states": str(states),
         }
         children = stage.train_ranks(
-            stage.config(folder, training__steps=STEPS, checkpoint__interval=2), ranks, before=partial(install, faults)
+            stage.config(folder, training__steps=STEPS, checkpoint__interval=2, training__max_skipped_steps=9),
+            ranks,
+            before=partial(install, faults),
         )
         codes = [child.wait() for child in children]
         if any(codes):
@@ -158,12 +160,14 @@ ROWS = [
         "NaN in every step from one on",
         "6 after training.max_skipped_steps; the last good checkpoint stays",
         diverged,
+        must_fail=True,
     ),
     Row(
         "bad_weights",
         "a weight turns NaN outside of a step, before a save",
         "6; it is not published, earlier checkpoints stay",
         bad_weights,
+        must_fail=True,
     ),
     Row(
         "spikes",
@@ -176,5 +180,6 @@ ROWS = [
         "one bit of one weight flips on one of two ranks",
         "12, both named, nothing published after it",
         flipped_weight,
+        must_fail=True,
     ),
 ]
