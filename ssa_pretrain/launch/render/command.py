@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.launch.render.spec import LaunchSpec, check_run, read_spec
 from ssa_pretrain.launch.render.targets import TARGETS, Target, target_problems
-from ssa_pretrain.outlook import plan_table
+from ssa_pretrain.outlook import plan_text
 from ssa_pretrain.settings.explain import explain
 from ssa_pretrain.settings.output import pipe_may_close
 from ssa_pretrain.settings.problems import ConfigError, Problem, independent, join
@@ -81,7 +81,7 @@ def answer(words: Sequence[str]) -> str:
         return rendered
     plan = ""
     if config:
-        table = plan_table("train", config, spec.settings, spec.world_size).splitlines(keepends=True)
+        table = plan_text("train", config, spec.settings, spec.world_size).splitlines(keepends=True)
         plan = "".join(line for line in table if not line.startswith("command  "))
     return f"{rendered}\n{details(spec, target)}{plan}"
 

@@ -24,7 +24,7 @@ from ssa_pretrain.launch.stages.options import EVALUATION, EXPORT, LONG, SHORT, 
 from ssa_pretrain.launch.stages.plan import Configs, Stage, resolve, stages
 from ssa_pretrain.launch.stages.state import DONE, FAILED, RUNNING, STOPPED, Record, State, table
 from ssa_pretrain.launch.supervision import RERUN, Supervisor
-from ssa_pretrain.outlook import plan_table
+from ssa_pretrain.outlook import plan_text
 from ssa_pretrain.run_folder import unwritable
 from ssa_pretrain.settings.files import LockedError, lock, unlock
 from ssa_pretrain.settings.output import pipe_may_close
@@ -233,7 +233,7 @@ def described(options: Options, configs: Configs, world_size: int) -> str:
         shown = hide_secrets(shlex.join(command(stage, options)), secrets_of(os.environ))
         text += f"[{number}] {stage.heading}\n{shown}\n"
         if config := plans.get(stage.name):
-            table = plan_table("train", config, stage.words, world_size).splitlines(keepends=True)
+            table = plan_text("train", config, stage.words, world_size).splitlines(keepends=True)
             text += "".join(line for line in table if not line.startswith("command  "))
         text += "\n"
     return text

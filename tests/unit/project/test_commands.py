@@ -60,7 +60,7 @@ def test_help_exits_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert bench.main() is None
     assert "a file in conf/model" in capsys.readouterr().out
     assert compare.main() is None
-    assert "metrics.jsonl" in capsys.readouterr().out
+    assert "markdown table" in capsys.readouterr().out
     assert launch(["--help"], {}) == 0
     with pytest.raises(SystemExit) as left:
         report(["--help"])

@@ -36,7 +36,7 @@ def users(name: str) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("wandb", ["ssa_pretrain/monitor/tracking_process.py"]),
+        ("wandb", ["ssa_pretrain/monitor/tracking_process.py", "ssa_pretrain/report/workspace.py"]),
         ("ssa_pretrain.monitor.tracking_process", []),
         (
             "hydra",

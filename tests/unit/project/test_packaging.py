@@ -60,7 +60,7 @@ def imported(folder: Path) -> dict[str, Path]:
 def test_imported_packages_are_declared(folder: str, extras: tuple[str, ...]) -> None:
     declared = {normal(requirement.name) for requirement in requirements(*extras)}
     providers = importlib.metadata.packages_distributions()
-    ours = {"ssa_pretrain", "data_prep", "ssa_kernels", "bench", "support"} | {
+    ours = {"ssa_pretrain", "data_prep", "ssa_kernels", "bench", "benchmarks", "support", "faults"} | {
         path.stem for path in (ROOT / folder).rglob("*.py")
     }
     for name, path in imported(ROOT / folder).items():
