@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
 from ssa_pretrain.config import CONF, Config  # noqa: E402
+from ssa_pretrain.libraries import hide_library_warnings  # noqa: E402
 from ssa_pretrain.planning.calibration import calibration, peak_bytes, terms  # noqa: E402
 from ssa_pretrain.planning.measured import COLUMNS, config_of, hardware_of, measured_runs  # noqa: E402
 
@@ -134,8 +135,6 @@ class Measurement:
     """
 
     def __init__(self, out: Path, rounds: int) -> None:
-        from ssa_pretrain.process import hide_library_warnings
-
         hide_library_warnings()
         self._out, self._rounds = out, rounds
         self._key, self._engine, self._placement = None, None, None
