@@ -110,7 +110,8 @@ def exported_logits(folder: Path, mode: Mode, documents: list[list[int]], device
         ) from None
 
     settings = {"trust_remote_code": True, "dtype": torch.float32, "attention_mode": mode.value}
-    model = AutoModelForCausalLM.from_pretrained(str(folder), **settings).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(str(folder), **settings).eval()
+    model.to(device)  # pyright: ignore[reportArgumentType]
     longest = max(map(len, documents))
     tokens, mask = torch.zeros(2, len(documents), longest, dtype=torch.int64)
     for row, document in enumerate(documents):

@@ -10,6 +10,9 @@ records from there on are written again. The step is the one that the run contin
 What it does not do: TensorBoard has no alerts and no summaries of a run.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# Protocol buffers make their names at import.
+
 import json
 import time
 from collections.abc import Iterable, Mapping

@@ -72,7 +72,7 @@ def goodput(segments: Sequence[Segment], *, running: bool = False) -> Goodput | 
     """
     if not segments:
         return None
-    seconds = dict.fromkeys(PARTS, 0.0)
+    seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for index, segment in enumerate(segments):
         later = segments[index + 1 :]
         times = segment.marks[-1][1]

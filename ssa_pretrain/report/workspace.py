@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssa_pretrain.errors import ExitCode, UsageError
 from ssa_pretrain.monitor.names import AXES, GROUPS, HELDOUT, MASS_MAP, METRICS, MODES, TASK, TRAIN, Metric, names
@@ -75,7 +75,7 @@ def _panels(metric: Metric) -> Iterator["LinePlot"]:
     if not metric.is_number or metric.key in NOT_DRAWN:
         return
     for kind in metric.kinds:
-        common = {
+        common: dict[str, Any] = {
             "title": f"{metric.title}, {KINDS[kind]}",
             "x": AXES[kind],
             "log_y": metric.log,
@@ -84,11 +84,10 @@ def _panels(metric: Metric) -> Iterator["LinePlot"]:
         series = names(metric, kind)
         if metric.by_layer:
             for name in series:
-                yield LinePlot(
-                    **common | {"title": f"{common['title']} ({name})"}, metric_regex=f"^{name}/layer_[0-9]+$"
-                )
+                common["title"] = f"{metric.title}, {KINDS[kind]} ({name})"
+                yield LinePlot(**common, metric_regex=f"^{name}/layer_[0-9]+$")
         elif series:
-            yield LinePlot(**common, y=series)
+            yield LinePlot(**common, y=[*series])
         else:  # the names of tasks are the user's
             yield LinePlot(**common, metric_regex=f"^{kind}/.+/{metric.stem}$")
 
