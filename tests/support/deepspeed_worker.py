@@ -29,7 +29,6 @@ from megatron.core import parallel_state
 
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.engine.deepspeed import checkpoint, universal
-from ssa_pretrain.engine.deepspeed.setup import converter_environment
 from ssa_pretrain.parallel.state import Placement, start
 from support.layout_worker import LENGTH, VOCAB, batches, configure
 
@@ -108,10 +107,7 @@ def timeouts() -> set[timedelta]:
 
 
 def serve_conversions(requests: Connection) -> None:
-    """Converts checkpoints until an empty request comes."""
-    variables = converter_environment()
-    os.environ.clear()
-    os.environ.update(variables)
+    """Converts checkpoints until the connection closes."""
     while arguments := requests.recv():
         sys.argv[1:] = [*arguments, str(os.getppid())]
         universal.main()
