@@ -13,7 +13,6 @@ import torch
 
 from ssa_pretrain.checkpoint.integrity import record_text
 from ssa_pretrain.settings.files import file_sha256
-from support.processes import ranks, run_ranks
 from support.training import (
     ROOT,
     descendants,
@@ -127,11 +126,13 @@ def test_optimizer_states_of_an_attacker_run_no_code(uninterrupted, corpus, tmp_
     record["files"][str(states.relative_to(checkpoint))] = entry
     (checkpoint / "checkpoint.json").write_text(record_text(record))
     longer = tuple("training.steps=8" if line.startswith("training.steps") else line for line in SETTINGS)
-    arguments = [*longer, f"data.path={corpus}", f"output_dir={run_folder}", "engine=deepspeed"]
-    ended = run_ranks(["-m", "ssa_pretrain.train", *arguments], ranks(2), timeout=300)
-    assert ended[1].code == 5, ended
-    last = ended[1].stderr.splitlines()[-1]
-    assert last.startswith("rank 1 (") and f"{states} names posix.mkdir, which is in no checkpoint" in last
+    command = launched("deepspeed.sh", *longer, f"data.path={corpus}", f"output_dir={run_folder}")
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 5, done.stderr[-3000:]
+    last = done.stderr.splitlines()[-1]
+    assert (
+        last.startswith("deepspeed.sh: rank 1 (") and f"{states} names posix.mkdir, which is in no checkpoint" in last
+    )
     assert not marker.exists()
 
 

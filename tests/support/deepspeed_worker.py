@@ -8,19 +8,14 @@ Arguments: a JSON file with the jobs in order and the folder for results. A job 
     uneven   evaluate where the last data rank has no microbatch
 
 After each job every process group, including DeepSpeed's, must have the configured timeout. All jobs of one layout share its process groups, and all
-jobs of one world size share its processes: starting them costs more than the steps. The first checkpoint that is reshaped is converted by the command
-that a resume starts, the others by that command's `main` in one process.
+jobs of one world size share its processes: starting them costs more than the steps.
 """
 
 import itertools
 import json
-import multiprocessing
-import os
-import shutil
 import sys
 import time
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -28,8 +23,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ssa_pretrain.engine import build_engine
-from ssa_pretrain.engine.deepspeed import checkpoint, universal
-from ssa_pretrain.engine.deepspeed.setup import converter_environment
 from ssa_pretrain.parallel.state import Placement, start
 from support.layout_worker import LENGTH, VOCAB, batches, configure
 
@@ -107,43 +100,9 @@ def timeouts() -> set[timedelta]:
     return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
 
 
-def serve_conversions(requests: Connection) -> None:
-    """Converts checkpoints until an empty request comes."""
-    variables = converter_environment()
-    os.environ.clear()
-    os.environ.update(variables)
-    while arguments := requests.recv():
-        sys.argv[1:] = [*arguments, str(os.getppid())]
-        universal.main()
-        requests.send(True)
-
-
-def convert_in_one_process() -> Connection:
-    """Makes all conversions but the first go to one process. It is forked now, while this one has no threads.
-
-    Returns:
-        The connection on which an empty request ends that process.
-    """
-    ours, theirs = multiprocessing.Pipe()
-    multiprocessing.get_context("fork").Process(target=serve_conversions, args=(theirs,)).start()
-    theirs.close()
-    convert, by_command = checkpoint._convert, []
-
-    def ask(folder: Path, out: Path, wanted: dict[str, int]) -> None:
-        if not by_command:
-            by_command.append(folder)
-            convert(folder, out, wanted)
-            return
-        shutil.rmtree(out, ignore_errors=True)
-        ours.send([str(folder / checkpoint.TAG), str(out), str(wanted["tp"])])
-        assert ours.recv()
-
-    checkpoint._convert = ask
-    return ours
-
-
-def run_all(jobs: list[dict], out: Path) -> None:
+def main() -> None:
     """Runs the jobs in order."""
+    jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for _, group in itertools.groupby(jobs, key=lambda job: repr(configure(SMALL | job["set"]).parallel)):
         chosen = list(group)
         placement = start(configure(SMALL | chosen[0]["set"]).parallel, seed=1)
@@ -153,16 +112,6 @@ def run_all(jobs: list[dict], out: Path) -> None:
             assert timeouts() == {timedelta(minutes=7)}, (job, timeouts())
             torch.distributed.barrier()
         parallel_state.destroy_model_parallel()
-
-
-def main() -> None:
-    """Runs the jobs of the file."""
-    conversions = convert_in_one_process() if os.environ["RANK"] == "0" else None
-    try:
-        run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
-    finally:
-        if conversions:
-            conversions.send([])
 
 
 if __name__ == "__main__":
