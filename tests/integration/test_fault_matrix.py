@@ -21,7 +21,6 @@ ROWS = [
     "bad_steps",
     "bad_weights",
     "dying_rank",
-    "full_disk",
     "second_run",
 ]
 SCALE = "0.02"
