@@ -20,15 +20,16 @@ rows. A part of every row is in `make test` (`tests/integration/test_fault_matri
 
 The model is a tiny SSA Llama on random documents, under the real trainer, its signal handling and its exit codes
 ([launch.md](launch.md#exit-codes)). Most tries are children of one process that has already imported everything, so
-times leave out the start of Python, which takes seconds. *Kills* end the process without warning. *Bit-identical* means that every value of
-`metrics.jsonl` except times equals that of a run without a fault. Lost steps are those that a rerun trains again.
+times leave out the start of Python, which takes seconds; only the soak and the rows of launchers start real commands.
+*Bit-identical* means that every value of `metrics.jsonl` except times equals that of a run without a fault. Lost steps
+are those after the newest complete checkpoint, which a rerun trains again.
 `-9` is the code of a killed process; a launcher turns it into 1. How the rows inject their faults is in `tests/faults/`.
 """
 NOT_RUN = """
 ## Not run here
 | fault | why |
 |---|---|
-| an asynchronous save of the 1B model, kill and resume on a GPU, a skipped step that must not make the device wait | needs a GPU: `tests/benchmarks/save_stall.py`, `tests/gpu/test_deterministic_resume.py`, `tests/gpu/test_skipped_step.py`; results in [h200.md](results/h200.md) |
+| an asynchronous save of the 1B model, kill and resume on a GPU, a skipped step that must not make the device wait | needs a GPU: `tests/benchmarks/save_stall.py`, `tests/gpu/test_deterministic_resume.py`, `tests/gpu/test_skipped_step.py` |
 | a node that is lost, a network that is cut between nodes, clocks that differ between nodes, shared storage that shows files late | needs several hosts |
 | NCCL timeouts, a GPU that falls off the bus, wrong results of a GPU | needs GPUs; the replica check is in the row of the flipped weight |
 | a power failure | judged from the order of writes and flushes; no machine was switched off |

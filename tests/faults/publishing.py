@@ -106,8 +106,9 @@ def torn_writes(stage: Stage) -> Tally:
         if code == 0:
             break
         writes = len(seen) + 1
+        lost = max(0, SAVED - 1 - max(steps_of(folder), default=0))
         problem = "; ".join(damaged(folder)) or require_resumes(stage, folder, whole, tally)
-        tally.add(f"in write {number} of {seen[-1].path}: {problem}" if problem else None, code=code, lost=0)
+        tally.add(f"in write {number} of {seen[-1].path}: {problem}" if problem else None, code=code, lost=lost)
         number += max(1, round(1 / stage.scale))
     tally.figures["writes of one save"] = writes - 1
     return tally
