@@ -12,6 +12,7 @@ the weight of such a block. So in sparse mode most documents must agree, in full
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,8 +111,8 @@ def exported_logits(folder: Path, mode: Mode, documents: list[list[int]], device
         ) from None
 
     settings = {"trust_remote_code": True, "dtype": torch.float32, "attention_mode": mode.value}
-    model = AutoModelForCausalLM.from_pretrained(str(folder), **settings).eval()
-    model.to(device)  # pyright: ignore[reportArgumentType]
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), **settings)
+    model.to(device).eval()
     longest = max(map(len, documents))
     tokens, mask = torch.zeros(2, len(documents), longest, dtype=torch.int64)
     for row, document in enumerate(documents):

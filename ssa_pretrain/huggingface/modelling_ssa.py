@@ -448,7 +448,7 @@ class SSALlamaAttention(LlamaAttention):
         k, v, held = (x.reshape(B * G, -1, 1, D).contiguous() for x in (k, v, held))
         where = {"key_table": key_table.to(q.device), "seq_lens": lengths.to(q.device)}
         held = ssa_kernels.KeyValueCache(k=k, v=v, means=held, **where)
-        common = {"scale": self.scaling}
+        common: dict = {"scale": self.scaling}
         if c.is_sparse:
             ssa_kernels.update_block_means(held, num_tokens=1)
             common |= {"top_k": c.top_k, "score": c.score}

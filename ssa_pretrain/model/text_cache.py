@@ -13,6 +13,7 @@ A text is one document. The engine says which tokens are new (engine/interface.p
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,6 @@ class TextCache:
         held = replace(self._layers[layer_number], seq_lens=self.seq_lens, max_length=max(self.lengths))
         impl = choice.decoding_impl
         append_to_cache(held, k_BGD.unsqueeze(1), v_BGD.unsqueeze(1), num_new=self.num_new, impl=choice.impl)
-        common = {"top_k": choice.top_k, "score": choice.score} if choice.mode == "sparse" else {}
+        common: dict[str, Any] = {"top_k": choice.top_k, "score": choice.score} if choice.mode == "sparse" else {}
         out, _ = decode_attention(q_BHD.unsqueeze(1), held, mode=choice.mode, num_new=self.num_new, impl=impl, **common)
         return out.squeeze(1)

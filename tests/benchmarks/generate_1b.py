@@ -171,7 +171,15 @@ def attention_ms(model: Model, cache: StaticCache, batch: int, context: int) -> 
     return replayed_ms(graph, lambda: set_length(cache, context))
 
 
-def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A CUDA graph, and what it writes, which lives as long as it."""
+
+    graph: torch.cuda.CUDAGraph
+    held: object
+
+
+def captured(step: Callable[[], object]) -> Captured:
     """Returns a CUDA graph of a step."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -181,18 +189,17 @@ def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         held = step()
-    graph.held = held  # what the graph writes lives as long as it
-    return graph
+    return Captured(graph, held)
 
 
-def replayed_ms(graph: torch.cuda.CUDAGraph, before: Callable[[], object]) -> float:
+def replayed_ms(captured: Captured, before: Callable[[], object]) -> float:
     """Returns the median time over STEPS replays, `before` each of which a call is made that is not timed."""
     taken = []
     for _ in range(STEPS):
         before()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        graph.replay()
+        captured.graph.replay()
         end.record()
         taken.append((begin, end))
     torch.cuda.synchronize()
