@@ -72,8 +72,8 @@ class Session(RowSession):
         super().add(record)
 
     def alert(self, alert: Alert) -> None:
-        """Sends an alert."""
-        self.run.alert(title=alert.title, text=redact(alert.text), level=LEVELS[alert.level], wait_duration=0)
+        """Sends an alert. W&B passes one of the same title on once a minute at most."""
+        self.run.alert(title=alert.title, text=redact(alert.text), level=LEVELS[alert.level])
 
     def _start(self) -> "wandb.Run":
         """Starts or resumes W&B's run. Code, console output and git state are not sent."""
