@@ -67,7 +67,7 @@ def read_state(folder: Path, name: str = STATE_FILE) -> State:
         if "row" not in known:  # an earlier version kept only the last step of each series
             known["row"] = max(found["received"].values(), default=-1)
         state = State(**copy.deepcopy(known))
-        state.forget_after(state.row)  # raises if types are wrong; the tracker may have later rows, so nothing is forgotten yet
+        state.forget_after(state.row)  # on a copy: raises if types are wrong
         valid = type(state.row) is int and re.fullmatch(r"[\w-]{1,64}", state.id)
         return State(**known) if valid else State()
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
