@@ -61,6 +61,7 @@ def draw(columns: Columns, title: str) -> bytes:
     """
     import numpy as np
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a display
+    from matplotlib.ticker import MaxNLocator
 
     step = -(-len(columns) // MOST_COLUMNS)
     kept = columns[::-1][::step][::-1]  # the newest column always stays
@@ -74,7 +75,7 @@ def draw(columns: Columns, title: str) -> bytes:
     places = sorted({round(i * (len(kept) - 1) / 5) for i in range(6)})
     axes.set_xticks(places, [compact(kept[place][0]) for place in places])
     axes.set(title=title, xlabel="tokens", ylabel="layer")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     newest = axes.secondary_yaxis("right")
     newest.set_yticks(range(num_layers), ["" if np.isnan(v) else f"{v:.2f}" for v in image[:, -1]], fontsize=7)
     figure.colorbar(drawn, ax=axes, pad=0.02, extend="min")

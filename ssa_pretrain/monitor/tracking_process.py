@@ -15,6 +15,7 @@ from typing import Any
 
 import wandb
 from google.protobuf.message import DecodeError
+from wandb import AlertLevel  # pyright: ignore[reportAttributeAccessIssue]
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from ssa_pretrain.monitor.alerts import Alert, Level
@@ -27,7 +28,7 @@ from ssa_pretrain.monitor.tracking_rows import STATE_FILE, State
 
 LOG_SECONDS = 60
 FINISH_SECONDS = 8.0  # for the upload; the alarm comes a little later
-LEVELS = {Level.info: wandb.AlertLevel.INFO, Level.warning: wandb.AlertLevel.WARN, Level.error: wandb.AlertLevel.ERROR}
+LEVELS = {Level.info: AlertLevel.INFO, Level.warning: AlertLevel.WARN, Level.error: AlertLevel.ERROR}
 BLOCK = 2**15  # bytes per block of LevelDB's log format
 
 

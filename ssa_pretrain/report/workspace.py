@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssa_pretrain.errors import ExitCode, UsageError
 from ssa_pretrain.monitor.names import AXES, GROUPS, HELDOUT, MASS_MAP, METRICS, MODES, TASK, TRAIN, Metric, names
@@ -77,7 +77,7 @@ def _panels(metric: Metric) -> Iterator["LinePlot"]:
         return
     for kind in metric.kinds:
         title = f"{metric.title}, {KINDS[kind]}"
-        plot = partial(LinePlot, x=AXES[kind], log_y=metric.log, title_y=metric.unit)
+        plot: Any = partial(LinePlot, x=AXES[kind], log_y=metric.log, title_y=metric.unit)
         series = names(metric, kind)
         if metric.by_layer:
             for name in series:
