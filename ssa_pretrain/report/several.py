@@ -87,7 +87,7 @@ def _curves(
 ) -> str:
     """Returns the chart of one metric of all runs."""
     lines = [Line(name, points(summary), _colour(index)) for index, (name, summary) in enumerate(runs)]
-    width, height = (WIDE, 400) if wide else (HALF, 230)
+    width, height = (WIDE, 400) if wide else (HALF, 250)
     chart = line_chart(lines, title=heading, y_name=unit, log=log, y_text="{:g}".format, width=width, height=height)
     return card(heading, text, chart and legend(lines) + chart, wide=wide)
 
