@@ -15,6 +15,7 @@ from typing import Any
 
 import wandb
 from google.protobuf.message import DecodeError
+from wandb import AlertLevel  # pyright: ignore[reportAttributeAccessIssue]
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 from wandb.sdk.wandb_alerts import AlertLevel
 
@@ -73,8 +74,8 @@ class Session(RowSession):
         super().add(record)
 
     def alert(self, alert: Alert) -> None:
-        """Sends an alert."""
-        self.run.alert(title=alert.title, text=redact(alert.text), level=LEVELS[alert.level], wait_duration=0)
+        """Sends an alert. W&B passes one of the same title on once a minute at most."""
+        self.run.alert(title=alert.title, text=redact(alert.text), level=LEVELS[alert.level])
 
     def _start(self) -> "wandb.Run":
         """Starts or resumes W&B's run. Code, console output and git state are not sent."""

@@ -9,6 +9,7 @@ into a row of its own if the run ends without another step. After such an insert
 Evaluations have their own x axes (`heldout_tokens`, `task_tokens`), so charts show them at the right place.
 """
 
+import copy
 import json
 import re
 import secrets
@@ -65,8 +66,8 @@ def read_state(folder: Path, name: str = STATE_FILE) -> State:
         known = {name: found[name] for name in State.__slots__ if name in found}
         if "row" not in known:  # an earlier version kept only the last step of each series
             known["row"] = max(found["received"].values(), default=-1)
-        state = State(**known)
-        state.forget_after(state.row)  # raises if types are wrong
+        state = State(**copy.deepcopy(known))
+        state.forget_after(state.row)  # on a copy: raises if types are wrong
         valid = type(state.row) is int and re.fullmatch(r"[\w-]{1,64}", state.id)
         return State(**known) if valid else State()
     except (OSError, ValueError, TypeError, AttributeError, KeyError):

@@ -22,7 +22,7 @@ from ssa_pretrain.monitor.timeline import EVALUATING, SAVING, STARTING, TRAINING
 
 REPEATED, STOPPED = "repeated", "stopped"
 RUNNING = "running"
-PARTS = (TRAINING, REPEATED, EVALUATING, SAVING, STARTING, STOPPED)
+PARTS: tuple[str, ...] = (TRAINING, REPEATED, EVALUATING, SAVING, STARTING, STOPPED)
 MEANINGS = {
     TRAINING: "steps that were kept",
     REPEATED: "steps that were lost and trained again",

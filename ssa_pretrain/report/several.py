@@ -87,8 +87,8 @@ def _curves(
 ) -> str:
     """Returns the chart of one metric of all runs."""
     lines = [Line(name, points(summary), _colour(index)) for index, (name, summary) in enumerate(runs)]
-    size: dict[str, Any] = {"width": WIDE, "height": 400} if wide else {}
-    chart = line_chart(lines, title=heading, y_name=unit, log=log, y_text="{:g}".format, **size)
+    width, height = (WIDE, 400) if wide else (HALF, 250)
+    chart = line_chart(lines, title=heading, y_name=unit, log=log, y_text="{:g}".format, width=width, height=height)
     return card(heading, text, chart and legend(lines) + chart, wide=wide)
 
 

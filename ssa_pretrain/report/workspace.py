@@ -10,6 +10,7 @@ Exit codes: 0 done, 3 wrong arguments, a missing package, or W&B refused.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,21 +76,16 @@ def _panels(metric: Metric) -> Iterator["LinePlot"]:
     if not metric.is_number or metric.key in NOT_DRAWN:
         return
     for kind in metric.kinds:
-        common: dict[str, Any] = {
-            "title": f"{metric.title}, {KINDS[kind]}",
-            "x": AXES[kind],
-            "log_y": metric.log,
-            "title_y": metric.unit,
-        }
+        title = f"{metric.title}, {KINDS[kind]}"
+        plot: Any = partial(LinePlot, x=AXES[kind], log_y=metric.log, title_y=metric.unit)
         series = names(metric, kind)
         if metric.by_layer:
             for name in series:
-                common["title"] = f"{metric.title}, {KINDS[kind]} ({name})"
-                yield LinePlot(**common, metric_regex=f"^{name}/layer_[0-9]+$")
+                yield plot(title=f"{title} ({name})", metric_regex=f"^{name}/layer_[0-9]+$")
         elif series:
-            yield LinePlot(**common, y=[*series])
+            yield plot(title=title, y=[*series])
         else:  # the names of tasks are the user's
-            yield LinePlot(**common, metric_regex=f"^{kind}/.+/{metric.stem}$")
+            yield plot(title=title, metric_regex=f"^{kind}/.+/{metric.stem}$")
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -81,7 +81,7 @@ def test_a_stop_on_request_is_no_failure() -> None:
 
 
 def test_finish_and_stop_at_a_step_have_other_titles() -> None:
-    assert finished(10, 10, 1_000_000, 3700).text == "step 10 of 10, 1.00M tokens, 1h02m"
+    assert finished(10, 10, 1_000_000, 3700).text == "step 10 of 10, 1.00M tokens, 1h01m"
     assert [finished(step, 10, 1, 1).title for step in (10, 5)] == ["finished", "stopped"]
 
 

@@ -121,6 +121,8 @@ def test_trackio_continues_a_run_with_the_same_settings(tmp_path: Path, monkeypa
         (tmp_path / "run" / "trackio" / "state.json").write_text(json.dumps(state))
     (rows,) = stored_runs(tmp_path / "store").values()
     assert [row["row"] for row in rows] == [1, 2, 3, 4, 5] and lines == []
+    evaluated = [row["heldout_step"] for row in rows if "heldout_step" in row]
+    assert evaluated == [2, 4], "an evaluation that is there is not sent again as a late one"
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio"])

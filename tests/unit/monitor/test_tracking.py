@@ -82,7 +82,7 @@ def test_offline_run_can_be_read_back(tmp_path: Path) -> None:
     rows = history(tmp_path)
     assert [(row["tokens"], row["train/loss"]) for row in rows[:3]] == [(100, 1.0), (200, 0.5), (300, 1 / 3)]
     assert rows[0]["train/captured_mass/layer_01"] == 0.25 and "train/mfu" not in rows[0]
-    assert rows[2]["heldout/sparse/captured_mass_map"]["_type"] == "image-file"
+    assert rows[2]["heldout/sparse/captured_mass_map._type"] == "image-file"
     assert rows[2]["heldout/sparse/cross_entropy"] == 2.5 and rows[2]["_step"] == 3
     assert len(lines) == 1 and lines[0].startswith("W&B wrote offline; upload with: wandb sync ")
     assert Path(lines[0].rsplit(" ", 1)[1]) == file.parent
