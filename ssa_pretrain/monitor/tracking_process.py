@@ -17,7 +17,6 @@ import wandb
 from google.protobuf.message import DecodeError
 from wandb import AlertLevel  # pyright: ignore[reportAttributeAccessIssue]
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
-from wandb.sdk.wandb_alerts import AlertLevel
 
 from ssa_pretrain.monitor.alerts import Alert, Level
 from ssa_pretrain.monitor.mass_map import MassMaps
