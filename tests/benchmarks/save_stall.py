@@ -60,7 +60,7 @@ def measure_stall(folder: Path, corpus: Path) -> dict[str, float]:
     from ssa_pretrain import trainer
     from ssa_pretrain.cli import resolve_config
     from ssa_pretrain.config.machine import this_machine
-    from ssa_pretrain.process import hide_library_warnings
+    from ssa_pretrain.libraries import hide_library_warnings
 
     hide_library_warnings()
     overrides = [

@@ -81,7 +81,7 @@ ROWS = [
     Row(
         "soak",
         "an hour of training with a kill every five minutes: kill -9, kill -9 in a save, kill -9 with a flipped bit in the newest checkpoint",
-        "every step bit-identical, also those that are trained twice; the goal is a share of 0.95 of the time training, on a machine that does nothing else",
+        "every step bit-identical, also those that are trained twice; the goal of 0.95 of the time training is not counted here",
         None,
     ),
 ]

@@ -31,7 +31,8 @@ from ssa_pretrain.checkpoint.publish import published, step_of
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import this_machine
-from ssa_pretrain.process import hide_library_warnings, rank_process
+from ssa_pretrain.libraries import hide_library_warnings
+from ssa_pretrain.process import rank_process
 from support.processes import free_port
 from support.small_datasets import write_dataset
 

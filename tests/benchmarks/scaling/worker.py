@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from ssa_pretrain.process import hide_library_warnings
+from ssa_pretrain.libraries import hide_library_warnings
 
 
 def main(job_file: str, results_file: str) -> None:
