@@ -288,5 +288,5 @@ def test_links_have_existing_targets() -> None:
 
 def test_readme_links_to_every_guide() -> None:
     readme = (ROOT / "README.md").read_text()
-    linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([\w/.]+)\)", readme)}
+    linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([\w/.-]+)\)", readme)}
     assert {page for page in PAGES if page.name != "README.md" or page.parent != ROOT} <= linked
