@@ -404,9 +404,10 @@ class SSALlamaAttention(LlamaAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
             layer = cache.layers[self.layer_idx]
-            if isinstance(layer, BlockMeans) and rows.decoding is not None:
+            keeps_means = hasattr(layer, "block_means")  # its class may be that of another folder's copy of this file
+            if keeps_means and rows.decoding is not None:
                 return self._decode(q, k, v, layer.means_for(k, size), rows.decoding), None
-            if isinstance(layer, BlockMeans):
+            if keeps_means:
                 means = layer.update_means(k, rows, size)
         if rows.packing is not None:
             return self._kernels(q, new_k, new_v, *rows.packing), None

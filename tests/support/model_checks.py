@@ -564,7 +564,7 @@ def test_samples_are_no_longer_than_a_row(placement, tmp_path, monkeypatch, leng
         engine=build_engine(config, placement, VOCAB),
         manifest=manifest,
         held_out=HeldOutRows(manifest, sequence_length=length, rows=0),
-        placement=SimpleNamespace(is_rank_0=False),
+        placement=SimpleNamespace(is_rank_0=False, device=placement.device),
         plan=SimpleNamespace(cp=1, tp=1, vocab_size=VOCAB),
     )
     drawn = [len(prompt) for prompt in sampling.held_out_prompts(run)]

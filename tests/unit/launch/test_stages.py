@@ -90,8 +90,8 @@ def test_problems_of_all_stages_are_reported_before_anything_starts(
 
 def test_dry_run_prints_every_command_and_both_plans(tmp_path: Path) -> None:
     """The one test of the script itself. The evaluation has four times the length, four times the factor of RoPE and a quarter of the rows."""
-    words = ["--recipe", "moba_300m", "--out", str(tmp_path / "o"), "--nproc-per-node", "8", "--dry-run", "data.path=D"]
-    words += ["model.vocab_size=4096", "8k:layout=gpus_8_8k", "32k:layout=gpus_8_32k"]
+    words = ["--python", sys.executable, "--recipe", "moba_300m", "--out", str(tmp_path / "o"), "--nproc-per-node", "8"]
+    words += ["--dry-run", "data.path=D", "model.vocab_size=4096", "8k:layout=gpus_8_8k", "32k:layout=gpus_8_32k"]
     variables = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     done = subprocess.run([ROOT / "launchers" / "stages.sh", *words], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
