@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from ssa_pretrain.process import rank_process
 
-HANGS_AT, STEPS = 8, 60
+HANGS_AT, STEPS = 40, 60  # the first steps take longer than a beat, so every rank has seen one of the others
 WORK_SECONDS = 0.03  # of CPU time
 
 
