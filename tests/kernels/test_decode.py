@@ -215,7 +215,7 @@ def test_several_tiles_slices_and_splits(monkeypatch):
     }
     for name, size in {**small, "SPLIT_KEYS": 16, "MIN_KEYS_PER_SPLIT": 64, "PROGRAMS_PER_MULTIPROCESSOR": 99}.items():
         monkeypatch.setattr(launch, name, size)
-    check(tokens_of([330, 101], 16, 1, 16), block_size=2, top_k=12, tokens=8, paged=True)
+    check(tokens_of([170, 101], 16, 1, 16), block_size=2, top_k=12, tokens=8, paged=True)
 
 
 @interpreted
