@@ -34,7 +34,7 @@ class Choice:
 
     @property
     def decoding_impl(self) -> str | None:
-        """The implementation of a step: the reference where there is no kernel."""
+        """Which implementation runs a step: the reference where no kernel serves it."""
         has_kernel = self.score != "official_compat" and self.top_k <= KERNELS_MOST_BLOCKS
         return self.impl if has_kernel or self.mode == "full" else "reference"
 

@@ -6,6 +6,7 @@ can ask the files, begins with the row that it found there.
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from ssa_pretrain.settings.files import write_atomically
 SETTLE_SECONDS = 20.0  # W&B's service writes its files every 15 seconds
 
 
-class RowSession:
+class RowSession(ABC):
     """One start's run of a tracker that takes rows. A subclass implements `write`.
 
     Args:
@@ -60,9 +61,9 @@ class RowSession:
         """Takes the next record of the run."""
         self.history.add(record)
 
+    @abstractmethod
     def write(self, values: dict[str, Any], row: int) -> None:
         """Passes a row on."""
-        raise NotImplementedError
 
     def settle(self, row: int) -> None:
         """Notes that a row was passed on, and saves the state once in a while."""

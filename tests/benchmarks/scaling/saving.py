@@ -14,9 +14,8 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.scaling.cases import Case, Size, case_config
-from benchmarks.scaling.steps import LEARNING_RATE, global_batch, largest, release, wait_for_device
+from benchmarks.scaling.steps import largest, release, train
 from ssa_pretrain.checkpoint.background import BackgroundSave
-from ssa_pretrain.config import Config
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.state import Placement, reset_layout, start
 
@@ -73,16 +72,3 @@ def save_and_resume(
     common = {"case": case.name, "layout": case.layout, "length": case.length, "gpus": case.gpus, "kind": "save"}
     names = {"resumed_on": ", ".join(case.then) or "data parallel", "losses": kept, "resumed_losses": resumed}
     return [common | names | found | {"losses_before": before}], placement
-
-
-def train(engine: Any, config: Config, placement: Placement, steps: range) -> tuple[list[list[float]], list[float]]:
-    """Returns each step's loss and gradient norm, and its seconds."""
-    losses, seconds = [], []
-    for step in steps:
-        rows = global_batch(config, placement, step)
-        begin = time.perf_counter()
-        result = engine.train_step(rows, step=step, learning_rate=LEARNING_RATE).result()
-        wait_for_device()
-        seconds.append(time.perf_counter() - begin)
-        losses.append([result.cross_entropy, result.grad_norm])
-    return losses, seconds

@@ -81,16 +81,22 @@ def variant_settings(name: str) -> dict[str, Any]:
     return {key: Method(value) if key == "method" else value for key, value in VARIANTS[name].items()}
 
 
-def losses(engine: Any, config: Config, placement: Placement, *, steps: int) -> dict[str, Any]:
-    """Trains on the fixed global batch. Returns each step's loss and gradient norm, and tokens/s per GPU of the steps after the first."""
+def train(engine: Any, config: Config, placement: Placement, steps: range) -> tuple[list[list[float]], list[float]]:
+    """Trains on fixed global batches. Returns each step's loss and gradient norm, and its seconds."""
     found, seconds = [], []
-    for step in range(steps):
+    for step in steps:
         rows = global_batch(config, placement, step)
         begin = time.perf_counter()
         result = engine.train_step(rows, step=step, learning_rate=LEARNING_RATE).result()
         wait_for_device()
         seconds.append(time.perf_counter() - begin)
         found.append([result.cross_entropy, result.grad_norm])
+    return found, seconds
+
+
+def losses(engine: Any, config: Config, placement: Placement, *, steps: int) -> dict[str, Any]:
+    """Trains on the fixed global batch. Returns each step's loss and gradient norm, and tokens/s per GPU of the steps after the first."""
+    found, seconds = train(engine, config, placement, range(steps))
     tokens = config.training.global_batch_tokens / placement.world_size
     strong = tokens / largest(min(seconds[1:]), placement)
     return {"losses": found, "fixed_tokens": config.training.global_batch_tokens, "fixed_tokens_per_second": strong}
