@@ -124,6 +124,14 @@ def two_gpus() -> dict[str, list[Job]]:
     every = (SSA, QUARTER, FULL)
     dp2 = Case(layout="dp2", length="8k", gpus=2, variants=every, exposed=(SSA, QUARTER))
     tp2 = Case(layout="tp2", length="8k", gpus=2, settings=TP2, variants=(SSA, QUARTER), exposed=(SSA, QUARTER))
+    overlapped = Case(
+        layout="tp2 overlapped",
+        length="8k",
+        gpus=2,
+        settings=(*TP2, "engine.overlap_tp=true"),
+        variants=(SSA, QUARTER),
+        exposed=(SSA,),
+    )
     long_tp2 = Case(layout="tp2", length="32k", gpus=2, settings=TP2, variants=(SSA, QUARTER))
     cp2 = Case(
         layout="cp2",
@@ -151,10 +159,11 @@ def two_gpus() -> dict[str, list[Job]]:
     return {
         "speed": [
             *one_gpu(every),
-            Job(gpus=2, cases=[dp2, tp2, cp2, vpp2, long_tp2, long_dp2, pp2, fp8_cp2]),
+            Job(gpus=2, cases=[dp2, tp2, cp2, vpp2, overlapped, long_tp2, long_dp2, pp2, fp8_cp2]),
         ],
         "save": [Job(gpus=2, cases=[save])],
-        "deepspeed": [Job(gpus=2, cases=[plain, *zero])],
+        # Each in processes of its own: DeepSpeed keeps an engine's memory after it.
+        "deepspeed": [Job(gpus=2, cases=[case]) for case in (plain, *zero)],
     }
 
 
