@@ -16,6 +16,7 @@ from ssa_pretrain.config.machine import Machine
 SSA, FULL, QUARTER = "ssa", "full", "ssa r=1/4"
 VARIANTS: dict[str, dict[str, Any]] = {SSA: {}, FULL: {"method": "full"}, QUARTER: {"counterpart_share": 0.25}}
 TP2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
+SHORT_LAST_STAGE = "parallel.layers_on_last_stage={last_stage}"  # its output layer takes as long as three layers
 PP2, VPP2 = ("parallel.pp=2",), ("parallel.pp=2", "parallel.vpp=2")
 OVERLAPPED = ("grad_reduce", "param_gather")
 
@@ -29,12 +30,14 @@ class Size:
         lengths: tokens per row, by name.
         rows: rows per microbatch, by name of the length.
         tokens_per_gpu: per step, in weak scaling.
+        last_stage: layers of the last of two pipeline stages, where they are not split evenly.
     """
 
     settings: tuple[str, ...]
     lengths: dict[str, int]
     rows: dict[str, int]
     tokens_per_gpu: int
+    last_stage: int = 7
 
 
 SIZES = {
@@ -63,6 +66,7 @@ SIZES = {
         lengths={"8k": 64, "32k": 128},
         rows={"8k": 2, "32k": 1},
         tokens_per_gpu=256,
+        last_stage=1,
     ),
 }
 
@@ -205,7 +209,7 @@ def _all_gpus(count: int, variants: tuple[str, ...]) -> list[Case]:
     cp2, cp4 = "parallel.cp=2", "parallel.cp=4"
     wanted = [
         case("", "8k", 1),
-        case("tp2 pp2", "8k", 4, *TP2, *PP2),
+        case("tp2 pp2", "8k", 4, *TP2, *PP2, SHORT_LAST_STAGE),
         case("tp2", "8k", 2, *TP2),
         case("cp2", "32k", 2, cp2),
         case("pp2 vpp2", "8k", 2, *VPP2),
@@ -239,7 +243,7 @@ def case_config(case: Case, size: Size, host_gpus: int, settings: tuple[str, ...
         ConfigError: the layout does not fit the model or the batch.
     """
     length = size.lengths[case.length]
-    of_layout = case.settings if settings is None else settings
+    of_layout = [one.format(last_stage=size.last_stage) for one in (case.settings if settings is None else settings)]
     arguments = [
         *size.settings,
         f"data.sequence_length={length}",
