@@ -4,7 +4,7 @@
 fp32 beside the bf16 ones: 16.8 GB for 16,384 tokens and 128,256 ids. Here they are one bf16 buffer. Without labels the model is core's.
 
 *RoPE.* Core computes the frequencies on the device. A GPU's power function is off by up to four units in the last place, and an angle has the
-frequency's relative error times the position: 1e-5 of the logits after 1,500 tokens. Here they are computed on the CPU, as transformers does, and
+frequency's relative error times the position: 2.5e-5 of the logits after 1,500 tokens. Here they are computed on the CPU, as transformers does, and
 are the same bits on every device.
 
 *FeedForward.* SwiGLU's output is F wide, the widest tensor of a layer after the layer's own input, and costs one pass over memory. Selective
