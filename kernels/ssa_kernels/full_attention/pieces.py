@@ -92,7 +92,7 @@ def pieces_forward(
     """
     from .merge import merge  # imported here because Triton may be missing on a CPU machine
 
-    out, lse, states = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32), ()
+    out, lse, states = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32), []
     for piece in pieces:
         own, (q_own, k_own, v_own) = piece.queries, _own(piece, q, k, v)
         o, lse_BHT, *states = dense_forward(q_own, k_own, v_own, causal=True, scale=scale)
@@ -105,7 +105,7 @@ def pieces_forward(
         )
         merge(o[0], o_before[0], lse_BHT[0], lse_before[0], out[own], lse[own])
     # Without dropout the generator states are never read, so the last call's stand for all.
-    return out, lse[None], *states
+    return out, lse[None], states[0], states[1]
 
 
 def pieces_backward(
@@ -126,9 +126,11 @@ def pieces_backward(
     for piece, part in _parts(pieces):
         queries, causal = piece.queries, part == piece.own_keys
         lse_BHT = lse[0, queries].view(piece.rows, piece.length, -1).transpose(1, 2).contiguous()
-        tensors = (_by_row(x[queries], piece.rows) for x in (grad_o, q, o))
-        keys = (_by_row(x[part], piece.rows) for x in (k, v))
-        dq_part, dk_part, dv_part = dense_backward(*tensors, *keys, lse_BHT, states, causal=causal, scale=scale)
+        grad_part, q_part, o_part = (_by_row(x[queries], piece.rows) for x in (grad_o, q, o))
+        k_part, v_part = (_by_row(x[part], piece.rows) for x in (k, v))
+        dq_part, dk_part, dv_part = dense_backward(
+            grad_part, q_part, o_part, k_part, v_part, lse_BHT, states, causal=causal, scale=scale
+        )
         own = dq[queries]
         own.copy_(dq_part.reshape(own.shape)) if causal else own.add_(dq_part.reshape(own.shape))
         dk[part] += dk_part.reshape(dk[part].shape)
