@@ -13,7 +13,7 @@ import copy
 import mmap
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,16 +96,8 @@ class HostCopies:
 
 
 def _locked_pages(live: Tensor) -> Tensor:
-    """Returns an empty host tensor in page-locked pages of its own; torch's pinned allocator would round its size up to a power of two.
-
-    Huge pages, where the kernel has them, are a 512th of the pages to lock; it gives them to private memory. A forked child does not get
-    the pages: if it did, the next write could move this process's copy away from what the device fills.
-    """
-    pages = mmap.mmap(-1, live.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_DONTFORK)
-    with suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    buffer = torch.frombuffer(pages, dtype=live.dtype).view(live.shape)
+    """Returns an empty host tensor in page-locked pages of its own; torch's pinned allocator would round its size up to a power of two."""
+    buffer = torch.frombuffer(mmap.mmap(-1, live.nbytes), dtype=live.dtype).view(live.shape)
     try:
         pin_memory(buffer.data_ptr(), live.nbytes)
     except RuntimeError as error:

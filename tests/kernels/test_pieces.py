@@ -115,7 +115,7 @@ def test_deterministic_mode_and_packed_documents_take_other_kernels():
 @pytest.mark.parametrize("head_dim", [8, 24])
 def test_merge_kernel_equals_one_softmax(head_dim):
     """In Triton's interpreter: outputs of two calls, whose log-sum-exps come by head, against one softmax over all keys."""
-    from ssa_kernels.full_attention.merge import merge
+    from ssa_kernels.full_attention.merge_triton import merge
 
     generator = torch.Generator().manual_seed(1)
     logits = 30 * torch.randn(HEADS, 5, 12, dtype=torch.float64, generator=generator)

@@ -3,7 +3,7 @@
 A piece is what a span holds of one row: queries [a, b) of the row. Its keys are a rectangle, those before a, which every query sees, and a
 triangle, [a, b), under the causal mask. cuDNN computes both at its full speed, where its kernels for packed documents and causal masks
 aligned at the bottom right take 1.3 to 1.6 times as long. The two outputs are merged by their log-sum-exps
-(merge.py).
+(merge_triton.py).
 
 The backward needs no merging. With the merged lse, P = exp(scale q k - lse) and dS = P (dP - rowsum(dO O)) are those of the whole softmax in
 each part, so dQ is the sum of the parts' and each key's gradient comes from the one part that it is in. (Ring attention, arXiv 2310.01889,
@@ -90,7 +90,7 @@ def pieces_forward(
         pieces: of the layout's spans.
         scale: factor of the logits.
     """
-    from .merge import merge  # imported here because Triton may be missing on a CPU machine
+    from .merge_triton import merge  # imported here because Triton may be missing on a CPU machine
 
     out, lse, states = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32), []
     for piece in pieces:

@@ -7,10 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gate_triton import vector_tile
-from ..launch import cdiv, launch, next_power_of_2
-
-TILE_ELEMENTS = 4096
+from ..gate_triton import tile_shape, vector_tile
+from ..launch import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["num_vectors"])
@@ -43,8 +41,7 @@ def merge(
 ) -> None:
     """Writes attention over the keys of two calls: outputs [T, H, D] and `out` alike, float32 log-sum-exps [H, T], and `lse` [T, H]."""
     tokens, heads, head_dim = out.shape
-    tile_dim = next_power_of_2(head_dim)
-    tile_vectors = max(1, TILE_ELEMENTS // tile_dim)
+    tile_dim, tile_vectors = tile_shape(head_dim)
     launch(
         merge_kernel, (cdiv(tokens * heads, tile_vectors),),
         first.contiguous(), second.contiguous(), first_lse.contiguous(), second_lse.contiguous(), out, lse, tokens * heads,
