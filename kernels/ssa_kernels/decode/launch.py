@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..devices import gpu_of
 from ..launch import cdiv, launch, next_power_of_2
 from .attend_triton import chosen_kernel, combine_kernel, split_kernel
 from .cache import KeyValueCache
@@ -234,17 +235,12 @@ def _splits(call: _Call, programs: int) -> int:
 
 def _overlaps(device: torch.device) -> bool:
     """Returns whether the kernels of a call overlap (programmatic dependent launch)."""
-    return OVERLAP and device.type == "cuda" and _capability(device) >= (9, 0)
+    return OVERLAP and gpu_of(device).starts_early
 
 
 def _starts_early(overlap: bool) -> dict[str, Any]:
     """Returns the launch option of a kernel whose programs start before the kernel before has ended, and then wait for it."""
     return {"launch_pdl": True} if overlap else {}
-
-
-@cached
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 @cached
