@@ -16,7 +16,7 @@ from ssa_kernels.qkv_rope.triton import qkv_rope_backward, qkv_rope_forward
 from ssa_kernels.select.launch import select_blocks_triton
 from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
 
-TOKENS = 1024
+TOKENS, LONG = 1024, 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,13 @@ def _select(case: Case) -> None:
     sizes = {"top_k": case.top_k, "scale": scale}
     for score in ("softmax_sum", "per_head"):
         select_blocks_triton(_heads(case, case.heads), _heads(case, case.kv_heads), layout=layout, score=score, **sizes)
-    # Rows long enough for bins, and boundaries without a bound: the kernels of long documents.
+    # Rows long enough for bins; documents whose lengths the host does not know.
     long = replace(layout, max_length=2**17)
     select_blocks_triton(_heads(case, case.heads), _heads(case, case.kv_heads), layout=long, score="softmax_sum", **sizes)
+    q, k = (torch.zeros(LONG, heads, case.head_dim, dtype=case.dtype) for heads in (case.heads, case.kv_heads))
+    ends = torch.tensor([0, TOKENS, 2 * TOKENS, LONG], dtype=torch.int32)
+    unknown = build_layout(ends, num_tokens=LONG, block_size=case.block_size)
+    select_blocks_triton(q, k, layout=unknown, score="softmax_sum", **sizes)
 
 
 def _sparse(case: Case) -> None:

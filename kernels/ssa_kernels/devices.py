@@ -61,3 +61,8 @@ def gpu_of(device: torch.device) -> Gpu:
     if torch.version.hip:
         return Gpu("hip", 0, properties.shared_memory_per_block)
     return Gpu("cuda", 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+
+
+def means_warps(gpu: Gpu, keys: int, dim: int) -> int:
+    """Returns the warps of the kernels that sum a block of `keys` padded keys and `dim` padded features: the order of the sums depends on it."""
+    return 4 if gpu.capability >= 100 and keys * dim > 8192 else 1

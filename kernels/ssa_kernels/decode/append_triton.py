@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..devices import gpu_of, means_warps
 from ..launch import cdiv, launch, next_power_of_2
 from .cache import KeyValueCache
 from .pages_triton import page_of_block, sequence_state
@@ -75,6 +76,7 @@ def means_kernel(
 def update_means_triton(cache: KeyValueCache, tokens: int, num_new: torch.Tensor | None) -> None:
     """Writes means; arguments as in `update_block_means`."""
     (batch, kv_heads, head_dim), size = (len(cache.seq_lens), *cache.k.shape[2:]), cache.block_size
+    keys, dim = next_power_of_2(size), next_power_of_2(head_dim)
     k_pages, _, means = cache.pages()
     lens = cache.seq_lens
     launch(
@@ -82,7 +84,8 @@ def update_means_triton(cache: KeyValueCache, tokens: int, num_new: torch.Tensor
         k_pages, means, lens, lens if num_new is None else num_new, lens if cache.page_table is None else cache.page_table,
         lens if cache.key_table is None else cache.key_table, cache.longest, cache.blocks_per_sequence, cache.num_pages, cache.k.shape[1],
         NUM_NEW=tokens, RAGGED=num_new is not None, PAGED=cache.page_table is not None, INDEXED=cache.key_table is not None,
-        KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=next_power_of_2(head_dim), BLOCK_SIZE=size, KEYS=next_power_of_2(size), num_warps=1,
+        KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=size, KEYS=keys,
+        num_warps=means_warps(gpu_of(cache.k.device), keys, dim),
     )  # fmt: skip
 
 
@@ -91,11 +94,12 @@ def append_triton(cache: KeyValueCache, k: torch.Tensor, v: torch.Tensor, num_ne
     k, v = k.contiguous(), v.contiguous()
     batch, tokens, kv_heads, head_dim = k.shape
     size = cache.block_size
+    keys, dim = next_power_of_2(size), next_power_of_2(head_dim)
     k_pages, v_pages, means = cache.pages()
     launch(
         append_kernel, (cdiv(tokens - 1, size) + 1, batch, kv_heads),
         k, v, k_pages, v_pages, means, cache.seq_lens, cache.seq_lens if num_new is None else num_new,
         cache.seq_lens if cache.page_table is None else cache.page_table, cache.longest, cache.blocks_per_sequence, cache.num_pages,
         NUM_NEW=tokens, RAGGED=num_new is not None, PAGED=cache.page_table is not None, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
-        DIM=next_power_of_2(head_dim), BLOCK_SIZE=size, KEYS=next_power_of_2(size), num_warps=1,
+        DIM=dim, BLOCK_SIZE=size, KEYS=keys, num_warps=means_warps(gpu_of(cache.k.device), keys, dim),
     )  # fmt: skip
