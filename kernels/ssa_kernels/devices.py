@@ -65,4 +65,6 @@ def gpu_of(device: torch.device) -> Gpu:
 
 def means_warps(gpu: Gpu, keys: int, dim: int) -> int:
     """Returns the warps of the kernels that sum a block of `keys` padded keys and `dim` padded features: the order of the sums depends on it."""
+    if dim > 128:
+        return 1 if keys * dim <= 8192 else 8
     return 4 if gpu.capability >= 100 and keys * dim > 8192 else 1

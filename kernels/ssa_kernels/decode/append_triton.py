@@ -1,5 +1,7 @@
 """Appends to a decoding cache (Triton): keys, values, and the means of the blocks that became complete, in one launch; or the means alone.
 
+A large block is written in parts and read again for its mean, because registers would not hold its new and its earlier keys together.
+
 Grid: (blocks that the new tokens may touch, sequences, kv heads). A program writes its block's new keys and values. If the block is then
 complete, it reads the block's earlier keys and writes the mean of all, summed in float32 over the same tile as the prefill's
 `block_means_kernel`. No other program touches the block, so nothing races, and the result is the same every time.
@@ -28,23 +30,33 @@ def append_kernel(
     block = tl.maximum(old, 0) // BLOCK_SIZE + tl.program_id(0)
     if (block * BLOCK_SIZE < length) & (new > 0):
         page = page_of_block(page_table_ptr, sequence, block, True, blocks_per_sequence, num_pages, PAGED)
-        key, dim = tl.arange(0, KEYS), tl.arange(0, DIM)
-        position = block * BLOCK_SIZE + key
-        inside = (key < BLOCK_SIZE) & (position < length)
-        fresh = inside & (position >= old)
-        source = (sequence.to(tl.int64) * NUM_NEW + tl.where(fresh, position - old, 0)) * KV_HEADS + kv_head
-        target = (page * BLOCK_SIZE + tl.where(inside, key, 0)) * KV_HEADS + kv_head
-        source = source[:, None] * HEAD_DIM + dim[None, :]
-        target = target[:, None] * HEAD_DIM + dim[None, :]
+        PART: tl.constexpr = KEYS if KEYS * DIM <= 4096 else 4096 // DIM
+        dim = tl.arange(0, DIM)
         features = (dim < HEAD_DIM)[None, :]
-        write = fresh[:, None] & features
-        keys = tl.load(k_new_ptr + source, mask=write, other=0.0)
-        tl.store(k_ptr + target, keys, mask=write)
-        tl.store(v_ptr + target, tl.load(v_new_ptr + source, mask=write, other=0.0), mask=write)
+        for first in tl.static_range(0, KEYS, PART):
+            key = first + tl.arange(0, PART)
+            position = block * BLOCK_SIZE + key
+            inside = (key < BLOCK_SIZE) & (position < length)
+            fresh = inside & (position >= old)
+            source = (sequence.to(tl.int64) * NUM_NEW + tl.where(fresh, position - old, 0)) * KV_HEADS + kv_head
+            target = (page * BLOCK_SIZE + tl.where(inside, key, 0)) * KV_HEADS + kv_head
+            source = source[:, None] * HEAD_DIM + dim[None, :]
+            target = target[:, None] * HEAD_DIM + dim[None, :]
+            write = fresh[:, None] & features
+            keys = tl.load(k_new_ptr + source, mask=write, other=0.0)
+            tl.store(k_ptr + target, keys, mask=write)
+            tl.store(v_ptr + target, tl.load(v_new_ptr + source, mask=write, other=0.0), mask=write)
         if (block + 1) * BLOCK_SIZE <= length:
-            before = (inside & (position < old))[:, None] & features
-            keys = tl.where(before, tl.load(k_ptr + target, mask=before, other=0.0), keys)
-            mean = tl.sum(keys.to(tl.float32), 0) / BLOCK_SIZE
+            if PART == KEYS:
+                before = (inside & (position < old))[:, None] & features
+                keys = tl.where(before, tl.load(k_ptr + target, mask=before, other=0.0), keys)
+            else:
+                tl.debug_barrier()  # other threads wrote the new keys
+                all_keys = tl.arange(0, KEYS)
+                place = (page * BLOCK_SIZE + tl.where(all_keys < BLOCK_SIZE, all_keys, 0)) * KV_HEADS + kv_head
+                whole = (all_keys < BLOCK_SIZE)[:, None] & features
+                block_keys = tl.load(k_ptr + place[:, None] * HEAD_DIM + dim[None, :], mask=whole, other=0.0)
+            mean = tl.sum((keys if PART == KEYS else block_keys).to(tl.float32), 0) / BLOCK_SIZE
             out = (page * KV_HEADS + kv_head) * HEAD_DIM + dim
             tl.store(means_ptr + out, mean.to(means_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
