@@ -189,7 +189,7 @@ def test_mixed_lengths(tokens, paged):
 @interpreted
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block_size", "top_k"),
-    [(1, 1, 16, 4, 1), (6, 2, 24, 5, 4), (8, 8, 32, 16, 2), (32, 1, 16, 4, 5), (4, 2, 16, 4, 40)],
+    [(1, 1, 16, 4, 1), (6, 2, 24, 5, 4), (8, 8, 32, 16, 2), (32, 1, 16, 4, 5), (4, 2, 16, 4, 40), (8, 1, 256, 32, 2)],
 )
 def test_shapes(heads, kv_heads, dim, block_size, top_k):
     check(tokens_of([70, 33], heads, kv_heads, dim), block_size=block_size, top_k=top_k, tokens=2, paged=heads % 4 == 0)
