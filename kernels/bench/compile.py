@@ -10,7 +10,7 @@ one that spills is slower than it was planned to be.
 """
 
 import argparse
-import json
+import csv
 import os
 import re
 import subprocess
@@ -24,16 +24,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 
-from ssa_kernels import devices
-from ssa_kernels.devices import KNOWN_GPUS, Gpu
+from ssa_kernels.devices import KIB, KNOWN_GPUS, Gpu
 
-from .compile_cases import CASES, Case, run
+from .compile_cases import CASES, OPERATORS, Case, run
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -98,17 +96,63 @@ def usage(launch: Launch, gpu_name: str) -> dict[str, int]:
     return {"warps": made.metadata.num_warps, **numbers, "shared": made.metadata.shared}
 
 
-def table(gpu_names: list[str], cases: dict[str, Case]) -> Iterator[Usage]:
+def table(gpu_names: list[str], cases: dict[str, Case], operators: list[str]) -> Iterator[Usage]:
     """Yields what each kernel of each case needs on each GPU, each kernel once per GPU and case."""
     for gpu_name in gpu_names:
         for case_name, case in cases.items():
-            for operator in case.operators:
+            for operator in [name for name in case.operators if name in operators]:
                 seen = set()
                 for launch in recorded(case, operator, KNOWN_GPUS[gpu_name]):
                     key = (launch.name, tuple(sorted((name, str(x)) for name, x in launch.settings.items())))
                     if key not in seen:
                         seen.add(key)
                         yield Usage(gpu_name, case_name, operator, launch.name, **usage(launch, gpu_name))
+
+
+def main() -> int:
+    """Compiles what was asked for, prints and writes the table, and returns 1 if a kernel spills or does not fit."""
+    parser = argparse.ArgumentParser(prog="PYTHONPATH=kernels python -m bench.compile", description=__doc__.splitlines()[0])
+    parser.add_argument("--gpus", nargs="+", default=list(KNOWN_GPUS), choices=list(KNOWN_GPUS), help="by Triton's names")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="shapes of compile_cases.py")
+    parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=list(OPERATORS), help="of each case")
+    parser.add_argument("--out", type=Path, help="folder for compiled.csv and compiled.md")
+    parser.add_argument("--quiet", action="store_true", help="print only what is wrong")
+    arguments = parser.parse_args()
+    cases = {name: CASES[name] for name in arguments.cases}
+    found = []
+    for row in table(arguments.gpus, cases, arguments.operators):
+        found.append(row)
+        if row.problem or not arguments.quiet:
+            print(f"{row.gpu:7} {row.case:26} {row.kernel:30} {row.registers:4} registers {row.shared:8,} B  {row.problem}", flush=True)
+    print(f"{len(found)} kernels, {sum(bool(row.problem) for row in found)} that spill or do not fit")
+    if arguments.out is not None:
+        write(found, arguments.out)
+    return int(any(row.problem for row in found))
+
+
+def write(found: list[Usage], folder: Path) -> None:
+    """Writes every row to compiled.csv, and to compiled.md a table of the largest need of each operator, case and GPU."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "compiled.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(asdict(found[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in found)
+    (folder / "compiled.md").write_text("\n".join(summary(found)) + "\n")
+
+
+def summary(found: list[Usage]) -> Iterator[str]:
+    """Yields a Markdown table: each cell has the most registers per thread and the most shared memory (KB) of an operator's kernels."""
+    gpus = list(dict.fromkeys(row.gpu for row in found))
+    yield f"| shape | operator | {' | '.join(gpus)} |"
+    yield "|---" * (len(gpus) + 2) + "|"
+    for case, operator in dict.fromkeys((row.case, row.operator) for row in found):
+        cells = []
+        for gpu in gpus:
+            rows = [row for row in found if (row.case, row.operator, row.gpu) == (case, operator, gpu)]
+            wrong = [f"{row.kernel} {row.problem}" for row in rows if row.problem]
+            most = f"{max(row.registers for row in rows)}, {max(row.shared for row in rows) / KIB:.0f}"
+            cells.append(most + (f" ({'; '.join(dict.fromkeys(wrong))})" if wrong else ""))
+        yield f"| {case} | {operator} | {' | '.join(cells)} |"
 
 
 def _of_nvidia(made: Any, capability: int) -> dict[str, int]:
@@ -170,3 +214,7 @@ def _target(gpu_name: str) -> Iterator[None]:
         yield
     finally:
         driver._active = before
+
+
+if __name__ == "__main__":
+    sys.exit(main())

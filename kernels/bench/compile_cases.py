@@ -33,16 +33,17 @@ class Case:
 
 
 ALL = ("select", "sparse", "gate", "align", "qkv_rope", "decode")
+BLOCKS = ("select", "sparse", "decode")
 CASES = {
     "D 64, 16 heads per list": Case(32, 2, 64, operators=ALL),
     "D 64, 32 heads per list": Case(32, 1, 64),
-    "D 64, blocks of 128": Case(32, 2, 64, 128, operators=("select", "sparse", "decode")),
+    "D 64, blocks of 128": Case(32, 2, 64, 128, operators=BLOCKS),
     "D 128, 4 heads per list": Case(32, 8, 128, operators=ALL),
     "D 128, 16 heads per list": Case(32, 2, 128),
-    "D 128, blocks of 128": Case(32, 8, 128, 128, operators=("select", "sparse", "decode")),
+    "D 128, blocks of 128": Case(32, 8, 128, 128, operators=BLOCKS),
     "D 256, 8 heads per list": Case(16, 2, 256, operators=ALL),
     "D 256, 16 heads per list": Case(16, 1, 256),
-    "D 256, blocks of 128": Case(16, 2, 256, 128, operators=("select", "sparse", "decode")),
+    "D 256, blocks of 128": Case(16, 2, 256, 128, operators=BLOCKS),
 }
 
 

@@ -41,7 +41,7 @@ def test_wide_heads_and_amd_take_flash_attention(monkeypatch):
     assert plan(q, k, num_rows=2, backend="cudnn").backend == "cudnn"
     q, k, _ = make("cpu")
     assert plan(q, k, num_rows=2).backend == "cudnn"
-    monkeypatch.setattr("ssa_kernels.full_attention.fused.gpu_of", lambda device: KNOWN_GPUS["gfx942"])
+    monkeypatch.setattr(sys.modules[plan_fused.__module__], "gpu_of", lambda device: KNOWN_GPUS["gfx942"])
     assert plan(q, k, num_rows=2).backend == "flash"
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for backend in ("cudnn", "te"):
