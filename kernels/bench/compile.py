@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from triton.runtime.driver import driver
 
 from ssa_kernels.devices import KIB, KNOWN_GPUS, Gpu
 
-from .compile_cases import CASES, OPERATORS, Case, run
+from .compile_cases import CASES, OPERATORS, SAMPLE, Case, run
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -96,34 +96,44 @@ def usage(launch: Launch, gpu_name: str) -> dict[str, int]:
     return {"warps": made.metadata.num_warps, **numbers, "shared": made.metadata.shared}
 
 
-def table(gpu_names: list[str], cases: dict[str, Case], operators: list[str]) -> Iterator[Usage]:
-    """Yields what each kernel of each case needs on each GPU, each kernel once per GPU and case."""
-    for gpu_name in gpu_names:
-        for case_name, case in cases.items():
-            for operator in [name for name in case.operators if name in operators]:
-                seen = set()
-                for launch in recorded(case, operator, KNOWN_GPUS[gpu_name]):
-                    key = (launch.name, tuple(sorted((name, str(x)) for name, x in launch.settings.items())))
-                    if key not in seen:
-                        seen.add(key)
-                        yield Usage(gpu_name, case_name, operator, launch.name, **usage(launch, gpu_name))
+def table(wanted: Iterable[tuple[str, str, tuple[str, ...]]]) -> Iterator[Usage]:
+    """Yields what each kernel needs, for (GPU, case, operators). A kernel is compiled once per operator, however often it is launched."""
+    for gpu_name, case_name, operators in wanted:
+        for operator in operators:
+            seen = set()
+            for launch in recorded(CASES[case_name], operator, KNOWN_GPUS[gpu_name]):
+                key = (launch.name, tuple(sorted((name, str(x)) for name, x in launch.settings.items())))
+                if key not in seen:
+                    seen.add(key)
+                    yield Usage(gpu_name, case_name, operator, launch.name, **usage(launch, gpu_name))
 
 
 def main() -> int:
     """Compiles what was asked for, prints and writes the table, and returns 1 if a kernel spills or does not fit."""
-    parser = argparse.ArgumentParser(prog="PYTHONPATH=kernels python -m bench.compile", description=__doc__.splitlines()[0])
-    parser.add_argument("--gpus", nargs="+", default=list(KNOWN_GPUS), choices=list(KNOWN_GPUS), help="by Triton's names")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="shapes of compile_cases.py")
+    parser = argparse.ArgumentParser(
+        prog="PYTHONPATH=kernels python -m bench.compile", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--gpus", nargs="+", default=list(KNOWN_GPUS), choices=list(KNOWN_GPUS), help="by Triton's names"
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=list(CASES), choices=list(CASES), help="shapes of compile_cases.py"
+    )
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=list(OPERATORS), help="of each case")
+    parser.add_argument("--sample", action="store_true", help="only the sample that the tests compile")
     parser.add_argument("--out", type=Path, help="folder for compiled.csv and compiled.md")
     parser.add_argument("--quiet", action="store_true", help="print only what is wrong")
     arguments = parser.parse_args()
-    cases = {name: CASES[name] for name in arguments.cases}
+    every = ((gpu, case) for gpu in arguments.gpus for case in arguments.cases)
+    chosen = [(gpu, case, tuple(o for o in CASES[case].operators if o in arguments.operators)) for gpu, case in every]
     found = []
-    for row in table(arguments.gpus, cases, arguments.operators):
+    for row in table(SAMPLE if arguments.sample else chosen):
         found.append(row)
         if row.problem or not arguments.quiet:
-            print(f"{row.gpu:7} {row.case:26} {row.kernel:30} {row.registers:4} registers {row.shared:8,} B  {row.problem}", flush=True)
+            print(
+                f"{row.gpu:7} {row.case:26} {row.kernel:30} {row.registers:4} registers {row.shared:8,} B  {row.problem}",
+                flush=True,
+            )
     print(f"{len(found)} kernels, {sum(bool(row.problem) for row in found)} that spill or do not fit")
     if arguments.out is not None:
         write(found, arguments.out)
@@ -174,12 +184,16 @@ def _of_nvidia(made: Any, capability: int) -> dict[str, int]:
 
 def _output(*command: object) -> str:
     """Returns what a program prints."""
-    return subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+    return subprocess.run(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    ).stdout
 
 
 def _of_amd(text: str) -> dict[str, int]:
     """Returns vector registers and the bytes of scratch memory of an AMD kernel's assembly."""
-    numbers = {name: int(found) for name, found in re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", text)}
+    numbers = {
+        name: int(found) for name, found in re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", text)
+    }
     return {"registers": numbers["vgpr_count"], "spilled": numbers["private_segment_fixed_size"]}
 
 

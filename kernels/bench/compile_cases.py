@@ -8,7 +8,6 @@ from ssa_kernels.decode import build_cache
 from ssa_kernels.decode.append_triton import append_triton, update_means_triton
 from ssa_kernels.decode.launch import decode_attention_triton, select_cached_triton
 from ssa_kernels.documents import DocumentLayout, build_layout
-from ssa_kernels.documents_triton import layout_arrays
 from ssa_kernels.gate_and_align.sampled import sampled_backward, sampled_forward
 from ssa_kernels.gate_and_align.triton import gate_backward, gate_forward
 from ssa_kernels.gate_triton import gate_stream_backward, gate_stream_forward
@@ -47,6 +46,18 @@ CASES = {
 }
 
 
+# What the tests compile in seconds: (GPU, case, operators).
+SAMPLE = (
+    ("sm_90", "D 64, 16 heads per list", ("sparse", "qkv_rope", "decode")),
+    ("sm_90", "D 64, 32 heads per list", ("sparse",)),
+    ("sm_90", "D 128, 4 heads per list", ("sparse",)),
+    ("sm_90", "D 256, 8 heads per list", ("sparse",)),
+    ("sm_100", "D 128, 4 heads per list", ("sparse",)),
+    ("sm_120", "D 64, 16 heads per list", ("select",)),
+    ("gfx942", "D 64, 16 heads per list", ("sparse",)),
+)
+
+
 def run(case: Case, operator: str) -> None:
     """Runs an operator's launchers on tensors whose values do not matter."""
     OPERATORS[operator](case)
@@ -68,7 +79,9 @@ def _select(case: Case) -> None:
         select_blocks_triton(_heads(case, case.heads), _heads(case, case.kv_heads), layout=layout, score=score, **sizes)
     # Rows long enough for bins; documents whose lengths the host does not know.
     long = replace(layout, max_length=2**17)
-    select_blocks_triton(_heads(case, case.heads), _heads(case, case.kv_heads), layout=long, score="softmax_sum", **sizes)
+    select_blocks_triton(
+        _heads(case, case.heads), _heads(case, case.kv_heads), layout=long, score="softmax_sum", **sizes
+    )
     q, k = (torch.zeros(LONG, heads, case.head_dim, dtype=case.dtype) for heads in (case.heads, case.kv_heads))
     ends = torch.tensor([0, TOKENS, 2 * TOKENS, LONG], dtype=torch.int32)
     unknown = build_layout(ends, num_tokens=LONG, block_size=case.block_size)

@@ -70,7 +70,8 @@ def torch_and_cuda() -> list[Finding]:
         return [ok("torch and gpu", f"torch {torch.__version__} on the CPU, {torch.get_num_threads()} threads")]
     count = torch.cuda.device_count()
     nccl_version = ".".join(map(str, nccl.version()))
-    found = [ok("torch and gpu", f"{count} GPUs, {f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"}, NCCL {nccl_version}")]
+    toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    found = [ok("torch and gpu", f"{count} GPUs, {toolkit}, NCCL {nccl_version}")]
     found += unsupported({torch.cuda.get_device_name(i): torch.cuda.get_device_capability(i) for i in range(count)})
     wrong = [index for index in range(count) if not _computes(index)]
     if wrong:
@@ -89,7 +90,13 @@ def unsupported(capabilities: dict[str, tuple[int, int]]) -> list[Finding]:
 
     if torch.version.hip:
         text = f"{', '.join(capabilities)}: no training run was tested on AMD's GPUs"
-        return [fail("gpu support", text, "use NVIDIA GPUs of compute capability 8.0 or later, or HIP_VISIBLE_DEVICES= for the CPU")]
+        return [
+            fail(
+                "gpu support",
+                text,
+                "use NVIDIA GPUs of compute capability 8.0 or later, or HIP_VISIBLE_DEVICES= for the CPU",
+            )
+        ]
     return [
         fail(
             "gpu support",

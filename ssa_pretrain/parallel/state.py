@@ -103,7 +103,9 @@ def _require_usable(on_gpu: bool, local_rank: int) -> None:
     if on_gpu and torch.version.hip:
         rule = "is AMD's: no training run was tested on one, though the operators of ssa_kernels compile for gfx942 (MI300X)"
         advice = "try an NVIDIA GPU, or HIP_VISIBLE_DEVICES= to compute on the CPU"
-        raise ConfigError([Problem(f"this machine's GPU, {torch.cuda.get_device_name(local_rank)},", None, rule, advice)])
+        raise ConfigError(
+            [Problem(f"this machine's GPU, {torch.cuda.get_device_name(local_rank)},", None, rule, advice)]
+        )
     if on_gpu or not has_gpu():
         return
     try:

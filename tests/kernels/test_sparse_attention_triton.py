@@ -181,7 +181,9 @@ def test_keys_in_shared_memory_change_no_bit(tensor_core, monkeypatch):
     inputs = make(DOCUMENTS, 4, 1, 128, 16, 2)
     before = on_tensor_cores(tensor_core, *inputs)
     monkeypatch.setattr(tensor_core, "gpu_of", lambda device: KNOWN_GPUS["sm_100"])
-    for name, ours, others in zip(("o", "lse", "dq", "dk", "dv"), on_tensor_cores(tensor_core, *inputs), before, strict=True):
+    for name, ours, others in zip(
+        ("o", "lse", "dq", "dk", "dv"), on_tensor_cores(tensor_core, *inputs), before, strict=True
+    ):
         assert torch.equal(ours, others), name
 
 

@@ -121,7 +121,9 @@ def check_backend(backend: object, num_rows: object) -> None:
     if backend not in (None, "cudnn", "te", "flash"):
         raise ValueError(f"backend={backend!r} of full_attention must be None, 'cudnn', 'te' or 'flash'; try None")
     if backend in ("cudnn", "te") and torch.version.hip:
-        raise ValueError(f"backend={backend!r} of full_attention needs an NVIDIA GPU, and torch is built for AMD's; try 'flash'")
+        raise ValueError(
+            f"backend={backend!r} of full_attention needs an NVIDIA GPU, and torch is built for AMD's; try 'flash'"
+        )
     if backend == "cudnn" and num_rows is None:
         raise ValueError(
             "backend='cudnn' needs num_rows, since it takes only rows of equal length; try backend='te' or 'flash'"

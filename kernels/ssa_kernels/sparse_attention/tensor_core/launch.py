@@ -126,7 +126,9 @@ def _split_lists(q: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     heads_per_list = q.shape[1] // lists
     if padded_dim(q.shape[2]) <= 128 or heads_per_list <= FEW_HEADS:
         return indices
-    parts = next(n for n in range(2, heads_per_list + 1) if heads_per_list % n == 0 and heads_per_list // n <= FEW_HEADS)
+    parts = next(
+        n for n in range(2, heads_per_list + 1) if heads_per_list % n == 0 and heads_per_list // n <= FEW_HEADS
+    )
     return indices.repeat_interleave(parts, 1)
 
 

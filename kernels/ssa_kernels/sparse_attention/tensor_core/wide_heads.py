@@ -136,8 +136,12 @@ def dkdv_kernel(
         k_rows = gl.load(k_ptr + key_place, mask=key_inside, other=0.0)
         v_rows = gl.load(v_ptr + key_place, mask=key_inside, other=0.0)
         if KEYS_IN_SHARED:
-            k_buffer = gl.allocate_shared_memory(DTYPE, [1, KEYS, DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])).index(0)
-            v_buffer = gl.allocate_shared_memory(DTYPE, [1, KEYS, DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])).index(0)
+            k_buffer = gl.allocate_shared_memory(DTYPE, [1, KEYS, DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])).index(
+                0
+            )
+            v_buffer = gl.allocate_shared_memory(DTYPE, [1, KEYS, DIM], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])).index(
+                0
+            )
             k_buffer.store(k_rows)
             v_buffer.store(v_rows)
         else:
