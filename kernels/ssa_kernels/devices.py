@@ -44,6 +44,7 @@ INTERPRETER = Gpu("interpreter", 0, 227 * KIB)  # plans as Hopper does
 # The architectures that the kernels are compiled for in tests, by Triton's name.
 KNOWN_GPUS = {
     "sm_80": Gpu("cuda", 80, 163 * KIB),  # A100
+    "sm_89": Gpu("cuda", 89, 99 * KIB),  # L40S, L4; the A10 and others of 8.6 have the same limits
     "sm_90": Gpu("cuda", 90, 227 * KIB),  # H100, H200
     "sm_100": Gpu("cuda", 100, 227 * KIB),  # B200, GB200
     "sm_103": Gpu("cuda", 103, 227 * KIB),  # B300, GB300
