@@ -59,9 +59,11 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
+    # AMD has no limit beyond the one without opting in.
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     if torch.version.hip:
-        return Gpu("hip", 0, properties.shared_memory_per_block)
-    return Gpu("cuda", 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+        return Gpu("hip", 0, shared_bytes)
+    return Gpu("cuda", 10 * properties.major + properties.minor, shared_bytes)
 
 
 def means_warps(gpu: Gpu, keys: int, dim: int) -> int:
