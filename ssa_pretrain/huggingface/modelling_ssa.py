@@ -15,7 +15,7 @@ between. So padding moves no block. Packed rows are refused in sparse mode, and 
 that it touches. Only complete blocks before a query's own are scored, and their means do not change. With any other cache the means
 are computed from its keys at each call: the same results, more slowly.
 
-*Which code runs.* `ssa_kernels` serves, if it is installed, the tensors are on CUDA, the attention function is sdpa, `16 <= head_dim <= 128`, there
+*Which code runs.* `ssa_kernels` serves, if it is installed, the tensors are on CUDA, the attention function is sdpa, `16 <= head_dim <= 256`, there
 are at most 32 query heads per kv head, and the dtype is not float64:
 - in both modes, one new token per row on a cache, without gradients, also inside torch.compile; in sparse mode with `top_k <= 128` and any score but
   official_compat, in full mode with a mask that is not additive;
@@ -581,7 +581,7 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         c = self.config
         if ssa_kernels is None or not like.is_cuda or c._attn_implementation != "sdpa" or self.dtype == torch.float64:
             return False
-        return 16 <= c.head_dim <= 128 and c.num_attention_heads // c.num_key_value_heads <= 32
+        return 16 <= c.head_dim <= 256 and c.num_attention_heads // c.num_key_value_heads <= 32
 
     def _key_table(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Returns `Rows.decoding`, each row once per kv head."""

@@ -26,8 +26,12 @@ TERA = 1e12
 # Words in the device name that the driver reports; TFLOP/s in bf16, fp8 and fp32 (vector units, since TF32 is off).
 # The first match wins.
 _PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
+    ("GB300", 2500.0, 5000.0, 80.0),
     ("GB200", 2500.0, 5000.0, 80.0),
+    ("B300", 2250.0, 4500.0, 75.0),
     ("B200", 2250.0, 4500.0, 75.0),
+    ("RTX PRO 6000", 500.0, 1000.0, 120.0),
+    ("MI300X", 1307.4, 2614.9, 163.4),
     ("GH200", 989.4, 1978.9, 66.9),
     ("H200 NVL", 835.5, 1671.0, 60.0),
     ("H200", 989.4, 1978.9, 66.9),

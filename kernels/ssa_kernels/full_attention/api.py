@@ -43,7 +43,7 @@ def full_attention(
 
     Raises:
         ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (the GPU kernels need
-            bfloat16 or float16, and D a multiple of 8 up to 128).
+            bfloat16 or float16, and D a multiple of 8 up to 256).
     """
     check_attention(q=q, k=k, v=v)
     check_documents(cu_seqlens, q, k)

@@ -6,7 +6,7 @@ The kernel is chosen from shapes, explicit arguments and the installed libraries
   of queries of such rows (pieces.py).
 - `te`: Transformer Engine's cuDNN attention on packed documents and on spans of queries (`query_spans`), if it is installed (te.py). On
   request it also takes equal rows.
-- `flash`: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
+- `flash`: heads wider than 128, AMD's GPUs, and everything else: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
   activated one with `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel of the operator called here.
 
 Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms), and its gradients
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..devices import gpu_of
 from ..documents import DocumentLayout, QuerySpan, SpanSegments, document_ends
 from . import te
 from .pieces import Piece, pieces_backward, pieces_forward, pieces_of
@@ -63,9 +64,9 @@ def plan_fused(
         raise ValueError(
             f"dtype={q.dtype} of full_attention on a GPU must be bfloat16 or float16; try impl='reference' for others"
         )
-    if head_dim % 8 or head_dim > 128:
+    if head_dim % 8 or head_dim > 256:
         raise ValueError(
-            f"head_dim={head_dim} must be a multiple of 8 and at most 128; try impl='reference' for others"
+            f"head_dim={head_dim} must be a multiple of 8 and at most 256; try impl='reference' for others"
         )
     if isinstance(cu_seqlens, DocumentLayout) and cu_seqlens.spans:
         return _plan_spans(q, cu_seqlens, num_rows, backend, scale), cu_seqlens.cu_seqlens
@@ -106,7 +107,7 @@ def _plan_spans(
 
 
 def _pick(q: torch.Tensor, row_length: int) -> str:
-    if torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() or q.shape[2] > 128 or gpu_of(q.device).backend == "hip":
         return "flash"
     if row_length >= MIN_CUDNN_ROW:
         return "cudnn"
@@ -126,6 +127,10 @@ def check_backend(backend: object, num_rows: object) -> None:
     """Raises ValueError for an unknown backend, and for one that needs num_rows without it."""
     if backend not in (None, "cudnn", "te", "flash"):
         raise ValueError(f"backend={backend!r} of full_attention must be None, 'cudnn', 'te' or 'flash'; try None")
+    if backend in ("cudnn", "te") and torch.version.hip:
+        raise ValueError(
+            f"backend={backend!r} of full_attention needs an NVIDIA GPU, and torch is built for AMD's; try 'flash'"
+        )
     if backend == "cudnn" and num_rows is None:
         raise ValueError(
             "backend='cudnn' needs num_rows, since it takes only rows of equal length; try backend='te' or 'flash'"

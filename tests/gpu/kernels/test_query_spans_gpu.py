@@ -54,7 +54,7 @@ def test_blocks_and_sparse_stream_bit_for_bit(documents, score):
 @pytest.mark.parametrize(
     ("documents", "num_rows"), [(name, None) for name in DOCUMENTS] + list(ROWS.items()), ids=lambda x: str(x)
 )
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 2, 64), (8, 2, 128), (6, 1, 96)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 2, 64), (8, 2, 128), (6, 1, 96), (16, 2, 256)])
 def test_full_stream_against_float64(documents, num_rows, heads, kv_heads, head_dim):
     """As close to float64 as one call with all queries, except for one more rounding of the keys' sums."""
     q, k, v, _ = make(heads, kv_heads, head_dim)

@@ -228,19 +228,19 @@ def test_impossible_combination_is_one_line(overrides: tuple[str, ...], world_si
         (
             (*PAPER, "model.head_dim=84"),
             GPU,
-            "model.head_dim=84 must be a multiple of 8 from 16 to 128 for the GPU kernels; "
+            "model.head_dim=84 must be a multiple of 8 from 16 to 256 for the GPU kernels; "
             "try 80, 88 or attention.impl=reference",
         ),
         (
-            ("experiment=full_1b_8k", "model.head_dim=256"),
+            ("experiment=full_1b_8k", "model.head_dim=320"),
             GPU,
-            "model.head_dim=256 must be a multiple of 8 from 16 to 128 for the GPU kernels; "
-            "try 120, 128 or attention.impl=reference",
+            "model.head_dim=320 must be a multiple of 8 from 16 to 256 for the GPU kernels; "
+            "try 248, 256 or attention.impl=reference",
         ),
         (
             (*PAPER, "model.head_dim=8"),
             GPU,
-            "model.head_dim=8 must be a multiple of 8 from 16 to 128 for the GPU kernels; try 16, 24 or attention.impl=reference",
+            "model.head_dim=8 must be a multiple of 8 from 16 to 256 for the GPU kernels; try 16, 24 or attention.impl=reference",
         ),
         (
             (*PAPER, "model.num_attention_heads=96", "model.num_kv_heads=2"),
