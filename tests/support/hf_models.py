@@ -16,17 +16,18 @@ from ssa_pretrain.parallel.state import Placement
 VOCAB = 96
 
 
-def small_config(**attention: object) -> Config:
-    """Returns a two-layer model whose streams differ; `attention` overrides fields of its AttentionConfig."""
+def small_config(**changed: object) -> Config:
+    """Returns a two-layer model whose streams differ; `changed` are fields of its AttentionConfig or its ModelConfig."""
     config = Config()
     model = config.model
     model.num_layers, model.hidden_size, model.ffn_hidden_size = 2, 32, 48
     model.num_attention_heads, model.num_kv_heads, model.head_dim = 4, 2, 16
     model.vocab_divisor, model.init_std = 32, 0.2
     config.attention.top_k = 3
-    for name, value in attention.items():
-        assert hasattr(config.attention, name)
-        setattr(config.attention, name, value)
+    for name, value in changed.items():
+        section = config.attention if hasattr(config.attention, name) else model
+        assert hasattr(section, name)
+        setattr(section, name, value)
     config.data.sequence_length = 256
     config.precision.name = PrecisionName.fp32
     return config
