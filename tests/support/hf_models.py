@@ -43,6 +43,10 @@ class TrainingModel:
         self.config = config
         self.engine = build_engine(config, placement, VOCAB)
         self.module = unwrap(self.engine.chunks[0])
+        with torch.no_grad():
+            for number, (name, weight) in enumerate(self.module.named_parameters()):
+                if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):  # they begin as 1, which would hide a mix-up
+                    weight.copy_(1 + 0.1 * (torch.arange(len(weight)) * (number + 3) % 7))
 
     def logits(self, documents: list[Tensor], mode: str) -> list[Tensor]:
         """Returns the logits [T, V] of each document of a packed microbatch."""
@@ -84,6 +88,7 @@ def hf_config(config: Config, **changed: object) -> SSALlamaConfig:
         "block_size": attention.block_size,
         "top_k": attention.top_k,
         "score": attention.score.value,
+        "qk_norm": model.qk_norm,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": 0,
@@ -128,6 +133,8 @@ def _layer(config: Config, weights: dict[str, Tensor], ours: str, theirs: str) -
     }
     if config.attention.gate:
         found["self_attn.g_proj.weight"] = g
+    if model.qk_norm:
+        found |= {f"self_attn.{x}_norm.weight": weights[f"{ours}self_attention.{x}_layernorm.weight"] for x in "qk"}
     return {theirs + name: tensor for name, tensor in found.items()}
 
 
