@@ -48,7 +48,13 @@ class KeyConvolution(torch.nn.Module):
         self.tp_group, self.impl = tp_group, impl
 
     def forward(
-        self, k_SGD: Tensor, positions_S: Tensor, layer_number: int, *, keep: TextCache | None, continues: TextCache | None
+        self,
+        k_SGD: Tensor,
+        positions_S: Tensor,
+        layer_number: int,
+        *,
+        keep: TextCache | None,
+        continues: TextCache | None,
     ) -> Tensor:
         """Returns the convolved keys of packed documents, or of the newest tokens of texts.
 

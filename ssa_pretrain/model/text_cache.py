@@ -58,7 +58,9 @@ class TextCache:
         self.seq_lens = torch.tensor(self.lengths, dtype=torch.int32).to(device)
         self.num_new = torch.zeros_like(self.seq_lens)
         self._layers: dict[int, KeyValueCache] = {}
-        self._plain: dict[int, Tensor] = {}  # [texts, W, G, D] by layer: the last W keys before the convolution, at position mod W
+        self._plain: dict[
+            int, Tensor
+        ] = {}  # [texts, W, G, D] by layer: the last W keys before the convolution, at position mod W
 
     def __len__(self) -> int:
         """Returns the number of texts."""

@@ -1,5 +1,7 @@
 """QK-norm in the split projection and the convolution of keys, in Triton's interpreter and in plain torch, against float64 loops."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -129,7 +131,7 @@ def test_rope_of_projected_keys_is_that_of_the_projection(impl):
 def convolved(k, weight, ends):
     """Returns [tokens, G, D] in float64, document by document and token by token."""
     out, filters = torch.empty_like(k), weight.view(k.shape[1], k.shape[2], -1)
-    for begin, end in zip([0, *ends], ends):
+    for begin, end in itertools.pairwise((0, *ends)):
         for t in range(begin, end):
             total = torch.zeros_like(k[t])
             for j in range(filters.shape[-1]):
@@ -151,7 +153,7 @@ def test_key_convolution(ends, heads, dim, taps, dtype, impl):
     tokens = ends[-1]
     k = torch.randn(tokens, heads, dim, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(heads * dim, 1, taps, generator=generator).to(dtype).requires_grad_()
-    positions = torch.cat([torch.arange(b - a) for a, b in zip((0, *ends), ends)])
+    positions = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise((0, *ends))])
     out = key_convolution(k, weight, positions, impl=impl)
     wide = [x.detach().double().requires_grad_() for x in (k, weight)]
     want = convolved(*wide, ends)

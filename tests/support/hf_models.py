@@ -45,7 +45,9 @@ class TrainingModel:
         self.module = unwrap(self.engine.chunks[0])
         with torch.no_grad():
             for number, (name, weight) in enumerate(self.module.named_parameters()):
-                if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):  # they begin as 1, which would hide a mix-up
+                if name.endswith(
+                    ("q_layernorm.weight", "k_layernorm.weight")
+                ):  # they begin as 1, which would hide a mix-up
                     weight.copy_(1 + 0.1 * (torch.arange(len(weight)) * (number + 3) % 7))
 
     def logits(self, documents: list[Tensor], mode: str) -> list[Tensor]:

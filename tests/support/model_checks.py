@@ -111,7 +111,9 @@ class Oracle:
         if (filters := self.w.get(name + "key_convolution.weight")) is not None:
             taps, plain = filters.shape[-1], k
             by_tap = filters.view(GROUPS, DIM, taps)
-            sums = [sum(by_tap[..., taps - 1 - d] * plain[t - d] for d in range(min(taps, t + 1))) for t in range(len(k))]
+            sums = [
+                sum(by_tap[..., taps - 1 - d] * plain[t - d] for d in range(min(taps, t + 1))) for t in range(len(k))
+            ]
             k = torch.stack([key + c / (1 + (-c).exp()) for key, c in zip(plain, sums, strict=True)])
         if name + "q_layernorm.weight" in self.w:
             q, k = self.norm(q, name + "q_layernorm.weight"), self.norm(k, name + "k_layernorm.weight")

@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from ..dispatch import dense_gradient
 
 
-def key_convolution_reference(
-    k_TGD: torch.Tensor, weight: torch.Tensor, positions_T: torch.Tensor
-) -> torch.Tensor:
+def key_convolution_reference(k_TGD: torch.Tensor, weight: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
     """Returns the convolved keys; arguments as in `key_convolution`."""
     tokens, kv_heads, head_dim = k_TGD.shape
     k = k_TGD.to(torch.promote_types(k_TGD.dtype, torch.float32))

@@ -33,7 +33,9 @@ def earlier_key(k_ptr, token, position, distance, seen, channel, channel_ok, ROW
 @triton.jit
 def tap(weight_ptr, distance, channel, channel_ok, TAPS: tl.constexpr):
     """w_l of each channel, fp32 [1, D]."""
-    return tl.load(weight_ptr + channel * TAPS + (TAPS - 1 - distance), mask=channel_ok, other=0.0).to(tl.float32)[None, :]
+    return tl.load(weight_ptr + channel * TAPS + (TAPS - 1 - distance), mask=channel_ok, other=0.0).to(tl.float32)[
+        None, :
+    ]
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -105,7 +107,9 @@ class KeyConvolution(torch.autograd.Function):
         if len(k):
             grid = (cdiv(len(k), BLOCK_TOKENS), k.shape[1])
             sizes = _constants(k, weight)
-            launch(key_convolution_forward_kernel, grid, k, weight, positions, out, len(k), **sizes, num_warps=NUM_WARPS)
+            launch(
+                key_convolution_forward_kernel, grid, k, weight, positions, out, len(k), **sizes, num_warps=NUM_WARPS
+            )
         return out
 
     @staticmethod

@@ -32,7 +32,11 @@ from .reference import QKNorm
 
 BLOCK_TOKENS = 32
 NUM_WARPS = 4
-NONE, RAW, ROTATED = 0, 1, 2  # what becomes of keys: there are none (and no values), they are copied like values, they are normed and rotated
+NONE, RAW, ROTATED = (
+    0,
+    1,
+    2,
+)  # what becomes of keys: there are none (and no values), they are copied like values, they are normed and rotated
 
 
 class Sizes(NamedTuple):

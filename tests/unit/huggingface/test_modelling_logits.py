@@ -35,7 +35,9 @@ def config_of(case: str) -> Config:
     return config
 
 
-@pytest.mark.parametrize("case", ["tied", "untied", "no_gate", "per_head", "official", "one_block", "llama3", "qk_norm"])
+@pytest.mark.parametrize(
+    "case", ["tied", "untied", "no_gate", "per_head", "official", "one_block", "llama3", "qk_norm"]
+)
 def test_logits_equal_the_training_models(placement, case):
     """At odd lengths, alone and in batches padded on the left, on the right and on both sides, by sdpa and eager."""
     trained = TrainingModel(config_of(case), placement)

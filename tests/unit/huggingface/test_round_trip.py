@@ -146,7 +146,7 @@ def test_tokenizer_of_another_training_is_refused(tmp_path, placement):
 
 def test_convolution_of_keys_is_refused(tmp_path, placement):
     config = configure({"model.num_layers": 1, "attention.key_convolution": 3})
-    with pytest.raises(ConfigError, match="attention.key_convolution=3 has no Hugging Face model: .*; evaluate the"):
+    with pytest.raises(ConfigError, match=r"key_convolution=3 has no Hugging Face model: .*; evaluate the"):
         export_to(tmp_path / "out", tmp_path / "run", config, placement)
     assert list(tmp_path.iterdir()) == []
 

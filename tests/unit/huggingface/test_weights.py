@@ -70,7 +70,9 @@ def test_both_directions_together_give_the_same_bits(gate, tied):
     assert any("g_proj" in name for name in out) is gate
 
 
-@pytest.mark.parametrize("overrides", [{}, {"model.qk_norm": True}, {"model.tie_embeddings": False, "attention.gate": False}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"model.qk_norm": True}, {"model.tie_embeddings": False, "attention.gate": False}]
+)
 def test_names_and_shapes_are_those_of_a_model_that_was_built(overrides):
     from ssa_pretrain.checkpoint.sharded_weights import named_weights
     from ssa_pretrain.model.spec import build_model
