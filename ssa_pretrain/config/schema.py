@@ -58,6 +58,7 @@ class ModelConfig:
     rope_theta: float = 500_000.0  # base of the RoPE wavelengths
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    qk_norm: bool = False  # RMSNorm with a learnt weight over each query head and key, before RoPE, as in Qwen3
     init_std: float = 0.02  # standard deviation of the initial weights
 
     @property
@@ -107,6 +108,7 @@ class AttentionConfig:
     block_size: int = 16  # K, keys per block
     top_k: int = 16  # N, blocks per query, including its own
     score: Score = Score.softmax_sum
+    key_convolution: int = 0  # W, tokens of the causal convolution over keys: 3 or 5 (FlashMoBA), 0 for none
     gate: bool = True  # multiply the attention output by a sigmoid gate per token and query head
     alignment_weight: float = 10.0  # alpha, weight of the alignment loss, which is a mean over layers
     sparsity_weight: float = 1.0  # weight of SmoothL1(full, sg(sparse)) in the alignment loss

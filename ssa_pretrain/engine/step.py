@@ -233,6 +233,7 @@ class Microbatches:
             max_seqlen_kv=length,
             positions=batch.positions,
             documents=documents,
+            key_positions=layout.query_position if self.context.size > 1 else None,
             gather=self.context.gather if self.context.size > 1 else None,
             num_rows=batch.num_rows,
             main=route.main,

@@ -69,7 +69,8 @@ def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
     model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
     qkv = model.qkv_width(gate=config.attention.gate)
     matrices = model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
-    norms = 2 * model.hidden_size
+    matrices += model.kv_width * config.attention.key_convolution
+    norms = 2 * model.hidden_size + 2 * model.head_dim * model.qk_norm
     embedding = padded_vocab_size * model.hidden_size
     ends = embedding if model.tie_embeddings else 2 * embedding
     total = model.num_layers * (matrices + norms) + model.hidden_size + ends
@@ -217,10 +218,14 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
     indices = 0 if "sparse" not in method.streams else 4 * config.attention.top_k * lists
     gates = size * model.num_attention_heads if config.attention.gate else 0
     selective = config.engine.recompute is Recompute.selective
+    # With QK-norm the whole projection; with a convolution of keys the plain ones, and the convolved ones if they are normed then.
+    plain = model.qkv_width(gate=config.attention.gate) * model.qk_norm
+    if config.attention.key_convolution:
+        plain += model.kv_width * config.parallel.cp * (1 + model.qk_norm)
     # SwiGLU's input, and its output unless that is recomputed.
     feed_forward = model.ffn_hidden_size * (2 * size + (0 if selective else product))
     norms = 2 * model.hidden_size * (size + product) // shards  # both norms' inputs and outputs
-    attention = qkv * size + width * product + outputs + indices + gates  # q, k, v; the gated output
+    attention = (qkv + plain) * size + width * product + outputs + indices + gates  # q, k, v; the gated output
     return norms + (attention + feed_forward) // tp
 
 

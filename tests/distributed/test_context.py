@@ -31,6 +31,7 @@ METHODS = {
     "ssa_quarter": {"attention.full_ratio": 0.5, "attention.counterpart_share": 0.25},
     "full": {"attention.method": "full"},
     "moba": {"attention.method": "moba", "attention.score": "per_head"},
+    "ssa_keys": {"attention.full_ratio": 0.5, "model.qk_norm": True, "attention.key_convolution": 5},
 }
 SMALL = {"model.num_layers": 2, "training.global_batch_tokens": 4 * 96}
 VARIANTS = {
@@ -61,6 +62,9 @@ def build_cases() -> dict[int, dict[str, dict]]:
     add("cp2", "two_rows", "ssa_drawn_once")
     add("cp2", "plain", "ssa_quarter")
     add("cp2", "full_recompute", "ssa_quarter")
+    add("cp2", "plain", "ssa_keys")
+    add("cp4", "full_recompute", "ssa_keys")
+    add("cp2_tp2_sp", "plain", "ssa_keys")
     add("cp4", "plain", "ssa_quarter")
     add("cp2_tp2_sp", "plain", "ssa_quarter")
     add("cp2_pp2", "plain", "ssa_quarter")

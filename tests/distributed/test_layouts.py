@@ -41,6 +41,7 @@ VARIANTS = {
     "selective": {"engine.recompute": "selective"},
     "full_recompute": {"engine.recompute": "full"},
     "overlap": {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True},
+    "keys": {"model.qk_norm": True, "attention.key_convolution": 3},  # another model: it has its own single process
 }
 BOTH = ("full", "sparse")
 # Layouts and streams of each variant. On two processes a layout's own code meets each stream; four processes combine two layouts, and there a drawn
@@ -86,6 +87,7 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
         "pp4_vpp2": ("sparse",),
     },
     "overlap": {"dp2": ("drawn",), "tp2_dp2": ("drawn",), "pp2_vpp2_dp2": ("drawn",)},
+    "keys": {"single": BOTH, "dp2": ("full",), "tp2": ("sparse",), "tp2_sp": ("full",), "tp2_pp2": ("sparse",)},
     "one_microbatch": {"single": BOTH},
     "no_alignment": {"single": BOTH},
 }
@@ -136,8 +138,9 @@ def test_save_right_after_a_step_contains_its_weights(results, folder, name):
 
 def reference(name: str) -> str:
     """Returns the single-process case that a case must equal."""
-    layout, _, stream = name.split(".")
-    return f"{'single_of_8' if 'model.num_layers' in LAYOUTS[layout] else 'single'}.plain.{stream}"
+    layout, variant, stream = name.split(".")
+    model = "keys" if variant == "keys" else "plain"
+    return f"{'single_of_8' if 'model.num_layers' in LAYOUTS[layout] else 'single'}.{model}.{stream}"
 
 
 AFTER_THE_LAST_STREAMS = (

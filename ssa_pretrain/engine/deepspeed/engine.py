@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO 0 to 3 over megatron-core's tensor and sequence parallelism.
 
 Losses and results are step.py's. DeepSpeed does the backward, the reduction over data ranks, the optimizer step and its own checkpoints. Three
-things that it does not do are done here. Under sequence parallelism a norm's gradient must be summed over tensor ranks; without the sum training
-drifts silently. Stage 0 in fp32 reports no gradient norm. Every group's learning rate and weight decay are set at every step, because loading a
+things that it does not do are done here. Under sequence parallelism a norm's gradient must be summed over tensor ranks, and that of the norms of
+heads always; without the sum training drifts silently. Stage 0 in fp32 reports no gradient norm. Every group's learning rate and weight decay are set at every step, because loading a
 ZeRO-3 universal checkpoint gives every group the values of group 0.
 
 DeepSpeed's own engine is built on first use, so that weights are loaded into a plain model.
@@ -38,7 +38,7 @@ from ssa_pretrain.engine.replicas import ReplicaCheck
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums, label_scores
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import Llama
-from ssa_pretrain.model.sharding import partition_dim
+from ssa_pretrain.model.sharding import is_head_norm, partition_dim
 from ssa_pretrain.model.spec import build_model
 from ssa_pretrain.model.text_cache import TextCache
 from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
@@ -207,9 +207,9 @@ class DeepSpeedEngine:
     def _build_model(self) -> Llama:
         model = build_model(self.config, self.vocab_size, self.placement.groups).to(self.placement.device)
         checkpoint.without_extra_state(model)
-        if self.config.parallel.sequence_parallel:
-            for parameter in model.parameters():
-                if getattr(parameter, "sequence_parallel", False):
+        if self.config.parallel.tp > 1:
+            for name, parameter in model.named_parameters():
+                if getattr(parameter, "sequence_parallel", False) or is_head_norm(name):
                     parameter.register_hook(self._sum_over_tensor_ranks)
         return model
 
@@ -223,7 +223,7 @@ class DeepSpeedEngine:
             self.model = self._build_model()
 
     def _sum_over_tensor_ranks(self, grad: Tensor) -> Tensor:
-        """Returns the whole gradient of a norm, which saw a slice of the tokens on each tensor rank."""
+        """Returns the whole gradient of a norm, which saw a slice of the tokens, or of the heads, on each tensor rank."""
         total = grad.contiguous().clone()
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total

@@ -68,6 +68,24 @@ def test_settings_of_skipped_steps_and_spikes_are_checked(overrides: tuple[str, 
     assert found("experiment=quickstart", "training.skip_steps=[[1,3],[120,130]]") == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("attention.key_convolution=4",), "attention.key_convolution=4 must be 0, 3 or 5 tokens; try 3 or 5"),
+        (
+            ("attention=full", "attention.key_convolution=3"),
+            "attention.key_convolution=3 needs a method that chooses blocks by mean keys, and attention.method=full does not; "
+            "try 0 or attention.method=moba",
+        ),
+        (("attention.key_convolution=true",), "attention.key_convolution=true must be a whole number; try 0"),
+        (("model.qk_norm=2",), "model.qk_norm=2 must be true or false; try false"),
+    ],
+)
+def test_options_of_queries_and_keys_are_checked(overrides: tuple[str, ...], message: str) -> None:
+    assert found("experiment=quickstart", *overrides) == [message]
+    assert found("experiment=quickstart", "attention=moba", "attention.key_convolution=5", "model.qk_norm=true") == []
+
+
 PAPERS = ("ssa_1b_8k", "ssa_1b_8k_quarter", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k")
 EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp8_300m_evidence")
 

@@ -80,6 +80,17 @@ def test_mfu_counts_one_stream_and_ssa_overhead_is_separate() -> None:
     assert ssa.sparse_attention / ssa.full_attention == pytest.approx((15 * 16 + 8.5) / 4096.5, rel=0.02)
 
 
+def test_key_convolution_is_overhead_and_qk_norm_is_not_counted() -> None:
+    plain, options = (
+        flops(experiment("experiment=ssa_1b_8k", *more))
+        for more in ((), ("attention.key_convolution=3", "model.qk_norm=true"))
+    )
+    assert options.key_convolution == 16 * 8192 * 128 * (3 + 2 + 3), "three products, two sums; sigmoid, product, sum"
+    assert options.model == plain.model
+    assert options.overhead - plain.overhead == pytest.approx(3 * options.key_convolution)
+    assert options.computed("full", 1.0) - plain.computed("full", 1.0) == pytest.approx(3 * options.key_convolution)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("lengths", [[8192], [256, 1000, 6936], [200] * 40])

@@ -57,6 +57,25 @@ def test_parameters_of_the_1b_model_by_hand() -> None:
     assert plan.parameters == plan.parameters_per_rank == 128_256 * 2048 + 16 * layer + 2048 == 1_211_697_152
 
 
+def test_qk_norm_and_key_convolution_cost_weights_and_activations() -> None:
+    """Two norms of 64 and three filters of 128 channels by layer; the projection, and the plain and convolved keys, of a layer's tokens."""
+    paper = ("experiment=ssa_1b_8k", "training.micro_batch_size=1", "parallel=tp2")
+    plain, norm, filters, both = (
+        planned(*paper, *more, world_size=2)
+        for more in (
+            (),
+            ("model.qk_norm=true",),
+            ("attention.key_convolution=3",),
+            ("model.qk_norm=true", "attention.key_convolution=3"),
+        )
+    )
+    assert [p.parameters - plain.parameters for p in (norm, filters)] == [16 * 2 * 64, 16 * 128 * 3]
+    assert [p.parameters_per_rank - plain.parameters_per_rank for p in (norm, filters)] == [2048, 16 * 64 * 3]
+    projection, keys = (32 * 64 + 2 * 128 + 32) * 2 // 2, 128 * 2 // 2
+    kept = [(p.activation_bytes - plain.activation_bytes) / (16 * 8192) for p in (norm, filters, both)]
+    assert kept == pytest.approx([projection, keys, projection + 2 * keys], abs=1)
+
+
 def test_llama_3_shapes_have_the_published_sizes() -> None:
     """Without our gate, Meta's models have 3.21B (tied) and 8.03B parameters."""
     no_gate = ("experiment=ssa_1b_8k", "attention.gate=false")
