@@ -106,7 +106,9 @@ def bound_sums(
         gap, bound = (full - sparse).norm(dim=-1), lost * (longest + sparse.norm(dim=-1))
         ratio = gap / bound.clamp(min=1e-30)
         rounding = SLACK * bound + 1e-5 * full.norm(dim=-1)
-        values = torch.stack([gap, bound, ratio, lost, full.norm(dim=-1), sparse.norm(dim=-1), (gap > bound + rounding)])
+        values = torch.stack(
+            [gap, bound, ratio, lost, full.norm(dim=-1), sparse.norm(dim=-1), (gap > bound + rounding)]
+        )
         counts = dropped.any(-1) * (mask_T[chunk.queries] > 0)
         found += (values * counts).sum((-1, -2), dtype=torch.float64)
         largest = torch.maximum(largest, (ratio * (counts & (bound > 1e-4 * full.norm(dim=-1)))).max().double())

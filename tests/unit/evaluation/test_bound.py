@@ -54,7 +54,7 @@ def test_sums_equal_loops(monkeypatch, score, numbers):
 def test_bound_is_reached_by_opposite_values_and_a_wrong_output_violates_it(monkeypatch):
     """All dropped values equal -a, all chosen ones a: the triangle inequality is an equality."""
     q, k = torch.zeros(48, 1, D), torch.zeros(48, 1, D)
-    k[16:32, 0, 0], q[:, 0, 0] = -8.0, 4.0  # block 1 is dropped by the queries of block 2
+    k[16:32, 0, 0], q[:, 0, 0] = -1.0, 1.0  # block 1 is dropped by the queries of block 2
     v = torch.ones(48, 1, D)
     v[16:32] = -1.0
     layout = build_layout(torch.tensor([0, 48], dtype=torch.int32), num_tokens=48, block_size=BLOCK, max_length=48)
