@@ -17,7 +17,7 @@ from shlex import join
 from ssa_pretrain.data.indexed_format import load_manifest
 from ssa_pretrain.errors import ExitCode, UsageError
 from ssa_pretrain.experiments.contents import Evidence, state_of
-from ssa_pretrain.experiments.devices import Device, devices
+from ssa_pretrain.experiments.devices import Device, devices, planned
 from ssa_pretrain.experiments.estimates import Estimates
 from ssa_pretrain.experiments.jobs import EvaluationJob, TrainJob
 from ssa_pretrain.experiments.options import Options, read_options
@@ -50,7 +50,10 @@ def run(options: Options, words: Sequence[str]) -> int:
     """
     began = time.monotonic()
     experiment = plan(options)
-    found = [Device("cpu")] if options.report else devices(options.gpus)
+    if options.hardware:
+        found = planned(options.hardware, options.gpus)
+    else:
+        found = [Device("cpu")] if options.report else devices(options.gpus)
     shared = options.per_gpu or (USUAL_PER_GPU if found[0].is_gpu else 1)
     estimates = Estimates(experiment.runs, found[0], shared, _vocabulary(experiment.runs))
     if options.dry_run:

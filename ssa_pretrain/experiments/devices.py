@@ -64,6 +64,23 @@ def devices(asked: str = "") -> list[Device]:
     return [found[index] for index in wanted]
 
 
+def planned(hardware: str, gpus: str) -> list[Device]:
+    """Returns empty GPUs of another machine, to plan for.
+
+    Args:
+        hardware: a file of conf/hardware/.
+        gpus: indices with commas; empty: one.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    names = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
+    if hardware not in names:
+        raise UsageError(f"--hardware={hardware} must be one of {', '.join(names)}")
+    known = HardwareConfig(**yaml.safe_load((CONF / "hardware" / f"{hardware}.yaml").read_text(encoding="utf-8")))
+    return [Device(index.strip(), known.gpu, known.memory_gib * 2**30) for index in (gpus or "0").split(",")]
+
+
 def hardware_of(device: Device) -> HardwareConfig:
     """Returns what the planner knows about a device: the file of conf/hardware whose GPU it is, else an H100."""
     for path in sorted((CONF / "hardware").glob("*.yaml")):

@@ -41,6 +41,7 @@ class Options:
         only: settings to train; empty: all.
         show: differences to print, as A-B.
         csv: file for all held-out evaluations; empty: none.
+        hardware: GPUs to plan for with dry_run, a file of conf/hardware/; empty: those of this machine.
         dry_run: print the jobs and end.
         report: write the reports and end.
     """
@@ -56,6 +57,7 @@ class Options:
     only: list[str] = field(default_factory=list)
     show: list[str] = field(default_factory=list)
     csv: str = ""
+    hardware: str = ""
     dry_run: bool = False
     report: bool = False
 
@@ -68,7 +70,8 @@ def read_options(words: Sequence[str]) -> Options:
     words = [word for word in [*parsed.words, *rest] if word != "--"]
     keys: dict[str, str] = {}
     found = Options(minutes=parsed.minutes, gpus=parsed.gpus, per_gpu=parsed.per_gpu, csv=parsed.csv)
-    found.dry_run, found.report, found.show = parsed.dry_run, parsed.report, parsed.show
+    found.dry_run, found.report, found.hardware = parsed.dry_run, parsed.report, parsed.hardware
+    found.show = [pair for pair in parsed.show.split(",") if pair]
     found.only = [name for name in parsed.only.split(",") if name]
     for word in words:
         key, equals, value = word.partition("=")
@@ -101,6 +104,8 @@ def _apply(found: Options, keys: dict[str, str]) -> None:
     found.names = list(RECIPES) if found.names == [ALL] else list(dict.fromkeys(found.names))
     if wrong := [name for name in found.names if name not in RECIPES and not Path(name).is_file()]:
         raise UsageError(f"{wrong[0]} is neither a recipe nor a file of settings; try one of {', '.join(RECIPES)}")
+    if found.hardware and not found.dry_run:
+        raise UsageError(f"--hardware={found.hardware} is for --dry-run only; leave it out")
     if found.minutes < 0 or found.per_gpu < 0:
         raise UsageError(
             "--minutes and --per-gpu must not be negative; leave them out for no limit and the usual number"
@@ -130,9 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", default="", help="train only these settings, such as ssa,moba")
     parser.add_argument(
-        "--show", nargs="+", default=[], metavar="A-B", help="also the difference of these settings, paired by seed"
+        "--show", default="", metavar="A-B,C-D", help="also the differences of these settings, paired by seed"
     )
     parser.add_argument("--csv", default="", help="write all held-out evaluations to this file")
+    parser.add_argument(
+        "--hardware", default="", help="with --dry-run: plan for these GPUs, such as h200; --gpus gives how many: 0,1"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print jobs, memory and device time")
     parser.add_argument("--report", action="store_true", help="only write the reports, from what there is")
     return parser

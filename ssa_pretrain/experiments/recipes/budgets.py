@@ -1,5 +1,7 @@
 """Budgets: models trained at several numbers of keys per query, evaluated at many, both by blocks per query (S) and by block size (B)."""
 
+import itertools
+
 from ssa_pretrain.experiments.measures import FULL, SPARSE, by_evaluation, evaluated
 from ssa_pretrain.experiments.recipe import AtMost, Claim, Evaluation, Measure, Panel, Recipe, Setting, Table, within
 from ssa_pretrain.experiments.results import RunResult
@@ -88,7 +90,7 @@ def _largest_rise(points: list[tuple[float, str]]) -> Measure:
         losses = [run.evaluated(name, "sparse", "cross_entropy") for _, name in points]
         if any(loss is None for loss in losses):
             return None
-        return max((b - a for a, b in zip(losses, losses[1:], strict=False)), default=0.0)
+        return max((b - a for a, b in itertools.pairwise(losses)), default=0.0)
 
     return Measure("largest rise from a budget to the next", value)
 
