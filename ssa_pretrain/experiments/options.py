@@ -64,7 +64,10 @@ class Options:
 
 def read_options(words: Sequence[str]) -> Options:
     """Returns the options of a command line. Raises UsageError; argparse prints --help and exits."""
-    parsed, rest = _parser().parse_known_intermixed_args(list(words))
+    try:
+        parsed, rest = _parser().parse_known_intermixed_args(list(words))
+    except argparse.ArgumentError as error:
+        raise UsageError(f"the command line cannot be read: {error}; see --help") from None
     if unknown := [word for word in rest if word.startswith("-") and word != "--"]:
         raise UsageError(f"{unknown[0]} is not a flag; see --help")
     words = [word for word in [*parsed.words, *rest] if word != "--"]
