@@ -1,4 +1,4 @@
-"""The picture of a report: its panels in two columns, a curve per setting with a band of one standard error, and the parts of benchmarks as bars.
+"""The picture of a report: its panels in two columns at most, a curve per setting with a band of one standard error, and the parts of benchmarks as bars.
 
 Drawn with matplotlib's own canvas, without its global state. A panel without curves is left out.
 """
@@ -21,13 +21,15 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
     count = len(curves) + len(bars)
     if not count:
         return False
-    rows = -(-count // 2)
-    figure = Figure(figsize=(2 * SIZE[0], SIZE[1] * rows), layout="constrained")
+    columns = min(2, count) if curves else 1
+    rows = -(-count // columns)
+    width = SIZE[0] * columns if curves else 2 * SIZE[0]
+    figure = Figure(figsize=(width, SIZE[1] * rows), layout="constrained")
     figure.suptitle(content["title"], fontsize=11)
-    cells = figure.add_gridspec(rows, 2)
+    cells = figure.add_gridspec(rows, columns)
     settings = list(dict.fromkeys(name for panel in curves for name in panel["curves"]))
     for number, item in enumerate([*curves, *bars]):
-        axes = figure.add_subplot(cells[number // 2, number % 2])
+        axes = figure.add_subplot(cells[number // columns, number % columns])
         if "curves" in item:
             _curves(axes, item, settings)
         else:
@@ -50,6 +52,8 @@ def _curves(axes: Any, panel: Mapping[str, Any], settings: list[str]) -> None:
         axes.set_xscale("log", base=2)
     if panel["log_y"]:
         axes.set_yscale("log")
+    if panel["x_name"] == "layer":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(panel["title"], fontsize=10)
     axes.set_xlabel(panel["x_name"])
     axes.set_ylabel(panel["y_name"])
@@ -70,4 +74,4 @@ def _parts(axes: Any, bench: Mapping[str, Any]) -> None:
     axes.set_yticks(places, [row["variant"] for row in rows], fontsize=7)
     axes.set_xlabel("ms on the device")
     axes.set_title(f"Benchmark {bench['name']}", fontsize=10)
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -166,16 +166,21 @@ class Recipe:
         return [e for e in self.evaluations if not e.settings or setting in e.settings]
 
 
-def below(measure: Measure, first: str, second: str, margin: float = 0.0) -> AtMost:
-    """Returns the test that a measure of one setting is at most that of another plus a margin, at the last step of both."""
+def paired(
+    label: str, value: Callable[[RunResult], float | None], first: str, second: str, margin: float = 0.0
+) -> AtMost:
+    """Returns the test that a number of one setting's run is at most that of another's plus a margin."""
 
-    def value(runs: dict[str, RunResult]) -> float | None:
-        if first not in runs or second not in runs:
-            return None
-        high, low = (measure.value(runs[name], runs[name].last_step) for name in (first, second))
+    def difference(runs: dict[str, RunResult]) -> float | None:
+        high, low = (value(runs[name]) if name in runs else None for name in (first, second))
         return None if high is None or low is None else high - low
 
-    return AtMost(f"{measure.name}: {first} − {second}", value, margin)
+    return AtMost(f"{label}: {first} − {second}", difference, margin)
+
+
+def below(measure: Measure, first: str, second: str, margin: float = 0.0) -> AtMost:
+    """Returns the test that a measure of one setting is at most that of another plus a margin, at the last step of both."""
+    return paired(measure.name, lambda run: measure.value(run, run.last_step), first, second, margin)
 
 
 def within(measure: Measure, setting: str, margin: float) -> AtMost:

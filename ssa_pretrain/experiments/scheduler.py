@@ -133,12 +133,10 @@ class Scheduler:
 
     def _why_not(self, job: Job) -> str:
         """Returns why a job did not start."""
-        if self.stopped:
-            return "the command was stopped"
         need, most = self.estimates.memory(job), max(device.free_bytes for device in self.devices)
         if need > most:
             return f"it needs about {need / GIB:.1f} GiB, and {most / GIB:.1f} GiB are free"
-        return self._why_too_long(job) or "no device was free"
+        return self._why_too_long(job) or ("the command was stopped" if self.stopped else "no device was free")
 
     def _launch(self, job: Job, device: Device, need: float) -> None:
         """Starts a job's process."""

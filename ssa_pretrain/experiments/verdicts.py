@@ -59,7 +59,7 @@ def judge(values: Sequence[float], margin: float) -> Verdict:
 
     -inf and inf stand for a seed whose number is beyond any bound, such as a run that diverged: they count only if every other number agrees.
     """
-    if len(values) < 2:
+    if len(values) < 2 or any(map(math.isnan, values)):
         return Verdict.cannot_be_told
     if not all(map(math.isfinite, values)):
         finite = [value for value in values if math.isfinite(value)]

@@ -1,11 +1,12 @@
 """Length: perplexity and needles beyond the rows of training, with and without RoPE scaling."""
 
 from ssa_pretrain.experiments.measures import by_evaluation, evaluated
-from ssa_pretrain.experiments.recipe import AtMost, Claim, Evaluation, Measure, Panel, Recipe, Table
+from ssa_pretrain.experiments.recipe import AtMost, Claim, Evaluation, Measure, Panel, Recipe, Table, paired
 from ssa_pretrain.experiments.results import RunResult
 from ssa_pretrain.experiments.sizes import Size
 
 PLAIN, SCALED = "", "_rope"
+LEAST_NEEDLES = 0.05  # share of needles by which a method must be ahead
 
 
 def recipe(size: Size) -> Recipe:
@@ -74,23 +75,10 @@ def _loses_less(size: Size, other: str, mode: str) -> AtMost:
         first, last = (run.evaluated(f"length_{n}", mode, "cross_entropy") for n in (size.lengths[0], size.lengths[-1]))
         return None if first is None or last is None else last - first
 
-    def value(runs: dict[str, RunResult]) -> float | None:
-        if "ssa" not in runs or other not in runs:
-            return None
-        own, theirs = rise(runs["ssa"]), rise(runs[other])
-        return None if own is None or theirs is None else own - theirs
-
-    return AtMost(f"rise of cross entropy, {mode} mode: ssa − {other}", value)
+    return paired(f"rise of cross entropy, {mode} mode", rise, "ssa", other)
 
 
 def _finds_more(name: str) -> AtMost:
-    def value(runs: dict[str, RunResult]) -> float | None:
-        if "ssa" not in runs or "full" not in runs:
-            return None
-        found = [
-            runs[setting].evaluated(name, "full", "tasks", "needle", "metrics", "accuracy")
-            for setting in ("full", "ssa")
-        ]
-        return None if None in found else found[0] - found[1] + 1e-9  # equal shares do not show more
-
-    return AtMost("needles found, full mode: full − ssa", value)
+    """Returns the test that full attention finds fewer needles than ssa; equal shares do not show it."""
+    needles = _needle(name, "full", "")
+    return paired("needles found, full mode", lambda run: needles.value(run, 0), "full", "ssa", -LEAST_NEEDLES)

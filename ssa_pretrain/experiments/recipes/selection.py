@@ -1,7 +1,8 @@
 """Selection: exact top-k against the rule of the official code, in training and at inference."""
 
 from ssa_pretrain.experiments.measures import FULL, GAP, MASS, SPARSE, evaluated, layer_mean, over_training
-from ssa_pretrain.experiments.recipe import Claim, Comparison, Evaluation, Panel, Recipe, Table, below
+from ssa_pretrain.experiments.recipe import AtMost, Claim, Comparison, Evaluation, Measure, Panel, Recipe, Table, below
+from ssa_pretrain.experiments.results import RunResult
 from ssa_pretrain.experiments.sizes import Size
 
 EXACT, OFFICIAL = "select_exact", "select_official"
@@ -59,10 +60,10 @@ def recipe(size: Size) -> Recipe:
     )
 
 
-def _same(low, high, setting: str):
-    from ssa_pretrain.experiments.recipe import AtMost
+def _same(low: Measure, high: Measure, setting: str) -> AtMost:
+    """Returns the test that a measure of a setting's run is at most another one of the same run."""
 
-    def value(runs) -> float | None:
+    def value(runs: dict[str, RunResult]) -> float | None:
         if setting not in runs:
             return None
         a, b = low.value(runs[setting], 0), high.value(runs[setting], 0)

@@ -1,7 +1,8 @@
 """Switching: every method's model under full and under sparse inference."""
 
 from ssa_pretrain.experiments.measures import FULL, GAP, MASS, SPARSE, over_training
-from ssa_pretrain.experiments.recipe import Claim, Comparison, Panel, Recipe, Table, below
+from ssa_pretrain.experiments.recipe import AtMost, Claim, Comparison, Measure, Panel, Recipe, Table, below
+from ssa_pretrain.experiments.results import RunResult
 from ssa_pretrain.experiments.sizes import METHODS, Size
 
 MARGIN = 0.01  # nats, 1% of perplexity: what counts as no worse
@@ -30,10 +31,8 @@ def recipe(size: Size) -> Recipe:
     )
 
 
-def _switched() -> list:
+def _switched() -> list[AtMost]:
     """Returns the tests: the worse mode of ssa is not above the worse mode of the other models."""
-    from ssa_pretrain.experiments.recipe import Measure
-    from ssa_pretrain.experiments.results import RunResult
 
     def worse(run: RunResult, step: int) -> float | None:
         values = [run.metric("cross_entropy", mode, step) for mode in ("full", "sparse")]

@@ -88,7 +88,7 @@ def schedule(
     return found, said.lines
 
 
-def script(tmp_path: Path, name: str, text: str = "", **more) -> Script:
+def script(tmp_path: Path, name: str, text: str = ":", **more) -> Script:
     return Script(name, tmp_path, script=f"{text}; touch {tmp_path}/{name}.done", **more)
 
 
@@ -110,7 +110,7 @@ def test_jobs_that_need_others_run_after_them_and_failures_stay_alone(tmp_path) 
 
 
 def test_no_device_has_more_than_its_memory_slots_or_an_exclusive_job(tmp_path) -> None:
-    watch = f"ls {tmp_path} | grep -c '^on.$GPU' >> {tmp_path}/seen.$GPU"
+    watch = f'ls {tmp_path} | grep -c "^on.$GPU" >> {tmp_path}/seen.$GPU'
     body = f"GPU=$CUDA_VISIBLE_DEVICES; touch {tmp_path}/on.$GPU.$$; {watch}; sleep 0.15; rm {tmp_path}/on.$GPU.$$"
     jobs = [script(tmp_path, f"small{i}", body, memory=4.0) for i in range(5)]
     jobs += [script(tmp_path, f"large{i}", body, memory=9.0) for i in range(2)]

@@ -24,7 +24,7 @@ def test_quantiles_are_students() -> None:
         scale = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
         xs = [(i + 0.5) * t / steps for i in range(steps)]
         inside = sum(scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2) for x in xs) * t / steps
-        assert 0.5 + inside == pytest.approx(0.95, abs=2e-5)
+        assert 0.5 + inside == pytest.approx(0.95, abs=5e-5)
     assert quantile(100) == QUANTILES[-1]
 
 
