@@ -4,6 +4,7 @@ Each evaluation is that of `ssa_pretrain.evaluate` without samples, and writes R
 of another step is replaced. One that fails is reported and the others go on; the exit code is that of the last failure.
 """
 
+import gc
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,15 @@ def main() -> None:
         import_megatron_core()
         codes = [evaluate(Path(folder[0]), name, overrides) for name, *overrides in asked]
         sys.exit(next((code for code in reversed(codes) if code), ExitCode.DONE))
+
+
+def free_memory() -> None:
+    """Gives the last model's memory back, because other processes share the GPU."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def split(words: Sequence[str]) -> list[list[str]]:
@@ -55,6 +65,8 @@ def evaluate(folder: Path, name: str, overrides: Sequence[str]) -> int:
     except CommandError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)
+    finally:
+        free_memory()
     return ExitCode.DONE
 
 
