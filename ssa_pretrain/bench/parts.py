@@ -18,7 +18,7 @@ PARTS = "parts.csv"
 
 
 def write_parts(folder: Path, variants: "Sequence[Variant]") -> None:
-    """Profiles every variant once and writes a line per variant and part, in ms. Traces are in the folder `profile`."""
+    """Profiles every variant once and appends a line per variant and part, in ms. Traces are in the folder `profile`."""
     found: dict[str, dict[str, float]] = {}
     for number, variant in enumerate(variants):
         if variant.run is None:
@@ -28,14 +28,15 @@ def write_parts(folder: Path, variants: "Sequence[Variant]") -> None:
             variant.run()
         trace = folder / "profile" / f"step_{number}.rank_0.trace.json.gz"
         found[variant.name] = {part: us / 1e3 for part, us in breakdown(read_trace(trace)).categories.items()}
-    with (folder / PARTS).open("w", newline="", encoding="utf-8") as file:
+    fresh = not (folder / PARTS).exists()
+    with (folder / PARTS).open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("variant", "part", "ms"))
+        writer.writerows([("variant", "part", "ms")] * fresh)
         writer.writerows((name, part, f"{ms:.4f}") for name, parts in found.items() for part, ms in parts.items())
 
 
 def read_parts(folder: Path) -> dict[str, dict[str, float]]:
-    """Returns the time of each part in ms by variant; empty without the file."""
+    """Returns the newest time of each part in ms by variant; empty without the file."""
     path = folder / PARTS
     found: dict[str, dict[str, float]] = {}
     if path.is_file():
