@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from ssa_pretrain.config import Config
@@ -99,6 +98,7 @@ class TrainJob(Job):
     seed: int = 0
     overrides: Sequence[str] = ()
     config: Config = field(default_factory=Config)
+    _done: bool = False  # a finished run stays so, and its metrics are not read again
 
     @property
     def folder(self) -> Path:
@@ -120,16 +120,11 @@ class TrainJob(Job):
         """Its results so far."""
         return RunResult(self.setting, self.seed, self.folder, self.steps)
 
-    @cached_property
-    def _was_done(self) -> list[bool]:
-        return [False]
-
     @property
     def is_done(self) -> bool:
         """Whether the last step is evaluated and its checkpoint published."""
-        if not self._was_done[0]:
-            self._was_done[0] = self.has_checkpoint and self.result.is_finished
-        return self._was_done[0]
+        self._done = self._done or (self.has_checkpoint and self.result.is_finished)
+        return self._done
 
     @property
     def has_checkpoint(self) -> bool:
@@ -197,7 +192,7 @@ class BenchJob(Job):
 
     @property
     def command(self) -> list[str]:
-        """The command line; removes what an earlier start has left."""
+        """The command line."""
         return [sys.executable, "-m", "ssa_pretrain.bench", *self.bench.arguments, f"out={self._unfinished}"]
 
     @property
