@@ -20,6 +20,7 @@ from ssa_pretrain.data.batches import Batch, training_batches
 from ssa_pretrain.engine import PendingStep, StepResult
 from ssa_pretrain.errors import Interrupted
 from ssa_pretrain.evaluation import MODES
+from ssa_pretrain.evaluation.heads import entropy_by_layer
 from ssa_pretrain.evaluation.held_out import (
     evaluate_mode,
     evaluation_record,
@@ -178,7 +179,15 @@ def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
     for record in evaluate_due_tasks(run, run.tasks, log.evaluated, step):
         log.log_task(record)
     for mode in missing_evaluations(run, log.evaluated, step, MODES):
-        log.log_evaluation(evaluation_record(run, evaluate_mode(run, mode), step, mode))
+        log.log_evaluation(evaluation_record(run, evaluate_mode(run, mode), step, mode) | entropy_record(run, mode))
+
+
+def entropy_record(run: Run, mode: str) -> dict[str, Any]:
+    """Returns what `evaluation.entropy_rows` adds to the record of an evaluation; every rank calls it."""
+    if not (rows := run.config.evaluation.entropy_rows):
+        return {}
+    by_layer = entropy_by_layer(run, mode, rows)
+    return {"attention_entropy": mean(by_layer), "attention_entropy_by_layer": by_layer}
 
 
 def evaluates_at_start(run: Run, log: MetricsLogger, step: int) -> bool:

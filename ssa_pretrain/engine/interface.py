@@ -130,7 +130,7 @@ class Evaluator(Protocol):
         Args:
             batches: this data rank's microbatches; data ranks may have different numbers.
             mode: the main stream.
-            observe: receives each layer's queries and keys (model/attention.py `PackedTokens.observe`).
+            observe: receives each layer's queries, keys and values (model/attention.py `PackedTokens.observe`).
         """
         ...
 

@@ -43,6 +43,8 @@ def settings_of(run: Run, found: Checkpoint) -> dict[str, Any]:
     """Returns the settings that decide an evaluation's results, as plain values."""
     contract, evaluation = run.contract(), config_to_dict(run.config)["evaluation"]
     asked = {f"evaluation.{key}": evaluation[key] for key in ("rows", "head_rows", "tasks", "lm_eval")}
+    if evaluation["bound_rows"]:  # results of older versions have no such setting
+        asked["evaluation.bound_rows"] = evaluation["bound_rows"]
     return {
         "checkpoint": found.folder.name,
         "step": found.step,

@@ -68,6 +68,8 @@ METRICS = (
     Metric("alignment_loss_by_layer", "attention", "", "Alignment loss by layer", (TRAIN,), log=True, by_layer=True),
     Metric("captured_mass", "attention", "", "Captured attention mass", ALL, best="max"),
     Metric("captured_mass_by_layer", "attention", "", "Captured mass by layer", (TRAIN, HELDOUT), by_layer=True),
+    Metric("attention_entropy", "attention", "nats", "Entropy of full attention", (HELDOUT,)),
+    Metric("attention_entropy_by_layer", "attention", "nats", "Attention entropy by layer", (HELDOUT,), by_layer=True),
     Metric("stream", "attention", "text", "Main stream"),
     Metric("full_share", "attention", "", "Share of full microbatches"),
     Metric("grad_norm", "optimizer", "", "Gradient norm", log=True),
