@@ -167,7 +167,7 @@ class SSAAttention(MegatronModule):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Returns rotated q [T, H, D] and k [T, G, D], v [T, G, D] and the gates' logits [T, H], of this rank's heads."""
         mixed, _ = self.linear_qkv(hidden_states)
-        return qkv_rope(
+        q, k, v, gate_logits = qkv_rope(
             mixed.flatten(1),
             rotary_pos_emb.flatten(1),
             positions,
@@ -177,6 +177,9 @@ class SSAAttention(MegatronModule):
             num_gates=self.num_gates,
             impl=self.impl,
         )
+        if self.config.softmax_scale is not None:  # the kernels multiply by D^-1/2
+            q = q * (self.config.softmax_scale * self.head_dim**0.5)
+        return q, k, v, gate_logits
 
     def select(self, q: Tensor, k: Tensor, layout: DocumentLayout) -> Tensor:
         """Returns the blocks of the sparse stream, int32 [queries, G or H, N]. An attention method of its own overrides this.

@@ -40,7 +40,11 @@ VARIANTS = {
     "selective": {"engine.recompute": "selective"},
     "full_recompute": {"engine.recompute": "full"},
     "overlap": {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True},
+    "muon": {"optim.name": "muon"},
+    "muon_replicated": {"optim.name": "muon", "engine.distributed_optimizer": False},
+    "scaled": {"model.mup.base_width": 8, "model.mup.base_head_dim": 2, "training.z_loss": 0.01},
 }
+OTHER_MATHEMATICS = ("muon", "scaled")  # compared with one process of the same
 BOTH = ("full", "sparse")
 # Layouts and streams of each variant. On two processes a layout's own code meets each stream; four processes combine two layouts, and there a drawn
 # stream runs both. A variant is crossed with the layouts whose communication it changes or repeats: the optimizer's with data parallelism and with
@@ -85,6 +89,9 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
         "pp4_vpp2": ("sparse",),
     },
     "overlap": {"dp2": ("drawn",), "tp2_dp2": ("drawn",), "pp2_vpp2_dp2": ("drawn",)},
+    "muon": dict.fromkeys(("single", "dp2", "pp2", "tp2_sp", "tp2_dp2", "pp2_vpp2_dp2"), ("drawn",)),
+    "muon_replicated": {"dp2": ("drawn",)},
+    "scaled": dict.fromkeys(("single", "dp2", "tp2_sp", "pp2"), ("drawn",)),
     "one_microbatch": {"single": BOTH},
     "no_alignment": {"single": BOTH},
 }
@@ -135,8 +142,9 @@ def test_save_right_after_a_step_contains_its_weights(results, folder, name):
 
 def reference(name: str) -> str:
     """Returns the single-process case that a case must equal."""
-    layout, _, stream = name.split(".")
-    return f"{'single_of_8' if 'model.num_layers' in LAYOUTS[layout] else 'single'}.plain.{stream}"
+    layout, variant, stream = name.split(".")
+    variant = variant.partition("_")[0] if variant.startswith(OTHER_MATHEMATICS) else "plain"
+    return f"{'single_of_8' if 'model.num_layers' in LAYOUTS[layout] else 'single'}.{variant}.{stream}"
 
 
 AFTER_THE_LAST_STREAMS = (
