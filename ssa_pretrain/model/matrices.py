@@ -10,11 +10,12 @@ a matrix [H, M] of their own. Rows are those of the whole parameter, not of a te
 
 import heapq
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ssa_pretrain.config import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QKV, FC1, PROJ, FC2 = "linear_qkv.weight", "linear_fc1.weight", "linear_proj.weight", "linear_fc2.weight"
 HIDDEN = (QKV, PROJ, FC1, FC2)
@@ -35,7 +36,27 @@ def rows_by_matrix(name: str, config: Config) -> tuple[int, ...]:
     return (model.ffn_hidden_size,) * 2 if name.endswith(FC1) else (model.hidden_size,)
 
 
-def split(whole: Tensor, rows: Sequence[int]) -> list[Tensor]:
+def whole_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """Returns the whole shapes of a layer's four parameters, by the end of their names."""
+    model = config.model
+    return {
+        QKV: (model.qkv_width(gate=config.attention.gate), model.hidden_size),
+        PROJ: (model.hidden_size, model.query_width),
+        FC1: (2 * model.ffn_hidden_size, model.hidden_size),
+        FC2: (model.hidden_size, model.ffn_hidden_size),
+    }
+
+
+def matrix_shapes(config: Config) -> list[tuple[int, int]]:
+    """Returns the shapes of a layer's matrices."""
+    found = []
+    for name, (count, columns) in whole_shapes(config).items():
+        rows = rows_by_matrix(name, config)
+        found += [(each * (count // sum(rows)), columns) for each in rows]
+    return found
+
+
+def split(whole: "Tensor", rows: Sequence[int]) -> "list[Tensor]":
     """Returns the matrices of a whole parameter; copies where their rows do not lie together.
 
     Args:
@@ -45,8 +66,10 @@ def split(whole: Tensor, rows: Sequence[int]) -> list[Tensor]:
     return [part.flatten(0, 1) for part in whole.unflatten(0, (-1, sum(rows))).split(list(rows), 1)]
 
 
-def join(matrices: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+def join(matrices: "Sequence[Tensor]", rows: Sequence[int]) -> "Tensor":
     """Returns the whole parameter of `split`'s matrices."""
+    import torch  # imported here because the planner reads this module without it
+
     groups = [matrix.unflatten(0, (-1, count)) for matrix, count in zip(matrices, rows, strict=True)]
     return torch.cat(groups, 1).flatten(0, 1)
 
