@@ -9,7 +9,7 @@ from ssa_pretrain.config import Config, Method, OptimizerName, PrecisionName
 from ssa_pretrain.planning.memory import count_parameters, state_bytes
 from support.layout_worker import LENGTH, VOCAB, batches, configure
 
-NARROW, WIDE, STEPS, RATE = 32, 256, 3, 2.0**-7
+NARROW, WIDE, STEPS, RATE = 128, 256, 3, 2.0**-8
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def moved(placement, width: int, optimizer: OptimizerName, *, mup: bool) -> floa
 
 @pytest.mark.parametrize("optimizer", OptimizerName)
 def test_under_mup_steps_move_the_logits_equally_at_every_width(placement, optimizer):
-    """Without muP a model 8 times as wide moves its logits several times as far."""
+    """Without muP a model twice as wide moves its logits more than twice as far. From 32 to 512 wide, muP's ratio falls towards 1."""
     ratios = [
         moved(placement, WIDE, optimizer, mup=mup) / moved(placement, NARROW, optimizer, mup=mup)
         for mup in (True, False)
     ]
-    assert 0.5 < ratios[0] < 2.0 and ratios[1] > 2.5, ratios
+    assert 0.7 < ratios[0] < 1.4 and ratios[1] > 1.8, ratios
 
 
 def test_z_loss_is_reported_apart_and_only_in_training(placement):
