@@ -63,7 +63,7 @@ def final_loss(config: Config, placement: Placement) -> float:
 
 def main() -> None:
     """Prints one table per parametrisation, a line per width as soon as it is done."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="a dataset of data_prep")
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--rates", type=float, nargs="+", default=[2.0**-power for power in (9, 8, 7, 6, 5)])

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,16 +22,21 @@ def placement():
     stop()
 
 
-def build(placement, width: int, optimizer: OptimizerName, *, mup: bool):
-    """Returns an engine of a width."""
+def new_engine(config: Config, placement) -> Any:
+    """Returns a new engine of a run."""
     from ssa_pretrain.engine import build_engine
 
+    return build_engine(config, placement, VOCAB)
+
+
+def build(placement, width: int, optimizer: OptimizerName, *, mup: bool):
+    """Returns an engine of a width."""
     config = configure({"model.num_layers": 2, "model.init_std": 0.1, "optim.eps": 1e-12, "attention.method": "full"})
     model, config.optim.name = config.model, optimizer
     model.hidden_size, model.ffn_hidden_size, model.num_attention_heads = width, 2 * width, width // model.head_dim
     model.num_kv_heads = model.num_attention_heads // 2
     model.mup.base_width = NARROW if mup else 0
-    return build_engine(config, placement, VOCAB)
+    return new_engine(config, placement)
 
 
 def moved(placement, width: int, optimizer: OptimizerName, *, mup: bool) -> float:
@@ -55,13 +61,12 @@ def test_under_mup_steps_move_the_logits_equally_at_every_width(placement, optim
 
 def test_z_loss_is_reported_apart_and_only_in_training(placement):
     """At equal weights the cross entropy is that without a z-loss; the z-loss is c times the mean squared log-sum-exp."""
-    from ssa_pretrain.engine import build_engine
     from ssa_pretrain.engine.step import Route
 
     results, judged = [], []
     for factor in (0.0, 0.125):
         config = configure({"model.num_layers": 1, "attention.method": "full", "training.z_loss": factor})
-        engine = build_engine(config, placement, VOCAB)
+        engine = new_engine(config, placement)
         mine = batches(config, 0, 1, 0)
         judged.append(engine.evaluate(mine, mode="full").cross_entropy)
         results.append(engine.train_step(mine, step=0, learning_rate=0.0).result())
@@ -84,13 +89,11 @@ def test_z_loss_is_reported_apart_and_only_in_training(placement):
 
 @pytest.mark.parametrize("precision", [PrecisionName.fp32, PrecisionName.bf16])
 def test_planned_memory_of_muon_is_what_it_holds(placement, precision):
-    from ssa_pretrain.engine import build_engine
-
     config = configure(
         {"optim.name": "muon", "precision.name": precision.value, "training.global_batch_tokens": LENGTH}
     )
     config.attention = replace(config.attention, method=Method.full)
-    engine = build_engine(config, placement, VOCAB)
+    engine = new_engine(config, placement)
     engine.train_step(batches(config, 0, 1, 0), step=0, learning_rate=1e-3).result()
     held = 0
     for wrapper in engine.optimizer.chained_optimizers:

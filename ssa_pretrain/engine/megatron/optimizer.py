@@ -105,10 +105,10 @@ def build_adamw(config: Config, chunks: list[DistributedDataParallel]) -> Device
 
 
 def _mup_overrides(config: Config, settings: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride] | None:
-    """Returns core's overrides with muP's factors for the layers' matrices; None without muP: core's own."""
-    if not config.model.mup.base_width:
-        return None
+    """Returns core's overrides with muP's factors for the layers' matrices; None if they are 1: core's own."""
     lr, decay = multipliers(config)(HIDDEN[0], 2)
+    if lr == decay == 1.0:
+        return None
     key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="hidden", fn=lambda _, name: is_hidden(name)))
     factors = ParamGroupOverride(lr_mult=lr, wd_mult=decay)  # pyright: ignore[reportCallIssue]
     return get_standard_config_overrides(settings) | {key: factors}
