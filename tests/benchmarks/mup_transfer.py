@@ -1,6 +1,6 @@
 """Trains a tiny model at four widths and five learning rates, with and without muP, and prints the losses: the table of docs/results/mup.md.
 
-    python tests/benchmarks/mup_transfer.py data/quickstart [--widths 32 64 128 256] [--steps 100] [--optimizer muon] [overrides]
+    python tests/benchmarks/mup_transfer.py data/quickstart [--widths 64 128 256 512] [--steps 150] [--optimizer muon] [overrides]
 
 Under muP one learning rate is best at every width; without it the best rate falls as the model gets wider. The loss is the mean cross entropy of the
 last fifth of the steps, on the same rows at every width. It takes minutes on one core. All runs share one process.
@@ -65,16 +65,17 @@ def main() -> None:
     """Prints one table per parametrisation, a line per width as soon as it is done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="a dataset of data_prep")
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 256])
-    parser.add_argument("--rates", type=float, nargs="+", default=[2.0**-power for power in (9, 8, 7, 6, 5)])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.0055, 0.011, 0.022, 0.044, 0.088])
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--only", choices=("mup", "without"), help="one of the two tables")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     options, options.overrides = parser.parse_known_args()
     torch.set_num_threads(1)
     machine = replace(Machine(world_size=1), has_files=False)
     parallel = resolve_config("train", overrides_of(options, 32, 1e-3, mup=False), machine).parallel
     with joined(parallel, seed=1) as placement:
-        for mup in (True, False):
+        for mup in (True, False) if options.only is None else (options.only == "mup",):
             print(
                 f"\n| width, {'muP' if mup else 'without muP'} |",
                 *(f"lr {rate:.4g} |" for rate in options.rates),
