@@ -5,7 +5,7 @@ and it needs a package that Python 3.11 does not have. So core's wrappers hold t
 
 *Data ranks.* Gradients are summed over them without core's distributed optimizer, which cuts parameters at any element. With
 engine.distributed_optimizer each whole parameter, its fp32 weights and its states belong to one data rank instead (model/matrices.py `owners`), which sends
-the new weights to the others after the step. So states are sharded as under ZeRO 1, by parameter; the embedding is the smallest share possible.
+the new weights to the others after the step. So states are sharded as under ZeRO 1, by parameter; the rank with the embedding holds at least that.
 Core's layer-wise optimizer does the same, but its checkpoints load only on the same number of data ranks, and not in fp32.
 
 *Checkpoints.* Every fp32 weight and state is a sharded tensor of its parameter, with the parameter's name and place, whoever owns it. Any layout
