@@ -285,11 +285,15 @@ def flops_per_token(run: Run, batches: list[Batch]) -> float:
 def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
     """Returns the record of a step for metrics.jsonl; the logger adds times and speeds."""
     alignment = mean(result.alignment_by_layer)
+    z_loss = {} if result.z_loss is None else {"z_loss": result.z_loss}
     return {
         "step": step,
         "tokens": step * run.plan.tokens_per_step,
-        "loss": result.cross_entropy + run.config.attention.alignment_weight * (alignment or 0.0),
+        "loss": result.cross_entropy
+        + (result.z_loss or 0.0)
+        + run.config.attention.alignment_weight * (alignment or 0.0),
         "cross_entropy": result.cross_entropy,
+        **z_loss,
         "alignment_loss": alignment,
         "alignment_loss_by_layer": result.alignment_by_layer,
         "captured_mass": mean(result.captured_mass_by_layer),

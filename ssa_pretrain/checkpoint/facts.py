@@ -6,6 +6,7 @@ from ssa_pretrain.config import Config
 from ssa_pretrain.settings.convert import config_to_dict
 
 LATER = "vocabulary."  # prefix of facts that older checkpoints lack
+OPTIM = ("name", "beta1", "beta2", "eps", "weight_decay", "clip_grad", "muon")
 MICRO_BATCH = "training.micro_batch_size"
 
 
@@ -22,8 +23,8 @@ def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, token
     kept = {f"model.{k}": v for k, v in tree["model"].items() if k != "name"}
     kept |= {f"attention.{k}": v for k, v in tree["attention"].items() if k != "impl"}
     kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
-    kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size")}
-    kept |= {f"optim.{k}": tree["optim"][k] for k in ("beta1", "beta2", "eps", "weight_decay", "clip_grad")}
+    kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size", "z_loss")}
+    kept |= {f"optim.{k}": tree["optim"][k] for k in OPTIM}
     kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32", "fp8_recipe")}
     kept |= {f"engine.{k}": tree["engine"][k] for k in ("name", "distributed_optimizer")}
     return kept | {

@@ -14,6 +14,8 @@ from ssa_pretrain.config.choices import (
     KernelImpl,
     LayerSpec,
     Method,
+    MuonScale,
+    OptimizerName,
     PrecisionName,
     Recompute,
     Schedule,
@@ -30,6 +32,7 @@ from ssa_pretrain.config.evaluation import (
     PerplexityTask,
     TaskConfig,
 )
+from ssa_pretrain.config.optimizers import MuonConfig, MupConfig
 from ssa_pretrain.config.schema import (
     AttentionConfig,
     CheckpointConfig,
@@ -70,8 +73,12 @@ __all__ = [
     "LoggingConfig",
     "Method",
     "ModelConfig",
+    "MuonConfig",
+    "MuonScale",
+    "MupConfig",
     "NeedleTask",
     "OptimConfig",
+    "OptimizerName",
     "ParallelConfig",
     "PerplexityTask",
     "PrecisionConfig",

@@ -96,6 +96,20 @@ class Schedule(StrEnum):
     constant = "constant"  # stays at its peak
 
 
+class OptimizerName(StrEnum):
+    """Optimizer of the weights."""
+
+    adamw = "adamw"  # AdamW for all weights
+    muon = "muon"  # Muon for the matrices of the layers, AdamW for embedding, output layer and norms
+
+
+class MuonScale(StrEnum):
+    """Size of Muon's update of a matrix with r rows and c columns, in units of the learning rate."""
+
+    match_rms_adamw = "match_rms_adamw"  # 0.2 * sqrt(max(r, c)): AdamW's usual size, so that its learning rate fits
+    original = "original"  # sqrt(max(1, r / c)): the spectral norm; its learning rates are near 0.02
+
+
 class WandbMode(StrEnum):
     """Where Weights & Biases sends the metrics."""
 

@@ -17,6 +17,7 @@ from ssa_pretrain.config.choices import (
     KernelImpl,
     LayerSpec,
     Method,
+    OptimizerName,
     PrecisionName,
     Recompute,
     Schedule,
@@ -24,6 +25,7 @@ from ssa_pretrain.config.choices import (
     StreamDraw,
 )
 from ssa_pretrain.config.evaluation import EvaluationConfig
+from ssa_pretrain.config.optimizers import MuonConfig, MupConfig
 from ssa_pretrain.config.trackers import LoggingConfig
 from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between, divisors, join, nearest
 from ssa_pretrain.step_ranges import are_valid
@@ -60,6 +62,7 @@ class ModelConfig:
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     qk_norm: bool = False  # RMSNorm with a learnt weight over each query head and key, before RoPE, as in Qwen3
     init_std: float = 0.02  # standard deviation of the initial weights
+    mup: MupConfig = field(default_factory=MupConfig)
 
     @property
     def query_width(self) -> int:
@@ -88,6 +91,7 @@ class ModelConfig:
             *at_least("model", self, 0, "vocab_size"),
             *above_zero("model", self, "rope_theta", "norm_eps", "init_std"),
             *self.rope_scaling.problems(),
+            *self.mup.problems(),
         ]
         if self.head_dim > 2 and self.head_dim % 2:
             advice = f"try {self.head_dim - 1} or {self.head_dim + 1}"
@@ -249,8 +253,9 @@ class DeepSpeedConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule."""
 
+    name: OptimizerName = OptimizerName.adamw
     lr: float = 1e-3  # peak learning rate, reached after the warm-up
     min_lr: float = 0.0  # learning rate at the end of the schedule
     schedule: Schedule = Schedule.cosine
@@ -260,11 +265,12 @@ class OptimConfig:
     eps: float = 1e-8  # added to the denominator of the update
     weight_decay: float = 0.1  # decoupled weight decay of matrices; norms are exempt
     clip_grad: float = 1.0  # maximum global norm of the gradients; 0: no clipping
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         found = above_zero("optim", self, "lr", "eps") + between("optim", self, 0.0, 1.0, "warmup_fraction")
-        found += at_least("optim", self, 0.0, "min_lr", "weight_decay", "clip_grad")
+        found += at_least("optim", self, 0.0, "min_lr", "weight_decay", "clip_grad") + self.muon.problems()
         if self.lr > 1.0:
             found.append(Problem("optim.lr", self.lr, "must be at most 1", "AdamW's usual peak is 1e-4 to 1e-2"))
         if 0 < self.lr < self.min_lr:
@@ -294,6 +300,7 @@ class TrainingConfig:
     steps: int = 0  # optimizer steps; 0: set by total_tokens
     global_batch_tokens: int = 0  # tokens per optimizer step over all ranks
     micro_batch_size: int = 1  # rows per rank and microbatch
+    z_loss: float = 0.0  # c of the z-loss, c * log(sum of exp(logits))^2 per label, that is added to the loss; 0: none
     replica_check_interval: int = 10  # steps between comparisons of the data ranks' copies of the weights; 0: none
     stop_at_step: int = 0  # checkpoint and exit after this step; the schedule stays the same; 0: run to the end
     max_skipped_steps: int = (
@@ -311,7 +318,7 @@ class TrainingConfig:
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         found = at_least("training", self, 0, "total_tokens", "steps", "replica_check_interval", "stop_at_step")
-        found += at_least("training", self, 0, "max_skipped_steps", "spike_threshold")
+        found += at_least("training", self, 0, "max_skipped_steps", "spike_threshold", "z_loss")
         found += at_least("training", self, 1, "micro_batch_size", "rollback_window")
         if not are_valid(self.skip_steps):
             rule = "must be ranges [first, last] of steps, counted from 1"

@@ -27,6 +27,7 @@ class StepResult:
         full_share: share of microbatches whose main stream was the full one.
         differing_weights: weights whose copies differed between data ranks before the update; None if they were not compared.
         cross_entropy_by_stream: mean over the labels of the microbatches with this main stream, "full" or "sparse"; only streams that occurred.
+        z_loss: mean over the labels of the z-loss, which `cross_entropy` does not include; None without one.
     """
 
     cross_entropy: float
@@ -36,6 +37,7 @@ class StepResult:
     full_share: float
     cross_entropy_by_stream: dict[str, float] = field(default_factory=dict)
     differing_weights: int | None = None
+    z_loss: float | None = None
 
     @property
     def was_skipped(self) -> bool:

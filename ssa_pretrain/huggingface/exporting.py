@@ -21,6 +21,7 @@ from ssa_pretrain.config import Config, EngineName, Method, ParallelConfig
 from ssa_pretrain.engine import build_engine, build_evaluator
 from ssa_pretrain.errors import CheckpointError, DataError, ExitCode
 from ssa_pretrain.huggingface.card import model_card
+from ssa_pretrain.huggingface.multipliers import fold
 from ssa_pretrain.huggingface.options import NO_DATA, Dtype, ExportOptions, byte_count
 from ssa_pretrain.huggingface.settings import Mode, SpecialTokens, exported_config
 from ssa_pretrain.huggingface.shards import plan_files, write_file, write_index
@@ -164,10 +165,14 @@ def _write_share(scratch: Path, source: Source, placement: Placement, options: E
     """Writes this rank's files of weights."""
     dtype, most = DTYPES[options.dtype], byte_count(options.max_shard_size)
     assert most is not None
+
+    def read(name: str) -> torch.Tensor:
+        return fold(name, source.weights.read(name), source.config)
+
     files = plan_files(source.llama, dtype.itemsize, most)
     for number, (name, tensors) in enumerate(files.items()):
         if number % placement.world_size == placement.rank:
-            write_file(scratch / name, tensors, source.weights.read, source.llama, dtype)
+            write_file(scratch / name, tensors, read, source.llama, dtype)
             sync(scratch / name)
     if placement.is_rank_0:
         write_index(scratch, files, source.llama, dtype.itemsize)

@@ -190,7 +190,7 @@ class SSAAttention(MegatronModule):
         norm = None
         if self.q_layernorm is not None and self.k_layernorm is not None:
             norm = QKNorm(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
-        return qkv_rope(
+        q, k, v, gate_logits = qkv_rope(
             mixed.flatten(1),
             rotary_pos_emb.flatten(1),
             positions,
@@ -202,6 +202,9 @@ class SSAAttention(MegatronModule):
             rotate_keys=self.key_convolution is None,
             impl=self.impl,
         )
+        if self.config.softmax_scale is not None:  # the kernels multiply by D^-1/2
+            q = q * (self.config.softmax_scale * self.head_dim**0.5)
+        return q, k, v, gate_logits
 
     def _convolved(self, k_SGD: Tensor, rotary_pos_emb: Tensor, packed: PackedTokens) -> Tensor:
         """Returns the keys of all tokens convolved, then normed and rotated."""

@@ -34,9 +34,19 @@ class Llama(GPTModel):
     Args:
         impl: implementation of the cross entropy's kernels, None to choose by device.
         fuse_gradient_accumulation: whether the tied weight's gradient is added directly to its fp32 buffer.
+        z_loss: factor of the squared log-sum-exp that is added to each loss in training.
+        logits_multiplier: factor of the logits (mup.py).
     """
 
-    def __init__(self, *args: object, impl: str | None, fuse_gradient_accumulation: bool, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: object,
+        impl: str | None,
+        fuse_gradient_accumulation: bool,
+        z_loss: float = 0.0,
+        logits_multiplier: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.rotary_pos_emb = RotaryEmbedding(
             kv_channels=self.config.kv_channels,
@@ -48,12 +58,18 @@ class Llama(GPTModel):
             cp_group=self.pg_collection.cp,
         )
         self.impl = impl
+        self.z_loss, self.logits_multiplier = z_loss, logits_multiplier
         self.fuse_gradient_accumulation = fuse_gradient_accumulation
 
     def _postprocess(
         self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None, **rest
     ) -> Tensor:
-        """Returns losses [1, tokens] if labels are given on the last stage, otherwise what core returns."""
+        """Returns losses [1, tokens] if labels are given on the last stage, otherwise what core returns.
+
+        In training with a z-loss: [2, tokens], the losses with it and the z-losses by themselves.
+        """
+        if self.post_process and self.logits_multiplier != 1.0:
+            hidden_states = hidden_states * self.logits_multiplier
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, **rest)
         tied = self.share_embeddings_and_output_weights
@@ -69,9 +85,10 @@ class Llama(GPTModel):
             labels.squeeze(0),
             group=group,
             accumulate_into=self._gradient_buffer(weight),
+            z_loss=self.z_loss if self.training else 0.0,
             impl=self.impl,
         )
-        return losses.unsqueeze(0)
+        return torch.stack(losses) if isinstance(losses, tuple) else losses.unsqueeze(0)
 
     def _gradient_buffer(self, weight: Tensor) -> Tensor | None:
         """Returns the buffer that the output layer's gradient is added to, None to return the gradient to autograd.

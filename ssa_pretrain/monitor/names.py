@@ -62,6 +62,7 @@ ALL = (TRAIN, HELDOUT, TASK)
 METRICS = (
     Metric("loss", "loss", "nats per token", "Training loss"),
     Metric("cross_entropy", "loss", "nats per token", "Cross entropy", ALL, best="min"),
+    Metric("z_loss", "loss", "nats per token", "z-loss", log=True),
     Metric("perplexity", "loss", "", "Perplexity", (HELDOUT, TASK), log=True, best="min"),
     Metric("rows", "loss", "rows", "Held-out rows", (HELDOUT, TASK)),
     Metric("alignment_loss", "attention", "", "Alignment loss", (TRAIN, HELDOUT), log=True),

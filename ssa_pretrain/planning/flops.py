@@ -174,6 +174,17 @@ def _selection(length: int, model: ModelConfig, attention: AttentionConfig) -> f
     return float(means + candidates * model.num_attention_heads * (2 * model.head_dim + softmax))
 
 
+def orthogonalisation_flops(shapes: Sequence[tuple[int, int]], iterations: int) -> float:
+    """Returns the operations of Muon's Newton-Schulz iterations over matrices (engine/muon.py): three products each.
+
+    Args:
+        shapes: of the matrices.
+        iterations: per matrix.
+    """
+    sides = [(min(shape), max(shape)) for shape in shapes]
+    return float(sum(iterations * (4 * short * short * long + 2 * short**3) for short, long in sides))
+
+
 def peak_flops(device_name: str, precision: PrecisionName) -> float | None:
     """Returns the dense peak of a device in operations per second, None if it is unknown.
 

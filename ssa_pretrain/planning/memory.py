@@ -17,10 +17,12 @@ Peaks are compared with measured ones in measured_runs.csv. They are what tensor
 
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, EngineName, PrecisionName, Recompute, Score
+from ssa_pretrain.config import Config, EngineName, OptimizerName, PrecisionName, Recompute, Score
 from ssa_pretrain.config.stages import layers_per_stage
+from ssa_pretrain.model.matrices import owners, whole_shapes
 from ssa_pretrain.schedule import share_drawn
 
+MOMENT = 4  # bytes of a moment of the optimizer per parameter, fp32
 SELECTION_WORKSPACE = 64 * 2**20  # bytes, the bound in kernels/ssa_kernels/select/launch.py
 USER_BUFFERS = 93  # hidden states of a microbatch that Transformer Engine's user buffers take, by the measured run with engine.overlap_tp
 
@@ -98,14 +100,18 @@ def _zero_stage(config: Config) -> int:
 
 def _layer_parameters(config: Config) -> int:
     """Returns the parameters of the layers' matrices on one rank."""
-    model, parallel = config.model, config.parallel
+    return max(layers_per_stage(config)) * _matrices_per_layer(config) // config.parallel.tp
+
+
+def _matrices_per_layer(config: Config) -> int:
+    """Returns the parameters of a layer's matrices on all ranks."""
+    model = config.model
     qkv = model.qkv_width(gate=config.attention.gate)
-    matrices = model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
-    return max(layers_per_stage(config)) * matrices // parallel.tp
+    return model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
 
 
 def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict[str, int]:
-    """Returns the sizes of weights, gradients and AdamW's states on the fullest rank, and of a checkpoint.
+    """Returns the sizes of weights, gradients and the optimizer's states on the fullest rank, and of a checkpoint.
 
     bf16 and fp8 keep fp32 main weights too, counted with the optimizer.
 
@@ -124,13 +130,41 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
     weights, gradients, states = (replicas if stage >= needed else 1 for needed in (3, 2, 1))
     # FP8 keeps the layers' matrices in one byte per element, and transposed, beside the weights in bf16.
     copies = 2 * _layer_parameters(config) if config.precision.name is PrecisionName.fp8 else 0
+    per_rank, saved = -(-largest * optimizer // states), 0
+    if config.optim.name is OptimizerName.muon:
+        per_rank = _muon_bytes(config, largest, states)
+        saved = MOMENT * config.model.num_layers * _matrices_per_layer(config)
     return {
         "weight_bytes": -(-largest * weight // weights) + copies,
         "gradient_bytes": -(-largest * gradient // gradients),
-        "optimizer_bytes": 0 if offloaded else -(-largest * optimizer // states),
+        "optimizer_bytes": 0 if offloaded else per_rank,
         # Optimizer states with fp32 main weights, the engine's weights, and the common weights.
-        "checkpoint_bytes": total * (weight * (1 + config.checkpoint.weights) + 12),
+        "checkpoint_bytes": total * (weight * (1 + config.checkpoint.weights) + 12) - saved,
     }
+
+
+def _muon_bytes(config: Config, largest: int, ranks: int) -> int:
+    """Returns the bytes of Muon's and AdamW's states and fp32 weights on the data rank that holds most.
+
+    Muon keeps one moment of the layers' matrices in place of two. Data ranks share whole parameters (model/matrices.py).
+
+    Args:
+        config: the run.
+        largest: parameters of the rank that holds most.
+        ranks: data ranks that share them.
+    """
+    model, parallel = config.model, config.parallel
+    main = 0 if config.precision.name is PrecisionName.fp32 else 4
+    matrices = [rows * columns // parallel.tp for rows, columns in whole_shapes(config).values()]
+    layers = model.num_layers // parallel.pp
+    norms = [model.hidden_size] * (2 * layers + 1)
+    rest = largest - layers * sum(matrices) - sum(norms)
+    ends = [rest // 2] * 2 if not model.tie_embeddings and parallel.pp == 1 else [rest]
+    sizes = matrices * layers + norms + ends
+    held = [0] * ranks
+    for place, (size, owner) in enumerate(zip(sizes, owners(sizes, ranks), strict=True)):
+        held[owner] += size * (main + (1 if place < layers * len(matrices) else 2) * MOMENT)
+    return max(held)
 
 
 def activation_bytes(config: Config, padded_vocab_size: int, num_microbatches: int) -> int:

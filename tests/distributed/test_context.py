@@ -30,6 +30,7 @@ METHODS = {
     "ssa_drawn_once": {"attention.full_ratio": 0.5, "attention.stream_draw": "step"},
     "ssa_quarter": {"attention.full_ratio": 0.5, "attention.counterpart_share": 0.25},
     "full": {"attention.method": "full"},
+    "full_muon": {"attention.method": "full", "optim.name": "muon", "training.z_loss": 0.01, "model.mup.base_width": 8},
     "moba": {"attention.method": "moba", "attention.score": "per_head"},
     "ssa_keys": {"attention.full_ratio": 0.5, "model.qk_norm": True, "attention.key_convolution": 5},
 }
@@ -55,7 +56,7 @@ def build_cases() -> dict[int, dict[str, dict]]:
             cases[world][f"{layout}.{variant}.{method}"] = changes
 
     add("single", "plain", *METHODS)
-    add("cp2", "plain", "ssa_full", "ssa_sparse", "full", "moba")
+    add("cp2", "plain", "ssa_full", "ssa_sparse", "full", "full_muon", "moba")
     add("cp2", "no_distributed_optimizer", "ssa_sparse")
     add("cp2", "selective", "ssa_full", "full", "moba")
     add("cp2", "full_recompute", "ssa_sparse", "full", "moba")

@@ -9,15 +9,14 @@ import json
 import pytest
 import torch
 
-from support.errors import relative, require_means_as_near
+from support.errors import require_means_as_near
 from support.processes import SUPPORT, run_workers
+from support.run_comparison import TOLERANCE, close
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes
 WORKER = SUPPORT / "deepspeed_worker.py"
-TOLERANCE = 1e-5
 STOP, SAVED, RESUMED = 3, 2, 4
-NUM_METRICS = 6  # cross entropy, norm, two layers' alignments and captured masses
 
 TP = {"parallel.tp": 2}
 SP = TP | {"parallel.sequence_parallel": True}
@@ -131,17 +130,6 @@ def results(tmp_path_factory) -> dict[str, torch.Tensor]:
             assert len(texts) == 1, f"{job['name']}: ranks report different results"
             found[job["name"]] = json.loads(texts.pop())
     return found
-
-
-def close(found: list, wanted: list) -> None:
-    """Requires each value to 1e-5 of itself, and logits to 1e-5 of their norm."""
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        ours, theirs = (torch.tensor(row, dtype=torch.float64) for row in (one, other))
-        if len(ours) > NUM_METRICS:
-            assert relative(ours, theirs) < TOLERANCE
-        else:
-            torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=0.0)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -41,8 +41,12 @@ VARIANTS = {
     "selective": {"engine.recompute": "selective"},
     "full_recompute": {"engine.recompute": "full"},
     "overlap": {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True},
-    "keys": {"model.qk_norm": True, "attention.key_convolution": 3},  # another model: it has its own single process
+    "keys": {"model.qk_norm": True, "attention.key_convolution": 3},
+    "muon": {"optim.name": "muon"},
+    "muon_replicated": {"optim.name": "muon", "engine.distributed_optimizer": False},
+    "scaled": {"model.mup.base_width": 8, "model.mup.base_head_dim": 2, "training.z_loss": 0.01},
 }
+OTHER_MATHEMATICS = ("keys", "muon", "scaled")  # compared with one process of the same
 BOTH = ("full", "sparse")
 # Layouts and streams of each variant. On two processes a layout's own code meets each stream; four processes combine two layouts, and there a drawn
 # stream runs both. A variant is crossed with the layouts whose communication it changes or repeats: the optimizer's with data parallelism and with
@@ -88,6 +92,9 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "overlap": {"dp2": ("drawn",), "tp2_dp2": ("drawn",), "pp2_vpp2_dp2": ("drawn",)},
     "keys": {"single": BOTH, "dp2": ("full",), "tp2": ("sparse",), "tp2_sp": ("full",), "tp2_pp2": ("sparse",)},
+    "muon": dict.fromkeys(("single", "dp2", "pp2", "tp2_sp", "tp2_dp2", "pp2_vpp2_dp2"), ("drawn",)),
+    "muon_replicated": {"dp2": ("drawn",)},
+    "scaled": dict.fromkeys(("single", "dp2", "tp2_sp", "pp2"), ("drawn",)),
     "one_microbatch": {"single": BOTH},
     "no_alignment": {"single": BOTH},
 }
@@ -139,8 +146,8 @@ def test_save_right_after_a_step_contains_its_weights(results, folder, name):
 def reference(name: str) -> str:
     """Returns the single-process case that a case must equal."""
     layout, variant, stream = name.split(".")
-    model = "keys" if variant == "keys" else "plain"
-    return f"{'single_of_8' if 'model.num_layers' in LAYOUTS[layout] else 'single'}.{model}.{stream}"
+    variant = variant.partition("_")[0] if variant.startswith(OTHER_MATHEMATICS) else "plain"
+    return f"{'single_of_8' if 'model.num_layers' in LAYOUTS[layout] else 'single'}.{variant}.{stream}"
 
 
 AFTER_THE_LAST_STREAMS = (

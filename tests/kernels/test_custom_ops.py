@@ -167,7 +167,9 @@ def test_what_cannot_be_traced_is_refused():
     refuses("spans of queries is not supported by torch.compile", attention.full_attention, Q, K, V, cu_seqlens=spans)
     named = {"top_k": 2, "main": "full", **BLOCKS}
     refuses("select and sample of ssa_attention", attention.ssa_attention, Q, K, V, None, select=max, **named)
-    refuses("group and accumulate_into", layers.linear_cross_entropy, HIDDEN, WEIGHT, LABELS, accumulate_into=WEIGHT)
+    refuses(
+        "group, accumulate_into and z_loss", layers.linear_cross_entropy, HIDDEN, WEIGHT, LABELS, accumulate_into=WEIGHT
+    )
 
 
 def test_wrong_arguments_are_refused_when_a_compiled_program_runs():

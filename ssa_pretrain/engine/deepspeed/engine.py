@@ -30,6 +30,7 @@ from ssa_pretrain.engine.deepspeed.setup import (
     TensorParallelState,
     build_optimizer,
     exit_with_launcher,
+    parameter_groups,
     prepare_process,
 )
 from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
@@ -70,8 +71,9 @@ class DeepSpeedEngine:
         if len(batches) != ds.gradient_accumulation_steps():
             raise ValueError(f"got {len(batches)} microbatches; a step has {ds.gradient_accumulation_steps()}")
         batches, routes, sums = self.microbatches.begin_step(batches, step)
-        for group, decay in zip(ds.basic_optimizer.param_groups, (self.config.optim.weight_decay, 0.0), strict=True):
-            group["lr"], group["weight_decay"] = learning_rate, decay
+        decay = self.config.optim.weight_decay
+        for group, factors in zip(ds.basic_optimizer.param_groups, self._factors, strict=True):
+            group["lr"], group["weight_decay"] = learning_rate * factors.lr, decay * factors.weight_decay
         differing = self.replicas.compare(self._named_weights(), step)
         ds.train()
         grad_norm = None
@@ -176,6 +178,7 @@ class DeepSpeedEngine:
             import deepspeed
 
             optimizer = build_optimizer(self.model, self.config, self.placement)
+            self._factors = [factors for factors, _ in parameter_groups(self.model, self.config)]
             with redirect_stdout(io.StringIO()):  # some of its optimizers print memory reports at any log level
                 self._ds, *_ = deepspeed.initialize(
                     model=self.model,

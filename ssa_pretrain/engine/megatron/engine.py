@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ssa_pretrain.checkpoint import sharded_weights
 from ssa_pretrain.checkpoint.staging import HostCopies
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, OptimizerName
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
 from ssa_pretrain.engine.interface import PendingStep, Snapshot
 from ssa_pretrain.engine.megatron import checkpoint
 from ssa_pretrain.engine.megatron.model import MegatronModel
-from ssa_pretrain.engine.megatron.optimizer import build_optimizer
+from ssa_pretrain.engine.megatron.muon import build_muon
+from ssa_pretrain.engine.megatron.optimizer import build_adamw
 from ssa_pretrain.engine.replicas import ReplicaCheck
 from ssa_pretrain.engine.step import StepSums
 from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
@@ -32,7 +33,10 @@ class MegatronEngine(MegatronModel):
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
         super().__init__(config, placement, vocab_size)
         self.replicas = ReplicaCheck(config.training.replica_check_interval, placement)
-        self.optimizer = build_optimizer(config, self.chunks)
+        is_muon = config.optim.name is OptimizerName.muon
+        self.optimizer = (
+            build_muon(config, self.chunks, placement.groups) if is_muon else build_adamw(config, self.chunks)
+        )
         self.copies = HostCopies(placement.device)
         self._are_gathered = False  # whether every data rank has the weights after the last update
         self._install_hooks()
@@ -44,7 +48,7 @@ class MegatronEngine(MegatronModel):
             grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
             overlap_grad_reduce=config.engine.overlap_grad_reduce,
             overlap_param_gather=config.engine.overlap_param_gather,
-            use_distributed_optimizer=config.engine.distributed_optimizer,
+            use_distributed_optimizer=config.engine.distributed_optimizer and config.optim.name is OptimizerName.adamw,
         )
         return DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=stage > 0)
 
@@ -69,7 +73,7 @@ class MegatronEngine(MegatronModel):
     def update(self, learning_rate: float) -> Tensor:
         """Takes the optimizer step over the gradients in the buffers; returns their norm before clipping, on the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.config.optim.weight_decay * group.get("wd_mult", 1.0)
         self._are_gathered = False
         with torch.profiler.record_function(OPTIMIZER_RANGE):
