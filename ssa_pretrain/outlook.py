@@ -11,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ssa_pretrain.checkpoint.facts import refused_changes, run_facts
+from ssa_pretrain.checkpoint.facts import BATCH_STEPS, batch_changes, refused_changes, run_facts
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.config.hardware import PlanConfig
@@ -128,6 +128,8 @@ def _describe_folder(entry: str, config: Config, plan: Plan, manifest: Manifest 
         padded_vocab_size=plan.padded_vocab_size,
         tokenizer_sha256=manifest.tokenizer.sha256 if manifest else "",
     )
+    if changes := batch_changes(config, step):
+        wanted[BATCH_STEPS] = changes
     saved = {k: v for k, v in found["facts"].items() if k != "data.order"}  # the run takes over the checkpoint's
     if manifest is None:
         saved, wanted = ({k: v for k, v in facts.items() if k not in OF_DATA} for facts in (saved, wanted))

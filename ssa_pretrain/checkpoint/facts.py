@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Batches, Config, batches
 from ssa_pretrain.settings.convert import config_to_dict
 
+HISTORY = "history"  # fact of a branch: the runs that it continues; it decides nothing
 LATER = "vocabulary."  # prefix of facts that older checkpoints lack
+BATCH_STEPS = "training.batch_steps"
 MICRO_BATCH = "training.micro_batch_size"
 
 
@@ -34,6 +36,17 @@ def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, token
     }
 
 
+def batch_changes(config: Config, step: int) -> list[list[int]]:
+    """Returns [steps before it, tokens per step] of each change of the batch that a checkpoint of a step has behind it."""
+    return [[first, tokens] for first, tokens in batches(config.training).phases[1:] if first < step]
+
+
+def tokens_trained_on(facts: dict[str, Any], step: int) -> int:
+    """Returns the tokens of a checkpoint's first `step` steps, by its facts."""
+    changes = ((first, tokens) for first, tokens in facts.get(BATCH_STEPS, []))
+    return Batches(((0, facts["training.global_batch_tokens"]), *changes)).tokens_before(step)
+
+
 def refused_changes(saved: dict[str, Any], wanted: dict[str, Any], equal_microbatches: str | None) -> list[str]:
     """Returns one line for each fact that a resumed run must not change, with both values.
 
@@ -57,7 +70,7 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     fact with the prefix LATER is not compared.
     """
     saved = _with_defaults(saved, wanted, config_to_dict(Config()))
-    keys = sorted(saved.keys() | wanted.keys())
+    keys = sorted((saved.keys() | wanted.keys()) - {HISTORY})
     return [f"{k}: checkpoint {saved.get(k)!r}, run {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
 
 

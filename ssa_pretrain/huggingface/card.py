@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, batches
 from ssa_pretrain.planning.memory import count_parameters
 from ssa_pretrain.settings.convert import config_to_dict
 from ssa_pretrain.settings.quantities import compact
@@ -75,7 +75,7 @@ def model_card(
         title=config.name,
         parameters=compact(total),
         method=config.attention.method.value,
-        steps=f"{step:,} steps, {compact(step * config.training.global_batch_tokens)} tokens"
+        steps=f"{step:,} steps, {compact(batches(config.training).tokens_before(step))} tokens"
         if step
         else "imported, not trained here",
         top_k=config.attention.top_k,

@@ -105,7 +105,7 @@ def _layer_parameters(config: Config) -> int:
 def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict[str, int]:
     """Returns the sizes of weights, gradients and AdamW's states on the fullest rank, and of a checkpoint.
 
-    bf16 and fp8 keep fp32 main weights too, counted with the optimizer.
+    bf16 and fp8 keep fp32 main weights too, counted with the optimizer, and so is the running mean of the weights (optim.ema_decay).
 
     Args:
         config: precision, engine and sharding.
@@ -115,6 +115,7 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
     """
     fp32 = config.precision.name is PrecisionName.fp32
     weight, optimizer = (4, 8) if fp32 else (2, 12)
+    mean = 4 * bool(config.optim.ema_decay)  # the running mean of the weights, in fp32 and sharded like the states
     gradient = 4 if fp32 or config.precision.grad_reduce_in_fp32 else 2
     stage, offloaded = _zero_stage(config), False
     if config.engine.name is EngineName.deepspeed:
@@ -125,9 +126,9 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
     return {
         "weight_bytes": -(-largest * weight // weights) + copies,
         "gradient_bytes": -(-largest * gradient // gradients),
-        "optimizer_bytes": 0 if offloaded else -(-largest * optimizer // states),
-        # Optimizer states with fp32 main weights, the engine's weights, and the common weights.
-        "checkpoint_bytes": total * (weight * (1 + config.checkpoint.weights) + 12),
+        "optimizer_bytes": 0 if offloaded else -(-largest * (optimizer + mean) // states),
+        # Optimizer states with fp32 main weights, the engine's weights, the common weights, and the mean of the weights.
+        "checkpoint_bytes": total * (weight * (1 + config.checkpoint.weights) + 12 + mean),
     }
 
 
