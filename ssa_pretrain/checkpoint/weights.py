@@ -30,6 +30,7 @@ from ssa_pretrain.errors import WeightsError
 from ssa_pretrain.settings.files import leads_outside
 
 INDEX = "weights.json"
+WEIGHTS, EMA = "weights", "ema"  # folders of a checkpoint: the weights, and their running mean in fp32
 SCHEMA = 1
 FILE_BYTES = 4 * 2**30
 
@@ -42,7 +43,7 @@ def canonical_name(name: str) -> str:
 
 def find_weights(folder: Path) -> Path | None:
     """Returns the folder of common weights that `folder` is or contains, or None."""
-    return next((place for place in (folder, folder / "weights") if (place / INDEX).is_file()), None)
+    return next((place for place in (folder, folder / WEIGHTS) if (place / INDEX).is_file()), None)
 
 
 class WeightsWriter:
