@@ -45,6 +45,7 @@ def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
     """Evaluates a checkpoint of a run, by default its newest, and samples from it. Every rank calls this."""
     from ssa_pretrain.checkpoint.facts import tokens_trained_on
     from ssa_pretrain.checkpoint.publish import require_same_model
+    from ssa_pretrain.checkpoint.weights import ema_weights
     from ssa_pretrain.evaluation import MODES, results
     from ssa_pretrain.evaluation.sampling import sample
     from ssa_pretrain.evaluation.table import table
@@ -76,7 +77,7 @@ def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
 
         on_rank_0(require_own, is_rank_0=placement.is_rank_0, errors=(ConfigError,))
         run.tasks = build_tasks(run)
-        run.engine.load_weights(found.folder)
+        run.engine.load_weights(ema_weights(found.folder) if config.evaluation.ema else found.folder)
         result: dict[str, Any] = {
             "settings": settings,
             "trained_with": results.trained_with(run, found),

@@ -19,7 +19,7 @@ from ssa_pretrain.config.rules import warning
 from ssa_pretrain.data.batches import Batch, training_batches
 from ssa_pretrain.engine import PendingStep, StepResult
 from ssa_pretrain.errors import Interrupted
-from ssa_pretrain.evaluation import MODES
+from ssa_pretrain.evaluation import EMA_MODES, MODES
 from ssa_pretrain.evaluation.held_out import (
     evaluate_mode,
     evaluation_record,
@@ -176,9 +176,16 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, sa
 
 
 def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
-    """Evaluates the tasks that are due, then the held-out rows, in both modes, and logs what the run's metrics do not have yet."""
+    """Evaluates the tasks that are due, then the held-out rows, in both modes, and logs what the run's metrics do not have yet.
+
+    With `evaluation.ema` the held-out rows are evaluated with the running mean of the weights too.
+    """
     for record in evaluate_due_tasks(run, run.tasks, log.evaluated, step):
         log.log_task(record)
+    if run.config.evaluation.ema and (names := missing_evaluations(run, log.evaluated, step, EMA_MODES)):
+        with run.engine.ema_weights():
+            for name in names:
+                log.log_evaluation(evaluation_record(run, evaluate_mode(run, EMA_MODES[name]), step, name))
     for mode in missing_evaluations(run, log.evaluated, step, MODES):
         log.log_evaluation(evaluation_record(run, evaluate_mode(run, mode), step, mode))
 
@@ -360,6 +367,8 @@ def banner_facts(run: Run) -> dict[str, str]:
         "data": f"{config.data.path}, rows of {config.data.sequence_length} tokens, vocabulary {plan.vocab_size:,}",
         "length": length_of(plan),
     }
+    if run.history:
+        lines["branch"] = ", then ".join(f"{entry['from']} at step {entry['step']}" for entry in run.history)
     if text := warning(config):
         lines["warning"] = text
     return lines

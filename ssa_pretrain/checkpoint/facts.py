@@ -5,6 +5,7 @@ from typing import Any
 from ssa_pretrain.config import Batches, Config, batches
 from ssa_pretrain.settings.convert import config_to_dict
 
+AVERAGED = "averaged"  # fact of a model soup: the checkpoints whose weights it averages
 HISTORY = "history"  # fact of a branch: the runs that it continues; it decides nothing
 LATER = "vocabulary."  # prefix of facts that older checkpoints lack
 BATCH_STEPS = "training.batch_steps"
@@ -69,9 +70,14 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     A key that was added to the configuration after the checkpoint was written has its default, because that is what the older run did. A missing
     fact with the prefix LATER is not compared.
     """
+    return [f"{key}: checkpoint {old!r}, run {new!r}" for key, (old, new) in differing(saved, wanted).items()]
+
+
+def differing(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the facts of `differences` by key, with the checkpoint's value and the run's."""
     saved = _with_defaults(saved, wanted, config_to_dict(Config()))
     keys = sorted((saved.keys() | wanted.keys()) - {HISTORY})
-    return [f"{k}: checkpoint {saved.get(k)!r}, run {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
+    return {key: (saved.get(key), wanted.get(key)) for key in keys if saved.get(key) != wanted.get(key)}
 
 
 def _with_defaults(saved: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

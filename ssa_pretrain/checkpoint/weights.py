@@ -46,6 +46,17 @@ def find_weights(folder: Path) -> Path | None:
     return next((place for place in (folder, folder / WEIGHTS) if (place / INDEX).is_file()), None)
 
 
+def ema_weights(checkpoint: Path) -> Path:
+    """Returns the folder with the running mean of a checkpoint's weights.
+
+    Raises:
+        WeightsError: the checkpoint has none.
+    """
+    if found := find_weights(checkpoint / EMA):
+        return found
+    raise WeightsError(f"{checkpoint} has no running mean of the weights; train with optim.ema_decay, such as 0.999")
+
+
 class WeightsWriter:
     """Writes one process's tensors; several processes may write to one folder with different prefixes.
 
