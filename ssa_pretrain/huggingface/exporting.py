@@ -194,7 +194,9 @@ def _complete(scratch: Path, source: Source, options: ExportOptions) -> None:
     for path in Path(__file__).parent.glob(MODELLING_FILES):
         shutil.copyfile(path, scratch / path.name)
     step = source.checkpoint.step
-    card = model_card(config, step, source.llama.vocab_size, exported, _evaluation(source.run_folder, step))
+    is_mean = options.weights is Weights.ema
+    found = None if is_mean else _evaluation(source.run_folder, step)
+    card = model_card(config, step, source.llama.vocab_size, exported, found, ema=is_mean)
     (scratch / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(scratch / "weights", ignore_errors=True)  # of a checkpoint without common weights
 
