@@ -137,7 +137,8 @@ def publish_average(folders: Sequence[Path], options: AverageOptions, config: Co
     shares = options.weights or [1.0] * len(sources)
     readers = [WeightsReader(ema_weights(s.folder) if options.ema else s.folder / WEIGHTS) for s in sources]
     made_of = [
-        {"from": str(source.folder), "step": source.step, "share": share / sum(shares)} | ({EMA: True} if options.ema else {})
+        {"from": str(source.folder), "step": source.step, "share": share / sum(shares)}
+        | ({EMA: True} if options.ema else {})
         for source, share in zip(sources, shares, strict=True)
     ]
     facts = {key: value for key, value in first.facts.items() if key != HISTORY} | {AVERAGED: made_of}

@@ -132,7 +132,9 @@ def _describe_folder(entry: str, config: Config, plan: Plan, manifest: Manifest 
     )
     if changes := batch_changes(config, step):
         wanted[BATCH_STEPS] = changes
-    saved = {k: v for k, v in found["facts"].items() if k not in ("data.order", HISTORY)}  # the run takes over the checkpoint's
+    saved = {
+        k: v for k, v in found["facts"].items() if k not in ("data.order", HISTORY)
+    }  # the run takes over the checkpoint's
     if manifest is None:
         saved, wanted = ({k: v for k, v in facts.items() if k not in OF_DATA} for facts in (saved, wanted))
     if changed := refused_changes(saved, wanted, needs_equal_microbatches(config)):

@@ -36,7 +36,14 @@ from ssa_pretrain.step_ranges import Range, merged, up_to
 if TYPE_CHECKING:
     from ssa_pretrain.evaluation.tasks import Task
 
-NODE_SETTINGS = ("data.path", "output_dir", "logging.", "checkpoint.init_from", "checkpoint.branch_from", "dry_run")  # may differ between nodes
+NODE_SETTINGS = (
+    "data.path",
+    "output_dir",
+    "logging.",
+    "checkpoint.init_from",
+    "checkpoint.branch_from",
+    "dry_run",
+)  # may differ between nodes
 MAX_LISTED = 8  # differences between ranks
 
 

@@ -192,7 +192,9 @@ def batch_problems(training: "TrainingConfig") -> list[Problem]:
             return found
         first = change.step - 1 if change.step else sizes.steps_for(change.tokens)
         if first <= before:
-            rule = f"begins at step {first + 1}, which must come after step {before + 1}, where the batch before it begins"
+            rule = (
+                f"begins at step {first + 1}, which must come after step {before + 1}, where the batch before it begins"
+            )
             found.append(Problem(key, None, rule, f"try step: {before + 2}"))
             return found
         sizes, before = Batches((*sizes.phases, (first, change.global_batch_tokens))), first

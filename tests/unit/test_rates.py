@@ -25,7 +25,7 @@ class Length:
 
     steps: int
     warmup_steps: int = 0
-    batches: Batches = Batches(((0, 100),))
+    batches: Batches = dataclasses.field(default_factory=lambda: Batches(((0, 100),)))
 
 
 def formula(step: int, optim: OptimConfig, steps: int, warmup: int) -> float:

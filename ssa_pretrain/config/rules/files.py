@@ -54,7 +54,11 @@ def _branch(config: Config, _: Machine) -> list[Problem]:
     if folder.is_dir():
         return []
     steps = sorted(int(p.name.removeprefix("step_")) for p in folder.parent.glob("step_" + "[0-9]" * 8))
-    advice = f"it has step {join(steps[-MAX_LISTED:])}" if steps else "give an earlier run's folder, RUN@STEP or a checkpoint"
+    advice = (
+        f"it has step {join(steps[-MAX_LISTED:])}"
+        if steps
+        else "give an earlier run's folder, RUN@STEP or a checkpoint"
+    )
     return [Problem(key, named, "does not exist", advice)]
 
 

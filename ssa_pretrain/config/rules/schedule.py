@@ -1,5 +1,7 @@
 """Rules of what changes over a run: the pieces of the learning rate fill it, its batches split evenly, and the mean of the weights has a place."""
 
+from itertools import pairwise
+
 from ssa_pretrain.config import Config, EngineName, batches, piece_bounds
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.settings.problems import Problem, join, nearest_multiples
@@ -13,7 +15,7 @@ def _pieces(config: Config, _: Machine) -> list[Problem]:
     if not pieces:
         return []
     bounds = piece_bounds(pieces, steps, batches(config.training))
-    for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (first, last) in enumerate(pairwise(bounds)):
         if last < first or last > steps:
             rule = f"does not fit: the pieces are longer than the run's {steps} steps"
             return [Problem(f"optim.pieces.{i}", None, rule, "shorten the pieces or lengthen the run", LENGTH)]

@@ -32,7 +32,7 @@ class Length:
 
     steps: int
     warmup_steps: int
-    batches: Batches = Batches(((0, 1),))
+    batches: Batches = dataclasses.field(default_factory=lambda: Batches(((0, 1),)))
 
 
 def test_plan_of_the_first_stage_of_the_paper() -> None:
