@@ -1,6 +1,6 @@
 """A rank of test_ema.py: trains three steps on each layout and engine, saves the running mean of the weights, and loads it on another layout.
 
-Arguments: the folder for results. Each case leaves `NAME` as a checkpoint, `NAME.snapshot` as its copy from host memory, and `NAME.again` as the mean
+Arguments: a JSON file with the cases, name -> [settings, those that load], and the folder for results. Each case leaves `NAME` as a checkpoint, `NAME.snapshot` as its copy from host memory, and `NAME.again` as the mean
 after it was loaded into the next layout; rank 0 writes NAME.json with what the held-out rows cost with and without the mean.
 """
 
@@ -22,22 +22,11 @@ COMMON = {
     "optim.ema_decay": 0.25,
     "optim.clip_grad": 0.5,
 }
-ZERO2 = {"engine.name": "deepspeed", "deepspeed.zero_stage": 2}
-CASES = {  # name -> its settings, and those that load it
-    "dp": ({}, {"parallel.tp": 2}),
-    "dp_whole": ({"engine.distributed_optimizer": False}, {}),
-    "dp_bf16": ({"precision.name": "bf16"}, {"precision.name": "bf16"}),
-    "dp_overlap": ({"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True}, {}),
-    "dp_zero2": (ZERO2, ZERO2),
-    "tp": ({"parallel.tp": 2, "parallel.sequence_parallel": True}, {"parallel.pp": 2}),
-    "tp_zero1": ({"parallel.tp": 2} | ZERO2 | {"deepspeed.zero_stage": 1}, {"parallel.tp": 2} | ZERO2),
-    "pp": ({"parallel.pp": 2}, {}),
-}
 
 
-def main(out: Path) -> None:
+def main(cases: dict, out: Path) -> None:
     """Runs the cases in order."""
-    for name, (settings, others) in CASES.items():
+    for name, (settings, others) in cases.items():
         config = configure(COMMON | settings)
         with_layout(config, lambda placement, n=name, c=config: train(n, c, placement, out))
         other = configure(COMMON | others)
@@ -72,11 +61,9 @@ def train(name: str, config: Config, placement: Placement, out: Path) -> None:
 def load(name: str, config: Config, placement: Placement, out: Path) -> None:
     """Loads the mean into an engine of another layout, and saves it from there."""
     engine = build_engine(config, placement, VOCAB)
-    mean = getattr(engine, "mean", None)
-    if mean is None:
-        engine.load(out / name)  # builds DeepSpeed's engine
-    else:
-        mean.load(out / name, engine.models, placement)
+    models = [engine.ds.module] if hasattr(engine, "ds") else engine.models
+    mean = engine._mean if hasattr(engine, "ds") else engine.mean
+    mean.load(out / name, models, placement)
     write(out / f"{name}.again", engine.save)
 
 
@@ -90,4 +77,4 @@ def write(folder: Path, act) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.ema_worker import CASES
 from ssa_pretrain.checkpoint.weights import WeightsReader
 from support.errors import relative
 from support.processes import run_workers
@@ -14,6 +13,18 @@ from support.processes import run_workers
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(600)
 WORKER = Path(__file__).parent / "ema_worker.py"
+ZERO2 = {"engine.name": "deepspeed", "deepspeed.zero_stage": 2}
+TP, PP = {"parallel.tp": 2}, {"parallel.pp": 2}
+CASES = {  # name -> its settings, and those that load it
+    "dp": ({}, TP),
+    "dp_whole": ({"engine.distributed_optimizer": False}, {}),
+    "dp_bf16": ({"precision.name": "bf16"}, {"precision.name": "bf16"} | PP),
+    "dp_overlap": ({"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True}, ZERO2),
+    "dp_zero2": (ZERO2, ZERO2 | TP),
+    "tp": (TP | {"parallel.sequence_parallel": True}, PP),
+    "tp_zero1": (TP | ZERO2 | {"deepspeed.zero_stage": 1}, {}),
+    "pp": (PP, {}),
+}
 
 
 def read(folder: Path, kind: str = "ema") -> dict[str, torch.Tensor]:
@@ -24,7 +35,8 @@ def read(folder: Path, kind: str = "ema") -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ema")
-    run_workers(WORKER, 2, str(folder), timeout=500)
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    run_workers(WORKER, 2, str(folder / "cases.json"), str(folder), timeout=500)
     return folder
 
 
