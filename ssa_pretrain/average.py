@@ -12,7 +12,7 @@ records what it is made of. Settings, as key=value:
     dtype    fp32 (default) or bf16: number format of the result; sums are in fp64
     ema      true: average the running means of the weights instead (optim.ema_decay)
 
-Exit codes: 0 done, 3 wrong settings, 5 no checkpoint, or one of another model. Guide: docs/averaging.md
+Exit codes: 0 done, 3 wrong settings, 5 no checkpoint, or one of another model. Guide: docs/schedules.md
 """
 
 import os
