@@ -55,7 +55,7 @@ def _mean_of_weights(config: Config, machine: Machine) -> list[Problem]:
     is_deepspeed = config.engine.name is EngineName.deepspeed and "train" in machine.splits
     if optim.ema_decay and is_deepspeed and deepspeed.zero_stage == 3:
         rule = "needs whole partitions of fp32 weights, which deepspeed.zero_stage=3 does not have"
-        advice, reads = "try deepspeed.zero_stage=2 or engine=megatron", ("deepspeed.zero_stage",)
+        advice, reads = "try deepspeed.zero_stage=2", ("deepspeed.zero_stage",)
         return [Problem("optim.ema_decay", optim.ema_decay, rule, advice, reads)]
     if config.evaluation.ema and not optim.ema_decay:
         rule = "needs a running mean of the weights, but optim.ema_decay=0 keeps none"

@@ -71,8 +71,7 @@ def found(*overrides: str) -> list[str]:
         ),
         (
             ("optim.ema_decay=0.9", "engine=deepspeed", "deepspeed.zero_stage=3"),
-            "optim.ema_decay=0.9 needs whole partitions of fp32 weights, which deepspeed.zero_stage=3 does not have; "
-            "try deepspeed.zero_stage=2 or engine=megatron",
+            "optim.ema_decay=0.9 needs whole partitions of fp32 weights, which deepspeed.zero_stage=3 does not have; try deepspeed.zero_stage=2",
         ),
         (
             ("training.batch_steps=[{global_batch_tokens:8192}]",),
