@@ -19,7 +19,7 @@ from ssa_pretrain.config.rules import warning
 from ssa_pretrain.data.batches import Batch, training_batches
 from ssa_pretrain.engine import PendingStep, StepResult
 from ssa_pretrain.errors import Interrupted
-from ssa_pretrain.evaluation import MODES
+from ssa_pretrain.evaluation import EMA_MODES, MODES
 from ssa_pretrain.evaluation.heads import entropy_by_layer
 from ssa_pretrain.evaluation.held_out import (
     evaluate_mode,
@@ -41,12 +41,14 @@ from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.parallel.watchdog import Watchdog, watchdog
 from ssa_pretrain.planning.flops import peak_flops, row_flops
+from ssa_pretrain.planning.plan import Plan
+from ssa_pretrain.rates import learning_rate
 from ssa_pretrain.resume import find_checkpoint, newest_checkpoint, restore, why_finished
 from ssa_pretrain.rollback import load_incidents, roll_back
 from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flatten_settings, locked_folder, packing_of
 from ssa_pretrain.run_folder import space_warning
 from ssa_pretrain.saving import Saver
-from ssa_pretrain.schedule import is_due, learning_rate
+from ssa_pretrain.schedule import is_due
 from ssa_pretrain.settings.convert import config_to_dict, save_config
 from ssa_pretrain.step_ranges import contains
 
@@ -96,7 +98,7 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
             while (log := train_segment(run, first_step, interruption, watch, timeline, more_trackers)) is None:
                 first_step = restore(run, newest_checkpoint(run))
         step, seconds = max(first_step, run.last_step), time.monotonic() - begin
-        tokens = step * run.plan.tokens_per_step
+        tokens = run.plan.tokens_before(step)
         log.console.print(end_line(step, first_step, run.plan.steps, tokens, seconds))
 
 
@@ -130,7 +132,7 @@ def train_segment(
             return None
         step = max(first_step, run.last_step)
         timeline.end(FINISHED if step >= run.plan.steps else STOPPED, step)
-        log.alert(finished(step, run.plan.steps, step * run.plan.tokens_per_step, time.monotonic() - begin))
+        log.alert(finished(step, run.plan.steps, run.plan.tokens_before(step), time.monotonic() - begin))
         return log
 
 
@@ -175,9 +177,16 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, sa
 
 
 def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
-    """Evaluates the tasks that are due, then the held-out rows, in both modes, and logs what the run's metrics do not have yet."""
+    """Evaluates the tasks that are due, then the held-out rows, in both modes, and logs what the run's metrics do not have yet.
+
+    With `evaluation.ema` the held-out rows are evaluated with the running mean of the weights too.
+    """
     for record in evaluate_due_tasks(run, run.tasks, log.evaluated, step):
         log.log_task(record)
+    if run.config.evaluation.ema and (names := missing_evaluations(run, log.evaluated, step, EMA_MODES)):
+        with run.engine.ema_weights():
+            for name in names:
+                log.log_evaluation(evaluation_record(run, evaluate_mode(run, EMA_MODES[name]), step, name))
     for mode in missing_evaluations(run, log.evaluated, step, MODES):
         log.log_evaluation(evaluation_record(run, evaluate_mode(run, mode), step, mode) | entropy_record(run, mode))
 
@@ -226,8 +235,9 @@ def train_step(run: Run, step: int) -> QueuedStep:
     if contains(run.left_out, step + 1):
         return QueuedStep(step + 1, None, 0.0, 0.0)
     plan, dp_rank, begin = run.plan, run.placement.dp_rank, time.monotonic()
+    first = plan.rows_before(step) // run.config.training.micro_batch_size
     batches = training_batches(
-        run.rows, packing_of(run.config), step, count=plan.num_microbatches, dp=plan.dp, dp_rank=dp_rank
+        run.rows, packing_of(run.config), first, count=plan.microbatches_at(step), dp=plan.dp, dp_rank=dp_rank
     )
     data_seconds, rate = time.monotonic() - begin, learning_rate(step, run.config.optim, plan)
     with profiling(run, step + 1):
@@ -288,7 +298,8 @@ def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
     z_loss = {} if result.z_loss is None else {"z_loss": result.z_loss}
     return {
         "step": step,
-        "tokens": step * run.plan.tokens_per_step,
+        "tokens": run.plan.tokens_before(step),
+        **batch_size(run, step),
         "loss": result.cross_entropy
         + (result.z_loss or 0.0)
         + run.config.attention.alignment_weight * (alignment or 0.0),
@@ -305,12 +316,19 @@ def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
     }
 
 
+def batch_size(run: Run, step: int) -> dict[str, int]:
+    """Returns the tokens of a step, counted from 1, if the batch changes over the run."""
+    sizes = run.plan.batches
+    return {} if sizes.is_constant else {"batch_tokens": sizes.tokens_at(step - 1)}
+
+
 def left_out_record(run: Run, step: int) -> dict[str, Any]:
     """Returns the record of a step whose data is left out: it has no results."""
     by_hand = contains(run.config.training.skip_steps, step)
     return {
         "step": step,
-        "tokens": step * run.plan.tokens_per_step,
+        "tokens": run.plan.tokens_before(step),
+        **batch_size(run, step),
         "loss": None,
         "cross_entropy": None,
         "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
@@ -339,6 +357,7 @@ def open_log(run: Run, step: int, more_trackers: Sequence[Callable[[Path], Track
         run.folder,
         total_steps=run.plan.steps,
         tokens_per_step=run.plan.tokens_per_step,
+        total_tokens=run.plan.total_tokens,
         resume_step=step,
         interval=run.config.logging.interval,
         flops_per_token=run.plan.flops_per_token,
@@ -359,11 +378,19 @@ def banner_facts(run: Run) -> dict[str, str]:
         "model": f"{config.model.name}, {plan.parameters:,} parameters, attention {config.attention.method.value}",
         "layout": f"{plan.world_size} x {run.device_name}: {layout}",
         "data": f"{config.data.path}, rows of {config.data.sequence_length} tokens, vocabulary {plan.vocab_size:,}",
-        "length": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens = {plan.total_tokens:,} tokens",
+        "length": length_of(plan),
     }
+    if run.history:
+        lines["branch"] = ", then ".join(f"{entry['from']} at step {entry['step']}" for entry in run.history)
     if text := warning(config):
         lines["warning"] = text
     return lines
+
+
+def length_of(plan: Plan) -> str:
+    """Returns the run's steps, their batches, and all its tokens."""
+    sizes = " to ".join(dict.fromkeys(f"{tokens:,}" for _, tokens in plan.batches.phases))
+    return f"{plan.steps:,} steps of {sizes} tokens = {plan.total_tokens:,} tokens"
 
 
 def start_own_trackers(run: Run, console: Console, step: int) -> list[Tracker]:

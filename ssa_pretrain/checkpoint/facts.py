@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Batches, Config, batches
 from ssa_pretrain.settings.convert import config_to_dict
 
+AVERAGED = "averaged"  # fact of a model soup: the checkpoints whose weights it averages
+HISTORY = "history"  # fact of a branch: the runs that it continues; it decides nothing
 LATER = "vocabulary."  # prefix of facts that older checkpoints lack
 OPTIM = ("name", "beta1", "beta2", "eps", "weight_decay", "clip_grad", "muon")
+BATCH_STEPS = "training.batch_steps"
 MICRO_BATCH = "training.micro_batch_size"
 
 
@@ -35,6 +38,17 @@ def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, token
     }
 
 
+def batch_changes(config: Config, step: int) -> list[list[int]]:
+    """Returns [steps before it, tokens per step] of each change of the batch that a checkpoint of a step has behind it."""
+    return [[first, tokens] for first, tokens in batches(config.training).phases[1:] if first < step]
+
+
+def tokens_trained_on(facts: dict[str, Any], step: int) -> int:
+    """Returns the tokens of a checkpoint's first `step` steps, by its facts."""
+    changes = ((first, tokens) for first, tokens in facts.get(BATCH_STEPS, []))
+    return Batches(((0, facts["training.global_batch_tokens"]), *changes)).tokens_before(step)
+
+
 def refused_changes(saved: dict[str, Any], wanted: dict[str, Any], equal_microbatches: str | None) -> list[str]:
     """Returns one line for each fact that a resumed run must not change, with both values.
 
@@ -57,9 +71,14 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     A key that was added to the configuration after the checkpoint was written has its default, because that is what the older run did. A missing
     fact with the prefix LATER is not compared.
     """
+    return [f"{key}: checkpoint {old!r}, run {new!r}" for key, (old, new) in differing(saved, wanted).items()]
+
+
+def differing(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the facts of `differences` by key, with the checkpoint's value and the run's."""
     saved = _with_defaults(saved, wanted, config_to_dict(Config()))
-    keys = sorted(saved.keys() | wanted.keys())
-    return [f"{k}: checkpoint {saved.get(k)!r}, run {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
+    keys = sorted((saved.keys() | wanted.keys()) - {HISTORY})
+    return {key: (saved.get(key), wanted.get(key)) for key in keys if saved.get(key) != wanted.get(key)}
 
 
 def _with_defaults(saved: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

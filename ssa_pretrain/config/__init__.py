@@ -1,10 +1,11 @@
 """The configuration of a run: its schema, the machine it runs on, its rules and DeepSpeed's dictionary.
 
-Reading order: choices, evaluation, trackers, schema, machine, rules/, deepspeed. This module re-exports the first four only, so importing it is cheap.
+Reading order: choices, evaluation, trackers, checkpoint, schedule, schema, machine, rules/, deepspeed. This module re-exports all up to schema, so importing it is cheap.
 """
 
 from pathlib import Path
 
+from ssa_pretrain.config.checkpoint import CheckpointConfig
 from ssa_pretrain.config.choices import (
     AdamImpl,
     Auto,
@@ -20,6 +21,7 @@ from ssa_pretrain.config.choices import (
     Recompute,
     Schedule,
     Score,
+    Shape,
     StreamDraw,
     Timestamps,
     WandbMode,
@@ -33,9 +35,9 @@ from ssa_pretrain.config.evaluation import (
     TaskConfig,
 )
 from ssa_pretrain.config.optimizers import MuonConfig, MupConfig
+from ssa_pretrain.config.schedule import Batches, BatchStepConfig, PieceConfig, batches, piece_bounds
 from ssa_pretrain.config.schema import (
     AttentionConfig,
-    CheckpointConfig,
     Config,
     DataConfig,
     DeepSpeedConfig,
@@ -57,6 +59,8 @@ __all__ = [
     "AdamImpl",
     "AttentionConfig",
     "Auto",
+    "BatchStepConfig",
+    "Batches",
     "CheckpointConfig",
     "ChoiceTask",
     "Config",
@@ -81,6 +85,7 @@ __all__ = [
     "OptimizerName",
     "ParallelConfig",
     "PerplexityTask",
+    "PieceConfig",
     "PrecisionConfig",
     "PrecisionName",
     "ProfileConfig",
@@ -88,6 +93,7 @@ __all__ = [
     "RopeScalingConfig",
     "Schedule",
     "Score",
+    "Shape",
     "StreamDraw",
     "TaskConfig",
     "TensorboardConfig",
@@ -96,4 +102,6 @@ __all__ = [
     "TrainingConfig",
     "WandbConfig",
     "WandbMode",
+    "batches",
+    "piece_bounds",
 ]

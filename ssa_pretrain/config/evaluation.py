@@ -99,6 +99,9 @@ class EvaluationConfig:
     interval: int = 0  # steps between evaluations; 0: only at the end
     rows: int = 64  # held-out rows to evaluate, spread over the split; 0: all rows, the last of each part padded
     at_start: bool = True  # also evaluate before the first step
+    ema: bool = (
+        False  # a run also evaluates the running mean of its weights (optim.ema_decay); `evaluate RUN` only that
+    )
     tasks: dict[str, TaskConfig] = field(default_factory=dict)  # by name: kind, and the settings of that kind
     task_interval: int = 0  # steps between evaluations of the tasks; 0: with every evaluation
     name: str = ""  # of the results that `evaluate` writes; empty: made of the step and the settings

@@ -135,17 +135,17 @@ class Packing:
 
 
 def training_batches(
-    rows: TrainingRows, packing: Packing, step: int, *, count: int, dp: int, dp_rank: int
+    rows: TrainingRows, packing: Packing, first: int, *, count: int, dp: int, dp_rank: int
 ) -> list[Batch]:
     """Returns the microbatches of a step on one data rank: every dp-th of the global batch.
 
     Args:
         rows: the rows of the run.
         packing: how they become microbatches.
-        step: the optimizer step, from 0.
+        first: microbatches of the whole run before this step.
         count: microbatches per data rank.
         dp: data ranks.
         dp_rank: this data rank.
     """
     per_step = count * dp
-    return [packing.microbatch(rows, step * per_step + i, index=i) for i in range(dp_rank, per_step, dp)]
+    return [packing.microbatch(rows, first + i, index=i) for i in range(dp_rank, per_step, dp)]

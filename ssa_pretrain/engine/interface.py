@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -209,6 +210,10 @@ class Engine(Evaluator, Protocol):
 
     def load(self, folder: Path) -> None:
         """Restores weights and optimizer from a checkpoint of any layout; every rank calls it."""
+        ...
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Returns the context in which the model has the running mean of its weights (ema.py); every rank opens it, between two steps."""
         ...
 
     def save_weights(self, folder: Path) -> None:

@@ -75,6 +75,7 @@ METRICS = (
     Metric("full_share", "attention", "", "Share of full microbatches"),
     Metric("grad_norm", "optimizer", "", "Gradient norm", log=True),
     Metric("learning_rate", "optimizer", "", "Learning rate"),
+    Metric("batch_tokens", "optimizer", "tokens", "Tokens per step, if they change"),
     Metric("tokens_per_second", "speed", "tokens/s", "Tokens per second"),
     Metric("tflops_per_second", "speed", "TFLOP/s", "Model TFLOP/s of all devices"),
     Metric("mfu", "speed", "", "MFU", best="max"),

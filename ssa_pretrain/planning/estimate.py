@@ -225,7 +225,8 @@ class Estimate:
     @property
     def run_seconds(self) -> float:
         """Time of the whole run: steps, evaluations, saves, failures."""
-        return (self.plan.steps * self.step.total + self.evaluation_seconds) / self.goodput.share
+        steps = self.plan.total_tokens / self.plan.tokens_per_step  # of the largest batch
+        return (steps * self.step.total + self.evaluation_seconds) / self.goodput.share
 
     @property
     def gpu_hours(self) -> float:

@@ -113,7 +113,7 @@ def _matrices_per_layer(config: Config) -> int:
 def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict[str, int]:
     """Returns the sizes of weights, gradients and the optimizer's states on the fullest rank, and of a checkpoint.
 
-    bf16 and fp8 keep fp32 main weights too, counted with the optimizer.
+    bf16 and fp8 keep fp32 main weights too, counted with the optimizer, and so is the running mean of the weights (optim.ema_decay).
 
     Args:
         config: precision, engine and sharding.
@@ -123,6 +123,7 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
     """
     fp32 = config.precision.name is PrecisionName.fp32
     weight, optimizer = (4, 8) if fp32 else (2, 12)
+    mean = 4 * bool(config.optim.ema_decay)  # the running mean of the weights, in fp32 and sharded like the states
     gradient = 4 if fp32 or config.precision.grad_reduce_in_fp32 else 2
     stage, offloaded = _zero_stage(config), False
     if config.engine.name is EngineName.deepspeed:
@@ -130,7 +131,7 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
     weights, gradients, states = (replicas if stage >= needed else 1 for needed in (3, 2, 1))
     # FP8 keeps the layers' matrices in one byte per element, and transposed, beside the weights in bf16.
     copies = 2 * _layer_parameters(config) if config.precision.name is PrecisionName.fp8 else 0
-    per_rank, saved = -(-largest * optimizer // states), 0
+    per_rank, saved = -(-largest * (optimizer + mean) // states), 0
     if config.optim.name is OptimizerName.muon:
         per_rank = _muon_bytes(config, largest, states)
         saved = MOMENT * config.model.num_layers * _matrices_per_layer(config)
@@ -138,8 +139,8 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
         "weight_bytes": -(-largest * weight // weights) + copies,
         "gradient_bytes": -(-largest * gradient // gradients),
         "optimizer_bytes": 0 if offloaded else per_rank,
-        # Optimizer states with fp32 main weights, the engine's weights, and the common weights.
-        "checkpoint_bytes": total * (weight * (1 + config.checkpoint.weights) + 12) - saved,
+        # Optimizer states with fp32 main weights, the engine's weights, the common weights, and the mean of the weights.
+        "checkpoint_bytes": total * (weight * (1 + config.checkpoint.weights) + 12 + mean) - saved,
     }
 
 
@@ -156,7 +157,7 @@ def _muon_bytes(config: Config, largest: int, ranks: int) -> int:
     model, parallel = config.model, config.parallel
     main = 0 if config.precision.name is PrecisionName.fp32 else 4
     matrices = [rows * columns // parallel.tp for rows, columns in whole_shapes(config).values()]
-    layers = model.num_layers // parallel.pp
+    layers = max(layers_per_stage(config))
     norms = [model.hidden_size] * (2 * layers + 1)
     rest = largest - layers * sum(matrices) - sum(norms)
     ends = [rest // 2] * 2 if not model.tie_embeddings and parallel.pp == 1 else [rest]

@@ -1,6 +1,6 @@
 """Rules across sections of a configuration, the machine and the files. `check` runs all of them.
 
-A rule lives where the values it reads live: layout, machine, deepspeed, optimizer, evaluation, files. It returns problems and never raises.
+A rule lives where the values it reads live: layout, schedule, machine, deepspeed, optimizer, evaluation, files. It returns problems and never raises.
 Rules run in order. A rule that reads a key with a problem of its own is skipped, so that one mistake is one line.
 `warning` reports a suspicious setting that no rule rejects.
 """
@@ -17,6 +17,7 @@ from ssa_pretrain.config.rules.keys import KEY_RULES
 from ssa_pretrain.config.rules.layout import LAYOUT_RULES
 from ssa_pretrain.config.rules.machine import MACHINE_RULES
 from ssa_pretrain.config.rules.optimizer import OPTIMIZER_RULES
+from ssa_pretrain.config.rules.schedule import SCHEDULE_RULES
 from ssa_pretrain.settings.convert import SECRET_ADVICE, SECRET_RULE, config_to_dict
 from ssa_pretrain.settings.problems import HIDDEN, Problem, hide_secrets, independent
 
@@ -35,6 +36,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         _sections,
         *KEY_RULES,
         *LAYOUT_RULES,
+        *SCHEDULE_RULES,
         *MACHINE_RULES,
         *DEEPSPEED_RULES,
         *OPTIMIZER_RULES,
@@ -50,7 +52,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
 
 def accepts_layout(config: Config, machine: Machine) -> bool:
     """Returns whether a configuration has no problem that its layout, batch or engine can cause. Stops at the first: a search asks thousands of times."""
-    rules = (_sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *OPTIMIZER_RULES)
+    rules = (_sections, *LAYOUT_RULES, *SCHEDULE_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *OPTIMIZER_RULES)
     return not any(rule(config, machine) for rule in rules)
 
 

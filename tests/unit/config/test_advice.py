@@ -43,6 +43,8 @@ FREE = (
     "logging.wandb.tags",
     "profile.at",
     "training.skip_steps",
+    "training.batch_steps",
+    "optim.pieces",
     "evaluation.tasks",
     "evaluation.lm_eval.tasks",
 )

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.cli import CONF, read_config, resolve_config
-from ssa_pretrain.config import Config, OptimConfig, Schedule
+from ssa_pretrain.config import Batches, Config, OptimConfig, Schedule
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.planning.plan import Plan, make_plan
 from ssa_pretrain.planning.table import GIB, describe
-from ssa_pretrain.schedule import learning_rate
+from ssa_pretrain.rates import learning_rate
 from ssa_pretrain.settings.problems import ConfigError
 from support.small_datasets import cut, write_dataset
 
@@ -32,6 +32,7 @@ class Length:
 
     steps: int
     warmup_steps: int
+    batches: Batches = dataclasses.field(default_factory=lambda: Batches(((0, 1),)))
 
 
 def test_plan_of_the_first_stage_of_the_paper() -> None:
