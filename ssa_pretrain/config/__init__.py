@@ -16,12 +16,14 @@ from ssa_pretrain.config.choices import (
     Method,
     PrecisionName,
     Recompute,
+    RowPacking,
     Schedule,
     Score,
     StreamDraw,
     Timestamps,
     WandbMode,
 )
+from ssa_pretrain.config.data import DataConfig, StageConfig
 from ssa_pretrain.config.evaluation import (
     ChoiceTask,
     EvaluationConfig,
@@ -34,7 +36,6 @@ from ssa_pretrain.config.schema import (
     AttentionConfig,
     CheckpointConfig,
     Config,
-    DataConfig,
     DeepSpeedConfig,
     EngineConfig,
     ModelConfig,
@@ -79,8 +80,10 @@ __all__ = [
     "ProfileConfig",
     "Recompute",
     "RopeScalingConfig",
+    "RowPacking",
     "Schedule",
     "Score",
+    "StageConfig",
     "StreamDraw",
     "TaskConfig",
     "TensorboardConfig",
