@@ -7,6 +7,7 @@ from ssa_pretrain.settings.convert import config_to_dict
 
 LATER = "vocabulary."  # prefix of facts that older checkpoints lack
 MICRO_BATCH = "training.micro_batch_size"
+STAGES = "data.stages"
 
 
 def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, token
     tree = config_to_dict(config)
     kept = {f"model.{k}": v for k, v in tree["model"].items() if k != "name"}
     kept |= {f"attention.{k}": v for k, v in tree["attention"].items() if k != "impl"}
-    kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
+    kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "packing", "isolate_documents")}
     kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size")}
     kept |= {f"optim.{k}": tree["optim"][k] for k in ("beta1", "beta2", "eps", "weight_decay", "clip_grad")}
     kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32", "fp8_recipe")}
@@ -47,6 +48,8 @@ def refused_changes(saved: dict[str, Any], wanted: dict[str, Any], equal_microba
         del lines[MICRO_BATCH]
     elif MICRO_BATCH in lines:
         lines[MICRO_BATCH] += f" ({equal_microbatches})"
+    if STAGES in lines:
+        lines[STAGES] += " (stages that began before the checkpoint must stay, and later ones begin after it)"
     return list(lines.values())
 
 

@@ -134,23 +134,18 @@ def prepare(manifest: Manifest, length: int, place: str) -> str:
     Args are those of `index_folder`.
 
     Raises:
-        ValueError: the folder cannot be written.
+        OSError: the folder cannot be written, or not be read again.
     """
     folder = index_folder(manifest, length, place)
     found = open_index(manifest, length, place)
     if found is not None and _is_intact(found):
         return f"{found.sentence()}; index {folder}"
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        _build(manifest, length, folder)
-    except OSError as error:
-        raise ValueError(
-            f"data.packing=best_fit cannot write its index into {folder.parent} ({error.strerror}); try data.index_path=FOLDER, on a disk of each node "
-            "or on storage that all nodes share"
-        ) from error
+    if folder.exists():
+        shutil.rmtree(folder)
+    _build(manifest, length, folder)
     built = open_index(manifest, length, place)
     if built is None:
-        raise ValueError(f"data.packing=best_fit cannot read its index in {folder} again; try data.index_path=FOLDER on another disk")
+        raise OSError(f"{folder} does not have what was written into it")
     return f"{built.sentence()}; built the index {folder}"
 
 

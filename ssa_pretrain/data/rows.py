@@ -90,10 +90,14 @@ class PartTokens:
         """Number of sequences in all files."""
         return sum(len(file.sequence_lengths) for file in self._files)
 
-    @property
-    def sequence_lengths(self) -> np.ndarray:
-        """Tokens of each sequence in all files."""
-        return np.concatenate([file.sequence_lengths for file in self._files])
+    def count_tokens(self, sequences: np.ndarray) -> int:
+        """Returns the tokens of some sequences, given by their numbers."""
+        total = 0
+        for file in self._files:
+            here = len(file.sequence_lengths)
+            total += int(file.sequence_lengths[sequences[(sequences >= 0) & (sequences < here)]].sum(dtype=np.int64))
+            sequences = sequences - here
+        return total
 
     def _read_file(self, f: int, begin: int, count: int) -> Row:
         file = self._files[f]
@@ -151,7 +155,7 @@ class SequenceRows:
 
     def num_tokens(self, numbers: np.ndarray) -> int:
         """See `PaddedRows.num_tokens`."""
-        return int(self._tokens.sequence_lengths[numbers].sum(dtype=np.int64))
+        return self._tokens.count_tokens(numbers)
 
 
 class BestFitRows:

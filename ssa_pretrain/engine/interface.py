@@ -27,6 +27,9 @@ class StepResult:
         full_share: share of microbatches whose main stream was the full one.
         differing_weights: weights whose copies differed between data ranks before the update; None if they were not compared.
         cross_entropy_by_stream: mean over the labels of the microbatches with this main stream, "full" or "sparse"; only streams that occurred.
+        num_tokens: tokens of the global batch without padding.
+        by_part: sum of the cross entropies of each part of the corpus, nats, and its number of labels, by the part's number; parts that did not
+            occur may be missing at the end.
     """
 
     cross_entropy: float
@@ -36,6 +39,8 @@ class StepResult:
     full_share: float
     cross_entropy_by_stream: dict[str, float] = field(default_factory=dict)
     differing_weights: int | None = None
+    num_tokens: int = 0
+    by_part: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def was_skipped(self) -> bool:
