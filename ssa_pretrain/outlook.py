@@ -127,6 +127,7 @@ def _describe_folder(entry: str, config: Config, plan: Plan, manifest: Manifest 
         fingerprint=manifest.fingerprint if manifest else "",
         padded_vocab_size=plan.padded_vocab_size,
         tokenizer_sha256=manifest.tokenizer.sha256 if manifest else "",
+        step=step,
     )
     saved = {k: v for k, v in found["facts"].items() if k != "data.order"}  # the run takes over the checkpoint's
     if manifest is None:

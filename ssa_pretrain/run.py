@@ -17,7 +17,7 @@ from ssa_pretrain.checkpoint.integrity import Verdicts
 from ssa_pretrain.config import Config, RowPacking, TrainingConfig
 from ssa_pretrain.data.batches import Packing
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
-from ssa_pretrain.data.packed_index import VERSION, index_folder, open_index, prepare
+from ssa_pretrain.data.packed_index import index_folder, open_index, prepare
 from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, build_engine, build_evaluator
 from ssa_pretrain.errors import DataError
@@ -92,14 +92,10 @@ class Run:
             fingerprint=self.manifest.fingerprint,
             padded_vocab_size=self.plan.padded_vocab_size,
             tokenizer_sha256=self.manifest.tokenizer.sha256,
+            step=step,
         )
         if self.rows and self.rows.order > 1:  # a checkpoint without this fact was written under row order 1
             facts["data.order"] = self.rows.order
-        if self.config.data.packing is RowPacking.best_fit:
-            facts["data.packing_version"] = VERSION
-        tokens = self.config.training.global_batch_tokens
-        stages = [{"from_step": s.first_step(tokens), "weights": dict(s.weights)} for s in self.config.data.stages]
-        facts["data.stages"] = [stage for stage in stages if stage["from_step"] < step]
         if left_out := up_to(self.left_out, step):
             facts["training.skip_steps"] = [list(pair) for pair in left_out]
         return facts

@@ -40,6 +40,7 @@ from ssa_pretrain.monitor.trackers import Opening, start_trackers
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.parallel.watchdog import Watchdog, watchdog
+from ssa_pretrain.planning.epochs import stage_line
 from ssa_pretrain.planning.flops import peak_flops, row_flops
 from ssa_pretrain.resume import find_checkpoint, newest_checkpoint, restore, why_finished
 from ssa_pretrain.rollback import load_incidents, roll_back
@@ -149,6 +150,8 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, sa
         watch.enter("evaluating", step)
         evaluate(run, log, step)
     while step < run.last_step:
+        if line := stage_line(config, step):
+            log.console.print(line)
         watch.enter("profiling" if step + 1 in config.profile.at else "training", step)
         queue.append(train_step(run, step))
         step += 1

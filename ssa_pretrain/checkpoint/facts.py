@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, RowPacking
+from ssa_pretrain.data.packed_index import VERSION
 from ssa_pretrain.settings.convert import config_to_dict
 
 LATER = "vocabulary."  # prefix of facts that older checkpoints lack
@@ -10,7 +11,9 @@ MICRO_BATCH = "training.micro_batch_size"
 STAGES = "data.stages"
 
 
-def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
+def run_facts(
+    config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str, step: int = 0
+) -> dict[str, Any]:
     """Returns the facts on which a resumed run and its checkpoint must agree: everything that decides the losses, except layout and schedule.
 
     Args:
@@ -18,6 +21,7 @@ def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, token
         fingerprint: of the data.
         padded_vocab_size: the embedding's first dim.
         tokenizer_sha256: of the data's tokenizer.
+        step: the checkpoint's. Stages of the mixture that began before it are a fact; later ones may change.
     """
     tree = config_to_dict(config)
     kept = {f"model.{k}": v for k, v in tree["model"].items() if k != "name"}
@@ -27,8 +31,13 @@ def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, token
     kept |= {f"optim.{k}": tree["optim"][k] for k in ("beta1", "beta2", "eps", "weight_decay", "clip_grad")}
     kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32", "fp8_recipe")}
     kept |= {f"engine.{k}": tree["engine"][k] for k in ("name", "distributed_optimizer")}
+    if config.data.packing is RowPacking.best_fit:
+        kept["data.packing"] += f", version {VERSION}"
+    tokens = config.training.global_batch_tokens
+    stages = [{"from_step": stage.first_step(tokens), "weights": dict(stage.weights)} for stage in config.data.stages]
     return kept | {
         "seed": tree["seed"],
+        STAGES: [stage for stage in stages if stage["from_step"] < step],
         "data.fingerprint": fingerprint,
         "vocabulary.padded_size": padded_vocab_size,
         "vocabulary.tokenizer_sha256": tokenizer_sha256,

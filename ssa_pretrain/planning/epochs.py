@@ -27,6 +27,16 @@ def mixture_stages(config: Config) -> list[Stage]:
     return [Stage(0, config.data.weights), *(Stage(rows_before(config, step), weights) for step, weights in later)]
 
 
+def stage_line(config: Config, step: int) -> str:
+    """Returns the line for a stage of the mixture that begins after `step` steps; empty if none does."""
+    tokens = config.training.global_batch_tokens
+    for number, stage in enumerate(config.data.stages, start=2):
+        if stage.first_step(tokens) == step:
+            weights = ", ".join(f"{name} {weight:g}" for name, weight in stage.weights.items())
+            return f"stage {number} of the mixture begins with step {step + 1}: {weights or 'the weights of the dataset'}"
+    return ""
+
+
 def epoch_lines(config: Config, steps: int, manifest: Manifest | None) -> list[tuple[str, str]]:
     """Returns the plan's lines on the data: epochs in all, then by stage and part, and what the first epoch leaves out.
 

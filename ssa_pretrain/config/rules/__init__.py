@@ -1,6 +1,6 @@
 """Rules across sections of a configuration, the machine and the files. `check` runs all of them.
 
-A rule lives where the values it reads live: layout, machine, deepspeed, evaluation, files. It returns problems and never raises.
+A rule lives where the values it reads live: layout, machine, deepspeed, evaluation, data, files. It returns problems and never raises.
 Rules run in order. A rule that reads a key with a problem of its own is skipped, so that one mistake is one line.
 `warning` reports a suspicious setting that no rule rejects.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.config.rules.data import DATA_RULES
 from ssa_pretrain.config.rules.deepspeed import DEEPSPEED_RULES
 from ssa_pretrain.config.rules.evaluation import EVALUATION_FILE_RULES, EVALUATION_RULES
 from ssa_pretrain.config.rules.files import FILE_RULES
@@ -28,7 +29,8 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         wrong: keys that already have problems; a section stands for all its keys.
     """
     files = (*FILE_RULES, *EVALUATION_FILE_RULES) if machine.has_files else ()
-    rules = (_secrets, _sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *EVALUATION_RULES, *files)
+    own = (*LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *EVALUATION_RULES, *DATA_RULES)
+    rules = (_secrets, _sections, *own, *files)
     found: list[Problem] = []
     for rule in rules:
         bad = {*wrong, *(problem.key for problem in found)}
