@@ -38,7 +38,14 @@ from ssa_pretrain.step_ranges import Range, merged, up_to
 if TYPE_CHECKING:
     from ssa_pretrain.evaluation.tasks import Task
 
-NODE_SETTINGS = ("data.path", "data.index_path", "output_dir", "logging.", "checkpoint.init_from", "dry_run")  # may differ between nodes
+NODE_SETTINGS = (
+    "data.path",
+    "data.index_path",
+    "output_dir",
+    "logging.",
+    "checkpoint.init_from",
+    "dry_run",
+)  # may differ between nodes
 MAX_LISTED = 8  # differences between ranks
 
 
@@ -189,11 +196,11 @@ def training_rows(config: Config, manifest: Manifest, order: int = ORDER) -> Tra
         packed = open_index(manifest, length, config.data.index_path)
         if packed is None:
             folder = index_folder(manifest, length, config.data.index_path)
-            raise ValueError(f"data.packing=best_fit finds no index in {folder}; remove the folder, and the next start builds it")
+            raise ValueError(
+                f"data.packing=best_fit finds no index in {folder}; remove the folder, and the next start builds it"
+            )
     stages = mixture_stages(config)
-    return TrainingRows(
-        manifest, sequence_length=length, seed=config.seed, weights=stages, order=order, packed=packed
-    )
+    return TrainingRows(manifest, sequence_length=length, seed=config.seed, weights=stages, order=order, packed=packed)
 
 
 def require_shared_folder(folder: Path, placement: Placement) -> None:

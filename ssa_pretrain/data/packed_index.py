@@ -118,7 +118,10 @@ def open_index(manifest: Manifest, length: int, place: str) -> PackedIndex | Non
         content = json.loads((folder / LISTING).read_bytes())
         if content["checksum"] != content_checksum(content):
             return None
-        parts = [PackedPart(**part | {"files": {n: (s, h) for n, (s, h) in part["files"].items()}}) for part in content["parts"]]
+        parts = [
+            PackedPart(**part | {"files": {n: (s, h) for n, (s, h) in part["files"].items()}})
+            for part in content["parts"]
+        ]
         sizes = {name: size for part in parts for name, (size, _) in part.files.items()}
         if sizes != {name: (folder / name).stat().st_size for name in _file_names(len(parts))}:
             return None

@@ -76,5 +76,7 @@ def source_lines(steps: Sequence[Mapping[str, Any]]) -> str:
         return ""
     table = [list(HEAD), *rows]
     wide = [max(len(row[column]) for row in table) for column in range(len(HEAD))]
-    aligned = [[row[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(row[1:], wide[1:], strict=True))] for row in table]
+    aligned = [
+        [row[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(row[1:], wide[1:], strict=True))] for row in table
+    ]
     return "\n".join("  ".join(row).rstrip() for row in aligned)

@@ -33,7 +33,9 @@ def stage_line(config: Config, step: int) -> str:
     for number, stage in enumerate(config.data.stages, start=2):
         if stage.first_step(tokens) == step:
             weights = ", ".join(f"{name} {weight:g}" for name, weight in stage.weights.items())
-            return f"stage {number} of the mixture begins with step {step + 1}: {weights or 'the weights of the dataset'}"
+            return (
+                f"stage {number} of the mixture begins with step {step + 1}: {weights or 'the weights of the dataset'}"
+            )
     return ""
 
 

@@ -223,7 +223,8 @@ def convert(kind: Any, value: Any) -> Any:
         return _text(value)
     if get_origin(kind) is list:
         if not isinstance(value, list):
-            raise MismatchError("must be a list", f"try [{'' if value is None else value}]")
+            item = "" if value is None or sections_in(get_args(kind)[0]) else value
+            raise MismatchError("must be a list", f"try [{item}]")
         return [convert(get_args(kind)[0], item) for item in value]
     if not isinstance(value, dict):
         advice = "" if sections_in(get_args(kind)[1]) else "try {name: 1.0}"
