@@ -57,9 +57,11 @@ def typical_row(
     """
     if rule == WHOLE:
         return row_flops(model, attention, [row_length], vocab_size)
-    lengths = (
-        packed_lengths(rule, row_length, padding_document) if padding_document else document_lengths(rule, row_length)
-    )
+    if padding_document:
+        pieces, padding = packed_lengths(rule, row_length, padding_document)
+        lengths = pieces + padding
+    else:
+        lengths = document_lengths(rule, row_length)
     num_rows = sum(lengths) // row_length
     total = row_flops(model, attention, lengths, vocab_size)
     shares = ("full_ratio", "share_if_full", "share_if_sparse")
@@ -91,14 +93,14 @@ def document_lengths(rule: str, row_length: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=32)
-def packed_lengths(rule: str, row_length: int, padding_document: int) -> tuple[int, ...]:
-    """Returns the lengths of the documents of many rows that are packed by best fit, those of padding among them.
+def packed_lengths(rule: str, row_length: int, padding_document: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the lengths of the documents of many rows that are packed by best fit, and those of the padding that fills the rows.
 
     Raises:
         ValueError: there is no such rule.
     """
     if rule.startswith("cut:"):
-        return document_lengths(rule, row_length)
+        return document_lengths(rule, row_length), ()
     whole = _whole_lengths(rule)
     whole *= -(-NUM_ROWS * row_length // sum(whole))  # the last row, which stays half empty, must not count for much
     pieces = [min(row_length, length - place) for length in whole for place in range(0, length, row_length)]
@@ -109,7 +111,7 @@ def packed_lengths(rule: str, row_length: int, padding_document: int) -> tuple[i
         padding[padding_document] += tokens // padding_document
         padding[tokens % padding_document] += 1
     del padding[0]
-    return (*pieces, *padding.elements())
+    return tuple(pieces), tuple(padding.elements())
 
 
 def _whole_lengths(rule: str) -> list[int]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ssa_pretrain.checkpoint import integrity
 from ssa_pretrain.checkpoint import publish as publishing
-from ssa_pretrain.checkpoint.facts import differences
+from ssa_pretrain.checkpoint.facts import differences, refused_changes, run_facts
 from ssa_pretrain.checkpoint.integrity import FACTS, Verdicts, find_damage, record_text
 from ssa_pretrain.checkpoint.publish import (
     Checkpoint,
@@ -20,7 +20,7 @@ from ssa_pretrain.checkpoint.publish import (
     read,
     require_same_model,
 )
-from ssa_pretrain.config import OptimConfig, RopeScalingConfig
+from ssa_pretrain.config import Config, OptimConfig, RopeScalingConfig, RowPacking, StageConfig
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from ssa_pretrain.config import Config, RowPacking, StageConfig
@@ -72,22 +71,13 @@ def test_plan_counts_rows_of_the_index(manifest: Manifest, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("rule", ["lognormal:960", "geometric:300", "lognormal:20000"])
 def test_packed_documents_are_cut_only_at_row_lengths(rule: str) -> None:
-    length, padding = 4096, 256
-    flowing, packed = document_lengths(rule, length), packed_lengths(rule, length, padding)
-    assert sum(packed) % length == 0 and max(packed) <= length
-    own = packed[: len(packed) - padding_pieces(packed, padding)]
-    whole = {n for n in own if n < length}
-    assert sum(n > 0 for n in own) and len(own) / sum(own) < len(flowing) / sum(flowing), (
-        "fewer pieces than rows' ends make"
-    )
-    assert whole and (sum(packed) - sum(own)) / sum(packed) < 0.04, "rows are nearly full"
-
-
-def padding_pieces(packed: tuple[int, ...], padding: int) -> int:
-    """Returns how many documents of padding stand at the end: the pieces before them are those of whole documents, again and again."""
-    rows = sum(packed) // 4096
-    count = int(np.ceil(rows * 0.04 * 4096 / padding)) + rows
-    return next(n for n in range(count + 1) if n == len(packed) or packed[-n - 1] > padding or n == count)
+    length, longest = 4096, 256
+    flowing, (own, padding) = document_lengths(rule, length), packed_lengths(rule, length, longest)
+    assert (sum(own) + sum(padding)) % length == 0 and max(own) <= length
+    assert max(padding) <= longest and sum(padding) < 0.04 * sum(own), "rows are nearly full"
+    assert len(own) / sum(own) < len(flowing) / sum(flowing), "fewer pieces than where the ends of rows cut"
+    cut = sum(n == length for n in own)
+    assert (cut > 0) == (max(flowing) == length)
 
 
 def test_typical_row_under_best_fit_has_more_pairs_and_pays_for_padding() -> None:
