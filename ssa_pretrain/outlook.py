@@ -129,6 +129,7 @@ def _describe_folder(entry: str, config: Config, plan: Plan, manifest: Manifest 
         fingerprint=manifest.fingerprint if manifest else "",
         padded_vocab_size=plan.padded_vocab_size,
         tokenizer_sha256=manifest.tokenizer.sha256 if manifest else "",
+        step=step,
     )
     if changes := batch_changes(config, step):
         wanted[BATCH_STEPS] = changes

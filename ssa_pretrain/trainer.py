@@ -30,6 +30,7 @@ from ssa_pretrain.evaluation.held_out import (
 )
 from ssa_pretrain.evaluation.tasks import build_tasks, evaluate_due_tasks
 from ssa_pretrain.monitor.alerts import finished, hung, restarted
+from ssa_pretrain.monitor.by_source import source_lines, step_values
 from ssa_pretrain.monitor.console import Console, banner, end_line
 from ssa_pretrain.monitor.environment import provenance, record_start, versions
 from ssa_pretrain.monitor.metrics import MetricsLogger, Tracker
@@ -40,6 +41,7 @@ from ssa_pretrain.monitor.trackers import Opening, start_trackers
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.parallel.watchdog import Watchdog, watchdog
+from ssa_pretrain.planning.epochs import stage_line
 from ssa_pretrain.planning.flops import peak_flops, row_flops
 from ssa_pretrain.planning.plan import Plan
 from ssa_pretrain.rates import learning_rate
@@ -100,6 +102,8 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
         step, seconds = max(first_step, run.last_step), time.monotonic() - begin
         tokens = run.plan.tokens_before(step)
         log.console.print(end_line(step, first_step, run.plan.steps, tokens, seconds))
+        if lines := source_lines(log.recent):
+            log.console.print(lines)
 
 
 def train_segment(
@@ -149,6 +153,8 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, sa
         watch.enter("evaluating", step)
         evaluate(run, log, step)
     while step < run.last_step:
+        if line := stage_line(config, step):
+            log.console.print(line)
         watch.enter("profiling" if step + 1 in config.profile.at else "training", step)
         queue.append(train_step(run, step))
         step += 1
@@ -265,7 +271,8 @@ def log_results(
             continue
         result = queued.pending.result()
         verdict = run.health.judge(result, queued.number)
-        log.log_step(training_record(run, result, queued.number) | verdict.record, queued.flops_per_token)
+        record = training_record(run, result, queued.number) | verdict.record
+        log.log_step(record, queued.flops_per_token, result.num_tokens)
         if verdict.line:
             log.console.print(verdict.line)
         run.health.require_progress(result, queued.number, run.folder)
@@ -286,10 +293,10 @@ def profiling(run: Run, step: int) -> AbstractContextManager[None]:
 
 
 def flops_per_token(run: Run, batches: list[Batch]) -> float:
-    """Returns the model FLOPs per token of a step. Causal attention is counted per document, over this data rank's microbatches."""
-    lengths = [int(n) for batch in batches for n in batch.cu_seqlens.diff()]
+    """Returns the model FLOPs per token of a step. Causal attention is counted per document, over this data rank's microbatches without padding."""
+    lengths = [length for batch in batches for length in batch.document_lengths]
     row = row_flops(run.config.model, run.config.attention, lengths, run.plan.vocab_size)
-    return row.model / sum(lengths)
+    return row.model / max(1, sum(lengths))
 
 
 def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
@@ -313,7 +320,18 @@ def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
         "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
         "stream": {1.0: "full", 0.0: "sparse"}.get(result.full_share, "mixed"),
         "full_share": result.full_share,
-    }
+    } | data_values(run, result, step)
+
+
+def data_values(run: Run, result: StepResult, step: int) -> dict[str, Any]:
+    """Returns what a step's record has on its data: padding and, on the rank that writes it, the values by source."""
+    batch = run.plan.batches.tokens_at(step - 1)
+    padding = {"padding_share": 1.0 - result.num_tokens / batch} if result.num_tokens < batch else {}
+    if run.rows is None or not run.placement.is_rank_0:
+        return padding
+    return padding | step_values(
+        run.rows.part_names, result.by_part, run.rows.read_so_far(run.plan.rows_before(step))
+    )
 
 
 def batch_size(run: Run, step: int) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ssa_pretrain.config import Batches, Config, batches
+from ssa_pretrain.config import Batches, Config, RowPacking, batches
+from ssa_pretrain.data.packed_index import VERSION
 from ssa_pretrain.settings.convert import config_to_dict
 
 AVERAGED = "averaged"  # fact of a model soup: the checkpoints whose weights it averages
@@ -11,9 +12,12 @@ LATER = "vocabulary."  # prefix of facts that older checkpoints lack
 OPTIM = ("name", "beta1", "beta2", "eps", "weight_decay", "clip_grad", "muon")
 BATCH_STEPS = "training.batch_steps"
 MICRO_BATCH = "training.micro_batch_size"
+STAGES = "data.stages"
 
 
-def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
+def run_facts(
+    config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str, step: int = 0
+) -> dict[str, Any]:
     """Returns the facts on which a resumed run and its checkpoint must agree: everything that decides the losses, except layout and schedule.
 
     Args:
@@ -21,17 +25,23 @@ def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, token
         fingerprint: of the data.
         padded_vocab_size: the embedding's first dim.
         tokenizer_sha256: of the data's tokenizer.
+        step: the checkpoint's. Stages of the mixture that began before it are a fact; later ones may change.
     """
     tree = config_to_dict(config)
     kept = {f"model.{k}": v for k, v in tree["model"].items() if k != "name"}
     kept |= {f"attention.{k}": v for k, v in tree["attention"].items() if k != "impl"}
-    kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
+    kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "packing", "isolate_documents")}
     kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size", "z_loss")}
     kept |= {f"optim.{k}": tree["optim"][k] for k in OPTIM}
     kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32", "fp8_recipe")}
     kept |= {f"engine.{k}": tree["engine"][k] for k in ("name", "distributed_optimizer")}
+    if config.data.packing is RowPacking.best_fit:
+        kept["data.packing"] += f", version {VERSION}"
+    sizes = batches(config.training)
+    stages = [{"from_step": stage.first_step(sizes), "weights": dict(stage.weights)} for stage in config.data.stages]
     return kept | {
         "seed": tree["seed"],
+        STAGES: [stage for stage in stages if stage["from_step"] < step],
         "data.fingerprint": fingerprint,
         "vocabulary.padded_size": padded_vocab_size,
         "vocabulary.tokenizer_sha256": tokenizer_sha256,
@@ -62,6 +72,8 @@ def refused_changes(saved: dict[str, Any], wanted: dict[str, Any], equal_microba
         del lines[MICRO_BATCH]
     elif MICRO_BATCH in lines:
         lines[MICRO_BATCH] += f" ({equal_microbatches})"
+    if STAGES in lines:
+        lines[STAGES] += " (stages that began before the checkpoint must stay, and later ones begin after it)"
     return list(lines.values())
 
 

@@ -19,6 +19,7 @@ from ssa_pretrain.config.choices import (
     OptimizerName,
     PrecisionName,
     Recompute,
+    RowPacking,
     Schedule,
     Score,
     Shape,
@@ -26,6 +27,7 @@ from ssa_pretrain.config.choices import (
     Timestamps,
     WandbMode,
 )
+from ssa_pretrain.config.data import DataConfig, StageConfig
 from ssa_pretrain.config.evaluation import (
     ChoiceTask,
     EvaluationConfig,
@@ -39,7 +41,6 @@ from ssa_pretrain.config.schedule import Batches, BatchStepConfig, PieceConfig, 
 from ssa_pretrain.config.schema import (
     AttentionConfig,
     Config,
-    DataConfig,
     DeepSpeedConfig,
     EngineConfig,
     ModelConfig,
@@ -91,9 +92,11 @@ __all__ = [
     "ProfileConfig",
     "Recompute",
     "RopeScalingConfig",
+    "RowPacking",
     "Schedule",
     "Score",
     "Shape",
+    "StageConfig",
     "StreamDraw",
     "TaskConfig",
     "TensorboardConfig",

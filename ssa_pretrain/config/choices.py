@@ -42,6 +42,13 @@ class StreamDraw(StrEnum):
     step = "step"  # once per step, for all its microbatches
 
 
+class RowPacking(StrEnum):
+    """How documents fill the rows of training."""
+
+    flow = "flow"  # one after another over the ends of rows; no padding, and a row's ends cut documents
+    best_fit = "best_fit"  # whole in rows by best fit, with padding; only documents longer than a row are cut
+
+
 class EngineName(StrEnum):
     """Library that runs forward, backward and the optimizer step."""
 

@@ -24,6 +24,7 @@ from ssa_pretrain.config.choices import (
     Shape,
     StreamDraw,
 )
+from ssa_pretrain.config.data import DataConfig
 from ssa_pretrain.config.evaluation import EvaluationConfig
 from ssa_pretrain.config.optimizers import MuonConfig, MupConfig
 from ssa_pretrain.config.schedule import BatchStepConfig, PieceConfig, batch_problems, batches, schedule_problems
@@ -136,27 +137,6 @@ class AttentionConfig:
             rule = f"must lie in 2 to attention.block_size={self.block_size} under attention.score=official_compat"
             reads = ("attention.block_size",)
             found.append(Problem("attention.top_k", self.top_k, rule, f"try {self.block_size}", reads))
-        return found
-
-
-@dataclass(kw_only=True, slots=True)
-class DataConfig:
-    """Prepared data and how it is cut into rows."""
-
-    path: str = "???"  # folder of a dataset written by data_prep (with manifest.json)
-    sequence_length: int = 512  # tokens per row
-    weights: dict[str, float] = field(default_factory=dict)  # tokens by source; empty: the dataset's, or in proportion
-    isolate_documents: bool = True  # no attention across documents; positions restart at each document
-
-    def problems(self) -> list[Problem]:
-        """Returns the problems within this section."""
-        found = at_least("data", self, 1, "sequence_length")
-        negative = {f"data.weights.{name}": weight for name, weight in self.weights.items() if weight < 0}
-        rule, advice = "must not be negative", "0 leaves the source out"
-        found += [Problem(key, weight, rule, advice) for key, weight in negative.items()]
-        if self.weights and sum(self.weights.values()) <= 0:
-            advice = "try data.weights={} for all sources in proportion"
-            found.append(Problem("data.weights", None, "must have a positive sum", advice))
         return found
 
 

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ssa_pretrain.monitor.alerts import Alert, StepAlerts, failed
+from ssa_pretrain.monitor.by_source import RECENT
 from ssa_pretrain.monitor.console import Console, evaluation_line, task_line, train_line
 from ssa_pretrain.settings.files import atomic_file
 
@@ -237,6 +238,7 @@ class MetricsLogger:
         self.speed = Speed(clock=clock)
         self._trackers = trackers
         self._step_alerts = StepAlerts()
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)  # the newest training records of this process
         self._file = None
         self._waiting = b""  # lines that could not be written yet: the disk was full
         self.evaluated: set[tuple[int, str]] = set()  # step and name of every evaluation (`evaluations`)
@@ -250,18 +252,22 @@ class MetricsLogger:
                 self._forward(record)
             self._file = path.open("ab", buffering=0)
 
-    def log_step(self, record: Mapping[str, Any], flops_per_token: float | None = None) -> None:
+    def log_step(
+        self, record: Mapping[str, Any], flops_per_token: float | None = None, num_tokens: int | None = None
+    ) -> None:
         """Adds times and speeds to a training record and writes it.
 
         Args:
             record: at least step, tokens (since the start of the run), loss, cross_entropy (None: the step's data was left out) and
                 learning_rate; plain numbers, lists, strings.
             flops_per_token: model FLOPs per token of this step, which depend on its documents; None: the logger's own.
+            num_tokens: tokens of this step without padding, of which speeds are counted; None: all of the global batch.
         """
         if self._file is None:
             return
         batch = record.get("batch_tokens", self.tokens_per_step)
-        seconds = self.speed.step(batch if record["cross_entropy"] is not None else 0)
+        trained = batch if num_tokens is None else num_tokens
+        seconds = self.speed.step(trained if record["cross_entropy"] is not None else 0)
         rate = self.speed.tokens_per_second
         flops_per_token = flops_per_token or self.flops_per_token
         flops = rate * flops_per_token if flops_per_token else None
@@ -275,6 +281,7 @@ class MetricsLogger:
             "eta_seconds": self._seconds_left(record),
         }
         self._write(full)
+        self.recent.append(full)
         if alert := self._step_alerts.judge(full):
             self.alert(alert)
         step = full["step"]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ssa_pretrain.config import Config, PrecisionName
+from ssa_pretrain.config import Config, PrecisionName, RowPacking
 from ssa_pretrain.config.hardware import HardwareConfig, PlanConfig
 from ssa_pretrain.config.stages import layers_per_stage
 from ssa_pretrain.planning.balance import Batch, balance
@@ -95,7 +95,10 @@ class Estimate:
         """The operations of a typical row."""
         config = self.config
         rule = document_rule(config.document_tokens)
-        return typical_row(config.model, config.attention, config.data.sequence_length, self.plan.vocab_size, rule)
+        covered = config.attention.top_k * config.attention.block_size
+        padding = covered if config.data.packing is RowPacking.best_fit else 0
+        shape = (config.model, config.attention, config.data.sequence_length, self.plan.vocab_size)
+        return typical_row(*shape, rule, padding)
 
     @cached_property
     def rank(self) -> Rank:

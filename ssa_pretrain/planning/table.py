@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from ssa_pretrain.config import Auto, Config, Method, PrecisionName
 from ssa_pretrain.data.indexed_format import Manifest
-from ssa_pretrain.data.mixture import readings
 from ssa_pretrain.planning.balance import Batch, balance
+from ssa_pretrain.planning.epochs import epoch_lines
 from ssa_pretrain.planning.flops import peak_flops
 from ssa_pretrain.planning.plan import Plan
 from ssa_pretrain.rates import describe_pieces, rate_pieces
@@ -16,7 +16,7 @@ from ssa_pretrain.settings.problems import divisors
 GIB = 2**30
 GPUS_PER_NODE = 8
 TYPICAL_MFU = 0.4  # what published trainers reach in bf16 on H100s
-MAX_LINES = 4  # ranks or parts that are listed
+MAX_LINES = 4  # ranks that are listed
 
 
 def describe(
@@ -56,7 +56,7 @@ def describe(
         *_batches(plan),
         ("length", _length(config, plan)),
         *_rates(config, plan),
-        *_epochs(config, plan, manifest),
+        *epoch_lines(config, plan.steps, manifest),
         *([] if estimates else _memory(plan)),
         *_work(config, plan, with_time=not estimates),
         *estimates,
@@ -136,31 +136,6 @@ def _context(config: Config, plan: Plan) -> list[tuple[str, str]]:
     keys = 2 * tokens * model.kv_width // plan.tp
     held = f"a rank holds {tokens // plan.cp:,} of a microbatch's {tokens:,} queries and all keys"
     return [("", f"{held}: {_bytes(keys * size)} gathered and {_bytes(keys * 4)} of gradients reduced per layer")]
-
-
-def _epochs(config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple[str, str]]:
-    """Returns the epochs of the dataset and of each part, and the number of tokens that the first epoch leaves out."""
-    if manifest is None or not manifest.splits["train"]:
-        return []
-    rows = plan.rows_before(plan.steps)
-    try:
-        found = readings(manifest, config.data.weights, config.data.sequence_length, rows)
-    except ValueError as error:
-        return [("epochs", f"unknown: {error}")]
-    total = sum(reading.part.rows_per_epoch for reading in found)
-    line = f"{rows / total:.3g} over {_count(total, 'row')}"
-    if len(found) > 1:
-        found.sort(key=lambda reading: -reading.epochs)
-        shown = [f"{reading.part.name} {reading.epochs:.3g}" for reading in found[:MAX_LINES]]
-        line += f": {', '.join(shown)}"
-        if len(found) > MAX_LINES:
-            line += f" … {found[-1].part.name} {found[-1].epochs:.3g}, the lowest of {len(found)}"
-    lines = [("epochs", line)]
-    if tail := sum(reading.part.tail for reading in found if reading.rows):
-        left = f"the first epoch leaves out the last {tail:,} tokens"
-        each = ", summed over the parts" if len(found) > 1 else ""
-        lines.append(("", f"{left}{each}; the second reads them"))
-    return lines
 
 
 def _work(config: Config, plan: Plan, *, with_time: bool) -> list[tuple[str, str]]:

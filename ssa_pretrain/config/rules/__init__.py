@@ -1,6 +1,7 @@
 """Rules across sections of a configuration, the machine and the files. `check` runs all of them.
 
-A rule lives where the values it reads live: layout, schedule, machine, deepspeed, optimizer, evaluation, files. It returns problems and never raises.
+A rule lives where the values it reads live: layout, schedule, machine, deepspeed, optimizer, evaluation, data, files. It returns problems and never
+raises.
 Rules run in order. A rule that reads a key with a problem of its own is skipped, so that one mistake is one line.
 `warning` reports a suspicious setting that no rule rejects.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.config.rules.data import DATA_RULES
 from ssa_pretrain.config.rules.deepspeed import DEEPSPEED_RULES
 from ssa_pretrain.config.rules.evaluation import EVALUATION_FILE_RULES, EVALUATION_RULES
 from ssa_pretrain.config.rules.files import FILE_RULES
@@ -41,6 +43,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         *DEEPSPEED_RULES,
         *OPTIMIZER_RULES,
         *EVALUATION_RULES,
+        *DATA_RULES,
         *files,
     )
     found: list[Problem] = []

@@ -3,10 +3,10 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, RowPacking
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.data.indexed_format import load_manifest
-from ssa_pretrain.data.mixture import least_tokens
+from ssa_pretrain.data.mixture import is_padded, least_tokens
 from ssa_pretrain.run_folder import ELSEWHERE, named_folder, require_free, unwritable
 from ssa_pretrain.settings.problems import ConfigError, Problem, join
 
@@ -90,9 +90,16 @@ def _data(config: Config, machine: Machine) -> list[Problem]:
     tokens: dict[str, int] = {}
     for shard in manifest.splits["train"]:
         tokens[shard.part] = tokens.get(shard.part, 0) + shard.tokens
-    for name in sorted(set(config.data.weights) - set(tokens)):
-        advice = f"its parts are {join(tokens, 'and')}"
-        found.append(Problem(f"data.weights.{name}", config.data.weights[name], f"names no part of {path}", advice))
+    mixtures = {"data.weights": config.data.weights}
+    mixtures |= {f"data.stages[{n}].weights": stage.weights for n, stage in enumerate(config.data.stages)}
+    for key, weights in mixtures.items():
+        for name in sorted(set(weights) - set(tokens)):
+            advice = f"its parts are {join(tokens, 'and')}"
+            found.append(Problem(f"{key}.{name}", weights[name], f"names no part of {path}", advice))
+    if config.data.packing is RowPacking.best_fit and is_padded(manifest):
+        rule = f"packs documents, but {path} was packed as official_row, a sequence per row"
+        advice = "try flow, or prepare the text again with packing=megatron"
+        found.append(Problem("data.packing", config.data.packing, rule, advice))
     name, fewest = min(tokens.items(), key=lambda item: item[1])
     if fewest < least_tokens(length):
         rule = f"needs {least_tokens(length)} tokens of each part, and {name} (train) in {path} has {fewest}"

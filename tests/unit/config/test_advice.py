@@ -40,6 +40,7 @@ FREE = (
     "deepspeed.extra",
     "dry_run",
     "data.weights",
+    "data.stages",
     "logging.wandb.tags",
     "profile.at",
     "training.skip_steps",
