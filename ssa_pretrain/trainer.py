@@ -329,9 +329,7 @@ def data_values(run: Run, result: StepResult, step: int) -> dict[str, Any]:
     padding = {"padding_share": 1.0 - result.num_tokens / batch} if result.num_tokens < batch else {}
     if run.rows is None or not run.placement.is_rank_0:
         return padding
-    return padding | step_values(
-        run.rows.part_names, result.by_part, run.rows.read_so_far(run.plan.rows_before(step))
-    )
+    return padding | step_values(run.rows.part_names, result.by_part, run.rows.read_so_far(run.plan.rows_before(step)))
 
 
 def batch_size(run: Run, step: int) -> dict[str, int]:

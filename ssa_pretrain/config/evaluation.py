@@ -112,7 +112,9 @@ class EvaluationConfig:
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
-        found = at_least("evaluation", self, 0, "interval", "rows", "task_interval", "head_rows", "entropy_rows", "bound_rows")
+        found = at_least(
+            "evaluation", self, 0, "interval", "rows", "task_interval", "head_rows", "entropy_rows", "bound_rows"
+        )
         if self.name and not TASK_NAME.fullmatch(self.name):
             rule = "must be a file's name of letters, digits, dots, hyphens and underscores"
             found.append(Problem("evaluation.name", self.name, rule, "try rope_4x"))

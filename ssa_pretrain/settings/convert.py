@@ -163,8 +163,6 @@ class _Reader:
         if get_origin(kind) is dict and isinstance(value, dict):
             inner = get_args(kind)[1]
             return dict(entry for name, item in value.items() for entry in self._entry(inner, item, key, str(name)))
-        if get_origin(kind) is list and isinstance(value, list) and sections_in(inner := get_args(kind)[0]):
-            return [self.section(inner, item, f"{key}[{number}]") for number, item in enumerate(value)]
         try:
             return convert(kind, value)
         except MismatchError as mismatch:

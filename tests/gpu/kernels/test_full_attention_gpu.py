@@ -87,7 +87,9 @@ def test_strided_slices_of_one_projection(backend):
     check(inputs, lengths, cu_seqlens=ends(lengths), backend=backend, num_rows=2 if backend == "cudnn" else None)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128), (16, 2, 256)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128), (16, 2, 256)]
+)
 @pytest.mark.parametrize(("num_rows", "length"), [(1, 512), (3, 200), (2, 129), (4, 100)])
 @pytest.mark.parametrize("backend", [None, PACKED[1]])
 def test_equal_rows(backend, num_rows, length, heads, kv_heads, head_dim):

@@ -41,6 +41,7 @@ FREE = (
     "dry_run",
     "data.weights",
     "data.stages",
+    "data.index_path",
     "logging.wandb.tags",
     "profile.at",
     "training.skip_steps",

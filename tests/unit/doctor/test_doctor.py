@@ -199,7 +199,10 @@ def test_gpus_that_the_kernels_do_not_support_are_named(monkeypatch: pytest.Monk
     assert gpus.unsupported(supported) == []
     (one,) = gpus.unsupported({**supported, "Tesla V100-SXM2-32GB": (7, 0)})
     assert one.status is Status.FAIL
-    assert one.found == "Tesla V100-SXM2-32GB has compute capability 7.0, and the attention kernels need 8.0 (A100) or later"
+    assert (
+        one.found
+        == "Tesla V100-SXM2-32GB has compute capability 7.0, and the attention kernels need 8.0 (A100) or later"
+    )
     monkeypatch.setattr("torch.version.hip", "7.0")
     (one,) = gpus.unsupported({"AMD Instinct MI300X": (9, 4)})
     assert one.found == "AMD Instinct MI300X: no training run was tested on AMD's GPUs"
