@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from ssa_pretrain.config import AttentionConfig, Config, OptimConfig, PrecisionName, Schedule, StreamDraw
+from ssa_pretrain.config import AttentionConfig, Config, Method, OptimConfig, PrecisionName, Schedule, StreamDraw
 
 MIN_PAIRS = 8  # of chunks per row: the smallest share that every row can have is 1/8
 LONGEST_CHUNK = 1024  # queries, while a row has more than 2 * MIN_PAIRS chunks
@@ -96,7 +96,9 @@ class Place:
 
 
 def main_stream(attention: AttentionConfig, place: Place) -> str:
-    """Returns "full" or "sparse", the main stream of a microbatch."""
+    """Returns "full" or "sparse", the main stream of a microbatch. The method indexer begins with the full one."""
+    if attention.method is Method.indexer:
+        return "full" if place.step < attention.indexer.warmup_steps else "sparse"
     if len(attention.method.streams) == 1:
         return attention.method.streams[0]
     if attention.full_ratio in (0.0, 1.0):

@@ -285,11 +285,18 @@ def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
         "alignment_loss_by_layer": result.alignment_by_layer,
         "captured_mass": mean(result.captured_mass_by_layer),
         "captured_mass_by_layer": result.captured_mass_by_layer,
+        **index_loss_record(result),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
         "stream": {1.0: "full", 0.0: "sparse"}.get(result.full_share, "mixed"),
         "full_share": result.full_share,
     }
+
+
+def index_loss_record(result: StepResult) -> dict[str, Any]:
+    """Returns what a trained scorer adds to a step's record."""
+    losses = result.index_loss_by_layer
+    return {"index_loss": mean(losses), "index_loss_by_layer": losses} if losses else {}
 
 
 def left_out_record(run: Run, step: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The configuration of a run: its schema, the machine it runs on, its rules and DeepSpeed's dictionary.
 
-Reading order: choices, evaluation, trackers, schema, machine, rules/, deepspeed. This module re-exports the first four only, so importing it is cheap.
+Reading order: choices, evaluation, indexer, trackers, schema, machine, rules/, deepspeed. This module re-exports the first four only, so importing it is cheap.
 """
 
 from pathlib import Path
@@ -30,6 +30,7 @@ from ssa_pretrain.config.evaluation import (
     PerplexityTask,
     TaskConfig,
 )
+from ssa_pretrain.config.indexer import IndexerConfig
 from ssa_pretrain.config.schema import (
     AttentionConfig,
     CheckpointConfig,
@@ -64,6 +65,7 @@ __all__ = [
     "EvaluationConfig",
     "Fp8Recipe",
     "Haystack",
+    "IndexerConfig",
     "KernelImpl",
     "LayerSpec",
     "LmEvalConfig",

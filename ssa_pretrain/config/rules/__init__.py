@@ -1,6 +1,6 @@
 """Rules across sections of a configuration, the machine and the files. `check` runs all of them.
 
-A rule lives where the values it reads live: layout, machine, deepspeed, evaluation, files. It returns problems and never raises.
+A rule lives where the values it reads live: layout, machine, deepspeed, indexer, evaluation, files. It returns problems and never raises.
 Rules run in order. A rule that reads a key with a problem of its own is skipped, so that one mistake is one line.
 `warning` reports a suspicious setting that no rule rejects.
 """
@@ -13,6 +13,7 @@ from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config.rules.deepspeed import DEEPSPEED_RULES
 from ssa_pretrain.config.rules.evaluation import EVALUATION_FILE_RULES, EVALUATION_RULES
 from ssa_pretrain.config.rules.files import FILE_RULES
+from ssa_pretrain.config.rules.indexer import INDEXER_RULES
 from ssa_pretrain.config.rules.layout import LAYOUT_RULES
 from ssa_pretrain.config.rules.machine import MACHINE_RULES
 from ssa_pretrain.settings.convert import SECRET_ADVICE, SECRET_RULE, config_to_dict
@@ -28,7 +29,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         wrong: keys that already have problems; a section stands for all its keys.
     """
     files = (*FILE_RULES, *EVALUATION_FILE_RULES) if machine.has_files else ()
-    rules = (_secrets, _sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *EVALUATION_RULES, *files)
+    rules = (_secrets, _sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *INDEXER_RULES, *EVALUATION_RULES, *files)
     found: list[Problem] = []
     for rule in rules:
         bad = {*wrong, *(problem.key for problem in found)}
@@ -38,7 +39,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
 
 def accepts_layout(config: Config, machine: Machine) -> bool:
     """Returns whether a configuration has no problem that its layout, batch or engine can cause. Stops at the first: a search asks thousands of times."""
-    rules = (_sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES)
+    rules = (_sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *INDEXER_RULES)
     return not any(rule(config, machine) for rule in rules)
 
 
