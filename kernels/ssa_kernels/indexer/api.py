@@ -29,7 +29,9 @@ class IndexLoss(NamedTuple):
     """The result of `index_loss`."""
 
     loss: torch.Tensor  # scalar, float32 (float64 for float64 inputs): mean over queries and kv heads, nats
-    captured_mass: torch.Tensor  # scalar, no gradient: mean share of full attention in the blocks that the scorer chooses
+    captured_mass: (
+        torch.Tensor
+    )  # scalar, no gradient: mean share of full attention in the blocks that the scorer chooses
 
 
 def choose_by_index(
@@ -151,7 +153,9 @@ def index_loss(
         _check_triton(iq, ik, layout)
         _check_triton(q, k, layout)
     with_gradients = torch.is_grad_enabled() and (iq.requires_grad or ik.requires_grad)
-    return IndexLoss(*IndexLossFunction.apply(iq, ik, q, k, layout, top_k, (scale, index_scale), with_gradients, chosen))
+    return IndexLoss(
+        *IndexLossFunction.apply(iq, ik, q, k, layout, top_k, (scale, index_scale), with_gradients, chosen)
+    )
 
 
 def _checked(

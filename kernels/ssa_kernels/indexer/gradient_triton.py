@@ -5,9 +5,10 @@ r[c] = t[c] / P[c] (0 for a query that has nothing to choose):
 
     d loss / d z[j, s] = p[j, s] (a[j] - r[c(s)]) / J,    a[j] = sum over s of p[j, s] r[c(s)]
 
-r is passed as its logarithm, because p r is bounded by J t while r alone is not. Two kernels, each with a fixed order of sums:
+r is passed as its logarithm, because p r is bounded by J t while r alone is not. Three kernels, each with a fixed order of sums:
 
-* `query_gradient_kernel`, one program per (tile of queries, kv head): a in a first pass over the keys, then d iq = scale sum_s dz[s] ik[s].
+* `ratio_sums_kernel`, one program per (tile of queries, kv head): a. (In one kernel with the next, Triton 3.7 fails to compile two loops.)
+* `query_gradient_kernel`, by the same programs: d iq = scale sum_s dz[s] ik[s].
 * `key_gradient_kernel`, one program per (step of block rows, kv head): d ik[s] = scale sum over the later queries of dz[s] iq. It adds to what
   earlier chunks of queries have left, in fp32.
 
@@ -23,21 +24,72 @@ from .mass_triton import NOTHING, block_rows_of_tile, logits_of_step, step_of_ke
 @triton.jit
 def _ratio_of_step(
     ratio_ptr, token, first, own_key, start, valid, row, first_query, stride_list, kv_head, KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PADDED_BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Returns log2 of r [ROWS, BLOCK_ROWS] of the block rows from `row` on, NOTHING where there is none."""
-    rows = row + tl.arange(0, BLOCK_ROWS)
-    column = rows[None, :] - first[:, None]
-    inside = valid[:, None] & (column >= 0) & (column <= ((own_key - start) // BLOCK_SIZE)[:, None]) & (column < stride_list)
+    """Returns log2 of r of each key's block, [ROWS, KEYS], or [ROWS, 1] if all keys are of one block; NOTHING where there is none.
+
+    Every key loads its block's number, from the first-level cache.
+    """
+    if BLOCK_ROWS == 1:
+        column = row - first[:, None]
+    else:
+        column = row + (tl.arange(0, BLOCK_ROWS * PADDED_BLOCK) // PADDED_BLOCK)[None, :] - first[:, None]
+    last = (own_key - start) // BLOCK_SIZE
+    inside = valid[:, None] & (column >= 0) & (column <= last[:, None]) & (column < stride_list)
     at = ((token - first_query).to(tl.int64) * KV_HEADS + kv_head) * stride_list
     return tl.load(ratio_ptr + at[:, None] + column, mask=inside, other=NOTHING)
 
 
-@triton.jit
-def _weighted(x, ratio, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, PADDED_BLOCK: tl.constexpr):
-    """Returns p r [ROWS, KEYS] from log2 p and log2 r."""
-    blocks = tl.reshape(x, [ROWS, BLOCK_ROWS, PADDED_BLOCK]) + ratio[:, :, None]
-    return tl.reshape(tl.exp2(blocks), [ROWS, BLOCK_ROWS * PADDED_BLOCK])
+@triton.jit(do_not_specialize=["first_query", "num_queries", "stride_list"])
+def ratio_sums_kernel(
+    q_ptr,
+    k_ptr,
+    first_block_row_ptr,
+    position_ptr,
+    start_ptr,
+    block_start_ptr,
+    block_length_ptr,
+    lse_ptr,
+    ratio_ptr,
+    sums_ptr,
+    first_query,
+    num_queries,
+    stride_list,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PADDED_BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TOP_K: tl.constexpr,
+):
+    """sums[t, g, j] = a of the queries [first_query, num_queries). Grid: (tiles, kv heads), last tiles first."""
+    kv_head = tl.program_id(1).to(tl.int64)
+    base = first_query + (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE_TOKENS
+    lo, hi, most = block_rows_of_tile(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
+    if most >= TOP_K:
+        q, token, head, first, start, own_key, valid = tile_of_queries(
+            q_ptr, first_block_row_ptr, position_ptr, start_ptr, base, num_queries, kv_head,
+            KV_HEADS, GROUP_SIZE, PADDED_GROUP, HEAD_DIM, DIM, TILE_TOKENS,
+        )  # fmt: skip
+        at = (token.to(tl.int64) * KV_HEADS + kv_head) * GROUP_SIZE + head
+        lse = tl.load(lse_ptr + at, mask=valid, other=0.0)
+        total = tl.zeros([TILE_TOKENS * PADDED_GROUP], tl.float32)
+        for row in range(lo, hi, BLOCK_ROWS):
+            k, key, exists = step_of_keys(
+                k_ptr, block_start_ptr, block_length_ptr, row, hi, kv_head, KV_HEADS, PADDED_BLOCK, BLOCK_ROWS, HEAD_DIM, DIM
+            )  # fmt: skip
+            x = logits_of_step(q, k, key, exists, start, own_key, valid, scale_log2) - lse[:, None]
+            ratio = _ratio_of_step(
+                ratio_ptr, token, first, own_key, start, valid, row, first_query, stride_list, kv_head, KV_HEADS, BLOCK_SIZE,
+                PADDED_BLOCK, BLOCK_ROWS,
+            )  # fmt: skip
+            total += tl.sum(tl.exp2(x + ratio), 1)
+        tl.store(sums_ptr + at, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["first_query", "num_queries", "stride_list"])
@@ -69,43 +121,33 @@ def query_gradient_kernel(
     TILE_TOKENS: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """grad[t, g, j, :] and sums[t, g, j] = a of the queries [first_query, num_queries). Grid: (tiles, kv heads), last tiles first."""
+    """grad[t, g, j, :] of the queries [first_query, num_queries). Grid: (tiles, kv heads), last tiles first."""
     kv_head = tl.program_id(1).to(tl.int64)
     base = first_query + (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE_TOKENS
     lo, hi, most = block_rows_of_tile(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
     if most >= TOP_K:
-        ROWS: tl.constexpr = TILE_TOKENS * PADDED_GROUP
         q, token, head, first, start, own_key, valid = tile_of_queries(
             q_ptr, first_block_row_ptr, position_ptr, start_ptr, base, num_queries, kv_head,
             KV_HEADS, GROUP_SIZE, PADDED_GROUP, HEAD_DIM, DIM, TILE_TOKENS,
         )  # fmt: skip
         at = (token.to(tl.int64) * KV_HEADS + kv_head) * GROUP_SIZE + head
         lse = tl.load(lse_ptr + at, mask=valid, other=0.0)
-        total = tl.zeros([ROWS], tl.float32)
+        total = tl.load(sums_ptr + at, mask=valid, other=0.0)
+        grad = tl.zeros([TILE_TOKENS * PADDED_GROUP, DIM], tl.float32)
         for row in range(lo, hi, BLOCK_ROWS):
             k, key, exists = step_of_keys(
                 k_ptr, block_start_ptr, block_length_ptr, row, hi, kv_head, KV_HEADS, PADDED_BLOCK, BLOCK_ROWS, HEAD_DIM, DIM
             )  # fmt: skip
             x = logits_of_step(q, k, key, exists, start, own_key, valid, scale_log2) - lse[:, None]
             ratio = _ratio_of_step(
-                ratio_ptr, token, first, own_key, start, valid, row, first_query, stride_list, kv_head, KV_HEADS, BLOCK_SIZE, BLOCK_ROWS
+                ratio_ptr, token, first, own_key, start, valid, row, first_query, stride_list, kv_head, KV_HEADS, BLOCK_SIZE,
+                PADDED_BLOCK, BLOCK_ROWS,
             )  # fmt: skip
-            total += tl.sum(_weighted(x, ratio, ROWS, BLOCK_ROWS, PADDED_BLOCK), 1)
-        grad = tl.zeros([ROWS, DIM], tl.float32)
-        for row in range(lo, hi, BLOCK_ROWS):
-            k, key, exists = step_of_keys(
-                k_ptr, block_start_ptr, block_length_ptr, row, hi, kv_head, KV_HEADS, PADDED_BLOCK, BLOCK_ROWS, HEAD_DIM, DIM
-            )  # fmt: skip
-            x = logits_of_step(q, k, key, exists, start, own_key, valid, scale_log2) - lse[:, None]
-            ratio = _ratio_of_step(
-                ratio_ptr, token, first, own_key, start, valid, row, first_query, stride_list, kv_head, KV_HEADS, BLOCK_SIZE, BLOCK_ROWS
-            )  # fmt: skip
-            dz = tl.exp2(x) * total[:, None] - _weighted(x, ratio, ROWS, BLOCK_ROWS, PADDED_BLOCK)
+            dz = tl.exp2(x) * total[:, None] - tl.exp2(x + ratio)
             grad = tl.dot(dz.to(k.dtype), k, grad, input_precision="ieee")
         d = tl.arange(0, DIM)
         inside = valid[:, None] & (d < HEAD_DIM)[None, :]
         tl.store(grad_ptr + at[:, None] * HEAD_DIM + d[None, :], grad * (scale / GROUP_SIZE), mask=inside)
-        tl.store(sums_ptr + at, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["first_query", "num_queries", "stride_list", "num_block_rows"])
@@ -151,7 +193,6 @@ def key_gradient_kernel(
     begin = tl.maximum(tl.min(tl.load(begin_ptr + rows, mask=used, other=2147483647), 0), first_query)
     end = tl.minimum(tl.max(tl.load(end_ptr + rows, mask=used, other=0), 0), num_queries)
     if begin < end:
-        ROWS: tl.constexpr = TILE_TOKENS * PADDED_GROUP
         k, key, exists = step_of_keys(
             k_ptr, block_start_ptr, block_length_ptr, row, num_block_rows, kv_head, KV_HEADS, PADDED_BLOCK, BLOCK_ROWS, HEAD_DIM, DIM
         )  # fmt: skip
@@ -160,7 +201,9 @@ def key_gradient_kernel(
         inside = exists[:, None] & (d < HEAD_DIM)[None, :]
         grad = tl.zeros([BLOCK_ROWS * PADDED_BLOCK, DIM], tl.float32)
         for base in range(begin, end, TILE_TOKENS):
-            _, _, most = block_rows_of_tile(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
+            _, _, most = block_rows_of_tile(
+                first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS
+            )
             if most >= TOP_K:
                 q, token, head, first, start, own_key, valid = tile_of_queries(
                     q_ptr, first_block_row_ptr, position_ptr, start_ptr, base, num_queries, kv_head,
@@ -172,9 +215,10 @@ def key_gradient_kernel(
                 total = tl.load(sums_ptr + at, mask=valid, other=0.0)
                 x = logits_of_step(q, k, key, exists, start, own_key, valid, scale_log2) - lse[:, None]
                 ratio = _ratio_of_step(
-                    ratio_ptr, token, first, own_key, start, valid, row, first_query, stride_list, kv_head, KV_HEADS, BLOCK_SIZE, BLOCK_ROWS
+                    ratio_ptr, token, first, own_key, start, valid, row, first_query, stride_list, kv_head, KV_HEADS, BLOCK_SIZE,
+                PADDED_BLOCK, BLOCK_ROWS,
                 )  # fmt: skip
-                dz = tl.exp2(x) * total[:, None] - _weighted(x, ratio, ROWS, BLOCK_ROWS, PADDED_BLOCK)
+                dz = tl.exp2(x) * total[:, None] - tl.exp2(x + ratio)
                 grad = tl.dot(tl.trans(dz).to(q.dtype), q, grad, input_precision="ieee")
         grad = grad * (scale / GROUP_SIZE) + tl.load(out, mask=inside, other=0.0)
         tl.store(out, grad, mask=inside)

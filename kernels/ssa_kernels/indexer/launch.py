@@ -12,7 +12,7 @@ import torch
 from ..documents import DocumentLayout
 from ..launch import cdiv, launch, next_power_of_2
 from ..select.topk import top_k_kernel
-from .gradient_triton import key_gradient_kernel, query_gradient_kernel
+from .gradient_triton import key_gradient_kernel, query_gradient_kernel, ratio_sums_kernel
 from .mass_triton import log_block_mass_kernel
 from .reference import NOTHING, terms
 
@@ -114,16 +114,36 @@ def loss_triton(
         if grad_q is not None and grad_k is not None and ranges is not None:
             counts = (candidates & (own >= top_k)[:, None])[:, None] & (target > NOTHING / 10)
             ratio = torch.where(counts, (target - predicted) * LOG2E, NOTHING)
-            grid, step = (cdiv(len(ratio), sizes["TILE_TOKENS"]), kv_heads), (scales[1] * LOG2E, scales[1])
-            tensors = (iq, ik, *_arrays(layout), lse, ratio, sums)
-            launch(
-                query_gradient_kernel, grid, *tensors, grad_q, start, queries.stop, columns, *step, **sizes, **_settings(sizes)
-            )  # fmt: skip
-            launch(
-                key_gradient_kernel, (cdiv(layout.num_block_rows, sizes["BLOCK_ROWS"]), kv_heads),
-                *tensors, grad_k, *ranges, start, queries.stop, columns, layout.num_block_rows, *step, **sizes, **_settings(sizes),
-            )  # fmt: skip
+            _add_gradients(
+                (iq, ik, *_arrays(layout), lse, ratio, sums),
+                (grad_q, grad_k),
+                ranges,
+                queries,
+                layout,
+                scales[1],
+                sizes,
+            )
     return loss, captured, grad_q, grad_k
+
+
+def _add_gradients(
+    tensors: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor, torch.Tensor],
+    ranges: tuple[torch.Tensor, torch.Tensor],
+    queries: slice,
+    layout: DocumentLayout,
+    scale: float,
+    sizes: dict[str, int],
+) -> None:
+    """Writes the gradient of a chunk's index queries, and adds its part of the keys'; `tensors` are the kernels' first arguments."""
+    ratio = tensors[-2]
+    place, settings = (queries.start, queries.stop, ratio.shape[2]), {**sizes, **_settings(sizes)}
+    tiles, rows = cdiv(len(ratio), sizes["TILE_TOKENS"]), cdiv(layout.num_block_rows, sizes["BLOCK_ROWS"])
+    kv_heads, factors = ratio.shape[1], (scale * LOG2E, scale)
+    launch(ratio_sums_kernel, (tiles, kv_heads), *tensors, *place, factors[0], **settings)
+    launch(query_gradient_kernel, (tiles, kv_heads), *tensors, grads[0], *place, *factors, **settings)
+    arguments = (*tensors, grads[1], *ranges, *place, layout.num_block_rows, *factors)
+    launch(key_gradient_kernel, (rows, kv_heads), *arguments, **settings)
 
 
 def _later_queries(layout: DocumentLayout) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,7 +103,7 @@ def log_block_mass_kernel(
     lo, hi, most = block_rows_of_tile(first_block_row_ptr, position_ptr, base, num_queries, BLOCK_SIZE, TILE_TOKENS)
     if most >= TOP_K:
         ROWS: tl.constexpr = TILE_TOKENS * PADDED_GROUP
-        q, token, head, first, start, own_key, valid = tile_of_queries(
+        q, token, head, _, start, own_key, valid = tile_of_queries(
             q_ptr, first_block_row_ptr, position_ptr, start_ptr, base, num_queries, kv_head,
             KV_HEADS, GROUP_SIZE, PADDED_GROUP, HEAD_DIM, DIM, TILE_TOKENS,
         )  # fmt: skip
