@@ -134,7 +134,9 @@ def indexer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     found = []
     for name, settings in views.items():
         work = common | ({"flops": 0.0} if name == "warm-up" else {})  # operations are counted as after the warm-up
-        found.append(Variant(name=f"indexer 8k {name}", run=pass_over(with_attention(engine, **settings), rows), **work))
+        found.append(
+            Variant(name=f"indexer 8k {name}", run=pass_over(with_attention(engine, **settings), rows), **work)
+        )
     work = work_of(inside.config, placement, 1) | {"foreign_bytes": held}
     return [*found, Variant(name="ssa with indexer 8k", run=pass_over(inside, rows), **work)]
 

@@ -345,7 +345,9 @@ class Microbatches:
                 numbers, (alignment * queries).sum(1), ((1.0 - mass) * queries).sum(1), strict=True
             ):
                 vector[number - 1], vector[num_layers + number - 1] = values
-            if index := [layer.index_loss for layer in layers if layer.index_loss is not None]:  # of every layer or of none
+            if index := [
+                layer.index_loss for layer in layers if layer.index_loss is not None
+            ]:  # of every layer or of none
                 losses = (torch.stack(index).double().view(queries.shape) * queries).sum(1)
                 for number, loss in zip(numbers, losses, strict=True):
                     vector[2 * num_layers + 4 + number] = loss

@@ -106,9 +106,7 @@ class IndexerAttention(SSAAttention):
         finally:
             self._index = None
 
-    def _project_index(
-        self, hidden_states: Tensor, rotary_pos_emb: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _project_index(self, hidden_states: Tensor, rotary_pos_emb: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns rotated index queries [T, G * J, D] and keys [T, G, D] of this rank's kv heads."""
         mixed, _ = self.linear_index(hidden_states)
         tokens, heads, dim = mixed.shape[0], self.attention.indexer.heads, self.head_dim

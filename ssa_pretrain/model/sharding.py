@@ -1,6 +1,7 @@
 """How the model's parameters are cut for tensor ranks and named over pipeline stages: the only module that knows it.
 
     embedding, output layer, QKV projection   rows (dim 0) over tensor ranks
+    a trained scorer's projection             rows, grouped by kv head as the QKV projection's
     linear_fc1                                rows; its two halves, [gate; up], are cut separately
     linear_proj, linear_fc2                   columns (dim 1): megatron-core's row-parallel layers
     norms                                     whole on every tensor rank
@@ -15,6 +16,7 @@ from torch import Tensor
 
 ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
 PAIRED = "linear_fc1.weight"  # [gate; up]
+SCORER = "linear_index.weight"
 NORMS = ("norm.weight", "layer_norm_weight")  # the second is fused into the projection after it
 
 
@@ -37,6 +39,11 @@ def global_name(name: str, layer_offset: int, *, tied: bool) -> str:
 def is_norm(name: str) -> bool:
     """Returns whether a parameter is a norm's weight."""
     return name.endswith(NORMS)
+
+
+def is_scorer(name: str) -> bool:
+    """Returns whether a parameter belongs to a trained scorer of blocks."""
+    return name.endswith(SCORER)
 
 
 def is_row_parallel(name: str) -> bool:

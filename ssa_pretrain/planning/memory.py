@@ -21,7 +21,9 @@ from ssa_pretrain.config import Config, EngineName, Method, PrecisionName, Recom
 from ssa_pretrain.schedule import share_drawn
 
 SELECTION_WORKSPACE = 64 * 2**20  # bytes, the bound in kernels/ssa_kernels/select/launch.py
-INDEX_WORKSPACE = 8 * 32 * 2**20  # of the index loss: the bound in kernels/ssa_kernels/indexer/launch.py, and the tensors of its arithmetic
+INDEX_WORKSPACE = (
+    8 * 32 * 2**20
+)  # of the index loss: the bound in kernels/ssa_kernels/indexer/launch.py, and the tensors of its arithmetic
 USER_BUFFERS = 93  # hidden states of a microbatch that Transformer Engine's user buffers take, by the measured run with engine.overlap_tp
 
 

@@ -96,7 +96,9 @@ def microbatch_work(
         ("selection", selection, passes - 2.0),  # it has no backward
     ):
         work[name] = times * flops * layers / peak
-    work["selection"] += share * row.distillation * layers / peak  # products and exponentials over all pairs, as selection has
+    work["selection"] += (
+        share * row.distillation * layers / peak
+    )  # products and exponentials over all pairs, as selection has
     work["memory traffic"] = _traffic(config, rank, share, again=again) / (hardware.hbm_tb_per_s * TERA)
     return work
 

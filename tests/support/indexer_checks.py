@@ -214,3 +214,21 @@ def test_checkpoint_and_common_weights_hold_the_scorer(placement, tmp_path):  # 
         getattr(other, load)(tmp_path)
         assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
         assert torch.equal(other.last_logits(microbatches()[0], mode="sparse"), expected)
+
+
+def test_scorer_begins_beside_weights_without_one(placement, tmp_path):  # noqa: F811
+    """A run may start from a model with full attention; an evaluation of such weights with a scorer is refused."""
+    from ssa_pretrain.checkpoint.weights import WeightsError
+    from ssa_pretrain.engine.megatron.model import MegatronModel
+
+    trained, weights = engine_and_weights(small_config(), placement)
+    trained.train_step(microbatches(), step=0, learning_rate=1e-2).result()
+    trained.save(tmp_path)
+    trained.save_weights(tmp_path)
+    engine, loaded = engine_and_weights(indexer_config(), placement)
+    before = {name: weight.clone() for name, weight in loaded.items()}
+    engine.load_weights(tmp_path)
+    for name, weight in loaded.items():
+        assert torch.equal(weight, before[name] if "linear_index" in name else weights[name]), name
+    with pytest.raises(WeightsError, match="linear_index"):
+        MegatronModel(indexer_config(), placement, VOCAB).load_weights(tmp_path / "weights")

@@ -56,7 +56,9 @@ def _training(config: Config, _: Machine) -> list[Problem]:
 def _without_effect(config: Config) -> list[Problem]:
     """Settings of the scorer under another score."""
     chosen, defaults = config.attention.indexer, IndexerConfig()
-    names = [field.name for field in fields(IndexerConfig) if getattr(chosen, field.name) != getattr(defaults, field.name)]
+    names = [
+        field.name for field in fields(IndexerConfig) if getattr(chosen, field.name) != getattr(defaults, field.name)
+    ]
     rule, reads = f"has no effect under attention.score={config.attention.score}", ("attention.score",)
     advice = "add attention.score=indexer"
     return [Problem(f"attention.indexer.{name}", getattr(chosen, name), rule, advice, reads) for name in names]
