@@ -85,9 +85,9 @@ def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
     if arguments.only == "decode":
         yield from decode.rows(arguments.quick)
         return
-    yield from indexer.rows(shapes.SHAPE_8K)
-    yield from indexer.rows(shapes.SHAPE_32K)
     if arguments.only == "indexer":
+        yield from indexer.rows(shapes.SHAPE_8K)
+        yield from indexer.rows(shapes.SHAPE_32K)
         return
     yield from cases.streams(shapes.SHAPE_8K, (4.8, 5.2), (3.0, 3.7))
     yield from cases.streams(shapes.SHAPE_32K, (13.0, 15.0), (6.2, 8.5))
@@ -102,6 +102,8 @@ def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
     yield from cases.memory(shapes.SHAPE_8K, 0.4)
     yield from cases.memory(shapes.SHAPE_32K, 0.4)
     yield from decode.rows(arguments.quick)
+    yield from indexer.rows(shapes.SHAPE_8K)
+    yield from indexer.rows(shapes.SHAPE_32K)
     for path in arguments.activations:
         yield from activation_rows(path, torch.device("cuda"))
     if not arguments.quick:
