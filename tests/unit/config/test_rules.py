@@ -647,5 +647,5 @@ def test_trained_scorer_passes_every_check() -> None:
     gpus = replace(GPU, world_size=2)
     assert found(*BASE, *overlap, machine=gpus) == []
     assert found(*BASE, *overlap, *INDEXED, machine=gpus) == [
-        "engine.overlap_tp=True has no buffer for the projection of attention.score=indexer; try engine.overlap_tp=false"
+        "engine.overlap_tp=true has no buffer for the projection of attention.score=indexer; try engine.overlap_tp=false"
     ]
