@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from ssa_pretrain.rollback import load_incidents, roll_back
 from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flatten_settings, locked_folder, packing_of
 from ssa_pretrain.run_folder import space_warning
 from ssa_pretrain.saving import Saver
-from ssa_pretrain.schedule import is_due, learning_rate
+from ssa_pretrain.schedule import is_due, is_warm_up, learning_rate
 from ssa_pretrain.settings.convert import config_to_dict, save_config
 from ssa_pretrain.step_ranges import contains
 
@@ -223,7 +223,7 @@ def train_step(run: Run, step: int) -> QueuedStep:
     data_seconds, rate = time.monotonic() - begin, learning_rate(step, run.config.optim, plan)
     with profiling(run, step + 1):
         pending = run.engine.train_step(batches, step=step, learning_rate=rate)
-    return QueuedStep(step + 1, pending, flops_per_token(run, batches), data_seconds)
+    return QueuedStep(step + 1, pending, flops_per_token(run, batches, step), data_seconds)
 
 
 def log_results(
@@ -266,10 +266,12 @@ def profiling(run: Run, step: int) -> AbstractContextManager[None]:
     return profiled(run.folder / "profile", step=step, rank=rank, memory=memory)
 
 
-def flops_per_token(run: Run, batches: list[Batch]) -> float:
-    """Returns the model FLOPs per token of a step. Causal attention is counted per document, over this data rank's microbatches."""
+def flops_per_token(run: Run, batches: list[Batch], step: int) -> float:
+    """Returns the model FLOPs per token of the step after `step` steps. Causal attention is counted per document, over this data rank's microbatches."""
     lengths = [int(n) for batch in batches for n in batch.cu_seqlens.diff()]
     row = row_flops(run.config.model, run.config.attention, lengths, run.plan.vocab_size)
+    if is_warm_up(run.config.attention, step):
+        row = replace(row, full_ratio=1.0)
     return row.model / sum(lengths)
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from ssa_pretrain.settings.problems import Problem, above_zero, at_least
+from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between
+
+MOST_HEADS = 32  # of the GPU kernels
 
 
 @dataclass(kw_only=True, slots=True, unsafe_hash=True)
@@ -16,5 +18,5 @@ class IndexerConfig:
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         key = "attention.indexer"
-        found = at_least(key, self, 1, "heads") + at_least(key, self, 0, "warmup_steps")
+        found = between(key, self, 1, MOST_HEADS, "heads") + at_least(key, self, 0, "warmup_steps")
         return found + above_zero(key, self, "loss_weight")

@@ -626,7 +626,7 @@ INDEXED = ("attention=indexer", "attention.indexer.warmup_steps=30")
             ("attention.indexer.heads=2",),
             "attention.indexer.heads=2 has no effect under attention.score=softmax_sum; add attention.score=indexer",
         ),
-        ((*INDEXED, "attention.indexer.heads=0"), "attention.indexer.heads=0 must be at least 1; try 1"),
+        ((*INDEXED, "attention.indexer.heads=0"), "attention.indexer.heads=0 must lie in 1 to 32; try 1"),
         (
             (*INDEXED, "attention.indexer.loss_weight=0"),
             "attention.indexer.loss_weight=0.0 must be above 0; try 1",
