@@ -232,3 +232,12 @@ def test_scorer_begins_beside_weights_without_one(placement, tmp_path):  # noqa:
         assert torch.equal(weight, before[name] if "linear_index" in name else weights[name]), name
     with pytest.raises(WeightsError, match="linear_index"):
         MegatronModel(indexer_config(), placement, VOCAB).load_weights(tmp_path / "weights")
+
+
+def test_plan_counts_the_parameters_of_the_scorer(placement):  # noqa: F811
+    from ssa_pretrain.planning.memory import count_parameters
+
+    config = indexer_config()
+    _, weights = engine_and_weights(config, placement)
+    total, largest = count_parameters(config, config.model.padded_vocab_size(VOCAB))
+    assert total == largest == sum(weight.numel() for weight in weights.values())
