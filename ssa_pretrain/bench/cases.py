@@ -133,12 +133,12 @@ def indexer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     common = work_of(engine.config, placement, 1) | {"foreign_bytes": inside_held}
     found = []
     for name, settings in views.items():
-        work = common | ({"flops": 0.0} if name == "warm-up" else {})  # operations are counted as after the warm-up
+        work: dict[str, Any] = {**common, "flops": 0.0 if name == "warm-up" else common["flops"]}  # counted as after it
         found.append(
             Variant(name=f"indexer 8k {name}", run=pass_over(with_attention(engine, **settings), rows), **work)
         )
-    work = work_of(inside.config, placement, 1) | {"foreign_bytes": held}
-    return [*found, Variant(name="ssa with indexer 8k", run=pass_over(inside, rows), **work)]
+    common = work_of(inside.config, placement, 1) | {"foreign_bytes": held}
+    return [*found, Variant(name="ssa with indexer 8k", run=pass_over(inside, rows), **common)]
 
 
 CASES = {

@@ -111,7 +111,7 @@ def loss_triton(
         candidates = torch.arange(columns, device=device) <= own[:, None]
         one, mass = terms(target, predicted, own.clamp(max=columns - 1), own, candidates, top_k)
         loss, captured = loss + one, captured + mass
-        if grad_q is not None and grad_k is not None and ranges is not None:
+        if grad_q is not None and grad_k is not None and sums is not None and ranges is not None:
             counts = (candidates & (own >= top_k)[:, None])[:, None] & (target > NOTHING / 10)
             ratio = torch.where(counts, (target - predicted) * LOG2E, NOTHING)
             _add_gradients(
@@ -133,7 +133,7 @@ def _add_gradients(
     queries: slice,
     layout: DocumentLayout,
     scale: float,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
 ) -> None:
     """Writes the gradient of a chunk's index queries, and adds its part of the keys'; `tensors` are the kernels' first arguments."""
     ratio = tensors[-2]
@@ -168,7 +168,7 @@ def _arrays(layout: DocumentLayout) -> tuple[torch.Tensor, ...]:
     return *queries, layout.block_start, layout.block_length
 
 
-def _sizes(q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout, top_k: int) -> dict[str, int]:
+def _sizes(q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout, top_k: int) -> dict[str, Any]:
     """Returns the compile-time sizes that all kernels take."""
     group_size = q.shape[1] // k.shape[1]
     padded_group, padded_block = next_power_of_2(group_size), next_power_of_2(layout.block_size)
@@ -186,7 +186,7 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout, top_k: int)
     }
 
 
-def _settings(sizes: dict[str, int]) -> dict[str, int]:
+def _settings(sizes: dict[str, Any]) -> dict[str, Any]:
     """Returns the compiler's options."""
     wide = sizes["BLOCK_ROWS"] * sizes["PADDED_BLOCK"] > STEP_KEYS or sizes["DIM"] > 64
     return {"num_warps": 8 if wide else 4, "num_stages": 2}
