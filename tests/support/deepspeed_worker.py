@@ -45,9 +45,8 @@ def train(engine, config, placement: Placement, steps: range) -> list[list[float
         result = pending.result()
         by_part(result, batches(config, 0, 1, step))
         assert 0 < pending.own_seconds() < time.monotonic() - begin
-        found.append(
-            [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
-        )
+        by_layer = (*result.alignment_by_layer, *result.captured_mass_by_layer, *result.index_loss_by_layer)
+        found.append([result.cross_entropy, result.grad_norm, *by_layer])
     return found
 
 
