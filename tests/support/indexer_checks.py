@@ -187,7 +187,7 @@ def test_attention_by_head_uses_the_scorer(placement):  # noqa: F811
     engine, _ = engine_and_weights(indexer_config(), placement)
     seen = []
 
-    def observe(layer, q, k, packed, mask_T):
+    def observe(layer, q, k, packed, mask_T, **_):
         sums = head_sums(q, k, layer.select(q, k, packed.documents), packed.documents, torch.ones(len(q)))
         seen.append(float(sums[0].sum()) / (len(q) * HEADS))
 
