@@ -41,6 +41,7 @@ from ssa_pretrain.data.spans import Span, total
 from ssa_pretrain.engine.counterpart import CounterpartQueries, counterpart_queries
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, StepResult
 from ssa_pretrain.engine.own_time import OwnTime
+from ssa_pretrain.engine.part_sums import PartSums
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.text_cache import TextCache
 from ssa_pretrain.parallel.context import ContextParallel
@@ -61,7 +62,7 @@ class Route:
         spans: (first, length) of the queries that compute it, among this rank's; None: all.
         weight: what a drawn query counts for in the means.
         alignment_scale: d(total loss) / d(one layer's local alignment), on the device; None: no gradient.
-        observe: receives each layer's queries and keys, with `mask_T` of the queries whose label counts; None: nobody does.
+        observe: receives each layer's queries, keys and values, with `mask_T` of the queries whose label counts; None: nobody does.
         keep: receives each layer's keys and values of the first documents; None: nobody does.
     """
 
@@ -101,6 +102,7 @@ class StepSums:
         by_position: float64 [2, buckets], sums of cross entropies and labels by position (`EvaluationResult`); None: not counted.
         full: sum and number of labels of every microbatch whose main stream is the full one; on the last stage only.
         z_losses: every microbatch's sum of z-losses; on the last stage only, empty without a z-loss.
+        parts: the sums by part of the corpus.
     """
 
     counts: Counts
@@ -110,6 +112,7 @@ class StepSums:
     by_position: Tensor | None = None
     full: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     z_losses: list[Tensor] = field(default_factory=list)
+    parts: PartSums = field(default_factory=PartSums)
 
     def loss(self, losses: Tensor, batch: Batch, main: str) -> Tensor:
         """Returns a localised microbatch's loss from its tokens' cross entropies, and keeps their sum. A loss that is not finite has NaN gradients.
@@ -128,6 +131,7 @@ class StepSums:
         self.cross_entropies.append(kept)
         if main == "full":
             self.full.append((kept, batch.loss_mask.sum()))
+        self.parts.add(masked, batch)
         if self.by_position is not None:
             edges = 2 ** torch.arange(self.by_position.shape[1] - 1, device=losses.device)
             bucket = torch.bucketize(batch.positions, edges, right=True)
@@ -207,7 +211,8 @@ class Microbatches:
         )
         self.own_time.begin(self.placement.device)  # the count has brought all ranks together
         routes = [self._route(*each, batch, counts.tokens) for each, batch in zip(drawn, localised, strict=True)]
-        return localised, routes, StepSums(counts, common["num_microbatches"] / counts.labels)
+        scale, parts = common["num_microbatches"] / counts.labels, PartSums(batches[0].num_parts)
+        return localised, routes, StepSums(counts, scale, parts=parts)
 
     def _route(self, main: str, share: float, queries: CounterpartQueries, batch: Batch, tokens: Tensor) -> Route:
         """Returns the route of a localised microbatch in a training step over `tokens` tokens; `share` is its queries' probability to be drawn."""
@@ -239,6 +244,7 @@ class Microbatches:
             max_seqlen_kv=length,
             positions=batch.positions,
             documents=documents,
+            key_positions=layout.query_position if self.context.size > 1 else None,
             gather=self.context.gather if self.context.size > 1 else None,
             num_rows=batch.num_rows,
             main=route.main,
@@ -282,11 +288,13 @@ class Microbatches:
         """
         counts = sums.counts
         compared = counts.labels.new_full((), NOT_COMPARED) if differing is None else differing.to(counts.labels)
-        last = torch.stack([counts.labels, counts.drawn, grad_norm.to(counts.labels), compared])
-        values = torch.cat([self._reduce(sums), last])
+        last = torch.stack([counts.labels, counts.drawn, counts.tokens, grad_norm.to(counts.labels), compared])
+        by_part = sums.parts.reduce(self.placement.device, tp=self.config.parallel.tp)
+        values, parts = torch.cat([by_part, self._reduce(sums), last]), PartSums(sums.parts.num_parts)
 
         def interpret(values: list[float]) -> StepResult:
-            *sums, labels, drawn, grad_norm, compared = values
+            by_part, rest = parts.split(values)
+            *sums, labels, drawn, tokens, grad_norm, compared = rest
             means = self._means(sums, drawn)
             return StepResult(
                 cross_entropy=means.cross_entropy_sum / labels,
@@ -297,6 +305,8 @@ class Microbatches:
                 differing_weights=None if compared == NOT_COMPARED else int(compared),
                 cross_entropy_by_stream=means.cross_entropy_by_stream(labels),
                 z_loss=means.z_sum / labels if self.config.training.z_loss else None,
+                num_tokens=round(tokens),
+                by_part=by_part,
             )
 
         return PendingStep(values, interpret, self.own_time.reader())

@@ -158,6 +158,10 @@ def _traffic(config: Config, rank: Rank, share: float, *, again: bool) -> float:
     qkv = model.qkv_width(gate=config.attention.gate) / parallel.tp
     # Forward and backward: norms and residuals; split and RoPE; gate and alignment; SwiGLU. FP8 also reads and casts the products' inputs.
     norms, rope, gate, swiglu = 20 * model.hidden_size / shards, 4 * qkv, (5 + 3 * share) * width, 8 * ffn
+    # QK-norm reads the projection again in the backward; convolved keys are written and read once more in each direction, of all tokens.
+    rope += qkv * model.qk_norm + 9 * model.kv_width / parallel.tp * parallel.cp * bool(
+        config.attention.key_convolution
+    )
     casts = 3 * (2 * model.hidden_size + width + 3 * ffn) if config.precision.name is PrecisionName.fp8 else 0
     if config.engine.recompute is Recompute.selective:
         swiglu += 3 * ffn

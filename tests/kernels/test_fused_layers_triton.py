@@ -44,7 +44,7 @@ def rotated_reference(x, angle):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("tokens", "kv_heads", "group", "head_dim", "gates"),
-    [(37, 2, 4, 16, 4), (33, 1, 3, 24, 0), (5, 3, 1, 8, 1), (70, 2, 2, 64, 2)],
+    [(37, 2, 4, 16, 4), (33, 1, 3, 24, 0), (5, 3, 1, 8, 1), (70, 2, 2, 64, 2), (9, 1, 2, 256, 2)],
 )
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_qkv_rope(tokens, kv_heads, group, head_dim, gates, dtype, impl):

@@ -204,10 +204,10 @@ def qkv_rope_backward_op(
     """Returns the gradient of `mixed`."""
     grads = [x.contiguous() for x in (grad_q, grad_k, grad_v, grad_gate)]
     if resolve_impl(impl, grad_q, "qkv_rope") == "triton":
-        from ..qkv_rope.triton import qkv_rope_backward
+        from ..qkv_rope.triton import Sizes, qkv_rope_backward
 
         angles = angles if angles.stride(1) == 1 else angles.contiguous()
-        return qkv_rope_backward(*grads, angles, positions.contiguous(), *sizes)
+        return qkv_rope_backward(tuple(grads), angles, positions.contiguous(), Sizes(*sizes))
 
     def forward(mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = projection.qkv_rope(mixed, angles, positions, **_named(sizes), impl=impl)
