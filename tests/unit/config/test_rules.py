@@ -55,38 +55,6 @@ def found(*overrides: str, machine: Machine = CPU) -> list[str]:
             "training.skip_steps=[[130, 120]] must be ranges [first, last] of steps, counted from 1; try 'training.skip_steps=[[120,130]]'",
         ),
         (("training.skip_steps=[120,130]",), "training.skip_steps=[120, 130] must be a list; try [120]"),
-        (
-            ("data.stages=[5]",),
-            "data.stages[0]=5 is a section, not a value; it has the keys from_step, from_tokens and weights",
-        ),
-        (
-            ("data.stages=[{weight:{web:1}},{from_step:9}]",),
-            "data.stages[0].weight={...} is not a known key of data.stages[0]; did you mean data.stages[0].weights?",
-        ),
-        (
-            ("data.stages=[{from_step:10,from_tokens:81920,weights:{web:1}}]",),
-            "data.stages[0].from_step=10 and from_tokens=81920 must be one positive number and one 0: where the stage begins; "
-            "the run begins with data.weights; try {from_step: 1000, weights: {…}}",
-        ),
-        (("data.stages=[{from_step:-1}]",), "data.stages[0].from_step=-1 must be at least 0; try 0"),
-        (
-            ("data.stages=[{from_step:10,weights:{web:-1,code:2}}]",),
-            "data.stages[0].weights.web=-1.0 must not be negative; 0 leaves the source out",
-        ),
-        (
-            ("data.stages=[{from_tokens:81921},{from_step:11}]",),
-            "data.stages[1].from_step=11 must begin after the stage before it, which begins after step 11; try 12 steps or more",
-        ),
-        (
-            ("data.stages=[{from_tokens:2457600}]",),
-            "data.stages[0].from_tokens=2457600 begins after step 300, but the run ends with step 300; "
-            "try less than 300 steps, or remove the stage",
-        ),
-        (
-            ("data.index_path=/tmp",),
-            "data.index_path=/tmp is for the index of data.packing=best_fit, and data.packing=flow has none; "
-            "try '' or data.packing=best_fit",
-        ),
         (("training.max_skipped_steps=-1",), "training.max_skipped_steps=-1 must be at least 0; try 0"),
         (("training.rollback_window=0",), "training.rollback_window=0 must be at least 1; try 1"),
         (
@@ -469,6 +437,47 @@ def test_settings_that_do_not_fit_the_data_are_one_line(dataset: Path, override:
     lines = found(*BASE, f"data.path={dataset}", override, machine=HERE)
     assert len(lines) == 1
     assert lines[0].endswith(message.format(path=dataset))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("data.stages=[5]",),
+            "data.stages[0]=5 is a section, not a value; it has the keys from_step, from_tokens and weights",
+        ),
+        (
+            ("data.stages=[{weight:{web:1}},{from_step:9}]",),
+            "data.stages[0].weight={...} is not a known key of data.stages[0]; did you mean data.stages[0].weights?",
+        ),
+        (
+            ("data.stages=[{from_step:10,from_tokens:81920,weights:{web:1}}]",),
+            "data.stages[0].from_step=10 and from_tokens=81920 must be one positive number and one 0: where the stage begins; "
+            "the run begins with data.weights; try {from_step: 1000, weights: {…}}",
+        ),
+        (("data.stages=[{from_step:-1}]",), "data.stages[0].from_step=-1 must be at least 0; try 0"),
+        (
+            ("data.stages=[{from_step:10,weights:{web:-1,code:2}}]",),
+            "data.stages[0].weights.web=-1.0 must not be negative; 0 leaves the source out",
+        ),
+        (
+            ("data.stages=[{from_tokens:81921},{from_step:11}]",),
+            "data.stages[1].from_step=11 must begin after the stage before it, which begins after step 11; try 12 steps or more",
+        ),
+        (
+            ("data.stages=[{from_tokens:2457600}]",),
+            "data.stages[0].from_tokens=2457600 begins after step 300, but the run ends with step 300; "
+            "try less than 300 steps, or remove the stage",
+        ),
+        (
+            ("data.index_path=/tmp",),
+            "data.index_path=/tmp is for the index of data.packing=best_fit, and data.packing=flow has none; "
+            "try data.index_path='' or data.packing=best_fit",
+        ),
+    ],
+)
+def test_stages_and_packing_are_checked(overrides: tuple[str, ...], message: str) -> None:
+    assert found(*BASE, "data.path=somewhere", *overrides) == [message]
 
 
 def test_best_fit_needs_documents(dataset: Path) -> None:

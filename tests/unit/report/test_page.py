@@ -117,7 +117,9 @@ def test_page_is_complete_and_self_contained(run: Path) -> None:
     reader = parsed(html)
     assert reader.loads == [] and "url(" not in html and "@import" not in html
     text = " ".join(reader.text)
-    assert html.count("<svg") - html.count('<svg width="22"') == 6, "loss, mass, alignment, norm, rate, speed"
+    assert html.count("<svg") - html.count('<svg width="22"') == 7, (
+        "loss, mass, alignment, norm, rate, speed, loss by source"
+    )
     for shown in (
         "a <run>",
         f"{math.exp(5):.1f}",
