@@ -40,7 +40,7 @@ from ssa_pretrain.monitor.trackers import Opening, start_trackers
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.parallel.watchdog import Watchdog, watchdog
-from ssa_pretrain.planning.epochs import stage_line
+from ssa_pretrain.planning.epochs import rows_before, stage_line
 from ssa_pretrain.planning.flops import peak_flops, row_flops
 from ssa_pretrain.resume import find_checkpoint, newest_checkpoint, restore, why_finished
 from ssa_pretrain.rollback import load_incidents, roll_back
@@ -306,7 +306,7 @@ def data_values(run: Run, result: StepResult, step: int) -> dict[str, Any]:
     if run.rows is None or not run.placement.is_rank_0:
         return padding
     return padding | step_values(
-        run.rows.part_names, result.by_part, run.rows.read_so_far(step * run.plan.rows_per_step)
+        run.rows.part_names, result.by_part, run.rows.read_so_far(rows_before(run.config, step))
     )
 
 
