@@ -41,9 +41,11 @@ def main() -> None:
         evaluate_run(config, checkpoint)
 
 
-def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
-    """Evaluates a checkpoint of a run, by default its newest, and samples from it. Every rank calls this."""
+def evaluate_run(config: Config, checkpoint: Path | None = None, *, samples: bool = True) -> None:
+    """Evaluates a checkpoint of a run, by default its newest, and samples from it unless told not to. Every rank calls this."""
+    from ssa_pretrain.checkpoint.facts import tokens_trained_on
     from ssa_pretrain.checkpoint.publish import require_same_model
+    from ssa_pretrain.checkpoint.weights import ema_weights
     from ssa_pretrain.evaluation import MODES, results
     from ssa_pretrain.evaluation.sampling import sample
     from ssa_pretrain.evaluation.table import table
@@ -59,7 +61,8 @@ def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
     with joined(config.parallel, seed=config.seed) as placement:
         # The plan needs a batch of whole microbatches. On this layout the training run's batch may not divide evenly.
         rows = placement.dp * config.training.micro_batch_size
-        batch = replace(config.training, global_batch_tokens=rows * config.data.sequence_length)
+        tokens = rows * config.data.sequence_length
+        batch = replace(config.training, global_batch_tokens=tokens, batch_steps=[])
         run = build_run(replace(config, training=batch), placement, trains=False)
         found = newest_checkpoint(run, checkpoint)
         if found is None:
@@ -74,19 +77,19 @@ def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
 
         on_rank_0(require_own, is_rank_0=placement.is_rank_0, errors=(ConfigError,))
         run.tasks = build_tasks(run)
-        run.engine.load_weights(found.folder)
+        run.engine.load_weights(ema_weights(found.folder) if config.evaluation.ema else found.folder)
         result: dict[str, Any] = {
             "settings": settings,
             "trained_with": results.trained_with(run, found),
             "step": found.step,
-            "tokens": found.step * found.facts["training.global_batch_tokens"],
+            "tokens": tokens_trained_on(found.facts, found.step),
             "split": "heldout",
             "rows": run.held_out.num_rows,
             **measure(run),
         }
-        samples = sample(run, MODES)
+        texts = sample(run, MODES) if samples else []
         if placement.is_rank_0:
-            path = results.write_result(run, name, result, samples)
+            path = results.write_result(run, name, result, texts)
             show(run, result | {"name": name}, path)
             run.print(table(result))
             run.print(f"results: {path} and {path.with_suffix('.png').name}")
@@ -95,22 +98,26 @@ def evaluate_run(config: Config, checkpoint: Path | None = None) -> None:
 def measure(run: "Run") -> dict[str, Any]:
     """Returns everything that is measured, by what and mode; every rank calls it."""
     from ssa_pretrain.evaluation import MODES
+    from ssa_pretrain.evaluation.bound import bound_by_layer
     from ssa_pretrain.evaluation.heads import attention_by_head
     from ssa_pretrain.evaluation.held_out import evaluate_mode
     from ssa_pretrain.evaluation.scoring import tokenizer_of
     from ssa_pretrain.evaluation.text_size import perplexities, text_size
 
     isolated, head_rows = run.config.data.isolate_documents, run.config.evaluation.head_rows
+    bound_rows = run.config.evaluation.bound_rows
     size = text_size(run.held_out, tokenizer_of(run), isolate_documents=isolated)
-    modes, heads, tasks = {}, {}, {task.name: {} for task in run.tasks}
+    modes, heads, bound, tasks = {}, {}, {}, {task.name: {} for task in run.tasks}
     for mode in MODES:
         found = evaluate_mode(run, mode)
         modes[mode] = asdict(found) | perplexities(found, size)
         run.print(f"held-out, {mode:<6}: cross entropy {found.cross_entropy:.4f}")
         heads[mode] = attention_by_head(run, mode, head_rows) if head_rows else {}
+        bound |= {mode: bound_by_layer(run, mode, bound_rows)} if bound_rows else {}
         for task in run.tasks:
             tasks[task.name][mode] = asdict(task.evaluate(run, mode))
-    return {"modes": modes, "heads": heads, "tasks": tasks, **lm_eval_results(run)}
+    found_bound = {"bound": bound} if bound else {}
+    return {"modes": modes, "heads": heads, **found_bound, "tasks": tasks, **lm_eval_results(run)}
 
 
 def lm_eval_results(run: "Run") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint.facts import run_facts
+from ssa_pretrain.checkpoint.facts import BATCH_STEPS, HISTORY, batch_changes, run_facts
 from ssa_pretrain.checkpoint.integrity import Verdicts
 from ssa_pretrain.config import Config, RowPacking, TrainingConfig
 from ssa_pretrain.data.batches import Packing
@@ -44,6 +44,7 @@ NODE_SETTINGS = (
     "output_dir",
     "logging.",
     "checkpoint.init_from",
+    "checkpoint.branch_from",
     "dry_run",
 )  # may differ between nodes
 MAX_LISTED = 8  # differences between ranks
@@ -65,6 +66,7 @@ class Run:
     tasks: "list[Task]" = field(default_factory=list)
     health: Health = field(default_factory=lambda: Health(TrainingConfig()))
     incidents: list[Incident] = field(default_factory=list)  # by step; the same on every rank
+    history: list[dict[str, Any]] = field(default_factory=list)  # of a branch: the runs that it continues, oldest first
 
     @property
     def last_step(self) -> int:
@@ -91,8 +93,8 @@ class Run:
         """Returns the facts on which a resumed run and its checkpoint must agree: everything that decides the losses, except layout and schedule.
 
         Args:
-            step: the checkpoint's. Steps that were left out up to it are a fact, and so are the stages of the mixture that began before it; later ones
-                may change.
+            step: the checkpoint's. Steps that were left out, changes of the batch and stages of the mixture that began before it are facts; later ones
+                are not.
         """
         facts = run_facts(
             self.config,
@@ -105,6 +107,10 @@ class Run:
             facts["data.order"] = self.rows.order
         if left_out := up_to(self.left_out, step):
             facts["training.skip_steps"] = [list(pair) for pair in left_out]
+        if changes := batch_changes(self.config, step):
+            facts[BATCH_STEPS] = changes
+        if self.history:
+            facts[HISTORY] = self.history
         return facts
 
 

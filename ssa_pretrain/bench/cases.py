@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ssa_pretrain.bench.documents import Documents
+from ssa_pretrain.bench.methods import methods
 from ssa_pretrain.bench.plain_megatron import PlainModel
 from ssa_pretrain.bench.share import share_8k, share_32k, share_128k
 from ssa_pretrain.bench.variants import (
@@ -120,6 +121,7 @@ CASES = {
     "share_8k": share_8k,
     "share_32k": share_32k,
     "share_128k": share_128k,
+    "methods": methods,
     "optimizer": optimizer,
     "fp8": fp8,
     "recompute": recompute,

@@ -3,10 +3,12 @@
 import gc
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from ssa_pretrain.bench.options import DEFAULT_VOCAB, Options
+from ssa_pretrain.bench.parts import write_parts
 from ssa_pretrain.bench.tables import Result
 from ssa_pretrain.bench.timing import Timing, mean_timing, time_in_turns
 from ssa_pretrain.bench.variants import Variant
@@ -63,6 +65,8 @@ def measure(
                 command="python -m ssa_pretrain.bench " + " ".join(sys.argv[1:]),
             )
         )
+    if options.parts and placement.is_rank_0:
+        write_parts(Path(options.out), variants)
     del variants
     gc.collect()
     if on_gpu:

@@ -11,7 +11,7 @@ from ssa_pretrain.errors import UsageError
 from ssa_pretrain.planning.memory import count_parameters
 
 MODELS = CONF / "model"
-ONE_PROCESS = ("8k", "32k", "share", "share_8k", "share_32k", "share_128k", "optimizer", "fp8", "recompute")
+ONE_PROCESS = ("8k", "32k", "share", "share_8k", "share_32k", "share_128k", "methods", "optimizer", "fp8", "recompute")
 SHORTHANDS = {"share": ("share_8k", "share_32k")}
 LENGTHS = {"32k": 4, "share_32k": 4, "share_128k": 16}  # how many times `length` the rows of a case are long
 TWO_PROCESSES = ("dp2", "tp2", "tp2_overlap")
@@ -30,6 +30,7 @@ class Options:
     rows: int = 2
     rounds: int = 4
     runs: int = 3
+    parts: int = 0
     precision: str = "bf16"
     out: str = "outputs/bench"
 
@@ -45,7 +46,8 @@ def read_options(arguments: Sequence[str], world_size: int) -> Options:
             )
         given[key] = value
     known = TWO_PROCESSES if world_size == 2 else ONE_PROCESS
-    cases = tuple(given.pop("cases", ",".join(known)).split(","))
+    usual = ",".join(case for case in known if case != "methods")
+    cases = tuple(given.pop("cases", usual).split(","))
     if wrong := [case for case in cases if case not in known]:
         hint = f"{', '.join(TWO_PROCESSES)} need torchrun --nproc-per-node 2, the others one process"
         raise UsageError(
@@ -53,9 +55,11 @@ def read_options(arguments: Sequence[str], world_size: int) -> Options:
         )
     cases = tuple(dict.fromkeys(part for case in cases for part in SHORTHANDS.get(case, (case,))))
     numbers: dict[str, int] = {}
-    for name in ("length", "rows", "rounds", "runs"):
+    for name in ("length", "rows", "rounds", "runs", "parts"):
         text = given.pop(name, str(Options.__dataclass_fields__[name].default))
-        if not text.isdigit() or int(text) < 1:
+        if name == "parts" and text not in ("0", "1"):
+            raise UsageError(f"parts={text} must be 0 or 1")
+        if not text.isdigit() or (int(text) < 1 and name != "parts"):
             raise UsageError(f"{name}={text} must be a positive whole number")
         numbers[name] = int(text)
     options = Options(cases=cases, **numbers, **given)

@@ -10,9 +10,13 @@
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ssa_pretrain.config.choices import RowPacking
 from ssa_pretrain.settings.problems import Problem, at_least
+
+if TYPE_CHECKING:
+    from ssa_pretrain.config.schedule import Batches
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,7 +28,7 @@ class StageConfig:
     weights: dict[str, float] = field(default_factory=dict)  # as data.weights
 
     def problems(self, key: str) -> list[Problem]:
-        """Returns the problems within this stage, whose key is such as data.stages[0]."""
+        """Returns the problems within this stage, whose key is such as data.stages.0."""
         found = at_least(key, self, 0, "from_step", "from_tokens")
         if not found and (self.from_step > 0) == (self.from_tokens > 0):
             rule = f"and from_tokens={self.from_tokens} must be one positive number and one 0: where the stage begins"
@@ -32,9 +36,9 @@ class StageConfig:
             found.append(Problem(f"{key}.from_step", self.from_step, rule, advice, (f"{key}.from_tokens",)))
         return found + weight_problems(f"{key}.weights", self.weights)
 
-    def steps_before(self, tokens_per_step: int) -> int:
-        """Returns the optimizer steps before the stage."""
-        return self.from_step - 1 if self.from_step else -(-self.from_tokens // max(1, tokens_per_step))
+    def steps_before(self, sizes: "Batches") -> int:
+        """Returns the optimizer steps before the stage; `sizes` are the tokens of each step."""
+        return self.from_step - 1 if self.from_step else sizes.steps_for(self.from_tokens)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,7 +57,7 @@ class DataConfig:
         """Returns the problems within this section."""
         found = at_least("data", self, 1, "sequence_length") + weight_problems("data.weights", self.weights)
         for number, stage in enumerate(self.stages):
-            found += stage.problems(f"data.stages[{number}]")
+            found += stage.problems(f"data.stages.{number}")
         if self.index_path and self.packing is RowPacking.flow:
             rule = "is for the index of data.packing=best_fit, and data.packing=flow has none"
             advice = "try data.index_path='' or data.packing=best_fit"

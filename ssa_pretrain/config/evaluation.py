@@ -99,15 +99,22 @@ class EvaluationConfig:
     interval: int = 0  # steps between evaluations; 0: only at the end
     rows: int = 64  # held-out rows to evaluate, spread over the split; 0: all rows, the last of each part padded
     at_start: bool = True  # also evaluate before the first step
+    ema: bool = (
+        False  # a run also evaluates the running mean of its weights (optim.ema_decay); `evaluate RUN` only that
+    )
     tasks: dict[str, TaskConfig] = field(default_factory=dict)  # by name: kind, and the settings of that kind
     task_interval: int = 0  # steps between evaluations of the tasks; 0: with every evaluation
     name: str = ""  # of the results that `evaluate` writes; empty: made of the step and the settings
     head_rows: int = 2  # held-out rows whose attention `evaluate` measures by layer and head; 0: none
+    entropy_rows: int = 0  # held-out rows whose attention entropy a run measures by layer with each evaluation; 0: none
+    bound_rows: int = 0  # held-out rows on which `evaluate` compares both streams with Theorem 1's bound; 0: none
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
-        found = at_least("evaluation", self, 0, "interval", "rows", "task_interval", "head_rows")
+        found = at_least(
+            "evaluation", self, 0, "interval", "rows", "task_interval", "head_rows", "entropy_rows", "bound_rows"
+        )
         if self.name and not TASK_NAME.fullmatch(self.name):
             rule = "must be a file's name of letters, digits, dots, hyphens and underscores"
             found.append(Problem("evaluation.name", self.name, rule, "try rope_4x"))

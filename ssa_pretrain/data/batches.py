@@ -35,7 +35,7 @@ class Batch:
         loss_mask: float32 [1, T], 0 where the label belongs to another document.
         positions: int64 [T].
         cu_seqlens: int32 [documents + 1], from 0 to T.
-        num_rows: rows of the microbatch if each row is one document, else None.
+        num_rows: rows of the whole microbatch if each row is one document, else None.
         padding: (first token, number of tokens) of each span of padding, ascending.
         parts: (part's number, number of tokens) of neighbouring tokens from one part of the corpus, in order; together all tokens.
         num_parts: parts of the corpus, in all batches of a run; 0: no results by part.
@@ -161,18 +161,18 @@ class Packing:
 
 
 def training_batches(
-    rows: TrainingRows, packing: Packing, step: int, *, count: int, dp: int, dp_rank: int
+    rows: TrainingRows, packing: Packing, first: int, *, count: int, dp: int, dp_rank: int
 ) -> list[Batch]:
     """Returns the microbatches of a step on one data rank: every dp-th of the global batch.
 
     Args:
         rows: the rows of the run.
         packing: how they become microbatches.
-        step: the optimizer step, from 0.
+        first: microbatches of the whole run before this step.
         count: microbatches per data rank.
         dp: data ranks.
         dp_rank: this data rank.
     """
     per_step, num_parts = count * dp, len(rows.part_names)
-    made = (packing.microbatch(rows, step * per_step + i, index=i) for i in range(dp_rank, per_step, dp))
+    made = (packing.microbatch(rows, first + i, index=i) for i in range(dp_rank, per_step, dp))
     return [replace(batch, num_parts=num_parts) for batch in made]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,7 @@ class StepResult:
         full_share: share of microbatches whose main stream was the full one.
         differing_weights: weights whose copies differed between data ranks before the update; None if they were not compared.
         cross_entropy_by_stream: mean over the labels of the microbatches with this main stream, "full" or "sparse"; only streams that occurred.
+        z_loss: mean over the labels of the z-loss, which `cross_entropy` does not include; None without one.
         num_tokens: tokens of the global batch without padding.
         by_part: sum of the cross entropies of each part of the corpus, nats, and its number of labels, by the part's number; parts that did not
             occur may be missing at the end.
@@ -39,6 +41,7 @@ class StepResult:
     full_share: float
     cross_entropy_by_stream: dict[str, float] = field(default_factory=dict)
     differing_weights: int | None = None
+    z_loss: float | None = None
     num_tokens: int = 0
     by_part: list[tuple[float, int]] = field(default_factory=list)
 
@@ -135,7 +138,7 @@ class Evaluator(Protocol):
         Args:
             batches: this data rank's microbatches; data ranks may have different numbers.
             mode: the main stream.
-            observe: receives each layer's queries and keys (model/attention.py `PackedTokens.observe`).
+            observe: receives each layer's queries, keys and values (model/attention.py `PackedTokens.observe`).
         """
         ...
 
@@ -212,6 +215,10 @@ class Engine(Evaluator, Protocol):
 
     def load(self, folder: Path) -> None:
         """Restores weights and optimizer from a checkpoint of any layout; every rank calls it."""
+        ...
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Returns the context in which the model has the running mean of its weights (ema.py); every rank opens it, between two steps."""
         ...
 
     def save_weights(self, folder: Path) -> None:

@@ -12,6 +12,8 @@ Cost: the attention is computed once more, in chunks of queries, each at most CH
 more memory than a short one. Every rank adds what its own heads, layers, queries and rows give.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +45,12 @@ def attention_by_head(run: Run, mode: str, num_rows: int) -> dict[str, Any]:
     return {"rows": rows.num_rows, "queries": count, "captured_mass_by_head": mass, "entropy_by_head": entropy}
 
 
+def entropy_by_layer(run: Run, mode: str, num_rows: int) -> list[float]:
+    """Returns the entropy of full attention by layer, a mean over heads, over some held-out rows; every rank calls it."""
+    found = attention_by_head(run, mode, num_rows)["entropy_by_head"]
+    return [sum(heads) / len(heads) for heads in found]
+
+
 class HeadSums:
     """Sums over the observed queries, float64 on the device: [captured mass or entropy, layers, H], and the queries per layer."""
 
@@ -52,8 +60,10 @@ class HeadSums:
         self.queries = torch.zeros(model.num_layers, dtype=torch.float64, device=device)
         self._tp, self._tp_rank = run.config.parallel.tp, run.placement.tp_rank
 
-    def add(self, layer: SSAAttention, q_THD: Tensor, k_SGD: Tensor, packed: PackedTokens, mask_T: Tensor) -> None:
-        """Adds one layer's queries; as `PackedTokens.observe`."""
+    def add(
+        self, layer: SSAAttention, q_THD: Tensor, k_SGD: Tensor, packed: PackedTokens, mask_T: Tensor, **_: Tensor
+    ) -> None:
+        """Adds one layer's queries; as `PackedTokens.observe`, without the values."""
         chosen = layer.select(q_THD, k_SGD, packed.documents)
         found = head_sums(q_THD, k_SGD, chosen, packed.documents, mask_T)
         heads, number = q_THD.shape[1], layer.layer_number - 1
@@ -80,10 +90,44 @@ def head_sums(q_THD: Tensor, k_SGD: Tensor, chosen: Tensor, layout: DocumentLayo
         layout: the documents.
         mask_T: 1 for the queries that count, else 0.
     """
+    heads = q_THD.shape[1]
+    sums = torch.zeros(2, heads, dtype=torch.float64, device=q_THD.device)
+    for chunk in attention_chunks(q_THD, k_SGD, chosen, layout):
+        captured = chunk.captured.repeat_interleave(heads // chunk.captured.shape[0], 0)
+        log_p = chunk.log_p.masked_fill(~chunk.visible, 0.0)
+        by_query = torch.stack([(chunk.p * captured).sum(-1), -(chunk.p * log_p).sum(-1)])
+        sums += (by_query * mask_T[chunk.queries]).sum(-1, dtype=torch.float64)
+    return sums
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionChunk:
+    """Full attention of some queries over the keys that at least one of them sees.
+
+    Attributes:
+        queries: which, of all queries.
+        keys: which, of all keys.
+        log_p: fp32 [H, queries, keys], logarithm of the probabilities; -inf where a key is not visible.
+        p: fp32 [H, queries, keys], the probabilities.
+        visible: bool [queries, keys]: the key is in the query's document, and not after it.
+        captured: bool [G or H, queries, keys]: it is visible, and in one of the query's chosen blocks.
+    """
+
+    queries: slice
+    keys: slice
+    log_p: Tensor
+    p: Tensor
+    visible: Tensor
+    captured: Tensor
+
+
+def attention_chunks(
+    q_THD: Tensor, k_SGD: Tensor, chosen: Tensor, layout: DocumentLayout, numbers: int = 0
+) -> Iterator[AttentionChunk]:
+    """Yields full attention in fp32, in chunks of queries of at most `numbers` logits, by default CHUNK_NUMBERS; arguments as in `head_sums`."""
     num_queries, heads, dim = q_THD.shape
     k_HSD = k_SGD.transpose(0, 1).repeat_interleave(heads // k_SGD.shape[1], 0).float()
-    sums = torch.zeros(2, heads, dtype=torch.float64, device=q_THD.device)
-    step = max(1, CHUNK_NUMBERS // (heads * k_SGD.shape[0]))
+    step = max(1, (numbers or CHUNK_NUMBERS) // (heads * k_SGD.shape[0]))
     for first in range(0, num_queries, step):
         queries = slice(first, min(first + step, num_queries))
         start = layout.query_start[queries].long()
@@ -93,12 +137,8 @@ def head_sums(q_THD: Tensor, k_SGD: Tensor, chosen: Tensor, layout: DocumentLayo
         visible = (number >= start[:, None]) & (number <= own[:, None])
         logits = q_THD[queries].transpose(0, 1).float() @ k_HSD[:, keys].transpose(1, 2) * dim**-0.5
         log_p = logits.masked_fill(~visible, float("-inf")).log_softmax(-1)
-        p = log_p.exp()
         captured = _in_chosen_blocks(chosen[queries], number - start[:, None], visible, layout.block_size)
-        captured = captured.repeat_interleave(heads // captured.shape[0], 0)
-        by_query = torch.stack([(p * captured).sum(-1), -(p * log_p.masked_fill(~visible, 0.0)).sum(-1)])
-        sums += (by_query * mask_T[queries]).sum(-1, dtype=torch.float64)
-    return sums
+        yield AttentionChunk(queries, keys, log_p, log_p.exp(), visible, captured)
 
 
 def _in_chosen_blocks(chosen: Tensor, offset: Tensor, visible: Tensor, block_size: int) -> Tensor:

@@ -34,7 +34,7 @@ def evaluate_rows(
         run: the model.
         rows: of the run's sequence length.
         mode: the main stream.
-        observe: receives each layer's queries and keys (model/attention.py `PackedTokens.observe`).
+        observe: receives each layer's queries, keys and values (model/attention.py `PackedTokens.observe`).
     """
     plan, dp_rank, packing = run.plan, run.placement.dp_rank, packing_of(run.config)
     total = num_held_out_microbatches(run.config.training.micro_batch_size, plan, rows.num_rows)
@@ -100,7 +100,7 @@ def evaluation_record(run: Run, result: EvaluationResult, step: int, mode: str) 
     """Returns the record of an evaluation for metrics.jsonl."""
     return {
         "step": step,
-        "tokens": step * run.plan.tokens_per_step,
+        "tokens": run.plan.tokens_before(step),
         "split": "heldout",
         "mode": mode,
         "cross_entropy": result.cross_entropy,

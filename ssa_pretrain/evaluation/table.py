@@ -13,6 +13,8 @@ HELD_OUT = {
     "bits_per_byte": "bits per byte",
     "captured_mass": "captured mass",
     "entropy": "attention entropy (nats)",
+    "gap": "distance of the streams",
+    "bound": "its bound (Theorem 1)",
 }
 NAME_WIDTH = 44
 
@@ -48,6 +50,8 @@ def _held_out(result: dict[str, Any], mode: str) -> dict[str, Any]:
     means = {"captured_mass": mean(metrics["captured_mass_by_layer"])}
     if heads := result["heads"].get(mode):
         means["entropy"] = mean([value for layer in heads["entropy_by_head"] for value in layer])
+    if bound := result.get("bound", {}).get(mode):
+        means |= {name: mean(bound[f"{name}_by_layer"]) for name in ("gap", "bound")}
     return metrics | means
 
 

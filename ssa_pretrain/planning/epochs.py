@@ -6,7 +6,7 @@ Before that, rows are taken to be full, and the lines begin with "about".
 
 from collections.abc import Mapping, Sequence
 
-from ssa_pretrain.config import Config, RowPacking
+from ssa_pretrain.config import Config, RowPacking, batches
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.data.mixture import Mixture, Reading, Stage
 from ssa_pretrain.data.packed_index import PackedIndex, open_index
@@ -17,21 +17,21 @@ MAX_PARTS = 4  # listed per line
 
 def rows_before(config: Config, step: int) -> int:
     """Returns the rows that the first `step` optimizer steps of a run read."""
-    return step * (config.training.global_batch_tokens // config.data.sequence_length)
+    return batches(config.training).tokens_before(step) // config.data.sequence_length
 
 
 def mixture_stages(config: Config) -> list[Stage]:
     """Returns the stages of a run's mixture, the first of which begins with the run."""
-    tokens = config.training.global_batch_tokens
-    later = [(stage.steps_before(tokens), stage.weights) for stage in config.data.stages]
+    sizes = batches(config.training)
+    later = [(stage.steps_before(sizes), stage.weights) for stage in config.data.stages]
     return [Stage(0, config.data.weights), *(Stage(rows_before(config, step), weights) for step, weights in later)]
 
 
 def stage_line(config: Config, step: int) -> str:
     """Returns the line for a stage of the mixture that begins after `step` steps; empty if none does."""
-    tokens = config.training.global_batch_tokens
+    sizes = batches(config.training)
     for number, stage in enumerate(config.data.stages, start=2):
-        if stage.steps_before(tokens) == step:
+        if stage.steps_before(sizes) == step:
             weights = ", ".join(f"{name} {weight:g}" for name, weight in stage.weights.items())
             return (
                 f"stage {number} of the mixture begins with step {step + 1}: {weights or 'the weights of the dataset'}"
@@ -81,8 +81,8 @@ def _tail(found: Sequence[Reading]) -> list[tuple[str, str]]:
 
 def _stages(config: Config, steps: int, mixture: Mixture) -> list[tuple[str, str]]:
     """Returns a line per stage with tokens, share and epochs of each part, none if the mixture never changes."""
-    tokens = config.training.global_batch_tokens
-    first = [0, *(stage.steps_before(tokens) for stage in config.data.stages)]
+    sizes = batches(config.training)
+    first = [0, *(stage.steps_before(sizes) for stage in config.data.stages)]
     lines = []
     for number, (begin, end) in enumerate(zip(first, [*first[1:], steps], strict=True), start=1):
         begin, end = min(begin, steps), min(end, steps)

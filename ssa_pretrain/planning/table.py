@@ -9,6 +9,7 @@ from ssa_pretrain.planning.balance import Batch, balance
 from ssa_pretrain.planning.epochs import epoch_lines
 from ssa_pretrain.planning.flops import peak_flops
 from ssa_pretrain.planning.plan import Plan
+from ssa_pretrain.rates import describe_pieces, rate_pieces
 from ssa_pretrain.schedule import share_drawn
 from ssa_pretrain.settings.problems import divisors
 
@@ -52,7 +53,9 @@ def describe(
         *_ranks(plan),
         *_context(config, plan),
         ("step", f"{plan.tokens_per_step:,} tokens = {plan.rows_per_step:,} rows = {batch}"),
-        ("length", f"{plan.steps:,} steps, {plan.warmup_steps:,} of warm-up; {plan.total_tokens:,} tokens"),
+        *_batches(plan),
+        ("length", _length(config, plan)),
+        *_rates(config, plan),
         *epoch_lines(config, plan.steps, manifest),
         *([] if estimates else _memory(plan)),
         *_work(config, plan, with_time=not estimates),
@@ -62,6 +65,26 @@ def describe(
         ("command", _command(config, plan, overrides, entry)),
     ]
     return "\n".join(f"{name:<11}{value}" for name, value in rows)
+
+
+def _length(config: Config, plan: Plan) -> str:
+    """Returns the steps and tokens of the run."""
+    warmup = "" if config.optim.pieces else f", {plan.warmup_steps:,} of warm-up"
+    return f"{plan.steps:,} steps{warmup}; {plan.total_tokens:,} tokens"
+
+
+def _batches(plan: Plan) -> list[tuple[str, str]]:
+    """Returns where the global batch changes; nothing if it stays."""
+    if plan.batches.is_constant:
+        return []
+    sizes = [f"{tokens:,} tokens from step {first + 1:,}" for first, tokens in plan.batches.phases]
+    return [("", f"the largest batch; {', '.join(sizes)}")]
+
+
+def _rates(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """Returns the pieces of the learning rate."""
+    lines = describe_pieces(rate_pieces(config.optim, plan), plan.batches)
+    return [("rate" * (i == 0), line) for i, line in enumerate(lines)]
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
@@ -159,6 +182,8 @@ def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:
     disk = f"{number} of about {_bytes(plan.checkpoint_bytes)}, the newest {kept} kept"
     room = f"needs {_bytes((kept + 1) * plan.checkpoint_bytes)} of disk while one is written"
     start = [("start", f"weights of {config.checkpoint.init_from}")] if config.checkpoint.init_from else []
+    if config.checkpoint.branch_from:
+        start = [("start", f"branch of {config.checkpoint.branch_from}, unless the folder has a checkpoint")]
     return [*start, ("files", f"{config.output_dir}/: config.yaml, metrics.jsonl, {disk}"), ("", room)]
 
 

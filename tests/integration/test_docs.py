@@ -22,6 +22,7 @@ from data_prep.cli import main as data_prep
 from data_prep.cli import read_config as read_data_config
 from ssa_pretrain.bench.options import read_options
 from ssa_pretrain.cli import read_config
+from ssa_pretrain.experiments.options import read_options as read_experiments
 from ssa_pretrain.huggingface.options import ExportOptions, ImportOptions
 from ssa_pretrain.huggingface.options import read_options as read_folder_options
 from ssa_pretrain.launch.__main__ import main as launch
@@ -245,6 +246,8 @@ def check_python(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         read_data_config(rest)
     elif module == "ssa_pretrain.bench":
         read_options(rest, int(words[words.index("--nproc-per-node") + 1]) if words[0] == "torchrun" else 1)
+    elif module == "ssa_pretrain.experiments":
+        read_experiments(rest)
     elif module in ("ssa_pretrain.export", "ssa_pretrain.import_hf"):
         settings = ExportOptions if module.endswith("export") else ImportOptions
         read_folder_options(settings, module, "a folder", [str(ROOT), *rest[1:]])

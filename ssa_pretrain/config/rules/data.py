@@ -1,6 +1,6 @@
 """Rules of the data's stages, which are placed by the steps of the run. What the files decide is in files.py."""
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, batches
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.settings.problems import Problem
 
@@ -12,8 +12,8 @@ def _stages_ascend(config: Config, _: Machine) -> list[Problem]:
     found, before = [], 1
     for number, stage in enumerate(config.data.stages):
         name = "from_step" if stage.from_step else "from_tokens"
-        key, value = f"data.stages[{number}].{name}", getattr(stage, name)
-        first = stage.steps_before(training.global_batch_tokens) + 1
+        key, value = f"data.stages.{number}.{name}", getattr(stage, name)
+        first = stage.steps_before(batches(training)) + 1
         if first <= before:
             rule = f"must begin after the stage before it, which begins with step {before}"
             found.append(Problem(key, value, rule, f"try from_step: {before + 1} or later", reads))

@@ -13,18 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from ssa_pretrain.bench import __main__ as bench
 from ssa_pretrain.bench.documents import SMOLLM_CORPUS, Documents, document_starts
 from ssa_pretrain.bench.goals import GOALS, Goal
+from ssa_pretrain.bench.methods import attention_of, own_layers
 from ssa_pretrain.bench.options import bench_config, read_options
+from ssa_pretrain.bench.parts import read_parts, write_parts
 from ssa_pretrain.bench.share import layers_that_fit, share_variants
 from ssa_pretrain.bench.tables import Result, append, ratio, read, verdict, write_ratios
 from ssa_pretrain.bench.timing import Timing, mean_timing
-from ssa_pretrain.bench.variants import long_rows
+from ssa_pretrain.bench.variants import Variant, long_rows
 from ssa_pretrain.config import Method
 from ssa_pretrain.engine.step import Microbatches
+from ssa_pretrain.model.spec import ATTENTION
 from ssa_pretrain.schedule import Place, counterpart_spans, main_stream, share_drawn
 from support.processes import ROOT
 
@@ -51,6 +55,7 @@ def test_command_line_options():
     options = read_options(["cases=8k,32k", "length=64", "rows=1"], 1)
     assert options.cases == ("8k", "32k") and options.length == 64 and options.rows == 1 and options.model == "llama_1b"
     assert read_options(["cases=share,share_8k,8k"], 1).cases == ("share_8k", "share_32k", "8k")
+    assert "methods" not in read_options([], 1).cases and read_options(["cases=methods", "parts=1"], 1).parts == 1
     assert read_options([], 2).cases == ("dp2", "tp2", "tp2_overlap")
 
 
@@ -59,9 +64,10 @@ def test_command_line_options():
     [
         (
             ["cases=9k"],
-            "cases=9k must be among 8k, 32k, share, share_8k, share_32k, share_128k, optimizer, fp8, recompute with 1 process",
+            "cases=9k must be among 8k, 32k, share, share_8k, share_32k, share_128k, methods, optimizer, fp8, recompute with 1 process",
         ),
         (["cases=dp2"], "need torchrun --nproc-per-node 2"),
+        (["parts=2"], "parts=2 must be 0 or 1"),
         (["rounds=0"], "rounds=0 must be a positive whole number"),
         (["model=huge"], "model=huge is not a file in conf/model; try .*llama_1b"),
         (["--halp"], "'--halp' is not an option; the options are cases=, model="),
@@ -208,7 +214,7 @@ def test_benchmark_runs_on_a_cpu(tmp_path):
     command = [
         "-m",
         "ssa_pretrain.bench",
-        "cases=8k,share,share_128k,optimizer",
+        "cases=8k,share,share_128k,methods,optimizer",
         "model=tiny",
         "length=64",
         "rows=1",
@@ -228,7 +234,28 @@ def test_benchmark_runs_on_a_cpu(tmp_path):
     assert steps == {"plain 8k", *methods, "ssa step", "optimizer"}
     shares = {name for goal in GOALS for name in (goal.over, goal.under) if name.startswith("share ")}
     assert shares <= set(found) and all(float(line["ms"]) > 0 for line in found.values())
+    assert {f"share {name} 64" for name in ("full", "moba", "ssa r=1", "ssa r=1/4", "ssa r=1/8")} <= set(found)
     parts = [float(found[f"share ssa r=1/4 8k, main {main}"]["ms"]) for main in ("full", "sparse")]
     assert float(found["share ssa r=1/4 8k"]["ms"]) == pytest.approx(sum(parts) / 2)
     for label in ("ssa over full, 8k", "fused in neither", "ssa r=1/8 over full, 32k", "optimizer's share"):
         assert label in done.stdout
+
+
+def test_parts_are_times_by_kind_of_operator_and_means_follow(tmp_path):
+    matrix = torch.ones(64, 64)
+    variants = [
+        Variant(name="products", run=lambda: matrix @ matrix),
+        Variant(name="sorts", run=lambda: matrix.sort()),
+        Variant(name="both", mean_of={"products": 0.25, "sorts": 0.75}),
+    ]
+    write_parts(tmp_path, variants[:1])
+    write_parts(tmp_path, variants)
+    found = read_parts(tmp_path)
+    assert found["products"]["matrix products"] > 0 and found["sorts"]["attention, sparse"] > 0
+    assert found["both"]["matrix products"] == pytest.approx(found["products"]["matrix products"] / 4, abs=1e-3)
+    assert read_parts(tmp_path / "elsewhere") == {}
+
+
+def test_methods_with_a_layer_of_their_own_get_their_settings():
+    assert set(own_layers()) == {method for method in Method if ATTENTION[method] is not ATTENTION[Method.ssa]}
+    assert attention_of(Method.moba).alignment_weight == 0.0 and attention_of(Method.ssa).alignment_weight == 10.0

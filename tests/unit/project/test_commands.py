@@ -22,6 +22,7 @@ PRINTING = {
     "ssa_pretrain.evaluate": ["--version"],
     "ssa_pretrain.plan": ["experiment=ssa_1b_8k"],
     "ssa_pretrain.bench": ["--help"],
+    "ssa_pretrain.experiments": ["--help"],
     "ssa_pretrain.report": ["--help"],
     "ssa_pretrain.launch": ["--help"],
     "ssa_pretrain.doctor": ["--help"],
