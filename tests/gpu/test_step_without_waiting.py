@@ -1,5 +1,7 @@
 """A training step on a GPU is only queued: nothing in it waits for the device, and new document lengths recompile no kernel."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -40,8 +42,8 @@ def rows_with_documents(seed: int) -> list[Batch]:
                 starts[generator.choice(np.arange(1, LENGTH), size=int(generator.integers(1, 20)), replace=False)] = (
                     True
                 )
-            rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
-        found.append(collate(rows, index=index))
+            rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts, part=len(rows)))
+        found.append(replace(collate(rows, index=index), num_parts=2))
     return found
 
 

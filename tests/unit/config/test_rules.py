@@ -487,7 +487,7 @@ def test_settings_that_do_not_fit_the_data_are_one_line(dataset: Path, override:
         (
             ("data.stages=[{from_step:10,from_tokens:81920,weights:{web:1}}]",),
             "data.stages.0.from_step=10 and from_tokens=81920 must be one positive number and one 0: where the stage begins; "
-            "the run begins with data.weights; try {from_step: 1000, weights: {…}}",
+            "the run begins with data.weights; try {from_step: 1001, weights: {…}}",
         ),
         (("data.stages=[{from_step:-1}]",), "data.stages.0.from_step=-1 must be at least 0; try 0"),
         (
@@ -495,13 +495,13 @@ def test_settings_that_do_not_fit_the_data_are_one_line(dataset: Path, override:
             "data.stages.0.weights.web=-1.0 must not be negative; 0 leaves the source out",
         ),
         (
-            ("data.stages=[{from_tokens:81921},{from_step:11}]",),
-            "data.stages.1.from_step=11 must begin after the stage before it, which begins after step 11; try 12 steps or more",
+            ("data.stages=[{from_tokens:81921},{from_step:12}]",),
+            "data.stages.1.from_step=12 must begin after the stage before it, which begins with step 12; try from_step: 13 or later",
         ),
         (
             ("data.stages=[{from_tokens:2457600}]",),
-            "data.stages.0.from_tokens=2457600 begins after step 300, but the run ends with step 300; "
-            "try less than 300 steps, or remove the stage",
+            "data.stages.0.from_tokens=2457600 begins with step 301, but the run ends with step 300; "
+            "try from_step: 300 or earlier, or remove the stage",
         ),
         (
             ("data.index_path=/tmp",),
