@@ -114,15 +114,8 @@ def loss_triton(
         if grad_q is not None and grad_k is not None and sums is not None and ranges is not None:
             counts = (candidates & (own >= top_k)[:, None])[:, None] & (target > NOTHING / 10)
             ratio = torch.where(counts, (target - predicted) * LOG2E, NOTHING)
-            _add_gradients(
-                (iq, ik, *_arrays(layout), lse, ratio, sums),
-                (grad_q, grad_k),
-                ranges,
-                queries,
-                layout,
-                scales[1],
-                sizes,
-            )
+            tensors = (iq, ik, *_arrays(layout), lse, ratio, sums)
+            _add_gradients(tensors, (grad_q, grad_k), ranges, queries, scales[1], sizes)
     return loss, captured, grad_q, grad_k
 
 
@@ -131,18 +124,26 @@ def _add_gradients(
     grads: tuple[torch.Tensor, torch.Tensor],
     ranges: tuple[torch.Tensor, torch.Tensor],
     queries: slice,
-    layout: DocumentLayout,
     scale: float,
     sizes: dict[str, Any],
 ) -> None:
-    """Writes the gradient of a chunk's index queries, and adds its part of the keys'; `tensors` are the kernels' first arguments."""
-    ratio = tensors[-2]
+    """Writes the gradient of a chunk's index queries, and adds its part of the keys'.
+
+    Args:
+        tensors: the kernels' first arguments.
+        grads: of iq and ik.
+        ranges: by `_later_queries`.
+        queries: the chunk.
+        scale: factor of the index scores.
+        sizes: by `_sizes`.
+    """
+    ratio, num_block_rows = tensors[-2], len(ranges[0])
     place, settings = (queries.start, queries.stop, ratio.shape[2]), {**sizes, **_settings(sizes)}
-    tiles, rows = cdiv(len(ratio), sizes["TILE_TOKENS"]), cdiv(layout.num_block_rows, sizes["BLOCK_ROWS"])
+    tiles, rows = cdiv(len(ratio), sizes["TILE_TOKENS"]), cdiv(num_block_rows, sizes["BLOCK_ROWS"])
     kv_heads, factors = ratio.shape[1], (scale * LOG2E, scale)
     launch(ratio_sums_kernel, (tiles, kv_heads), *tensors, *place, factors[0], **settings)
     launch(query_gradient_kernel, (tiles, kv_heads), *tensors, grads[0], *place, *factors, **settings)
-    arguments = (*tensors, grads[1], *ranges, *place, layout.num_block_rows, *factors)
+    arguments = (*tensors, grads[1], *ranges, *place, num_block_rows, *factors)
     launch(key_gradient_kernel, (rows, kv_heads), *arguments, **settings)
 
 
