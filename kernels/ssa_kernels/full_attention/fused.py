@@ -5,8 +5,10 @@ The kernel is chosen from shapes, explicit arguments and the installed libraries
 - `cudnn`: torch's cuDNN attention, if the caller states that the tokens are `num_rows` rows of equal length, one document each.
 - `te`: Transformer Engine's cuDNN attention on packed documents and on spans of queries (`query_spans`), if it is installed (te.py). On
   request it also takes equal rows.
-- `flash`: heads wider than 128, AMD's GPUs, and everything else: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
+- `flash`: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
   activated one with `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel of the operator called here.
+
+Heads wider than 128 and AMD's GPUs take `flash`, unless the caller names another.
 
 Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms), and its gradients
 are wrong with more than one document. Deterministic mode (`torch.use_deterministic_algorithms`) sends everything to `flash`, whose
