@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+import ssa_kernels.sparse_attention.tensor_core.launch  # noqa: F401  imported late otherwise, with the recorder in place
 from ssa_kernels.decode import build_cache
 from ssa_kernels.decode.append_triton import append_triton, update_means_triton
 from ssa_kernels.decode.launch import decode_attention_triton, select_cached_triton
