@@ -161,20 +161,18 @@ def summary(found: list[Usage]) -> Iterator[str]:
     yield f"| shape | operator | {' | '.join(gpus)} |"
     yield "|---" * (len(gpus) + 2) + "|"
     for case, operator in dict.fromkeys((row.case, row.operator) for row in found):
-        cells = []
-        for gpu in gpus:
-            rows = [row for row in found if (row.case, row.operator, row.gpu) == (case, operator, gpu)]
-            wrong = dict.fromkeys(f"{row.kernel} {row.problem}" for row in rows if row.problem)
-            registers, shared = (
-                max((row.registers for row in rows), default=0),
-                max((row.shared for row in rows), default=0),
-            )
-            cells.append(
-                f"{registers}, {shared / KIB:.0f}{' (' * bool(wrong)}{'; '.join(wrong)}{')' * bool(wrong)}"
-                if rows
-                else ""
-            )
+        rows = [row for row in found if (row.case, row.operator) == (case, operator)]
+        cells = [_cell([row for row in rows if row.gpu == gpu]) for gpu in gpus]
         yield f"| {case} | {operator} | {' | '.join(cells)} |"
+
+
+def _cell(rows: list[Usage]) -> str:
+    """Returns the needs of an operator's kernels, and what is wrong with any of them; empty if none was compiled."""
+    if not rows:
+        return ""
+    wrong = dict.fromkeys(f"{row.kernel} {row.problem}" for row in rows if row.problem)
+    most = f"{max(row.registers for row in rows)}, {max(row.shared for row in rows) / KIB:.0f}"
+    return f"{most} ({'; '.join(wrong)})" if wrong else most
 
 
 def _of_nvidia(made: Any, capability: int) -> dict[str, int]:
