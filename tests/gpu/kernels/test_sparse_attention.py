@@ -120,7 +120,8 @@ def test_choices(top_k, block_size):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_size"), [(8, 2, 64, 16), (6, 2, 128, 64), (4, 4, 80, 32), (8, 1, 256, 16), (32, 2, 256, 128)]
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(8, 2, 64, 16), (6, 2, 128, 64), (4, 4, 80, 32), (8, 1, 256, 16), (32, 2, 256, 128)],
 )
 def test_heads_choose_independently(heads, kv_heads, head_dim, block_size):
     check(RAGGED, heads, kv_heads, head_dim, block_size, 3, lists=heads)
