@@ -59,7 +59,7 @@ def test_command_line_options():
     [
         (
             ["cases=9k"],
-            "cases=9k must be among 8k, 32k, share, share_8k, share_32k, share_128k, optimizer, fp8, recompute with 1 process",
+            "cases=9k must be among 8k, 32k, share, share_8k, share_32k, share_128k, optimizer, fp8, recompute, keys with 1 process",
         ),
         (["cases=dp2"], "need torchrun --nproc-per-node 2"),
         (["rounds=0"], "rounds=0 must be a positive whole number"),
@@ -208,7 +208,7 @@ def test_benchmark_runs_on_a_cpu(tmp_path):
     command = [
         "-m",
         "ssa_pretrain.bench",
-        "cases=8k,share,share_128k,optimizer",
+        "cases=8k,share,share_128k,optimizer,keys",
         "model=tiny",
         "length=64",
         "rows=1",
