@@ -225,7 +225,8 @@ def test_benchmark_runs_on_a_cpu(tmp_path):
         found = {line["variant"]: line for line in csv.DictReader(file)}
     steps = {name for name in found if not name.startswith("share ")}
     methods = {"full 8k", "full 8k unfused", "full 8k short", "ssa 8k", "ssa 8k short", "moba 8k"}
-    assert steps == {"plain 8k", *methods, "ssa step", "optimizer"}
+    options = {"ssa 8k plain keys", "ssa 8k QK-norm", "ssa 8k key convolution"}
+    assert steps == {"plain 8k", *methods, *options, "ssa step", "optimizer"}
     shares = {name for goal in GOALS for name in (goal.over, goal.under) if name.startswith("share ")}
     assert shares <= set(found) and all(float(line["ms"]) > 0 for line in found.values())
     parts = [float(found[f"share ssa r=1/4 8k, main {main}"]["ms"]) for main in ("full", "sparse")]
