@@ -96,7 +96,7 @@ def test_released_blocks():
         ),
         (
             {"model_type": "qwen3", "use_sliding_window": True},
-            "use_sliding_window=True must be False: the training model has no other; import another model",
+            "use_sliding_window=true must be false: the training model has no other; import another model",
         ),
         ({"hidden_size": None}, "hidden_size is missing from config.json; copy the folder again"),
         (
