@@ -142,6 +142,28 @@ def indexer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     return [*found, Variant(name="ssa with indexer 8k", run=pass_over(inside, rows), **common)]
 
 
+def keys(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """Returns ssa as it is, with QK-norm, and with a convolution of keys of width 3."""
+    rows = batches(config, placement, vocab, 1)
+    configs = {
+        "plain keys": config,
+        "QK-norm": replace(config, model=replace(config.model, qk_norm=True)),
+        "key convolution": replace(config, attention=replace(config.attention, key_convolution=3)),
+    }
+    engines = {name: _built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in configs.items()}
+    total = sum(held for _, held in engines.values())
+    work = counted(config, placement, 1)[Method.ssa]
+    return [
+        Variant(
+            name=f"ssa 8k {name}",
+            run=pass_over(with_attention(engine, method=Method.ssa), rows),
+            foreign_bytes=total - held,
+            **work,
+        )
+        for name, (engine, held) in engines.items()
+    ]
+
+
 CASES = {
     "8k": speed_8k,
     "32k": speed_32k,
@@ -153,6 +175,7 @@ CASES = {
     "fp8": fp8,
     "recompute": recompute,
     "indexer": indexer,
+    "keys": keys,
 }
 TP2 = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {

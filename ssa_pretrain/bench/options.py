@@ -23,6 +23,7 @@ ONE_PROCESS = (
     "fp8",
     "recompute",
     "indexer",
+    "keys",
 )
 SHORTHANDS = {"share": ("share_8k", "share_32k")}
 LENGTHS = {"32k": 4, "share_32k": 4, "share_128k": 16}  # how many times `length` the rows of a case are long

@@ -19,7 +19,9 @@ def _key_convolution(config: Config, _: Machine) -> list[Problem]:
         rule = f"needs a method that chooses blocks by mean keys, and attention.method={method} does not"
         return [Problem(key, width, rule, "try 0 or attention.method=moba", ("attention.method",))]
     if width and config.attention.score is Score.indexer:
-        rule = "is for blocks that are chosen by mean keys, and attention.score=indexer chooses them by a trained scorer"
+        rule = (
+            "is for blocks that are chosen by mean keys, and attention.score=indexer chooses them by a trained scorer"
+        )
         return [Problem(key, width, rule, "try 0", ("attention.score",))]
     return []
 

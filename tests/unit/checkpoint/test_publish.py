@@ -392,6 +392,11 @@ def test_weights_of_another_shape_are_refused_and_every_key_is_named(tmp_path):
         f"{tmp_path} holds another model (attention.gate: checkpoint True, run False; model.num_layers: checkpoint 4, run 2); "
         "set the model as it was trained, or name another checkpoint"
     )
+    # This checkpoint is older than both settings, so it has their defaults.
+    with pytest.raises(
+        CheckpointError, match=r"key_convolution: checkpoint 0, run 3; model\.qk_norm: checkpoint False, run"
+    ):
+        require_same_model(found, saved | {"model.qk_norm": True, "attention.key_convolution": 3}, shapes_only=True)
 
 
 def test_new_run_may_change_settings_that_keep_the_shapes(tmp_path):
