@@ -36,7 +36,7 @@ class MegatronEngine(MegatronModel):
         super().__init__(config, placement, vocab_size)
         self.replicas = ReplicaCheck(config.training.replica_check_interval, placement)
         self.optimizer = build_optimizer(config, self.chunks)
-        self.mean = build_mean(config, self.optimizer, self.models, placement)
+        self.mean = build_mean(config, self.optimizer, placement)
         self.copies = HostCopies(placement.device)
         self._are_gathered = False  # whether every data rank has the weights after the last update
         self._install_hooks()
