@@ -53,6 +53,7 @@ def train(name: str, config: Config, placement: Placement, out: Path) -> None:
             losses.append(engine.evaluate(held_out, mode="full").cross_entropy)
     write(out / name, engine.save)
     snapshot, group = engine.snapshot(weights=True), dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
     write(out / f"{name}.snapshot", lambda folder: snapshot.write(folder, group))
     if placement.is_rank_0:
         (out / f"{name}.json").write_text(json.dumps(losses))
