@@ -1,7 +1,7 @@
 """Where the running mean of the weights (engine/ema.py) finds megatron-core's fp32 weights.
 
-The distributed optimizer keeps a slice of each flattened parameter on some of the ranks that share it, and sharded Muon a whole one on one of them. Other optimizers keep a whole fp32 copy beside a
-bf16 parameter, and no copy of an fp32 one.
+The distributed optimizer keeps a slice of each flattened parameter on some of the ranks that share it, and sharded Muon a whole one on one of
+them. Other optimizers keep a whole fp32 copy beside a bf16 parameter, and no copy of an fp32 one.
 """
 
 from collections.abc import Sequence
