@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def evaluate_run(config: Config, checkpoint: Path | None = None, *, samples: bool = True) -> None:
-    """Evaluates a checkpoint of a run, by default its newest, and samples from it unless told not to. Every rank calls this."""
+    """Evaluates a checkpoint of a run, by default its newest, and samples from it. Every rank calls this."""
     from ssa_pretrain.checkpoint.publish import require_same_model
     from ssa_pretrain.evaluation import MODES, results
     from ssa_pretrain.evaluation.sampling import sample

@@ -61,7 +61,7 @@ class Route:
         spans: (first, length) of the queries that compute it, among this rank's; None: all.
         weight: what a drawn query counts for in the means.
         alignment_scale: d(total loss) / d(one layer's local alignment), on the device; None: no gradient.
-        observe: receives each layer's queries, keys and values, with `mask_T` of the queries whose label counts; None: nobody does.
+        observe: receives each layer's queries and keys, with `mask_T` of the queries whose label counts; None: nobody does.
         keep: receives each layer's keys and values of the first documents; None: nobody does.
     """
 

@@ -61,7 +61,7 @@ class PackedTokens(PackedSeqParams):
         sample: the queries of `documents` that compute the other stream; None: all of them.
         weight: what a query that computes the other stream counts for in the engine's means of alignment and captured mass.
         alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None: no gradient.
-        observe: called in each layer with (the layer, q [T, H, D], k of all tokens [S, G, D], this packing, v=values as k); None: nobody observes.
+        observe: called in each layer with (the layer, q [T, H, D], k of all tokens [S, G, D], this packing); None: nobody observes.
         keep: receives each layer's keys and values of the texts that the first documents are; None: nobody does.
         continues: the texts whose newest tokens the first tokens are, one each; the others are padding. None: documents are whole.
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
@@ -153,7 +153,7 @@ class SSAAttention(MegatronModule):
         if packed.gather is not None:
             k, v = packed.gather(k, v)
         if packed.observe is not None:
-            packed.observe(self, q, k, packed, v=v)
+            packed.observe(self, q, k, packed, v=v)  # the values of all tokens, [S, G, D]
         if packed.keep is not None:
             packed.keep.keep(self.layer_number, k.detach(), v.detach(), self.impl)
         attend = self._main_stream if packed.continues is None else self._newest_tokens
