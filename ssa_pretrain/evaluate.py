@@ -42,8 +42,10 @@ def main() -> None:
 
 
 def evaluate_run(config: Config, checkpoint: Path | None = None, *, samples: bool = True) -> None:
-    """Evaluates a checkpoint of a run, by default its newest, and samples from it. Every rank calls this."""
+    """Evaluates a checkpoint of a run, by default its newest, and samples from it unless told not to. Every rank calls this."""
+    from ssa_pretrain.checkpoint.facts import tokens_trained_on
     from ssa_pretrain.checkpoint.publish import require_same_model
+    from ssa_pretrain.checkpoint.weights import ema_weights
     from ssa_pretrain.evaluation import MODES, results
     from ssa_pretrain.evaluation.sampling import sample
     from ssa_pretrain.evaluation.table import table
@@ -59,7 +61,8 @@ def evaluate_run(config: Config, checkpoint: Path | None = None, *, samples: boo
     with joined(config.parallel, seed=config.seed) as placement:
         # The plan needs a batch of whole microbatches. On this layout the training run's batch may not divide evenly.
         rows = placement.dp * config.training.micro_batch_size
-        batch = replace(config.training, global_batch_tokens=rows * config.data.sequence_length)
+        tokens = rows * config.data.sequence_length
+        batch = replace(config.training, global_batch_tokens=tokens, batch_steps=[])
         run = build_run(replace(config, training=batch), placement, trains=False)
         found = newest_checkpoint(run, checkpoint)
         if found is None:
@@ -74,12 +77,12 @@ def evaluate_run(config: Config, checkpoint: Path | None = None, *, samples: boo
 
         on_rank_0(require_own, is_rank_0=placement.is_rank_0, errors=(ConfigError,))
         run.tasks = build_tasks(run)
-        run.engine.load_weights(found.folder)
+        run.engine.load_weights(ema_weights(found.folder) if config.evaluation.ema else found.folder)
         result: dict[str, Any] = {
             "settings": settings,
             "trained_with": results.trained_with(run, found),
             "step": found.step,
-            "tokens": found.step * found.facts["training.global_batch_tokens"],
+            "tokens": tokens_trained_on(found.facts, found.step),
             "split": "heldout",
             "rows": run.held_out.num_rows,
             **measure(run),

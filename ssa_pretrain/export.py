@@ -8,6 +8,7 @@ Takes the folder of a run, whose newest intact checkpoint is exported, or one of
 number of processes, which share the files. Settings, as key=value:
 
     out             folder of the export; must not exist
+    weights         live (default) or ema: the running mean of the weights (optim.ema_decay)
     dtype           bf16 (default) or fp32: number format of the weights
     attention_mode  full or sparse: what the model computes unless asked otherwise; default full, sparse after method=moba
     max_shard_size  largest file of weights, default 5GB

@@ -11,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ssa_pretrain.checkpoint.facts import refused_changes, run_facts
+from ssa_pretrain.checkpoint.facts import BATCH_STEPS, HISTORY, batch_changes, refused_changes, run_facts
 from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.config.hardware import PlanConfig
@@ -118,7 +118,9 @@ def _describe_folder(entry: str, config: Config, plan: Plan, manifest: Manifest 
         return f"{folder} is in use by {owner}: the run would be refused"
     found = _newest_record(folder)
     if found is None:
-        return f"{folder} holds no checkpoint" + ("" if entry == "evaluate" else ": the run starts at step 0")
+        origin = config.checkpoint.branch_from
+        start = f"the run branches from {origin}" if origin else "the run starts at step 0"
+        return f"{folder} holds no checkpoint" + ("" if entry == "evaluate" else f": {start}")
     step = found["step"]
     if entry == "evaluate":
         return f"{folder}: the checkpoint of step {step} is evaluated"
@@ -127,8 +129,13 @@ def _describe_folder(entry: str, config: Config, plan: Plan, manifest: Manifest 
         fingerprint=manifest.fingerprint if manifest else "",
         padded_vocab_size=plan.padded_vocab_size,
         tokenizer_sha256=manifest.tokenizer.sha256 if manifest else "",
+        step=step,
     )
-    saved = {k: v for k, v in found["facts"].items() if k != "data.order"}  # the run takes over the checkpoint's
+    if changes := batch_changes(config, step):
+        wanted[BATCH_STEPS] = changes
+    saved = {
+        k: v for k, v in found["facts"].items() if k not in ("data.order", HISTORY)
+    }  # the run takes over the checkpoint's
     if manifest is None:
         saved, wanted = ({k: v for k, v in facts.items() if k not in OF_DATA} for facts in (saved, wanted))
     if changed := refused_changes(saved, wanted, needs_equal_microbatches(config)):

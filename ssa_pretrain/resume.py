@@ -1,11 +1,12 @@
-"""Decides where a run starts: after its newest intact checkpoint, from given weights or from new ones, or not at all if it is finished."""
+"""Decides where a run starts: after its newest intact checkpoint, as a branch of another run (branch.py), from given weights or from new ones, or not at all if it is finished."""
 
 from pathlib import Path
 
 import torch.distributed as dist
 
+from ssa_pretrain.branch import branch_text, open_branch
 from ssa_pretrain.checkpoint import mirror
-from ssa_pretrain.checkpoint.facts import refused_changes
+from ssa_pretrain.checkpoint.facts import AVERAGED, HISTORY, refused_changes
 from ssa_pretrain.checkpoint.publish import Checkpoint, newest, require_same_model
 from ssa_pretrain.checkpoint.weights import find_weights
 from ssa_pretrain.errors import CheckpointError
@@ -30,6 +31,11 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         return None
+    if AVERAGED in checkpoint.facts:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds averaged weights without an optimizer; choose another output_dir and start with checkpoint.init_from={run.folder}"
+        )
+    run.history = checkpoint.facts.get(HISTORY, [])
     if "data.order" not in checkpoint.facts:
         run.rows = training_rows(run.config, run.manifest, order=1)
         run.print(f"{checkpoint.folder} was written under row order 1: the run keeps it to its end")
@@ -61,6 +67,12 @@ def restore(run: Run, checkpoint: Checkpoint | None) -> int:
         run.health.load(checkpoint.folder)
         run.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
         return checkpoint.step
+    if run.config.checkpoint.branch_from:
+        branched = open_branch(run)
+        run.engine.load(branched.folder)
+        run.health.load(branched.folder)
+        run.print(branch_text(run, branched))
+        return branched.step
     if run.config.checkpoint.init_from:
         source = initial_weights(run, Path(run.config.checkpoint.init_from))
         run.engine.load_weights(source)

@@ -77,7 +77,6 @@ def roll_back(run: Run, spike: Spike, step: int) -> bool:
 def _incident(run: Run, spike: Spike, step: int, checkpoint_step: int, reason: str = "") -> Incident:
     """Returns the record of a spike; `reason` is why the run goes on."""
     first = max(checkpoint_step + 1, step - run.config.training.rollback_window + 1)
-    rows = run.plan.rows_per_step
     return Incident(
         step=step,
         stream=spike.stream,
@@ -89,7 +88,7 @@ def _incident(run: Run, spike: Spike, step: int, checkpoint_step: int, reason: s
         reason=reason,
         checkpoint_step=checkpoint_step,
         skipped_steps=[] if reason else [first, step],
-        skipped_rows=[] if reason else [(first - 1) * rows, step * rows - 1],
+        skipped_rows=[] if reason else [run.plan.rows_before(first - 1), run.plan.rows_before(step) - 1],
         time=time.time(),
     )
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint.facts import run_facts
+from ssa_pretrain.checkpoint.facts import BATCH_STEPS, HISTORY, batch_changes, run_facts
 from ssa_pretrain.checkpoint.integrity import Verdicts
-from ssa_pretrain.config import Config, TrainingConfig
+from ssa_pretrain.config import Config, RowPacking, TrainingConfig
 from ssa_pretrain.data.batches import Packing
 from ssa_pretrain.data.indexed_format import Manifest, load_manifest
+from ssa_pretrain.data.packed_index import index_folder, open_index, prepare
 from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, build_engine, build_evaluator
 from ssa_pretrain.errors import DataError
@@ -24,8 +25,9 @@ from ssa_pretrain.health import Health
 from ssa_pretrain.incidents import Incident
 from ssa_pretrain.monitor.console import with_timestamps
 from ssa_pretrain.monitor.environment import versions
-from ssa_pretrain.parallel.agreement import differences_from_rank_0, on_rank_0, ranks_without
-from ssa_pretrain.parallel.state import Placement
+from ssa_pretrain.parallel.agreement import differences_from_rank_0, on_all_ranks, on_rank_0, ranks_without
+from ssa_pretrain.parallel.state import Placement, launched_local_rank
+from ssa_pretrain.planning.epochs import mixture_stages
 from ssa_pretrain.planning.plan import Plan, make_plan
 from ssa_pretrain.run_folder import lock_folder, marker_is_visible, write_marker
 from ssa_pretrain.settings.convert import config_to_dict
@@ -36,7 +38,15 @@ from ssa_pretrain.step_ranges import Range, merged, up_to
 if TYPE_CHECKING:
     from ssa_pretrain.evaluation.tasks import Task
 
-NODE_SETTINGS = ("data.path", "output_dir", "logging.", "checkpoint.init_from", "dry_run")  # may differ between nodes
+NODE_SETTINGS = (
+    "data.path",
+    "data.index_path",
+    "output_dir",
+    "logging.",
+    "checkpoint.init_from",
+    "checkpoint.branch_from",
+    "dry_run",
+)  # may differ between nodes
 MAX_LISTED = 8  # differences between ranks
 
 
@@ -56,6 +66,7 @@ class Run:
     tasks: "list[Task]" = field(default_factory=list)
     health: Health = field(default_factory=lambda: Health(TrainingConfig()))
     incidents: list[Incident] = field(default_factory=list)  # by step; the same on every rank
+    history: list[dict[str, Any]] = field(default_factory=list)  # of a branch: the runs that it continues, oldest first
 
     @property
     def last_step(self) -> int:
@@ -82,18 +93,24 @@ class Run:
         """Returns the facts on which a resumed run and its checkpoint must agree: everything that decides the losses, except layout and schedule.
 
         Args:
-            step: the checkpoint's. Steps that were left out up to it are a fact; which later ones will be is not.
+            step: the checkpoint's. Steps that were left out, changes of the batch and stages of the mixture that began before it are facts; later ones
+                are not.
         """
         facts = run_facts(
             self.config,
             fingerprint=self.manifest.fingerprint,
             padded_vocab_size=self.plan.padded_vocab_size,
             tokenizer_sha256=self.manifest.tokenizer.sha256,
+            step=step,
         )
         if self.rows and self.rows.order > 1:  # a checkpoint without this fact was written under row order 1
             facts["data.order"] = self.rows.order
         if left_out := up_to(self.left_out, step):
             facts["training.skip_steps"] = [list(pair) for pair in left_out]
+        if changes := batch_changes(self.config, step):
+            facts[BATCH_STEPS] = changes
+        if self.history:
+            facts[HISTORY] = self.history
         return facts
 
 
@@ -142,6 +159,8 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
     """
     try:
         manifest = load_manifest(Path(config.data.path))
+        if trains and config.data.packing is RowPacking.best_fit:
+            prepare_index(config, manifest, placement)
         rows = training_rows(config, manifest) if trains else None
         held_out = HeldOutRows(manifest, sequence_length=config.data.sequence_length, rows=config.evaluation.rows)
     except ValueError as error:
@@ -156,10 +175,38 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
     return Run(config, plan, placement, manifest, engine, rows, held_out, folder, health=health)
 
 
+def prepare_index(config: Config, manifest: Manifest, placement: Placement) -> None:
+    """Makes sure that every node has the index of data.packing=best_fit: rank 0 builds it, then one process of each node that does not see it.
+
+    Raises:
+        DataError: on every rank, if a node cannot write it.
+    """
+    is_first_here = launched_local_rank() == 0
+    folder = index_folder(manifest, config.data.sequence_length, config.data.index_path).parent
+
+    def act() -> None:
+        done = prepare(manifest, config.data.sequence_length, config.data.index_path)
+        if placement.is_rank_0:
+            print(with_timestamps(done, config.logging.timestamps), flush=True)
+
+    for builds in (placement.is_rank_0, is_first_here and not placement.is_rank_0):
+        if failure := on_all_ranks(act if builds else lambda: None, "packing"):
+            advice = "try data.index_path=FOLDER on a disk of each node, or on storage that all nodes share"
+            raise DataError(f"data.packing=best_fit cannot keep its index in {folder} ({failure}); {advice}")
+
+
 def training_rows(config: Config, manifest: Manifest, order: int = ORDER) -> TrainingRows:
-    """Returns the training rows of a run in the given version of the row order."""
-    length, weights = config.data.sequence_length, config.data.weights
-    return TrainingRows(manifest, sequence_length=length, seed=config.seed, weights=weights, order=order)
+    """Returns the training rows of a run in the given version of the row order; under best fit the index exists."""
+    length, packed = config.data.sequence_length, None
+    if config.data.packing is RowPacking.best_fit:
+        packed = open_index(manifest, length, config.data.index_path)
+        if packed is None:
+            folder = index_folder(manifest, length, config.data.index_path)
+            raise ValueError(
+                f"data.packing=best_fit finds no index in {folder}; remove the folder, and the next start builds it"
+            )
+    stages = mixture_stages(config)
+    return TrainingRows(manifest, sequence_length=length, seed=config.seed, weights=stages, order=order, packed=packed)
 
 
 def require_shared_folder(folder: Path, placement: Placement) -> None:

@@ -24,6 +24,12 @@ ELSEWHERE = "try another output_dir"
 GIB = 2**30
 
 
+def named_folder(named: str) -> Path:
+    """Returns the folder that a text names: RUN@STEP is the checkpoint of a run after that step; anything else is the folder itself."""
+    folder, _, step = named.rpartition("@")
+    return Path(folder) / "checkpoints" / f"step_{int(step):08d}" if folder and step.isdecimal() else Path(named)
+
+
 def unwritable(folder: Path) -> str | None:
     """Returns why a run cannot write into a folder, which may not exist yet. None if no reason is known. Creates nothing."""
     existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))

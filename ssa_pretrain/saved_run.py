@@ -73,7 +73,8 @@ def expand(arguments: Sequence[str], world_size: int) -> tuple[list[str], str]:
     except ConfigError:  # the composition reports each of its problems
         saved = None
     layout, note = _layout_overrides(saved.parallel, world_size, rest) if saved else ([], "")
-    placed = [f"output_dir={_quoted(str(folder))}", "checkpoint.init_from=''", "parallel.world_size=0", *layout]
+    origin = ["checkpoint.init_from=''", "checkpoint.branch_from=''", "evaluation.ema=false"]
+    placed = [f"output_dir={_quoted(str(folder))}", *origin, "parallel.world_size=0", *layout]
     return ["--config-path", str(folder), *placed, *rest], note
 
 

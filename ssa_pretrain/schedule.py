@@ -1,9 +1,7 @@
-"""The learning rate of a step and the streams of each microbatch, as pure functions of (seed, step, place in the global batch).
+"""The streams of each microbatch, as pure functions of (seed, step, place in the global batch). The learning rate is in rates.py.
 
 Nothing here has state. A resumed run gets the same values at a step as an uninterrupted one. Places are counted over the global batch, so no draw
 depends on the layout: tensor, pipeline and context ranks agree, recomputation repeats the draw, and more data ranks change none.
-
-*Learning rate.* Linear warm-up, then cosine, linear or constant.
 
 *Main stream.* Each microbatch is full with probability p = `full_ratio`. The M microbatches of a global batch form n = M / Q groups of Q neighbours,
 where Q is the largest power of two that leaves at least two groups. All microbatches of a group have the same main stream. Data rank i of dp takes
@@ -28,49 +26,14 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
-from ssa_pretrain.config import AttentionConfig, Config, OptimConfig, PrecisionName, Schedule, StreamDraw
+from ssa_pretrain.config import AttentionConfig, Config, PrecisionName, StreamDraw
 
 MIN_PAIRS = 8  # of chunks per row: the smallest share that every row can have is 1/8
 LONGEST_CHUNK = 1024  # queries, while a row has more than 2 * MIN_PAIRS chunks
 FAVOUR = 3.0  # ratio of the two shares; about the square root of the ratio of the two counterparts' costs at 8k to 32k (docs/counterpart.md)
 WINDOW = 8  # steps that share the rounding of the main stream
 STREAM, COUNTERPART = b"ssa-stream", b"ssa-counterpart"  # separate the two draws' random numbers
-
-
-class Length(Protocol):
-    """The length of a run, as a schedule reads it; `planning.Plan` provides it."""
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole schedule."""
-        ...
-
-    @property
-    def warmup_steps(self) -> int:
-        """Optimizer steps of its warm-up."""
-        ...
-
-
-def learning_rate(step: int, optim: OptimConfig, plan: Length) -> float:
-    """Returns the learning rate of an optimizer step.
-
-    With S steps of which W are warm-up, it is lr * (step + 1) / (W + 1) for step < W, lr at step W, and min_lr at step S, one past the
-    last: neither the first nor the last step is wasted at zero.
-
-    Args:
-        step: optimizer steps done before this one; 0 for the first.
-        optim: peak, end and shape.
-        plan: the run's length.
-    """
-    if step < plan.warmup_steps:
-        return optim.lr * (step + 1) / (plan.warmup_steps + 1)
-    if optim.schedule is Schedule.constant:
-        return optim.lr
-    progress = min(1.0, (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps))
-    share = 1.0 - progress if optim.schedule is Schedule.linear else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return optim.min_lr + (optim.lr - optim.min_lr) * share
 
 
 def is_due(step: int, interval: int, last_step: int) -> bool:

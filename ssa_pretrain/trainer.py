@@ -19,7 +19,7 @@ from ssa_pretrain.config.rules import warning
 from ssa_pretrain.data.batches import Batch, training_batches
 from ssa_pretrain.engine import PendingStep, StepResult
 from ssa_pretrain.errors import Interrupted
-from ssa_pretrain.evaluation import MODES
+from ssa_pretrain.evaluation import EMA_MODES, MODES
 from ssa_pretrain.evaluation.heads import entropy_by_layer
 from ssa_pretrain.evaluation.held_out import (
     evaluate_mode,
@@ -30,6 +30,7 @@ from ssa_pretrain.evaluation.held_out import (
 )
 from ssa_pretrain.evaluation.tasks import build_tasks, evaluate_due_tasks
 from ssa_pretrain.monitor.alerts import finished, hung, restarted
+from ssa_pretrain.monitor.by_source import source_lines, step_values
 from ssa_pretrain.monitor.console import Console, banner, end_line
 from ssa_pretrain.monitor.environment import provenance, record_start, versions
 from ssa_pretrain.monitor.metrics import MetricsLogger, Tracker
@@ -40,13 +41,16 @@ from ssa_pretrain.monitor.trackers import Opening, start_trackers
 from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.parallel.watchdog import Watchdog, watchdog
+from ssa_pretrain.planning.epochs import stage_line
 from ssa_pretrain.planning.flops import peak_flops, row_flops
+from ssa_pretrain.planning.plan import Plan
+from ssa_pretrain.rates import learning_rate
 from ssa_pretrain.resume import find_checkpoint, newest_checkpoint, restore, why_finished
 from ssa_pretrain.rollback import load_incidents, roll_back
 from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flatten_settings, locked_folder, packing_of
 from ssa_pretrain.run_folder import space_warning
 from ssa_pretrain.saving import Saver
-from ssa_pretrain.schedule import is_due, learning_rate
+from ssa_pretrain.schedule import is_due
 from ssa_pretrain.settings.convert import config_to_dict, save_config
 from ssa_pretrain.step_ranges import contains
 
@@ -96,8 +100,10 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
             while (log := train_segment(run, first_step, interruption, watch, timeline, more_trackers)) is None:
                 first_step = restore(run, newest_checkpoint(run))
         step, seconds = max(first_step, run.last_step), time.monotonic() - begin
-        tokens = step * run.plan.tokens_per_step
+        tokens = run.plan.tokens_before(step)
         log.console.print(end_line(step, first_step, run.plan.steps, tokens, seconds))
+        if lines := source_lines(log.recent):
+            log.console.print(lines)
 
 
 def train_segment(
@@ -130,7 +136,7 @@ def train_segment(
             return None
         step = max(first_step, run.last_step)
         timeline.end(FINISHED if step >= run.plan.steps else STOPPED, step)
-        log.alert(finished(step, run.plan.steps, step * run.plan.tokens_per_step, time.monotonic() - begin))
+        log.alert(finished(step, run.plan.steps, run.plan.tokens_before(step), time.monotonic() - begin))
         return log
 
 
@@ -147,6 +153,8 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, sa
         watch.enter("evaluating", step)
         evaluate(run, log, step)
     while step < run.last_step:
+        if line := stage_line(config, step):
+            log.console.print(line)
         watch.enter("profiling" if step + 1 in config.profile.at else "training", step)
         queue.append(train_step(run, step))
         step += 1
@@ -175,9 +183,16 @@ def loop(run: Run, log: MetricsLogger, step: int, interruption: Interruption, sa
 
 
 def evaluate(run: Run, log: MetricsLogger, step: int) -> None:
-    """Evaluates the tasks that are due, then the held-out rows, in both modes, and logs what the run's metrics do not have yet."""
+    """Evaluates the tasks that are due, then the held-out rows, in both modes, and logs what the run's metrics do not have yet.
+
+    With `evaluation.ema` the held-out rows are evaluated with the running mean of the weights too.
+    """
     for record in evaluate_due_tasks(run, run.tasks, log.evaluated, step):
         log.log_task(record)
+    if run.config.evaluation.ema and (names := missing_evaluations(run, log.evaluated, step, EMA_MODES)):
+        with run.engine.ema_weights():
+            for name in names:
+                log.log_evaluation(evaluation_record(run, evaluate_mode(run, EMA_MODES[name]), step, name))
     for mode in missing_evaluations(run, log.evaluated, step, MODES):
         log.log_evaluation(evaluation_record(run, evaluate_mode(run, mode), step, mode) | entropy_record(run, mode))
 
@@ -226,8 +241,9 @@ def train_step(run: Run, step: int) -> QueuedStep:
     if contains(run.left_out, step + 1):
         return QueuedStep(step + 1, None, 0.0, 0.0)
     plan, dp_rank, begin = run.plan, run.placement.dp_rank, time.monotonic()
+    first = plan.rows_before(step) // run.config.training.micro_batch_size
     batches = training_batches(
-        run.rows, packing_of(run.config), step, count=plan.num_microbatches, dp=plan.dp, dp_rank=dp_rank
+        run.rows, packing_of(run.config), first, count=plan.microbatches_at(step), dp=plan.dp, dp_rank=dp_rank
     )
     data_seconds, rate = time.monotonic() - begin, learning_rate(step, run.config.optim, plan)
     with profiling(run, step + 1):
@@ -255,7 +271,8 @@ def log_results(
             continue
         result = queued.pending.result()
         verdict = run.health.judge(result, queued.number)
-        log.log_step(training_record(run, result, queued.number) | verdict.record, queued.flops_per_token)
+        record = training_record(run, result, queued.number) | verdict.record
+        log.log_step(record, queued.flops_per_token, result.num_tokens)
         if verdict.line:
             log.console.print(verdict.line)
         run.health.require_progress(result, queued.number, run.folder)
@@ -276,20 +293,25 @@ def profiling(run: Run, step: int) -> AbstractContextManager[None]:
 
 
 def flops_per_token(run: Run, batches: list[Batch]) -> float:
-    """Returns the model FLOPs per token of a step. Causal attention is counted per document, over this data rank's microbatches."""
-    lengths = [int(n) for batch in batches for n in batch.cu_seqlens.diff()]
+    """Returns the model FLOPs per token of a step. Causal attention is counted per document, over this data rank's microbatches without padding."""
+    lengths = [length for batch in batches for length in batch.document_lengths]
     row = row_flops(run.config.model, run.config.attention, lengths, run.plan.vocab_size)
-    return row.model / sum(lengths)
+    return row.model / max(1, sum(lengths))
 
 
 def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
     """Returns the record of a step for metrics.jsonl; the logger adds times and speeds."""
     alignment = mean(result.alignment_by_layer)
+    z_loss = {} if result.z_loss is None else {"z_loss": result.z_loss}
     return {
         "step": step,
-        "tokens": step * run.plan.tokens_per_step,
-        "loss": result.cross_entropy + run.config.attention.alignment_weight * (alignment or 0.0),
+        "tokens": run.plan.tokens_before(step),
+        **batch_size(run, step),
+        "loss": result.cross_entropy
+        + (result.z_loss or 0.0)
+        + run.config.attention.alignment_weight * (alignment or 0.0),
         "cross_entropy": result.cross_entropy,
+        **z_loss,
         "alignment_loss": alignment,
         "alignment_loss_by_layer": result.alignment_by_layer,
         "captured_mass": mean(result.captured_mass_by_layer),
@@ -298,7 +320,22 @@ def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
         "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
         "stream": {1.0: "full", 0.0: "sparse"}.get(result.full_share, "mixed"),
         "full_share": result.full_share,
-    }
+    } | data_values(run, result, step)
+
+
+def data_values(run: Run, result: StepResult, step: int) -> dict[str, Any]:
+    """Returns what a step's record has on its data: padding and, on the rank that writes it, the values by source."""
+    batch = run.plan.batches.tokens_at(step - 1)
+    padding = {"padding_share": 1.0 - result.num_tokens / batch} if result.num_tokens < batch else {}
+    if run.rows is None or not run.placement.is_rank_0:
+        return padding
+    return padding | step_values(run.rows.part_names, result.by_part, run.rows.read_so_far(run.plan.rows_before(step)))
+
+
+def batch_size(run: Run, step: int) -> dict[str, int]:
+    """Returns the tokens of a step, counted from 1, if the batch changes over the run."""
+    sizes = run.plan.batches
+    return {} if sizes.is_constant else {"batch_tokens": sizes.tokens_at(step - 1)}
 
 
 def left_out_record(run: Run, step: int) -> dict[str, Any]:
@@ -306,7 +343,8 @@ def left_out_record(run: Run, step: int) -> dict[str, Any]:
     by_hand = contains(run.config.training.skip_steps, step)
     return {
         "step": step,
-        "tokens": step * run.plan.tokens_per_step,
+        "tokens": run.plan.tokens_before(step),
+        **batch_size(run, step),
         "loss": None,
         "cross_entropy": None,
         "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
@@ -335,6 +373,7 @@ def open_log(run: Run, step: int, more_trackers: Sequence[Callable[[Path], Track
         run.folder,
         total_steps=run.plan.steps,
         tokens_per_step=run.plan.tokens_per_step,
+        total_tokens=run.plan.total_tokens,
         resume_step=step,
         interval=run.config.logging.interval,
         flops_per_token=run.plan.flops_per_token,
@@ -355,11 +394,19 @@ def banner_facts(run: Run) -> dict[str, str]:
         "model": f"{config.model.name}, {plan.parameters:,} parameters, attention {config.attention.method.value}",
         "layout": f"{plan.world_size} x {run.device_name}: {layout}",
         "data": f"{config.data.path}, rows of {config.data.sequence_length} tokens, vocabulary {plan.vocab_size:,}",
-        "length": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens = {plan.total_tokens:,} tokens",
+        "length": length_of(plan),
     }
+    if run.history:
+        lines["branch"] = ", then ".join(f"{entry['from']} at step {entry['step']}" for entry in run.history)
     if text := warning(config):
         lines["warning"] = text
     return lines
+
+
+def length_of(plan: Plan) -> str:
+    """Returns the run's steps, their batches, and all its tokens."""
+    sizes = " to ".join(dict.fromkeys(f"{tokens:,}" for _, tokens in plan.batches.phases))
+    return f"{plan.steps:,} steps of {sizes} tokens = {plan.total_tokens:,} tokens"
 
 
 def start_own_trackers(run: Run, console: Console, step: int) -> list[Tracker]:

@@ -37,7 +37,9 @@ def main() -> int:
         return 0
     wrong = decode.failures()
     if arguments.only is None:
-        wrong += failures() + failures(heads=32, kv_heads=8, head_dim=128)
+        wrong += (
+            failures() + failures(heads=32, kv_heads=8, head_dim=128) + failures(heads=16, kv_heads=2, head_dim=256)
+        )
     if wrong:
         print("Wrong results, so nothing is timed:", *wrong, sep="\n  ", file=sys.stderr)
         return 1
@@ -95,6 +97,7 @@ def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
     yield from cases.sink(shapes.SHAPE_8K, 1.05, 1.02)
     yield from cases.sink(shapes.SHAPE_32K, 1.05, 1.02)
     yield from cases.streams(shapes.SHAPE_8K_G4, (1.7, 2.2))
+    yield from cases.wide_heads(shapes.SHAPE_8K_D256)
     yield from cases.memory(shapes.SHAPE_8K, 0.4)
     yield from cases.memory(shapes.SHAPE_32K, 0.4)
     yield from decode.rows(arguments.quick)

@@ -132,6 +132,21 @@ class Problem:
         )
 
 
+def wide_heads(shape: Shape) -> Iterator[Row]:
+    """Yields the same for heads wider than 128, against FlashAttention-2, and the time of each part."""
+    problem = Problem(shape)
+    full_f, full_fb = problem.time(lambda: problem.sdpa(SDPBackend.FLASH_ATTENTION))
+    indices = problem.choose()
+    choice = median_ms(problem.choose)
+    sparse_f, sparse_fb = problem.time(lambda: problem.sparse(indices))
+    name = f"selection + sparse / FlashAttention-2 full, {shape.name}"
+    both, forward = choice + sparse_fb, choice + sparse_f
+    yield Row(f"{name}, fwd+bwd", full_fb / both, "x", detail=f"{full_fb:.2f} / {both:.2f} ms")
+    yield Row(f"{name}, fwd", full_f / forward, "x", detail=f"{full_f:.2f} / {forward:.2f} ms")
+    detail = f"forward {sparse_f:.2f}, forward + backward {sparse_fb:.2f} ms"
+    yield Row("selection of that", choice, "ms", higher=False, detail=detail)
+
+
 def streams(shape: Shape, both: Bounds = None, forward: Bounds = None) -> Iterator[Row]:
     """Yields the speed of selection + sparse attention relative to full attention, forward + backward and forward only."""
     problem = Problem(shape)

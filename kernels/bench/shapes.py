@@ -32,6 +32,7 @@ SHAPE_32K = Shape("32k", 2, 32768)
 SHAPE_64K = Shape("64k", 1, 65536)
 SHAPE_128K = Shape("128k", 1, 131072)
 SHAPE_8K_G4 = Shape("8k, G 4, D 128", 8, 8192, 32, 8, 128)
+SHAPE_8K_D256 = Shape("8k, 16 heads, G 2, D 256", 8, 8192, 16, 2, 256)
 
 
 def random_heads(shape: Shape, heads: int, seed: int) -> torch.Tensor:

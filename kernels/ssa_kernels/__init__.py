@@ -23,8 +23,9 @@ from .documents import DocumentLayout, build_layout
 from .full_attention import full_attention
 from .gate import gate
 from .gate_and_align import gate_and_align
+from .key_convolution import key_convolution
 from .linear_cross_entropy import linear_cross_entropy
-from .qkv_rope import qkv_rope
+from .qkv_rope import QKNorm, qkv_rope, rope
 from .queries import SampledQueries, query_slice, query_spans, sample_queries
 from .select.api import select_blocks
 from .sparse_attention.api import sparse_attention
@@ -34,6 +35,7 @@ from .swiglu import swiglu
 __all__ = [
     "DocumentLayout",
     "KeyValueCache",
+    "QKNorm",
     "SSAOutput",
     "SampledQueries",
     "append_to_cache",
@@ -45,10 +47,12 @@ __all__ = [
     "full_attention",
     "gate",
     "gate_and_align",
+    "key_convolution",
     "linear_cross_entropy",
     "qkv_rope",
     "query_slice",
     "query_spans",
+    "rope",
     "sample_queries",
     "select_blocks",
     "select_cached_blocks",

@@ -15,6 +15,8 @@ import torch
 from torch._C import _len_torch_function_stack
 from torch.compiler import is_compiling
 
+from .devices import gpu_of
+
 Impl = Literal["triton", "reference"]
 # What stands for each operator while torch.compile traces: a function of the same arguments that calls a custom op. custom_ops/ fills it.
 GRAPH_OPERATORS: dict[str, Callable] = {}
@@ -80,6 +82,11 @@ def resolve_impl(impl: str | None, tensor: torch.Tensor, operator: str) -> Impl:
             "try impl='reference', or TRITON_INTERPRET=1 in the environment for a test"
         )
     _check_dtype(tensor, operator)
+    if (gpu := gpu_of(tensor.device)).backend == "cuda" and gpu.capability < 80:
+        raise ValueError(
+            f"tensors of {operator} are on a {torch.cuda.get_device_name(tensor.device)} of compute capability {gpu.capability / 10:.1f}, "
+            "but the kernels need 8.0 (A100) or later; try impl='reference'"
+        )
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         raise ValueError(
             f"tensors of {operator} on {tensor.device} must be on the current device cuda:{torch.cuda.current_device()}, where kernels "

@@ -2,14 +2,22 @@
 
 from typing import Any
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Batches, Config, RowPacking, batches
+from ssa_pretrain.data.packed_index import VERSION
 from ssa_pretrain.settings.convert import config_to_dict
 
+AVERAGED = "averaged"  # fact of a model soup: the checkpoints whose weights it averages
+HISTORY = "history"  # fact of a branch: the runs that it continues; it decides nothing
 LATER = "vocabulary."  # prefix of facts that older checkpoints lack
+OPTIM = ("name", "beta1", "beta2", "eps", "weight_decay", "clip_grad", "muon")
+BATCH_STEPS = "training.batch_steps"
 MICRO_BATCH = "training.micro_batch_size"
+STAGES = "data.stages"
 
 
-def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str) -> dict[str, Any]:
+def run_facts(
+    config: Config, *, fingerprint: str, padded_vocab_size: int, tokenizer_sha256: str, step: int = 0
+) -> dict[str, Any]:
     """Returns the facts on which a resumed run and its checkpoint must agree: everything that decides the losses, except layout and schedule.
 
     Args:
@@ -17,21 +25,38 @@ def run_facts(config: Config, *, fingerprint: str, padded_vocab_size: int, token
         fingerprint: of the data.
         padded_vocab_size: the embedding's first dim.
         tokenizer_sha256: of the data's tokenizer.
+        step: the checkpoint's. Stages of the mixture that began before it are a fact; later ones may change.
     """
     tree = config_to_dict(config)
     kept = {f"model.{k}": v for k, v in tree["model"].items() if k != "name"}
     kept |= {f"attention.{k}": v for k, v in tree["attention"].items() if k != "impl"}
-    kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "isolate_documents")}
-    kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size")}
-    kept |= {f"optim.{k}": tree["optim"][k] for k in ("beta1", "beta2", "eps", "weight_decay", "clip_grad")}
+    kept |= {f"data.{k}": tree["data"][k] for k in ("sequence_length", "weights", "packing", "isolate_documents")}
+    kept |= {f"training.{k}": tree["training"][k] for k in ("global_batch_tokens", "micro_batch_size", "z_loss")}
+    kept |= {f"optim.{k}": tree["optim"][k] for k in OPTIM}
     kept |= {f"precision.{k}": tree["precision"][k] for k in ("name", "grad_reduce_in_fp32", "fp8_recipe")}
     kept |= {f"engine.{k}": tree["engine"][k] for k in ("name", "distributed_optimizer")}
+    if config.data.packing is RowPacking.best_fit:
+        kept["data.packing"] += f", version {VERSION}"
+    sizes = batches(config.training)
+    stages = [{"from_step": stage.first_step(sizes), "weights": dict(stage.weights)} for stage in config.data.stages]
     return kept | {
         "seed": tree["seed"],
+        STAGES: [stage for stage in stages if stage["from_step"] < step],
         "data.fingerprint": fingerprint,
         "vocabulary.padded_size": padded_vocab_size,
         "vocabulary.tokenizer_sha256": tokenizer_sha256,
     }
+
+
+def batch_changes(config: Config, step: int) -> list[list[int]]:
+    """Returns [steps before it, tokens per step] of each change of the batch that a checkpoint of a step has behind it."""
+    return [[first, tokens] for first, tokens in batches(config.training).phases[1:] if first < step]
+
+
+def tokens_trained_on(facts: dict[str, Any], step: int) -> int:
+    """Returns the tokens of a checkpoint's first `step` steps, by its facts."""
+    changes = ((first, tokens) for first, tokens in facts.get(BATCH_STEPS, []))
+    return Batches(((0, facts["training.global_batch_tokens"]), *changes)).tokens_before(step)
 
 
 def refused_changes(saved: dict[str, Any], wanted: dict[str, Any], equal_microbatches: str | None) -> list[str]:
@@ -47,6 +72,8 @@ def refused_changes(saved: dict[str, Any], wanted: dict[str, Any], equal_microba
         del lines[MICRO_BATCH]
     elif MICRO_BATCH in lines:
         lines[MICRO_BATCH] += f" ({equal_microbatches})"
+    if STAGES in lines:
+        lines[STAGES] += " (stages that began before the checkpoint must stay, and later ones begin after it)"
     return list(lines.values())
 
 
@@ -56,9 +83,14 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     A key that was added to the configuration after the checkpoint was written has its default, because that is what the older run did. A missing
     fact with the prefix LATER is not compared.
     """
+    return [f"{key}: checkpoint {old!r}, run {new!r}" for key, (old, new) in differing(saved, wanted).items()]
+
+
+def differing(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the facts of `differences` by key, with the checkpoint's value and the run's."""
     saved = _with_defaults(saved, wanted, config_to_dict(Config()))
-    keys = sorted(saved.keys() | wanted.keys())
-    return [f"{k}: checkpoint {saved.get(k)!r}, run {wanted.get(k)!r}" for k in keys if saved.get(k) != wanted.get(k)]
+    keys = sorted((saved.keys() | wanted.keys()) - {HISTORY})
+    return {key: (saved.get(key), wanted.get(key)) for key in keys if saved.get(key) != wanted.get(key)}
 
 
 def _with_defaults(saved: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from ssa_pretrain.checkpoint.staging import HostCopies
-from ssa_pretrain.checkpoint.weights import WeightsReader, WeightsWriter, canonical_name, write_index
+from ssa_pretrain.checkpoint.weights import WEIGHTS, WeightsReader, WeightsWriter, canonical_name, write_index
 from ssa_pretrain.config import Config
 from ssa_pretrain.model.sharding import global_name, join, part, partition_dim, whole_shape
 from ssa_pretrain.parallel.state import Placement
 
 Gathered = Callable[[torch.nn.Parameter], AbstractContextManager]
+Values = Callable[[torch.nn.Parameter], Tensor]  # of a parameter, in its shape; every rank calls it
 
 
 def already_gathered(_: torch.nn.Parameter) -> AbstractContextManager:
@@ -44,7 +45,7 @@ def save_weights(
         placement: this process's coordinates.
         gathered: context in which a parameter is sharded by tensor parallelism only.
     """
-    _write(folder, _whole_weights(models, config, placement, gathered), placement)
+    write_whole(folder / WEIGHTS, whole_weights(models, config, placement, gathered), placement)
 
 
 @torch.no_grad()
@@ -56,37 +57,49 @@ def copy_weights(
     gathered: Gathered = already_gathered,
 ) -> dict[str, Tensor]:
     """Returns the whole tensors that this rank will write, in host memory, complete after `copies.wait()`; every rank calls it."""
-    whole = _whole_weights(models, config, placement, gathered)
+    whole = whole_weights(models, config, placement, gathered)
     return {name: copies.tensor(f"weights.{name}", tensor) for name, tensor in whole}
 
 
-def write_copies(folder: Path, copied: dict[str, Tensor], placement: Placement, group: dist.ProcessGroup) -> None:
-    """Writes the result of `copy_weights` into `folder`/weights; a thread of every rank calls it, with its own group of all ranks."""
-    _write(folder, copied.items(), placement, group)
+def write_copies(target: Path, copied: dict[str, Tensor], placement: Placement, group: dist.ProcessGroup) -> None:
+    """Writes the result of `copy_weights` into a new folder; a thread of every rank calls it, with its own group of all ranks."""
+    write_whole(target, copied.items(), placement, group)
 
 
-def _whole_weights(
-    models: Iterable[GPTModel], config: Config, placement: Placement, gathered: Gathered
+def whole_weights(
+    models: Iterable[GPTModel],
+    config: Config,
+    placement: Placement,
+    gathered: Gathered = already_gathered,
+    values: Values = torch.Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields the whole tensors that this rank writes, one at a time; every rank runs it to its end."""
+    """Yields the whole tensors that this rank writes, one at a time; every rank runs it to its end.
+
+    Args:
+        models: this rank's GPTModels, one per virtual stage.
+        config: the run.
+        placement: this process's coordinates.
+        gathered: context in which a parameter is sharded by tensor parallelism only.
+        values: returns what is written of a parameter.
+    """
     groups = placement.groups
     joins = groups.dp_cp.rank() == 0
     writes = joins and placement.tp_rank == 0
     for name, parameter in named_weights(models, config):
         with gathered(parameter):
-            whole = _join_over_ranks(name, parameter, groups.tp) if joins else None
+            own = values(parameter)
+            whole = _join_over_ranks(name, own, groups.tp) if joins else None
         if writes and whole is not None:
             yield name, whole
 
 
-def _write(
-    folder: Path,
+def write_whole(
+    target: Path,
     whole: Iterable[tuple[str, Tensor]],
     placement: Placement,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Writes every rank's whole tensors and their index; every rank calls it."""
-    target = folder / "weights"
+    """Writes every rank's whole tensors and their index into a new folder; every rank calls it."""
     if placement.is_rank_0:
         target.mkdir()
     dist.barrier(group)

@@ -30,6 +30,7 @@ from ssa_pretrain.errors import WeightsError
 from ssa_pretrain.settings.files import leads_outside
 
 INDEX = "weights.json"
+WEIGHTS, EMA = "weights", "ema"  # folders of a checkpoint: the weights, and their running mean in fp32
 SCHEMA = 1
 FILE_BYTES = 4 * 2**30
 
@@ -42,7 +43,18 @@ def canonical_name(name: str) -> str:
 
 def find_weights(folder: Path) -> Path | None:
     """Returns the folder of common weights that `folder` is or contains, or None."""
-    return next((place for place in (folder, folder / "weights") if (place / INDEX).is_file()), None)
+    return next((place for place in (folder, folder / WEIGHTS) if (place / INDEX).is_file()), None)
+
+
+def ema_weights(checkpoint: Path) -> Path:
+    """Returns the folder with the running mean of a checkpoint's weights.
+
+    Raises:
+        WeightsError: the checkpoint has none.
+    """
+    if found := find_weights(checkpoint / EMA):
+        return found
+    raise WeightsError(f"{checkpoint} has no running mean of the weights; train with optim.ema_decay, such as 0.999")
 
 
 class WeightsWriter:

@@ -1,10 +1,11 @@
 """The configuration of a run: its schema, the machine it runs on, its rules and DeepSpeed's dictionary.
 
-Reading order: choices, evaluation, trackers, schema, machine, rules/, deepspeed. This module re-exports the first four only, so importing it is cheap.
+Reading order: choices, evaluation, trackers, checkpoint, schedule, schema, machine, rules/, deepspeed. This module re-exports all up to schema, so importing it is cheap.
 """
 
 from pathlib import Path
 
+from ssa_pretrain.config.checkpoint import CheckpointConfig
 from ssa_pretrain.config.choices import (
     AdamImpl,
     Auto,
@@ -14,14 +15,19 @@ from ssa_pretrain.config.choices import (
     KernelImpl,
     LayerSpec,
     Method,
+    MuonScale,
+    OptimizerName,
     PrecisionName,
     Recompute,
+    RowPacking,
     Schedule,
     Score,
+    Shape,
     StreamDraw,
     Timestamps,
     WandbMode,
 )
+from ssa_pretrain.config.data import DataConfig, StageConfig
 from ssa_pretrain.config.evaluation import (
     ChoiceTask,
     EvaluationConfig,
@@ -30,11 +36,11 @@ from ssa_pretrain.config.evaluation import (
     PerplexityTask,
     TaskConfig,
 )
+from ssa_pretrain.config.optimizers import MuonConfig, MupConfig
+from ssa_pretrain.config.schedule import Batches, BatchStepConfig, PieceConfig, batches, piece_bounds
 from ssa_pretrain.config.schema import (
     AttentionConfig,
-    CheckpointConfig,
     Config,
-    DataConfig,
     DeepSpeedConfig,
     EngineConfig,
     ModelConfig,
@@ -54,6 +60,8 @@ __all__ = [
     "AdamImpl",
     "AttentionConfig",
     "Auto",
+    "BatchStepConfig",
+    "Batches",
     "CheckpointConfig",
     "ChoiceTask",
     "Config",
@@ -70,17 +78,25 @@ __all__ = [
     "LoggingConfig",
     "Method",
     "ModelConfig",
+    "MuonConfig",
+    "MuonScale",
+    "MupConfig",
     "NeedleTask",
     "OptimConfig",
+    "OptimizerName",
     "ParallelConfig",
     "PerplexityTask",
+    "PieceConfig",
     "PrecisionConfig",
     "PrecisionName",
     "ProfileConfig",
     "Recompute",
     "RopeScalingConfig",
+    "RowPacking",
     "Schedule",
     "Score",
+    "Shape",
+    "StageConfig",
     "StreamDraw",
     "TaskConfig",
     "TensorboardConfig",
@@ -89,4 +105,6 @@ __all__ = [
     "TrainingConfig",
     "WandbConfig",
     "WandbMode",
+    "batches",
+    "piece_bounds",
 ]

@@ -42,6 +42,13 @@ class StreamDraw(StrEnum):
     step = "step"  # once per step, for all its microbatches
 
 
+class RowPacking(StrEnum):
+    """How documents fill the rows of training."""
+
+    flow = "flow"  # one after another over the ends of rows; no padding, and a row's ends cut documents
+    best_fit = "best_fit"  # whole in rows by best fit, with padding; only documents longer than a row are cut
+
+
 class EngineName(StrEnum):
     """Library that runs forward, backward and the optimizer step."""
 
@@ -94,6 +101,30 @@ class Schedule(StrEnum):
     cosine = "cosine"  # half a cosine wave down to min_lr
     linear = "linear"  # straight down to min_lr
     constant = "constant"  # stays at its peak
+    wsd = "wsd"  # stays at its peak, then goes down to min_lr over the last optim.decay_fraction of all steps
+
+
+class Shape(StrEnum):
+    """How the learning rate goes from the start of a piece to its end."""
+
+    linear = "linear"  # in equal steps
+    cosine = "cosine"  # half a cosine wave
+    sqrt = "sqrt"  # by the square root of the progress: fast at first (arXiv 2405.18392)
+    constant = "constant"  # is at its end from its start on
+
+
+class OptimizerName(StrEnum):
+    """Optimizer of the weights."""
+
+    adamw = "adamw"  # AdamW for all weights
+    muon = "muon"  # Muon for the matrices of the layers, AdamW for embedding, output layer and norms
+
+
+class MuonScale(StrEnum):
+    """Size of Muon's update of a matrix with r rows and c columns, in units of the learning rate."""
+
+    match_rms_adamw = "match_rms_adamw"  # 0.2 * sqrt(max(r, c)): AdamW's usual size, so that its learning rate fits
+    original = "original"  # sqrt(max(1, r / c)): the spectral norm; its learning rates are near 0.02
 
 
 class WandbMode(StrEnum):

@@ -99,6 +99,9 @@ class EvaluationConfig:
     interval: int = 0  # steps between evaluations; 0: only at the end
     rows: int = 64  # held-out rows to evaluate, spread over the split; 0: all rows, the last of each part padded
     at_start: bool = True  # also evaluate before the first step
+    ema: bool = (
+        False  # a run also evaluates the running mean of its weights (optim.ema_decay); `evaluate RUN` only that
+    )
     tasks: dict[str, TaskConfig] = field(default_factory=dict)  # by name: kind, and the settings of that kind
     task_interval: int = 0  # steps between evaluations of the tasks; 0: with every evaluation
     name: str = ""  # of the results that `evaluate` writes; empty: made of the step and the settings
@@ -109,7 +112,9 @@ class EvaluationConfig:
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
-        found = at_least("evaluation", self, 0, "interval", "rows", "task_interval", "head_rows", "entropy_rows", "bound_rows")
+        found = at_least(
+            "evaluation", self, 0, "interval", "rows", "task_interval", "head_rows", "entropy_rows", "bound_rows"
+        )
         if self.name and not TASK_NAME.fullmatch(self.name):
             rule = "must be a file's name of letters, digits, dots, hyphens and underscores"
             found.append(Problem("evaluation.name", self.name, rule, "try rope_4x"))

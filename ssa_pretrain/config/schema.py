@@ -5,25 +5,29 @@ From then on the configuration is a plain value that nothing changes. Each secti
 across sections are in rules/. Imports neither torch nor Hydra.
 """
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssa_pretrain.config.checkpoint import CheckpointConfig
 from ssa_pretrain.config.choices import (
     AdamImpl,
-    Auto,
     EngineName,
     Fp8Recipe,
     KernelImpl,
     LayerSpec,
     Method,
+    OptimizerName,
     PrecisionName,
     Recompute,
     Schedule,
     Score,
+    Shape,
     StreamDraw,
 )
+from ssa_pretrain.config.data import DataConfig
 from ssa_pretrain.config.evaluation import EvaluationConfig
+from ssa_pretrain.config.optimizers import MuonConfig, MupConfig
+from ssa_pretrain.config.schedule import BatchStepConfig, PieceConfig, batch_problems, batches, schedule_problems
 from ssa_pretrain.config.trackers import LoggingConfig
 from ssa_pretrain.settings.problems import Problem, above_zero, at_least, between, divisors, join, nearest
 from ssa_pretrain.step_ranges import are_valid
@@ -58,7 +62,9 @@ class ModelConfig:
     rope_theta: float = 500_000.0  # base of the RoPE wavelengths
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    qk_norm: bool = False  # RMSNorm with a learnt weight over each query head and key, before RoPE, as in Qwen3
     init_std: float = 0.02  # standard deviation of the initial weights
+    mup: MupConfig = field(default_factory=MupConfig)
 
     @property
     def query_width(self) -> int:
@@ -87,6 +93,7 @@ class ModelConfig:
             *at_least("model", self, 0, "vocab_size"),
             *above_zero("model", self, "rope_theta", "norm_eps", "init_std"),
             *self.rope_scaling.problems(),
+            *self.mup.problems(),
         ]
         if self.head_dim > 2 and self.head_dim % 2:
             advice = f"try {self.head_dim - 1} or {self.head_dim + 1}"
@@ -107,6 +114,7 @@ class AttentionConfig:
     block_size: int = 16  # K, keys per block
     top_k: int = 16  # N, blocks per query, including its own
     score: Score = Score.softmax_sum
+    key_convolution: int = 0  # W, tokens of the causal convolution over keys: 3 or 5 (FlashMoBA), 0 for none
     gate: bool = True  # multiply the attention output by a sigmoid gate per token and query head
     alignment_weight: float = 10.0  # alpha, weight of the alignment loss, which is a mean over layers
     sparsity_weight: float = 1.0  # weight of SmoothL1(full, sg(sparse)) in the alignment loss
@@ -133,33 +141,15 @@ class AttentionConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class DataConfig:
-    """Prepared data and how it is cut into rows."""
-
-    path: str = "???"  # folder of a dataset written by data_prep (with manifest.json)
-    sequence_length: int = 512  # tokens per row
-    weights: dict[str, float] = field(default_factory=dict)  # tokens by source; empty: the dataset's, or in proportion
-    isolate_documents: bool = True  # no attention across documents; positions restart at each document
-
-    def problems(self) -> list[Problem]:
-        """Returns the problems within this section."""
-        found = at_least("data", self, 1, "sequence_length")
-        negative = {f"data.weights.{name}": weight for name, weight in self.weights.items() if weight < 0}
-        rule, advice = "must not be negative", "0 leaves the source out"
-        found += [Problem(key, weight, rule, advice) for key, weight in negative.items()]
-        if self.weights and sum(self.weights.values()) <= 0:
-            advice = "try data.weights={} for all sources in proportion"
-            found.append(Problem("data.weights", None, "must have a positive sum", advice))
-        return found
-
-
-@dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """Degrees of parallelism; the data-parallel degree is world_size / (tp * pp * cp)."""
 
     tp: int = 1  # tensor parallel: ranks that share the matrices of each layer
     pp: int = 1  # pipeline parallel: stages that the layers are split into
     vpp: int = 1  # virtual pipeline stages per rank; 1: no interleaving
+    layers_on_last_stage: int = (
+        0  # layers of the last pipeline stage, which has the output layer; 0: as many as the others
+    )
     cp: int = 1  # context parallel: ranks that share the tokens of each row; keys and values are gathered in each layer
     sequence_parallel: bool = False  # shard norms and residuals along the sequence over the tensor-parallel ranks
     world_size: int = 0  # number of processes; 0: as launched (set it to plan for a larger machine)
@@ -170,7 +160,9 @@ class ParallelConfig:
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
-        found = at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + at_least("parallel", self, 0, "world_size")
+        found = at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + at_least(
+            "parallel", self, 0, "world_size", "layers_on_last_stage"
+        )
         found += between("parallel", self, 0.1, 1440.0, "timeout_minutes") + at_least(
             "parallel", self, 0.0, "hang_minutes"
         )
@@ -242,28 +234,35 @@ class DeepSpeedConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule."""
 
+    name: OptimizerName = OptimizerName.adamw
     lr: float = 1e-3  # peak learning rate, reached after the warm-up
     min_lr: float = 0.0  # learning rate at the end of the schedule
     schedule: Schedule = Schedule.cosine
     warmup_fraction: float = 0.01  # fraction of all steps during which the learning rate rises from 0 to its peak
+    decay_fraction: float = 0.2  # schedule=wsd: fraction of all steps, the last ones, in which it goes down to min_lr
+    decay_shape: Shape = Shape.linear  # schedule=wsd: how it goes down
+    pieces: list[PieceConfig] = field(default_factory=list)  # the whole schedule, piece by piece, in place of the above
+    ema_decay: float = 0.0  # also keep a running mean of the weights, with at most this decay per step; 0: none
     beta1: float = 0.9  # decay rate of the running mean of the gradients
     beta2: float = 0.95  # decay rate of the running mean of squared gradients
     eps: float = 1e-8  # added to the denominator of the update
     weight_decay: float = 0.1  # decoupled weight decay of matrices; norms are exempt
     clip_grad: float = 1.0  # maximum global norm of the gradients; 0: no clipping
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         found = above_zero("optim", self, "lr", "eps") + between("optim", self, 0.0, 1.0, "warmup_fraction")
         found += at_least("optim", self, 0.0, "min_lr", "weight_decay", "clip_grad")
+        found += self.muon.problems() + schedule_problems(self)
         if self.lr > 1.0:
             found.append(Problem("optim.lr", self.lr, "must be at most 1", "AdamW's usual peak is 1e-4 to 1e-2"))
         if 0 < self.lr < self.min_lr:
             rule = f"must not exceed optim.lr={self.lr}"
             found.append(Problem("optim.min_lr", self.min_lr, rule, f"try {self.lr / 10:g} or 0", ("optim.lr",)))
-        for name, usual in (("beta1", 0.9), ("beta2", 0.95)):
+        for name, usual in (("beta1", 0.9), ("beta2", 0.95), ("ema_decay", 0.999)):
             value = getattr(self, name)
             if not 0.0 <= value < 1.0:
                 found.append(Problem(f"optim.{name}", value, "must be at least 0 and below 1", f"try {usual}"))
@@ -286,7 +285,9 @@ class TrainingConfig:
     total_tokens: int = 0  # tokens to train on, rounded up to whole steps; used if steps is 0
     steps: int = 0  # optimizer steps; 0: set by total_tokens
     global_batch_tokens: int = 0  # tokens per optimizer step over all ranks
+    batch_steps: list[BatchStepConfig] = field(default_factory=list)  # where the global batch changes, and to what
     micro_batch_size: int = 1  # rows per rank and microbatch
+    z_loss: float = 0.0  # c of the z-loss, c * log(sum of exp(logits))^2 per label, that is added to the loss; 0: none
     replica_check_interval: int = 10  # steps between comparisons of the data ranks' copies of the weights; 0: none
     stop_at_step: int = 0  # checkpoint and exit after this step; the schedule stays the same; 0: run to the end
     max_skipped_steps: int = (
@@ -299,13 +300,14 @@ class TrainingConfig:
 
     def num_steps(self) -> int:
         """Returns the optimizer steps of the whole schedule."""
-        return self.steps or -(-self.total_tokens // max(1, self.global_batch_tokens))
+        return self.steps or batches(self).steps_for(self.total_tokens)
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         found = at_least("training", self, 0, "total_tokens", "steps", "replica_check_interval", "stop_at_step")
-        found += at_least("training", self, 0, "max_skipped_steps", "spike_threshold")
+        found += at_least("training", self, 0, "max_skipped_steps", "spike_threshold", "z_loss")
         found += at_least("training", self, 1, "micro_batch_size", "rollback_window")
+        found += batch_problems(self)
         if not are_valid(self.skip_steps):
             rule = "must be ranges [first, last] of steps, counted from 1"
             found.append(Problem("training.skip_steps", self.skip_steps, rule, "try 'training.skip_steps=[[120,130]]'"))
@@ -326,31 +328,6 @@ class TrainingConfig:
             advice = "try training.steps=0 or training.total_tokens=0"
             found.append(Problem("training.steps", self.steps, rule, advice, both))
         return found
-
-
-MIRROR = re.compile(r"s3://[A-Za-z0-9.-]+(/[^\s@?#]*)?")
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckpointConfig:
-    """Checkpoints, and the weights that a run starts from."""
-
-    interval: int | Auto = 0  # steps between checkpoints; 0: only at the end; auto: chosen by what a save costs
-    mean_hours_between_failures: float = 0.0  # of the whole run, for interval=auto; 0: 8,090 hours / number of GPUs
-    asynchronous: bool = False  # training goes on while a checkpoint is written, from a copy in host memory
-    keep: int = 2  # how many of the newest intact checkpoints are kept
-    mirror: str = ""  # also copy each checkpoint to this object store, such as s3://BUCKET/PREFIX, and resume from there; empty: no
-    weights: bool = True  # also save the weights in the common format, which both engines read
-    init_from: str = ""  # start at step 0 from the weights in this folder: a run's, a checkpoint's or common weights
-
-    def problems(self) -> list[Problem]:
-        """Returns the problems within this section."""
-        counted = [] if isinstance(self.interval, Auto) else ["interval"]
-        found = at_least("checkpoint", self, 0, *counted, "mean_hours_between_failures")
-        if self.mirror and not MIRROR.fullmatch(self.mirror):
-            rule, advice = "must be the address of a bucket", "try s3://BUCKET/PREFIX"
-            found.append(Problem("checkpoint.mirror", self.mirror, rule, advice))
-        return found + at_least("checkpoint", self, 1, "keep")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,6 +11,8 @@ padding out of the number of tokens that it divides by.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -33,8 +35,10 @@ class Batch:
         loss_mask: float32 [1, T], 0 where the label belongs to another document.
         positions: int64 [T].
         cu_seqlens: int32 [documents + 1], from 0 to T.
-        num_rows: rows of the microbatch if each row is one document, else None.
+        num_rows: rows of the whole microbatch if each row is one document, else None.
         padding: (first token, number of tokens) of each span of padding, ascending.
+        parts: (part's number, number of tokens) of neighbouring tokens from one part of the corpus, in order; together all tokens.
+        num_parts: parts of the corpus, in all batches of a run; 0: no results by part.
         boundaries: the values of `cu_seqlens` on the host; kept by copies on a device, so that nobody waits for it.
     """
 
@@ -46,6 +50,8 @@ class Batch:
     cu_seqlens: Tensor
     num_rows: int | None = None
     padding: tuple[Span, ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
+    num_parts: int = 0
     boundaries: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -56,6 +62,18 @@ class Batch:
     def num_padding(self) -> int:
         """How many of the T tokens are padding."""
         return total(self.padding)
+
+    @property
+    def document_lengths(self) -> list[int]:
+        """The tokens of each document, without padding."""
+        first = {begin for begin, _ in self.padding}
+        ends = {begin + length for begin, length in self.padding}
+        lengths, is_padding = [], False
+        for begin, end in pairwise(self.boundaries):
+            is_padding = begin in first or (is_padding and begin not in ends)
+            if not is_padding:
+                lengths.append(end - begin)
+        return lengths
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on a device. A GPU copies it from pinned memory asynchronously, in stream order."""
@@ -77,8 +95,9 @@ def collate(
         isolate_documents: False: each row is one document, except for its padding.
         padding_document: tokens per document of padding, at most top_k * block_size.
     """
-    tokens, labels, masks, starts, padding = [], [], [], [], []
+    tokens, labels, masks, starts, padding, parts = [], [], [], [], [], []
     for row in rows:
+        parts.append((row.part, len(row.tokens) - 1))
         start = row.starts.copy() if isolate_documents else np.zeros_like(row.starts)
         if row.padding:
             start[-row.padding :: padding_document] = True
@@ -106,7 +125,14 @@ def collate(
         cu_seqlens=torch.from_numpy(np.append(begin, total).astype(np.int32)),
         num_rows=len(tokens) if len(begin) == len(tokens) else None,
         padding=tuple(padding),
+        parts=merged_parts(parts),
     )
+
+
+def merged_parts(parts: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Returns `Batch.parts` with neighbours of the same part joined."""
+    groups = groupby(parts, key=itemgetter(0))
+    return tuple((part, sum(count for _, count in group)) for part, group in groups)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,17 +161,18 @@ class Packing:
 
 
 def training_batches(
-    rows: TrainingRows, packing: Packing, step: int, *, count: int, dp: int, dp_rank: int
+    rows: TrainingRows, packing: Packing, first: int, *, count: int, dp: int, dp_rank: int
 ) -> list[Batch]:
     """Returns the microbatches of a step on one data rank: every dp-th of the global batch.
 
     Args:
         rows: the rows of the run.
         packing: how they become microbatches.
-        step: the optimizer step, from 0.
+        first: microbatches of the whole run before this step.
         count: microbatches per data rank.
         dp: data ranks.
         dp_rank: this data rank.
     """
-    per_step = count * dp
-    return [packing.microbatch(rows, step * per_step + i, index=i) for i in range(dp_rank, per_step, dp)]
+    per_step, num_parts = count * dp, len(rows.part_names)
+    made = (packing.microbatch(rows, first + i, index=i) for i in range(dp_rank, per_step, dp))
+    return [replace(batch, num_parts=num_parts) for batch in made]

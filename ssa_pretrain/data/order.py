@@ -34,6 +34,20 @@ def permute(index: int, n: int, key: str) -> int:
             return index
 
 
+def permute_all(indices: np.ndarray, n: int, key: str) -> np.ndarray:
+    """Returns `permute` of each of some indices, int64, in one pass over them."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    half_bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    found, outside = indices.astype(np.uint64), np.arange(len(indices))
+    while len(outside):
+        left, right = found[outside] >> half_bits, found[outside] & mask
+        for round_key in _round_keys(key):
+            left, right = right, left ^ (_mix_all(right ^ np.uint64(round_key)) & mask)
+        found[outside] = left << half_bits | right
+        outside = outside[found[outside] >= n]
+    return found.astype(np.int64)
+
+
 def key_number(key: str, n: int) -> int:
     """Returns a number in [0, n) that depends only on the key."""
     return _round_keys(key)[0] % n
@@ -49,6 +63,13 @@ def _mix(x: int) -> int:
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
+
+
+def _mix_all(x: np.ndarray) -> np.ndarray:
+    """Returns `_mix` of each of some numbers, uint64; products wrap around."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class Blend:
@@ -167,3 +188,9 @@ class PatternBlend:
         cycle, at = divmod(row, len(self._pattern))
         part = int(self._pattern[at])
         return part, int(cycle * self._counts[part] + self._nth[at])
+
+    def counts(self, rows: int) -> list[int]:
+        """Returns how many of the first `rows` rows each part has."""
+        cycles, rest = divmod(rows, len(self._pattern))
+        more = np.bincount(self._pattern[:rest], minlength=len(self._counts))
+        return [int(n) for n in cycles * self._counts + more]

@@ -6,8 +6,9 @@ fingerprint, seed, n). Nothing is built or cached before training, reads are con
 size or another layout moves no row. Every id that is read is compared with the vocabulary, so a flipped bit ends
 training with its file, byte and document.
 
-A dataset packed as `official_row` gives one sequence per row instead, filled with padding without loss. Held-out rows
-are also padded if a part ends within a row. mixture.py decides how often each part is read. Files are read through
+Under `data.packing=best_fit` a row is whole documents of one part instead, filled with padding without loss: the rows of
+an index (packed_index.py), shuffled by the same permutations. A dataset packed as `official_row` gives one sequence per
+row. Held-out rows are also padded if a part ends within a row. mixture.py decides how often each part is read. Files are read through
 megatron-core's `IndexedDataset`. Its `GPTDataset` is not used, since its order changes with the length of the run and
 it does not return document boundaries.
 
@@ -17,28 +18,33 @@ it:
     2  parts interleaved by `Blend`, by default in proportion to their rows; the second epoch ends with the last token
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ssa_pretrain.data.indexed_format import Manifest
-from ssa_pretrain.data.mixture import Part, is_padded, row_shares, training_parts
-from ssa_pretrain.data.order import Blend, PatternBlend, key_number, permute
+from ssa_pretrain.data.mixture import Mixture, Part, Weights, is_padded
+from ssa_pretrain.data.order import key_number, permute, permute_all
+from ssa_pretrain.data.packed_index import PackedIndex
 from ssa_pretrain.data.repair import repair_advice
 from ssa_pretrain.errors import DamagedData
 
 ORDER = 2
+COUNTED_AT_ONCE = 1 << 20  # rows
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens [L + 1] and whether each begins a document, bool [L + 1]; the last `padding` tokens are padding."""
+    """Tokens [L + 1] and whether each begins a document, bool [L + 1]; the last `padding` tokens are padding. `part` is the training part's number."""
 
     tokens: np.ndarray
     starts: np.ndarray
     padding: int = 0
+    part: int = 0
 
 
 class PartTokens:
@@ -62,6 +68,14 @@ class PartTokens:
             offset, count = offset + take, count - take
         return Row(np.concatenate([p.tokens for p in pieces]), np.concatenate([p.starts for p in pieces]))
 
+    def read_tokens(self, offset: int, count: int) -> np.ndarray:
+        """Returns the tokens of `read` only, int64."""
+        f = int(np.searchsorted(self._ends, offset, side="right"))
+        begin = offset - (int(self._ends[f - 1]) if f else 0)
+        if offset + count <= self._ends[f]:
+            return self._tokens_of_file(f, begin, count)
+        return self.read(offset, count).tokens
+
     def sequence(self, number: int) -> np.ndarray:
         """Returns the tokens of sequence `number` of the part."""
         for f, file in enumerate(self._files):
@@ -76,7 +90,25 @@ class PartTokens:
         """Number of sequences in all files."""
         return sum(len(file.sequence_lengths) for file in self._files)
 
+    def count_tokens(self, sequences: np.ndarray) -> int:
+        """Returns the tokens of some sequences, given by their numbers."""
+        total = 0
+        for file in self._files:
+            here = len(file.sequence_lengths)
+            total += int(file.sequence_lengths[sequences[(sequences >= 0) & (sequences < here)]].sum(dtype=np.int64))
+            sequences = sequences - here
+        return total
+
     def _read_file(self, f: int, begin: int, count: int) -> Row:
+        file = self._files[f]
+        size = np.dtype(file.index.dtype).itemsize
+        tokens, pointers = self._tokens_of_file(f, begin, count), file.index.sequence_pointers
+        first, last = np.searchsorted(pointers, [begin * size, (begin + count) * size])
+        starts = np.zeros(count, dtype=bool)
+        starts[pointers[first:last] // size - begin] = True
+        return Row(tokens, starts)
+
+    def _tokens_of_file(self, f: int, begin: int, count: int) -> np.ndarray:
         file = self._files[f]
         size = np.dtype(file.index.dtype).itemsize
         # A copy, since a view would outlive the file if the dataset were dropped.
@@ -89,10 +121,19 @@ class PartTokens:
                 f"{self._prefixes[f]}.bin holds the id {tokens[at - begin]} at byte {at * size}, document {document}, but the vocabulary ends at "
                 f"{self._vocab_size - 1}: the file is damaged; {repair_advice(self._prefixes[f].parents[1])}"
             )
-        first, last = np.searchsorted(pointers, [begin * size, (begin + count) * size])
-        starts = np.zeros(count, dtype=bool)
-        starts[pointers[first:last] // size - begin] = True
-        return Row(tokens, starts)
+        return tokens
+
+
+class PaddedRows(Protocol):
+    """The rows of one part that are read by their number, because each has documents of its own and padding."""
+
+    def read(self, number: int) -> Row:
+        """Returns a row of L + 1."""
+        ...
+
+    def num_tokens(self, numbers: np.ndarray) -> int:
+        """Returns the tokens of some rows without padding."""
+        ...
 
 
 class SequenceRows:
@@ -112,6 +153,35 @@ class SequenceRows:
         starts[:1] = True
         return padded(Row(own, starts), self._length, self._pad)
 
+    def num_tokens(self, numbers: np.ndarray) -> int:
+        """See `PaddedRows.num_tokens`."""
+        return self._tokens.count_tokens(numbers)
+
+
+class BestFitRows:
+    """The rows of one part in an index: whole documents, or a row's length of a long one."""
+
+    def __init__(self, tokens: PartTokens, index: PackedIndex, number: int, pad_id: int) -> None:
+        self._tokens, self._length, self._pad = tokens, index.length, pad_id
+        self._pieces, self._rows = index.pieces(number)
+
+    def read(self, number: int) -> Row:
+        """Returns row `number` of the index as a row of L + 1."""
+        begin, end = int(self._rows["end"][number - 1]) if number else 0, int(self._rows["end"][number])
+        tokens = np.full(self._length + 1, self._pad, dtype=np.int64)
+        starts = np.zeros(self._length + 1, dtype=bool)
+        at = 0
+        for first, count in self._pieces[begin:end].tolist():
+            tokens[at : at + count] = self._tokens.read_tokens(first, count)
+            starts[at] = True
+            at += count
+        starts[at : at + 1] = True
+        return Row(tokens, starts, self._length + 1 - at)
+
+    def num_tokens(self, numbers: np.ndarray) -> int:
+        """See `PaddedRows.num_tokens`."""
+        return int(self._rows["tokens"][numbers].sum(dtype=np.int64))
+
 
 def padded(row: Row, length: int, pad_id: int) -> Row:
     """Returns a row of at most L tokens padded to L + 1. The padding begins a document of its own and has no loss."""
@@ -129,34 +199,77 @@ class TrainingRows:
         manifest: the dataset.
         sequence_length: L.
         seed: of the shuffle.
-        weights: share of each part in the tokens; empty: the manifest's, or else all rows equally often.
+        weights: share of each part in the tokens, of the whole run or by stage; empty: the manifest's, or else all rows equally often.
         order: version of the order, see the module's docstring.
+        packed: the index of data.packing=best_fit; None under data.packing=flow.
     """
 
     def __init__(
-        self, manifest: Manifest, *, sequence_length: int, seed: int, weights: dict[str, float], order: int = ORDER
+        self,
+        manifest: Manifest,
+        *,
+        sequence_length: int,
+        seed: int,
+        weights: Weights,
+        order: int = ORDER,
+        packed: PackedIndex | None = None,
     ) -> None:
         if not 1 <= order <= ORDER:
             raise ValueError(f"row order {order} is unknown; this version of ssa_pretrain has 1 to {ORDER}")
         self.order, self._length = order, sequence_length
         self._key = f"{manifest.fingerprint}:{seed}"
         self._tokens = open_parts(manifest, "train")
-        self._sequences = open_sequences(manifest, self._tokens, sequence_length)
-        self._parts = training_parts(manifest, sequence_length)
-        shares = row_shares(manifest, weights, sequence_length, order=order)
-        self._blend = PatternBlend(shares) if order == 1 else Blend(shares)
+        self._padded: Sequence[PaddedRows] = open_sequences(manifest, self._tokens, sequence_length)
+        if packed is not None:
+            pad = manifest.tokenizer.eos_id
+            self._padded = [BestFitRows(tokens, packed, n, pad) for n, tokens in enumerate(self._tokens)]
+        rows = packed.rows_per_epoch if packed else None
+        self._mixture = Mixture(manifest, weights, sequence_length, order=order, packed=rows)
+        self._parts = self._mixture.parts
+        self._counted = [(0, 0)] * len(self._parts)  # rows and tokens of each part at the last call of `_tokens_of`
+
+    @property
+    def part_names(self) -> list[str]:
+        """The parts' names by number."""
+        return [part.name for part in self._parts]
 
     def row(self, index: int) -> Row:
         """Returns row `index` of the run, 0 or more, without an end."""
-        number, n = self._blend.locate(index)
+        number, n = self._mixture.locate(index)
         part = self._parts[number]
         epoch, at = divmod(n, part.rows_per_epoch)
-        key = f"{self._key}:{part.name}:{epoch}"
+        key = self._epoch_key(part, epoch)
         place = permute(at, part.rows_per_epoch, key)
-        if self._sequences:
-            return self._sequences[number].read(place)
+        if self._padded:
+            return replace(self._padded[number].read(place), part=number)
         shift = self._shift(part, epoch, key + ":shift")
-        return self._tokens[number].read(shift + place * self._length, self._length + 1)
+        return replace(self._tokens[number].read(shift + place * self._length, self._length + 1), part=number)
+
+    def read_so_far(self, rows: int) -> dict[str, tuple[int, float]]:
+        """Returns tokens without padding and epochs of each part in the first `rows` rows of the run."""
+        counts = enumerate(self._mixture.counts(rows))
+        return {
+            self._parts[number].name: (self._tokens_of(number, n), n / self._parts[number].rows_per_epoch)
+            for number, n in counts
+        }
+
+    def _tokens_of(self, number: int, rows: int) -> int:
+        """Returns the tokens of the first `rows` rows of a part. If rows hold padding, it counts on from the call before."""
+        if not self._padded:
+            return rows * self._length
+        part, (counted, tokens) = self._parts[number], self._counted[number]
+        epoch = rows // part.rows_per_epoch
+        if not epoch * part.rows_per_epoch <= counted <= rows:
+            counted, tokens = epoch * part.rows_per_epoch, epoch * part.num_tokens
+        for first in range(counted, rows, COUNTED_AT_ONCE):
+            at = np.arange(first, min(rows, first + COUNTED_AT_ONCE)) - epoch * part.rows_per_epoch
+            places = permute_all(at, part.rows_per_epoch, self._epoch_key(part, epoch))
+            tokens += self._padded[number].num_tokens(places)
+        self._counted[number] = rows, tokens
+        return tokens
+
+    def _epoch_key(self, part: Part, epoch: int) -> str:
+        return f"{self._key}:{part.name}:{epoch}"
 
     def _shift(self, part: Part, epoch: int, key: str) -> int:
         """Returns the offset of an epoch's first row.

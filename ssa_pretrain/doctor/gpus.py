@@ -70,7 +70,9 @@ def torch_and_cuda() -> list[Finding]:
         return [ok("torch and gpu", f"torch {torch.__version__} on the CPU, {torch.get_num_threads()} threads")]
     count = torch.cuda.device_count()
     nccl_version = ".".join(map(str, nccl.version()))
-    found = [ok("torch and gpu", f"{count} GPUs, CUDA {torch.version.cuda}, NCCL {nccl_version}")]
+    toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    found = [ok("torch and gpu", f"{count} GPUs, {toolkit}, NCCL {nccl_version}")]
+    found += unsupported({torch.cuda.get_device_name(i): torch.cuda.get_device_capability(i) for i in range(count)})
     wrong = [index for index in range(count) if not _computes(index)]
     if wrong:
         text = f"GPU {', '.join(map(str, wrong))} computes a product of matrices wrongly"
@@ -80,6 +82,30 @@ def torch_and_cuda() -> list[Finding]:
         text = f"{len(apart)} pairs of GPUs cannot reach each other's memory, such as {apart[0]}"
         found.append(warn("peer access", text, "expect slow tensor parallelism; check nvidia-smi topo -m"))
     return found
+
+
+def unsupported(capabilities: dict[str, tuple[int, int]]) -> list[Finding]:
+    """Returns the findings of GPUs, by name, that the kernels do not support."""
+    import torch
+
+    if torch.version.hip:
+        text = f"{', '.join(capabilities)}: no training run was tested on AMD's GPUs"
+        return [
+            fail(
+                "gpu support",
+                text,
+                "use NVIDIA GPUs of compute capability 8.0 or later, or HIP_VISIBLE_DEVICES= for the CPU",
+            )
+        ]
+    return [
+        fail(
+            "gpu support",
+            f"{name} has compute capability {major}.{minor}, and the attention kernels need 8.0 (A100) or later",
+            "use a newer GPU, or attention.impl=reference",
+        )
+        for name, (major, minor) in capabilities.items()
+        if (major, minor) < (8, 0)
+    ]
 
 
 def environment() -> list[Finding]:

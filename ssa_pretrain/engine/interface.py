@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,10 @@ class StepResult:
         full_share: share of microbatches whose main stream was the full one.
         differing_weights: weights whose copies differed between data ranks before the update; None if they were not compared.
         cross_entropy_by_stream: mean over the labels of the microbatches with this main stream, "full" or "sparse"; only streams that occurred.
+        z_loss: mean over the labels of the z-loss, which `cross_entropy` does not include; None without one.
+        num_tokens: tokens of the global batch without padding.
+        by_part: sum of the cross entropies of each part of the corpus, nats, and its number of labels, by the part's number; parts that did not
+            occur may be missing at the end.
     """
 
     cross_entropy: float
@@ -36,6 +41,9 @@ class StepResult:
     full_share: float
     cross_entropy_by_stream: dict[str, float] = field(default_factory=dict)
     differing_weights: int | None = None
+    z_loss: float | None = None
+    num_tokens: int = 0
+    by_part: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def was_skipped(self) -> bool:
@@ -207,6 +215,10 @@ class Engine(Evaluator, Protocol):
 
     def load(self, folder: Path) -> None:
         """Restores weights and optimizer from a checkpoint of any layout; every rank calls it."""
+        ...
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Returns the context in which the model has the running mean of its weights (ema.py); every rank opens it, between two steps."""
         ...
 
     def save_weights(self, folder: Path) -> None:

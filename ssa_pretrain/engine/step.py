@@ -2,7 +2,7 @@
 
 How the loss is normalised. A step's total is
 
-    sum of masked cross entropies / labels that count in the global batch  +  alpha * mean over layers of the alignment,
+    sum of masked cross entropies and z-losses / labels that count in the global batch  +  alpha * mean over layers of the alignment,
 
 where the alignment is a mean over all tokens of the global batch except padding. With counterpart_share below 1 it is estimated: each query of a
 microbatch is drawn with probability r (schedule.py; r depends on the main stream), and the sum over the drawn queries divided by r has the sum over
@@ -41,6 +41,7 @@ from ssa_pretrain.data.spans import Span, total
 from ssa_pretrain.engine.counterpart import CounterpartQueries, counterpart_queries
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, StepResult
 from ssa_pretrain.engine.own_time import OwnTime
+from ssa_pretrain.engine.part_sums import PartSums
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.text_cache import TextCache
 from ssa_pretrain.parallel.context import ContextParallel
@@ -100,6 +101,8 @@ class StepSums:
         cross_entropies: every microbatch's sum; on the last stage only.
         by_position: float64 [2, buckets], sums of cross entropies and labels by position (`EvaluationResult`); None: not counted.
         full: sum and number of labels of every microbatch whose main stream is the full one; on the last stage only.
+        z_losses: every microbatch's sum of z-losses; on the last stage only, empty without a z-loss.
+        parts: the sums by part of the corpus.
     """
 
     counts: Counts
@@ -108,21 +111,27 @@ class StepSums:
     cross_entropies: list[Tensor] = field(default_factory=list)
     by_position: Tensor | None = None
     full: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    z_losses: list[Tensor] = field(default_factory=list)
+    parts: PartSums = field(default_factory=PartSums)
 
     def loss(self, losses: Tensor, batch: Batch, main: str) -> Tensor:
         """Returns a localised microbatch's loss from its tokens' cross entropies, and keeps their sum. A loss that is not finite has NaN gradients.
 
         Args:
-            losses: cross entropies of the tokens.
+            losses: the tokens' cross entropies [1, T]; with a z-loss [2, T], their sums with the z-losses and these by themselves.
             batch: the microbatch.
             main: its main stream.
         """
-        masked = losses.float() * batch.loss_mask
+        masked = losses[:1].float() * batch.loss_mask
         total = masked.sum()
         kept = total.detach()
+        if len(losses) > 1:
+            self.z_losses.append((losses[1:].detach() * batch.loss_mask).sum())
+            kept = kept - self.z_losses[-1]
         self.cross_entropies.append(kept)
         if main == "full":
             self.full.append((kept, batch.loss_mask.sum()))
+        self.parts.add(masked, batch)
         if self.by_position is not None:
             edges = 2 ** torch.arange(self.by_position.shape[1] - 1, device=losses.device)
             bucket = torch.bucketize(batch.positions, edges, right=True)
@@ -141,6 +150,7 @@ class _Means:
     full_share: float
     full_sum: float
     full_labels: float
+    z_sum: float
 
     def cross_entropy_by_stream(self, labels: float) -> dict[str, float]:
         """Returns the mean cross entropy of the microbatches of each main stream; `labels` are those of all of them."""
@@ -201,7 +211,8 @@ class Microbatches:
         )
         self.own_time.begin(self.placement.device)  # the count has brought all ranks together
         routes = [self._route(*each, batch, counts.tokens) for each, batch in zip(drawn, localised, strict=True)]
-        return localised, routes, StepSums(counts, common["num_microbatches"] / counts.labels)
+        scale, parts = common["num_microbatches"] / counts.labels, PartSums(batches[0].num_parts)
+        return localised, routes, StepSums(counts, scale, parts=parts)
 
     def _route(self, main: str, share: float, queries: CounterpartQueries, batch: Batch, tokens: Tensor) -> Route:
         """Returns the route of a localised microbatch in a training step over `tokens` tokens; `share` is its queries' probability to be drawn."""
@@ -233,6 +244,7 @@ class Microbatches:
             max_seqlen_kv=length,
             positions=batch.positions,
             documents=documents,
+            key_positions=layout.query_position if self.context.size > 1 else None,
             gather=self.context.gather if self.context.size > 1 else None,
             num_rows=batch.num_rows,
             main=route.main,
@@ -276,11 +288,13 @@ class Microbatches:
         """
         counts = sums.counts
         compared = counts.labels.new_full((), NOT_COMPARED) if differing is None else differing.to(counts.labels)
-        last = torch.stack([counts.labels, counts.drawn, grad_norm.to(counts.labels), compared])
-        values = torch.cat([self._reduce(sums), last])
+        last = torch.stack([counts.labels, counts.drawn, counts.tokens, grad_norm.to(counts.labels), compared])
+        by_part = sums.parts.reduce(self.placement.device, tp=self.config.parallel.tp)
+        values, parts = torch.cat([by_part, self._reduce(sums), last]), PartSums(sums.parts.num_parts)
 
         def interpret(values: list[float]) -> StepResult:
-            *sums, labels, drawn, grad_norm, compared = values
+            by_part, rest = parts.split(values)
+            *sums, labels, drawn, tokens, grad_norm, compared = rest
             means = self._means(sums, drawn)
             return StepResult(
                 cross_entropy=means.cross_entropy_sum / labels,
@@ -290,6 +304,9 @@ class Microbatches:
                 full_share=means.full_share,
                 differing_weights=None if compared == NOT_COMPARED else int(compared),
                 cross_entropy_by_stream=means.cross_entropy_by_stream(labels),
+                z_loss=means.z_sum / labels if self.config.training.z_loss else None,
+                num_tokens=round(tokens),
+                by_part=by_part,
             )
 
         return PendingStep(values, interpret, self.own_time.reader())
@@ -315,11 +332,11 @@ class Microbatches:
         """Returns the sums over all ranks, on the device: tensor ranks are averaged, stages, context and data ranks added.
 
         By layer, over the computed queries by weight: the alignments, and the masses that are not captured. Queries that are not computed have 0 of both.
-        Then the cross entropies, the number of microbatches whose main stream was full, and the number of all microbatches. Last, of the full
-        ones, the cross entropies and the labels.
+        Then the cross entropies, the number of microbatches whose main stream was full, and the number of all microbatches. Then, of the full
+        ones, the cross entropies and the labels. Last the z-losses.
         """
         num_layers = self.config.model.num_layers
-        vector = torch.zeros(2 * num_layers + 5, dtype=torch.float64, device=self.placement.device)
+        vector = torch.zeros(2 * num_layers + 6, dtype=torch.float64, device=self.placement.device)
         numbers = sorted({number for packed in sums.packed for number in packed.diagnostics})
         if numbers:
             seen = [[p for p in sums.packed if number in p.diagnostics] for number in numbers]
@@ -339,6 +356,8 @@ class Microbatches:
             totals, labels = zip(*sums.full, strict=True)
             vector[2 * num_layers + 3] = torch.stack(totals).double().sum()
             vector[2 * num_layers + 4] = torch.stack(labels).double().sum()
+        if sums.z_losses:
+            vector[2 * num_layers + 5] = torch.stack(sums.z_losses).double().sum()
         dist.all_reduce(vector)
         return vector / self.config.parallel.tp
 
@@ -360,6 +379,7 @@ class Microbatches:
             full_share=full / every,
             full_sum=of_full[0],
             full_labels=of_full[1],
+            z_sum=of_full[2],
         )
 
 

@@ -5,3 +5,4 @@ training or a checkpoint without an optimizer; nothing here knows which. lm_eval
 """
 
 MODES = ("full", "sparse")
+EMA_MODES = {f"ema_{mode}": mode for mode in MODES}  # of the running mean of the weights, in a run's records

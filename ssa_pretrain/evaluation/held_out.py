@@ -100,7 +100,7 @@ def evaluation_record(run: Run, result: EvaluationResult, step: int, mode: str) 
     """Returns the record of an evaluation for metrics.jsonl."""
     return {
         "step": step,
-        "tokens": step * run.plan.tokens_per_step,
+        "tokens": run.plan.tokens_before(step),
         "split": "heldout",
         "mode": mode,
         "cross_entropy": result.cross_entropy,

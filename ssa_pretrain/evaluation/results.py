@@ -6,7 +6,7 @@ The same evaluation again writes the same file. A name that the user gives (`eva
 A checkpoint may be evaluated with other settings than it was trained with, as far as no weight depends on them. The file has the settings of the
 evaluation, and under `trained_with` the checkpoint's own value of each that differs.
 
-An evaluation with the checkpoint's own settings also writes RUN/evaluation.json and RUN/samples.json, which the run's report shows.
+An evaluation of the weights with the checkpoint's own settings also writes RUN/evaluation.json and RUN/samples.json, which the run's report shows.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ssa_pretrain.checkpoint.publish import Checkpoint
+from ssa_pretrain.checkpoint.weights import EMA
 from ssa_pretrain.monitor.environment import versions
 from ssa_pretrain.run import Run
 from ssa_pretrain.settings.convert import config_to_dict
@@ -52,6 +53,7 @@ def settings_of(run: Run, found: Checkpoint) -> dict[str, Any]:
         **{key: contract[key] for key in JUDGED},
         **asked,
         "seed": run.config.seed,
+        **({"weights": EMA} if run.config.evaluation.ema else {}),
     }
 
 
@@ -70,7 +72,8 @@ def result_name(settings: dict[str, Any], given: str = "") -> str:
     rope = settings["model.rope_scaling"]
     stretched = f"_rope{rope['factor']:g}" if rope["enabled"] else ""
     blocks = f"B{settings['attention.block_size']}_S{settings['attention.top_k']}"
-    return f"step_{settings['step']:08d}_length{settings['data.sequence_length']}_{blocks}{stretched}_{digest}"
+    mean = f"_{EMA}" if settings.get("weights") == EMA else ""
+    return f"step_{settings['step']:08d}{mean}_length{settings['data.sequence_length']}_{blocks}{stretched}_{digest}"
 
 
 def require_own(folder: Path, name: str, settings: dict[str, Any]) -> None:
@@ -97,7 +100,7 @@ def write_result(run: Run, name: str, result: dict[str, Any], samples: list[dict
     path = run.folder / FOLDER / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"schema": SCHEMA, "name": name, **result, "samples": samples, "versions": versions()})
-    if not result["trained_with"]:
+    if not result["trained_with"] and "weights" not in result["settings"]:
         shown = {key: result[key] for key in ("step", "tokens", "split", "rows", "modes")}
         write_json(run.folder / "evaluation.json", shown | {"details": f"{FOLDER}/{path.name}"})
         write_json(run.folder / "samples.json", samples)

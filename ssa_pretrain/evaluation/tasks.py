@@ -81,7 +81,7 @@ def evaluate_due_tasks(run: Run, tasks: Sequence[Task], evaluated: set[tuple[int
     wanted = {task_series(task.name, mode): (task, mode) for task in tasks for mode in MODES}
     for name in missing_evaluations(run, evaluated, step, wanted):
         task, mode = wanted[name]
-        head = {"step": step, "tokens": step * run.plan.tokens_per_step, "task": task.name, "mode": mode}
+        head = {"step": step, "tokens": run.plan.tokens_before(step), "task": task.name, "mode": mode}
         yield head | task.evaluate(run, mode).metrics
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, batches
 from ssa_pretrain.planning.memory import count_parameters
 from ssa_pretrain.settings.convert import config_to_dict
 from ssa_pretrain.settings.quantities import compact
@@ -17,7 +17,7 @@ RECIPE: dict[
     "data": ("sequence_length", "weights", "isolate_documents"),
     "optim": (),
     "precision": (),
-    "training": ("total_tokens", "steps", "global_batch_tokens", "micro_batch_size"),
+    "training": ("total_tokens", "steps", "global_batch_tokens", "batch_steps", "micro_batch_size"),
 }
 
 CARD = """\
@@ -53,11 +53,18 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 {recipe}```
 """
 
+MEAN = ", the running mean of the weights over the steps"
 NO_RESULTS = "No evaluation of this checkpoint was found beside it.\n"
 
 
 def model_card(
-    config: Config, step: int, vocab_size: int, exported: dict[str, Any], evaluation: dict[str, Any] | None
+    config: Config,
+    step: int,
+    vocab_size: int,
+    exported: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    *,
+    ema: bool = False,
 ) -> str:
     """Returns the text of README.md.
 
@@ -67,6 +74,7 @@ def model_card(
         vocab_size: rows of the embedding, with padding.
         exported: the content of config.json.
         evaluation: the run's evaluation.json; None if there is none of this step.
+        ema: whether the weights are the running mean of the run's.
     """
     total, _ = count_parameters(config, vocab_size)
     mode = exported["attention_mode"]
@@ -75,7 +83,7 @@ def model_card(
         title=config.name,
         parameters=compact(total),
         method=config.attention.method.value,
-        steps=f"{step:,} steps, {compact(step * config.training.global_batch_tokens)} tokens"
+        steps=f"{step:,} steps, {compact(batches(config.training).tokens_before(step))} tokens{MEAN * ema}"
         if step
         else "imported, not trained here",
         top_k=config.attention.top_k,

@@ -30,6 +30,7 @@ from ssa_pretrain.config import (
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine import build_evaluator
 from ssa_pretrain.errors import CheckpointError
+from ssa_pretrain.huggingface.multipliers import fold, unfold
 from ssa_pretrain.huggingface.settings import Mode
 from ssa_pretrain.parallel.state import Placement
 
@@ -92,7 +93,8 @@ def training_logits(
     with tempfile.TemporaryDirectory() as scratch:
         writer = WeightsWriter(Path(scratch), "rounded")
         for name in weights.tensors:
-            writer.add(name, weights.read(name).to(dtype).float())
+            rounded = fold(name, weights.read(name), config).to(dtype).float()  # as the folder holds it
+            writer.add(name, unfold(name, rounded, config))
         writer.flush()
         write_index(Path(scratch))
         model.load_weights(Path(scratch))

@@ -16,12 +16,13 @@ import torch
 
 from ssa_pretrain.checkpoint.publish import Checkpoint, newest
 from ssa_pretrain.checkpoint.sharded_weights import save_weights
-from ssa_pretrain.checkpoint.weights import WeightsReader, find_weights
+from ssa_pretrain.checkpoint.weights import WeightsReader, ema_weights, find_weights
 from ssa_pretrain.config import Config, EngineName, Method, ParallelConfig
 from ssa_pretrain.engine import build_engine, build_evaluator
 from ssa_pretrain.errors import CheckpointError, DataError, ExitCode
 from ssa_pretrain.huggingface.card import model_card
-from ssa_pretrain.huggingface.options import NO_DATA, Dtype, ExportOptions, byte_count
+from ssa_pretrain.huggingface.multipliers import fold
+from ssa_pretrain.huggingface.options import NO_DATA, Dtype, ExportOptions, Weights, byte_count
 from ssa_pretrain.huggingface.settings import Mode, SpecialTokens, exported_config
 from ssa_pretrain.huggingface.shards import plan_files, write_file, write_index
 from ssa_pretrain.huggingface.tokenizer import TextTokenizer, dataset_tokenizer, write_tokenizer
@@ -29,6 +30,7 @@ from ssa_pretrain.huggingface.weights import EMBEDDING, Llama, training_shapes
 from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.settings.files import sync
+from ssa_pretrain.settings.problems import ConfigError, Problem
 
 KEY = "ssa_pretrain/failed_export"
 NO_TOKENS = SpecialTokens(eos=None, bos=None)
@@ -73,10 +75,14 @@ def export(
         What was exported. Its weights may lie in a folder that is gone.
 
     Raises:
+        ConfigError: the model has a convolution of keys, which the exported file does not compute.
         CheckpointError: the run has no checkpoint, or a file could not be written, which leaves nothing behind.
         WeightsError: the checkpoint holds another model than the run's configuration.
         DataError: the tokenizer is missing, or is not the one of the training.
     """
+    if taps := config.attention.key_convolution:
+        rule, advice = "has no Hugging Face model: its cache would need plain keys", "evaluate the run itself"
+        raise ConfigError([Problem("attention.key_convolution", taps, rule, advice)])
     target = Path(options.out)
     scratch = target.with_name(f".{target.name}.tmp")
     checkpoint = _find(run_folder, named, placement)
@@ -98,7 +104,10 @@ def export(
     try:
         with exits_with_peers(KEY, exit_code=ExitCode.CHECKPOINT):
             all_ranks(lambda: _create(scratch) if placement.is_rank_0 else None)
-            reader = WeightsReader(_common_weights(checkpoint, config, placement, scratch))
+            is_mean = options.weights is Weights.ema
+            reader = WeightsReader(
+                ema_weights(checkpoint.folder) if is_mean else _common_weights(checkpoint, config, placement, scratch)
+            )
             llama = Llama.of(config, reader.tensors.get(EMBEDDING, {"shape": [0]})["shape"][0])
             reader.require(training_shapes(llama), exact=True)
             source = Source(config, checkpoint, reader, llama, tokenizer, run_folder)
@@ -159,10 +168,14 @@ def _write_share(scratch: Path, source: Source, placement: Placement, options: E
     """Writes this rank's files of weights."""
     dtype, most = DTYPES[options.dtype], byte_count(options.max_shard_size)
     assert most is not None
+
+    def read(name: str) -> torch.Tensor:
+        return fold(name, source.weights.read(name), source.config)
+
     files = plan_files(source.llama, dtype.itemsize, most)
     for number, (name, tensors) in enumerate(files.items()):
         if number % placement.world_size == placement.rank:
-            write_file(scratch / name, tensors, source.weights.read, source.llama, dtype)
+            write_file(scratch / name, tensors, read, source.llama, dtype)
             sync(scratch / name)
     if placement.is_rank_0:
         write_index(scratch, files, source.llama, dtype.itemsize)
@@ -191,7 +204,9 @@ def _complete(scratch: Path, source: Source, options: ExportOptions) -> None:
     for path in Path(__file__).parent.glob(MODELLING_FILES):
         shutil.copyfile(path, scratch / path.name)
     step = source.checkpoint.step
-    card = model_card(config, step, source.llama.vocab_size, exported, _evaluation(source.run_folder, step))
+    is_mean = options.weights is Weights.ema
+    found = None if is_mean else _evaluation(source.run_folder, step)
+    card = model_card(config, step, source.llama.vocab_size, exported, found, ema=is_mean)
     (scratch / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(scratch / "weights", ignore_errors=True)  # of a checkpoint without common weights
 

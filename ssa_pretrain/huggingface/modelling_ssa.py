@@ -15,7 +15,7 @@ between. So padding moves no block. Packed rows are refused in sparse mode, and 
 that it touches. Only complete blocks before a query's own are scored, and their means do not change. With any other cache the means
 are computed from its keys at each call: the same results, more slowly.
 
-*Which code runs.* `ssa_kernels` serves, if it is installed, the tensors are on CUDA, the attention function is sdpa, `16 <= head_dim <= 128`, there
+*Which code runs.* `ssa_kernels` serves, if it is installed, the tensors are on CUDA, the attention function is sdpa, `16 <= head_dim <= 256`, there
 are at most 32 query heads per kv head, and the dtype is not float64:
 - in both modes, one new token per row on a cache, without gradients, also inside torch.compile; in sparse mode with `top_k <= 128` and any score but
   official_compat, in full mode with a mask that is not additive;
@@ -73,6 +73,7 @@ class SSALlamaConfig(LlamaConfig):
         block_size: K, keys per block: 16, 32, 64 or 128.
         top_k: N, blocks per query, the own block included.
         attention_gate: whether a sigmoid gate per token and query head multiplies the attention's output.
+        qk_norm: whether RMSNorm with a learnt weight over the head comes before RoPE, on each query head and key, as in Qwen3.
         score: how a query scores earlier blocks: "softmax_sum" (SSA), "per_head" (MoBA) or "official_compat" (SSA's official code).
 
     Raises:
@@ -87,6 +88,7 @@ class SSALlamaConfig(LlamaConfig):
     top_k: int = 16
     attention_gate: bool = True
     score: str = "softmax_sum"
+    qk_norm: bool = False
 
     @property
     def is_sparse(self) -> bool:
@@ -361,6 +363,9 @@ class SSALlamaAttention(LlamaAttention):
         self.g_proj = None
         if config.attention_gate:
             self.g_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
 
     def forward(
         self,
@@ -376,6 +381,9 @@ class SSALlamaAttention(LlamaAttention):
         shape = hidden_states.shape[:-1]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2) for p in projections)
+        if self.q_norm is not None:  # in float32, so that nothing is rounded between the norm and RoPE, as in training
+            wide = torch.promote_types(v.dtype, torch.float32)
+            q, k = self.q_norm(q.to(wide)), self.k_norm(k.to(wide))
         q, k = (x.to(v.dtype) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
         attend = self._sparse if self.config.is_sparse else self._full
         out, weights = attend(q, k, v, attention_mask, cache, **kwargs)
@@ -581,7 +589,7 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         c = self.config
         if ssa_kernels is None or not like.is_cuda or c._attn_implementation != "sdpa" or self.dtype == torch.float64:
             return False
-        return 16 <= c.head_dim <= 128 and c.num_attention_heads // c.num_key_value_heads <= 32
+        return 16 <= c.head_dim <= 256 and c.num_attention_heads // c.num_key_value_heads <= 32
 
     def _key_table(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Returns `Rows.decoding`, each row once per kv head."""

@@ -32,6 +32,13 @@ class Dtype(StrEnum):
     fp32 = "fp32"
 
 
+class Weights(StrEnum):
+    """Which weights of a checkpoint."""
+
+    live = "live"  # those of its step
+    ema = "ema"  # their running mean (optim.ema_decay)
+
+
 class Gate(StrEnum):
     """The attention gate of a Llama, which has none."""
 
@@ -44,6 +51,7 @@ class ExportOptions:
     """Settings of `python -m ssa_pretrain.export`."""
 
     out: str = ""  # folder of the export; must not exist
+    weights: Weights = Weights.live
     dtype: Dtype = Dtype.bf16  # of the weights in the files
     attention_mode: Mode | None = (
         None  # what the model computes unless asked otherwise; null: full, sparse after method=moba

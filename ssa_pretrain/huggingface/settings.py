@@ -1,7 +1,7 @@
 """config.json: a run's model in transformers 5's words, and the model of a config.json in ours.
 
 Out: the fields of a Llama, with RoPE in `rope_parameters`, and the fields of modelling_ssa.py: attention_mode, block_size, top_k,
-attention_gate and score. `max_position_embeddings` is the length that the model was trained at, because tools take it as the longest input.
+attention_gate, score and qk_norm. `max_position_embeddings` is the length that the model was trained at, because tools take it as the longest input.
 
 In: three kinds of folder, told apart by `model_type`. `ssa_llama` is our own, `llama` a Llama of the third generation, `llama-nsa` the release of
 SSA's authors (released.py). RoPE may be plain, or `llama3` with the constants of Llama 3.1 and later, because megatron-core has no others.
@@ -78,6 +78,7 @@ def exported_config(config: Config, vocab_size: int, tokens: SpecialTokens, mode
         "top_k": attention.top_k,
         "attention_gate": attention.gate,
         "score": attention.score.value,
+        "qk_norm": model.qk_norm,
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,
         "pad_token_id": None,
@@ -125,6 +126,7 @@ def imported_model(record: dict[str, Any], name: str) -> tuple[ModelConfig, Atte
         rope_scaling=RopeScalingConfig(enabled=scaled, factor=float(rope["factor"])) if scaled else RopeScalingConfig(),
         norm_eps=float(record.get("rms_norm_eps", 1e-6)),
         init_std=float(record.get("initializer_range", 0.02)),
+        qk_norm=record["model_type"] == MODEL_TYPE and record.get("qk_norm", False),
     )
     return model, _attention(record), int(record.get("max_position_embeddings", 8192))
 

@@ -4,6 +4,7 @@
     embedding.word_embeddings.weight          model.embed_tokens.weight
     decoder.layers.N.input_layernorm.weight   model.layers.N.input_layernorm.weight
     …self_attention.linear_qkv.weight         …self_attn.{q,k,v,g}_proj.weight
+    …self_attention.{q,k}_layernorm.weight    …self_attn.{q,k}_norm.weight, with model.qk_norm only
     …self_attention.linear_proj.weight        …self_attn.o_proj.weight
     …pre_mlp_layernorm.weight                 …post_attention_layernorm.weight
     …mlp.linear_fc1.weight                    …mlp.{gate,up}_proj.weight
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ssa_pretrain.config import Config
+from ssa_pretrain.model.sharding import is_head_norm
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -37,6 +39,8 @@ LAYER = (  # of a layer: the training model's tensor, and the tensors that it be
         "self_attention.linear_qkv.weight",
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.g_proj.weight"),
     ),
+    ("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
+    ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",)),
     ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",)),
     ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
     ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
@@ -57,6 +61,7 @@ class Llama:
     head_dim: int
     gate: bool
     tied: bool
+    qk_norm: bool = False
 
     @classmethod
     def of(cls, config: Config, padded_vocab_size: int) -> "Llama":
@@ -72,6 +77,7 @@ class Llama:
             head_dim=model.head_dim,
             gate=config.attention.gate,
             tied=model.tie_embeddings,
+            qk_norm=model.qk_norm,
         )
 
     @property
@@ -85,6 +91,8 @@ def tensor_names(llama: Llama) -> dict[str, tuple[str, ...]]:
     names: dict[str, tuple[str, ...]] = {EMBEDDING: (HF_EMBEDDING,)}
     for number in range(llama.num_layers):
         for ours, theirs in LAYER:
+            if is_head_norm(ours) and not llama.qk_norm:
+                continue
             kept = [name for name in theirs if llama.gate or name != "self_attn.g_proj.weight"]
             names[f"decoder.layers.{number}.{ours}"] = tuple(f"model.layers.{number}.{name}" for name in kept)
     names["decoder.final_layernorm.weight"] = ("model.norm.weight",)
@@ -104,6 +112,8 @@ def tensor_shapes(llama: Llama) -> dict[str, tuple[int, ...]]:
         "gate_proj": (f, m),
         "up_proj": (f, m),
         "down_proj": (m, f),
+        "q_norm": (llama.head_dim,),
+        "k_norm": (llama.head_dim,),
         "embed_tokens": vocabulary,
         "lm_head": vocabulary,
     }

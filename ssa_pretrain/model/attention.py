@@ -5,7 +5,8 @@ blocks. Both are multiplied by the same sigmoid gate. The layer's output is the 
 `moba` are the same layer with one stream. The layer replaces `SelfAttention` in a megatron-core TransformerLayer.
 
 The projection's rows are grouped by kv head: group_size * D for queries, D for keys, D for values, group_size for gates. Tensor parallelism
-therefore shards queries, keys, values and gates together, and Transformer Engine's fused norm applies to the gates too. A microbatch is one packed
+therefore shards queries, keys, values and gates together, and Transformer Engine's fused norm applies to the gates too. With `model.qk_norm`, RMSNorm
+over the head dim follows on each query head and key, as in Qwen3, in the kernel that splits and rotates them (ssa_kernels.qkv_rope). A microbatch is one packed
 sequence with hidden states [tokens, 1, M]. Document boundaries, positions and the main stream travel in `PackedTokens`, on every pipeline stage and
 under recomputation. The layer does not know the schedule, the optimizer or the engine.
 
@@ -26,16 +27,20 @@ from torch import Tensor
 
 from ssa_kernels import (
     DocumentLayout,
+    QKNorm,
     SampledQueries,
     full_attention,
     gate,
     qkv_rope,
+    rope,
     select_blocks,
     sparse_attention,
     ssa_attention,
 )
 from ssa_pretrain.config import AttentionConfig
 from ssa_pretrain.model.alignment import attach_loss
+from ssa_pretrain.model.keys import KeyConvolution
+from ssa_pretrain.model.llama import RMSNorm
 from ssa_pretrain.model.text_cache import Choice, TextCache
 
 
@@ -53,8 +58,9 @@ class PackedTokens(PackedSeqParams):
 
     Attributes:
         positions: int64 [tokens], each token's position in its document.
+        key_positions: under context parallelism, int32 [all tokens], the positions of the gathered keys; otherwise None.
         documents: boundaries of documents and blocks, built once per microbatch.
-        num_rows: rows of the microbatch if each row is one document, otherwise None.
+        num_rows: rows of the whole microbatch if each row is one document, otherwise None.
         gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, which `documents` describes; otherwise None.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: whether the other stream is computed too, for the alignment and the captured mass.
@@ -69,6 +75,7 @@ class PackedTokens(PackedSeqParams):
 
     positions: Tensor
     documents: DocumentLayout
+    key_positions: Tensor | None = None
     num_rows: int | None = None
     gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     main: str = "full"
@@ -111,6 +118,14 @@ class SSAAttention(MegatronModule):
         self.num_kv_heads = config.num_query_groups // pg_collection.tp.size()
         self.num_gates = self.group_size if attention.gate else 0
         self.impl = impl
+        self.q_layernorm = self.k_layernorm = self.key_convolution = None
+        if config.qk_layernorm:
+            self.q_layernorm, self.k_layernorm = (
+                RMSNorm(config, self.head_dim, config.layernorm_epsilon) for _ in range(2)
+            )
+        if attention.key_convolution:
+            filters = {"taps": attention.key_convolution, "tp_group": pg_collection.tp, "impl": impl}
+            self.key_convolution = KeyConvolution(config, self.num_kv_heads, **filters)
         rows_per_group = (self.group_size + 2) * self.head_dim + self.num_gates
         common = {
             "config": config,
@@ -152,6 +167,8 @@ class SSAAttention(MegatronModule):
         q, k, v, gate_logits = self._project(hidden_states, rotary_pos_emb, packed.positions)
         if packed.gather is not None:
             k, v = packed.gather(k, v)
+        if self.key_convolution is not None:
+            k = self._convolved(k, rotary_pos_emb, packed)
         if packed.observe is not None:
             packed.observe(self, q, k, packed, v=v)  # the values of all tokens, [S, G, D]
         if packed.keep is not None:
@@ -165,9 +182,15 @@ class SSAAttention(MegatronModule):
     def _project(
         self, hidden_states: Tensor, rotary_pos_emb: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Returns rotated q [T, H, D] and k [T, G, D], v [T, G, D] and the gates' logits [T, H], of this rank's heads."""
+        """Returns rotated q [T, H, D] and k [T, G, D], v [T, G, D] and the gates' logits [T, H], of this rank's heads.
+
+        With a convolution of keys, k is as the projection has it.
+        """
         mixed, _ = self.linear_qkv(hidden_states)
-        return qkv_rope(
+        norm = None
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            norm = QKNorm(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
+        q, k, v, gate_logits = qkv_rope(
             mixed.flatten(1),
             rotary_pos_emb.flatten(1),
             positions,
@@ -175,8 +198,23 @@ class SSAAttention(MegatronModule):
             group_size=self.group_size,
             head_dim=self.head_dim,
             num_gates=self.num_gates,
+            norm=norm,
+            rotate_keys=self.key_convolution is None,
             impl=self.impl,
         )
+        if self.config.softmax_scale is not None:  # the kernels multiply by D^-1/2
+            q = q * (self.config.softmax_scale * self.head_dim**0.5)
+        return q, k, v, gate_logits
+
+    def _convolved(self, k_SGD: Tensor, rotary_pos_emb: Tensor, packed: PackedTokens) -> Tensor:
+        """Returns the keys of all tokens convolved, then normed and rotated."""
+        assert self.key_convolution is not None
+        positions = packed.positions if packed.key_positions is None else packed.key_positions
+        texts = {"keep": packed.keep, "continues": packed.continues}
+        k = self.key_convolution(k_SGD, positions, self.layer_number, **texts)
+        weight = None if self.k_layernorm is None else self.k_layernorm.weight
+        settings = {"weight": weight, "eps": self.config.layernorm_epsilon, "impl": self.impl}
+        return rope(k, rotary_pos_emb.flatten(1), positions, **settings)
 
     def select(self, q: Tensor, k: Tensor, layout: DocumentLayout) -> Tensor:
         """Returns the blocks of the sparse stream, int32 [queries, G or H, N]. An attention method of its own overrides this.

@@ -5,12 +5,13 @@ import hashlib
 import torch
 
 from ssa_pretrain.config import Config
+from ssa_pretrain.model.mup import init_std
 from ssa_pretrain.model.sharding import global_name, is_norm, part, whole_shape
 
 
 @torch.no_grad()
 def init_weights(model: torch.nn.Module, config: Config, *, tp_rank: int, layer_offset: int) -> None:
-    """Sets norms to 1 and every matrix to N(0, init_std), drawn whole and cut to this tensor rank's part.
+    """Sets norms to 1 and every matrix to N(0, init_std), narrower under muP (mup.py), drawn whole and cut to this tensor rank's part.
 
     Args:
         model: a pipeline stage on one tensor rank.
@@ -26,7 +27,7 @@ def init_weights(model: torch.nn.Module, config: Config, *, tp_rank: int, layer_
         whole = torch.empty(whole_shape(name, parameter.shape, tp), device=parameter.device)
         generator = torch.Generator(device=parameter.device)
         generator.manual_seed(_seed(config.seed, global_name(name, layer_offset, tied=config.model.tie_embeddings)))
-        whole.normal_(std=config.model.init_std, generator=generator)
+        whole.normal_(std=init_std(name, config.model), generator=generator)
         parameter.copy_(part(name, whole, tp, tp_rank))
 
 

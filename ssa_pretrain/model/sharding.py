@@ -1,9 +1,11 @@
 """How the model's parameters are cut for tensor ranks and named over pipeline stages: the only module that knows it.
 
     embedding, output layer, QKV projection   rows (dim 0) over tensor ranks
+    filters of the key convolution            rows: those of the rank's kv heads
     linear_fc1                                rows; its two halves, [gate; up], are cut separately
     linear_proj, linear_fc2                   columns (dim 1): megatron-core's row-parallel layers
     norms                                     whole on every tensor rank
+    norms of query heads and keys             whole too, but each rank has the gradient of its own heads: the whole one is their sum
 
 A parameter's name decides, so that a file that only has names (a checkpoint) is cut in the same way as a model.
 """
@@ -16,6 +18,8 @@ from torch import Tensor
 ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
 PAIRED = "linear_fc1.weight"  # [gate; up]
 NORMS = ("norm.weight", "layer_norm_weight")  # the second is fused into the projection after it
+
+HEAD_NORMS = ("q_layernorm.weight", "k_layernorm.weight")
 
 
 def global_name(name: str, layer_offset: int, *, tied: bool) -> str:
@@ -37,6 +41,11 @@ def global_name(name: str, layer_offset: int, *, tied: bool) -> str:
 def is_norm(name: str) -> bool:
     """Returns whether a parameter is a norm's weight."""
     return name.endswith(NORMS)
+
+
+def is_head_norm(name: str) -> bool:
+    """Returns whether a parameter norms heads, so that its gradient is the sum of those of all tensor ranks."""
+    return name.endswith(HEAD_NORMS)
 
 
 def is_row_parallel(name: str) -> bool:

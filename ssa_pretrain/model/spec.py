@@ -34,6 +34,7 @@ from ssa_pretrain.config import (
 from ssa_pretrain.model.attention import SSAAttention, SSAAttentionSubmodules
 from ssa_pretrain.model.init import init_weights
 from ssa_pretrain.model.llama import FeedForward, Llama, RMSNorm
+from ssa_pretrain.model.mup import logits_multiplier, query_multiplier
 
 ATTENTION: dict[Method, type[SSAAttention]] = dict.fromkeys(Method, SSAAttention)  # a layer's attention, by method
 
@@ -49,8 +50,10 @@ def transformer_config(config: Config) -> TransformerConfig:
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_kv_heads,
         kv_channels=model.head_dim,
+        softmax_scale=query_multiplier(model) / model.head_dim**0.5 if model.mup.base_head_dim else None,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         bias_activation_fusion=False,
@@ -63,6 +66,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         cuda_graph_scope=[],
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        num_layers_in_last_pipeline_stage=parallel.layers_on_last_stage or None,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
@@ -112,6 +116,8 @@ def build_model(config: Config, vocab_size: int, groups: ProcessGroupCollection,
         vp_stage=vp_stage,
         impl=kernel_impl(config),
         fuse_gradient_accumulation=fused,
+        z_loss=config.training.z_loss,
+        logits_multiplier=logits_multiplier(config.model),
     )
     if fused:
         _fuse_gradient_accumulation(model)

@@ -58,6 +58,9 @@ class TextCache:
         self.seq_lens = torch.tensor(self.lengths, dtype=torch.int32).to(device)
         self.num_new = torch.zeros_like(self.seq_lens)
         self._layers: dict[int, KeyValueCache] = {}
+        self._plain: dict[
+            int, Tensor
+        ] = {}  # [texts, W, G, D] by layer: the last W keys before the convolution, at position mod W
 
     def __len__(self) -> int:
         """Returns the number of texts."""
@@ -98,3 +101,20 @@ class TextCache:
         common: dict[str, Any] = {"top_k": choice.top_k, "score": choice.score} if choice.mode == "sparse" else {}
         out, _ = decode_attention(q_BHD.unsqueeze(1), held, mode=choice.mode, num_new=self.num_new, impl=impl, **common)
         return out.squeeze(1)
+
+    def keep_plain_keys(self, layer_number: int, k_SGD: Tensor, taps: int) -> None:
+        """Keeps the last `taps` keys of each text as they are before the convolution of keys; arguments as in `keep`."""
+        held, begin = k_SGD.new_zeros(len(self), taps, *k_SGD.shape[1:]), 0
+        for i, length in enumerate(self.lengths):
+            first = max(0, length - taps)
+            held[i, torch.arange(first, length) % taps] = k_SGD[begin + first : begin + length]
+            begin += length
+        self._plain[layer_number] = held
+
+    def plain_keys(self, layer_number: int, k_BGD: Tensor, positions_B: Tensor) -> Tensor:
+        """Returns each text's last W keys before the convolution, [B, W, G, D], the newest last, after keeping the newest at its position."""
+        held = self._plain[layer_number]
+        taps, text = held.shape[1], torch.arange(len(held), device=held.device)
+        held[text, positions_B % taps] = k_BGD.detach()
+        slots = (positions_B[:, None] - torch.arange(taps - 1, -1, -1, device=held.device)) % taps
+        return held[text[:, None], slots]

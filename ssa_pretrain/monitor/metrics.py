@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ssa_pretrain.monitor.alerts import Alert, StepAlerts, failed
+from ssa_pretrain.monitor.by_source import RECENT
 from ssa_pretrain.monitor.console import Console, evaluation_line, task_line, train_line
 from ssa_pretrain.settings.files import atomic_file
 
@@ -199,7 +200,8 @@ class MetricsLogger:
     Args:
         folder: the run's output folder.
         total_steps: the run's last step.
-        tokens_per_step: the global batch.
+        tokens_per_step: the global batch; a record whose step has another one says so (`batch_tokens`).
+        total_tokens: of the run, for the time left if the batch changes.
         resume_step: step that the run continues after; records past it are dropped.
         interval: steps between console lines.
         flops_per_token: model FLOPs per token, forward and backward; None leaves TFLOP/s and MFU unknown.
@@ -216,6 +218,7 @@ class MetricsLogger:
         *,
         total_steps: int,
         tokens_per_step: int,
+        total_tokens: int = 0,
         resume_step: int = 0,
         interval: int = 10,
         flops_per_token: float | None = None,
@@ -227,7 +230,7 @@ class MetricsLogger:
     ) -> None:
         self.enabled = enabled
         self.total_steps = total_steps
-        self.tokens_per_step = tokens_per_step
+        self.tokens_per_step, self.total_tokens = tokens_per_step, total_tokens
         self.interval = interval
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
@@ -235,6 +238,7 @@ class MetricsLogger:
         self.speed = Speed(clock=clock)
         self._trackers = trackers
         self._step_alerts = StepAlerts()
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)  # the newest training records of this process
         self._file = None
         self._waiting = b""  # lines that could not be written yet: the disk was full
         self.evaluated: set[tuple[int, str]] = set()  # step and name of every evaluation (`evaluations`)
@@ -248,17 +252,22 @@ class MetricsLogger:
                 self._forward(record)
             self._file = path.open("ab", buffering=0)
 
-    def log_step(self, record: Mapping[str, Any], flops_per_token: float | None = None) -> None:
+    def log_step(
+        self, record: Mapping[str, Any], flops_per_token: float | None = None, num_tokens: int | None = None
+    ) -> None:
         """Adds times and speeds to a training record and writes it.
 
         Args:
             record: at least step, tokens (since the start of the run), loss, cross_entropy (None: the step's data was left out) and
                 learning_rate; plain numbers, lists, strings.
             flops_per_token: model FLOPs per token of this step, which depend on its documents; None: the logger's own.
+            num_tokens: tokens of this step without padding, of which speeds are counted; None: all of the global batch.
         """
         if self._file is None:
             return
-        seconds = self.speed.step(self.tokens_per_step if record["cross_entropy"] is not None else 0)
+        batch = record.get("batch_tokens", self.tokens_per_step)
+        trained = batch if num_tokens is None else num_tokens
+        seconds = self.speed.step(trained if record["cross_entropy"] is not None else 0)
         rate = self.speed.tokens_per_second
         flops_per_token = flops_per_token or self.flops_per_token
         flops = rate * flops_per_token if flops_per_token else None
@@ -269,15 +278,22 @@ class MetricsLogger:
             "tflops_per_second": flops / 1e12 if flops is not None else None,
             "mfu": flops / self.peak_flops if flops is not None and self.peak_flops else None,
             "seconds": seconds,
-            "eta_seconds": self.speed.eta(self.total_steps - record["step"]),
+            "eta_seconds": self._seconds_left(record),
         }
         self._write(full)
+        self.recent.append(full)
         if alert := self._step_alerts.judge(full):
             self.alert(alert)
         step = full["step"]
         if step % self.interval == 0 or step in (1, self.total_steps):
             self.console.print(train_line(full, self.total_steps))
         self.console.advance(step)
+
+    def _seconds_left(self, record: Mapping[str, Any]) -> float:
+        """Returns the time that the rest of the run takes at the recent speed: by steps, or by tokens if their number per step changes."""
+        if "batch_tokens" in record and (rate := self.speed.tokens_per_second):
+            return (self.total_tokens - record["tokens"]) / rate
+        return self.speed.eta(self.total_steps - record["step"])
 
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Writes an evaluation's record. Its time does not count towards the speed.

@@ -1,7 +1,7 @@
 """The names of a run's metrics, in one place: what each key of metrics.jsonl means, its unit, and the group in which a dashboard shows it.
 
 Trackers name a metric by its series and its key: `train/<key>`, `heldout/<mode>/<key>`, `task/<name>/<mode>/<key>`; a list by layer is a name per layer,
-`train/captured_mass/layer_00`. `tracking_rows.flatten` makes these names of a record. Each series has an x axis of its own, in tokens (AXES). The W&B
+`train/captured_mass/layer_00`; a mapping by source is a name per source, `train/cross_entropy/source_web`. `tracking_rows.flatten` makes these names of a record. Each series has an x axis of its own, in tokens (AXES). The W&B
 workspace, TensorBoard's layout, W&B's summaries (the best value rather than the last) and the charts of a report are built from METRICS. A test
 compares it with the records of a real run and with docs/metrics.md.
 """
@@ -16,6 +16,7 @@ GROUPS = {
     "loss": "Loss and perplexity",
     "attention": "Attention: alignment and captured mass",
     "optimizer": "Optimizer",
+    "data": "Data by source",
     "speed": "Speed",
     "health": "Health: skipped steps and spikes",
     "tasks": "Tasks",
@@ -36,6 +37,7 @@ class Metric:
         log: whether a chart's y axis is logarithmic.
         best: "min" or "max" if a run's best value is that one; empty: its last value counts.
         by_layer: whether it is a list with a value per layer.
+        by_source: whether it is a mapping with a value per source.
     """
 
     key: str
@@ -46,6 +48,7 @@ class Metric:
     log: bool = False
     best: str = ""
     by_layer: bool = False
+    by_source: bool = False
 
     @property
     def is_number(self) -> bool:
@@ -55,13 +58,19 @@ class Metric:
     @property
     def stem(self) -> str:
         """The key in a tracker's names."""
-        return self.key.removesuffix("_by_layer")
+        return stem_of(self.key)
+
+    @property
+    def pattern(self) -> str:
+        """What follows the name of a list by layer or a mapping by source in a tracker, as a regular expression; empty for a single value."""
+        return "/layer_[0-9]+" if self.by_layer else "/source_.+" if self.by_source else ""
 
 
 ALL = (TRAIN, HELDOUT, TASK)
 METRICS = (
     Metric("loss", "loss", "nats per token", "Training loss"),
     Metric("cross_entropy", "loss", "nats per token", "Cross entropy", ALL, best="min"),
+    Metric("z_loss", "loss", "nats per token", "z-loss", log=True),
     Metric("perplexity", "loss", "", "Perplexity", (HELDOUT, TASK), log=True, best="min"),
     Metric("rows", "loss", "rows", "Held-out rows", (HELDOUT, TASK)),
     Metric("alignment_loss", "attention", "", "Alignment loss", (TRAIN, HELDOUT), log=True),
@@ -74,6 +83,12 @@ METRICS = (
     Metric("full_share", "attention", "", "Share of full microbatches"),
     Metric("grad_norm", "optimizer", "", "Gradient norm", log=True),
     Metric("learning_rate", "optimizer", "", "Learning rate"),
+    Metric("batch_tokens", "optimizer", "tokens", "Tokens per step, if they change"),
+    Metric("cross_entropy_by_source", "data", "nats per token", "Cross entropy by source", by_source=True),
+    Metric("labels_by_source", "data", "labels", "Labels of the step by source", by_source=True),
+    Metric("tokens_by_source", "data", "tokens", "Tokens read by source", by_source=True),
+    Metric("epochs_by_source", "data", "", "Epochs by source", by_source=True),
+    Metric("padding_share", "data", "", "Share of padding"),
     Metric("tokens_per_second", "speed", "tokens/s", "Tokens per second"),
     Metric("tflops_per_second", "speed", "TFLOP/s", "Model TFLOP/s of all devices"),
     Metric("mfu", "speed", "", "MFU", best="max"),
@@ -121,6 +136,16 @@ def names(metric: Metric, kind: str) -> list[str]:
     return [f"{series}/{metric.stem}" for series in series_of(kind)]
 
 
+def stem_of(key: str) -> str:
+    """Returns a record's key as trackers name it."""
+    return key.removesuffix("_by_layer").removesuffix("_by_source")
+
+
+def source_name(name: str, source: str) -> str:
+    """Returns a tracker's name of one source's value."""
+    return f"{name}/source_{source}"
+
+
 def layer_name(name: str, layer: int) -> str:
     """Returns a tracker's name of one layer's value."""
     return f"{name}/layer_{layer:02d}"
@@ -130,5 +155,5 @@ def summaries() -> Iterator[tuple[str, str, str]]:
     """Yields name, x axis and "min" or "max" of the metrics whose best value is a run's result."""
     for metric in METRICS:
         for kind in metric.kinds:
-            if metric.best and not metric.by_layer:
+            if metric.best and not metric.pattern:
                 yield from ((name, AXES[kind], metric.best) for name in names(metric, kind))

@@ -126,7 +126,7 @@ def layout() -> layout_pb2.Layout:
             tags = [name for kind in (TRAIN, HELDOUT) if kind in metric.kinds for name in names(metric, kind)]
             if metric.group != group or not metric.is_number or not tags:
                 continue
-            patterns = [f"^{tag}/layer_\\d+$" if metric.by_layer else f"^{tag}$" for tag in tags]
+            patterns = [f"^{tag}{metric.pattern}$" for tag in tags]
             content = layout_pb2.MultilineChartContent(tag=patterns)
             charts.append(layout_pb2.Chart(title=metric.title, multiline=content))
         if charts:

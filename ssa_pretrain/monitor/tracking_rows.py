@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssa_pretrain.monitor.names import AXES, TASK, TRAIN, layer_name
+from ssa_pretrain.monitor.names import AXES, TASK, TRAIN, layer_name, source_name, stem_of
 from ssa_pretrain.monitor.redaction import redact
 
 STATE_FILE = "wandb.json"
@@ -153,7 +153,7 @@ def series(record: Mapping[str, Any]) -> str:
 
 
 def flatten(record: Mapping[str, Any]) -> dict[str, float | int | str]:
-    """Returns a record under flat names (names.py). A list by layer becomes one name per layer; missing values are left out.
+    """Returns a record under flat names (names.py). A list by layer becomes one name per layer, a mapping one per source; missing values are left out.
 
     Args:
         record: a record of metrics.jsonl.
@@ -167,9 +167,11 @@ def flatten(record: Mapping[str, Any]) -> dict[str, float | int | str]:
     for key, value in record.items():
         if key in ("kind", "split", "task", "mode", "tokens", "step") or value is None:
             continue
+        name = f"{prefix}/{stem_of(key)}"
         if isinstance(value, list | tuple):
-            name = key.removesuffix("_by_layer")
-            flat |= {layer_name(f"{prefix}/{name}", i): item for i, item in enumerate(value) if item is not None}
+            flat |= {layer_name(name, i): item for i, item in enumerate(value) if item is not None}
+        elif isinstance(value, Mapping):
+            flat |= {source_name(name, source): item for source, item in value.items() if item is not None}
         else:
             flat[f"{prefix}/{key}"] = value
     return flat

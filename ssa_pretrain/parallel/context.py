@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa_kernels import DocumentLayout, query_spans
-from ssa_pretrain.data.batches import Batch
+from ssa_pretrain.data.batches import Batch, merged_parts
 from ssa_pretrain.data.spans import Span, intersection
 
 CHUNKS_PER_RANK = 2
@@ -57,6 +57,21 @@ def chunk_spans(num_tokens: int, cp: int, cp_rank: int) -> list[Span]:
     return [(first, chunk), (second, chunk)]
 
 
+def parts_of_spans(parts: Sequence[tuple[int, int]], spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
+    """Returns the parts of the corpus of some spans of a microbatch, as `Batch.parts`."""
+    found, first = [], 0
+    for part, count in parts:
+        found.append((first, part, count))
+        first += count
+    held = [
+        (part, length)
+        for span in spans
+        for first, part, count in found
+        for _, length in intersection([(first, count)], [span])
+    ]
+    return merged_parts(held)
+
+
 class ContextParallel:
     """One rank's view of its context-parallel group; in a group of one, every method is the identity."""
 
@@ -66,7 +81,7 @@ class ContextParallel:
         self.rank = group.rank()
 
     def split(self, batch: Batch) -> Batch:
-        """Returns this rank's tokens, labels, loss mask and positions of a whole microbatch; `cu_seqlens` stays that of all tokens."""
+        """Returns this rank's tokens, labels, loss mask and positions of a whole microbatch; the rest stays that of all tokens."""
         if self.size == 1:
             return batch
         spans = chunk_spans(len(batch.positions), self.size, self.rank)
@@ -75,7 +90,7 @@ class ContextParallel:
             return torch.cat([tensor[..., first : first + length] for first, length in spans], dim=-1)
 
         parts = {name: own(getattr(batch, name)) for name in ("tokens", "labels", "loss_mask", "positions")}
-        return replace(batch, **parts, num_rows=None)  # queries are no longer rows
+        return replace(batch, **parts, parts=parts_of_spans(batch.parts, spans))
 
     def num_tokens(self, batch: Batch) -> int:
         """Returns the number of tokens of the whole microbatch of which `batch` is this rank's part."""

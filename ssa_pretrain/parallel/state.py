@@ -100,6 +100,12 @@ def _require_usable(on_gpu: bool, local_rank: int) -> None:
         rule = f"has no GPU: this process sees {count} GPU{'s' if count > 1 else ''}"
         advice = f"start at most {count} processes per node, or check CUDA_VISIBLE_DEVICES"
         raise ConfigError([Problem("LOCAL_RANK", local_rank, rule, advice)])
+    if on_gpu and torch.version.hip:
+        rule = "is AMD's: no training run was tested on one, though the operators of ssa_kernels compile for gfx942 (MI300X)"
+        advice = "try an NVIDIA GPU, or HIP_VISIBLE_DEVICES= to compute on the CPU"
+        raise ConfigError(
+            [Problem(f"this machine's GPU, {torch.cuda.get_device_name(local_rank)},", None, rule, advice)]
+        )
     if on_gpu or not has_gpu():
         return
     try:

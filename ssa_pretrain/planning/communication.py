@@ -21,7 +21,7 @@ Sources: megatron-core 0.16 (order of ranks, size of buckets); NCCL's tuning mod
 
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, EngineName, PrecisionName, Recompute
+from ssa_pretrain.config import Config, EngineName, OptimizerName, PrecisionName, Recompute
 from ssa_pretrain.config.hardware import HardwareConfig
 from ssa_pretrain.planning.work import Rank
 
@@ -179,7 +179,7 @@ def _data(config: Config, hardware: HardwareConfig, rank: Rank, world_size: int)
             Traffic(group=group, bytes=bytes_, calls=number * (reduces + gathers), hidden=engine.overlap_grad_reduce)
         ]
     calls = -(-rank.parameters // max(SMALLEST_BUCKET, BUCKET_PER_RANK * size)) if engine.overlap_grad_reduce else 1
-    sums = 1 if engine.distributed_optimizer else 2
+    sums = 1 if engine.distributed_optimizer and config.optim.name is OptimizerName.adamw else 2  # Muon: to all ranks
     reduce = Traffic(group=group, bytes=sums * share * gradient, calls=calls, hidden=engine.overlap_grad_reduce)
     if not engine.distributed_optimizer:
         return [reduce]

@@ -26,8 +26,12 @@ TERA = 1e12
 # Words in the device name that the driver reports; TFLOP/s in bf16, fp8 and fp32 (vector units, since TF32 is off).
 # The first match wins.
 _PEAKS: tuple[tuple[str, float, float | None, float], ...] = (
+    ("GB300", 2500.0, 5000.0, 80.0),
     ("GB200", 2500.0, 5000.0, 80.0),
+    ("B300", 2250.0, 4500.0, 75.0),
     ("B200", 2250.0, 4500.0, 75.0),
+    ("RTX PRO 6000", 500.0, 1000.0, 120.0),
+    ("MI300X", 1307.4, 2614.9, 163.4),
     ("GH200", 989.4, 1978.9, 66.9),
     ("H200 NVL", 835.5, 1671.0, 60.0),
     ("H200", 989.4, 1978.9, 66.9),
@@ -61,6 +65,7 @@ class RowFlops:
         covered: either stream, of the queries that the counterpart leaves out because the chosen blocks cover them.
         full_ratio: p, the share of microbatches whose main stream is full.
         share_if_full, share_if_sparse: share of a microbatch's queries that are drawn for the other stream, by its main stream.
+        key_convolution: the convolution of keys.
     """
 
     linear: float
@@ -74,6 +79,7 @@ class RowFlops:
     full_ratio: float
     share_if_full: float
     share_if_sparse: float
+    key_convolution: float = 0.0
 
     @property
     def model(self) -> float:
@@ -88,7 +94,7 @@ class RowFlops:
         p = self.full_ratio
         both = p * self.share_if_full + (1.0 - p) * self.share_if_sparse
         second = both * (self.sparse_attention - self.covered + self.alignment)
-        return 3.0 * (self.gate + second) + (p * self.share_if_full + 1.0 - p) * self.selection
+        return 3.0 * (self.gate + self.key_convolution + second) + (p * self.share_if_full + 1.0 - p) * self.selection
 
     def computed(self, main: str, share: float) -> float:
         """Returns all forward and backward operations of a row with a main stream, "full" or "sparse".
@@ -101,7 +107,7 @@ class RowFlops:
         first, second = streams if main == "full" else streams[::-1]
         both = share * (second - self.covered + self.alignment)
         selection = self.selection * (share if main == "full" else 1.0)
-        return 3.0 * (self.linear + self.logits + first + self.gate + both) + selection
+        return 3.0 * (self.linear + self.logits + first + self.gate + self.key_convolution + both) + selection
 
 
 def row_flops(
@@ -126,6 +132,8 @@ def row_flops(
     left_out = attention.counterpart_share < 1.0 or sum(covered) == tokens
     # A gate is one product per output. The two SmoothL1 terms share difference, size, square and branch, and are summed.
     elements = float(tokens * width * layers)
+    # Per key element a product and a sum per tap (one sum less), then sigmoid, product and residual.
+    convolution = (2 * attention.key_convolution + 2) * bool(attention.key_convolution)
     return RowFlops(
         linear=2.0 * tokens * weights * layers,
         logits=2.0 * tokens * model.hidden_size * (vocab_size or model.vocab_size),
@@ -138,6 +146,7 @@ def row_flops(
         full_ratio=attention.full_ratio if has_both else float(has_full),
         share_if_full=share_drawn(attention, "full") if has_both else 0.0,
         share_if_sparse=share_drawn(attention, "sparse") if has_both else 0.0,
+        key_convolution=float(convolution * tokens * model.kv_width * layers),
     )
 
 
@@ -163,6 +172,17 @@ def _selection(length: int, model: ModelConfig, attention: AttentionConfig) -> f
     means = length * model.num_kv_heads * model.head_dim
     softmax = 0 if attention.score is Score.per_head else 3
     return float(means + candidates * model.num_attention_heads * (2 * model.head_dim + softmax))
+
+
+def orthogonalisation_flops(shapes: Sequence[tuple[int, int]], iterations: int) -> float:
+    """Returns the operations of Muon's Newton-Schulz iterations over matrices (engine/muon.py): three products each.
+
+    Args:
+        shapes: of the matrices.
+        iterations: per matrix.
+    """
+    sides = [(min(shape), max(shape)) for shape in shapes]
+    return float(sum(iterations * (4 * short * short * long + 2 * short**3) for short, long in sides))
 
 
 def peak_flops(device_name: str, precision: PrecisionName) -> float | None:

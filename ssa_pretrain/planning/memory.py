@@ -17,9 +17,12 @@ Peaks are compared with measured ones in measured_runs.csv. They are what tensor
 
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, EngineName, PrecisionName, Recompute, Score
+from ssa_pretrain.config import Config, EngineName, OptimizerName, PrecisionName, Recompute, Score
+from ssa_pretrain.config.stages import layers_per_stage
+from ssa_pretrain.model.matrices import owners, whole_shapes
 from ssa_pretrain.schedule import share_drawn
 
+MOMENT = 4  # bytes of a moment of the optimizer per parameter, fp32
 SELECTION_WORKSPACE = 64 * 2**20  # bytes, the bound in kernels/ssa_kernels/select/launch.py
 USER_BUFFERS = 93  # hidden states of a microbatch that Transformer Engine's user buffers take, by the measured run with engine.overlap_tp
 
@@ -68,13 +71,14 @@ def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
     model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
     qkv = model.qkv_width(gate=config.attention.gate)
     matrices = model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
-    norms = 2 * model.hidden_size
+    matrices += model.kv_width * config.attention.key_convolution
+    norms = 2 * model.hidden_size + 2 * model.head_dim * model.qk_norm
     embedding = padded_vocab_size * model.hidden_size
     ends = embedding if model.tie_embeddings else 2 * embedding
     total = model.num_layers * (matrices + norms) + model.hidden_size + ends
     # With pp > 1 the first stage holds the embedding, the last one the final norm and the output layer (a copy if tied).
     ends = embedding if pp > 1 else ends
-    return total, model.num_layers // pp * (matrices // tp + norms) + model.hidden_size + ends // tp
+    return total, max(layers_per_stage(config)) * (matrices // tp + norms) + model.hidden_size + ends // tp
 
 
 def optimizer_shards(config: Config, replicas: int) -> int:
@@ -96,16 +100,20 @@ def _zero_stage(config: Config) -> int:
 
 def _layer_parameters(config: Config) -> int:
     """Returns the parameters of the layers' matrices on one rank."""
-    model, parallel = config.model, config.parallel
+    return max(layers_per_stage(config)) * _matrices_per_layer(config) // config.parallel.tp
+
+
+def _matrices_per_layer(config: Config) -> int:
+    """Returns the parameters of a layer's matrices on all ranks."""
+    model = config.model
     qkv = model.qkv_width(gate=config.attention.gate)
-    matrices = model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
-    return model.num_layers // parallel.pp * matrices // parallel.tp
+    return model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
 
 
 def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict[str, int]:
-    """Returns the sizes of weights, gradients and AdamW's states on the fullest rank, and of a checkpoint.
+    """Returns the sizes of weights, gradients and the optimizer's states on the fullest rank, and of a checkpoint.
 
-    bf16 and fp8 keep fp32 main weights too, counted with the optimizer.
+    bf16 and fp8 keep fp32 main weights too, counted with the optimizer, and so is the running mean of the weights (optim.ema_decay).
 
     Args:
         config: precision, engine and sharding.
@@ -115,6 +123,7 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
     """
     fp32 = config.precision.name is PrecisionName.fp32
     weight, optimizer = (4, 8) if fp32 else (2, 12)
+    mean = 4 * bool(config.optim.ema_decay)  # the running mean of the weights, in fp32 and sharded like the states
     gradient = 4 if fp32 or config.precision.grad_reduce_in_fp32 else 2
     stage, offloaded = _zero_stage(config), False
     if config.engine.name is EngineName.deepspeed:
@@ -122,13 +131,41 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
     weights, gradients, states = (replicas if stage >= needed else 1 for needed in (3, 2, 1))
     # FP8 keeps the layers' matrices in one byte per element, and transposed, beside the weights in bf16.
     copies = 2 * _layer_parameters(config) if config.precision.name is PrecisionName.fp8 else 0
+    per_rank, saved = -(-largest * (optimizer + mean) // states), 0
+    if config.optim.name is OptimizerName.muon:
+        per_rank = _muon_bytes(config, largest, states)
+        saved = MOMENT * config.model.num_layers * _matrices_per_layer(config)
     return {
         "weight_bytes": -(-largest * weight // weights) + copies,
         "gradient_bytes": -(-largest * gradient // gradients),
-        "optimizer_bytes": 0 if offloaded else -(-largest * optimizer // states),
-        # Optimizer states with fp32 main weights, the engine's weights, and the common weights.
-        "checkpoint_bytes": total * (weight * (1 + config.checkpoint.weights) + 12),
+        "optimizer_bytes": 0 if offloaded else per_rank,
+        # Optimizer states with fp32 main weights, the engine's weights, the common weights, and the mean of the weights.
+        "checkpoint_bytes": total * (weight * (1 + config.checkpoint.weights) + 12 + mean) - saved,
     }
+
+
+def _muon_bytes(config: Config, largest: int, ranks: int) -> int:
+    """Returns the bytes of Muon's and AdamW's states and fp32 weights on the data rank that holds most.
+
+    Muon keeps one moment of the layers' matrices in place of two. Data ranks share whole parameters (model/matrices.py).
+
+    Args:
+        config: the run.
+        largest: parameters of the rank that holds most.
+        ranks: data ranks that share them.
+    """
+    model, parallel = config.model, config.parallel
+    main = 0 if config.precision.name is PrecisionName.fp32 else 4
+    matrices = [rows * columns // parallel.tp for rows, columns in whole_shapes(config).values()]
+    layers = max(layers_per_stage(config))
+    norms = [model.hidden_size] * (2 * layers + 1)
+    rest = largest - layers * sum(matrices) - sum(norms)
+    ends = [rest // 2] * 2 if not model.tie_embeddings and parallel.pp == 1 else [rest]
+    sizes = matrices * layers + norms + ends
+    held = [0] * ranks
+    for place, (size, owner) in enumerate(zip(sizes, owners(sizes, ranks), strict=True)):
+        held[owner] += size * (main + (1 if place < layers * len(matrices) else 2) * MOMENT)
+    return max(held)
 
 
 def activation_bytes(config: Config, padded_vocab_size: int, num_microbatches: int) -> int:
@@ -152,7 +189,7 @@ def activations(
     size = _element(config)
     tokens = config.training.micro_batch_size * config.data.sequence_length // parallel.cp
     shards = parallel.tp if parallel.sequence_parallel else 1
-    chunk = model.num_layers // (parallel.pp * parallel.vpp)
+    on_others, on_last = layers_per_stage(config)
     # Most (microbatch, chunk) pairs in flight on the first stage, in the 1F1B and the interleaved schedule.
     most = 2 * (parallel.pp - 1) + (parallel.vpp - 1) * parallel.pp + 1 if parallel.vpp > 1 else parallel.pp
     in_flight = min(most, num_microbatches * parallel.vpp)
@@ -166,8 +203,8 @@ def activations(
     logits = tokens * padded_vocab_size // parallel.tp * size
     hidden = tokens * model.hidden_size * (2 * size // shards + 2 * size + 4)
     common = {"layer": layer, "workspaces": workspaces, "buffers": _buffer_bytes(config, tokens, largest, dp)}
-    last = Activations(layers=chunk * parallel.vpp * kept, output_layer=logits + hidden, **common)
-    first = Activations(layers=in_flight * chunk * kept, output_layer=0, **common)
+    last = Activations(layers=on_last * kept, output_layer=logits + hidden, **common)
+    first = Activations(layers=in_flight * (on_others // parallel.vpp) * kept, output_layer=0, **common)
     return max(first, last, key=lambda stage: stage.peak)
 
 
@@ -216,10 +253,14 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
     indices = 0 if "sparse" not in method.streams else 4 * config.attention.top_k * lists
     gates = size * model.num_attention_heads if config.attention.gate else 0
     selective = config.engine.recompute is Recompute.selective
+    # With QK-norm the whole projection; with a convolution of keys the plain ones, and the convolved ones if they are normed then.
+    plain = model.qkv_width(gate=config.attention.gate) * model.qk_norm
+    if config.attention.key_convolution:
+        plain += model.kv_width * config.parallel.cp * (1 + model.qk_norm)
     # SwiGLU's input, and its output unless that is recomputed.
     feed_forward = model.ffn_hidden_size * (2 * size + (0 if selective else product))
     norms = 2 * model.hidden_size * (size + product) // shards  # both norms' inputs and outputs
-    attention = qkv * size + width * product + outputs + indices + gates  # q, k, v; the gated output
+    attention = (qkv + plain) * size + width * product + outputs + indices + gates  # q, k, v; the gated output
     return norms + (attention + feed_forward) // tp
 
 

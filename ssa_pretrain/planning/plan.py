@@ -5,7 +5,7 @@ The trainer takes steps, layout and batch from a `Plan`; table.py prints it for 
 
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Batches, Config, batches
 from ssa_pretrain.planning.flops import RowFlops, row_flops
 from ssa_pretrain.planning.memory import activations, count_parameters, optimizer_shards, state_bytes
 from ssa_pretrain.settings.problems import ConfigError, Problem
@@ -17,10 +17,11 @@ class Plan:
 
     Attributes:
         world_size, tp, pp, vpp, cp, dp: processes and degrees of parallelism; dp = world_size / (tp * pp * cp).
-        num_microbatches: forward and backward passes per rank and step.
-        rows_per_step, tokens_per_step: over all ranks.
+        num_microbatches: forward and backward passes per rank and step; of the largest batch, if the batch changes.
+        rows_per_step, tokens_per_step: over all ranks; likewise.
         steps, warmup_steps: optimizer steps of the schedule and of its warm-up.
-        total_tokens: steps * tokens_per_step.
+        total_tokens: of all steps.
+        batches: the tokens of each step.
         vocab_size, padded_vocab_size: size of the vocabulary, and rows of the embedding.
         parameters: of the whole model, with padding; tied embeddings count once.
         parameters_per_rank: of the rank that holds most.
@@ -52,6 +53,7 @@ class Plan:
     activation_bytes: int
     checkpoint_bytes: int
     row: RowFlops
+    batches: Batches
     optimizer_shards: int = 1
 
     @property
@@ -63,6 +65,18 @@ class Plan:
     def flops_per_token(self) -> float:
         """Floating-point operations per token, forward and backward, as MFU counts them."""
         return self.row.model * self.rows_per_step / self.tokens_per_step
+
+    def tokens_before(self, step: int) -> int:
+        """Returns the tokens of the first `step` steps."""
+        return self.batches.tokens_before(step)
+
+    def rows_before(self, step: int) -> int:
+        """Returns the rows of the first `step` steps: the place of the data."""
+        return self.tokens_before(step) * self.rows_per_step // self.tokens_per_step
+
+    def microbatches_at(self, step: int) -> int:
+        """Returns the forward and backward passes per rank of the step after `step` steps."""
+        return self.batches.tokens_at(step) * self.num_microbatches // self.tokens_per_step
 
     def coordinates(self, rank: int) -> tuple[int, int, int, int]:
         """Returns a rank's index along tp, cp, dp and pp, in megatron-core's order: tp varies fastest, pp slowest."""
@@ -88,8 +102,9 @@ def make_plan(config: Config, world_size: int, vocab_size: int | None = None) ->
     if world_size < 1 or world_size % unit:
         rule = f"must be a multiple of tp * pp * cp = {unit}"
         raise ConfigError([Problem("world_size", world_size, rule, f"try {unit}")])
-    dp, tokens = world_size // unit, training.global_batch_tokens
-    if tokens < 1 or tokens % (dp * training.micro_batch_size * length):
+    sizes, dp = batches(training), world_size // unit
+    per_microbatch = dp * training.micro_batch_size * length
+    if tokens := next((size for _, size in sizes.phases if size < 1 or size % per_microbatch), 0):
         factors = f"{length} * {training.micro_batch_size} * {dp}"
         rule = f"must be a multiple of sequence_length * micro_batch_size * dp = {factors}"
         raise ConfigError([Problem("training.global_batch_tokens", tokens, rule)])
@@ -100,7 +115,8 @@ def make_plan(config: Config, world_size: int, vocab_size: int | None = None) ->
     steps = training.num_steps()
     padded = config.model.padded_vocab_size(vocab)
     total, largest = count_parameters(config, padded)
-    num_microbatches = tokens // (dp * training.micro_batch_size * length)
+    tokens = max(size for _, size in sizes.phases)
+    num_microbatches = tokens // per_microbatch
     return Plan(
         world_size=world_size,
         tp=parallel.tp,
@@ -113,13 +129,14 @@ def make_plan(config: Config, world_size: int, vocab_size: int | None = None) ->
         tokens_per_step=tokens,
         steps=steps,
         warmup_steps=round(config.optim.warmup_fraction * steps),
-        total_tokens=steps * tokens,
+        total_tokens=sizes.tokens_before(steps),
         vocab_size=vocab,
         padded_vocab_size=padded,
         parameters=total,
         parameters_per_rank=largest,
         **state_bytes(config, total, largest, dp * parallel.cp),
         activation_bytes=activations(config, padded, num_microbatches, largest, dp).peak,
+        batches=sizes,
         optimizer_shards=optimizer_shards(config, dp * parallel.cp),
         row=row_flops(config.model, config.attention, [length], vocab),
     )

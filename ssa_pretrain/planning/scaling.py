@@ -55,7 +55,11 @@ def weak_curve(config: PlanConfig, fitted: Calibration, vocab_size: int | None =
     found = []
     for gpus in gpu_counts(config):
         tokens, rest = divmod(config.training.global_batch_tokens * gpus, own)
-        grown = replace(config, training=replace(config.training, global_batch_tokens=tokens))
+        changes = [
+            replace(c, global_batch_tokens=c.global_batch_tokens * gpus // own) for c in config.training.batch_steps
+        ]
+        batch = {"global_batch_tokens": tokens, "batch_steps": changes}
+        grown = replace(config, training=replace(config.training, **batch))
         ranked = [] if rest else search(_sized(grown, gpus), gpus, fitted, choices, vocab_size).ranked
         found.append(Point(gpus, ranked[0] if ranked else None))
     return found

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 
 from ssa_pretrain.config import Auto, Config, Method, PrecisionName
 from ssa_pretrain.data.indexed_format import Manifest
-from ssa_pretrain.data.mixture import readings
 from ssa_pretrain.planning.balance import Batch, balance
+from ssa_pretrain.planning.epochs import epoch_lines
 from ssa_pretrain.planning.flops import peak_flops
 from ssa_pretrain.planning.plan import Plan
+from ssa_pretrain.rates import describe_pieces, rate_pieces
 from ssa_pretrain.schedule import share_drawn
 from ssa_pretrain.settings.problems import divisors
 
 GIB = 2**30
 GPUS_PER_NODE = 8
 TYPICAL_MFU = 0.4  # what published trainers reach in bf16 on H100s
-MAX_LINES = 4  # ranks or parts that are listed
+MAX_LINES = 4  # ranks that are listed
 
 
 def describe(
@@ -52,8 +53,10 @@ def describe(
         *_ranks(plan),
         *_context(config, plan),
         ("step", f"{plan.tokens_per_step:,} tokens = {plan.rows_per_step:,} rows = {batch}"),
-        ("length", f"{plan.steps:,} steps, {plan.warmup_steps:,} of warm-up; {plan.total_tokens:,} tokens"),
-        *_epochs(config, plan, manifest),
+        *_batches(plan),
+        ("length", _length(config, plan)),
+        *_rates(config, plan),
+        *epoch_lines(config, plan.steps, manifest),
         *([] if estimates else _memory(plan)),
         *_work(config, plan, with_time=not estimates),
         *estimates,
@@ -62,6 +65,26 @@ def describe(
         ("command", _command(config, plan, overrides, entry)),
     ]
     return "\n".join(f"{name:<11}{value}" for name, value in rows)
+
+
+def _length(config: Config, plan: Plan) -> str:
+    """Returns the steps and tokens of the run."""
+    warmup = "" if config.optim.pieces else f", {plan.warmup_steps:,} of warm-up"
+    return f"{plan.steps:,} steps{warmup}; {plan.total_tokens:,} tokens"
+
+
+def _batches(plan: Plan) -> list[tuple[str, str]]:
+    """Returns where the global batch changes; nothing if it stays."""
+    if plan.batches.is_constant:
+        return []
+    sizes = [f"{tokens:,} tokens from step {first + 1:,}" for first, tokens in plan.batches.phases]
+    return [("", f"the largest batch; {', '.join(sizes)}")]
+
+
+def _rates(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """Returns the pieces of the learning rate."""
+    lines = describe_pieces(rate_pieces(config.optim, plan), plan.batches)
+    return [("rate" * (i == 0), line) for i, line in enumerate(lines)]
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
@@ -115,31 +138,6 @@ def _context(config: Config, plan: Plan) -> list[tuple[str, str]]:
     return [("", f"{held}: {_bytes(keys * size)} gathered and {_bytes(keys * 4)} of gradients reduced per layer")]
 
 
-def _epochs(config: Config, plan: Plan, manifest: Manifest | None) -> list[tuple[str, str]]:
-    """Returns the epochs of the dataset and of each part, and the number of tokens that the first epoch leaves out."""
-    if manifest is None or not manifest.splits["train"]:
-        return []
-    rows = plan.steps * plan.rows_per_step
-    try:
-        found = readings(manifest, config.data.weights, config.data.sequence_length, rows)
-    except ValueError as error:
-        return [("epochs", f"unknown: {error}")]
-    total = sum(reading.part.rows_per_epoch for reading in found)
-    line = f"{rows / total:.3g} over {_count(total, 'row')}"
-    if len(found) > 1:
-        found.sort(key=lambda reading: -reading.epochs)
-        shown = [f"{reading.part.name} {reading.epochs:.3g}" for reading in found[:MAX_LINES]]
-        line += f": {', '.join(shown)}"
-        if len(found) > MAX_LINES:
-            line += f" … {found[-1].part.name} {found[-1].epochs:.3g}, the lowest of {len(found)}"
-    lines = [("epochs", line)]
-    if tail := sum(reading.part.tail for reading in found if reading.rows):
-        left = f"the first epoch leaves out the last {tail:,} tokens"
-        each = ", summed over the parts" if len(found) > 1 else ""
-        lines.append(("", f"{left}{each}; the second reads them"))
-    return lines
-
-
 def _work(config: Config, plan: Plan, *, with_time: bool) -> list[tuple[str, str]]:
     """Returns the floating-point operations, and, if asked for, the hours they take at a typical MFU."""
     share = plan.row.overhead / plan.row.model
@@ -184,6 +182,8 @@ def _files(config: Config, plan: Plan) -> list[tuple[str, str]]:
     disk = f"{number} of about {_bytes(plan.checkpoint_bytes)}, the newest {kept} kept"
     room = f"needs {_bytes((kept + 1) * plan.checkpoint_bytes)} of disk while one is written"
     start = [("start", f"weights of {config.checkpoint.init_from}")] if config.checkpoint.init_from else []
+    if config.checkpoint.branch_from:
+        start = [("start", f"branch of {config.checkpoint.branch_from}, unless the folder has a checkpoint")]
     return [*start, ("files", f"{config.output_dir}/: config.yaml, metrics.jsonl, {disk}"), ("", room)]
 
 

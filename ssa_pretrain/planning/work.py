@@ -14,9 +14,10 @@ Standard library only.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, EngineName, Method, PrecisionName, Recompute
+from ssa_pretrain.config import Config, EngineName, Method, OptimizerName, PrecisionName, Recompute
 from ssa_pretrain.config.hardware import HardwareConfig
-from ssa_pretrain.planning.flops import TERA, RowFlops
+from ssa_pretrain.model.matrices import matrix_shapes
+from ssa_pretrain.planning.flops import TERA, RowFlops, orthogonalisation_flops
 
 # The terms, and what each of them counts.
 TERMS = {
@@ -27,7 +28,7 @@ TERMS = {
     "sparse stream": "sparse attention",
     "selection": "the choice of blocks",
     "memory traffic": "norms, RoPE, SwiGLU, gates, alignment, cross entropy, gradient accumulation",
-    "optimizer": "AdamW and the gradient norm",
+    "optimizer": "the optimizer and the gradient norm",
     "zero 1": "DeepSpeed's work per layer in stage 1 (or 0), mostly the host's; at the peak: 1 ms",
     "zero 2": "in stage 2",
     "zero 3": "in stage 3",
@@ -113,6 +114,9 @@ def step_work(config: Config, hardware: HardwareConfig, rank: Rank) -> dict[str,
     own = rank.parameters / rank.sharded
     # Reads the gradient twice (norm and update); reads and writes two moments and the main weight; writes the weight.
     work["optimizer"] = own * (2 * 4 + 3 * 8 + 2) / hbm
+    if config.optim.name is OptimizerName.muon:  # whole matrices on every tensor rank
+        orthogonal = orthogonalisation_flops(matrix_shapes(config), config.optim.muon.ns_steps)
+        work["products"] = orthogonal * rank.layers / rank.sharded / (hardware.bf16_tflops * TERA)
     if config.engine.name is EngineName.deepspeed:
         stage = config.deepspeed.zero_stage
         # Hooks around modules and gradients: as long on one GPU as under tensor parallelism, so it is no work of the device.
@@ -154,6 +158,10 @@ def _traffic(config: Config, rank: Rank, share: float, *, again: bool) -> float:
     qkv = model.qkv_width(gate=config.attention.gate) / parallel.tp
     # Forward and backward: norms and residuals; split and RoPE; gate and alignment; SwiGLU. FP8 also reads and casts the products' inputs.
     norms, rope, gate, swiglu = 20 * model.hidden_size / shards, 4 * qkv, (5 + 3 * share) * width, 8 * ffn
+    # QK-norm reads the projection again in the backward; convolved keys are written and read once more in each direction, of all tokens.
+    rope += qkv * model.qk_norm + 9 * model.kv_width / parallel.tp * parallel.cp * bool(
+        config.attention.key_convolution
+    )
     casts = 3 * (2 * model.hidden_size + width + 3 * ffn) if config.precision.name is PrecisionName.fp8 else 0
     if config.engine.recompute is Recompute.selective:
         swiglu += 3 * ffn

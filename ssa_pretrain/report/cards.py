@@ -1,16 +1,19 @@
-"""Cards that the page of one run and that of several share: goodput, tasks, and what went wrong."""
+"""Cards of the pages: goodput, tasks and what went wrong, which the page of several runs has too, and data by source."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
+from ssa_pretrain.monitor.by_source import HEAD, source_rows
 from ssa_pretrain.report.goodput import MEANINGS, PARTS, RUNNING, Goodput
 from ssa_pretrain.report.health import RunHealth
 from ssa_pretrain.report.tasks import MODES, TaskScores
 from ssa_pretrain.settings.quantities import duration
-from ssa_pretrain.webpage.charts import Line, colour_legend, legend, line_chart, stacked_bars
+from ssa_pretrain.webpage.charts import Line, colour_legend, legend, line_chart, smooth, stacked_bars
 from ssa_pretrain.webpage.layout import card, number_table
 
 MODE_COLOURS = {"full": "a", "sparse": "b"}
+SOURCE_COLOURS = "abcdef"  # of the sources with most tokens
 TASK_HEAD = ("task", "metric", *MODES, "step")
 
 
@@ -62,6 +65,26 @@ def tasks_card(tasks: Sequence[TaskScores]) -> str:
     drawn = f'<div class="columns">{"".join(charts)}</div>' if any(charts) else ""
     text = "The newest result of each task with each kind of attention, with standard errors where the task has them."
     return card("Tasks", text, number_table(TASK_HEAD, [task.row() for task in tasks], labels=2) + drawn, wide=True)
+
+
+def sources_card(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the table of a run's data by source, with the loss of each over training; empty without several sources."""
+    rows = source_rows(steps)
+    if len(rows) < 2:
+        return ""
+    lines = [
+        Line(row[0], smooth(source_points(steps, row[0])), colour)
+        for row, colour in zip(rows, SOURCE_COLOURS, strict=False)
+    ]
+    chart = line_chart(lines, title="Cross entropy by source", y_name="nats per token", height=190)
+    text = "Tokens and epochs read so far, without padding; the loss over the labels of the newest steps. The chart is smoothed."
+    return card("Data by source", text, number_table(HEAD, rows) + (chart and legend(lines) + chart), wide=True)
+
+
+def source_points(steps: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Returns (tokens, cross entropy) of a source in every step that has it."""
+    found = ((record["tokens"], (record.get("cross_entropy_by_source") or {}).get(name)) for record in steps)
+    return [(tokens, loss) for tokens, loss in found if loss is not None]
 
 
 def health_card(health: RunHealth) -> str:

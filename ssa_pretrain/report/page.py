@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ssa_pretrain.errors import UsageError
 from ssa_pretrain.monitor.metrics import perplexity
-from ssa_pretrain.report.cards import MODE_COLOURS, goodput_card, health_card, tasks_card
+from ssa_pretrain.report.cards import MODE_COLOURS, goodput_card, health_card, sources_card, tasks_card
 from ssa_pretrain.report.summary import RunSummary
 from ssa_pretrain.settings.files import write_atomically
 from ssa_pretrain.settings.quantities import compact, duration
@@ -31,6 +31,7 @@ def page(summary: RunSummary) -> str:
             "Over the last 20 steps, without evaluations and checkpoints.",
             "tokens/s",
         ),
+        sources_card(summary.steps),
         tasks_card(summary.tasks),
         goodput_card([(summary.name, summary.goodput)] if summary.goodput else []),
         health_card(summary.health),

@@ -1,5 +1,6 @@
 """The report as text for a terminal, with the values of the page."""
 
+from ssa_pretrain.monitor.by_source import source_lines
 from ssa_pretrain.monitor.metrics import perplexity
 from ssa_pretrain.report.summary import RunSummary
 
@@ -23,6 +24,8 @@ def table(summary: RunSummary) -> str:
     if layers:
         lines.append("captured mass in training, by layer: first step -> last step")
         lines.append("  " + "  ".join(f"{i}: {row[0][1]:.2f} -> {row[-1][1]:.2f}" for i, row in enumerate(layers)))
+    if sources := source_lines(summary.steps):
+        lines += ["data by source", *(f"  {line}" for line in sources.splitlines())]
     lines += [f"{name:<14}{value}" for name, value in summary.facts()]
     shown = list(dict.fromkeys(sample["prompt"] for sample in summary.samples))[:2]
     for sample in sorted((s for s in summary.samples if s["prompt"] in shown), key=lambda s: shown.index(s["prompt"])):

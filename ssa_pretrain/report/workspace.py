@@ -79,9 +79,9 @@ def _panels(metric: Metric) -> Iterator["LinePlot"]:
         title = f"{metric.title}, {KINDS[kind]}"
         plot: Any = partial(LinePlot, x=AXES[kind], log_y=metric.log, title_y=metric.unit)
         series = names(metric, kind)
-        if metric.by_layer:
+        if metric.pattern:
             for name in series:
-                yield plot(title=f"{title} ({name})", metric_regex=f"^{name}/layer_[0-9]+$")
+                yield plot(title=f"{title} ({name})", metric_regex=f"^{name}{metric.pattern}$")
         elif series:
             yield plot(title=title, y=[*series])
         else:  # the names of tasks are the user's

@@ -158,6 +158,8 @@ class _Reader:
             return self.section(kind, value, key)
         if isinstance(value, str) and value == MISSING:
             return self._not_set(kind, key, default)
+        if get_origin(kind) is list and isinstance(value, list) and sections_in(get_args(kind)[0]):
+            return [self.section(get_args(kind)[0], item, f"{key}.{i}") for i, item in enumerate(value)]
         if get_origin(kind) is dict and isinstance(value, dict):
             inner = get_args(kind)[1]
             return dict(entry for name, item in value.items() for entry in self._entry(inner, item, key, str(name)))
@@ -221,7 +223,8 @@ def convert(kind: Any, value: Any) -> Any:
         return _text(value)
     if get_origin(kind) is list:
         if not isinstance(value, list):
-            raise MismatchError("must be a list", f"try [{'' if value is None else value}]")
+            item = "" if value is None or sections_in(get_args(kind)[0]) else value
+            raise MismatchError("must be a list", f"try [{item}]")
         return [convert(get_args(kind)[0], item) for item in value]
     if not isinstance(value, dict):
         advice = "" if sections_in(get_args(kind)[1]) else "try {name: 1.0}"

@@ -213,6 +213,9 @@ def _type(kind: Any) -> str:
         return " or ".join(
             ", ".join(member.value for member in part) if _is_enum(part) else _type(part) for part in get_args(kind)
         )
+    if get_origin(kind) is list and sections_in(get_args(kind)[0]):
+        names = (f.name for f in dataclasses.fields(get_args(kind)[0]))
+        return f"list, each a mapping with some of {join(names, 'and')}"
     if get_origin(kind) is list:
         return f"list, each a {_type(get_args(kind)[0])}"
     if get_origin(kind) is dict:

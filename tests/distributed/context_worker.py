@@ -15,13 +15,12 @@ from ssa_pretrain.data.rows import Row
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement
-from support.layout_worker import VOCAB, capture_first_gradients, rows_with_documents, run_cases
+from support.layout_worker import VOCAB, by_part, capture_first_gradients, collated, rows_with_documents, run_cases
 
 STEPS = 4
 # Where documents begin in each row of a step. Single tokens at the row's ends and on both sides of the ranks' borders; one document over all
 # ranks; documents that begin and end at a border; borders one off.
 STARTS = ((0,), (0, 1, 23, 24, 25, 95), (0, 11, 12, 13, 47, 72, 90), (0, 2, *range(30, 50), 71, 73))
-ROWS = len(STARTS)
 PADDING = 20  # tokens of the last row, of its label too
 
 
@@ -35,8 +34,7 @@ def packed_rows(seed: int) -> list[Row]:
 
 def batches(config: Config, dp_rank: int, dp: int, step: int) -> list[Batch]:
     """Returns this data rank's microbatches of the global batch, before they are split over context ranks."""
-    rows, size = packed_rows(step), config.training.micro_batch_size
-    return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, ROWS // size, dp)]
+    return collated(packed_rows(step), config, dp_rank, dp)
 
 
 def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
@@ -47,7 +45,8 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
     def train(index: int) -> list[float]:
         mine = batches(config, placement.dp_rank, placement.dp, index)
         found = engine.train_step(mine, step=index, learning_rate=1e-2).result()
-        return [found.cross_entropy, found.grad_norm, *found.alignment_by_layer, *found.captured_mass_by_layer]
+        layers = [*found.alignment_by_layer, *found.captured_mass_by_layer]
+        return [found.cross_entropy, found.grad_norm, *layers, *by_part(found, batches(config, 0, 1, index))]
 
     records += [train(index) for index in range(STEPS)]
     held_out = batches(config, placement.dp_rank, placement.dp, 99)[

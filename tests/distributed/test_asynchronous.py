@@ -16,6 +16,7 @@ CASES = {
     "tp2": {"parallel.tp": 2},
     "dp2.bf16": {"precision.name": "bf16"},
     "dp2.not_distributed": {"engine.distributed_optimizer": False, "precision.name": "bf16"},
+    "dp2.muon": {"optim.name": "muon", "precision.name": "bf16"},
     "dp2.zero1": {"engine.name": "deepspeed", "deepspeed.zero_stage": 1},
     "dp2.zero3": {"engine.name": "deepspeed", "deepspeed.zero_stage": 3},
 }

@@ -30,7 +30,9 @@ METHODS = {
     "ssa_drawn_once": {"attention.full_ratio": 0.5, "attention.stream_draw": "step"},
     "ssa_quarter": {"attention.full_ratio": 0.5, "attention.counterpart_share": 0.25},
     "full": {"attention.method": "full"},
+    "full_muon": {"attention.method": "full", "optim.name": "muon", "training.z_loss": 0.01, "model.mup.base_width": 8},
     "moba": {"attention.method": "moba", "attention.score": "per_head"},
+    "ssa_keys": {"attention.full_ratio": 0.5, "model.qk_norm": True, "attention.key_convolution": 5},
 }
 SMALL = {"model.num_layers": 2, "training.global_batch_tokens": 4 * 96}
 VARIANTS = {
@@ -54,13 +56,16 @@ def build_cases() -> dict[int, dict[str, dict]]:
             cases[world][f"{layout}.{variant}.{method}"] = changes
 
     add("single", "plain", *METHODS)
-    add("cp2", "plain", "ssa_full", "ssa_sparse", "full", "moba")
+    add("cp2", "plain", "ssa_full", "ssa_sparse", "full", "full_muon", "moba")
     add("cp2", "no_distributed_optimizer", "ssa_sparse")
     add("cp2", "selective", "ssa_full", "full", "moba")
     add("cp2", "full_recompute", "ssa_sparse", "full", "moba")
     add("cp2", "two_rows", "ssa_drawn_once")
     add("cp2", "plain", "ssa_quarter")
     add("cp2", "full_recompute", "ssa_quarter")
+    add("cp2", "plain", "ssa_keys")
+    add("cp4", "full_recompute", "ssa_keys")
+    add("cp2_tp2_sp", "plain", "ssa_keys")
     add("cp4", "plain", "ssa_quarter")
     add("cp2_tp2_sp", "plain", "ssa_quarter")
     add("cp2_pp2", "plain", "ssa_quarter")

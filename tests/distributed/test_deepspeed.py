@@ -9,15 +9,14 @@ import json
 import pytest
 import torch
 
-from support.errors import relative, require_means_as_near
+from support.errors import require_means_as_near
 from support.processes import SUPPORT, run_workers
+from support.run_comparison import TOLERANCE, close
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes
 WORKER = SUPPORT / "deepspeed_worker.py"
-TOLERANCE = 1e-5
 STOP, SAVED, RESUMED = 3, 2, 4
-NUM_METRICS = 6  # cross entropy, norm, two layers' alignments and captured masses
 
 TP = {"parallel.tp": 2}
 SP = TP | {"parallel.sequence_parallel": True}
@@ -29,6 +28,7 @@ UNFUSED = {
 BF16_GRADS = BF16 | {"precision.grad_reduce_in_fp32": False}
 UNTIED = {"model.tie_embeddings": False}
 QUARTER = {"attention.counterpart_share": 0.25}
+KEYS = {"model.qk_norm": True, "attention.key_convolution": 3}
 
 
 def deepspeed(stage: int, **more) -> dict:
@@ -59,13 +59,14 @@ VARIANTS = {  # name -> (layout, settings, the megatron engine's settings if the
     "dp2.zero3.selective": ("dp2", deepspeed(3, engine__recompute="selective"), {}),
     "dp2.zero3.untied": ("dp2", deepspeed(3) | UNTIED, UNTIED),  # a weight that no module's own forward uses
     "dp2.zero3.quarter": ("dp2", deepspeed(3) | QUARTER, QUARTER),
+    "tp2_sp.zero3.keys": ("tp2_sp", deepspeed(3) | KEYS, KEYS),  # saves too, for one process
     "dp2.bf16.zero0": ("dp2", deepspeed(0) | BF16_GRADS, BF16_GRADS),
     "dp2.bf16.zero1": ("dp2", deepspeed(1) | BF16, BF16),  # saves too: another of DeepSpeed's optimizers than in fp32
     "dp2.bf16.zero2": ("dp2", deepspeed(2) | BF16, BF16),
     "dp2.bf16.zero3": ("dp2", deepspeed(3) | BF16, BF16),
     "tp2_sp.bf16.zero1": ("tp2_sp", deepspeed(1) | BF16, BF16),
 }
-SUFFIXES = {".bf16": BF16, ".bf16_grads": BF16_GRADS, ".untied": UNTIED, ".quarter": QUARTER}
+SUFFIXES = {".bf16": BF16, ".bf16_grads": BF16_GRADS, ".untied": UNTIED, ".quarter": QUARTER, ".keys": KEYS}
 STAGES = (0, 1, 2, 3)
 FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
 
@@ -84,11 +85,12 @@ def two_processes() -> list[dict]:
             jobs.append(weights("megatron.dp2.weights", "megatron.dp2", place))
         elif layout == "tp2_sp":
             jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED))
+            jobs.append(train("megatron.tp2_sp.keys", place | KEYS))
         for stage in STAGES if layout != "tp2" else ():
             jobs.append(train(f"{layout}.zero{stage}", place | deepspeed(stage), **SAVING))
             jobs.append(resume(f"{layout}.zero{stage}.resumed", f"{layout}.zero{stage}", place | deepspeed(stage)))
         for name in (name for name, (at, _, _) in VARIANTS.items() if at == layout):
-            more = SAVING if name in ("dp2.bf16.zero0", "dp2.bf16.zero1") else {}
+            more = SAVING if name in ("dp2.bf16.zero0", "dp2.bf16.zero1", "tp2_sp.zero3.keys") else {}
             jobs.append(train(name, place | VARIANTS[name][1], **more))
     jobs.append(resume("dp2.bf16.zero0.resumed", "dp2.bf16.zero0", deepspeed(0) | BF16_GRADS))
     jobs.append(resume("tp2.from_dp2.zero3", "dp2.zero3", TP | deepspeed(3)))
@@ -110,6 +112,7 @@ def one_process() -> list[dict]:
     jobs = [resume(f"one.from_{source}", source, deepspeed(int(source[-1]))) for source in FEWER]
     jobs.append(resume("one.from_dp2.bf16.zero1", "dp2.bf16.zero1", deepspeed(1) | BF16))
     jobs.append(resume("one.from_dp2.zero0", "dp2.zero0", deepspeed(0)))
+    jobs.append(resume("one.from_tp2_sp.zero3.keys", "tp2_sp.zero3.keys", deepspeed(3) | KEYS))
     return [train("one.zero1", deepspeed(1)), *jobs]
 
 
@@ -127,17 +130,6 @@ def results(tmp_path_factory) -> dict[str, torch.Tensor]:
             assert len(texts) == 1, f"{job['name']}: ranks report different results"
             found[job["name"]] = json.loads(texts.pop())
     return found
-
-
-def close(found: list, wanted: list) -> None:
-    """Requires each value to 1e-5 of itself, and logits to 1e-5 of their norm."""
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        ours, theirs = (torch.tensor(row, dtype=torch.float64) for row in (one, other))
-        if len(ours) > NUM_METRICS:
-            assert relative(ours, theirs) < TOLERANCE
-        else:
-            torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=0.0)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -203,6 +195,7 @@ def test_resumed_run_is_bit_identical(results, name):
         ("tp2.from_dp2.zero3", "dp2.zero3"),
         ("tp2.zero2_from_zero1", "dp2.zero1"),
         ("one.from_dp2.zero0", "dp2.zero0"),
+        ("one.from_tp2_sp.zero3.keys", "tp2_sp.zero3.keys"),
     ],
 )
 def test_run_resumes_on_other_degrees(results, name, source):

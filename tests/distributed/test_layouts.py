@@ -19,6 +19,7 @@ TWO = {
     "tp2_sp": {TP: 2, "parallel.sequence_parallel": True},
     "pp2": {PP: 2},
     "pp2_vpp2": {PP: 2, "parallel.vpp": 2},
+    "pp2_last1": {PP: 2, "parallel.layers_on_last_stage": 1},
     "dp2": {DP: 2},
 }
 FOUR = {
@@ -40,7 +41,12 @@ VARIANTS = {
     "selective": {"engine.recompute": "selective"},
     "full_recompute": {"engine.recompute": "full"},
     "overlap": {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True},
+    "keys": {"model.qk_norm": True, "attention.key_convolution": 3},
+    "muon": {"optim.name": "muon"},
+    "muon_replicated": {"optim.name": "muon", "engine.distributed_optimizer": False},
+    "scaled": {"model.mup.base_width": 8, "model.mup.base_head_dim": 2, "training.z_loss": 0.01},
 }
+OTHER_MATHEMATICS = ("keys", "muon", "scaled")  # compared with one process of the same
 BOTH = ("full", "sparse")
 # Layouts and streams of each variant. On two processes a layout's own code meets each stream; four processes combine two layouts, and there a drawn
 # stream runs both. A variant is crossed with the layouts whose communication it changes or repeats: the optimizer's with data parallelism and with
@@ -50,7 +56,7 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     | dict.fromkeys(TWO, tuple(STREAMS))
     | dict.fromkeys(FOUR, ("drawn",))
     | {"dp2": (*STREAMS, "quarter"), "tp2_sp": (*STREAMS, "quarter"), "tp2_pp2": ("drawn", "quarter")}
-    | {"pp2_vpp2": ("drawn",), "pp2_vpp2_dp2": ()},
+    | {"pp2_vpp2": ("drawn",), "pp2_last1": ("drawn",), "pp2_vpp2_dp2": ()},
     "no_distributed_optimizer": {
         "single": BOTH,
         "dp2": BOTH,
@@ -85,6 +91,10 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
         "pp4_vpp2": ("sparse",),
     },
     "overlap": {"dp2": ("drawn",), "tp2_dp2": ("drawn",), "pp2_vpp2_dp2": ("drawn",)},
+    "keys": {"single": BOTH, "dp2": ("full",), "tp2": ("sparse",), "tp2_sp": ("full",), "tp2_pp2": ("sparse",)},
+    "muon": dict.fromkeys(("single", "dp2", "pp2", "tp2_sp", "tp2_dp2", "pp2_vpp2_dp2"), ("drawn",)),
+    "muon_replicated": {"dp2": ("drawn",)},
+    "scaled": dict.fromkeys(("single", "dp2", "tp2_sp", "pp2"), ("drawn",)),
     "one_microbatch": {"single": BOTH},
     "no_alignment": {"single": BOTH},
 }
@@ -135,8 +145,9 @@ def test_save_right_after_a_step_contains_its_weights(results, folder, name):
 
 def reference(name: str) -> str:
     """Returns the single-process case that a case must equal."""
-    layout, _, stream = name.split(".")
-    return f"{'single_of_8' if 'model.num_layers' in LAYOUTS[layout] else 'single'}.plain.{stream}"
+    layout, variant, stream = name.split(".")
+    variant = variant.partition("_")[0] if variant.startswith(OTHER_MATHEMATICS) else "plain"
+    return f"{'single_of_8' if 'model.num_layers' in LAYOUTS[layout] else 'single'}.{variant}.{stream}"
 
 
 AFTER_THE_LAST_STREAMS = (

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method
+from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method, OptimizerName
 from support.errors import relative
 from support.small_model import VOCAB, random_batches, small_config
 
 pytestmark = pytest.mark.gpu
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+KINDS = [(True, OptimizerName.adamw), (False, OptimizerName.adamw), (True, OptimizerName.muon)]
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +25,12 @@ def placement():
     stop()
 
 
-def build(placement, *, distributed: bool = True):
+def build(placement, *, distributed: bool = True, optimizer: OptimizerName = OptimizerName.adamw):
     """Returns a new engine of the small model with the plain layers, so that only the optimizer may differ."""
     from ssa_pretrain.engine import build_engine
 
     config = small_config(Method.ssa, LayerSpec.local, KernelImpl.auto)
-    config.engine.distributed_optimizer = distributed
+    config.engine.distributed_optimizer, config.optim.name = distributed, optimizer
     config.training.max_skipped_steps = 10
     return build_engine(config, placement, VOCAB)
 
@@ -59,7 +61,7 @@ def tensors(engine) -> list[torch.Tensor]:
     found = [p.detach().clone() for model in engine.models for p in model.parameters()]
     for optimizer in inner(engine):
         found += [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
-        found += [state[name].clone() for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        found += [state[name].clone() for state in optimizer.state.values() for name in MOMENTS if name in state]
     return found
 
 
@@ -67,7 +69,7 @@ def counts(engine) -> set[int]:
     """Returns Adam's step counts."""
     engine.optimizer.count_skipped_steps()
     groups = {int(group["step"]) for o in inner(engine) for group in o.param_groups if "step" in group}
-    return groups or {int(state["step"]) for o in inner(engine) for state in o.state.values()}
+    return groups or {int(state["step"]) for o in inner(engine) for state in o.state.values() if "step" in state}
 
 
 def step(engine, number: int):
@@ -75,9 +77,9 @@ def step(engine, number: int):
     return engine.train_step(random_batches(2), step=number, learning_rate=1e-3)
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_skipped_step_changes_no_bit_and_counts_nowhere(placement, distributed):
-    engine = build(placement, distributed=distributed)
+@pytest.mark.parametrize(("distributed", "optimizer"), KINDS)
+def test_skipped_step_changes_no_bit_and_counts_nowhere(placement, distributed, optimizer):
+    engine = build(placement, distributed=distributed, optimizer=optimizer)
     spoil_gradients(engine, {1, 4, 5})
     results, before = [], []
     for number in range(7):
@@ -90,9 +92,9 @@ def test_skipped_step_changes_no_bit_and_counts_nowhere(placement, distributed):
     assert counts(engine) == {4}
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_skip_adds_no_wait_for_the_device(placement, distributed):
-    engine = build(placement, distributed=distributed)
+@pytest.mark.parametrize(("distributed", "optimizer"), KINDS)
+def test_skip_adds_no_wait_for_the_device(placement, distributed, optimizer):
+    engine = build(placement, distributed=distributed, optimizer=optimizer)
     spoil_gradients(engine, {6, 8, 9})
     for number in range(4):
         step(engine, number)
@@ -143,15 +145,16 @@ def test_update_equals_the_one_without_a_flag(placement):
         assert relative(one.float(), other.float()) < 20 * torch.finfo(torch.float32).eps or one.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("optimizer", OptimizerName)
 @pytest.mark.parametrize("skipped", [set(), {1}, {2, 3}])
-def test_checkpoint_after_skipped_steps_resumes(placement, tmp_path, skipped):
-    engine = build(placement)
+def test_checkpoint_after_skipped_steps_resumes(placement, tmp_path, skipped, optimizer):
+    engine = build(placement, optimizer=optimizer)
     spoil_gradients(engine, skipped)
     for number in range(3):
         step(engine, number)
     engine.save(tmp_path)
     saved, steps = tensors(engine), deepcopy(counts(engine))
-    other = build(placement)
+    other = build(placement, optimizer=optimizer)
     spoil_gradients(other, {1})
     step(other, 0)
     other.load(tmp_path)

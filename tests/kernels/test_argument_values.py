@@ -270,13 +270,13 @@ def test_out_of_range_positions_are_refused(impl):
 @interpreted
 def test_kernel_reads_no_out_of_range_angle():
     """On a GPU positions are not checked first."""
-    from ssa_kernels.qkv_rope.triton import qkv_rope_forward
+    from ssa_kernels.qkv_rope.triton import Sizes, qkv_rope_forward
 
     table = torch.full((20, 16), float("nan"))
     table[5:14] = draw(9, 16)
     mixed, positions = draw(4, 64), torch.tensor([-3, 4, 9, 2**40])
-    found = qkv_rope_forward(mixed, table[5:14], positions, 1, 2, 16, 0)
-    wanted = qkv_rope_forward(mixed, table[5:14], positions.clamp(0, 8), 1, 2, 16, 0)
+    found = qkv_rope_forward(mixed, table[5:14], positions, Sizes(1, 2, 16, 0))
+    wanted = qkv_rope_forward(mixed, table[5:14], positions.clamp(0, 8), Sizes(1, 2, 16, 0))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)) and not found[0].isnan().any()
 
 

@@ -7,7 +7,7 @@ import torch
 
 import ssa_kernels
 from ssa_kernels import build_cache, build_layout
-from ssa_kernels.custom_ops import attention, decoding, layers
+from ssa_kernels.custom_ops import attention, decoding, keys, layers
 
 ENDS = torch.tensor([0, 5, 12], dtype=torch.int32)
 BLOCKS = {"block_size": 2, "cu_seqlens": ENDS}
@@ -21,6 +21,7 @@ Q, K, V, LOGITS = draw(12, 4, 8), draw(12, 2, 8, seed=2), draw(12, 2, 8, seed=3)
 MIXED, ANGLES, POSITIONS = draw(12, 2 * (2 * 8 + 8 + 8 + 2)), draw(12, 8), torch.arange(12)
 HIDDEN, WEIGHT, LABELS = draw(12, 16), draw(20, 16, seed=5), torch.tensor([*range(11), -100])
 SIZES = {"num_kv_heads": 2, "group_size": 2, "head_dim": 8}
+NORM, TAPS = (1 + draw(8, seed=6), 1 + draw(8, seed=7)), draw(16, 1, 3, seed=8)
 LAYOUT = build_layout(ENDS, num_tokens=12, block_size=2)
 INDICES = ssa_kernels.select_blocks(Q, K, top_k=2, **BLOCKS)
 
@@ -51,6 +52,19 @@ DIFFERENTIABLE = {
         lambda x: ssa_kernels.qkv_rope(x, ANGLES, POSITIONS, num_gates=0, **SIZES)[:3],
         (MIXED[:, :64].contiguous(),),
     ),
+    "qkv_rope with norms": (
+        lambda x, q, k: ssa_kernels.qkv_rope(
+            x, ANGLES, POSITIONS, num_gates=2, norm=ssa_kernels.QKNorm(q, k, 1e-5), **SIZES
+        ),
+        (MIXED, *NORM),
+    ),
+    "qkv_rope with plain keys": (
+        lambda x: ssa_kernels.qkv_rope(x, ANGLES, POSITIONS, num_gates=2, rotate_keys=False, **SIZES),
+        (MIXED,),
+    ),
+    "rope": (lambda x: ssa_kernels.rope(x, ANGLES, POSITIONS), (K,)),
+    "rope with a norm": (lambda x, w: ssa_kernels.rope(x, ANGLES, POSITIONS, weight=w), (K, NORM[1])),
+    "key_convolution": (lambda k, w: ssa_kernels.key_convolution(k, w, POSITIONS), (K, TAPS)),
     "linear_cross_entropy": (lambda h, w: ssa_kernels.linear_cross_entropy(h, w, LABELS), (HIDDEN, WEIGHT)),
     "ssa_attention": (
         lambda *x: ssa_kernels.ssa_attention(*x, top_k=2, main="full", block_size=2, cu_seqlens=LAYOUT),
@@ -153,7 +167,9 @@ def test_what_cannot_be_traced_is_refused():
     refuses("spans of queries is not supported by torch.compile", attention.full_attention, Q, K, V, cu_seqlens=spans)
     named = {"top_k": 2, "main": "full", **BLOCKS}
     refuses("select and sample of ssa_attention", attention.ssa_attention, Q, K, V, None, select=max, **named)
-    refuses("group and accumulate_into", layers.linear_cross_entropy, HIDDEN, WEIGHT, LABELS, accumulate_into=WEIGHT)
+    refuses(
+        "group, accumulate_into and z_loss", layers.linear_cross_entropy, HIDDEN, WEIGHT, LABELS, accumulate_into=WEIGHT
+    )
 
 
 def test_wrong_arguments_are_refused_when_a_compiled_program_runs():
@@ -178,6 +194,9 @@ def test_torch_checks_the_ops():
         (attention.full_attention_op, (*leaves, arrays, sizes, None, True, None, None, None)),
         (layers.gate_and_align_op, (leaves[0], Q + 1, LOGITS, None, "full", [1.0, 1.0], None)),
         (layers.qkv_rope_op, (MIXED.clone().requires_grad_(), ANGLES, POSITIONS, [2, 2, 8, 2], None)),
+        (keys.qkv_norm_rope_op, (leaves[1].new_ones(12, 68), *NORM, ANGLES, POSITIONS, [2, 2, 8, 2, 1], 1e-5, None)),
+        (keys.rope_op, (leaves[1], None, ANGLES, POSITIONS, 1e-5, None)),
+        (keys.key_convolution_op, (leaves[1], TAPS, POSITIONS, None)),
         (layers.linear_cross_entropy_op, (HIDDEN.clone().requires_grad_(), WEIGHT, LABELS, True, None)),
         (decoding.append_to_cache_op, (*held, draw(2, 1, 2, 8), draw(2, 1, 2, 8), None, None)),
         (decoding.update_block_means_op, (*held, 2, None, None)),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ssa_kernels import build_layout
+from ssa_kernels.devices import KNOWN_GPUS
 from ssa_kernels.documents import document_ends
 from ssa_kernels.full_attention import te
 from ssa_kernels.full_attention.fused import FusedPlan, fused_backward, fused_forward, plan_fused
@@ -31,6 +32,21 @@ def test_plan_depends_on_shapes_and_arguments_only():
     assert plan(q, k, backend="flash") == FusedPlan("flash", 0, 256, 0.125)
     assert plan(q, k, layout, backend="flash") == FusedPlan("flash", 0, 200, 0.125)
     assert plan(q, k, num_rows=4, backend="flash") == FusedPlan("flash", 0, 64, 0.125)
+
+
+def test_wide_heads_and_amd_take_flash_attention(monkeypatch):
+    """No other kernel was tested there: what is asked for by name still runs."""
+    q, k, _ = make("cpu", head_dim=256)
+    assert plan(q, k, num_rows=2).backend == "flash"
+    assert plan(q, k, num_rows=2, backend="cudnn").backend == "cudnn"
+    q, k, _ = make("cpu")
+    assert plan(q, k, num_rows=2).backend == "cudnn"
+    monkeypatch.setattr(sys.modules[plan_fused.__module__], "gpu_of", lambda device: KNOWN_GPUS["gfx942"])
+    assert plan(q, k, num_rows=2).backend == "flash"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for backend in ("cudnn", "te"):
+        with pytest.raises(ValueError, match=f"backend='{backend}' of full_attention needs an NVIDIA GPU"):
+            plan(q, k, num_rows=2, backend=backend)
 
 
 def test_deterministic_mode_uses_a_deterministic_kernel():
@@ -64,8 +80,8 @@ def test_unsupported_arguments_are_refused():
     q, k, _ = make("cpu")
     with pytest.raises(ValueError, match="must be bfloat16 or float16"):
         plan(*make("cpu", torch.float32)[:2])
-    with pytest.raises(ValueError, match="multiple of 8 and at most 128"):
-        plan(*make("cpu", head_dim=136)[:2])
+    with pytest.raises(ValueError, match="multiple of 8 and at most 256"):
+        plan(*make("cpu", head_dim=264)[:2])
     with pytest.raises(ValueError, match="needs num_rows"):
         plan(q, k, backend="cudnn")
     with pytest.raises(ValueError, match="need them equal"):

@@ -44,7 +44,7 @@ def rotated_reference(x, angle):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("tokens", "kv_heads", "group", "head_dim", "gates"),
-    [(37, 2, 4, 16, 4), (33, 1, 3, 24, 0), (5, 3, 1, 8, 1), (70, 2, 2, 64, 2)],
+    [(37, 2, 4, 16, 4), (33, 1, 3, 24, 0), (5, 3, 1, 8, 1), (70, 2, 2, 64, 2), (9, 1, 2, 256, 2)],
 )
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_qkv_rope(tokens, kv_heads, group, head_dim, gates, dtype, impl):
@@ -199,3 +199,51 @@ def test_bad_shapes_are_refused():
         gate(torch.zeros(4, 2, 8), torch.zeros(4, 3))
     with pytest.raises(ValueError, match="even last size"):
         swiglu(torch.zeros(4, 7))
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("z_loss", [1e-4, 0.3])
+def test_z_loss(z_loss, impl):
+    """Losses, z-losses and both gradients against fp64; an ignored token has none of them."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(7, 16, generator=generator).requires_grad_()
+    weight = torch.randn(5000, 16, generator=generator).requires_grad_()
+    labels = torch.randint(0, 5000, (7,), generator=generator)
+    labels[3] = -100
+    grad = torch.rand(7, generator=generator)
+    losses, z_losses = linear_cross_entropy(hidden, weight, labels, z_loss=z_loss, impl=impl)
+    assert not z_losses.requires_grad
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logits = wide[0] @ wide[1].t()
+    want_z = z_loss * logits.logsumexp(-1).square() * (labels >= 0)
+    want = F.cross_entropy(logits, labels, reduction="none") + want_z
+    for got, expected in ((losses, want), (z_losses, want_z)):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(losses, (hidden, weight), grad)
+    for got, expected in zip(found, torch.autograd.grad(want, wide, grad.double()), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=3e-5)
+    buffer = torch.ones(5000, 16)
+    both = linear_cross_entropy(hidden, weight, labels, accumulate_into=buffer, z_loss=z_loss, impl=impl)
+    both[0].backward(grad)
+    assert weight.grad is None
+    torch.testing.assert_close(buffer - 1, found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_z_loss_over_two_spans_of_the_vocabulary():
+    """The second kernel of a tensor rank, whose P is scaled by the log-sum-exp of all ranks."""
+    from ssa_kernels.linear_cross_entropy.triton import probabilities_in_place
+
+    logits = (3 * torch.randn(9, 60)).requires_grad_()
+    labels = torch.randint(0, 60, (9,))
+    lse = logits.logsumexp(-1)
+    (F.cross_entropy(logits, labels, reduction="sum") + 0.1 * lse.square().sum()).backward()
+    spans = [logits.detach()[:, :30].contiguous(), logits.detach()[:, 30:].contiguous()]
+    for rank, span in enumerate(spans):
+        probabilities_in_place(span, labels, 30 * rank, lse.detach(), 0.1)
+    torch.testing.assert_close(torch.cat(spans, dim=1), logits.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("z_loss", [-1e-4, float("nan"), float("inf"), True, "1"])
+def test_bad_z_loss_is_refused(z_loss):
+    with pytest.raises(ValueError, match="must be a finite number, at least 0"):
+        linear_cross_entropy(torch.zeros(4, 8), torch.zeros(20, 8), torch.zeros(4, dtype=torch.int64), z_loss=z_loss)

@@ -57,7 +57,7 @@ def test_values_and_gradients(main, weights, size):
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "head_dim"),
-    [(1, 1, 64), (7, 3, 64), (33, 1, 80), (5, 64, 128), (11, 6, 96), (65, 2, 64), (3, 1, 8)],
+    [(1, 1, 64), (7, 3, 64), (33, 1, 80), (5, 64, 128), (11, 6, 96), (65, 2, 64), (3, 1, 8), (9, 2, 256)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_ragged_sizes(tokens, heads, head_dim, dtype):

@@ -39,7 +39,15 @@ def test_ragged_documents(score):
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block_size", "top_k"),
-    [(1, 1, 16, 4, 3), (2, 1, 16, 4, 5), (3, 1, 24, 5, 3), (8, 1, 16, 4, 3), (32, 2, 16, 4, 3), (32, 1, 16, 4, 1)],
+    [
+        (1, 1, 16, 4, 3),
+        (2, 1, 16, 4, 5),
+        (3, 1, 24, 5, 3),
+        (8, 1, 16, 4, 3),
+        (32, 2, 16, 4, 3),
+        (32, 1, 16, 4, 1),
+        (8, 1, 256, 4, 3),
+    ],
 )
 def test_group_sizes_and_head_dims(heads, kv_heads, dim, block_size, top_k):
     q, k = make(70, heads, kv_heads, dim)

@@ -1,19 +1,14 @@
-"""Sparse attention's Triton kernels in Triton's interpreter, small, against the float64 oracle; and compiled, without a GPU, for Hopper.
+"""Sparse attention's Triton kernels in Triton's interpreter, small, against the float64 oracle.
 
 The tensor-core kernels run here as well (gluon_on_cpu.py explains how, and what that cannot check). Errors are relative in the norm: float32 to sums of
 at most 128 terms; float16 beside the reference's, which rounds p, ds and results once as the kernels do.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from ssa_kernels import build_layout, query_slice, sparse_attention
+from ssa_kernels.devices import KNOWN_GPUS
 from support import oracle
 from support.errors import relative, require_as_near
 
@@ -118,10 +113,21 @@ def check(ours, inputs):
         (6, 1, 24, 8, 3, None, torch.float32),
         (2, 1, 16, 16, 2, 2, torch.float32),
         (2, 2, 16, 16, 3, None, torch.float16),
+        (2, 1, 256, 16, 2, None, torch.float16),
     ],
 )
 def test_portable_kernels(heads, kv_heads, head_dim, block_size, top_k, lists, dtype):
     inputs = make(DOCUMENTS, heads, kv_heads, head_dim, block_size, top_k, lists, dtype)
+    check(public(*inputs), inputs)
+
+
+@interpreted
+def test_portable_kernels_take_a_large_block_in_parts(monkeypatch):
+    from ssa_kernels.sparse_attention import portable
+
+    monkeypatch.setattr(portable, "TILE_ELEMENTS", 256)  # 16 keys of 16 features
+    monkeypatch.setattr(portable, "DKDV_ELEMENTS", 256)
+    inputs = make(DOCUMENTS, 4, 2, 16, 24, 2, None, torch.float32)
     check(public(*inputs), inputs)
 
 
@@ -153,6 +159,8 @@ def test_portable_backward_accumulates_and_accepts_a_prepared_index():
         (16, 1, 128, 16, 2, None, False),
         (6, 1, 64, 16, 3, None, False),  # entries with unused rows
         (2, 1, 64, 32, 2, 2, False),  # every head chooses; blocks of several tiles
+        (8, 1, 256, 16, 2, None, True),  # K and V in shared memory; four warps per 16 keys; four entries per step
+        (12, 1, 200, 32, 2, None, False),  # two programs per list, each for six heads; blocks in two parts
     ],
 )
 def test_tensor_core_kernels(tensor_core, heads, kv_heads, head_dim, block_size, top_k, lists, adds):
@@ -165,6 +173,18 @@ def test_tensor_core_kernels(tensor_core, heads, kv_heads, head_dim, block_size,
         added = on_tensor_cores(tensor_core, *inputs, add_to=tuple(x.clone() for x in before))[2:]
         for got, there, own, exact in zip(added, before, alone[2:], exact_results(*inputs)[2:], strict=True):
             require_as_near(got, there + own, there.double() + exact, factor=1.0)
+
+
+@interpreted
+def test_keys_in_shared_memory_change_no_bit(tensor_core, monkeypatch):
+    """Blackwell has too few registers for K and V beside the sums at D 128, as Hopper has at D 256."""
+    inputs = make(DOCUMENTS, 4, 1, 128, 16, 2)
+    before = on_tensor_cores(tensor_core, *inputs)
+    monkeypatch.setattr(tensor_core, "gpu_of", lambda device: KNOWN_GPUS["sm_100"])
+    for name, ours, others in zip(
+        ("o", "lse", "dq", "dk", "dv"), on_tensor_cores(tensor_core, *inputs), before, strict=True
+    ):
+        assert torch.equal(ours, others), name
 
 
 @interpreted
@@ -265,82 +285,3 @@ def test_tiles_hold_every_element_once(left, v_columns):
             zeros = [0.0] * (16 * 64 - len(own))
             assert sorted(tiles[tile, head, 0].tolist()) == sorted(own + zeros)
             assert sorted((-tiles[tile, head, 1]).tolist()) == sorted(own + zeros)
-
-
-COMPILE = """
-import json, os, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
-from ssa_kernels.sparse_attention.tensor_core import backward, few_heads, forward, launch, wide_heads
-
-def usage(kernel, constants, num_warps=1, **options):
-    signature, aligned = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            kind = {"o_ptr": "*bf16", "dq_ptr": "*bf16", "choices_ptr": "*i64", "schedule_ptr": "*i64"}.get(name, "*i32")
-            kind = "*bf16" if "STAGES" in constants and name in ("q_ptr", "do_ptr", "k_ptr", "v_ptr") else kind
-            kind = "*fp32" if name in ("lse_ptr", "delta_ptr", "sums_ptr") else kind
-            signature[name] = "*i32" if name == "o_ptr" and "dq_ptr" in kernel.arg_names else kind
-            aligned[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name.startswith("scale") else "i32"
-    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = GluonASTSource(kernel, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, **options})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    numbers = {key.lower(): int(re.search(key + r":(\\d+)", text).group(1)) for key in ("REG", "STACK")}
-    return {**numbers, "shared": made.metadata.shared}
-
-found = {}
-for heads, dim in ((16, 64), (32, 64), (4, 128)):
-    common = dict(LISTS=2, KV_HEADS=2, HEADS=heads, HEAD_DIM=dim, DIM=dim, BLOCK_SIZE=16, TOP_K=16, DTYPE=gl.bfloat16)
-    query = dict(common, PADDED_HEADS=launch.padded_heads(heads), PADDED_TOP_K=16)
-    few = heads <= launch.FEW_HEADS
-    forward_kernel = few_heads.forward_kernel if few else forward.forward_kernel
-    dq = few_heads.dq_kernel if few else backward.dq_kernel
-    found[f"forward {heads} {dim}"] = usage(forward_kernel, dict(query, LIMIT=1e30))
-    found[f"dq {heads} {dim}"] = usage(dq, dict(query, HAS_DELTA=False, ADD=False))
-    found[f"dq added {heads} {dim}"] = usage(dq, dict(query, HAS_DELTA=True, ADD=True))
-    keys = dict(common, ENTRY_ROWS=heads, STEP_ROWS=max(16, heads))
-    if dim > 64 or heads <= launch.RING_HEADS:
-        found[f"dkdv {heads} {dim}"] = usage(wide_heads.dkdv_kernel, dict(keys, STAGES=launch.RING_STAGES))
-    else:
-        found[f"dkdv {heads} {dim}"] = usage(backward.dkdv_kernel, keys)
-print(json.dumps(found))
-"""
-
-
-def test_kernels_compiled_for_hopper_do_not_spill():
-    """Every conversion between layouts is trivial (or it would not compile), and the kernels use no more registers than planned."""
-    path = str(Path(sys.modules["ssa_kernels"].__file__).parents[1])
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 12
-    for name, usage in found.items():
-        assert usage["stack"] == 0, (name, usage)
-        assert usage["shared"] <= (20_000 if name in ("dkdv 16 64", "dkdv 4 128") else 1024), (name, usage)
-    most = {
-        "forward 16 64": 128,
-        "dq 16 64": 144,
-        "dq added 16 64": 144,
-        "dkdv 16 64": 168,
-        "forward 4 128": 168,
-        "dq 4 128": 168,
-        "dq added 4 128": 168,
-        "forward 32 64": 255,
-        "dq 32 64": 255,
-        "dq added 32 64": 255,
-        "dkdv 32 64": 255,
-        "dkdv 4 128": 255,
-    }
-    assert {name: usage for name, usage in found.items() if usage["reg"] > most[name]} == {}

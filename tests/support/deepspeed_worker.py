@@ -24,7 +24,7 @@ from megatron.core import parallel_state
 
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.state import Placement, start
-from support.layout_worker import LENGTH, VOCAB, batches, configure
+from support.layout_worker import LENGTH, VOCAB, batches, by_part, configure
 
 SMALL = {
     "model.num_layers": 2,
@@ -43,6 +43,7 @@ def train(engine, config, placement: Placement, steps: range) -> list[list[float
         begin = time.monotonic()
         pending = engine.train_step(mine, step=step, learning_rate=1e-2)
         result = pending.result()
+        by_part(result, batches(config, 0, 1, step))
         assert 0 < pending.own_seconds() < time.monotonic() - begin
         found.append(
             [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]

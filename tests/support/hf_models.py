@@ -16,17 +16,18 @@ from ssa_pretrain.parallel.state import Placement
 VOCAB = 96
 
 
-def small_config(**attention: object) -> Config:
-    """Returns a two-layer model whose streams differ; `attention` overrides fields of its AttentionConfig."""
+def small_config(**changed: object) -> Config:
+    """Returns a two-layer model whose streams differ; `changed` are fields of its AttentionConfig or its ModelConfig."""
     config = Config()
     model = config.model
     model.num_layers, model.hidden_size, model.ffn_hidden_size = 2, 32, 48
     model.num_attention_heads, model.num_kv_heads, model.head_dim = 4, 2, 16
     model.vocab_divisor, model.init_std = 32, 0.2
     config.attention.top_k = 3
-    for name, value in attention.items():
-        assert hasattr(config.attention, name)
-        setattr(config.attention, name, value)
+    for name, value in changed.items():
+        section = config.attention if hasattr(config.attention, name) else model
+        assert hasattr(section, name)
+        setattr(section, name, value)
     config.data.sequence_length = 256
     config.precision.name = PrecisionName.fp32
     return config
@@ -42,6 +43,12 @@ class TrainingModel:
         self.config = config
         self.engine = build_engine(config, placement, VOCAB)
         self.module = unwrap(self.engine.chunks[0])
+        with torch.no_grad():
+            for number, (name, weight) in enumerate(self.module.named_parameters()):
+                if name.endswith(
+                    ("q_layernorm.weight", "k_layernorm.weight")
+                ):  # they begin as 1, which would hide a mix-up
+                    weight.copy_(1 + 0.1 * (torch.arange(len(weight)) * (number + 3) % 7))
 
     def logits(self, documents: list[Tensor], mode: str) -> list[Tensor]:
         """Returns the logits [T, V] of each document of a packed microbatch."""
@@ -83,6 +90,7 @@ def hf_config(config: Config, **changed: object) -> SSALlamaConfig:
         "block_size": attention.block_size,
         "top_k": attention.top_k,
         "score": attention.score.value,
+        "qk_norm": model.qk_norm,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": 0,
@@ -127,6 +135,8 @@ def _layer(config: Config, weights: dict[str, Tensor], ours: str, theirs: str) -
     }
     if config.attention.gate:
         found["self_attn.g_proj.weight"] = g
+    if model.qk_norm:
+        found |= {f"self_attn.{x}_norm.weight": weights[f"{ours}self_attention.{x}_layernorm.weight"] for x in "qk"}
     return {theirs + name: tensor for name, tensor in found.items()}
 
 

@@ -20,13 +20,14 @@ from megatron.core import parallel_state
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
-from ssa_pretrain.engine import build_engine
+from ssa_pretrain.engine import StepResult, build_engine
 from ssa_pretrain.engine.megatron.checkpoint import unwrap
 from ssa_pretrain.model.sharding import global_name, partition_dim
 from ssa_pretrain.parallel.state import Placement, start
 from ssa_pretrain.settings.convert import config_from_dict, config_to_dict
 
 VOCAB, LENGTH, ROWS = 96, 96, 4
+PARTS = 3  # of the corpus; row i is from part i % PARTS
 
 
 def configure(overrides: dict) -> Config:
@@ -86,8 +87,28 @@ def batches(config: Config, dp_rank: int, dp: int, step: int, num_rows: int = 0)
         rows.append(Row(generator.integers(0, VOCAB, LENGTH + 1), starts))
     rows[-1].tokens[-LENGTH // 2 :] = 0
     rows[-1] = replace(rows[-1], padding=LENGTH // 2)
-    size = config.training.micro_batch_size
-    return [collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, num_rows // size, dp)]
+    return collated(rows, config, dp_rank, dp)
+
+
+def collated(rows: Sequence[Row], config: Config, dp_rank: int, dp: int) -> list[Batch]:
+    """Returns a data rank's microbatches of a global batch of rows."""
+    rows, size = [replace(row, part=i % PARTS) for i, row in enumerate(rows)], config.training.micro_batch_size
+    made = (collate(rows[i * size : (i + 1) * size], index=i) for i in range(dp_rank, len(rows) // size, dp))
+    return [replace(batch, num_parts=PARTS) for batch in made]
+
+
+def by_part(result: StepResult, whole: Sequence[Batch]) -> list[float]:
+    """Returns the losses of a step by part of the corpus, after comparing its labels and their total with the microbatches of the global batch."""
+    labels = [0] * PARTS
+    for batch in whole:
+        sizes = [count for _, count in batch.parts]
+        for (part, _), mask in zip(batch.parts, batch.loss_mask[0].split(sizes), strict=True):
+            labels[part] += int(mask.sum())
+    assert [count for _, count in result.by_part] == labels and min(labels) > 0
+    losses = [loss for loss, _ in result.by_part]
+    assert abs(sum(losses) / sum(labels) / result.cross_entropy - 1.0) < 1e-6
+    assert result.num_tokens == sum(len(batch.positions) - batch.num_padding for batch in whole)
+    return losses
 
 
 def gather_gradients(chunks: list) -> dict[str, dict]:
@@ -137,8 +158,9 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
         pending = engine.train_step(local, step=index, learning_rate=1e-2)
         result = pending.result()
         assert 0 < pending.own_seconds() < time.monotonic() - begin
+        own = by_part(result, batches(config, 0, 1, index))
         records.append(
-            [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
+            [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer, *own]
         )
     saved = {}
     if config.engine.overlap_param_gather:  # directly after a step, when only the owners of shards have its weights
@@ -150,7 +172,8 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
     held_out = batches(config, placement.dp_rank, placement.dp, 99)
     for mode in ("full", "sparse"):
         judged = engine.evaluate(held_out, mode=mode)
-        records.append([judged.cross_entropy, 0.0, *judged.alignment_by_layer, *judged.captured_mass_by_layer])
+        layers = [*judged.alignment_by_layer, *judged.captured_mass_by_layer]
+        records.append([judged.cross_entropy, 0.0, *layers, *[0.0] * PARTS])
     part = {
         "records": records,
         "parameters": captured,

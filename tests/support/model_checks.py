@@ -106,6 +106,19 @@ class Oracle:
                 mass[t, h] = logits.softmax(0)[keys].sum()
         return full, sparse, mass
 
+    def prepared(self, q: Tensor, k: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Returns queries and keys as RoPE finds them: keys convolved token by token, then both normed, if the model has the weights."""
+        if (filters := self.w.get(name + "key_convolution.weight")) is not None:
+            taps, plain = filters.shape[-1], k
+            by_tap = filters.view(GROUPS, DIM, taps)
+            sums = [
+                sum(by_tap[..., taps - 1 - d] * plain[t - d] for d in range(min(taps, t + 1))) for t in range(len(k))
+            ]
+            k = torch.stack([key + c / (1 + (-c).exp()) for key, c in zip(plain, sums, strict=True)])
+        if name + "q_layernorm.weight" in self.w:
+            q, k = self.norm(q, name + "q_layernorm.weight"), self.norm(k, name + "k_layernorm.weight")
+        return q, k
+
     def layer(self, x: Tensor, number: int, main: str) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (output, alignment, captured mass) of one layer, the last two by token."""
         name = f"decoder.layers.{number}."
@@ -114,7 +127,8 @@ class Oracle:
         mixed = mixed.view(len(x), GROUPS, -1)
         parts = [per_group * DIM, DIM, DIM, mixed.shape[-1] - (per_group + 2) * DIM]
         q, k, v, gate = mixed.split(parts, dim=-1)
-        full, sparse, mass = self.streams(self.rope(q.reshape(len(x), HEADS, DIM)), self.rope(k), v)
+        q, k = self.prepared(q.reshape(len(x), HEADS, DIM), k, name + "self_attention.")
+        full, sparse, mass = self.streams(self.rope(q), self.rope(k), v)
         if parts[-1]:
             opened = 1 / (1 + (-gate.reshape(len(x), HEADS, 1)).exp())
             full, sparse = full * opened, sparse * opened

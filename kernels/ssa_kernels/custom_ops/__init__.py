@@ -12,7 +12,7 @@ Not supported while tracing, and refused: layouts with spans of queries, a `sele
 """
 
 from ..dispatch import GRAPH_OPERATORS
-from . import attention, decoding, layers
+from . import attention, decoding, keys, layers
 
 GRAPH_OPERATORS.update(
     {
@@ -21,8 +21,10 @@ GRAPH_OPERATORS.update(
         "full_attention": attention.full_attention,
         "gate": layers.gate,
         "gate_and_align": layers.gate_and_align,
+        "key_convolution": keys.key_convolution,
         "linear_cross_entropy": layers.linear_cross_entropy,
-        "qkv_rope": layers.qkv_rope,
+        "qkv_rope": keys.qkv_rope,
+        "rope": keys.rope,
         "select_blocks": attention.select_blocks,
         "select_cached_blocks": decoding.select_cached_blocks,
         "sparse_attention": attention.sparse_attention,

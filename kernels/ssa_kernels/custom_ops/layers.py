@@ -204,10 +204,10 @@ def qkv_rope_backward_op(
     """Returns the gradient of `mixed`."""
     grads = [x.contiguous() for x in (grad_q, grad_k, grad_v, grad_gate)]
     if resolve_impl(impl, grad_q, "qkv_rope") == "triton":
-        from ..qkv_rope.triton import qkv_rope_backward
+        from ..qkv_rope.triton import Sizes, qkv_rope_backward
 
         angles = angles if angles.stride(1) == 1 else angles.contiguous()
-        return qkv_rope_backward(*grads, angles, positions.contiguous(), *sizes)
+        return qkv_rope_backward(tuple(grads), angles, positions.contiguous(), Sizes(*sizes))
 
     def forward(mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = projection.qkv_rope(mixed, angles, positions, **_named(sizes), impl=impl)
@@ -337,12 +337,13 @@ def linear_cross_entropy(
     *,
     group: object = None,
     accumulate_into: torch.Tensor | None = None,
+    z_loss: float = 0.0,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Returns the losses by the custom op; arguments as in `ssa_kernels.linear_cross_entropy`, for one rank."""
-    if group is not None or accumulate_into is not None:
+    """Returns the losses by the custom op; arguments as in `ssa_kernels.linear_cross_entropy`, for one rank and without a z-loss."""
+    if group is not None or accumulate_into is not None or z_loss:
         raise ValueError(
-            "group and accumulate_into of linear_cross_entropy are not supported by torch.compile; try the operator outside it"
+            "group, accumulate_into and z_loss of linear_cross_entropy are not supported by torch.compile; try the operator outside it"
         )
     training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return linear_cross_entropy_op(hidden, weight, labels, training, impl)[0]

@@ -49,7 +49,7 @@ def decode_attention(
 
     Raises:
         ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64 and
-            official_compat: reference only; the kernels need D in [16, 128], H / G up to 32 and top_k up to 128).
+            official_compat: reference only; the kernels need D in [16, 256], H / G up to 32 and top_k up to 128).
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}; try sparse")
@@ -114,9 +114,9 @@ def _check(
 def _check_triton(q: torch.Tensor, cache: KeyValueCache, top_k: int | None, score: str) -> None:
     """Raises ValueError for what the kernels do not support."""
     group_size, head_dim = q.shape[2] // cache.k.shape[2], q.shape[3]
-    if group_size > 32 or not 16 <= head_dim <= 128:
+    if group_size > 32 or not 16 <= head_dim <= 256:
         raise ValueError(
-            f"H / G = {group_size} and D = {head_dim} must be at most 32 and in [16, 128] for the Triton kernels; try impl='reference'"
+            f"H / G = {group_size} and D = {head_dim} must be at most 32 and in [16, 256] for the Triton kernels; try impl='reference'"
         )
     if top_k is not None and score == "official_compat":
         raise ValueError("score='official_compat' has no decoding kernel; try impl='reference', or softmax_sum")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..devices import gpu_of
 from ..launch import cdiv, launch, next_power_of_2
 from .attend_triton import chosen_kernel, combine_kernel, split_kernel
 from .cache import KeyValueCache
@@ -32,8 +33,8 @@ CANDIDATE_WARPS = 4
 CHOSEN_WARPS = 8
 MAX_SLICES = 16  # programs per (list, new token) that look for candidates
 MAX_ROWS = 64  # rows of a tile of queries: (new tokens x heads)
-CHOSEN_KEYS = 256  # keys at a time over the chosen blocks
-SPLIT_KEYS = 128  # keys at a time over all blocks
+CHOSEN_KEYS, CHOSEN_ELEMENTS = 256, 2**15  # keys at a time over the chosen blocks, and elements of their tile
+SPLIT_KEYS, SPLIT_ELEMENTS = 128, 2**14  # the same over all blocks
 MIN_KEYS_PER_SPLIT = 256
 MAX_SPLITS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 3
@@ -128,14 +129,14 @@ def decode_attention_triton(
     call = _Call(q, cache, num_new, scale, q.shape[2] if score == "per_head" else cache.k.shape[2])
     found = _candidates(call, top_k, score)
     keys = next_power_of_2(cache.block_size)
-    step = min(found.slots, max(1, CHOSEN_KEYS // keys))
+    step = min(found.slots, max(1, min(CHOSEN_KEYS, CHOSEN_ELEMENTS // next_power_of_2(q.shape[3])) // keys))
     launch(
         chosen_kernel, (call.lists, q.shape[0] * q.shape[1]),
         q, *cache.pages()[:2], *call.lengths, *call.tables, found.best, o, lse, scale * LOG2E, *call.bounds, cache.k.shape[1],
         found.best.shape[3],
         **_ordered(chosen_kernel, {**call.tokens(), **call.paged_lists(), **call.vectors(), **found.sizes()},
                    ROWS=max(16, next_power_of_2(call.heads)), KEYS=keys, STEP=max(step, 16 // keys), CHUNK=_merge_chunk(found)),
-        num_warps=CHOSEN_WARPS, num_stages=1, **_starts_early(found.overlap),
+        num_warps=CHOSEN_WARPS if gpu_of(q.device).backend != "hip" else 4, num_stages=1, **_starts_early(found.overlap),
     )  # fmt: skip
     return o, lse
 
@@ -210,14 +211,18 @@ def _attend_all(call: _Call, o: torch.Tensor, lse: torch.Tensor) -> None:
     part = torch.empty(splits, batch * tokens * heads, padded, dtype=torch.float32, device=o.device)
     top, total = torch.empty(2, splits, batch * tokens * heads, dtype=torch.float32, device=o.device).unbind()
     lists, overlap = call.paged_lists(), _overlaps(o.device)
+    step = max(1, min(SPLIT_KEYS, SPLIT_ELEMENTS // padded) // keys)
+    gpu, tile = gpu_of(o.device), step * keys * padded
+    stages = max(1, min(3 if padded * rows <= 4096 else 2, gpu.shared_bytes // (2 * tile * call.q.element_size())))
+    crowded = gpu.backend == "cuda" and (tile > SPLIT_ELEMENTS or (gpu.capability < 90 and rows == MAX_ROWS))
     launch(
         split_kernel, (splits, call.lists * row_tiles, batch),
         call.q, *call.cache.pages()[:2], *call.lengths, *call.tables, part, top, total, call.scale * LOG2E, *call.bounds,
         call.cache.k.shape[1],
         **_ordered(split_kernel, {**call.tokens(), **call.vectors(), **lists}, KV_HEADS=call.lists,
-                   KEYS=keys, ROWS=rows, STEP=max(1, SPLIT_KEYS // keys), STAGES=3 if padded * rows <= 4096 else 2,
+                   KEYS=keys, ROWS=rows, STEP=step, STAGES=stages,
                    OVERLAP=overlap),
-        num_warps=4,
+        num_warps=8 if crowded else 4,
     )  # fmt: skip
     launch(
         combine_kernel, (batch * tokens * heads,),
@@ -234,17 +239,12 @@ def _splits(call: _Call, programs: int) -> int:
 
 def _overlaps(device: torch.device) -> bool:
     """Returns whether the kernels of a call overlap (programmatic dependent launch)."""
-    return OVERLAP and device.type == "cuda" and _capability(device) >= (9, 0)
+    return OVERLAP and gpu_of(device).starts_early
 
 
 def _starts_early(overlap: bool) -> dict[str, Any]:
     """Returns the launch option of a kernel whose programs start before the kernel before has ended, and then wait for it."""
     return {"launch_pdl": True} if overlap else {}
-
-
-@cached
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 @cached

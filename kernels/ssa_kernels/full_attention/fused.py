@@ -2,10 +2,11 @@
 
 The kernel is chosen from shapes, explicit arguments and the installed libraries, never from values on the device:
 
-- `cudnn`: torch's cuDNN attention, if the caller states that the tokens are `num_rows` rows of equal length, one document each.
+- `cudnn`: torch's cuDNN attention, if the caller states that the tokens are `num_rows` rows of equal length, one document each; also for spans
+  of queries of such rows (pieces.py).
 - `te`: Transformer Engine's cuDNN attention on packed documents and on spans of queries (`query_spans`), if it is installed (te.py). On
   request it also takes equal rows.
-- `flash`: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
+- `flash`: heads wider than 128, AMD's GPUs, and everything else: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
   activated one with `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel of the operator called here.
 
 Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms), and its gradients
@@ -20,8 +21,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..devices import gpu_of
 from ..documents import DocumentLayout, QuerySpan, SpanSegments, document_ends
 from . import te
+from .pieces import Piece, pieces_backward, pieces_forward, pieces_of
 from .spans import spans_backward, spans_forward
 
 # Shorter rows run as packed documents: they are not worth cuDNN's fixed costs, and its support for very short rows has varied.
@@ -38,6 +41,7 @@ class FusedPlan:
     scale: float
     spans: tuple[QuerySpan, ...] = ()  # of a layout by `query_spans`
     segments: SpanSegments | None = None  # the spans as one batch
+    pieces: tuple[Piece, ...] = ()  # the spans row by row
 
 
 def plan_fused(
@@ -60,9 +64,9 @@ def plan_fused(
         raise ValueError(
             f"dtype={q.dtype} of full_attention on a GPU must be bfloat16 or float16; try impl='reference' for others"
         )
-    if head_dim % 8 or head_dim > 128:
+    if head_dim % 8 or head_dim > 256:
         raise ValueError(
-            f"head_dim={head_dim} must be a multiple of 8 and at most 128; try impl='reference' for others"
+            f"head_dim={head_dim} must be a multiple of 8 and at most 256; try impl='reference' for others"
         )
     if isinstance(cu_seqlens, DocumentLayout) and cu_seqlens.spans:
         return _plan_spans(q, cu_seqlens, num_rows, backend, scale), cu_seqlens.cu_seqlens
@@ -89,17 +93,21 @@ def _plan_spans(
         raise ValueError(
             f"q has {len(q)} tokens and the layout's spans {expected}; pass the queries of the spans, in order"
         )
-    if backend not in (None, "te", "flash") or num_rows is not None:
-        raise ValueError(
-            f"backend={backend!r} and num_rows={num_rows} of full_attention do not take spans of queries; try None for both"
-        )
-    chosen = backend or _pick(q, 0)
+    pieces = pieces_of(layout.spans, layout.num_tokens, num_rows) if num_rows else ()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    chosen = backend or ("cudnn" if pieces and not deterministic else _pick(q, 0))
+    if chosen == "cudnn":
+        if not pieces:
+            raise ValueError(
+                "backend='cudnn' of full_attention takes spans of at least 128 queries and keys of each row; try backend=None"
+            )
+        return FusedPlan(chosen, 0, layout.max_length, scale, pieces=pieces)
     _check_te(chosen)
     return FusedPlan(chosen, 0, layout.max_length, scale, layout.spans, layout.segments)
 
 
 def _pick(q: torch.Tensor, row_length: int) -> str:
-    if torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() or q.shape[2] > 128 or gpu_of(q.device).backend == "hip":
         return "flash"
     if row_length >= MIN_CUDNN_ROW:
         return "cudnn"
@@ -119,6 +127,10 @@ def check_backend(backend: object, num_rows: object) -> None:
     """Raises ValueError for an unknown backend, and for one that needs num_rows without it."""
     if backend not in (None, "cudnn", "te", "flash"):
         raise ValueError(f"backend={backend!r} of full_attention must be None, 'cudnn', 'te' or 'flash'; try None")
+    if backend in ("cudnn", "te") and torch.version.hip:
+        raise ValueError(
+            f"backend={backend!r} of full_attention needs an NVIDIA GPU, and torch is built for AMD's; try 'flash'"
+        )
     if backend == "cudnn" and num_rows is None:
         raise ValueError(
             "backend='cudnn' needs num_rows, since it takes only rows of equal length; try backend='te' or 'flash'"
@@ -135,6 +147,8 @@ def fused_forward(
     longest = plan.max_length
     if plan.spans and plan.backend == "flash":
         return spans_forward(q, k, v, plan.spans, max_length=longest, scale=plan.scale)
+    if plan.pieces:
+        return pieces_forward(q, k, v, plan.pieces, scale=plan.scale)
     if plan.backend == "cudnn":
         o, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *(_rows(x, plan.num_rows) for x in (q, k, v)), None, True, 0.0, True, False, scale=plan.scale
@@ -168,6 +182,8 @@ def fused_backward(
     longest = plan.max_length
     if plan.spans and plan.backend == "flash":
         return spans_backward(grad_o, q, k, v, o, lse, states, plan.spans, max_length=longest, scale=plan.scale)
+    if plan.pieces:
+        return pieces_backward(grad_o, q, k, v, o, lse, states, plan.pieces, scale=plan.scale)
     if plan.backend == "cudnn":
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *(_rows(x, plan.num_rows) for x in (grad_o, q, k, v, o)), lse.transpose(1, 2).unsqueeze(-1),

@@ -13,9 +13,15 @@ and the label's logit or 0) in one gather. dh is each rank's own contribution, w
 A token with label -100 is ignored, as in torch's cross entropy: its loss is 0 and it contributes no gradient. Any other label outside the
 vocabulary is refused on a CPU. On a GPU, where checking would mean waiting, such a token is ignored too.
 
+A z-loss c lse_t^2 may be added to each loss (PaLM, arXiv 2204.02311): it keeps the log-sum-exp near 0. Its gradient is in P as well,
+
+    P_tv = exp(z_tv - lse_t) (1 + 2 c lse_t) - [v = label(t)]
+
 The gradient of W can be added directly to a float32 buffer (`main_grad`, where megatron-core accumulates over microbatches). The matrix
 product then accumulates in float32, and no gradient in the weight's dtype is ever written.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -33,9 +39,10 @@ def linear_cross_entropy(
     *,
     group: dist.ProcessGroup | None = None,
     accumulate_into: torch.Tensor | None = None,
+    z_loss: float = 0.0,
     impl: str | None = None,
-) -> torch.Tensor:
-    """Returns the losses, float32 `[tokens]`, differentiable in hidden and weight.
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Returns the losses, float32 `[tokens]`, differentiable in hidden and weight; with a z-loss, (losses with it, the z-losses by themselves, detached).
 
     Args:
         hidden: `[tokens, M]`.
@@ -45,20 +52,23 @@ def linear_cross_entropy(
         group: the ranks that share the vocabulary; None for one.
         accumulate_into: float32 `[V, M]` without overlapping elements. The backward adds the weight's gradient to it, and autograd gets
             none for the weight.
+        z_loss: c, factor of the squared log-sum-exp that is added to each loss, at least 0; 0: none.
         impl: None, "triton" or "reference".
 
     Raises:
         ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64: reference only).
     """
     group = None if group is None or dist.get_world_size(group) == 1 else group
+    if not isinstance(z_loss, int | float) or isinstance(z_loss, bool) or not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss={z_loss!r} must be a finite number, at least 0; try 1e-4")
     check_inputs(hidden, weight, labels, accumulate_into, 1 if group is None else dist.get_world_size(group))
     hidden, weight, labels = hidden.contiguous(), weight.contiguous(), labels.contiguous()
     if resolve_impl(impl, hidden, "linear_cross_entropy") == "reference":
-        return LinearCrossEntropyReference.apply(hidden, weight, labels, group, accumulate_into)
+        return LinearCrossEntropyReference.apply(hidden, weight, labels, group, accumulate_into, z_loss)
     from .triton import LinearCrossEntropy  # imported here because Triton may be missing on a CPU machine
 
     training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return LinearCrossEntropy.apply(hidden, weight, labels, group, accumulate_into, training)
+    return LinearCrossEntropy.apply(hidden, weight, labels, group, accumulate_into, training, z_loss)
 
 
 def check_inputs(

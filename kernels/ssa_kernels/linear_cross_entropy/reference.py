@@ -11,33 +11,50 @@ IGNORED = -100  # as in torch's cross entropy
 
 
 class LinearCrossEntropyReference(torch.autograd.Function):
-    """(hidden, weight, labels, group, accumulate_into) -> losses; the softmax in float32, or float64 for float64 inputs."""
+    """(hidden, weight, labels, group, accumulate_into, z_loss) -> losses, or (losses, z-losses) if z_loss is not 0.
+
+    The softmax is in float32, or float64 for float64 inputs.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, group, accumulate_into):
+    def forward(ctx, hidden, weight, labels, group, accumulate_into, z_loss=0.0):
         """Keeps P in the hidden states' dtype, as the kernels do."""
         logits = hidden @ weight.t()
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         lse, target, column = row_statistics(wide, labels, group)
         counts = counted(labels, weight.shape[0] * (1 if group is None else dist.get_world_size(group)))
         probabilities = torch.exp(wide - lse.unsqueeze(1))
+        if z_loss:
+            probabilities *= (1.0 + 2.0 * z_loss * lse).unsqueeze(1)
         own = (column >= 0) & (column < weight.shape[0])
         probabilities[own.nonzero().squeeze(1), column[own]] -= 1.0
         ctx.save_for_backward(hidden, weight, probabilities.to(hidden.dtype), counts)
         ctx.accumulate_into = accumulate_into
-        return torch.where(counts, lse - target, 0.0)
+        return losses_of(ctx, lse, target, counts, z_loss)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses):
+    def backward(ctx, grad_losses, *_):
         """Two products."""
         hidden, weight, probabilities, counts = ctx.saved_tensors
         scale = torch.where(counts, grad_losses, 0.0).unsqueeze(1)
         grad_hidden = ((probabilities @ weight) * scale).to(hidden.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return grad_hidden, *(None,) * 4
+            return grad_hidden, *(None,) * 5
         scaled = (hidden * scale).to(hidden.dtype)
-        return grad_hidden, weight_gradient(probabilities, scaled, ctx.accumulate_into), *(None,) * 3
+        return grad_hidden, weight_gradient(probabilities, scaled, ctx.accumulate_into), *(None,) * 4
+
+
+def losses_of(
+    ctx, lse: torch.Tensor, target: torch.Tensor, counts: torch.Tensor, z_loss: float
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Returns what the autograd functions return, from each token's log-sum-exp and label's logit."""
+    losses = torch.where(counts, lse - target, 0.0)
+    if not z_loss:
+        return losses
+    z_losses = torch.where(counts, z_loss * lse.square(), 0.0)
+    ctx.mark_non_differentiable(z_losses)
+    return losses + z_losses, z_losses
 
 
 def counted(labels: torch.Tensor, vocabulary: int) -> torch.Tensor:

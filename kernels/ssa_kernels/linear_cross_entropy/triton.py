@@ -15,7 +15,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ..launch import launch, next_power_of_2
-from .reference import combine_ranks, counted, weight_gradient
+from .reference import combine_ranks, counted, losses_of, weight_gradient
 
 BLOCK = 4096
 NUM_WARPS = 8
@@ -25,10 +25,14 @@ LOWEST: tl.constexpr = tl.constexpr(-3.0e38)  # below any logit; finite, so that
 
 @triton.jit
 def cross_entropy_row_kernel(
-    logits_ptr, labels_ptr, lse_ptr, target_ptr, first, stride,
+    logits_ptr, labels_ptr, lse_ptr, target_ptr, first, stride, z_loss,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STATISTICS: tl.constexpr, OVERWRITE: tl.constexpr,
+    Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """One token's row of logits. STATISTICS: computes and stores lse and target, else reads lse. OVERWRITE: turns the row into P."""
+    """One token's row of logits. STATISTICS: computes and stores lse and target, else reads lse. OVERWRITE: turns the row into P.
+
+    Z_LOSS: P is that of the loss with z_loss times the squared log-sum-exp.
+    """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     lanes = tl.arange(0, BLOCK)
@@ -56,46 +60,52 @@ def cross_entropy_row_kernel(
             column = start + lanes
             ok = column < COLUMNS
             x = tl.load(row_ptr + column, mask=ok, other=0.0).to(tl.float32)
-            p = tl.exp2((x - lse) * LOG2_E) - tl.where(column == column_of_label, 1.0, 0.0)
+            p = tl.exp2((x - lse) * LOG2_E)
+            if Z_LOSS:
+                p *= 1.0 + 2.0 * z_loss * lse
+            p -= tl.where(column == column_of_label, 1.0, 0.0)
             tl.store(row_ptr + column, p.to(logits_ptr.dtype.element_ty), mask=ok)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(hidden, weight, labels, group, accumulate_into, training) -> losses. When training, keeps one [tokens, V] buffer until the backward."""
+    """(hidden, weight, labels, group, accumulate_into, training, z_loss) -> losses, or (losses, z-losses) if z_loss is not 0.
+
+    When training, keeps one [tokens, V] buffer until the backward.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, group, accumulate_into, training):
+    def forward(ctx, hidden, weight, labels, group, accumulate_into, training, z_loss=0.0):
         """One product and one kernel. Under tensor parallelism two kernels, with a gather of two numbers per token between them."""
         logits = hidden @ weight.t()
         columns = weight.shape[0]
         counts = counted(labels, columns * (1 if group is None else dist.get_world_size(group)))
         if group is None:
-            lse, target = statistics(logits, labels, 0, overwrite=training)
+            lse, target = statistics(logits, labels, 0, overwrite=training, z_loss=z_loss)
         else:
             first = columns * dist.get_rank(group)
             lse, target = combine_ranks(*statistics(logits, labels, first, overwrite=False), group)
             if training:
-                probabilities_in_place(logits, labels, first, lse)
+                probabilities_in_place(logits, labels, first, lse, z_loss)
         if training:
             ctx.save_for_backward(hidden, weight, logits, counts)
             ctx.accumulate_into = accumulate_into
-        return torch.where(counts, lse - target, 0.0)
+        return losses_of(ctx, lse, target, counts, z_loss)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses):
+    def backward(ctx, grad_losses, *_):
         """Two products. The losses' gradients scale the narrow operands."""
         hidden, weight, probabilities, counts = ctx.saved_tensors
         scale = torch.where(counts, grad_losses, 0.0).unsqueeze(1)
         grad_hidden = ((probabilities @ weight) * scale).to(hidden.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return grad_hidden, *(None,) * 5
+            return grad_hidden, *(None,) * 6
         scaled = (hidden * scale).to(hidden.dtype)
-        return grad_hidden, weight_gradient(probabilities, scaled, ctx.accumulate_into), *(None,) * 4
+        return grad_hidden, weight_gradient(probabilities, scaled, ctx.accumulate_into), *(None,) * 5
 
 
 def statistics(
-    logits: torch.Tensor, labels: torch.Tensor, first: int, *, overwrite: bool
+    logits: torch.Tensor, labels: torch.Tensor, first: int, *, overwrite: bool, z_loss: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns float32 (log-sum-exp, label's logit or 0) of each row. With `overwrite`, turns the rows into P.
 
@@ -103,16 +113,19 @@ def statistics(
         logits: [tokens, V], rows contiguous.
         labels: [tokens], ids in the whole vocabulary.
         first: the id of column 0.
-        overwrite: whether the logits become softmax minus one-hot.
+        overwrite: whether the logits become P.
+        z_loss: factor of the squared log-sum-exp in the loss.
     """
     lse, target = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
-    _launch(logits, labels, lse, target, first, computed=True, overwrite=overwrite)
+    _launch(logits, labels, lse, target, first, computed=True, overwrite=overwrite, z_loss=z_loss)
     return lse, target
 
 
-def probabilities_in_place(logits: torch.Tensor, labels: torch.Tensor, first: int, lse: torch.Tensor) -> None:
+def probabilities_in_place(
+    logits: torch.Tensor, labels: torch.Tensor, first: int, lse: torch.Tensor, z_loss: float = 0.0
+) -> None:
     """Turns rows of logits into P with the given log-sum-exp; other arguments as in `statistics`."""
-    _launch(logits, labels, lse.contiguous(), lse, first, computed=False, overwrite=True)
+    _launch(logits, labels, lse.contiguous(), lse, first, computed=False, overwrite=True, z_loss=z_loss)
 
 
 def _launch(
@@ -124,12 +137,13 @@ def _launch(
     *,
     computed: bool,
     overwrite: bool,
+    z_loss: float,
 ) -> None:
     tokens, columns = logits.shape
     if tokens > 0:
         launch(
             cross_entropy_row_kernel, (tokens,),
-            logits, labels, lse, target, first, logits.stride(0),
+            logits, labels, lse, target, first, logits.stride(0), float(z_loss),
             COLUMNS=columns, BLOCK=min(BLOCK, next_power_of_2(columns)), STATISTICS=computed, OVERWRITE=overwrite,
-            num_warps=NUM_WARPS,
+            Z_LOSS=z_loss != 0.0, num_warps=NUM_WARPS,
         )  # fmt: skip

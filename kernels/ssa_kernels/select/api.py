@@ -45,7 +45,7 @@ def select_blocks(
 
     Raises:
         ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64: reference only;
-            the kernels need D in [16, 128] and H / G up to 32).
+            the kernels need D in [16, 256] and H / G up to 32).
     """
     check_attention(q=q, k=k)
     scale = check_scale(scale, q.shape[-1])
@@ -80,9 +80,9 @@ def _neighbours(q: torch.Tensor, layout: DocumentLayout, tile: int) -> list[tupl
 
 def _check_triton(q: torch.Tensor, k: torch.Tensor) -> None:
     group_size, head_dim = q.shape[1] // k.shape[1], q.shape[2]
-    if group_size > 32 or not 16 <= head_dim <= 128:
+    if group_size > 32 or not 16 <= head_dim <= 256:
         raise ValueError(
-            f"H / G = {group_size} and D = {head_dim} must be at most 32 and in [16, 128] for the Triton kernels; try impl='reference'"
+            f"H / G = {group_size} and D = {head_dim} must be at most 32 and in [16, 256] for the Triton kernels; try impl='reference'"
         )
 
 

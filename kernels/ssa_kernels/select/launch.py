@@ -7,8 +7,8 @@ chunks are planned for the longest document that earlier calls have met, and `lo
 call on new sizes is slow, and a CUDA graph, which is planned once for all its replays, expects the longest document possible: there, pass a
 layout with a `max_length`.
 
-Registers, stages and tile sizes were chosen by measurement at group size 16, D 64 (kernels/LOG.md). Other shapes run in the same way, with
-what their tiles leave room for.
+Tile sizes were chosen by measurement at group size 16, D 64 (kernels/LOG.md). Other shapes run in the same way. tuning.py has what differs
+from GPU to GPU.
 """
 
 from collections.abc import Iterator
@@ -18,22 +18,21 @@ from dataclasses import dataclass
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..devices import gpu_of, means_warps
 from ..documents import DocumentLayout
 from ..launch import cdiv, high_priority_stream, launch, next_power_of_2
 from .importance import block_means_kernel, importance_kernel, softmax_sums_kernel
 from .long_documents import MAX_PROGRAMS, LongestSeen, long_tiles_kernel, longest_seen
 from .topk import top_k_kernel
+from .tuning import TILE_BLOCKS, TILE_ROWS, long_tiles_warps, tune_importance, tune_sums
 
 WORKSPACE_BYTES = 64 * 2**20
 LOG2E = 1.4426950408889634
-TILE_ROWS = 128  # (tokens x heads) of one tile
-TILE_BLOCKS = 64  # block rows of one tile
 FMA_SHARE = 1  # how many of 8 exponentials run on the multiply-add pipe: 0, 1, 2 or 4
 SUM_PARTS = 4  # parts of the softmax sums: chunks of an early part run beside a later part
 # The importance kernel computes top-k's bins from so many slices on (64k at blocks of 16), if there are so many bins per chosen block.
 BINS_FROM_SLICES = 5
 BINS_PER_CHOICE = 4
-IMPORTANCE_REGISTERS = {False: 112, True: 128}  # without and with bins; four programs per multiprocessor in both cases
 TOP_K_WIDTH = 512  # columns per pass of top-k
 SLICE_BLOCKS = 1024  # block rows per program of the importance kernel
 
@@ -68,7 +67,7 @@ def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
     """Returns the block means `[R, G, D padded to a power of two]` in k's dtype; unused block rows and padding are 0."""
     kv_heads, dim = k.shape[1:]
     k = k if k.stride(2) == 1 else k.contiguous()
-    padded = next_power_of_2(dim)
+    padded, padded_keys = next_power_of_2(dim), next_power_of_2(layout.block_size)
     means = torch.empty(layout.num_block_rows, kv_heads, padded, dtype=k.dtype, device=k.device)
     launch(
         block_means_kernel,
@@ -81,8 +80,8 @@ def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
         k.stride(1),
         HEAD_DIM=dim,
         DIM=padded,
-        PADDED_BLOCK_SIZE=next_power_of_2(layout.block_size),
-        num_warps=1,
+        PADDED_BLOCK_SIZE=padded_keys,
+        num_warps=means_warps(gpu_of(k.device), padded_keys, padded),
     )
     return means
 
@@ -114,7 +113,11 @@ def choose_blocks_triton(
         score == "softmax_sum" and slices >= BINS_FROM_SLICES and slices * TILE_BLOCKS >= BINS_PER_CHOICE * top_k
     )
     bins = workspace if not with_bins else torch.empty(plan.chunk, plan.lists, slices, TILE_BLOCKS, device=q.device)
-    table, narrow = _table(means), means.shape[2] <= 64
+    table, per_head = _table(means), score == "per_head"
+    tuning = tune_importance(
+        gpu_of(q.device), means.shape[2], q.element_size(),
+        padded_group=plan.padded_group, per_head=per_head, with_bins=with_bins,
+    )  # fmt: skip
     with _beside(q.device, before) as beside:
         for start in starts:
             stop = min(start + plan.chunk, tokens)
@@ -125,9 +128,8 @@ def choose_blocks_triton(
                     importance_kernel, (cdiv(stop - start, plan.tile), means.shape[1], slices),
                     q, table, layout.query_first_block_row, layout.query_position, lse, workspace, bins, start, stop, q.stride(0),
                     plan.columns, scale * LOG2E,
-                    **_shape(means, layout, plan, q.shape[2], top_k, score), SLICE=SLICE_BLOCKS, STAGES=3 if narrow else 2,
-                    FMA_SHARE=FMA_SHARE, PER_HEAD=score == "per_head", WITH_BINS=with_bins,
-                    num_warps=4, maxnreg=IMPORTANCE_REGISTERS[with_bins] if narrow else None, stream=beside,
+                    **_shape(means, layout, plan, q.shape[2], top_k, score), SLICE=SLICE_BLOCKS, STAGES=tuning.stages,
+                    FMA_SHARE=FMA_SHARE, PER_HEAD=per_head, WITH_BINS=with_bins, **tuning.options(), stream=beside,
                 )  # fmt: skip
             launch(
                 top_k_kernel, ((stop - start) * plan.lists,),
@@ -187,7 +189,8 @@ def _choose_in_long_documents(
         indices, seen.on_device, seen.on_host, q.shape[0], tiles_per_program, q.stride(0), plan.columns, width, scale * LOG2E,
         KV_HEADS=means.shape[1], **sizes, FMA_SHARE=FMA_SHARE, PER_HEAD=score == "per_head",
         TOP_K=top_k, PADDED_TOP_K=next_power_of_2(top_k), SCRATCH=plan.survivors, WIDTH=TOP_K_WIDTH,
-        OFFICIAL=score == "official_compat", num_warps=4, stream=beside,
+        OFFICIAL=score == "official_compat",
+        num_warps=long_tiles_warps(gpu_of(q.device), means.shape[2]), stream=beside,
     )  # fmt: skip
 
 
@@ -241,15 +244,15 @@ def _softmax_sums(
 ) -> dict[int, torch.cuda.Event]:
     """Fills lse [T, H], part by part. Returns each part's event by its first token. Tokens whose candidates are all chosen stay unwritten."""
     tokens, _, dim = q.shape
-    ready = {}
+    tuning, ready = tune_sums(gpu_of(q.device), means.shape[2], q.element_size()), {}
     for start in parts:
         part = slice(start, min(start + parts.step, tokens))
         launch(
             softmax_sums_kernel, (cdiv(part.stop - start, plan.tile), means.shape[1]),
             q[part], _table(means), layout.query_first_block_row[part], layout.query_position[part], lse[part],
             part.stop - start, q.stride(0), scale * LOG2E,
-            **_shape(means, layout, plan, dim, top_k, score), STAGES=2, FMA_SHARE=FMA_SHARE, OFFICIAL=score == "official_compat",
-            num_warps=4, maxnreg=96 if means.shape[2] <= 64 else 168,
+            **_shape(means, layout, plan, dim, top_k, score), STAGES=tuning.stages, FMA_SHARE=FMA_SHARE,
+            OFFICIAL=score == "official_compat", **tuning.options(),
         )  # fmt: skip
         if q.is_cuda:
             ready[start] = torch.cuda.current_stream(q.device).record_event()

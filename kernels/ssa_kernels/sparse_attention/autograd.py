@@ -1,7 +1,7 @@
 """The sparse stream's forward and backward on Triton kernels: which kernels run, and their autograd function.
 
 tensor_core/ serves 16-bit elements on compute capability 8.0 and later, with blocks of 16, 32, 64 or 128 keys, up to 32 heads per list and
-up to 128 features per head. portable.py serves everything else. Both directions follow the same steps. The backward's:
+up to 256 features per head. portable.py serves everything else. Both directions follow the same steps. The backward's:
 
     dq and delta, by queries -> index.invert: the queries of each block, in segments -> dk and dv of each segment, in float32, each to a
     place of its own -> segment_sums: the sums of a block's segments, in order
@@ -22,6 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..checks import aligned
+from ..devices import gpu_of
 from ..documents import DocumentLayout
 from . import portable
 from .index import InvertedIndex, invert_beside, segment_length
@@ -107,7 +108,7 @@ def _kernels(q: torch.Tensor, indices: torch.Tensor, layout: DocumentLayout):
 
 def runs_on_tensor_cores(q: torch.Tensor, block_size: int, heads_per_list: int) -> bool:
     """Returns whether the tensor-core kernels support these heads and blocks on this device."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) < (8, 0):
+    if not gpu_of(q.device).has_mma_v2:
         return False
-    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and block_size in (16, 32, 64, 128) and heads_per_list <= 32
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and block_size in (16, 32, 64, 128) and heads_per_list <= 32
     return fits and q.dtype in (torch.bfloat16, torch.float16)

@@ -1,14 +1,16 @@
 """The sparse stream's portable kernels, forward and backward (Triton): for everything that tensor_core/ does not support.
 
-That is float32, other block sizes, more heads per list or features per head, and Triton's interpreter on a CPU, where the tests run them.
+That is AMD's GPUs, float32, other block sizes, more heads per list or features per head, and Triton's interpreter on a CPU, where the tests
+run them.
 They are written to be read. The forward uses an online softmax (m is the running maximum):
 
     m' = max(m, max_j s)    l' = l exp(m - m') + sum_j exp(s - m')    acc' = acc exp(m - m') + sum_j exp(s - m') v    o = acc / l
 
 The backward's formulas are in tensor_core/backward.py.
 
-Grids: forward and dq, one program per (query, list); dk and dv, one program per segment of the inverted index (index.py). A query without
-blocks gets o = 0 and lse = -inf. HEADS are the query heads of one list, KEYS the block size and DIM the head dim, both padded for tl.dot.
+Grids: forward and dq, one program per (query, list); dk and dv, one program per segment of the inverted index (index.py) and part of the
+block. A query without blocks gets o = 0 and lse = -inf. HEADS are the query heads of one list and DIM the head dim, both padded for tl.dot.
+KEYS is the block size, padded, or the part of a block that registers hold at a time.
 """
 
 import torch
@@ -18,6 +20,9 @@ import triton.language as tl
 from ..documents import DocumentLayout
 from ..launch import launch, next_power_of_2
 from .index import InvertedIndex
+
+TILE_ELEMENTS = 8192  # of a tile of keys or values: more spill
+DKDV_ELEMENTS = 4096  # the same where dk and dv are summed beside them
 
 
 @triton.jit
@@ -68,18 +73,20 @@ def portable_forward_kernel(
     for slot in range(TOP_K):
         block = tl.load(indices_ptr + entry * TOP_K + slot)
         if (block >= 0) & (block <= position // BLOCK_SIZE):
-            key = tl.arange(0, KEYS)
-            visible = (key < BLOCK_SIZE) & (block * BLOCK_SIZE + key <= position)
-            first, kv_head = start + block * BLOCK_SIZE, chosen_list // (LISTS // KV_HEADS)
-            k, v = _load_keys(k_ptr, v_ptr, first, kv_head, visible, KV_HEADS, HEAD_DIM, KEYS, DIM)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            s = tl.where(visible[None, :], s, float("-inf"))
-            higher = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp(s - higher[:, None])
-            shrink = tl.exp(m - higher)
-            total = total * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            m = higher
+            kv_head = chosen_list // (LISTS // KV_HEADS)
+            for part in range(0, tl.minimum(BLOCK_SIZE, position - block * BLOCK_SIZE + 1), KEYS):
+                key = part + tl.arange(0, KEYS)
+                visible = (key < BLOCK_SIZE) & (block * BLOCK_SIZE + key <= position)
+                first = start + block * BLOCK_SIZE + part
+                k, v = _load_keys(k_ptr, v_ptr, first, kv_head, visible, KV_HEADS, HEAD_DIM, KEYS, DIM)
+                s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+                s = tl.where(visible[None, :], s, float("-inf"))
+                higher = tl.maximum(m, tl.max(s, 1))
+                p = tl.exp(s - higher[:, None])
+                shrink = tl.exp(m - higher)
+                total = total * shrink + tl.sum(p, 1)
+                acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+                m = higher
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(o_ptr + offsets, acc.to(o_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + entry * HEADS + head, m + tl.log(total), mask=head < HEADS)
@@ -108,14 +115,16 @@ def portable_dq_kernel(
     for slot in range(TOP_K):
         block = tl.load(indices_ptr + entry * TOP_K + slot)
         if (block >= 0) & (block <= position // BLOCK_SIZE):
-            key = tl.arange(0, KEYS)
-            visible = (key < BLOCK_SIZE) & (block * BLOCK_SIZE + key <= position)
-            first, kv_head = start + block * BLOCK_SIZE, chosen_list // (LISTS // KV_HEADS)
-            k, v = _load_keys(k_ptr, v_ptr, first, kv_head, visible, KV_HEADS, HEAD_DIM, KEYS, DIM)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            p = tl.where(visible[None, :], tl.exp(s - lse[:, None]), 0.0)
-            ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-            acc += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+            kv_head = chosen_list // (LISTS // KV_HEADS)
+            for part in range(0, tl.minimum(BLOCK_SIZE, position - block * BLOCK_SIZE + 1), KEYS):
+                key = part + tl.arange(0, KEYS)
+                visible = (key < BLOCK_SIZE) & (block * BLOCK_SIZE + key <= position)
+                first = start + block * BLOCK_SIZE + part
+                k, v = _load_keys(k_ptr, v_ptr, first, kv_head, visible, KV_HEADS, HEAD_DIM, KEYS, DIM)
+                s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+                p = tl.where(visible[None, :], tl.exp(s - lse[:, None]), 0.0)
+                ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+                acc += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
     tl.store(dq_ptr + offsets, (acc * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
@@ -126,7 +135,7 @@ def portable_dkdv_kernel(
     LISTS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, PADDED_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dk (without its scale) and dv over one segment."""
+    """Sums of dk (without its scale) and dv over one segment, of KEYS keys. Grid: (segments of the bound, parts of a block)."""
     if tl.program_id(0) < tl.load(num_segments_ptr):
         segment = tl.load(schedule_ptr + tl.program_id(0))
         bucket = tl.load(segments_ptr + segment * 3)
@@ -134,9 +143,10 @@ def portable_dkdv_kernel(
         length = tl.load(segments_ptr + segment * 3 + 2)
         start = tl.load(block_start_ptr + bucket % num_block_rows)
         head = tl.arange(0, PADDED_HEADS)
-        key = tl.arange(0, KEYS)
+        part = tl.program_id(1) * KEYS
+        key = part + tl.arange(0, KEYS)
         in_block = key < tl.load(block_length_ptr + bucket % num_block_rows)
-        k, v = _load_keys(k_ptr, v_ptr, start, bucket // num_block_rows, in_block, KV_HEADS, HEAD_DIM, KEYS, DIM)
+        k, v = _load_keys(k_ptr, v_ptr, start + part, bucket // num_block_rows, in_block, KV_HEADS, HEAD_DIM, KEYS, DIM)
         dk = tl.zeros([KEYS, DIM], tl.float32)
         dv = tl.zeros([KEYS, DIM], tl.float32)
         for i in range(length):
@@ -153,10 +163,11 @@ def portable_dkdv_kernel(
             ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
             dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
             dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
-        sums_ptr += segment * (2 * KEYS * DIM)
+        block_keys = tl.num_programs(1) * KEYS
+        sums_ptr += segment * (2 * block_keys * DIM)
         offsets = key[:, None] * DIM + tl.arange(0, DIM)[None, :]
         tl.store(sums_ptr + offsets, dk)
-        tl.store(sums_ptr + KEYS * DIM + offsets, dv)
+        tl.store(sums_ptr + block_keys * DIM + offsets, dv)
 
 
 def forward(
@@ -212,10 +223,11 @@ def backward_k_v(
     index: InvertedIndex,
 ) -> torch.Tensor:
     """Returns the segments' sums, float32 [segments, 2 (dk without its scale, dv), padded K, padded D]."""
-    sizes = _sizes(q, k, indices, layout)
-    sums = torch.empty(index.max_segments, 2, sizes["KEYS"], sizes["DIM"], dtype=torch.float32, device=q.device)
+    sizes, keys = _sizes(q, k, indices, layout), _padded(layout.block_size)
+    sums = torch.empty(index.max_segments, 2, keys, sizes["DIM"], dtype=torch.float32, device=q.device)
+    sizes["KEYS"] = min(sizes["KEYS"], max(16, DKDV_ELEMENTS // sizes["DIM"]))
     launch(
-        portable_dkdv_kernel, (index.max_segments,),
+        portable_dkdv_kernel, (index.max_segments, keys // sizes["KEYS"]),
         q, k, v, do, lse, delta, layout.query_keys, index.choices, index.segments, index.schedule, index.num_segments,
         layout.block_start, layout.block_length, sums, scale, layout.num_block_rows,
         **sizes, num_stages=1,
@@ -234,7 +246,7 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor, layout: Docu
         "HEAD_DIM": q.shape[2],
         "DIM": _padded(q.shape[2]),
         "BLOCK_SIZE": layout.block_size,
-        "KEYS": _padded(layout.block_size),
+        "KEYS": min(_padded(layout.block_size), max(16, TILE_ELEMENTS // _padded(q.shape[2]))),
         "TOP_K": indices.shape[2],
     }
 

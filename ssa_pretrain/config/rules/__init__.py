@@ -1,6 +1,7 @@
 """Rules across sections of a configuration, the machine and the files. `check` runs all of them.
 
-A rule lives where the values it reads live: layout, machine, deepspeed, evaluation, files. It returns problems and never raises.
+A rule lives where the values it reads live: layout, schedule, machine, deepspeed, optimizer, evaluation, data, files. It returns problems and never
+raises.
 Rules run in order. A rule that reads a key with a problem of its own is skipped, so that one mistake is one line.
 `warning` reports a suspicious setting that no rule rejects.
 """
@@ -10,11 +11,15 @@ from typing import Any
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.config.rules.data import DATA_RULES
 from ssa_pretrain.config.rules.deepspeed import DEEPSPEED_RULES
 from ssa_pretrain.config.rules.evaluation import EVALUATION_FILE_RULES, EVALUATION_RULES
 from ssa_pretrain.config.rules.files import FILE_RULES
+from ssa_pretrain.config.rules.keys import KEY_RULES
 from ssa_pretrain.config.rules.layout import LAYOUT_RULES
 from ssa_pretrain.config.rules.machine import MACHINE_RULES
+from ssa_pretrain.config.rules.optimizer import OPTIMIZER_RULES
+from ssa_pretrain.config.rules.schedule import SCHEDULE_RULES
 from ssa_pretrain.settings.convert import SECRET_ADVICE, SECRET_RULE, config_to_dict
 from ssa_pretrain.settings.problems import HIDDEN, Problem, hide_secrets, independent
 
@@ -28,7 +33,19 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         wrong: keys that already have problems; a section stands for all its keys.
     """
     files = (*FILE_RULES, *EVALUATION_FILE_RULES) if machine.has_files else ()
-    rules = (_secrets, _sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *EVALUATION_RULES, *files)
+    rules = (
+        _secrets,
+        _sections,
+        *KEY_RULES,
+        *LAYOUT_RULES,
+        *SCHEDULE_RULES,
+        *MACHINE_RULES,
+        *DEEPSPEED_RULES,
+        *OPTIMIZER_RULES,
+        *EVALUATION_RULES,
+        *DATA_RULES,
+        *files,
+    )
     found: list[Problem] = []
     for rule in rules:
         bad = {*wrong, *(problem.key for problem in found)}
@@ -38,7 +55,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
 
 def accepts_layout(config: Config, machine: Machine) -> bool:
     """Returns whether a configuration has no problem that its layout, batch or engine can cause. Stops at the first: a search asks thousands of times."""
-    rules = (_sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES)
+    rules = (_sections, *LAYOUT_RULES, *SCHEDULE_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *OPTIMIZER_RULES)
     return not any(rule(config, machine) for rule in rules)
 
 

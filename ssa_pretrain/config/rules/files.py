@@ -3,12 +3,14 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, RowPacking
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.data.indexed_format import load_manifest
-from ssa_pretrain.data.mixture import least_tokens
-from ssa_pretrain.run_folder import ELSEWHERE, require_free, unwritable
+from ssa_pretrain.data.mixture import is_padded, least_tokens
+from ssa_pretrain.run_folder import ELSEWHERE, named_folder, require_free, unwritable
 from ssa_pretrain.settings.problems import ConfigError, Problem, join
+
+MAX_LISTED = 4  # steps of another run
 
 
 def _output_dir(config: Config, machine: Machine) -> list[Problem]:
@@ -40,6 +42,26 @@ def _initial_weights(config: Config, _: Machine) -> list[Problem]:
     return []
 
 
+def _branch(config: Config, _: Machine) -> list[Problem]:
+    """The checkpoint that a branch continues exists and is not the run's own."""
+    named, output_dir = config.checkpoint.branch_from, Path(config.output_dir).resolve()
+    if not named:
+        return []
+    folder, key = named_folder(named), "checkpoint.branch_from"
+    if output_dir in (folder.resolve(), *folder.resolve().parents):
+        rule = f"lies in this run's own output_dir={config.output_dir}"
+        return [Problem(key, named, rule, "give the branch an output_dir of its own", ("output_dir",))]
+    if folder.is_dir():
+        return []
+    steps = sorted(int(p.name.removeprefix("step_")) for p in folder.parent.glob("step_" + "[0-9]" * 8))
+    advice = (
+        f"it has step {join(steps[-MAX_LISTED:])}"
+        if steps
+        else "give an earlier run's folder, RUN@STEP or a checkpoint"
+    )
+    return [Problem(key, named, "does not exist", advice)]
+
+
 def _mirror(config: Config, _: Machine) -> list[Problem]:
     """A mirror needs boto3."""
     if not config.checkpoint.mirror or find_spec("boto3"):
@@ -68,9 +90,16 @@ def _data(config: Config, machine: Machine) -> list[Problem]:
     tokens: dict[str, int] = {}
     for shard in manifest.splits["train"]:
         tokens[shard.part] = tokens.get(shard.part, 0) + shard.tokens
-    for name in sorted(set(config.data.weights) - set(tokens)):
-        advice = f"its parts are {join(tokens, 'and')}"
-        found.append(Problem(f"data.weights.{name}", config.data.weights[name], f"names no part of {path}", advice))
+    mixtures = {"data.weights": config.data.weights}
+    mixtures |= {f"data.stages.{n}.weights": stage.weights for n, stage in enumerate(config.data.stages)}
+    for key, weights in mixtures.items():
+        for name in sorted(set(weights) - set(tokens)):
+            advice = f"its parts are {join(tokens, 'and')}"
+            found.append(Problem(f"{key}.{name}", weights[name], f"names no part of {path}", advice))
+    if config.data.packing is RowPacking.best_fit and is_padded(manifest):
+        rule = f"packs documents, but {path} was packed as official_row, a sequence per row"
+        advice = "try flow, or prepare the text again with packing=megatron"
+        found.append(Problem("data.packing", config.data.packing, rule, advice))
     name, fewest = min(tokens.items(), key=lambda item: item[1])
     if fewest < least_tokens(length):
         rule = f"needs {least_tokens(length)} tokens of each part, and {name} (train) in {path} has {fewest}"
@@ -81,4 +110,4 @@ def _data(config: Config, machine: Machine) -> list[Problem]:
     return found
 
 
-FILE_RULES = (_output_dir, _initial_weights, _mirror, _data)
+FILE_RULES = (_output_dir, _initial_weights, _branch, _mirror, _data)

@@ -4,6 +4,7 @@ from ssa_pretrain.config import Config, KernelImpl, LayerSpec, PrecisionName, Wa
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.settings.problems import Problem, divisors, join, nearest
 
+MAX_HEAD_DIM = 256  # features per head in the GPU kernels
 MAX_GROUP_SIZE = 32  # query heads per kv head in the GPU kernels
 FP8_MULTIPLE = 16  # Transformer Engine requires it of both dimensions of an FP8 matrix product
 
@@ -20,9 +21,9 @@ def _kernels(config: Config, machine: Machine) -> list[Problem]:
         rule = "is not supported by the GPU kernels"
         advice = "try precision=bf16 or attention.impl=reference"
         found.append(Problem("precision.name", config.precision.name, rule, advice, ("attention.impl",)))
-    if head_dim % 8 or not 16 <= head_dim <= 128:
-        rule = "must be a multiple of 8 from 16 to 128 for the GPU kernels"
-        near = nearest(min(head_dim, 128), range(16, 129, 8))
+    if head_dim % 8 or not 16 <= head_dim <= MAX_HEAD_DIM:
+        rule = f"must be a multiple of 8 from 16 to {MAX_HEAD_DIM} for the GPU kernels"
+        near = nearest(min(head_dim, MAX_HEAD_DIM), range(16, MAX_HEAD_DIM + 1, 8))
         advice = f"try {join([*near, 'attention.impl=reference'])}"
         found.append(Problem("model.head_dim", head_dim, rule, advice, ("attention.impl",)))
     heads, kv_heads = config.model.num_attention_heads, config.model.num_kv_heads

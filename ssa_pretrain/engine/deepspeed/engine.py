@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO 0 to 3 over megatron-core's tensor and sequence parallelism.
 
 Losses and results are step.py's. DeepSpeed does the backward, the reduction over data ranks, the optimizer step and its own checkpoints. Three
-things that it does not do are done here. Under sequence parallelism a norm's gradient must be summed over tensor ranks; without the sum training
-drifts silently. Stage 0 in fp32 reports no gradient norm. Every group's learning rate and weight decay are set at every step, because loading a
+things that it does not do are done here. Under sequence parallelism a norm's gradient must be summed over tensor ranks, and that of the norms of
+heads always; without the sum training drifts silently. Stage 0 in fp32 reports no gradient norm. Every group's learning rate and weight decay are set at every step, because loading a
 ZeRO-3 universal checkpoint gives every group the values of group 0.
 
 DeepSpeed's own engine is built on first use, so that weights are loaded into a plain model.
@@ -21,15 +21,17 @@ from torch import Tensor
 
 from ssa_pretrain.checkpoint import sharded_weights
 from ssa_pretrain.checkpoint.staging import HostCopies
-from ssa_pretrain.checkpoint.weights import WeightsError, find_weights
+from ssa_pretrain.checkpoint.weights import EMA, WEIGHTS, WeightsError, find_weights
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.deepspeed import checkpoint
+from ssa_pretrain.engine.deepspeed.mean import build_mean
 from ssa_pretrain.engine.deepspeed.setup import (
     TensorParallelState,
     build_optimizer,
     exit_with_launcher,
+    parameter_groups,
     prepare_process,
 )
 from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
@@ -38,7 +40,7 @@ from ssa_pretrain.engine.replicas import ReplicaCheck
 from ssa_pretrain.engine.step import Microbatches, Route, StepSums, label_scores
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import Llama
-from ssa_pretrain.model.sharding import partition_dim
+from ssa_pretrain.model.sharding import is_head_norm, partition_dim
 from ssa_pretrain.model.spec import build_model
 from ssa_pretrain.model.text_cache import TextCache
 from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
@@ -61,17 +63,18 @@ class DeepSpeedEngine:
         self.ds_config = ds_config(config, placement.dp)
         self.copies = HostCopies(placement.device)
         _require_accepted(self.ds_config)
-        self._ds = None
+        self._ds = self._mean = None
         self.model = self._build_model()
 
     def train_step(self, batches: Sequence[Batch], *, step: int, learning_rate: float) -> PendingStep:
         """See `Engine.train_step`."""
         ds = self.ds
         if len(batches) != ds.gradient_accumulation_steps():
-            raise ValueError(f"got {len(batches)} microbatches; a step has {ds.gradient_accumulation_steps()}")
+            self._accumulate(len(batches))
         batches, routes, sums = self.microbatches.begin_step(batches, step)
-        for group, decay in zip(ds.basic_optimizer.param_groups, (self.config.optim.weight_decay, 0.0), strict=True):
-            group["lr"], group["weight_decay"] = learning_rate, decay
+        decay = self.config.optim.weight_decay
+        for group, factors in zip(ds.basic_optimizer.param_groups, self._factors, strict=True):
+            group["lr"], group["weight_decay"] = learning_rate * factors.lr, decay * factors.weight_decay
         differing = self.replicas.compare(self._named_weights(), step)
         ds.train()
         grad_norm = None
@@ -87,6 +90,8 @@ class DeepSpeedEngine:
                 ds.step()  # before a step's last microbatch it only counts
         if grad_norm is None:  # after a step that it skipped, DeepSpeed may still report the norm of the step before
             grad_norm = ds.get_global_grad_norm() if ds.was_step_applied() else torch.inf
+        if self._mean is not None:
+            self._mean.update(step + 1, torch.as_tensor(grad_norm))
         return self.microbatches.step_result(sums, torch.as_tensor(grad_norm), differing)
 
     @torch.no_grad()
@@ -135,6 +140,8 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
         checkpoint.save(folder, self.ds, self.config, self.placement)
+        if self._mean is not None:
+            self._mean.save(folder, [self.ds.module], self.placement)
 
     def snapshot(self, *, weights: bool) -> Snapshot:
         """See `Engine.snapshot`."""
@@ -142,13 +149,15 @@ class DeepSpeedEngine:
         with copies.taking():
             write_state = checkpoint.copy_state(ds, copies, self.config, self.placement)
             parts = (copies, [ds.module], self.config, self.placement, self._gathering)
-            copied = sharded_weights.copy_weights(*parts) if weights else None
+            copied = {WEIGHTS: sharded_weights.copy_weights(*parts)} if weights else {}
+            if self._mean is not None:
+                copied[EMA] = self._mean.copy(copies, [ds.module], self.placement)
 
         def write(folder: Path, group: dist.ProcessGroup) -> None:
             copies.wait()
             write_state(folder, group)
-            if copied is not None:
-                sharded_weights.write_copies(folder, copied, self.placement, group)
+            for name, tensors in copied.items():
+                sharded_weights.write_copies(folder / name, tensors, self.placement, group)
 
         return Snapshot(write, copies.device_seconds)
 
@@ -156,6 +165,8 @@ class DeepSpeedEngine:
         """See `Engine.load`."""
         self._reset()
         checkpoint.load(folder, self.ds, self.config, self.placement)
+        if self._mean is not None:
+            self._mean.load(folder, [self.ds.module], self.placement)
 
     def load_weights(self, folder: Path) -> None:
         """See `Evaluator.load_weights`."""
@@ -169,6 +180,14 @@ class DeepSpeedEngine:
         """See `Engine.save_weights`."""
         sharded_weights.save_weights(folder, [self.ds.module], self.config, self.placement, self._gathering)
 
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """See `Engine.ema_weights`."""
+        models = [self.ds.module]
+        assert self._mean is not None
+        with self._mean.in_model(models):
+            yield
+
     @property
     def ds(self):
         """DeepSpeed's engine around the model, built on first use."""
@@ -176,6 +195,7 @@ class DeepSpeedEngine:
             import deepspeed
 
             optimizer = build_optimizer(self.model, self.config, self.placement)
+            self._factors = [factors for factors, _ in parameter_groups(self.model, self.config)]
             with redirect_stdout(io.StringIO()):  # some of its optimizers print memory reports at any log level
                 self._ds, *_ = deepspeed.initialize(
                     model=self.model,
@@ -188,6 +208,7 @@ class DeepSpeedEngine:
             if self.stage == 0:
                 # Its bf16 optimizer takes a step of zero gradients when it is built, and Adam would count that step.
                 self._ds.basic_optimizer.state.clear()
+            self._mean = build_mean(self.config, self._ds, self.placement)
         return self._ds
 
     def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -207,9 +228,9 @@ class DeepSpeedEngine:
     def _build_model(self) -> Llama:
         model = build_model(self.config, self.vocab_size, self.placement.groups).to(self.placement.device)
         checkpoint.without_extra_state(model)
-        if self.config.parallel.sequence_parallel:
-            for parameter in model.parameters():
-                if getattr(parameter, "sequence_parallel", False):
+        if self.config.parallel.tp > 1:
+            for name, parameter in model.named_parameters():
+                if getattr(parameter, "sequence_parallel", False) or is_head_norm(name):
                     parameter.register_hook(self._sum_over_tensor_ranks)
         return model
 
@@ -217,13 +238,22 @@ class DeepSpeedEngine:
         """Drops a DeepSpeed engine that has been used: DeepSpeed loads only into a new one."""
         if self._ds is not None:
             self._ds.destroy()
-            self._ds = None
+            self._ds = self._mean = None
             del self.model
             gc.collect()
             self.model = self._build_model()
 
+    def _accumulate(self, count: int) -> None:
+        """Makes the next steps ones of `count` microbatches, between two steps. DeepSpeed finds a step's end by dividing all microbatches so far."""
+        if not self.config.training.batch_steps:
+            raise ValueError(f"got {count} microbatches; a step has {self.ds.gradient_accumulation_steps()}")
+        self.ds.set_train_batch_size(count * self.config.training.micro_batch_size * self.placement.dp)
+        self.ds.micro_steps = 0
+        if hasattr(self.ds.optimizer, "gradient_accumulation_steps"):
+            self.ds.optimizer.gradient_accumulation_steps = count
+
     def _sum_over_tensor_ranks(self, grad: Tensor) -> Tensor:
-        """Returns the whole gradient of a norm, which saw a slice of the tokens on each tensor rank."""
+        """Returns the whole gradient of a norm, which saw a slice of the tokens, or of the heads, on each tensor rank."""
         total = grad.contiguous().clone()
         dist.all_reduce(total, group=self.placement.groups.tp)
         return total

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ssa_pretrain.config import AdamImpl, Config
+from ssa_pretrain.model.mup import Multipliers, multipliers
 from ssa_pretrain.parallel.parent import end_with_parent
 from ssa_pretrain.parallel.state import Placement
 
@@ -85,6 +86,15 @@ def exit_with_launcher() -> None:
         end_with_parent(os.getppid())
 
 
+def parameter_groups(model: torch.nn.Module, config: Config) -> list[tuple[Multipliers, list[torch.nn.Parameter]]]:
+    """Returns the parameters by the factors of their learning rate and weight decay: matrices, norms, and under muP the layers' matrices apart."""
+    found: dict[Multipliers, list[torch.nn.Parameter]] = {}
+    factors = multipliers(config)
+    for name, parameter in model.named_parameters():
+        found.setdefault(factors(name, parameter.dim()), []).append(parameter)
+    return sorted(found.items(), key=lambda group: -group[0].weight_decay)
+
+
 def build_optimizer(model: torch.nn.Module, config: Config, placement: Placement) -> torch.optim.Optimizer:
     """Returns AdamW with weight decay for matrices and none for norms; call it before ZeRO-3 shards the parameters.
 
@@ -92,10 +102,9 @@ def build_optimizer(model: torch.nn.Module, config: Config, placement: Placement
     selects DeepSpeed's FusedAdam, or CPUAdam under offload.
     """
     optim, choices = config.optim, config.deepspeed
-    parameters = list(model.parameters())
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": optim.weight_decay * factors.weight_decay}
+        for factors, parameters in parameter_groups(model, config)
     ]
     # The rate is set at every step. Some of DeepSpeed's optimizers step over zero gradients when they are built; with lr 0 that decays no weights.
     settings = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}

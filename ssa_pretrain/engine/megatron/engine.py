@@ -4,6 +4,7 @@ Losses and results are step.py's. Core's schedules run forward and backward, and
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from ssa_pretrain.checkpoint import sharded_weights
 from ssa_pretrain.checkpoint.staging import HostCopies
-from ssa_pretrain.config import Config
+from ssa_pretrain.checkpoint.weights import EMA, WEIGHTS
+from ssa_pretrain.config import Config, OptimizerName
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
 from ssa_pretrain.engine.interface import PendingStep, Snapshot
 from ssa_pretrain.engine.megatron import checkpoint
+from ssa_pretrain.engine.megatron.mean import build_mean
 from ssa_pretrain.engine.megatron.model import MegatronModel
-from ssa_pretrain.engine.megatron.optimizer import build_optimizer
+from ssa_pretrain.engine.megatron.muon import build_muon
+from ssa_pretrain.engine.megatron.optimizer import build_adamw
 from ssa_pretrain.engine.replicas import ReplicaCheck
 from ssa_pretrain.engine.step import StepSums
 from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
@@ -32,7 +36,11 @@ class MegatronEngine(MegatronModel):
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
         super().__init__(config, placement, vocab_size)
         self.replicas = ReplicaCheck(config.training.replica_check_interval, placement)
-        self.optimizer = build_optimizer(config, self.chunks)
+        is_muon = config.optim.name is OptimizerName.muon
+        self.optimizer = (
+            build_muon(config, self.chunks, placement.groups) if is_muon else build_adamw(config, self.chunks)
+        )
+        self.mean = build_mean(config, self.optimizer, self.models, placement)
         self.copies = HostCopies(placement.device)
         self._are_gathered = False  # whether every data rank has the weights after the last update
         self._install_hooks()
@@ -44,7 +52,7 @@ class MegatronEngine(MegatronModel):
             grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
             overlap_grad_reduce=config.engine.overlap_grad_reduce,
             overlap_param_gather=config.engine.overlap_param_gather,
-            use_distributed_optimizer=config.engine.distributed_optimizer,
+            use_distributed_optimizer=config.engine.distributed_optimizer and config.optim.name is OptimizerName.adamw,
         )
         return DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=stage > 0)
 
@@ -54,6 +62,8 @@ class MegatronEngine(MegatronModel):
         # After the forward, which gathers the weights if `overlap_param_gather` defers that.
         differing = self.replicas.compare(self._named_weights(), step)
         grad_norm = self.update(learning_rate)
+        if self.mean is not None:
+            self.mean.update(step + 1, grad_norm)
         return self.microbatches.step_result(sums, grad_norm, differing)
 
     def forward_backward(self, batches: Sequence[Batch], *, step: int) -> StepSums:
@@ -69,7 +79,7 @@ class MegatronEngine(MegatronModel):
     def update(self, learning_rate: float) -> Tensor:
         """Takes the optimizer step over the gradients in the buffers; returns their norm before clipping, on the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.config.optim.weight_decay * group.get("wd_mult", 1.0)
         self._are_gathered = False
         with torch.profiler.record_function(OPTIMIZER_RANGE):
@@ -92,6 +102,8 @@ class MegatronEngine(MegatronModel):
         self._gather_parameters()
         self.optimizer.count_skipped_steps()
         checkpoint.save(folder, self.chunks, self.optimizer)
+        if self.mean is not None:
+            self.mean.save(folder, self.models, self.placement)
 
     def snapshot(self, *, weights: bool) -> Snapshot:
         """See `Engine.snapshot`."""
@@ -100,13 +112,15 @@ class MegatronEngine(MegatronModel):
         with self.copies.taking():
             write_state = checkpoint.copy_state(self.chunks, self.optimizer, self.copies)
             parts = (self.models, self.config, self.placement)
-            copied = sharded_weights.copy_weights(self.copies, *parts) if weights else None
+            copied = {WEIGHTS: sharded_weights.copy_weights(self.copies, *parts)} if weights else {}
+            if self.mean is not None:
+                copied[EMA] = self.mean.copy(self.copies, self.models, self.placement)
 
         def write(folder: Path, group: dist.ProcessGroup) -> None:
             self.copies.wait()
             write_state(folder, group)
-            if copied is not None:
-                sharded_weights.write_copies(folder, copied, self.placement, group)
+            for name, tensors in copied.items():
+                sharded_weights.write_copies(folder / name, tensors, self.placement, group)
 
         return Snapshot(write, self.copies.device_seconds)
 
@@ -116,12 +130,24 @@ class MegatronEngine(MegatronModel):
         self.optimizer.count_skipped_steps()
         checkpoint.load(folder, self.chunks, self.optimizer)
         self.optimizer.prepare_skipping()
+        if self.mean is not None:
+            self.mean.load(folder, self.models, self.placement)
 
     def load_weights(self, folder: Path) -> None:
         """See `Evaluator.load_weights`."""
         self._are_gathered = False
         super().load_weights(folder)
         self.optimizer.reload_model_params()
+        if self.mean is not None:
+            self.mean.restart()
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """See `Engine.ema_weights`."""
+        assert self.mean is not None
+        self._gather_parameters()
+        with self.mean.in_model(self.models):
+            yield
 
     def save_weights(self, folder: Path) -> None:
         """See `Engine.save_weights`."""

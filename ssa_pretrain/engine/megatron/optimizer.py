@@ -7,12 +7,16 @@ by min(1, clip / norm), a scalar on the device. A norm that is not finite makes 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.engine.megatron.skipping import SkipFlag
+from ssa_pretrain.model.matrices import HIDDEN, is_hidden
+from ssa_pretrain.model.mup import multipliers
 
 NORM_EPSILON = 1.0e-6  # the same as core's
 
@@ -27,7 +31,7 @@ class DeviceClippedOptimizer(ChainedOptimizer):
 
     def __init__(self, optimizers: list[MegatronOptimizer], *, skips: bool) -> None:
         super().__init__(optimizers)
-        device = _device()
+        device = training_device()
         on_gpu = device.type == "cuda" and skips
         self._flags = [SkipFlag(o.optimizer, device) for o in optimizers if on_gpu and o.optimizer is not None]
 
@@ -63,36 +67,48 @@ class DeviceClippedOptimizer(ChainedOptimizer):
 
 def _norm(grads: list[Tensor], group: dist.ProcessGroup) -> Tensor:
     """Returns the norm over all ranks of a group; `grads` are those that only this rank counts."""
-    norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=_device())]  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=training_device())]  # pyright: ignore[reportPrivateImportUsage]
     total = torch.stack(list(norms)).float().square().sum()
     dist.all_reduce(total, group=group)
     return total.sqrt()
 
 
-def _device() -> torch.device:
+def training_device() -> torch.device:
     """Returns the device that this rank trains on."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> DeviceClippedOptimizer:
-    """Returns AdamW over a rank's model chunks: Transformer Engine's fused one if it is installed, otherwise torch's."""
-    low = config.precision.name is not PrecisionName.fp32
-    optim = config.optim
-    built = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1,
-            adam_beta2=optim.beta2,
-            adam_eps=optim.eps,
-            clip_grad=optim.clip_grad,
-            bf16=low,
-            params_dtype=torch.bfloat16 if low else torch.float32,
-            use_distributed_optimizer=config.engine.distributed_optimizer,
-            overlap_param_gather=config.engine.overlap_param_gather,
-        ),
-        chunks,
+def core_settings(config: Config, *, distributed: bool) -> OptimizerConfig:
+    """Returns core's settings of AdamW; `distributed` is whether core's distributed optimizer shards it."""
+    low, optim = config.precision.name is not PrecisionName.fp32, config.optim
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=low,
+        params_dtype=torch.bfloat16 if low else torch.float32,
+        use_distributed_optimizer=distributed,
+        overlap_param_gather=config.engine.overlap_param_gather,
     )
+
+
+def build_adamw(config: Config, chunks: list[DistributedDataParallel]) -> DeviceClippedOptimizer:
+    """Returns AdamW over a rank's model chunks: Transformer Engine's fused one if it is installed, otherwise torch's."""
+    settings = core_settings(config, distributed=config.engine.distributed_optimizer)
+    built = get_megatron_optimizer(settings, chunks, config_overrides=_mup_overrides(config, settings))
     return DeviceClippedOptimizer(built.chained_optimizers, skips=config.training.max_skipped_steps > 0)
+
+
+def _mup_overrides(config: Config, settings: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride] | None:
+    """Returns core's overrides with muP's factors for the layers' matrices; None if they are 1: core's own."""
+    lr, decay = multipliers(config)(HIDDEN[0], 2)
+    if lr == decay == 1.0:
+        return None
+    key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="hidden", fn=lambda _, name: is_hidden(name)))
+    factors = ParamGroupOverride(lr_mult=lr, wd_mult=decay)  # pyright: ignore[reportCallIssue]
+    return get_standard_config_overrides(settings) | {key: factors}

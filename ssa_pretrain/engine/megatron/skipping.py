@@ -9,6 +9,7 @@ moments keep their bits, and the step does not count in Adam's bias corrections.
   counting steps, the device counts those it skipped, and the difference is the step of the bias corrections. `settle` moves the device's count
   into the host's. It reads the device, so it is called where the host waits anyway, before a checkpoint.
 * torch's AdamW takes the flag as `found_inf` if it is fused. It is set to be fused on a GPU.
+* SplitMuon (engine/muon.py) takes it in the same way and has no count.
 * On a CPU the caller does not take the step (optimizer.py).
 
 Source: transformer_engine/common/multi_tensor/adam.cu (AdamCapturableFunctor), torch/optim/adam.py (_fused_adam).
@@ -19,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssa_pretrain.engine.muon import SplitMuon
+
 
 class SkipFlag:
     """The flag of one optimizer.
 
     Args:
-        optimizer: Transformer Engine's FusedAdam or torch's AdamW, over fp32 weights on one device.
+        optimizer: Transformer Engine's FusedAdam, torch's AdamW or SplitMuon, over fp32 weights on one device.
         device: of the weights.
 
     Raises:
@@ -36,7 +39,7 @@ class SkipFlag:
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
         self._skipped = torch.zeros(1, dtype=torch.int32, device=device)  # since the host last counted
         self._one = torch.ones(1, dtype=torch.float32, device=device)
-        self._is_torch = isinstance(optimizer, torch.optim.AdamW)
+        self._is_torch = isinstance(optimizer, torch.optim.AdamW | SplitMuon)
         if not self._is_torch:
             if (
                 not hasattr(optimizer, "multi_tensor_adam_capturable")
@@ -52,6 +55,8 @@ class SkipFlag:
         if not self._is_torch:
             return
         self._optimizer.found_inf = torch.zeros((), dtype=torch.float32, device=self._flag.device)
+        if isinstance(self._optimizer, SplitMuon):
+            return
         for group in self._optimizer.param_groups:
             group["fused"], group["foreach"] = True, False
         for state in self._optimizer.state.values():

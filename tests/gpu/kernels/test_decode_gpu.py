@@ -119,7 +119,7 @@ def test_mixed_lengths(tokens, paged):
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 16, 32])
-@pytest.mark.parametrize("dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
 def test_every_group_and_head_dim(group, dim):
     check([900, 3001], heads=2 * group, kv_heads=2, dim=dim, tokens=2)
 

@@ -60,7 +60,7 @@ def check(inputs, lengths, scale=None, **options):
 
 @pytest.mark.parametrize("backend", PACKED)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(8, 2, 64), (32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128)]
+    ("heads", "kv_heads", "head_dim"), [(8, 2, 64), (32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128), (16, 2, 256)]
 )
 def test_documents(backend, heads, kv_heads, head_dim):
     inputs = make(sum(LENGTHS), heads, kv_heads, head_dim)
@@ -87,7 +87,9 @@ def test_strided_slices_of_one_projection(backend):
     check(inputs, lengths, cu_seqlens=ends(lengths), backend=backend, num_rows=2 if backend == "cudnn" else None)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(32, 2, 64), (6, 1, 96), (4, 4, 80), (32, 8, 128), (16, 2, 256)]
+)
 @pytest.mark.parametrize(("num_rows", "length"), [(1, 512), (3, 200), (2, 129), (4, 100)])
 @pytest.mark.parametrize("backend", [None, PACKED[1]])
 def test_equal_rows(backend, num_rows, length, heads, kv_heads, head_dim):
@@ -140,8 +142,8 @@ def test_unsupported_arguments_are_refused():
     boundaries = ends([64])
     with pytest.raises(ValueError, match="must be bfloat16 or float16"):
         full_attention(q.float(), k.float(), v.float(), cu_seqlens=boundaries)
-    with pytest.raises(ValueError, match="multiple of 8 and at most 128"):
-        full_attention(*(torch.cat([x] * 3, -1) for x in (q, k, v)), cu_seqlens=boundaries)
+    with pytest.raises(ValueError, match="multiple of 8 and at most 256"):
+        full_attention(*(torch.cat([x] * 5, -1) for x in (q, k, v)), cu_seqlens=boundaries)
     with pytest.raises(ValueError, match="needs num_rows"):
         full_attention(q, k, v, cu_seqlens=boundaries, backend="cudnn")
     with pytest.raises(ValueError, match="they must be equal"):

@@ -19,7 +19,7 @@ def require_rounded(got, want):
 
 @pytest.mark.parametrize(
     ("tokens", "kv_heads", "group", "head_dim", "gates"),
-    [(4096, 2, 16, 64, 16), (1000, 1, 16, 64, 0), (777, 8, 4, 128, 4), (129, 3, 5, 80, 5)],
+    [(4096, 2, 16, 64, 16), (1000, 1, 16, 64, 0), (777, 8, 4, 128, 4), (129, 3, 5, 80, 5), (513, 2, 8, 256, 8)],
 )
 def test_qkv_rope(tokens, kv_heads, group, head_dim, gates):
     width = kv_heads * ((group + 2) * head_dim + gates)

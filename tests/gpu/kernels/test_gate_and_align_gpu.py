@@ -18,7 +18,16 @@ def make(tokens, heads, head_dim, size=1.0, dtype=torch.bfloat16):
 @pytest.mark.parametrize("main", ["full", "sparse", 1, 0])
 @pytest.mark.parametrize(
     ("tokens", "heads", "head_dim"),
-    [(1, 1, 64), (1000, 3, 64), (333, 32, 64), (77, 64, 80), (129, 8, 96), (4096, 32, 128), (5000, 6, 64)],
+    [
+        (1, 1, 64),
+        (1000, 3, 64),
+        (333, 32, 64),
+        (77, 64, 80),
+        (129, 8, 96),
+        (4096, 32, 128),
+        (5000, 6, 64),
+        (777, 16, 256),
+    ],
 )
 def test_values_and_gradients_against_float64(tokens, heads, head_dim, main):
     """No worse than 1.2 times the exact results rounded once to bf16; the logits' gradient sums products with rounded gradients."""

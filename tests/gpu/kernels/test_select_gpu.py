@@ -52,13 +52,13 @@ def test_every_top_k_and_block_size(top_k, block_size):
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 8, 16, 32])
-@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
 def test_every_group_and_head_dim(group, dim):
     q, k = make(1500, 2 * group, 2, dim)
     check(q, k, bounds(0, 1, 16, 16, 33, 1500), 16, 16)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 2, 64), (8, 8, 128), (12, 2, 96)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 2, 64), (8, 8, 128), (12, 2, 96), (16, 2, 256)])
 def test_per_head(heads, kv_heads, dim):
     q, k = make(1500, heads, kv_heads, dim)
     check(q, k, bounds(0, 1, 900), 16, 8, "per_head")

@@ -108,7 +108,7 @@ def check(
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 6, 8, 16, 32])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 def test_heads(group, head_dim):
     check(RAGGED, 2 * group, 2, head_dim, 16, 8)
 
@@ -120,7 +120,8 @@ def test_choices(top_k, block_size):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_size"), [(8, 2, 64, 16), (6, 2, 128, 64), (4, 4, 80, 32)]
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(8, 2, 64, 16), (6, 2, 128, 64), (4, 4, 80, 32), (8, 1, 256, 16), (32, 2, 256, 128)],
 )
 def test_heads_choose_independently(heads, kv_heads, head_dim, block_size):
     check(RAGGED, heads, kv_heads, head_dim, block_size, 3, lists=heads)
@@ -156,7 +157,7 @@ def test_one_logit_far_above_the_rest_of_its_tile():
     assert all(bool(torch.isfinite(x).all()) for x in grads)
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(16, 64), (32, 64), (4, 128)])
+@pytest.mark.parametrize(("heads", "head_dim"), [(16, 64), (32, 64), (4, 128), (8, 256), (16, 256)])
 @pytest.mark.parametrize("size", [1.0, 6.0])
 def test_dq_beside_torchs_attention(heads, head_dim, size):
     """dQ is at most 1.15 times as far from float64 as that of torch's fused bf16 attention with the same mask.
@@ -192,7 +193,7 @@ def test_choosing_all_blocks_equals_full_attention():
     require_as_near(o[:200], plain[:200], full[0].transpose(0, 1), factor=2.0)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_queries_without_any_block(head_dim):
     layout = build_layout(cumulative((80,)), num_tokens=80, block_size=16)
     q, k, v, do = make((80,), 16, 2, head_dim)

@@ -23,7 +23,7 @@ def make(heads=16, kv_heads=2, head_dim=64):
 
 
 @pytest.mark.parametrize("main", ["full", "sparse", 1, 0])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 2, 64), (8, 2, 128), (6, 1, 96)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 2, 64), (8, 2, 128), (6, 1, 96), (16, 2, 256)])
 def test_layer_equals_composed_operators(main, heads, kv_heads, head_dim):
     """The kernels differ only in the order of a few sums: outputs are bit-identical, and gradients are as close to float64."""
     inputs, layout = make(heads, kv_heads, head_dim)

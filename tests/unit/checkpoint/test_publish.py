@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ssa_pretrain.checkpoint import integrity
 from ssa_pretrain.checkpoint import publish as publishing
-from ssa_pretrain.checkpoint.facts import differences
+from ssa_pretrain.checkpoint.facts import differences, refused_changes, run_facts
 from ssa_pretrain.checkpoint.integrity import FACTS, Verdicts, find_damage, record_text
 from ssa_pretrain.checkpoint.publish import (
     Checkpoint,
@@ -20,7 +20,7 @@ from ssa_pretrain.checkpoint.publish import (
     read,
     require_same_model,
 )
-from ssa_pretrain.config import OptimConfig, RopeScalingConfig
+from ssa_pretrain.config import Config, OptimConfig, RopeScalingConfig, RowPacking, StageConfig
 
 
 @pytest.fixture(autouse=True)
@@ -337,6 +337,34 @@ def test_newer_key_is_compared_with_its_default():
     assert differences({"data.weights": {"a": 1.0}}, {"data.weights": {"b": 1.0}}) == [
         "data.weights: checkpoint {'a': 1.0}, run {'b': 1.0}"
     ]
+
+
+def test_stages_that_have_not_begun_may_change():
+    """A stage is a fact of checkpoints after its first step; one that begins at the checkpoint is not."""
+
+    def facts(step: int, *stages: StageConfig, packing: RowPacking = RowPacking.flow) -> dict:
+        config = Config()
+        config.data.stages, config.data.packing, config.training.global_batch_tokens = list(stages), packing, 100
+        return run_facts(config, fingerprint="", padded_vocab_size=8, tokenizer_sha256="", step=step)
+
+    web, late = StageConfig(from_tokens=901, weights={"web": 1.0}), StageConfig(from_step=20)
+    for step in (9, 10):
+        saved = facts(step, web)
+        assert refused_changes(saved, facts(step), None) == refused_changes(saved, facts(step, late), None) == []
+        assert refused_changes(facts(step), facts(step, web), None) == []
+    saved = facts(11, web)
+    assert saved["data.stages"] == [{"from_step": 10, "weights": {"web": 1.0}}]
+    assert refused_changes(saved, facts(11, web, late), None) == []
+    (line,) = refused_changes(saved, facts(11, late), None)
+    assert line == (
+        "data.stages: checkpoint [{'from_step': 10, 'weights': {'web': 1.0}}], run [] (stages that began before the checkpoint must stay, and "
+        "later ones begin after it)"
+    )
+    older = {key: value for key, value in facts(11).items() if key not in ("data.stages", "data.packing")}
+    assert refused_changes(older, facts(11), None) == []
+    assert len(refused_changes(older, facts(11, web), None)) == 1
+    (line,) = refused_changes(older, facts(11, packing=RowPacking.best_fit), None)
+    assert line == "data.packing: checkpoint 'flow', run 'best_fit, version 1'"
 
 
 def test_another_schema_is_an_error_without_fallback_to_older_checkpoints(tmp_path):

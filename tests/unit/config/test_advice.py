@@ -40,9 +40,13 @@ FREE = (
     "deepspeed.extra",
     "dry_run",
     "data.weights",
+    "data.stages",
+    "data.index_path",
     "logging.wandb.tags",
     "profile.at",
     "training.skip_steps",
+    "training.batch_steps",
+    "optim.pieces",
     "evaluation.tasks",
     "evaluation.lm_eval.tasks",
 )

@@ -68,6 +68,24 @@ def test_settings_of_skipped_steps_and_spikes_are_checked(overrides: tuple[str, 
     assert found("experiment=quickstart", "training.skip_steps=[[1,3],[120,130]]") == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("attention.key_convolution=4",), "attention.key_convolution=4 must be 0, 3 or 5 tokens; try 3 or 5"),
+        (
+            ("attention=full", "attention.key_convolution=3"),
+            "attention.key_convolution=3 needs a method that chooses blocks by mean keys, and attention.method=full does not; "
+            "try 0 or attention.method=moba",
+        ),
+        (("attention.key_convolution=true",), "attention.key_convolution=true must be a whole number; try 0"),
+        (("model.qk_norm=2",), "model.qk_norm=2 must be true or false; try false"),
+    ],
+)
+def test_options_of_queries_and_keys_are_checked(overrides: tuple[str, ...], message: str) -> None:
+    assert found("experiment=quickstart", *overrides) == [message]
+    assert found("experiment=quickstart", "attention=moba", "attention.key_convolution=5", "model.qk_norm=true") == []
+
+
 PAPERS = ("ssa_1b_8k", "ssa_1b_8k_quarter", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k")
 EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp8_300m_evidence")
 
@@ -115,6 +133,22 @@ def test_quickstart_passes_with_and_without_a_gpu(machine: Machine) -> None:
             "parallel.tp=2 must divide model.ffn_hidden_size=383; try 1",
         ),
         ((*BASE, "parallel.pp=3"), 3, "parallel.pp=3 must divide model.num_layers=4; try 2 or 4"),
+        (
+            (*BASE, "parallel.layers_on_last_stage=1"),
+            1,
+            "parallel.layers_on_last_stage=1 is for pipelines, but parallel.pp=1 has one stage; try 0",
+        ),
+        (
+            (*PAPER, "parallel.pp=4", "parallel.layers_on_last_stage=3"),
+            4,
+            "parallel.layers_on_last_stage=3 must leave equally many of the model.num_layers=16 layers to each other stage of parallel.pp=4; try 1 or 4",
+        ),
+        (
+            (*PAPER, "parallel.pp=2", "parallel.vpp=2", "parallel.layers_on_last_stage=7"),
+            2,
+            "parallel.layers_on_last_stage=7 must leave equally many of the model.num_layers=16 layers to each other stage of parallel.pp=2, "
+            "and parallel.vpp=2 must divide it and them; try 6 or 8",
+        ),
         (
             (*PAPER, "parallel.pp=4", "parallel.vpp=3"),
             4,
@@ -212,19 +246,19 @@ def test_impossible_combination_is_one_line(overrides: tuple[str, ...], world_si
         (
             (*PAPER, "model.head_dim=84"),
             GPU,
-            "model.head_dim=84 must be a multiple of 8 from 16 to 128 for the GPU kernels; "
+            "model.head_dim=84 must be a multiple of 8 from 16 to 256 for the GPU kernels; "
             "try 80, 88 or attention.impl=reference",
         ),
         (
-            ("experiment=full_1b_8k", "model.head_dim=256"),
+            ("experiment=full_1b_8k", "model.head_dim=320"),
             GPU,
-            "model.head_dim=256 must be a multiple of 8 from 16 to 128 for the GPU kernels; "
-            "try 120, 128 or attention.impl=reference",
+            "model.head_dim=320 must be a multiple of 8 from 16 to 256 for the GPU kernels; "
+            "try 248, 256 or attention.impl=reference",
         ),
         (
             (*PAPER, "model.head_dim=8"),
             GPU,
-            "model.head_dim=8 must be a multiple of 8 from 16 to 128 for the GPU kernels; try 16, 24 or attention.impl=reference",
+            "model.head_dim=8 must be a multiple of 8 from 16 to 256 for the GPU kernels; try 16, 24 or attention.impl=reference",
         ),
         (
             (*PAPER, "model.num_attention_heads=96", "model.num_kv_heads=2"),
@@ -423,6 +457,10 @@ def test_flipped_bit_in_a_small_file_is_rejected_by_every_command(
             "data.weights.german=1.0 names no part of {path}; its parts are english and python",
         ),
         (
+            "data.stages=[{from_step:5,weights:{german:1}}]",
+            "data.stages.0.weights.german=1.0 names no part of {path}; its parts are english and python",
+        ),
+        (
             "data.sequence_length=1024",
             "data.sequence_length=1024 needs 2049 tokens of each part, and python (train) in {path} has 2000; "
             "prepare more text, or try 992",
@@ -433,6 +471,60 @@ def test_settings_that_do_not_fit_the_data_are_one_line(dataset: Path, override:
     lines = found(*BASE, f"data.path={dataset}", override, machine=HERE)
     assert len(lines) == 1
     assert lines[0].endswith(message.format(path=dataset))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("data.stages=[5]",),
+            "data.stages.0=5 is a section, not a value; it has the keys from_step, from_tokens and weights",
+        ),
+        (
+            ("data.stages=[{weight:{web:1}},{from_step:9}]",),
+            "data.stages.0.weight={...} is not a known key of data.stages.0; did you mean data.stages.0.weights?",
+        ),
+        (
+            ("data.stages=[{from_step:10,from_tokens:81920,weights:{web:1}}]",),
+            "data.stages.0.from_step=10 and from_tokens=81920 must be one positive number and one 0: where the stage begins; "
+            "the run begins with data.weights; try {from_step: 1000, weights: {…}}",
+        ),
+        (("data.stages=[{from_step:-1}]",), "data.stages.0.from_step=-1 must be at least 0; try 0"),
+        (
+            ("data.stages=[{from_step:10,weights:{web:-1,code:2}}]",),
+            "data.stages.0.weights.web=-1.0 must not be negative; 0 leaves the source out",
+        ),
+        (
+            ("data.stages=[{from_tokens:81921},{from_step:11}]",),
+            "data.stages.1.from_step=11 must begin after the stage before it, which begins after step 11; try 12 steps or more",
+        ),
+        (
+            ("data.stages=[{from_tokens:2457600}]",),
+            "data.stages.0.from_tokens=2457600 begins after step 300, but the run ends with step 300; "
+            "try less than 300 steps, or remove the stage",
+        ),
+        (
+            ("data.index_path=/tmp",),
+            "data.index_path=/tmp is for the index of data.packing=best_fit, and data.packing=flow has none; "
+            "try data.index_path='' or data.packing=best_fit",
+        ),
+    ],
+)
+def test_stages_and_packing_are_checked(overrides: tuple[str, ...], message: str) -> None:
+    assert found(*BASE, "data.path=somewhere", *overrides) == [message]
+
+
+def test_best_fit_needs_documents(dataset: Path) -> None:
+    assert found(*BASE, f"data.path={dataset}", "data.packing=best_fit", machine=HERE) == []
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    manifest["policy"] = {"packing": "official_row", "row_tokens": 512}
+    manifest.pop("checksum", None)
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
+    (line,) = found(*BASE, f"data.path={dataset}", "data.packing=best_fit", machine=HERE)
+    assert line == (
+        f"data.packing=best_fit packs documents, but {dataset} was packed as official_row, a sequence per row; "
+        "try flow, or prepare the text again with packing=megatron"
+    )
 
 
 def test_evaluation_pads_rows_and_microbatches(dataset: Path) -> None:

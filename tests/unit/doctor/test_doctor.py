@@ -194,6 +194,20 @@ def test_broken_driver_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pr
     assert one.status is Status.FAIL and text in one.found
 
 
+def test_gpus_that_the_kernels_do_not_support_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    supported = {"NVIDIA A100-SXM4-80GB": (8, 0), "NVIDIA H200": (9, 0)}
+    assert gpus.unsupported(supported) == []
+    (one,) = gpus.unsupported({**supported, "Tesla V100-SXM2-32GB": (7, 0)})
+    assert one.status is Status.FAIL
+    assert (
+        one.found
+        == "Tesla V100-SXM2-32GB has compute capability 7.0, and the attention kernels need 8.0 (A100) or later"
+    )
+    monkeypatch.setattr("torch.version.hip", "7.0")
+    (one,) = gpus.unsupported({"AMD Instinct MI300X": (9, 4)})
+    assert one.found == "AMD Instinct MI300X: no training run was tested on AMD's GPUs"
+
+
 def test_ranks_of_a_job_print_one_page(tmp_path: Path) -> None:
     """Both ranks are on one node here, so nothing differs; two folders show what does."""
     ended = run_ranks(["-m", "ssa_pretrain.doctor", "--json", str(tmp_path)], ranks(2), timeout=120)

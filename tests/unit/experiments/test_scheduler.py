@@ -183,5 +183,5 @@ def test_devices() -> None:
     assert read_query(text) == [Device("0", "NVIDIA H200", 143000 * 2**20), Device("1", "NVIDIA H200", 1024 * 2**20)]
     assert Device("1").environment() == {"CUDA_VISIBLE_DEVICES": "1"} and Device("cpu").environment() == {}
     assert [device.index for device in planned("h200", "0,1")] == ["0", "1"]
-    with pytest.raises(UsageError, match="--hardware=h900 must be one of a100, b200"):
+    with pytest.raises(UsageError, match="--hardware=h900 must be one of a10, a100, b200"):
         planned("h900", "")

@@ -31,11 +31,13 @@ def config_of(case: str) -> Config:
     attention["official"] = {"score": Score.official_compat, "top_k": 4}
     config = small_config(**attention.get(case, {}))
     config.model.tie_embeddings = case != "untied"
-    config.model.rope_scaling.enabled = case == "llama3"
+    config.model.rope_scaling.enabled, config.model.qk_norm = case == "llama3", case == "qk_norm"
     return config
 
 
-@pytest.mark.parametrize("case", ["tied", "untied", "no_gate", "per_head", "official", "one_block", "llama3"])
+@pytest.mark.parametrize(
+    "case", ["tied", "untied", "no_gate", "per_head", "official", "one_block", "llama3", "qk_norm"]
+)
 def test_logits_equal_the_training_models(placement, case):
     """At odd lengths, alone and in batches padded on the left, on the right and on both sides, by sdpa and eager."""
     trained = TrainingModel(config_of(case), placement)

@@ -15,7 +15,7 @@ from ssa_pretrain.parallel.state import joined
 from support.layout_worker import VOCAB, configure
 
 
-def llama(*, gate: bool = True, tied: bool = True) -> Llama:
+def llama(*, gate: bool = True, tied: bool = True, qk_norm: bool = False) -> Llama:
     return Llama(
         num_layers=2,
         hidden_size=5,
@@ -26,6 +26,7 @@ def llama(*, gate: bool = True, tied: bool = True) -> Llama:
         head_dim=4,
         gate=gate,
         tied=tied,
+        qk_norm=qk_norm,
     )
 
 
@@ -56,7 +57,7 @@ def test_halves_of_the_feed_forward_are_gate_then_up():
 
 @pytest.mark.parametrize(("gate", "tied"), [(True, True), (True, False), (False, True), (False, False)])
 def test_both_directions_together_give_the_same_bits(gate, tied):
-    sizes = llama(gate=gate, tied=tied)
+    sizes = llama(gate=gate, tied=tied, qk_norm=tied)
     generator = torch.Generator().manual_seed(0)
     shapes, out = training_shapes(sizes), {}
     ours = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -69,7 +70,9 @@ def test_both_directions_together_give_the_same_bits(gate, tied):
     assert any("g_proj" in name for name in out) is gate
 
 
-@pytest.mark.parametrize("overrides", [{}, {"model.tie_embeddings": False, "attention.gate": False}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"model.qk_norm": True}, {"model.tie_embeddings": False, "attention.gate": False}]
+)
 def test_names_and_shapes_are_those_of_a_model_that_was_built(overrides):
     from ssa_pretrain.checkpoint.sharded_weights import named_weights
     from ssa_pretrain.model.spec import build_model

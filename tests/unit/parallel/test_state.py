@@ -30,6 +30,18 @@ def test_more_processes_than_gpus_are_rejected(monkeypatch):
         state._require_usable(True, 4)
 
 
+def test_amd_gpus_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda rank: "AMD Instinct MI300X")
+    with pytest.raises(ConfigError) as caught:
+        state._require_usable(True, 0)
+    assert str(caught.value).strip() == (
+        "this machine's GPU, AMD Instinct MI300X, is AMD's: no training run was tested on one, though the operators of ssa_kernels "
+        "compile for gfx942 (MI300X); try an NVIDIA GPU, or HIP_VISIBLE_DEVICES= to compute on the CPU"
+    )
+
+
 def test_process_without_a_launcher_uses_the_first_gpu_despite_local_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv("WORLD_SIZE", raising=False)

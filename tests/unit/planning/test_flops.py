@@ -80,6 +80,17 @@ def test_mfu_counts_one_stream_and_ssa_overhead_is_separate() -> None:
     assert ssa.sparse_attention / ssa.full_attention == pytest.approx((15 * 16 + 8.5) / 4096.5, rel=0.02)
 
 
+def test_key_convolution_is_overhead_and_qk_norm_is_not_counted() -> None:
+    plain, options = (
+        flops(experiment("experiment=ssa_1b_8k", *more))
+        for more in ((), ("attention.key_convolution=3", "model.qk_norm=true"))
+    )
+    assert options.key_convolution == 16 * 8192 * 128 * (3 + 2 + 3), "three products, two sums; sigmoid, product, sum"
+    assert options.model == plain.model
+    assert options.overhead - plain.overhead == pytest.approx(3 * options.key_convolution)
+    assert options.computed("full", 1.0) - plain.computed("full", 1.0) == pytest.approx(3 * options.key_convolution)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("lengths", [[8192], [256, 1000, 6936], [200] * 40])
@@ -130,6 +141,10 @@ def test_mfu_counts_the_full_stream_where_it_is_computed() -> None:
         ("NVIDIA L40S", "bf16", 362.05e12),
         ("NVIDIA L4", "bf16", 121e12),
         ("NVIDIA B200", "bf16", 2250e12),
+        ("NVIDIA B300 SXM6 AC", "bf16", 2250e12),
+        ("NVIDIA GB300", "fp8", 5000e12),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "bf16", 500e12),
+        ("AMD Instinct MI300X", "bf16", 1307.4e12),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
         ("Intel(R) Xeon(R) Platinum", "bf16", None),
         ("cpu", "fp32", None),

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.cli import CONF, read_config, resolve_config
-from ssa_pretrain.config import Config, OptimConfig, Schedule
+from ssa_pretrain.config import Batches, Config, OptimConfig, Schedule
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.planning.plan import Plan, make_plan
 from ssa_pretrain.planning.table import GIB, describe
-from ssa_pretrain.schedule import learning_rate
+from ssa_pretrain.rates import learning_rate
 from ssa_pretrain.settings.problems import ConfigError
 from support.small_datasets import cut, write_dataset
 
@@ -32,6 +32,7 @@ class Length:
 
     steps: int
     warmup_steps: int
+    batches: Batches = dataclasses.field(default_factory=lambda: Batches(((0, 1),)))
 
 
 def test_plan_of_the_first_stage_of_the_paper() -> None:
@@ -55,6 +56,25 @@ def test_parameters_of_the_1b_model_by_hand() -> None:
     layer = 2048 * (2048 + 2 * 128 + 32) + 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048
     plan = planned("experiment=ssa_1b_8k")
     assert plan.parameters == plan.parameters_per_rank == 128_256 * 2048 + 16 * layer + 2048 == 1_211_697_152
+
+
+def test_qk_norm_and_key_convolution_cost_weights_and_activations() -> None:
+    """Two norms of 64 and three filters of 128 channels by layer; the projection, and the plain and convolved keys, of a layer's tokens."""
+    paper = ("experiment=ssa_1b_8k", "training.micro_batch_size=1", "parallel=tp2")
+    plain, norm, filters, both = (
+        planned(*paper, *more, world_size=2)
+        for more in (
+            (),
+            ("model.qk_norm=true",),
+            ("attention.key_convolution=3",),
+            ("model.qk_norm=true", "attention.key_convolution=3"),
+        )
+    )
+    assert [p.parameters - plain.parameters for p in (norm, filters)] == [16 * 2 * 64, 16 * 128 * 3]
+    assert [p.parameters_per_rank - plain.parameters_per_rank for p in (norm, filters)] == [2048, 16 * 64 * 3]
+    projection, keys = (32 * 64 + 2 * 128 + 32) * 2 // 2, 128 * 2 // 2
+    kept = [(p.activation_bytes - plain.activation_bytes) / (16 * 8192) for p in (norm, filters, both)]
+    assert kept == pytest.approx([projection, keys, projection + 2 * keys], abs=1)
 
 
 def test_llama_3_shapes_have_the_published_sizes() -> None:

@@ -48,6 +48,10 @@ def train(step: int) -> dict:
         "tokens_per_second": 100.0 * step,
         "seconds": 2.0,
         "mfu": None,
+        "cross_entropy_by_source": {"<web>": 9.0 - step / 10} | ({"code": 4.0} if step % 2 else {}),
+        "labels_by_source": {"<web>": 900} | ({"code": 90} if step % 2 else {}),
+        "tokens_by_source": {"<web>": 900 * step, "code": 100 * step},
+        "epochs_by_source": {"<web>": step / 40, "code": step / 4},
     }
 
 
@@ -113,7 +117,9 @@ def test_page_is_complete_and_self_contained(run: Path) -> None:
     reader = parsed(html)
     assert reader.loads == [] and "url(" not in html and "@import" not in html
     text = " ".join(reader.text)
-    assert html.count("<svg") - html.count('<svg width="22"') == 6, "loss, mass, alignment, norm, rate, speed"
+    assert html.count("<svg") - html.count('<svg width="22"') == 7, (
+        "loss, mass, alignment, norm, rate, speed, loss by source"
+    )
     for shown in (
         "a <run>",
         f"{math.exp(5):.1f}",
@@ -139,6 +145,16 @@ def test_table_has_the_same_values(run: Path) -> None:
     assert found["data"] == "english, python: 1.00M tokens train, 50.0k tokens heldout"
     assert found["layout"].startswith("tp 2,") and found["speed"] == "600 tokens/s (median)"
     assert found["length"] == "10 steps, 10,000 tokens"
+
+
+def test_data_by_source_is_a_table_and_a_chart(run: Path) -> None:
+    summary = read_summary(run)
+    text = parsed(page(summary)).text
+    assert "Data by source" in text and "<web>" in text
+    cells = text[text.index("<web>") :]
+    assert cells[: len(cells)].count("9.00k") and "2.5" in cells and "4.000" in cells
+    assert "  <web>    9.00k  90.0%    0.25  8.450" in table(summary).splitlines()
+    assert "  code     1.00k  10.0%     2.5  4.000" in table(summary).splitlines()
 
 
 def test_main_writes_the_page_and_prints_the_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,6 +153,15 @@ def _ds_and_keys(q, do, k, v, lse, delta, scale_log2, MMA: gl.constexpr, DIM: gl
     return ds, left(turned(tile_rows(k, DIM, True), 16, DIM, DTYPE), MMA)
 
 
+@gluon.jit
+def _ds_and_keys_of(tile, q, do, lse, delta, scale_log2, MMA: gl.constexpr, DIM: gl.constexpr, DTYPE: gl.constexpr):
+    """Returns the same of the tile at an address. V is loaded and used before K: from D 256 on registers hold one of them."""
+    dp = _scores(load_packed(tile + 8 * DIM, DIM), do, MMA, DIM, DTYPE)
+    k = load_packed(tile, DIM)
+    p = gl.exp2(_scores(k, q, MMA, DIM, DTYPE) * scale_log2 - lse[None, :])
+    return p * (dp - delta[None, :]), left(turned(tile_rows(k, DIM, True), 16, DIM, DTYPE), MMA)
+
+
 @gluon.jit(do_not_specialize=["num_queries"])
 def dq_kernel(
     q_ptr, do_ptr, o_ptr, tiles_ptr, indices_ptr, position_ptr, first_block_row_ptr, lse_ptr, delta_ptr, dq_ptr,
@@ -186,22 +195,33 @@ def dq_kernel(
         gl.store(delta_ptr + entry * HEADS + head, delta, mask=head < HEADS)
 
     own = tiles_ptr + (last * TILES + own_tile).to(gl.int64) * STRIDE
-    k = load_packed(own, DIM)
-    v = load_packed(own + WORDS, DIM)
-    tile = gl.where(full > 0, tiles_ptr + tile_number(indices_ptr, 0, last, TILES).to(gl.int64) * STRIDE, own)
-    number = tile_number(indices_ptr, gl.minimum(1, full - 1), last, TILES)
-    ds, keys = _ds_and_keys(q, do, k, v, lse, delta, scale_log2, MMA, DIM, DTYPE)
-    k = load_packed(tile, DIM)
-    v = load_packed(tile + WORDS, DIM)
-    visible = own_tile_mask(last, own_tile, position, any_block, BLOCK_SIZE, gl.SliceLayout(1, MMA))
-    ds = gl.where(visible[:, None], ds, 0.0)
     zeros = gl.zeros([DIM, PADDED_HEADS], gl.float32, MMA)
-    acc = mma_v2(keys, weights_as_right(ds, MMA, 16, COLUMNS, DTYPE), zeros)
-    for i in range(full):
-        tile = tiles_ptr + number.to(gl.int64) * STRIDE
-        number = tile_number(indices_ptr, gl.minimum(i + 2, full - 1), last, TILES)
+    visible = own_tile_mask(last, own_tile, position, any_block, BLOCK_SIZE, gl.SliceLayout(1, MMA))
+    if DIM <= 128:
+        k = load_packed(own, DIM)
+        v = load_packed(own + WORDS, DIM)
+        tile = gl.where(full > 0, tiles_ptr + tile_number(indices_ptr, 0, last, TILES).to(gl.int64) * STRIDE, own)
+        number = tile_number(indices_ptr, gl.minimum(1, full - 1), last, TILES)
         ds, keys = _ds_and_keys(q, do, k, v, lse, delta, scale_log2, MMA, DIM, DTYPE)
         k = load_packed(tile, DIM)
         v = load_packed(tile + WORDS, DIM)
-        acc = mma_v2(keys, weights_as_right(ds, MMA, 16, COLUMNS, DTYPE), acc)
+        ds = gl.where(visible[:, None], ds, 0.0)
+        acc = mma_v2(keys, weights_as_right(ds, MMA, 16, COLUMNS, DTYPE), zeros)
+        for i in range(full):
+            tile = tiles_ptr + number.to(gl.int64) * STRIDE
+            number = tile_number(indices_ptr, gl.minimum(i + 2, full - 1), last, TILES)
+            ds, keys = _ds_and_keys(q, do, k, v, lse, delta, scale_log2, MMA, DIM, DTYPE)
+            k = load_packed(tile, DIM)
+            v = load_packed(tile + WORDS, DIM)
+            acc = mma_v2(keys, weights_as_right(ds, MMA, 16, COLUMNS, DTYPE), acc)
+    else:
+        ds, keys = _ds_and_keys_of(own, q, do, lse, delta, scale_log2, MMA, DIM, DTYPE)
+        ds = gl.where(visible[:, None], ds, 0.0)
+        acc = mma_v2(keys, weights_as_right(ds, MMA, 16, COLUMNS, DTYPE), zeros)
+        number = tile_number(indices_ptr, 0, last, TILES)
+        for i in range(full):
+            tile = tiles_ptr + number.to(gl.int64) * STRIDE
+            number = tile_number(indices_ptr, gl.minimum(i + 1, full - 1), last, TILES)
+            ds, keys = _ds_and_keys_of(tile, q, do, lse, delta, scale_log2, MMA, DIM, DTYPE)
+            acc = mma_v2(keys, weights_as_right(ds, MMA, 16, COLUMNS, DTYPE), acc)
     store_columns(dq_ptr + entry * (HEADS * HEAD_DIM), acc * scale, HEADS, PADDED_HEADS, HEAD_DIM, DIM, ADD)

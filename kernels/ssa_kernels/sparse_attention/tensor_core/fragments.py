@@ -24,9 +24,9 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.constexpr_function
-def mma_layout(warps):
-    """Returns the layout of accumulators [16 * warps, n]: 16 rows per warp."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1], instr_shape=[16, 8])
+def mma_layout(warps, column_warps=1):
+    """Returns the layout of accumulators [16 * warps, n]: 16 rows per warp, or per `column_warps` warps that share their columns."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, column_warps], instr_shape=[16, 8])
 
 
 @gluon.constexpr_function

@@ -1,0 +1,147 @@
+"""The shapes and operators that bench.compile compiles: each runs an operator's launchers forward and backward on small CPU tensors."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ssa_kernels.decode import build_cache
+from ssa_kernels.decode.append_triton import append_triton, update_means_triton
+from ssa_kernels.decode.launch import decode_attention_triton, select_cached_triton
+from ssa_kernels.documents import DocumentLayout, build_layout
+from ssa_kernels.gate_and_align.sampled import sampled_backward, sampled_forward
+from ssa_kernels.gate_and_align.triton import gate_backward, gate_forward
+from ssa_kernels.gate_triton import gate_stream_backward, gate_stream_forward
+from ssa_kernels.qkv_rope.triton import qkv_rope_backward, qkv_rope_forward
+from ssa_kernels.select.launch import select_blocks_triton
+from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
+
+TOKENS, LONG = 1024, 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Heads and blocks, and the operators to compile for them."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int = 16
+    top_k: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    operators: tuple[str, ...] = ("select", "sparse")
+
+
+ALL = ("select", "sparse", "gate", "align", "qkv_rope", "decode")
+BLOCKS = ("select", "sparse", "decode")
+CASES = {
+    "D 64, 16 heads per list": Case(32, 2, 64, operators=ALL),
+    "D 64, 32 heads per list": Case(32, 1, 64),
+    "D 64, blocks of 128": Case(32, 2, 64, 128, operators=BLOCKS),
+    "D 128, 4 heads per list": Case(32, 8, 128, operators=ALL),
+    "D 128, 16 heads per list": Case(32, 2, 128),
+    "D 128, blocks of 128": Case(32, 8, 128, 128, operators=BLOCKS),
+    "D 256, 8 heads per list": Case(16, 2, 256, operators=ALL),
+    "D 256, 16 heads per list": Case(16, 1, 256),
+    "D 256, blocks of 128": Case(16, 2, 256, 128, operators=BLOCKS),
+}
+
+
+# What the tests compile in seconds: (GPU, case, operators).
+SAMPLE = (
+    ("sm_90", "D 64, 16 heads per list", ("sparse", "qkv_rope", "decode")),
+    ("sm_90", "D 64, 32 heads per list", ("sparse",)),
+    ("sm_90", "D 128, 4 heads per list", ("sparse",)),
+    ("sm_90", "D 256, 8 heads per list", ("sparse",)),
+    ("sm_100", "D 128, 4 heads per list", ("sparse",)),
+    ("sm_120", "D 64, 16 heads per list", ("select",)),
+    ("gfx942", "D 64, 16 heads per list", ("sparse",)),
+)
+
+
+def run(case: Case, operator: str) -> None:
+    """Runs an operator's launchers on tensors whose values do not matter."""
+    OPERATORS[operator](case)
+
+
+def _heads(case: Case, heads: int) -> torch.Tensor:
+    return torch.zeros(TOKENS, heads, case.head_dim, dtype=case.dtype)
+
+
+def _layout(case: Case) -> DocumentLayout:
+    ends = torch.tensor([0, TOKENS], dtype=torch.int32)
+    return build_layout(ends, num_tokens=TOKENS, block_size=case.block_size, max_length=TOKENS)
+
+
+def _select(case: Case) -> None:
+    layout, scale = _layout(case), case.head_dim**-0.5
+    sizes = {"top_k": case.top_k, "scale": scale}
+    for score in ("softmax_sum", "per_head"):
+        select_blocks_triton(_heads(case, case.heads), _heads(case, case.kv_heads), layout=layout, score=score, **sizes)
+    # Rows long enough for bins; documents whose lengths the host does not know.
+    long = replace(layout, max_length=2**17)
+    select_blocks_triton(
+        _heads(case, case.heads), _heads(case, case.kv_heads), layout=long, score="softmax_sum", **sizes
+    )
+    q, k = (torch.zeros(LONG, heads, case.head_dim, dtype=case.dtype) for heads in (case.heads, case.kv_heads))
+    ends = torch.tensor([0, TOKENS, 2 * TOKENS, LONG], dtype=torch.int32)
+    unknown = build_layout(ends, num_tokens=LONG, block_size=case.block_size)
+    select_blocks_triton(q, k, layout=unknown, score="softmax_sum", **sizes)
+
+
+def _sparse(case: Case) -> None:
+    layout, scale = _layout(case), case.head_dim**-0.5
+    q, k, v = _heads(case, case.heads), _heads(case, case.kv_heads), _heads(case, case.kv_heads)
+    indices = torch.zeros(TOKENS, case.kv_heads, case.top_k, dtype=torch.int32)
+    o, lse = sparse_attention_forward(q, k, v, indices, layout, scale)
+    sparse_attention_backward(q, k, v, indices, o, lse, o, layout, scale)
+    into = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
+    sparse_attention_backward(q, k, v, indices, None, lse, o, layout, scale, delta=lse, add_to=into)
+
+
+def _gate(case: Case) -> None:
+    o, logits = _heads(case, case.heads), torch.zeros(TOKENS, case.heads, dtype=case.dtype)
+    gate_stream_forward(o, logits)
+    gate_stream_backward(o, logits, o)
+
+
+def _align(case: Case) -> None:
+    o, logits = _heads(case, case.heads), torch.zeros(TOKENS, case.heads, dtype=case.dtype)
+    lse, weights = torch.zeros(TOKENS, case.heads), (1.0, 1.0)
+    gate_forward(o, o, logits, "full", weights, (lse[None], lse))
+    gate_backward(o, o, logits, o, torch.zeros(()), "full", weights)
+    places = torch.arange(TOKENS, dtype=torch.int32)
+    sampled_forward(o, o, logits, places, "full", weights, lse[None], lse)
+    sampled_backward(o, o, logits, places, o, torch.zeros(()), "full", weights)
+
+
+def _qkv_rope(case: Case) -> None:
+    group = case.heads // case.kv_heads
+    mixed = torch.zeros(TOKENS, case.kv_heads * ((group + 2) * case.head_dim + group), dtype=case.dtype)
+    angles, positions = torch.zeros(TOKENS, case.head_dim // 2), torch.zeros(TOKENS, dtype=torch.int32)
+    sizes = (case.kv_heads, group, case.head_dim, group)
+    grads = qkv_rope_forward(mixed, angles, positions, *sizes)
+    qkv_rope_backward(*grads, angles, positions, *sizes)
+
+
+def _decode(case: Case) -> None:
+    for tokens, pages in ((1, None), (4, 64)):
+        sizes = {"block_size": case.block_size, "dtype": case.dtype, "num_pages": pages}
+        cache = build_cache((2, 8192, case.kv_heads, case.head_dim), **sizes)
+        q = torch.zeros(2, tokens, case.heads, case.head_dim, dtype=case.dtype)
+        k = torch.zeros(2, tokens, case.kv_heads, case.head_dim, dtype=case.dtype)
+        append_triton(cache, k, k, None)
+        update_means_triton(cache, tokens, None)
+        sizes = {"scale": case.head_dim**-0.5, "score": "softmax_sum"}
+        decode_attention_triton(q, cache, None, top_k=case.top_k, **sizes)
+        decode_attention_triton(q, cache, None, top_k=None, **sizes)
+        select_cached_triton(q, cache, None, top_k=case.top_k, **sizes)
+
+
+OPERATORS = {
+    "select": _select,
+    "sparse": _sparse,
+    "gate": _gate,
+    "align": _align,
+    "qkv_rope": _qkv_rope,
+    "decode": _decode,
+}

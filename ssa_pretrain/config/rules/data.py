@@ -1,0 +1,27 @@
+"""Rules of the data's stages, which are placed by the steps of the run. What the files decide is in files.py."""
+
+from ssa_pretrain.config import Config, batches
+from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.settings.problems import Problem
+
+
+def _stages_ascend(config: Config, _: Machine) -> list[Problem]:
+    """The stages of the mixture begin one after another, within the run."""
+    training = config.training
+    steps, reads = training.num_steps(), ("training.steps", "training.total_tokens", "training.global_batch_tokens")
+    found, before = [], 0
+    for number, stage in enumerate(config.data.stages):
+        name = "from_step" if stage.from_step else "from_tokens"
+        key, value = f"data.stages.{number}.{name}", getattr(stage, name)
+        first = stage.first_step(batches(training))
+        if first <= before:
+            rule = f"must begin after the stage before it, which begins after step {before}"
+            found.append(Problem(key, value, rule, f"try {before + 1} steps or more", reads))
+        elif first >= steps:
+            rule = f"begins after step {first:,}, but the run ends with step {steps:,}"
+            found.append(Problem(key, value, rule, f"try less than {steps:,} steps, or remove the stage", reads))
+        before = max(before, first)
+    return found
+
+
+DATA_RULES = (_stages_ascend,)

@@ -1,0 +1,106 @@
+"""Muon, muP and the z-loss over whole runs: an exact resume, checkpoints on other layouts, and both engines where both have them.
+
+Losses, norms, alignments and masses, fp32, to 1e-5 relative, as in test_deepspeed.py. Single steps on every layout: test_layouts.py.
+"""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from support.processes import SUPPORT, run_workers
+from support.run_comparison import close
+
+pytestmark = pytest.mark.timeout(900)
+WORKER = SUPPORT / "deepspeed_worker.py"
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
+SAVED, STOP = 2, 4
+
+MUON = {"optim.name": "muon"}
+REPLICATED = MUON | {"engine.distributed_optimizer": False}
+SCALED = {"model.mup.base_width": 8, "model.mup.base_head_dim": 2, "training.z_loss": 0.01, "optim.weight_decay": 1.0}
+TP2 = {"parallel.tp": 2, "parallel.sequence_parallel": True}
+PP2 = {"parallel.pp": 2}
+
+
+def zero(stage: int) -> dict:
+    return SCALED | {"engine.name": "deepspeed", "deepspeed.zero_stage": stage}
+
+
+def train(name: str, settings: dict) -> dict:
+    return {"name": name, "do": "train", "set": settings, "save_at": SAVED, "stop": STOP}
+
+
+def resume(name: str, source: str, settings: dict) -> dict:
+    return {"name": name, "do": "resume", "set": settings, "from": source, "first": SAVED, "stop": STOP}
+
+
+def two_processes() -> list[dict]:
+    """Returns the jobs of two processes by layout."""
+    jobs = [train("muon", MUON), resume("muon.resumed", "muon", MUON)]
+    jobs += [resume("muon.replicated", "muon", REPLICATED)]
+    jobs += [train("scaled", SCALED), resume("scaled.resumed", "scaled", SCALED)]
+    for stage in (1, 3) if HAS_DEEPSPEED else ():
+        jobs += [train(f"scaled.zero{stage}", zero(stage))]
+    if HAS_DEEPSPEED:
+        jobs += [resume("scaled.zero1.resumed", "scaled.zero1", zero(1))]
+    jobs += [resume("muon.tp2_sp", "muon", MUON | TP2), train("muon.from_tp2_sp", MUON | TP2)]
+    return [*jobs, resume("muon.pp2", "muon.from_tp2_sp", MUON | PP2)]
+
+
+def one_process() -> list[dict]:
+    """Returns the jobs of one process."""
+    jobs = [resume("muon.one", "muon", MUON), resume("muon.one_from_tp2_sp", "muon.from_tp2_sp", MUON)]
+    jobs += [resume("scaled.one", "scaled", SCALED)]
+    return [*jobs, resume("scaled.one_from_zero3", "scaled.zero3", zero(3))] if HAS_DEEPSPEED else jobs
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, list]:
+    """Runs all jobs and returns the results of each, on which its ranks must agree."""
+    folder, found = tmp_path_factory.mktemp("optimizers"), {}
+    for world, jobs in ((2, two_processes()), (1, one_process())):
+        listing = folder / f"jobs{world}.json"
+        listing.write_text(json.dumps(jobs))
+        run_workers(WORKER, world, str(listing), str(folder), timeout=600)
+        for job in jobs:
+            texts = {(folder / f"{job['name']}.{rank}.json").read_text() for rank in range(world)}
+            assert len(texts) == 1, f"{job['name']}: ranks report different results"
+            found[job["name"]] = json.loads(texts.pop())
+    return found
+
+
+@pytest.mark.parametrize("name", ["muon", "scaled", "scaled.zero1"])
+def test_resumed_run_is_bit_identical(results, name):
+    if "zero" in name and not HAS_DEEPSPEED:
+        pytest.skip("DeepSpeed is not installed")
+    assert results[f"{name}.resumed"] == results[name][SAVED:]
+
+
+@pytest.mark.parametrize("name", ["muon.replicated", "muon.tp2_sp", "muon.one", "muon.one_from_tp2_sp", "muon.pp2"])
+def test_muon_resumes_on_other_layouts(results, name):
+    """Compares two steps after the resume: a lost momentum, step count or owner shows in the second."""
+    close(results[name], results["muon"][SAVED:])
+
+
+def test_scaled_run_resumes_on_one_process(results):
+    close(results["scaled.one"], results["scaled"][SAVED:])
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_scales_like_megatron(results, stage):
+    close(results[f"scaled.zero{stage}"], results["scaled"])
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
+def test_deepspeed_keeps_the_factors_on_another_number_of_ranks(results):
+    close(results["scaled.one_from_zero3"], results["scaled"][SAVED:])
+
+
+def test_settings_change_the_run(results):
+    """Otherwise the comparisons above would hold for runs that ignore them."""
+    for name in ("muon", "scaled"):
+        steps = results[name]
+        assert abs(steps[1][0] - steps[0][0]) > 1e-2
+    assert abs(results["muon"][1][0] - results["scaled"][1][0]) > 1e-2
