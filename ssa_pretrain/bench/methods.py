@@ -49,10 +49,11 @@ def own_layers() -> list[Method]:
 
 
 def attention_of(method: Method) -> AttentionConfig:
-    """Returns the settings of a method's file in conf/attention/."""
+    """Returns the settings of a method's file in conf/attention/, without a warm-up, whose steps are those of full attention."""
     path = CONF / "attention" / f"{method}.yaml"
     tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {"method": method.value}
     attention, problems = config_from_dict(AttentionConfig, tree)
     if problems:
         raise ConfigError(problems)
-    return attention
+    scorer = getattr(attention, "indexer", None)
+    return attention if scorer is None else replace(attention, **{"indexer": replace(scorer, warmup_steps=0)})

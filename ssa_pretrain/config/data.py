@@ -28,7 +28,7 @@ class StageConfig:
     weights: dict[str, float] = field(default_factory=dict)  # as data.weights
 
     def problems(self, key: str) -> list[Problem]:
-        """Returns the problems within this stage, whose key is such as data.stages.0."""
+        """Returns the problems within this stage, whose key is such as data.stages[0]."""
         found = at_least(key, self, 0, "from_step", "from_tokens")
         if not found and (self.from_step > 0) == (self.from_tokens > 0):
             rule = f"and from_tokens={self.from_tokens} must be one positive number and one 0: where the stage begins"
@@ -57,7 +57,7 @@ class DataConfig:
         """Returns the problems within this section."""
         found = at_least("data", self, 1, "sequence_length") + weight_problems("data.weights", self.weights)
         for number, stage in enumerate(self.stages):
-            found += stage.problems(f"data.stages.{number}")
+            found += stage.problems(f"data.stages[{number}]")
         if self.index_path and self.packing is RowPacking.flow:
             rule = "is for the index of data.packing=best_fit, and data.packing=flow has none"
             advice = "try data.index_path='' or data.packing=best_fit"

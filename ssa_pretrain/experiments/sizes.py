@@ -31,6 +31,7 @@ class Size:
         samples: needles per length and depth.
         observed_rows: rows whose attention is measured by layer and head.
         benches: of the overhead.
+        warmup_steps: of the indexer, with full attention.
         default_data: data.path unless the user gives one.
     """
 
@@ -45,6 +46,7 @@ class Size:
     samples: int
     observed_rows: int
     benches: tuple[Bench, ...]
+    warmup_steps: int
     default_data: str
 
     @property
@@ -70,8 +72,9 @@ class Size:
         return Setting(f"ssa_{label}", (*self.method("ssa").overrides, *overrides))
 
     def _blocks(self, name: str) -> tuple[str, ...]:
-        """Returns the overrides of blocks; the indexer keeps its own, as its models do."""
-        return () if name == "indexer" else (f"attention.block_size={self.block_size}", f"attention.top_k={self.top_k}")
+        """Returns the overrides that make methods comparable: equal blocks, and a warm-up of the trained scorer that fits the length of the runs."""
+        warmup = (f"attention.indexer.warmup_steps={self.warmup_steps}",) if name == "indexer" else ()
+        return (f"attention.block_size={self.block_size}", f"attention.top_k={self.top_k}", *warmup)
 
 
 SIZES = {
@@ -105,6 +108,7 @@ SIZES = {
                 ONE_BILLION_GIB,
             ),
         ),
+        warmup_steps=64,
         default_data="data/debian_8k",
     ),
     "tiny": Size(
@@ -148,6 +152,7 @@ SIZES = {
                 ),
             ),
         ),
+        warmup_steps=2,
         default_data="data/quickstart",
     ),
 }

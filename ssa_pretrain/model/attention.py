@@ -173,7 +173,7 @@ class SSAAttention(MegatronModule):
         if self.key_convolution is not None:
             k = self._convolved(k, rotary_pos_emb, packed)
         if packed.observe is not None:
-            packed.observe(self, q, k, packed, v=v)
+            packed.observe(self, q, k, packed, v=v)  # the values of all tokens, [S, G, D]
         if packed.keep is not None:
             packed.keep.keep(self.layer_number, k.detach(), v.detach(), self.impl)
         attend = self._main_stream if packed.continues is None else self._newest_tokens

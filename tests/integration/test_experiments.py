@@ -10,8 +10,8 @@ from ssa_pretrain.experiments.results import RunResult
 from support.processes import ROOT, environment
 from support.training import records
 
-STEPS, EVERY = 24, 3
-SETTINGS = ("theorem", "size=tiny", "seeds=1", "--only=ssa", f"training.steps={STEPS}", "evaluation.interval=12")
+STEPS, EVERY = 12, 3
+SETTINGS = ("theorem", "size=tiny", "seeds=1", "--only=ssa", f"training.steps={STEPS}", "evaluation.interval=6")
 
 
 def command(corpus: Path, out: Path, *more: str) -> list[str]:

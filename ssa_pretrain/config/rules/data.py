@@ -12,7 +12,7 @@ def _stages_ascend(config: Config, _: Machine) -> list[Problem]:
     found, before = [], 1
     for number, stage in enumerate(config.data.stages):
         name = "from_step" if stage.from_step else "from_tokens"
-        key, value = f"data.stages.{number}.{name}", getattr(stage, name)
+        key, value = f"data.stages[{number}].{name}", getattr(stage, name)
         first = stage.steps_before(batches(training)) + 1
         if first <= before:
             rule = f"must begin after the stage before it, which begins with step {before}"

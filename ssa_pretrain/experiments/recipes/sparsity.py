@@ -13,7 +13,7 @@ def recipe(size: Size) -> Recipe:
         name="sparsity",
         title="Captured mass and entropy",
         about="How much of full attention falls into the chosen blocks, and how spread it is. The paper says that SSA's attention is the sparsest of all "
-        "methods. A method whose blocks differ (the indexer's are larger) captures the mass of its own blocks.",
+        "methods. All methods have the same blocks; a method that chooses by other scores captures the mass of the blocks that it chooses.",
         settings=size.methods(),
         tables=[Table("At the end of training", [MASS, MASS_SPARSE, ENTROPY, FULL])],
         comparisons=[Comparison("ssa", name, [MASS, ENTROPY]) for name in OTHERS],

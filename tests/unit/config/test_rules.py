@@ -458,7 +458,7 @@ def test_flipped_bit_in_a_small_file_is_rejected_by_every_command(
         ),
         (
             "data.stages=[{from_step:5,weights:{german:1}}]",
-            "data.stages.0.weights.german=1.0 names no part of {path}; its parts are english and python",
+            "data.stages[0].weights.german=1.0 names no part of {path}; its parts are english and python",
         ),
         (
             "data.sequence_length=1024",
@@ -478,29 +478,29 @@ def test_settings_that_do_not_fit_the_data_are_one_line(dataset: Path, override:
     [
         (
             ("data.stages=[5]",),
-            "data.stages.0=5 is a section, not a value; it has the keys from_step, from_tokens and weights",
+            "data.stages[0]=5 is a section, not a value; it has the keys from_step, from_tokens and weights",
         ),
         (
             ("data.stages=[{weight:{web:1}},{from_step:9}]",),
-            "data.stages.0.weight={...} is not a known key of data.stages.0; did you mean data.stages.0.weights?",
+            "data.stages[0].weight={...} is not a known key of data.stages[0]; did you mean data.stages[0].weights?",
         ),
         (
             ("data.stages=[{from_step:10,from_tokens:81920,weights:{web:1}}]",),
-            "data.stages.0.from_step=10 and from_tokens=81920 must be one positive number and one 0: where the stage begins; "
+            "data.stages[0].from_step=10 and from_tokens=81920 must be one positive number and one 0: where the stage begins; "
             "the run begins with data.weights; try {from_step: 1001, weights: {…}}",
         ),
-        (("data.stages=[{from_step:-1}]",), "data.stages.0.from_step=-1 must be at least 0; try 0"),
+        (("data.stages=[{from_step:-1}]",), "data.stages[0].from_step=-1 must be at least 0; try 0"),
         (
             ("data.stages=[{from_step:10,weights:{web:-1,code:2}}]",),
-            "data.stages.0.weights.web=-1.0 must not be negative; 0 leaves the source out",
+            "data.stages[0].weights.web=-1.0 must not be negative; 0 leaves the source out",
         ),
         (
             ("data.stages=[{from_tokens:81921},{from_step:12}]",),
-            "data.stages.1.from_step=12 must begin after the stage before it, which begins with step 12; try from_step: 13 or later",
+            "data.stages[1].from_step=12 must begin after the stage before it, which begins with step 12; try from_step: 13 or later",
         ),
         (
             ("data.stages=[{from_tokens:2457600}]",),
-            "data.stages.0.from_tokens=2457600 begins with step 301, but the run ends with step 300; "
+            "data.stages[0].from_tokens=2457600 begins with step 301, but the run ends with step 300; "
             "try from_step: 300 or earlier, or remove the stage",
         ),
         (
