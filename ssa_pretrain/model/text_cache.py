@@ -35,7 +35,7 @@ class Choice:
     @property
     def decoding_impl(self) -> str | None:
         """Which implementation runs a step: the reference where no kernel serves it."""
-        has_kernel = self.score != "official_compat" and self.top_k <= KERNELS_MOST_BLOCKS
+        has_kernel = self.score not in ("compressed", "official_compat") and self.top_k <= KERNELS_MOST_BLOCKS
         return self.impl if has_kernel or self.mode == "full" else "reference"
 
 

@@ -11,7 +11,7 @@ from ..documents import DocumentLayout, as_layout
 from ..queries import query_slice
 from .reference import select_blocks_reference
 
-SCORES = ("softmax_sum", "per_head", "official_compat")
+SCORES = ("softmax_sum", "per_head", "compressed", "official_compat")
 
 
 @past_modes
@@ -35,7 +35,7 @@ def select_blocks(
         top_k: blocks per query, the own block included.
         cu_seqlens: int32 `[documents + 1]`, or a layout built from it.
         scale: factor of the logits, default D^-1/2.
-        score: "softmax_sum" (SSA), "per_head" (MoBA) or "official_compat" (the official code's choice; see reference.py).
+        score: "softmax_sum" (SSA), "per_head" (MoBA), "compressed" (NSA) or "official_compat" (the official code's choice; see reference.py).
         impl: None, "triton" or "reference".
 
     Returns:

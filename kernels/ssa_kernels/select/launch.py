@@ -22,6 +22,7 @@ from ..documents import DocumentLayout
 from ..launch import cdiv, high_priority_stream, launch, next_power_of_2
 from .importance import block_means_kernel, importance_kernel, softmax_sums_kernel
 from .long_documents import MAX_PROGRAMS, LongestSeen, long_tiles_kernel, longest_seen
+from .reference import COMPLETE_OWN
 from .topk import top_k_kernel
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -111,7 +112,7 @@ def choose_blocks_triton(
     block_rows = max(layout.num_block_rows, plan.columns) if layout.scattered else plan.columns
     slices = cdiv(block_rows + plan.tile, SLICE_BLOCKS)
     with_bins = (
-        score == "softmax_sum" and slices >= BINS_FROM_SLICES and slices * TILE_BLOCKS >= BINS_PER_CHOICE * top_k
+        score in ("softmax_sum", "compressed") and slices >= BINS_FROM_SLICES and slices * TILE_BLOCKS >= BINS_PER_CHOICE * top_k
     )
     bins = workspace if not with_bins else torch.empty(plan.chunk, plan.lists, slices, TILE_BLOCKS, device=q.device)
     table, narrow = _table(means), means.shape[2] <= 64
@@ -248,7 +249,7 @@ def _softmax_sums(
             softmax_sums_kernel, (cdiv(part.stop - start, plan.tile), means.shape[1]),
             q[part], _table(means), layout.query_first_block_row[part], layout.query_position[part], lse[part],
             part.stop - start, q.stride(0), scale * LOG2E,
-            **_shape(means, layout, plan, dim, top_k, score), STAGES=2, FMA_SHARE=FMA_SHARE, OFFICIAL=score == "official_compat",
+            **_shape(means, layout, plan, dim, top_k, score), STAGES=2, FMA_SHARE=FMA_SHARE, OFFICIAL=score in COMPLETE_OWN,
             num_warps=4, maxnreg=96 if means.shape[2] <= 64 else 168,
         )  # fmt: skip
         if q.is_cuda:
