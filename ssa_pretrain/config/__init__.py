@@ -1,6 +1,7 @@
 """The configuration of a run: its schema, the machine it runs on, its rules and DeepSpeed's dictionary.
 
-Reading order: choices, evaluation, trackers, schema, machine, rules/, deepspeed. This module re-exports the first four only, so importing it is cheap.
+Reading order: choices, evaluation, trackers, schema, gates, machine, rules/, deepspeed. This module re-exports the first five only, so importing it is
+cheap.
 """
 
 from pathlib import Path
@@ -30,6 +31,7 @@ from ssa_pretrain.config.evaluation import (
     PerplexityTask,
     TaskConfig,
 )
+from ssa_pretrain.config.gates import gates_per_head
 from ssa_pretrain.config.schema import (
     AttentionConfig,
     CheckpointConfig,
@@ -89,4 +91,5 @@ __all__ = [
     "TrainingConfig",
     "WandbConfig",
     "WandbMode",
+    "gates_per_head",
 ]

@@ -34,8 +34,10 @@ from ssa_pretrain.config import (
 from ssa_pretrain.model.attention import SSAAttention, SSAAttentionSubmodules
 from ssa_pretrain.model.init import init_weights
 from ssa_pretrain.model.llama import FeedForward, Llama, RMSNorm
+from ssa_pretrain.model.nsa import NSAAttention
 
 ATTENTION: dict[Method, type[SSAAttention]] = dict.fromkeys(Method, SSAAttention)  # a layer's attention, by method
+ATTENTION[Method.nsa] = NSAAttention
 
 
 def transformer_config(config: Config) -> TransformerConfig:

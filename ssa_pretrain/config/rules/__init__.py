@@ -15,6 +15,7 @@ from ssa_pretrain.config.rules.evaluation import EVALUATION_FILE_RULES, EVALUATI
 from ssa_pretrain.config.rules.files import FILE_RULES
 from ssa_pretrain.config.rules.layout import LAYOUT_RULES
 from ssa_pretrain.config.rules.machine import MACHINE_RULES
+from ssa_pretrain.config.rules.nsa import NSA_RULES
 from ssa_pretrain.settings.convert import SECRET_ADVICE, SECRET_RULE, config_to_dict
 from ssa_pretrain.settings.problems import HIDDEN, Problem, hide_secrets, independent
 
@@ -28,7 +29,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         wrong: keys that already have problems; a section stands for all its keys.
     """
     files = (*FILE_RULES, *EVALUATION_FILE_RULES) if machine.has_files else ()
-    rules = (_secrets, _sections, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *EVALUATION_RULES, *files)
+    rules = (_secrets, _sections, *NSA_RULES, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *EVALUATION_RULES, *files)
     found: list[Problem] = []
     for rule in rules:
         bad = {*wrong, *(problem.key for problem in found)}

@@ -57,7 +57,7 @@ def _fp8(config: Config, machine: Machine) -> list[Problem]:
     widths = {
         "model.hidden_size": (model.hidden_size, model.hidden_size),
         "model.ffn_hidden_size": (model.ffn_hidden_size, model.ffn_hidden_size // tp),
-        "model.head_dim": (model.head_dim, model.qkv_width(gate=config.attention.gate) // tp),
+        "model.head_dim": (model.head_dim, model.qkv_width(gates=gates_per_head(config.attention)) // tp),
         "training.micro_batch_size": (config.training.micro_batch_size, tokens),
     }
     rule = f"gives a matrix dimension of {{}} on each rank, but precision=fp8 needs a multiple of {FP8_MULTIPLE}"
