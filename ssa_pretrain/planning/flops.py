@@ -7,7 +7,7 @@ products of 2 * D operations per head.
 MFU counts the matrix products and *one* attention stream per query: the full one where it is computed, else the sparse
 one. full computes the full stream everywhere, moba nowhere. ssa computes it for all queries of the microbatches where
 it is the main stream (the share p = full_ratio) and for the drawn queries of the others. At counterpart_share = 1 that
-is everywhere. The extra work of SSA (the second stream, selection, gates, alignment) is the price of the method, not work
+is everywhere. nsa's stream is all three of its branches, so MFU counts the compressed branch and the window too. The extra work of SSA (the second stream, selection, gates, alignment) is the price of the method, not work
 of the model: it is counted here and shown next to MFU, but never included in it. All counts are those of the algorithm.
 A kernel that pads or masks does more. Counts are means over the draws of a training step.
 
@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssa_pretrain.config import AttentionConfig, ModelConfig, PrecisionName, Score
+from ssa_pretrain.config import AttentionConfig, Method, ModelConfig, PrecisionName, Score, gates_per_head
 from ssa_pretrain.schedule import share_drawn
 
 TERA = 1e12
@@ -61,6 +61,7 @@ class RowFlops:
         covered: either stream, of the queries that the counterpart leaves out because the chosen blocks cover them.
         full_ratio: p, the share of microbatches whose main stream is full.
         share_if_full, share_if_sparse: share of a microbatch's queries that are drawn for the other stream, by its main stream.
+        branches: nsa's compressed branch and sliding window, which belong to every query's stream.
     """
 
     linear: float
@@ -74,13 +75,14 @@ class RowFlops:
     full_ratio: float
     share_if_full: float
     share_if_sparse: float
+    branches: float = 0.0
 
     @property
     def model(self) -> float:
         """Forward and backward operations that MFU counts."""
         full = self.full_ratio + (1.0 - self.full_ratio) * self.share_if_sparse
         attention = full * self.full_attention + (1.0 - full) * self.sparse_attention
-        return 3.0 * (self.linear + self.logits + attention)
+        return 3.0 * (self.linear + self.logits + attention + self.branches)
 
     @property
     def overhead(self) -> float:
@@ -101,7 +103,7 @@ class RowFlops:
         first, second = streams if main == "full" else streams[::-1]
         both = share * (second - self.covered + self.alignment)
         selection = self.selection * (share if main == "full" else 1.0)
-        return 3.0 * (self.linear + self.logits + first + self.gate + both) + selection
+        return 3.0 * (self.linear + self.logits + first + self.branches + self.gate + both) + selection
 
 
 def row_flops(
@@ -116,7 +118,8 @@ def row_flops(
         vocab_size: V without padding, which is not work; None: model.vocab_size.
     """
     tokens, layers, streams = sum(document_lengths), model.num_layers, attention.method.streams
-    width, qkv = model.query_width, model.qkv_width(gate=attention.gate)
+    width, gates = model.query_width, gates_per_head(attention)
+    qkv = model.qkv_width(gates=gates)
     weights = model.hidden_size * (qkv + width + 3 * model.ffn_hidden_size)
     full = sum(causal_pairs(length) for length in document_lengths)
     sparse = sum(sparse_pairs(length, attention.block_size, attention.top_k) for length in document_lengths)
@@ -132,12 +135,13 @@ def row_flops(
         full_attention=4.0 * width * layers * full * has_full,
         sparse_attention=4.0 * width * layers * sparse * has_sparse,
         selection=has_sparse * layers * sum(_selection(length, model, attention) for length in document_lengths),
-        gate=attention.gate * elements,
+        gate=gates * elements,
         alignment=has_both * (7 + attention.gate) * elements,
         covered=4.0 * width * layers * sum(map(causal_pairs, covered)) * (has_both and left_out),
         full_ratio=attention.full_ratio if has_both else float(has_full),
         share_if_full=share_drawn(attention, "full") if has_both else 0.0,
         share_if_sparse=share_drawn(attention, "sparse") if has_both else 0.0,
+        branches=layers * sum(_branches(length, model, attention) for length in document_lengths),
     )
 
 
@@ -154,6 +158,26 @@ def sparse_pairs(length: int, block_size: int, top_k: int) -> int:
     ramp = min(top_k - 1, blocks)
     earlier = ramp * (ramp - 1) // 2 + (blocks - ramp) * (top_k - 1)
     return own + block_size * (block_size * earlier + rest * min(top_k - 1, blocks))
+
+
+def window_pairs(length: int, window: int) -> int:
+    """Returns the number of pairs of a document in a sliding window of so many keys."""
+    return causal_pairs(min(length, window)) + max(0, length - window) * window
+
+
+def block_pairs(length: int, block_size: int) -> int:
+    """Returns the number of (query, block) pairs of a document whose block is complete at the query's position."""
+    blocks, rest = divmod(length, block_size)
+    # Each query at positions block_size * (b + 1) - 1 and later, up to the next such position, sees b + 1 blocks.
+    return block_size * blocks * (blocks - 1) // 2 + blocks * (rest + 1)
+
+
+def _branches(length: int, model: ModelConfig, attention: AttentionConfig) -> float:
+    """Returns the operations of nsa's other two branches in one layer and document: mean values, both attentions."""
+    if attention.method is not Method.nsa:
+        return 0.0
+    pairs = window_pairs(length, attention.window) + block_pairs(length, attention.block_size)
+    return float(4 * model.query_width * pairs + length * model.kv_width)
 
 
 def _selection(length: int, model: ModelConfig, attention: AttentionConfig) -> float:

@@ -17,7 +17,7 @@ Peaks are compared with measured ones in measured_runs.csv. They are what tensor
 
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, EngineName, PrecisionName, Recompute, Score
+from ssa_pretrain.config import Config, EngineName, Method, PrecisionName, Recompute, Score, gates_per_head
 from ssa_pretrain.schedule import share_drawn
 
 SELECTION_WORKSPACE = 64 * 2**20  # bytes, the bound in kernels/ssa_kernels/select/launch.py
@@ -66,7 +66,7 @@ class Activations:
 def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
     """Returns the number of parameters of the whole model (tied embeddings once) and of the rank that holds most."""
     model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
-    qkv = model.qkv_width(gate=config.attention.gate)
+    qkv = model.qkv_width(gates=gates_per_head(config.attention))
     matrices = model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
     norms = 2 * model.hidden_size
     embedding = padded_vocab_size * model.hidden_size
@@ -97,7 +97,7 @@ def _zero_stage(config: Config) -> int:
 def _layer_parameters(config: Config) -> int:
     """Returns the parameters of the layers' matrices on one rank."""
     model, parallel = config.model, config.parallel
-    qkv = model.qkv_width(gate=config.attention.gate)
+    qkv = model.qkv_width(gates=gates_per_head(config.attention))
     matrices = model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
     return model.num_layers // parallel.pp * matrices // parallel.tp
 
@@ -211,10 +211,11 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
     width = model.query_width
     qkv = width + 2 * model.kv_width * config.parallel.cp
     second = max(share_drawn(config.attention, main) for main in method.streams) if len(method.streams) > 1 else 0.0
-    outputs = int((1.0 + second) * (width * size + 4 * model.num_attention_heads))  # with their log-sum-exps in fp32
+    branches = 2.0 if method is Method.nsa else 0.0  # beside the sparse stream
+    outputs = int((1.0 + second + branches) * (width * size + 4 * model.num_attention_heads))  # with their log-sum-exps in fp32
     lists = model.num_attention_heads if config.attention.score is Score.per_head else model.num_kv_heads
     indices = 0 if "sparse" not in method.streams else 4 * config.attention.top_k * lists
-    gates = size * model.num_attention_heads if config.attention.gate else 0
+    gates = size * model.num_attention_heads * gates_per_head(config.attention)
     selective = config.engine.recompute is Recompute.selective
     # SwiGLU's input, and its output unless that is recomputed.
     feed_forward = model.ffn_hidden_size * (2 * size + (0 if selective else product))
@@ -226,8 +227,9 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
 def _backward_bytes_per_token(config: Config, size: int) -> int:
     """Returns the bytes per token of the temporary tensors of one layer's backward: those of the feed-forward or of attention."""
     model, tp = config.model, config.parallel.tp
-    width, streams = model.query_width, len(config.attention.method.streams)
-    qkv = model.qkv_width(gate=config.attention.gate)
+    width, method = model.query_width, config.attention.method
+    streams = 3 if method is Method.nsa else len(method.streams)  # nsa's branches each have an output
+    qkv = model.qkv_width(gates=gates_per_head(config.attention))
     feed_forward = 3 * model.ffn_hidden_size * size // tp
     # The gradients of each stream's output and of q, k, v, before and after RoPE; dQ in fp32 inside the full stream's kernel.
     attention = ((streams + 1) * width * size + 2 * qkv * size + 4 * width + 8 * model.num_attention_heads) // tp

@@ -84,6 +84,8 @@ def _attention(config: Config) -> str:
         return f"full; evaluated sparse with {field}"
     if attention.method is Method.moba:
         return f"moba: only the sparse stream, {field}"
+    if attention.method is Method.nsa:
+        return f"nsa: {field}, the means of blocks, a window of {attention.window} keys; evaluated full with every block chosen"
     terms = f"alignment weight {attention.alignment_weight:g}, full ratio {attention.full_ratio:g}"
     if attention.counterpart_share < 1.0:
         full, sparse = (share_drawn(attention, main) for main in ("full", "sparse"))

@@ -29,6 +29,7 @@ UNFUSED = {
 BF16_GRADS = BF16 | {"precision.grad_reduce_in_fp32": False}
 UNTIED = {"model.tie_embeddings": False}
 QUARTER = {"attention.counterpart_share": 0.25}
+NSA = {"attention.method": "nsa", "attention.score": "compressed", "attention.window": 11}
 
 
 def deepspeed(stage: int, **more) -> dict:
@@ -59,13 +60,14 @@ VARIANTS = {  # name -> (layout, settings, the megatron engine's settings if the
     "dp2.zero3.selective": ("dp2", deepspeed(3, engine__recompute="selective"), {}),
     "dp2.zero3.untied": ("dp2", deepspeed(3) | UNTIED, UNTIED),  # a weight that no module's own forward uses
     "dp2.zero3.quarter": ("dp2", deepspeed(3) | QUARTER, QUARTER),
+    "dp2.zero3.nsa": ("dp2", deepspeed(3) | NSA, NSA),
     "dp2.bf16.zero0": ("dp2", deepspeed(0) | BF16_GRADS, BF16_GRADS),
     "dp2.bf16.zero1": ("dp2", deepspeed(1) | BF16, BF16),  # saves too: another of DeepSpeed's optimizers than in fp32
     "dp2.bf16.zero2": ("dp2", deepspeed(2) | BF16, BF16),
     "dp2.bf16.zero3": ("dp2", deepspeed(3) | BF16, BF16),
     "tp2_sp.bf16.zero1": ("tp2_sp", deepspeed(1) | BF16, BF16),
 }
-SUFFIXES = {".bf16": BF16, ".bf16_grads": BF16_GRADS, ".untied": UNTIED, ".quarter": QUARTER}
+SUFFIXES = {".bf16": BF16, ".bf16_grads": BF16_GRADS, ".untied": UNTIED, ".quarter": QUARTER, ".nsa": NSA}
 STAGES = (0, 1, 2, 3)
 FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
 
@@ -81,6 +83,7 @@ def two_processes() -> list[dict]:
             jobs.append(train("megatron.dp2.bf16_grads", place | BF16_GRADS | UNFUSED))
             jobs.append(train("megatron.dp2.untied", place | UNTIED))
             jobs.append(train("megatron.dp2.quarter", place | QUARTER))
+            jobs.append(train("megatron.dp2.nsa", place | NSA))
             jobs.append(weights("megatron.dp2.weights", "megatron.dp2", place))
         elif layout == "tp2_sp":
             jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED))

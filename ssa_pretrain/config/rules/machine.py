@@ -1,6 +1,6 @@
 """Rules of the machine: what kernels, Transformer Engine, trackers and Slurm need from it."""
 
-from ssa_pretrain.config import Config, KernelImpl, LayerSpec, PrecisionName, WandbMode
+from ssa_pretrain.config import Config, KernelImpl, LayerSpec, PrecisionName, WandbMode, gates_per_head
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.settings.problems import Problem, divisors, join, nearest
 
