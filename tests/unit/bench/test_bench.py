@@ -224,7 +224,7 @@ def test_benchmark_runs_on_a_cpu(tmp_path):
     with (tmp_path / "results.csv").open() as file:
         found = {line["variant"]: line for line in csv.DictReader(file)}
     steps = {name for name in found if not name.startswith("share ")}
-    methods = {"full 8k", "full 8k unfused", "full 8k short", "ssa 8k", "ssa 8k short", "moba 8k"}
+    methods = {"full 8k", "full 8k unfused", "full 8k short", "ssa 8k", "ssa 8k short", "moba 8k", "nsa 8k"}
     assert steps == {"plain 8k", *methods, "ssa step", "optimizer"}
     shares = {name for goal in GOALS for name in (goal.over, goal.under) if name.startswith("share ")}
     assert shares <= set(found) and all(float(line["ms"]) > 0 for line in found.values())

@@ -68,8 +68,8 @@ def test_settings_of_skipped_steps_and_spikes_are_checked(overrides: tuple[str, 
     assert found("experiment=quickstart", "training.skip_steps=[[1,3],[120,130]]") == []
 
 
-PAPERS = ("ssa_1b_8k", "ssa_1b_8k_quarter", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k")
-EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp8_300m_evidence")
+PAPERS = ("ssa_1b_8k", "ssa_1b_8k_quarter", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "nsa_1b_8k", "ssa_300m_8k")
+EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "nsa_300m_evidence", "fp8_300m_evidence")
 
 
 @pytest.mark.parametrize("world_size", [1, 8, 64])
