@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from ssa_pretrain.config import AttentionConfig, Config, ModelConfig, RopeScalingConfig, Score
+from ssa_pretrain.config import AttentionConfig, Config, Method, ModelConfig, RopeScalingConfig, Score
 from ssa_pretrain.settings.problems import ConfigError, Problem, join, show
 
 MODEL_TYPE = "ssa_llama"
@@ -92,7 +92,9 @@ def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
     return {"rope_type": "llama3", "rope_theta": model.rope_theta, "factor": model.rope_scaling.factor, **LLAMA3}
 
 
-def imported_model(record: dict[str, Any], name: str) -> tuple[ModelConfig, AttentionConfig, int]:
+def imported_model(
+    record: dict[str, Any], name: str, method: Method = Method.ssa
+) -> tuple[ModelConfig, AttentionConfig, int]:
     """Returns model, attention and longest input of a config.json.
 
     The attention is what the file says about it: all of it in our own folders, blocks in released ones, otherwise the defaults without a gate.
@@ -100,11 +102,12 @@ def imported_model(record: dict[str, Any], name: str) -> tuple[ModelConfig, Atte
     Args:
         record: the file's content.
         name: of the model in the banner.
+        method: the attention method that the model is imported for; NSA's needs the window of its release.
 
     Raises:
         ConfigError: it describes a model that ssa_pretrain does not train, with every problem at once.
     """
-    if problems := list(_problems(record)):
+    if problems := [*_problems(record), *_window_problems(record, method)]:
         raise ConfigError(problems)
     heads, hidden, vocab_size = (record[key] for key in ("num_attention_heads", "hidden_size", "vocab_size"))
     rope = _rope(record)
@@ -136,7 +139,8 @@ def _attention(record: dict[str, Any]) -> AttentionConfig:
         return AttentionConfig(gate=False)
     sizes = {"block_size": record["block_size"], "top_k": record["block_counts" if kind == RELEASED else "top_k"]}
     if kind == RELEASED:
-        return AttentionConfig(gate=True, score=Score.official_compat, **sizes)
+        window = {"window": record["window_size"]} if record.get("window_size") else {}
+        return AttentionConfig(gate=True, score=Score.official_compat, **sizes, **window)
     return AttentionConfig(gate=record["attention_gate"], score=Score(record["score"]), **sizes)
 
 
@@ -161,10 +165,18 @@ def _problems(record: dict[str, Any]) -> Iterator[Problem]:
             )
     if record.get("quantization_config"):
         yield Problem("quantization_config", None, "is set, and quantized weights are not read", "import the original")
-    if record.get("window_size"):
-        rule = "is a sliding window, which NSA has and SSA, FullAttn and MoBA do not"
-        yield Problem("window_size", record["window_size"], rule, "import one of those: NSA is not trained here")
     yield from _rope_problems(_rope(record))
+
+
+def _window_problems(record: dict[str, Any], method: Method) -> Iterator[Problem]:
+    """Yields the problem of a sliding window without NSA, or of NSA without one."""
+    window, released = record.get("window_size"), record.get("model_type") == RELEASED
+    if window and method is not Method.nsa:
+        rule = "is a sliding window, which NSA has and SSA, FullAttn and MoBA do not"
+        yield Problem("window_size", window, rule, "try method=nsa" if released else "import another model")
+    if method is Method.nsa and not (window and released):
+        rule = f"needs model_type={RELEASED} with a window_size: no other folder has NSA's three gates per query head"
+        yield Problem("method", method, rule, "import NSA-1B, or leave method out")
 
 
 def _rope(record: dict[str, Any]) -> dict[str, Any]:
