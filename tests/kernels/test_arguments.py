@@ -63,6 +63,10 @@ def operators() -> dict[str, Operator]:
         "ssa_attention": Operator(
             ssa_kernels.ssa_attention, {**qkv, "gate_logits": logits, "cu_seqlens": ENDS, "main": main}, blocks
         ),
+        "window_attention": Operator(ssa_kernels.window_attention, {**qkv, "cu_seqlens": ENDS}, {"window": 3}),
+        "compressed_attention": Operator(
+            ssa_kernels.compressed_attention, {**qkv, "cu_seqlens": ENDS}, {"block_size": K}
+        ),
         "gate": Operator(ssa_kernels.gate, {"o": q, "gate_logits": logits}, {}),
         "swiglu": Operator(ssa_kernels.swiglu, {"x": draw(T, 2, 12)}, {}),
         "qkv_rope": Operator(ssa_kernels.qkv_rope, rope, ROPE),

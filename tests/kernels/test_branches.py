@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssa_kernels import build_layout, compressed_attention, gated_sum, query_slice, query_spans, window_attention
+from ssa_kernels import build_layout, compressed_attention, gated_sum, query_slice, query_spans, select_blocks, window_attention
 from support import oracle
 from support.errors import relative, require_as_near
 from support.kernel_impls import IMPLS
@@ -225,3 +225,84 @@ def test_wrong_branches_are_refused():
         compressed_attention(
             *(torch.zeros(4, n, 16) for n in (64, 1, 1)), block_size=2, cu_seqlens=torch.tensor([0, 4]), impl="triton"
         )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_blocks_are_scored_by_the_compressed_branch(impl):
+    """Its softmax counts the own block at the block's last token; everything else is as in softmax_sum, and the top-k is exact."""
+    q, k, _, _ = draw(4, 2, 16, torch.float32)
+    q, ends = 2 * q, torch.tensor(DOCUMENTS, dtype=torch.int32)
+    found = {
+        score: select_blocks(q, k, block_size=4, top_k=3, cu_seqlens=ends, score=score, impl=impl)
+        for score in ("compressed", "softmax_sum")
+    }
+    oracle.check_selection(found["compressed"], q, k, DOCUMENTS, 4, 3, 0.25, "compressed")
+    last = torch.tensor([(t - start) % 4 == 3 for t, (start, _) in enumerate(oracle.where(DOCUMENTS, len(q)))])
+    differ = (found["compressed"] != found["softmax_sum"]).flatten(1).any(1)
+    assert differ[last].any()
+    assert not differ[~last].any()
+
+
+COMPILE = """
+import json, os, re, subprocess, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ssa_kernels.branches import autograd, kernels
+from ssa_kernels import gated_sum_triton
+
+FLOATS = ("lse_ptr", "delta_ptr", "sums_k_ptr", "sums_v_ptr")
+INTEGERS = ("base_ptr", "position_ptr", "start_ptr", "length_ptr")
+
+def usage(kernel, sizes, num_warps, num_stages=2, floats=()):
+    constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
+    signature, aligned = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*i32" if name in INTEGERS else "*fp32" if name in (*FLOATS, *floats) else "*bf16"
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name.startswith("scale") else "i32"
+    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    return int(re.search(r"STACK:(\\d+)", text).group(1)), int(re.search(r"REG:(\\d+)", text).group(1)), made.metadata.shared
+
+found = {}
+for group, dim in json.loads(os.environ["SHAPES"]):
+    warps = autograd.forward_warps(dim)
+    common = dict(KV_HEADS=2, GROUP_SIZE=group, PADDED_GROUP=group, HEAD_DIM=dim, DIM=dim, TILE_KEYS=autograd.TILE_KEYS)
+    for name, branch in (("window", dict(UNIT=1, WINDOW=128)), ("compressed", dict(UNIT=16, WINDOW=0))):
+        rows = dict(common, **branch, TILE_ROWS=autograd.TILE_ROWS)
+        found[f"{name} forward {dim}"] = usage(kernels.range_forward_kernel, rows, warps)
+        found[f"{name} dq {dim}"] = usage(kernels.range_dq_kernel, rows, autograd.DQ_WARPS)
+        splits, floats = (1, ()) if name == "window" else (8, ("dk_ptr", "dv_ptr"))
+        keys = dict(rows, TILE_ROWS=autograd.dkdv_rows(dim), SPLITS=splits)
+        found[f"{name} dkdv {dim}"] = usage(kernels.range_dkdv_kernel, keys, warps, floats=floats)
+    sizes = dict(HEAD_DIM=dim, DIM=dim, PADDED_BLOCK_SIZE=16, SPLITS=8, TILE_DIM=dim, TILE_VECTORS=2048 // dim)
+    found[f"means {dim}"] = usage(kernels.means_kernel, sizes, 1)
+    found[f"means backward {dim}"] = usage(kernels.means_backward_kernel, sizes, 1)
+    found[f"gated sum {dim}"] = usage(gated_sum_triton.gated_sum_forward_kernel, sizes, 4)
+    found[f"gated sum backward {dim}"] = usage(gated_sum_triton.gated_sum_backward_kernel, sizes, 4)
+print(json.dumps(found))
+"""
+
+
+def test_kernels_compiled_for_hopper_do_not_spill(shapes=((16, 64),)):
+    """Also that two programs of each kernel, or more, fit a multiprocessor, with 227 KB of shared memory. For D 64, the paper's."""
+    pytest.importorskip("triton")
+    path = str(Path(sys.modules["ssa_kernels"].__file__).parents[1])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path, "SHAPES": json.dumps(shapes)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 10 * len(shapes)
+    assert {name: usage for name, usage in found.items() if usage[0]} == {}
+    assert {name: usage for name, usage in found.items() if usage[2] > 113 * 1024} == {}

@@ -19,6 +19,7 @@ PROGRAMS = 1024  # programs of dk and dv that keep a GPU busy until the last one
 MOST_SPLITS = 16
 TILE_ROWS = 128  # of a tile of queries: tokens x heads
 TILE_KEYS = 64
+DQ_WARPS = 8
 
 
 class WindowAttention(torch.autograd.Function):
@@ -95,7 +96,7 @@ def range_forward(
     launch(
         range_forward_kernel, (cdiv(q.shape[0], TILE_ROWS // sizes["PADDED_GROUP"]), k.shape[1]),
         q, k, v, base, layout.query_position, o, lse, q.shape[0], k.shape[0], scale * LOG2E,
-        **sizes, TILE_ROWS=TILE_ROWS, TILE_KEYS=TILE_KEYS, num_warps=_warps(sizes), num_stages=2,
+        **sizes, TILE_ROWS=TILE_ROWS, TILE_KEYS=TILE_KEYS, num_warps=forward_warps(sizes["DIM"]), num_stages=2,
     )  # fmt: skip
     return o, lse
 
@@ -120,20 +121,25 @@ def range_backward(
     launch(
         range_dq_kernel, (cdiv(queries, TILE_ROWS // sizes["PADDED_GROUP"]), k.shape[1]),
         q, k, v, do, o, base, layout.query_position, lse, delta, dq, queries, keys, scale, scale * LOG2E,
-        **sizes, TILE_ROWS=TILE_ROWS, TILE_KEYS=TILE_KEYS, num_warps=_warps(sizes), num_stages=2,
+        **sizes, TILE_ROWS=TILE_ROWS, TILE_KEYS=TILE_KEYS, num_warps=DQ_WARPS, num_stages=2,
     )  # fmt: skip
     launch(
         range_dkdv_kernel, (cdiv(keys, TILE_KEYS), k.shape[1], dk.shape[0]),
         q, k, v, do, base, layout.query_position, lse, delta, dk, dv, queries, keys, queries.bit_length() + 1, scale, scale * LOG2E,
-        **sizes, TILE_ROWS=max(64, sizes["PADDED_GROUP"]), TILE_KEYS=TILE_KEYS, SPLITS=dk.shape[0],
-        num_warps=4 if sizes["DIM"] <= 64 else 8, num_stages=2,
+        **sizes, TILE_ROWS=dkdv_rows(sizes["DIM"]), TILE_KEYS=TILE_KEYS, SPLITS=dk.shape[0],
+        num_warps=forward_warps(sizes["DIM"]), num_stages=2,
     )  # fmt: skip
     return dq
 
 
-def _warps(sizes: dict[str, int]) -> int:
-    """Returns the warps of a program over a tile of queries."""
-    return 4 if sizes["DIM"] <= 64 else 8
+def forward_warps(dim: int) -> int:
+    """Returns the warps of a program of the forward, and of dk and dv, by the padded head dim."""
+    return 4 if dim <= 64 else 8
+
+
+def dkdv_rows(dim: int) -> int:
+    """Returns the rows of queries that a step of dk and dv takes, by the padded head dim."""
+    return 64 if dim <= 64 else 32
 
 
 def _sizes(
