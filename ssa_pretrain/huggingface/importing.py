@@ -25,7 +25,7 @@ from ssa_pretrain.config import Config, Method
 from ssa_pretrain.errors import WeightsError
 from ssa_pretrain.huggingface.options import NO_DATA, Gate, ImportOptions
 from ssa_pretrain.huggingface.released import BRANCHES, keep_used_gates
-from ssa_pretrain.huggingface.settings import LLAMA, MODEL_TYPE, RELEASED, imported_model
+from ssa_pretrain.huggingface.settings import LLAMA, MODEL_TYPE, NSA_TYPE, RELEASED, imported_model
 from ssa_pretrain.huggingface.shards import HuggingFaceReader
 from ssa_pretrain.huggingface.weights import (
     EMBEDDING,
@@ -72,7 +72,7 @@ def imported_config(record: dict[str, Any], options: ImportOptions) -> Config:
         rule = "must be chosen: a Llama has no attention gate"
         advice = "try gate=off (no gate) or gate=open (the same function with a gate that learns)"
         raise ConfigError([Problem("gate", None, rule, advice)])
-    if kind in (MODEL_TYPE, RELEASED) and options.gate is not None:
+    if kind in (MODEL_TYPE, NSA_TYPE, RELEASED) and options.gate is not None:
         rule = f"is a choice for Llamas without one, and model_type={kind} settles it"
         raise ConfigError([Problem("gate", options.gate, rule, "leave it out")])
     name = options.name or Path(options.out).name
@@ -85,7 +85,7 @@ def imported_config(record: dict[str, Any], options: ImportOptions) -> Config:
     attention = replace(
         attention, method=options.method, gate=attention.gate or options.gate is Gate.open, **one_stream
     )
-    length = options.sequence_length or (longest if kind == MODEL_TYPE else min(longest, FOREIGN_LENGTH))
+    length = options.sequence_length or (longest if kind in (MODEL_TYPE, NSA_TYPE) else min(longest, FOREIGN_LENGTH))
     config = Config(name=name, output_dir=options.out, model=model, attention=attention)
     config = replace(
         config,

@@ -1,9 +1,9 @@
 """config.json: a run's model in transformers 5's words, and the model of a config.json in ours.
 
 Out: the fields of a Llama, with RoPE in `rope_parameters`, and the fields of modelling_ssa.py: attention_mode, block_size, top_k,
-attention_gate and score. `max_position_embeddings` is the length that the model was trained at, because tools take it as the longest input.
+attention_gate and score; of modelling_nsa.py also the window. `max_position_embeddings` is the length that the model was trained at, because tools take it as the longest input.
 
-In: three kinds of folder, told apart by `model_type`. `ssa_llama` is our own, `llama` a Llama of the third generation, `llama-nsa` the release of
+In: folders told apart by `model_type`. `ssa_llama` and `nsa_llama` are our own, `llama` a Llama of the third generation, `llama-nsa` the release of
 SSA's authors (released.py). RoPE may be plain, or `llama3` with the constants of Llama 3.1 and later, because megatron-core has no others.
 transformers 4 wrote `rope_theta` and `rope_scaling`; both are read. What the training model cannot compute is refused.
 """
@@ -17,8 +17,8 @@ from ssa_pretrain.config import AttentionConfig, Config, Method, ModelConfig, Ro
 from ssa_pretrain.settings.problems import ConfigError, Problem, join, show
 
 MODEL_TYPE = "ssa_llama"
+NSA_TYPE = "nsa_llama"
 LLAMA, RELEASED = "llama", "llama-nsa"
-MODELLING = "modelling_ssa"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 MOST_PADDING = 128  # the default of model.vocab_divisor
 
@@ -49,13 +49,16 @@ def exported_config(config: Config, vocab_size: int, tokens: SpecialTokens, mode
         dtype: torch's name of the tensors' type.
     """
     model, attention = config.model, config.attention
+    nsa = attention.method is Method.nsa
+    name = "NSA" if nsa else "SSA"
+    modelling = f"modelling_{name.lower()}.{name}Llama"
     return {
-        "architectures": ["SSALlamaForCausalLM"],
-        "model_type": MODEL_TYPE,
+        "architectures": [f"{name}LlamaForCausalLM"],
+        "model_type": NSA_TYPE if nsa else MODEL_TYPE,
         "auto_map": {
-            "AutoConfig": f"{MODELLING}.SSALlamaConfig",
-            "AutoModel": f"{MODELLING}.SSALlamaModel",
-            "AutoModelForCausalLM": f"{MODELLING}.SSALlamaForCausalLM",
+            "AutoConfig": f"{modelling}Config",
+            "AutoModel": f"{modelling}Model",
+            "AutoModelForCausalLM": f"{modelling}ForCausalLM",
         },
         "vocab_size": vocab_size,
         "hidden_size": model.hidden_size,
@@ -78,6 +81,7 @@ def exported_config(config: Config, vocab_size: int, tokens: SpecialTokens, mode
         "top_k": attention.top_k,
         "attention_gate": attention.gate,
         "score": attention.score.value,
+        **({"window": attention.window} if nsa else {}),
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,
         "pad_token_id": None,
@@ -141,18 +145,21 @@ def _attention(record: dict[str, Any]) -> AttentionConfig:
     if kind == RELEASED:
         window = {"window": record["window_size"]} if record.get("window_size") else {}
         return AttentionConfig(gate=True, score=Score.official_compat, **sizes, **window)
-    return AttentionConfig(gate=record["attention_gate"], score=Score(record["score"]), **sizes)
+    window = {"window": record["window"]} if kind == NSA_TYPE else {}
+    return AttentionConfig(gate=record["attention_gate"], score=Score(record["score"]), **sizes, **window)
 
 
 def _problems(record: dict[str, Any]) -> Iterator[Problem]:
     """Yields what the training model cannot compute."""
     kind = record.get("model_type")
-    if kind not in (MODEL_TYPE, LLAMA, RELEASED):
-        yield Problem("model_type", str(kind), f"must be {join((LLAMA, MODEL_TYPE, RELEASED))}", "import a dense Llama")
+    if kind not in (MODEL_TYPE, NSA_TYPE, LLAMA, RELEASED):
+        known = join((LLAMA, MODEL_TYPE, NSA_TYPE, RELEASED))
+        yield Problem("model_type", str(kind), f"must be {known}", "import a dense Llama")
         return
     needed = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"]
     needed += {
         MODEL_TYPE: ["block_size", "top_k", "attention_gate", "score"],
+        NSA_TYPE: ["block_size", "top_k", "attention_gate", "score", "window"],
         RELEASED: ["block_size", "block_counts"],
     }.get(kind, [])
     for key in needed:
@@ -170,12 +177,14 @@ def _problems(record: dict[str, Any]) -> Iterator[Problem]:
 
 def _window_problems(record: dict[str, Any], method: Method) -> Iterator[Problem]:
     """Yields the problem of a sliding window without NSA, or of NSA without one."""
-    window, released = record.get("window_size"), record.get("model_type") == RELEASED
+    kind = record.get("model_type")
+    key = "window" if kind == NSA_TYPE else "window_size"
+    window, has_gates = record.get(key), kind in (NSA_TYPE, RELEASED)
     if window and method is not Method.nsa:
         rule = "is a sliding window, which NSA has and SSA, FullAttn and MoBA do not"
-        yield Problem("window_size", window, rule, "try method=nsa" if released else "import another model")
-    if method is Method.nsa and not (window and released):
-        rule = f"needs model_type={RELEASED} with a window_size: no other folder has NSA's three gates per query head"
+        yield Problem(key, window, rule, "try method=nsa" if has_gates else "import another model")
+    if method is Method.nsa and not (window and has_gates):
+        rule = f"needs model_type={NSA_TYPE}, or {RELEASED} with a window_size: no other folder has NSA's three gates per query head"
         yield Problem("method", method, rule, "import NSA-1B, or leave method out")
 
 
