@@ -151,6 +151,7 @@ def test_view_equals_its_contiguous_copy_bit_for_bit(name, impl):
 NUMBERS = {
     "block_size": (0, -1, True, 2.0, "16", None),
     "top_k": (0, -1, True, 2.0, "16", None),
+    "window": (0, -1, True, 2.0, "16", None),
     "scale": (float("nan"), float("inf"), "1", True, torch.tensor(1.0)),
     "score": ("softmax", None, 1),
     "num_rows": (0, -1, True, 2.0, 3),
@@ -166,6 +167,8 @@ NUMBERS = {
 TAKES = {
     "select_blocks": ("block_size", "top_k", "scale", "score", "impl"),
     "sparse_attention": ("block_size", "scale", "impl"),
+    "window_attention": ("window", "scale", "impl"),
+    "compressed_attention": ("block_size", "scale", "impl"),
     "full_attention": ("scale", "num_rows", "backend", "impl"),
     "gate_and_align": ("main", "weights", "impl"),
     "ssa_attention": ("block_size", "top_k", "scale", "score", "num_rows", "main", "weights", "impl"),

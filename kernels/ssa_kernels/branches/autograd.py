@@ -16,7 +16,7 @@ from .kernels import means_backward_kernel, means_kernel, range_dkdv_kernel, ran
 
 LOG2E = 1.4426950408889634
 PROGRAMS = 1024  # programs of dk and dv that keep a GPU busy until the last one ends
-MOST_SPLITS = 16
+MOST_SPLITS, LEAST_PART = 16, 64
 TILE_ROWS = 128  # of a tile of queries: tokens x heads
 TILE_KEYS = 64
 DQ_WARPS = 8
@@ -59,7 +59,7 @@ class CompressedAttention(torch.autograd.Function):
     def backward(ctx, do, _):
         q, mean_k, mean_v, o, lse = ctx.saved_tensors
         layout, (_, kv_heads, _) = ctx.layout, ctx.shape
-        splits = num_splits(layout.num_block_rows, kv_heads)
+        splits = num_splits(q.shape[0], layout.num_block_rows, kv_heads)
         sums = torch.empty(2, splits, *mean_k.shape, dtype=torch.float32, device=q.device)
         dq = range_backward(q, mean_k, mean_v, o, lse, aligned(do), sums[0], sums[1], layout, 0, ctx.scale)
         dk, dv = (torch.empty(ctx.shape, dtype=q.dtype, device=q.device) for _ in range(2))
@@ -81,9 +81,10 @@ def block_means(k: torch.Tensor, v: torch.Tensor, layout: DocumentLayout) -> tup
     return found[0], found[1]
 
 
-def num_splits(num_keys: int, kv_heads: int) -> int:
-    """Returns the parts into which the queries of a tile of keys are cut: enough for PROGRAMS programs, at most MOST_SPLITS."""
-    return min(MOST_SPLITS, next_power_of_2(cdiv(PROGRAMS, cdiv(num_keys, TILE_KEYS) * kv_heads)))
+def num_splits(queries: int, keys: int, kv_heads: int) -> int:
+    """Returns the parts into which the queries of a tile of keys are cut: enough for PROGRAMS programs, none much below LEAST_PART queries."""
+    wanted = cdiv(PROGRAMS, cdiv(keys, TILE_KEYS) * kv_heads)
+    return min(MOST_SPLITS, next_power_of_2(wanted), next_power_of_2(cdiv(queries, LEAST_PART)))
 
 
 def range_forward(
