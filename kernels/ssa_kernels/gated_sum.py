@@ -32,7 +32,9 @@ def gated_sum(branches: Sequence[torch.Tensor], gate_logits: torch.Tensor, *, im
     check_floats(gate_logits=gate_logits)
     first = branches[0]
     if first.dim() != 3 or first.shape[2] < 1 or any(x.shape != first.shape for x in branches):
-        raise ValueError(f"branches {[tuple(x.shape) for x in branches]} must have one shape [tokens, H, D], D at least 1")
+        raise ValueError(
+            f"branches {[tuple(x.shape) for x in branches]} must have one shape [tokens, H, D], D at least 1"
+        )
     if gate_logits.shape != (*first.shape[:2], BRANCHES) or gate_logits.dtype not in (first.dtype, torch.float32):
         raise ValueError(
             f"gate_logits {tuple(gate_logits.shape)}, {gate_logits.dtype} must be [{first.shape[0]}, {first.shape[1]}, {BRANCHES}] in the "

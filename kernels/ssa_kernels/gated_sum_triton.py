@@ -37,9 +37,7 @@ def _gradients(
     gate = _gate(logits_ptr, vector, vector_ok, BRANCH)
     tl.store(grad_o_ptr + offsets, (grad_out * gate[:, None]).to(grad_o_ptr.dtype.element_ty), mask=ok)
     grad_logits = tl.sum(grad_out * o, 1) * gate * (1.0 - gate)
-    tl.store(
-        grad_logits_ptr + vector * 3 + BRANCH, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=vector_ok
-    )
+    tl.store(grad_logits_ptr + vector * 3 + BRANCH, grad_logits.to(grad_logits_ptr.dtype.element_ty), mask=vector_ok)
 
 
 @triton.jit(do_not_specialize=["num_vectors"])
@@ -93,7 +91,14 @@ class GatedSum(torch.autograd.Function):
             grid, sizes = _tiling(grad_out)
             count = grad_out.numel() // grad_out.shape[-1]
             launch(
-                gated_sum_backward_kernel, grid, *inputs, grad_out.contiguous(), *grads, count, **sizes, num_warps=NUM_WARPS
+                gated_sum_backward_kernel,
+                grid,
+                *inputs,
+                grad_out.contiguous(),
+                *grads,
+                count,
+                **sizes,
+                num_warps=NUM_WARPS,
             )
         return tuple(grads)
 

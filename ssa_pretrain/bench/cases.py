@@ -66,7 +66,9 @@ def speed_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]
     rows = batches(long, placement, vocab, 1)
     work = counted(long, placement, 1)
     found = [
-        Variant(name=f"{m} 32k", run=pass_over(with_attention(engine, method=m), rows), foreign_bytes=nsa_bytes, **work[m])
+        Variant(
+            name=f"{m} 32k", run=pass_over(with_attention(engine, method=m), rows), foreign_bytes=nsa_bytes, **work[m]
+        )
         for m in SAME_WEIGHTS
     ]
     return [*found, Variant(name="nsa 32k", run=pass_over(nsa, rows), foreign_bytes=our_bytes, **work[Method.nsa])]

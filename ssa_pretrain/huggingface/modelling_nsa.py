@@ -139,7 +139,9 @@ class NSALlamaAttention(SSALlamaAttention):
     ) -> tuple[list[Tensor], Tensor | None]:
         """Returns the branches [B, T, H, D] of some queries [B, H, T, D] at positions [B, T], and the selected one's weights or None."""
         c, position, query = self.config, rows.positions[:, None, None], query_BT[:, None, :, None]
-        nothing = (position < 0) & (query < 0)  # padding before a row's first token sees padding: an empty softmax is NaN
+        nothing = (position < 0) & (
+            query < 0
+        )  # padding before a row's first token sees padding: an empty softmax is NaN
         earlier = ((position >= 0) & (position <= query)) | nothing
         if c.is_sparse:
             selected, weights = self._plain(q, k, v, means[0].detach(), query_BT, rows, **kwargs)
@@ -157,7 +159,9 @@ class NSALlamaAttention(SSALlamaAttention):
         """Returns a mask [B, 1, T, S] as the configured attention function takes it."""
         if self.config._attn_implementation != "eager":
             return visible
-        return torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, torch.finfo(q.dtype).min)
+        return torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(
+            ~visible, torch.finfo(q.dtype).min
+        )
 
 
 def _means(x_BGSD: Tensor, order_BS: Tensor, block_size: int) -> Tensor:

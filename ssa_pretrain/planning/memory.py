@@ -212,7 +212,9 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
     qkv = width + 2 * model.kv_width * config.parallel.cp
     second = max(share_drawn(config.attention, main) for main in method.streams) if len(method.streams) > 1 else 0.0
     branches = 2.0 if method is Method.nsa else 0.0  # beside the sparse stream
-    outputs = int((1.0 + second + branches) * (width * size + 4 * model.num_attention_heads))  # with their log-sum-exps in fp32
+    outputs = int(
+        (1.0 + second + branches) * (width * size + 4 * model.num_attention_heads)
+    )  # with their log-sum-exps in fp32
     lists = model.num_attention_heads if config.attention.score is Score.per_head else model.num_kv_heads
     indices = 0 if "sparse" not in method.streams else 4 * config.attention.top_k * lists
     gates = size * model.num_attention_heads * gates_per_head(config.attention)

@@ -12,7 +12,12 @@ from ssa_pretrain.settings.quantities import compact, duration
 from ssa_pretrain.webpage.charts import WIDE, Line, heat_map, legend, line_chart, smooth
 from ssa_pretrain.webpage.layout import card, document, fact_table, grid, number_table, tiles
 
-METHODS = {"ssa": "SSA (Sparse Sparse Attention)", "full": "full attention", "moba": "MoBA", "nsa": "NSA (Native Sparse Attention)"}
+METHODS = {
+    "ssa": "SSA (Sparse Sparse Attention)",
+    "full": "full attention",
+    "moba": "MoBA",
+    "nsa": "NSA (Native Sparse Attention)",
+}
 
 
 def page(summary: RunSummary) -> str:

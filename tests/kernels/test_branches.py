@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssa_kernels import build_layout, compressed_attention, gated_sum, query_slice, query_spans, select_blocks, window_attention
+from ssa_kernels import (
+    build_layout,
+    compressed_attention,
+    gated_sum,
+    query_slice,
+    query_spans,
+    select_blocks,
+    window_attention,
+)
 from support import oracle
 from support.errors import relative, require_as_near
 from support.kernel_impls import IMPLS
@@ -167,11 +175,9 @@ def test_queries_before_the_first_complete_block_see_nothing(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_window_of_a_whole_document_is_full_attention(impl):
-    q, k, v, do = draw(4, 2, 16, torch.float32)
+    q, k, v, _ = draw(4, 2, 16, torch.float32)
     wide, exact = branch("window", impl, window=10**12)
-    full = oracle.attention(
-        *(x.double() for x in (q, k, v)), oracle.visible(None, DOCUMENTS, len(q), 4, BLOCK), 0.25
-    )
+    full = oracle.attention(*(x.double() for x in (q, k, v)), oracle.visible(None, DOCUMENTS, len(q), 4, BLOCK), 0.25)
     assert relative(wide(q, k, v)[0], full[0]) < FLOAT32
     assert relative(exact(q, k, v)[0], full[0]) < 1e-12
 

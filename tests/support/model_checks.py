@@ -213,7 +213,9 @@ def test_nsa_equals_the_definition(placement, mode):
     batch = microbatch()
     found = engine.evaluate([batch], mode=mode)
     weights = dict(unwrap(engine.chunks[0]).named_parameters())
-    assert weights["decoder.layers.0.self_attention.linear_qkv.weight"].shape[0] == (HEADS + 2 * GROUPS) * DIM + 3 * HEADS
+    assert (
+        weights["decoder.layers.0.self_attention.linear_qkv.weight"].shape[0] == (HEADS + 2 * GROUPS) * DIM + 3 * HEADS
+    )
     wanted = NSAOracle(weights, config).metrics(batch, mode)
     ours = [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer]
     np.testing.assert_allclose(ours, wanted, rtol=1e-5)

@@ -52,7 +52,10 @@ def _attention(x: Tensor, layer: Tensors, config: dict, mode: str) -> Tensor:
     gated = torch.stack(outputs, 1) * gates[..., 1, None]
     if config.get("window_size"):
         others = [_other_branches(q[head], k[head // group], v[head // group], config) for head in range(heads)]
-        gated += sum(torch.stack(branch, 1) * gates[..., i, None] for i, branch in zip((0, 2), zip(*others), strict=True))
+        gated += sum(
+            torch.stack(branch, 1) * gates[..., i, None]
+            for i, branch in zip((0, 2), zip(*others, strict=True), strict=True)
+        )
     return gated.reshape(length, -1) @ layer["self_attn.o_proj.weight"].T
 
 

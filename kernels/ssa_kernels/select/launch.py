@@ -112,7 +112,9 @@ def choose_blocks_triton(
     block_rows = max(layout.num_block_rows, plan.columns) if layout.scattered else plan.columns
     slices = cdiv(block_rows + plan.tile, SLICE_BLOCKS)
     with_bins = (
-        score in ("softmax_sum", "compressed") and slices >= BINS_FROM_SLICES and slices * TILE_BLOCKS >= BINS_PER_CHOICE * top_k
+        score in ("softmax_sum", "compressed")
+        and slices >= BINS_FROM_SLICES
+        and slices * TILE_BLOCKS >= BINS_PER_CHOICE * top_k
     )
     bins = workspace if not with_bins else torch.empty(plan.chunk, plan.lists, slices, TILE_BLOCKS, device=q.device)
     table, narrow = _table(means), means.shape[2] <= 64

@@ -29,7 +29,16 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         wrong: keys that already have problems; a section stands for all its keys.
     """
     files = (*FILE_RULES, *EVALUATION_FILE_RULES) if machine.has_files else ()
-    rules = (_secrets, _sections, *NSA_RULES, *LAYOUT_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *EVALUATION_RULES, *files)
+    rules = (
+        _secrets,
+        _sections,
+        *NSA_RULES,
+        *LAYOUT_RULES,
+        *MACHINE_RULES,
+        *DEEPSPEED_RULES,
+        *EVALUATION_RULES,
+        *files,
+    )
     found: list[Problem] = []
     for rule in rules:
         bad = {*wrong, *(problem.key for problem in found)}

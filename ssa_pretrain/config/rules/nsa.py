@@ -20,7 +20,9 @@ def _scores(config: Config, _: Machine) -> list[Problem]:
     """NSA scores blocks by its compressed branch, and no other method has one."""
     attention, reads = config.attention, ("attention.method",)
     if attention.method is Method.nsa and attention.score not in SCORES:
-        rule = "must be compressed or official_compat under attention.method=nsa: its compressed branch scores the blocks"
+        rule = (
+            "must be compressed or official_compat under attention.method=nsa: its compressed branch scores the blocks"
+        )
         return [Problem("attention.score", attention.score, rule, "try compressed", reads)]
     if attention.method is not Method.nsa and attention.score is Score.compressed:
         rule = "needs attention.method=nsa, which has a compressed branch"

@@ -49,7 +49,9 @@ def test_logits_of_nsa_are_those_of_the_release(tmp_path, placement, mode):
     config = import_to(folder, tmp_path / "run", method=Method.nsa)
     assert (config.attention.window, config.attention.alignment_weight, config.attention.gate) == (24, 0.0, True)
     generator = torch.Generator().manual_seed(2)
-    documents = [torch.randint(SIZES["vocab_size"], (n,), generator=generator) for n in (1, 15, 16, 17, 64, 80, 250, 256)]
+    documents = [
+        torch.randint(SIZES["vocab_size"], (n,), generator=generator) for n in (1, 15, 16, 17, 64, 80, 250, 256)
+    ]
     wanted = torch.stack([released_forward.logits(tensors, read_record(folder), d, mode)[-1] for d in documents])
     found = training_logits(config, tmp_path / "run", placement, mode, documents)
     assert (((found - wanted).norm(dim=1) / wanted.norm(dim=1)) < TOLERANCE).all()

@@ -84,9 +84,11 @@ def test_nsa_needs_its_release():
     record = LLAMA_32_1B | {"model_type": "llama-nsa", "rope_scaling": None, "block_size": 16, "block_counts": 16}
     _, attention, _ = imported_model(record | {"window_size": 128}, "nsa", Method.nsa)
     assert (attention.window, attention.top_k, attention.gate) == (128, 16, True)
-    with pytest.raises(ConfigError, match="method=nsa needs model_type=nsa_llama, or llama-nsa with a window_size: no other folder has"):
+    with pytest.raises(
+        ConfigError, match="method=nsa needs model_type=nsa_llama, or llama-nsa with a window_size: no other folder has"
+    ):
         imported_model(record, "nsa", Method.nsa)
-    with pytest.raises(ConfigError, match="try method=nsa|import NSA-1B"):
+    with pytest.raises(ConfigError, match=r"try method=nsa|import NSA-1B"):
         imported_model(LLAMA_32_1B, "nsa", Method.nsa)
 
 
@@ -100,7 +102,10 @@ def test_released_blocks():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "qwen3"}, "model_type=qwen3 must be llama, ssa_llama, nsa_llama or llama-nsa; import a dense Llama"),
+        (
+            {"model_type": "qwen3"},
+            "model_type=qwen3 must be llama, ssa_llama, nsa_llama or llama-nsa; import a dense Llama",
+        ),
         ({"hidden_size": None}, "hidden_size is missing from config.json; copy the folder again"),
         (
             {"attention_bias": True},
@@ -113,8 +118,7 @@ def test_released_blocks():
         ),
         (
             {"model_type": "llama-nsa", "block_size": 16, "block_counts": 16, "window_size": 128},
-            "window_size=128 is a sliding window, which NSA has and SSA, FullAttn and MoBA do not; "
-            "try method=nsa",
+            "window_size=128 is a sliding window, which NSA has and SSA, FullAttn and MoBA do not; try method=nsa",
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},

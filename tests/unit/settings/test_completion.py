@@ -59,7 +59,12 @@ def test_unknown_request_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 LINES = ["attention=", "experiment=qui", "optim.l", "--dr"]
 EXPECTED = {
     "bash": ["full |moba |nsa |ssa ", "quickstart ", "optim.lr=", "--dry-run "],
-    "zsh": ["attention=full|attention=moba|attention=nsa|attention=ssa", "experiment=quickstart", "optim.lr=", "--dry-run"],
+    "zsh": [
+        "attention=full|attention=moba|attention=nsa|attention=ssa",
+        "experiment=quickstart",
+        "optim.lr=",
+        "--dry-run",
+    ],
 }
 
 
