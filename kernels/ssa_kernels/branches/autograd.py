@@ -59,7 +59,7 @@ class CompressedAttention(torch.autograd.Function):
     def backward(ctx, do, _):
         q, mean_k, mean_v, o, lse = ctx.saved_tensors
         layout, (_, kv_heads, _) = ctx.layout, ctx.shape
-        splits = num_splits(q.shape[0], layout.num_block_rows, kv_heads)
+        splits = num_splits(q.shape[0], layout.num_tokens // layout.block_size, kv_heads)
         sums = torch.empty(2, splits, *mean_k.shape, dtype=torch.float32, device=q.device)
         dq = range_backward(q, mean_k, mean_v, o, lse, aligned(do), sums[0], sums[1], layout, 0, ctx.scale)
         dk, dv = (torch.empty(ctx.shape, dtype=q.dtype, device=q.device) for _ in range(2))
@@ -81,9 +81,9 @@ def block_means(k: torch.Tensor, v: torch.Tensor, layout: DocumentLayout) -> tup
     return found[0], found[1]
 
 
-def num_splits(queries: int, keys: int, kv_heads: int) -> int:
-    """Returns the parts into which the queries of a tile of keys are cut: enough for PROGRAMS programs, none much below LEAST_PART queries."""
-    wanted = cdiv(PROGRAMS, cdiv(keys, TILE_KEYS) * kv_heads)
+def num_splits(queries: int, blocks: int, kv_heads: int) -> int:
+    """Returns the parts into which the queries of a tile of blocks are cut: enough for PROGRAMS programs, none much below LEAST_PART queries."""
+    wanted = cdiv(PROGRAMS, max(1, cdiv(blocks, TILE_KEYS)) * kv_heads)
     return min(MOST_SPLITS, next_power_of_2(wanted), next_power_of_2(cdiv(queries, LEAST_PART)))
 
 

@@ -24,8 +24,14 @@ def test_logits_equal_the_training_models(trained, mode):
     model = hf_model(trained, attention_mode=mode)
     with torch.no_grad():
         for document, logits in zip(documents, wanted, strict=True):
-            torch.testing.assert_close(model(document[None]).logits[0], logits, rtol=0.0, atol=1e-5 * float(logits.abs().max()))
-        for implementation, left in (("sdpa", [0] * 5), ("eager", [width - n for n in LENGTHS]), ("sdpa", [5, 3, 7, 17, 4])):
+            torch.testing.assert_close(
+                model(document[None]).logits[0], logits, rtol=0.0, atol=1e-5 * float(logits.abs().max())
+            )
+        for implementation, left in (
+            ("sdpa", [0] * 5),
+            ("eager", [width - n for n in LENGTHS]),
+            ("sdpa", [5, 3, 7, 17, 4]),
+        ):
             model.set_attn_implementation(implementation)
             tokens, mask = padded(documents, left=left, width=width)
             found = model(tokens, attention_mask=mask).logits
@@ -61,7 +67,9 @@ def test_gradients_reach_every_weight_and_keys_and_values_through_their_means(tr
     assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
     attention = model.model.layers[0].self_attn
     seen = {}
-    hook = attention.k_proj.register_forward_hook(lambda _, __, out: seen.update(k=out.requires_grad_()) or out.retain_grad())
+    hook = attention.k_proj.register_forward_hook(
+        lambda _, __, out: seen.update(k=out.requires_grad_()) or out.retain_grad()
+    )
     branches = attention._plain_branches
     attention._plain_branches = lambda *a, **k: ([branches(*a, **k)[0][0], *[torch.zeros(1, 64, 4, 16)] * 2], None)
     model(tokens, labels=tokens).loss.backward()
@@ -76,7 +84,10 @@ def test_gradients_reach_every_weight_and_keys_and_values_through_their_means(tr
     ("fields", "sentence"),
     [
         ({"score": "softmax_sum"}, "score=softmax_sum must be compressed or official_compat; try compressed"),
-        ({"attention_gate": False}, "attention_gate=False leaves NSA's branches without the gates that sum them; try True"),
+        (
+            {"attention_gate": False},
+            "attention_gate=False leaves NSA's branches without the gates that sum them; try True",
+        ),
         ({"window": 0}, "window=0 must be at least 1: a token sees itself; try 128"),
     ],
 )
