@@ -13,10 +13,15 @@ The layer is `SSAAttention` with the other two branches added to its stream: tra
 stream, in which the selected branch attends to every earlier key, as if every block were chosen. The captured mass and the alignment are those of the
 selected branch, since the other two are the same in both streams.
 
-Not done here: a learned compression, a cache for generation (`continues_from_cache` is False: texts are continued by whole forwards).
+A step of generation runs the same operators, for one query per text over the pages of the cache. It computes the means of all blocks again.
+
+Not done here: a learned compression, decoding kernels.
 """
 
+from dataclasses import replace
+
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ssa_kernels import compressed_attention, gate, gated_sum, window_attention
 from ssa_pretrain.model.attention import PackedTokens, SSAAttention
@@ -32,6 +37,18 @@ class NSAAttention(SSAAttention):
         selected = super()._main_stream(q, k, v, None, packed)
         compressed, window = self._other_branches(q, k, v, packed)
         return gated_sum((compressed, selected, window), self._by_branch(q, gate_logits), impl=self.impl)
+
+    def _newest_tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens
+    ) -> Tensor:
+        """Returns the gated sum of the branches [T, H, D] of the newest tokens of cached texts, 0 for the padding after them."""
+        texts = packed.continues
+        assert texts is not None and gate_logits is not None
+        count = len(texts)
+        keys, values = texts.append(self.layer_number, k[:count], v[:count], self.impl)
+        newest = replace(packed, documents=texts.newest_queries(), num_rows=None)
+        out = self._main_stream(q[:count], keys, values, gate_logits[:count], newest)
+        return pad(out, (0, 0, 0, 0, 0, len(q) - count))
 
     def _both_streams(
         self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens

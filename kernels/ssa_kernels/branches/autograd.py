@@ -96,7 +96,7 @@ def range_forward(
     base, sizes = _sizes(q, k, layout, window)
     launch(
         range_forward_kernel, (cdiv(q.shape[0], TILE_ROWS // sizes["PADDED_GROUP"]), k.shape[1]),
-        q, k, v, base, layout.query_position, o, lse, q.shape[0], k.shape[0], scale * LOG2E,
+        q, k, v, base, layout.query_position, o, lse, q.shape[0], scale * LOG2E,
         **sizes, TILE_ROWS=TILE_ROWS, TILE_KEYS=TILE_KEYS, num_warps=forward_warps(sizes["DIM"]), num_stages=2,
     )  # fmt: skip
     return o, lse
@@ -121,7 +121,7 @@ def range_backward(
     base, sizes = _sizes(q, k, layout, window)
     launch(
         range_dq_kernel, (cdiv(queries, TILE_ROWS // sizes["PADDED_GROUP"]), k.shape[1]),
-        q, k, v, do, o, base, layout.query_position, lse, delta, dq, queries, keys, scale, scale * LOG2E,
+        q, k, v, do, o, base, layout.query_position, lse, delta, dq, queries, scale, scale * LOG2E,
         **sizes, TILE_ROWS=TILE_ROWS, TILE_KEYS=TILE_KEYS, num_warps=DQ_WARPS, num_stages=2,
     )  # fmt: skip
     launch(

@@ -21,6 +21,7 @@ of keys by two binary searches. A tile of queries is TILE_ROWS rows: neighbourin
 Grids: forward and dq, one program per (tile of queries, kv head); dk and dv, one program per (tile of keys, kv head, part of its queries). The queries
 of a tile of keys are cut into SPLITS parts, since few block rows are seen by very many queries. Each part's sums have a place of their own; there are
 no atomic sums, so results are bit-identical from run to run. They may differ in the last bits with what else is in the batch, since tiles do.
+A tile may span documents, and what a mask hides is multiplied by 0. So a NaN can spread to a neighbouring document, which it does in no other operator.
 
 Source: the branches are NSA's (arXiv 2502.11089); the online softmax is FlashAttention-2's (arXiv 2307.08691).
 """
@@ -85,10 +86,10 @@ def _load_numbers(x_ptr, token, head, valid, kv_head, KV_HEADS: tl.constexpr, GR
 
 
 @triton.jit
-def _load_keys(x_ptr, key, num_keys, kv_head, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
-    """Returns the vectors [TILE_KEYS, DIM] of keys, zeros past the last."""
+def _load_keys(x_ptr, key, end, kv_head, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """Returns the vectors [TILE_KEYS, DIM] of keys, zeros from `end` on."""
     dim = tl.arange(0, DIM)
-    inside = (key < num_keys)[:, None] & (dim < HEAD_DIM)[None, :]
+    inside = (key < end)[:, None] & (dim < HEAD_DIM)[None, :]
     offsets = (key.to(tl.int64) * KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
     return tl.load(x_ptr + offsets, mask=inside, other=0.0)
 
@@ -121,9 +122,9 @@ def _attend(q, k, v, m, total, acc, visible, scale_log2, MASKED: tl.constexpr):
     return higher, total, acc
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["num_queries"])
 def range_forward_kernel(
-    q_ptr, k_ptr, v_ptr, base_ptr, position_ptr, o_ptr, lse_ptr, num_queries, num_keys, scale_log2,
+    q_ptr, k_ptr, v_ptr, base_ptr, position_ptr, o_ptr, lse_ptr, num_queries, scale_log2,
     UNIT: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -141,14 +142,14 @@ def range_forward_kernel(
     acc = tl.zeros([TILE_ROWS, DIM], tl.float32)
     for start in range(low, whole, TILE_KEYS):
         key = start + tl.arange(0, TILE_KEYS)
-        k = _load_keys(k_ptr, key, num_keys, kv_head, KV_HEADS, HEAD_DIM, DIM)
-        v = _load_keys(v_ptr, key, num_keys, kv_head, KV_HEADS, HEAD_DIM, DIM)
+        k = _load_keys(k_ptr, key, high, kv_head, KV_HEADS, HEAD_DIM, DIM)
+        v = _load_keys(v_ptr, key, high, kv_head, KV_HEADS, HEAD_DIM, DIM)
         m, total, acc = _attend(q, k, v, m, total, acc, valid[:, None], scale_log2, False)
     for start in range(whole, high, TILE_KEYS):
         key = start + tl.arange(0, TILE_KEYS)
         visible = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
-        k = _load_keys(k_ptr, key, num_keys, kv_head, KV_HEADS, HEAD_DIM, DIM)
-        v = _load_keys(v_ptr, key, num_keys, kv_head, KV_HEADS, HEAD_DIM, DIM)
+        k = _load_keys(k_ptr, key, high, kv_head, KV_HEADS, HEAD_DIM, DIM)
+        v = _load_keys(v_ptr, key, high, kv_head, KV_HEADS, HEAD_DIM, DIM)
         m, total, acc = _attend(q, k, v, m, total, acc, visible, scale_log2, True)
     some = total > 0
     acc = acc / tl.where(some, total, 1.0)[:, None]
@@ -170,9 +171,9 @@ def _dq(q, k, v, do, lse_log2, delta, acc, visible, scale_log2, MASKED: tl.const
     return acc + tl.dot(ds.to(k.dtype), k, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["num_queries"])
 def range_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, base_ptr, position_ptr, lse_ptr, delta_ptr, dq_ptr, num_queries, num_keys, scale, scale_log2,
+    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr, base_ptr, position_ptr, lse_ptr, delta_ptr, dq_ptr, num_queries, scale, scale_log2,
     UNIT: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -193,14 +194,14 @@ def range_dq_kernel(
     acc = tl.zeros([TILE_ROWS, DIM], tl.float32)
     for start in range(low, whole, TILE_KEYS):
         key = start + tl.arange(0, TILE_KEYS)
-        k = _load_keys(k_ptr, key, num_keys, kv_head, KV_HEADS, HEAD_DIM, DIM)
-        v = _load_keys(v_ptr, key, num_keys, kv_head, KV_HEADS, HEAD_DIM, DIM)
+        k = _load_keys(k_ptr, key, high, kv_head, KV_HEADS, HEAD_DIM, DIM)
+        v = _load_keys(v_ptr, key, high, kv_head, KV_HEADS, HEAD_DIM, DIM)
         acc = _dq(q, k, v, do, lse_log2, delta, acc, valid[:, None], scale_log2, False)
     for start in range(whole, high, TILE_KEYS):
         key = start + tl.arange(0, TILE_KEYS)
         visible = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
-        k = _load_keys(k_ptr, key, num_keys, kv_head, KV_HEADS, HEAD_DIM, DIM)
-        v = _load_keys(v_ptr, key, num_keys, kv_head, KV_HEADS, HEAD_DIM, DIM)
+        k = _load_keys(k_ptr, key, high, kv_head, KV_HEADS, HEAD_DIM, DIM)
+        v = _load_keys(v_ptr, key, high, kv_head, KV_HEADS, HEAD_DIM, DIM)
         acc = _dq(q, k, v, do, lse_log2, delta, acc, visible, scale_log2, True)
     dim = tl.arange(0, DIM)
     vector = (token.to(tl.int64) * KV_HEADS + kv_head) * GROUP_SIZE + head
