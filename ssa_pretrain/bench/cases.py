@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ssa_pretrain.bench.documents import Documents
+from ssa_pretrain.bench.nsa import nsa_8k, nsa_32k
 from ssa_pretrain.bench.plain_megatron import PlainModel
 from ssa_pretrain.bench.share import share_8k, share_32k, share_128k
 from ssa_pretrain.bench.variants import (
@@ -23,7 +24,7 @@ from ssa_pretrain.bench.variants import (
     whole_step,
     with_attention,
 )
-from ssa_pretrain.config import Config, Method, PrecisionName, Recompute, Score
+from ssa_pretrain.config import Config, Method, PrecisionName, Recompute
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
 
@@ -32,46 +33,39 @@ ACCUMULATED = 8  # microbatches in a whole step
 
 
 def speed_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """Returns forward and backward at 8k: core's own model and our methods, with one document per row and with short ones."""
+    """Returns forward and backward at 8k: core's own model and our three methods, with one document per row and with short ones."""
     separate = replace(config, engine=replace(config.engine, fuse_gradient_accumulation=False))
     plain, plain_bytes = _built(lambda: PlainModel(config, placement, vocab))
     engine, our_bytes = _built(lambda: MegatronEngine(config, placement, vocab))
     unfused, unfused_bytes = _built(lambda: MegatronEngine(separate, placement, vocab))
-    nsa, nsa_bytes = _built(lambda: MegatronEngine(_nsa(config), placement, vocab))
     rows, short = (batches(config, placement, vocab, 1, kind) for kind in (Documents.whole, Documents.short))
     work = counted(config, placement, 1)
     full = work[Method.full]
     plain_run = plain_pass(plain, rows[0], config.data.sequence_length)
     unfused_run = pass_over(with_attention(unfused, method=Method.full), rows)
     found = [
-        Variant(name="plain 8k", run=plain_run, foreign_bytes=our_bytes + unfused_bytes + nsa_bytes, **full),
-        Variant(name="full 8k unfused", run=unfused_run, foreign_bytes=plain_bytes + our_bytes + nsa_bytes, **full),
+        Variant(name="plain 8k", run=plain_run, foreign_bytes=our_bytes + unfused_bytes, **full),
+        Variant(name="full 8k unfused", run=unfused_run, foreign_bytes=plain_bytes + our_bytes, **full),
     ]
     for method in SAME_WEIGHTS:
         view = with_attention(engine, method=method)
-        common = {"foreign_bytes": plain_bytes + unfused_bytes + nsa_bytes, **work[method]}
+        common = {"foreign_bytes": plain_bytes + unfused_bytes, **work[method]}
         found.append(Variant(name=f"{method} 8k", run=pass_over(view, rows), **common))
         if method is not Method.moba:  # operations of short documents are not counted: no MFU
             run = pass_over(view, short)
             found.append(Variant(name=f"{method} 8k short", run=run, **{**common, "flops": 0.0}))
-    foreign = plain_bytes + our_bytes + unfused_bytes
-    return [*found, Variant(name="nsa 8k", run=pass_over(nsa, rows), foreign_bytes=foreign, **work[Method.nsa])]
+    return found
 
 
 def speed_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """Returns forward and backward of our methods on one row of four times the length, with RoPE scaling."""
+    """Returns forward and backward of our three methods on one row of four times the length, with RoPE scaling."""
     long = long_rows(config, 4)
-    engine, our_bytes = _built(lambda: MegatronEngine(long, placement, vocab))
-    nsa, nsa_bytes = _built(lambda: MegatronEngine(_nsa(long), placement, vocab))
+    engine = MegatronEngine(long, placement, vocab)
     rows = batches(long, placement, vocab, 1)
     work = counted(long, placement, 1)
-    found = [
-        Variant(
-            name=f"{m} 32k", run=pass_over(with_attention(engine, method=m), rows), foreign_bytes=nsa_bytes, **work[m]
-        )
-        for m in SAME_WEIGHTS
+    return [
+        Variant(name=f"{m} 32k", run=pass_over(with_attention(engine, method=m), rows), **work[m]) for m in SAME_WEIGHTS
     ]
-    return [*found, Variant(name="nsa 32k", run=pass_over(nsa, rows), foreign_bytes=our_bytes, **work[Method.nsa])]
 
 
 def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
@@ -127,6 +121,8 @@ def recompute(config: Config, placement: Placement, vocab: int) -> list[Variant]
 CASES = {
     "8k": speed_8k,
     "32k": speed_32k,
+    "nsa_8k": nsa_8k,
+    "nsa_32k": nsa_32k,
     "share_8k": share_8k,
     "share_32k": share_32k,
     "share_128k": share_128k,
@@ -140,11 +136,6 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "tp2": {"parallel": TP2},
     "tp2_overlap": {"parallel": TP2, "engine": {"overlap_tp": True}},
 }  # settings by group for two processes; each runs the case `optimizer`
-
-
-def _nsa(config: Config) -> Config:
-    """Returns the configuration with attention=nsa."""
-    return replace(config, attention=replace(config.attention, method=Method.nsa, score=Score.compressed))
 
 
 def _built(build: Callable[[], Built]) -> tuple[Built, int]:

@@ -59,7 +59,7 @@ def test_command_line_options():
     [
         (
             ["cases=9k"],
-            "cases=9k must be among 8k, 32k, share, share_8k, share_32k, share_128k, optimizer, fp8, recompute with 1 process",
+            "cases=9k must be among 8k, 32k, nsa_8k, nsa_32k, share, share_8k, share_32k, share_128k, optimizer, fp8, recompute with 1 process",
         ),
         (["cases=dp2"], "need torchrun --nproc-per-node 2"),
         (["rounds=0"], "rounds=0 must be a positive whole number"),
@@ -208,7 +208,7 @@ def test_benchmark_runs_on_a_cpu(tmp_path):
     command = [
         "-m",
         "ssa_pretrain.bench",
-        "cases=8k,share,share_128k,optimizer",
+        "cases=8k,nsa_8k,share,share_128k,optimizer",
         "model=tiny",
         "length=64",
         "rows=1",
@@ -223,9 +223,10 @@ def test_benchmark_runs_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     with (tmp_path / "results.csv").open() as file:
         found = {line["variant"]: line for line in csv.DictReader(file)}
-    steps = {name for name in found if not name.startswith("share ")}
-    methods = {"full 8k", "full 8k unfused", "full 8k short", "ssa 8k", "ssa 8k short", "moba 8k", "nsa 8k"}
+    steps = {name for name in found if not name.startswith(("share ", "nsa case, "))}
+    methods = {"full 8k", "full 8k unfused", "full 8k short", "ssa 8k", "ssa 8k short", "moba 8k"}
     assert steps == {"plain 8k", *methods, "ssa step", "optimizer"}
+    assert {f"nsa case, {method} 8k" for method in ("full", "moba", "nsa")} <= set(found)
     shares = {name for goal in GOALS for name in (goal.over, goal.under) if name.startswith("share ")}
     assert shares <= set(found) and all(float(line["ms"]) > 0 for line in found.values())
     parts = [float(found[f"share ssa r=1/4 8k, main {main}"]["ms"]) for main in ("full", "sparse")]
