@@ -81,6 +81,7 @@ def test_import_of_an_export_is_bit_identical(tmp_path, placement, overrides, dt
         assert {k: v for k, v in mine.items() if k not in ignored} == {
             k: v for k, v in theirs.items() if k not in ignored
         }
+    assert ("native sparse attention" in (folder / "README.md").read_text()) is bool(method)
     again = export_to(tmp_path / "again", tmp_path / "in", imported, placement, dtype=dtype, max_shard_size="20KB")
     for path in folder.iterdir():
         if path.name != "README.md":  # its recipe is the importing command's
