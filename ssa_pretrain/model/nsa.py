@@ -23,7 +23,15 @@ from dataclasses import replace
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ssa_kernels import compressed_attention, gate, gated_sum, window_attention
+from ssa_kernels import (
+    compressed_attention,
+    full_attention,
+    gate,
+    gated_sum,
+    select_blocks,
+    sparse_attention,
+    window_attention,
+)
 from ssa_pretrain.model.attention import PackedTokens, SSAAttention
 
 COMPRESSED, SELECTED, WINDOW = 0, 1, 2  # a head's rows of gates
@@ -34,8 +42,15 @@ class NSAAttention(SSAAttention):
 
     def _main_stream(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens) -> Tensor:
         """Returns the gated sum of the branches [T, H, D]."""
-        selected = super()._main_stream(q, k, v, None, packed)
-        compressed, window = self._other_branches(q, k, v, packed)
+        a, common = self.attention, {"cu_seqlens": packed.documents, "impl": self.impl}
+        compressed, lse = compressed_attention(q, k, v, block_size=a.block_size, **common)
+        window, _ = window_attention(q, k, v, window=a.window, **common)
+        if packed.main == "full":
+            selected, _ = full_attention(q, k, v, num_rows=packed.num_rows, **common)
+        else:
+            sizes = {"block_size": a.block_size, "top_k": a.top_k}
+            indices = select_blocks(q.detach(), k.detach(), **sizes, score=a.score.value, lse=lse, **common)
+            selected, _ = sparse_attention(q, k, v, indices, block_size=a.block_size, **common)
         return gated_sum((compressed, selected, window), self._by_branch(q, gate_logits), impl=self.impl)
 
     def _newest_tokens(
@@ -54,18 +69,13 @@ class NSAAttention(SSAAttention):
         self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens
     ) -> Tensor:
         """Returns the gated sum of the branches [T, H, D]; records alignment and captured mass of the selected one."""
+        a, common = self.attention, {"cu_seqlens": packed.documents, "impl": self.impl}
         gates = self._by_branch(q, gate_logits)
         out = super()._both_streams(q, k, v, gates[..., SELECTED], packed)
-        compressed, window = self._other_branches(q, k, v, packed)
-        out = out + gate(compressed, gates[..., COMPRESSED], impl=self.impl)
-        return out + gate(window, gates[..., WINDOW], impl=self.impl)
-
-    def _other_branches(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens) -> tuple[Tensor, Tensor]:
-        """Returns the compressed branch and the window, both [T, H, D]."""
-        a, common = self.attention, {"cu_seqlens": packed.documents, "impl": self.impl}
         compressed, _ = compressed_attention(q, k, v, block_size=a.block_size, **common)
         window, _ = window_attention(q, k, v, window=a.window, **common)
-        return compressed, window
+        out = out + gate(compressed, gates[..., COMPRESSED], impl=self.impl)
+        return out + gate(window, gates[..., WINDOW], impl=self.impl)
 
     @staticmethod
     def _by_branch(q: Tensor, gate_logits: Tensor | None) -> Tensor:

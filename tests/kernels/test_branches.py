@@ -243,6 +243,13 @@ def test_blocks_are_scored_by_the_compressed_branch(impl):
         for score in ("compressed", "softmax_sum")
     }
     oracle.check_selection(found["compressed"], q, k, DOCUMENTS, 4, 3, 0.25, "compressed")
+    _, lse = compressed_attention(q, k, k, block_size=4, cu_seqlens=ends, impl=impl)
+    common = {"block_size": 4, "top_k": 3, "cu_seqlens": ends, "impl": impl}
+    assert torch.equal(select_blocks(q, k, score="compressed", lse=lse, **common), found["compressed"])
+    with pytest.raises(
+        ValueError, match=r"lse \(65, 4\), torch.float32 with score='softmax_sum' must be the log-sum-exp"
+    ):
+        select_blocks(q, k, lse=lse, **common)
     last = torch.tensor([(t - start) % 4 == 3 for t, (start, _) in enumerate(oracle.where(DOCUMENTS, len(q)))])
     differ = (found["compressed"] != found["softmax_sum"]).flatten(1).any(1)
     assert differ[last].any()

@@ -56,13 +56,23 @@ class _Plan:
 
 
 def select_blocks_triton(
-    q: torch.Tensor, k: torch.Tensor, *, layout: DocumentLayout, top_k: int, scale: float, score: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    layout: DocumentLayout,
+    top_k: int,
+    scale: float,
+    score: str,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns indices; arguments as in `select_blocks`, with the layout built."""
     q, k = q.detach(), k.detach()
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
-    return choose_blocks_triton(q, block_means(k, layout), layout=layout, top_k=top_k, scale=scale, score=score)
+    # In base 2, as the kernels have it. A query without complete blocks has no candidates either.
+    sums = None if lse is None else torch.where(lse.isinf(), 0.0, lse * LOG2E)
+    means = block_means(k, layout)
+    return choose_blocks_triton(q, means, layout=layout, top_k=top_k, scale=scale, score=score, sums=sums)
 
 
 def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
@@ -89,9 +99,16 @@ def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
 
 
 def choose_blocks_triton(
-    q: torch.Tensor, means: torch.Tensor, *, layout: DocumentLayout, top_k: int, scale: float, score: str
+    q: torch.Tensor,
+    means: torch.Tensor,
+    *,
+    layout: DocumentLayout,
+    top_k: int,
+    scale: float,
+    score: str,
+    sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns indices int32 `[T, G or H, top_k]` for contiguous queries `[T, H, D]` and the means of `block_means`."""
+    """Returns indices int32 `[T, G or H, top_k]` for contiguous queries `[T, H, D]`, the means of `block_means` and the softmax sums if they are known."""
     tokens = q.shape[0]
     seen = _longest_seen(layout, top_k)
     expected = layout.max_length if seen is None else min(seen.tokens or layout.max_length, layout.max_length)
@@ -103,8 +120,8 @@ def choose_blocks_triton(
     scratch = torch.empty(plan.chunk, plan.lists, plan.survivors, dtype=torch.int32, device=q.device)
     starts = range(0, tokens, plan.chunk)
     before = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
-    lse, sums_ready = None, {}
-    if score != "per_head" and top_k > 1:
+    lse, sums_ready = sums, {}
+    if sums is None and score != "per_head" and top_k > 1:
         lse = torch.empty(tokens, q.shape[1], dtype=torch.float32, device=q.device)
         parts = starts[:: cdiv(len(starts), SUM_PARTS)]
         sums_ready = _softmax_sums(q, means, lse, parts, layout, plan, top_k, scale, score)
