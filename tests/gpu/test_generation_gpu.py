@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssa_pretrain.config import Config, Score
+from ssa_pretrain.config import Config, Method, Score
 from support.generation_run import LENGTHS, prompts, require_likeliest, run_of, with_cache
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +24,7 @@ def placement():
         ("sparse", {}),
         ("sparse", {"score": Score.per_head}),
         ("sparse", {"score": Score.official_compat, "top_k": 4}),
+        ("sparse", {"method": Method.nsa, "score": Score.compressed, "window": 20}),
     ],
 )
 def test_tokens_are_those_of_whole_forwards(placement, mode, attention):

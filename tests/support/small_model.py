@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method, PrecisionName
+from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method, PrecisionName, Score
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.parallel.state import Placement
@@ -21,6 +21,8 @@ def small_config(method: Method, spec: LayerSpec, impl: KernelImpl) -> Config:
     model.num_layers, model.hidden_size, model.ffn_hidden_size = 4, 512, 1024
     model.num_attention_heads, model.num_kv_heads, model.head_dim = 16, 1, 64
     config.attention.method, config.attention.impl = method, impl
+    if method is Method.nsa:
+        config.attention.score = Score.compressed
     config.data.sequence_length = LENGTH
     config.engine.layer_spec = spec
     config.precision.name = PrecisionName.bf16
