@@ -161,6 +161,9 @@ class ParallelConfig:
     tp: int = 1  # tensor parallel: ranks that share the matrices of each layer
     pp: int = 1  # pipeline parallel: stages that the layers are split into
     vpp: int = 1  # virtual pipeline stages per rank; 1: no interleaving
+    layers_on_last_stage: int = (
+        0  # layers of the last pipeline stage, which has the output layer; 0: as many as the others
+    )
     cp: int = 1  # context parallel: ranks that share the tokens of each row; keys and values are gathered in each layer
     sequence_parallel: bool = False  # shard norms and residuals along the sequence over the tensor-parallel ranks
     world_size: int = 0  # number of processes; 0: as launched (set it to plan for a larger machine)
@@ -171,7 +174,9 @@ class ParallelConfig:
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
-        found = at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + at_least("parallel", self, 0, "world_size")
+        found = at_least("parallel", self, 1, "tp", "pp", "vpp", "cp") + at_least(
+            "parallel", self, 0, "world_size", "layers_on_last_stage"
+        )
         found += between("parallel", self, 0.1, 1440.0, "timeout_minutes") + at_least(
             "parallel", self, 0.0, "hang_minutes"
         )

@@ -33,7 +33,7 @@ class Batch:
         loss_mask: float32 [1, T], 0 where the label belongs to another document.
         positions: int64 [T].
         cu_seqlens: int32 [documents + 1], from 0 to T.
-        num_rows: rows of the microbatch if each row is one document, else None.
+        num_rows: rows of the whole microbatch if each row is one document, else None.
         padding: (first token, number of tokens) of each span of padding, ascending.
         boundaries: the values of `cu_seqlens` on the host; kept by copies on a device, so that nobody waits for it.
     """

@@ -54,7 +54,7 @@ class PackedTokens(PackedSeqParams):
     Attributes:
         positions: int64 [tokens], each token's position in its document.
         documents: boundaries of documents and blocks, built once per microbatch.
-        num_rows: rows of the microbatch if each row is one document, otherwise None.
+        num_rows: rows of the whole microbatch if each row is one document, otherwise None.
         gather: under context parallelism, (k, v) of this rank's tokens -> (k, v) of all tokens, which `documents` describes; otherwise None.
         main: the stream that becomes the layers' output, "full" or "sparse".
         counterpart: whether the other stream is computed too, for the alignment and the captured mass.

@@ -65,6 +65,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         cuda_graph_scope=[],
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        num_layers_in_last_pipeline_stage=parallel.layers_on_last_stage or None,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,

@@ -66,7 +66,7 @@ class ContextParallel:
         self.rank = group.rank()
 
     def split(self, batch: Batch) -> Batch:
-        """Returns this rank's tokens, labels, loss mask and positions of a whole microbatch; `cu_seqlens` stays that of all tokens."""
+        """Returns this rank's tokens, labels, loss mask and positions of a whole microbatch; the rest stays that of all tokens."""
         if self.size == 1:
             return batch
         spans = chunk_spans(len(batch.positions), self.size, self.rank)
@@ -75,7 +75,7 @@ class ContextParallel:
             return torch.cat([tensor[..., first : first + length] for first, length in spans], dim=-1)
 
         parts = {name: own(getattr(batch, name)) for name in ("tokens", "labels", "loss_mask", "positions")}
-        return replace(batch, **parts, num_rows=None)  # queries are no longer rows
+        return replace(batch, **parts)
 
     def num_tokens(self, batch: Batch) -> int:
         """Returns the number of tokens of the whole microbatch of which `batch` is this rank's part."""

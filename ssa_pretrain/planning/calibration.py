@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from ssa_pretrain.config.stages import layers_per_stage
 from ssa_pretrain.planning.communication import DATA, GIGA, LINKS, OTHER, TENSOR, USER_BUFFERS, communication
 from ssa_pretrain.planning.documents import typical_row
 from ssa_pretrain.planning.measured import MeasuredRun, measured_runs
@@ -136,7 +137,7 @@ def rank_of(run: MeasuredRun) -> Rank:
     rows = run.dp * training.micro_batch_size * config.data.sequence_length
     replicas = run.dp * config.parallel.cp
     return Rank(
-        layers=config.model.num_layers // config.parallel.pp,
+        layers=layers_per_stage(config)[1],
         has_output=True,
         parameters=largest,
         padded_vocab_size=padded,

@@ -16,6 +16,7 @@ from functools import cached_property
 
 from ssa_pretrain.config import Config, PrecisionName
 from ssa_pretrain.config.hardware import HardwareConfig, PlanConfig
+from ssa_pretrain.config.stages import layers_per_stage
 from ssa_pretrain.planning.balance import Batch, balance
 from ssa_pretrain.planning.calibration import LIBRARIES, Calibration, calibration
 from ssa_pretrain.planning.communication import DATA, Traffic, communication
@@ -98,16 +99,21 @@ class Estimate:
 
     @cached_property
     def rank(self) -> Rank:
-        """A rank of the stage that works longest, the last."""
+        """A rank of the stage that works longest: the last, unless parallel.layers_on_last_stage makes it short."""
         config, plan = self.config, self.plan
-        return Rank(
-            layers=config.model.num_layers // plan.pp,
+        others, last = layers_per_stage(config)
+        end = Rank(
+            layers=last,
             has_output=True,
             parameters=plan.parameters_per_rank,
             padded_vocab_size=plan.padded_vocab_size,
             num_microbatches=plan.num_microbatches,
             sharded=plan.optimizer_shards,
         )
+
+        if plan.pp == 1:
+            return end
+        return max(end, replace(end, layers=others, has_output=False), key=self._stage_seconds)
 
     @cached_property
     def activations(self) -> Activations:
@@ -230,6 +236,13 @@ class Estimate:
     def cost(self) -> float:
         """Price of the whole run in USD."""
         return self.gpu_hours * self.hardware.price_per_gpu_hour
+
+    def _stage_seconds(self, rank: Rank) -> float:
+        """Returns the time of all microbatches on a stage, without the pipeline's own exchange."""
+        device = sum(self._scaled(mean_work(self.config, self.hardware, self.row, rank)).values())
+        computing = rank.num_microbatches * max(device, host_seconds(self.config, self.hardware, rank.layers))
+        sent = communication(self.config, self.hardware, rank, self.plan.world_size)
+        return computing + sum(self.communication_seconds(one) for one in sent if one.group.name in ("tp", "cp"))
 
     @property
     def is_measured(self) -> bool:

@@ -18,6 +18,7 @@ Peaks are compared with measured ones in measured_runs.csv. They are what tensor
 from dataclasses import dataclass
 
 from ssa_pretrain.config import Config, EngineName, Method, PrecisionName, Recompute, Score, gates_per_head
+from ssa_pretrain.config.stages import layers_per_stage
 from ssa_pretrain.schedule import share_drawn
 
 SELECTION_WORKSPACE = 64 * 2**20  # bytes, the bound in kernels/ssa_kernels/select/launch.py
@@ -74,7 +75,7 @@ def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
     total = model.num_layers * (matrices + norms) + model.hidden_size + ends
     # With pp > 1 the first stage holds the embedding, the last one the final norm and the output layer (a copy if tied).
     ends = embedding if pp > 1 else ends
-    return total, model.num_layers // pp * (matrices // tp + norms) + model.hidden_size + ends // tp
+    return total, max(layers_per_stage(config)) * (matrices // tp + norms) + model.hidden_size + ends // tp
 
 
 def optimizer_shards(config: Config, replicas: int) -> int:
@@ -99,7 +100,7 @@ def _layer_parameters(config: Config) -> int:
     model, parallel = config.model, config.parallel
     qkv = model.qkv_width(gates=gates_per_head(config.attention))
     matrices = model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
-    return model.num_layers // parallel.pp * matrices // parallel.tp
+    return max(layers_per_stage(config)) * matrices // parallel.tp
 
 
 def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict[str, int]:
@@ -152,7 +153,7 @@ def activations(
     size = _element(config)
     tokens = config.training.micro_batch_size * config.data.sequence_length // parallel.cp
     shards = parallel.tp if parallel.sequence_parallel else 1
-    chunk = model.num_layers // (parallel.pp * parallel.vpp)
+    on_others, on_last = layers_per_stage(config)
     # Most (microbatch, chunk) pairs in flight on the first stage, in the 1F1B and the interleaved schedule.
     most = 2 * (parallel.pp - 1) + (parallel.vpp - 1) * parallel.pp + 1 if parallel.vpp > 1 else parallel.pp
     in_flight = min(most, num_microbatches * parallel.vpp)
@@ -166,8 +167,8 @@ def activations(
     logits = tokens * padded_vocab_size // parallel.tp * size
     hidden = tokens * model.hidden_size * (2 * size // shards + 2 * size + 4)
     common = {"layer": layer, "workspaces": workspaces, "buffers": _buffer_bytes(config, tokens, largest, dp)}
-    last = Activations(layers=chunk * parallel.vpp * kept, output_layer=logits + hidden, **common)
-    first = Activations(layers=in_flight * chunk * kept, output_layer=0, **common)
+    last = Activations(layers=on_last * kept, output_layer=logits + hidden, **common)
+    first = Activations(layers=in_flight * (on_others // parallel.vpp) * kept, output_layer=0, **common)
     return max(first, last, key=lambda stage: stage.peak)
 
 

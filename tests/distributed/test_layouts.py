@@ -19,6 +19,7 @@ TWO = {
     "tp2_sp": {TP: 2, "parallel.sequence_parallel": True},
     "pp2": {PP: 2},
     "pp2_vpp2": {PP: 2, "parallel.vpp": 2},
+    "pp2_last1": {PP: 2, "parallel.layers_on_last_stage": 1},
     "dp2": {DP: 2},
 }
 FOUR = {
@@ -51,7 +52,7 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     | dict.fromkeys(TWO, tuple(STREAMS))
     | dict.fromkeys(FOUR, ("drawn",))
     | {"dp2": (*STREAMS, "quarter"), "tp2_sp": (*STREAMS, "quarter", "nsa"), "tp2_pp2": ("drawn", "quarter", "nsa")}
-    | {"pp2_vpp2": ("drawn",), "pp2_vpp2_dp2": ()},
+    | {"pp2_vpp2": ("drawn",), "pp2_last1": ("drawn",), "pp2_vpp2_dp2": ()},
     "no_distributed_optimizer": {
         "single": BOTH,
         "dp2": BOTH,

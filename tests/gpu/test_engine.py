@@ -62,3 +62,26 @@ def test_checkpoint_resumes(placement, spec, tmp_path):
     )
     require_means_as_near(resumed, kept, exact)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_frequencies_are_the_same_bits_as_on_a_cpu(placement, scaled):
+    """transformers computes them on the CPU too; a GPU's power function is less exact."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
+
+    config = small_config(Method.full, LayerSpec.local, KernelImpl.auto)
+    config.model.rope_scaling.enabled = scaled
+    rotary = unwrap(build_engine(config, placement, VOCAB).chunks[0]).rotary_pos_emb
+    angles = rotary(16)[1, 0, 0]
+    wanted = RotaryEmbedding(
+        config.model.head_dim,
+        1.0,
+        rotary_base=config.model.rope_theta,
+        rope_scaling=scaled,
+        rope_scaling_factor=config.model.rope_scaling.factor,
+        use_cpu_initialization=True,
+    ).inv_freq
+    assert angles.is_cuda and torch.equal(angles[: len(wanted)].cpu(), wanted)

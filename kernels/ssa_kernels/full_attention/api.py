@@ -27,8 +27,7 @@ def full_attention(
 
     On a GPU a library's kernel is chosen from shapes, arguments and the installed libraries, without reading the documents' boundaries (fused.py).
     Pass a layout with `max_length` if it is known: FlashAttention's backward over 8k rows takes twice as long when it must expect a document
-    of all tokens. For some of the queries over all keys, pass a layout by `query_spans` (or, for the reference, by `query_slice`) and no
-    num_rows.
+    of all tokens. For some of the queries over all keys, pass a layout by `query_spans` (or, for the reference, by `query_slice`).
 
     Args:
         q: `[tokens, H, D]`.
@@ -86,6 +85,8 @@ def check_rows(cu_seqlens: torch.Tensor | DocumentLayout, tokens: int, num_rows:
     if num_rows is None:
         return
     rows = check_whole("num_rows", num_rows, least=1, hint=", or None")
+    if isinstance(cu_seqlens, DocumentLayout):
+        tokens = cu_seqlens.num_tokens  # more than the queries of a layout by `query_spans`
     if tokens % rows:
         raise ValueError(f"num_rows={rows} must divide tokens={tokens}; try None for documents of any length")
     ends = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, DocumentLayout) else cu_seqlens

@@ -2,7 +2,8 @@
 
 The kernel is chosen from shapes, explicit arguments and the installed libraries, never from values on the device:
 
-- `cudnn`: torch's cuDNN attention, if the caller states that the tokens are `num_rows` rows of equal length, one document each.
+- `cudnn`: torch's cuDNN attention, if the caller states that the tokens are `num_rows` rows of equal length, one document each; also for spans
+  of queries of such rows (pieces.py).
 - `te`: Transformer Engine's cuDNN attention on packed documents and on spans of queries (`query_spans`), if it is installed (te.py). On
   request it also takes equal rows.
 - `flash`: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
@@ -22,6 +23,7 @@ import torch
 
 from ..documents import DocumentLayout, QuerySpan, SpanSegments, document_ends
 from . import te
+from .pieces import Piece, pieces_backward, pieces_forward, pieces_of
 from .spans import spans_backward, spans_forward
 
 # Shorter rows run as packed documents: they are not worth cuDNN's fixed costs, and its support for very short rows has varied.
@@ -38,6 +40,7 @@ class FusedPlan:
     scale: float
     spans: tuple[QuerySpan, ...] = ()  # of a layout by `query_spans`
     segments: SpanSegments | None = None  # the spans as one batch
+    pieces: tuple[Piece, ...] = ()  # the spans row by row
 
 
 def plan_fused(
@@ -89,11 +92,15 @@ def _plan_spans(
         raise ValueError(
             f"q has {len(q)} tokens and the layout's spans {expected}; pass the queries of the spans, in order"
         )
-    if backend not in (None, "te", "flash") or num_rows is not None:
-        raise ValueError(
-            f"backend={backend!r} and num_rows={num_rows} of full_attention do not take spans of queries; try None for both"
-        )
-    chosen = backend or _pick(q, 0)
+    pieces = pieces_of(layout.spans, layout.num_tokens, num_rows) if num_rows else ()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    chosen = backend or ("cudnn" if pieces and not deterministic else _pick(q, 0))
+    if chosen == "cudnn":
+        if not pieces:
+            raise ValueError(
+                "backend='cudnn' of full_attention takes spans of at least 128 queries and keys of each row; try backend=None"
+            )
+        return FusedPlan(chosen, 0, layout.max_length, scale, pieces=pieces)
     _check_te(chosen)
     return FusedPlan(chosen, 0, layout.max_length, scale, layout.spans, layout.segments)
 
@@ -135,6 +142,8 @@ def fused_forward(
     longest = plan.max_length
     if plan.spans and plan.backend == "flash":
         return spans_forward(q, k, v, plan.spans, max_length=longest, scale=plan.scale)
+    if plan.pieces:
+        return pieces_forward(q, k, v, plan.pieces, scale=plan.scale)
     if plan.backend == "cudnn":
         o, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *(_rows(x, plan.num_rows) for x in (q, k, v)), None, True, 0.0, True, False, scale=plan.scale
@@ -168,6 +177,8 @@ def fused_backward(
     longest = plan.max_length
     if plan.spans and plan.backend == "flash":
         return spans_backward(grad_o, q, k, v, o, lse, states, plan.spans, max_length=longest, scale=plan.scale)
+    if plan.pieces:
+        return pieces_backward(grad_o, q, k, v, o, lse, states, plan.pieces, scale=plan.scale)
     if plan.backend == "cudnn":
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *(_rows(x, plan.num_rows) for x in (grad_o, q, k, v, o)), lse.transpose(1, 2).unsqueeze(-1),

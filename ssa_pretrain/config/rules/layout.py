@@ -29,7 +29,7 @@ def _heads(config: Config, _: Machine) -> list[Problem]:
 def _layers(config: Config, _: Machine) -> list[Problem]:
     """The pipeline stages, pp * vpp, divide the layers."""
     layers, pp, vpp = config.model.num_layers, config.parallel.pp, config.parallel.vpp
-    if min(layers, pp, vpp) < 1 or layers % (pp * vpp) == 0:
+    if min(layers, pp, vpp) < 1 or config.parallel.layers_on_last_stage or layers % (pp * vpp) == 0:
         return []
     if layers % pp:
         advice = f"try {join(nearest(pp, divisors(layers)))}"
@@ -37,6 +37,27 @@ def _layers(config: Config, _: Machine) -> list[Problem]:
     rule = f"times parallel.pp={pp} must divide model.num_layers={layers}"
     advice = f"try {join(nearest(vpp, divisors(layers // pp)))}"
     return [Problem("parallel.vpp", vpp, rule, advice, ("model.num_layers", "parallel.pp"))]
+
+
+def _last_stage(config: Config, _: Machine) -> list[Problem]:
+    """The layers before the last stage are the same number on each stage, and vpp divides both numbers."""
+    layers, pp, vpp = config.model.num_layers, config.parallel.pp, config.parallel.vpp
+    last = config.parallel.layers_on_last_stage
+    if last < 1 or min(layers, pp, vpp) < 1:
+        return []
+    key, reads = "parallel.layers_on_last_stage", ("model.num_layers", "parallel.pp", "parallel.vpp")
+    if pp == 1:
+        rule = "is for pipelines, but parallel.pp=1 has one stage"
+        return [Problem(key, last, rule, "try 0", reads)]
+    unit = (pp - 1) * vpp
+    possible = [n for n in range(vpp, layers, vpp) if (layers - n) % unit == 0]
+    if last in possible:
+        return []
+    rule = f"must leave equally many of the model.num_layers={layers} layers to each other stage of parallel.pp={pp}"
+    if vpp > 1:
+        rule += f", and parallel.vpp={vpp} must divide it and them"
+    advice = f"try {join(nearest(last, possible))}" if possible else "try 0"
+    return [Problem(key, last, rule, advice, reads)]
 
 
 def _sequence(config: Config, _: Machine) -> list[Problem]:
@@ -142,4 +163,4 @@ def _stop(config: Config, _: Machine) -> list[Problem]:
     return [Problem("training.stop_at_step", training.stop_at_step, rule, f"try 0 or at most {steps}", reads)]
 
 
-LAYOUT_RULES = (_heads, _layers, _sequence, _context, _rope, _world, _batch, _stop)
+LAYOUT_RULES = (_heads, _layers, _last_stage, _sequence, _context, _rope, _world, _batch, _stop)

@@ -16,6 +16,7 @@ from ssa_pretrain.config.machine import Machine
 SSA, FULL, QUARTER = "ssa", "full", "ssa r=1/4"
 VARIANTS: dict[str, dict[str, Any]] = {SSA: {}, FULL: {"method": "full"}, QUARTER: {"counterpart_share": 0.25}}
 TP2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
+SHORT_LAST_STAGE = "parallel.layers_on_last_stage={last_stage}"  # its output layer takes as long as three layers
 PP2, VPP2 = ("parallel.pp=2",), ("parallel.pp=2", "parallel.vpp=2")
 OVERLAPPED = ("grad_reduce", "param_gather")
 
@@ -29,12 +30,14 @@ class Size:
         lengths: tokens per row, by name.
         rows: rows per microbatch, by name of the length.
         tokens_per_gpu: per step, in weak scaling.
+        last_stage: layers of the last of two pipeline stages, where they are not split evenly.
     """
 
     settings: tuple[str, ...]
     lengths: dict[str, int]
     rows: dict[str, int]
     tokens_per_gpu: int
+    last_stage: int = 7
 
 
 SIZES = {
@@ -63,6 +66,7 @@ SIZES = {
         lengths={"8k": 64, "32k": 128},
         rows={"8k": 2, "32k": 1},
         tokens_per_gpu=256,
+        last_stage=1,
     ),
 }
 
@@ -124,6 +128,14 @@ def two_gpus() -> dict[str, list[Job]]:
     every = (SSA, QUARTER, FULL)
     dp2 = Case(layout="dp2", length="8k", gpus=2, variants=every, exposed=(SSA, QUARTER))
     tp2 = Case(layout="tp2", length="8k", gpus=2, settings=TP2, variants=(SSA, QUARTER), exposed=(SSA, QUARTER))
+    overlapped = Case(
+        layout="tp2 overlapped",
+        length="8k",
+        gpus=2,
+        settings=(*TP2, "engine.overlap_tp=true"),
+        variants=(SSA, QUARTER),
+        exposed=(SSA,),
+    )
     long_tp2 = Case(layout="tp2", length="32k", gpus=2, settings=TP2, variants=(SSA, QUARTER))
     cp2 = Case(
         layout="cp2",
@@ -151,10 +163,11 @@ def two_gpus() -> dict[str, list[Job]]:
     return {
         "speed": [
             *one_gpu(every),
-            Job(gpus=2, cases=[dp2, tp2, cp2, vpp2, long_tp2, long_dp2, pp2, fp8_cp2]),
+            Job(gpus=2, cases=[dp2, tp2, cp2, vpp2, overlapped, long_tp2, long_dp2, pp2, fp8_cp2]),
         ],
         "save": [Job(gpus=2, cases=[save])],
-        "deepspeed": [Job(gpus=2, cases=[plain, *zero])],
+        # Each in processes of its own: DeepSpeed keeps an engine's memory after it.
+        "deepspeed": [Job(gpus=2, cases=[case]) for case in (plain, *zero)],
     }
 
 
@@ -196,7 +209,7 @@ def _all_gpus(count: int, variants: tuple[str, ...]) -> list[Case]:
     cp2, cp4 = "parallel.cp=2", "parallel.cp=4"
     wanted = [
         case("", "8k", 1),
-        case("tp2 pp2", "8k", 4, *TP2, *PP2),
+        case("tp2 pp2", "8k", 4, *TP2, *PP2, SHORT_LAST_STAGE),
         case("tp2", "8k", 2, *TP2),
         case("cp2", "32k", 2, cp2),
         case("pp2 vpp2", "8k", 2, *VPP2),
@@ -230,7 +243,7 @@ def case_config(case: Case, size: Size, host_gpus: int, settings: tuple[str, ...
         ConfigError: the layout does not fit the model or the batch.
     """
     length = size.lengths[case.length]
-    of_layout = case.settings if settings is None else settings
+    of_layout = [one.format(last_stage=size.last_stage) for one in (case.settings if settings is None else settings)]
     arguments = [
         *size.settings,
         f"data.sequence_length={length}",

@@ -13,9 +13,11 @@ TOKENS, CHUNK = 2048, 256
 RANKS = [[(r * CHUNK, CHUNK), ((7 - r) * CHUNK, CHUNK)] for r in range(3)] + [[(3 * CHUNK, 2 * CHUNK)]]
 DOCUMENTS = {
     "one": [0, TOKENS],
+    "two": [0, TOKENS // 2, TOKENS],
     "ragged": [0, 1, 2, 250, 256, 257, 700, 700, 1024, 1535, 1537, 1900],
     "single_tokens": [0, *range(200, 1900), TOKENS],
 }
+ROWS = {"one": 1, "two": 2}  # equal rows, for the kernels that need to know
 SELECTION = {"block_size": 16, "top_k": 8}
 
 
@@ -49,9 +51,11 @@ def test_blocks_and_sparse_stream_bit_for_bit(documents, score):
         assert torch.equal(o_part, take(o, spans)) and torch.equal(lse_part, take(lse, spans))
 
 
-@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize(
+    ("documents", "num_rows"), [(name, None) for name in DOCUMENTS] + list(ROWS.items()), ids=lambda x: str(x)
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 2, 64), (8, 2, 128), (6, 1, 96)])
-def test_full_stream_against_float64(documents, heads, kv_heads, head_dim):
+def test_full_stream_against_float64(documents, num_rows, heads, kv_heads, head_dim):
     """As close to float64 as one call with all queries, except for one more rounding of the keys' sums."""
     q, k, v, _ = make(heads, kv_heads, head_dim)
     layout, grad = layout_of(documents), torch.randn_like(q)
@@ -63,7 +67,8 @@ def test_full_stream_against_float64(documents, heads, kv_heads, head_dim):
     sums = [torch.zeros_like(x, dtype=torch.float32) for x in (k, v)]
     for spans in RANKS:
         mine = take(q, spans).detach().requires_grad_()
-        o, lse = full_attention(mine, k, v, cu_seqlens=query_spans(layout, spans), return_lse=True)
+        part = query_spans(layout, spans)
+        o, lse = full_attention(mine, k, v, cu_seqlens=part, return_lse=True, num_rows=num_rows)
         # bf16's own rounding is 2^-9 at most, 2^-10 in the mean.
         assert relative(o, take(exact, spans)) < 1.1 * relative(whole, exact) + 2**-10
         torch.testing.assert_close(lse.double(), take(exact_lse, spans), rtol=0, atol=1e-4)
@@ -75,9 +80,10 @@ def test_full_stream_against_float64(documents, heads, kv_heads, head_dim):
         require_as_near(got, whole_grad, want, factor=1.5, floor=2**-9)
 
 
+@pytest.mark.parametrize("documents", ["ragged", "two"])
 @pytest.mark.parametrize("main", ["full", "sparse"])
-def test_layer_with_its_gradients(main):
-    inputs, layout = make(), layout_of("ragged")
+def test_layer_with_its_gradients(main, documents):
+    inputs, layout, num_rows = make(), layout_of(documents), ROWS.get(documents)
     upstream = torch.randn_like(inputs[0])
     common = {"main": main, **SELECTION}
     out, loss, mass = ssa_attention(*inputs, cu_seqlens=layout, **common)
@@ -90,7 +96,7 @@ def test_layer_with_its_gradients(main):
     for spans in RANKS:
         mine = [inputs[0], *inputs[1:3], inputs[3]]
         leaves = [take(x, spans).detach().requires_grad_() if i in (0, 3) else x for i, x in enumerate(mine)]
-        found = ssa_attention(*leaves, cu_seqlens=query_spans(layout, spans), **common)
+        found = ssa_attention(*leaves, cu_seqlens=query_spans(layout, spans), num_rows=num_rows, **common)
         require_as_near(found.out, take(out, spans), take(exact_out, spans), factor=1.5)
         losses.append(found.alignment_loss)
         masses.append(found.captured_mass)
@@ -111,15 +117,16 @@ def test_layer_with_its_gradients(main):
         require_as_near(got, want, right, factor=1.5)
 
 
-def test_host_never_waits_for_the_device():
-    inputs, layout = make(), layout_of("ragged")
+@pytest.mark.parametrize("documents", ["ragged", "two"])
+def test_host_never_waits_for_the_device(documents):
+    inputs, layout = make(), layout_of(documents)
     part, spans = query_spans(layout, RANKS[0]), RANKS[0]
     leaves = [take(x, spans).detach().requires_grad_() if i in (0, 3) else x for i, x in enumerate(inputs)]
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
         try:
             query_spans(layout, spans)
-            found = ssa_attention(*leaves, cu_seqlens=part, main="full", **SELECTION)
+            found = ssa_attention(*leaves, cu_seqlens=part, main="full", num_rows=ROWS.get(documents), **SELECTION)
             torch.autograd.backward(found[:2], (torch.ones_like(found[0]), torch.ones_like(found[1])))
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -147,6 +147,22 @@ def test_quickstart_passes_with_and_without_a_gpu(machine: Machine) -> None:
         ),
         ((*BASE, "parallel.pp=3"), 3, "parallel.pp=3 must divide model.num_layers=4; try 2 or 4"),
         (
+            (*BASE, "parallel.layers_on_last_stage=1"),
+            1,
+            "parallel.layers_on_last_stage=1 is for pipelines, but parallel.pp=1 has one stage; try 0",
+        ),
+        (
+            (*PAPER, "parallel.pp=4", "parallel.layers_on_last_stage=3"),
+            4,
+            "parallel.layers_on_last_stage=3 must leave equally many of the model.num_layers=16 layers to each other stage of parallel.pp=4; try 1 or 4",
+        ),
+        (
+            (*PAPER, "parallel.pp=2", "parallel.vpp=2", "parallel.layers_on_last_stage=7"),
+            2,
+            "parallel.layers_on_last_stage=7 must leave equally many of the model.num_layers=16 layers to each other stage of parallel.pp=2, "
+            "and parallel.vpp=2 must divide it and them; try 6 or 8",
+        ),
+        (
             (*PAPER, "parallel.pp=4", "parallel.vpp=3"),
             4,
             "parallel.vpp=3 times parallel.pp=4 must divide model.num_layers=16; try 2 or 4",

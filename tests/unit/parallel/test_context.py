@@ -65,7 +65,7 @@ def test_rank_slice_equals_the_batch_at_its_positions(cp: int) -> None:
         places = torch.cat([torch.arange(first, first + length) for first, length in chunk_spans(96, cp, rank)])
         for name in ("tokens", "labels", "loss_mask", "positions"):
             assert torch.equal(getattr(part, name), getattr(batch, name)[..., places]), name
-        assert torch.equal(part.cu_seqlens, batch.cu_seqlens) and part.index == 3 and part.num_rows is None
+        assert torch.equal(part.cu_seqlens, batch.cu_seqlens) and part.index == 3 and part.num_rows == batch.num_rows
         assert context.num_tokens(part) == 96
         assert torch.equal(queries.query_start + queries.query_position, places.to(torch.int32))
         assert torch.equal(queries.query_position, part.positions.to(torch.int32))
