@@ -92,12 +92,7 @@ def test_pipeline_waits_for_its_first_and_last_microbatches(paper: PlanConfig) -
 
 def test_short_last_stage_balances_the_output_layer(paper: PlanConfig) -> None:
     """TP 2 x PP 2 x DP 2: with 8 of 16 layers the last stage sets the time, with 7 less, with 4 the first one does."""
-    words = (
-        "parallel.tp=2",
-        "parallel.pp=2",
-        "parallel.sequence_parallel=true",
-        "training.global_batch_tokens=1048576",
-    )
+    words = ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true", "training.global_batch_tokens=1048576")
     times = {last: planned(paper, 8, *words, f"parallel.layers_on_last_stage={last}") for last in (0, 4, 7, 8)}
     assert times[0].step.total == times[8].step.total
     assert times[7].step.total < 0.95 * times[8].step.total and times[7].step.total < times[4].step.total

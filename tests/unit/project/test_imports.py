@@ -47,7 +47,10 @@ def users(name: str) -> set[str]:
                 "data_prep/own_settings.py",
             ],
         ),
-        ("transformers", ["ssa_pretrain/huggingface/checking.py", "ssa_pretrain/huggingface/modelling_ssa.py"]),
+        (
+            "transformers",
+            [f"ssa_pretrain/huggingface/{name}.py" for name in ("checking", "modelling_nsa", "modelling_ssa")],
+        ),
         ("megatron.core.parallel_state", ["ssa_pretrain/parallel/"]),
         ("triton", ["kernels/"]),
         ("pickle", ["ssa_pretrain/checkpoint/unpickling.py"]),
