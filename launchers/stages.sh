@@ -4,7 +4,7 @@
 #   launchers/stages.sh --nproc-per-node 8 --recipe ssa_1b --out DIR data.path=DATA 8k:layout=gpus_8_8k 32k:layout=gpus_8_32k
 #   launchers/stages.sh --out DIR --status
 #
-#   --recipe NAME            both experiments without their length: ssa_1b, full_1b, moba_1b, ssa_300m, full_300m, moba_300m
+#   --recipe NAME            both experiments without their length: ssa_1b, full_1b, moba_1b, nsa_1b, ssa_300m, full_300m, moba_300m, nsa_300m
 #   --out DIR                the folder of all stages; the state is DIR/stages.json
 #   --status                 print the state and exit
 #   --dry-run                check all settings; print each stage's command and the plans; start nothing

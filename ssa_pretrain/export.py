@@ -10,7 +10,7 @@ number of processes, which share the files. Settings, as key=value:
     out             folder of the export; must not exist
     weights         live (default) or ema: the running mean of the weights (optim.ema_decay)
     dtype           bf16 (default) or fp32: number format of the weights
-    attention_mode  full or sparse: what the model computes unless asked otherwise; default full, sparse after method=moba
+    attention_mode  full or sparse: what the model computes unless asked otherwise; default full, sparse after method=moba or nsa
     max_shard_size  largest file of weights, default 5GB
     data            dataset whose tokenizer is exported; default the run's own; none: export no tokenizer
     add_bos         whether the tokenizer puts BOS before each text; default: as in training

@@ -11,7 +11,7 @@ Takes a folder with config.json and safetensors: an export of ssa_pretrain, a Ll
     out              folder of the imported model; must not exist
     name             name of the model; default that of `out`
     gate             for a Llama, which has no attention gate: off (the model stays without) or open (the same function, with gates that learn)
-    method           attention.method in the folder's config.yaml: ssa (default), full or moba
+    method           attention.method in the folder's config.yaml: ssa (default), full, moba, or nsa for NSA-1B
     sequence_length  data.sequence_length there; default the longest input of config.json, at most 8192 for foreign models
     vocab_divisor    the embedding is padded to a multiple of this number of rows, with rows of 0; default: no padding
     data             data.path there, for `python -m ssa_pretrain.evaluate`; default: to be given then

@@ -1,7 +1,8 @@
 """`PYTHONPATH=kernels python -m bench`: measures the kernels' speed relative to baselines, in one process on one GPU.
 
 It prints a table, and writes CSV files and a roofline plot. Before that it checks selection, both streams, gate and alignment (check.py), and
-stops if a result is wrong. `--quick` leaves out rows beyond 32k, and `--only decode` (or `indexer`) everything but decoding (the trained scorer). `--activations` adds the locality of real activations (.pt or .npz files
+stops if a result is wrong. `--quick` leaves out rows beyond 32k, and `--only decode`, `--only branches` or `--only indexer` everything but decoding,
+NSA's branches or the trained scorer. `--activations` adds the locality of real activations (.pt or .npz files
 with q, k, v and cu_seqlens of one layer), which works on a CPU too. It measures neither a whole training step nor several GPUs.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import bounds, cases, decode, indexer, plot, shapes
+from . import bounds, branches, cases, decode, indexer, plot, shapes
 from .activations import activation_rows
 from .cases import Row
 from .check import failures
@@ -36,9 +37,10 @@ def main() -> int:
             print(*map(_line, activation_rows(path, torch.device("cpu"))), sep="\n")
         return 0
     wrong = indexer.failures() if arguments.only == "indexer" else decode.failures()
+    if arguments.only in (None, "branches"):
+        wrong += failures() + failures(heads=32, kv_heads=8, head_dim=128)
     if arguments.only is None:
-        wrong += indexer.failures() + failures()
-        wrong += failures(heads=32, kv_heads=8, head_dim=128) + failures(heads=16, kv_heads=2, head_dim=256)
+        wrong += indexer.failures() + failures(heads=16, kv_heads=2, head_dim=256)
     if wrong:
         print("Wrong results, so nothing is timed:", *wrong, sep="\n  ", file=sys.stderr)
         return 1
@@ -70,7 +72,9 @@ def _parse() -> argparse.Namespace:
         help="folder for kernels.csv, bounds.csv, roofline.png",
     )
     parser.add_argument("--quick", action="store_true", help="only 8k and 32k")
-    parser.add_argument("--only", choices=["decode", "indexer"], help="only this case, which writes its own table")
+    parser.add_argument(
+        "--only", choices=["decode", "branches", "indexer"], help="only this case, which writes a table of its name"
+    )
     parser.add_argument(
         "--activations",
         type=Path,
@@ -84,7 +88,7 @@ def _parse() -> argparse.Namespace:
 def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
     """Yields the table's rows with their bounds, in the order of README.md."""
     if arguments.only == "decode":
-        yield from decode.rows(arguments.quick)
+        yield from branches.rows(arguments.quick) if arguments.only == "branches" else decode.rows(arguments.quick)
         return
     if arguments.only == "indexer":
         yield from indexer.rows(shapes.SHAPE_8K)
@@ -106,6 +110,7 @@ def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
     yield from decode.rows(arguments.quick)
     yield from indexer.rows(shapes.SHAPE_8K)
     yield from indexer.rows(shapes.SHAPE_32K)
+    yield from branches.rows(arguments.quick)
     for path in arguments.activations:
         yield from activation_rows(path, torch.device("cuda"))
     if not arguments.quick:

@@ -7,7 +7,14 @@ where scores are nearly equal. The fused layer and full attention over equal row
 
 import torch
 
-from ssa_kernels import full_attention, gate_and_align, select_blocks, sparse_attention
+from ssa_kernels import (
+    compressed_attention,
+    full_attention,
+    gate_and_align,
+    select_blocks,
+    sparse_attention,
+    window_attention,
+)
 from ssa_kernels.documents import build_layout
 
 # bf16 rounds to 2^-9 relative; operands, P and the output are each rounded once or twice, gradients once more.
@@ -43,11 +50,19 @@ def failures(heads: int = 32, kv_heads: int = 2, head_dim: int = 64) -> list[str
     def full(*x, impl=None):
         return (full_attention(*x, cu_seqlens=layout, impl=impl)[0],)
 
+    def window(*x, impl=None):
+        return (window_attention(*x, window=128, cu_seqlens=layout, impl=impl)[0],)
+
+    def compressed(*x, impl=None):
+        return (compressed_attention(*x, block_size=16, cu_seqlens=layout, impl=impl)[0],)
+
     def gate(*x, impl=None):
         return gate_and_align(*x, main="sparse", impl=impl)
 
     found += _compare("sparse_attention", sparse, (q, k, v), (grad,))
     found += _compare("full_attention", full, (q, k, v), (grad,))
+    found += _compare("window_attention", window, (q, k, v), (grad,))
+    found += _compare("compressed_attention", compressed, (q, k, v), (grad,))
     gate_inputs = (q, draw(tokens, heads, head_dim), draw(tokens, heads))
     # The loss is a mean: a gradient of its number of terms gives both outputs the same weight.
     return found + _compare("gate_and_align", gate, gate_inputs, (grad, torch.tensor(float(q.numel()), device="cuda")))

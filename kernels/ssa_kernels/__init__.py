@@ -9,6 +9,7 @@ rows (documents.py), M model dim, F feed-forward dim, V vocabulary. Query heads 
 """
 
 from . import custom_ops  # noqa: F401  registers the operators with torch.compile
+from .branches.api import compressed_attention, window_attention
 from .captured_mass import captured_mass
 from .decode import (
     KeyValueCache,
@@ -23,6 +24,7 @@ from .documents import DocumentLayout, build_layout
 from .full_attention import full_attention
 from .gate import gate
 from .gate_and_align import gate_and_align
+from .gated_sum import gated_sum
 from .indexer import block_mass, choose_by_index, index_loss
 from .key_convolution import key_convolution
 from .linear_cross_entropy import linear_cross_entropy
@@ -45,11 +47,13 @@ __all__ = [
     "build_layout",
     "captured_mass",
     "choose_by_index",
+    "compressed_attention",
     "decode_attention",
     "decode_bytes",
     "full_attention",
     "gate",
     "gate_and_align",
+    "gated_sum",
     "index_loss",
     "key_convolution",
     "linear_cross_entropy",
@@ -64,4 +68,5 @@ __all__ = [
     "ssa_attention",
     "swiglu",
     "update_block_means",
+    "window_attention",
 ]

@@ -57,7 +57,8 @@ def masked_attention(
         queries = slice(first, min(first + QUERIES_PER_CHUNK, q.shape[0]))
         start = layout.query_start[queries]
         own = start + layout.query_position[queries]
-        keys = slice(int(start.min()), int(own.max()) + 1)
+        first_key = int(start.min())
+        keys = slice(first_key, max(int(own.max()), first_key) + 1)  # at least one, also if no query sees any
         number = torch.arange(keys.start, keys.stop, device=q.device)
         mask = ((number >= start[:, None]) & (number <= own[:, None]))[None]
         if mask_of is not None:

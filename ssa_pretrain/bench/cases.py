@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ssa_pretrain.bench.documents import Documents
 from ssa_pretrain.bench.methods import methods
+from ssa_pretrain.bench.nsa import nsa_8k, nsa_32k
 from ssa_pretrain.bench.plain_megatron import PlainModel
 from ssa_pretrain.bench.share import share_8k, share_32k, share_128k
 from ssa_pretrain.bench.variants import (
@@ -167,6 +168,8 @@ def keys(config: Config, placement: Placement, vocab: int) -> list[Variant]:
 CASES = {
     "8k": speed_8k,
     "32k": speed_32k,
+    "nsa_8k": nsa_8k,
+    "nsa_32k": nsa_32k,
     "share_8k": share_8k,
     "share_32k": share_32k,
     "share_128k": share_128k,

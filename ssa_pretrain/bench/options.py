@@ -14,6 +14,8 @@ MODELS = CONF / "model"
 ONE_PROCESS = (
     "8k",
     "32k",
+    "nsa_8k",
+    "nsa_32k",
     "share",
     "share_8k",
     "share_32k",
@@ -26,7 +28,12 @@ ONE_PROCESS = (
     "keys",
 )
 SHORTHANDS = {"share": ("share_8k", "share_32k")}
-LENGTHS = {"32k": 4, "share_32k": 4, "share_128k": 16}  # how many times `length` the rows of a case are long
+LENGTHS = {
+    "32k": 4,
+    "nsa_32k": 4,
+    "share_32k": 4,
+    "share_128k": 16,
+}  # how many times `length` the rows of a case are long
 TWO_PROCESSES = ("dp2", "tp2", "tp2_overlap")
 DEFAULT_VOCAB = 4096  # for models whose vocabulary is the tokenizer's
 CPU_PARAMETERS = 50_000_000

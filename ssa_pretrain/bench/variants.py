@@ -1,7 +1,7 @@
 """The variants: pieces of work that are timed, and the models and microbatches that they share.
 
-One engine serves every attention method, main stream and counterpart share, since these settings determine what a step
-computes but not which weights exist. A view of the engine with other settings takes no memory, so the variants can take
+One engine serves the methods ssa, full and moba, every main stream and counterpart share, since these settings determine
+what a step computes but not which weights exist. nsa has gates of its own, and so an engine of its own. A view of the engine with other settings takes no memory, so the variants can take
 turns.
 """
 
@@ -23,7 +23,7 @@ from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.planning.flops import row_flops
 
 LEARNING_RATE = 1e-6
-ONE_MODEL = (Method.ssa, Method.full, Method.moba)  # methods with the same weights
+ONE_MODEL = (Method.ssa, Method.full, Method.moba)  # methods that one engine serves; the others have more weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The configuration of a run: its schema, the machine it runs on, its rules and DeepSpeed's dictionary.
 
-Reading order: choices, evaluation, indexer, trackers, checkpoint, schedule, schema, machine, rules/, deepspeed. This module re-exports all up to schema,
-so importing it is cheap.
+Reading order: choices, evaluation, indexer, trackers, checkpoint, schedule, schema, gates, machine, rules/, deepspeed. This module re-exports all up to
+gates, so importing it is cheap.
 """
 
 from pathlib import Path
@@ -37,6 +37,7 @@ from ssa_pretrain.config.evaluation import (
     PerplexityTask,
     TaskConfig,
 )
+from ssa_pretrain.config.gates import gates_per_head
 from ssa_pretrain.config.indexer import IndexerConfig
 from ssa_pretrain.config.optimizers import MuonConfig, MupConfig
 from ssa_pretrain.config.schedule import Batches, BatchStepConfig, PieceConfig, batches, piece_bounds
@@ -109,5 +110,6 @@ __all__ = [
     "WandbConfig",
     "WandbMode",
     "batches",
+    "gates_per_head",
     "piece_bounds",
 ]

@@ -81,9 +81,9 @@ class ModelConfig:
         """Returns the width of the projection to index queries and keys: 0 without a trained scorer."""
         return (attention.indexer.heads + 1) * self.kv_width if attention.score is Score.indexer else 0
 
-    def qkv_width(self, *, gate: bool) -> int:
-        """Returns the width of the projection to queries, keys, values and, with `gate`, one gate per query head."""
-        return self.query_width + 2 * self.kv_width + (self.num_attention_heads if gate else 0)
+    def qkv_width(self, *, gates: int) -> int:
+        """Returns the width of the projection to queries, keys, values and so many gates per query head."""
+        return self.query_width + 2 * self.kv_width + gates * self.num_attention_heads
 
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Returns the number of rows of the embedding for a vocabulary."""
@@ -120,6 +120,7 @@ class AttentionConfig:
     top_k: int = 16  # N, blocks per query, including its own
     score: Score = Score.softmax_sum
     key_convolution: int = 0  # W, tokens of the causal convolution over keys: 3 or 5 (FlashMoBA), 0 for none
+    window: int = 128  # keys per query in the sliding window of method=nsa, its own included
     gate: bool = True  # multiply the attention output by a sigmoid gate per token and query head
     alignment_weight: float = 10.0  # alpha, weight of the alignment loss, which is a mean over layers
     sparsity_weight: float = 1.0  # weight of SmoothL1(full, sg(sparse)) in the alignment loss
@@ -133,7 +134,7 @@ class AttentionConfig:
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         shares = ("full_ratio", "counterpart_share")
-        found = at_least("attention", self, 1, "top_k") + between("attention", self, 0.0, 1.0, *shares)
+        found = at_least("attention", self, 1, "top_k", "window") + between("attention", self, 0.0, 1.0, *shares)
         found += at_least("attention", self, 0.0, "alignment_weight", "sparsity_weight", "commitment_weight")
         found += self.indexer.problems()
         sizes = (16, 32, 64, 128)

@@ -50,7 +50,7 @@ def settings_of(run: Run, found: Checkpoint) -> dict[str, Any]:
         "checkpoint": found.folder.name,
         "step": found.step,
         "data.path": run.config.data.path,
-        **{key: contract[key] for key in JUDGED},
+        **{key: contract[key] for key in _judged(contract)},
         **asked,
         "seed": run.config.seed,
         **({"weights": EMA} if run.config.evaluation.ema else {}),
@@ -60,7 +60,12 @@ def settings_of(run: Run, found: Checkpoint) -> dict[str, Any]:
 def trained_with(run: Run, found: Checkpoint) -> dict[str, Any]:
     """Returns the checkpoint's own values of the settings that the evaluation changes."""
     contract = run.contract()
-    return {key: found.facts[key] for key in JUDGED if found.facts.get(key, contract[key]) != contract[key]}
+    return {key: found.facts[key] for key in _judged(contract) if found.facts.get(key, contract[key]) != contract[key]}
+
+
+def _judged(contract: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the keys of JUDGED, with the window if the method has one."""
+    return (*JUDGED, "attention.window") if contract["attention.method"] == "nsa" else JUDGED
 
 
 def result_name(settings: dict[str, Any], given: str = "") -> str:

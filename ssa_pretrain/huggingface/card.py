@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from ssa_pretrain.config import Config, batches
+from ssa_pretrain.config import Config, Method, batches
 from ssa_pretrain.planning.memory import count_parameters
 from ssa_pretrain.settings.convert import config_to_dict
 from ssa_pretrain.settings.quantities import compact
@@ -30,9 +30,7 @@ tags:
 ---
 # {title}
 
-A Llama of {parameters} parameters with sparse sparse attention (SSA, [arXiv 2511.20102](https://arxiv.org/abs/2511.20102)), trained with
-ssa_pretrain: method `{method}`, {steps}. The weights work with full attention and with block-sparse attention, in which each token reads
-{top_k} blocks of {block_size} tokens.
+{what}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,6 +52,15 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 """
 
 MEAN = ", the running mean of the weights over the steps"
+SSA = """\
+A Llama of {parameters} parameters with sparse sparse attention (SSA, [arXiv 2511.20102](https://arxiv.org/abs/2511.20102)), trained with
+ssa_pretrain: method `{method}`, {steps}. The weights work with full attention and with block-sparse attention, in which each token reads
+{top_k} blocks of {block_size} tokens."""
+NSA = """\
+A Llama of {parameters} parameters with native sparse attention (NSA, [arXiv 2502.11089](https://arxiv.org/abs/2502.11089); the means of blocks in place
+of a learned compression), trained with ssa_pretrain: method `{method}`, {steps}. Each token reads {top_k} blocks of {block_size} tokens, the means of
+all complete blocks and the last {window} tokens; in full mode all tokens in place of the blocks."""
+
 NO_RESULTS = "No evaluation of this checkpoint was found beside it.\n"
 
 
@@ -79,15 +86,20 @@ def model_card(
     total, _ = count_parameters(config, vocab_size)
     mode = exported["attention_mode"]
     with_bos = exported["bos_token_id"] is not None
-    return CARD.format(
-        title=config.name,
+    attention = config.attention
+    what = (NSA if attention.method is Method.nsa else SSA).format(
         parameters=compact(total),
-        method=config.attention.method.value,
+        method=attention.method.value,
         steps=f"{step:,} steps, {compact(batches(config.training).tokens_before(step))} tokens{MEAN * ema}"
         if step
         else "imported, not trained here",
-        top_k=config.attention.top_k,
-        block_size=config.attention.block_size,
+        top_k=attention.top_k,
+        block_size=attention.block_size,
+        window=attention.window,
+    )
+    return CARD.format(
+        title=config.name,
+        what=what,
         mode=mode,
         other="sparse" if mode == "full" else "full",
         length=f"{config.data.sequence_length:,}",

@@ -34,7 +34,9 @@ from ssa_pretrain.settings.problems import ConfigError, Problem
 
 KEY = "ssa_pretrain/failed_export"
 NO_TOKENS = SpecialTokens(eos=None, bos=None)
-MODELLING_FILES = "modelling_*.py"  # of this package: what transformers runs, without ssa_pretrain
+# Of this package: what transformers runs, without ssa_pretrain.
+MODELLING_FILES = {Method.nsa: ("modelling_ssa.py", "modelling_nsa.py")}
+MODELLING_FILE = ("modelling_ssa.py",)  # of the other methods
 DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}
 
 
@@ -185,7 +187,7 @@ def _complete(scratch: Path, source: Source, options: ExportOptions) -> None:
     """Writes everything but the weights."""
     config, tokenizer = source.config, source.tokenizer
     tokens = tokenizer.tokens if tokenizer else NO_TOKENS
-    sparse_only = config.attention.method is Method.moba
+    sparse_only = "full" not in config.attention.method.streams
     mode = options.attention_mode or (Mode.sparse if sparse_only else Mode.full)
     dtype = str(DTYPES[options.dtype]).removeprefix("torch.")
     exported = exported_config(config, source.llama.vocab_size, tokens, mode, dtype)
@@ -201,8 +203,8 @@ def _complete(scratch: Path, source: Source, options: ExportOptions) -> None:
     )
     if tokenizer:
         write_tokenizer(scratch, tokenizer, config.data.sequence_length)
-    for path in Path(__file__).parent.glob(MODELLING_FILES):
-        shutil.copyfile(path, scratch / path.name)
+    for name in MODELLING_FILES.get(config.attention.method, MODELLING_FILE):
+        shutil.copyfile(Path(__file__).with_name(name), scratch / name)
     step = source.checkpoint.step
     is_mean = options.weights is Weights.ema
     found = None if is_mean else _evaluation(source.run_folder, step)

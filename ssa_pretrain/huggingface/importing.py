@@ -24,8 +24,8 @@ from ssa_pretrain.checkpoint.weights import write_index as write_weights_index
 from ssa_pretrain.config import Config, Method
 from ssa_pretrain.errors import WeightsError
 from ssa_pretrain.huggingface.options import NO_DATA, Gate, ImportOptions
-from ssa_pretrain.huggingface.released import keep_used_gates
-from ssa_pretrain.huggingface.settings import FOREIGN, MODEL_TYPE, RELEASED, imported_model
+from ssa_pretrain.huggingface.released import BRANCHES, keep_used_gates
+from ssa_pretrain.huggingface.settings import FOREIGN, MODEL_TYPE, NSA_TYPE, RELEASED, imported_model
 from ssa_pretrain.huggingface.shards import HuggingFaceReader
 from ssa_pretrain.huggingface.weights import (
     EMBEDDING,
@@ -72,20 +72,20 @@ def imported_config(record: dict[str, Any], options: ImportOptions) -> Config:
         rule = f"must be chosen: a {kind.capitalize()} has no attention gate"
         advice = "try gate=off (no gate) or gate=open (the same function with a gate that learns)"
         raise ConfigError([Problem("gate", None, rule, advice)])
-    if kind in (MODEL_TYPE, RELEASED) and options.gate is not None:
+    if kind in (MODEL_TYPE, NSA_TYPE, RELEASED) and options.gate is not None:
         rule = f"is a choice for Llamas without one, and model_type={kind} settles it"
         raise ConfigError([Problem("gate", options.gate, rule, "leave it out")])
     name = options.name or Path(options.out).name
-    model, attention, longest = imported_model(record, name)
+    model, attention, longest = imported_model(record, name, options.method)
     if options.vocab_divisor:
         model = replace(model, vocab_divisor=options.vocab_divisor)
-    one_stream = {Method.ssa: {}, Method.full: {"full_ratio": 1.0}, Method.moba: {"full_ratio": 0.0}}[options.method]
-    if one_stream:
-        one_stream |= {"alignment_weight": 0.0}
+    one_stream = {}
+    if options.method is not Method.ssa:
+        one_stream = {"full_ratio": float(options.method is Method.full), "alignment_weight": 0.0}
     attention = replace(
         attention, method=options.method, gate=attention.gate or options.gate is Gate.open, **one_stream
     )
-    length = options.sequence_length or (longest if kind == MODEL_TYPE else min(longest, FOREIGN_LENGTH))
+    length = options.sequence_length or (longest if kind in (MODEL_TYPE, NSA_TYPE) else min(longest, FOREIGN_LENGTH))
     config = Config(name=name, output_dir=options.out, model=model, attention=attention)
     config = replace(
         config,
@@ -174,9 +174,9 @@ def require_tensors(reader: HuggingFaceReader, record: dict[str, Any], llama: Ll
 def stored_shapes(record: dict[str, Any], llama: Llama) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a folder's tensors: without padding, without the gate that import adds, with every gate that the release holds."""
     shapes = tensor_shapes(
-        replace(llama, vocab_size=record["vocab_size"], gate=llama.gate and record["model_type"] not in FOREIGN)
+        replace(llama, vocab_size=record["vocab_size"], gates=0 if record["model_type"] in FOREIGN else llama.gates)
     )
-    factor = 3 if record["model_type"] == RELEASED else 1
+    factor = BRANCHES // llama.gates if record["model_type"] == RELEASED else 1
     return {
         name: (factor * shape[0], *shape[1:]) if name.endswith("g_proj.weight") else shape
         for name, shape in shapes.items()
@@ -191,7 +191,7 @@ def converted(
         stored = {part: reader.read(part) for part in parts if part in reader.shapes}
         if gate is Gate.open:
             stored = _with_open_gates(stored, parts, llama)
-        elif record["model_type"] == RELEASED:
+        elif record["model_type"] == RELEASED and llama.gates != BRANCHES:
             stored = {part: keep_used_gates(tensor) if "g_proj" in part else tensor for part, tensor in stored.items()}
         tensor = from_hugging_face(name, stored, llama)
         yield name, _padded(tensor, llama.vocab_size) if name in (EMBEDDING, OUTPUT) else tensor

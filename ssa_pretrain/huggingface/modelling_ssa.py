@@ -98,6 +98,11 @@ class SSALlamaConfig(LlamaConfig):
         return self.attention_mode == "sparse"
 
     @property
+    def uses_rows(self) -> bool:
+        """Whether layers need to know where each row's tokens are."""
+        return self.is_sparse
+
+    @property
     def layer_types(self) -> list[str]:
         """The type of each layer's cache. Absent in full mode, as in a plain Llama. Follows `attention_mode`, and is therefore not saved."""
         if not self.is_sparse:
@@ -119,12 +124,16 @@ class SSALlamaConfig(LlamaConfig):
             raise ValueError(f"block_size={self.block_size} must be 16, 32, 64 or 128 keys; try 16")
         if self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1: the own block is always chosen; try 16")
-        if self.score not in SCORES:
-            raise ValueError(f"score={self.score} must be softmax_sum, per_head or official_compat; try softmax_sum")
+        self.check_score()
         if self.score == "official_compat" and not 2 <= self.top_k <= self.block_size:
             rule = f"must lie in 2 to block_size={self.block_size} under score=official_compat"
             raise ValueError(f"top_k={self.top_k} {rule}; try {self.block_size}")
         _ = self.is_sparse
+
+    def check_score(self) -> None:
+        """Raises ValueError for an unknown score."""
+        if self.score not in SCORES:
+            raise ValueError(f"score={self.score} must be softmax_sum, per_head or official_compat; try softmax_sum")
 
     def _get_generation_parameters(self) -> dict:
         """Returns generation parameters among the fields. `top_k` has the name of one of sampling's, but is a constant of the model."""
@@ -307,9 +316,9 @@ def choose_blocks(q_BHTD: Tensor, means_BGRD: Tensor, query_BT: Tensor, scale: f
     G, R = means_BGRD.shape[1:3]
     wide = torch.promote_types(q_BHTD.dtype, torch.float32)
     own_BT = query_BT.div(config.block_size, rounding_mode="floor")
-    # The official code's softmax also counts the own block, once that is complete.
-    official = config.score == "official_compat"
-    counted = (query_BT + 1).div(config.block_size, rounding_mode="floor") if official else own_BT
+    # The softmax of NSA's compressed branch and of the official code also counts the own block, once that is complete.
+    complete = config.score in ("compressed", "official_compat")
+    counted = (query_BT + 1).div(config.block_size, rounding_mode="floor") if complete else own_BT
     block = torch.arange(R, device=own_BT.device)
     later = block >= own_BT[..., None]
     logits = q_BHTD.detach().to(wide).reshape(B, G, -1, q_BHTD.shape[3]) @ means_BGRD.to(wide).transpose(2, 3) * scale
@@ -319,7 +328,7 @@ def choose_blocks(q_BHTD: Tensor, means_BGRD: Tensor, query_BT: Tensor, scale: f
         # Without any candidate the softmax is NaN; those queries are masked again below.
         importance = logits.softmax(-1).view(B, G, H // G, T, R).sum(2)
         importance = torch.where(importance < TINY, 0.0, importance).masked_fill(later[:, None], float("-inf"))
-    if official:
+    if config.score == "official_compat":
         importance = _drop_unofficial(importance, own_BT[:, None, :, None], config.block_size)
     best = _most_important(importance, min(config.top_k - 1, R))
     absent = torch.iinfo(torch.int64).max
@@ -499,9 +508,11 @@ def _chosen_keys(chosen: Tensor, num_blocks: int, position_BS: Tensor, query_BT:
 class SSALlamaDecoderLayer(LlamaDecoderLayer):
     """Llama's decoder layer with SSA's attention."""
 
+    attention_class: type[SSALlamaAttention] = SSALlamaAttention
+
     def __init__(self, config: SSALlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.self_attn = SSALlamaAttention(config, layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
 
 
 class SSALlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -515,13 +526,15 @@ class SSALlamaPreTrainedModel(LlamaPreTrainedModel):
 class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
     """The Llama without its output layer."""
 
+    layer_class: type[SSALlamaDecoderLayer] = SSALlamaDecoderLayer
+
     def __init__(self, config: SSALlamaConfig) -> None:
         super(LlamaModel, self).__init__(config)  # the fields of LlamaModel.__init__, with other layers
         config.validate_architecture()  # from_pretrained sets fields after the configuration's own check
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([SSALlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = SSALlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -534,9 +547,9 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         else:
             kwargs[CACHE_NAME] = cache
         like = input_ids if inputs_embeds is None else inputs_embeds
-        if self.config.is_sparse:
+        if self.config.uses_rows:
             self._check_sparse(attention_mask, position_ids, cache)
-        if self.config.is_sparse or self._kernels_decode(like, attention_mask, cache):
+        if self.config.uses_rows or self._kernels_decode(like, attention_mask, cache):
             kwargs["rows"] = self._rows(attention_mask, like, cache)
             attention_mask = torch.ones(
                 1, 1, 1, 1, dtype=torch.bool, device=like.device
@@ -545,7 +558,7 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         return super().forward(input_ids=input_ids, **common, **kwargs)
 
     def _check_sparse(self, attention_mask, position_ids: Tensor | None, cache) -> None:
-        """Raises ValueError for what sparse mode does not support."""
+        """Raises ValueError for what attention by rows does not support: sparse mode, and NSA in both."""
         name = self.config._attn_implementation
         if name not in ("eager", "sdpa"):
             rule = "must be sdpa or eager under attention_mode=sparse"
@@ -610,9 +623,11 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
 class SSALlamaForCausalLM(SSALlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
     """The Llama with its output layer."""
 
+    model_class: type[SSALlamaModel] = SSALlamaModel
+
     def __init__(self, config: SSALlamaConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)  # the fields of LlamaForCausalLM.__init__, with another model
-        self.model = SSALlamaModel(config)
+        self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -54,7 +54,7 @@ class ExportOptions:
     weights: Weights = Weights.live
     dtype: Dtype = Dtype.bf16  # of the weights in the files
     attention_mode: Mode | None = (
-        None  # what the model computes unless asked otherwise; null: full, sparse after method=moba
+        None  # what the model computes unless asked otherwise; null: full, sparse after method=moba or nsa
     )
     max_shard_size: str = "5GB"  # largest file of weights, in decimal units
     data: str = ""  # dataset whose tokenizer is exported; empty: the run's own; none: export no tokenizer

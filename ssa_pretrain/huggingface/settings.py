@@ -1,9 +1,10 @@
 """config.json: a run's model in transformers 5's words, and the model of a config.json in ours.
 
 Out: the fields of a Llama, with RoPE in `rope_parameters`, and the fields of modelling_ssa.py: attention_mode, block_size, top_k,
-attention_gate, score and qk_norm. `max_position_embeddings` is the length that the model was trained at, because tools take it as the longest input.
+attention_gate, score and qk_norm; of modelling_nsa.py also the window. `max_position_embeddings` is the length that the model was trained at, because
+tools take it as the longest input.
 
-In: four kinds of folder, told apart by `model_type`. `ssa_llama` is our own, `llama` a Llama of the third generation, `qwen3` a dense Qwen3, which is a
+In: folders told apart by `model_type`. `ssa_llama` and `nsa_llama` are our own, `llama` a Llama of the third generation, `qwen3` a dense Qwen3, which is a
 Llama with QK-norm, `llama-nsa` the release of
 SSA's authors (released.py). RoPE may be plain, or `llama3` with the constants of Llama 3.1 and later, because megatron-core has no others.
 transformers 4 wrote `rope_theta` and `rope_scaling`; both are read. What the training model cannot compute is refused.
@@ -14,13 +15,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from ssa_pretrain.config import AttentionConfig, Config, ModelConfig, RopeScalingConfig, Score
+from ssa_pretrain.config import AttentionConfig, Config, Method, ModelConfig, RopeScalingConfig, Score
 from ssa_pretrain.settings.problems import ConfigError, Problem, join, show
 
 MODEL_TYPE = "ssa_llama"
+NSA_TYPE = "nsa_llama"
 LLAMA, QWEN3, RELEASED = "llama", "qwen3", "llama-nsa"
 FOREIGN = (LLAMA, QWEN3)  # dense models without a gate
-MODELLING = "modelling_ssa"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 MOST_PADDING = 128  # the default of model.vocab_divisor
 
@@ -51,13 +52,16 @@ def exported_config(config: Config, vocab_size: int, tokens: SpecialTokens, mode
         dtype: torch's name of the tensors' type.
     """
     model, attention = config.model, config.attention
+    nsa = attention.method is Method.nsa
+    name = "NSA" if nsa else "SSA"
+    modelling = f"modelling_{name.lower()}.{name}Llama"
     return {
-        "architectures": ["SSALlamaForCausalLM"],
-        "model_type": MODEL_TYPE,
+        "architectures": [f"{name}LlamaForCausalLM"],
+        "model_type": NSA_TYPE if nsa else MODEL_TYPE,
         "auto_map": {
-            "AutoConfig": f"{MODELLING}.SSALlamaConfig",
-            "AutoModel": f"{MODELLING}.SSALlamaModel",
-            "AutoModelForCausalLM": f"{MODELLING}.SSALlamaForCausalLM",
+            "AutoConfig": f"{modelling}Config",
+            "AutoModel": f"{modelling}Model",
+            "AutoModelForCausalLM": f"{modelling}ForCausalLM",
         },
         "vocab_size": vocab_size,
         "hidden_size": model.hidden_size,
@@ -81,6 +85,7 @@ def exported_config(config: Config, vocab_size: int, tokens: SpecialTokens, mode
         "attention_gate": attention.gate,
         "score": attention.score.value,
         "qk_norm": model.qk_norm,
+        **({"window": attention.window} if nsa else {}),
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,
         "pad_token_id": None,
@@ -95,7 +100,9 @@ def _rope_parameters(model: ModelConfig) -> dict[str, Any]:
     return {"rope_type": "llama3", "rope_theta": model.rope_theta, "factor": model.rope_scaling.factor, **LLAMA3}
 
 
-def imported_model(record: dict[str, Any], name: str) -> tuple[ModelConfig, AttentionConfig, int]:
+def imported_model(
+    record: dict[str, Any], name: str, method: Method = Method.ssa
+) -> tuple[ModelConfig, AttentionConfig, int]:
     """Returns model, attention and longest input of a config.json.
 
     The attention is what the file says about it: all of it in our own folders, blocks in released ones, otherwise the defaults without a gate.
@@ -103,11 +110,12 @@ def imported_model(record: dict[str, Any], name: str) -> tuple[ModelConfig, Atte
     Args:
         record: the file's content.
         name: of the model in the banner.
+        method: the attention method that the model is imported for; NSA's needs the window of its release.
 
     Raises:
         ConfigError: it describes a model that ssa_pretrain does not train, with every problem at once.
     """
-    if problems := list(_problems(record)):
+    if problems := [*_problems(record), *_window_problems(record, method)]:
         raise ConfigError(problems)
     heads, hidden, vocab_size = (record[key] for key in ("num_attention_heads", "hidden_size", "vocab_size"))
     rope = _rope(record)
@@ -140,20 +148,23 @@ def _attention(record: dict[str, Any]) -> AttentionConfig:
         return AttentionConfig(gate=False)
     sizes = {"block_size": record["block_size"], "top_k": record["block_counts" if kind == RELEASED else "top_k"]}
     if kind == RELEASED:
-        return AttentionConfig(gate=True, score=Score.official_compat, **sizes)
-    return AttentionConfig(gate=record["attention_gate"], score=Score(record["score"]), **sizes)
+        window = {"window": record["window_size"]} if record.get("window_size") else {}
+        return AttentionConfig(gate=True, score=Score.official_compat, **sizes, **window)
+    window = {"window": record["window"]} if kind == NSA_TYPE else {}
+    return AttentionConfig(gate=record["attention_gate"], score=Score(record["score"]), **sizes, **window)
 
 
 def _problems(record: dict[str, Any]) -> Iterator[Problem]:
     """Yields what the training model cannot compute."""
     kind = record.get("model_type")
-    if kind not in (MODEL_TYPE, *FOREIGN, RELEASED):
-        kinds = join((*FOREIGN, MODEL_TYPE, RELEASED))
+    if kind not in (MODEL_TYPE, NSA_TYPE, *FOREIGN, RELEASED):
+        kinds = join((*FOREIGN, MODEL_TYPE, NSA_TYPE, RELEASED))
         yield Problem("model_type", str(kind), f"must be {kinds}", "import a dense Llama")
         return
     needed = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"]
     needed += {
         MODEL_TYPE: ["block_size", "top_k", "attention_gate", "score"],
+        NSA_TYPE: ["block_size", "top_k", "attention_gate", "score", "window"],
         RELEASED: ["block_size", "block_counts"],
     }.get(kind, [])
     for key in needed:
@@ -173,10 +184,20 @@ def _problems(record: dict[str, Any]) -> Iterator[Problem]:
             )
     if record.get("quantization_config"):
         yield Problem("quantization_config", None, "is set, and quantized weights are not read", "import the original")
-    if record.get("window_size"):
-        rule = "is a sliding window, which NSA has and SSA, FullAttn and MoBA do not"
-        yield Problem("window_size", record["window_size"], rule, "import one of those: NSA is not trained here")
     yield from _rope_problems(_rope(record))
+
+
+def _window_problems(record: dict[str, Any], method: Method) -> Iterator[Problem]:
+    """Yields the problem of a sliding window without NSA, or of NSA without one."""
+    kind = record.get("model_type")
+    key = "window" if kind == NSA_TYPE else "window_size"
+    window, has_gates = record.get(key), kind in (NSA_TYPE, RELEASED)
+    if window and method is not Method.nsa:
+        rule = "is a sliding window, which NSA has and SSA, FullAttn and MoBA do not"
+        yield Problem(key, window, rule, "try method=nsa" if has_gates else "import another model")
+    if method is Method.nsa and not (window and has_gates):
+        rule = f"needs model_type={NSA_TYPE}, or {RELEASED} with a window_size: no other folder has NSA's three gates per query head"
+        yield Problem("method", method, rule, "import NSA-1B, or leave method out")
 
 
 def _rope(record: dict[str, Any]) -> dict[str, Any]:

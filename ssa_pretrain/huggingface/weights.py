@@ -12,7 +12,7 @@
     decoder.final_layernorm.weight            model.norm.weight
     output_layer.weight                       lm_head.weight; both are absent if tied to the embedding
 
-The rows of linear_qkv are grouped by kv head: group_size * D of q, D of k, D of v, group_size of g. Hugging Face's projections list the same
+The rows of linear_qkv are grouped by kv head: group_size * D of q, D of k, D of v, group_size of g (3 * group_size under NSA, a head's together). Hugging Face's projections list the same
 rows by head, so query head h belongs to kv head h // group_size in both. linear_fc1 is [gate; up]. RoPE rotates the two halves of a head in both
 models, so no row moves within a head. Rows that pad the vocabulary are rows of the embedding like any other: they take part in the softmax of the
 training loss, so a folder without them would be another model.
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, gates_per_head
 from ssa_pretrain.model.sharding import is_head_norm
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -59,7 +59,7 @@ class Llama:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    gate: bool
+    gates: int  # per query head
     tied: bool
     qk_norm: bool = False
 
@@ -75,7 +75,7 @@ class Llama:
             num_heads=model.num_attention_heads,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            gate=config.attention.gate,
+            gates=gates_per_head(config.attention),
             tied=model.tie_embeddings,
             qk_norm=model.qk_norm,
         )
@@ -93,7 +93,7 @@ def tensor_names(llama: Llama) -> dict[str, tuple[str, ...]]:
         for ours, theirs in LAYER:
             if is_head_norm(ours) and not llama.qk_norm:
                 continue
-            kept = [name for name in theirs if llama.gate or name != "self_attn.g_proj.weight"]
+            kept = [name for name in theirs if llama.gates or name != "self_attn.g_proj.weight"]
             names[f"decoder.layers.{number}.{ours}"] = tuple(f"model.layers.{number}.{name}" for name in kept)
     names["decoder.final_layernorm.weight"] = ("model.norm.weight",)
     return names if llama.tied else names | {OUTPUT: (HF_OUTPUT,)}
@@ -107,7 +107,7 @@ def tensor_shapes(llama: Llama) -> dict[str, tuple[int, ...]]:
         "q_proj": (queries, m),
         "k_proj": (keys, m),
         "v_proj": (keys, m),
-        "g_proj": (llama.num_heads, m),
+        "g_proj": (llama.gates * llama.num_heads, m),
         "o_proj": (m, queries),
         "gate_proj": (f, m),
         "up_proj": (f, m),
@@ -163,4 +163,4 @@ def from_hugging_face(name: str, tensors: Mapping[str, Tensor], llama: Llama) ->
 def _rows_per_group(llama: Llama) -> list[int]:
     """Returns the rows of linear_qkv per kv head that are queries, keys, values and, with a gate, gates."""
     rows = [llama.group_size * llama.head_dim, llama.head_dim, llama.head_dim]
-    return [*rows, llama.group_size] if llama.gate else rows
+    return [*rows, llama.gates * llama.group_size] if llama.gates else rows

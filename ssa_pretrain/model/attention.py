@@ -37,7 +37,7 @@ from ssa_kernels import (
     sparse_attention,
     ssa_attention,
 )
-from ssa_pretrain.config import AttentionConfig
+from ssa_pretrain.config import AttentionConfig, gates_per_head
 from ssa_pretrain.model.alignment import attach_loss
 from ssa_pretrain.model.keys import KeyConvolution
 from ssa_pretrain.model.llama import RMSNorm
@@ -119,7 +119,7 @@ class SSAAttention(MegatronModule):
         self.head_dim = config.kv_channels
         self.group_size = config.num_attention_heads // config.num_query_groups
         self.num_kv_heads = config.num_query_groups // pg_collection.tp.size()
-        self.num_gates = self.group_size if attention.gate else 0
+        self.num_gates = self.group_size * gates_per_head(attention)
         self.impl = impl
         self.q_layernorm = self.k_layernorm = self.key_convolution = None
         if config.qk_layernorm:
@@ -185,7 +185,7 @@ class SSAAttention(MegatronModule):
     def _project(
         self, hidden_states: Tensor, rotary_pos_emb: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Returns rotated q [T, H, D] and k [T, G, D], v [T, G, D] and the gates' logits [T, H], of this rank's heads.
+        """Returns rotated q [T, H, D] and k [T, G, D], v [T, G, D] and the gates' logits [T, gates], of this rank's heads.
 
         With a convolution of keys, k is as the projection has it.
         """

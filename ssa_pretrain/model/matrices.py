@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, gates_per_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,8 @@ def rows_by_matrix(name: str, config: Config) -> tuple[int, ...]:
     if name.endswith(QKV):
         group_size = model.num_attention_heads // model.num_kv_heads
         rows = (group_size * model.head_dim, model.head_dim, model.head_dim)
-        return (*rows, group_size) if config.attention.gate else rows
+        gates = group_size * gates_per_head(config.attention)
+        return (*rows, gates) if gates else rows
     return (model.ffn_hidden_size,) * 2 if name.endswith(FC1) else (model.hidden_size,)
 
 
@@ -40,7 +41,7 @@ def whole_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """Returns the whole shapes of a layer's four parameters, by the end of their names."""
     model = config.model
     return {
-        QKV: (model.qkv_width(gate=config.attention.gate), model.hidden_size),
+        QKV: (model.qkv_width(gates=gates_per_head(config.attention)), model.hidden_size),
         PROJ: (model.hidden_size, model.query_width),
         FC1: (2 * model.ffn_hidden_size, model.hidden_size),
         FC2: (model.hidden_size, model.ffn_hidden_size),

@@ -38,9 +38,10 @@ from ssa_pretrain.model.indexer import IndexerAttention, IndexerAttentionSubmodu
 from ssa_pretrain.model.init import init_weights
 from ssa_pretrain.model.llama import FeedForward, Llama, RMSNorm
 from ssa_pretrain.model.mup import logits_multiplier, query_multiplier
+from ssa_pretrain.model.nsa import NSAAttention
 
 ATTENTION: dict[Method, type[SSAAttention]] = dict.fromkeys(Method, SSAAttention)  # a layer's attention, by method
-ATTENTION[Method.indexer] = IndexerAttention
+ATTENTION |= {Method.indexer: IndexerAttention, Method.nsa: NSAAttention}
 
 
 def attention_class(attention: AttentionConfig) -> type[SSAAttention]:

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssa_kernels import KeyValueCache, append_to_cache, decode_attention
+from ssa_kernels import (
+    DocumentLayout,
+    KeyValueCache,
+    append_to_cache,
+    build_layout,
+    decode_attention,
+    query_spans,
+)
 
 KERNELS_MOST_BLOCKS = 128  # per query, in the decoding kernels; beyond it their reference is asked for
 
@@ -35,7 +42,7 @@ class Choice:
     @property
     def decoding_impl(self) -> str | None:
         """Which implementation runs a step: the reference where no kernel serves it."""
-        has_kernel = self.score != "official_compat" and self.top_k <= KERNELS_MOST_BLOCKS
+        has_kernel = self.score not in ("compressed", "official_compat") and self.top_k <= KERNELS_MOST_BLOCKS
         return self.impl if has_kernel or self.mode == "full" else "reference"
 
 
@@ -61,6 +68,8 @@ class TextCache:
         self._plain: dict[
             int, Tensor
         ] = {}  # [texts, W, G, D] by layer: the last W keys before the convolution, at position mod W
+        self._pages = table
+        self._newest: tuple[list[int], DocumentLayout] | None = None
 
     def __len__(self) -> int:
         """Returns the number of texts."""
@@ -83,7 +92,7 @@ class TextCache:
         """
         if layer_number not in self._layers:
             shape = (self.num_pages, self.block_size, *k_SGD.shape[1:])
-            k, v = k_SGD.new_empty(shape), v_SGD.new_empty(shape)
+            k, v = k_SGD.new_zeros(shape), v_SGD.new_zeros(shape)  # `append` hands out whole pages
             means = k_SGD.new_empty(self.num_pages, *k_SGD.shape[1:])
             self._layers[layer_number] = KeyValueCache(k, v, means, self.seq_lens, self.page_table)
         held, begin = self._layers[layer_number], 0
@@ -92,6 +101,22 @@ class TextCache:
             one = replace(held, seq_lens=self.seq_lens[i : i + 1], page_table=self.page_table[i : i + 1])
             append_to_cache(one, k_SGD[text].unsqueeze(0), v_SGD[text].unsqueeze(0), impl=impl)
             begin += length
+
+    def append(self, layer_number: int, k_BGD: Tensor, v_BGD: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
+        """Returns a layer's keys and values [S, G, D] of all pages, to which the texts' newest are appended first."""
+        held = replace(self._layers[layer_number], seq_lens=self.seq_lens, max_length=max(self.lengths))
+        append_to_cache(held, k_BGD.unsqueeze(1), v_BGD.unsqueeze(1), num_new=self.num_new, impl=impl)
+        return held.k.flatten(0, 1), held.v.flatten(0, 1)
+
+    def newest_queries(self) -> DocumentLayout:
+        """Returns the layout of one query per text, its newest token, over the keys of `append`: each text is a document that begins with a page."""
+        if self._newest is None or self._newest[0] != self.lengths:
+            begins = [self.block_size * row[0] for row in self._pages]
+            ends = torch.tensor([*begins, self.num_pages * self.block_size], dtype=torch.int32).to(self.seq_lens.device)
+            whole = build_layout(ends, num_tokens=self.num_pages * self.block_size, block_size=self.block_size)
+            spans = [(begin + length - 1, 1) for begin, length in zip(begins, self.lengths, strict=True)]
+            self._newest = (list(self.lengths), query_spans(whole, spans))
+        return self._newest[1]
 
     def attend(self, layer_number: int, q_BHD: Tensor, k_BGD: Tensor, v_BGD: Tensor, choice: Choice) -> Tensor:
         """Returns the attention of each text's newest token, [B, H, D]; 0 for texts that got none. Its key and value are appended first."""

@@ -7,9 +7,10 @@ products of 2 * D operations per head.
 MFU counts the matrix products and *one* attention stream per query: the full one where it is computed, else the sparse
 one. full computes the full stream everywhere, moba nowhere. ssa computes it for all queries of the microbatches where
 it is the main stream (the share p = full_ratio) and for the drawn queries of the others. At counterpart_share = 1 that
-is everywhere. The extra work of SSA (the second stream, selection, gates, alignment) is the price of the method, not work
-of the model: it is counted here and shown next to MFU, but never included in it. So is a trained scorer's. The method
-indexer is counted as after its warm-up, with the sparse stream alone. All counts are those of the algorithm.
+is everywhere. nsa's stream is all three of its branches, so MFU counts the compressed branch and the window too. The
+extra work of SSA (the second stream, selection, gates, alignment) is the price of the method, not work of the model: it
+is counted here and shown next to MFU, but never included in it. So is a trained scorer's. The method indexer is counted
+as after its warm-up, with the sparse stream alone. All counts are those of the algorithm.
 A kernel that pads or masks does more. Counts are means over the draws of a training step.
 
 Source of the peaks: NVIDIA's data sheets, dense (without 2:4 sparsity), at boost clocks. Standard library only.
@@ -19,7 +20,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssa_pretrain.config import AttentionConfig, Method, ModelConfig, PrecisionName, Score
+from ssa_pretrain.config import AttentionConfig, Method, ModelConfig, PrecisionName, Score, gates_per_head
 from ssa_pretrain.schedule import share_drawn
 
 TERA = 1e12
@@ -71,6 +72,7 @@ class RowFlops:
         computes_both: whether drawn queries compute the other stream; under the method indexer only the index loss.
         index_projection: projections of a trained scorer. Their backward has the weights' gradients alone.
         distillation: the index loss and its gradients: full attention's probabilities, the scorer's, and two products for the gradients.
+        branches: nsa's compressed branch and sliding window, which belong to every query's stream.
     """
 
     linear: float
@@ -88,13 +90,14 @@ class RowFlops:
     computes_both: bool = True
     index_projection: float = 0.0
     distillation: float = 0.0
+    branches: float = 0.0
 
     @property
     def model(self) -> float:
         """Forward and backward operations that MFU counts."""
         full = self.full_ratio + (1.0 - self.full_ratio) * self.share_if_sparse * self.computes_both
         attention = full * self.full_attention + (1.0 - full) * self.sparse_attention
-        return 3.0 * (self.linear + self.logits + attention)
+        return 3.0 * (self.linear + self.logits + attention + self.branches)
 
     @property
     def overhead(self) -> float:
@@ -118,7 +121,8 @@ class RowFlops:
         both = share * self.computes_both * (second - self.covered + self.alignment)
         selection = self.selection * (share * self.computes_both if main == "full" else 1.0)
         index = 2.0 * self.index_projection + share * self.distillation
-        return 3.0 * (self.linear + self.logits + first + self.gate + self.key_convolution + both) + selection + index
+        stream = first + self.branches + self.gate + self.key_convolution
+        return 3.0 * (self.linear + self.logits + stream + both) + selection + index
 
 
 def row_flops(
@@ -133,7 +137,8 @@ def row_flops(
         vocab_size: V without padding, which is not work; None: model.vocab_size.
     """
     tokens, layers, streams = sum(document_lengths), model.num_layers, attention.method.streams
-    width, qkv = model.query_width, model.qkv_width(gate=attention.gate)
+    width, gates = model.query_width, gates_per_head(attention)
+    qkv = model.qkv_width(gates=gates)
     weights = model.hidden_size * (qkv + width + 3 * model.ffn_hidden_size)
     full = sum(causal_pairs(length) for length in document_lengths)
     sparse = sum(sparse_pairs(length, attention.block_size, attention.top_k) for length in document_lengths)
@@ -153,7 +158,7 @@ def row_flops(
         full_attention=4.0 * width * layers * full * has_full,
         sparse_attention=4.0 * width * layers * sparse * has_sparse,
         selection=has_sparse * layers * sum(_selection(length, model, attention) for length in document_lengths),
-        gate=attention.gate * elements,
+        gate=gates * elements,
         alignment=has_both * (7 + attention.gate) * elements,
         covered=4.0 * width * layers * sum(map(causal_pairs, covered)) * (has_both and left_out),
         full_ratio=attention.full_ratio if has_both else float(has_full),
@@ -163,6 +168,7 @@ def row_flops(
         computes_both=attention.method is not Method.indexer,
         index_projection=2.0 * tokens * model.hidden_size * index_width * layers,
         distillation=layers * free * _distillation_per_pair(model, attention) if index_width else 0.0,
+        branches=layers * sum(_branches(length, model, attention) for length in document_lengths),
     )
 
 
@@ -179,6 +185,26 @@ def sparse_pairs(length: int, block_size: int, top_k: int) -> int:
     ramp = min(top_k - 1, blocks)
     earlier = ramp * (ramp - 1) // 2 + (blocks - ramp) * (top_k - 1)
     return own + block_size * (block_size * earlier + rest * min(top_k - 1, blocks))
+
+
+def window_pairs(length: int, window: int) -> int:
+    """Returns the number of pairs of a document in a sliding window of so many keys."""
+    return causal_pairs(min(length, window)) + max(0, length - window) * window
+
+
+def block_pairs(length: int, block_size: int) -> int:
+    """Returns the number of (query, block) pairs of a document whose block is complete at the query's position."""
+    blocks, rest = divmod(length, block_size)
+    # Each query at positions block_size * (b + 1) - 1 and later, up to the next such position, sees b + 1 blocks.
+    return block_size * blocks * (blocks - 1) // 2 + blocks * (rest + 1)
+
+
+def _branches(length: int, model: ModelConfig, attention: AttentionConfig) -> float:
+    """Returns the operations of nsa's other two branches in one layer and document: mean values, both attentions."""
+    if attention.method is not Method.nsa:
+        return 0.0
+    pairs = window_pairs(length, attention.window) + block_pairs(length, attention.block_size)
+    return float(4 * model.query_width * pairs + length * model.kv_width)
 
 
 def _selection(length: int, model: ModelConfig, attention: AttentionConfig) -> float:

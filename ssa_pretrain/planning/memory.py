@@ -17,7 +17,16 @@ Peaks are compared with measured ones in measured_runs.csv. They are what tensor
 
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, EngineName, Method, OptimizerName, PrecisionName, Recompute, Score
+from ssa_pretrain.config import (
+    Config,
+    EngineName,
+    Method,
+    OptimizerName,
+    PrecisionName,
+    Recompute,
+    Score,
+    gates_per_head,
+)
 from ssa_pretrain.config.stages import layers_per_stage
 from ssa_pretrain.model.matrices import owners, whole_shapes
 from ssa_pretrain.schedule import share_drawn
@@ -72,7 +81,7 @@ class Activations:
 def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
     """Returns the number of parameters of the whole model (tied embeddings once) and of the rank that holds most."""
     model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
-    qkv = model.qkv_width(gate=config.attention.gate) + model.index_width(config.attention)
+    qkv = model.qkv_width(gates=gates_per_head(config.attention)) + model.index_width(config.attention)
     matrices = model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
     matrices += model.kv_width * config.attention.key_convolution
     norms = 2 * model.hidden_size + 2 * model.head_dim * model.qk_norm
@@ -110,7 +119,7 @@ def _layer_parameters(config: Config) -> int:
 def _matrices_per_layer(config: Config) -> int:
     """Returns the parameters of a layer's matrices on all ranks, without those of a trained scorer."""
     model = config.model
-    qkv = model.qkv_width(gate=config.attention.gate)
+    qkv = model.qkv_width(gates=gates_per_head(config.attention))
     return model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
 
 
@@ -257,13 +266,15 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
     qkv = width + 2 * model.kv_width * config.parallel.cp
     both = len(method.streams) > 1 and method is not Method.indexer
     second = max(share_drawn(config.attention, main) for main in method.streams) if both else 0.0
-    outputs = int((1.0 + second) * (width * size + 4 * model.num_attention_heads))  # with their log-sum-exps in fp32
+    branches = 2.0 if method is Method.nsa else 0.0  # beside the sparse stream
+    # With their log-sum-exps in fp32.
+    outputs = int((1.0 + second + branches) * (width * size + 4 * model.num_attention_heads))
     lists = model.num_attention_heads if config.attention.score is Score.per_head else model.num_kv_heads
     indices = 0 if "sparse" not in method.streams else 4 * config.attention.top_k * lists
-    gates = size * model.num_attention_heads if config.attention.gate else 0
+    gates = size * model.num_attention_heads * gates_per_head(config.attention)
     selective = config.engine.recompute is Recompute.selective
     # With QK-norm the whole projection; with a convolution of keys the plain ones, and the convolved ones if they are normed then.
-    plain = model.qkv_width(gate=config.attention.gate) * model.qk_norm
+    plain = model.qkv_width(gates=gates_per_head(config.attention)) * model.qk_norm
     if config.attention.key_convolution:
         plain += model.kv_width * config.parallel.cp * (1 + model.qk_norm)
     # SwiGLU's input, and its output unless that is recomputed.
@@ -280,8 +291,8 @@ def _backward_bytes_per_token(config: Config, size: int) -> int:
     """Returns the bytes per token of the temporary tensors of one layer's backward: those of the feed-forward or of attention."""
     model, tp = config.model, config.parallel.tp
     width, method = model.query_width, config.attention.method
-    streams = 1 if method is Method.indexer else len(method.streams)
-    qkv = model.qkv_width(gate=config.attention.gate)
+    streams = {Method.indexer: 1, Method.nsa: 3}.get(method, len(method.streams))  # nsa's branches each have an output
+    qkv = model.qkv_width(gates=gates_per_head(config.attention))
     feed_forward = 3 * model.ffn_hidden_size * size // tp
     # The gradients of each stream's output and of q, k, v, before and after RoPE; dQ in fp32 inside the full stream's kernel.
     attention = ((streams + 1) * width * size + 2 * qkv * size + 4 * width + 8 * model.num_attention_heads) // tp

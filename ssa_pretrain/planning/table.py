@@ -110,6 +110,8 @@ def _attention(config: Config) -> str:
     if attention.method is Method.indexer:
         warmup, share = attention.indexer.warmup_steps, attention.counterpart_share
         return f"indexer: full for {warmup:,} steps, then sparse with {field} by a trained scorer; its loss on {share:.3g} of the queries"
+    if attention.method is Method.nsa:
+        return f"nsa: {field}, the means of blocks, a window of {attention.window} keys; evaluated full with every block chosen"
     terms = f"alignment weight {attention.alignment_weight:g}, full ratio {attention.full_ratio:g}"
     if attention.counterpart_share < 1.0:
         full, sparse = (share_drawn(attention, main) for main in ("full", "sparse"))

@@ -14,7 +14,7 @@ Standard library only.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, EngineName, Method, OptimizerName, PrecisionName, Recompute
+from ssa_pretrain.config import Config, EngineName, Method, OptimizerName, PrecisionName, Recompute, gates_per_head
 from ssa_pretrain.config.hardware import HardwareConfig
 from ssa_pretrain.model.matrices import matrix_shapes
 from ssa_pretrain.planning.flops import TERA, RowFlops, orthogonalisation_flops
@@ -25,7 +25,7 @@ TERMS = {
     "fp8 products": "matrix products in FP8",
     "full stream": "full attention of whole rows",
     "sampled full stream": "full attention of a sample of queries, or of a context rank's",
-    "sparse stream": "sparse attention",
+    "sparse stream": "sparse attention, and nsa's other two branches",
     "selection": "the choice of blocks",
     "memory traffic": "norms, RoPE, SwiGLU, gates, alignment, cross entropy, gradient accumulation",
     "optimizer": "the optimizer and the gradient norm",
@@ -135,13 +135,14 @@ def host_seconds(config: Config, hardware: HardwareConfig, layers: int) -> float
     """Returns how long the host needs to launch a microbatch's forward and backward, from what a slow one took."""
     streams = len(config.attention.method.streams)
     again = 4 / 3 if config.engine.recompute is Recompute.full else 1.0
-    both = 2 if streams == 2 or config.attention.method is Method.moba else 1  # selection has 13 launches
+    selects = config.attention.method in (Method.moba, Method.nsa)  # selection has 13 launches
+    both = 2 if streams == 2 or selects else 1
     return HOST_MS_PER_LAYER[both] * 1e-3 * layers * again / hardware.host_speed
 
 
 def _attention(row: RowFlops, main: str, share: float, *, whole_rows: bool) -> tuple[float, float, float, float]:
     """Returns the forward operations of the full stream of whole rows, of spans of queries, of the sparse stream and of selection."""
-    full, spans, sparse, selection = 0.0, 0.0, row.sparse_attention, row.selection
+    full, spans, sparse, selection = 0.0, 0.0, row.sparse_attention + row.branches, row.selection
     if not row.computes_both:  # drawn queries compute no other stream
         full, sparse, selection = (row.full_attention, 0.0, 0.0) if main == "full" else (0.0, sparse, selection)
     elif main == "full":
@@ -161,7 +162,7 @@ def _traffic(config: Config, rank: Rank, share: float, *, again: bool) -> float:
     tokens = config.training.micro_batch_size * config.data.sequence_length / parallel.cp
     shards = parallel.tp if parallel.sequence_parallel else 1
     width, ffn = model.query_width / parallel.tp, model.ffn_hidden_size / parallel.tp
-    qkv = model.qkv_width(gate=config.attention.gate) / parallel.tp
+    qkv = model.qkv_width(gates=gates_per_head(config.attention)) / parallel.tp
     # Forward and backward: norms and residuals; split and RoPE; gate and alignment; SwiGLU. FP8 also reads and casts the products' inputs.
     norms, rope, gate, swiglu = 20 * model.hidden_size / shards, 4 * qkv, (5 + 3 * share) * width, 8 * ffn
     # QK-norm reads the projection again in the backward; convolved keys are written and read once more in each direction, of all tokens.
@@ -171,6 +172,8 @@ def _traffic(config: Config, rank: Rank, share: float, *, again: bool) -> float:
     casts = 3 * (2 * model.hidden_size + width + 3 * ffn) if config.precision.name is PrecisionName.fp8 else 0
     if config.engine.recompute is Recompute.selective:
         swiglu += 3 * ffn
+    if config.attention.method is Method.nsa:
+        gate += 6 * width  # two more branches: read in both directions, and their gradients written
     elements = norms + rope + gate + swiglu + casts
     if again:
         elements += norms * 0.3 + rope / 2 + gate / 2 + 3 * ffn

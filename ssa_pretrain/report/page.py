@@ -17,6 +17,7 @@ METHODS = {
     "full": "full attention",
     "moba": "MoBA",
     "indexer": "a trained scorer of blocks",
+    "nsa": "NSA (Native Sparse Attention)",
 }
 
 

@@ -43,6 +43,7 @@ METHODS = {
     "ssa_keys": {"attention.full_ratio": 0.5, "model.qk_norm": True, "attention.key_convolution": 5},
     "indexer": INDEXED | {"attention.method": "indexer", "attention.full_ratio": 0.0},
     "ssa_indexer": INDEXED | {"attention.full_ratio": 0.5, "attention.counterpart_share": 0.25},
+    "nsa": {"attention.method": "nsa", "attention.score": "compressed", "attention.window": 11},
 }
 SMALL = {"model.num_layers": 2, "training.global_batch_tokens": 4 * 96}
 VARIANTS = {
@@ -80,9 +81,10 @@ def build_cases() -> dict[int, dict[str, dict]]:
     add("cp2_tp2_sp", "plain", "ssa_quarter")
     add("cp2_pp2", "plain", "ssa_quarter")
     add("cp2_dp2", "plain", "ssa_quarter")
-    add("cp4", "plain", "ssa_full", "ssa_sparse", "full", "moba")
+    add("cp4", "plain", "ssa_full", "ssa_sparse", "full", "moba", "nsa")
     add("cp2_tp2", "plain", "ssa_sparse")
     add("cp2_tp2_sp", "plain", "ssa_full", "moba")
+    add("cp2_tp2_sp", "full_recompute", "nsa")
     add("cp2_pp2", "plain", "ssa_full")
     add("cp2_pp2", "full_recompute", "ssa_sparse")
     add("cp2_dp2", "plain", "ssa_full")

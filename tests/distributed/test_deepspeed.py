@@ -37,6 +37,7 @@ INDEXER = {  # the second of three steps is the first with sparse attention
     "attention.indexer.warmup_steps": 1,
     "attention.indexer.loss_weight": 30.0,
 }
+NSA = {"attention.method": "nsa", "attention.score": "compressed", "attention.window": 11}
 
 
 def deepspeed(stage: int, **more) -> dict:
@@ -70,6 +71,7 @@ VARIANTS = {  # name -> (layout, settings, the megatron engine's settings if the
     "tp2_sp.zero3.keys": ("tp2_sp", deepspeed(3) | KEYS, KEYS),  # saves too, for one process
     "dp2.zero3.indexer": ("dp2", deepspeed(3) | INDEXER, INDEXER),
     "tp2_sp.zero1.indexer": ("tp2_sp", deepspeed(1) | INDEXER, INDEXER),
+    "dp2.zero3.nsa": ("dp2", deepspeed(3) | NSA, NSA),
     "dp2.bf16.zero0": ("dp2", deepspeed(0) | BF16_GRADS, BF16_GRADS),
     "dp2.bf16.zero1": ("dp2", deepspeed(1) | BF16, BF16),  # saves too: another of DeepSpeed's optimizers than in fp32
     "dp2.bf16.zero2": ("dp2", deepspeed(2) | BF16, BF16),
@@ -83,6 +85,7 @@ SUFFIXES = {
     ".quarter": QUARTER,
     ".keys": KEYS,
     ".indexer": INDEXER,
+    ".nsa": NSA,
 }
 STAGES = (0, 1, 2, 3)
 FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
@@ -99,6 +102,7 @@ def two_processes() -> list[dict]:
             jobs.append(train("megatron.dp2.bf16_grads", place | BF16_GRADS | UNFUSED))
             jobs.append(train("megatron.dp2.untied", place | UNTIED))
             jobs.append(train("megatron.dp2.quarter", place | QUARTER))
+            jobs.append(train("megatron.dp2.nsa", place | NSA))
             jobs.append(weights("megatron.dp2.weights", "megatron.dp2", place))
         elif layout == "tp2_sp":
             jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED))

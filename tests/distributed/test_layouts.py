@@ -31,6 +31,7 @@ FOUR = {
 }
 LAYOUTS = {"single": {}, "single_of_8": {"model.num_layers": 8}} | TWO | FOUR
 STREAMS = {"full": 1.0, "sparse": 0.0, "drawn": 0.5}
+NSA = {"attention.method": "nsa", "attention.score": "compressed", "attention.window": 11}  # "nsa", a stream of its own
 QUARTER = {"attention.full_ratio": 0.5, "attention.counterpart_share": 0.25}  # the stream called "quarter"
 VARIANTS = {
     "plain": {},
@@ -52,10 +53,10 @@ BOTH = ("full", "sparse")
 # stream runs both. A variant is crossed with the layouts whose communication it changes or repeats: the optimizer's with data parallelism and with
 # the norm over tensor and pipeline ranks, larger microbatches with every kind of message, recomputation with tensor parallelism and the pipelines.
 VARIED: dict[str, dict[str, tuple[str, ...]]] = {
-    "plain": {"single": (*STREAMS, "quarter"), "single_of_8": tuple(STREAMS)}
+    "plain": {"single": (*STREAMS, "quarter", "nsa"), "single_of_8": tuple(STREAMS)}
     | dict.fromkeys(TWO, tuple(STREAMS))
     | dict.fromkeys(FOUR, ("drawn",))
-    | {"dp2": (*STREAMS, "quarter"), "tp2_sp": (*STREAMS, "quarter"), "tp2_pp2": ("drawn", "quarter")}
+    | {"dp2": (*STREAMS, "quarter"), "tp2_sp": (*STREAMS, "quarter", "nsa"), "tp2_pp2": ("drawn", "quarter", "nsa")}
     | {"pp2_vpp2": ("drawn",), "pp2_last1": ("drawn",), "pp2_vpp2_dp2": ()},
     "no_distributed_optimizer": {
         "single": BOTH,
@@ -86,7 +87,7 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
         "single": BOTH,
         "tp2": ("sparse",),
         "tp2_sp": ("full",),
-        "pp2": ("sparse",),
+        "pp2": ("sparse", "nsa"),
         "tp2_sp_pp2": ("full", "quarter"),
         "pp4_vpp2": ("sparse",),
     },
@@ -108,7 +109,8 @@ def build_cases() -> dict[int, dict[str, dict]]:
             degrees = dict(LAYOUTS[layout])
             world = degrees.get(TP, 1) * degrees.get(PP, 1) * degrees.pop(DP, 1)
             for stream in streams:
-                drawn = QUARTER if stream == "quarter" else {"attention.full_ratio": STREAMS[stream]}
+                own = {"quarter": QUARTER, "nsa": NSA}
+                drawn = own[stream] if stream in own else {"attention.full_ratio": STREAMS[stream]}
                 cases[world][f"{layout}.{variant}.{stream}"] = degrees | VARIANTS[variant] | drawn
     return cases
 

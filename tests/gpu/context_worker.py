@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain.config import Config, KernelImpl, Method, PrecisionName, Recompute
+from ssa_pretrain.config import Config, KernelImpl, Method, PrecisionName, Recompute, Score
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.state import start, stop
@@ -40,6 +40,8 @@ def cases() -> dict[str, Config]:
                     model.num_attention_heads, model.num_kv_heads, model.head_dim = 16, 2, 64
                     model.init_std = 0.1
                     config.attention.method, config.attention.full_ratio, config.attention.impl = method, ratio, impl
+                    if method is Method.nsa:
+                        config.attention.score = Score.compressed
                     config.data.sequence_length = LENGTH
                     config.engine.recompute, config.precision.name = recompute, precision
                     config.optim.eps = 1e-2  # far above rounding: the first steps divide by the gradient's size

@@ -41,7 +41,7 @@ def results(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_two_gpus_equal_one(results, precision):
     one, two = results
-    assert one.keys() == two.keys() and len(one) == 24
+    assert one.keys() == two.keys() and len(one) == 31
     for name, wanted in one.items():
         if not name.startswith(precision):
             continue

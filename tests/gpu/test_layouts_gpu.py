@@ -63,6 +63,9 @@ def cases() -> dict[int, dict[str, dict]]:
             for layout, degrees in (LAYOUTS | (OVERLAPPED if precision == "bf16" else {})).items():
                 name = f"{layout}.{precision}.{stream}"
                 found[2][name] = common | {k: v for k, v in degrees.items() if k != DP}
+    nsa = {"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20}
+    found[1] |= {"single.exact.nsa": EXACT | nsa, "single.bf16.nsa": BF16 | nsa}
+    found[2]["tp2_sp.bf16.nsa"] = BF16 | nsa | LAYOUTS["tp2_sp"]
     return found
 
 

@@ -63,6 +63,10 @@ def operators() -> dict[str, Operator]:
         "ssa_attention": Operator(
             ssa_kernels.ssa_attention, {**qkv, "gate_logits": logits, "cu_seqlens": ENDS, "main": main}, blocks
         ),
+        "window_attention": Operator(ssa_kernels.window_attention, {**qkv, "cu_seqlens": ENDS}, {"window": 3}),
+        "compressed_attention": Operator(
+            ssa_kernels.compressed_attention, {**qkv, "cu_seqlens": ENDS}, {"block_size": K}
+        ),
         "gate": Operator(ssa_kernels.gate, {"o": q, "gate_logits": logits}, {}),
         "swiglu": Operator(ssa_kernels.swiglu, {"x": draw(T, 2, 12)}, {}),
         "qkv_rope": Operator(ssa_kernels.qkv_rope, rope, ROPE),
@@ -151,6 +155,7 @@ def test_view_equals_its_contiguous_copy_bit_for_bit(name, impl):
 NUMBERS = {
     "block_size": (0, -1, True, 2.0, "16", None),
     "top_k": (0, -1, True, 2.0, "16", None),
+    "window": (0, -1, True, 2.0, "16", None),
     "scale": (float("nan"), float("inf"), "1", True, torch.tensor(1.0)),
     "score": ("softmax", None, 1),
     "num_rows": (0, -1, True, 2.0, 3),
@@ -166,6 +171,8 @@ NUMBERS = {
 TAKES = {
     "select_blocks": ("block_size", "top_k", "scale", "score", "impl"),
     "sparse_attention": ("block_size", "scale", "impl"),
+    "window_attention": ("window", "scale", "impl"),
+    "compressed_attention": ("block_size", "scale", "impl"),
     "full_attention": ("scale", "num_rows", "backend", "impl"),
     "gate_and_align": ("main", "weights", "impl"),
     "ssa_attention": ("block_size", "top_k", "scale", "score", "num_rows", "main", "weights", "impl"),

@@ -21,6 +21,7 @@ def draw(*size):
 
 
 q, k, v, logits = draw(12, 4, 8), draw(12, 2, 8), draw(12, 2, 8), draw(12, 4)
+branch_logits = draw(12, 4, 3)
 other = q + 1
 indices = ssa_kernels.select_blocks(q, k, block_size=2, top_k=2, cu_seqlens=ENDS)
 blocks = {"block_size": 2, "cu_seqlens": ENDS}
@@ -31,6 +32,9 @@ OPERATORS = {
     "gate_and_align": lambda: ssa_kernels.gate_and_align(q, other, logits, main="sparse"),
     "ssa_attention": lambda: tuple(ssa_kernels.ssa_attention(q, k, v, logits, top_k=2, main="full", **blocks)),
     "gate": lambda: ssa_kernels.gate(q, logits),
+    "gated_sum": lambda: ssa_kernels.gated_sum((q, other, q), branch_logits),
+    "window_attention": lambda: ssa_kernels.window_attention(q, k, v, window=3, cu_seqlens=ENDS),
+    "compressed_attention": lambda: ssa_kernels.compressed_attention(q, k, v, **blocks),
     "swiglu": lambda: ssa_kernels.swiglu(draws),
     "linear_cross_entropy": lambda: ssa_kernels.linear_cross_entropy(hidden, weight, labels),
     "qkv_rope": lambda: ssa_kernels.qkv_rope(

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa_pretrain.config import Config, PrecisionName
+from ssa_pretrain.config import Config, Method, PrecisionName, gates_per_head
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row
+from ssa_pretrain.huggingface.modelling_nsa import NSALlamaConfig, NSALlamaForCausalLM
 from ssa_pretrain.huggingface.modelling_ssa import SSALlamaConfig, SSALlamaForCausalLM
 from ssa_pretrain.parallel.state import Placement
 
@@ -95,13 +96,16 @@ def hf_config(config: Config, **changed: object) -> SSALlamaConfig:
         "eos_token_id": None,
         "pad_token_id": 0,
     }
+    if attention.method is Method.nsa:
+        return NSALlamaConfig(**(fields | {"window": attention.window} | changed))
     return SSALlamaConfig(**(fields | changed))
 
 
 def hf_model(trained: TrainingModel, **changed: object) -> SSALlamaForCausalLM:
     """Returns the Hugging Face model with a training model's weights, in fp32; `changed` are fields of its configuration."""
     config = trained.config
-    model = SSALlamaForCausalLM(hf_config(config, **changed)).eval()
+    kind = NSALlamaForCausalLM if config.attention.method is Method.nsa else SSALlamaForCausalLM
+    model = kind(hf_config(config, **changed)).eval()
     weights = {name: tensor.detach().float() for name, tensor in trained.module.named_parameters()}
     state = {
         "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"],
@@ -118,7 +122,7 @@ def _layer(config: Config, weights: dict[str, Tensor], ours: str, theirs: str) -
     """Returns one layer's weights under their Hugging Face names."""
     model = config.model
     per_group = model.num_attention_heads // model.num_kv_heads
-    widths = [per_group * model.head_dim, model.head_dim, model.head_dim, per_group * config.attention.gate]
+    widths = [per_group * model.head_dim, model.head_dim, model.head_dim, per_group * gates_per_head(config.attention)]
     mixed = weights[ours + "self_attention.linear_qkv.weight"].view(model.num_kv_heads, -1, model.hidden_size)
     q, k, v, g = (part.flatten(0, 1) for part in mixed.split(widths, dim=1))
     gate, up = weights[ours + "mlp.linear_fc1.weight"].chunk(2)

@@ -158,10 +158,10 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
         pending = engine.train_step(local, step=index, learning_rate=1e-2)
         result = pending.result()
         assert 0 < pending.own_seconds() < time.monotonic() - begin
+        none = [0.0] * config.model.num_layers  # of a method with one stream
+        by_layer = [*(result.alignment_by_layer or none), *(result.captured_mass_by_layer or none)]
         own = by_part(result, batches(config, 0, 1, index))
-        records.append(
-            [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer, *own]
-        )
+        records.append([result.cross_entropy, result.grad_norm, *by_layer, *own])
     saved = {}
     if config.engine.overlap_param_gather:  # directly after a step, when only the owners of shards have its weights
         folder = out / f"{name}.checkpoint"

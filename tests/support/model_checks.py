@@ -119,6 +119,13 @@ class Oracle:
             q, k = self.norm(q, name + "q_layernorm.weight"), self.norm(k, name + "k_layernorm.weight")
         return q, k
 
+    def gated(self, full: Tensor, sparse: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> list[Tensor]:
+        """Returns both streams' outputs of the layer."""
+        if not gate.shape[-1]:
+            return [full, sparse]
+        opened = 1 / (1 + (-gate.reshape(len(full), HEADS, 1)).exp())
+        return [full * opened, sparse * opened]
+
     def layer(self, x: Tensor, number: int, main: str) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (output, alignment, captured mass) of one layer, the last two by token."""
         name = f"decoder.layers.{number}."
@@ -128,10 +135,9 @@ class Oracle:
         parts = [per_group * DIM, DIM, DIM, mixed.shape[-1] - (per_group + 2) * DIM]
         q, k, v, gate = mixed.split(parts, dim=-1)
         q, k = self.prepared(q.reshape(len(x), HEADS, DIM), k, name + "self_attention.")
-        full, sparse, mass = self.streams(self.rope(q), self.rope(k), v)
-        if parts[-1]:
-            opened = 1 / (1 + (-gate.reshape(len(x), HEADS, 1)).exp())
-            full, sparse = full * opened, sparse * opened
+        q, k = self.rope(q), self.rope(k)
+        full, sparse, mass = self.streams(q, k, v)
+        full, sparse = self.gated(full, sparse, q, k, v, gate)
         gap = (full - sparse).abs()
         alignment = 2 * torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean(dim=(1, 2))
         out = {"full": full, "sparse": sparse}[main].flatten(1)
@@ -178,6 +184,59 @@ def test_model_equals_the_definition(placement, mode, gate, tied):
         [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer], wanted, rtol=1e-5
     )
     assert min(wanted[1:3]) > 1e-3 and max(wanted[3:]) < 0.95, "the streams must differ, or the test proves nothing"
+
+
+class NSAOracle(Oracle):
+    """NSA instead: the compressed branch scores the blocks; that branch and the window join either stream, with a gate each."""
+
+    def compressed(self, q: Tensor, k: Tensor, t: int, h: int) -> Tensor:
+        """Returns a head's probabilities of the blocks that are complete at token t."""
+        size, group = self.config.attention.block_size, h * GROUPS // HEADS
+        means = [k[b * size : (b + 1) * size, group].mean(0) for b in range((t + 1) // size)]
+        return (torch.stack(means) @ q[t, h] / math.sqrt(DIM)).softmax(0) if means else torch.zeros(0)
+
+    def chosen(self, q: Tensor, k: Tensor, t: int, group: int) -> list[int]:
+        size, top_k = self.config.attention.block_size, self.config.attention.top_k
+        own = t // size
+        heads = range(group * HEADS // GROUPS, (group + 1) * HEADS // GROUPS)
+        importance = sum(self.compressed(q, k, t, h)[:own] for h in heads)
+        order = sorted(range(own), key=lambda b: (float(importance[b]), b), reverse=True)
+        return [j for b in sorted([own, *order[: top_k - 1]]) for j in range(b * size, min((b + 1) * size, t + 1))]
+
+    def gated(self, full: Tensor, sparse: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> list[Tensor]:
+        size, window = self.config.attention.block_size, self.config.attention.window
+        opened = 1 / (1 + (-gate.reshape(len(q), HEADS, 3)).exp())
+        others = torch.zeros_like(q)
+        for t, h in itertools.product(range(len(q)), range(HEADS)):
+            group, keys = h * GROUPS // HEADS, slice(max(0, t - window + 1), t + 1)
+            others[t, h] += opened[t, h, 2] * ((k[keys, group] @ q[t, h] / math.sqrt(DIM)).softmax(0) @ v[keys, group])
+            if t + 1 >= size:
+                means = torch.stack([v[b * size : (b + 1) * size, group].mean(0) for b in range((t + 1) // size)])
+                others[t, h] += opened[t, h, 0] * (self.compressed(q, k, t, h) @ means)
+        return [stream * opened[..., 1, None] + others for stream in (full, sparse)]
+
+
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_nsa_equals_the_definition(placement, mode):
+    from ssa_pretrain.engine import build_engine
+    from ssa_pretrain.engine.megatron.checkpoint import unwrap
+
+    config = small_config()
+    config.attention.method, config.attention.score, config.attention.window = Method.nsa, Score.compressed, 11
+    engine = build_engine(config, placement, VOCAB)
+    batch = microbatch()
+    found = engine.evaluate([batch], mode=mode)
+    weights = dict(unwrap(engine.chunks[0]).named_parameters())
+    assert (
+        weights["decoder.layers.0.self_attention.linear_qkv.weight"].shape[0] == (HEADS + 2 * GROUPS) * DIM + 3 * HEADS
+    )
+    wanted = NSAOracle(weights, config).metrics(batch, mode)
+    ours = [found.cross_entropy, *found.alignment_by_layer, *found.captured_mass_by_layer]
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5)
+    if mode == "sparse":  # what training computes
+        stepped = engine.train_step([batch], step=0, learning_rate=0.0).result()
+        assert stepped.cross_entropy == pytest.approx(wanted[0], rel=1e-6)
+        assert not any(stepped.alignment_by_layer)
 
 
 @pytest.mark.parametrize("tied", [True, False])

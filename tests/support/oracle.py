@@ -25,7 +25,7 @@ def where(cu_seqlens, num_tokens):
 def importance(q, k, cu_seqlens, block_size, scale, score):
     """Returns per token and list (kv heads, or query heads for per_head) {earlier block: importance}.
 
-    The official code's softmax also counts the own block, at the block's last token.
+    The softmax of NSA's compressed branch, and of the official code, also counts the own block, at the block's last token.
     """
     tokens, heads, _ = q.shape
     kv_heads = k.shape[1]
@@ -33,7 +33,8 @@ def importance(q, k, cu_seqlens, block_size, scale, score):
     found = []
     for token, (start, end) in enumerate(where(cu_seqlens, tokens)):
         own = (token - start) // block_size
-        counted = own + (score == "official_compat" and (token - start + 1) % block_size == 0)
+        complete = score in ("compressed", "official_compat")
+        counted = own + (complete and (token - start + 1) % block_size == 0)
         logits = [[0.0] * counted for _ in range(heads)]
         for head in range(heads):
             for block in range(counted):

@@ -1,7 +1,8 @@
 """What a released model of SSA's authors computes, in plain torch and loops: written from the mathematics, sharing nothing with the package.
 
 Source: github zhenyi4/ssa at 5303419, read for what it computes: configs/ssa-1b-init/modeling_llama_nsa.py and hf_files/parallel.py. One row, no
-padding, no cache. In sparse mode each token attends to the blocks that the code's search returns. It scores a block by the sum over the group's heads
+padding, no cache. With a window_size in the configuration it is NSA: to the selected branch come attention over the means of the complete blocks and
+over the last window_size keys, and row 3 h + i of the gates is head h's for branch i: compressed, selected, window. In sparse mode each token attends to the blocks that the code's search returns. It scores a block by the sum over the group's heads
 of exp(logit - lse), with lse over the complete blocks up to and including the token's own, and gives the own block the largest score, 1 per head. It
 then walks the blocks by chunks of block_size blocks with a sorted list of that length: of the list and of the new chunk, sorted, the better halves
 remain. The first block_counts of the last list are chosen. Chunks are filled up with nothing, scored 0.
@@ -47,9 +48,28 @@ def _attention(x: Tensor, layer: Tensors, config: dict, mode: str) -> Tensor:
             visible = _visible(q[head : head + group], k[kv], config)
         scores = (q[head] @ k[kv].T * dim**-0.5).masked_fill(~visible, float("-inf"))
         outputs.append(scores.softmax(-1) @ v[kv])
-    gates = (x @ layer["self_attn.g_proj.weight"].T).sigmoid().view(length, heads, 3)[..., 1]
-    gated = torch.stack(outputs, 1) * gates[..., None]
+    gates = (x @ layer["self_attn.g_proj.weight"].T).sigmoid().view(length, heads, 3)
+    gated = torch.stack(outputs, 1) * gates[..., 1, None]
+    if config.get("window_size"):
+        others = [_other_branches(q[head], k[head // group], v[head // group], config) for head in range(heads)]
+        gated += sum(
+            torch.stack(branch, 1) * gates[..., i, None]
+            for i, branch in zip((0, 2), zip(*others, strict=True), strict=True)
+        )
     return gated.reshape(length, -1) @ layer["self_attn.o_proj.weight"].T
+
+
+def _other_branches(q: Tensor, k: Tensor, v: Tensor, config: dict) -> tuple[Tensor, Tensor]:
+    """Returns one head's compressed branch and window, both [T, D]."""
+    size, scale = config["block_size"], q.shape[-1] ** -0.5
+    compressed, window = torch.zeros_like(q), torch.zeros_like(q)
+    for token in range(len(q)):
+        if complete := (token + 1) // size:
+            mean_k, mean_v = (x[: complete * size].view(complete, size, -1).mean(1) for x in (k, v))
+            compressed[token] = (mean_k @ q[token] * scale).softmax(0) @ mean_v
+        near = slice(max(0, token + 1 - config["window_size"]), token + 1)
+        window[token] = (k[near] @ q[token] * scale).softmax(0) @ v[near]
+    return compressed, window
 
 
 def _rotate(x: Tensor, theta: float) -> Tensor:

@@ -24,6 +24,8 @@ def small_config(method: Method, spec: LayerSpec, impl: KernelImpl) -> Config:
     if method is Method.indexer:  # a step of warm-up, then sparse attention
         config.attention.score, config.attention.full_ratio = Score.indexer, 0.0
         config.attention.indexer.warmup_steps = 1
+    if method is Method.nsa:
+        config.attention.score = Score.compressed
     config.data.sequence_length = LENGTH
     config.engine.layer_spec = spec
     config.precision.name = PrecisionName.bf16

@@ -12,15 +12,17 @@ Not supported while tracing, and refused: layouts with spans of queries, a `sele
 """
 
 from ..dispatch import GRAPH_OPERATORS
-from . import attention, decoding, keys, layers
+from . import attention, branches, decoding, keys, layers
 
 GRAPH_OPERATORS.update(
     {
         "append_to_cache": decoding.append_to_cache,
+        "compressed_attention": branches.compressed_attention,
         "decode_attention": decoding.decode_attention,
         "full_attention": attention.full_attention,
         "gate": layers.gate,
         "gate_and_align": layers.gate_and_align,
+        "gated_sum": branches.gated_sum,
         "key_convolution": keys.key_convolution,
         "linear_cross_entropy": layers.linear_cross_entropy,
         "qkv_rope": keys.qkv_rope,
@@ -31,5 +33,6 @@ GRAPH_OPERATORS.update(
         "ssa_attention": attention.ssa_attention,
         "swiglu": layers.swiglu,
         "update_block_means": decoding.update_block_means,
+        "window_attention": branches.window_attention,
     }
 )

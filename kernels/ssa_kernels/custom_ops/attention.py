@@ -50,9 +50,10 @@ def select_blocks(
     cu_seqlens: torch.Tensor | DocumentLayout,
     scale: float | None = None,
     score: str = "softmax_sum",
+    lse: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Returns indices by the custom op; arguments as in `ssa_kernels.select_blocks`."""
+    """Returns indices by the custom op; arguments as in `ssa_kernels.select_blocks`. `lse` only saves time, and the op computes it again."""
     arrays, sizes = layout_operands(cu_seqlens)
     return select_blocks_op(q.detach(), k.detach(), arrays, sizes, block_size, top_k, scale, score, impl)
 

@@ -49,7 +49,7 @@ def decode_attention(
 
     Raises:
         ValueError: for arguments that do not fit each other, and for inputs that the implementation does not support (float64 and
-            official_compat: reference only; the kernels need D in [16, 256], H / G up to 32 and top_k up to 128).
+            compressed, official_compat: reference only; the kernels need D in [16, 256], H / G up to 32 and top_k up to 128).
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}; try sparse")
@@ -118,7 +118,7 @@ def _check_triton(q: torch.Tensor, cache: KeyValueCache, top_k: int | None, scor
         raise ValueError(
             f"H / G = {group_size} and D = {head_dim} must be at most 32 and in [16, 256] for the Triton kernels; try impl='reference'"
         )
-    if top_k is not None and score == "official_compat":
-        raise ValueError("score='official_compat' has no decoding kernel; try impl='reference', or softmax_sum")
+    if top_k is not None and score in ("compressed", "official_compat"):
+        raise ValueError(f"score={score!r} has no decoding kernel; try impl='reference', or softmax_sum")
     if top_k is not None and top_k > MAX_TOP_K:
         raise ValueError(f"top_k={top_k} must be at most {MAX_TOP_K} for the decoding kernels; try impl='reference'")

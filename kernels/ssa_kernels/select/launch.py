@@ -23,6 +23,7 @@ from ..documents import DocumentLayout
 from ..launch import cdiv, high_priority_stream, launch, next_power_of_2
 from .importance import block_means_kernel, importance_kernel, softmax_sums_kernel
 from .long_documents import MAX_PROGRAMS, LongestSeen, long_tiles_kernel, longest_seen
+from .reference import COMPLETE_OWN
 from .topk import top_k_kernel
 from .tuning import TILE_BLOCKS, TILE_ROWS, long_tiles_warps, tune_importance, tune_sums
 
@@ -54,13 +55,23 @@ class _Plan:
 
 
 def select_blocks_triton(
-    q: torch.Tensor, k: torch.Tensor, *, layout: DocumentLayout, top_k: int, scale: float, score: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    layout: DocumentLayout,
+    top_k: int,
+    scale: float,
+    score: str,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns indices; arguments as in `select_blocks`, with the layout built."""
     q, k = q.detach(), k.detach()
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
-    return choose_blocks_triton(q, block_means(k, layout), layout=layout, top_k=top_k, scale=scale, score=score)
+    # In base 2, as the kernels have it. A query without complete blocks has no candidates either.
+    sums = None if lse is None else torch.where(lse.isinf(), 0.0, lse * LOG2E)
+    means = block_means(k, layout)
+    return choose_blocks_triton(q, means, layout=layout, top_k=top_k, scale=scale, score=score, sums=sums)
 
 
 def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
@@ -87,9 +98,16 @@ def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
 
 
 def choose_blocks_triton(
-    q: torch.Tensor, means: torch.Tensor, *, layout: DocumentLayout, top_k: int, scale: float, score: str
+    q: torch.Tensor,
+    means: torch.Tensor,
+    *,
+    layout: DocumentLayout,
+    top_k: int,
+    scale: float,
+    score: str,
+    sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns indices int32 `[T, G or H, top_k]` for contiguous queries `[T, H, D]` and the means of `block_means`."""
+    """Returns indices int32 `[T, G or H, top_k]` for contiguous queries `[T, H, D]`, the means of `block_means` and the softmax sums if they are known."""
     tokens = q.shape[0]
     seen = _longest_seen(layout, top_k)
     expected = layout.max_length if seen is None else min(seen.tokens or layout.max_length, layout.max_length)
@@ -101,8 +119,8 @@ def choose_blocks_triton(
     scratch = torch.empty(plan.chunk, plan.lists, plan.survivors, dtype=torch.int32, device=q.device)
     starts = range(0, tokens, plan.chunk)
     before = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
-    lse, sums_ready = None, {}
-    if score != "per_head" and top_k > 1:
+    lse, sums_ready = sums, {}
+    if sums is None and score != "per_head" and top_k > 1:
         lse = torch.empty(tokens, q.shape[1], dtype=torch.float32, device=q.device)
         parts = starts[:: cdiv(len(starts), SUM_PARTS)]
         sums_ready = _softmax_sums(q, means, lse, parts, layout, plan, top_k, scale, score)
@@ -110,7 +128,9 @@ def choose_blocks_triton(
     block_rows = max(layout.num_block_rows, plan.columns) if layout.scattered else plan.columns
     slices = cdiv(block_rows + plan.tile, SLICE_BLOCKS)
     with_bins = (
-        score == "softmax_sum" and slices >= BINS_FROM_SLICES and slices * TILE_BLOCKS >= BINS_PER_CHOICE * top_k
+        score in ("softmax_sum", "compressed")
+        and slices >= BINS_FROM_SLICES
+        and slices * TILE_BLOCKS >= BINS_PER_CHOICE * top_k
     )
     bins = workspace if not with_bins else torch.empty(plan.chunk, plan.lists, slices, TILE_BLOCKS, device=q.device)
     table, per_head = _table(means), score == "per_head"
@@ -252,7 +272,7 @@ def _softmax_sums(
             q[part], _table(means), layout.query_first_block_row[part], layout.query_position[part], lse[part],
             part.stop - start, q.stride(0), scale * LOG2E,
             **_shape(means, layout, plan, dim, top_k, score), STAGES=tuning.stages, FMA_SHARE=FMA_SHARE,
-            OFFICIAL=score == "official_compat", **tuning.options(),
+            OFFICIAL=score in COMPLETE_OWN, **tuning.options(),
         )  # fmt: skip
         if q.is_cuda:
             ready[start] = torch.cuda.current_stream(q.device).record_event()

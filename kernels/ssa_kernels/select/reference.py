@@ -3,18 +3,20 @@
 For each query and kv head: the mean key of each block of the document (summed in float32, the last block over its true length, rounded to
 the keys' dtype); the importance of each block before the query's own,
 
-    softmax_sum, official_compat:  sum over the group's heads h of softmax_c(scale q_h . mean_c)
-    per_head:                      scale q_h . mean_c, each query head for itself
+    softmax_sum, compressed, official_compat:  sum over the group's heads h of softmax_c(scale q_h . mean_c)
+    per_head:                                  scale q_h . mean_c, each query head for itself
 
 then the own block and the top_k - 1 candidates of largest importance; of equal ones, the more recent are taken. Everything is computed in
 float32 (float64 for float64 inputs), by chunks of queries over the block rows that they can reach. Importance below float32's smallest
 normal number, 2^-126, counts as 0. Source: arXiv 2511.20102, section 3.2; per_head is MoBA's gate (arXiv 2502.13189).
 
+The softmax of softmax_sum is over the earlier blocks. That of compressed also counts the own block once it is complete, which is at the block's last
+token: these are the probabilities of NSA's compressed branch (arXiv 2502.11089; branches/), summed over the group. A sum over heads is so weighted by
+how much each head looks at earlier blocks at all, which can change the choice.
+
 official_compat reproduces what the official code (github zhenyi4/ssa) returns. That code scans the blocks by chunks of block_size blocks and
 keeps half a chunk of the running list. So a block of an earlier chunk must be among the best block_size // 2 of all earlier chunks, and one
-of the own chunk among the best block_size // 2 there (the own block included). Its softmax also counts the own block once that is complete, which
-is at the block's last token: importance is then exp(scale q_h . mean_c - log sum over earlier blocks and the own one). A sum over heads is so
-weighted by how much each head looks at earlier blocks at all, which can change the choice.
+of the own chunk among the best block_size // 2 there (the own block included). Its softmax is that of compressed.
 """
 
 import torch
@@ -23,6 +25,7 @@ from ..documents import DocumentLayout
 
 QUERIES_PER_CHUNK = 256
 TINY = torch.finfo(torch.float32).tiny
+COMPLETE_OWN = ("compressed", "official_compat")  # scores whose softmax also counts the own block once that is complete
 
 
 def select_blocks_reference(
@@ -38,7 +41,11 @@ def block_means(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
 
     A decoding cache can hold these means: the mean of a complete block never changes.
     """
-    k = k.detach()
+    return mean_of_blocks(k.detach(), layout)
+
+
+def mean_of_blocks(k: torch.Tensor, layout: DocumentLayout) -> torch.Tensor:
+    """Returns the same means, differentiable in k."""
     wide = k.to(torch.promote_types(k.dtype, torch.float32))
     place = torch.arange(layout.block_size, dtype=torch.int32, device=k.device)
     key = (layout.block_start[:, None] + place).clamp(max=layout.num_tokens - 1)
@@ -63,7 +70,7 @@ def choose_blocks(
         # Only the block rows of the chunk's documents, up to its last query.
         block_rows = slice(int(first_block_row.min()), int((first_block_row + own).max()) + 1)
         first_block_row = first_block_row - block_rows.start
-        counted = (position + 1) // layout.block_size if score == "official_compat" else own
+        counted = (position + 1) // layout.block_size if score in COMPLETE_OWN else own
         ranges = (first_block_row, own, counted)
         importance = _importance(q[queries].to(wide), means[..., block_rows], ranges, scale, score)
         if score == "official_compat":

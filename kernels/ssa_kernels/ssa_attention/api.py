@@ -47,8 +47,10 @@ class Selection(NamedTuple):
         """Returns the blocks of each query; q and k need no gradient here."""
         if self.select is not None:
             return self.select(q, k, layout)
-        sizes = {"block_size": self.block_size, "top_k": self.top_k}
-        return select_blocks(q, k, **sizes, cu_seqlens=layout, scale=scale, score=self.score, impl=impl)
+        size, top_k = self.block_size, self.top_k
+        return select_blocks(
+            q, k, block_size=size, top_k=top_k, cu_seqlens=layout, scale=scale, score=self.score, impl=impl
+        )
 
 
 class SSAOutput(NamedTuple):

@@ -19,6 +19,7 @@ from ssa_pretrain.config.rules.indexer import INDEXER_RULES
 from ssa_pretrain.config.rules.keys import KEY_RULES
 from ssa_pretrain.config.rules.layout import LAYOUT_RULES
 from ssa_pretrain.config.rules.machine import MACHINE_RULES
+from ssa_pretrain.config.rules.nsa import NSA_RULES
 from ssa_pretrain.config.rules.optimizer import OPTIMIZER_RULES
 from ssa_pretrain.config.rules.schedule import SCHEDULE_RULES
 from ssa_pretrain.settings.convert import SECRET_ADVICE, SECRET_RULE, config_to_dict
@@ -38,6 +39,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         _secrets,
         _sections,
         *KEY_RULES,
+        *NSA_RULES,
         *LAYOUT_RULES,
         *SCHEDULE_RULES,
         *MACHINE_RULES,

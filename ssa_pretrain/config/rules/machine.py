@@ -1,6 +1,6 @@
 """Rules of the machine: what kernels, Transformer Engine, trackers and Slurm need from it."""
 
-from ssa_pretrain.config import Config, KernelImpl, LayerSpec, PrecisionName, WandbMode
+from ssa_pretrain.config import Config, KernelImpl, LayerSpec, PrecisionName, WandbMode, gates_per_head
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.settings.problems import Problem, divisors, join, nearest
 
@@ -58,7 +58,7 @@ def _fp8(config: Config, machine: Machine) -> list[Problem]:
     widths = {
         "model.hidden_size": (model.hidden_size, model.hidden_size),
         "model.ffn_hidden_size": (model.ffn_hidden_size, model.ffn_hidden_size // tp),
-        "model.head_dim": (model.head_dim, model.qkv_width(gate=config.attention.gate) // tp),
+        "model.head_dim": (model.head_dim, model.qkv_width(gates=gates_per_head(config.attention)) // tp),
         "training.micro_batch_size": (config.training.micro_batch_size, tokens),
     }
     if index_width := model.index_width(config.attention):

@@ -399,6 +399,13 @@ def test_weights_of_another_shape_are_refused_and_every_key_is_named(tmp_path):
         require_same_model(found, saved | {"model.qk_norm": True, "attention.key_convolution": 3}, shapes_only=True)
 
 
+def test_only_nsa_has_other_weights_than_the_other_methods(tmp_path):
+    found = Checkpoint(tmp_path, 5, {"attention.method": "ssa", "attention.top_k": 4})
+    require_same_model(found, {"attention.method": "moba", "attention.top_k": 4}, shapes_only=True)
+    with pytest.raises(CheckpointError, match=r"\(attention\.method: checkpoint 'ssa', run 'nsa'\)"):
+        require_same_model(found, {"attention.method": "nsa", "attention.top_k": 4}, shapes_only=True)
+
+
 def test_new_run_may_change_settings_that_keep_the_shapes(tmp_path):
     found = Checkpoint(tmp_path, 5, {"model.rope_theta": 1.0, "model.vocab_size": 0, "attention.top_k": 4, "seed": 1})
     wanted = {"model.rope_theta": 2.0, "model.vocab_size": 4096, "attention.top_k": 2, "seed": 7}

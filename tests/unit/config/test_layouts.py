@@ -12,8 +12,8 @@ LENGTHS = ("8k", "32k")
 # Methods differ in their group, layouts in their degrees: every experiment once, every layout once per length or more, and the larger SSA model, which
 # needs the most memory, on the fewest GPUs.
 GPUS = {
-    "300m": {"ssa": 512, "full": 64, "moba": 1},
-    "1b": {"ssa": 1, "full": 8, "moba": 512},
+    "300m": {"ssa": 512, "full": 64, "moba": 1, "nsa": 8},
+    "1b": {"ssa": 1, "full": 8, "moba": 512, "nsa": 64},
 }
 
 

@@ -86,8 +86,48 @@ def test_options_of_queries_and_keys_are_checked(overrides: tuple[str, ...], mes
     assert found("experiment=quickstart", "attention=moba", "attention.key_convolution=5", "model.qk_norm=true") == []
 
 
-PAPERS = ("ssa_1b_8k", "ssa_1b_8k_quarter", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k", "indexer_1b_8k")
-EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp8_300m_evidence")
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (("attention=nsa",), []),
+        (("attention=nsa", "attention.score=official_compat"), []),
+        (
+            ("attention=nsa", "attention.gate=false", "attention.window=0"),
+            [
+                "attention.window=0 must be at least 1; try 1",
+                "attention.gate=false leaves the three branches of attention.method=nsa without the gates that sum them; try attention.gate=true",
+            ],
+        ),
+        (
+            ("attention.method=nsa",),
+            [
+                "attention.score=softmax_sum must be compressed or official_compat under attention.method=nsa: its compressed branch scores the "
+                "blocks; try compressed"
+            ],
+        ),
+        (
+            ("attention.score=compressed",),
+            ["attention.score=compressed needs attention.method=nsa, which has a compressed branch; try softmax_sum"],
+        ),
+    ],
+)
+def test_nsa_has_gates_and_scores_blocks_by_its_compressed_branch(
+    overrides: tuple[str, ...], messages: list[str]
+) -> None:
+    assert sorted(found("experiment=quickstart", *overrides)) == sorted(messages)
+
+
+PAPERS = (
+    "ssa_1b_8k",
+    "ssa_1b_8k_quarter",
+    "ssa_1b_32k",
+    "full_1b_8k",
+    "moba_1b_8k",
+    "nsa_1b_8k",
+    "ssa_300m_8k",
+    "indexer_1b_8k",
+)
+EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "nsa_300m_evidence", "fp8_300m_evidence")
 
 
 @pytest.mark.parametrize("world_size", [1, 8, 64])

@@ -8,6 +8,7 @@ from ssa_pretrain.evaluation import generation
 from ssa_pretrain.evaluation.generation import continue_texts, generate_greedily
 from ssa_pretrain.model import spec
 from ssa_pretrain.model.attention import SSAAttention
+from ssa_pretrain.model.nsa import NSAAttention
 from ssa_pretrain.model.text_cache import TextCache
 from support.generation_run import LENGTH, LENGTHS, likeliest, prompts, require_likeliest, run_of, with_cache
 from support.hf_models import VOCAB
@@ -44,6 +45,18 @@ def test_other_scores(placement, monkeypatch, score):
     found = with_cache(run, texts, "sparse", 40)
     monkeypatch.setattr(SSAAttention, "continues_from_cache", lambda: False)
     assert continue_texts(run, texts, mode="sparse", num_new=40, choose=likeliest, multiple=16) == found
+
+
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_nsa_continues_from_its_cache(placement, monkeypatch, mode):
+    """Texts of several pages, across the ends of blocks; one reaches the end of its row before the others."""
+    run = run_of(placement, method=Method.nsa, score=Score.compressed, window=20)
+    texts = prompts([1, 15, 16, 130, LENGTH - 10])
+    assert NSAAttention.continues_from_cache()
+    found = with_cache(run, texts, mode, 40)
+    assert all(len(set(text[-10:])) > 3 for text in found), "a text that repeats itself proves little"
+    monkeypatch.setattr(NSAAttention, "continues_from_cache", lambda: False)
+    assert continue_texts(run, texts, mode=mode, num_new=40, choose=likeliest, multiple=16) == found
 
 
 def test_full_rows_end_and_others_go_on(placement, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ssa_pretrain.config import AttentionConfig, Score
+from ssa_pretrain.huggingface.modelling_nsa import NSALlamaConfig
 from ssa_pretrain.huggingface.modelling_ssa import SSALlamaConfig, SSALlamaForCausalLM, SSALlamaModel
 from support.hf_models import draw_documents, lively_model
 
@@ -40,10 +41,11 @@ def test_wrong_values_are_refused(fields, message):
 @pytest.mark.parametrize("size", [8, 16, 24, 32, 64, 128, 256])
 @pytest.mark.parametrize("score", list(Score))
 def test_rules_are_those_of_training(score, size):
+    kind = NSALlamaConfig if score is Score.compressed else SSALlamaConfig
     for top_k in (0, 1, 2, 16, 17, 64, 128):
         allowed = not AttentionConfig(block_size=size, top_k=top_k, score=score).problems()
         try:
-            SSALlamaConfig(block_size=size, top_k=top_k, score=score.value)
+            kind(block_size=size, top_k=top_k, score=score.value)
             assert allowed
         except Exception as refused:  # noqa: BLE001 huggingface_hub wraps the ValueError in an error of its own
             assert not allowed, refused

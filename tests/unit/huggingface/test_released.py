@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ssa_pretrain.config import Score
+from ssa_pretrain.config import Method, Score
 from ssa_pretrain.huggingface.importing import read_record
 from support import released_forward
 from support.foreign_llama import SIZES, random_tensors, released_record, write_folder
@@ -39,3 +39,19 @@ def test_logits_are_those_of_the_release(tmp_path, placement, mode, block_counts
         differ = errors(Score.softmax_sum) > TOLERANCE
         assert differ.any(), "the rules differ here"
         assert not differ[0], "all blocks are chosen"
+
+
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_logits_of_nsa_are_those_of_the_release(tmp_path, placement, mode):
+    """In full mode the selected branch attends to every earlier key; the other two are the same."""
+    tensors = random_tensors(gate_rows=3, tied=True)
+    folder = write_folder(tmp_path / "release", released_record(block_counts=4, window_size=24), tensors)
+    config = import_to(folder, tmp_path / "run", method=Method.nsa)
+    assert (config.attention.window, config.attention.alignment_weight, config.attention.gate) == (24, 0.0, True)
+    generator = torch.Generator().manual_seed(2)
+    documents = [
+        torch.randint(SIZES["vocab_size"], (n,), generator=generator) for n in (1, 15, 16, 17, 64, 80, 250, 256)
+    ]
+    wanted = torch.stack([released_forward.logits(tensors, read_record(folder), d, mode)[-1] for d in documents])
+    found = training_logits(config, tmp_path / "run", placement, mode, documents)
+    assert (((found - wanted).norm(dim=1) / wanted.norm(dim=1)) < TOLERANCE).all()

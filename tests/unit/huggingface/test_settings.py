@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ssa_pretrain.config import Config, Score
+from ssa_pretrain.config import Config, Method, Score
 from ssa_pretrain.huggingface.settings import Mode, SpecialTokens, exported_config, imported_model
 from ssa_pretrain.settings.problems import ConfigError
 
@@ -80,6 +80,18 @@ def test_defaults_of_old_files():
     assert model.padded_vocab_size(model.vocab_size) == 32001, "rows of padding would take part in the softmax"
 
 
+def test_nsa_needs_its_release():
+    record = LLAMA_32_1B | {"model_type": "llama-nsa", "rope_scaling": None, "block_size": 16, "block_counts": 16}
+    _, attention, _ = imported_model(record | {"window_size": 128}, "nsa", Method.nsa)
+    assert (attention.window, attention.top_k, attention.gate) == (128, 16, True)
+    with pytest.raises(
+        ConfigError, match="method=nsa needs model_type=nsa_llama, or llama-nsa with a window_size: no other folder has"
+    ):
+        imported_model(record, "nsa", Method.nsa)
+    with pytest.raises(ConfigError, match=r"try method=nsa|import NSA-1B"):
+        imported_model(LLAMA_32_1B, "nsa", Method.nsa)
+
+
 def test_released_blocks():
     record = LLAMA_32_1B | {"model_type": "llama-nsa", "rope_scaling": None, "block_size": 16, "block_counts": 8}
     _, attention, _ = imported_model(record | {"window_size": 0}, "ssa")
@@ -92,7 +104,7 @@ def test_released_blocks():
     [
         (
             {"model_type": "qwen2"},
-            "model_type=qwen2 must be llama, qwen3, ssa_llama or llama-nsa; import a dense Llama",
+            "model_type=qwen2 must be llama, qwen3, ssa_llama, nsa_llama or llama-nsa; import a dense Llama",
         ),
         (
             {"model_type": "qwen3", "use_sliding_window": True},
@@ -110,8 +122,7 @@ def test_released_blocks():
         ),
         (
             {"model_type": "llama-nsa", "block_size": 16, "block_counts": 16, "window_size": 128},
-            "window_size=128 is a sliding window, which NSA has and SSA, FullAttn and MoBA do not; "
-            "import one of those: NSA is not trained here",
+            "window_size=128 is a sliding window, which NSA has and SSA, FullAttn and MoBA do not; try method=nsa",
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},

@@ -15,7 +15,7 @@ from ssa_pretrain.parallel.state import joined
 from support.layout_worker import VOCAB, configure
 
 
-def llama(*, gate: bool = True, tied: bool = True, qk_norm: bool = False) -> Llama:
+def llama(*, gates: int = 1, tied: bool = True, qk_norm: bool = False) -> Llama:
     return Llama(
         num_layers=2,
         hidden_size=5,
@@ -24,7 +24,7 @@ def llama(*, gate: bool = True, tied: bool = True, qk_norm: bool = False) -> Lla
         num_heads=6,
         num_kv_heads=2,
         head_dim=4,
-        gate=gate,
+        gates=gates,
         tied=tied,
         qk_norm=qk_norm,
     )
@@ -55,9 +55,9 @@ def test_halves_of_the_feed_forward_are_gate_then_up():
     }
 
 
-@pytest.mark.parametrize(("gate", "tied"), [(True, True), (True, False), (False, True), (False, False)])
-def test_both_directions_together_give_the_same_bits(gate, tied):
-    sizes = llama(gate=gate, tied=tied, qk_norm=tied)
+@pytest.mark.parametrize(("gates", "tied"), [(1, True), (1, False), (0, True), (0, False), (3, True)])
+def test_both_directions_together_give_the_same_bits(gates, tied):
+    sizes = llama(gates=gates, tied=tied, qk_norm=tied)
     generator = torch.Generator().manual_seed(0)
     shapes, out = training_shapes(sizes), {}
     ours = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -67,11 +67,17 @@ def test_both_directions_together_give_the_same_bits(gate, tied):
     assert len(out) == sum(map(len, tensor_names(sizes).values())), "no name twice"
     assert all(torch.equal(from_hugging_face(name, out, sizes), tensor) for name, tensor in ours.items())
     assert ("lm_head.weight" in out) is not tied
-    assert any("g_proj" in name for name in out) is gate
+    assert any("g_proj" in name for name in out) is bool(gates)
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"model.qk_norm": True}, {"model.tie_embeddings": False, "attention.gate": False}]
+    "overrides",
+    [
+        {},
+        {"model.qk_norm": True},
+        {"model.tie_embeddings": False, "attention.gate": False},
+        {"attention.method": "nsa", "attention.score": "compressed"},
+    ],
 )
 def test_names_and_shapes_are_those_of_a_model_that_was_built(overrides):
     from ssa_pretrain.checkpoint.sharded_weights import named_weights

@@ -35,7 +35,7 @@ def test_settings_go_to_their_stages() -> None:
 
 
 def test_recipes_are_the_experiments_of_both_lengths() -> None:
-    assert recipes() == ["full_1b", "full_300m", "moba_1b", "moba_300m", "ssa_1b", "ssa_300m"]
+    assert recipes() == ["full_1b", "full_300m", "moba_1b", "moba_300m", "nsa_1b", "nsa_300m", "ssa_1b", "ssa_300m"]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_recipes_are_the_experiments_of_both_lengths() -> None:
         (["--recipe=ssa_1b"], "--out must name the folder of all stages; try --out=outputs/ssa_1b"),
         (
             ["--out=o", "--recipe=ssa_3b"],
-            "--recipe=ssa_3b must be full_1b, full_300m, moba_1b, moba_300m, ssa_1b or ssa_300m",
+            "--recipe=ssa_3b must be full_1b, full_300m, moba_1b, moba_300m, nsa_1b, nsa_300m, ssa_1b or ssa_300m",
         ),
         (["--out=o"], "--recipe must be full_1b, "),
         ([*FLAGS, "--nnodes=x"], "--nnodes=x must be a positive number; try 1"),

@@ -3,7 +3,7 @@
 import pytest
 
 from ssa_pretrain.cli import resolve_config
-from ssa_pretrain.config import AttentionConfig, Config, ModelConfig, PrecisionName
+from ssa_pretrain.config import AttentionConfig, Config, Method, ModelConfig, PrecisionName, Score
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.planning.flops import RowFlops, causal_pairs, peak_flops, row_flops, sparse_pairs
 
@@ -55,6 +55,23 @@ def test_pairs_equal_brute_force(length: int, block_size: int, top_k: int) -> No
     row = row_flops(ModelConfig(num_attention_heads=4, num_kv_heads=2, head_dim=32), attention, [length], 4096)
     means, logits_and_softmax = length * 2 * 32, candidates * 4 * (2 * 32 + 3)
     assert row.selection == 4 * (means + logits_and_softmax)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 1000])
+def test_branches_of_nsa_equal_brute_force(length: int) -> None:
+    """Every query reads its window and the blocks that are complete at its position; MFU counts both with the sparse stream."""
+    attention = AttentionConfig(method=Method.nsa, score=Score.compressed)
+    model = ModelConfig(num_attention_heads=4, num_kv_heads=2, head_dim=32, hidden_size=64)
+    nsa = row_flops(model, attention, [length], 4096)
+    moba = row_flops(model, AttentionConfig(method=Method.moba), [length], 4096)
+    pairs = sum(min(t + 1, 128) + (t + 1) // 16 for t in range(length))
+    assert nsa.branches == 4 * (pairs * 4 * 4 * 32 + length * 2 * 32), "the mean values are one addition each"
+    assert nsa.sparse_attention == moba.sparse_attention and moba.branches == 0
+    gates = 2 * 4 * length * 2 * 4 * 64  # two more gates per head, in four layers
+    assert nsa.linear - moba.linear == gates
+    assert nsa.model == 3 * (nsa.linear + nsa.logits + nsa.sparse_attention + nsa.branches)
+    assert nsa.computed("sparse", 0.0) == nsa.model + nsa.overhead
+    assert nsa.overhead == 3 * 3 * length * 4 * 32 * 4 + nsa.selection
 
 
 def test_each_document_is_counted_separately() -> None:

@@ -1,0 +1,41 @@
+"""The cases of `attention=nsa`, whose weights are others than those of the other methods: an engine of its own, beside one for full and moba."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ssa_pretrain.bench.variants import Variant, batches, counted, long_rows, memory_in_use, pass_over, with_attention
+from ssa_pretrain.config import Config, Method, Score
+from ssa_pretrain.engine.megatron.engine import MegatronEngine
+from ssa_pretrain.parallel.state import Placement
+
+
+def nsa_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """Returns full, moba and nsa at 8k, with one document per row."""
+    return _methods(config, placement, vocab, "8k")
+
+
+def nsa_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """Returns full, moba and nsa on one row of four times the length, with RoPE scaling."""
+    return _methods(long_rows(config, 4), placement, vocab, "32k")
+
+
+def _methods(config: Config, placement: Placement, vocab: int, rows_name: str) -> list[Variant]:
+    """Returns forward and backward of the methods, which take turns."""
+    own = replace(config, attention=replace(config.attention, method=Method.nsa, score=Score.compressed))
+    (engine, shared_bytes), (nsa, own_bytes) = (
+        _built(lambda c=c: MegatronEngine(c, placement, vocab)) for c in (config, own)
+    )
+    rows, work = batches(config, placement, vocab, 1), counted(config, placement, 1)
+    found = []
+    for method in (Method.full, Method.moba, Method.nsa):
+        is_own = method is Method.nsa
+        run = pass_over(nsa if is_own else with_attention(engine, method=method), rows)
+        foreign = shared_bytes if is_own else own_bytes
+        found.append(Variant(name=f"nsa case, {method} {rows_name}", run=run, foreign_bytes=foreign, **work[method]))
+    return found
+
+
+def _built(build: Callable[[], MegatronEngine]) -> tuple[MegatronEngine, int]:
+    """Returns the engine and the bytes that it holds."""
+    before = memory_in_use()
+    return build(), memory_in_use() - before
