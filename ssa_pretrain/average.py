@@ -107,7 +107,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], AverageOptions]
         count = f"names {len(named) or 'no'} checkpoint{'s' * (len(named) != 1)}"
         problems.append(Problem("the command line", None, count, "give two or more: RUN@STEP RUN@STEP …"))
     elif options.weights and len(options.weights) != len(named):
-        rule = f"has {len(options.weights)} shares for {len(named)} checkpoints"
+        count = len(options.weights)
+        rule = f"has {count} share{'s' * (count > 1)} for {len(named)} checkpoints"
         problems.append(Problem("weights", options.weights, rule, "give one for each, in their order"))
     if problems:
         raise UsageError(report(PROGRAM, ConfigError(problems)))

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, Score
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.huggingface.options import ExportOptions, read_options, wants_help
 from ssa_pretrain.libraries import hide_library_warnings, import_megatron_core
@@ -60,6 +60,10 @@ def export_run(arguments: Sequence[str]) -> None:
         raise ConfigError([Problem("check", True, f"needs one process, and there are {world_size}", "leave it out")])
     run_folder = find_run_folder(str(named))
     config = load_config(Config, run_folder / "config.yaml")
+    if config.attention.score is Score.indexer:
+        rule = "cannot be exported: the exported model's code has no trained scorer"
+        advice = f"judge it by python -m ssa_pretrain.evaluate {run_folder}"
+        raise ConfigError([Problem("attention.score", config.attention.score, rule, advice)])
     hide_library_warnings()
     import_megatron_core()
     from ssa_pretrain.huggingface.exporting import DTYPES, export, layout_for

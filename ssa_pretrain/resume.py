@@ -8,10 +8,12 @@ from ssa_pretrain.branch import branch_text, open_branch
 from ssa_pretrain.checkpoint import mirror
 from ssa_pretrain.checkpoint.facts import AVERAGED, HISTORY, refused_changes
 from ssa_pretrain.checkpoint.publish import Checkpoint, newest, require_same_model
-from ssa_pretrain.checkpoint.weights import find_weights
+from ssa_pretrain.checkpoint.weights import WeightsReader, find_weights
+from ssa_pretrain.config import Score
 from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.evaluation import MODES
 from ssa_pretrain.evaluation.held_out import Evaluated, is_evaluation_missing
+from ssa_pretrain.model.sharding import is_scorer
 from ssa_pretrain.monitor.metrics import FILE_NAME, evaluations
 from ssa_pretrain.monitor.tracking import lacks_records
 from ssa_pretrain.run import Run, training_rows
@@ -76,8 +78,17 @@ def restore(run: Run, checkpoint: Checkpoint | None) -> int:
     if run.config.checkpoint.init_from:
         source = initial_weights(run, Path(run.config.checkpoint.init_from))
         run.engine.load_weights(source)
-        run.print(f"starting from the weights of {source}")
+        run.print(f"starting from the weights of {source}{_begins_scorer(run, source)}")
     return 0
+
+
+def _begins_scorer(run: Run, source: Path) -> str:
+    """Returns what to say if the run trains a scorer of blocks that these weights do not hold."""
+    found = find_weights(source)
+    if run.config.attention.score is not Score.indexer or found is None:
+        return ""
+    held = any(map(is_scorer, WeightsReader(found).tensors))
+    return "" if held else ", which hold no trained scorer: it begins with its initial weights"
 
 
 def initial_weights(run: Run, named: Path) -> Path:

@@ -159,9 +159,6 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
     """
     try:
         manifest = load_manifest(Path(config.data.path))
-        if trains and config.data.packing is RowPacking.best_fit:
-            prepare_index(config, manifest, placement)
-        rows = training_rows(config, manifest) if trains else None
         held_out = HeldOutRows(manifest, sequence_length=config.data.sequence_length, rows=config.evaluation.rows)
     except ValueError as error:
         raise DataError(str(error)) from error
@@ -169,10 +166,25 @@ def build_run(config: Config, placement: Placement, *, trains: bool = True) -> R
     plan = make_plan(config, placement.world_size, vocab_size)
     if placement.world_size > 1:
         require_same_run(config, manifest)
+    rows = open_rows(config, manifest, placement) if trains else None
     build = build_engine if trains else build_evaluator
     engine = cast(Engine, build(config, placement, vocab_size))
     folder, health = Path(config.output_dir), Health(config.training)
     return Run(config, plan, placement, manifest, engine, rows, held_out, folder, health=health)
+
+
+def open_rows(config: Config, manifest: Manifest, placement: Placement) -> TrainingRows:
+    """Returns the training rows of a new run; under data.packing=best_fit builds their index if necessary. Every rank calls it.
+
+    Raises:
+        DataError: the data is too small or its index cannot be written.
+    """
+    if config.data.packing is RowPacking.best_fit:
+        prepare_index(config, manifest, placement)
+    try:
+        return training_rows(config, manifest)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def prepare_index(config: Config, manifest: Manifest, placement: Placement) -> None:

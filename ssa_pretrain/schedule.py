@@ -27,7 +27,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ssa_pretrain.config import AttentionConfig, Config, PrecisionName, StreamDraw
+from ssa_pretrain.config import AttentionConfig, Config, Method, PrecisionName, StreamDraw
 
 MIN_PAIRS = 8  # of chunks per row: the smallest share that every row can have is 1/8
 LONGEST_CHUNK = 1024  # queries, while a row has more than 2 * MIN_PAIRS chunks
@@ -59,7 +59,9 @@ class Place:
 
 
 def main_stream(attention: AttentionConfig, place: Place) -> str:
-    """Returns "full" or "sparse", the main stream of a microbatch."""
+    """Returns "full" or "sparse", the main stream of a microbatch. The method indexer begins with the full one."""
+    if attention.method is Method.indexer:
+        return "full" if is_warm_up(attention, place.step) else "sparse"
     if len(attention.method.streams) == 1:
         return attention.method.streams[0]
     if attention.full_ratio in (0.0, 1.0):
@@ -70,6 +72,11 @@ def main_stream(attention: AttentionConfig, place: Place) -> str:
     num_groups = place.num_microbatches // size
     first, num_full = _full_groups(attention.full_ratio, num_groups, place.seed, place.step)
     return "full" if (place.microbatch // size - first) % num_groups < num_full else "sparse"
+
+
+def is_warm_up(attention: AttentionConfig, step: int) -> bool:
+    """Returns whether a step belongs to the warm-up of a trained scorer, which has full attention; `step` counts from 0."""
+    return attention.method is Method.indexer and step < attention.indexer.warmup_steps
 
 
 def group_size(num_microbatches: int) -> int:

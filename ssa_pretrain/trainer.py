@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from ssa_pretrain.rollback import load_incidents, roll_back
 from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flatten_settings, locked_folder, packing_of
 from ssa_pretrain.run_folder import space_warning
 from ssa_pretrain.saving import Saver
-from ssa_pretrain.schedule import is_due
+from ssa_pretrain.schedule import is_due, is_warm_up
 from ssa_pretrain.settings.convert import config_to_dict, save_config
 from ssa_pretrain.step_ranges import contains
 
@@ -248,7 +248,7 @@ def train_step(run: Run, step: int) -> QueuedStep:
     data_seconds, rate = time.monotonic() - begin, learning_rate(step, run.config.optim, plan)
     with profiling(run, step + 1):
         pending = run.engine.train_step(batches, step=step, learning_rate=rate)
-    return QueuedStep(step + 1, pending, flops_per_token(run, batches), data_seconds)
+    return QueuedStep(step + 1, pending, flops_per_token(run, batches, step), data_seconds)
 
 
 def log_results(
@@ -292,10 +292,15 @@ def profiling(run: Run, step: int) -> AbstractContextManager[None]:
     return profiled(run.folder / "profile", step=step, rank=rank, memory=memory)
 
 
-def flops_per_token(run: Run, batches: list[Batch]) -> float:
-    """Returns the model FLOPs per token of a step. Causal attention is counted per document, over this data rank's microbatches without padding."""
+def flops_per_token(run: Run, batches: list[Batch], step: int) -> float:
+    """Returns the model FLOPs per token of the step after `step` steps.
+
+    Causal attention is counted per document, over this data rank's microbatches without padding.
+    """
     lengths = [length for batch in batches for length in batch.document_lengths]
     row = row_flops(run.config.model, run.config.attention, lengths, run.plan.vocab_size)
+    if is_warm_up(run.config.attention, step):
+        row = replace(row, full_ratio=1.0)
     return row.model / max(1, sum(lengths))
 
 
@@ -316,6 +321,7 @@ def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
         "alignment_loss_by_layer": result.alignment_by_layer,
         "captured_mass": mean(result.captured_mass_by_layer),
         "captured_mass_by_layer": result.captured_mass_by_layer,
+        **index_loss_record(result),
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
         "stream": {1.0: "full", 0.0: "sparse"}.get(result.full_share, "mixed"),
@@ -336,6 +342,12 @@ def batch_size(run: Run, step: int) -> dict[str, int]:
     """Returns the tokens of a step, counted from 1, if the batch changes over the run."""
     sizes = run.plan.batches
     return {} if sizes.is_constant else {"batch_tokens": sizes.tokens_at(step - 1)}
+
+
+def index_loss_record(result: StepResult) -> dict[str, Any]:
+    """Returns what a trained scorer adds to a step's record."""
+    losses = result.index_loss_by_layer
+    return {"index_loss": mean(losses), "index_loss_by_layer": losses} if losses else {}
 
 
 def left_out_record(run: Run, step: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`PYTHONPATH=kernels python -m bench`: measures the kernels' speed relative to baselines, in one process on one GPU.
 
 It prints a table, and writes CSV files and a roofline plot. Before that it checks selection, both streams, gate and alignment (check.py), and
-stops if a result is wrong. `--quick` leaves out rows beyond 32k, and `--only decode` everything but decoding. `--activations` adds the locality of real activations (.pt or .npz files
+stops if a result is wrong. `--quick` leaves out rows beyond 32k, and `--only decode` (or `indexer`) everything but decoding (the trained scorer). `--activations` adds the locality of real activations (.pt or .npz files
 with q, k, v and cu_seqlens of one layer), which works on a CPU too. It measures neither a whole training step nor several GPUs.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import bounds, cases, decode, plot, shapes
+from . import bounds, cases, decode, indexer, plot, shapes
 from .activations import activation_rows
 from .cases import Row
 from .check import failures
@@ -35,11 +35,10 @@ def main() -> int:
         for path in arguments.activations:
             print(*map(_line, activation_rows(path, torch.device("cpu"))), sep="\n")
         return 0
-    wrong = decode.failures()
+    wrong = indexer.failures() if arguments.only == "indexer" else decode.failures()
     if arguments.only is None:
-        wrong += (
-            failures() + failures(heads=32, kv_heads=8, head_dim=128) + failures(heads=16, kv_heads=2, head_dim=256)
-        )
+        wrong += indexer.failures() + failures()
+        wrong += failures(heads=32, kv_heads=8, head_dim=128) + failures(heads=16, kv_heads=2, head_dim=256)
     if wrong:
         print("Wrong results, so nothing is timed:", *wrong, sep="\n  ", file=sys.stderr)
         return 1
@@ -71,7 +70,7 @@ def _parse() -> argparse.Namespace:
         help="folder for kernels.csv, bounds.csv, roofline.png",
     )
     parser.add_argument("--quick", action="store_true", help="only 8k and 32k")
-    parser.add_argument("--only", choices=["decode"], help="only this case, which writes decode.csv")
+    parser.add_argument("--only", choices=["decode", "indexer"], help="only this case, which writes its own table")
     parser.add_argument(
         "--activations",
         type=Path,
@@ -87,6 +86,10 @@ def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
     if arguments.only == "decode":
         yield from decode.rows(arguments.quick)
         return
+    if arguments.only == "indexer":
+        yield from indexer.rows(shapes.SHAPE_8K)
+        yield from indexer.rows(shapes.SHAPE_32K)
+        return
     yield from cases.streams(shapes.SHAPE_8K, (4.8, 5.2), (3.0, 3.7))
     yield from cases.streams(shapes.SHAPE_32K, (13.0, 15.0), (6.2, 8.5))
     yield from cases.plain_boundaries(shapes.SHAPE_8K, 1.3, 1.05)
@@ -101,6 +104,8 @@ def _rows(arguments: argparse.Namespace, copy: float) -> Iterator[Row]:
     yield from cases.memory(shapes.SHAPE_8K, 0.4)
     yield from cases.memory(shapes.SHAPE_32K, 0.4)
     yield from decode.rows(arguments.quick)
+    yield from indexer.rows(shapes.SHAPE_8K)
+    yield from indexer.rows(shapes.SHAPE_32K)
     for path in arguments.activations:
         yield from activation_rows(path, torch.device("cuda"))
     if not arguments.quick:

@@ -31,7 +31,7 @@ from triton.runtime.driver import driver
 
 from ssa_kernels.devices import KIB, KNOWN_GPUS, Gpu
 
-from .compile_cases import CASES, OPERATORS, SAMPLE, Case, run
+from .compile_cases import CASES, OPERATORS, SAMPLE, SAMPLE_KERNELS, Case, run
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -96,14 +96,19 @@ def usage(launch: Launch, gpu_name: str) -> dict[str, int]:
     return {"warps": made.metadata.num_warps, **numbers, "shared": made.metadata.shared}
 
 
-def table(wanted: Iterable[tuple[str, str, tuple[str, ...]]]) -> Iterator[Usage]:
-    """Yields what each kernel needs, for (GPU, case, operators). A kernel is compiled once per operator, however often it is launched."""
+def table(wanted: Iterable[tuple[str, str, tuple[str, ...]]], kernels: tuple[str, ...] = ()) -> Iterator[Usage]:
+    """Yields what each kernel needs, for (GPU, case, operators). A kernel is compiled once per operator, however often it is launched.
+
+    Args:
+        wanted: names of KNOWN_GPUS and CASES, and operators of the case.
+        kernels: names of kernels, if only these are wanted.
+    """
     for gpu_name, case_name, operators in wanted:
         for operator in operators:
             seen = set()
             for launch in recorded(CASES[case_name], operator, KNOWN_GPUS[gpu_name]):
                 key = (launch.name, tuple(sorted((name, str(x)) for name, x in launch.settings.items())))
-                if key not in seen:
+                if key not in seen and (not kernels or launch.name in kernels):
                     seen.add(key)
                     yield Usage(gpu_name, case_name, operator, launch.name, **usage(launch, gpu_name))
 
@@ -127,7 +132,7 @@ def main() -> int:
     every = ((gpu, case) for gpu in arguments.gpus for case in arguments.cases)
     chosen = [(gpu, case, tuple(o for o in CASES[case].operators if o in arguments.operators)) for gpu, case in every]
     found = []
-    for row in table(SAMPLE if arguments.sample else chosen):
+    for row in table(SAMPLE, SAMPLE_KERNELS) if arguments.sample else table(chosen):
         found.append(row)
         if row.problem or not arguments.quiet:
             print(
@@ -156,13 +161,18 @@ def summary(found: list[Usage]) -> Iterator[str]:
     yield f"| shape | operator | {' | '.join(gpus)} |"
     yield "|---" * (len(gpus) + 2) + "|"
     for case, operator in dict.fromkeys((row.case, row.operator) for row in found):
-        cells = []
-        for gpu in gpus:
-            rows = [row for row in found if (row.case, row.operator, row.gpu) == (case, operator, gpu)]
-            wrong = [f"{row.kernel} {row.problem}" for row in rows if row.problem]
-            most = f"{max(row.registers for row in rows)}, {max(row.shared for row in rows) / KIB:.0f}"
-            cells.append(most + (f" ({'; '.join(dict.fromkeys(wrong))})" if wrong else ""))
+        rows = [row for row in found if (row.case, row.operator) == (case, operator)]
+        cells = [_cell([row for row in rows if row.gpu == gpu]) for gpu in gpus]
         yield f"| {case} | {operator} | {' | '.join(cells)} |"
+
+
+def _cell(rows: list[Usage]) -> str:
+    """Returns the needs of an operator's kernels, and what is wrong with any of them; empty if none was compiled."""
+    if not rows:
+        return ""
+    wrong = dict.fromkeys(f"{row.kernel} {row.problem}" for row in rows if row.problem)
+    most = f"{max(row.registers for row in rows)}, {max(row.shared for row in rows) / KIB:.0f}"
+    return f"{most} ({'; '.join(wrong)})" if wrong else most
 
 
 def _of_nvidia(made: Any, capability: int) -> dict[str, int]:

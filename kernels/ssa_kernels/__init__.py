@@ -23,6 +23,7 @@ from .documents import DocumentLayout, build_layout
 from .full_attention import full_attention
 from .gate import gate
 from .gate_and_align import gate_and_align
+from .indexer import block_mass, choose_by_index, index_loss
 from .key_convolution import key_convolution
 from .linear_cross_entropy import linear_cross_entropy
 from .qkv_rope import QKNorm, qkv_rope, rope
@@ -39,14 +40,17 @@ __all__ = [
     "SSAOutput",
     "SampledQueries",
     "append_to_cache",
+    "block_mass",
     "build_cache",
     "build_layout",
     "captured_mass",
+    "choose_by_index",
     "decode_attention",
     "decode_bytes",
     "full_attention",
     "gate",
     "gate_and_align",
+    "index_loss",
     "key_convolution",
     "linear_cross_entropy",
     "qkv_rope",

@@ -33,11 +33,6 @@ class Gpu:
         """Whether a kernel's programs can start while the kernel before ends (compute capability 9.0 and later)."""
         return self.backend == "cuda" and self.capability >= 90
 
-    @property
-    def limits_registers(self) -> bool:
-        """Whether a launch can limit the registers per thread (`maxnreg`)."""
-        return self.backend != "hip"
-
 
 INTERPRETER = Gpu("interpreter", 0, 227 * KIB)  # plans as Hopper does
 

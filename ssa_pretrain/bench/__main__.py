@@ -3,9 +3,10 @@
 Times forward and backward of our methods and of plain megatron-core in turns, in one process on one device, and prints
 the ratios that the project has goals for. Results are written as soon as they are measured. Options, as key=value:
 
-    cases      any of 8k, 32k, share, share_128k, methods, optimizer, fp8, recompute; under two processes dp2, tp2, tp2_overlap
-               (user buffers), which measure one GPU first. share is share_8k,share_32k: attention.counterpart_share
-               1, 1/4 and 1/8 over full attention; methods is every method, ssa also at those shares
+    cases      any of 8k, 32k, share, share_128k, methods, optimizer, fp8, recompute, indexer, keys (QK-norm, key convolution); under
+               two processes dp2, tp2, tp2_overlap (user buffers), which measure one GPU first. share is
+               share_8k,share_32k: attention.counterpart_share 1, 1/4 and 1/8 over full attention; methods is every
+               method, ssa also at those shares
     model      a file in conf/model, default llama_1b
     length     tokens per row, default 8192; 32k cases use four times as many, share_128k 16 times
     rows       rows per microbatch, default 2

@@ -13,6 +13,7 @@ from ssa_pretrain.bench.plain_megatron import PlainModel
 from ssa_pretrain.bench.share import share_8k, share_32k, share_128k
 from ssa_pretrain.bench.variants import (
     LEARNING_RATE,
+    ONE_MODEL,
     Variant,
     batches,
     counted,
@@ -22,8 +23,9 @@ from ssa_pretrain.bench.variants import (
     plain_pass,
     whole_step,
     with_attention,
+    work_of,
 )
-from ssa_pretrain.config import Config, Method, PrecisionName, Recompute
+from ssa_pretrain.config import Config, Method, PrecisionName, Recompute, Score
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
 
@@ -46,7 +48,7 @@ def speed_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
         Variant(name="plain 8k", run=plain_run, foreign_bytes=our_bytes + unfused_bytes, **full),
         Variant(name="full 8k unfused", run=unfused_run, foreign_bytes=plain_bytes + our_bytes, **full),
     ]
-    for method in Method:
+    for method in ONE_MODEL:
         view = with_attention(engine, method=method)
         common = {"foreign_bytes": plain_bytes + unfused_bytes, **work[method]}
         found.append(Variant(name=f"{method} 8k", run=pass_over(view, rows), **common))
@@ -62,7 +64,9 @@ def speed_32k(config: Config, placement: Placement, vocab: int) -> list[Variant]
     engine = MegatronEngine(long, placement, vocab)
     rows = batches(long, placement, vocab, 1)
     work = counted(long, placement, 1)
-    return [Variant(name=f"{m} 32k", run=pass_over(with_attention(engine, method=m), rows), **work[m]) for m in Method]
+    return [
+        Variant(name=f"{m} 32k", run=pass_over(with_attention(engine, method=m), rows), **work[m]) for m in ONE_MODEL
+    ]
 
 
 def optimizer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
@@ -115,6 +119,51 @@ def recompute(config: Config, placement: Placement, vocab: int) -> list[Variant]
     ]
 
 
+def indexer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """Returns forward and backward at 8k with a trained scorer: its method in the warm-up and after it, and inside ssa."""
+    alone = {"method": Method.indexer, "block_size": 128, "full_ratio": 0.0, "counterpart_share": 0.125}
+    views = {
+        "warm-up": {"indexer": replace(config.attention.indexer, warmup_steps=1 << 30)},
+        "sparse": {"indexer": replace(config.attention.indexer, warmup_steps=0)},
+    }
+    rows, engines = batches(config, placement, vocab, 1), {}
+    for name, settings in (("indexer", alone), ("ssa", {"method": Method.ssa})):
+        trained = replace(config, attention=replace(config.attention, score=Score.indexer, **settings))
+        engines[name] = _built(lambda c=trained: MegatronEngine(c, placement, vocab))
+    (engine, held), (inside, inside_held) = engines.values()
+    common = work_of(engine.config, placement, 1) | {"foreign_bytes": inside_held}
+    found = []
+    for name, settings in views.items():
+        work: dict[str, Any] = {**common, "flops": 0.0 if name == "warm-up" else common["flops"]}  # counted as after it
+        found.append(
+            Variant(name=f"indexer 8k {name}", run=pass_over(with_attention(engine, **settings), rows), **work)
+        )
+    common = work_of(inside.config, placement, 1) | {"foreign_bytes": held}
+    return [*found, Variant(name="ssa with indexer 8k", run=pass_over(inside, rows), **common)]
+
+
+def keys(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """Returns ssa as it is, with QK-norm, and with a convolution of keys of width 3."""
+    rows = batches(config, placement, vocab, 1)
+    configs = {
+        "plain keys": config,
+        "QK-norm": replace(config, model=replace(config.model, qk_norm=True)),
+        "key convolution": replace(config, attention=replace(config.attention, key_convolution=3)),
+    }
+    engines = {name: _built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in configs.items()}
+    total = sum(held for _, held in engines.values())
+    work = counted(config, placement, 1)[Method.ssa]
+    return [
+        Variant(
+            name=f"ssa 8k {name}",
+            run=pass_over(with_attention(engine, method=Method.ssa), rows),
+            foreign_bytes=total - held,
+            **work,
+        )
+        for name, (engine, held) in engines.items()
+    ]
+
+
 CASES = {
     "8k": speed_8k,
     "32k": speed_32k,
@@ -125,6 +174,8 @@ CASES = {
     "optimizer": optimizer,
     "fp8": fp8,
     "recompute": recompute,
+    "indexer": indexer,
+    "keys": keys,
 }
 TP2 = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {

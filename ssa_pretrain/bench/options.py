@@ -11,7 +11,20 @@ from ssa_pretrain.errors import UsageError
 from ssa_pretrain.planning.memory import count_parameters
 
 MODELS = CONF / "model"
-ONE_PROCESS = ("8k", "32k", "share", "share_8k", "share_32k", "share_128k", "methods", "optimizer", "fp8", "recompute")
+ONE_PROCESS = (
+    "8k",
+    "32k",
+    "share",
+    "share_8k",
+    "share_32k",
+    "share_128k",
+    "methods",
+    "optimizer",
+    "fp8",
+    "recompute",
+    "indexer",
+    "keys",
+)
 SHORTHANDS = {"share": ("share_8k", "share_32k")}
 LENGTHS = {"32k": 4, "share_32k": 4, "share_128k": 16}  # how many times `length` the rows of a case are long
 TWO_PROCESSES = ("dp2", "tp2", "tp2_overlap")

@@ -23,6 +23,7 @@ from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.planning.flops import row_flops
 
 LEARNING_RATE = 1e-6
+ONE_MODEL = (Method.ssa, Method.full, Method.moba)  # methods with the same weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +91,17 @@ def long_rows(config: Config, factor: int) -> Config:
 
 def counted(config: Config, placement: Placement, microbatches: int) -> dict[Method, dict[str, Any]]:
     """Returns tokens and model operations of one run over all ranks, by method, with one document per row."""
-    rows = microbatches * config.training.micro_batch_size * placement.dp
-    length = config.data.sequence_length
-    found = {}
-    for method in Method:
-        flops = row_flops(config.model, replace(config.attention, method=method), [length]).model
-        found[method] = {"tokens": rows * length, "flops": rows * flops}
-    return found
+
+    def work(method: Method) -> dict[str, Any]:
+        return work_of(replace(config, attention=replace(config.attention, method=method)), placement, microbatches)
+
+    return {method: work(method) for method in ONE_MODEL}
+
+
+def work_of(config: Config, placement: Placement, microbatches: int) -> dict[str, Any]:
+    """Returns the same for the configuration's own method."""
+    rows, length = microbatches * config.training.micro_batch_size * placement.dp, config.data.sequence_length
+    return {"tokens": rows * length, "flops": rows * row_flops(config.model, config.attention, [length]).model}
 
 
 def pass_over(engine: MegatronEngine, batches: list[Batch]) -> Callable[[], object]:

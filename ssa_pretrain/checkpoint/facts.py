@@ -38,10 +38,10 @@ def run_facts(
     if config.data.packing is RowPacking.best_fit:
         kept["data.packing"] += f", version {VERSION}"
     sizes = batches(config.training)
-    stages = [{"from_step": stage.first_step(sizes), "weights": dict(stage.weights)} for stage in config.data.stages]
+    begins = [(stage.steps_before(sizes) + 1, dict(stage.weights)) for stage in config.data.stages]
     return kept | {
         "seed": tree["seed"],
-        STAGES: [stage for stage in stages if stage["from_step"] < step],
+        STAGES: [{"from_step": first, "weights": weights} for first, weights in begins if first <= step],
         "data.fingerprint": fingerprint,
         "vocabulary.padded_size": padded_vocab_size,
         "vocabulary.tokenizer_sha256": tokenizer_sha256,

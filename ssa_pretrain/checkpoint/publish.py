@@ -288,7 +288,7 @@ def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_only
         unnamed = 0 in (found.facts.get("model.vocab_size"), wanted.get("model.vocab_size"))
         for key in (*SHAPELESS, *["model.vocab_size"] * unnamed):
             changed.pop(key, None)
-    decisive = ("attention.gate", "vocabulary.padded_size")
+    decisive = ("attention.gate", "attention.key_convolution", "vocabulary.padded_size")
     lines = [line for key, line in changed.items() if key.startswith("model.") or key in decisive]
     if lines:
         raise CheckpointError(

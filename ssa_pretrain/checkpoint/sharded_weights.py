@@ -16,7 +16,7 @@ from torch import Tensor
 from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.weights import WEIGHTS, WeightsReader, WeightsWriter, canonical_name, write_index
 from ssa_pretrain.config import Config
-from ssa_pretrain.model.sharding import global_name, join, part, partition_dim, whole_shape
+from ssa_pretrain.model.sharding import global_name, is_scorer, join, part, partition_dim, whole_shape
 from ssa_pretrain.parallel.state import Placement
 
 Gathered = Callable[[torch.nn.Parameter], AbstractContextManager]
@@ -114,14 +114,20 @@ def write_whole(
 
 
 @torch.no_grad()
-def load_weights(folder: Path, models: Iterable[GPTModel], config: Config, placement: Placement) -> None:
+def load_weights(
+    folder: Path, models: Iterable[GPTModel], config: Config, placement: Placement, *, new_scorer: bool = False
+) -> None:
     """Fills a model's parameters with this rank's parts of common weights; every rank calls it.
+
+    With `new_scorer`, a trained scorer of blocks that the folder does not hold keeps its initial weights: a run may begin to train one.
 
     Raises:
         WeightsError: the folder holds another model.
     """
     tp, reader = config.parallel.tp, WeightsReader(folder)
     named = list(named_weights(models, config, tied_copies=True))
+    if new_scorer and not any(map(is_scorer, reader.tensors)):
+        named = [(name, parameter) for name, parameter in named if not is_scorer(name)]
     shapes = {name: whole_shape(name, parameter.shape, tp) for name, parameter in named}
     reader.require(shapes, exact=config.parallel.pp == 1)
     for name, parameter in named:

@@ -6,6 +6,9 @@ whole model under the local layer spec, with layers counted from 0 over all pipe
     embedding.word_embeddings.weight                     [padded V, M]
     decoder.layers.N.input_layernorm.weight              [M]
     decoder.layers.N.self_attention.linear_qkv.weight    [G * ((group_size + 2) * D + group_size), M], per kv head: queries, keys, values, gates
+    decoder.layers.N.self_attention.linear_index.weight  [G * (J + 1) * D, M], only with a trained scorer: index queries, index key
+    decoder.layers.N.self_attention.q_layernorm.weight   [D], with model.qk_norm; and k_layernorm
+    decoder.layers.N.self_attention.key_convolution.weight   [G * D, 1, W], with attention.key_convolution
     decoder.layers.N.self_attention.linear_proj.weight   [M, H * D]
     decoder.layers.N.pre_mlp_layernorm.weight            [M]
     decoder.layers.N.mlp.linear_fc1.weight               [2 * F, M]: gate, then up projection

@@ -1,6 +1,7 @@
 """The configuration of a run: its schema, the machine it runs on, its rules and DeepSpeed's dictionary.
 
-Reading order: choices, evaluation, trackers, checkpoint, schedule, schema, machine, rules/, deepspeed. This module re-exports all up to schema, so importing it is cheap.
+Reading order: choices, evaluation, indexer, trackers, checkpoint, schedule, schema, machine, rules/, deepspeed. This module re-exports all up to schema,
+so importing it is cheap.
 """
 
 from pathlib import Path
@@ -36,6 +37,7 @@ from ssa_pretrain.config.evaluation import (
     PerplexityTask,
     TaskConfig,
 )
+from ssa_pretrain.config.indexer import IndexerConfig
 from ssa_pretrain.config.optimizers import MuonConfig, MupConfig
 from ssa_pretrain.config.schedule import Batches, BatchStepConfig, PieceConfig, batches, piece_bounds
 from ssa_pretrain.config.schema import (
@@ -72,6 +74,7 @@ __all__ = [
     "EvaluationConfig",
     "Fp8Recipe",
     "Haystack",
+    "IndexerConfig",
     "KernelImpl",
     "LayerSpec",
     "LmEvalConfig",

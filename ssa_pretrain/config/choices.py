@@ -12,11 +12,12 @@ class Method(StrEnum):
     ssa = "ssa"  # both streams, gated and aligned; the main stream is drawn at random
     full = "full"  # only the full stream
     moba = "moba"  # only the sparse stream
+    indexer = "indexer"  # the sparse stream with a trained scorer, after a warm-up on the full stream
 
     @property
     def streams(self) -> tuple[str, ...]:
         """Returns the streams that a layer computes in training: the one fact that rules, FLOPs, memory and routing need of a method."""
-        return {Method.ssa: ("full", "sparse"), Method.full: ("full",), Method.moba: ("sparse",)}[self]
+        return {Method.full: ("full",), Method.moba: ("sparse",)}.get(self, ("full", "sparse"))
 
 
 class Score(StrEnum):
@@ -25,6 +26,7 @@ class Score(StrEnum):
     softmax_sum = "softmax_sum"  # softmax over blocks, summed over the heads of a kv head (SSA)
     per_head = "per_head"  # logit of each query head by itself (MoBA)
     official_compat = "official_compat"  # softmax_sum with the chunked top-k of the official SSA code
+    indexer = "indexer"  # share of a small trained attention on the block (attention.indexer)
 
 
 class KernelImpl(StrEnum):

@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 class StageConfig:
     """A stage of the mixture: it begins at a step, and ends where the next one begins or with the run."""
 
-    from_step: int = 0  # optimizer steps before the stage: its first step is the next one; 0: set by from_tokens
-    from_tokens: int = 0  # tokens before the stage, rounded up to whole steps; 0: set by from_step
+    from_step: int = 0  # first step of the stage, counted from 1; 0: set by from_tokens
+    from_tokens: int = 0  # instead of from_step: the first step after this many tokens
     weights: dict[str, float] = field(default_factory=dict)  # as data.weights
 
     def problems(self, key: str) -> list[Problem]:
-        """Returns the problems within this stage, whose key is such as data.stages.0."""
+        """Returns the problems within this stage, whose key is such as data.stages[0]."""
         found = at_least(key, self, 0, "from_step", "from_tokens")
         if not found and (self.from_step > 0) == (self.from_tokens > 0):
             rule = f"and from_tokens={self.from_tokens} must be one positive number and one 0: where the stage begins"
-            advice = "the run begins with data.weights; try {from_step: 1000, weights: {…}}"
+            advice = "the run begins with data.weights; try {from_step: 1001, weights: {…}}"
             found.append(Problem(f"{key}.from_step", self.from_step, rule, advice, (f"{key}.from_tokens",)))
         return found + weight_problems(f"{key}.weights", self.weights)
 
-    def first_step(self, sizes: "Batches") -> int:
+    def steps_before(self, sizes: "Batches") -> int:
         """Returns the optimizer steps before the stage; `sizes` are the tokens of each step."""
-        return self.from_step or sizes.steps_for(self.from_tokens)
+        return self.from_step - 1 if self.from_step else sizes.steps_for(self.from_tokens)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class DataConfig:
     path: str = "???"  # folder of a dataset written by data_prep (with manifest.json)
     sequence_length: int = 512  # tokens per row
     weights: dict[str, float] = field(default_factory=dict)  # tokens by source; empty: the dataset's, or in proportion
-    stages: list[StageConfig] = field(default_factory=list)  # later mixtures: [{from_step: 800, weights: {web: 1}}]
+    stages: list[StageConfig] = field(default_factory=list)  # later mixtures: [{from_step: 801, weights: {web: 1}}]
     packing: RowPacking = RowPacking.flow
     index_path: str = ""  # folder for the index of data.packing=best_fit; empty: the dataset's own folder
     isolate_documents: bool = True  # no attention across documents; positions restart at each document
@@ -57,7 +57,7 @@ class DataConfig:
         """Returns the problems within this section."""
         found = at_least("data", self, 1, "sequence_length") + weight_problems("data.weights", self.weights)
         for number, stage in enumerate(self.stages):
-            found += stage.problems(f"data.stages.{number}")
+            found += stage.problems(f"data.stages[{number}]")
         if self.index_path and self.packing is RowPacking.flow:
             rule = "is for the index of data.packing=best_fit, and data.packing=flow has none"
             advice = "try data.index_path='' or data.packing=best_fit"

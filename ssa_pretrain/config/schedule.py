@@ -164,15 +164,15 @@ def _piece_problems(optim: "OptimConfig") -> list[Problem]:
         rule = "and optim.pieces both say how the learning rate goes down"
         found.append(Problem("optim.schedule", optim.schedule, rule, "leave out one"))
     for i, piece in enumerate(optim.pieces):
-        key = f"optim.pieces.{i}"
+        key = f"optim.pieces[{i}]"
         found += at_least(key, piece, 0, "steps", "tokens", "to") + between(key, piece, 0.0, 1.0, "fraction")
         if sum(map(bool, (piece.steps, piece.tokens, piece.fraction))) > 1:
             rule, advice = "has several lengths", "give one of steps, tokens and fraction"
             found.append(Problem(key, None, rule, advice))
     rests = [i for i, piece in enumerate(optim.pieces) if not piece.has_length]
     if len(rests) > 1:
-        rule = f"has no length, and optim.pieces.{rests[0]} has none either"
-        found.append(Problem(f"optim.pieces.{rests[1]}", None, rule, "give one of steps, tokens and fraction"))
+        rule = f"has no length, and optim.pieces[{rests[0]}] has none either"
+        found.append(Problem(f"optim.pieces[{rests[1]}]", None, rule, "give one of steps, tokens and fraction"))
     if not any(piece.to > 0 for piece in optim.pieces):
         found.append(Problem("optim.pieces", None, "must rise above 0 somewhere", "give a piece with to=1.0"))
     return found
@@ -183,7 +183,7 @@ def batch_problems(training: "TrainingConfig") -> list[Problem]:
     found, before = [], 0
     sizes = Batches(((0, max(1, training.global_batch_tokens)),))
     for i, change in enumerate(training.batch_steps):
-        key = f"training.batch_steps.{i}"
+        key = f"training.batch_steps[{i}]"
         found += at_least(key, change, 0, "step", "tokens") + at_least(key, change, 1, "global_batch_tokens")
         if (change.step > 0) == (change.tokens > 0):
             rule, advice = "must have either a step or tokens", "give the first step with this batch, such as step: 101"

@@ -26,6 +26,7 @@ from ssa_pretrain.config.choices import (
 )
 from ssa_pretrain.config.data import DataConfig
 from ssa_pretrain.config.evaluation import EvaluationConfig
+from ssa_pretrain.config.indexer import IndexerConfig
 from ssa_pretrain.config.optimizers import MuonConfig, MupConfig
 from ssa_pretrain.config.schedule import BatchStepConfig, PieceConfig, batch_problems, batches, schedule_problems
 from ssa_pretrain.config.trackers import LoggingConfig
@@ -76,6 +77,10 @@ class ModelConfig:
         """Width of all keys, or of all values: G * D."""
         return self.num_kv_heads * self.head_dim
 
+    def index_width(self, attention: "AttentionConfig") -> int:
+        """Returns the width of the projection to index queries and keys: 0 without a trained scorer."""
+        return (attention.indexer.heads + 1) * self.kv_width if attention.score is Score.indexer else 0
+
     def qkv_width(self, *, gate: bool) -> int:
         """Returns the width of the projection to queries, keys, values and, with `gate`, one gate per query head."""
         return self.query_width + 2 * self.kv_width + (self.num_attention_heads if gate else 0)
@@ -123,12 +128,14 @@ class AttentionConfig:
     stream_draw: StreamDraw = StreamDraw.microbatch
     counterpart_share: float = 1.0  # r, share of queries whose other stream is computed for the alignment; 1: the paper
     impl: KernelImpl = KernelImpl.auto
+    indexer: IndexerConfig = field(default_factory=IndexerConfig)
 
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         shares = ("full_ratio", "counterpart_share")
         found = at_least("attention", self, 1, "top_k") + between("attention", self, 0.0, 1.0, *shares)
         found += at_least("attention", self, 0.0, "alignment_weight", "sparsity_weight", "commitment_weight")
+        found += self.indexer.problems()
         sizes = (16, 32, 64, 128)
         if self.block_size not in sizes:
             advice = f"try {join(nearest(self.block_size, sizes))}"

@@ -143,8 +143,9 @@ def prepare(manifest: Manifest, length: int, place: str) -> str:
     found = open_index(manifest, length, place)
     if found is not None and _is_intact(found):
         return f"{found.sentence()}; index {folder}"
+    shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        raise OSError(f"{folder} is damaged and cannot be removed")
     _build(manifest, length, folder)
     built = open_index(manifest, length, place)
     if built is None:

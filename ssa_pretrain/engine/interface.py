@@ -27,6 +27,7 @@ class StepResult:
         grad_norm: global norm before clipping; not finite if the step was skipped.
         full_share: share of microbatches whose main stream was the full one.
         differing_weights: weights whose copies differed between data ranks before the update; None if they were not compared.
+        index_loss_by_layer: mean over drawn queries other than padding and kv heads, nats, one entry per layer; empty without a trained scorer.
         cross_entropy_by_stream: mean over the labels of the microbatches with this main stream, "full" or "sparse"; only streams that occurred.
         z_loss: mean over the labels of the z-loss, which `cross_entropy` does not include; None without one.
         num_tokens: tokens of the global batch without padding.
@@ -41,6 +42,7 @@ class StepResult:
     full_share: float
     cross_entropy_by_stream: dict[str, float] = field(default_factory=dict)
     differing_weights: int | None = None
+    index_loss_by_layer: list[float] = field(default_factory=list)
     z_loss: float | None = None
     num_tokens: int = 0
     by_part: list[tuple[float, int]] = field(default_factory=list)

@@ -17,6 +17,8 @@ computes, and a tensor rank's mean over its heads. So it enters with scale
 
     alpha * dp * cp * N_c / (layers * tp * r * tokens).
 
+The index loss of a trained scorer (model/indexer.py) is a mean over the same queries, and enters with the same scale, its own weight for alpha.
+
 Both terms are then independent of accumulation, dp, cp, tp and pp.
 
 A microbatch's loss that is not finite makes its gradients NaN (`StepSums.loss`), so the gradient norm, which all ranks share, tells every rank
@@ -35,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa_kernels import build_layout, sample_queries
-from ssa_pretrain.config import Config
+from ssa_pretrain.config import Config, Method, Score
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.data.spans import Span, total
 from ssa_pretrain.engine.counterpart import CounterpartQueries, counterpart_queries
@@ -62,7 +64,8 @@ class Route:
         spans: (first, length) of the queries that compute it, among this rank's; None: all.
         weight: what a drawn query counts for in the means.
         alignment_scale: d(total loss) / d(one layer's local alignment), on the device; None: no gradient.
-        observe: receives each layer's queries and keys, with `mask_T` of the queries whose label counts; None: nobody does.
+        index_scale: the same of one layer's local index loss; None: it is not computed.
+        observe: receives each layer's queries, keys and values, with `mask_T` of the queries whose label counts; None: nobody does.
         keep: receives each layer's keys and values of the first documents; None: nobody does.
     """
 
@@ -71,6 +74,7 @@ class Route:
     spans: list[Span] | None = None
     weight: float = 1.0
     alignment_scale: Tensor | None = None
+    index_scale: Tensor | None = None
     observe: Callable[..., None] | None = None
     keep: TextCache | None = None
 
@@ -147,6 +151,7 @@ class _Means:
     cross_entropy_sum: float
     alignment_by_layer: list[float]
     captured_mass_by_layer: list[float]
+    index_loss_by_layer: list[float]
     full_share: float
     full_sum: float
     full_labels: float
@@ -222,9 +227,16 @@ class Microbatches:
             computed = total(spans)
         if computed == 0:
             return Route(main)
-        scale = self.config.attention.alignment_weight * self.placement.dp * self.context.size * computed
-        scale /= self.config.model.num_layers * self.config.parallel.tp * share
-        return Route(main, True, spans, 1.0 / share, (scale / tokens).float())
+        attention = self.config.attention
+        weights = {"alignment_scale": attention.alignment_weight}
+        if attention.score is Score.indexer:
+            weights["index_scale"] = attention.indexer.loss_weight
+        scales = {}
+        for name, weight in weights.items():
+            scale = weight * self.placement.dp * self.context.size * computed
+            scale /= self.config.model.num_layers * self.config.parallel.tp * share
+            scales[name] = (scale / tokens).float()
+        return Route(main, True, spans, 1.0 / share, **scales)
 
     def pack(self, batch: Batch, route: Route) -> PackedTokens:
         """Returns a localised microbatch's packing for the layers."""
@@ -252,6 +264,7 @@ class Microbatches:
             sample=sample_queries(documents, route.spans) if route.spans else None,
             weight=route.weight,
             alignment_scale=route.alignment_scale,
+            index_scale=route.index_scale,
             observe=partial(route.observe, mask_T=batch.loss_mask[0]) if route.observe else None,
             keep=route.keep,
         )
@@ -298,8 +311,9 @@ class Microbatches:
             means = self._means(sums, drawn)
             return StepResult(
                 cross_entropy=means.cross_entropy_sum / labels,
-                alignment_by_layer=means.alignment_by_layer,
+                alignment_by_layer=[] if self.config.attention.method is Method.indexer else means.alignment_by_layer,
                 captured_mass_by_layer=means.captured_mass_by_layer,
+                index_loss_by_layer=means.index_loss_by_layer,
                 grad_norm=grad_norm,
                 full_share=means.full_share,
                 differing_weights=None if compared == NOT_COMPARED else int(compared),
@@ -333,10 +347,10 @@ class Microbatches:
 
         By layer, over the computed queries by weight: the alignments, and the masses that are not captured. Queries that are not computed have 0 of both.
         Then the cross entropies, the number of microbatches whose main stream was full, and the number of all microbatches. Then, of the full
-        ones, the cross entropies and the labels. Last the z-losses.
+        ones, the cross entropies and the labels. Then the z-losses. Last, by layer, the index losses.
         """
         num_layers = self.config.model.num_layers
-        vector = torch.zeros(2 * num_layers + 6, dtype=torch.float64, device=self.placement.device)
+        vector = torch.zeros(3 * num_layers + 6, dtype=torch.float64, device=self.placement.device)
         numbers = sorted({number for packed in sums.packed for number in packed.diagnostics})
         if numbers:
             seen = [[p for p in sums.packed if number in p.diagnostics] for number in numbers]
@@ -348,6 +362,12 @@ class Microbatches:
                 numbers, (alignment * queries).sum(1), ((1.0 - mass) * queries).sum(1), strict=True
             ):
                 vector[number - 1], vector[num_layers + number - 1] = values
+            if index := [
+                layer.index_loss for layer in layers if layer.index_loss is not None
+            ]:  # of every layer or of none
+                losses = (torch.stack(index).double().view(queries.shape) * queries).sum(1)
+                for number, loss in zip(numbers, losses, strict=True):
+                    vector[2 * num_layers + 5 + number] = loss
         if sums.cross_entropies:
             vector[2 * num_layers] = torch.stack(sums.cross_entropies).double().sum()
         vector[2 * num_layers + 1].fill_(sum(p.main == "full" for p in sums.packed))
@@ -372,10 +392,12 @@ class Microbatches:
         """Returns the values of `_reduce` by name; `drawn` is the queries that the layers' means are over, by weight."""
         n = self.config.model.num_layers
         alignments, uncaptured, (cross_entropy_sum, full, every, *of_full) = sums[:n], sums[n : 2 * n], sums[2 * n :]
+        index = sums[2 * n + 6 :] if self.config.attention.score is Score.indexer else []
         return _Means(
             cross_entropy_sum=cross_entropy_sum,
             alignment_by_layer=[value / drawn for value in alignments] if drawn else [],
             captured_mass_by_layer=[1.0 - value / drawn for value in uncaptured] if drawn else [],
+            index_loss_by_layer=[value / drawn for value in index] if drawn else [],
             full_share=full / every,
             full_sum=of_full[0],
             full_labels=of_full[1],

@@ -22,7 +22,7 @@ from ssa_pretrain.evaluation.packing import (
     over_data_ranks,
     pack_texts,
 )
-from ssa_pretrain.model.spec import ATTENTION
+from ssa_pretrain.model.spec import attention_class
 from ssa_pretrain.model.text_cache import TextCache
 from ssa_pretrain.run import Run
 
@@ -114,7 +114,7 @@ def continue_texts(
 def _empty_cache(run: Run, texts: Sequence[list[int]], num_new: int) -> TextCache | None:
     """Returns a cache with room for `num_new` tokens more of each text, None if the attention method cannot continue from one."""
     attention, length = run.config.attention, run.config.data.sequence_length
-    if num_new <= 1 or not ATTENTION[attention.method].continues_from_cache():
+    if num_new <= 1 or not attention_class(attention).continues_from_cache():
         return None
     lengths = [len(text) for text in texts]
     room = [min(n + num_new, length) for n in lengths]

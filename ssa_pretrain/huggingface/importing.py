@@ -25,7 +25,7 @@ from ssa_pretrain.config import Config, Method
 from ssa_pretrain.errors import WeightsError
 from ssa_pretrain.huggingface.options import NO_DATA, Gate, ImportOptions
 from ssa_pretrain.huggingface.released import keep_used_gates
-from ssa_pretrain.huggingface.settings import LLAMA, MODEL_TYPE, RELEASED, imported_model
+from ssa_pretrain.huggingface.settings import FOREIGN, MODEL_TYPE, RELEASED, imported_model
 from ssa_pretrain.huggingface.shards import HuggingFaceReader
 from ssa_pretrain.huggingface.weights import (
     EMBEDDING,
@@ -68,8 +68,8 @@ def imported_config(record: dict[str, Any], options: ImportOptions) -> Config:
         ConfigError: the model is not one that ssa_pretrain trains, or the settings do not fit it.
     """
     kind = record.get("model_type")
-    if kind == LLAMA and options.gate is None:
-        rule = "must be chosen: a Llama has no attention gate"
+    if kind in FOREIGN and options.gate is None:
+        rule = f"must be chosen: a {kind.capitalize()} has no attention gate"
         advice = "try gate=off (no gate) or gate=open (the same function with a gate that learns)"
         raise ConfigError([Problem("gate", None, rule, advice)])
     if kind in (MODEL_TYPE, RELEASED) and options.gate is not None:
@@ -174,7 +174,7 @@ def require_tensors(reader: HuggingFaceReader, record: dict[str, Any], llama: Ll
 def stored_shapes(record: dict[str, Any], llama: Llama) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a folder's tensors: without padding, without the gate that import adds, with every gate that the release holds."""
     shapes = tensor_shapes(
-        replace(llama, vocab_size=record["vocab_size"], gate=llama.gate and record["model_type"] != LLAMA)
+        replace(llama, vocab_size=record["vocab_size"], gate=llama.gate and record["model_type"] not in FOREIGN)
     )
     factor = 3 if record["model_type"] == RELEASED else 1
     return {

@@ -90,7 +90,12 @@ class ImportOptions:
 
     def problems(self) -> list[Problem]:
         """Returns the problems of these settings."""
-        return [*new_folder_problems("out", self.out), *at_least("", self, 0, "sequence_length", "vocab_divisor")]
+        found = [*new_folder_problems("out", self.out), *at_least("", self, 0, "sequence_length", "vocab_divisor")]
+        if self.method is Method.indexer:
+            rule = "needs a trained scorer, which no Hugging Face folder holds"
+            advice = "try full, and start a run with attention=indexer from it by checkpoint.init_from"
+            found.append(Problem("method", self.method, rule, advice))
+        return found
 
 
 def wants_help(arguments: Sequence[str]) -> bool:

@@ -3,7 +3,8 @@
 Out: the fields of a Llama, with RoPE in `rope_parameters`, and the fields of modelling_ssa.py: attention_mode, block_size, top_k,
 attention_gate, score and qk_norm. `max_position_embeddings` is the length that the model was trained at, because tools take it as the longest input.
 
-In: three kinds of folder, told apart by `model_type`. `ssa_llama` is our own, `llama` a Llama of the third generation, `llama-nsa` the release of
+In: four kinds of folder, told apart by `model_type`. `ssa_llama` is our own, `llama` a Llama of the third generation, `qwen3` a dense Qwen3, which is a
+Llama with QK-norm, `llama-nsa` the release of
 SSA's authors (released.py). RoPE may be plain, or `llama3` with the constants of Llama 3.1 and later, because megatron-core has no others.
 transformers 4 wrote `rope_theta` and `rope_scaling`; both are read. What the training model cannot compute is refused.
 """
@@ -17,7 +18,8 @@ from ssa_pretrain.config import AttentionConfig, Config, ModelConfig, RopeScalin
 from ssa_pretrain.settings.problems import ConfigError, Problem, join, show
 
 MODEL_TYPE = "ssa_llama"
-LLAMA, RELEASED = "llama", "llama-nsa"
+LLAMA, QWEN3, RELEASED = "llama", "qwen3", "llama-nsa"
+FOREIGN = (LLAMA, QWEN3)  # dense models without a gate
 MODELLING = "modelling_ssa"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 MOST_PADDING = 128  # the default of model.vocab_divisor
@@ -126,7 +128,7 @@ def imported_model(record: dict[str, Any], name: str) -> tuple[ModelConfig, Atte
         rope_scaling=RopeScalingConfig(enabled=scaled, factor=float(rope["factor"])) if scaled else RopeScalingConfig(),
         norm_eps=float(record.get("rms_norm_eps", 1e-6)),
         init_std=float(record.get("initializer_range", 0.02)),
-        qk_norm=record["model_type"] == MODEL_TYPE and record.get("qk_norm", False),
+        qk_norm=record["model_type"] == QWEN3 or (record["model_type"] == MODEL_TYPE and record.get("qk_norm", False)),
     )
     return model, _attention(record), int(record.get("max_position_embeddings", 8192))
 
@@ -134,7 +136,7 @@ def imported_model(record: dict[str, Any], name: str) -> tuple[ModelConfig, Atte
 def _attention(record: dict[str, Any]) -> AttentionConfig:
     """Returns the attention that a config.json describes."""
     kind = record["model_type"]
-    if kind == LLAMA:
+    if kind in FOREIGN:
         return AttentionConfig(gate=False)
     sizes = {"block_size": record["block_size"], "top_k": record["block_counts" if kind == RELEASED else "top_k"]}
     if kind == RELEASED:
@@ -145,8 +147,9 @@ def _attention(record: dict[str, Any]) -> AttentionConfig:
 def _problems(record: dict[str, Any]) -> Iterator[Problem]:
     """Yields what the training model cannot compute."""
     kind = record.get("model_type")
-    if kind not in (MODEL_TYPE, LLAMA, RELEASED):
-        yield Problem("model_type", str(kind), f"must be {join((LLAMA, MODEL_TYPE, RELEASED))}", "import a dense Llama")
+    if kind not in (MODEL_TYPE, *FOREIGN, RELEASED):
+        kinds = join((*FOREIGN, MODEL_TYPE, RELEASED))
+        yield Problem("model_type", str(kind), f"must be {kinds}", "import a dense Llama")
         return
     needed = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"]
     needed += {
@@ -156,7 +159,14 @@ def _problems(record: dict[str, Any]) -> Iterator[Problem]:
     for key in needed:
         if key not in record:
             yield Problem(key, None, "is missing from config.json", "copy the folder again")
-    for key, wanted in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "pretraining_tp": 1}.items():
+    only = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "pretraining_tp": 1,
+        "use_sliding_window": False,
+    }
+    for key, wanted in only.items():
         if record.get(key, wanted) != wanted:
             yield Problem(
                 key, record[key], f"must be {show(wanted)}: the training model has no other", "import another model"

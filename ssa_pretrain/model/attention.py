@@ -50,6 +50,7 @@ class LayerDiagnostics:
 
     alignment_loss: Tensor | None = None
     captured_mass: Tensor | None = None
+    index_loss: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -67,7 +68,8 @@ class PackedTokens(PackedSeqParams):
         sample: the queries of `documents` that compute the other stream; None: all of them.
         weight: what a query that computes the other stream counts for in the engine's means of alignment and captured mass.
         alignment_scale: d(total loss) / d(one layer's local alignment), a number or a scalar on the device; None: no gradient.
-        observe: called in each layer with (the layer, q [T, H, D], k of all tokens [S, G, D], this packing); None: nobody observes.
+        index_scale: the same of one layer's local index loss (model/indexer.py); None: it is not computed.
+        observe: called in each layer with (the layer, q [T, H, D], k of all tokens [S, G, D], this packing, v=values as k); None: nobody observes.
         keep: receives each layer's keys and values of the texts that the first documents are; None: nobody does.
         continues: the texts whose newest tokens the first tokens are, one each; the others are padding. None: documents are whole.
         diagnostics: by layer number (from 1); a recomputed layer overwrites its own entry with the same values.
@@ -83,6 +85,7 @@ class PackedTokens(PackedSeqParams):
     sample: SampledQueries | None = None
     weight: float = 1.0
     alignment_scale: float | Tensor | None = None
+    index_scale: float | Tensor | None = None
     observe: Callable[..., None] | None = None
     keep: TextCache | None = None
     continues: TextCache | None = None

@@ -2,6 +2,7 @@
 
     embedding, output layer, QKV projection   rows (dim 0) over tensor ranks
     filters of the key convolution            rows: those of the rank's kv heads
+    a trained scorer's projection             rows, grouped by kv head as the QKV projection's
     linear_fc1                                rows; its two halves, [gate; up], are cut separately
     linear_proj, linear_fc2                   columns (dim 1): megatron-core's row-parallel layers
     norms                                     whole on every tensor rank
@@ -17,6 +18,7 @@ from torch import Tensor
 
 ROW_PARALLEL = ("linear_proj.weight", "linear_fc2.weight")
 PAIRED = "linear_fc1.weight"  # [gate; up]
+SCORER = "linear_index.weight"
 NORMS = ("norm.weight", "layer_norm_weight")  # the second is fused into the projection after it
 
 HEAD_NORMS = ("q_layernorm.weight", "k_layernorm.weight")
@@ -46,6 +48,11 @@ def is_norm(name: str) -> bool:
 def is_head_norm(name: str) -> bool:
     """Returns whether a parameter norms heads, so that its gradient is the sum of those of all tensor ranks."""
     return name.endswith(HEAD_NORMS)
+
+
+def is_scorer(name: str) -> bool:
+    """Returns whether a parameter belongs to a trained scorer of blocks."""
+    return name.endswith(SCORER)
 
 
 def is_row_parallel(name: str) -> bool:

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from ssa_pretrain.config import (
+    AttentionConfig,
     Config,
     EngineConfig,
     EngineName,
@@ -30,13 +31,21 @@ from ssa_pretrain.config import (
     ParallelConfig,
     PrecisionName,
     Recompute,
+    Score,
 )
 from ssa_pretrain.model.attention import SSAAttention, SSAAttentionSubmodules
+from ssa_pretrain.model.indexer import IndexerAttention, IndexerAttentionSubmodules
 from ssa_pretrain.model.init import init_weights
 from ssa_pretrain.model.llama import FeedForward, Llama, RMSNorm
 from ssa_pretrain.model.mup import logits_multiplier, query_multiplier
 
 ATTENTION: dict[Method, type[SSAAttention]] = dict.fromkeys(Method, SSAAttention)  # a layer's attention, by method
+ATTENTION[Method.indexer] = IndexerAttention
+
+
+def attention_class(attention: AttentionConfig) -> type[SSAAttention]:
+    """Returns the class of a layer's attention: the method's, unless a trained scorer chooses its blocks."""
+    return IndexerAttention if attention.score is Score.indexer else ATTENTION[attention.method]
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -194,6 +203,7 @@ def _local_layer(config: Config) -> ModuleSpec:
         ColumnParallelLinear,
         RowParallelLinear,
         norm=RMSNorm,
+        unfused=(RMSNorm, ColumnParallelLinear),
         sharded_state_dict_keys_map={
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -203,12 +213,24 @@ def _local_layer(config: Config) -> ModuleSpec:
 
 def _transformer_engine_layer(config: Config) -> tuple[ModuleSpec, type]:
     """Returns the spec of a layer and the module of the norm after the last layer."""
-    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TENorm, TERowParallelLinear
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
 
-    return _layer(config, TELayerNormColumnParallelLinear, TERowParallelLinear, norm=IdentityOp), TENorm
+    indexed = config.attention.score is Score.indexer
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    rest = {"sharded_state_dict_keys_map": names} if indexed else {}
+    unfused = (TENorm, TEColumnParallelLinear)
+    common = {"norm": IdentityOp, "unfused": unfused}
+    return _layer(config, TELayerNormColumnParallelLinear, TERowParallelLinear, **common, **rest), TENorm
 
 
-def _layer(config: Config, column_parallel: type, row_parallel: type, *, norm: type, **rest: dict) -> ModuleSpec:
+def _layer(
+    config: Config, column_parallel: type, row_parallel: type, *, norm: type, unfused: tuple[type, type], **rest: dict
+) -> ModuleSpec:
     """Returns the spec of a layer.
 
     Args:
@@ -216,13 +238,18 @@ def _layer(config: Config, column_parallel: type, row_parallel: type, *, norm: t
         column_parallel: module of the projections into heads and feed-forward.
         row_parallel: module of the projections back to M.
         norm: module in front of attention and feed-forward.
+        unfused: norm and projection in front of attention where a trained scorer reads the norm's output too.
         rest: further submodules' settings.
     """
     impl = kernel_impl(config)
+    projections, input_norm = SSAAttentionSubmodules(linear_qkv=column_parallel, linear_proj=row_parallel), norm
+    if config.attention.score is Score.indexer:
+        input_norm, linear = unfused
+        projections = IndexerAttentionSubmodules(linear_qkv=linear, linear_proj=row_parallel, linear_index=linear)
     attention = ModuleSpec(
-        module=ATTENTION[config.attention.method],
+        module=attention_class(config.attention),
         params={"attention": config.attention, "impl": impl},
-        submodules=SSAAttentionSubmodules(linear_qkv=column_parallel, linear_proj=row_parallel),
+        submodules=projections,
     )
     feed_forward = ModuleSpec(
         module=FeedForward,
@@ -230,7 +257,7 @@ def _layer(config: Config, column_parallel: type, row_parallel: type, *, norm: t
         submodules=MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel),
     )
     submodules = TransformerLayerSubmodules(
-        input_layernorm=norm,
+        input_layernorm=input_norm,
         self_attention=attention,
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=norm,

@@ -39,6 +39,8 @@ def train_line(record: Mapping[str, Any], total_steps: int) -> str:
     if record.get("alignment_loss") is not None:
         parts["ce"] = f"ce {_number(record['cross_entropy'], '.3f')}"
         parts["align"] = f"align {_number(record['alignment_loss'], '#.2g')}"
+    if record.get("index_loss") is not None:
+        parts["index"] = f"index {_number(record['index_loss'], '#.2g')}"
     if record.get("captured_mass") is not None:
         parts["mass"] = f"mass {record['captured_mass']:.2f}"
     if record.get("grad_norm") is not None:

@@ -15,6 +15,7 @@ AXES = {TRAIN: "tokens", HELDOUT: "heldout_tokens", TASK: "task_tokens"}  # the 
 GROUPS = {
     "loss": "Loss and perplexity",
     "attention": "Attention: alignment and captured mass",
+    "indexer": "Trained scorer of blocks",
     "optimizer": "Optimizer",
     "data": "Data by source",
     "speed": "Speed",
@@ -80,6 +81,8 @@ METRICS = (
     Metric("stream", "attention", "text", "Main stream"),
     Metric("attention_entropy", "attention", "nats", "Entropy of full attention", (HELDOUT,)),
     Metric("attention_entropy_by_layer", "attention", "nats", "Attention entropy by layer", (HELDOUT,), by_layer=True),
+    Metric("index_loss", "indexer", "nats", "Index loss", log=True),
+    Metric("index_loss_by_layer", "indexer", "nats", "Index loss by layer", log=True, by_layer=True),
     Metric("full_share", "attention", "", "Share of full microbatches"),
     Metric("grad_norm", "optimizer", "", "Gradient norm", log=True),
     Metric("learning_rate", "optimizer", "", "Learning rate"),

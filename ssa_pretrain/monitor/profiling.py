@@ -30,7 +30,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
         r"^(forward|dq|dkdv|portable_\w+|add_segments|bucket\w*|count_segments|segment|pack)_kernel|radix|sort|scan",
     ),
     ("gate and alignment", r"^(gate_\w+|sum_partials)_kernel|smooth_l1"),
-    ("projection split and RoPE", r"^qkv_rope_|rotary|fused_rope"),
+    ("projection split and RoPE", r"^qkv_rope_|^key_convolution_|rotary|fused_rope"),
     ("SwiGLU", r"swiglu|silu"),
     ("norms", r"rms_?norm|layer_?norm|ln_(fwd|bwd)|norm_(fwd|bwd)"),
     ("cross entropy", r"cross_entropy|log_softmax|logsumexp"),

@@ -23,7 +23,7 @@ def rows_before(config: Config, step: int) -> int:
 def mixture_stages(config: Config) -> list[Stage]:
     """Returns the stages of a run's mixture, the first of which begins with the run."""
     sizes = batches(config.training)
-    later = [(stage.first_step(sizes), stage.weights) for stage in config.data.stages]
+    later = [(stage.steps_before(sizes), stage.weights) for stage in config.data.stages]
     return [Stage(0, config.data.weights), *(Stage(rows_before(config, step), weights) for step, weights in later)]
 
 
@@ -31,7 +31,7 @@ def stage_line(config: Config, step: int) -> str:
     """Returns the line for a stage of the mixture that begins after `step` steps; empty if none does."""
     sizes = batches(config.training)
     for number, stage in enumerate(config.data.stages, start=2):
-        if stage.first_step(sizes) == step:
+        if stage.steps_before(sizes) == step:
             weights = ", ".join(f"{name} {weight:g}" for name, weight in stage.weights.items())
             return (
                 f"stage {number} of the mixture begins with step {step + 1}: {weights or 'the weights of the dataset'}"
@@ -82,7 +82,7 @@ def _tail(found: Sequence[Reading]) -> list[tuple[str, str]]:
 def _stages(config: Config, steps: int, mixture: Mixture) -> list[tuple[str, str]]:
     """Returns a line per stage with tokens, share and epochs of each part, none if the mixture never changes."""
     sizes = batches(config.training)
-    first = [0, *(stage.first_step(sizes) for stage in config.data.stages)]
+    first = [0, *(stage.steps_before(sizes) for stage in config.data.stages)]
     lines = []
     for number, (begin, end) in enumerate(zip(first, [*first[1:], steps], strict=True), start=1):
         begin, end = min(begin, steps), min(end, steps)

@@ -8,7 +8,8 @@ MFU counts the matrix products and *one* attention stream per query: the full on
 one. full computes the full stream everywhere, moba nowhere. ssa computes it for all queries of the microbatches where
 it is the main stream (the share p = full_ratio) and for the drawn queries of the others. At counterpart_share = 1 that
 is everywhere. The extra work of SSA (the second stream, selection, gates, alignment) is the price of the method, not work
-of the model: it is counted here and shown next to MFU, but never included in it. All counts are those of the algorithm.
+of the model: it is counted here and shown next to MFU, but never included in it. So is a trained scorer's. The method
+indexer is counted as after its warm-up, with the sparse stream alone. All counts are those of the algorithm.
 A kernel that pads or masks does more. Counts are means over the draws of a training step.
 
 Source of the peaks: NVIDIA's data sheets, dense (without 2:4 sparsity), at boost clocks. Standard library only.
@@ -18,7 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssa_pretrain.config import AttentionConfig, ModelConfig, PrecisionName, Score
+from ssa_pretrain.config import AttentionConfig, Method, ModelConfig, PrecisionName, Score
 from ssa_pretrain.schedule import share_drawn
 
 TERA = 1e12
@@ -59,13 +60,17 @@ class RowFlops:
         logits: the output layer.
         full_attention: the full stream.
         sparse_attention: the sparse stream.
-        selection: block means, logits against them and their softmax (one operation per step of it). It has no backward.
+        selection: block means, logits against them and their softmax (one operation per step of it), or a trained scorer's attention over the
+            tokens. It has no backward.
         gate: the gates of the main stream.
         alignment: SmoothL1 terms, and the gates of the other stream.
         covered: either stream, of the queries that the counterpart leaves out because the chosen blocks cover them.
         full_ratio: p, the share of microbatches whose main stream is full.
         share_if_full, share_if_sparse: share of a microbatch's queries that are drawn for the other stream, by its main stream.
         key_convolution: the convolution of keys.
+        computes_both: whether drawn queries compute the other stream; under the method indexer only the index loss.
+        index_projection: projections of a trained scorer. Their backward has the weights' gradients alone.
+        distillation: the index loss and its gradients: full attention's probabilities, the scorer's, and two products for the gradients.
     """
 
     linear: float
@@ -80,11 +85,14 @@ class RowFlops:
     share_if_full: float
     share_if_sparse: float
     key_convolution: float = 0.0
+    computes_both: bool = True
+    index_projection: float = 0.0
+    distillation: float = 0.0
 
     @property
     def model(self) -> float:
         """Forward and backward operations that MFU counts."""
-        full = self.full_ratio + (1.0 - self.full_ratio) * self.share_if_sparse
+        full = self.full_ratio + (1.0 - self.full_ratio) * self.share_if_sparse * self.computes_both
         attention = full * self.full_attention + (1.0 - full) * self.sparse_attention
         return 3.0 * (self.linear + self.logits + attention)
 
@@ -93,8 +101,10 @@ class RowFlops:
         """Forward and backward operations of the method that MFU does not count."""
         p = self.full_ratio
         both = p * self.share_if_full + (1.0 - p) * self.share_if_sparse
-        second = both * (self.sparse_attention - self.covered + self.alignment)
-        return 3.0 * (self.gate + self.key_convolution + second) + (p * self.share_if_full + 1.0 - p) * self.selection
+        second = both * self.computes_both * (self.sparse_attention - self.covered + self.alignment)
+        selection = (p * self.share_if_full * self.computes_both + 1.0 - p) * self.selection
+        trained = 2.0 * self.index_projection + both * self.distillation
+        return 3.0 * (self.gate + self.key_convolution + second) + selection + trained
 
     def computed(self, main: str, share: float) -> float:
         """Returns all forward and backward operations of a row with a main stream, "full" or "sparse".
@@ -105,9 +115,10 @@ class RowFlops:
         """
         streams = self.full_attention, self.sparse_attention
         first, second = streams if main == "full" else streams[::-1]
-        both = share * (second - self.covered + self.alignment)
-        selection = self.selection * (share if main == "full" else 1.0)
-        return 3.0 * (self.linear + self.logits + first + self.gate + self.key_convolution + both) + selection
+        both = share * self.computes_both * (second - self.covered + self.alignment)
+        selection = self.selection * (share * self.computes_both if main == "full" else 1.0)
+        index = 2.0 * self.index_projection + share * self.distillation
+        return 3.0 * (self.linear + self.logits + first + self.gate + self.key_convolution + both) + selection + index
 
 
 def row_flops(
@@ -134,6 +145,8 @@ def row_flops(
     elements = float(tokens * width * layers)
     # Per key element a product and a sum per tap (one sum less), then sigmoid, product and residual.
     convolution = (2 * attention.key_convolution + 2) * bool(attention.key_convolution)
+    free = full - sum(map(causal_pairs, covered))  # pairs of the queries that a trained scorer chooses for
+    index_width = model.index_width(attention)
     return RowFlops(
         linear=2.0 * tokens * weights * layers,
         logits=2.0 * tokens * model.hidden_size * (vocab_size or model.vocab_size),
@@ -147,6 +160,9 @@ def row_flops(
         share_if_full=share_drawn(attention, "full") if has_both else 0.0,
         share_if_sparse=share_drawn(attention, "sparse") if has_both else 0.0,
         key_convolution=float(convolution * tokens * model.kv_width * layers),
+        computes_both=attention.method is not Method.indexer,
+        index_projection=2.0 * tokens * model.hidden_size * index_width * layers,
+        distillation=layers * free * _distillation_per_pair(model, attention) if index_width else 0.0,
     )
 
 
@@ -167,6 +183,9 @@ def sparse_pairs(length: int, block_size: int, top_k: int) -> int:
 
 def _selection(length: int, model: ModelConfig, attention: AttentionConfig) -> float:
     """Returns the operations of selection in one layer and document: mean keys, logits, a softmax per head, its sum per kv head."""
+    if attention.score is Score.indexer:
+        free = causal_pairs(length) - causal_pairs(min(length, attention.top_k * attention.block_size))
+        return float(free * _index_heads(model, attention) * (2 * model.head_dim + 3))
     blocks, rest = divmod(length, attention.block_size)
     candidates = attention.block_size * blocks * (blocks - 1) // 2 + rest * blocks
     means = length * model.num_kv_heads * model.head_dim
@@ -183,6 +202,17 @@ def orthogonalisation_flops(shapes: Sequence[tuple[int, int]], iterations: int) 
     """
     sides = [(min(shape), max(shape)) for shape in shapes]
     return float(sum(iterations * (4 * short * short * long + 2 * short**3) for short, long in sides))
+
+
+def _index_heads(model: ModelConfig, attention: AttentionConfig) -> int:
+    """Returns the number of index query heads of a layer."""
+    return attention.indexer.heads * model.num_kv_heads
+
+
+def _distillation_per_pair(model: ModelConfig, attention: AttentionConfig) -> int:
+    """Returns the operations of the index loss and its gradients per (query, key) pair of a layer."""
+    probability, gradients = 2 * model.head_dim + 3, 4 * model.head_dim + 3
+    return model.num_attention_heads * probability + _index_heads(model, attention) * (probability + gradients)
 
 
 def peak_flops(device_name: str, precision: PrecisionName) -> float | None:

@@ -17,13 +17,16 @@ Peaks are compared with measured ones in measured_runs.csv. They are what tensor
 
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, EngineName, OptimizerName, PrecisionName, Recompute, Score
+from ssa_pretrain.config import Config, EngineName, Method, OptimizerName, PrecisionName, Recompute, Score
 from ssa_pretrain.config.stages import layers_per_stage
 from ssa_pretrain.model.matrices import owners, whole_shapes
 from ssa_pretrain.schedule import share_drawn
 
 MOMENT = 4  # bytes of a moment of the optimizer per parameter, fp32
 SELECTION_WORKSPACE = 64 * 2**20  # bytes, the bound in kernels/ssa_kernels/select/launch.py
+INDEX_WORKSPACE = (
+    8 * 32 * 2**20
+)  # of the index loss: the bound in kernels/ssa_kernels/indexer/launch.py, and the tensors of its arithmetic
 USER_BUFFERS = 93  # hidden states of a microbatch that Transformer Engine's user buffers take, by the measured run with engine.overlap_tp
 
 
@@ -69,7 +72,7 @@ class Activations:
 def count_parameters(config: Config, padded_vocab_size: int) -> tuple[int, int]:
     """Returns the number of parameters of the whole model (tied embeddings once) and of the rank that holds most."""
     model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
-    qkv = model.qkv_width(gate=config.attention.gate)
+    qkv = model.qkv_width(gate=config.attention.gate) + model.index_width(config.attention)
     matrices = model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
     matrices += model.kv_width * config.attention.key_convolution
     norms = 2 * model.hidden_size + 2 * model.head_dim * model.qk_norm
@@ -100,11 +103,12 @@ def _zero_stage(config: Config) -> int:
 
 def _layer_parameters(config: Config) -> int:
     """Returns the parameters of the layers' matrices on one rank."""
-    return max(layers_per_stage(config)) * _matrices_per_layer(config) // config.parallel.tp
+    index = config.model.hidden_size * config.model.index_width(config.attention)
+    return max(layers_per_stage(config)) * (_matrices_per_layer(config) + index) // config.parallel.tp
 
 
 def _matrices_per_layer(config: Config) -> int:
-    """Returns the parameters of a layer's matrices on all ranks."""
+    """Returns the parameters of a layer's matrices on all ranks, without those of a trained scorer."""
     model = config.model
     qkv = model.qkv_width(gate=config.attention.gate)
     return model.hidden_size * (qkv + model.query_width + 3 * model.ffn_hidden_size)
@@ -226,10 +230,14 @@ def workspace_bytes(config: Config) -> Workspaces:
     segments = choices // segment + min(kv_heads * block_rows, choices)
     means = block_rows * kv_heads * width * _element(config)
     sums = 0 if attention.score is Score.per_head else 4 * queries * heads
+    workspace = min(SELECTION_WORKSPACE, 4 * queries * lists * block_rows)
+    if attention.score is Score.indexer:  # no means; softmax sums of the target, and the scorer's gradients in fp32
+        means, sums = 0, sums + 4 * keys * model.index_width(attention) // parallel.tp
+        workspace = min(INDEX_WORKSPACE, 8 * 4 * queries * lists * block_rows)
     return Workspaces(
         segment_sums=segments * 2 * attention.block_size * width * 4,
         index=8 * choices + 20 * segments,
-        selection=means + sums + min(SELECTION_WORKSPACE, 4 * queries * lists * block_rows),
+        selection=means + sums + workspace,
     )
 
 
@@ -247,7 +255,8 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
     # Keys and values are gathered over the context ranks: cp times as many tokens as queries.
     width = model.query_width
     qkv = width + 2 * model.kv_width * config.parallel.cp
-    second = max(share_drawn(config.attention, main) for main in method.streams) if len(method.streams) > 1 else 0.0
+    both = len(method.streams) > 1 and method is not Method.indexer
+    second = max(share_drawn(config.attention, main) for main in method.streams) if both else 0.0
     outputs = int((1.0 + second) * (width * size + 4 * model.num_attention_heads))  # with their log-sum-exps in fp32
     lists = model.num_attention_heads if config.attention.score is Score.per_head else model.num_kv_heads
     indices = 0 if "sparse" not in method.streams else 4 * config.attention.top_k * lists
@@ -260,14 +269,18 @@ def _layer_bytes_per_token(config: Config, size: int) -> int:
     # SwiGLU's input, and its output unless that is recomputed.
     feed_forward = model.ffn_hidden_size * (2 * size + (0 if selective else product))
     norms = 2 * model.hidden_size * (size + product) // shards  # both norms' inputs and outputs
-    attention = (qkv + plain) * size + width * product + outputs + indices + gates  # q, k, v; the gated output
+    # Index queries and keys, and the gradients that the index loss keeps; its keys are gathered too.
+    index = model.index_width(config.attention)
+    index = 2 * size * (index + model.kv_width * (config.parallel.cp - 1)) if index else 0
+    attention = (qkv + plain) * size + width * product + outputs + indices + gates + index  # q, k, v; the gated output
     return norms + (attention + feed_forward) // tp
 
 
 def _backward_bytes_per_token(config: Config, size: int) -> int:
     """Returns the bytes per token of the temporary tensors of one layer's backward: those of the feed-forward or of attention."""
     model, tp = config.model, config.parallel.tp
-    width, streams = model.query_width, len(config.attention.method.streams)
+    width, method = model.query_width, config.attention.method
+    streams = 1 if method is Method.indexer else len(method.streams)
     qkv = model.qkv_width(gate=config.attention.gate)
     feed_forward = 3 * model.ffn_hidden_size * size // tp
     # The gradients of each stream's output and of q, k, v, before and after RoPE; dQ in fp32 inside the full stream's kernel.

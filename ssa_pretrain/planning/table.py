@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from ssa_pretrain.config import Auto, Config, Method, PrecisionName
+from ssa_pretrain.config import Auto, Config, Method, PrecisionName, Score
 from ssa_pretrain.data.indexed_format import Manifest
 from ssa_pretrain.planning.balance import Batch, balance
 from ssa_pretrain.planning.epochs import epoch_lines
@@ -107,11 +107,15 @@ def _attention(config: Config) -> str:
         return f"full; evaluated sparse with {field}"
     if attention.method is Method.moba:
         return f"moba: only the sparse stream, {field}"
+    if attention.method is Method.indexer:
+        warmup, share = attention.indexer.warmup_steps, attention.counterpart_share
+        return f"indexer: full for {warmup:,} steps, then sparse with {field} by a trained scorer; its loss on {share:.3g} of the queries"
     terms = f"alignment weight {attention.alignment_weight:g}, full ratio {attention.full_ratio:g}"
     if attention.counterpart_share < 1.0:
         full, sparse = (share_drawn(attention, main) for main in ("full", "sparse"))
         terms += f", the other stream on {attention.counterpart_share:.3g} of the queries ({full:.3g} where full is main, {sparse:.3g} where sparse is)"
-    return f"ssa: both streams, sparse with {field}; {terms}"
+    scorer = " by a trained scorer" if attention.score is Score.indexer else ""
+    return f"ssa: both streams, sparse with {field}{scorer}; {terms}"
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:

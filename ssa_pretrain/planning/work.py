@@ -88,6 +88,7 @@ def microbatch_work(
     if config.precision.name is PrecisionName.fp8 and hardware.fp8_tflops:
         work["fp8 products"] = linear / (hardware.fp8_tflops * TERA)
         linear = 0.0
+    linear += (passes - 1.0) * row.index_projection * layers  # its input needs no gradient
     work["products"] = (linear + 3.0 * row.logits * part * rank.has_output) / peak
     for name, flops, times in (
         ("full stream", full, passes),
@@ -96,6 +97,9 @@ def microbatch_work(
         ("selection", selection, passes - 2.0),  # it has no backward
     ):
         work[name] = times * flops * layers / peak
+    work["selection"] += (
+        share * row.distillation * layers / peak
+    )  # products and exponentials over all pairs, as selection has
     work["memory traffic"] = _traffic(config, rank, share, again=again) / (hardware.hbm_tb_per_s * TERA)
     return work
 
@@ -138,7 +142,9 @@ def host_seconds(config: Config, hardware: HardwareConfig, layers: int) -> float
 def _attention(row: RowFlops, main: str, share: float, *, whole_rows: bool) -> tuple[float, float, float, float]:
     """Returns the forward operations of the full stream of whole rows, of spans of queries, of the sparse stream and of selection."""
     full, spans, sparse, selection = 0.0, 0.0, row.sparse_attention, row.selection
-    if main == "full":
+    if not row.computes_both:  # drawn queries compute no other stream
+        full, sparse, selection = (row.full_attention, 0.0, 0.0) if main == "full" else (0.0, sparse, selection)
+    elif main == "full":
         full = row.full_attention
         sparse, selection = share * (row.sparse_attention - row.covered), share * row.selection
     elif share == 1.0:

@@ -12,7 +12,12 @@ from ssa_pretrain.settings.quantities import compact, duration
 from ssa_pretrain.webpage.charts import WIDE, Line, heat_map, legend, line_chart, smooth
 from ssa_pretrain.webpage.layout import card, document, fact_table, grid, number_table, tiles
 
-METHODS = {"ssa": "SSA (Sparse Sparse Attention)", "full": "full attention", "moba": "MoBA"}
+METHODS = {
+    "ssa": "SSA (Sparse Sparse Attention)",
+    "full": "full attention",
+    "moba": "MoBA",
+    "indexer": "a trained scorer of blocks",
+}
 
 
 def page(summary: RunSummary) -> str:
@@ -22,6 +27,14 @@ def page(summary: RunSummary) -> str:
         _held_out(summary),
         _captured_mass(summary),
         _alignment(summary),
+        _single(
+            summary,
+            "index_loss",
+            "Index loss",
+            "Nats from full attention's mass by block to the scorer's.",
+            "nats",
+            log=True,
+        ),
         _single(summary, "grad_norm", "Gradient norm", "Global norm before clipping.", "norm", log=True),
         _single(summary, "learning_rate", "Learning rate", "Of every step.", "rate"),
         _single(

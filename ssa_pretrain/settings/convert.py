@@ -158,11 +158,11 @@ class _Reader:
             return self.section(kind, value, key)
         if isinstance(value, str) and value == MISSING:
             return self._not_set(kind, key, default)
-        if get_origin(kind) is list and isinstance(value, list) and sections_in(get_args(kind)[0]):
-            return [self.section(get_args(kind)[0], item, f"{key}.{i}") for i, item in enumerate(value)]
         if get_origin(kind) is dict and isinstance(value, dict):
             inner = get_args(kind)[1]
             return dict(entry for name, item in value.items() for entry in self._entry(inner, item, key, str(name)))
+        if get_origin(kind) is list and isinstance(value, list) and sections_in(inner := get_args(kind)[0]):
+            return [self.section(inner, item, f"{key}[{number}]") for number, item in enumerate(value)]
         try:
             return convert(kind, value)
         except MismatchError as mismatch:

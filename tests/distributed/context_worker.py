@@ -45,7 +45,7 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
     def train(index: int) -> list[float]:
         mine = batches(config, placement.dp_rank, placement.dp, index)
         found = engine.train_step(mine, step=index, learning_rate=1e-2).result()
-        layers = [*found.alignment_by_layer, *found.captured_mass_by_layer]
+        layers = [*found.alignment_by_layer, *found.captured_mass_by_layer, *found.index_loss_by_layer]
         return [found.cross_entropy, found.grad_norm, *layers, *by_part(found, batches(config, 0, 1, index))]
 
     records += [train(index) for index in range(STEPS)]

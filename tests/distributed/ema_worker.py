@@ -53,6 +53,7 @@ def train(name: str, config: Config, placement: Placement, out: Path) -> None:
             losses.append(engine.evaluate(held_out, mode="full").cross_entropy)
     write(out / name, engine.save)
     snapshot, group = engine.snapshot(weights=True), dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
     write(out / f"{name}.snapshot", lambda folder: snapshot.write(folder, group))
     if placement.is_rank_0:
         (out / f"{name}.json").write_text(json.dumps(losses))
@@ -61,9 +62,9 @@ def train(name: str, config: Config, placement: Placement, out: Path) -> None:
 def load(name: str, config: Config, placement: Placement, out: Path) -> None:
     """Loads the mean into an engine of another layout, and saves it from there."""
     engine = build_engine(config, placement, VOCAB)
-    models = [engine.ds.module] if hasattr(engine, "ds") else engine.models
-    mean = engine._mean if hasattr(engine, "ds") else engine.mean
-    mean.load(out / name, models, placement)
+    ds = getattr(engine, "ds", None)  # building it builds the mean
+    models = [ds.module] if ds else getattr(engine, "models")  # noqa: B009
+    getattr(engine, "_mean" if ds else "mean").load(out / name, models, placement)
     write(out / f"{name}.again", engine.save)
 
 

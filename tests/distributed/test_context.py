@@ -23,6 +23,14 @@ LAYOUTS = {
     "cp2_pp2": {CP: 2, PP: 2},
     "cp2_dp2": {CP: 2, WORLD: 4},
 }
+# Two steps of warm-up and two of sparse attention; two index heads.
+INDEXED = {
+    "attention.score": "indexer",
+    "attention.counterpart_share": 0.5,
+    "attention.indexer.warmup_steps": 2,
+    "attention.indexer.heads": 2,
+    "attention.indexer.loss_weight": 30.0,
+}
 METHODS = {
     "ssa_full": {"attention.full_ratio": 1.0},
     "ssa_sparse": {"attention.full_ratio": 0.0},
@@ -33,6 +41,8 @@ METHODS = {
     "full_muon": {"attention.method": "full", "optim.name": "muon", "training.z_loss": 0.01, "model.mup.base_width": 8},
     "moba": {"attention.method": "moba", "attention.score": "per_head"},
     "ssa_keys": {"attention.full_ratio": 0.5, "model.qk_norm": True, "attention.key_convolution": 5},
+    "indexer": INDEXED | {"attention.method": "indexer", "attention.full_ratio": 0.0},
+    "ssa_indexer": INDEXED | {"attention.full_ratio": 0.5, "attention.counterpart_share": 0.25},
 }
 SMALL = {"model.num_layers": 2, "training.global_batch_tokens": 4 * 96}
 VARIANTS = {
@@ -78,6 +88,12 @@ def build_cases() -> dict[int, dict[str, dict]]:
     add("cp2_dp2", "plain", "ssa_full")
     add("cp2_dp2", "overlap", "ssa_drawn")
     add("cp2_dp2", "no_distributed_optimizer", "ssa_sparse")
+    add("cp2", "plain", "indexer", "ssa_indexer")
+    add("cp4", "plain", "ssa_indexer")
+    add("cp2_tp2_sp", "plain", "indexer", "ssa_indexer")
+    add("cp2_tp2", "plain", "indexer")
+    add("cp2_pp2", "full_recompute", "indexer")
+    add("cp2_dp2", "overlap", "indexer")
     return cases
 
 

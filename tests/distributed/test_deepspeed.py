@@ -29,6 +29,14 @@ BF16_GRADS = BF16 | {"precision.grad_reduce_in_fp32": False}
 UNTIED = {"model.tie_embeddings": False}
 QUARTER = {"attention.counterpart_share": 0.25}
 KEYS = {"model.qk_norm": True, "attention.key_convolution": 3}
+INDEXER = {  # the second of three steps is the first with sparse attention
+    "attention.method": "indexer",
+    "attention.score": "indexer",
+    "attention.full_ratio": 0.0,
+    "attention.counterpart_share": 0.5,
+    "attention.indexer.warmup_steps": 1,
+    "attention.indexer.loss_weight": 30.0,
+}
 
 
 def deepspeed(stage: int, **more) -> dict:
@@ -60,13 +68,22 @@ VARIANTS = {  # name -> (layout, settings, the megatron engine's settings if the
     "dp2.zero3.untied": ("dp2", deepspeed(3) | UNTIED, UNTIED),  # a weight that no module's own forward uses
     "dp2.zero3.quarter": ("dp2", deepspeed(3) | QUARTER, QUARTER),
     "tp2_sp.zero3.keys": ("tp2_sp", deepspeed(3) | KEYS, KEYS),  # saves too, for one process
+    "dp2.zero3.indexer": ("dp2", deepspeed(3) | INDEXER, INDEXER),
+    "tp2_sp.zero1.indexer": ("tp2_sp", deepspeed(1) | INDEXER, INDEXER),
     "dp2.bf16.zero0": ("dp2", deepspeed(0) | BF16_GRADS, BF16_GRADS),
     "dp2.bf16.zero1": ("dp2", deepspeed(1) | BF16, BF16),  # saves too: another of DeepSpeed's optimizers than in fp32
     "dp2.bf16.zero2": ("dp2", deepspeed(2) | BF16, BF16),
     "dp2.bf16.zero3": ("dp2", deepspeed(3) | BF16, BF16),
     "tp2_sp.bf16.zero1": ("tp2_sp", deepspeed(1) | BF16, BF16),
 }
-SUFFIXES = {".bf16": BF16, ".bf16_grads": BF16_GRADS, ".untied": UNTIED, ".quarter": QUARTER, ".keys": KEYS}
+SUFFIXES = {
+    ".bf16": BF16,
+    ".bf16_grads": BF16_GRADS,
+    ".untied": UNTIED,
+    ".quarter": QUARTER,
+    ".keys": KEYS,
+    ".indexer": INDEXER,
+}
 STAGES = (0, 1, 2, 3)
 FEWER = ("dp2.zero2", "tp2_sp.zero1", "tp2_sp.zero3")  # resumed on one process
 
@@ -86,6 +103,8 @@ def two_processes() -> list[dict]:
         elif layout == "tp2_sp":
             jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED))
             jobs.append(train("megatron.tp2_sp.keys", place | KEYS))
+        if layout != "tp2":
+            jobs.append(train(f"megatron.{layout}.indexer", place | INDEXER))
         for stage in STAGES if layout != "tp2" else ():
             jobs.append(train(f"{layout}.zero{stage}", place | deepspeed(stage), **SAVING))
             jobs.append(resume(f"{layout}.zero{stage}.resumed", f"{layout}.zero{stage}", place | deepspeed(stage)))

@@ -40,6 +40,9 @@ def two_processes() -> list[dict]:
     jobs = [train("muon", MUON), resume("muon.resumed", "muon", MUON)]
     jobs += [resume("muon.replicated", "muon", REPLICATED)]
     jobs += [train("scaled", SCALED), resume("scaled.resumed", "scaled", SCALED)]
+    for name, settings in (("sharded", MUON), ("replicated", REPLICATED)):
+        mean = settings | {"optim.ema_decay": 0.5, "precision.name": "bf16"}
+        jobs += [{"name": f"muon.mean.{name}", "do": "mean", "set": mean, "stop": STOP}]
     for stage in (1, 3) if HAS_DEEPSPEED else ():
         jobs += [train(f"scaled.zero{stage}", zero(stage))]
     if HAS_DEEPSPEED:
@@ -81,6 +84,10 @@ def test_resumed_run_is_bit_identical(results, name):
 def test_muon_resumes_on_other_layouts(results, name):
     """Compares two steps after the resume: a lost momentum, step count or owner shows in the second."""
     close(results[name], results["muon"][SAVED:])
+
+
+def test_running_mean_is_that_of_the_owners_fp32_weights(results):
+    assert results["muon.mean.sharded"] == results["muon.mean.replicated"]
 
 
 def test_scaled_run_resumes_on_one_process(results):

@@ -33,6 +33,22 @@ def test_specs_and_kernels_agree(placement, method):
     engine.require_as_near(wanted, exact)
 
 
+def test_specs_and_kernels_agree_on_queries_and_keys(placement):
+    """With QK-norm and a convolution of keys: the same comparison, in both layer specs."""
+
+    def config(spec: LayerSpec, impl: KernelImpl, precision: PrecisionName = PrecisionName.bf16) -> Config:
+        found = small_config(Method.ssa, spec, impl)
+        found.model.qk_norm, found.attention.key_convolution, found.precision.name = True, 3, precision
+        return found
+
+    exact = train(placement, config(LayerSpec.local, KernelImpl.reference, PrecisionName.fp32), steps=3)
+    wanted = train(placement, config(LayerSpec.local, KernelImpl.reference), steps=3)
+    assert wanted.means[2, 0] < wanted.means[0, 0] - 0.01
+    train(placement, config(LayerSpec.local, KernelImpl.auto), steps=3).require_as_near(wanted, exact)
+    pytest.importorskip("transformer_engine")
+    train(placement, config(LayerSpec.transformer_engine, KernelImpl.auto), steps=3).require_as_near(wanted, exact)
+
+
 @pytest.mark.parametrize("spec", [LayerSpec.local, LayerSpec.transformer_engine])
 def test_checkpoint_resumes(placement, spec, tmp_path):
     """The first step is bit-identical. cuDNN's attention sums dQ in a different order each time, so later steps are only close.

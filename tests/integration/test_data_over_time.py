@@ -18,7 +18,7 @@ SETTINGS = (
     "evaluation.rows=4",
     "evaluation.at_start=false",
 )
-FIRST = "{from_step:2,weights:{python:1}}"
+FIRST = "{from_step:3,weights:{python:1}}"
 BOTH = f"data.stages=[{FIRST},{{from_tokens:4096,weights:{{english:3,python:1}}}}]"
 EXACT = ("step", "tokens", "labels_by_source", "tokens_by_source", "epochs_by_source", "padding_share", "stream")
 
@@ -31,7 +31,7 @@ def test_resumed_on_another_layout_with_another_later_stage(corpus: Path, tmp_pa
     assert "best fit: " in done.stdout and "; built the index " in done.stdout
     assert "stage 3 of the mixture begins with step 5: english 3, python 1" in done.stderr
     assert done.stderr.splitlines()[-3].split() == ["source", "tokens", "share", "epochs", "loss"]
-    half = (*common, f"data.stages=[{FIRST},{{from_step:5,weights:{{python:1}}}}]", f"output_dir={parts}")
+    half = (*common, f"data.stages=[{FIRST},{{from_step:6,weights:{{python:1}}}}]", f"output_dir={parts}")
     assert run("ssa_pretrain.train", *half, "parallel=tp2", "training.stop_at_step=4", processes=2).returncode == 0
     done = run("ssa_pretrain.train", *common, BOTH, f"output_dir={parts}")
     assert done.returncode == 0 and "resuming after step 4" in done.stdout, done.stderr[-3000:]

@@ -66,6 +66,10 @@ def operators() -> dict[str, Operator]:
         "gate": Operator(ssa_kernels.gate, {"o": q, "gate_logits": logits}, {}),
         "swiglu": Operator(ssa_kernels.swiglu, {"x": draw(T, 2, 12)}, {}),
         "qkv_rope": Operator(ssa_kernels.qkv_rope, rope, ROPE),
+        "rope": Operator(ssa_kernels.rope, {"x": k, "angles": rope["angles"], "positions": rope["positions"]}, {}),
+        "key_convolution": Operator(
+            ssa_kernels.key_convolution, {"k": k, "weight": draw(G * D, 1, 3), "positions": rope["positions"]}, {}
+        ),
         "linear_cross_entropy": Operator(ssa_kernels.linear_cross_entropy, output, {}),
         "captured_mass": Operator(ssa_kernels.captured_mass, lse, {}, has_impl=False),
     }
@@ -168,6 +172,8 @@ TAKES = {
     "gate": ("impl",),
     "swiglu": ("impl",),
     "qkv_rope": ("num_kv_heads", "group_size", "head_dim", "num_gates", "impl"),
+    "rope": ("impl",),
+    "key_convolution": ("impl",),
     "linear_cross_entropy": ("impl",),
     "captured_mass": (),
 }
@@ -208,7 +214,13 @@ FREE = {
     "weight": {0},
     "main": {0},
 }
-FITS = {("ssa_attention", "gate_logits", "None"), ("select_blocks", "k", "shorter in dim 1")}  # no gate; one kv head
+FITS = {
+    ("ssa_attention", "gate_logits", "None"),  # no gate
+    ("select_blocks", "k", "shorter in dim 1"),  # one kv head
+    ("key_convolution", "k", "float16"),  # the filters may be float32
+    ("key_convolution", "weight", "longer in dim 2"),  # other widths
+    ("key_convolution", "weight", "shorter in dim 2"),
+}
 
 
 def refusal(operator: Operator, how: str, **changed: Any) -> str | None:

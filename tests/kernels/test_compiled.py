@@ -37,7 +37,7 @@ def compiled(tmp_path_factory):
 
 
 def test_no_kernel_spills(compiled):
-    assert len(compiled) > 60
+    assert len(compiled) > 30
     assert {row["gpu"] for row in compiled} == {"sm_90", "sm_100", "sm_120", "gfx942"}
     assert [row for row in compiled if int(row["spilled"])] == []
 
@@ -55,7 +55,7 @@ def test_shared_memory_leaves_room_for_as_many_programs_as_planned(compiled):
     hopper = [row for row in compiled if row["gpu"] == "sm_90" and row["case"] != "D 256, 8 heads per list"]
     for row in hopper:
         if row["operator"] == "sparse":
-            most = 20_000 if row["kernel"] == "dkdv_kernel" else 4096
+            most = 20_000 if row["kernel"] == "dkdv_kernel" else 1024
             assert int(row["shared"]) <= most, row
     splits = [row for row in hopper if row["kernel"] == "split_kernel"]
     assert splits and all(int(row["shared"]) <= 227 * 1024 // 3 for row in splits)

@@ -50,9 +50,9 @@ def normed_and_rotated(x, weight, angle):
 
 @dtypes
 @both
-@pytest.mark.parametrize("rotate_keys", [True, False])
 @pytest.mark.parametrize(
-    ("tokens", "kv_heads", "group", "head_dim", "gates"), [(37, 2, 3, 16, 3), (33, 1, 2, 24, 0), (5, 3, 1, 8, 1)]
+    ("tokens", "kv_heads", "group", "head_dim", "gates", "rotate_keys"),
+    [(37, 2, 3, 16, 3, True), (33, 1, 2, 24, 0, True), (5, 3, 1, 8, 1, False), (34, 2, 2, 16, 0, False)],
 )
 def test_qk_norm_in_the_split_projection(tokens, kv_heads, group, head_dim, gates, rotate_keys, dtype, impl):
     generator = torch.Generator().manual_seed(tokens)
@@ -144,9 +144,9 @@ def convolved(k, weight, ends):
 
 @dtypes
 @both
-@pytest.mark.parametrize("taps", [1, 3, 5])
 @pytest.mark.parametrize(
-    ("ends", "heads", "dim"), [((1, 2, 6, 31, 33, 70), 2, 8), ((40,), 1, 24), ((32, 64, 67), 3, 16)]
+    ("ends", "heads", "dim", "taps"),
+    [((1, 2, 6, 31, 33, 70), 2, 8, 5), ((40,), 1, 24, 1), ((40,), 1, 24, 3), ((32, 64, 67), 1, 16, 3)],
 )
 def test_key_convolution(ends, heads, dim, taps, dtype, impl):
     generator = torch.Generator().manual_seed(taps)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ssa_kernels import build_layout
+from ssa_kernels.devices import Gpu
 from ssa_kernels.dispatch import resolve_impl
 from support import oracle
 
@@ -69,3 +70,15 @@ def test_implementation_follows_the_device_without_silent_fallback():
     assert resolve_impl("reference", here, "op") == "reference"
     with pytest.raises(ValueError, match="impl='fast' of op"):
         resolve_impl("fast", here, "op")
+
+
+def test_gpus_that_are_too_old_are_named(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("ssa_kernels.dispatch.gpu_of", lambda device: Gpu("cuda", 75, 64 * 1024))
+    monkeypatch.setattr("ssa_kernels.dispatch._interpreting", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(
+        ValueError,
+        match=r"tensors of op are on a Tesla T4 of compute capability 7.5, but the kernels need 8.0 \(A100\)",
+    ):
+        resolve_impl("triton", torch.zeros(1), "op")

@@ -5,6 +5,7 @@ Arguments: a JSON file with the jobs in order and the folder for results. A job 
     train    steps [0, stop) on a new engine, then both held-out evaluations; `save`: checkpoints into a folder after step `save_at`
     resume   load the folder `from`, then steps [first, stop)
     weights  load the weights of the folder `from`, then both evaluations and last_logits
+    mean     steps [0, stop) on a new engine, then the norm of the running mean of each weight
     uneven   evaluate where the last data rank has no microbatch
 
 After each job every process group, including DeepSpeed's, must have the configured timeout. All jobs of one layout share its process groups, and all
@@ -45,9 +46,8 @@ def train(engine, config, placement: Placement, steps: range) -> list[list[float
         result = pending.result()
         by_part(result, batches(config, 0, 1, step))
         assert 0 < pending.own_seconds() < time.monotonic() - begin
-        found.append(
-            [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
-        )
+        by_layer = (*result.alignment_by_layer, *result.captured_mass_by_layer, *result.index_loss_by_layer)
+        found.append([result.cross_entropy, result.grad_norm, *by_layer])
     return found
 
 
@@ -89,6 +89,9 @@ def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
     if job["do"] == "resume":
         engine.load(out / f"{job['from']}.checkpoint")
         return train(engine, config, placement, range(job["first"], job["stop"])) + held_out_metrics(engine, held_out)
+    if job["do"] == "mean":
+        train(engine, config, placement, range(job["stop"]))
+        return [[float(engine.mean.of(p).norm()) for model in engine.models for p in model.parameters()]]
     if job["do"] == "weights":
         engine.load_weights(out / f"{job['from']}.checkpoint")
         return held_out_metrics(engine, held_out) + logits(engine, config)

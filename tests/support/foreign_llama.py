@@ -31,7 +31,12 @@ LLAMA3_ROPE = {
 
 
 def random_tensors(
-    *, gate_rows: int = 0, tied: bool = False, vocab: int = SIZES["vocab_size"], sizes: dict = SIZES
+    *,
+    gate_rows: int = 0,
+    tied: bool = False,
+    vocab: int = SIZES["vocab_size"],
+    sizes: dict = SIZES,
+    qk_norm: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors of a Llama under Hugging Face's names: large enough that attention is far from uniform."""
     generator = torch.Generator().manual_seed(0)
@@ -41,8 +46,8 @@ def random_tensors(
     def matrix(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 2 / shape[-1] ** 0.5
 
-    def norm() -> torch.Tensor:
-        return 1 + 0.2 * torch.randn(hidden, generator=generator)
+    def norm(width: int = hidden) -> torch.Tensor:
+        return 1 + 0.2 * torch.randn(width, generator=generator)
 
     found = {"model.embed_tokens.weight": matrix(vocab, hidden), "model.norm.weight": norm()}
     if not tied:
@@ -60,6 +65,8 @@ def random_tensors(
             "mlp.down_proj": (hidden, inner),
         }
         found |= {f"{layer}{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+        if qk_norm:
+            found |= {f"{layer}self_attn.{x}_norm.weight": norm(dim) for x in "qk"}
         if gate_rows:
             found[f"{layer}self_attn.g_proj.weight"] = matrix(gate_rows * heads, hidden)
     return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method, PrecisionName
+from ssa_pretrain.config import Config, KernelImpl, LayerSpec, Method, PrecisionName, Score
 from ssa_pretrain.data.batches import Batch, collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.parallel.state import Placement
@@ -21,6 +21,9 @@ def small_config(method: Method, spec: LayerSpec, impl: KernelImpl) -> Config:
     model.num_layers, model.hidden_size, model.ffn_hidden_size = 4, 512, 1024
     model.num_attention_heads, model.num_kv_heads, model.head_dim = 16, 1, 64
     config.attention.method, config.attention.impl = method, impl
+    if method is Method.indexer:  # a step of warm-up, then sparse attention
+        config.attention.score, config.attention.full_ratio = Score.indexer, 0.0
+        config.attention.indexer.warmup_steps = 1
     config.data.sequence_length = LENGTH
     config.engine.layer_spec = spec
     config.precision.name = PrecisionName.bf16
@@ -47,9 +50,8 @@ def train(placement: Placement, config: Config, *, steps: int) -> Trained:
     engine, means = build_engine(config, placement, VOCAB), []
     for step in range(steps):
         result = engine.train_step(random_batches(2), step=step, learning_rate=1e-3).result()
-        means.append(
-            [result.cross_entropy, result.grad_norm, *result.alignment_by_layer, *result.captured_mass_by_layer]
-        )
+        by_layer = (*result.alignment_by_layer, *result.captured_mass_by_layer, *result.index_loss_by_layer)
+        means.append([result.cross_entropy, result.grad_norm, *by_layer])
     mode = "full" if config.attention.method is Method.full else "sparse"
     logits = engine.last_logits(random_batches(1)[0], mode=mode).float().cpu()
     return Trained(torch.tensor(means, dtype=torch.float64), logits)

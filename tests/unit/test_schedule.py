@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ssa_pretrain.config import AttentionConfig, Method, StreamDraw
+from ssa_pretrain.config import AttentionConfig, Method, Score, StreamDraw
 from ssa_pretrain.schedule import (
     WINDOW,
     Place,
@@ -269,3 +269,14 @@ def test_settings_that_tie_streams_to_microbatches_are_named(attention, setting)
 
     alike = all(drawn(1, seed) == drawn(2, seed) == drawn(4, seed) for seed in range(40))
     assert alike is (setting is None)
+
+
+def test_trained_scorer_has_full_attention_first_and_sparse_attention_then():
+    attention = AttentionConfig(method=Method.indexer, score=Score.indexer, full_ratio=0.0, counterpart_share=0.25)
+    attention.indexer.warmup_steps = 3
+    assert [set(streams(attention, step, 4)) for step in range(5)] == [{"full"}] * 3 + [{"sparse"}] * 2
+    assert share_drawn(attention, "full") == 0.75 and share_drawn(attention, "sparse") == 0.25
+    for step, share in ((0, 0.75), (4, 0.25)):
+        place = Place(seed=1, step=step, microbatch=0, num_microbatches=4)
+        drawn = counterpart_spans(attention, place, rows=4, row_length=64)
+        assert sum(length for _, length in drawn) == share * 4 * 64

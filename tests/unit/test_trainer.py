@@ -1,6 +1,7 @@
 """Parts of a run without training: combined evaluation slices, schedules, the row order of checkpoints, when a run has finished."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from ssa_pretrain.checkpoint.publish import Checkpoint
-from ssa_pretrain.config import Batches, Config, WandbMode
+from ssa_pretrain.config import Batches, Config, Method, Score, WandbMode
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row, TrainingRows
 from ssa_pretrain.engine import EvaluationResult
@@ -134,8 +135,21 @@ def test_flops_of_a_step_depend_on_its_documents():
     starts[40] = True
     batches = [collate([Row(np.zeros(65, dtype=np.int64), starts)], index=i) for i in range(2)]
     wanted = row_flops(config.model, config.attention, [40, 24], 500).model / 64
-    assert flops_per_token(run, batches) == pytest.approx(wanted)
+    assert flops_per_token(run, batches, 0) == pytest.approx(wanted)
     assert wanted < row_flops(config.model, config.attention, [64], 500).model / 64
+
+
+def test_flops_of_a_warm_up_have_full_attention():
+    config = Config()
+    config.attention = replace(config.attention, method=Method.indexer, score=Score.indexer, full_ratio=0.0, top_k=2)
+    config.attention.indexer.warmup_steps = 3
+    run = SimpleNamespace(config=config, plan=SimpleNamespace(vocab_size=500))
+    batches = [collate([Row(np.zeros(65, dtype=np.int64), np.zeros(65, dtype=bool))], index=0)]
+    row = row_flops(config.model, config.attention, [64], 500)
+    found = [flops_per_token(run, batches, step) for step in (2, 3)]
+    always = row.linear + row.logits
+    assert found == pytest.approx([3 * (always + s) / 64 for s in (row.full_attention, row.sparse_attention)])
+    assert row.sparse_attention < row.full_attention
 
 
 RECEIVED = {"train": 4, "heldout/full": 4, "heldout/sparse": 4}

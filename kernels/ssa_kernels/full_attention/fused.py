@@ -6,8 +6,10 @@ The kernel is chosen from shapes, explicit arguments and the installed libraries
   of queries of such rows (pieces.py).
 - `te`: Transformer Engine's cuDNN attention on packed documents and on spans of queries (`query_spans`), if it is installed (te.py). On
   request it also takes equal rows.
-- `flash`: heads wider than 128, AMD's GPUs, and everything else: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
+- `flash`: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
   activated one with `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel of the operator called here.
+
+Heads wider than 128 and AMD's GPUs take `flash`, unless the caller names another.
 
 Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms), and its gradients
 are wrong with more than one document. Deterministic mode (`torch.use_deterministic_algorithms`) sends everything to `flash`, whose
@@ -94,8 +96,7 @@ def _plan_spans(
             f"q has {len(q)} tokens and the layout's spans {expected}; pass the queries of the spans, in order"
         )
     pieces = pieces_of(layout.spans, layout.num_tokens, num_rows) if num_rows else ()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    chosen = backend or ("cudnn" if pieces and not deterministic else _pick(q, 0))
+    chosen = backend or ("cudnn" if pieces and not _only_flash(q) else _pick(q, 0))
     if chosen == "cudnn":
         if not pieces:
             raise ValueError(
@@ -106,8 +107,13 @@ def _plan_spans(
     return FusedPlan(chosen, 0, layout.max_length, scale, layout.spans, layout.segments)
 
 
+def _only_flash(q: torch.Tensor) -> bool:
+    """Returns whether no other kernel is chosen unless the caller names it: in deterministic mode, for wide heads, on AMD's GPUs."""
+    return torch.are_deterministic_algorithms_enabled() or q.shape[2] > 128 or gpu_of(q.device).backend == "hip"
+
+
 def _pick(q: torch.Tensor, row_length: int) -> str:
-    if torch.are_deterministic_algorithms_enabled() or q.shape[2] > 128 or gpu_of(q.device).backend == "hip":
+    if _only_flash(q):
         return "flash"
     if row_length >= MIN_CUDNN_ROW:
         return "cudnn"

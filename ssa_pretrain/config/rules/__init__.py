@@ -1,7 +1,7 @@
 """Rules across sections of a configuration, the machine and the files. `check` runs all of them.
 
-A rule lives where the values it reads live: layout, schedule, machine, deepspeed, optimizer, evaluation, data, files. It returns problems and never
-raises.
+A rule lives where the values it reads live: layout, schedule, machine, deepspeed, optimizer, indexer, evaluation, data, files. It returns problems
+and never raises.
 Rules run in order. A rule that reads a key with a problem of its own is skipped, so that one mistake is one line.
 `warning` reports a suspicious setting that no rule rejects.
 """
@@ -15,6 +15,7 @@ from ssa_pretrain.config.rules.data import DATA_RULES
 from ssa_pretrain.config.rules.deepspeed import DEEPSPEED_RULES
 from ssa_pretrain.config.rules.evaluation import EVALUATION_FILE_RULES, EVALUATION_RULES
 from ssa_pretrain.config.rules.files import FILE_RULES
+from ssa_pretrain.config.rules.indexer import INDEXER_RULES
 from ssa_pretrain.config.rules.keys import KEY_RULES
 from ssa_pretrain.config.rules.layout import LAYOUT_RULES
 from ssa_pretrain.config.rules.machine import MACHINE_RULES
@@ -42,6 +43,7 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
         *MACHINE_RULES,
         *DEEPSPEED_RULES,
         *OPTIMIZER_RULES,
+        *INDEXER_RULES,
         *EVALUATION_RULES,
         *DATA_RULES,
         *files,
@@ -55,7 +57,8 @@ def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list
 
 def accepts_layout(config: Config, machine: Machine) -> bool:
     """Returns whether a configuration has no problem that its layout, batch or engine can cause. Stops at the first: a search asks thousands of times."""
-    rules = (_sections, *LAYOUT_RULES, *SCHEDULE_RULES, *MACHINE_RULES, *DEEPSPEED_RULES, *OPTIMIZER_RULES)
+    of_layout = (*LAYOUT_RULES, *SCHEDULE_RULES, *MACHINE_RULES, *DEEPSPEED_RULES)
+    rules = (_sections, *of_layout, *OPTIMIZER_RULES, *INDEXER_RULES)
     return not any(rule(config, machine) for rule in rules)
 
 

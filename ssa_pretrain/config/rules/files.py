@@ -91,7 +91,7 @@ def _data(config: Config, machine: Machine) -> list[Problem]:
     for shard in manifest.splits["train"]:
         tokens[shard.part] = tokens.get(shard.part, 0) + shard.tokens
     mixtures = {"data.weights": config.data.weights}
-    mixtures |= {f"data.stages.{n}.weights": stage.weights for n, stage in enumerate(config.data.stages)}
+    mixtures |= {f"data.stages[{n}].weights": stage.weights for n, stage in enumerate(config.data.stages)}
     for key, weights in mixtures.items():
         for name in sorted(set(weights) - set(tokens)):
             advice = f"its parts are {join(tokens, 'and')}"

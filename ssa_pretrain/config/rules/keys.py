@@ -1,6 +1,6 @@
 """Rules of what layers do to keys before they attend."""
 
-from ssa_pretrain.config import Config, Method
+from ssa_pretrain.config import Config, Method, Score
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.settings.problems import Problem, join, nearest
 
@@ -18,6 +18,11 @@ def _key_convolution(config: Config, _: Machine) -> list[Problem]:
     if width and method not in CONVOLVED:
         rule = f"needs a method that chooses blocks by mean keys, and attention.method={method} does not"
         return [Problem(key, width, rule, "try 0 or attention.method=moba", ("attention.method",))]
+    if width and config.attention.score is Score.indexer:
+        rule = (
+            "is for blocks that are chosen by mean keys, and attention.score=indexer chooses them by a trained scorer"
+        )
+        return [Problem(key, width, rule, "try 0", ("attention.score",))]
     return []
 
 

@@ -61,6 +61,8 @@ def _fp8(config: Config, machine: Machine) -> list[Problem]:
         "model.head_dim": (model.head_dim, model.qkv_width(gate=config.attention.gate) // tp),
         "training.micro_batch_size": (config.training.micro_batch_size, tokens),
     }
+    if index_width := model.index_width(config.attention):
+        widths["attention.indexer.heads"] = (config.attention.indexer.heads, index_width // tp)
     rule = f"gives a matrix dimension of {{}} on each rank, but precision=fp8 needs a multiple of {FP8_MULTIPLE}"
     reads = ("parallel.tp", "parallel.cp", "data.sequence_length", "model.num_attention_heads", "model.num_kv_heads")
     wrong = {key: pair for key, pair in widths.items() if pair[1] % FP8_MULTIPLE}

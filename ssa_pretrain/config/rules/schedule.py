@@ -4,6 +4,7 @@ from itertools import pairwise
 
 from ssa_pretrain.config import Config, EngineName, batches, piece_bounds
 from ssa_pretrain.config.machine import Machine
+from ssa_pretrain.config.schedule import schedule_problems
 from ssa_pretrain.settings.problems import Problem, join, nearest_multiples
 
 LENGTH = ("training.steps", "training.total_tokens", "training.global_batch_tokens", "training.batch_steps")
@@ -12,13 +13,13 @@ LENGTH = ("training.steps", "training.total_tokens", "training.global_batch_toke
 def _pieces(config: Config, _: Machine) -> list[Problem]:
     """The pieces fill the run: they neither overlap nor leave steps without a rate."""
     pieces, steps = config.optim.pieces, config.training.num_steps()
-    if not pieces:
+    if not pieces or schedule_problems(config.optim):
         return []
     bounds = piece_bounds(pieces, steps, batches(config.training))
     for i, (first, last) in enumerate(pairwise(bounds)):
         if last < first or last > steps:
             rule = f"does not fit: the pieces are longer than the run's {steps} steps"
-            return [Problem(f"optim.pieces.{i}", None, rule, "shorten the pieces or lengthen the run", LENGTH)]
+            return [Problem(f"optim.pieces[{i}]", None, rule, "shorten the pieces or lengthen the run", LENGTH)]
     if bounds[-1] != steps:
         rule = f"end at step {bounds[-1]} of {steps}"
         advice = "leave out the length of one piece, which then takes the rest"
@@ -38,7 +39,7 @@ def _batch_steps(config: Config, machine: Machine) -> list[Problem]:
     reads = ("parallel", "world_size", "training.micro_batch_size", "data.sequence_length", *LENGTH)
     found, steps = [], training.num_steps()
     for i, (first, tokens) in enumerate(batches(training).phases[1:]):
-        key = f"training.batch_steps.{i}"
+        key = f"training.batch_steps[{i}]"
         if tokens % (unit * dp * rounds):
             rule = f"must be a multiple of sequence_length * micro_batch_size * dp{' * pp' * (rounds > 1)} = {unit * dp * rounds}"
             advice = f"try {join(nearest_multiples(tokens, unit * dp * rounds))}"

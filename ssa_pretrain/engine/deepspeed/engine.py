@@ -174,7 +174,7 @@ class DeepSpeedEngine:
         if found is None:
             raise WeightsError(f"{folder} holds no common weights; save it again with checkpoint.weights=true")
         self._reset()
-        sharded_weights.load_weights(found, [self.model], self.config, self.placement)
+        sharded_weights.load_weights(found, [self.model], self.config, self.placement, new_scorer=True)
 
     def save_weights(self, folder: Path) -> None:
         """See `Engine.save_weights`."""

@@ -33,6 +33,8 @@ from ssa_pretrain.parallel.state import Placement
 class MegatronEngine(MegatronModel):
     """The Llama of one rank under megatron-core, with its optimizer."""
 
+    may_begin_scorer = True
+
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
         super().__init__(config, placement, vocab_size)
         self.replicas = ReplicaCheck(config.training.replica_check_interval, placement)

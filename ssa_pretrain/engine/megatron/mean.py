@@ -1,7 +1,7 @@
 """Where the running mean of the weights (engine/ema.py) finds megatron-core's fp32 weights.
 
-The distributed optimizer keeps a slice of each flattened parameter on some of the ranks that share it. Other optimizers keep a whole fp32 copy beside a
-bf16 parameter, and no copy of an fp32 one.
+The distributed optimizer keeps a slice of each flattened parameter on some of the ranks that share it, and sharded Muon a whole one on one of
+them. Other optimizers keep a whole fp32 copy beside a bf16 parameter, and no copy of an fp32 one.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.engine.ema import Fragment, WeightMean
+from ssa_pretrain.engine.megatron.muon import MuonOptimizer
 from ssa_pretrain.parallel.state import Placement
 
 
@@ -29,6 +30,7 @@ def build_mean(
     if not config.optim.ema_decay:
         return None
     mains, fragments = [], {}
+    owned = optimizer.owned if isinstance(optimizer, MuonOptimizer) else None
     distributed = [o for o in optimizer.chained_optimizers if isinstance(o, DistributedOptimizer)]
     for one in distributed:
         for parameter, (group, place) in one.model_param_group_index_map.items():
@@ -36,8 +38,8 @@ def build_mean(
             fragments[parameter] = Fragment(len(mains), 0, cut["param"].start, main.numel())
             mains.append(main.view(-1))
     if not distributed:
-        for parameter in (p for model in models for p in model.parameters()):
+        for parameter in (p for model in models for p in model.parameters() if owned is None or p in owned):
             main = getattr(parameter, "main_param", parameter)
             fragments[parameter] = Fragment(len(mains), 0, 0, main.numel())
             mains.append(main.data.view(-1))
-    return WeightMean(config, mains, fragments, placement.groups.dp_cp if distributed else None)
+    return WeightMean(config, mains, fragments, placement.groups.dp_cp if distributed or owned is not None else None)

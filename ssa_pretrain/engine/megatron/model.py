@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssa_pretrain.checkpoint import sharded_weights
 from ssa_pretrain.checkpoint.weights import find_weights
-from ssa_pretrain.config import Config, PrecisionName
+from ssa_pretrain.config import Config, PrecisionName, Score
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.interface import EvaluationResult
 from ssa_pretrain.engine.megatron import checkpoint
@@ -36,7 +36,10 @@ class MegatronModel:
     Attributes:
         chunks: this rank's parts of the model, one per virtual stage.
         core: their configuration object, which core's schedules read.
+        may_begin_scorer: whether `load_weights` takes weights without the trained scorer that the model has. Training does.
     """
+
+    may_begin_scorer = False
 
     def __init__(self, config: Config, placement: Placement, vocab_size: int) -> None:
         self.config, self.placement, self.vocab_size = config, placement, vocab_size
@@ -106,10 +109,12 @@ class MegatronModel:
     def load_weights(self, folder: Path) -> None:
         """See `Evaluator.load_weights`."""
         source = find_weights(folder)
-        if source != folder and checkpoint.is_core_checkpoint(folder):
+        begins = self.may_begin_scorer and self.config.attention.score is Score.indexer and source is not None
+        if source != folder and checkpoint.is_core_checkpoint(folder) and not begins:
             checkpoint.load(folder, self.chunks, None)
         else:  # a folder of common weights has no checked list of files, so nothing in it is unpickled
-            sharded_weights.load_weights(source or folder, self.models, self.config, self.placement)
+            parts = (self.models, self.config, self.placement)
+            sharded_weights.load_weights(source or folder, *parts, new_scorer=self.may_begin_scorer)
 
     @property
     def models(self) -> list[torch.nn.Module]:

@@ -40,6 +40,9 @@ MAIN = "fp32_param"  # core's name of the fp32 weights in a checkpoint
 class MuonOptimizer(DeviceClippedOptimizer):
     """Core's wrappers of Muon and AdamW, in this order.
 
+    Attributes:
+        owned: the parameters of the model that this rank updates, if each belongs to one data rank; else None.
+
     Args:
         optimizers: the wrappers, over the parameters of this rank only.
         skips: see DeviceClippedOptimizer.
@@ -57,6 +60,7 @@ class MuonOptimizer(DeviceClippedOptimizer):
     ) -> None:
         super().__init__(optimizers, skips=skips)
         self._by_owner, self._data_ranks = by_owner, data_ranks
+        self.owned = None if by_owner is None else set(by_owner[data_ranks.rank()])
 
     @torch.no_grad()
     def step(self) -> tuple[bool, Tensor, None]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssa_kernels import gate, linear_cross_entropy, qkv_rope, swiglu
-from ssa_kernels.qkv_rope.reference import qkv_rope_reference
+from ssa_kernels import QKNorm, gate, key_convolution, linear_cross_entropy, qkv_rope, rope, swiglu
+from ssa_kernels.key_convolution.reference import key_convolution_reference
+from ssa_kernels.qkv_rope.reference import qkv_rope_reference, rope_reference
 from support.errors import require_as_near
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +41,71 @@ def test_qkv_rope(tokens, kv_heads, group, head_dim, gates):
         require_rounded(got, want)
     (want,) = torch.autograd.grad(wanted, wide, [g.double() for g in grads])
     require_rounded(grad, want)
+
+
+def without_waiting(call, leaves):
+    """Returns an operator's results, gradients of them and the leaves' gradients; fails if the host waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    found = [x for x in call() if x is not None]
+    grads = [torch.randn_like(x) for x in found]
+    got = torch.autograd.grad(found, leaves, grads)
+    torch.cuda.set_sync_debug_mode("default")
+    return found, grads, got
+
+
+@pytest.mark.parametrize("rotate_keys", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "kv_heads", "group", "head_dim", "gates"),
+    [(4096, 2, 16, 64, 16), (1000, 1, 16, 64, 0), (777, 8, 4, 128, 4), (129, 3, 5, 80, 5)],
+)
+def test_qk_norm(tokens, kv_heads, group, head_dim, gates, rotate_keys):
+    width = kv_heads * ((group + 2) * head_dim + gates)
+    mixed = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = [(1 + torch.randn(head_dim, device="cuda") / 2).bfloat16().requires_grad_() for _ in range(2)]
+    frequencies = 500_000.0 ** (-torch.arange(0, head_dim, 2, device="cuda") / head_dim)
+    angles = torch.arange(32768, device="cuda").float()[:, None] * frequencies
+    positions = torch.randint(0, 32768, (tokens,), device="cuda")
+    sizes = {"num_kv_heads": kv_heads, "group_size": group, "head_dim": head_dim, "num_gates": gates}
+    leaves = [mixed, *weights][: 3 if rotate_keys else 2]
+
+    def call():
+        return qkv_rope(mixed, angles, positions, **sizes, norm=QKNorm(*weights, 1e-5), rotate_keys=rotate_keys)
+
+    found, grads, got = without_waiting(call, leaves)
+    wide = [x.detach().double().requires_grad_() for x in (mixed, *weights)]
+    norm = QKNorm(*wide[1:], 1e-5)
+    wanted = qkv_rope_reference(wide[0], angles.double(), positions, **sizes, norm=norm, rotate_keys=rotate_keys)
+    wanted = [x for x in wanted if x is not None]
+    for one, exact in zip(found, wanted, strict=True):
+        require_rounded(one, exact)
+    want = torch.autograd.grad(wanted, wide[: len(leaves)], [g.double() for g in grads])
+    for one, exact in zip(got, want, strict=True):
+        require_rounded(one, exact)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "dim", "taps"), [(16384, 2, 64, 3), (5000, 8, 128, 5), (129, 3, 80, 3)])
+def test_key_convolution_and_rope(tokens, heads, dim, taps):
+    k = torch.randn(tokens, heads, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    filters = torch.randn(heads * dim, 1, taps, device="cuda").bfloat16().requires_grad_()
+    scale = (1 + torch.randn(dim, device="cuda") / 2).bfloat16().requires_grad_()
+    positions = torch.arange(tokens, device="cuda") % 777
+    angles = torch.rand(1000, dim, device="cuda") * 40
+    for call, definition, leaves in (
+        (lambda: [key_convolution(k, filters, positions)], key_convolution_reference, [k, filters]),
+        (lambda: [rope(k, angles, positions, weight=scale)], None, [k, scale]),
+    ):
+        (out,), grads, got = without_waiting(call, leaves)
+        wide = [x.detach().double().requires_grad_() for x in leaves]
+        if definition is None:
+            want = rope_reference(wide[0], angles.double(), positions, wide[1], 1e-5)
+        else:
+            want = definition(*wide, positions)
+        require_rounded(out, want)
+        for one, exact in zip(got, torch.autograd.grad(want, wide, grads[0].double()), strict=True):
+            require_rounded(one, exact)
+        again = torch.autograd.grad(call()[0], leaves, grads[0])
+        assert all(map(torch.equal, got, again)), "bit-identical from run to run"
 
 
 @pytest.mark.parametrize("shape", [(4096, 32, 64), (77, 3, 80)])

@@ -64,7 +64,7 @@ def test_command_line_options():
     [
         (
             ["cases=9k"],
-            "cases=9k must be among 8k, 32k, share, share_8k, share_32k, share_128k, methods, optimizer, fp8, recompute with 1 process",
+            "cases=9k must be among 8k, 32k, share, share_8k, share_32k, share_128k, methods, optimizer, fp8, recompute, indexer, keys with 1 process",
         ),
         (["cases=dp2"], "need torchrun --nproc-per-node 2"),
         (["parts=2"], "parts=2 must be 0 or 1"),
@@ -214,7 +214,7 @@ def test_benchmark_runs_on_a_cpu(tmp_path):
     command = [
         "-m",
         "ssa_pretrain.bench",
-        "cases=8k,share,share_128k,methods,optimizer",
+        "cases=8k,share,share_128k,methods,optimizer,indexer,keys",
         "model=tiny",
         "length=64",
         "rows=1",
@@ -231,7 +231,9 @@ def test_benchmark_runs_on_a_cpu(tmp_path):
         found = {line["variant"]: line for line in csv.DictReader(file)}
     steps = {name for name in found if not name.startswith("share ")}
     methods = {"full 8k", "full 8k unfused", "full 8k short", "ssa 8k", "ssa 8k short", "moba 8k"}
-    assert steps == {"plain 8k", *methods, "ssa step", "optimizer"}
+    indexed = {"indexer 8k warm-up", "indexer 8k sparse", "ssa with indexer 8k"}
+    options = {"ssa 8k plain keys", "ssa 8k QK-norm", "ssa 8k key convolution"}
+    assert steps == {"plain 8k", *methods, *indexed, *options, "ssa step", "optimizer"}
     shares = {name for goal in GOALS for name in (goal.over, goal.under) if name.startswith("share ")}
     assert shares <= set(found) and all(float(line["ms"]) > 0 for line in found.values())
     assert {f"share {name} 64" for name in ("full", "moba", "ssa r=1", "ssa r=1/4", "ssa r=1/8")} <= set(found)

@@ -347,17 +347,17 @@ def test_stages_that_have_not_begun_may_change():
         config.data.stages, config.data.packing, config.training.global_batch_tokens = list(stages), packing, 100
         return run_facts(config, fingerprint="", padded_vocab_size=8, tokenizer_sha256="", step=step)
 
-    web, late = StageConfig(from_tokens=901, weights={"web": 1.0}), StageConfig(from_step=20)
+    web, late = StageConfig(from_tokens=901, weights={"web": 1.0}), StageConfig(from_step=21)
     for step in (9, 10):
         saved = facts(step, web)
         assert refused_changes(saved, facts(step), None) == refused_changes(saved, facts(step, late), None) == []
         assert refused_changes(facts(step), facts(step, web), None) == []
     saved = facts(11, web)
-    assert saved["data.stages"] == [{"from_step": 10, "weights": {"web": 1.0}}]
+    assert saved["data.stages"] == [{"from_step": 11, "weights": {"web": 1.0}}]
     assert refused_changes(saved, facts(11, web, late), None) == []
     (line,) = refused_changes(saved, facts(11, late), None)
     assert line == (
-        "data.stages: checkpoint [{'from_step': 10, 'weights': {'web': 1.0}}], run [] (stages that began before the checkpoint must stay, and "
+        "data.stages: checkpoint [{'from_step': 11, 'weights': {'web': 1.0}}], run [] (stages that began before the checkpoint must stay, and "
         "later ones begin after it)"
     )
     older = {key: value for key, value in facts(11).items() if key not in ("data.stages", "data.packing")}
@@ -392,6 +392,11 @@ def test_weights_of_another_shape_are_refused_and_every_key_is_named(tmp_path):
         f"{tmp_path} holds another model (attention.gate: checkpoint True, run False; model.num_layers: checkpoint 4, run 2); "
         "set the model as it was trained, or name another checkpoint"
     )
+    # This checkpoint is older than both settings, so it has their defaults.
+    with pytest.raises(
+        CheckpointError, match=r"key_convolution: checkpoint 0, run 3; model\.qk_norm: checkpoint False, run"
+    ):
+        require_same_model(found, saved | {"model.qk_norm": True, "attention.key_convolution": 3}, shapes_only=True)
 
 
 def test_new_run_may_change_settings_that_keep_the_shapes(tmp_path):

@@ -86,7 +86,7 @@ def test_options_of_queries_and_keys_are_checked(overrides: tuple[str, ...], mes
     assert found("experiment=quickstart", "attention=moba", "attention.key_convolution=5", "model.qk_norm=true") == []
 
 
-PAPERS = ("ssa_1b_8k", "ssa_1b_8k_quarter", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k")
+PAPERS = ("ssa_1b_8k", "ssa_1b_8k_quarter", "ssa_1b_32k", "full_1b_8k", "moba_1b_8k", "ssa_300m_8k", "indexer_1b_8k")
 EVIDENCE = ("ssa_300m_evidence", "full_300m_evidence", "moba_300m_evidence", "fp8_300m_evidence")
 
 
@@ -458,7 +458,7 @@ def test_flipped_bit_in_a_small_file_is_rejected_by_every_command(
         ),
         (
             "data.stages=[{from_step:5,weights:{german:1}}]",
-            "data.stages.0.weights.german=1.0 names no part of {path}; its parts are english and python",
+            "data.stages[0].weights.german=1.0 names no part of {path}; its parts are english and python",
         ),
         (
             "data.sequence_length=1024",
@@ -478,30 +478,30 @@ def test_settings_that_do_not_fit_the_data_are_one_line(dataset: Path, override:
     [
         (
             ("data.stages=[5]",),
-            "data.stages.0=5 is a section, not a value; it has the keys from_step, from_tokens and weights",
+            "data.stages[0]=5 is a section, not a value; it has the keys from_step, from_tokens and weights",
         ),
         (
             ("data.stages=[{weight:{web:1}},{from_step:9}]",),
-            "data.stages.0.weight={...} is not a known key of data.stages.0; did you mean data.stages.0.weights?",
+            "data.stages[0].weight={...} is not a known key of data.stages[0]; did you mean data.stages[0].weights?",
         ),
         (
             ("data.stages=[{from_step:10,from_tokens:81920,weights:{web:1}}]",),
-            "data.stages.0.from_step=10 and from_tokens=81920 must be one positive number and one 0: where the stage begins; "
-            "the run begins with data.weights; try {from_step: 1000, weights: {…}}",
+            "data.stages[0].from_step=10 and from_tokens=81920 must be one positive number and one 0: where the stage begins; "
+            "the run begins with data.weights; try {from_step: 1001, weights: {…}}",
         ),
-        (("data.stages=[{from_step:-1}]",), "data.stages.0.from_step=-1 must be at least 0; try 0"),
+        (("data.stages=[{from_step:-1}]",), "data.stages[0].from_step=-1 must be at least 0; try 0"),
         (
             ("data.stages=[{from_step:10,weights:{web:-1,code:2}}]",),
-            "data.stages.0.weights.web=-1.0 must not be negative; 0 leaves the source out",
+            "data.stages[0].weights.web=-1.0 must not be negative; 0 leaves the source out",
         ),
         (
-            ("data.stages=[{from_tokens:81921},{from_step:11}]",),
-            "data.stages.1.from_step=11 must begin after the stage before it, which begins after step 11; try 12 steps or more",
+            ("data.stages=[{from_tokens:81921},{from_step:12}]",),
+            "data.stages[1].from_step=12 must begin after the stage before it, which begins with step 12; try from_step: 13 or later",
         ),
         (
             ("data.stages=[{from_tokens:2457600}]",),
-            "data.stages.0.from_tokens=2457600 begins after step 300, but the run ends with step 300; "
-            "try less than 300 steps, or remove the stage",
+            "data.stages[0].from_tokens=2457600 begins with step 301, but the run ends with step 300; "
+            "try from_step: 300 or earlier, or remove the stage",
         ),
         (
             ("data.index_path=/tmp",),
@@ -685,3 +685,59 @@ def test_no_setting_holds_a_secret() -> None:
     ]
     assert found(*BASE, f"name={'0123456789abcdef' * 2}01234567") == []  # a revision as well as a key
     assert "a-passphrase" not in repr(machine)
+
+
+INDEXED = ("attention=indexer", "attention.indexer.warmup_steps=30")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            (*INDEXED, "attention.score=softmax_sum"),
+            "attention.score=softmax_sum is not trained, but attention.method=indexer is the method with a trained scorer; try indexer",
+        ),
+        (
+            ("attention=moba", "attention.score=indexer"),
+            "attention.score=indexer is not trained by attention.method=moba, which computes one stream; try softmax_sum",
+        ),
+        (
+            (*INDEXED, "attention.full_ratio=0.5"),
+            "attention.full_ratio=0.5 must be 0 under attention.method=indexer: its main stream is full for "
+            "attention.indexer.warmup_steps, then sparse; try 0",
+        ),
+        (
+            ("attention=indexer",),
+            "attention.indexer.warmup_steps=1000 leaves no step of sparse attention in a run of 300; try 30",
+        ),
+        (
+            (*INDEXED, "attention.counterpart_share=0"),
+            "attention.counterpart_share=0.0 leaves attention.score=indexer without a query to learn from; try 0.125",
+        ),
+        (
+            ("attention.indexer.heads=2",),
+            "attention.indexer.heads=2 has no effect under attention.score=softmax_sum; add attention.score=indexer",
+        ),
+        ((*INDEXED, "attention.indexer.heads=0"), "attention.indexer.heads=0 must lie in 1 to 32; try 1"),
+        (
+            (*INDEXED, "attention.indexer.loss_weight=0"),
+            "attention.indexer.loss_weight=0.0 must be above 0; try 1",
+        ),
+    ],
+)
+def test_settings_of_the_trained_scorer_are_checked(overrides: tuple[str, ...], message: str) -> None:
+    problems = found(*BASE, *overrides)
+    without_advice = [problem.partition("; ")[0] for problem in problems]
+    assert without_advice == [message.partition("; ")[0]]
+    assert message.startswith("attention.indexer.") or problems == [message]
+
+
+def test_trained_scorer_passes_every_check() -> None:
+    assert found(*BASE, *INDEXED) == []
+    assert found(*BASE, "attention=ssa", "attention.score=indexer", "attention.indexer.heads=2") == []
+    overlap = ("parallel=tp2_sp", "engine.overlap_tp=true", "precision=bf16")
+    gpus = replace(GPU, world_size=2)
+    assert found(*BASE, *overlap, machine=gpus) == []
+    assert found(*BASE, *overlap, *INDEXED, machine=gpus) == [
+        "engine.overlap_tp=true has no buffer for the projection of attention.score=indexer; try engine.overlap_tp=false"
+    ]

@@ -34,11 +34,11 @@ def found(*overrides: str) -> list[str]:
     [
         (
             ("optim.pieces=[{steps:10},{},{}]",),
-            "optim.pieces.2 has no length, and optim.pieces.1 has none either; give one of steps, tokens and fraction",
+            "optim.pieces[2] has no length, and optim.pieces[1] has none either; give one of steps, tokens and fraction",
         ),
         (
             ("optim.pieces=[{steps:10,fraction:0.1},{}]",),
-            "optim.pieces.0 has several lengths; give one of steps, tokens and fraction",
+            "optim.pieces[0] has several lengths; give one of steps, tokens and fraction",
         ),
         (
             ("optim.pieces=[{steps:10},{steps:230,to:0}]",),
@@ -46,10 +46,10 @@ def found(*overrides: str) -> list[str]:
         ),
         (
             ("optim.pieces=[{steps:200},{},{fraction:0.5,to:0}]",),
-            "optim.pieces.1 does not fit: the pieces are longer than the run's 250 steps; shorten the pieces or lengthen the run",
+            "optim.pieces[1] does not fit: the pieces are longer than the run's 250 steps; shorten the pieces or lengthen the run",
         ),
         (("optim.pieces=[{to:0}]",), "optim.pieces must rise above 0 somewhere; give a piece with to=1.0"),
-        (("optim.pieces=[{to:-1},{steps:9}]",), "optim.pieces.0.to=-1.0 must be at least 0; try 0"),
+        (("optim.pieces=[{to:-1},{steps:9}]",), "optim.pieces[0].to=-1.0 must be at least 0; try 0"),
         (("optim.pieces=3",), "optim.pieces=3 must be a list; try []"),
         (
             ("optim.pieces=[{to:1}]", "optim.schedule=wsd"),
@@ -75,23 +75,23 @@ def found(*overrides: str) -> list[str]:
         ),
         (
             ("training.batch_steps=[{global_batch_tokens:8192}]",),
-            "training.batch_steps.0 must have either a step or tokens; give the first step with this batch, such as step: 101",
+            "training.batch_steps[0] must have either a step or tokens; give the first step with this batch, such as step: 101",
         ),
         (
             ("training.batch_steps=[{step:9}]",),
-            "training.batch_steps.0.global_batch_tokens=0 must be at least 1; try 1",
+            "training.batch_steps[0].global_batch_tokens=0 must be at least 1; try 1",
         ),
         (
             ("training.batch_steps=[{step:9,global_batch_tokens:8192},{step:9,global_batch_tokens:16384}]",),
-            "training.batch_steps.1 begins at step 9, which must come after step 9, where the batch before it begins; try step: 10",
+            "training.batch_steps[1] begins at step 9, which must come after step 9, where the batch before it begins; try step: 10",
         ),
         (
             ("training.batch_steps=[{step:9,global_batch_tokens:9000}]",),
-            "training.batch_steps.0.global_batch_tokens=9000 must be a multiple of sequence_length * micro_batch_size * dp = 2048; try 8192 or 10240",
+            "training.batch_steps[0].global_batch_tokens=9000 must be a multiple of sequence_length * micro_batch_size * dp = 2048; try 8192 or 10240",
         ),
         (
             ("training.batch_steps=[{tokens:9e9,global_batch_tokens:8192}]",),
-            "training.batch_steps.0 begins at step 2197267, after the last step, 250; leave it out or lengthen the run",
+            "training.batch_steps[0] begins at step 2197267, after the last step, 250; leave it out or lengthen the run",
         ),
         (
             ("checkpoint.init_from=a", "checkpoint.branch_from=b"),

@@ -86,7 +86,7 @@ def test_values_are_converted_to_their_type(key: str, given: object, meant: obje
         ("data.stages", {"a": 1}, "data.stages={...} must be a list; try []"),
         ("data.packing", "bestfit", "data.packing=bestfit must be flow or best_fit; did you mean best_fit?"),
         ("data.weights", [1], "data.weights=[1] must be a mapping of names to values; try {name: 1.0}"),
-        ("attention.method", "sas", "attention.method=sas must be ssa, full or moba; did you mean ssa?"),
+        ("attention.method", "sas", "attention.method=sas must be ssa, full, moba or indexer; did you mean ssa?"),
         ("precision.name", "int4", "precision.name=int4 must be fp32, bf16 or fp8; try fp32"),
         ("optim", 5, "optim=5 is a section, not a value; it has the keys "),
         ("optim", None, "optim=null is a section, not a value; it has the keys "),

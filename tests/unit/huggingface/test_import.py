@@ -42,6 +42,21 @@ def test_imported_llama_gives_the_logits_of_transformers_with_and_without_gates(
     assert float((sparse - wanted)[-1].norm() / wanted[-1].norm()) > 1e-2, "the comparison sees what attention does"
 
 
+def test_imported_qwen3_gives_the_logits_of_transformers(tmp_path, placement):
+    """QK-norm by another implementation, whose own defaults (RoPE's base, epsilon) its config.json names."""
+    from transformers import Qwen3ForCausalLM
+
+    record = llama_record(theta=1e6) | {"model_type": "qwen3", "rms_norm_eps": 1e-6, "use_sliding_window": False}
+    folder = write_folder(tmp_path / "qwen3", record, random_tensors(qk_norm=True))
+    with torch.no_grad():
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        wanted = torch.stack([model(d.unsqueeze(0)).logits[0, -1] for d in random_documents()])
+    config = import_to(folder, tmp_path / "run", gate=Gate.off)
+    assert config.model.qk_norm and (config.model.rope_theta, config.model.norm_eps) == (1e6, 1e-6)
+    found = logits(config, tmp_path / "run", placement, "full")
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
 def test_padding_of_the_vocabulary_is_rows_of_zeros(tmp_path, placement):
     folder = write_folder(tmp_path / "llama", llama_record(), random_tensors())
     plain = logits(import_to(folder, tmp_path / "a", gate=Gate.off), tmp_path / "a", placement, "full")

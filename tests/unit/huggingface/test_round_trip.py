@@ -193,6 +193,7 @@ def test_existing_folder_is_refused_and_a_checkpoint_of_another_model_too(tmp_pa
         ({"attention.gate": False, "model.tie_embeddings": False, "model.rope_scaling.enabled": True}, Dtype.fp32),
         ({"attention.score": "official_compat", "model.vocab_divisor": 80, "model.qk_norm": True}, Dtype.fp32),
         ({"model.mup.base_width": 12, "model.mup.base_head_dim": 5, "model.mup.output_multiplier": 1.5}, Dtype.bf16),
+        ({"model.mup.base_width": 12, "model.mup.base_head_dim": 5, "model.qk_norm": True}, Dtype.fp32),
     ],
 )
 def test_check_compares_the_export_with_the_training_model_and_sees_a_difference(tmp_path, placement, overrides, dtype):

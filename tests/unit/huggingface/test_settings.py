@@ -90,7 +90,14 @@ def test_released_blocks():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "qwen3"}, "model_type=qwen3 must be llama, ssa_llama or llama-nsa; import a dense Llama"),
+        (
+            {"model_type": "qwen2"},
+            "model_type=qwen2 must be llama, qwen3, ssa_llama or llama-nsa; import a dense Llama",
+        ),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True},
+            "use_sliding_window=true must be false: the training model has no other; import another model",
+        ),
         ({"hidden_size": None}, "hidden_size is missing from config.json; copy the folder again"),
         (
             {"attention_bias": True},

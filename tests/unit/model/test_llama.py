@@ -1,10 +1,10 @@
-"""Runs support/model_checks.py and support/optimizer_checks.py in a separate process, because the engine redirects torch's CUDA calls for its whole process."""
+"""Runs the checks of support/ that build engines in a separate process, because the engine redirects torch's CUDA calls for its whole process."""
 
 import os
 
 from support.processes import SUPPORT, run_ranks
 
-CHECKS = (SUPPORT / "model_checks.py", SUPPORT / "optimizer_checks.py")
+CHECKS = [SUPPORT / name for name in ("model_checks.py", "optimizer_checks.py", "indexer_checks.py")]
 
 
 def test_model_passes_model_checks():

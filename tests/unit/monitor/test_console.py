@@ -49,6 +49,11 @@ def test_train_line_of_full_attention_has_no_sparse_columns() -> None:
     assert "align" not in line and "mass" not in line and "ce " not in line and "loss 8.123" in line
 
 
+def test_train_line_shows_the_loss_of_a_trained_scorer() -> None:
+    plain = {key: value for key, value in TRAIN.items() if key != "alignment_loss"}
+    assert "  index 0.35  mass 0.81  " in train_line(plain | {"index_loss": 0.3456}, 300)
+
+
 def test_train_line_fits_when_every_number_is_long() -> None:
     wide = TRAIN | {"step": 123_456, "tokens": 99_949_999_999, "loss": 11.351, "tokens_per_second": 754_321.0}
     wide |= {

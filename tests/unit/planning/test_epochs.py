@@ -28,7 +28,7 @@ def configured(*stages: StageConfig, packing: RowPacking = RowPacking.flow) -> C
     return config
 
 
-CODE = StageConfig(from_step=10, weights={"python": 1.0})
+CODE = StageConfig(from_step=11, weights={"python": 1.0})
 BOTH = StageConfig(from_tokens=20 * 256 - 5, weights={"english": 3.0, "python": 1.0})
 
 

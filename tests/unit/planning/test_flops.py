@@ -152,3 +152,25 @@ def test_mfu_counts_the_full_stream_where_it_is_computed() -> None:
 )
 def test_peak_flops_by_device_name(name: str, precision: str, peak: float | None) -> None:
     assert peak_flops(name, PrecisionName(precision)) == (None if peak is None else pytest.approx(peak))
+
+
+def pairs_to_choose_for(length: int, reach: int) -> int:
+    """Returns the (query, key) pairs of the queries after the first `reach`, counted query by query."""
+    return sum(token + 1 for token in range(reach, length))
+
+
+def test_operations_of_a_trained_scorer_by_hand() -> None:
+    """1B: 32 query heads, 2 kv heads with an index head each, D 64; blocks of 128 x 16 reach 2,048 keys."""
+    row = flops(experiment("experiment=indexer_1b_8k"))
+    pairs = pairs_to_choose_for(8192, 2048)
+    assert row.selection == 16 * pairs * 2 * (2 * 64 + 3)
+    assert row.index_projection == 16 * 8192 * 2 * 2048 * (2 * 2 * 64)
+    assert row.distillation == 16 * pairs * (32 * (2 * 64 + 3) + 2 * (6 * 64 + 6))
+    assert row.model == 3 * (row.linear + row.logits + row.sparse_attention)
+    extra = row.selection + 2 * row.index_projection + 0.125 * row.distillation + 3 * row.gate
+    assert row.overhead == pytest.approx(extra) == pytest.approx(row.computed("sparse", 0.125) - row.model)
+    warm_up = row.model + 3 * (row.full_attention - row.sparse_attention + row.gate) + 2 * row.index_projection
+    assert row.computed("full", 0.375) == pytest.approx(warm_up + 0.375 * row.distillation)
+    inside, plain = (flops(experiment("experiment=ssa_1b_8k", *score)) for score in (["attention.score=indexer"], []))
+    added = inside.selection - plain.selection + 2 * inside.index_projection + inside.distillation
+    assert inside.model == plain.model and inside.overhead - plain.overhead == pytest.approx(added)

@@ -244,6 +244,17 @@ def test_table_shows_layout_steps_and_command() -> None:
     assert "weights of outputs/ssa_1b_8k" in describe(start, make_plan(start, 1))
 
 
+def test_table_shows_the_trained_scorer() -> None:
+    config = experiment("experiment=indexer_1b_8k")
+    table = describe(config, make_plan(config, 1))
+    assert "full for 1,000 steps, then sparse with 16 blocks of 128 = 2048 keys by a trained scorer" in table
+    assert "its loss on 0.125 of the queries" in table and "indexer adds " in table
+    inside = experiment("experiment=ssa_1b_8k", "attention.score=indexer")
+    assert "sparse with 16 blocks of 16 = 256 keys by a trained scorer; alignment" in describe(
+        inside, make_plan(inside, 1)
+    )
+
+
 def epochs(manifest: Manifest, *overrides: str) -> list[str]:
     """Returns the plan's lines on epochs for 30 steps of 8 rows of 32 tokens."""
     run = ("experiment=quickstart", "data.sequence_length=32", "training.global_batch_tokens=256", "training.steps=30")

@@ -20,7 +20,7 @@ def completed(typed: str) -> list[str]:
 
 
 def test_groups_options_keys_values_and_flags() -> None:
-    assert completed("attention=") == ["attention=full ", "attention=moba ", "attention=ssa "]
+    assert completed("attention=") == ["attention=full ", "attention=indexer ", "attention=moba ", "attention=ssa "]
     assert completed("experiment=qui") == ["experiment=quickstart "]
     assert completed("optim.l") == ["optim.lr="] and completed("++optim.l") == ["++optim.lr="]
     assert {"optim=", "optim.lr="} <= set(completed("opt")) and "experiment=" in completed("")
@@ -58,8 +58,13 @@ def test_unknown_request_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 # Each line: what was typed; its completions, joined by |. bash breaks words at =, zsh does not.
 LINES = ["attention=", "experiment=qui", "optim.l", "--dr"]
 EXPECTED = {
-    "bash": ["full |moba |ssa ", "quickstart ", "optim.lr=", "--dry-run "],
-    "zsh": ["attention=full|attention=moba|attention=ssa", "experiment=quickstart", "optim.lr=", "--dry-run"],
+    "bash": ["full |indexer |moba |ssa ", "quickstart ", "optim.lr=", "--dry-run "],
+    "zsh": [
+        "attention=full|attention=indexer|attention=moba|attention=ssa",
+        "experiment=quickstart",
+        "optim.lr=",
+        "--dry-run",
+    ],
 }
 
 

@@ -74,9 +74,9 @@ def test_sections_groups_and_patterns_list_their_keys(capsys: pytest.CaptureFixt
     text = printed("--explain", "attention", "attention.top_k=3", capsys=capsys).splitlines()
     assert text[:2] == [
         "attention: The attention method and its constants",
-        "  options of the group: full, moba or ssa",
+        "  options of the group: full, indexer, moba or ssa",
     ]
-    assert "  attention.top_k              3            N, blocks per query, including its own" in text
+    assert "attention.top_k 3 N, blocks per query, including its own" in [" ".join(line.split()) for line in text]
     assert printed("--explain", "logging.wandb", capsys=capsys).startswith("logging.wandb: ")
     assert printed("--explain", "experiment", capsys=capsys).startswith("experiment: a group of whole settings; ")
     found = [line.split()[0] for line in printed("--explain", "*.interval", capsys=capsys).splitlines()]

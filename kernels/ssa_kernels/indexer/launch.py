@@ -1,0 +1,193 @@
+"""Launches the trained scorer's kernels: block masses by chunks of queries, then the choice, or the loss and its gradients.
+
+Memory beyond the results: the masses of as many queries as fit WORKSPACE_BYTES (twice, and a few times that in the loss's arithmetic), one fp32 per
+index query for its softmax sum and one for its part of the gradient, and the two gradients in fp32. Sizes depend on shapes and the layout's
+`max_length` only, so nothing waits for the device.
+"""
+
+from typing import Any
+
+import torch
+
+from ..documents import DocumentLayout
+from ..launch import cdiv, launch, next_power_of_2
+from ..select.topk import top_k_kernel
+from .gradient_triton import key_gradient_kernel, query_gradient_kernel, ratio_sums_kernel
+from .mass_triton import log_block_mass_kernel
+from .reference import NOTHING, terms
+
+WORKSPACE_BYTES = 32 * 2**20
+LOG2E = 1.4426950408889634
+TILE_ROWS = 128  # (queries x heads) of one tile
+STEP_KEYS = 64  # keys of one step, or one block if that is longer
+TOP_K_WIDTH = 512  # columns per pass of top-k
+
+
+def log_block_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    layout: DocumentLayout,
+    scale: float,
+    queries: slice | None = None,
+    columns: int | None = None,
+    top_k: int = 0,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the natural logarithm of the block mass [n, G, C] of some neighbouring queries, and the log2 softmax sums [T, H] of all.
+
+    Args:
+        q, k, layout, scale: as in `block_mass`, checked.
+        queries: which; None: all.
+        columns: C; None: the blocks of the longest document possible. Blocks after a query's own have NOTHING.
+        top_k: queries with at most so many blocks may be left out, with NOTHING everywhere.
+        lse: receives the sums; None: a new tensor.
+    """
+    tokens, kv_heads = q.shape[0], k.shape[1]
+    queries = queries or slice(0, tokens)
+    columns = columns or cdiv(layout.max_length, layout.block_size)
+    mass = torch.full((queries.stop - queries.start, kv_heads, columns), NOTHING, dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if lse is None else lse
+    sizes = _sizes(q, k, layout, top_k)
+    launch(
+        log_block_mass_kernel, (cdiv(len(mass), sizes["TILE_TOKENS"]), kv_heads),
+        q, k, *_arrays(layout), lse, mass, queries.start, queries.stop, columns, scale * LOG2E, **sizes, **_settings(sizes),
+    )  # fmt: skip
+    return mass, lse
+
+
+def choose_triton(
+    iq: torch.Tensor, ik: torch.Tensor, *, layout: DocumentLayout, top_k: int, scale: float
+) -> torch.Tensor:
+    """Returns indices; arguments as in `choose_by_index`, checked, with the layout built."""
+    iq, ik = iq.detach(), ik.detach()
+    tokens, lists = iq.shape[0], ik.shape[1]
+    columns = cdiv(cdiv(layout.max_length, layout.block_size), TOP_K_WIDTH) * TOP_K_WIDTH  # whole passes of top-k
+    chunk = min(_queries_per_chunk(lists * columns), tokens)
+    survivors = max(32, next_power_of_2(2 * top_k))
+    scratch = torch.empty(chunk, lists, survivors, dtype=torch.int32, device=iq.device)
+    indices = torch.empty(tokens, lists, top_k, dtype=torch.int32, device=iq.device)
+    lse = None
+    for start in range(0, tokens, chunk):
+        queries = slice(start, min(start + chunk, tokens))
+        common: dict[str, Any] = {"queries": queries, "columns": columns, "top_k": top_k, "lse": lse}
+        mass, lse = log_block_mass(iq, ik, layout=layout, scale=scale, **common)
+        launch(
+            top_k_kernel, (len(mass) * lists,),
+            mass, layout.query_position, mass, scratch, indices, start, columns,
+            LISTS=lists, BLOCK_SIZE=layout.block_size, TOP_K=top_k, PADDED_TOP_K=next_power_of_2(top_k), SCRATCH=survivors,
+            WIDTH=TOP_K_WIDTH, SIGNED=True, OFFICIAL=False, BINS_PER_ROW=0, num_warps=1,
+        )  # fmt: skip
+    return indices
+
+
+def loss_triton(
+    iq: torch.Tensor,
+    ik: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    layout: DocumentLayout,
+    top_k: int,
+    scales: tuple[float, float],
+    with_gradients: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Returns what `loss_reference` returns, by the kernels."""
+    device, tokens, kv_heads = iq.device, iq.shape[0], ik.shape[1]
+    columns = cdiv(layout.max_length, layout.block_size)
+    loss, captured = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(2))
+    grad_q, grad_k, sums = (
+        torch.zeros(shape, dtype=torch.float32, device=device) if with_gradients else None
+        for shape in (iq.shape, ik.shape, iq.shape[:2])
+    )
+    ranges = _later_queries(layout) if with_gradients else None
+    sizes, chunk, lse, target_lse = _sizes(iq, ik, layout, top_k), _queries_per_chunk(kv_heads * columns), None, None
+    for start in range(0, tokens, chunk):
+        queries = slice(start, min(start + chunk, tokens))
+        common: dict[str, Any] = {"layout": layout, "queries": queries, "top_k": top_k}
+        target, target_lse = log_block_mass(q, k, scale=scales[0], lse=target_lse, **common)
+        predicted, lse = log_block_mass(iq, ik, scale=scales[1], lse=lse, **common)
+        own = layout.query_position[queries] // layout.block_size
+        candidates = torch.arange(columns, device=device) <= own[:, None]
+        one, mass = terms(target, predicted, own.clamp(max=columns - 1), own, candidates, top_k)
+        loss, captured = loss + one, captured + mass
+        if grad_q is not None and grad_k is not None and sums is not None and ranges is not None:
+            counts = (candidates & (own >= top_k)[:, None])[:, None] & (target > NOTHING / 10)
+            ratio = torch.where(counts, (target - predicted) * LOG2E, NOTHING)
+            tensors = (iq, ik, *_arrays(layout), lse, ratio, sums)
+            _add_gradients(tensors, (grad_q, grad_k), ranges, queries, scales[1], sizes)
+    return loss, captured, grad_q, grad_k
+
+
+def _add_gradients(
+    tensors: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor, torch.Tensor],
+    ranges: tuple[torch.Tensor, torch.Tensor],
+    queries: slice,
+    scale: float,
+    sizes: dict[str, Any],
+) -> None:
+    """Writes the gradient of a chunk's index queries, and adds its part of the keys'.
+
+    Args:
+        tensors: the kernels' first arguments.
+        grads: of iq and ik.
+        ranges: by `_later_queries`.
+        queries: the chunk.
+        scale: factor of the index scores.
+        sizes: by `_sizes`.
+    """
+    ratio, num_block_rows = tensors[-2], len(ranges[0])
+    place, settings = (queries.start, queries.stop, ratio.shape[2]), {**sizes, **_settings(sizes)}
+    tiles, rows = cdiv(len(ratio), sizes["TILE_TOKENS"]), cdiv(num_block_rows, sizes["BLOCK_ROWS"])
+    kv_heads, factors = ratio.shape[1], (scale * LOG2E, scale)
+    launch(ratio_sums_kernel, (tiles, kv_heads), *tensors, *place, factors[0], **settings)
+    launch(query_gradient_kernel, (tiles, kv_heads), *tensors, grads[0], *place, *factors, **settings)
+    arguments = (*tensors, grads[1], *ranges, *place, num_block_rows, *factors)
+    launch(key_gradient_kernel, (rows, kv_heads), *arguments, **settings)
+
+
+def _later_queries(layout: DocumentLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns, for each block row, the first query of its document at or after its first key, and the query after the document's last: int32 [R]."""
+    keys = layout.query_keys
+    row = torch.arange(layout.num_block_rows, dtype=torch.int32, device=keys.device)
+    documents = layout.document_first_block_row.shape[0] - 1
+    document = torch.searchsorted(layout.document_first_block_row[1:], row, right=True).clamp(max=documents - 1)
+    document_end = layout.cu_seqlens[document + 1]
+    begin, end = (torch.searchsorted(keys, edge, out_int32=True) for edge in (layout.block_start, document_end))
+    return begin, torch.where(layout.block_length > 0, end, 0)
+
+
+def _queries_per_chunk(numbers: int) -> int:
+    """Returns how many queries share the workspace, each with so many fp32 numbers: a multiple of a tile."""
+    return max(WORKSPACE_BYTES // (4 * numbers) // TILE_ROWS, 1) * TILE_ROWS
+
+
+def _arrays(layout: DocumentLayout) -> tuple[torch.Tensor, ...]:
+    """Returns the layout's arrays in the order in which the kernels take them."""
+    queries = layout.query_first_block_row, layout.query_position, layout.query_start
+    return *queries, layout.block_start, layout.block_length
+
+
+def _sizes(q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout, top_k: int) -> dict[str, Any]:
+    """Returns the compile-time sizes that all kernels take."""
+    group_size = q.shape[1] // k.shape[1]
+    padded_group, padded_block = next_power_of_2(group_size), next_power_of_2(layout.block_size)
+    return {
+        "KV_HEADS": k.shape[1],
+        "BLOCK_SIZE": layout.block_size,
+        "PADDED_BLOCK": padded_block,
+        "BLOCK_ROWS": max(1, STEP_KEYS // padded_block),
+        "GROUP_SIZE": group_size,
+        "PADDED_GROUP": padded_group,
+        "HEAD_DIM": q.shape[2],
+        "DIM": next_power_of_2(q.shape[2]),
+        "TILE_TOKENS": TILE_ROWS // padded_group,
+        "TOP_K": top_k,
+    }
+
+
+def _settings(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Returns the compiler's options."""
+    wide = sizes["BLOCK_ROWS"] * sizes["PADDED_BLOCK"] > STEP_KEYS or sizes["DIM"] > 64
+    return {"num_warps": 8 if wide else 4, "num_stages": 2}
