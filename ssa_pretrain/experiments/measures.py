@@ -30,11 +30,6 @@ def _gap(run: RunResult, step: int) -> float | None:
 GAP = Measure("sparse − full", _gap)
 
 
-def own(mode_of: Callable[[str], str]) -> Measure:
-    """Returns the held-out cross entropy in the mode that belongs to a method: sparse for sparse ones, full for full attention."""
-    return Measure("cross entropy", lambda run, step: run.metric("cross_entropy", mode_of(run.setting), step))
-
-
 def evaluated(name: str, mode: str, head: str, *keys: str, form: str = ".4f") -> Measure:
     """Returns a value of an evaluation of the last checkpoint (`RunResult.evaluated`)."""
     return Measure(head, lambda run, step: run.evaluated(name, mode, *keys), form)
