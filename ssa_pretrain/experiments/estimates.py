@@ -93,8 +93,8 @@ class Estimates:
         return tokens / job.config.training.global_batch_tokens * self.step_seconds(job) / 2.0
 
     def _evaluation_seconds(self, run: TrainJob, evaluation: Evaluation) -> float:
-        words = dict(word.partition("=")[::2] for word in evaluation.overrides)
-        rows = int(words.get("evaluation.rows", run.config.evaluation.rows))
+        asked = [word.partition("=")[2] for word in evaluation.overrides if word.startswith("evaluation.rows=")]
+        rows = int(asked[-1]) if asked else run.config.evaluation.rows
         tokens = 2 * rows * (evaluation.length or run.config.data.sequence_length)
         needles = NEEDLE_SECONDS * any("needle" in word for word in evaluation.overrides)
         fixed = EVALUATION_SECONDS + needles if self.device.is_gpu else 2.0

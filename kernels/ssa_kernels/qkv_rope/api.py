@@ -62,7 +62,8 @@ def qkv_rope(
     from .triton import RAW, ROTATED, QKVRope, Sizes  # imported here because Triton may be missing on a CPU machine
 
     keys = ROTATED if rotate_keys else RAW
-    q, k, v, gate = QKVRope.apply(mixed, angles, positions, Sizes(*sizes.values(), keys), *(norm or ()))
+    shape = Sizes(num_kv_heads, group_size, head_dim, num_gates, keys)
+    q, k, v, gate = QKVRope.apply(mixed, angles, positions, shape, *(norm or ()))
     return q, k, v, gate if num_gates else None
 
 
