@@ -11,6 +11,8 @@ def _stages_ascend(config: Config, _: Machine) -> list[Problem]:
     steps, reads = training.num_steps(), ("training.steps", "training.total_tokens", "training.global_batch_tokens")
     found, before = [], 1
     for number, stage in enumerate(config.data.stages):
+        if (stage.from_step > 0) == (stage.from_tokens > 0):
+            continue  # the section itself reports it
         name = "from_step" if stage.from_step else "from_tokens"
         key, value = f"data.stages[{number}].{name}", getattr(stage, name)
         first = stage.steps_before(batches(training)) + 1

@@ -521,12 +521,17 @@ def test_settings_that_do_not_fit_the_data_are_one_line(dataset: Path, override:
             "data.stages[0]=5 is a section, not a value; it has the keys from_step, from_tokens and weights",
         ),
         (
-            ("data.stages=[{weight:{web:1}},{from_step:9}]",),
+            ("data.stages=[{from_step:5,weight:{web:1}},{from_step:9}]",),
             "data.stages[0].weight={...} is not a known key of data.stages[0]; did you mean data.stages[0].weights?",
         ),
         (
             ("data.stages=[{from_step:10,from_tokens:81920,weights:{web:1}}]",),
             "data.stages[0].from_step=10 and from_tokens=81920 must be one positive number and one 0: where the stage begins; "
+            "the run begins with data.weights; try {from_step: 1001, weights: {…}}",
+        ),
+        (
+            ("data.stages=[{weights:{web:1}}]",),
+            "data.stages[0].from_step=0 and from_tokens=0 must be one positive number and one 0: where the stage begins; "
             "the run begins with data.weights; try {from_step: 1001, weights: {…}}",
         ),
         (("data.stages=[{from_step:-1}]",), "data.stages[0].from_step=-1 must be at least 0; try 0"),
