@@ -25,7 +25,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ssa_pretrain.config import ParallelConfig
+from ssa_pretrain.config import Method, ParallelConfig
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.huggingface.options import ImportOptions, as_arguments, read_options, wants_help
 from ssa_pretrain.libraries import hide_library_warnings, import_megatron_core
@@ -67,7 +67,10 @@ def import_model(arguments: Sequence[str]) -> None:
     with joined(ParallelConfig(), seed=config.seed):
         checkpoint = import_folder(folder, record, config, options.gate)
     gated = f"attention.gate={str(config.attention.gate).lower()}"
-    settings = shlex.join([*as_arguments("model", config.model), gated])
+    nsa = ["attention=nsa", f"attention.score={config.attention.score}", f"attention.window={config.attention.window}"]
+    settings = shlex.join(
+        [*as_arguments("model", config.model), *(nsa if config.attention.method is Method.nsa else [gated])]
+    )
     print(f"imported {folder}: {checkpoint}")
     print(f"start from it with checkpoint.init_from={options.out} and the model's settings:\n  {settings}")
 
