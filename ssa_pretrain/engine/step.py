@@ -130,8 +130,9 @@ class StepSums:
         total = masked.sum()
         kept = total.detach()
         if len(losses) > 1:
-            self.z_losses.append((losses[1:].detach() * batch.loss_mask).sum())
-            kept = kept - self.z_losses[-1]
+            z_losses = losses[1:].detach() * batch.loss_mask
+            self.z_losses.append(z_losses.sum())
+            kept, masked = kept - self.z_losses[-1], masked.detach() - z_losses
         self.cross_entropies.append(kept)
         if main == "full":
             self.full.append((kept, batch.loss_mask.sum()))
