@@ -1,7 +1,7 @@
 """The rows of `data.packing=best_fit` as files: which documents, or parts of long ones, lie in which row.
 
 The documents of a part are packed in windows of WINDOW documents in the order of its files (best_fit.py), so memory does
-not grow with the dataset: 100 billion tokens in 100 million documents take about a minute, and 1.4 GB of files. The
+not grow with the dataset: 100 billion tokens in 100 million documents take about two minutes, and 1.4 GB of files. The
 index is a folder, `packing/HASH` in the dataset's folder or in `data.index_path`, where HASH stands for the dataset's
 fingerprint, the length of a row and VERSION. So an index of other data or settings is never read. For part N it has,
 little-endian:
@@ -34,7 +34,7 @@ from ssa_pretrain.data.repair import content_checksum
 from ssa_pretrain.settings.files import file_sha256, sync, write_atomically
 
 VERSION = 1  # of what decides the rows; WINDOW is a part of it
-WINDOW = 1 << 18  # documents that are packed together
+WINDOW = 1 << 20  # documents that are packed together
 PIECE = np.dtype([("first", "<i8"), ("tokens", "<i4")])
 ROW = np.dtype([("end", "<i8"), ("tokens", "<i4")])
 LISTING = "index.json"
