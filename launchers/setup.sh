@@ -3,7 +3,7 @@
 #
 #   launchers/setup.sh VENV EXTRAS        launchers/setup.sh .venv quickstart,dev
 #
-# PYTHON       the interpreter to build on; by default the first of python3, python3.12, python3.11 that is 3.11 or 3.12
+# PYTHON       the interpreter to build on; by default the first of python3, python3.13, python3.12, python3.11 that is 3.11, 3.12 or 3.13
 # TORCH_INDEX  where CPU builds of torch are; asked beside pip's own index if it answers within five seconds. A CPU build that
 #              pip finds by itself (a local wheel, a mirror) is as good. With TORCH_INDEX= pip decides by itself: on a
 #              public machine it installs the CUDA build.
@@ -25,24 +25,24 @@ stop() {
 }
 
 supported() {
-    "$1" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null
+    "$1" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' 2>/dev/null
 }
 
 find_python() {
     local candidate
     if [[ -n ${PYTHON-} ]]; then
-        command -v "$PYTHON" >/dev/null || stop "PYTHON=$PYTHON does not exist; give the path of a Python 3.11 or 3.12."
-        supported "$PYTHON" || stop "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1), and 3.11 or 3.12 is needed; give the path of one."
+        command -v "$PYTHON" >/dev/null || stop "PYTHON=$PYTHON does not exist; give the path of a Python 3.11, 3.12 or 3.13."
+        supported "$PYTHON" || stop "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1), and 3.11, 3.12 or 3.13 is needed; give the path of one."
         printf '%s' "$PYTHON"
         return
     fi
-    for candidate in python3 python3.12 python3.11; do
+    for candidate in python3 python3.13 python3.12 python3.11; do
         if command -v "$candidate" >/dev/null && supported "$candidate"; then
             printf '%s' "$candidate"
             return
         fi
     done
-    stop "no Python 3.11 or 3.12 was found; install one (Debian 12, Ubuntu 24.04: sudo apt install python3 python3-venv) or run make PYTHON=/path/to/python."
+    stop "no Python 3.11, 3.12 or 3.13 was found; install one (Debian 12, Ubuntu 24.04: sudo apt install python3 python3-venv) or run make PYTHON=/path/to/python."
 }
 
 python=$(find_python)

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -32,6 +31,11 @@ from torch.futures import Future
 
 from ssa_pretrain.checkpoint.storage import patiently
 
+try:
+    from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+except ModuleNotFoundError:  # from 0.19 on core takes any object with these methods
+    SaveShardedStrategy = object
+
 NUM_THREADS = 4  # and files per rank; four threads write as fast as two forked processes
 
 
@@ -43,7 +47,7 @@ class ThreadedStrategy(SaveShardedStrategy):
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        super().__init__("torch_dist", 1)
+        self.backend, self.version = "torch_dist", 1
         self.group = group
 
     @property

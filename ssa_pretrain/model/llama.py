@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     CheckpointWithoutOutput,
     copy_to_tensor_model_parallel_region,
@@ -105,8 +106,17 @@ class Llama(GPTModel):
 class FeedForward(MLP):
     """fc2(silu(a) * b) with [a, b] = fc1(x), without biases. `impl` names the kernels' implementation, None to choose by device."""
 
-    def __init__(self, *args: object, impl: str | None = None, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *args: object,
+        impl: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        **kwargs: object,
+    ) -> None:
+        assert not is_mtp_layer
+        groups = {} if pg_collection is None else {"tp_group": pg_collection.tp}  # core passes them from 0.18 on
+        super().__init__(*args, **groups, **kwargs)
         self.impl = impl
 
     def forward(

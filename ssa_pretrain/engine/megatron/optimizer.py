@@ -40,7 +40,7 @@ class DeviceClippedOptimizer(ChainedOptimizer):
         """Returns (whether the step was queued, the global gradient norm before clipping, fp32 on the device, None)."""
         found_inf = self.prepare_grads()
         assert not found_inf  # only fp16 scales losses, and fp16 is not supported
-        grads = [g for optimizer in self.chained_optimizers for g in optimizer.get_main_grads_for_grad_norm()]
+        grads = [g for optimizer in self.chained_optimizers for g in _gradients(optimizer)]
         norm = _norm(grads, self.get_grad_stats_parallel_group())
         if self._flags:
             for flag in self._flags:
@@ -63,6 +63,13 @@ class DeviceClippedOptimizer(ChainedOptimizer):
         """Takes skipped steps out of Adam's step counts, before they are saved or replaced. Waits for the device."""
         for flag in self._flags:
             flag.settle()
+
+
+def _gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Returns the gradients that count for the norm, each on one rank of those that hold it; core renamed the method after 0.16."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):
+        return optimizer.get_grads_for_grad_norm()
+    return optimizer.get_main_grads_for_grad_norm()
 
 
 def _norm(grads: list[Tensor], group: dist.ProcessGroup) -> Tensor:

@@ -31,7 +31,6 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -39,6 +38,7 @@ from torch import Tensor
 from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.writer import ThreadedStrategy
 
+COMMON = "common.pt"  # core's name of the file with everything that is not sharded
 MOMENTS = ("param", "exp_avg", "exp_avg_sq")  # that core saves of each parameter
 THROUGH_HOST = {"distrib_optim_fully_reshardable_mem_efficient": True}
 Shards = dict[torch.nn.Parameter, dict[str, Tensor]]
@@ -113,9 +113,9 @@ def _write(folder: Path, state: ShardedStateDict, metadata: dict[str, Any], grou
     """Writes a sharded state; every rank calls it."""
     sharded, common = save_preprocess(state | {_CONTENT_METADATA_KEY: metadata}, validate_access_integrity=False)
     _require_each_shard_once(sharded, group)
-    TorchCommonSaveStrategy("torch", 1).save_common(common, folder)
     ThreadedStrategy(group).save(sharded, folder)
     if dist.get_rank() == 0:
+        torch.save(common, folder / COMMON)
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 

@@ -187,7 +187,7 @@ def set_up(path: Path, tmp_path: Path, **environment: str) -> str:
 
 def test_set_up_without_python(tmp_path: Path) -> None:
     assert set_up(tools(tmp_path / "bin"), tmp_path) == (
-        "no Python 3.11 or 3.12 was found; install one (Debian 12, Ubuntu 24.04: sudo apt install python3 python3-venv) or run "
+        "no Python 3.11, 3.12 or 3.13 was found; install one (Debian 12, Ubuntu 24.04: sudo apt install python3 python3-venv) or run "
         "make PYTHON=/path/to/python."
     )
 
@@ -195,12 +195,12 @@ def test_set_up_without_python(tmp_path: Path) -> None:
 def test_set_up_with_an_old_python(tmp_path: Path) -> None:
     path = tools(tmp_path / "bin")
     script(path / "python3", '[ "$1" = --version ] && echo "Python 3.9.2" && exit 0\nexit 1\n')
-    assert set_up(path, tmp_path).startswith("no Python 3.11 or 3.12 was found")
+    assert set_up(path, tmp_path).startswith("no Python 3.11, 3.12 or 3.13 was found")
     assert set_up(path, tmp_path, PYTHON="python3") == (
-        "PYTHON=python3 is Python 3.9.2, and 3.11 or 3.12 is needed; give the path of one."
+        "PYTHON=python3 is Python 3.9.2, and 3.11, 3.12 or 3.13 is needed; give the path of one."
     )
     assert (
-        set_up(path, tmp_path, PYTHON="/none") == "PYTHON=/none does not exist; give the path of a Python 3.11 or 3.12."
+        set_up(path, tmp_path, PYTHON="/none") == "PYTHON=/none does not exist; give the path of a Python 3.11, 3.12 or 3.13."
     )
 
 
