@@ -39,7 +39,7 @@ except ModuleNotFoundError:  # from 0.19 on core takes any object with these met
 NUM_THREADS = 4  # and files per rank; four threads write as fast as two forked processes
 
 
-class ThreadedStrategy(SaveShardedStrategy):
+class ThreadedStrategy(SaveShardedStrategy):  # pyright: ignore[reportGeneralTypeIssues]
     """Saves shards in core's format "torch_dist", version 1, within this process.
 
     Args:

@@ -18,7 +18,7 @@ SIZES = Llama(
     num_heads=4,
     num_kv_heads=2,
     head_dim=4,
-    gate=True,
+    gates=1,
     tied=False,
 )
 

@@ -200,7 +200,8 @@ def test_set_up_with_an_old_python(tmp_path: Path) -> None:
         "PYTHON=python3 is Python 3.9.2, and 3.11, 3.12 or 3.13 is needed; give the path of one."
     )
     assert (
-        set_up(path, tmp_path, PYTHON="/none") == "PYTHON=/none does not exist; give the path of a Python 3.11, 3.12 or 3.13."
+        set_up(path, tmp_path, PYTHON="/none")
+        == "PYTHON=/none does not exist; give the path of a Python 3.11, 3.12 or 3.13."
     )
 
 
