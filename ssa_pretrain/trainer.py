@@ -9,15 +9,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssa_pretrain import __version__
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.rules import warning
-from ssa_pretrain.data.batches import Batch, training_batches
-from ssa_pretrain.engine import PendingStep, StepResult
+from ssa_pretrain.data.batches import training_batches
+from ssa_pretrain.engine import PendingStep
 from ssa_pretrain.errors import Interrupted
 from ssa_pretrain.evaluation import EMA_MODES, MODES
 from ssa_pretrain.evaluation.heads import entropy_by_layer
@@ -30,7 +30,7 @@ from ssa_pretrain.evaluation.held_out import (
 )
 from ssa_pretrain.evaluation.tasks import build_tasks, evaluate_due_tasks
 from ssa_pretrain.monitor.alerts import finished, hung, restarted
-from ssa_pretrain.monitor.by_source import source_lines, step_values
+from ssa_pretrain.monitor.by_source import source_lines
 from ssa_pretrain.monitor.console import Console, banner, end_line
 from ssa_pretrain.monitor.environment import provenance, record_start, versions
 from ssa_pretrain.monitor.metrics import MetricsLogger, Tracker
@@ -42,7 +42,7 @@ from ssa_pretrain.parallel.interruption import Interruption
 from ssa_pretrain.parallel.state import joined
 from ssa_pretrain.parallel.watchdog import Watchdog, watchdog
 from ssa_pretrain.planning.epochs import stage_line
-from ssa_pretrain.planning.flops import peak_flops, row_flops
+from ssa_pretrain.planning.flops import peak_flops
 from ssa_pretrain.planning.plan import Plan
 from ssa_pretrain.rates import learning_rate
 from ssa_pretrain.resume import find_checkpoint, newest_checkpoint, restore, why_finished
@@ -50,9 +50,10 @@ from ssa_pretrain.rollback import load_incidents, roll_back
 from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flatten_settings, locked_folder, packing_of
 from ssa_pretrain.run_folder import space_warning
 from ssa_pretrain.saving import Saver
-from ssa_pretrain.schedule import is_due, is_warm_up
+from ssa_pretrain.schedule import is_due
 from ssa_pretrain.settings.convert import config_to_dict, save_config
 from ssa_pretrain.step_ranges import contains
+from ssa_pretrain.step_records import flops_per_token, left_out_record, training_record
 
 # Settings that do not affect the results of a step.
 NEUTRAL_SETTINGS = (
@@ -290,79 +291,6 @@ def profiling(run: Run, step: int) -> AbstractContextManager[None]:
         return nullcontext()
     rank, memory = run.placement.rank, run.config.profile.memory
     return profiled(run.folder / "profile", step=step, rank=rank, memory=memory)
-
-
-def flops_per_token(run: Run, batches: list[Batch], step: int) -> float:
-    """Returns the model FLOPs per token of the step after `step` steps.
-
-    Causal attention is counted per document, over this data rank's microbatches without padding.
-    """
-    lengths = [length for batch in batches for length in batch.document_lengths]
-    row = row_flops(run.config.model, run.config.attention, lengths, run.plan.vocab_size)
-    if is_warm_up(run.config.attention, step):
-        row = replace(row, full_ratio=1.0)
-    return row.model / max(1, sum(lengths))
-
-
-def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
-    """Returns the record of a step for metrics.jsonl; the logger adds times and speeds."""
-    alignment = mean(result.alignment_by_layer)
-    z_loss = {} if result.z_loss is None else {"z_loss": result.z_loss}
-    return {
-        "step": step,
-        "tokens": run.plan.tokens_before(step),
-        **batch_size(run, step),
-        "loss": result.cross_entropy
-        + (result.z_loss or 0.0)
-        + run.config.attention.alignment_weight * (alignment or 0.0),
-        "cross_entropy": result.cross_entropy,
-        **z_loss,
-        "alignment_loss": alignment,
-        "alignment_loss_by_layer": result.alignment_by_layer,
-        "captured_mass": mean(result.captured_mass_by_layer),
-        "captured_mass_by_layer": result.captured_mass_by_layer,
-        **index_loss_record(result),
-        "grad_norm": result.grad_norm,
-        "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
-        "stream": {1.0: "full", 0.0: "sparse"}.get(result.full_share, "mixed"),
-        "full_share": result.full_share,
-    } | data_values(run, result, step)
-
-
-def data_values(run: Run, result: StepResult, step: int) -> dict[str, Any]:
-    """Returns what a step's record has on its data: padding and, on the rank that writes it, the values by source."""
-    batch = run.plan.batches.tokens_at(step - 1)
-    padding = {"padding_share": 1.0 - result.num_tokens / batch} if result.num_tokens < batch else {}
-    if run.rows is None or not run.placement.is_rank_0:
-        return padding
-    return padding | step_values(run.rows.part_names, result.by_part, run.rows.read_so_far(run.plan.rows_before(step)))
-
-
-def batch_size(run: Run, step: int) -> dict[str, int]:
-    """Returns the tokens of a step, counted from 1, if the batch changes over the run."""
-    sizes = run.plan.batches
-    return {} if sizes.is_constant else {"batch_tokens": sizes.tokens_at(step - 1)}
-
-
-def index_loss_record(result: StepResult) -> dict[str, Any]:
-    """Returns what a trained scorer adds to a step's record."""
-    losses = result.index_loss_by_layer
-    return {"index_loss": mean(losses), "index_loss_by_layer": losses} if losses else {}
-
-
-def left_out_record(run: Run, step: int) -> dict[str, Any]:
-    """Returns the record of a step whose data is left out: it has no results."""
-    by_hand = contains(run.config.training.skip_steps, step)
-    return {
-        "step": step,
-        "tokens": run.plan.tokens_before(step),
-        **batch_size(run, step),
-        "loss": None,
-        "cross_entropy": None,
-        "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
-        "skipped": True,
-        "skip_reason": "training.skip_steps" if by_hand else "rollback",
-    }
 
 
 def open_log(run: Run, step: int, more_trackers: Sequence[Callable[[Path], Tracker]] = ()) -> MetricsLogger:

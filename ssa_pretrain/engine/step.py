@@ -31,12 +31,13 @@ or not. The results are means over the drawn queries except padding, in which a 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssa_kernels import build_layout, sample_queries
+from ssa_kernels import DocumentLayout, build_layout, sample_queries
 from ssa_pretrain.config import Config, Method, Score
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.data.spans import Span, total
@@ -50,7 +51,6 @@ from ssa_pretrain.parallel.context import ContextParallel
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.schedule import Place, counterpart_spans, main_stream, share_drawn
 
-SCORED_TOKENS = 1024  # tokens whose logits are in fp32 at once
 NOT_COMPARED = -1.0
 
 
@@ -241,22 +241,16 @@ class Microbatches:
 
     def pack(self, batch: Batch, route: Route) -> PackedTokens:
         """Returns a localised microbatch's packing for the layers."""
-        length = self.config.data.sequence_length
         layout = build_layout(
             batch.cu_seqlens,
             num_tokens=self.context.num_tokens(batch),
             block_size=self.config.attention.block_size,
-            max_length=length,
+            max_length=self.config.data.sequence_length,
         )
         documents = self.context.queries(layout)
-        return PackedTokens(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=length,
-            max_seqlen_kv=length,
-            positions=batch.positions,
-            documents=documents,
+        return self._packed(
+            batch,
+            documents,
             key_positions=layout.query_position if self.context.size > 1 else None,
             gather=self.context.gather if self.context.size > 1 else None,
             num_rows=batch.num_rows,
@@ -272,8 +266,12 @@ class Microbatches:
 
     def pack_newest(self, batch: Batch, mode: str, texts: TextCache) -> PackedTokens:
         """Returns the packing of the newest tokens of texts, documents of one token each; the same on every context rank."""
-        count, length = len(batch.positions), self.config.data.sequence_length
-        sizes = {"num_tokens": count, "block_size": self.config.attention.block_size, "max_length": 1}
+        sizes = {"num_tokens": len(batch.positions), "block_size": self.config.attention.block_size, "max_length": 1}
+        return self._packed(batch, build_layout(batch.cu_seqlens, **sizes), main=mode, continues=texts)
+
+    def _packed(self, batch: Batch, documents: DocumentLayout, **more: Any) -> PackedTokens:
+        """Returns a packing with the fields that megatron-core reads."""
+        length = self.config.data.sequence_length
         return PackedTokens(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -281,9 +279,8 @@ class Microbatches:
             max_seqlen_q=length,
             max_seqlen_kv=length,
             positions=batch.positions,
-            documents=build_layout(batch.cu_seqlens, **sizes),
-            main=mode,
-            continues=texts,
+            documents=documents,
+            **more,
         )
 
     def begin_evaluation(self, batches: Sequence[Batch]) -> StepSums:
@@ -404,22 +401,6 @@ class Microbatches:
             full_labels=of_full[1],
             z_sum=of_full[2],
         )
-
-
-def label_scores(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
-    """Returns each label's log-probability, and 1 if it is the likeliest of the vocabulary, else 0: fp32 [T, 2].
-
-    Args:
-        logits: [T, padded V]; as in training, the padding takes part in the softmax.
-        labels: int64 [T].
-        vocab_size: tokens of the tokenizer.
-    """
-    found = []
-    for wide, label in zip(logits.split(SCORED_TOKENS), labels.split(SCORED_TOKENS), strict=True):
-        wide = wide.float()
-        own = wide.gather(1, label[:, None])[:, 0] - wide.logsumexp(-1)
-        found.append(torch.stack([own, (wide[:, :vocab_size].argmax(-1) == label).float()], dim=1))
-    return torch.cat(found)
 
 
 def _num_computed(packed: PackedTokens) -> int:

@@ -20,7 +20,8 @@ from ssa_pretrain.planning.flops import row_flops
 from ssa_pretrain.resume import find_checkpoint, restore, why_finished
 from ssa_pretrain.run import Run, training_rows
 from ssa_pretrain.schedule import is_due
-from ssa_pretrain.trainer import banner_facts, flops_per_token
+from ssa_pretrain.step_records import flops_per_token
+from ssa_pretrain.trainer import banner_facts
 from support.small_datasets import cut, write_dataset
 
 

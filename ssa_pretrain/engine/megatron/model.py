@@ -21,8 +21,9 @@ from ssa_pretrain.checkpoint.weights import find_weights
 from ssa_pretrain.config import Config, PrecisionName, Score
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.interface import EvaluationResult
+from ssa_pretrain.engine.label_scores import label_scores
 from ssa_pretrain.engine.megatron import checkpoint
-from ssa_pretrain.engine.step import Microbatches, Route, StepSums, label_scores
+from ssa_pretrain.engine.step import Microbatches, Route, StepSums
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.spec import build_model
 from ssa_pretrain.model.text_cache import TextCache
