@@ -22,7 +22,6 @@ SYNONYMS = {
     "lr_scheduler_type": "optim.schedule",
     "decay_ratio": "optim.decay_fraction",
     "lr_wsd_decay_style": "optim.decay_shape",
-    "ema": "optim.ema_decay",
     "rampup_batch_size": "training.batch_steps",
     "max_steps": "training.steps",
     "train_iters": "training.steps",
