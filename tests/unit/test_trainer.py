@@ -112,9 +112,17 @@ def test_interval_is_due_at_multiples_and_at_the_end(step, interval, expected):
 
 def test_banner_warns_of_blocks_that_cover_the_row(tmp_path):
     plan = SimpleNamespace(
-        parameters=1, world_size=1, tp=1, pp=1, cp=1, dp=1, vocab_size=1, steps=1, tokens_per_step=1, total_tokens=1
+        parameters=1,
+        world_size=1,
+        tp=1,
+        pp=1,
+        cp=1,
+        dp=1,
+        vocab_size=1,
+        steps=1,
+        total_tokens=1,
+        batches=Batches(((0, 1),)),
     )
-    plan.batches = Batches(((0, 1),))
     found = []
     for length in (256, 272):
         config = Config()
