@@ -16,7 +16,7 @@ from ssa_kernels.gate_and_align.sampled import sampled_backward, sampled_forward
 from ssa_kernels.gate_and_align.triton import gate_backward, gate_forward
 from ssa_kernels.gate_triton import gate_stream_backward, gate_stream_forward
 from ssa_kernels.linear_cross_entropy.triton import probabilities_in_place, statistics
-from ssa_kernels.qkv_rope.triton import qkv_rope_backward, qkv_rope_forward
+from ssa_kernels.qkv_rope.triton import Sizes, qkv_rope_backward, qkv_rope_forward
 from ssa_kernels.queries import query_spans
 from ssa_kernels.select.launch import select_blocks_triton
 from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
@@ -139,9 +139,9 @@ def _qkv_rope(case: Case) -> None:
     group = case.heads // case.kv_heads
     mixed = torch.zeros(TOKENS, case.kv_heads * ((group + 2) * case.head_dim + group), dtype=case.dtype)
     angles, positions = torch.zeros(TOKENS, case.head_dim // 2), torch.zeros(TOKENS, dtype=torch.int32)
-    sizes = (case.kv_heads, group, case.head_dim, group)
-    grads = qkv_rope_forward(mixed, angles, positions, *sizes)
-    qkv_rope_backward(*grads, angles, positions, *sizes)
+    sizes = Sizes(case.kv_heads, group, case.head_dim, group)
+    grads = qkv_rope_forward(mixed, angles, positions, sizes)
+    qkv_rope_backward(grads, angles, positions, sizes)
 
 
 def _decode(case: Case) -> None:
