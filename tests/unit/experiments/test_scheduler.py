@@ -110,18 +110,28 @@ def test_jobs_that_need_others_run_after_them_and_failures_stay_alone(tmp_path) 
 
 
 def test_no_device_has_more_than_its_memory_slots_or_an_exclusive_job(tmp_path) -> None:
-    watch = f'ls {tmp_path} | grep -c "^on.$GPU" >> {tmp_path}/seen.$GPU'
-    body = f"GPU=$CUDA_VISIBLE_DEVICES; touch {tmp_path}/on.$GPU.$$; {watch}; sleep 0.15; rm {tmp_path}/on.$GPU.$$"
-    jobs = [script(tmp_path, f"small{i}", body, memory=4.0) for i in range(5)]
-    jobs += [script(tmp_path, f"large{i}", body, memory=9.0) for i in range(2)]
-    jobs += [script(tmp_path, "alone", body, exclusive=True)]
+    beside: dict[str, list[str]] = {}
+
+    class Recording(Scheduler):
+        def _launch(self, job: Job, device: Device, need: float) -> None:
+            beside[job.name] = [one.job.name for one in self._on(device)]
+            super()._launch(job, device, need)
+
+    jobs = [script(tmp_path, f"small{i}", "sleep 0.1", memory=4.0) for i in range(5)]
+    jobs += [script(tmp_path, f"large{i}", memory=9.0) for i in range(2)]
+    jobs += [script(tmp_path, f"tiny{i}", memory=0.1) for i in range(4)]
+    jobs += [script(tmp_path, "alone", exclusive=True)]
     too_large = script(tmp_path, "too_large", memory=11.0)
-    _, said = schedule([*jobs, too_large], per_device=3)
+    said = Said()
+    Recording(GPUS, 3, Known(), float("inf"), said).run([*jobs, too_large])
     assert all(job.is_done for job in jobs) and not too_large.is_done
-    seen = [int(n) for gpu in "01" for n in (tmp_path / f"seen.{gpu}").read_text().split()]
-    assert max(seen) == 2, "two of 4 fit into 10, three do not"
+    memory = {job.name: job.memory for job in jobs}
+    for name, others in beside.items():
+        assert memory[name] + sum(memory[other] for other in others) <= 10.0 and len(others) < 3
+        assert "alone" not in others and (name != "alone" or not others)
+    assert [len(beside[f"small{i}"]) for i in range(4)] == [0, 0, 1, 1], "two on each device at once, in turns"
     assert {gpu for _, gpu in order(tmp_path)} == {"0", "1"}
-    assert any("too_large: not started; it needs about" in line for line in said)
+    assert any("too_large: not started; it needs about" in line for line in said.lines)
 
 
 def test_nothing_starts_that_would_not_end_and_what_runs_is_stopped(tmp_path) -> None:
