@@ -102,9 +102,9 @@ def train(config: Config, more_trackers: Sequence[Callable[[Path], Tracker]] = (
                 first_step = restore(run, newest_checkpoint(run))
         step, seconds = max(first_step, run.last_step), time.monotonic() - begin
         tokens = run.plan.tokens_before(step)
-        log.console.print(end_line(step, first_step, run.plan.steps, tokens, seconds))
         if lines := source_lines(log.recent):
             log.console.print(lines)
+        log.console.print(end_line(step, first_step, run.plan.steps, tokens, seconds))
 
 
 def train_segment(

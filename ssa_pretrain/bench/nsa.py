@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from ssa_pretrain.bench.variants import Variant, batches, counted, long_rows, memory_in_use, pass_over, with_attention
+from ssa_pretrain.bench.variants import Variant, batches, long_rows, memory_in_use, pass_over, with_attention, work_of
 from ssa_pretrain.config import Config, Method, Score
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
@@ -25,13 +25,13 @@ def _methods(config: Config, placement: Placement, vocab: int, rows_name: str) -
     (engine, shared_bytes), (nsa, own_bytes) = (
         _built(lambda c=c: MegatronEngine(c, placement, vocab)) for c in (config, own)
     )
-    rows, work = batches(config, placement, vocab, 1), counted(config, placement, 1)
-    found = []
+    rows, found = batches(config, placement, vocab, 1), []
     for method in (Method.full, Method.moba, Method.nsa):
         is_own = method is Method.nsa
         run = pass_over(nsa if is_own else with_attention(engine, method=method), rows)
         foreign = shared_bytes if is_own else own_bytes
-        found.append(Variant(name=f"nsa case, {method} {rows_name}", run=run, foreign_bytes=foreign, **work[method]))
+        work = work_of(replace(config, attention=replace(config.attention, method=method)), placement, 1)
+        found.append(Variant(name=f"nsa case, {method} {rows_name}", run=run, foreign_bytes=foreign, **work))
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ssa_pretrain.bench.documents import Documents
-from ssa_pretrain.bench.variants import Variant, batches, counted, long_rows, pass_over, with_attention
+from ssa_pretrain.bench.variants import Variant, batches, long_rows, pass_over, with_attention, work_of
 from ssa_pretrain.config import AttentionConfig, Config, Method
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
@@ -105,7 +105,7 @@ def share_variants(
     attention = engine.config.attention
 
     def work(trained: AttentionConfig) -> dict[str, Any]:
-        known = counted(replace(engine.config, attention=trained), engine.placement, len(packed))[trained.method]
+        known = work_of(replace(engine.config, attention=trained), engine.placement, len(packed))
         return known if count_flops else {**known, "flops": 0.0}
 
     def variant(name: str, **settings: Any) -> Variant:

@@ -42,7 +42,8 @@ OPERATORS = {
     ),
 }
 OPERATORS["rope"] = lambda: ssa_kernels.rope(k, angles, positions)
-OPERATORS["key_convolution"] = lambda: ssa_kernels.key_convolution(k, draw(16, 1, 3), positions)
+filters = draw(16, 1, 3)
+OPERATORS["key_convolution"] = lambda: ssa_kernels.key_convolution(k, filters, positions)
 draws, hidden, weight, labels = draw(12, 16), draw(12, 16), draw(20, 16), torch.arange(12)
 mixed, angles, positions = draw(12, 2 * (2 * 8 + 8 + 8 + 2)), draw(12, 8), torch.arange(12)
 

@@ -20,7 +20,16 @@ from support.processes import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+LINES = (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def holds(requirement: Requirement) -> bool:
+    """Returns whether a requirement is one of this interpreter's."""
+    return requirement.marker is None or requirement.marker.evaluate()
+
+
+PINS = [Requirement(line) for line in LINES if "==" in line and not line.startswith("#")]
+PINNED = {pin.name: next(iter(pin.specifier)).version for pin in PINS if holds(pin)}
 
 
 def normal(name: str) -> str:
@@ -28,9 +37,8 @@ def normal(name: str) -> str:
 
 
 def requirements(*extras: str) -> list[Requirement]:
-    return [
-        Requirement(line) for line in [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
-    ]
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
+    return [found for found in map(Requirement, lines) if holds(found)]
 
 
 def imported(folder: Path) -> dict[str, Path]:
