@@ -3,9 +3,8 @@
 A case builds its models and returns its variants, which take turns. Dropping the variants frees the models.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ssa_pretrain.bench.documents import Documents
 from ssa_pretrain.bench.methods import methods
@@ -17,9 +16,9 @@ from ssa_pretrain.bench.variants import (
     ONE_MODEL,
     Variant,
     batches,
+    built,
     counted,
     long_rows,
-    memory_in_use,
     pass_over,
     plain_pass,
     whole_step,
@@ -30,16 +29,15 @@ from ssa_pretrain.config import Config, Method, PrecisionName, Recompute, Score
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
 
-Built = TypeVar("Built")
 ACCUMULATED = 8  # microbatches in a whole step
 
 
 def speed_8k(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     """Returns forward and backward at 8k: core's own model and our three methods, with one document per row and with short ones."""
     separate = replace(config, engine=replace(config.engine, fuse_gradient_accumulation=False))
-    plain, plain_bytes = _built(lambda: PlainModel(config, placement, vocab))
-    engine, our_bytes = _built(lambda: MegatronEngine(config, placement, vocab))
-    unfused, unfused_bytes = _built(lambda: MegatronEngine(separate, placement, vocab))
+    plain, plain_bytes = built(lambda: PlainModel(config, placement, vocab))
+    engine, our_bytes = built(lambda: MegatronEngine(config, placement, vocab))
+    unfused, unfused_bytes = built(lambda: MegatronEngine(separate, placement, vocab))
     rows, short = (batches(config, placement, vocab, 1, kind) for kind in (Documents.whole, Documents.short))
     work = counted(config, placement, 1)
     full = work[Method.full]
@@ -90,7 +88,7 @@ def fp8(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     rows = batches(config, placement, vocab, 1)
     found = []
     engines = {
-        name: _built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in (("bf16", config), ("fp8", low))
+        name: built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in (("bf16", config), ("fp8", low))
     }
     total = sum(held for _, held in engines.values())
     for name, (engine, held) in engines.items():
@@ -101,12 +99,10 @@ def fp8(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     return found
 
 
-def recompute(config: Config, placement: Placement, vocab: int) -> list[Variant]:
-    """Returns ssa with no, selective and full recomputation."""
+def _ssa_engines(configs: dict[str, Config], config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """Returns forward and backward of ssa at 8k by an engine of each configuration, by name; counted as `config`'s."""
     rows = batches(config, placement, vocab, 1)
-    names = {Recompute.none: "none", Recompute.selective: "selective", Recompute.full: "full recompute"}
-    configs = {name: replace(config, engine=replace(config.engine, recompute=kind)) for kind, name in names.items()}
-    engines = {name: _built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in configs.items()}
+    engines = {name: built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in configs.items()}
     total = sum(held for _, held in engines.values())
     work = counted(config, placement, 1)[Method.ssa]
     return [
@@ -120,6 +116,13 @@ def recompute(config: Config, placement: Placement, vocab: int) -> list[Variant]
     ]
 
 
+def recompute(config: Config, placement: Placement, vocab: int) -> list[Variant]:
+    """Returns ssa with no, selective and full recomputation."""
+    names = {Recompute.none: "none", Recompute.selective: "selective", Recompute.full: "full recompute"}
+    configs = {name: replace(config, engine=replace(config.engine, recompute=kind)) for kind, name in names.items()}
+    return _ssa_engines(configs, config, placement, vocab)
+
+
 def indexer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     """Returns forward and backward at 8k with a trained scorer: its method in the warm-up and after it, and inside ssa."""
     alone = {"method": Method.indexer, "block_size": 128, "full_ratio": 0.0, "counterpart_share": 0.125}
@@ -130,7 +133,7 @@ def indexer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     rows, engines = batches(config, placement, vocab, 1), {}
     for name, settings in (("indexer", alone), ("ssa", {"method": Method.ssa})):
         trained = replace(config, attention=replace(config.attention, score=Score.indexer, **settings))
-        engines[name] = _built(lambda c=trained: MegatronEngine(c, placement, vocab))
+        engines[name] = built(lambda c=trained: MegatronEngine(c, placement, vocab))
     (engine, held), (inside, inside_held) = engines.values()
     common = work_of(engine.config, placement, 1) | {"foreign_bytes": inside_held}
     found = []
@@ -145,24 +148,12 @@ def indexer(config: Config, placement: Placement, vocab: int) -> list[Variant]:
 
 def keys(config: Config, placement: Placement, vocab: int) -> list[Variant]:
     """Returns ssa as it is, with QK-norm, and with a convolution of keys of width 3."""
-    rows = batches(config, placement, vocab, 1)
     configs = {
         "plain keys": config,
         "QK-norm": replace(config, model=replace(config.model, qk_norm=True)),
         "key convolution": replace(config, attention=replace(config.attention, key_convolution=3)),
     }
-    engines = {name: _built(lambda c=c: MegatronEngine(c, placement, vocab)) for name, c in configs.items()}
-    total = sum(held for _, held in engines.values())
-    work = counted(config, placement, 1)[Method.ssa]
-    return [
-        Variant(
-            name=f"ssa 8k {name}",
-            run=pass_over(with_attention(engine, method=Method.ssa), rows),
-            foreign_bytes=total - held,
-            **work,
-        )
-        for name, (engine, held) in engines.items()
-    ]
+    return _ssa_engines(configs, config, placement, vocab)
 
 
 CASES = {
@@ -186,9 +177,3 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "tp2": {"parallel": TP2},
     "tp2_overlap": {"parallel": TP2, "engine": {"overlap_tp": True}},
 }  # settings by group for two processes; each runs the case `optimizer`
-
-
-def _built(build: Callable[[], Built]) -> tuple[Built, int]:
-    """Returns the result of `build` and the bytes that it holds."""
-    before = memory_in_use()
-    return build(), memory_in_use() - before

@@ -1,9 +1,8 @@
 """The cases of `attention=nsa`, whose weights are others than those of the other methods: an engine of its own, beside one for full and moba."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from ssa_pretrain.bench.variants import Variant, batches, long_rows, memory_in_use, pass_over, with_attention, work_of
+from ssa_pretrain.bench.variants import Variant, batches, built, long_rows, pass_over, with_attention, work_of
 from ssa_pretrain.config import Config, Method, Score
 from ssa_pretrain.engine.megatron.engine import MegatronEngine
 from ssa_pretrain.parallel.state import Placement
@@ -23,7 +22,7 @@ def _methods(config: Config, placement: Placement, vocab: int, rows_name: str) -
     """Returns forward and backward of the methods, which take turns."""
     own = replace(config, attention=replace(config.attention, method=Method.nsa, score=Score.compressed))
     (engine, shared_bytes), (nsa, own_bytes) = (
-        _built(lambda c=c: MegatronEngine(c, placement, vocab)) for c in (config, own)
+        built(lambda c=c: MegatronEngine(c, placement, vocab)) for c in (config, own)
     )
     rows, found = batches(config, placement, vocab, 1), []
     for method in (Method.full, Method.moba, Method.nsa):
@@ -33,9 +32,3 @@ def _methods(config: Config, placement: Placement, vocab: int, rows_name: str) -
         work = work_of(replace(config, attention=replace(config.attention, method=method)), placement, 1)
         found.append(Variant(name=f"nsa case, {method} {rows_name}", run=run, foreign_bytes=foreign, **work))
     return found
-
-
-def _built(build: Callable[[], MegatronEngine]) -> tuple[MegatronEngine, int]:
-    """Returns the engine and the bytes that it holds."""
-    before = memory_in_use()
-    return build(), memory_in_use() - before

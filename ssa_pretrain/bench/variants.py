@@ -8,7 +8,7 @@ turns.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.planning.flops import row_flops
 
 LEARNING_RATE = 1e-6
+Built = TypeVar("Built")
 ONE_MODEL = (Method.ssa, Method.full, Method.moba)  # methods that one engine serves; the others have more weights
 
 
@@ -130,3 +131,9 @@ def plain_pass(model: PlainModel, batch: Batch, length: int) -> Callable[[], obj
 def memory_in_use() -> int:
     """Returns the bytes that tensors hold on this device, 0 on a CPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def built(build: Callable[[], Built]) -> tuple[Built, int]:
+    """Returns the result of `build` and the bytes that it holds."""
+    before = memory_in_use()
+    return build(), memory_in_use() - before
