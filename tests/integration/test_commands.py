@@ -116,7 +116,9 @@ def test_quickstart_records_have_every_documented_key(
         (table,) = (table for table in tables if table.startswith(f'`"kind": "{record["kind"]}"`'))
         rows = re.findall(r"^\| (`.*?) \| (.*) \|$", table, re.MULTILINE)
         keys = {key: meaning for cell, meaning in rows for key in re.findall(r"`(\w+)`", cell)}
-        always = {key for key, meaning in keys.items() if not meaning.startswith(("only in ", "only with ", "only if "))}
+        always = {
+            key for key, meaning in keys.items() if not meaning.startswith(("only in ", "only with ", "only if "))
+        }
         assert always <= set(record), f"documented and not written: {always - set(record)}"
         assert set(record) - {"kind"} <= set(keys), "written and not documented"
 
