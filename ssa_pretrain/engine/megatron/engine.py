@@ -6,6 +6,7 @@ Losses and results are step.py's. Core's schedules run forward and backward, and
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -174,7 +175,13 @@ class MegatronEngine(MegatronModel):
 
     def _install_hooks(self) -> None:
         """Sets the functions that core's schedules call to synchronise gradients and parameters."""
-        self.core.finalize_model_grads_func = self._finalize_gradients
+        own_time, device = self.microbatches.own_time, self.placement.device
+
+        def finalize(*arguments: Any, **options: Any) -> None:  # knows no more of the engine, because core keeps it
+            own_time.end(device)  # until here this rank has computed alone
+            finalize_model_grads(*arguments, **options)
+
+        self.core.finalize_model_grads_func = finalize
         ddp = self.chunks[0].ddp_config
         if ddp.overlap_grad_reduce:
             self.core.no_sync_func = (
@@ -184,8 +191,3 @@ class MegatronEngine(MegatronModel):
                 self.core.grad_sync_func = [c.start_grad_sync for c in self.chunks]
         if ddp.overlap_param_gather and len(self.chunks) > 1:
             self.core.param_sync_func = [c.start_param_sync for c in self.chunks]
-
-    def _finalize_gradients(self, *arguments, **options) -> None:
-        """Reduces the gradients; until here this rank has computed alone."""
-        self.microbatches.own_time.end(self.placement.device)
-        finalize_model_grads(*arguments, **options)
