@@ -30,7 +30,7 @@ def test_resumed_on_another_layout_with_another_later_stage(corpus: Path, tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     assert "best fit: " in done.stdout and "; built the index " in done.stdout
     assert "stage 3 of the mixture begins with step 5: english 3, python 1" in done.stderr
-    assert done.stderr.splitlines()[-3].split() == ["source", "tokens", "share", "epochs", "loss"]
+    assert done.stderr.splitlines()[-4].split() == ["source", "tokens", "share", "epochs", "loss"]
     half = (*common, f"data.stages=[{FIRST},{{from_step:6,weights:{{python:1}}}}]", f"output_dir={parts}")
     assert run("ssa_pretrain.train", *half, "parallel=tp2", "training.stop_at_step=4", processes=2).returncode == 0
     done = run("ssa_pretrain.train", *common, BOTH, f"output_dir={parts}")
