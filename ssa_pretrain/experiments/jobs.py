@@ -11,6 +11,7 @@ There is no other state, so a command goes on from whatever a killed one has lef
 import json
 import shutil
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ LAST_LINES = 12  # of a failed job's log, for the report
 
 
 @dataclass
-class Job:
+class Job(ABC):
     """A process to run.
 
     Attributes:
@@ -37,14 +38,14 @@ class Job:
     out: Path
 
     @property
+    @abstractmethod
     def command(self) -> list[str]:
         """The command line."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def is_done(self) -> bool:
         """Whether its results are there."""
-        raise NotImplementedError
 
     @property
     def is_ready(self) -> bool:
