@@ -10,7 +10,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -50,19 +50,25 @@ def python_and_packages() -> list[Finding]:
 
 def _python() -> Finding:
     have = platform.python_version()
-    if not (3, 11) <= tuple(int(n) for n in platform.python_version_tuple()[:2]) < (3, 13):
-        return fail("python", f"{have}; 3.11 and 3.12 are supported", "make PYTHON=/path/to/python3.12")
+    if not (3, 11) <= tuple(int(n) for n in platform.python_version_tuple()[:2]) < (3, 14):
+        return fail("python", f"{have}; 3.11, 3.12 and 3.13 are supported", "make PYTHON=/path/to/python3.12")
     return ok("python", f"{have}, {platform.platform(terse=True)}")
 
 
 def _requirements() -> dict[str, str]:
-    """Returns the declared range of each package, such as ">=2.11,<2.14"."""
+    """Returns the declared range of each package for this Python, such as ">=2.11,<2.14"; those of extras too."""
     try:
         lines = requires(DISTRIBUTION) or []
     except PackageNotFoundError:  # a checkout on the path, not installed
         return {}
     parsed = [Requirement(line) for line in lines]
-    return {one.name: str(one.specifier) for one in parsed if str(one.specifier)}
+    extras = metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    here = [
+        one
+        for one in parsed
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+    ]
+    return {one.name: str(one.specifier) for one in here if str(one.specifier)}
 
 
 def memory() -> list[Finding]:

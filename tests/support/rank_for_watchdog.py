@@ -1,7 +1,8 @@
 """Acts as a launcher of ranks (`launcher FOLDER MODE MODE …`) and as one of its ranks (`rank FOLDER MODE`), for test_watchdog.py.
 
 A step is a little work and one collective, under a watchdog. At step HANGS_AT a rank does what its mode says: "trains", "loops" in Python, "locks" Python
-in C code, "stops" its process. "timed" trains and takes the time that passes for its own, not the CPU time.
+in C code, "stops" its process. "timed" trains and takes the time that passes for its own, not the CPU time. "pauses" does so as well, and stops its process in
+every step, until somebody sends SIGCONT.
 """
 
 import os
@@ -69,7 +70,9 @@ def live(folder: Path, mode: str) -> None:
                     hang(mode)
                 begin = time.monotonic()
                 work()
-                watch.add_own_seconds(time.monotonic() - begin if mode == "timed" else WORK_SECONDS)
+                if mode == "pauses":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                watch.add_own_seconds(time.monotonic() - begin if mode in ("timed", "pauses") else WORK_SECONDS)
                 dist.all_reduce(torch.zeros(1))
         dist.destroy_process_group()
 

@@ -104,7 +104,13 @@ def test_missing_package_that_is_needed_fails(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_declared_ranges_are_read_from_the_installed_project() -> None:
-    assert machine._requirements()["megatron-core"].startswith("==")
+    assert "0.16.1" in machine._requirements()["megatron-core"]
+
+
+def test_declared_range_is_that_of_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["a==1; python_version >= '3.11'", "a>=2; python_version < '3.11'", "b>3; extra == 'deepspeed'", "c"]
+    monkeypatch.setattr(machine, "requires", lambda name: lines)
+    assert machine._requirements() == {"a": "==1", "b": ">3"}
 
 
 def test_young_locks_empty_files_and_shared_caches_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
