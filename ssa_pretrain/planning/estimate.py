@@ -250,8 +250,10 @@ class Estimate:
 
     @property
     def is_measured(self) -> bool:
-        """Whether runs of this kind have been measured: such a model, on this GPU, on as many of them, with as much of each parallelism."""
+        """Whether runs of this kind have been measured: such a model and method, on this GPU, on as many of them, with as much of each parallelism."""
+        method = self.config.attention.method
         runs = [run for run in self.fitted.runs if run.hardware.name == self.hardware.name and run.seconds]
+        runs = [run for run in runs if run.config.attention.method is method]
         widths = [run.config.model.hidden_size for run in runs]
         if not runs or not min(widths) <= self.config.model.hidden_size <= max(widths):
             return False

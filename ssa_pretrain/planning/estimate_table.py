@@ -235,7 +235,7 @@ def _basis(estimate: Estimate) -> list[tuple[str, str]]:
         rows.append(
             (
                 "",
-                "of this kind none: other models and GPUs, more GPUs, pipelines and context ranks are extrapolated (docs/planning.md)",
+                "none of this kind was measured: other models, methods and GPUs, more GPUs, pipelines and context ranks are extrapolated (docs/planning.md)",
             )
         )
     return rows

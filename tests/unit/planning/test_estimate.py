@@ -47,6 +47,7 @@ def test_parts_of_a_step_add_up_to_the_measured_time(paper: PlanConfig) -> None:
     assert found.tokens_per_second == pytest.approx(tokens / step.total)
     assert found.mfu == pytest.approx(0.493, rel=0.03)
     assert found.is_measured and not planned(paper, 64).is_measured
+    assert not planned(config, 1, "attention.method=nsa", "attention.score=compressed").is_measured
     assert sum(found.memory_parts.values()) == pytest.approx(found.peak_bytes)
 
 
@@ -248,7 +249,7 @@ def test_plan_prints_every_estimate(capsys: pytest.CaptureFixture[str]) -> None:
         r"time       0\.\d+ days .* GPU-hours, \$\d,\d+ at \$10 per GPU-hour",
         r"goodput    99\.\d+% of the time: a checkpoint every 500 steps",
         r"estimated  by a model fitted to \d+ measured runs: times within",
-        r"of this kind none",
+        r"none of this kind was measured",
         r"files .*checkpoints of about 18\.1 GiB",
         r"command    torchrun --nnodes 8 --nproc-per-node 8 .* experiment=ssa_1b_8k data\.path=/nowhere\n",
     ):
