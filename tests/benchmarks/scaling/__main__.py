@@ -35,7 +35,7 @@ from ssa_pretrain.planning.measured import hardware_of
 from ssa_pretrain.planning.plan import make_plan
 
 SECONDS = {
-    "two_gpus": {"speed": 240, "layouts": 130, "save": 60, "deepspeed": 110},
+    "two_gpus": {"speed": 270, "layouts": 120, "save": 50, "deepspeed": 100},
     "scaling": {"speed": 300, "save": 75, "restart": 95},
 }  # limits of the parts: nine minutes, and eight
 SIZE = {"two_gpus": "1b_half", "scaling": "1b"}

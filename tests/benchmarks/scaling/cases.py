@@ -13,6 +13,7 @@ from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import Machine
 
+ONE_GPU, OTHER_GPU = "one GPU", "the other GPU"
 SSA, FULL, QUARTER = "ssa", "full", "ssa r=1/4"
 VARIANTS: dict[str, dict[str, Any]] = {SSA: {}, FULL: {"method": "full"}, QUARTER: {"counterpart_share": 0.25}}
 TP2 = ("parallel.tp=2", "parallel.sequence_parallel=true")
@@ -82,6 +83,7 @@ class Case:
         settings: of the layout.
         variants: names in VARIANTS; the first is the one whose losses are compared.
         exposed: variants whose communication is measured.
+        rounds: timed steps of each variant.
         kind: "speed", or "save" for an asynchronous checkpoint.
         then: for "save", the settings of the layout that resumes.
     """
@@ -92,6 +94,7 @@ class Case:
     settings: tuple[str, ...] = ()
     variants: tuple[str, ...] = (SSA,)
     exposed: tuple[str, ...] = ()
+    rounds: int = 2
     kind: str = "speed"
     then: tuple[str, ...] = ()
 
@@ -126,7 +129,7 @@ def fixed_rows(length: str, host_gpus: int) -> int:
 def two_gpus() -> dict[str, list[Job]]:
     """Returns the jobs by part for a host of two GPUs."""
     every = (SSA, QUARTER, FULL)
-    dp2 = Case(layout="dp2", length="8k", gpus=2, variants=every, exposed=(SSA, QUARTER))
+    dp2 = Case(layout="dp2", length="8k", gpus=2, variants=every, exposed=(SSA, QUARTER), rounds=6)
     tp2 = Case(layout="tp2", length="8k", gpus=2, settings=TP2, variants=(SSA, QUARTER), exposed=(SSA, QUARTER))
     overlapped = Case(
         layout="tp2 overlapped",
@@ -135,8 +138,9 @@ def two_gpus() -> dict[str, list[Job]]:
         settings=(*TP2, "engine.overlap_tp=true"),
         variants=(SSA, QUARTER),
         exposed=(SSA,),
+        rounds=4,
     )
-    long_tp2 = Case(layout="tp2", length="32k", gpus=2, settings=TP2, variants=(SSA, QUARTER))
+    long_tp2 = Case(layout="tp2", length="32k", gpus=2, settings=TP2)
     cp2 = Case(
         layout="cp2",
         length="32k",
@@ -144,8 +148,9 @@ def two_gpus() -> dict[str, list[Job]]:
         settings=("parallel.cp=2",),
         variants=every,
         exposed=(SSA, QUARTER),
+        rounds=3,
     )
-    long_dp2 = Case(layout="dp2", length="32k", gpus=2, variants=(SSA, QUARTER))
+    long_dp2 = Case(layout="dp2", length="32k", gpus=2)
     fp8_cp2 = Case(layout="cp2 fp8", length="32k", gpus=2, settings=(*cp2.settings, "precision=fp8"))
     pp2 = Case(layout="pp2", length="8k", gpus=2, settings=PP2)
     vpp2 = Case(layout="pp2 vpp2", length="8k", gpus=2, settings=VPP2, exposed=(SSA,))
@@ -162,7 +167,7 @@ def two_gpus() -> dict[str, list[Job]]:
     save = Case(layout="dp2", length="8k", gpus=2, kind="save", then=TP2)
     return {
         "speed": [
-            *one_gpu(every),
+            *both_gpus_alone(every),
             Job(gpus=2, cases=[dp2, tp2, cp2, vpp2, overlapped, long_tp2, long_dp2, pp2, fp8_cp2]),
         ],
         "save": [Job(gpus=2, cases=[save])],
@@ -171,11 +176,16 @@ def two_gpus() -> dict[str, list[Job]]:
     }
 
 
+def both_gpus_alone(variants: tuple[str, ...]) -> list[Job]:
+    """Returns the jobs of the baseline on two GPUs at once: 8k on both, since no two GPUs are equally fast and a synchronous step waits for the slower."""
+    short, long = (Case(layout=ONE_GPU, length=length, gpus=1, variants=variants, rounds=4) for length in ("8k", "32k"))
+    return [Job(gpus=1, cases=[short]), Job(gpus=1, cases=[replace(short, layout=OTHER_GPU, variants=(SSA,)), long])]
+
+
 def one_gpu(variants: tuple[str, ...]) -> list[Job]:
     """Returns the jobs of the baseline, one per length, which run side by side on two GPUs."""
     return [
-        Job(gpus=1, cases=[Case(layout="one GPU", length=length, gpus=1, variants=variants)])
-        for length in ("8k", "32k")
+        Job(gpus=1, cases=[Case(layout=ONE_GPU, length=length, gpus=1, variants=variants)]) for length in ("8k", "32k")
     ]
 
 

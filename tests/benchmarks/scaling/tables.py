@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scaling.cases import SSA
+from benchmarks.scaling.cases import ONE_GPU, SSA
 from benchmarks.scaling.judged import (
-    BASELINE,
     Result,
     checks,
     find,
@@ -108,7 +107,7 @@ def fixed_lines(results: Sequence[Result]) -> list[str]:
     for r in measured(results):
         if "losses" not in r:
             continue
-        base = find(results, BASELINE, r["length"], SSA)
+        base = find(results, ONE_GPU, r["length"], SSA)
         speed = r["fixed_tokens_per_second"]
         ratio = speed / base["fixed_tokens_per_second"] if base else None
         losses = ", ".join(f"{loss:.4f}" for loss, _ in r["losses"])
@@ -129,7 +128,12 @@ def exposed_lines(results: Sequence[Result]) -> list[str]:
         for r in measured(results)
         if "exposed" in r
     ]
-    head = ["## Communication, shares of a step", "", "Exposed: on the rank that waits most.", ""]
+    head = [
+        "## Communication, shares of a step",
+        "",
+        "Exposed: on the rank that waits most, of two steps the one that waits less.",
+        "",
+    ]
     return head + table(columns, rows) if rows else []
 
 
@@ -216,4 +220,4 @@ def plot(path: Path, results: Sequence[Result]) -> None:
 
 
 def _is_data_parallel(layout: str) -> bool:
-    return layout == BASELINE or (layout.startswith("dp") and " " not in layout)
+    return layout == ONE_GPU or (layout.startswith("dp") and " " not in layout)
