@@ -13,14 +13,15 @@ from support.processes import ROOT
 PAGE = ROOT / "docs" / "fault-matrix.md"
 HEAD = """# Fault matrix
 
-What is done to a run, what must come of it, and how often it did. `make test-faults` runs the rows in real processes on
-a CPU, writes a file for each into `docs/results/faults/`, and renders this page from them; no figure is typed by hand.
-Rows that have a file are left out, so an interrupted run goes on; `make test-faults FAULTS="sigterm --again"` repeats
-rows. A part of every row is in `make test` (`tests/integration/test_fault_matrix.py`).
+Each row is a fault that is injected into a run, the outcome that is required, and how often it occurred. `make
+test-faults` runs the rows in real processes on a CPU, writes a file for each into `docs/results/faults/`, and renders
+this page from them; no number is typed by hand. Rows that already have a file are skipped, so the same command continues
+an interrupted one; `make test-faults FAULTS="sigterm --again"` repeats rows. `make test` runs a sample of every row
+(`tests/integration/test_fault_matrix.py`).
 
 The model is a tiny SSA Llama on random documents, under the real trainer, its signal handling and its exit codes
-([launch.md](launch.md#exit-codes)). Most tries are children of one process that has already imported everything, so
-times leave out the start of Python, which takes seconds; only the soak and the rows of launchers start real commands.
+([launch.md](launch.md#exit-codes)). Most tries are forked from one process that has already imported everything, so times
+exclude the start of Python, which takes seconds; only the soak and the rows of launchers start real commands.
 *Bit-identical* means that every value of `metrics.jsonl` except times equals that of a run without a fault. Lost steps
 are those after the newest complete checkpoint, which a rerun trains again.
 `-9` is the code of a killed process; a launcher turns it into 1. How the rows inject their faults is in `tests/faults/`.
