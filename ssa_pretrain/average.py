@@ -1,11 +1,11 @@
 """Entry point: averages the weights of several checkpoints into the folder of a run that `evaluate`, `export` and `checkpoint.init_from` take.
 
     python -m ssa_pretrain.average outputs/run@9000 outputs/run@9500 outputs/run@10000 out=outputs/soup
-    python -m ssa_pretrain.average outputs/seed_1 outputs/seed_2 out=outputs/soup weights=[0.7,0.3]
+    python -m ssa_pretrain.average outputs/seed_1 outputs/seed_2 out=outputs/soup 'weights=[0.7,0.3]'
 
-RUN@STEP is a run's checkpoint of that step, RUN its newest intact one; a checkpoint's folder will do too. All must hold the same model with the same
-tokenizer; engine, layout and data do not matter. The result has the configuration of the first one, weights only, and the step of the latest one. It
-records what it is made of. Settings, as key=value:
+RUN@STEP is a run's checkpoint of that step, RUN its newest intact one; a checkpoint's folder is accepted too. All must hold the same model with the same
+tokenizer; engine, layout and data do not matter. The result has the configuration of the first one, only weights, and the step of the latest one. It
+records the checkpoints that it averages. Settings, as key=value:
 
     out      folder of the result; must not exist
     weights  share of each checkpoint; default: all the same

@@ -26,12 +26,26 @@ from ssa_pretrain.settings.command_line import Program, report, resolve
 from ssa_pretrain.settings.output import pipe_may_close
 from ssa_pretrain.settings.problems import ConfigError, Problem, hide_secrets, secrets_of
 
-HELP = """\
+HELP = {  # by entry point; {name} is its module
+    "train": """\
 Pretraining with SSA (Sparse Sparse Attention)
 
 Start from an experiment and override anything:
   python -m {name} experiment=quickstart optim.lr=2e-3
-"""
+""",
+    "evaluate": """\
+Evaluation of a checkpoint with full and with sparse attention
+
+Name a run's folder or a checkpoint, and override anything:
+  python -m {name} outputs/quickstart evaluation.rows=8
+""",
+    "plan": """\
+Steps, memory, time and price of a run before it starts
+
+Plan an experiment, and override anything:
+  python -m {name} experiment=ssa_1b_8k hardware=h100 nodes=8
+""",
+}
 VIEWS = ("--search", "--scale", "--measured")  # what else `plan` prints, see plan.py
 PLAN_FOOTER = """\
 Rank the layouts of these GPUs:           --search
@@ -55,7 +69,7 @@ def program(entry: str) -> Program:
         name=f"ssa_pretrain.{entry}",
         root=PlanConfig if entry == "plan" else Config,
         conf=CONF,
-        help=HELP,
+        help=HELP.get(entry, HELP["train"]),
         footer=FOOTER + PLAN_FOOTER * (entry == "plan"),
         packages=PACKAGES[1:],
         dry_run="dry_run=true",

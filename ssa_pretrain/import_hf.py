@@ -5,8 +5,8 @@
     python -m ssa_pretrain.import_hf models/SSA-1B out=imports/ssa_1b
     python -m ssa_pretrain.train experiment=convert_llama checkpoint.init_from=imports/llama data.path=DIR
 
-Takes a folder with config.json and safetensors: an export of ssa_pretrain, a Llama of the third generation, or a released model of SSA's authors
-(SSA-1B, FullAttn-1B, MoBA-1B). Settings, as key=value:
+Takes a folder with config.json and safetensors: an export of ssa_pretrain, a Llama of the third generation, a dense Qwen3, or a released model of SSA's
+authors (SSA-1B, FullAttn-1B, MoBA-1B, NSA-1B). Settings, as key=value:
 
     out              folder of the imported model; must not exist
     name             name of the model; default that of `out`

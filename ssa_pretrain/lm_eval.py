@@ -1,7 +1,7 @@
 """Entry point: EleutherAI's lm_eval on a model, in full and in sparse mode. By default all tasks of the paper.
 
     python -m ssa_pretrain.lm_eval exports/ssa_1b
-    python -m ssa_pretrain.lm_eval exports/ssa_1b tasks=[arc_easy,wikitext] modes=[sparse]
+    python -m ssa_pretrain.lm_eval exports/ssa_1b 'tasks=[arc_easy,wikitext]' 'modes=[sparse]'
     python -m ssa_pretrain.lm_eval outputs/ssa_1b_8k tasks=my_task.yaml include_path=my_tasks out=results.json
 
 Takes a Hugging Face folder, or the folder of a run or a checkpoint, which is first exported to a temporary folder in bf16. Settings, as key=value:

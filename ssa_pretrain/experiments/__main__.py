@@ -1,9 +1,9 @@
 """Entry point: `python -m ssa_pretrain.experiments switching sparsity data.path=data/debian_8k --minutes 10`.
 
-Starts what the recipes need and is not done yet, several jobs at once on each device, and writes OUT/report_NAME.md, .json and .png for every recipe. The same
-command goes on where it was, also after a kill. `--dry-run` prints jobs, memory and device time; `--report` writes the reports from what there is, also while
+Starts the jobs of the recipes that are not done yet, several at once on each device, and writes OUT/report_NAME.md, .json and .png for every recipe. The same
+command continues, also after a kill. `--dry-run` prints jobs, memory and device time; `--report` writes the reports from the results so far, also while
 another command runs. Exit codes: 0 everything is done, 1 a job failed, 3 the command or a setting is wrong, 7 time was up or it was stopped; the reports are
-written in each case but 3.
+written in each case except 3.
 """
 
 import csv

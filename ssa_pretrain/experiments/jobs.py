@@ -3,9 +3,9 @@
     OUT/SETTING_SEED/            a run's folder; done when its last step is evaluated and its checkpoint published
     OUT/SETTING_SEED/evaluations the result file of each evaluation, with the step that it evaluated
     OUT/bench_NAME/              a benchmark's results; its folder gets this name when the benchmark has ended
-    OUT/JOB.log, OUT/JOB.failed  what a job printed, and how it failed last; the second file goes when it succeeds
+    OUT/JOB.log, OUT/JOB.failed  what a job printed, and how it last failed; the second file is removed when the job succeeds
 
-There is no other state, so a command goes on from whatever a killed one has left, and recipes that share OUT share their runs.
+No other state exists, so a command continues from whatever a killed one has left, and recipes that share OUT share their runs.
 """
 
 import json

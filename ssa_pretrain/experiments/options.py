@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ssa_pretrain.experiments",
         usage="python -m ssa_pretrain.experiments NAME ... [key=value ...] [flags]",
-        description="The paper's experiments: trains, evaluates, measures, and writes reports; the same command goes on where it was.",
+        description="The paper's experiments: trains, evaluates, measures, and writes reports; the same command continues.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
@@ -145,5 +145,5 @@ def _parser() -> argparse.ArgumentParser:
         "--hardware", default="", help="with --dry-run: plan for these GPUs, such as h200; --gpus gives how many: 0,1"
     )
     parser.add_argument("--dry-run", action="store_true", help="print jobs, memory and device time")
-    parser.add_argument("--report", action="store_true", help="only write the reports, from what there is")
+    parser.add_argument("--report", action="store_true", help="only write the reports, from the results so far")
     return parser

@@ -166,7 +166,7 @@ class Scheduler:
             self.running.remove(one)
             took = f"after {(time.monotonic() - one.began) / 60:.1f} minutes"
             if code in STOPPED and (self.stopped or code == ExitCode.STOPPED):
-                self.say(f"{one.job.name}: stopped {took}; the same command goes on")
+                self.say(f"{one.job.name}: stopped {took}; the same command continues")
                 continue
             one.job.ended(code)
             if one.job.is_done:
