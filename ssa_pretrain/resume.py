@@ -14,7 +14,7 @@ from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.evaluation import MODES
 from ssa_pretrain.evaluation.held_out import Evaluated, is_evaluation_missing
 from ssa_pretrain.model.sharding import is_scorer
-from ssa_pretrain.monitor.metrics import FILE_NAME, evaluations
+from ssa_pretrain.monitor.metrics_file import FILE_NAME, evaluations
 from ssa_pretrain.monitor.tracking import lacks_records
 from ssa_pretrain.run import Run, training_rows
 from ssa_pretrain.schedule import needs_equal_microbatches

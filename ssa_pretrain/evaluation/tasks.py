@@ -18,7 +18,7 @@ from ssa_pretrain.evaluation.multiple_choice import Question, read_questions, sc
 from ssa_pretrain.evaluation.needle import Needle, build_needles, score_needles
 from ssa_pretrain.evaluation.scoring import tokenizer_of
 from ssa_pretrain.evaluation.text_size import TextSize, perplexities, text_size
-from ssa_pretrain.monitor.metrics import task_series
+from ssa_pretrain.monitor.metrics_file import task_series
 from ssa_pretrain.run import Run
 from ssa_pretrain.schedule import is_due
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ssa_pretrain.monitor.metrics import FILE_NAME, read_records
+from ssa_pretrain.monitor.metrics_file import FILE_NAME, read_records
 
 EVALUATIONS = "evaluations"
 

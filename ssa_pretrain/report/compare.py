@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ssa_pretrain.errors import UsageError
-from ssa_pretrain.monitor.metrics import FILE_NAME
+from ssa_pretrain.monitor.metrics_file import FILE_NAME
 from ssa_pretrain.process import command
 from ssa_pretrain.report.page import write_page
 from ssa_pretrain.report.several import markdown_table, names_of, page

@@ -15,7 +15,8 @@ import yaml
 
 from ssa_pretrain.errors import CommandError, ExitCode
 from ssa_pretrain.monitor.environment import last_start
-from ssa_pretrain.monitor.metrics import FILE_NAME, perplexity, read_records
+from ssa_pretrain.monitor.metrics import perplexity
+from ssa_pretrain.monitor.metrics_file import FILE_NAME, read_records
 from ssa_pretrain.monitor.timeline import read_timeline
 from ssa_pretrain.report.goodput import Goodput, goodput
 from ssa_pretrain.report.health import RunHealth, read_health

@@ -1,4 +1,4 @@
-"""ssa_pretrain/monitor/metrics.py: after kills and resumes the file has no gaps, duplicates or incomplete lines; speed by a given clock."""
+"""ssa_pretrain/monitor/metrics.py and metrics_file.py: after kills and resumes the file has no gaps, duplicates or incomplete lines; speed by a given clock."""
 
 import io
 import json
@@ -15,13 +15,11 @@ import pytest
 
 from ssa_pretrain.monitor.alerts import Alert
 from ssa_pretrain.monitor.console import Console
-from ssa_pretrain.monitor.metrics import (
+from ssa_pretrain.monitor.metrics import MetricsLogger, Speed, perplexity
+from ssa_pretrain.monitor.metrics_file import (
     FILE_NAME,
-    MetricsLogger,
-    Speed,
     drop_records_after,
     evaluations,
-    perplexity,
     read_records,
     replace_damaged_file,
 )
