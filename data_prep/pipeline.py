@@ -42,7 +42,7 @@ from data_prep.recipe import known_dataset, recipe_of, write_recipe
 from data_prep.shards.shard import FinishedShard
 from data_prep.shards.tokenizing import finished_shards, tokenize
 from data_prep.shards.work import Work, plan_work
-from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.data.repair import command, repair_advice
 
 Write = Callable[[str], object]

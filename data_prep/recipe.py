@@ -18,7 +18,7 @@ from data_prep.config import Config
 from data_prep.errors import InputError
 from data_prep.files import digest, read_json, write_json
 from data_prep.plain import to_plain
-from ssa_pretrain.data.indexed_format import read_manifest
+from ssa_pretrain.data.manifest import read_manifest
 from ssa_pretrain.data.repair import DatasetError, content_checksum
 
 SCHEMA = 1

@@ -16,7 +16,7 @@ from ssa_pretrain.config import Config, EngineName
 from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.config.hardware import PlanConfig
 from ssa_pretrain.config.rules import warning
-from ssa_pretrain.data.indexed_format import Manifest, load_manifest
+from ssa_pretrain.data.manifest import Manifest, load_manifest
 from ssa_pretrain.planning.calibration import calibration
 from ssa_pretrain.planning.estimate import estimate
 from ssa_pretrain.planning.estimate_table import curve_table, estimate_rows, measured_table, search_table

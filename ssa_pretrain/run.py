@@ -16,7 +16,7 @@ from ssa_pretrain.checkpoint.facts import BATCH_STEPS, HISTORY, batch_changes, r
 from ssa_pretrain.checkpoint.integrity import Verdicts
 from ssa_pretrain.config import Config, RowPacking, TrainingConfig
 from ssa_pretrain.data.batches import Packing
-from ssa_pretrain.data.indexed_format import Manifest, load_manifest
+from ssa_pretrain.data.manifest import Manifest, load_manifest
 from ssa_pretrain.data.packed_index import index_folder, open_index, prepare
 from ssa_pretrain.data.rows import ORDER, HeldOutRows, TrainingRows
 from ssa_pretrain.engine import Engine, build_engine, build_evaluator

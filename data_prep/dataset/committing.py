@@ -25,14 +25,7 @@ from data_prep.shards.groups import group_shards
 from data_prep.shards.shard import RATIO_BINS, FinishedShard, counts_path
 from data_prep.shards.skipped import total_skipped
 from data_prep.shards.work import Work
-from ssa_pretrain.data.indexed_format import (
-    SPLITS,
-    Manifest,
-    TokenizerInfo,
-    load_manifest,
-    unigram_entropy,
-    verify_hashes,
-)
+from ssa_pretrain.data.manifest import SPLITS, Manifest, TokenizerInfo, load_manifest, unigram_entropy, verify_hashes
 from ssa_pretrain.data.repair import DatasetError
 from ssa_pretrain.settings.files import write_atomically
 

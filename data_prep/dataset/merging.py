@@ -25,7 +25,8 @@ from data_prep.run_config import MergeConfig
 from data_prep.shards.binaries import DOCUMENTS_AT_ONCE, TokenFile, remove_files, with_suffix
 from data_prep.shards.groups import Group, group_shards, joined_record, joined_record_path
 from data_prep.shards.shard import FinishedShard, shard_prefix
-from ssa_pretrain.data.indexed_format import HEADER, SPLITS, ShardInfo, read_header
+from ssa_pretrain.data.indexed_format import HEADER, read_header
+from ssa_pretrain.data.manifest import SPLITS, ShardInfo
 from ssa_pretrain.data.repair import DatasetError, repair_advice
 from ssa_pretrain.settings.files import file_sha256, sync, temporary_path
 

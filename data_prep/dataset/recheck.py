@@ -19,7 +19,8 @@ from data_prep.files import read_json
 from data_prep.readers import Piece, read_piece
 from data_prep.shards.binaries import with_suffix
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
-from ssa_pretrain.data.indexed_format import HEADER, SPLITS, Manifest, ShardInfo, token_dtype
+from ssa_pretrain.data.indexed_format import HEADER, token_dtype
+from ssa_pretrain.data.manifest import SPLITS, Manifest, ShardInfo
 
 MAX_SHARDS, MAX_DOCUMENT_BYTES = 20, 100_000
 

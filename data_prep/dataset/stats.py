@@ -24,7 +24,8 @@ from data_prep.progress import Log
 from data_prep.readers import format_skipped
 from data_prep.run_config import StatsConfig
 from data_prep.shards.binaries import with_suffix
-from ssa_pretrain.data.indexed_format import SPLITS, Manifest, load_manifest, token_dtype
+from ssa_pretrain.data.indexed_format import token_dtype
+from ssa_pretrain.data.manifest import SPLITS, Manifest, load_manifest
 from ssa_pretrain.settings.files import file_sha256, write_atomically
 
 NODES = (1, 8, 64)

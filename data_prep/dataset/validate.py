@@ -25,14 +25,8 @@ from data_prep.dataset.recheck import recheck
 from data_prep.errors import InputError
 from data_prep.recipe import read_recipe
 from data_prep.shards.binaries import first_changed_bytes, with_suffix
-from ssa_pretrain.data.indexed_format import (
-    Manifest,
-    ShardInfo,
-    check_pair,
-    load_manifest,
-    read_lengths,
-    unigram_entropy,
-)
+from ssa_pretrain.data.indexed_format import check_pair, read_lengths
+from ssa_pretrain.data.manifest import Manifest, ShardInfo, load_manifest, unigram_entropy
 from ssa_pretrain.data.repair import DatasetError
 from ssa_pretrain.settings.files import file_sha256
 

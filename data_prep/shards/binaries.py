@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ssa_pretrain.data.indexed_format import HEADER, MAGIC, VERSION, ShardInfo, dtype_code
+from ssa_pretrain.data.indexed_format import HEADER, MAGIC, VERSION, dtype_code
+from ssa_pretrain.data.manifest import ShardInfo
 from ssa_pretrain.settings.files import sync, temporary_path
 
 CRC_BYTES = 1 << 20  # bytes of .bin per CRC

@@ -24,7 +24,7 @@ from data_prep.readers import Document, Skipped, read_piece
 from data_prep.shards.binaries import TokenFile, flush_pair
 from data_prep.tokenizer.encoding import Encoder, Vocabulary
 from data_prep.tokenizer.parity import Sample
-from ssa_pretrain.data.indexed_format import SPLITS, ShardInfo
+from ssa_pretrain.data.manifest import SPLITS, ShardInfo
 from ssa_pretrain.settings.files import file_sha256, write_atomically
 
 FORMAT_VERSION = 1  # part of every fingerprint; raise it when the same input would give different bytes

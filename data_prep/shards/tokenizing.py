@@ -33,7 +33,7 @@ from data_prep.shards.work import Work
 from data_prep.tokenizer.backends import choose_backend, needs_parity_check, use_one_thread
 from data_prep.tokenizer.encoding import Encoder
 from data_prep.tokenizer.parity import CORPUS_SAMPLE, BackendMismatch, Parity, Sample
-from ssa_pretrain.data.indexed_format import SPLITS
+from ssa_pretrain.data.manifest import SPLITS
 from ssa_pretrain.settings.files import remove_unfinished
 
 SAMPLE_DOCUMENTS, SAMPLE_BYTES = 1_000, 250_000  # over all shards; a faster backend must agree on them

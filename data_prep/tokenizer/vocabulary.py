@@ -12,7 +12,7 @@ from data_prep.run_config import Packing
 from data_prep.tokenizer import bpe, llama3
 from data_prep.tokenizer.backends import HuggingFaceBackend, load_tokenizer
 from data_prep.tokenizer.encoding import Vocabulary
-from ssa_pretrain.data.indexed_format import read_manifest
+from ssa_pretrain.data.manifest import read_manifest
 from ssa_pretrain.data.repair import DatasetError
 from ssa_pretrain.settings.files import file_sha256, write_atomically
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.data.order import Blend, PatternBlend
 
 

@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from ssa_pretrain.data.best_fit import best_fit
-from ssa_pretrain.data.indexed_format import Manifest, read_lengths
+from ssa_pretrain.data.indexed_format import read_lengths
+from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.data.repair import content_checksum
 from ssa_pretrain.settings.files import file_sha256, sync, write_atomically
 

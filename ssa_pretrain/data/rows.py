@@ -26,7 +26,7 @@ from typing import Protocol
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.data.mixture import Mixture, Part, Weights, is_padded
 from ssa_pretrain.data.order import key_number, permute, permute_all
 from ssa_pretrain.data.packed_index import PackedIndex

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssa_pretrain.config import ChoiceTask, NeedleTask, PerplexityTask, TaskConfig
-from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.manifest import load_manifest
 from ssa_pretrain.data.rows import HeldOutRows
 from ssa_pretrain.errors import DataError
 from ssa_pretrain.evaluation import MODES

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import join
 
-from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.manifest import load_manifest
 from ssa_pretrain.errors import ExitCode, UsageError
 from ssa_pretrain.experiments.contents import Evidence, state_of
 from ssa_pretrain.experiments.devices import Device, devices, planned

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from ssa_pretrain.data.indexed_format import read_manifest
+from ssa_pretrain.data.manifest import read_manifest
 from ssa_pretrain.errors import DataError
 from ssa_pretrain.huggingface.settings import SpecialTokens
 

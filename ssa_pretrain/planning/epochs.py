@@ -7,7 +7,7 @@ Before that, rows are taken to be full, and the lines begin with "about".
 from collections.abc import Mapping, Sequence
 
 from ssa_pretrain.config import Config, RowPacking, batches
-from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.data.mixture import Mixture, Reading, Stage
 from ssa_pretrain.data.packed_index import PackedIndex, open_index
 from ssa_pretrain.settings.quantities import compact

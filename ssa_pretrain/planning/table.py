@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 
 from ssa_pretrain.config import Auto, Config, Method, PrecisionName, Score
-from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.planning.balance import Batch, balance
 from ssa_pretrain.planning.epochs import epoch_lines
 from ssa_pretrain.planning.flops import peak_flops

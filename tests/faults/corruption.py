@@ -10,7 +10,8 @@ from faults.rows import Row
 from faults.stage import Stage, flip, pick
 from faults.tally import Tally
 from ssa_pretrain.checkpoint.integrity import find_damage
-from ssa_pretrain.data.indexed_format import DatasetError, load_manifest, verify_hashes
+from ssa_pretrain.data.indexed_format import DatasetError
+from ssa_pretrain.data.manifest import load_manifest, verify_hashes
 from support.training import records
 
 LAST = 4  # steps of a run that resumes

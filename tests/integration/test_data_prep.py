@@ -21,7 +21,8 @@ import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer
 
-from ssa_pretrain.data.indexed_format import check_pair, load_manifest, verify_hashes
+from ssa_pretrain.data.indexed_format import check_pair
+from ssa_pretrain.data.manifest import load_manifest, verify_hashes
 from support.processes import ROOT
 from support.texts import sentences
 

@@ -19,7 +19,7 @@ import pytest
 from data_prep.cli import main
 from data_prep.shards import tokenizing
 from data_prep.shards.executors.step import run_task
-from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.manifest import load_manifest
 
 pytestmark = pytest.mark.skipif(find_spec("datatrove") is None, reason="datatrove is not installed (extra cluster)")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ssa_pretrain.data.indexed_format import Manifest, ShardInfo, TokenizerInfo, write_index
+from ssa_pretrain.data.indexed_format import write_index
+from ssa_pretrain.data.manifest import Manifest, ShardInfo, TokenizerInfo
 
 Documents = Sequence[np.ndarray]
 

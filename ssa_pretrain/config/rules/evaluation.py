@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ssa_pretrain.config import ChoiceTask, Config, NeedleTask, PerplexityTask
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.manifest import load_manifest
 from ssa_pretrain.settings.problems import Problem
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ssa_pretrain.config import Config, RowPacking
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.manifest import load_manifest
 from ssa_pretrain.data.mixture import is_padded, least_tokens
 from ssa_pretrain.run_folder import ELSEWHERE, named_folder, require_free, unwritable
 from ssa_pretrain.settings.problems import ConfigError, Problem, join

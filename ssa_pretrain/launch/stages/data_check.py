@@ -2,7 +2,7 @@
 
     python -m ssa_pretrain.launch.stages.data_check FOLDER DATASET [DATASET ...]
 
-The manifest, sizes, headers and indices are checked as every rank does at its start (data/indexed_format.py); then the sha256 of every .bin file, which
+The manifest, sizes, headers and indices are checked as every rank does at its start (data/manifest.py); then the sha256 of every .bin file, which
 no rank computes. The verdict on each file is kept in FOLDER/HOST.json with its size, inode and time of change, so after a kill only the remaining files
 are read. Hosts read each other's verdicts: a file on shared storage is the same file for all of them, a copy on a local disk is not. `data_prep stage=validate` checks more (ids, ends of documents) but begins again each time. Exit codes: 0 intact, 4 not. torch is not imported.
 """
@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ssa_pretrain.data.indexed_format import Manifest, load_manifest
+from ssa_pretrain.data.manifest import Manifest, load_manifest
 from ssa_pretrain.data.repair import repair_advice
 from ssa_pretrain.errors import DataError
 from ssa_pretrain.process import command, exit_with_starter

@@ -10,7 +10,7 @@ import pytest
 from ssa_pretrain.data import packed_index
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.best_fit import best_fit
-from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.data.packed_index import PackedIndex, index_folder, open_index, pack_window, prepare
 from ssa_pretrain.data.rows import TrainingRows
 from support.small_datasets import write_dataset

@@ -11,19 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssa_pretrain.data.indexed_format import (
-    Manifest,
-    ShardInfo,
-    TokenizerInfo,
-    check_pair,
-    dtype_code,
-    load_manifest,
-    read_header,
-    read_lengths,
-    token_dtype,
-    verify_hashes,
-    write_index,
-)
+from ssa_pretrain.data.indexed_format import check_pair, dtype_code, read_header, read_lengths, token_dtype, write_index
+from ssa_pretrain.data.manifest import Manifest, ShardInfo, TokenizerInfo, load_manifest, verify_hashes
 from ssa_pretrain.data.repair import DatasetError, content_checksum, out_argument
 from ssa_pretrain.settings.files import file_sha256
 from support.texts import edit_manifest

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ssa_pretrain.data.batches import collate
-from ssa_pretrain.data.indexed_format import Manifest, TokenizerInfo
+from ssa_pretrain.data.manifest import Manifest, TokenizerInfo
 from ssa_pretrain.data.mixture import readings
 from ssa_pretrain.data.rows import HeldOutRows, PartTokens, Row, TrainingRows
 from support.small_datasets import cut, write_dataset, write_shard

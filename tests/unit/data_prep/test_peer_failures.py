@@ -14,7 +14,8 @@ import pytest
 from data_prep.errors import InputError
 from data_prep.shards import pool
 from data_prep.tokenizer.backends import HuggingFaceBackend
-from ssa_pretrain.data.indexed_format import SPLITS, check_pair, load_manifest, verify_hashes
+from ssa_pretrain.data.indexed_format import check_pair
+from ssa_pretrain.data.manifest import SPLITS, load_manifest, verify_hashes
 from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
 
 SETTINGS = ("source=jsonl", "source.paths=[corpus.jsonl]", "tokenizer.vocab_size=512", "split.heldout_fraction=0.1")

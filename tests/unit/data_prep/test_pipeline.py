@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssa_pretrain.data.indexed_format import load_manifest, read_lengths
+from ssa_pretrain.data.indexed_format import read_lengths
+from ssa_pretrain.data.manifest import load_manifest
 from ssa_pretrain.data.rows import HeldOutRows, TrainingRows
 from support.texts import edit_manifest
 

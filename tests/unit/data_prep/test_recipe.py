@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.recipe import read_recipe
-from ssa_pretrain.data.indexed_format import load_manifest, verify_hashes
+from ssa_pretrain.data.manifest import load_manifest, verify_hashes
 from support.texts import sentences
 
 SETTINGS = ("source=jsonl", "source.paths=[corpus.jsonl]", "tokenizer.vocab_size=512", "split.heldout_fraction=0.1")

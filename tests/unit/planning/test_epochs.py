@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.config import Config, RowPacking, StageConfig
-from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.data.mixture import Stage
 from ssa_pretrain.data.packed_index import prepare
 from ssa_pretrain.planning.documents import document_lengths, packed_lengths, typical_row

@@ -10,7 +10,7 @@ import pytest
 from ssa_pretrain.cli import CONF, read_config, resolve_config
 from ssa_pretrain.config import Batches, Config, OptimConfig, Schedule
 from ssa_pretrain.config.machine import Machine
-from ssa_pretrain.data.indexed_format import Manifest
+from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.planning.plan import Plan, make_plan
 from ssa_pretrain.planning.table import GIB, describe
 from ssa_pretrain.rates import learning_rate

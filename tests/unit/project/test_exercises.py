@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.manifest import load_manifest
 from ssa_pretrain.monitor.names import metric_of
 from ssa_pretrain.monitor.tracking_rows import flatten
 from support.processes import environment, run_workers

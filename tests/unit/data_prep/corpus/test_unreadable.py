@@ -12,7 +12,7 @@ import pytest
 from data_prep.corpus.planning import plan_shards
 from data_prep.readers import Skipped, read_piece
 from data_prep.sources.files import Part
-from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.manifest import load_manifest
 from support.texts import sentences
 
 SETTINGS = ("tokenizer.vocab_size=512", "split.heldout_fraction=0.1", "workers=2", "stage=prepare")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data_prep.dataset.stats import cost, read_rates
-from ssa_pretrain.data.indexed_format import load_manifest, read_lengths
+from ssa_pretrain.data.indexed_format import read_lengths
+from ssa_pretrain.data.manifest import load_manifest
 
 SETTINGS = ("source=jsonl", "source.paths=[corpus.jsonl]", "tokenizer.vocab_size=512", "split.heldout_fraction=0.1")
 ROWS = ("stats.sequence_length=32", "stats.budget_tokens=1e6", "workers=1")

@@ -11,7 +11,7 @@ import pytest
 from data_prep.cli import main
 from data_prep.dataset.validate import validate_dataset
 from data_prep.errors import InputError
-from ssa_pretrain.data.indexed_format import load_manifest
+from ssa_pretrain.data.manifest import load_manifest
 from ssa_pretrain.settings.files import file_sha256
 from support.texts import edit_manifest
 
