@@ -10,6 +10,6 @@ The folders are the stages, and each imports only those before it:
 
 Above them are `cli` (arguments, exit codes), `own_settings` (a run without a source) and `pipeline` (the stages in their
 order). `config` and `recipe` are between the sources, which have their own settings, and the other stages. Below all are
-`readers`, `files`, `plain`, `progress`, `processes`, `run_config` and `errors`. The byte format and the manifest are in
-ssa_pretrain/data/indexed_format.py.
+`readers`, `files`, `plain`, `progress`, `processes`, `run_config` and `errors`. The byte format is in
+ssa_pretrain/data/indexed_format.py, the manifest in ssa_pretrain/data/manifest.py.
 """

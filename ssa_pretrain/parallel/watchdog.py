@@ -38,12 +38,11 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from ssa_pretrain.config import Config, ParallelConfig
 from ssa_pretrain.errors import ExitCode
+from ssa_pretrain.parallel.hang_report import STACKS, report
 from ssa_pretrain.parallel.heartbeat import (
     ENDED,
     Beat,
-    describe_process,
     main_stack,
-    missing,
     waits_for_others,
 )
 from ssa_pretrain.parallel.stragglers import WINDOW, OwnTime, Stragglers
@@ -61,9 +60,8 @@ USUAL_FACTOR, LEAST_SECONDS = 20.0, 120.0  # the limit of a step, from the media
 SHARE_OF_TIMEOUT = 0.9  # of a collective's timeout: the watchdog comes first
 ANSWER_SECONDS = 10.0  # for the store to answer after the ranks are stuck; rank 0 may host it
 OWN_WORK = 6.0  # times as long may a rank work by itself, outside of measured steps, as it may wait
-MAX_SHOWN = 4  # ranks with their stacks in the log
 KEY, VERDICT = "ssa_pretrain/beat", "ssa_pretrain/hang"
-STACKS, REPORT = ".stacks", "hang.txt"
+REPORT = "hang.txt"
 
 
 def watchdog(config: Config, placement: "Placement") -> "Watchdog":
@@ -311,69 +309,11 @@ class Watchdog:
                 write_beat(folder, self.rank, beat.encode())
 
 
-def report(beats: list[Beat], silent: set[int], folder: Path) -> str:
-    """Returns the report on a hang: a sentence with the ranks that are missing, then their stacks and where the others are.
-
-    Args:
-        beats: the last beat of every rank that has published one.
-        silent: ranks whose beats have stopped.
-        folder: the run's.
-    """
-    beats = [*beats, *(Beat(rank, phase="start") for rank in silent - {beat.rank for beat in beats})]
-    found = missing(beats, silent)
-    shown = found[:MAX_SHOWN]
-    lines = [_sentence(shown[0], beats, found, silent)]
-    for beat in shown:
-        lines.append(f"  {beat.name}: {beat.place}, {_why(beat, silent) or f'{beat.seconds:.0f} s'}")
-        written = _written_stack(folder / STACKS / f"rank_{beat.rank}.txt") if beat.rank in silent else []
-        lines += [f"    {line}" for line in written or beat.stack]
-    if len(found) > MAX_SHOWN:
-        lines.append(f"  and {len(found) - MAX_SHOWN} more: ranks {', '.join(str(b.rank) for b in found[MAX_SHOWN:])}")
-    others = [beat for beat in beats if beat not in found]
-    places = {(beat.place, *beat.stack[:1]) for beat in others}
-    for here in sorted(places):
-        ranks = [str(beat.rank) for beat in others if (beat.place, *beat.stack[:1]) == here]
-        lines.append(f"  waiting: rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:16])}: {', '.join(here)}")
-    return "\n".join(lines)
-
-
 def leave(rank: int, sentence: str, *, follows: bool) -> None:
     """Ends this process with exit code 8 after telling its launcher why."""
     if folder := launch_folder():
         write_exit(folder, RankExit(rank, ExitCode.HUNG, sentence, of_one_rank=not follows, follows=follows))
     exit_now(ExitCode.HUNG)
-
-
-def _sentence(first: Beat, beats: list[Beat], found: list[Beat], silent: set[int]) -> str:
-    """Returns the first line of a report."""
-    if len(found) > 1 and len(found) == len(beats):
-        return (
-            f"hang: no rank has moved for {min(beat.seconds for beat in beats):.0f} s in {first.place}, and none is behind the others: "
-            "a collective or a kernel does not finish"
-        )
-    names = ", ".join(beat.name for beat in found[:MAX_SHOWN])
-    what = "gives no sign of life" if first.rank in silent else "does not move"
-    others = len(beats) - len(found)
-    here = max(beats, key=lambda beat: (beat.order, beat.seconds))  # a silent rank may be further than it could tell
-    waiting = f"; {others} other{'s' * (others > 1)} wait{'s' * (others == 1)} for it" if others else ""
-    return f"hang: {names} {what} in {here.place} for {here.seconds:.0f} s (limit {here.limit or 0:.0f} s){waiting}"
-
-
-def _why(beat: Beat, silent: set[int]) -> str:
-    """Returns what is known of a rank without a stack."""
-    if beat.rank not in silent:
-        return ""
-    known = describe_process(beat.pid) if beat.host == socket.gethostname() else ""
-    return f"at its last sign of life{'; ' * bool(known)}{known}"
-
-
-def _written_stack(path: Path) -> list[str]:
-    """Returns the lines that `faulthandler` has written for a rank that holds Python's lock."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [line.strip() for line in lines if line.strip()][:40]
 
 
 def _append(path: Path, text: str) -> None:

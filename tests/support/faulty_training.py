@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from ssa_pretrain.config import EngineName
-from ssa_pretrain.engine.step import Microbatches, StepSums
+from ssa_pretrain.engine.step import Microbatches
+from ssa_pretrain.engine.step_sums import StepSums
 
 
 def models_of(engine: Any) -> list[torch.nn.Module]:

@@ -38,7 +38,8 @@ from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
 from ssa_pretrain.engine.interface import EvaluationResult, PendingStep, Snapshot
 from ssa_pretrain.engine.label_scores import label_scores
 from ssa_pretrain.engine.replicas import ReplicaCheck
-from ssa_pretrain.engine.step import Microbatches, Route, StepSums
+from ssa_pretrain.engine.step import Microbatches, Route
+from ssa_pretrain.engine.step_sums import StepSums
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.llama import Llama
 from ssa_pretrain.model.sharding import is_head_norm, partition_dim

@@ -26,7 +26,7 @@ from ssa_pretrain.engine.megatron.model import MegatronModel
 from ssa_pretrain.engine.megatron.muon import build_muon
 from ssa_pretrain.engine.megatron.optimizer import build_adamw
 from ssa_pretrain.engine.replicas import ReplicaCheck
-from ssa_pretrain.engine.step import StepSums
+from ssa_pretrain.engine.step_sums import StepSums
 from ssa_pretrain.monitor.profiling import OPTIMIZER_RANGE
 from ssa_pretrain.parallel.state import Placement
 

@@ -23,7 +23,8 @@ from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine.interface import EvaluationResult
 from ssa_pretrain.engine.label_scores import label_scores
 from ssa_pretrain.engine.megatron import checkpoint
-from ssa_pretrain.engine.step import Microbatches, Route, StepSums
+from ssa_pretrain.engine.step import Microbatches, Route
+from ssa_pretrain.engine.step_sums import StepSums
 from ssa_pretrain.model.attention import PackedTokens
 from ssa_pretrain.model.spec import build_model
 from ssa_pretrain.model.text_cache import TextCache
