@@ -79,7 +79,7 @@ def average_checkpoints(arguments: Sequence[str]) -> None:
     named, options = read_arguments(arguments)
     if (world_size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         rule = "must be 1: one process reads the checkpoints"
-        raise ConfigError([Problem("WORLD_SIZE", world_size, rule, "start it by itself")])
+        raise ConfigError([Problem("WORLD_SIZE", world_size, rule, "start it without a launcher")])
     folders = [named_folder(name) for name in named]
     runs = [find_run_folder(str(folder)) for folder in folders]
     hide_library_warnings()
@@ -102,7 +102,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], AverageOptions]
     options, problems = read_settings(AverageOptions, [word for word in arguments if word not in named])
     missing = [word for word in named if not named_folder(word).is_dir()]
     advice = "give RUN, RUN@STEP or a checkpoint's folder"
-    problems += [Problem(word, None, "is no run and no checkpoint", advice) for word in missing]
+    problems += [Problem(word, None, "is neither a run nor a checkpoint", advice) for word in missing]
     if len(named) < 2:
         count = f"names {len(named) or 'no'} checkpoint{'s' * (len(named) != 1)}"
         problems.append(Problem("the command line", None, count, "give two or more: RUN@STEP RUN@STEP …"))
@@ -137,12 +137,12 @@ def publish_average(folders: Sequence[Path], options: AverageOptions, config: Co
             raise CheckpointError(f"{other.folder} was trained with another tokenizer than {first.folder}")
     shares = options.weights or [1.0] * len(sources)
     readers = [WeightsReader(ema_weights(s.folder) if options.ema else s.folder / WEIGHTS) for s in sources]
-    made_of = [
+    averaged = [
         {"from": str(source.folder), "step": source.step, "share": share / sum(shares)}
         | ({EMA: True} if options.ema else {})
         for source, share in zip(sources, shares, strict=True)
     ]
-    facts = {key: value for key, value in first.facts.items() if key != HISTORY} | {AVERAGED: made_of}
+    facts = {key: value for key, value in first.facts.items() if key != HISTORY} | {AVERAGED: averaged}
     out, step = Path(options.out), max(source.step for source in sources)
     out.mkdir(parents=True)
     try:

@@ -17,10 +17,11 @@ from ssa_pretrain.checkpoint.facts import HISTORY, differing, tokens_trained_on
 from ssa_pretrain.checkpoint.publish import SHAPELESS, Checkpoint, newest, require_same_model
 from ssa_pretrain.config import Config
 from ssa_pretrain.errors import CheckpointError
-from ssa_pretrain.run import Run, flatten_settings, training_rows
+from ssa_pretrain.run import Run, training_rows
 from ssa_pretrain.run_folder import named_folder
 from ssa_pretrain.settings.convert import config_to_dict, load_config
 from ssa_pretrain.settings.problems import ConfigError, show
+from ssa_pretrain.settings.tree import flatten_settings
 
 ATTENTION = ("method", "block_size", "top_k", "score", "alignment_weight", "sparsity_weight", "commitment_weight")
 ATTENTION += ("full_ratio", "stream_draw", "counterpart_share")
@@ -35,7 +36,7 @@ FREE = (  # facts that a branch may change, by the beginnings of their keys
     "precision.fp8_recipe",
     "seed",
 )
-SHOWN = ("optim.", "training.")  # settings that are no facts and belong into the history
+SHOWN = ("optim.", "training.")  # settings that are not facts, and are recorded in the history
 
 
 def open_branch(run: Run) -> Checkpoint:

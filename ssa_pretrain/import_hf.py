@@ -55,7 +55,11 @@ def import_model(arguments: Sequence[str]) -> None:
     folder, options = read_options(ImportOptions, "ssa_pretrain.import_hf", "a folder with config.json", arguments)
     if (world_size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigError(
-            [Problem("WORLD_SIZE", world_size, "must be 1: one process reads the folder", "start it by itself")]
+            [
+                Problem(
+                    "WORLD_SIZE", world_size, "must be 1: one process reads the folder", "start it without a launcher"
+                )
+            ]
         )
     hide_library_warnings()
     import_megatron_core()

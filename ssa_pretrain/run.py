@@ -33,6 +33,7 @@ from ssa_pretrain.run_folder import lock_folder, marker_is_visible, write_marker
 from ssa_pretrain.settings.convert import config_to_dict
 from ssa_pretrain.settings.files import unlock
 from ssa_pretrain.settings.problems import ConfigError, Problem
+from ssa_pretrain.settings.tree import flatten_settings
 from ssa_pretrain.step_ranges import Range, merged, up_to
 
 if TYPE_CHECKING:
@@ -248,12 +249,3 @@ def require_same_run(config: Config, manifest: Manifest) -> None:
         raise ConfigError(
             [Problem(name, value, f"on {where}", advice) for name, value, where in differences[:MAX_LISTED]]
         )
-
-
-def flatten_settings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the leaves of a tree with their keys, such as "optim.lr"."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten_settings(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -47,11 +47,12 @@ from ssa_pretrain.planning.plan import Plan
 from ssa_pretrain.rates import learning_rate
 from ssa_pretrain.resume import find_checkpoint, newest_checkpoint, restore, why_finished
 from ssa_pretrain.rollback import load_incidents, roll_back
-from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, flatten_settings, locked_folder, packing_of
+from ssa_pretrain.run import NODE_SETTINGS, Run, build_run, locked_folder, packing_of
 from ssa_pretrain.run_folder import space_warning
 from ssa_pretrain.saving import Saver
 from ssa_pretrain.schedule import is_due
 from ssa_pretrain.settings.convert import config_to_dict, save_config
+from ssa_pretrain.settings.tree import flatten_settings
 from ssa_pretrain.step_ranges import contains
 from ssa_pretrain.step_records import flops_per_token, left_out_record, training_record
 

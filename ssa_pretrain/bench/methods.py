@@ -1,7 +1,7 @@
 """The case `methods`: forward and backward of every attention method, ssa also at lower counterpart shares.
 
-Methods with the same layer (`ATTENTION` of model/spec.py) share the weights of one engine, as in share.py. A method with a layer of its own gets an engine
-of its own, with the settings of its file in conf/attention/. All take turns on the same random rows, one document each.
+Methods with the same layer (`ATTENTION` of model/spec.py) share the weights of one engine, as in share.py. A method with another layer gets its own engine,
+with the settings of its file in conf/attention/. All take turns on the same random rows, one document each.
 """
 
 from dataclasses import replace
@@ -49,11 +49,9 @@ def own_layers() -> list[Method]:
 
 
 def attention_of(method: Method) -> AttentionConfig:
-    """Returns the settings of a method's file in conf/attention/, without a warm-up, whose steps are those of full attention."""
-    path = CONF / "attention" / f"{method}.yaml"
-    tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {"method": method.value}
+    """Returns the settings of a method's file in conf/attention/, without the indexer's warm-up, whose steps are those of full attention."""
+    tree = yaml.safe_load((CONF / "attention" / f"{method}.yaml").read_text(encoding="utf-8"))
     attention, problems = config_from_dict(AttentionConfig, tree)
     if problems:
         raise ConfigError(problems)
-    scorer = getattr(attention, "indexer", None)
-    return attention if scorer is None else replace(attention, **{"indexer": replace(scorer, warmup_steps=0)})
+    return replace(attention, indexer=replace(attention.indexer, warmup_steps=0))

@@ -1,4 +1,4 @@
-"""The cases of `attention=nsa`, whose weights are others than those of the other methods: an engine of its own, beside one for full and moba."""
+"""The cases of `attention=nsa`, whose weights differ from those of the other methods: one engine for nsa, and one for full and moba."""
 
 from dataclasses import replace
 

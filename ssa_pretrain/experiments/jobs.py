@@ -13,7 +13,7 @@ import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ssa_pretrain.config import Config
@@ -31,7 +31,7 @@ class Job(ABC):
 
     Attributes:
         name: of its log.
-        out: folder of everything.
+        out: folder of all jobs.
     """
 
     name: str
@@ -69,14 +69,14 @@ class Job(ABC):
 
     @property
     def failure(self) -> dict | None:
-        """How it failed the last time: `code` and `text`; None if it did not, or has succeeded since."""
+        """How it last failed: `code`, and `text` from the end of its log; None if it never did or has succeeded since."""
         path = self.out / f"{self.name}.failed"
         if not path.is_file() or self.is_done:
             return None
         return json.loads(path.read_text(encoding="utf-8"))
 
     def ended(self, code: int) -> None:
-        """Keeps or removes the note of a failure. A job that ends well without its results has failed as well."""
+        """Writes or removes the file of its failure. A job with exit code 0 whose results are missing has failed too."""
         path = self.out / f"{self.name}.failed"
         if code == 0 and self.is_done:
             path.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ class Job(ABC):
         write_atomically(path, json.dumps({"code": code, "text": "\n".join(lines[-LAST_LINES:])}, indent=1) + "\n")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainJob(Job):
     """A training run.
 
@@ -95,10 +95,10 @@ class TrainJob(Job):
         config: resolved.
     """
 
-    setting: str = ""
-    seed: int = 0
+    setting: str
+    seed: int
     overrides: Sequence[str] = ()
-    config: Config = field(default_factory=Config)
+    config: Config
     _done: bool = False  # a finished run stays so, and its metrics are not read again
 
     @property
@@ -138,12 +138,17 @@ class TrainJob(Job):
         return True
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvaluationJob(Job):
-    """The evaluations of one run's last checkpoint that have no results yet, in one process."""
+    """The evaluations of one run's last checkpoint that have no results yet, in one process.
 
-    run: TrainJob = field(default_factory=lambda: TrainJob("", Path()))
-    evaluations: Sequence[Evaluation] = ()
+    Attributes:
+        run: whose checkpoint is evaluated.
+        evaluations: all of the run's.
+    """
+
+    run: TrainJob
+    evaluations: Sequence[Evaluation]
 
     @property
     def command(self) -> list[str]:
@@ -176,11 +181,15 @@ class EvaluationJob(Job):
         return self.run.is_done
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BenchJob(Job):
-    """A benchmark. It writes into a folder of another name until it has ended, so half a benchmark does not count."""
+    """A benchmark. It writes into a folder of another name until it has ended, so half a benchmark does not count.
 
-    bench: Bench = field(default_factory=lambda: Bench("", ()))
+    Attributes:
+        bench: what is measured.
+    """
+
+    bench: Bench
 
     @property
     def folder(self) -> Path:
@@ -203,7 +212,7 @@ class BenchJob(Job):
 
     @property
     def is_exclusive(self) -> bool:
-        """Its times would mean nothing beside another process."""
+        """Another process on the GPU would change its times."""
         return True
 
     def ended(self, code: int) -> None:

@@ -23,6 +23,7 @@ from ssa_pretrain.experiments.table_file import comparisons, recipe_of_file
 from ssa_pretrain.saved_run import CONFIG
 from ssa_pretrain.settings.convert import config_to_dict, load_config
 from ssa_pretrain.settings.problems import ConfigError
+from ssa_pretrain.settings.tree import flatten_settings
 
 DECISIVE = ("model", "attention", "data", "optim", "precision", "training")  # sections that make runs different
 FREE = ("data.path", "training.stop_at_step", "training.micro_batch_size")
@@ -158,17 +159,9 @@ def _require_same(run: TrainJob, out: Path) -> None:
     path = run.folder / CONFIG
     if not path.is_file():
         return
-    there, here = (dict(_leaves(config_to_dict(config))) for config in (load_config(Config, path), run.config))
+    there, here = (dict(flatten_settings(config_to_dict(config))) for config in (load_config(Config, path), run.config))
     for key, value in here.items():
         if key.partition(".")[0] in DECISIVE and key not in FREE and key in there and there[key] != value:
             raise UsageError(
                 f"out={out} holds the run {run.name} with {key}={there[key]}, and this command has {value}; try another out="
             )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Returns the settings of a configuration by key."""
-    found: list[tuple[str, Any]] = []
-    for name, value in tree.items():
-        found += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [(prefix + name, value)]
-    return found

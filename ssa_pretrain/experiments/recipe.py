@@ -5,7 +5,7 @@ number. Tables, comparisons, panels and claims name settings and measures; verdi
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ssa_pretrain.experiments.results import RunResult
 
@@ -143,10 +143,10 @@ class Recipe:
     Attributes:
         name: on the command line.
         title: of the report.
-        about: what is compared, and what the paper says.
+        about: what is compared, and the paper's claim.
         settings: what is trained.
         evaluations: of every finished run.
-        benches: of no run.
+        benches: benchmarks, which need no run.
         tables, comparisons, panels, claims: what the report shows.
     """
 
@@ -159,7 +159,7 @@ class Recipe:
     tables: Sequence[Table] = ()
     comparisons: Sequence[Comparison] = ()
     panels: Sequence[Panel] = ()
-    claims: Sequence[Claim] = field(default=())
+    claims: Sequence[Claim] = ()
 
     def evaluations_of(self, setting: str) -> list[Evaluation]:
         """Returns the evaluations of a setting's runs."""

@@ -43,7 +43,7 @@ class Running:
 
 
 def say(text: str) -> None:
-    """Prints a line at once."""
+    """Prints a line without buffering."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -55,8 +55,11 @@ class Scheduler:
         devices: to run on.
         per_device: most jobs at once on one.
         estimates: of time and memory.
-        limit: seconds that it may take; infinite without a limit.
+        limit: seconds that `run` may take; infinite without a limit.
         say: prints a line for the user.
+        running: the jobs' processes now.
+        stopped: whether the jobs were asked to stop.
+        failed: names of the jobs that failed.
     """
 
     devices: Sequence[Device]
@@ -67,9 +70,10 @@ class Scheduler:
     running: list[Running] = field(default_factory=list)
     stopped: bool = False
     failed: list[str] = field(default_factory=list)
+    _deadline: float = field(default=float("inf"), init=False)
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Runs every job that is not done, as far as time reaches."""
+        """Runs every job that is not done, within the limit."""
         self._deadline, next_look = time.monotonic() + self.limit, 0.0
         waiting = [job for job in jobs if not job.is_done]
 

@@ -13,6 +13,7 @@ from ssa_pretrain.report.cards import goodput_card
 from ssa_pretrain.report.summary import Points, RunSummary
 from ssa_pretrain.report.tasks import MODES
 from ssa_pretrain.settings.quantities import compact, duration
+from ssa_pretrain.settings.tree import flatten_settings
 from ssa_pretrain.webpage.charts import COLOURS, HALF, WIDE, Line, heat_map, legend, line_chart, smooth
 from ssa_pretrain.webpage.layout import card, document, grid, number_table
 
@@ -146,22 +147,13 @@ def _state(runs: Runs) -> str:
 
 def _settings(runs: Runs) -> str:
     """Returns the table of the settings that are not the same in all runs."""
-    flat = [dict(_leaves(summary.config)) for _, summary in runs]
+    flat = [dict(flatten_settings(summary.config)) for _, summary in runs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if not key.startswith(OWN)]
     differing = [key for key in keys if len({str(one.get(key, "–")) for one in flat}) > 1]
     rows = [[key, *(str(one.get(key, "–")) for one in flat)] for key in differing[:MOST_SETTINGS]]
     more = f" {len(differing) - MOST_SETTINGS} more are left out." if len(differing) > MOST_SETTINGS else ""
     table = number_table(["setting", *(name for name, _ in runs)], rows) if rows else ""
     return card("Settings that differ", f"Names and folders apart.{more}", table, wide=True)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the settings of a saved configuration by key."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _training(summary: RunSummary) -> Points:

@@ -10,9 +10,9 @@ from faults.tally import Tally
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import this_machine
-from ssa_pretrain.run import flatten_settings
 from ssa_pretrain.settings.convert import config_to_dict
 from ssa_pretrain.settings.problems import ConfigError
+from ssa_pretrain.settings.tree import flatten_settings
 
 VALUES = (
     "optim.lr=abc",

@@ -211,7 +211,7 @@ def test_soup_is_the_average_and_starts_a_run(run, stable, tmp_path):
     ("arguments", "message"),
     [
         (["{run}@2", "out={new}"], "names 1 checkpoint; give two or more"),
-        (["{run}@2", "{run}@9", "out={new}"], "run@9 is no run and no checkpoint"),
+        (["{run}@2", "{run}@9", "out={new}"], "run@9 is neither a run nor a checkpoint"),
         (["{run}@2", "{run}@3", "out={new}", "weights=[1]"], "weights=[1.0] has 1 share for 2 checkpoints"),
         (["{run}@2", "{run}@3", "out={new}", "weights=[0,0]"], "must be shares of at least 0 with a sum above 0"),
         (["{run}@2", "{run}@3", "out={run}"], "exists, and nothing is overwritten"),

@@ -3,10 +3,15 @@
 from ssa_pretrain.experiments.measures import by_layer, layer_mean
 from ssa_pretrain.experiments.recipe import Claim, Evaluation, Measure, Panel, Recipe, Table, below, within
 from ssa_pretrain.experiments.results import RunResult
-from ssa_pretrain.experiments.sizes import METHODS, Size
+from ssa_pretrain.experiments.sizes import Size
 
 NAME = "theorem"
-SHOWN = ("full", "moba", "ssa")  # nsa adds further branches to the sparse stream, for which the theorem does not speak
+SHOWN = (
+    "full",
+    "moba",
+    "indexer",
+    "ssa",
+)  # nsa adds further branches to the sparse stream, which the theorem does not cover
 
 
 def recipe(size: Size) -> Recipe:
@@ -21,7 +26,7 @@ def recipe(size: Size) -> Recipe:
             ("dropped mass δ", "dropped_mass", ".4f"),
         )
     )
-    settings = [size.method(name) for name in METHODS if name in (*SHOWN, "indexer")]
+    settings = [size.method(name) for name in SHOWN]
     others = [s.name for s in settings if s.name != "ssa"]
     return Recipe(
         name="theorem",
