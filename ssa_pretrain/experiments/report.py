@@ -72,7 +72,7 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> list[str]:
             seeds = str(test["mean"]["count"]) if test["mean"] else "0"
             rows.append([*first, test["label"], mean, f"{test['margin']:g}", seeds, test["verdict"]])
     head = ["claim", "verdict", "number", "mean ± standard error", "at most", "seeds", "test"]
-    return ["## What the numbers say", RULE, lines(head, rows)]
+    return ["## Verdicts", RULE, lines(head, rows)]
 
 
 def _table(table: Mapping[str, Any]) -> list[str]:

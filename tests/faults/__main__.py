@@ -1,6 +1,6 @@
 """Runs rows of the matrix, writes their files and renders the page: `PYTHONPATH=tests python -m faults [ROW…]`.
 
-Rows that have a file are left out, unless they are named or `--again` is given. So an interrupted run goes on where it stopped.
+Rows that have a file are left out, unless they are named or `--again` is given. So the same command continues an interrupted one.
 """
 
 import argparse

@@ -289,7 +289,7 @@ ROWS = [
     ),
     Row(
         "random_kills",
-        "kill -9 at random moments of the saves of one run, half of them beside training; the same command goes on each time",
+        "kill -9 at random moments of the saves of one run, half of them beside training; the same command continues each time",
         "no checkpoint is damaged, none that was reported is missing; the curve is bit-identical",
         random_kills,
         must_fail=True,

@@ -136,13 +136,13 @@ ROWS = [
     Row(
         "wrong_settings",
         "resumed with another seed, shape, batch, optimizer; and with what may change",
-        "the first are refused (5) by name, the others go on",
+        "the first are refused (5) by name, the others continue",
         wrong_settings,
     ),
     Row(
         "missing_files",
         "config, environment, lock missing or damaged; metrics cut off within a line",
-        "the run goes on; the curve is bit-identical",
+        "the run continues; the curve is bit-identical",
         missing_files,
     ),
 ]

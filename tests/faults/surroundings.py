@@ -74,7 +74,7 @@ def full_disk(stage: Stage) -> Tally:
 
 
 def _full(stage: Stage, folder: Path, code: int, text: str, whole: list[dict]) -> str | None:
-    """Returns what is wrong unless a save failed with its reason and the rerun goes on from the one before it."""
+    """Returns what is wrong unless a save failed with its reason and the rerun continues from the one before it."""
     if (
         code != 5
         or "earlier checkpoints are unchanged" not in text
@@ -260,7 +260,7 @@ ROWS = [
     Row(
         "slow_storage",
         "reading a file back takes 0.1 s, with saves back to back",
-        "the next save waits and says so; the curve is bit-identical",
+        "the next save waits and reports it; the curve is bit-identical",
         slow_storage,
     ),
     Row(
