@@ -35,7 +35,7 @@ def whole_run(stage: Stage) -> list[dict]:
 
 
 def rerun(stage: Stage, folder: Path, whole: list[dict], resumes_after: int, tally: Tally) -> str | None:
-    """Runs the same command; returns what is wrong unless it falls back to a checkpoint, says so, and ends as a run without a fault."""
+    """Runs the same command; returns what is wrong unless it falls back to a checkpoint, reports it, and ends as a run without a fault."""
     child = stage.train(stage.config(folder, training__stop_at_step=LAST))
     code, text = child.wait(), child.text()
     tally.codes[code] += 1
@@ -217,7 +217,7 @@ ROWS = [
     Row(
         "flipped_checkpoint",
         "one bit of the newest checkpoint flips: weights, moments, lists, common weights, records",
-        "noticed before anything is unpickled; the run falls back to the checkpoint before, says so, and its curve is bit-identical",
+        "noticed before anything is unpickled; the run falls back to the checkpoint before, reports it, and its curve is bit-identical",
         partial(flipped_checkpoint, record_only=False),
     ),
     Row(
@@ -229,7 +229,7 @@ ROWS = [
     Row(
         "broken_checkpoints",
         "newest checkpoint with a truncated, empty, swapped, missing or older shard, a zero hole, an empty or missing list, an unlisted pickle; then all checkpoints",
-        "falls back; with none left the run ends with 5, and never begins again silently",
+        "falls back; with none left the run ends with 5, and never starts over silently",
         broken_checkpoints,
     ),
     Row(

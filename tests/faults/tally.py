@@ -1,6 +1,6 @@
 """What the tries of one row of the matrix gave, and its JSON file.
 
-Each row has a file of its own, written when the row is done. So a run that is interrupted keeps what it has, and the same command goes on with the
+Each row has a file of its own, written when the row is done. So a run that is interrupted keeps what it has, and the same command continues with the
 rows that are missing. No figure of the page is typed by hand.
 """
 
