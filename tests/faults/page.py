@@ -13,11 +13,11 @@ from support.processes import ROOT
 PAGE = ROOT / "docs" / "fault-matrix.md"
 HEAD = """# Fault matrix
 
-Each row is a fault that is injected into a run, the outcome that is required, and how often it occurred. `make
-test-faults` runs the rows in real processes on a CPU, writes a file for each into `docs/results/faults/`, and renders
-this page from them; no number is typed by hand. Rows that already have a file are skipped, so the same command continues
-an interrupted one; `make test-faults FAULTS="sigterm --again"` repeats rows. `make test` runs a sample of every row
-(`tests/integration/test_fault_matrix.py`).
+Each row is a fault that is injected into a run, the outcome that is required, and how often it occurred.
+`make test-faults` runs the rows in real processes on a CPU, writes a file for each into `docs/results/faults/`, and
+renders this page from them; no number is typed by hand. Rows that already have a file are skipped, so the same command
+continues an interrupted one; `make test-faults FAULTS="sigterm --again"` repeats rows. `make test` runs a sample of every
+row (`tests/integration/test_fault_matrix.py`).
 
 The model is a tiny SSA Llama on random documents, under the real trainer, its signal handling and its exit codes
 ([launch.md](launch.md#exit-codes)). Most tries are forked from one process that has already imported everything, so times
