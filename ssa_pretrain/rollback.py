@@ -5,7 +5,7 @@ its newest intact checkpoint. The `training.rollback_window` steps that end with
 (step_ranges.py). An incident record in the run's folder keeps the decision (incidents.py). The result is that of a run with the same range in
 `training.skip_steps`.
 
-A run goes on instead if it has no checkpoint yet. If the checkpoints get no newer, spikes have another cause than these data: after MOST rollbacks to
+A run without a checkpoint continues instead. If the checkpoints get no newer, spikes have another cause than these data: after MOST rollbacks to
 one checkpoint the run ends.
 """
 
@@ -75,7 +75,7 @@ def roll_back(run: Run, spike: Spike, step: int) -> bool:
 
 
 def _incident(run: Run, spike: Spike, step: int, checkpoint_step: int, reason: str = "") -> Incident:
-    """Returns the record of a spike; `reason` is why the run goes on."""
+    """Returns the record of a spike; `reason` is why the run continues."""
     first = max(checkpoint_step + 1, step - run.config.training.rollback_window + 1)
     return Incident(
         step=step,

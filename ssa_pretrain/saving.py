@@ -137,7 +137,7 @@ class Saver:
             self._finish(saved)
 
     def save(self, step: int, *, wait: bool) -> None:
-        """Saves after a step, beside the next steps if the run goes on; every rank calls it. The stall does not count towards the training speed.
+        """Saves after a step, beside the next steps if the run continues; every rank calls it. The stall does not count towards the training speed.
 
         Args:
             step: steps done.

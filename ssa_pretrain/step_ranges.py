@@ -1,6 +1,6 @@
 """Ranges of steps whose data is left out: `training.skip_steps`, and the windows of rollbacks.
 
-A step in a range is not trained on. Its rows are not read, and weights, moments and Adam's step counts stay as they are. Everything else goes on: the
+A step in a range is not trained on. Its rows are not read, and weights, moments and Adam's step counts stay as they are. Everything else continues: the
 step has its number, its rows and its learning rate, and the next step has the rows that it would have had anyway. So step stays the only clock. The
 same definition as OLMo-core's (olmo_core/train/trainer.py, `steps_to_skip`). PaLM (arXiv 2204.02311, section 5.1) left out batches too, but moved the
 later ones forward, so that its step counter did not advance.

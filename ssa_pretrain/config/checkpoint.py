@@ -15,7 +15,7 @@ class CheckpointConfig:
 
     interval: int | Auto = 0  # steps between checkpoints; 0: only at the end; auto: chosen by what a save costs
     mean_hours_between_failures: float = 0.0  # of the whole run, for interval=auto; 0: 8,090 hours / number of GPUs
-    asynchronous: bool = False  # training goes on while a checkpoint is written, from a copy in host memory
+    asynchronous: bool = False  # training continues while a checkpoint is written, from a copy in host memory
     keep: int = 2  # how many of the newest intact checkpoints are kept
     mirror: str = ""  # also copy each checkpoint to this object store, such as s3://BUCKET/PREFIX, and resume from there; empty: no
     weights: bool = True  # also save the weights in the common format, which both engines read

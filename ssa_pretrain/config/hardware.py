@@ -29,7 +29,7 @@ class HardwareConfig:
     host_speed: float = (
         1.0  # speed at which a host's core launches kernels, over that of the measured host (docs/planning.md)
     )
-    restart_minutes: float = 10.0  # from a failure until training goes on at the newest checkpoint
+    restart_minutes: float = 10.0  # from a failure until training continues from the newest checkpoint
     price_per_gpu_hour: float = 3.0  # price of a GPU and its share of the node, in USD per hour
 
     def problems(self) -> list[Problem]:

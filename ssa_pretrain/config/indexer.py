@@ -12,7 +12,7 @@ class IndexerConfig:
     """The trained scorer: small index queries and keys beside attention's own. Used only with attention.score=indexer."""
 
     heads: int = 1  # J, index query heads per kv head; each kv head has one index key
-    loss_weight: float = 1.0  # weight of the index loss, a mean over layers, queries and kv heads; it reaches no other weights than the scorer's
+    loss_weight: float = 1.0  # weight of the index loss, a mean over layers, queries and kv heads; it has gradients only for the scorer's weights
     warmup_steps: int = 1000  # steps of attention.method=indexer whose main stream is full, while the scorer learns
 
     def problems(self) -> list[Problem]:

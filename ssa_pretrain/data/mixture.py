@@ -1,7 +1,7 @@
 """The number of epochs of each part of a dataset: arithmetic over the manifest, without torch and without opening a file.
 
-A run is a sequence of stages with weights of their own. Each begins at a row and blends its rows anew, so that its
-counts are those of its weights, and a change of a later stage moves no row of an earlier one. Epochs go on over stages:
+A run is a sequence of stages, each with its own weights. A stage begins at a row and starts its blend there, so its
+counts are those of its weights, and a change of a later stage moves no row of an earlier one. Epochs continue across stages:
 the n-th row that a part gives to the run is the same, whichever stages ask for it.
 
 An epoch of a part with T tokens is (T - L) // L rows of L tokens. The label of a row's last token is the next row's

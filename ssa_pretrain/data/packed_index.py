@@ -2,15 +2,15 @@
 
 The documents of a part are packed in windows of WINDOW documents in the order of its files (best_fit.py), so memory does
 not grow with the dataset: 100 billion tokens in 100 million documents take about two minutes, and 1.4 GB of files. The
-index is a folder, `packing/HASH` in the dataset's folder or in `data.index_path`, where HASH stands for the dataset's
+index is a folder, `packing/HASH` in the dataset's folder or in `data.index_path`, where HASH is a hash of the dataset's
 fingerprint, the length of a row and VERSION. So an index of other data or settings is never read. For part N it has,
 little-endian:
 
     N.pieces   per piece 12 bytes: int64 first token in the part, int32 tokens; the pieces of a row follow one another
     N.rows     per row 12 bytes: int64 number of pieces up to its end, int32 tokens without padding
 
-and index.json, written last, with sizes and sha256 of these files and a checksum of its own. A piece that ends where its
-document goes on has a token more, which is only the label of its last one. So each token of the part is in one row, and
+and index.json, written last, with sizes and sha256 of these files and a checksum of its own. A piece that ends before its
+document does has one token more, which is only the label of its last one. So each token of the part is in one row, and
 each one that has a predecessor in its document is its label in one row.
 
 `prepare` builds an index or verifies its sha256; one process per node calls it. `open_index` compares sizes only.

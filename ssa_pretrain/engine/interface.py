@@ -117,7 +117,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A copy of a rank's part of the state, and how it is written while training goes on.
+    """A copy of a rank's part of the state, and how it is written while training continues.
 
     Attributes:
         write: writes into an existing, empty folder what `save` would have written; a thread of every rank calls it, with a process group of all

@@ -1,4 +1,4 @@
-"""Muon over parameters that hold several matrices and are cut over tensor ranks: torch's Muon, with each matrix orthogonalised whole.
+"""Muon over parameters that hold several matrices and are sharded over tensor ranks: torch's Muon, with each matrix orthogonalised whole.
 
     M <- mu M + (1 - mu) G          U = (1 - mu) G + mu M with Nesterov, else M
     for each matrix of U, whole over the tensor ranks:  O = NewtonSchulz(matrix)
@@ -8,7 +8,7 @@
 is its own, so in bf16 a step is torch's on separate matrices, up to fp32 rounding. fp32 runs orthogonalise in fp32, where layouts agree.
 
 Tensor ranks gather each parameter's U, in the dtype of the orthogonalisation, and all compute the same O; each keeps its part. The work is small beside a
-step's (docs/optimizers.md), and the momentum is cut like the weights.
+step's (docs/optimizers.md), and the momentum is sharded like the weights.
 
 Source: https://kellerjordan.github.io/posts/muon; torch/optim/_muon.py; the scale of the update: Moonlight, arXiv 2502.16982.
 """
@@ -27,7 +27,7 @@ from ssa_pretrain.model.matrices import join, split
 
 
 class SplitMuon(torch.optim.Muon):
-    """Muon whose groups say which matrices their parameters hold.
+    """Muon whose groups name the matrices that their parameters hold.
 
     Attributes:
         found_inf: scalar on the device; a step while it is 1 changes no weight and no momentum. None: every step counts.

@@ -1,7 +1,7 @@
 """The loss of a step by part of the corpus: sums of cross entropies and numbers of labels, kept on the device.
 
-A row comes from one part, so a microbatch is a few runs of neighbouring tokens of one part each (`Batch.parts`), also
-under context parallelism. Each run is one sum: no scatter, so the order of the additions is always the same, and nobody
+A row comes from one part, so a microbatch is a few spans of tokens, each of one part (`Batch.parts`), also
+under context parallelism. Each span is one sum: no scatter, so the order of the additions is always the same, and nothing
 waits for the device. The sums of all parts are reduced over the ranks in one message per step, beside that of the other
 results, and are read with them.
 """
@@ -22,7 +22,7 @@ class PartSums:
 
     Attributes:
         num_parts: parts of the corpus, the same on every rank; 0: nothing is counted.
-        found: part's number, sum of the cross entropies and number of labels of each run of tokens.
+        found: part's number, sum of the cross entropies and number of labels of each span.
     """
 
     num_parts: int = 0

@@ -1,4 +1,4 @@
-"""Compares the copies of the weights that data ranks hold, by hash, while training goes on, and names the rank whose copy differs.
+"""Compares the copies of the weights that data ranks hold, by hash, during training, and names the rank whose copy differs.
 
 A memory or processor error changes weights silently. Data and context ranks hold equal copies, bit for bit, so comparing them finds it. In the first
 step of a process and every `training.replica_check_interval` steps, between the backward and the update, each rank hashes every weight on its device,
@@ -12,7 +12,7 @@ gradient or loss is changed.
 
 What it cannot see. ZeRO-3 and a single data rank hold no copies, so nothing is compared. Where each step copies the weights from fp32 ones
 (bf16), or gathers them from the rank that updates them (distributed optimizer, ZeRO 1 and 2), a wrong weight lasts for one step, so only the steps
-that are compared find it; an error in the fp32 weights or moments of a rank that updates alone reaches all copies alike. With two copies, both
+that are compared find it; an error in the fp32 weights or moments that only one rank holds reaches all copies alike. With two copies, both
 ranks are named. The copies are also compared before each save, so that no checkpoint holds a difference.
 
 docs/launch.md has the remedy.

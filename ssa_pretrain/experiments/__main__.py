@@ -129,7 +129,9 @@ def _work(job: object) -> str:
     """Returns what a job does, in a few words."""
     if isinstance(job, TrainJob):
         return f"{job.steps} steps of {job.config.training.global_batch_tokens:,} tokens"
-    return f"{len(job.missing)} evaluations" if isinstance(job, EvaluationJob) else "benchmark, alone on its device"
+    return (
+        f"{len(job.missing)} evaluations" if isinstance(job, EvaluationJob) else "benchmark, with the device to itself"
+    )
 
 
 def _vocabulary(runs: Sequence[TrainJob]) -> int | None:

@@ -94,7 +94,7 @@ def _query() -> list[Device]:
     """Returns the GPUs that nvidia-smi lists. Raises UsageError if it does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        raise UsageError("nvidia-smi must be on the PATH: it says how much memory of each GPU is free")
+        raise UsageError("nvidia-smi must be on the PATH: it reports the free memory of each GPU")
     command = [program, QUERY, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True)

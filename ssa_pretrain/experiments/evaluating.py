@@ -1,7 +1,7 @@
 """The process that evaluates one run's newest checkpoint several times: `python -m ssa_pretrain.experiments.evaluating RUN -- NAME key=value … -- NAME …`.
 
 Each evaluation is that of `ssa_pretrain.evaluate` without samples, and writes RUN/evaluations/NAME.json. The libraries are loaded once. A result of that name
-of another step is replaced. One that fails is reported and the others go on; the exit code is that of the last failure.
+of another step is replaced. One that fails is reported, and the others continue; the exit code is that of the last failure.
 """
 
 import gc

@@ -50,7 +50,7 @@ def _named(results: dict[str, Result], method: str) -> Result | None:
 
 
 def _claim(name: str, ssa: Result | None, moba: Result | None) -> dict[str, Any] | None:
-    """Returns the claim that SSA takes at most 17% more than MoBA: it is judged with the spread of both times over their turns."""
+    """Returns the claim that SSA takes at most 17% more than MoBA: judged with the spread of both times over their turns."""
     if ssa is None or moba is None:
         return None
     ratio = ssa.ms / moba.ms

@@ -44,7 +44,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A benchmark by `python -m ssa_pretrain.bench`, alone on its GPU.
+    """A benchmark by `python -m ssa_pretrain.bench`, which has its GPU to itself.
 
     Attributes:
         name: of its folder, bench_NAME.

@@ -114,7 +114,7 @@ def restarted(before: Sequence[Segment], step: int, now: float) -> Alert | None:
     done = last.marks[-1][0]
     how = f"ended by {last.how}" if last.how not in ("", HUNG) else "hung" if last.how else "was killed"
     text = (
-        f"the start before {how} at about step {done:,}, {duration(now - last.last)} ago; training goes on after step {step:,}, and "
+        f"the start before {how} at about step {done:,}, {duration(now - last.last)} ago; training continues after step {step:,}, and "
         f"{max(0, done - step):,} steps are trained again"
     )
     return Alert("restarted", text, Level.warning, step)

@@ -1,6 +1,6 @@
 """Captured mass by layer over a run as a picture (PNG): a row per layer, a column per evaluation of held-out text, the value as colour.
 
-Trackers draw one line per layer at most; of 16 to 32 lines nobody sees which layer lags. The picture is drawn again at every evaluation, from all
+Trackers draw at most one line per layer, and among 16 to 32 lines it is hard to see which layer lags. The picture is drawn again at every evaluation, from all
 evaluations so far, so the newest one shows the whole run. The colour scale is fixed from LOW to 1, so pictures of several runs can be compared; the
 number at the end of a row is its newest value. matplotlib, without a display.
 """

@@ -103,7 +103,7 @@ class MetricsLogger:
     Args:
         folder: the run's output folder.
         total_steps: the run's last step.
-        tokens_per_step: the global batch; a record whose step has another one says so (`batch_tokens`).
+        tokens_per_step: the global batch, unless a record has another one (`batch_tokens`).
         total_tokens: of the run, for the time left if the batch changes.
         resume_step: step that the run continues after; records past it are dropped.
         interval: steps between console lines.

@@ -1,6 +1,6 @@
 """The times of a run on disk, across restarts: `timeline.jsonl` in the run's folder, from which a report computes the goodput.
 
-metrics.jsonl cannot tell where the time of a run went: a restart drops the records past its checkpoint, and with them the time that was lost. So rank 0
+metrics.jsonl does not show where the time of a run went: a restart drops the records after its checkpoint, and with them the time that was lost. So rank 0
 appends to this file, and nothing is ever removed from it:
 
     {"event": "start", "time": 1796000000.0, "began": 1795999990.0, "step": 0, "host": "node0", "processes": 8}
@@ -10,7 +10,7 @@ appends to this file, and nothing is ever removed from it:
 A `start` begins a segment; "began" is when its process began. After a rollback the same process begins another one ("event": "rollback"). `times` has the
 seconds of each phase since then. It is written when the phase changes, and once per INTERVAL within a long one, so a killed run loses the last INTERVAL at
 most. A segment without an `end` was killed, or still runs. Seconds are monotonic; `time` and `began` are seconds since the epoch. A line is short and is
-appended by one write, without a sync. If the disk is full, lines are missing and training goes on.
+appended by one write, without a sync. If the disk is full, lines are missing and training continues.
 
 What it does not do: it does not see the time before Python starts and after it ends (a scheduler's queue, a launcher's checks). A report counts it as
 time between two segments.

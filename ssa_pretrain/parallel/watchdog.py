@@ -224,7 +224,7 @@ class Watchdog:
             self._progress = now
         self._collectives = collectives
         if now - self._beat_at > PAUSED_BEATS * self._interval:
-            self._resumed = now  # this process was stopped and goes on, such as a job that a scheduler suspends
+            self._resumed = now  # this process was stopped and continued, such as a job that a scheduler suspends
         self._beat_at = now
         self._count += 1
         frame = sys._current_frames().get(self._main)

@@ -1,7 +1,7 @@
 """The cost model's factors, fitted to the measured runs: how many times longer than at the peak each kind of work takes.
 
 The time of a run is linear in the factors: the sum over the terms of work.py and of communication (sent at NVLink's nominal bandwidth), each times its
-factor. The factors minimise the squared relative errors of all measured times plus their squared distance from what the kernels alone take, in units of
+factor. The factors minimise the squared relative errors of all measured times plus their squared distance from what the kernels take by themselves, in units of
 SPREAD and PRIOR_SPREAD: the maximum of a posterior with normal deviations. Without the second part, terms that always occur together (products and
 memory traffic of one model) could trade places. A factor that cannot be (below 0, or a link faster than its nominal bandwidth) is set to its prior.
 
@@ -27,7 +27,7 @@ SPREAD, PRIOR_SPREAD = 0.015, 0.3  # relative standard deviations of a measured 
 LIBRARIES = (
     200 * 2**20
 )  # bytes of cuBLAS's and Transformer Engine's workspaces and of RoPE's tables, by the measured peaks
-# What kernels alone take. Full and sparse stream and selection: the table of kernels/README.md. The others: usual shares of the peak and of the
+# What the kernels take by themselves. Full and sparse stream and selection: the table of kernels/README.md. The others: usual shares of the peak and of the
 # bandwidth, 80% for large products and 75% for the memory; NCCL counts on 360 of NVLink's 450 GB/s.
 PRIOR = {
     "products": 1.25,

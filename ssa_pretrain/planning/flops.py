@@ -10,7 +10,7 @@ it is the main stream (the share p = full_ratio) and for the drawn queries of th
 is everywhere. nsa's stream is all three of its branches, so MFU counts the compressed branch and the window too. The
 extra work of SSA (the second stream, selection, gates, alignment) is the price of the method, not work of the model: it
 is counted here and shown next to MFU, but never included in it. So is a trained scorer's. The method indexer is counted
-as after its warm-up, with the sparse stream alone. All counts are those of the algorithm.
+as after its warm-up, with only the sparse stream. All counts are those of the algorithm.
 A kernel that pads or masks does more. Counts are means over the draws of a training step.
 
 Source of the peaks: NVIDIA's data sheets, dense (without 2:4 sparsity), at boost clocks. Standard library only.
@@ -70,7 +70,7 @@ class RowFlops:
         share_if_full, share_if_sparse: share of a microbatch's queries that are drawn for the other stream, by its main stream.
         key_convolution: the convolution of keys.
         computes_both: whether drawn queries compute the other stream; under the method indexer only the index loss.
-        index_projection: projections of a trained scorer. Their backward has the weights' gradients alone.
+        index_projection: projections of a trained scorer. Their backward has only the weights' gradients.
         distillation: the index loss and its gradients: full attention's probabilities, the scorer's, and two products for the gradients.
         branches: nsa's compressed branch and sliding window, which belong to every query's stream.
     """

@@ -123,7 +123,7 @@ def step_work(config: Config, hardware: HardwareConfig, rank: Rank) -> dict[str,
         work["products"] = orthogonal * rank.layers / rank.sharded / (hardware.bf16_tflops * TERA)
     if config.engine.name is EngineName.deepspeed:
         stage = config.deepspeed.zero_stage
-        # Hooks around modules and gradients: as long on one GPU as under tensor parallelism, so it is no work of the device.
+        # Hooks around modules and gradients: as long on one GPU as under tensor parallelism, so it is not the device's work.
         work[f"zero {max(1, stage)}"] = rank.num_microbatches * rank.layers * 1e-3
         if config.deepspeed.offload_optimizer:
             work["optimizer"] = 0.0

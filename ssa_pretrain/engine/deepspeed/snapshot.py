@@ -1,4 +1,4 @@
-"""Copies DeepSpeed's training state to host memory, and writes it from a thread while training goes on.
+"""Copies DeepSpeed's training state to host memory, and writes it from a thread while training continues.
 
 DeepSpeed hands each file of a checkpoint, as a state and a path, to its checkpoint engine. Here an engine that writes nothing takes these calls
 between two steps and copies the states. Later the thread writes the same files with the same function. DeepSpeed's own asynchronous engine is not used:

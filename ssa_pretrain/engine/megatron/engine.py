@@ -178,7 +178,7 @@ class MegatronEngine(MegatronModel):
         own_time, device = self.microbatches.own_time, self.placement.device
 
         def finalize(*arguments: Any, **options: Any) -> None:  # knows no more of the engine, because core keeps it
-            own_time.end(device)  # until here this rank has computed alone
+            own_time.end(device)  # so far this rank has waited for no other
             finalize_model_grads(*arguments, **options)
 
         self.core.finalize_model_grads_func = finalize

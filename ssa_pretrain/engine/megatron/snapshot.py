@@ -1,4 +1,4 @@
-"""Copies megatron-core's training state to host memory, and writes it from a thread while training goes on.
+"""Copies megatron-core's training state to host memory, and writes it from a thread while training continues.
 
 The files are those of `dist_checkpointing.save`, whose steps are repeated here because it runs its collectives on the default group, which training
 uses at the same time. Here all of them run on a group of the writing threads.

@@ -5,7 +5,7 @@ from ssa_pretrain.experiments.sizes import Size
 
 
 def recipe(size: Size) -> Recipe:
-    """Returns the recipe; its tables and claim come from the benchmarks alone (overhead_report.py)."""
+    """Returns the recipe; its tables and claim come only from the benchmarks (overhead_report.py)."""
     return Recipe(
         name="overhead",
         title="The cost of a step, by method and part",

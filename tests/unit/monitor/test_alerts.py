@@ -112,6 +112,6 @@ def test_start_after_a_kill_or_a_hang_reports_the_one_before(tmp_path: Path, how
         return
     assert alert is not None and alert.level is Level.warning
     assert alert.text == (
-        f"the start before {says} at about step 14, 1m30s ago; training goes on after step 10, and 4 steps are trained again"
+        f"the start before {says} at about step 14, 1m30s ago; training continues after step 10, and 4 steps are trained again"
     )
     assert restarted([], 0, 0.0) is None
