@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import resource
 import socket
 import subprocess
 import sys
@@ -336,10 +335,7 @@ def test_any_command_gives_a_list_of_problems_or_a_plan() -> None:
 
 
 def test_bad_command_exits_without_torch_traceback_or_folders(tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run("experiment=quickstart", "optim.lrr=1", "optim.lr=abc", "parallel.pp=1000", cwd=tmp_path, WORLD_SIZE="3")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3  # CPU time: torch alone would take more
     assert done.returncode == 3
     assert done.stdout == ""
     assert done.stderr.startswith(
