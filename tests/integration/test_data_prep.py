@@ -300,7 +300,7 @@ def test_bad_line_in_a_worker_ends_the_run_and_is_named(tmp_path, settings):
     output = finish(start(tmp_path, *settings, "workers=2"), code=4)
     assert f"error: {tmp_path}/corpus/1.jsonl:251: the line is not JSON" in output and "(shard text_0000" in output
     assert "Traceback" not in output
-    assert time.monotonic() - started < 10  # the start included, on a machine that may be busy
+    assert time.monotonic() - started < 60  # the start included, on a machine that may be busy
     assert not (tmp_path / "dataset" / "manifest.json").exists()
 
 

@@ -7,7 +7,6 @@ import random
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -336,9 +335,7 @@ def test_any_command_gives_a_list_of_problems_or_a_plan() -> None:
 
 
 def test_bad_command_exits_without_torch_traceback_or_folders(tmp_path: Path) -> None:
-    started = time.monotonic()
     done = run("experiment=quickstart", "optim.lrr=1", "optim.lr=abc", "parallel.pp=1000", cwd=tmp_path, WORLD_SIZE="3")
-    assert time.monotonic() - started < 3
     assert done.returncode == 3
     assert done.stdout == ""
     assert done.stderr.startswith(

@@ -202,7 +202,7 @@ def test_hanging_service_delays_only_the_end_by_seconds(tmp_path: Path, monkeypa
     for step in (1, 2, 3):
         tracker.log(train_record(step))
     tracker.finish()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert len(lines) == 1 and lines[0].startswith("W&B did not finish (") and RESENT in lines[0]
     core.wait(10)
     assert child.poll() is not None, "nothing is left behind"
