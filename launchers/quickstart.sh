@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on any CPU: real text -> indexed binaries -> a small SSA Llama on two processes -> held-out evaluation -> report.html.
+# The whole pipeline on any CPU: real text -> indexed binaries -> a small SSA Llama on two processes -> held-out evaluation -> report.html.
 # `make quickstart` builds the environment first and then calls this.
 #
 #   launchers/quickstart.sh [--venv DIR] [--out DIR] [--dry-run] [KEY=VALUE ...]

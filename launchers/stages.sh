@@ -10,9 +10,9 @@
 #   --dry-run                check all settings; print each stage's command and the plans; start nothing
 #   --nproc-per-node, --nnodes, --rdzv-endpoint, --rdzv-id, --python, --max-restarts, --restart-wait    as of launchers/torchrun.sh
 #
-# KEY=VALUE holds for both training stages, 8k:KEY=VALUE, 32k:KEY=VALUE, evaluation:KEY=VALUE and export:KEY=VALUE for one stage.
-# Run the same command again after any interruption: it continues where it was. On several nodes run it on each of them.
-# SIGTERM, Ctrl-C and SIGHUP stop it with exit code 7, training with a checkpoint. Else its exit code is that of the stage that failed.
+# KEY=VALUE applies to both training stages, 8k:KEY=VALUE, 32k:KEY=VALUE, evaluation:KEY=VALUE and export:KEY=VALUE to one stage.
+# Run the same command again after any interruption to continue. On several nodes run it on each of them.
+# SIGTERM, Ctrl-C and SIGHUP stop it with exit code 7, training with a checkpoint. Otherwise its exit code is that of the stage that failed.
 set -euo pipefail
 
 # shellcheck source=launchers/interpreter.bash
