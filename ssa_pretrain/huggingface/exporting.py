@@ -187,7 +187,8 @@ def _complete(scratch: Path, source: Source, options: ExportOptions) -> None:
     """Writes everything but the weights."""
     config, tokenizer = source.config, source.tokenizer
     tokens = tokenizer.tokens if tokenizer else NO_TOKENS
-    sparse_only = "full" not in config.attention.method.streams
+    method = config.attention.method
+    sparse_only = method is Method.indexer or "full" not in method.streams  # indexer ends with sparse attention alone
     mode = options.attention_mode or (Mode.sparse if sparse_only else Mode.full)
     dtype = str(DTYPES[options.dtype]).removeprefix("torch.")
     exported = exported_config(config, source.llama.vocab_size, tokens, mode, dtype)
@@ -203,7 +204,7 @@ def _complete(scratch: Path, source: Source, options: ExportOptions) -> None:
     )
     if tokenizer:
         write_tokenizer(scratch, tokenizer, config.data.sequence_length)
-    for name in MODELLING_FILES.get(config.attention.method, MODELLING_FILE):
+    for name in MODELLING_FILES.get(method, MODELLING_FILE):
         shutil.copyfile(Path(__file__).with_name(name), scratch / name)
     step = source.checkpoint.step
     is_mean = options.weights is Weights.ema

@@ -28,6 +28,7 @@ from .modelling_ssa import (
     SSALlamaDecoderLayer,
     SSALlamaForCausalLM,
     SSALlamaModel,
+    choose_blocks,
     ssa_kernels,
 )
 
@@ -144,7 +145,8 @@ class NSALlamaAttention(SSALlamaAttention):
         )  # padding before a row's first token sees padding: an empty softmax is NaN
         earlier = ((position >= 0) & (position <= query)) | nothing
         if c.is_sparse:
-            selected, weights = self._plain(q, k, v, means[0].detach(), query_BT, rows, **kwargs)
+            chosen = choose_blocks(q, means[0].detach(), query_BT, self.scaling, c)
+            selected, weights = self._plain(q, k, v, chosen, query_BT, rows, **kwargs)
         else:
             selected, weights = self._attend(q, k, v, self._mask(earlier, q), **kwargs)
         near = (earlier & (position > query - c.window)) | nothing

@@ -8,23 +8,27 @@ the package `ssa_kernels` where it is installed. What SSA does not change is tra
 query attends to its own block of keys and to the `top_k - 1` earlier blocks of largest importance, as in training (arXiv 2511.20102, section 3.2;
 the definition is the reference of `ssa_kernels.select_blocks`). In both, a sigmoid gate per token and query head multiplies the output.
 
+*A trained scorer.* Under `score="indexer"` a layer also projects its input to index queries and keys, a small attention of its own, and a block's importance
+is that attention's mass on it (`ssa_kernels.choose_by_index`). Full mode does not use it.
+
 *Blocks and padding.* A row is one document. Its blocks are counted over its tokens, wherever the attention mask has padding: left, right or
 between. So padding moves no block. Packed rows are refused in sparse mode, and so are attention masks of a shape of one's own.
 
 *Cache.* In sparse mode each layer of a DynamicCache or StaticCache also holds the mean key of each block. An update computes the means of the blocks
 that it touches. Only complete blocks before a query's own are scored, and their means do not change. With any other cache the means
-are computed from its keys at each call: the same results, more slowly.
+are computed from its keys at each call: the same results, more slowly. Under a trained scorer no means are kept. A token's index key lies beside its key, so
+in sparse mode the cached keys, of any cache, are twice as wide.
 
 *Which code runs.* `ssa_kernels` serves, if it is installed, the tensors are on CUDA, the attention function is sdpa, `16 <= head_dim <= 256`, there
 are at most 32 query heads per kv head, and the dtype is not float64:
 - in both modes, one new token per row on a cache, without gradients, also inside torch.compile; in sparse mode with `top_k <= 128` and any score but
-  official_compat, in full mode with a mask that is not additive;
-- in sparse mode, a prompt on an empty cache, or a call without a cache.
+  official_compat and indexer, in full mode with a mask that is not additive;
+- in sparse mode, a prompt on an empty cache, or a call without a cache; under a trained scorer with `head_dim <= 128` and `index_heads <= 32`.
 Everything else is transformers' own in full mode, and plain torch in sparse mode: one new token attends to its gathered blocks, several attend
 under a mask, by chunks of queries. The results differ by rounding.
 
 Not here: sparse mode with other attention functions than eager and sdpa (vLLM, SGLang, FlashAttention and flex run mode full only), packed rows
-in sparse mode, the alignment loss of training.
+in sparse mode, the alignment loss and the index loss of training (a trained scorer has no gradient here).
 """
 
 import inspect
@@ -56,9 +60,10 @@ except ImportError:
     ssa_kernels = None
 
 MODES = ("full", "sparse")
-SCORES = ("softmax_sum", "per_head", "official_compat")
+SCORES = ("softmax_sum", "per_head", "official_compat", "indexer")
 BLOCK_SIZES = (16, 32, 64, 128)
 QUERIES_PER_CHUNK = 128  # bounds the masks and the importance of a long prompt in plain torch
+NOTHING = -1e30  # the index score of a token that a query does not see; finite, so that no softmax is NaN
 TINY = torch.finfo(torch.float32).tiny
 # 5.24 renamed the argument.
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -74,21 +79,22 @@ class SSALlamaConfig(LlamaConfig):
         top_k: N, blocks per query, the own block included.
         attention_gate: whether a sigmoid gate per token and query head multiplies the attention's output.
         qk_norm: whether RMSNorm with a learnt weight over the head comes before RoPE, on each query head and key, as in Qwen3.
-        score: how a query scores earlier blocks: "softmax_sum" (SSA), "per_head" (MoBA) or "official_compat" (SSA's official code).
+        score: how a query scores earlier blocks: "softmax_sum" (SSA), "per_head" (MoBA), "official_compat" (SSA's official code) or "indexer" (a
+            trained scorer).
+        index_heads: J, index queries per kv head, under score="indexer".
 
     Raises:
         ValueError: for values that do not fit each other.
     """
 
     model_type = "ssa_llama"
-    base_model_tp_plan = {**(LlamaConfig.base_model_tp_plan or {}), "layers.*.self_attn.g_proj": "colwise"}  # noqa: RUF012
-
     attention_mode: str = "sparse"
     block_size: int = 16
     top_k: int = 16
     attention_gate: bool = True
     score: str = "softmax_sum"
     qk_norm: bool = False
+    index_heads: int = 1
 
     @property
     def is_sparse(self) -> bool:
@@ -98,14 +104,25 @@ class SSALlamaConfig(LlamaConfig):
         return self.attention_mode == "sparse"
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism shards the projections: a Llama's, the gate's and the scorer's."""
+        own = ["g_proj"] * self.attention_gate + ["index_q_proj", "index_k_proj"] * (self.score == "indexer")
+        return (LlamaConfig.base_model_tp_plan or {}) | {f"layers.*.self_attn.{name}": "colwise" for name in own}
+
+    @property
     def uses_rows(self) -> bool:
         """Whether layers need to know where each row's tokens are."""
         return self.is_sparse
 
     @property
+    def is_indexed(self) -> bool:
+        """Whether blocks are chosen by a trained scorer: never in full mode."""
+        return self.is_sparse and self.score == "indexer"
+
+    @property
     def layer_types(self) -> list[str]:
-        """The type of each layer's cache. Absent in full mode, as in a plain Llama. Follows `attention_mode`, and is therefore not saved."""
-        if not self.is_sparse:
+        """The type of each layer's cache. Absent for plain caches, as in a plain Llama. Follows `attention_mode`, and is therefore not saved."""
+        if not self.is_sparse or self.is_indexed:
             raise AttributeError("layer_types")
         return [SSADynamicLayer._layer_type] * self.num_hidden_layers
 
@@ -133,7 +150,9 @@ class SSALlamaConfig(LlamaConfig):
     def check_score(self) -> None:
         """Raises ValueError for an unknown score."""
         if self.score not in SCORES:
-            raise ValueError(f"score={self.score} must be softmax_sum, per_head or official_compat; try softmax_sum")
+            raise ValueError(f"score={self.score} must be {', '.join(SCORES[:-1])} or {SCORES[-1]}; try softmax_sum")
+        if self.index_heads < 1:
+            raise ValueError(f"index_heads={self.index_heads} must be at least 1 index query per kv head; try 1")
 
     def _get_generation_parameters(self) -> dict:
         """Returns generation parameters among the fields. `top_k` has the name of one of sampling's, but is a constant of the model."""
@@ -330,7 +349,40 @@ def choose_blocks(q_BHTD: Tensor, means_BGRD: Tensor, query_BT: Tensor, scale: f
         importance = torch.where(importance < TINY, 0.0, importance).masked_fill(later[:, None], float("-inf"))
     if config.score == "official_compat":
         importance = _drop_unofficial(importance, own_BT[:, None, :, None], config.block_size)
-    best = _most_important(importance, min(config.top_k - 1, R))
+    return _best_and_own(importance, own_BT, config.top_k)
+
+
+def choose_by_index(
+    iq_BHTD: Tensor, ik_BGSD: Tensor, query_BT: Tensor, order_BS: Tensor, scale: float, config: SSALlamaConfig
+) -> Tensor:
+    """Returns the chosen blocks, int64 `[B, G, T, N]`, as `choose_blocks` does, by a trained scorer.
+
+    A block's importance is the share of the index queries' softmax over the row's tokens that falls on it, a mean over the J queries of a kv head.
+
+    Args:
+        iq_BHTD: index queries after RoPE, J per kv head.
+        ik_BGSD: index keys after RoPE, by slot.
+        query_BT: position of each query, -1 for padding, which chooses nothing.
+        order_BS: see Rows.
+        scale: factor of the index scores.
+        config: `top_k` and `block_size`.
+    """
+    (B, H, T, D), (G, S), size = iq_BHTD.shape, ik_BGSD.shape[1:3], config.block_size
+    R, wide = (S - 1) // size + 1, torch.promote_types(iq_BHTD.dtype, torch.float32)
+    logits = iq_BHTD.detach().to(wide).reshape(B, G, -1, D) @ ik_BGSD.detach().to(wide).transpose(2, 3) * scale
+    logits = logits.view(B, H, T, S).gather(3, order_BS[:, None, None].expand(B, H, T, S))
+    later = torch.arange(S, device=logits.device) > query_BT[..., None]
+    logits = nn.functional.pad(logits.masked_fill(later[:, None], NOTHING), (0, R * size - S), value=NOTHING)
+    of_block = logits.view(B, G, H // G, T, R, size).logsumexp(-1)
+    importance = (of_block - of_block.logsumexp(-1, keepdim=True)).logsumexp(2)
+    own_BT = query_BT.div(size, rounding_mode="floor")
+    later = torch.arange(R, device=logits.device) >= own_BT[..., None]
+    return _best_and_own(importance.masked_fill(later[:, None], float("-inf")), own_BT, config.top_k)
+
+
+def _best_and_own(importance: Tensor, own_BT: Tensor, top_k: int) -> Tensor:
+    """Returns the own block and the `top_k - 1` of largest importance [B, G or H, T, R], -inf for blocks that are not earlier."""
+    best = _most_important(importance, min(top_k - 1, importance.shape[-1]))
     absent = torch.iinfo(torch.int64).max
     best = torch.where(importance.gather(-1, best) > float("-inf"), best, absent)
     own = torch.where(own_BT < 0, absent, own_BT)[:, None, :, None].expand(*best.shape[:3], 1)
@@ -375,6 +427,11 @@ class SSALlamaAttention(LlamaAttention):
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
+        self.index_q_proj = self.index_k_proj = None
+        if config.score == "indexer":
+            width, heads = config.hidden_size, config.num_key_value_heads
+            self.index_q_proj = nn.Linear(width, heads * config.index_heads * self.head_dim, bias=False)
+            self.index_k_proj = nn.Linear(width, heads * self.head_dim, bias=False)
 
     def forward(
         self,
@@ -394,6 +451,10 @@ class SSALlamaAttention(LlamaAttention):
             wide = torch.promote_types(v.dtype, torch.float32)
             q, k = self.q_norm(q.to(wide)), self.k_norm(k.to(wide))
         q, k = (x.to(v.dtype) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
+        if self.config.is_indexed:
+            projections = (self.index_q_proj, self.index_k_proj)
+            index = (p(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2) for p in projections)
+            kwargs["index"] = tuple(x.to(v.dtype) for x in apply_rotary_pos_emb(*index, *position_embeddings))
         attend = self._sparse if self.config.is_sparse else self._full
         out, weights = attend(q, k, v, attention_mask, cache, **kwargs)
         if self.g_proj is not None:
@@ -415,8 +476,10 @@ class SSALlamaAttention(LlamaAttention):
             return self._decode(q, k, v, None, rows.decoding), None
         return self._attend(q, k, v, mask, **kwargs)
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, _, cache, *, rows: Rows, **kwargs):
-        """Returns (output, attention weights or None) of sparse attention."""
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, _, cache, *, rows: Rows, index: tuple | None = None, **kwargs):
+        """Returns (output, attention weights or None) of sparse attention. Under a trained scorer, `index` are the tokens' index queries and keys."""
+        if index is not None:
+            return self._indexed(q, k, v, *index, cache, rows=rows, **kwargs)
         size, new_k, new_v, means = self.config.block_size, k, v, None
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
@@ -432,22 +495,51 @@ class SSALlamaAttention(LlamaAttention):
             means = block_means(k, rows.order, torch.zeros_like(rows.before), (k.shape[2] - 1) // size + 1, size)
         if rows.decoding is not None:
             return self._decode(q, k, v, means, rows.decoding), None
-        parts = zip(q.split(QUERIES_PER_CHUNK, 2), rows.queries.split(QUERIES_PER_CHUNK, 1), strict=True)
-        outs = [self._plain(part, k, v, means, query, rows, **kwargs) for part, query in parts]
+
+        def choose(some: slice, query_BT: Tensor) -> Tensor:
+            return choose_blocks(q[:, :, some], means, query_BT, self.scaling, self.config)
+
+        return self._by_chunks(choose, q, k, v, rows, **kwargs)
+
+    def _indexed(self, q: Tensor, k: Tensor, v: Tensor, iq: Tensor, ik: Tensor, cache, *, rows: Rows, **kwargs):
+        """Returns (output, attention weights or None) of attention to the blocks that the trained scorer chooses."""
+        out = None if rows.packing is None else self._kernels(q, k, v, *rows.packing, iq, ik)
+        if cache is not None:
+            both, v = cache.update(torch.cat([k, ik], dim=-1), v, self.layer_idx, kwargs=kwargs)
+            k, ik = both.chunk(2, dim=-1)
+        if out is not None:
+            return out, None
+
+        def choose(some: slice, query_BT: Tensor) -> Tensor:
+            return choose_by_index(iq[:, :, some], ik, query_BT, rows.order, self.scaling, self.config)
+
+        return self._by_chunks(choose, q, k, v, rows, **kwargs)
+
+    def _by_chunks(self, choose, q: Tensor, k: Tensor, v: Tensor, rows: Rows, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Returns (output, weights or None) in plain torch; `choose`: (some of the queries, their positions) -> their blocks."""
+        outs = []
+        for first in range(0, q.shape[2], QUERIES_PER_CHUNK):
+            some = slice(first, first + QUERIES_PER_CHUNK)
+            query_BT = rows.queries[:, some]
+            outs.append(self._plain(q[:, :, some], k, v, choose(some, query_BT), query_BT, rows, **kwargs))
         if len(outs) == 1:
             return outs[0]
         weights = None if outs[0][1] is None else torch.cat([w for _, w in outs], dim=2)
         return torch.cat([out for out, _ in outs], dim=1), weights
 
-    def _kernels(self, q: Tensor, k: Tensor, v: Tensor, order: Tensor, documents) -> Tensor:
+    def _kernels(self, q: Tensor, k: Tensor, v: Tensor, order: Tensor, documents, *index: Tensor) -> Tensor:
         """Returns [B, T, H, D]: rows are packed, the tokens of each as a document and then its padding as another."""
         c, shape = self.config, (q.shape[0], q.shape[2], q.shape[1], q.shape[3])
         if documents.cu_seqlens.device != q.device:  # layers on several devices
             documents = ssa_kernels.documents.layout_to(documents, q.device)
         place = order[..., None, None]
-        q, k, v = (torch.take_along_dim(x.transpose(1, 2), place, dim=1).flatten(0, 1) for x in (q, k, v))
+        packed = (torch.take_along_dim(x.transpose(1, 2), place, dim=1).flatten(0, 1) for x in (q, k, v, *index))
+        q, k, v, *index = packed
         common = {"block_size": c.block_size, "cu_seqlens": documents, "scale": self.scaling}
-        indices = ssa_kernels.select_blocks(q.detach(), k.detach(), top_k=c.top_k, score=c.score, **common)
+        if index:
+            indices = ssa_kernels.choose_by_index(*index, top_k=c.top_k, **common)
+        else:
+            indices = ssa_kernels.select_blocks(q.detach(), k.detach(), top_k=c.top_k, score=c.score, **common)
         out = ssa_kernels.sparse_attention(q, k, v, indices, **common)[0].view(shape)
         return torch.zeros_like(out).scatter(1, place.expand(shape), out)
 
@@ -474,11 +566,10 @@ class SSALlamaAttention(LlamaAttention):
         return out.view(B, 1, H, D)
 
     def _plain(
-        self, q: Tensor, k: Tensor, v: Tensor, means: Tensor, query_BT: Tensor, rows: Rows, **kwargs
+        self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, query_BT: Tensor, rows: Rows, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns (output [B, T, H, D], weights or None) of some queries [B, H, T, D] at positions [B, T]."""
+        """Returns (output [B, T, H, D], weights or None) of some queries [B, H, T, D] at positions [B, T] over their chosen blocks."""
         size, eager = self.config.block_size, self.config._attn_implementation == "eager"
-        chosen = choose_blocks(q, means, query_BT, self.scaling, self.config)
         kv_heads, keys = k.shape[1:3]
         if q.shape[2] == 1 and chosen.shape[1] == kv_heads and chosen.shape[3] * size < keys and not eager:
             # One token reads the keys of its blocks only.
@@ -488,7 +579,7 @@ class SSALlamaAttention(LlamaAttention):
             k, v = (x.gather(2, slot[..., None].expand(*slot.shape, x.shape[3])) for x in (k, v))
             mask = ((token >= 0) & (token <= query_BT[:, None])).unsqueeze(2)
         else:
-            mask = _chosen_keys(chosen, means.shape[2], rows.positions, query_BT, size)
+            mask = _chosen_keys(chosen, blocks_of(keys, size), rows.positions, query_BT, size)
         mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)
         if eager:
             mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
@@ -547,6 +638,7 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         else:
             kwargs[CACHE_NAME] = cache
         like = input_ids if inputs_embeds is None else inputs_embeds
+        self._check_index_keys(cache)
         if self.config.uses_rows:
             self._check_sparse(attention_mask, position_ids, cache)
         if self.config.uses_rows or self._kernels_decode(like, attention_mask, cache):
@@ -569,6 +661,14 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
             rule = "restart within a row, and under attention_mode=sparse a row is one document"
             raise ValueError(f"position_ids {rule}; try a row per document, or attention_mode=full")
 
+    def _check_index_keys(self, cache) -> None:
+        """Raises ValueError for a trained scorer on a cache that was filled in the other mode."""
+        c = self.config
+        held = cache.layers[0].keys if c.score == "indexer" and cache is not None and cache.layers else None
+        if held is not None and held.dim() == 4 and held.shape[3] != c.head_dim * (1 + c.is_indexed):
+            rule = "cannot go on from a cache of the other mode under score=indexer: only sparse mode keeps index keys"
+            raise ValueError(f"attention_mode={c.attention_mode} {rule}; try a new cache")
+
     def _rows(self, attention_mask: Tensor | None, like: Tensor, cache) -> Rows:
         """Returns where the tokens are, for inputs `like` [B, T, ...]."""
         count, tokens = like.shape[:2]
@@ -585,7 +685,8 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         """Returns whether ssa_kernels serves a prompt: the rule is at the top of this file."""
         if like.shape[1] == 1 or torch.compiler.is_compiling():
             return False
-        return self._kernels_take(like) and int(offset) == 0
+        scored = self.config.score != "indexer" or (self.config.head_dim <= 128 and self.config.index_heads <= 32)
+        return scored and self._kernels_take(like) and int(offset) == 0
 
     def _kernels_decode(self, like: Tensor, attention_mask: Tensor | None, cache) -> bool:
         """Returns whether ssa_kernels serves one new token per row: the rule is at the top of this file."""
@@ -593,7 +694,7 @@ class SSALlamaModel(SSALlamaPreTrainedModel, LlamaModel):
         if like.shape[1] != 1 or cache is None or torch.is_grad_enabled():
             return False
         if c.is_sparse:
-            return c.top_k <= 128 and c.score != "official_compat" and self._kernels_take(like)
+            return c.top_k <= 128 and c.score not in ("official_compat", "indexer") and self._kernels_take(like)
         additive = attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype != torch.bool
         return not additive and self._kernels_take(like)
 

@@ -63,6 +63,7 @@ def require_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Te
         ({"model.tie_embeddings": False, "attention.gate": False, "model.vocab_divisor": 80}, Dtype.fp32),
         ({"precision.name": "bf16", "model.qk_norm": True}, Dtype.bf16),
         ({"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20}, Dtype.fp32),
+        ({"attention.method": "indexer", "attention.score": "indexer", "attention.indexer.heads": 2}, Dtype.fp32),
     ],
 )
 def test_import_of_an_export_is_bit_identical(tmp_path, placement, overrides, dtype):
@@ -70,8 +71,7 @@ def test_import_of_an_export_is_bit_identical(tmp_path, placement, overrides, dt
     write_run(tmp_path / "run", config, placement, VOCAB)
     folder = export_to(tmp_path / "out", tmp_path / "run", config, placement, dtype=dtype, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    method = {"method": config.attention.method} if config.attention.method is Method.nsa else {}
-    imported = import_from(folder, tmp_path / "in", **method)
+    imported = import_from(folder, tmp_path / "in", method=config.attention.method)
     require_same_bits(tensors(tmp_path / "in"), tensors(tmp_path / "run"))
     assert load_config(Config, tmp_path / "in/config.yaml") == imported
     for section, ignored in (
@@ -82,7 +82,8 @@ def test_import_of_an_export_is_bit_identical(tmp_path, placement, overrides, dt
         assert {k: v for k, v in mine.items() if k not in ignored} == {
             k: v for k, v in theirs.items() if k not in ignored
         }
-    assert ("native sparse attention" in (folder / "README.md").read_text()) is bool(method)
+    described = {Method.nsa: "native sparse attention", Method.indexer: "a trained scorer of blocks"}
+    assert described.get(config.attention.method, "sparse sparse attention") in (folder / "README.md").read_text()
     again = export_to(tmp_path / "again", tmp_path / "in", imported, placement, dtype=dtype, max_shard_size="20KB")
     for path in folder.iterdir():
         if path.name != "README.md":  # its recipe is the importing command's
@@ -198,6 +199,7 @@ def test_existing_folder_is_refused_and_a_checkpoint_of_another_model_too(tmp_pa
         ({"model.mup.base_width": 12, "model.mup.base_head_dim": 5, "model.mup.output_multiplier": 1.5}, Dtype.bf16),
         ({"model.mup.base_width": 12, "model.mup.base_head_dim": 5, "model.qk_norm": True}, Dtype.fp32),
         ({"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20}, Dtype.fp32),
+        ({"attention.score": "indexer", "attention.indexer.heads": 2}, Dtype.bf16),
     ],
 )
 def test_check_compares_the_export_with_the_training_model_and_sees_a_difference(tmp_path, placement, overrides, dtype):
