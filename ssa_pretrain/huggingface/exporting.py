@@ -30,7 +30,6 @@ from ssa_pretrain.huggingface.weights import EMBEDDING, Llama, training_shapes
 from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.settings.files import sync
-from ssa_pretrain.settings.problems import ConfigError, Problem
 
 KEY = "ssa_pretrain/failed_export"
 NO_TOKENS = SpecialTokens(eos=None, bos=None)
@@ -77,14 +76,10 @@ def export(
         What was exported. Its weights may lie in a folder that is gone.
 
     Raises:
-        ConfigError: the model has a convolution of keys, which the exported file does not compute.
         CheckpointError: the run has no checkpoint, or a file could not be written, which leaves nothing behind.
         WeightsError: the checkpoint holds another model than the run's configuration.
         DataError: the tokenizer is missing, or is not the one of the training.
     """
-    if taps := config.attention.key_convolution:
-        rule, advice = "has no Hugging Face model: its cache would need plain keys", "evaluate the run itself"
-        raise ConfigError([Problem("attention.key_convolution", taps, rule, advice)])
     target = Path(options.out)
     scratch = target.with_name(f".{target.name}.tmp")
     checkpoint = _find(run_folder, named, placement)

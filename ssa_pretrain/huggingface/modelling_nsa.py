@@ -67,6 +67,8 @@ class NSALlamaConfig(SSALlamaConfig):
         """Raises ValueError for a score that is not NSA's, and for no gates or no window."""
         if self.score not in SCORES:
             raise ValueError(f"score={self.score} must be compressed or official_compat; try compressed")
+        if self.key_convolution:
+            raise ValueError(f"key_convolution={self.key_convolution} has no place in NSA; try 0")
         if not self.attention_gate:
             raise ValueError("attention_gate=False leaves NSA's branches without the gates that sum them; try True")
         if self.window < 1:
@@ -190,9 +192,9 @@ class NSALlamaModel(SSALlamaModel):
     _no_split_modules = ["NSALlamaDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": NSALlamaDecoderLayer, "attentions": NSALlamaAttention}  # noqa: RUF012
 
-    def _kernels_serve(self, like: Tensor, offset: int | Tensor) -> bool:
-        """Returns whether ssa_kernels serves a prompt: the rule is at the top of this file."""
-        return self.config.is_sparse and super()._kernels_serve(like, offset)
+    def _masks_by_rows(self, rows: Rows) -> bool:
+        """Returns True, in both modes."""
+        return True
 
     def _kernels_decode(self, like: Tensor, attention_mask: Tensor | None, cache) -> bool:
         """Returns False: no kernel serves one new token."""

@@ -1,7 +1,7 @@
 """config.json: a run's model in transformers 5's words, and the model of a config.json in ours.
 
 Out: the fields of a Llama, with RoPE in `rope_parameters`, and the fields of modelling_ssa.py: attention_mode, block_size, top_k,
-attention_gate, score and qk_norm, with a trained scorer index_heads; of modelling_nsa.py also the window. `max_position_embeddings` is the length that the model was trained at, because
+attention_gate, score and qk_norm, with a trained scorer index_heads, with a convolution of keys key_convolution; of modelling_nsa.py also the window. `max_position_embeddings` is the length that the model was trained at, because
 tools take it as the longest input.
 
 In: folders told apart by `model_type`. `ssa_llama` and `nsa_llama` are our own, `llama` a Llama of the third generation, `qwen3` a dense Qwen3, which is a
@@ -24,6 +24,7 @@ from ssa_pretrain.config import (
     RopeScalingConfig,
     Score,
 )
+from ssa_pretrain.config.rules.keys import CONVOLVED
 from ssa_pretrain.settings.problems import ConfigError, Problem, join, show
 
 MODEL_TYPE = "ssa_llama"
@@ -95,6 +96,7 @@ def exported_config(config: Config, vocab_size: int, tokens: SpecialTokens, mode
         "qk_norm": model.qk_norm,
         **({"window": attention.window} if nsa else {}),
         **({"index_heads": attention.indexer.heads} if attention.score is Score.indexer else {}),
+        **({"key_convolution": attention.key_convolution} if attention.key_convolution else {}),
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,
         "pad_token_id": None,
@@ -124,7 +126,7 @@ def imported_model(
     Raises:
         ConfigError: it describes a model that ssa_pretrain does not train, with every problem at once.
     """
-    if problems := [*_problems(record), *_window_problems(record, method), *_scorer_problems(record, method)]:
+    if problems := [*_problems(record), *_window_problems(record, method), *_part_problems(record, method)]:
         raise ConfigError(problems)
     heads, hidden, vocab_size = (record[key] for key in ("num_attention_heads", "hidden_size", "vocab_size"))
     rope = _rope(record)
@@ -159,7 +161,7 @@ def _attention(record: dict[str, Any]) -> AttentionConfig:
     if kind == RELEASED:
         window = {"window": record["window_size"]} if record.get("window_size") else {}
         return AttentionConfig(gate=True, score=Score.official_compat, **sizes, **window)
-    more = {"window": record["window"]} if kind == NSA_TYPE else {}
+    more = {"window": record["window"]} if kind == NSA_TYPE else {"key_convolution": record.get("key_convolution", 0)}
     if record["score"] == Score.indexer:
         more["indexer"] = IndexerConfig(heads=record.get("index_heads", 1))
     return AttentionConfig(gate=record["attention_gate"], score=Score(record["score"]), **sizes, **more)
@@ -211,12 +213,15 @@ def _window_problems(record: dict[str, Any], method: Method) -> Iterator[Problem
         yield Problem("method", method, rule, "import NSA-1B, or leave method out")
 
 
-def _scorer_problems(record: dict[str, Any], method: Method) -> Iterator[Problem]:
-    """Yields the problem of a trained scorer that the method does not train, or of a method that needs one where there is none."""
+def _part_problems(record: dict[str, Any], method: Method) -> Iterator[Problem]:
+    """Yields the problem of a trained scorer or a convolution of keys that the method does not have, or of a method that needs a scorer without one."""
     scored = record.get("model_type") == MODEL_TYPE and record.get("score") == Score.indexer
     if scored and method not in (Method.ssa, Method.indexer):
         rule = f"is a trained scorer of blocks, which method={method} does not have"
         yield Problem("score", record["score"], rule, "try method=indexer or ssa")
+    if record.get("key_convolution") and method not in CONVOLVED:
+        rule = f"is a convolution of keys, which method={method} does not have"
+        yield Problem("key_convolution", record["key_convolution"], rule, f"try method={join(CONVOLVED)}")
     if method is Method.indexer and not scored:
         rule = "needs a folder with a trained scorer, and its config.json has no score=indexer"
         advice = "try full, and start a run with attention=indexer from it by checkpoint.init_from"

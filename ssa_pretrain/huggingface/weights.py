@@ -6,6 +6,7 @@
     …self_attention.linear_qkv.weight         …self_attn.{q,k,v,g}_proj.weight
     …self_attention.{q,k}_layernorm.weight    …self_attn.{q,k}_norm.weight, with model.qk_norm only
     …self_attention.linear_index.weight       …self_attn.index_{q,k}_proj.weight, with attention.score=indexer only
+    …self_attention.key_convolution.weight    …self_attn.k_conv.weight, with attention.key_convolution only
     …self_attention.linear_proj.weight        …self_attn.o_proj.weight
     …pre_mlp_layernorm.weight                 …post_attention_layernorm.weight
     …mlp.linear_fc1.weight                    …mlp.{gate,up}_proj.weight
@@ -35,13 +36,14 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
-INDEX = "self_attention.linear_index.weight"
+INDEX, FILTERS = "self_attention.linear_index.weight", "self_attention.key_convolution.weight"
 LAYER = (  # of a layer: the training model's tensor, and the tensors that it becomes
     ("input_layernorm.weight", ("input_layernorm.weight",)),
     (
         "self_attention.linear_qkv.weight",
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.g_proj.weight"),
     ),
+    (FILTERS, ("self_attn.k_conv.weight",)),
     (INDEX, ("self_attn.index_q_proj.weight", "self_attn.index_k_proj.weight")),
     ("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
     ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",)),
@@ -69,6 +71,7 @@ class Llama:
     tied: bool
     qk_norm: bool = False
     index_heads: int = 0  # J; 0 without a trained scorer
+    key_taps: int = 0  # W; 0 without a convolution of keys
 
     @classmethod
     def of(cls, config: Config, padded_vocab_size: int) -> "Llama":
@@ -86,6 +89,7 @@ class Llama:
             tied=model.tie_embeddings,
             qk_norm=model.qk_norm,
             index_heads=config.attention.indexer.heads if config.attention.score is Score.indexer else 0,
+            key_taps=config.attention.key_convolution,
         )
 
     @property
@@ -99,7 +103,9 @@ def tensor_names(llama: Llama) -> dict[str, tuple[str, ...]]:
     names: dict[str, tuple[str, ...]] = {EMBEDDING: (HF_EMBEDDING,)}
     for number in range(llama.num_layers):
         for ours, theirs in LAYER:
-            if (is_head_norm(ours) and not llama.qk_norm) or (ours == INDEX and not llama.index_heads):
+            if is_head_norm(ours) and not llama.qk_norm:
+                continue
+            if not {INDEX: llama.index_heads, FILTERS: llama.key_taps}.get(ours, True):
                 continue
             kept = [name for name in theirs if llama.gates or name != "self_attn.g_proj.weight"]
             names[f"decoder.layers.{number}.{ours}"] = tuple(f"model.layers.{number}.{name}" for name in kept)
@@ -124,6 +130,7 @@ def tensor_shapes(llama: Llama) -> dict[str, tuple[int, ...]]:
         "k_norm": (llama.head_dim,),
         "index_q_proj": (llama.index_heads * keys, m),
         "index_k_proj": (keys, m),
+        "k_conv": (keys, 1, llama.key_taps),
         "embed_tokens": vocabulary,
         "lm_head": vocabulary,
     }

@@ -93,6 +93,7 @@ def hf_config(config: Config, **changed: object) -> SSALlamaConfig:
         "score": attention.score.value,
         "qk_norm": model.qk_norm,
         "index_heads": attention.indexer.heads,
+        "key_convolution": attention.key_convolution,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": 0,
@@ -147,6 +148,8 @@ def _layer(config: Config, weights: dict[str, Tensor], ours: str, theirs: str) -
             f"self_attn.index_{x}_proj.weight": part.flatten(0, 1)
             for x, part in zip("qk", mixed.split(widths, dim=1), strict=True)
         }
+    if attention.key_convolution:
+        found["self_attn.k_conv.weight"] = weights[ours + "self_attention.key_convolution.weight"]
     if model.qk_norm:
         found |= {f"self_attn.{x}_norm.weight": weights[f"{ours}self_attention.{x}_layernorm.weight"] for x in "qk"}
     return {theirs + name: tensor for name, tensor in found.items()}

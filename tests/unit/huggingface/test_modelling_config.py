@@ -22,6 +22,11 @@ from support.hf_models import draw_documents, lively_model
             "top_k=17 must lie in 2 to block_size=16 under score=official_compat; try 16",
         ),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=32; try 32"),
+        ({"key_convolution": 4}, "key_convolution=4 must be 0, 3 or 5 tokens; try 3"),
+        (
+            {"key_convolution": 3, "score": "indexer"},
+            "key_convolution=3 is for blocks that are chosen by mean keys, and score=indexer chooses them by",
+        ),
         ({"head_dim": 15}, "head_dim=15 must be even: RoPE rotates pairs; try 16"),
     ],
 )
@@ -79,6 +84,9 @@ def test_layer_types_follow_the_mode_and_are_not_saved():
     assert config.layer_types == ["ssa_sparse"] * 2
     config.attention_mode = "full"
     assert getattr(config, "layer_types", None) is None
+    for mode, layer in (("full", "ssa_convolved"), ("sparse", "ssa_convolved_sparse")):
+        assert SSALlamaConfig(num_hidden_layers=2, attention_mode=mode, key_convolution=3).layer_types == [layer] * 2
+    assert not hasattr(SSALlamaConfig(attention_mode="sparse", score="indexer"), "layer_types")
     assert "layer_types" not in config.to_dict()
     assert config.to_dict()["top_k"] == 16 and SSALlamaConfig(**config.to_dict()).to_dict() == config.to_dict()
 

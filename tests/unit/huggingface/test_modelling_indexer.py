@@ -86,7 +86,8 @@ def test_beams_and_drafts_are_those_without_a_cache(model):
     assert torch.equal(drafted, model.generate(text, **greedy))
 
 
-def test_a_compiled_step_has_no_break(model):
+def test_a_compiled_step_has_no_break():
+    model = lively_model(attention_mode="sparse", score="indexer", num_hidden_layers=1)
     tokens, logits = torch.stack(draw_documents([50, 50])), []
     for compiled in (False, True):
         torch._dynamo.reset()

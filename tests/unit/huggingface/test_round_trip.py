@@ -20,7 +20,6 @@ from ssa_pretrain.huggingface.exporting import export
 from ssa_pretrain.huggingface.importing import import_folder, imported_config, read_record
 from ssa_pretrain.huggingface.options import Dtype, ExportOptions, ImportOptions
 from ssa_pretrain.settings.convert import config_to_dict, load_config
-from ssa_pretrain.settings.problems import ConfigError
 from support.layout_worker import VOCAB, configure
 from support.run_folders import without_common_weights, write_run
 from support.small_datasets import write_dataset
@@ -61,7 +60,7 @@ def require_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Te
     [
         ({}, Dtype.fp32),
         ({"model.tie_embeddings": False, "attention.gate": False, "model.vocab_divisor": 80}, Dtype.fp32),
-        ({"precision.name": "bf16", "model.qk_norm": True}, Dtype.bf16),
+        ({"precision.name": "bf16", "model.qk_norm": True, "attention.key_convolution": 3}, Dtype.bf16),
         ({"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20}, Dtype.fp32),
         ({"attention.method": "indexer", "attention.score": "indexer", "attention.indexer.heads": 2}, Dtype.fp32),
     ],
@@ -148,13 +147,6 @@ def test_tokenizer_of_another_training_is_refused(tmp_path, placement):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run"]
 
 
-def test_convolution_of_keys_is_refused(tmp_path, placement):
-    config = configure({"model.num_layers": 1, "attention.key_convolution": 3})
-    with pytest.raises(ConfigError, match=r"key_convolution=3 has no Hugging Face model: .*; evaluate the"):
-        export_to(tmp_path / "out", tmp_path / "run", config, placement)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_failed_export_leaves_nothing(tmp_path, placement, monkeypatch):
     config = configure({"model.num_layers": 1})
     write_run(tmp_path / "run", config, placement, VOCAB)
@@ -198,6 +190,7 @@ def test_existing_folder_is_refused_and_a_checkpoint_of_another_model_too(tmp_pa
         ({"attention.score": "official_compat", "model.vocab_divisor": 80, "model.qk_norm": True}, Dtype.fp32),
         ({"model.mup.base_width": 12, "model.mup.base_head_dim": 5, "model.mup.output_multiplier": 1.5}, Dtype.bf16),
         ({"model.mup.base_width": 12, "model.mup.base_head_dim": 5, "model.qk_norm": True}, Dtype.fp32),
+        ({"attention.key_convolution": 5}, Dtype.bf16),
         ({"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20}, Dtype.fp32),
         ({"attention.score": "indexer", "attention.indexer.heads": 2}, Dtype.bf16),
     ],

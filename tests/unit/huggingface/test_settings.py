@@ -96,6 +96,17 @@ def test_a_trained_scorer_needs_its_folder_and_its_method():
             imported_model(other, "x", Method.indexer)
 
 
+def test_a_convolution_of_keys_needs_a_method_that_has_it():
+    config = Config()
+    config.attention.key_convolution = 5
+    record = exported_config(config, 4096, SpecialTokens(eos=7, bos=None), Mode.sparse, "bfloat16")
+    assert imported_model(record, "x", Method.moba)[1].key_convolution == 5
+    with pytest.raises(
+        ConfigError, match="key_convolution=5 is a convolution of keys, which method=full does not have; try"
+    ):
+        imported_model(record, "x", Method.full)
+
+
 def test_nsa_needs_its_release():
     record = LLAMA_32_1B | {"model_type": "llama-nsa", "rope_scaling": None, "block_size": 16, "block_counts": 16}
     _, attention, _ = imported_model(record | {"window_size": 128}, "nsa", Method.nsa)

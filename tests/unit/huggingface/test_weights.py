@@ -15,7 +15,9 @@ from ssa_pretrain.parallel.state import joined
 from support.layout_worker import VOCAB, configure
 
 
-def llama(*, gates: int = 1, tied: bool = True, qk_norm: bool = False, index_heads: int = 0) -> Llama:
+def llama(
+    *, gates: int = 1, tied: bool = True, qk_norm: bool = False, index_heads: int = 0, key_taps: int = 0
+) -> Llama:
     return Llama(
         num_layers=2,
         hidden_size=5,
@@ -28,6 +30,7 @@ def llama(*, gates: int = 1, tied: bool = True, qk_norm: bool = False, index_hea
         tied=tied,
         qk_norm=qk_norm,
         index_heads=index_heads,
+        key_taps=key_taps,
     )
 
 
@@ -70,7 +73,7 @@ def test_halves_of_the_feed_forward_are_gate_then_up():
 
 @pytest.mark.parametrize(("gates", "tied"), [(1, True), (1, False), (0, True), (0, False), (3, True)])
 def test_both_directions_together_give_the_same_bits(gates, tied):
-    sizes = llama(gates=gates, tied=tied, qk_norm=tied, index_heads=3 * (not tied))
+    sizes = llama(gates=gates, tied=tied, qk_norm=tied, index_heads=3 * (not tied), key_taps=3 * (gates == 1))
     generator = torch.Generator().manual_seed(0)
     shapes, out = training_shapes(sizes), {}
     ours = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -91,6 +94,7 @@ def test_both_directions_together_give_the_same_bits(gates, tied):
         {"model.tie_embeddings": False, "attention.gate": False},
         {"attention.method": "nsa", "attention.score": "compressed"},
         {"attention.score": "indexer", "attention.indexer.heads": 2},
+        {"attention.key_convolution": 5},
     ],
 )
 def test_names_and_shapes_are_those_of_a_model_that_was_built(overrides):
