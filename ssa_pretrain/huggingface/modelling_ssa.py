@@ -266,7 +266,7 @@ def blocks_of(slots: int, block_size: int) -> int:
 class RowTensors:
     """What a cache layer holds beside keys and values: tensors with a row per row of the batch, which change with them."""
 
-    _names = ("block_means", "recent_keys")
+    _names = ("block_means", "value_means", "recent_keys")
 
     def _change_rows(self, change) -> None:
         for name in self._names:
@@ -310,29 +310,30 @@ class BlockMeans(RowTensors):
 
     block_means: Tensor | None = None
 
-    def update_means(self, keys: Tensor, rows: Rows, block_size: int) -> Tensor:
+    def update_means(self, keys: Tensor, rows: Rows, block_size: int, name: str = "block_means") -> Tensor:
         """Returns the means of all blocks, after computing those that the call's new keys belong to.
 
         Args:
             keys: `[B, G, S, D]`, as the layer's `update` returned them.
             rows: where the tokens are.
             block_size: keys per block.
+            name: of the means; NSA also keeps those of values.
         """
         count = (rows.queries.shape[1] + block_size - 2) // block_size + 1
         first_block = rows.before // block_size
         new = block_means(keys, rows.order, first_block, count, block_size)
         place = (first_block[:, None] + torch.arange(count, device=new.device))[:, None, :, None].expand_as(new)
-        return self.means_for(keys, block_size).scatter_(2, place, new)
+        return self.means_for(keys, block_size, name).scatter_(2, place, new)
 
-    def means_for(self, keys: Tensor, block_size: int) -> Tensor:
+    def means_for(self, keys: Tensor, block_size: int, name: str = "block_means") -> Tensor:
         """Returns the means with room for the blocks of the keys; new ones are 0."""
-        (B, G, S, D), old = keys.shape, self.block_means
+        (B, G, S, D), old = keys.shape, getattr(self, name)
         room = blocks_of(S, block_size)
         if old is None:
-            return self._hold("block_means", keys.new_zeros(B, G, room, D))
+            return self._hold(name, keys.new_zeros(B, G, room, D))
         if old.shape[2] < room:
             old = torch.cat([old, old.new_zeros(B, G, room - old.shape[2], D)], dim=2)
-        self.block_means = old
+        setattr(self, name, old)
         return old
 
 
