@@ -87,13 +87,13 @@ class ValueMeans(BlockMeans):
 class NSADynamicLayer(ValueMeans, DynamicLayer):
     """A growing cache layer with keys, values and their means by block."""
 
-    _layer_type = "nsa"
+    _layer_type = "ssa_nsa"
 
 
 class NSAStaticLayer(ValueMeans, StaticLayer):
     """The same of fixed size, for torch.compile."""
 
-    _layer_type = "nsa"
+    _layer_type = "ssa_nsa"
 
 
 class NSALlamaAttention(SSALlamaAttention):

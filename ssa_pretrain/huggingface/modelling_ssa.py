@@ -606,7 +606,7 @@ class SSALlamaAttention(LlamaAttention):
         if cache is None:
             return self.k_conv(k, k.new_zeros(*k.shape[:2], count, k.shape[3]), rows)
         layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
-        if not hasattr(layer, "exchange"):
+        if not hasattr(layer, "recent_keys"):
             rule = "needs a cache that keeps keys before the convolution"
             raise ValueError(f"key_convolution={count + 1} {rule}; try DynamicCache(config=model.config)")
         return self.k_conv(k, layer.exchange(k, rows, count), rows)
