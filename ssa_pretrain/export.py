@@ -10,7 +10,8 @@ number of processes, which share the files. Settings, as key=value:
     out             folder of the export; must not exist
     weights         live (default) or ema: the running mean of the weights (optim.ema_decay)
     dtype           bf16 (default) or fp32: number format of the weights
-    attention_mode  full or sparse: what the model computes unless asked otherwise; default full, sparse after method=moba or nsa
+    attention_mode  full or sparse: what the model computes unless asked otherwise; default full, sparse after method=moba, nsa
+                    or indexer
     max_shard_size  largest file of weights, default 5GB
     data            dataset whose tokenizer is exported; default the run's own; none: export no tokenizer
     add_bos         whether the tokenizer puts BOS before each text; default: as in training
@@ -25,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssa_pretrain.config import Config, Score
+from ssa_pretrain.config import Config
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.huggingface.options import ExportOptions, read_options, wants_help
 from ssa_pretrain.libraries import hide_library_warnings, import_megatron_core
@@ -60,10 +61,6 @@ def export_run(arguments: Sequence[str]) -> None:
         raise ConfigError([Problem("check", True, f"needs one process, and there are {world_size}", "leave it out")])
     run_folder = find_run_folder(str(named))
     config = load_config(Config, run_folder / "config.yaml")
-    if config.attention.score is Score.indexer:
-        rule = "cannot be exported: the exported model's code has no trained scorer"
-        advice = f"judge it by python -m ssa_pretrain.evaluate {run_folder}"
-        raise ConfigError([Problem("attention.score", config.attention.score, rule, advice)])
     hide_library_warnings()
     import_megatron_core()
     from ssa_pretrain.huggingface.exporting import DTYPES, export, layout_for

@@ -61,6 +61,12 @@ A Llama of {parameters} parameters with native sparse attention (NSA, [arXiv 250
 of a learned compression), trained with ssa_pretrain: method `{method}`, {steps}. Each token reads {top_k} blocks of {block_size} tokens, the means of
 all complete blocks and the last {window} tokens; in full mode all tokens in place of the blocks."""
 
+INDEXER = """\
+A Llama of {parameters} parameters with block-sparse attention and a trained scorer of blocks (as in [arXiv 2606.13392](https://arxiv.org/abs/2606.13392)),
+trained with ssa_pretrain: method `{method}`, {steps}. Each token reads {top_k} blocks of {block_size} tokens, which the scorer chooses; in full mode it
+reads all tokens, as in the first steps of training."""
+DESCRIPTIONS = {Method.nsa: NSA, Method.indexer: INDEXER}  # of the other methods SSA
+
 NO_RESULTS = "No evaluation of this checkpoint was found beside it.\n"
 
 
@@ -87,7 +93,7 @@ def model_card(
     mode = exported["attention_mode"]
     with_bos = exported["bos_token_id"] is not None
     attention = config.attention
-    what = (NSA if attention.method is Method.nsa else SSA).format(
+    what = DESCRIPTIONS.get(attention.method, SSA).format(
         parameters=compact(total),
         method=attention.method.value,
         steps=f"{step:,} steps, {compact(batches(config.training).tokens_before(step))} tokens{MEAN * ema}"

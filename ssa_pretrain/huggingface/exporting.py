@@ -30,7 +30,6 @@ from ssa_pretrain.huggingface.weights import EMBEDDING, Llama, training_shapes
 from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.settings.files import sync
-from ssa_pretrain.settings.problems import ConfigError, Problem
 
 KEY = "ssa_pretrain/failed_export"
 NO_TOKENS = SpecialTokens(eos=None, bos=None)
@@ -77,14 +76,10 @@ def export(
         What was exported. Its weights may lie in a folder that is gone.
 
     Raises:
-        ConfigError: the model has a convolution of keys, which the exported file does not compute.
         CheckpointError: the run has no checkpoint, or a file could not be written, which leaves nothing behind.
         WeightsError: the checkpoint holds another model than the run's configuration.
         DataError: the tokenizer is missing, or is not the one of the training.
     """
-    if taps := config.attention.key_convolution:
-        rule, advice = "has no Hugging Face model: its cache would need plain keys", "evaluate the run itself"
-        raise ConfigError([Problem("attention.key_convolution", taps, rule, advice)])
     target = Path(options.out)
     scratch = target.with_name(f".{target.name}.tmp")
     checkpoint = _find(run_folder, named, placement)
@@ -187,7 +182,8 @@ def _complete(scratch: Path, source: Source, options: ExportOptions) -> None:
     """Writes everything but the weights."""
     config, tokenizer = source.config, source.tokenizer
     tokens = tokenizer.tokens if tokenizer else NO_TOKENS
-    sparse_only = "full" not in config.attention.method.streams
+    method = config.attention.method
+    sparse_only = method is Method.indexer or "full" not in method.streams  # indexer ends with sparse attention alone
     mode = options.attention_mode or (Mode.sparse if sparse_only else Mode.full)
     dtype = str(DTYPES[options.dtype]).removeprefix("torch.")
     exported = exported_config(config, source.llama.vocab_size, tokens, mode, dtype)
@@ -203,7 +199,7 @@ def _complete(scratch: Path, source: Source, options: ExportOptions) -> None:
     )
     if tokenizer:
         write_tokenizer(scratch, tokenizer, config.data.sequence_length)
-    for name in MODELLING_FILES.get(config.attention.method, MODELLING_FILE):
+    for name in MODELLING_FILES.get(method, MODELLING_FILE):
         shutil.copyfile(Path(__file__).with_name(name), scratch / name)
     step = source.checkpoint.step
     is_mean = options.weights is Weights.ema

@@ -7,7 +7,8 @@ token and query head (arXiv 2502.11089, in the form of the released NSA-1B of ar
 * selected: the `top_k` blocks of largest probability in the compressed branch, the own block included; in `attention_mode="full"` every earlier token;
 * window: the last `window` tokens.
 
-Padding and blocks are those of modelling_ssa.py. The cache is transformers' own, of keys and values: means are computed from them at each call.
+Padding and blocks are those of modelling_ssa.py. In both modes each layer of a DynamicCache or StaticCache also holds the mean key and the mean value of each
+block, as there. With any other cache, and where gradients are wanted, the means are computed from its keys and values at each call.
 
 *Which code runs.* `ssa_kernels` serves a prompt on an empty cache, or a call without a cache, in sparse mode, on CUDA with sdpa; everything else is
 plain torch: attention under masks, by chunks of queries.
@@ -18,16 +19,19 @@ Not here: other attention functions than eager and sdpa, packed rows, a learned 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .modelling_ssa import (
     QUERIES_PER_CHUNK,
+    BlockMeans,
     Rows,
     SSALlamaAttention,
     SSALlamaConfig,
     SSALlamaDecoderLayer,
     SSALlamaForCausalLM,
     SSALlamaModel,
+    choose_blocks,
     ssa_kernels,
 )
 
@@ -54,8 +58,8 @@ class NSALlamaConfig(SSALlamaConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Absent: each layer's cache is a plain Llama's."""
-        raise AttributeError("layer_types")
+        """The type of each layer's cache, in both modes; not saved."""
+        return [NSADynamicLayer._layer_type] * self.num_hidden_layers
 
     @property
     def uses_rows(self) -> bool:
@@ -66,10 +70,30 @@ class NSALlamaConfig(SSALlamaConfig):
         """Raises ValueError for a score that is not NSA's, and for no gates or no window."""
         if self.score not in SCORES:
             raise ValueError(f"score={self.score} must be compressed or official_compat; try compressed")
+        if self.key_convolution:
+            raise ValueError(f"key_convolution={self.key_convolution} has no place in NSA; try 0")
         if not self.attention_gate:
             raise ValueError("attention_gate=False leaves NSA's branches without the gates that sum them; try True")
         if self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1: a token sees itself; try 128")
+
+
+class ValueMeans(BlockMeans):
+    """What NSA's cache layers add: the mean key and the mean value of each block."""
+
+    value_means: Tensor | None = None
+
+
+class NSADynamicLayer(ValueMeans, DynamicLayer):
+    """A growing cache layer with keys, values and their means by block."""
+
+    _layer_type = "ssa_nsa"
+
+
+class NSAStaticLayer(ValueMeans, StaticLayer):
+    """The same of fixed size, for torch.compile."""
+
+    _layer_type = "ssa_nsa"
 
 
 class NSALlamaAttention(SSALlamaAttention):
@@ -96,12 +120,18 @@ class NSALlamaAttention(SSALlamaAttention):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2) for p in projections)
         q, k = (x.to(v.dtype) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
+        new, means, size = (k, v), None, self.config.block_size
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
+            layer = cache.layers[self.layer_idx]
+            if hasattr(layer, "value_means"):
+                means = [layer.update_means(k, rows, size), layer.update_means(v, rows, size, "value_means")]
         if rows.packing is not None:
-            branches, weights = self._packed_branches(q, k, v, *rows.packing), None
+            branches, weights = self._packed_branches(q, *new, *rows.packing), None
         else:
-            branches, weights = self._plain_branches(q, k, v, rows, **kwargs)
+            if means is None or torch.is_grad_enabled():  # those of a cache have no gradient
+                means = [_means(x, rows.order, size) for x in (k, v)]
+            branches, weights = self._plain_branches(q, k, v, means, rows, **kwargs)
         wide = torch.promote_types(v.dtype, torch.float32)
         gates = self.g_proj(hidden_states).view(*shape, -1, 3).to(wide).sigmoid()
         out = sum(branch.to(wide) * gates[..., i, None] for i, branch in enumerate(branches))
@@ -124,10 +154,9 @@ class NSALlamaAttention(SSALlamaAttention):
         return [torch.zeros_like(x.view(shape)).scatter(1, place.expand(shape), x.view(shape)) for x in found]
 
     def _plain_branches(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, **kwargs
+        self, q: Tensor, k: Tensor, v: Tensor, means: list[Tensor], rows: Rows, **kwargs
     ) -> tuple[list[Tensor], Tensor | None]:
         """Returns the branches [B, T, H, D] in plain torch, and the selected one's weights or None, by chunks of queries."""
-        means = [_means(x, rows.order, self.config.block_size) for x in (k, v)]
         parts = zip(q.split(QUERIES_PER_CHUNK, 2), rows.queries.split(QUERIES_PER_CHUNK, 1), strict=True)
         chunks = [self._branches_of(part, k, v, means, query, rows, **kwargs) for part, query in parts]
         branches = [torch.cat(pieces, dim=1) for pieces in zip(*(found for found, _ in chunks), strict=True)]
@@ -144,7 +173,8 @@ class NSALlamaAttention(SSALlamaAttention):
         )  # padding before a row's first token sees padding: an empty softmax is NaN
         earlier = ((position >= 0) & (position <= query)) | nothing
         if c.is_sparse:
-            selected, weights = self._plain(q, k, v, means[0].detach(), query_BT, rows, **kwargs)
+            chosen = choose_blocks(q, means[0].detach(), query_BT, self.scaling, c)
+            selected, weights = self._plain(q, k, v, chosen, query_BT, rows, **kwargs)
         else:
             selected, weights = self._attend(q, k, v, self._mask(earlier, q), **kwargs)
         near = (earlier & (position > query - c.window)) | nothing
@@ -188,9 +218,9 @@ class NSALlamaModel(SSALlamaModel):
     _no_split_modules = ["NSALlamaDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": NSALlamaDecoderLayer, "attentions": NSALlamaAttention}  # noqa: RUF012
 
-    def _kernels_serve(self, like: Tensor, offset: int | Tensor) -> bool:
-        """Returns whether ssa_kernels serves a prompt: the rule is at the top of this file."""
-        return self.config.is_sparse and super()._kernels_serve(like, offset)
+    def _masks_by_rows(self, rows: Rows) -> bool:
+        """Returns True, in both modes."""
+        return True
 
     def _kernels_decode(self, like: Tensor, attention_mask: Tensor | None, cache) -> bool:
         """Returns False: no kernel serves one new token."""

@@ -54,7 +54,7 @@ class ExportOptions:
     weights: Weights = Weights.live
     dtype: Dtype = Dtype.bf16  # of the weights in the files
     attention_mode: Mode | None = (
-        None  # what the model computes unless asked otherwise; null: full, sparse after method=moba or nsa
+        None  # what the model computes unless asked otherwise; null: full, sparse after method=moba, nsa or indexer
     )
     max_shard_size: str = "5GB"  # largest file of weights, in decimal units
     data: str = ""  # dataset whose tokenizer is exported; empty: the run's own; none: export no tokenizer
@@ -90,12 +90,7 @@ class ImportOptions:
 
     def problems(self) -> list[Problem]:
         """Returns the problems of these settings."""
-        found = [*new_folder_problems("out", self.out), *at_least("", self, 0, "sequence_length", "vocab_divisor")]
-        if self.method is Method.indexer:
-            rule = "needs a trained scorer, which no Hugging Face folder holds"
-            advice = "try full, and start a run with attention=indexer from it by checkpoint.init_from"
-            found.append(Problem("method", self.method, rule, advice))
-        return found
+        return [*new_folder_problems("out", self.out), *at_least("", self, 0, "sequence_length", "vocab_divisor")]
 
 
 def wants_help(arguments: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
 """config.json: a run's model in transformers 5's words, and the model of a config.json in ours.
 
 Out: the fields of a Llama, with RoPE in `rope_parameters`, and the fields of modelling_ssa.py: attention_mode, block_size, top_k,
-attention_gate, score and qk_norm; of modelling_nsa.py also the window. `max_position_embeddings` is the length that the model was trained at, because
+attention_gate, score and qk_norm, with a trained scorer index_heads, with a convolution of keys key_convolution; of modelling_nsa.py also the window. `max_position_embeddings` is the length that the model was trained at, because
 tools take it as the longest input.
 
 In: folders told apart by `model_type`. `ssa_llama` and `nsa_llama` are our own, `llama` a Llama of the third generation, `qwen3` a dense Qwen3, which is a
@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from ssa_pretrain.config import AttentionConfig, Config, Method, ModelConfig, RopeScalingConfig, Score
+from ssa_pretrain.config import (
+    AttentionConfig,
+    Config,
+    IndexerConfig,
+    Method,
+    ModelConfig,
+    RopeScalingConfig,
+    Score,
+)
+from ssa_pretrain.config.rules.keys import CONVOLVED
 from ssa_pretrain.settings.problems import ConfigError, Problem, join, show
 
 MODEL_TYPE = "ssa_llama"
@@ -86,6 +95,8 @@ def exported_config(config: Config, vocab_size: int, tokens: SpecialTokens, mode
         "score": attention.score.value,
         "qk_norm": model.qk_norm,
         **({"window": attention.window} if nsa else {}),
+        **({"index_heads": attention.indexer.heads} if attention.score is Score.indexer else {}),
+        **({"key_convolution": attention.key_convolution} if attention.key_convolution else {}),
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,
         "pad_token_id": None,
@@ -115,7 +126,7 @@ def imported_model(
     Raises:
         ConfigError: it describes a model that ssa_pretrain does not train, with every problem at once.
     """
-    if problems := [*_problems(record), *_window_problems(record, method)]:
+    if problems := [*_problems(record), *_window_problems(record, method), *_part_problems(record, method)]:
         raise ConfigError(problems)
     heads, hidden, vocab_size = (record[key] for key in ("num_attention_heads", "hidden_size", "vocab_size"))
     rope = _rope(record)
@@ -150,8 +161,10 @@ def _attention(record: dict[str, Any]) -> AttentionConfig:
     if kind == RELEASED:
         window = {"window": record["window_size"]} if record.get("window_size") else {}
         return AttentionConfig(gate=True, score=Score.official_compat, **sizes, **window)
-    window = {"window": record["window"]} if kind == NSA_TYPE else {}
-    return AttentionConfig(gate=record["attention_gate"], score=Score(record["score"]), **sizes, **window)
+    more = {"window": record["window"]} if kind == NSA_TYPE else {"key_convolution": record.get("key_convolution", 0)}
+    if record["score"] == Score.indexer:
+        more["indexer"] = IndexerConfig(heads=record.get("index_heads", 1))
+    return AttentionConfig(gate=record["attention_gate"], score=Score(record["score"]), **sizes, **more)
 
 
 def _problems(record: dict[str, Any]) -> Iterator[Problem]:
@@ -198,6 +211,21 @@ def _window_problems(record: dict[str, Any], method: Method) -> Iterator[Problem
     if method is Method.nsa and not (window and has_gates):
         rule = f"needs model_type={NSA_TYPE}, or {RELEASED} with a window_size: no other folder has NSA's three gates per query head"
         yield Problem("method", method, rule, "import NSA-1B, or leave method out")
+
+
+def _part_problems(record: dict[str, Any], method: Method) -> Iterator[Problem]:
+    """Yields the problem of a trained scorer or a convolution of keys that the method does not have, or of a method that needs a scorer without one."""
+    scored = record.get("model_type") == MODEL_TYPE and record.get("score") == Score.indexer
+    if scored and method not in (Method.ssa, Method.indexer):
+        rule = f"is a trained scorer of blocks, which method={method} does not have"
+        yield Problem("score", record["score"], rule, "try method=indexer or ssa")
+    if record.get("key_convolution") and method not in CONVOLVED:
+        rule = f"is a convolution of keys, which method={method} does not have"
+        yield Problem("key_convolution", record["key_convolution"], rule, f"try method={join(CONVOLVED)}")
+    if method is Method.indexer and not scored:
+        rule = "needs a folder with a trained scorer, and its config.json has no score=indexer"
+        advice = "try full, and start a run with attention=indexer from it by checkpoint.init_from"
+        yield Problem("method", method, rule, advice)
 
 
 def _rope(record: dict[str, Any]) -> dict[str, Any]:

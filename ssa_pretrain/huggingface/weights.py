@@ -5,6 +5,8 @@
     decoder.layers.N.input_layernorm.weight   model.layers.N.input_layernorm.weight
     …self_attention.linear_qkv.weight         …self_attn.{q,k,v,g}_proj.weight
     …self_attention.{q,k}_layernorm.weight    …self_attn.{q,k}_norm.weight, with model.qk_norm only
+    …self_attention.linear_index.weight       …self_attn.index_{q,k}_proj.weight, with attention.score=indexer only
+    …self_attention.key_convolution.weight    …self_attn.k_conv.weight, with attention.key_convolution only
     …self_attention.linear_proj.weight        …self_attn.o_proj.weight
     …pre_mlp_layernorm.weight                 …post_attention_layernorm.weight
     …mlp.linear_fc1.weight                    …mlp.{gate,up}_proj.weight
@@ -13,7 +15,8 @@
     output_layer.weight                       lm_head.weight; both are absent if tied to the embedding
 
 The rows of linear_qkv are grouped by kv head: group_size * D of q, D of k, D of v, group_size of g (3 * group_size under NSA, a head's together). Hugging Face's projections list the same
-rows by head, so query head h belongs to kv head h // group_size in both. linear_fc1 is [gate; up]. RoPE rotates the two halves of a head in both
+rows by head, so query head h belongs to kv head h // group_size in both. The rows of linear_index, J * D of index queries and D of keys per kv head, are
+treated alike. linear_fc1 is [gate; up]. RoPE rotates the two halves of a head in both
 models, so no row moves within a head. Rows that pad the vocabulary are rows of the embedding like any other: they take part in the softmax of the
 training loss, so a folder without them would be another model.
 
@@ -26,19 +29,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssa_pretrain.config import Config, gates_per_head
+from ssa_pretrain.config import Config, Score, gates_per_head
 from ssa_pretrain.model.sharding import is_head_norm
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 HF_EMBEDDING = "model.embed_tokens.weight"
 HF_OUTPUT = "lm_head.weight"
+INDEX, FILTERS = "self_attention.linear_index.weight", "self_attention.key_convolution.weight"
 LAYER = (  # of a layer: the training model's tensor, and the tensors that it becomes
     ("input_layernorm.weight", ("input_layernorm.weight",)),
     (
         "self_attention.linear_qkv.weight",
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.g_proj.weight"),
     ),
+    (FILTERS, ("self_attn.k_conv.weight",)),
+    (INDEX, ("self_attn.index_q_proj.weight", "self_attn.index_k_proj.weight")),
     ("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
     ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",)),
     ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",)),
@@ -46,6 +52,8 @@ LAYER = (  # of a layer: the training model's tensor, and the tensors that it be
     ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
     ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",)),
 )
+
+BY_GROUP = ("linear_qkv.weight", INDEX)  # whose rows are grouped by kv head
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,8 @@ class Llama:
     gates: int  # per query head
     tied: bool
     qk_norm: bool = False
+    index_heads: int = 0  # J; 0 without a trained scorer
+    key_taps: int = 0  # W; 0 without a convolution of keys
 
     @classmethod
     def of(cls, config: Config, padded_vocab_size: int) -> "Llama":
@@ -78,6 +88,8 @@ class Llama:
             gates=gates_per_head(config.attention),
             tied=model.tie_embeddings,
             qk_norm=model.qk_norm,
+            index_heads=config.attention.indexer.heads if config.attention.score is Score.indexer else 0,
+            key_taps=config.attention.key_convolution,
         )
 
     @property
@@ -92,6 +104,8 @@ def tensor_names(llama: Llama) -> dict[str, tuple[str, ...]]:
     for number in range(llama.num_layers):
         for ours, theirs in LAYER:
             if is_head_norm(ours) and not llama.qk_norm:
+                continue
+            if not {INDEX: llama.index_heads, FILTERS: llama.key_taps}.get(ours, True):
                 continue
             kept = [name for name in theirs if llama.gates or name != "self_attn.g_proj.weight"]
             names[f"decoder.layers.{number}.{ours}"] = tuple(f"model.layers.{number}.{name}" for name in kept)
@@ -114,6 +128,9 @@ def tensor_shapes(llama: Llama) -> dict[str, tuple[int, ...]]:
         "down_proj": (m, f),
         "q_norm": (llama.head_dim,),
         "k_norm": (llama.head_dim,),
+        "index_q_proj": (llama.index_heads * keys, m),
+        "index_k_proj": (keys, m),
+        "k_conv": (keys, 1, llama.key_taps),
         "embed_tokens": vocabulary,
         "lm_head": vocabulary,
     }
@@ -139,8 +156,8 @@ def to_hugging_face(name: str, tensor: Tensor, llama: Llama) -> dict[str, Tensor
         llama: the model's sizes.
     """
     names = tensor_names(llama)[name]
-    if name.endswith("linear_qkv.weight"):
-        by_group = tensor.unflatten(0, (llama.num_kv_heads, -1)).split(_rows_per_group(llama), 1)
+    if name.endswith(BY_GROUP):
+        by_group = tensor.unflatten(0, (llama.num_kv_heads, -1)).split(_rows_per_group(name, llama), 1)
         return {part: rows.flatten(0, 1) for part, rows in zip(names, by_group, strict=True)}
     return dict(zip(names, tensor.chunk(len(names)), strict=True))
 
@@ -154,13 +171,15 @@ def from_hugging_face(name: str, tensors: Mapping[str, Tensor], llama: Llama) ->
         llama: the model's sizes.
     """
     parts = [tensors[part] for part in tensor_names(llama)[name]]
-    if name.endswith("linear_qkv.weight"):
+    if name.endswith(BY_GROUP):
         by_group = [part.unflatten(0, (llama.num_kv_heads, -1)) for part in parts]
         return torch.cat(by_group, 1).flatten(0, 1)
     return torch.cat(parts)
 
 
-def _rows_per_group(llama: Llama) -> list[int]:
-    """Returns the rows of linear_qkv per kv head that are queries, keys, values and, with a gate, gates."""
+def _rows_per_group(name: str, llama: Llama) -> list[int]:
+    """Returns a kv head's rows of linear_qkv that are queries, keys, values and, with a gate, gates; of linear_index, index queries and keys."""
+    if name.endswith(INDEX):
+        return [llama.index_heads * llama.head_dim, llama.head_dim]
     rows = [llama.group_size * llama.head_dim, llama.head_dim, llama.head_dim]
     return [*rows, llama.gates * llama.group_size] if llama.gates else rows

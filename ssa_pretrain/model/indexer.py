@@ -13,10 +13,13 @@ gradient. The model learns from cross entropy (and alignment), the scorer from t
 
 The projection's rows are grouped by kv head, J * D for index queries and D for the key, so tensor parallelism shards them with that head, and no weight
 is shared between tensor ranks. (MSA's groups share one key.) The layer's norm must not be fused into linear_qkv, because two projections read it.
-Under context parallelism index keys are gathered as keys are. Texts are not continued from a cache: that would have to hold index keys too.
+Under context parallelism index keys are gathered as keys are.
+
+Texts are continued from a cache that also holds the index keys of all their tokens (text_cache.py): a block's mass depends on the query, so nothing shorter
+than its keys can stand for a block. In the full stream none are kept.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -99,6 +102,8 @@ class IndexerAttention(SSAAttention):
         if packed_seq_params.gather is not None:
             # In two halves: the gather takes two tensors, and its backward sums both.
             ik = torch.cat(packed_seq_params.gather(*(half.contiguous() for half in ik.chunk(2, dim=-1))), dim=-1)
+        if packed_seq_params.keep is not None and packed_seq_params.main == "sparse":
+            packed_seq_params.keep.keep_index_keys(self.layer_number, ik.detach())
         self._index = _Index(iq, ik, packed_seq_params)
         try:
             common = {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params}
@@ -129,6 +134,23 @@ class IndexerAttention(SSAAttention):
         out, index = super()._main_stream(q, k, v, gate_logits, packed), self._index
         assert index is not None
         return _Include.apply(out, index.iq, index.ik) if torch.is_grad_enabled() else out
+
+    def _newest_tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens
+    ) -> Tensor:
+        """See `SSAAttention._newest_tokens`. The sparse stream runs training's operators, for one query per text over the pages of the cache."""
+        if packed.main == "full":
+            return super()._newest_tokens(q, k, v, gate_logits, packed)
+        texts, index = packed.continues, self._index
+        assert texts is not None and index is not None
+        count = len(texts)
+        keys, values = texts.append(self.layer_number, k[:count], v[:count], self.impl)
+        ik = texts.append_index_keys(self.layer_number, index.ik[:count])
+        newest = replace(packed, documents=texts.newest_queries(), num_rows=None)
+        self._index = _Index(index.iq[:count], ik, newest)
+        gates = None if gate_logits is None else gate_logits[:count]
+        out = self._main_stream(q[:count], keys, values, gates, newest)
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q) - count))
 
     def _both_streams(
         self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor | None, packed: PackedTokens

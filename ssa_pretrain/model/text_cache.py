@@ -5,7 +5,8 @@ appended, and its query attends to what is kept (`attend`), by `ssa_kernels.deco
 
 The cache is paged. A text has the pages that its longest continuation needs from the start, one after another, so nothing is moved or freed, and
 texts of any lengths lie side by side without padding. All layers share lengths and pages; each layer's memory is allocated at its first `keep`.
-Every layer may do its part of a step twice, as interleaved stages do: it writes the same again.
+Every layer may do its part of a step twice, as interleaved stages do: it writes the same again. What else a layer needs is kept beside: the last plain
+keys before a convolution of keys, the index keys of a trained scorer of blocks.
 
 A text is one document. The engine says which tokens are new (engine/interface.py `Evaluator`); methods with a choice of their own are in attention.py.
 """
@@ -68,6 +69,7 @@ class TextCache:
         self._plain: dict[
             int, Tensor
         ] = {}  # [texts, W, G, D] by layer: the last W keys before the convolution, at position mod W
+        self._index: dict[int, Tensor] = {}  # [pages * K, G, D] by layer: index keys of a trained scorer
         self._pages = table
         self._newest: tuple[list[int], DocumentLayout] | None = None
 
@@ -126,6 +128,21 @@ class TextCache:
         common: dict[str, Any] = {"top_k": choice.top_k, "score": choice.score} if choice.mode == "sparse" else {}
         out, _ = decode_attention(q_BHD.unsqueeze(1), held, mode=choice.mode, num_new=self.num_new, impl=impl, **common)
         return out.squeeze(1)
+
+    def keep_index_keys(self, layer_number: int, ik_SGD: Tensor) -> None:
+        """Keeps the index keys that a trained scorer gives the texts' tokens; arguments as in `keep`."""
+        held, begin = ik_SGD.new_zeros(self.num_pages * self.block_size, *ik_SGD.shape[1:]), 0
+        for length, pages in zip(self.lengths, self._pages, strict=True):
+            first = pages[0] * self.block_size
+            held[first : first + length] = ik_SGD[begin : begin + length]
+            begin += length
+        self._index[layer_number] = held
+
+    def append_index_keys(self, layer_number: int, ik_BGD: Tensor) -> Tensor:
+        """Returns a layer's index keys [S, G, D] of all pages, in the places of `append`, after those of the texts' newest tokens were added."""
+        held = self._index[layer_number]
+        held[self.page_table[:, 0] * self.block_size + self.seq_lens - 1] = ik_BGD.detach()
+        return held
 
     def keep_plain_keys(self, layer_number: int, k_SGD: Tensor, taps: int) -> None:
         """Keeps the last `taps` keys of each text as they are before the convolution of keys; arguments as in `keep`."""

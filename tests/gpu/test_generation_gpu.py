@@ -5,7 +5,7 @@ No library's full attention takes fp32, so in full mode the forwards over whole 
 
 import pytest
 
-from ssa_pretrain.config import Config, Method, Score
+from ssa_pretrain.config import Config, IndexerConfig, Method, Score
 from ssa_pretrain.engine.megatron.checkpoint import unwrap
 from support.generation_run import LENGTHS, prompts, require_likeliest, run_of, with_cache
 
@@ -46,6 +46,8 @@ def by_reference(method):
         ("sparse", {"score": Score.per_head}),
         ("sparse", {"score": Score.official_compat, "top_k": 4}),
         ("sparse", {"method": Method.nsa, "score": Score.compressed, "window": 20}),
+        ("full", {"method": Method.indexer, "score": Score.indexer, "indexer": IndexerConfig(heads=2)}),
+        ("sparse", {"method": Method.indexer, "score": Score.indexer, "indexer": IndexerConfig(heads=2)}),
     ],
 )
 def test_tokens_are_those_of_whole_forwards(placement, monkeypatch, mode, attention):

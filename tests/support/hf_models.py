@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa_pretrain.config import Config, Method, PrecisionName, gates_per_head
+from ssa_pretrain.config import Config, Method, PrecisionName, Score, gates_per_head
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row
 from ssa_pretrain.huggingface.modelling_nsa import NSALlamaConfig, NSALlamaForCausalLM
@@ -92,6 +92,8 @@ def hf_config(config: Config, **changed: object) -> SSALlamaConfig:
         "top_k": attention.top_k,
         "score": attention.score.value,
         "qk_norm": model.qk_norm,
+        "index_heads": attention.indexer.heads,
+        "key_convolution": attention.key_convolution,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": 0,
@@ -120,9 +122,9 @@ def hf_model(trained: TrainingModel, **changed: object) -> SSALlamaForCausalLM:
 
 def _layer(config: Config, weights: dict[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
     """Returns one layer's weights under their Hugging Face names."""
-    model = config.model
+    model, attention = config.model, config.attention
     per_group = model.num_attention_heads // model.num_kv_heads
-    widths = [per_group * model.head_dim, model.head_dim, model.head_dim, per_group * gates_per_head(config.attention)]
+    widths = [per_group * model.head_dim, model.head_dim, model.head_dim, per_group * gates_per_head(attention)]
     mixed = weights[ours + "self_attention.linear_qkv.weight"].view(model.num_kv_heads, -1, model.hidden_size)
     q, k, v, g = (part.flatten(0, 1) for part in mixed.split(widths, dim=1))
     gate, up = weights[ours + "mlp.linear_fc1.weight"].chunk(2)
@@ -137,8 +139,17 @@ def _layer(config: Config, weights: dict[str, Tensor], ours: str, theirs: str) -
         "mlp.up_proj.weight": up,
         "mlp.down_proj.weight": weights[ours + "mlp.linear_fc2.weight"],
     }
-    if config.attention.gate:
+    if attention.gate:
         found["self_attn.g_proj.weight"] = g
+    if attention.score is Score.indexer:
+        mixed = weights[ours + "self_attention.linear_index.weight"].view(model.num_kv_heads, -1, model.hidden_size)
+        widths = [attention.indexer.heads * model.head_dim, model.head_dim]
+        found |= {
+            f"self_attn.index_{x}_proj.weight": part.flatten(0, 1)
+            for x, part in zip("qk", mixed.split(widths, dim=1), strict=True)
+        }
+    if attention.key_convolution:
+        found["self_attn.k_conv.weight"] = weights[ours + "self_attention.key_convolution.weight"]
     if model.qk_norm:
         found |= {f"self_attn.{x}_norm.weight": weights[f"{ours}self_attention.{x}_layernorm.weight"] for x in "qk"}
     return {theirs + name: tensor for name, tensor in found.items()}

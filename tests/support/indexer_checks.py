@@ -195,13 +195,6 @@ def test_attention_by_head_uses_the_scorer(placement):  # noqa: F811
     assert seen == pytest.approx(found.captured_mass_by_layer, rel=1e-5)
 
 
-def test_texts_are_not_continued_from_a_cache():
-    from ssa_pretrain.model.spec import attention_class
-
-    assert not attention_class(indexer_config().attention).continues_from_cache()
-    assert attention_class(small_config().attention).continues_from_cache()
-
-
 def test_checkpoint_and_common_weights_hold_the_scorer(placement, tmp_path):  # noqa: F811
     build = partial(engine_and_weights, indexer_config(), placement)
     engine, weights = build()

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from ssa_pretrain.config import Config, Method, Score
+from ssa_pretrain.config import Config, IndexerConfig, Method, Score
 from ssa_pretrain.evaluation import generation
 from ssa_pretrain.evaluation.generation import continue_texts, generate_greedily
 from ssa_pretrain.model import spec
 from ssa_pretrain.model.attention import SSAAttention
+from ssa_pretrain.model.indexer import IndexerAttention
 from ssa_pretrain.model.nsa import NSAAttention
 from ssa_pretrain.model.text_cache import TextCache
 from support.generation_run import LENGTH, LENGTHS, likeliest, prompts, require_likeliest, run_of, with_cache
@@ -56,6 +57,21 @@ def test_nsa_continues_from_its_cache(placement, monkeypatch, mode):
     found = with_cache(run, texts, mode, 40)
     assert all(len(set(text[-10:])) > 3 for text in found), "a text that repeats itself proves little"
     monkeypatch.setattr(NSAAttention, "continues_from_cache", lambda: False)
+    assert continue_texts(run, texts, mode=mode, num_new=40, choose=likeliest, multiple=16) == found
+
+
+@pytest.mark.parametrize(
+    ("method", "mode"), [(Method.indexer, "full"), (Method.indexer, "sparse"), (Method.ssa, "sparse")]
+)
+def test_a_trained_scorer_continues_from_its_cache(placement, monkeypatch, method, mode):
+    """Texts of several pages, across the ends of blocks."""
+    run = run_of(
+        placement, method=method, score=Score.indexer, indexer=IndexerConfig(heads=2), gate=method is Method.ssa
+    )
+    texts = prompts([1, 15, 16, 130])
+    found = with_cache(run, texts, mode, 40)
+    assert all(len(set(text[-10:])) > 3 for text in found), "a text that repeats itself proves little"
+    monkeypatch.setattr(IndexerAttention, "continues_from_cache", lambda: False)
     assert continue_texts(run, texts, mode=mode, num_new=40, choose=likeliest, multiple=16) == found
 
 

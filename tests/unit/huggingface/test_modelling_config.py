@@ -15,12 +15,18 @@ from support.hf_models import draw_documents, lively_model
         ({"attention_mode": "sparce"}, "attention_mode=sparce must be full or sparse; try sparse"),
         ({"block_size": 24}, "block_size=24 must be 16, 32, 64 or 128 keys; try 16"),
         ({"top_k": 0}, "top_k=0 must be at least 1: the own block is always chosen; try 16"),
-        ({"score": "max"}, "score=max must be softmax_sum, per_head or official_compat; try softmax_sum"),
+        ({"score": "max"}, "score=max must be softmax_sum, per_head, official_compat or indexer; try softmax_sum"),
+        ({"index_heads": 0}, "index_heads=0 must be at least 1 index query per kv head; try 1"),
         (
             {"score": "official_compat", "top_k": 17},
             "top_k=17 must lie in 2 to block_size=16 under score=official_compat; try 16",
         ),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=32; try 32"),
+        ({"key_convolution": 4}, "key_convolution=4 must be 0, 3 or 5 tokens; try 3"),
+        (
+            {"key_convolution": 3, "score": "indexer"},
+            "key_convolution=3 is for blocks that are chosen by mean keys, and score=indexer chooses them by",
+        ),
         ({"head_dim": 15}, "head_dim=15 must be even: RoPE rotates pairs; try 16"),
     ],
 )
@@ -39,7 +45,7 @@ def test_wrong_values_are_refused(fields, message):
 
 
 @pytest.mark.parametrize("size", [8, 16, 24, 32, 64, 128, 256])
-@pytest.mark.parametrize("score", [score for score in Score if score is not Score.indexer])  # which export refuses
+@pytest.mark.parametrize("score", list(Score))
 def test_rules_are_those_of_training(score, size):
     kind = NSALlamaConfig if score is Score.compressed else SSALlamaConfig
     for top_k in (0, 1, 2, 16, 17, 64, 128):
@@ -78,6 +84,9 @@ def test_layer_types_follow_the_mode_and_are_not_saved():
     assert config.layer_types == ["ssa_sparse"] * 2
     config.attention_mode = "full"
     assert getattr(config, "layer_types", None) is None
+    for mode, layer in (("full", "ssa_convolved"), ("sparse", "ssa_convolved_sparse")):
+        assert SSALlamaConfig(num_hidden_layers=2, attention_mode=mode, key_convolution=3).layer_types == [layer] * 2
+    assert not hasattr(SSALlamaConfig(attention_mode="sparse", score="indexer"), "layer_types")
     assert "layer_types" not in config.to_dict()
     assert config.to_dict()["top_k"] == 16 and SSALlamaConfig(**config.to_dict()).to_dict() == config.to_dict()
 
@@ -92,9 +101,11 @@ def test_top_k_of_the_model_is_not_samplings(tmp_path):
 
 
 def test_plans_name_every_projection():
-    model = lively_model()
+    model = lively_model(score="indexer")
     linear = {n for n, m in model.model.layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
     assert {f"layers.*.{name}" for name in linear} == set(model.config.base_model_tp_plan)
+    assert {name for name in linear if "index" in name} == {"self_attn.index_q_proj", "self_attn.index_k_proj"}
+    assert not any("index" in name for name in lively_model().config.base_model_tp_plan), "transformers warns of them"
     assert set(model.config.base_model_pp_plan) == {"embed_tokens", "layers", "norm"}
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssa_pretrain.config import Config, PrecisionName, Score
+from ssa_pretrain.config import Config, IndexerConfig, PrecisionName, Score
 from ssa_pretrain.huggingface.modelling_ssa import SSALlamaForCausalLM
 from support.errors import require_as_near
 from support.hf_models import TrainingModel, draw_documents, hf_model, padded, small_config
@@ -29,14 +29,31 @@ def config_of(case: str) -> Config:
     """Returns the training configuration of a case."""
     attention = {"no_gate": {"gate": False}, "per_head": {"score": Score.per_head}, "one_block": {"top_k": 1}}
     attention["official"] = {"score": Score.official_compat, "top_k": 4}
+    attention["qk_norm"] = {"qk_norm": True}
+    attention["indexer"] = {"score": Score.indexer, "indexer": IndexerConfig(heads=2)}
+    attention["convolution"] = {"key_convolution": 5, "qk_norm": True}
+    attention["convolution_per_head"] = {"key_convolution": 3, "score": Score.per_head, "gate": False}
     config = small_config(**attention.get(case, {}))
     config.model.tie_embeddings = case != "untied"
-    config.model.rope_scaling.enabled, config.model.qk_norm = case == "llama3", case == "qk_norm"
+    config.model.rope_scaling.enabled = case == "llama3"
     return config
 
 
 @pytest.mark.parametrize(
-    "case", ["tied", "untied", "no_gate", "per_head", "official", "one_block", "llama3", "qk_norm"]
+    "case",
+    [
+        "tied",
+        "untied",
+        "no_gate",
+        "per_head",
+        "official",
+        "one_block",
+        "llama3",
+        "qk_norm",
+        "indexer",
+        "convolution",
+        "convolution_per_head",
+    ],
 )
 def test_logits_equal_the_training_models(placement, case):
     """At odd lengths, alone and in batches padded on the left, on the right and on both sides, by sdpa and eager."""

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from ssa_pretrain.config import Method, Score
 from ssa_pretrain.huggingface.modelling_nsa import NSALlamaConfig, NSALlamaForCausalLM
+from ssa_pretrain.huggingface.modelling_ssa import CACHE_NAME
 from support.hf_models import TrainingModel, draw_documents, hf_model, padded, small_config
 
 LENGTHS = [1, 15, 16, 97, 131]
@@ -45,8 +47,6 @@ def test_logits_equal_the_training_models(trained, mode):
 @pytest.mark.parametrize("static", [False, True])
 def test_steps_on_a_cache_equal_whole_forwards(trained, mode, static):
     """A prompt padded on the left, some tokens at once, then one by one, across the ends of blocks and of the window."""
-    from transformers import StaticCache
-
     model, documents = hf_model(trained, attention_mode=mode), draw_documents([70, 52])
     tokens, mask = padded(documents, left=[0, 18], width=70)
     cache = StaticCache(model.config, max_cache_len=80) if static else None
@@ -58,6 +58,30 @@ def test_steps_on_a_cache_equal_whole_forwards(trained, mode, static):
             cached.append(out.logits)
     found, whole = (x[mask == 1] for x in (torch.cat(cached, 1), whole))
     torch.testing.assert_close(found, whole, rtol=0.0, atol=1e-5 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_means_are_kept_and_those_of_a_plain_cache_are_the_same(trained, static):
+    """Steps of several sizes; rows change with the rest; a cache without means gives the same logits."""
+    model, size, left = hf_model(trained, attention_mode="sparse"), 16, [0, 18]
+    tokens, mask = padded(draw_documents([70, 52]), left=left, width=70)
+    kept = StaticCache(config=model.config, max_cache_len=80) if static else DynamicCache(config=model.config)
+    plain, order, logits = DynamicCache(), torch.tensor([1, 0]), []
+    for cache in (kept, plain):
+        with torch.no_grad():
+            for begin, end in ((0, 40), (40, 55), (55, 56)):
+                model(tokens[:, begin:end], attention_mask=mask[:, :end], **{CACHE_NAME: cache})
+            cache.reorder_cache(order)
+            last = {"attention_mask": mask[order], CACHE_NAME: cache}
+            logits.append(model(tokens[order, 56:], **last).logits)
+    for layer in kept.layers:
+        assert not hasattr(plain.layers[0], "value_means")
+        for held, means in ((layer.keys, layer.block_means), (layer.values, layer.value_means)):
+            for row, start in enumerate([left[i] for i in order]):
+                count = (70 - start) // size
+                blocks = held[row, :, start : start + count * size].unflatten(1, (count, size))
+                torch.testing.assert_close(means[row, :, :count], blocks.mean(2), rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_every_weight_and_keys_and_values_through_their_means(trained):
@@ -89,6 +113,7 @@ def test_gradients_reach_every_weight_and_keys_and_values_through_their_means(tr
             {"attention_gate": False},
             "attention_gate=False leaves NSA's branches without the gates that sum them; try True",
         ),
+        ({"key_convolution": 3}, "key_convolution=3 has no place in NSA; try 0"),
         ({"window": 0}, "window=0 must be at least 1: a token sees itself; try 128"),
     ],
 )

@@ -20,7 +20,6 @@ from ssa_pretrain.huggingface.exporting import export
 from ssa_pretrain.huggingface.importing import import_folder, imported_config, read_record
 from ssa_pretrain.huggingface.options import Dtype, ExportOptions, ImportOptions
 from ssa_pretrain.settings.convert import config_to_dict, load_config
-from ssa_pretrain.settings.problems import ConfigError
 from support.layout_worker import VOCAB, configure
 from support.run_folders import without_common_weights, write_run
 from support.small_datasets import write_dataset
@@ -61,8 +60,9 @@ def require_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Te
     [
         ({}, Dtype.fp32),
         ({"model.tie_embeddings": False, "attention.gate": False, "model.vocab_divisor": 80}, Dtype.fp32),
-        ({"precision.name": "bf16", "model.qk_norm": True}, Dtype.bf16),
+        ({"precision.name": "bf16", "model.qk_norm": True, "attention.key_convolution": 3}, Dtype.bf16),
         ({"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20}, Dtype.fp32),
+        ({"attention.method": "indexer", "attention.score": "indexer", "attention.indexer.heads": 2}, Dtype.fp32),
     ],
 )
 def test_import_of_an_export_is_bit_identical(tmp_path, placement, overrides, dtype):
@@ -70,8 +70,7 @@ def test_import_of_an_export_is_bit_identical(tmp_path, placement, overrides, dt
     write_run(tmp_path / "run", config, placement, VOCAB)
     folder = export_to(tmp_path / "out", tmp_path / "run", config, placement, dtype=dtype, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    method = {"method": config.attention.method} if config.attention.method is Method.nsa else {}
-    imported = import_from(folder, tmp_path / "in", **method)
+    imported = import_from(folder, tmp_path / "in", method=config.attention.method)
     require_same_bits(tensors(tmp_path / "in"), tensors(tmp_path / "run"))
     assert load_config(Config, tmp_path / "in/config.yaml") == imported
     for section, ignored in (
@@ -82,7 +81,8 @@ def test_import_of_an_export_is_bit_identical(tmp_path, placement, overrides, dt
         assert {k: v for k, v in mine.items() if k not in ignored} == {
             k: v for k, v in theirs.items() if k not in ignored
         }
-    assert ("native sparse attention" in (folder / "README.md").read_text()) is bool(method)
+    described = {Method.nsa: "native sparse attention", Method.indexer: "a trained scorer of blocks"}
+    assert described.get(config.attention.method, "sparse sparse attention") in (folder / "README.md").read_text()
     again = export_to(tmp_path / "again", tmp_path / "in", imported, placement, dtype=dtype, max_shard_size="20KB")
     for path in folder.iterdir():
         if path.name != "README.md":  # its recipe is the importing command's
@@ -147,13 +147,6 @@ def test_tokenizer_of_another_training_is_refused(tmp_path, placement):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run"]
 
 
-def test_convolution_of_keys_is_refused(tmp_path, placement):
-    config = configure({"model.num_layers": 1, "attention.key_convolution": 3})
-    with pytest.raises(ConfigError, match=r"key_convolution=3 has no Hugging Face model: .*; evaluate the"):
-        export_to(tmp_path / "out", tmp_path / "run", config, placement)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_failed_export_leaves_nothing(tmp_path, placement, monkeypatch):
     config = configure({"model.num_layers": 1})
     write_run(tmp_path / "run", config, placement, VOCAB)
@@ -197,7 +190,9 @@ def test_existing_folder_is_refused_and_a_checkpoint_of_another_model_too(tmp_pa
         ({"attention.score": "official_compat", "model.vocab_divisor": 80, "model.qk_norm": True}, Dtype.fp32),
         ({"model.mup.base_width": 12, "model.mup.base_head_dim": 5, "model.mup.output_multiplier": 1.5}, Dtype.bf16),
         ({"model.mup.base_width": 12, "model.mup.base_head_dim": 5, "model.qk_norm": True}, Dtype.fp32),
+        ({"attention.key_convolution": 5}, Dtype.bf16),
         ({"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20}, Dtype.fp32),
+        ({"attention.score": "indexer", "attention.indexer.heads": 2}, Dtype.bf16),
     ],
 )
 def test_check_compares_the_export_with_the_training_model_and_sees_a_difference(tmp_path, placement, overrides, dtype):

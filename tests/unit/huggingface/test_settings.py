@@ -80,6 +80,33 @@ def test_defaults_of_old_files():
     assert model.padded_vocab_size(model.vocab_size) == 32001, "rows of padding would take part in the softmax"
 
 
+def test_a_trained_scorer_needs_its_folder_and_its_method():
+    config = Config()
+    config.attention.score, config.attention.indexer.heads = Score.indexer, 3
+    record = exported_config(config, 4096, SpecialTokens(eos=7, bos=None), Mode.sparse, "bfloat16")
+    for method in (Method.ssa, Method.indexer):
+        _, attention, _ = imported_model(record, "x", method)
+        assert (attention.score, attention.indexer.heads) == (Score.indexer, 3)
+    with pytest.raises(
+        ConfigError, match="score=indexer is a trained scorer of blocks, which method=moba does not have; try"
+    ):
+        imported_model(record, "x", Method.moba)
+    for other in (record | {"score": "softmax_sum"}, LLAMA_32_1B):
+        with pytest.raises(ConfigError, match="method=indexer needs a folder with a trained scorer, and its config"):
+            imported_model(other, "x", Method.indexer)
+
+
+def test_a_convolution_of_keys_needs_a_method_that_has_it():
+    config = Config()
+    config.attention.key_convolution = 5
+    record = exported_config(config, 4096, SpecialTokens(eos=7, bos=None), Mode.sparse, "bfloat16")
+    assert imported_model(record, "x", Method.moba)[1].key_convolution == 5
+    with pytest.raises(
+        ConfigError, match="key_convolution=5 is a convolution of keys, which method=full does not have; try"
+    ):
+        imported_model(record, "x", Method.full)
+
+
 def test_nsa_needs_its_release():
     record = LLAMA_32_1B | {"model_type": "llama-nsa", "rope_scaling": None, "block_size": 16, "block_counts": 16}
     _, attention, _ = imported_model(record | {"window_size": 128}, "nsa", Method.nsa)

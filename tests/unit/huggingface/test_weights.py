@@ -15,7 +15,9 @@ from ssa_pretrain.parallel.state import joined
 from support.layout_worker import VOCAB, configure
 
 
-def llama(*, gates: int = 1, tied: bool = True, qk_norm: bool = False) -> Llama:
+def llama(
+    *, gates: int = 1, tied: bool = True, qk_norm: bool = False, index_heads: int = 0, key_taps: int = 0
+) -> Llama:
     return Llama(
         num_layers=2,
         hidden_size=5,
@@ -27,6 +29,8 @@ def llama(*, gates: int = 1, tied: bool = True, qk_norm: bool = False) -> Llama:
         gates=gates,
         tied=tied,
         qk_norm=qk_norm,
+        index_heads=index_heads,
+        key_taps=key_taps,
     )
 
 
@@ -46,6 +50,18 @@ def test_rows_of_the_projection_by_group_go_to_their_heads():
         assert part.tolist() == [[kind, head, place] for head in range(heads) for place in range(width)]
 
 
+def test_rows_of_the_scorer_by_group_go_to_their_heads():
+    labels = []
+    for group in range(2):
+        labels += [(0, 3 * group + head, place) for head in range(3) for place in range(4)]
+        labels += [(1, group, place) for place in range(4)]
+    rows = torch.tensor(labels, dtype=torch.float32)
+    parts = to_hugging_face("decoder.layers.1.self_attention.linear_index.weight", rows, llama(index_heads=3))
+    assert list(parts) == [f"model.layers.1.self_attn.index_{letter}_proj.weight" for letter in "qk"]
+    for kind, (heads, part) in enumerate(zip((6, 2), parts.values(), strict=True)):
+        assert part.tolist() == [[kind, head, place] for head in range(heads) for place in range(4)]
+
+
 def test_halves_of_the_feed_forward_are_gate_then_up():
     fc1 = torch.arange(14.0).unsqueeze(1).expand(14, 5)
     parts = to_hugging_face("decoder.layers.0.mlp.linear_fc1.weight", fc1, llama())
@@ -57,7 +73,7 @@ def test_halves_of_the_feed_forward_are_gate_then_up():
 
 @pytest.mark.parametrize(("gates", "tied"), [(1, True), (1, False), (0, True), (0, False), (3, True)])
 def test_both_directions_together_give_the_same_bits(gates, tied):
-    sizes = llama(gates=gates, tied=tied, qk_norm=tied)
+    sizes = llama(gates=gates, tied=tied, qk_norm=tied, index_heads=3 * (not tied), key_taps=3 * (gates == 1))
     generator = torch.Generator().manual_seed(0)
     shapes, out = training_shapes(sizes), {}
     ours = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -77,6 +93,8 @@ def test_both_directions_together_give_the_same_bits(gates, tied):
         {"model.qk_norm": True},
         {"model.tie_embeddings": False, "attention.gate": False},
         {"attention.method": "nsa", "attention.score": "compressed"},
+        {"attention.score": "indexer", "attention.indexer.heads": 2},
+        {"attention.key_convolution": 5},
     ],
 )
 def test_names_and_shapes_are_those_of_a_model_that_was_built(overrides):
