@@ -74,6 +74,7 @@ EXTRA_STATE: frozenset[Global] = frozenset(
         ("collections", "OrderedDict"),
         ("torch._utils", "_rebuild_tensor_v2"),
         ("torch.storage", "_load_from_bytes"),  # calls torch.load, which is restricted too
+        ("megatron.core.safe_globals", "safe_load_from_bytes"),  # newer core's, which does the same
     }
 )
 

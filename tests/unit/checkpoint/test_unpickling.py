@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ssa_pretrain.checkpoint.unpickling import EXTRA_STATE, METADATA, require_safe_extra_state, restricted
-from ssa_pretrain.checkpoint.writer import ThreadedStrategy
+from ssa_pretrain.checkpoint.writer import write
 from ssa_pretrain.errors import ExitCode, UnsafePickle
 from ssa_pretrain.parallel import cpu_backend
 
@@ -54,7 +54,7 @@ def state(extra: object = None) -> dict:
 
 def save(folder: Path, extra: object = None) -> Path:
     folder.mkdir()
-    dist_checkpointing.save(state(extra), str(folder), sharded_strategy=ThreadedStrategy())
+    write(folder, state(extra), {})
     return folder
 
 
