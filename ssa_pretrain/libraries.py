@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, cast
 
-
 QUIET = (
     "transformer.transformer_layer",  # "Unknown MLP type": ours
     "models.gpt.gpt_model",  # newer core has another class for it
