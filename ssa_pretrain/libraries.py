@@ -17,13 +17,21 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, cast
 
+QUIET = (
+    "transformer.transformer_layer",  # "Unknown MLP type": ours
+    "models.gpt.gpt_model",  # newer core has another class for it
+    "distributed.distributed_data_parallel",  # newer core wants places in its buffers, and finds them itself
+    "dist_checkpointing.strategies.common",  # newer core writes no common.pt; checkpoints have one, which every version reads
+)
+
 
 def hide_library_warnings() -> None:
     """Hides megatron-core's warnings about optional packages and settings; the banner reports those that matter."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)  # "Unknown MLP type": ours
+    for name in QUIET:
+        logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
 
 
 def import_megatron_core() -> None:

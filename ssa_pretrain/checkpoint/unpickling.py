@@ -76,6 +76,10 @@ EXTRA_STATE: frozenset[Global] = frozenset(
         ("torch.storage", "_load_from_bytes"),  # calls torch.load, which is restricted too
     }
 )
+MOVED: dict[Global, Global] = {  # what other versions of Python and core call a listed global
+    ("pathlib._local", "PosixPath"): ("pathlib", "PosixPath"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"): ("torch.storage", "_load_from_bytes"),
+}
 
 
 @contextmanager
@@ -129,6 +133,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns a listed global; raises UnsafePickle for any other, a dotted name included."""
+        module, name = MOVED.get((module, name), (module, name))
         if (module, name) not in self._allowed:
             raise _refusal(self._where, f"{module}.{name}")
         return super().find_class(module, name)

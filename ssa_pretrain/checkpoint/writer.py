@@ -5,7 +5,11 @@ forever; if a rank is killed, the manager process stays. Here torch's own `FileS
 at once: copying, checksums and writing run without Python's lock. Torch can start threads too, but it loses their exceptions and would publish a
 checkpoint that lacks a file when the disk is full.
 
-Source: megatron-core 0.16, dist_checkpointing/strategies/torch.py (`TorchDistSaveShardedStrategy`), whose planner and translation are used.
+The steps are those of core's `dist_checkpointing.save`, repeated here because that function runs its collectives on the default group, and from
+0.19 on uses no writer but its own. The files are the same with every version of core: what is not sharded lies in `common.pt`, which all of them read.
+
+Source: megatron-core 0.16, dist_checkpointing/serialization.py (`save`) and strategies/torch.py (`TorchDistSaveShardedStrategy`), whose planner and
+translation are used.
 """
 
 import heapq
@@ -13,15 +17,21 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
@@ -31,43 +41,37 @@ from torch.futures import Future
 
 from ssa_pretrain.checkpoint.storage import patiently
 
-try:
-    from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-except ModuleNotFoundError:  # from 0.19 on core takes any object with these methods
-    SaveShardedStrategy = object
-
+COMMON = "common.pt"  # core's name of the file with everything that is not sharded
 NUM_THREADS = 4  # and files per rank; four threads write as fast as two forked processes
 
 
-class ThreadedStrategy(SaveShardedStrategy):  # pyright: ignore[reportGeneralTypeIssues]
-    """Saves shards in core's format "torch_dist", version 1, within this process.
+def write(
+    folder: Path, state: ShardedStateDict, metadata: dict[str, Any], group: dist.ProcessGroup | None = None
+) -> None:
+    """Writes a sharded state in core's format "torch_dist", version 1, within this process; every rank calls it.
 
     Args:
-        group: of all ranks, for the thread that saves; None: the default group.
+        folder: exists and is empty.
+        state: the rank's part. Core's factories in it are applied, which changes it.
+        metadata: of the checkpoint's content; core keeps it.
+        group: of all ranks, for the collectives of the thread that saves; None: the default group.
+
+    Raises:
+        CheckpointException: on every rank, if any rank could not write its part.
+        CheckpointingException: on rank 0, if a shard would be missing or written twice.
     """
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.backend, self.version = "torch_dist", 1
-        self.group = group
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """Whether objects other than tensors are saved too."""
-        return True
-
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        """Writes a state dict's shards; every rank calls it.
-
-        Raises:
-            CheckpointException: on every rank, if any rank could not write its part.
-        """
-        shards, *_ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        save(
-            mcore_to_pyt_state_dict(shards, False),
-            storage_writer=ThreadedWriter(Path(checkpoint_dir)),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            process_group=self.group,
-        )
+    sharded, common = save_preprocess(state | {_CONTENT_METADATA_KEY: metadata}, validate_access_integrity=False)
+    _require_each_shard_once(sharded, group)
+    shards, *_ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    save(
+        mcore_to_pyt_state_dict(shards, False),
+        storage_writer=ThreadedWriter(folder),
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        process_group=group,
+    )
+    if dist.get_rank() == 0:
+        torch.save(common, folder / COMMON)
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 class ThreadedWriter(FileSystemWriter):
@@ -103,6 +107,12 @@ class ThreadedWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Writes the list of all ranks' shards, on rank 0; a new try begins with an empty file."""
         patiently(lambda: super(ThreadedWriter, self).finish(metadata, results), f"writing {self.path}/.metadata")
+
+
+def _require_each_shard_once(sharded: ShardedStateDict, group: dist.ProcessGroup | None) -> None:
+    places: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(places, [shard.without_data() for shard in nested_values(sharded)], group=group)
+    validate_sharding_integrity(places)
 
 
 def spread(items: list[WriteItem], num_files: int) -> list[list[WriteItem]]:

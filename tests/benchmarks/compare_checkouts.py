@@ -3,8 +3,10 @@
     python tests/benchmarks/compare_checkouts.py BEFORE AFTER                    # two folders, each a checkout
     python tests/benchmarks/compare_checkouts.py BEFORE AFTER --only ssa cp2     # some cases
     python tests/benchmarks/compare_checkouts.py BEFORE AFTER --data FOLDER      # a dataset that is there already
+    python tests/benchmarks/compare_checkouts.py . . --python OTHER/bin/python --only ssa muon resume deepspeed.resume --swap  # versions of libraries
 
-Each case runs the same command lines in both checkouts, with this interpreter's libraries, and compares the lines of metrics.jsonl. Only command lines
+Each case runs the same command lines in both checkouts, with this interpreter's libraries or, for AFTER, those of `--python`, and compares the lines of
+metrics.jsonl. With `--swap` what one side has begun the other continues, so that each resumes from the other's checkpoint. Only command lines
 are used, so that it works across any refactoring that keeps them. Prints one line per case. Exit code 1 if a value differs or a run fails.
 """
 
@@ -32,11 +34,14 @@ SMALL = (
 )
 ENGINES = {"": [], "deepspeed.": ["engine=deepspeed", "deepspeed.zero_stage=2"]}
 METHODS = ("ssa", "full", "moba")
+Side = tuple[Path, str]  # a checkout and the interpreter that runs it
 # Name: processes, and the overrides of each command in turn; a second command continues the run of the first.
 CASES: dict[str, tuple[int, list[list[str]]]] = {
     **{f"{prefix}{m}": (1, [[*own, f"attention={m}"]]) for prefix, own in ENGINES.items() for m in METHODS},
+    "muon": (2, [["optim=muon"]]),
     "counterpart_share": (1, [["attention.counterpart_share=0.5"]]),
     "resume": (1, [["training.stop_at_step=3"], []]),
+    "muon.resume": (2, [["optim=muon", "training.stop_at_step=3"], ["optim=muon"]]),
     "deepspeed.resume": (2, [[*ENGINES["deepspeed."], "training.stop_at_step=3"], ENGINES["deepspeed."]]),
     "cp2": (2, [["parallel=cp2"]]),
     "tp2_pp2": (4, [["parallel=tp2_pp2"]]),
@@ -50,15 +55,18 @@ def main() -> int:
     parser.add_argument("after", type=Path)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--data", type=Path, help="a prepared dataset; without it BEFORE prepares the quickstart's")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of AFTER; without it this one")
+    parser.add_argument("--swap", action="store_true", help="each side continues what the other has begun")
     arguments = parser.parse_args()
+    before, after = (arguments.before, sys.executable), (arguments.after, arguments.python)
     differing = []
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        data = (arguments.data or prepare(arguments.before, scratch / "data")).resolve()
+        data = (arguments.data or prepare(before, scratch / "data")).resolve()
         for case in arguments.only:
             found = [
-                train(checkout, case, data, scratch / case / side)
-                for side, checkout in (("before", arguments.before), ("after", arguments.after))
+                train(sides if arguments.swap else sides[:1] * 2, case, data, scratch / case / name)
+                for name, sides in (("before", (before, after)), ("after", (after, before)))
             ]
             outcome = compare(*found)
             print(f"{case:20} {outcome or f'equal: {len(found[0])} records, {count(found[0])} values'}", flush=True)
@@ -66,19 +74,19 @@ def main() -> int:
     return int(bool(differing))
 
 
-def prepare(checkout: Path, out: Path) -> Path:
-    """Returns the folder of a dataset that a checkout has prepared."""
-    run(checkout, ["-m", "data_prep", "source=quickstart", "tokenizer=bpe4k", f"out={out}"])
+def prepare(side: Side, out: Path) -> Path:
+    """Returns the folder of a dataset that a side has prepared."""
+    run(side, ["-m", "data_prep", "source=quickstart", "tokenizer=bpe4k", f"out={out}"])
     return out
 
 
-def train(checkout: Path, case: str, data: Path, out: Path) -> list[dict[str, Any]]:
-    """Returns the records of a case's run in a checkout, without times."""
+def train(sides: tuple[Side, ...], case: str, data: Path, out: Path) -> list[dict[str, Any]]:
+    """Returns the records of a case's run, without times. The first side runs the first command, the second side another."""
     processes, commands = CASES[case]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    for overrides in commands:
+    for side, overrides in zip(sides, commands, strict=False):
         run(
-            checkout,
+            side,
             [*launcher, "-m", "ssa_pretrain.train", *SMALL, *overrides, f"data.path={data}", f"output_dir={out}"],
         )
     lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -86,13 +94,14 @@ def train(checkout: Path, case: str, data: Path, out: Path) -> list[dict[str, An
     return [{key: value for key, value in record.items() if key not in TIMES} for record in found]
 
 
-def run(checkout: Path, arguments: list[str]) -> None:
-    """Runs Python in a checkout; ends this program with the output if that fails."""
+def run(side: Side, arguments: list[str]) -> None:
+    """Runs a side's Python in its checkout; ends this program with the output if that fails."""
+    checkout, python = side
     root = checkout.resolve()
     path = os.pathsep.join([str(root), str(root / "kernels")])
     own = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=root, env=os.environ | own, capture_output=True, text=True, check=False
+        [python, *arguments], cwd=root, env=os.environ | own, capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(

@@ -73,6 +73,8 @@ def live_until_killed(mode: str) -> None:
         saved = int(mode == "saves-and-is-killed")
         write_beat(folder, rank, replace(beat, saved=saved, limit=0.1 if mode == "silent" else None).encode())
     if mode in ("killed", "saves-and-is-killed"):
+        while not all(Path(f"up_{peer}").exists() for peer in range(int(os.environ["WORLD_SIZE"]))):
+            time.sleep(0.02)  # a peer that still starts would report nothing either
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "trains-and-fails":
         raise ValueError("a bad value")

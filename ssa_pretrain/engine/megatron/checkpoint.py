@@ -15,9 +15,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 
+from ssa_pretrain.checkpoint import writer
 from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.unpickling import require_safe_extra_state, restricted
-from ssa_pretrain.checkpoint.writer import ThreadedStrategy
 from ssa_pretrain.engine.megatron import snapshot
 
 METADATA = {
@@ -31,7 +31,7 @@ def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None
     _require_states(optimizer)
     state = _model_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(METADATA))
-    dist_checkpointing.save(state, str(folder), sharded_strategy=ThreadedStrategy(), content_metadata=dict(METADATA))
+    writer.write(folder, state, dict(METADATA))
 
 
 def copy_state(

@@ -1,14 +1,14 @@
 """Copies megatron-core's training state to host memory, and writes it from a thread while training continues.
 
-The files are those of `dist_checkpointing.save`, whose steps are repeated here because it runs its collectives on the default group, which training
-uses at the same time. Here all of them run on a group of the writing threads.
+The files are those of a synchronous save. The collectives run on a group of the writing threads, because training uses the default group at the
+same time.
 
 Each rank copies what it owns: its shards of the distributed optimizer, and the weights of which it holds the main replica. No rank waits for
 another. Core's gathering of the optimizer's shards, which a synchronous save does first, happens later in the thread. It takes the copies
 instead of the live tensors, and goes through host memory (gloo, to data rank 0) instead of the GPUs. So a data rank 0 needs host memory for its copies
 and once more for the whole optimizer state of its tensor and pipeline ranks.
 
-Source: megatron-core 0.16, dist_checkpointing/serialization.py (`save`), optimizer/distrib_optimizer.py (`sharded_state_dict`).
+Source: megatron-core 0.16, optimizer/distrib_optimizer.py (`sharded_state_dict`).
 """
 
 import copy
@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
     ShardedObject,
@@ -29,16 +28,12 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
-from megatron.core.dist_checkpointing.serialization import _CONTENT_METADATA_KEY
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from ssa_pretrain.checkpoint import writer
 from ssa_pretrain.checkpoint.staging import HostCopies
-from ssa_pretrain.checkpoint.writer import ThreadedStrategy
 
-COMMON = "common.pt"  # core's name of the file with everything that is not sharded
 MOMENTS = ("param", "exp_avg", "exp_avg_sq")  # that core saves of each parameter
 THROUGH_HOST = {"distrib_optim_fully_reshardable_mem_efficient": True}
 Shards = dict[torch.nn.Parameter, dict[str, Tensor]]
@@ -60,7 +55,7 @@ def take(
     if not isinstance(distributed, DistributedOptimizer):
         live = optimizer.sharded_state_dict(model, metadata=dict(metadata))
         state["optimizer"] = _copied("optimizer", live, copies)
-        return lambda folder, group: _write(folder, state, dict(metadata), group)
+        return lambda folder, group: writer.write(folder, state, dict(metadata), group)
     common = copies.tree("optimizer", distributed.state_dict())
     shards = _own_shards(distributed, copies)
 
@@ -68,7 +63,7 @@ def take(
         moments = _gathered(distributed, shards, model, dict(metadata))
         kind = metadata["distrib_optim_sharding_type"]
         whole = common | {"param_state": moments or {}, "param_state_sharding_type": kind}
-        _write(folder, state | {"optimizer": whole}, dict(metadata), group)
+        writer.write(folder, state | {"optimizer": whole}, dict(metadata), group)
 
     return write
 
@@ -107,20 +102,3 @@ def _gathered(
     stand_in = copy.copy(distributed)
     stand_in._get_main_param_and_optimizer_states = shards.__getitem__
     return stand_in.sharded_param_state_fully_reshardable(model, metadata=metadata | THROUGH_HOST)
-
-
-def _write(folder: Path, state: ShardedStateDict, metadata: dict[str, Any], group: dist.ProcessGroup) -> None:
-    """Writes a sharded state; every rank calls it."""
-    sharded, common = save_preprocess(state | {_CONTENT_METADATA_KEY: metadata}, validate_access_integrity=False)
-    _require_each_shard_once(sharded, group)
-    ThreadedStrategy(group).save(sharded, folder)
-    if dist.get_rank() == 0:
-        torch.save(common, folder / COMMON)
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-
-
-def _require_each_shard_once(sharded: ShardedStateDict, group: dist.ProcessGroup) -> None:
-    """Raises core's CheckpointingException on rank 0 if a shard would be missing or written twice; every rank calls it."""
-    places: list[Any] = [None] * group.size()
-    dist.all_gather_object(places, [shard.without_data() for shard in nested_values(sharded)], group=group)
-    validate_sharding_integrity(places)

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ssa_pretrain.checkpoint.unpickling import EXTRA_STATE, METADATA, require_safe_extra_state, restricted
-from ssa_pretrain.checkpoint.writer import ThreadedStrategy
+from ssa_pretrain.checkpoint.writer import write
 from ssa_pretrain.errors import ExitCode, UnsafePickle
 from ssa_pretrain.parallel import cpu_backend
 
@@ -54,7 +55,7 @@ def state(extra: object = None) -> dict:
 
 def save(folder: Path, extra: object = None) -> Path:
     folder.mkdir()
-    dist_checkpointing.save(state(extra), str(folder), sharded_strategy=ThreadedStrategy())
+    write(folder, state(extra), {})
     return folder
 
 
@@ -71,6 +72,18 @@ def test_core_checkpoint_loads(tmp_path):
     assert loaded["object"].tolist() == [1, 2]
     assert loaded["plain"] == {"step": 3}
     assert (torch.load, set(torch.serialization.get_safe_globals())) == (before[0], set(before[1]))
+
+
+@pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
+def test_metadata_of_any_python_load(tmp_path, module):
+    """Python 3.13 names a path's class after another module."""
+    path = save(tmp_path / "saved") / ".metadata"
+    content = pickle.dumps(pickle.loads(path.read_bytes()), protocol=2)  # names globals in lines
+    changed, times = re.subn(rb"cpathlib(\._local)?\nPosixPath\n", b"c" + module + b"\nPosixPath\n", content)
+    assert times == 1
+    path.write_bytes(changed)
+    with restricted(path.parent):
+        assert torch.equal(load(path.parent)["weight"], torch.arange(12.0).view(3, 4))
 
 
 def in_metadata(folder: Path, attack: object) -> Path:
