@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import ssa_kernels.sparse_attention.tensor_core.launch  # noqa: F401  imported late otherwise, with the recorder in place
+from ssa_kernels.branches.autograd import CompressedAttention, WindowAttention
 from ssa_kernels.decode import build_cache
 from ssa_kernels.decode.append_triton import append_triton, update_means_triton
 from ssa_kernels.decode.launch import decode_attention_triton, select_cached_triton
@@ -15,8 +16,12 @@ from ssa_kernels.full_attention.span_sums import sum_over_spans
 from ssa_kernels.gate_and_align.sampled import sampled_backward, sampled_forward
 from ssa_kernels.gate_and_align.triton import gate_backward, gate_forward
 from ssa_kernels.gate_triton import gate_stream_backward, gate_stream_forward
+from ssa_kernels.gated_sum_triton import GatedSum
+from ssa_kernels.indexer.launch import choose_triton, loss_triton
+from ssa_kernels.key_convolution.triton import KeyConvolution
 from ssa_kernels.linear_cross_entropy.triton import probabilities_in_place, statistics
-from ssa_kernels.qkv_rope.triton import Sizes, qkv_rope_backward, qkv_rope_forward
+from ssa_kernels.qkv_rope.reference import QKNorm
+from ssa_kernels.qkv_rope.triton import Sizes, qkv_norm_rope_backward, qkv_rope_backward, qkv_rope_forward
 from ssa_kernels.queries import query_spans
 from ssa_kernels.select.launch import select_blocks_triton
 from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
@@ -41,13 +46,14 @@ class Case:
 ALL = ("select", "sparse", "full", "gate", "align", "qkv_rope", "decode")
 NO_HEADS = ("documents", "swiglu", "cross_entropy")
 BLOCKS = ("select", "sparse", "decode")
+METHODS = ("nsa", "indexer", "key_convolution")
 CASES = {
-    "D 64, 16 heads per list": Case(32, 2, 64, operators=(*ALL, *NO_HEADS)),
+    "D 64, 16 heads per list": Case(32, 2, 64, operators=(*ALL, *METHODS, *NO_HEADS)),
     "D 64, 32 heads per list": Case(32, 1, 64),
-    "D 64, blocks of 128": Case(32, 2, 64, 128, operators=BLOCKS),
-    "D 128, 4 heads per list": Case(32, 8, 128, operators=ALL),
+    "D 64, blocks of 128": Case(32, 2, 64, 128, operators=(*BLOCKS, "indexer")),
+    "D 128, 4 heads per list": Case(32, 8, 128, operators=(*ALL, *METHODS)),
     "D 128, 16 heads per list": Case(32, 2, 128),
-    "D 128, blocks of 128": Case(32, 8, 128, 128, operators=BLOCKS),
+    "D 128, blocks of 128": Case(32, 8, 128, 128, operators=(*BLOCKS, "indexer")),
     "D 256, 8 heads per list": Case(16, 2, 256, operators=ALL),
     "D 256, 16 heads per list": Case(16, 1, 256),
     "D 256, blocks of 128": Case(16, 2, 256, 128, operators=BLOCKS),
@@ -142,6 +148,9 @@ def _qkv_rope(case: Case) -> None:
     sizes = Sizes(case.kv_heads, group, case.head_dim, group)
     grads = qkv_rope_forward(mixed, angles, positions, sizes)
     qkv_rope_backward(grads, angles, positions, sizes)
+    norm = QKNorm(*torch.zeros(2, case.head_dim, dtype=case.dtype), 1e-6)
+    qkv_rope_forward(mixed, angles, positions, sizes, norm)
+    qkv_norm_rope_backward(grads, angles, positions, sizes, mixed, norm)
 
 
 def _decode(case: Case) -> None:
@@ -156,6 +165,31 @@ def _decode(case: Case) -> None:
         decode_attention_triton(q, cache, None, top_k=case.top_k, **sizes)
         decode_attention_triton(q, cache, None, top_k=None, **sizes)
         select_cached_triton(q, cache, None, top_k=case.top_k, **sizes)
+
+
+def _nsa(case: Case) -> None:
+    layout, scale, window = _layout(case), case.head_dim**-0.5, 128
+    q, k, v = (_heads(case, n).requires_grad_() for n in (case.heads, case.kv_heads, case.kv_heads))
+    near, _ = WindowAttention.apply(q, k, v, layout, window, scale)  # pyright: ignore[reportGeneralTypeIssues]
+    far, _ = CompressedAttention.apply(q, k, v, layout, scale)  # pyright: ignore[reportGeneralTypeIssues]
+    logits = torch.zeros(TOKENS, case.heads, 3, dtype=case.dtype).requires_grad_()
+    GatedSum.apply(near, far, near, logits).sum().backward()  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+
+
+def _indexer(case: Case) -> None:
+    layout, scale = _layout(case), case.head_dim**-0.5
+    q, k = _heads(case, case.heads), _heads(case, case.kv_heads)
+    choose_triton(k, k, layout=layout, top_k=case.top_k, scale=scale)
+    scales = {"scales": (scale, scale), "with_gradients": True}
+    loss_triton(k, k, q, k, layout=layout, top_k=case.top_k, **scales)
+
+
+def _key_convolution(case: Case) -> None:
+    k = _heads(case, case.kv_heads).requires_grad_()
+    for taps in (3, 5):
+        weight = torch.zeros(case.kv_heads * case.head_dim, 1, taps, dtype=case.dtype).requires_grad_()
+        out = KeyConvolution.apply(k, weight, torch.zeros(TOKENS, dtype=torch.int32))
+        out.sum().backward()  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
 
 def _documents(case: Case) -> None:
@@ -183,6 +217,9 @@ OPERATORS = {
     "align": _align,
     "qkv_rope": _qkv_rope,
     "decode": _decode,
+    "nsa": _nsa,
+    "indexer": _indexer,
+    "key_convolution": _key_convolution,
     "documents": _documents,
     "swiglu": _swiglu,
     "cross_entropy": _cross_entropy,

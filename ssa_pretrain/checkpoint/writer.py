@@ -17,7 +17,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,8 @@ def write(
         CheckpointException: on every rank, if any rank could not write its part.
         CheckpointingException: on rank 0, if a shard would be missing or written twice.
     """
-    sharded, common = save_preprocess(state | {_CONTENT_METADATA_KEY: metadata}, validate_access_integrity=False)
+    parts = save_preprocess(state | {_CONTENT_METADATA_KEY: metadata}, validate_access_integrity=False)
+    sharded, common = cast(tuple[ShardedStateDict, Any], parts)
     _require_each_shard_once(sharded, group)
     shards, *_ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     save(

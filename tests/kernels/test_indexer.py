@@ -77,14 +77,15 @@ def test_reference_in_float64_is_the_oracle(index_heads):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("index_heads", [1, 3])
-def test_loss_and_gradients_in_float32(monkeypatch, impl, index_heads):
-    """Chunks of 128 queries over 150, blocks of several rows per step, and block rows that several documents share a step of."""
+@pytest.mark.parametrize(("index_heads", "rows"), [(1, 128), (3, 128), (3, 32)])
+def test_loss_and_gradients_in_float32(monkeypatch, impl, index_heads, rows):
+    """Chunks of 128 queries over 150, tiles of several sizes, blocks of several rows per step, and block rows that several documents share a step of."""
     bounds, tokens = [0, 9, 130], 150
     iq, ik, q, k = make(index_heads=index_heads, tokens=tokens)
     iq, ik = iq.requires_grad_(), ik.requires_grad_()
     if impl == "triton":
         monkeypatch.setattr("ssa_kernels.indexer.launch.WORKSPACE_BYTES", 1)
+        monkeypatch.setattr("ssa_kernels.indexer.launch._gradient_rows", lambda dim, block_size: rows)
     common = {"block_size": 8, "top_k": TOP_K, "cu_seqlens": torch.tensor(bounds), "impl": impl}
     loss, mass = index_loss(iq, ik, q, k, **common)
     grads = torch.autograd.grad(loss, (iq, ik))

@@ -101,7 +101,8 @@ def loss_triton(
         for shape in (iq.shape, ik.shape, iq.shape[:2])
     )
     ranges = _later_queries(layout) if with_gradients else None
-    sizes, chunk, lse, target_lse = _sizes(iq, ik, layout, top_k), _queries_per_chunk(kv_heads * columns), None, None
+    chunk, lse, target_lse = _queries_per_chunk(kv_heads * columns), None, None
+    sizes = _sizes(iq, ik, layout, top_k, rows=_gradient_rows(iq.shape[2], layout.block_size))
     for start in range(0, tokens, chunk):
         queries = slice(start, min(start + chunk, tokens))
         common: dict[str, Any] = {"layout": layout, "queries": queries, "top_k": top_k}
@@ -138,7 +139,7 @@ def _add_gradients(
         sizes: by `_sizes`.
     """
     ratio, num_block_rows = tensors[-2], len(ranges[0])
-    place, settings = (queries.start, queries.stop, ratio.shape[2]), {**sizes, **_settings(sizes)}
+    place, settings = (queries.start, queries.stop, ratio.shape[2]), {**sizes, **_settings(sizes), "num_warps": 8}
     tiles, rows = cdiv(len(ratio), sizes["TILE_TOKENS"]), cdiv(num_block_rows, sizes["BLOCK_ROWS"])
     kv_heads, factors = ratio.shape[1], (scale * LOG2E, scale)
     launch(ratio_sums_kernel, (tiles, kv_heads), *tensors, *place, factors[0], **settings)
@@ -169,7 +170,9 @@ def _arrays(layout: DocumentLayout) -> tuple[torch.Tensor, ...]:
     return *queries, layout.block_start, layout.block_length
 
 
-def _sizes(q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout, top_k: int) -> dict[str, Any]:
+def _sizes(
+    q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout, top_k: int, *, rows: int = TILE_ROWS
+) -> dict[str, Any]:
     """Returns the compile-time sizes that all kernels take."""
     group_size = q.shape[1] // k.shape[1]
     padded_group, padded_block = next_power_of_2(group_size), next_power_of_2(layout.block_size)
@@ -182,9 +185,16 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout, top_k: int)
         "PADDED_GROUP": padded_group,
         "HEAD_DIM": q.shape[2],
         "DIM": next_power_of_2(q.shape[2]),
-        "TILE_TOKENS": TILE_ROWS // padded_group,
+        "TILE_TOKENS": rows // padded_group,
         "TOP_K": top_k,
     }
+
+
+def _gradient_rows(dim: int, block_size: int) -> int:
+    """Returns the rows of one tile of the gradients' kernels: so many that nothing spills on Hopper with eight warps (bench/compile.py)."""
+    if dim <= 64:
+        return TILE_ROWS
+    return 64 if block_size <= STEP_KEYS else 32
 
 
 def _settings(sizes: dict[str, Any]) -> dict[str, Any]:
