@@ -16,8 +16,14 @@ VOCAB = 96  # as in layout_worker.py
 CASES = {
     "tp2_pp2": {"parallel.tp": 2, "parallel.pp": 2},
     "cp2_tp2_sp": {"parallel.cp": 2, "parallel.tp": 2, "parallel.sequence_parallel": True},
+    "cp2_pp2_indexer": {"parallel.cp": 2, "parallel.pp": 2, "attention.score": "indexer", "attention.indexer.heads": 2},
     "zero3_tp2": {"engine.name": "deepspeed", "deepspeed.zero_stage": 3, "parallel.tp": 2},
 }
+
+
+def attention_of(case: dict) -> dict:
+    """Returns a case's settings of the model, without those of the layout and the engine."""
+    return {key: value for key, value in case.items() if key.startswith("attention.")}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,7 @@ def results(tmp_path_factory) -> dict[str, tuple[dict, dict]]:
     worker = __file__.replace("test_checkpoints_evaluated", "evaluation_worker")
     found = {name: [] for name in CASES}
     for act, world_size in (("save", 4), ("evaluate", 1)):
-        cases = CASES if act == "save" else {name: {} for name in CASES}
+        cases = CASES if act == "save" else {name: attention_of(case) for name, case in CASES.items()}
         (folder / "cases.json").write_text(json.dumps(cases))
         run_workers(worker, world_size, str(folder / "cases.json"), str(folder / "data"), str(folder), act)
         for name in CASES:
