@@ -111,11 +111,12 @@ class SSALlamaConfig(LlamaConfig):
             raise ValueError(f"attention_mode={self.attention_mode} must be full or sparse; try sparse")
         return self.attention_mode == "sparse"
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """How tensor parallelism shards the projections: a Llama's, the gate's and the scorer's."""
+    def __post_init__(self, **kwargs) -> None:
+        """Adds to a Llama's plan of tensor parallelism the projections that this model has: transformers warns of others."""
         own = ["g_proj"] * self.attention_gate + ["index_q_proj", "index_k_proj"] * (self.score == "indexer")
-        return (LlamaConfig.base_model_tp_plan or {}) | {f"layers.*.self_attn.{name}": "colwise" for name in own}
+        plan = {f"layers.*.self_attn.{name}": "colwise" for name in own}
+        self.base_model_tp_plan = (LlamaConfig.base_model_tp_plan or {}) | plan
+        super().__post_init__(**kwargs)
 
     @property
     def uses_rows(self) -> bool:

@@ -70,7 +70,9 @@ def test_positions_hold_every_label(results):
 
 
 def test_engines_and_layouts_train_to_the_same_evaluation(results):
-    """The checkpoints are of the same step, so they also agree among each other."""
-    first, *others = [numbers(one["full"]["held_out"]) for _, one in results.values()]
+    """The checkpoints of one model are of the same step, so they also agree among each other."""
+    same = [one for name, (_, one) in results.items() if not attention_of(CASES[name])]
+    first, *others = [numbers(one["full"]["held_out"]) for one in same]
+    assert len(others) == 2
     for other in others:
         assert other == pytest.approx(first, rel=1e-4, abs=1e-6)
