@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from ..launch import cdiv, launch, next_power_of_2
 
 BLOCK_TOKENS = 32
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -108,7 +107,7 @@ class KeyConvolution(torch.autograd.Function):
             grid = (cdiv(len(k), BLOCK_TOKENS), k.shape[1])
             sizes = _constants(k, weight)
             launch(
-                key_convolution_forward_kernel, grid, k, weight, positions, out, len(k), **sizes, num_warps=NUM_WARPS
+                key_convolution_forward_kernel, grid, k, weight, positions, out, len(k), **sizes, num_warps=_warps(k)
             )
         return out
 
@@ -124,10 +123,15 @@ class KeyConvolution(torch.autograd.Function):
             launch(
                 key_convolution_backward_kernel, (tiles, kv_heads),
                 grad_out.contiguous(), k, weight, positions, grad_k, partial, tokens,
-                **_constants(k, weight), num_warps=NUM_WARPS,
+                **_constants(k, weight), num_warps=_warps(k),
             )  # fmt: skip
         grad_weight = partial.sum(0).flip(1).transpose(1, 2).reshape(weight.shape)
         return grad_k, grad_weight.to(weight.dtype), None
+
+
+def _warps(k: torch.Tensor) -> int:
+    """Returns the warps of a program; at wide heads four would spill."""
+    return 4 if k.shape[2] <= 64 else 8
 
 
 def _constants(k: torch.Tensor, weight: torch.Tensor) -> dict[str, int]:
