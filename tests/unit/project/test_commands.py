@@ -66,12 +66,17 @@ def test_help_exits_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     with pytest.raises(SystemExit) as left:
         report(["--help"])
     assert left.value.code == 0
-    for entry in ("train", "evaluate", "plan"):
+    examples = {
+        "train": "experiment=quickstart optim.lr=2e-3",
+        "evaluate": "outputs/quickstart evaluation.rows=8",
+        "plan": "experiment=ssa_1b_8k hardware=h100 nodes=8",
+    }
+    for entry, example in examples.items():
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             read_config(entry, ["--help"])
         assert left.value.code == 0
-        assert f"python -m ssa_pretrain.{entry} experiment=quickstart" in capsys.readouterr().out
+        assert f"\n  python -m ssa_pretrain.{entry} {example}\n" in capsys.readouterr().out
 
 
 def test_missing_or_bad_arguments_exit_with_3(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +91,12 @@ def test_missing_or_bad_arguments_exit_with_3(capsys: pytest.CaptureFixture[str]
 
 
 def test_version_is_the_project_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for entry in ("train", "evaluate", "plan"):
+    examples = {
+        "train": "experiment=quickstart optim.lr=2e-3",
+        "evaluate": "outputs/quickstart evaluation.rows=8",
+        "plan": "experiment=ssa_1b_8k hardware=h100 nodes=8",
+    }
+    for entry, example in examples.items():
         with pytest.raises(SystemExit) as left:
             read_config(entry, ["--version"])
         assert left.value.code == 0
