@@ -91,12 +91,7 @@ def test_missing_or_bad_arguments_exit_with_3(capsys: pytest.CaptureFixture[str]
 
 
 def test_version_is_the_project_version(capsys: pytest.CaptureFixture[str]) -> None:
-    examples = {
-        "train": "experiment=quickstart optim.lr=2e-3",
-        "evaluate": "outputs/quickstart evaluation.rows=8",
-        "plan": "experiment=ssa_1b_8k hardware=h100 nodes=8",
-    }
-    for entry, example in examples.items():
+    for entry in ("train", "evaluate", "plan"):
         with pytest.raises(SystemExit) as left:
             read_config(entry, ["--version"])
         assert left.value.code == 0
