@@ -97,12 +97,14 @@ class TextCache:
             k, v = k_SGD.new_zeros(shape), v_SGD.new_zeros(shape)  # `append` hands out whole pages
             means = k_SGD.new_empty(self.num_pages, *k_SGD.shape[1:])
             self._layers[layer_number] = KeyValueCache(k, v, means, self.seq_lens, self.page_table)
-        held, begin = self._layers[layer_number], 0
-        for i, length in enumerate(self.lengths):
-            text = slice(begin, begin + length)
+        held = self._layers[layer_number]
+        for i, (k, v) in enumerate(zip(self._by_text(k_SGD), self._by_text(v_SGD), strict=True)):
             one = replace(held, seq_lens=self.seq_lens[i : i + 1], page_table=self.page_table[i : i + 1])
-            append_to_cache(one, k_SGD[text].unsqueeze(0), v_SGD[text].unsqueeze(0), impl=impl)
-            begin += length
+            append_to_cache(one, k.unsqueeze(0), v.unsqueeze(0), impl=impl)
+
+    def _by_text(self, x_S: Tensor) -> tuple[Tensor, ...]:
+        """Returns each text's part of a microbatch's tensor."""
+        return x_S[: sum(self.lengths)].split(self.lengths)
 
     def append(self, layer_number: int, k_BGD: Tensor, v_BGD: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
         """Returns a layer's keys and values [S, G, D] of all pages, to which the texts' newest are appended first."""
@@ -131,11 +133,10 @@ class TextCache:
 
     def keep_index_keys(self, layer_number: int, ik_SGD: Tensor) -> None:
         """Keeps the index keys that a trained scorer gives the texts' tokens; arguments as in `keep`."""
-        held, begin = ik_SGD.new_zeros(self.num_pages * self.block_size, *ik_SGD.shape[1:]), 0
-        for length, pages in zip(self.lengths, self._pages, strict=True):
+        held = ik_SGD.new_zeros(self.num_pages * self.block_size, *ik_SGD.shape[1:])
+        for ik, pages in zip(self._by_text(ik_SGD), self._pages, strict=True):
             first = pages[0] * self.block_size
-            held[first : first + length] = ik_SGD[begin : begin + length]
-            begin += length
+            held[first : first + len(ik)] = ik
         self._index[layer_number] = held
 
     def append_index_keys(self, layer_number: int, ik_BGD: Tensor) -> Tensor:
@@ -146,11 +147,10 @@ class TextCache:
 
     def keep_plain_keys(self, layer_number: int, k_SGD: Tensor, taps: int) -> None:
         """Keeps the last `taps` keys of each text as they are before the convolution of keys; arguments as in `keep`."""
-        held, begin = k_SGD.new_zeros(len(self), taps, *k_SGD.shape[1:]), 0
-        for i, length in enumerate(self.lengths):
-            first = max(0, length - taps)
-            held[i, torch.arange(first, length) % taps] = k_SGD[begin + first : begin + length]
-            begin += length
+        held = k_SGD.new_zeros(len(self), taps, *k_SGD.shape[1:])
+        for i, k in enumerate(self._by_text(k_SGD)):
+            first = max(0, len(k) - taps)
+            held[i, torch.arange(first, len(k)) % taps] = k[first:]
         self._plain[layer_number] = held
 
     def plain_keys(self, layer_number: int, k_BGD: Tensor, positions_B: Tensor) -> Tensor:
