@@ -1,6 +1,6 @@
 """Times what tensor parallelism waits for, an all-gather and a reduce-scatter of hidden states, in several implementations, alone and beside a matrix product.
 
-    torchrun --standalone --nproc-per-node 2 tests/benchmarks/collectives.py [--tokens 16384] [--hidden 2048] [--json FILE]
+    PYTHONPATH=. torchrun --standalone --nproc-per-node 2 tests/benchmarks/collectives.py [--tokens 16384] [--hidden 2048] [--json FILE]
 
 NCCL with different numbers of CTAs (megatron-core's defaults first), and torch's symmetric memory, whose copies take no multiprocessor. Each result
 is checked: gathered values are equal, sums are as near to float64 as NCCL's. `beside` is how many times as long the product takes with the
@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
+
+from ssa_pretrain.bench.timing import time_in_turns
 
 ROUNDS, RUNS = 5, 20
 # name -> (min_ctas, max_ctas, cga_cluster_size); None keeps NCCL's choice
@@ -102,19 +104,8 @@ def own_exchanges(group: dist.ProcessGroup, gathered: torch.Tensor) -> tuple[Exc
 
 def microseconds(run: Callable[[], object]) -> float:
     """Returns the median over rounds of a run's mean time, the slowest rank's."""
-    times = []
-    for number in range(ROUNDS + 1):
-        torch.cuda.synchronize()
-        dist.barrier()
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        for _ in range(RUNS):
-            run()
-        last.record()
-        torch.cuda.synchronize()
-        if number:  # the first warms up
-            times.append(first.elapsed_time(last) * 1e3 / RUNS)
-    slowest = torch.tensor(statistics.median(times), device="cuda")
+    (timing,) = time_in_turns([run], rounds=ROUNDS, runs_per_turn=RUNS, warmup=RUNS)
+    slowest = torch.tensor(timing.ms * 1e3, device="cuda")
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return float(slowest)
 
