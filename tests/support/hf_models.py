@@ -170,6 +170,21 @@ def draw_documents(lengths: list[int], seed: int = 0) -> list[Tensor]:
     return [torch.randint(1, VOCAB, (length,), generator=generator) for length in lengths]
 
 
+def require_beams_and_drafts(model: SSALlamaForCausalLM, tokens: Tensor, mask: Tensor, count: int) -> None:
+    """Fails unless beams, which change the cache's rows, and rejected drafts, which crop it, give what is generated without a cache.
+
+    Args:
+        model: in the mode to test.
+        tokens, mask: padded rows; the first ends in a text of at least 30 tokens.
+        count: tokens after drafts.
+    """
+    beams = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12, "num_beams": 3}
+    assert torch.equal(model.generate(tokens, **beams), model.generate(tokens, **beams, use_cache=False))
+    text, greedy = tokens[:1, -30:].repeat(1, 3), {"do_sample": False, "max_new_tokens": count}
+    drafted = model.generate(text, prompt_lookup_num_tokens=4, **greedy)
+    assert torch.equal(drafted, model.generate(text, **greedy, use_cache=False))
+
+
 def lively_model(**changed: object) -> SSALlamaForCausalLM:
     """Returns a random model whose greedy text does not repeat itself at once, in fp32."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

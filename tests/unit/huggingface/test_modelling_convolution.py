@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from ssa_pretrain.huggingface import modelling_ssa as modelling
-from support.hf_models import draw_documents, lively_model, padded
+from support.hf_models import draw_documents, lively_model, padded, require_beams_and_drafts
 
 LENGTHS, NEW = [70, 33, 2], 24
 LEFT = [70 - n for n in LENGTHS]
@@ -135,12 +135,7 @@ def test_rows_change_together_and_a_reset_cache_is_clean(static):
 def test_beams_and_drafts_are_those_without_a_cache(mode):
     model = convolved(mode)
     tokens, mask = padded(draw_documents(LENGTHS), left=LEFT, width=70)
-    beams = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12, "num_beams": 3}
-    assert torch.equal(model.generate(tokens, **beams), model.generate(tokens, **beams, use_cache=False))
-    text = tokens[:1, -30:].repeat(1, 3)
-    greedy = {"do_sample": False, "max_new_tokens": NEW}
-    drafted = model.generate(text, prompt_lookup_num_tokens=4, **greedy)
-    assert torch.equal(drafted, model.generate(text, **greedy, use_cache=False))
+    require_beams_and_drafts(model, tokens, mask, NEW)
 
 
 @pytest.mark.parametrize(("mode", "kernels"), [("full", False), ("sparse", True)])

@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 from ssa_kernels import choose_by_index
 from ssa_pretrain.huggingface import modelling_ssa as modelling
-from support.hf_models import draw_documents, lively_model, padded
+from support.hf_models import draw_documents, lively_model, padded, require_beams_and_drafts
 
 LENGTHS, NEW = [70, 33, 5], 24
 LEFT = [70 - n for n in LENGTHS]
@@ -78,12 +78,7 @@ def test_generated_tokens_are_those_of_whole_forwards(model, mode):
 def test_beams_and_drafts_are_those_without_a_cache(model):
     """Beams change the cache's rows, rejected drafts crop it."""
     tokens, mask = padded(draw_documents(LENGTHS), left=LEFT, width=70)
-    beams = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12, "num_beams": 3}
-    assert torch.equal(model.generate(tokens, **beams), model.generate(tokens, **beams, use_cache=False))
-    text = tokens[:1, -30:].repeat(1, 3)
-    greedy = {"do_sample": False, "max_new_tokens": NEW}
-    drafted = model.generate(text, prompt_lookup_num_tokens=4, **greedy)
-    assert torch.equal(drafted, model.generate(text, **greedy))
+    require_beams_and_drafts(model, tokens, mask, NEW)
 
 
 def test_a_compiled_step_has_no_break():
