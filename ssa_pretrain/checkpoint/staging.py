@@ -1,8 +1,8 @@
 """Copies of a training state in host memory, from which a checkpoint is written while training goes on.
 
-On a GPU the copies go into page-locked memory, which the device fills at the full speed of its link. They are queued on the current stream. So
-whatever is queued afterwards, such as the next optimizer step, comes after them, and the host does not wait. `wait` blocks until the copies are done;
-the thread that writes the checkpoint calls it. On a CPU a copy is done at once.
+On a GPU the copies go into page-locked memory (locked_memory.py), which the device fills at the full speed of its link. They are queued on the current
+stream. So whatever is queued afterwards, such as the next optimizer step, comes after them, and the host does not wait. `wait` blocks until
+the copies are done; the thread that writes the checkpoint calls it. On a CPU a copy is done at once.
 
 The buffers are kept and used again by the next save, because locking memory costs more than filling it. There is one set of buffers, so the
 next snapshot must not begin before the last one is written. torch's `StateDictStager` is not used: it copies whole storages, which includes other
@@ -10,19 +10,14 @@ ranks' shards of a flat buffer, and it follows the attributes of parameters to t
 """
 
 import copy
-import mmap
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 
-from ssa_pretrain.errors import CheckpointError
-
-LARGE = 2**20  # bytes; a smaller buffer comes from torch's pinned allocator
+from ssa_pretrain.checkpoint.locked_memory import LockedMemory
 
 
 class HostCopies:
@@ -34,6 +29,7 @@ class HostCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
+        self._locked = LockedMemory()
         self._buffers: dict[str, Tensor] = {}
         self._begin: torch.cuda.Event | None = None
         self._end: torch.cuda.Event | None = None
@@ -88,22 +84,6 @@ class HostCopies:
 
     def _new_buffer(self, live: Tensor) -> Tensor:
         """Returns an empty host tensor, page-locked if the copies come from a GPU."""
-        if not (self._on_gpu and live.is_cuda):
-            return torch.empty(live.shape, dtype=live.dtype, device="cpu")
-        if live.nbytes < LARGE:
-            return torch.empty(live.shape, dtype=live.dtype, device="cpu", pin_memory=True)
-        return _locked_pages(live)
-
-
-def _locked_pages(live: Tensor) -> Tensor:
-    """Returns an empty host tensor in page-locked pages of its own; torch's pinned allocator would round its size up to a power of two."""
-    buffer = torch.frombuffer(mmap.mmap(-1, live.nbytes), dtype=live.dtype).view(live.shape)
-    try:
-        pin_memory(buffer.data_ptr(), live.nbytes)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{live.nbytes / 2**30:.1f} GiB of host memory cannot be page-locked for a copy of the training state ({error}); "
-            "set checkpoint.asynchronous=false"
-        ) from None
-    weakref.finalize(buffer, unpin_memory, buffer.data_ptr()).atexit = False  # at exit CUDA may be gone before
-    return buffer
+        if self._on_gpu and live.is_cuda:
+            return self._locked.like(live)
+        return torch.empty(live.shape, dtype=live.dtype, device="cpu")

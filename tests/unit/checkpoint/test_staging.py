@@ -1,14 +1,10 @@
 """Host copies keep the values of the moment at which they were taken, and their memory is used again."""
 
-import mmap
 from collections import OrderedDict
 
-import pytest
 import torch
 
-from ssa_pretrain.checkpoint import staging
 from ssa_pretrain.checkpoint.staging import HostCopies
-from ssa_pretrain.errors import CheckpointError
 
 
 def test_copies_keep_their_values_while_the_live_tensors_change():
@@ -51,29 +47,3 @@ def test_parameters_are_copied_without_their_gradients():
     parameter.grad = torch.ones(2)
     taken = HostCopies(torch.device("cpu")).tensor("p", parameter)
     assert type(taken) is torch.Tensor and not taken.requires_grad and taken.grad is None
-
-
-def test_large_copies_have_locked_pages_of_their_own_that_are_freed_with_them(monkeypatch):
-    calls = []
-    monkeypatch.setattr(staging, "pin_memory", lambda *place: calls.append(("lock", *place)))
-    monkeypatch.setattr(staging, "unpin_memory", lambda *place: calls.append(("free", *place)))
-    live = torch.zeros(300, 1000, dtype=torch.bfloat16)
-    buffer = staging._locked_pages(live)
-    buffer.copy_(live + 2)
-    assert (buffer.shape, buffer.dtype) == (live.shape, live.dtype) and bool((buffer == 2).all())
-    place = buffer.data_ptr()
-    assert place % mmap.PAGESIZE == 0 and calls == [("lock", place, live.nbytes)]
-    del buffer
-    assert calls[1:] == [("free", place)]
-
-
-def test_memory_that_cannot_be_locked_is_reported_with_the_setting(monkeypatch):
-    def refuse(*_: int) -> None:
-        raise RuntimeError("cudaError: 2")
-
-    monkeypatch.setattr(staging, "pin_memory", refuse)
-    with pytest.raises(CheckpointError) as caught:
-        staging._locked_pages(torch.zeros(2**28 // 4, dtype=torch.float32))
-    assert str(caught.value) == (
-        "0.2 GiB of host memory cannot be page-locked for a copy of the training state (cudaError: 2); set checkpoint.asynchronous=false"
-    )
