@@ -1,9 +1,8 @@
 """Weights and optimizer through megatron-core's dist_checkpointing, readable on any layout.
 
 Without Transformer Engine and Apex, core 0.16 runs torch's AdamW under its distributed optimizer and cannot resume by itself. It asserts a step
-count on an optimizer that has not stepped. It looks for `step` among the parameters' shards. It lets all parameters share one `step` tensor, which
-then grows by the number of parameters at each step. So `_init_states` gives every state a value before core looks at it, and `_pop_steps` removes
-the counts while shards are loaded and returns a separate one per parameter.
+count on an optimizer that has not stepped. It lets all parameters share one `step` tensor, which then grows by the number of parameters at each
+step. So `_init_states` gives every state a value before core looks at it, and after loading each parameter gets a count of its own.
 """
 
 from collections.abc import Callable
@@ -18,28 +17,24 @@ from megatron.core.distributed import DistributedDataParallel
 from ssa_pretrain.checkpoint import writer
 from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.unpickling import require_safe_extra_state, restricted
-from ssa_pretrain.engine.megatron import snapshot
+from ssa_pretrain.engine.megatron import optimizer_shards, snapshot
 
 METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_sharding_type": optimizer_shards.SHARDING,
     "chained_optim_avoid_prefix": True,
 }  # core modifies the dict that it is given, so it gets copies
 
 
 def save(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> None:
     """Writes weights and optimizer into an existing, empty folder."""
-    _require_states(optimizer)
-    state = _model_state(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(METADATA))
-    writer.write(folder, state, dict(METADATA))
+    writer.write(folder, _state(chunks, optimizer), dict(METADATA))
 
 
 def copy_state(
     chunks: list[DistributedDataParallel], optimizer, copies: HostCopies
 ) -> Callable[[Path, dist.ProcessGroup], None]:
     """Copies weights and optimizer to host memory. Returns the function that writes what `save` writes, for a thread of every rank."""
-    _require_states(optimizer)
-    return snapshot.take(_model_state(chunks), optimizer, copies, METADATA)
+    return snapshot.take(_state(chunks, optimizer), copies, METADATA)
 
 
 def is_core_checkpoint(folder: Path) -> bool:
@@ -61,7 +56,7 @@ def _load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> Non
     state = _model_state(chunks)
     if optimizer is not None:
         _init_states(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
+        state["optimizer"] = optimizer_shards.state_of(optimizer, state, METADATA, is_loading=True)
     loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(chunks):
         weights = loaded[_model_key(i, chunks)]
@@ -69,6 +64,13 @@ def _load(folder: Path, chunks: list[DistributedDataParallel], optimizer) -> Non
         unwrap(chunk).load_state_dict(weights, strict=True)
     if optimizer is not None:
         _load_optimizer(optimizer, loaded["optimizer"])
+
+
+def _state(chunks: list[DistributedDataParallel], optimizer) -> ShardedStateDict:
+    """Returns the sharded state of weights and optimizer, with live tensors."""
+    _require_states(optimizer)
+    model = _model_state(chunks)
+    return model | {"optimizer": optimizer_shards.state_of(optimizer, model, METADATA)}
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -118,17 +120,8 @@ def _init_states(optimizer) -> None:
 
 @torch.no_grad()
 def _load_optimizer(optimizer, loaded: dict) -> None:
-    shards = loaded.pop("param_state", None)
+    loaded.pop("param_state", None)  # a distributed optimizer's shards, which are in their places
     optimizer.load_state_dict(loaded)
-    steps = _pop_steps(optimizer)
-    if shards is not None:
-        (distributed,) = optimizer.chained_optimizers
-        distributed.load_parameter_state_from_fully_reshardable(shards)
-    for state, step in steps:
-        state["step"] = step
-
-
-def _pop_steps(optimizer) -> list[tuple[dict, torch.Tensor]]:
-    """Removes torch AdamW's step counts, which core would look for among the loaded shards; returns each state with its own copy."""
-    states = [state for inner in inner_optimizers(optimizer) for state in inner.state.values()]
-    return [(state, state.pop("step").clone()) for state in states if isinstance(state.get("step"), torch.Tensor)]
+    for state in (state for inner in inner_optimizers(optimizer) for state in inner.state.values()):
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
