@@ -96,7 +96,7 @@ class Saver:
             group = dist.new_group(backend="gloo", timeout=timeout(run.config.parallel))
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
-            if self._interval and (shortage := memory_warning(2 * run.plan.checkpoint_bytes)):
+            if self._interval and (shortage := memory_warning(run.plan.checkpoint_bytes)):
                 run.print(shortage)
 
     def __enter__(self) -> Self:

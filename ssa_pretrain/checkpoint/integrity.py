@@ -7,6 +7,7 @@ sizes and times do not change; changing a file in place changes its times.
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ssa_pretrain.settings.files import file_sha256, leads_outside
 PICKLES = (".metadata", ".distcp", ".pt")  # ends of the names of files that the engines unpickle
 FACTS = "checkpoint.json"
 SCHEMA = 1
+HASHED_AT_ONCE = 4  # files of a rank
 FIELDS = {"schema", "step", "facts", "files"}
 Stamp = tuple[str, int, int, int]  # of a file: name, bytes, times of the last change of content and of metadata
 
@@ -65,22 +67,30 @@ def find_damage(folder: Path) -> str | None:
         files = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in record["files"].items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{FACTS} cannot be read"
-    for name, size, digest in files:
-        path = folder / name
-        if leads_outside(folder, name):
-            return f"{FACTS} lists {name}, which is outside the folder"
-        try:
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if file_sha256(path) != digest:
-                return f"{name} has another sha256"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
+        for damage in threads.map(lambda file: _damage_of_file(folder, *file), files):
+            if damage:
+                threads.shutdown(wait=False, cancel_futures=True)
+                return damage
     listed = {name for name, _, _ in files}
     found = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.name.endswith(PICKLES))
     return next((f"{name} is not listed in {FACTS}" for name in found if name not in listed), None)
+
+
+def _damage_of_file(folder: Path, name: str, size: int, digest: str) -> str | None:
+    path = folder / name
+    if leads_outside(folder, name):
+        return f"{FACTS} lists {name}, which is outside the folder"
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if file_sha256(path) != digest:
+            return f"{name} has another sha256"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None
 
 
 def record_text(content: dict[str, Any]) -> str:

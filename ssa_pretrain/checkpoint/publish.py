@@ -18,6 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from ssa_pretrain.checkpoint.facts import differences
-from ssa_pretrain.checkpoint.integrity import FACTS, SCHEMA, Verdicts, is_of_another_schema, record_text
+from ssa_pretrain.checkpoint.integrity import FACTS, HASHED_AT_ONCE, SCHEMA, Verdicts, is_of_another_schema, record_text
 from ssa_pretrain.checkpoint.storage import patiently, rename_patiently
 from ssa_pretrain.errors import CheckpointError, ExitCode
 from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
@@ -346,16 +347,18 @@ def _remove(folder: Path, report: Callable[[str], None]) -> None:
 
 
 def _entries(folder: Path, names: Iterable[str], report: Callable[[str], None]) -> dict[str, Entry]:
-    """Returns size and sha256 of files in a folder, after flushing them to disk."""
+    """Returns size and sha256 of files in a folder, after flushing them to disk; several files at once, because hashing is slower than most disks."""
 
     def entry(path: Path) -> Entry:
         return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
-    found: dict[str, Entry] = {}
-    for name in names:
-        found[name] = patiently(partial(entry, folder / name), f"reading {folder / name}", report)
+    def flushed(name: str) -> tuple[str, Entry]:
+        found = patiently(partial(entry, folder / name), f"reading {folder / name}", report)
         sync(folder / name)
-    return found
+        return name, found
+
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
+        return dict(threads.map(flushed, names))
 
 
 def _sizes(folder: Path) -> dict[str, int]:
