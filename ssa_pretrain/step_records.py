@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ssa_pretrain.data.batches import Batch
 from ssa_pretrain.engine import StepResult
 from ssa_pretrain.evaluation.held_out import mean
@@ -12,6 +14,8 @@ from ssa_pretrain.rates import learning_rate
 from ssa_pretrain.run import Run
 from ssa_pretrain.schedule import is_warm_up
 from ssa_pretrain.step_ranges import contains
+
+GIB = 2**30
 
 
 def flops_per_token(run: Run, batches: list[Batch], step: int) -> float:
@@ -48,7 +52,13 @@ def training_record(run: Run, result: StepResult, step: int) -> dict[str, Any]:
         "learning_rate": learning_rate(step - 1, run.config.optim, run.plan),
         "stream": {1.0: "full", 0.0: "sparse"}.get(result.full_share, "mixed"),
         "full_share": result.full_share,
+        **memory_record(run.placement.device),
     } | data_values(run, result, step)
+
+
+def memory_record(device: torch.device) -> dict[str, float]:
+    """Returns the most memory that tensors have held on this rank's GPU since the start of the process; nothing on a CPU."""
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / GIB} if device.type == "cuda" else {}
 
 
 def data_values(run: Run, result: StepResult, step: int) -> dict[str, Any]:

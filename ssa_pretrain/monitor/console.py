@@ -50,6 +50,8 @@ def train_line(record: Mapping[str, Any], total_steps: int) -> str:
     if record.get("mfu") is not None:  # None if the device's peak is unknown; FLOP/s tell little then
         parts["flops"] = f"{_number(record['tflops_per_second'], '#.3g')} TF/s"
         parts["mfu"] = f"MFU {record['mfu']:.0%}"
+    if record.get("peak_memory_gib") is not None:
+        parts["memory"] = f"mem {record['peak_memory_gib']:.1f}G"
     if record.get("eta_seconds") is not None:
         parts["eta"] = f"ETA {duration(record['eta_seconds'])}"
     return _join(parts)
@@ -205,7 +207,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _join(parts: dict[str, str]) -> str:
     """Joins parts into one line: two spaces apart if they fit, else one space, else without the least important parts."""
-    for dropped in (set(), {"flops"}, {"flops", "gnorm"}, {"flops", "gnorm", "ce"}):
+    for dropped in (set(), {"flops"}, {"flops", "gnorm"}, {"flops", "gnorm", "ce"}, {"flops", "gnorm", "ce", "memory"}):
         kept = [text for name, text in parts.items() if name not in dropped]
         for gap in ("  ", " "):
             if len(gap.join(kept)) <= MAX_COLUMNS:

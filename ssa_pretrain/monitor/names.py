@@ -96,6 +96,7 @@ METRICS = (
     Metric("tflops_per_second", "speed", "TFLOP/s", "Model TFLOP/s of all devices"),
     Metric("mfu", "speed", "", "MFU", best="max"),
     Metric("seconds", "speed", "s", "Seconds per step"),
+    Metric("peak_memory_gib", "speed", "GiB", "Peak memory of rank 0's GPU"),
     Metric("eta_seconds", "speed", "s", "Time left"),
     Metric("skipped", "health", "", "Skipped steps"),
     Metric("skip_reason", "health", "text", "Why a step was skipped"),

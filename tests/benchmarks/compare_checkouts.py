@@ -20,7 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-TIMES = {"tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_seconds"}
+TIMES = {"tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_seconds", "peak_memory_gib"}
 SMALL = (
     "experiment=quickstart",
     "model.num_layers=2",

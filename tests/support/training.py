@@ -24,7 +24,7 @@ __all__ = [
     "wait_for_step",
 ]
 
-TIMES = ("tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_seconds")
+TIMES = ("tokens_per_second", "tflops_per_second", "mfu", "seconds", "eta_seconds", "peak_memory_gib")
 
 
 def command(module: str, *overrides: str, processes: int = 1) -> list[str]:

@@ -54,6 +54,10 @@ def test_train_line_shows_the_loss_of_a_trained_scorer() -> None:
     assert "  index 0.35  mass 0.81  " in train_line(plain | {"index_loss": 0.3456}, 300)
 
 
+def test_train_line_shows_the_memory_of_a_gpu() -> None:
+    assert " mem 36.0G " in train_line(TRAIN | {"peak_memory_gib": 36.04}, 300)
+
+
 def test_train_line_fits_when_every_number_is_long() -> None:
     wide = TRAIN | {"step": 123_456, "tokens": 99_949_999_999, "loss": 11.351, "tokens_per_second": 754_321.0}
     wide |= {
@@ -62,6 +66,7 @@ def test_train_line_fits_when_every_number_is_long() -> None:
         "eta_seconds": 300_000.0,
         "alignment_loss": 1.2e-5,
         "grad_norm": 123.4,
+        "peak_memory_gib": 139.9,
     }
     line = train_line(wide, 1_234_567)
     assert len(line) <= MAX_COLUMNS
