@@ -7,17 +7,19 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from ssa_pretrain.checkpoint.facts import BATCH_STEPS, HISTORY, batch_changes, refused_changes, run_facts
-from ssa_pretrain.config import Config, EngineName
+from ssa_pretrain.config import Auto, Config, EngineName
 from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.config.hardware import PlanConfig
 from ssa_pretrain.config.rules import warning
 from ssa_pretrain.data.manifest import Manifest, load_manifest
 from ssa_pretrain.planning.calibration import calibration
+from ssa_pretrain.planning.documents import mean_document
 from ssa_pretrain.planning.estimate import estimate
 from ssa_pretrain.planning.estimate_table import curve_table, estimate_rows, measured_table, search_table
 from ssa_pretrain.planning.plan import Plan, make_plan
@@ -48,6 +50,8 @@ def plan_text(entry: str, config: Config, arguments: Sequence[str], world_size: 
     """
     manifest = _load_prepared(Path(config.data.path))
     vocab_size = manifest.tokenizer.vocab_size if manifest else None
+    if manifest and isinstance(config, PlanConfig) and isinstance(config.document_tokens, Auto):
+        config = replace(config, document_tokens=mean_document(manifest))
     plan = make_plan(config, config.parallel.world_size or world_size, vocab_size)
     if views and isinstance(config, PlanConfig):
         return _views(config, plan, views, vocab_size)

@@ -6,6 +6,7 @@ GPU, with the source of each number. The rules that need the cluster are here as
 
 from dataclasses import dataclass, field
 
+from ssa_pretrain.config.choices import Auto
 from ssa_pretrain.config.schema import Config
 from ssa_pretrain.settings.problems import Problem, above_zero, at_least, join, nearest_multiples
 
@@ -47,13 +48,16 @@ class PlanConfig(Config):
     """A training run, and the cluster that it is planned for."""
 
     nodes: int = 0  # nodes of the cluster, all of whose GPUs train; 0: parallel.world_size GPUs
-    document_tokens: int = 0  # mean tokens per document of the data; 0: one document per row, which costs most
+    document_tokens: int | Auto = (
+        Auto.auto
+    )  # mean tokens per document; auto: of the data if it is prepared, else 0; 0: one document per row
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def problems(self) -> list[Problem]:
         """Returns the problems within each section, and those of the cluster's size."""
         # Not super(): dataclasses with slots are created twice, and super() would mean the first.
-        found = Config.problems(self) + self.hardware.problems() + at_least("", self, 0, "nodes", "document_tokens")
+        counted = ["nodes"] if isinstance(self.document_tokens, Auto) else ["nodes", "document_tokens"]
+        found = Config.problems(self) + self.hardware.problems() + at_least("", self, 0, *counted)
         return found + self._nodes()
 
     def num_gpus(self) -> int:

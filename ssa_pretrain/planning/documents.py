@@ -23,8 +23,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ssa_pretrain.config import AttentionConfig, ModelConfig
+from ssa_pretrain.config import AttentionConfig, Auto, ModelConfig
 from ssa_pretrain.data.best_fit import best_fit
+from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.planning.flops import RowFlops, row_flops
 
 NUM_DOCUMENTS = 400
@@ -32,9 +33,15 @@ NUM_ROWS = 32
 WHOLE = "whole"
 
 
-def document_rule(mean_tokens: int) -> str:
-    """Returns the rule of data with a mean length in tokens; 0: one document per row."""
-    return f"lognormal:{mean_tokens}" if mean_tokens else WHOLE
+def document_rule(mean_tokens: int | Auto) -> str:
+    """Returns the rule of data with a mean length in tokens; 0, or auto without data: one document per row."""
+    return f"lognormal:{mean_tokens}" if mean_tokens and not isinstance(mean_tokens, Auto) else WHOLE
+
+
+def mean_document(manifest: Manifest) -> int:
+    """Returns the mean tokens per document of a dataset's training split, at least 1."""
+    shards = manifest.splits["train"]
+    return max(1, round(sum(shard.tokens for shard in shards) / max(1, sum(shard.documents for shard in shards))))
 
 
 def typical_row(

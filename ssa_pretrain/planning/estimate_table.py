@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ssa_pretrain.config import Recompute
+from ssa_pretrain.config import Auto, Recompute
 from ssa_pretrain.config.hardware import PlanConfig
 from ssa_pretrain.planning.calibration import Calibration, part_bytes, peak_bytes
 from ssa_pretrain.planning.estimate import GIB, Estimate
@@ -175,13 +175,10 @@ def _memory(estimate: Estimate, vocab_size: int | None) -> list[tuple[str, str]]
 
 def _step(estimate: Estimate) -> list[tuple[str, str]]:
     """Returns the time of a step by part."""
-    step, plan = estimate.step, estimate.plan
-    rows = [
-        (
-            "step time",
-            f"{step.total:.3f} s ± {_time_error(estimate):.0%}, of {plan.num_microbatches} microbatch{'es' * (plan.num_microbatches > 1)} per rank",
-        )
-    ]
+    step, plan, mean = estimate.step, estimate.plan, estimate.config.document_tokens
+    microbatches = f"{plan.num_microbatches} microbatch{'es' * (plan.num_microbatches > 1)} per rank"
+    documents = "one document per row" if isinstance(mean, Auto) or mean == 0 else f"documents of {mean:,} tokens"
+    rows = [("step time", f"{step.total:.3f} s ± {_time_error(estimate):.0%}, of {microbatches}, {documents}")]
     parts = {name: seconds for name, seconds in step.work.items() if seconds}
     parts |= {"launching on the host": step.waiting_for_host, "pipeline bubble": step.bubble}
     parts |= {"waiting for drawn streams": step.imbalance}

@@ -4,12 +4,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ssa_pretrain.checkpoint.facts import run_facts
 from ssa_pretrain.cli import read_config, resolve_config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.run_folder import lock_folder
+from support.small_datasets import write_dataset
 
 BASE = ("experiment=quickstart", "model.vocab_size=4096", "training.steps=9")
 
@@ -86,3 +88,14 @@ def test_plan_reports_a_folder_in_use_or_unwritable(tmp_path: Path, capsys: pyte
     (tmp_path / "file").touch()
     found = rows(f"output_dir={tmp_path / 'file'}", capsys=capsys)["output"]
     assert found == f"{tmp_path / 'file'} is a file, not a folder"
+
+
+def test_plan_takes_the_length_of_documents_from_prepared_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(
+        tmp_path, {"text": [np.full(length, 7) for length in (100, 300, 500)] * 200}, {"text": [np.full(4000, 7)]}
+    )
+    with pytest.raises(SystemExit):
+        read_config("plan", [*BASE, f"data.path={tmp_path}", "hardware=h200", "parallel.world_size=1"])
+    assert "documents of 300 tokens" in capsys.readouterr().out

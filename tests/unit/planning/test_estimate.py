@@ -242,7 +242,7 @@ def test_plan_prints_every_estimate(capsys: pytest.CaptureFixture[str]) -> None:
         r"activations of the layers",
         r"segment sums \d+\.\d MiB",
         r"with engine\.recompute=none / selective / full: 31\.\d / 27\.\d / 12\.\d GiB and 0\.\d+ / 0\.\d+ / 1\.\d+ s per step",
-        r"step time  0\.\d+ s ± \d+%, of 3 microbatches per rank",
+        r"step time  0\.\d+ s ± \d+%, of 3 microbatches per rank, one document per row",
         r"           +0\.\d+ s +\d+\.\d%  full stream",
         r"sends      dp 64 \(8 nodes\): 4\.44 GiB per rank and step",
         r"speed      [\d,]+ tokens/s, [\d,]+ per GPU, \d+\.\d% MFU",
