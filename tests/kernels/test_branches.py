@@ -26,6 +26,7 @@ from ssa_kernels import (
 from support import oracle
 from support.errors import relative, require_as_near
 from support.kernel_impls import IMPLS
+from support.rounded_attention import rounded_attention
 
 FLOAT32 = 3e-6
 DOCUMENTS = [0, 1, 18, 18, 60, 63]
@@ -58,12 +59,17 @@ def exact_compressed(q, k, v, cu_seqlens, block_size, scale):
     return torch.stack(outs), torch.stack(lses).detach()
 
 
+def window_mask(tokens, cu_seqlens, window):
+    """Returns bool [tokens, tokens]: the keys that a query sees."""
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for token, (start, _) in enumerate(oracle.where(cu_seqlens, tokens)):
+        mask[token, max(start, token - window + 1) : token + 1] = True
+    return mask
+
+
 def exact_window(q, k, v, cu_seqlens, window, scale):
     """Returns (o, lse) in float64 by a dense mask; differentiable."""
-    mask = torch.zeros(q.shape[1], len(q), len(k), dtype=torch.bool)
-    for token, (start, _) in enumerate(oracle.where(cu_seqlens, len(k))):
-        mask[:, token, max(start, token - window + 1) : token + 1] = True
-    return oracle.attention(q, k, v, mask, scale)
+    return oracle.attention(q, k, v, window_mask(len(k), cu_seqlens, window).expand(q.shape[1], -1, -1), scale)
 
 
 def draw(heads, kv_heads, head_dim, dtype, tokens=DOCUMENTS[-1] + 2):
@@ -115,6 +121,18 @@ def test_branch_is_as_near_to_float64_as_the_reference(impl, name, heads, kv_hea
             assert relative(got, right) < FLOAT32, label
         else:
             require_as_near(got, own, right, factor=1.5, name=label)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_window_rounds_no_more_than_a_fused_kernel_must(impl):
+    """The baseline of the GPU's tests: p, ds, o and the gradients are rounded once, and delta is of the rounded o."""
+    q, k, v, do = draw(4, 4, 32, torch.float16)
+    ours, exact_branch = branch("window", impl)
+    o, _, *grads = results(ours, q, k, v, do)
+    exact_o, _, *exact = results(exact_branch, *(x.double() for x in (q, k, v)), do)
+    baseline = rounded_attention(q, k, v, do, window_mask(len(k), DOCUMENTS, 5), 32**-0.5)
+    for label, got, low, right in zip(("o", "dq", "dk", "dv"), (o, *grads), baseline, (exact_o, *exact), strict=True):
+        require_as_near(got, low.to(q.dtype), right, factor=1.1, name=label)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

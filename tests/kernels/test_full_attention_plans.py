@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from ssa_kernels import build_layout
+from ssa_kernels import build_layout, full_attention, query_spans
 from ssa_kernels.devices import KNOWN_GPUS
 from ssa_kernels.documents import document_ends
 from ssa_kernels.full_attention import te
@@ -34,15 +34,59 @@ def test_plan_depends_on_shapes_and_arguments_only():
     assert plan(q, k, num_rows=4, backend="flash") == FusedPlan("flash", 0, 64, 0.125)
 
 
-def test_wide_heads_and_amd_take_flash_attention(monkeypatch):
-    """No other kernel was tested there: what is asked for by name still runs."""
-    q, k, _ = make("cpu", head_dim=256)
-    assert plan(q, k, num_rows=2).backend == "flash"
-    assert plan(q, k, num_rows=2, backend="cudnn").backend == "cudnn"
+def plan_on(monkeypatch, gpu, with_te=True):
+    """Makes the choice that of a GPU which is not here, with or without Transformer Engine."""
+    monkeypatch.setattr(sys.modules[plan_fused.__module__], "gpu_of", lambda device: KNOWN_GPUS[gpu])
+    monkeypatch.setattr(te, "is_usable", lambda: with_te)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "with_te", "head_dim", "chosen"),
+    [
+        ("sm_90", True, 64, "te"),
+        ("sm_90", True, 128, "te"),
+        ("sm_90", True, 136, "flash"),
+        ("sm_90", True, 256, "flash"),
+        ("sm_100", True, 128, "te"),
+        ("sm_100", True, 256, "flash"),
+        ("sm_90", False, 64, "flash"),
+        ("sm_80", True, 64, "flash"),
+        ("sm_120", True, 64, "flash"),
+        ("gfx942", False, 64, "flash"),
+    ],
+)
+def test_kernel_by_gpu_and_head_dim(monkeypatch, gpu, with_te, head_dim, chosen):
+    """Of packed documents and of spans of queries. Rows of equal length take cuDNN where heads are narrow."""
+    plan_on(monkeypatch, gpu, with_te)
+    q, k, _ = make("cpu", head_dim=head_dim)
+    assert plan(q, k).backend == chosen
+    spans = query_spans(build_layout(ENDS, num_tokens=256, block_size=16), [(0, 256)])
+    assert plan(q, k, spans).backend == chosen
+    rows = "flash" if head_dim > 128 or gpu == "gfx942" else "cudnn"
+    assert plan(q, k, num_rows=2).backend == plan(q, k, spans, num_rows=2).backend == rows
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "te"])
+def test_cudnn_is_refused_for_wide_heads(monkeypatch, backend):
+    """Also where it is asked for by name, and before anything runs: its gradients were wrong on an H200."""
+    plan_on(monkeypatch, "sm_90")
+    message = (
+        f"head_dim=256 of full_attention must be at most 128 with backend='{backend}', .* try backend=None or 'flash'"
+    )
+    q, k, v = make("cpu", head_dim=256)
+    spans = query_spans(build_layout(ENDS, num_tokens=256, block_size=16), [(0, 256)])
+    for ends in (ENDS, spans):
+        with pytest.raises(ValueError, match=message):
+            plan(q, k, ends, num_rows=2, backend=backend)
+    with pytest.raises(ValueError, match=message):
+        full_attention(q, k, v, cu_seqlens=ENDS, num_rows=2, backend=backend)
+    narrow = make("cpu", head_dim=128)[:2]
+    assert plan(*narrow, num_rows=2, backend=backend).backend == backend
+    assert plan(q, k, backend="flash").backend == "flash"
+
+
+def test_amd_takes_flash_attention(monkeypatch):
     q, k, _ = make("cpu")
-    assert plan(q, k, num_rows=2).backend == "cudnn"
-    monkeypatch.setattr(sys.modules[plan_fused.__module__], "gpu_of", lambda device: KNOWN_GPUS["gfx942"])
-    assert plan(q, k, num_rows=2).backend == "flash"
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for backend in ("cudnn", "te"):
         with pytest.raises(ValueError, match=f"backend='{backend}' of full_attention needs an NVIDIA GPU"):

@@ -222,8 +222,9 @@ def test_bad_spans_are_refused():
     q, k = (torch.empty(n, 2, 64, dtype=torch.bfloat16) for n in (60, TOKENS))
     with pytest.raises(ValueError, match="the layout's spans 60; pass"):
         plan_fused(q[:50], k, part, num_rows=None, backend=None, scale=SCALE)
-    for num_rows in (None, 1):  # of one row, 30 queries are too few
-        with pytest.raises(ValueError, match="at least 128 queries and keys of each row"):
+    # Of one row, 30 queries are too few.
+    for num_rows, message in ((None, "needs num_rows"), (1, "at least 128 queries and keys of each row")):
+        with pytest.raises(ValueError, match=message):
             plan_fused(q, k, part, num_rows=num_rows, backend="cudnn", scale=SCALE)
     if not te.is_usable():
         with pytest.raises(ValueError, match="needs transformer_engine"):

@@ -37,7 +37,7 @@ def full_attention(
         return_lse: whether to return the log-sum-exp, `[tokens, H]`, float32, natural logarithm, no gradient. Otherwise it is None.
         num_rows: states that the documents are exactly this many rows of equal length, which allows the fastest kernel. It is checked on a
             CPU, and trusted on a GPU, where checking would mean waiting.
-        backend: the fused kernel to use on a GPU: None, "cudnn", "te" or "flash". fused.py explains the default.
+        backend: the fused kernel to use on a GPU: None, "cudnn", "te" or "flash", the first two for D up to 128. fused.py explains the default.
         impl: None, "triton" (the fused GPU kernels) or "reference". This operator has no Triton kernel of its own, so CPU tensors under
             Triton's interpreter run the reference.
 
@@ -48,7 +48,7 @@ def full_attention(
     check_attention(q=q, k=k, v=v)
     check_documents(cu_seqlens, q, k)
     check_rows(cu_seqlens, q.shape[0], num_rows)
-    check_backend(backend, num_rows)
+    check_backend(backend, num_rows, q.shape[-1])
     scale = check_scale(scale, q.shape[-1])
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # Transformer Engine ignores strides
     if resolve_impl(impl, q, "full_attention") == "triton" and q.is_cuda:

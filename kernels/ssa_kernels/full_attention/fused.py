@@ -9,7 +9,9 @@ The kernel is chosen from shapes, explicit arguments and the installed libraries
 - `flash`: torch's FlashAttention-2 on packed documents and on spans of queries (spans.py), or FlashAttention-3 or 4 if the process has
   activated one with `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel of the operator called here.
 
-Heads wider than 128 and AMD's GPUs take `flash`, unless the caller names another.
+Heads wider than 128 take `flash`, and cuDNN is refused by either name: it computes them on Hopper by its documentation, but its dQ of packed
+documents at D 256 was wrong on an H200 (Transformer Engine 2.20.2: errors of 35 to 60%, columns of 0, NaN), and equal rows were not tested. AMD's GPUs
+take `flash` too.
 
 Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms), and its gradients
 are wrong with more than one document. Deterministic mode (`torch.use_deterministic_algorithms`) sends everything to `flash`, whose
@@ -31,6 +33,7 @@ from .spans import spans_backward, spans_forward
 
 # Shorter rows run as packed documents: they are not worth cuDNN's fixed costs, and its support for very short rows has varied.
 MIN_CUDNN_ROW = 128
+WIDEST_CUDNN_HEAD = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ def plan_fused(
     """
     te.is_usable()  # must load before torch's cuDNN; its docstring explains why
     tokens, _, head_dim = q.shape
+    check_backend(backend, num_rows, head_dim)
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"dtype={q.dtype} of full_attention on a GPU must be bfloat16 or float16; try impl='reference' for others"
@@ -79,7 +83,6 @@ def plan_fused(
         )
     row_length = tokens // num_rows if num_rows else 0
     chosen = backend or _pick(q, row_length)
-    check_backend(chosen, num_rows)
     _check_te(chosen)
     ends = cu_seqlens.cu_seqlens if isinstance(cu_seqlens, DocumentLayout) else document_ends(cu_seqlens, tokens)
     if chosen == "cudnn" or (chosen == "te" and row_length >= MIN_CUDNN_ROW):
@@ -108,8 +111,9 @@ def _plan_spans(
 
 
 def _only_flash(q: torch.Tensor) -> bool:
-    """Returns whether no other kernel is chosen unless the caller names it: in deterministic mode, for wide heads, on AMD's GPUs."""
-    return torch.are_deterministic_algorithms_enabled() or q.shape[2] > 128 or gpu_of(q.device).backend == "hip"
+    """Returns whether no other kernel is chosen: in deterministic mode, for wide heads, on AMD's GPUs."""
+    wide = q.shape[2] > WIDEST_CUDNN_HEAD
+    return torch.are_deterministic_algorithms_enabled() or wide or gpu_of(q.device).backend == "hip"
 
 
 def _pick(q: torch.Tensor, row_length: int) -> str:
@@ -117,7 +121,7 @@ def _pick(q: torch.Tensor, row_length: int) -> str:
         return "flash"
     if row_length >= MIN_CUDNN_ROW:
         return "cudnn"
-    hopper_or_later = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    hopper_or_later = gpu_of(q.device).capability // 10 in (9, 10)
     return "te" if hopper_or_later and te.is_usable() else "flash"
 
 
@@ -129,8 +133,8 @@ def _check_te(backend: str) -> None:
         )
 
 
-def check_backend(backend: object, num_rows: object) -> None:
-    """Raises ValueError for an unknown backend, and for one that needs num_rows without it."""
+def check_backend(backend: object, num_rows: object, head_dim: int) -> None:
+    """Raises ValueError for an unknown backend, for one that needs num_rows without it, and for cuDNN's with heads that are too wide."""
     if backend not in (None, "cudnn", "te", "flash"):
         raise ValueError(f"backend={backend!r} of full_attention must be None, 'cudnn', 'te' or 'flash'; try None")
     if backend in ("cudnn", "te") and torch.version.hip:
@@ -140,6 +144,11 @@ def check_backend(backend: object, num_rows: object) -> None:
     if backend == "cudnn" and num_rows is None:
         raise ValueError(
             "backend='cudnn' needs num_rows, since it takes only rows of equal length; try backend='te' or 'flash'"
+        )
+    if backend in ("cudnn", "te") and head_dim > WIDEST_CUDNN_HEAD:
+        raise ValueError(
+            f"head_dim={head_dim} of full_attention must be at most {WIDEST_CUDNN_HEAD} with backend={backend!r}, since cuDNN's gradients of "
+            "wider heads were wrong; try backend=None or 'flash'"
         )
 
 

@@ -11,12 +11,14 @@ from ssa_kernels import (
     select_blocks,
     window_attention,
 )
+from ssa_kernels.select.reference import mean_of_blocks
 from support.errors import relative, require_as_near
+from support.rounded_attention import rounded_attention
 
 pytestmark = pytest.mark.gpu
 
 RAGGED = (1, 15, 16, 17, 0, 100, 300, 3, 700)
-BLOCK = 16
+BLOCK, WINDOW = 16, 128
 
 
 def cumulative(lengths):
@@ -30,7 +32,7 @@ def draw(tokens, heads, kv_heads, head_dim, dtype=torch.bfloat16):
 
 def operator(name, layout, impl=None):
     if name == "window":
-        return lambda *qkv: window_attention(*qkv, window=128, cu_seqlens=layout, impl=impl)
+        return lambda *qkv: window_attention(*qkv, window=WINDOW, cu_seqlens=layout, impl=impl)
     return lambda *qkv: compressed_attention(*qkv, block_size=BLOCK, cu_seqlens=layout, impl=impl)
 
 
@@ -38,6 +40,23 @@ def results(attend, q, k, v, do):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     o, lse = attend(*leaves)
     return [o.detach(), lse, *torch.autograd.grad(o, leaves, do.to(o.dtype))]
+
+
+def rounded_results(name, layout, q, k, v, do):
+    """Returns o, dq, dk, dv of the definition, rounded where a fused kernel must."""
+    place, scale = layout.query_position[:, None], q.shape[-1] ** -0.5
+    if name == "window":
+        key = torch.arange(len(k), device="cuda") - layout.query_start[:, None]
+        seen = (key >= 0) & (key <= place) & (key > place - WINDOW)
+        o, dq, *sums = rounded_attention(q, k, v, do, seen, scale)
+    else:
+        block = torch.arange(layout.num_block_rows, device="cuda") - layout.query_first_block_row[:, None]
+        seen = (block >= 0) & (block < (place + 1) // BLOCK)
+        means = (mean_of_blocks(x, layout) for x in (k, v))
+        o, dq, *sums = rounded_attention(q, *means, do, seen, scale)
+        own = layout.query_first_block_row + layout.query_position // BLOCK
+        sums = [(x / layout.block_length[:, None, None])[own] for x in sums]
+    return o, dq, *(x.to(k.dtype) for x in sums)
 
 
 @pytest.mark.parametrize("name", ["window", "compressed"])
@@ -53,20 +72,21 @@ def results(attend, q, k, v, do):
     ],
 )
 def test_values_and_gradients_against_float64(name, heads, kv_heads, head_dim, dtype):
-    """At most 1.5 times as far from float64 as the reference in the same precision, which rounds p, ds and results once as well."""
+    """At most 1.1 times as far from float64 as the definition with the roundings that every fused kernel in 16 bits needs; float32 to its sums."""
     layout = build_layout(cumulative(RAGGED), num_tokens=sum(RAGGED) + 5, block_size=BLOCK)
     inputs = draw(sum(RAGGED) + 5, heads, kv_heads, head_dim, dtype)
-    found = results(operator(name, layout), *inputs)
-    own = results(operator(name, layout, "reference"), *inputs)
-    exact = results(operator(name, layout, "reference"), *(x.double() for x in inputs))
-    seen = exact[1].isfinite()
-    assert torch.equal(found[1].isfinite(), seen)
-    torch.testing.assert_close(found[1][seen].double(), exact[1][seen], rtol=0.0, atol=2e-2)
-    for label, got, reference, right in zip(("o", "", "dq", "dk", "dv"), found, own, exact, strict=True):
-        if label and dtype == torch.float32:
+    o, lse, *grads = results(operator(name, layout), *inputs)
+    exact_o, exact_lse, *exact = results(operator(name, layout, "reference"), *(x.double() for x in inputs))
+    seen = exact_lse.isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    torch.testing.assert_close(lse[seen].double(), exact_lse[seen], rtol=0.0, atol=2e-2)
+    baseline = rounded_results(name, layout, *inputs)
+    names = ("o", "dq", "dk", "dv")
+    for label, got, low, right in zip(names, (o, *grads), baseline, (exact_o, *exact), strict=True):
+        if dtype == torch.float32:
             assert relative(got, right) < 1e-5, label
-        elif label:
-            require_as_near(got, reference, right, factor=1.5, name=label)
+        else:
+            require_as_near(got, low, right, factor=1.1, name=label)
 
 
 @pytest.mark.parametrize("name", ["window", "compressed"])

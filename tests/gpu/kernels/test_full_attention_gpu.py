@@ -99,7 +99,7 @@ def test_equal_rows(backend, num_rows, length, heads, kv_heads, head_dim):
 @pytest.mark.parametrize("head_dim", [192, 256])
 @pytest.mark.parametrize("lengths", [LENGTHS, [200] * 3], ids=["documents", "rows"])
 def test_wide_heads(lengths, head_dim):
-    """They take FlashAttention unless the caller names another kernel, whatever the documents."""
+    """They take FlashAttention whatever the documents; cuDNN is refused."""
     inputs = make(sum(lengths), 16, 2, head_dim)
     check(inputs, lengths, cu_seqlens=ends(lengths), num_rows=3 if len(lengths) == 3 else None)
 
