@@ -16,7 +16,7 @@ Takes a Hugging Face folder, or the folder of a run or a checkpoint, which is fi
     device        such as cuda:1 or cpu; default the first GPU, or the CPU
     model_args    more arguments of lm_eval's hf model, such as model_args={dtype: float32, add_bos_token: true}
 
-Exit codes: 0 done, 3 wrong settings, 5 no checkpoint. Guide: docs/huggingface_models.md
+Exit codes: 0 done, 3 wrong settings, 4 no data of a task, 5 no checkpoint. Guide: docs/huggingface_models.md
 """
 
 import signal
