@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_origin
 
 import yaml
 
-from ssa_pretrain.config import Method
+from ssa_pretrain.config import AttentionConfig, Method, Score
 from ssa_pretrain.errors import UsageError
 from ssa_pretrain.huggingface.settings import Mode
 from ssa_pretrain.settings.command_line import report
@@ -169,4 +169,17 @@ def as_arguments(section: str, values: Any) -> list[str]:
             found += as_arguments(f"{section}.{f.name}", value)
         else:
             found.append(f"{section}.{f.name}={str(value).lower() if isinstance(value, bool) else value}")
+    return found
+
+
+def attention_arguments(attention: AttentionConfig) -> list[str]:
+    """Returns the settings of the attention that decide which weights a model has, as a user writes them."""
+    if attention.method is Method.nsa:
+        return ["attention=nsa", f"attention.score={attention.score}", f"attention.window={attention.window}"]
+    found = ["attention=indexer"] * (attention.method is Method.indexer)
+    found.append(f"attention.gate={str(attention.gate).lower()}")
+    if attention.score is Score.indexer:
+        found += ["attention.score=indexer", f"attention.indexer.heads={attention.indexer.heads}"]
+    if attention.key_convolution:
+        found.append(f"attention.key_convolution={attention.key_convolution}")
     return found

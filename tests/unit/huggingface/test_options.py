@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from ssa_pretrain.cli import resolve_config
-from ssa_pretrain.config import ModelConfig, RopeScalingConfig
+from ssa_pretrain.config import AttentionConfig, IndexerConfig, Method, ModelConfig, RopeScalingConfig, Score
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.errors import UsageError
 from ssa_pretrain.huggingface.options import (
@@ -15,6 +15,7 @@ from ssa_pretrain.huggingface.options import (
     Gate,
     ImportOptions,
     as_arguments,
+    attention_arguments,
     byte_count,
     read_options,
 )
@@ -84,6 +85,26 @@ def test_a_model_as_arguments_names_every_setting_of_the_model():
         "plan", ["experiment=convert_llama", *written, *data], Machine(world_size=1, has_files=False)
     )
     assert config.model == model
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        AttentionConfig(gate=False),
+        AttentionConfig(key_convolution=3),
+        AttentionConfig(score=Score.indexer, indexer=IndexerConfig(heads=2)),
+        AttentionConfig(method=Method.indexer, score=Score.indexer, indexer=IndexerConfig(heads=2)),
+        AttentionConfig(method=Method.nsa, score=Score.compressed, window=20),
+    ],
+)
+def test_an_attention_as_arguments_names_every_setting_that_decides_its_weights(attention):
+    data = ["data.path=none", "data.sequence_length=128", "training.steps=2000", "training.global_batch_tokens=1024"]
+    config = resolve_config(
+        "plan", [*attention_arguments(attention), *data, "dry_run=true"], Machine(world_size=1, has_files=False)
+    )
+    for name in ("method", "gate", "score", "window", "key_convolution"):
+        assert getattr(config.attention, name) == getattr(attention, name)
+    assert config.attention.indexer.heads == attention.indexer.heads
 
 
 @pytest.mark.parametrize("command", ["export", "import_hf"])
