@@ -31,6 +31,7 @@ from ssa_pretrain.export import export_run
 from ssa_pretrain.huggingface.harness_settings import LmEvalOptions, read_evaluations
 from ssa_pretrain.huggingface.options import read_options, wants_help
 from ssa_pretrain.process import rank_process
+from ssa_pretrain.run_folder import unwritable
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
@@ -55,6 +56,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     out = Path(options.out or named / "lm_eval" / f"{'_'.join(Path(name).stem for name in options.tasks)}.json")
     if out.exists():
         raise ConfigError([Problem("out", str(out), "exists, and nothing is overwritten", "try another file")])
+    if reason := unwritable(out.parent):
+        raise ConfigError([Problem("out", str(out), reason, "try a file in another folder")])
     with exported(named) as folder:
         from ssa_pretrain.huggingface.harness import evaluate_folder, table
 

@@ -31,7 +31,7 @@ from ssa_pretrain.planning.plan import Plan, make_plan
 from ssa_pretrain.planning.scaling import strong_curve, weak_curve
 from ssa_pretrain.planning.search import all_choices, search
 from ssa_pretrain.planning.table import describe
-from ssa_pretrain.run_folder import LOCK, unwritable
+from ssa_pretrain.run_folder import LOCK, named_folder, unwritable
 from ssa_pretrain.schedule import needs_equal_microbatches
 from ssa_pretrain.settings.files import LockedError, require_unlocked
 from ssa_pretrain.settings.problems import ConfigError, Problem
@@ -158,7 +158,7 @@ def _describe_start(config: Config, wanted: dict[str, Any]) -> str:
         return f"the run branches from {origin}"
     if not (origin := config.checkpoint.init_from):
         return "the run starts at step 0"
-    source = _newest_record(Path(origin))
+    source = _newest_record(named_folder(origin))
     if source and (changed := model_changes(source["facts"], wanted, shapes_only=True)):
         return (
             f"the run would be refused at checkpoint.init_from={origin}, which holds another model ({_listed(changed)})"

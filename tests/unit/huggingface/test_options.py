@@ -26,7 +26,7 @@ from support.processes import ROOT, environment
 def test_settings_are_read(tmp_path):
     words = [
         str(tmp_path),
-        f"out={tmp_path}/x",
+        f"out='{tmp_path}/x'",
         "dtype=fp32",
         "attention_mode=sparse",
         "add_bos=true",
@@ -39,6 +39,20 @@ def test_settings_are_read(tmp_path):
     )
     _, options = read_options(ImportOptions, "ssa_pretrain.import_hf", "a folder", [str(tmp_path), "out=y", "gate=off"])
     assert options == ImportOptions(out="y", gate=Gate.off)
+
+
+def test_new_folder_is_writable(tmp_path):
+    (tmp_path / "file").touch()
+    (problem,) = ExportOptions(out=str(tmp_path / "file" / "x")).problems()
+    assert f"{problem.rule}; {problem.advice}" == f"lies below {tmp_path / 'file'}, which is a file; try another folder"
+
+
+def test_checkpoint_may_be_named_by_its_step(tmp_path):
+    (tmp_path / "run/checkpoints/step_00000007").mkdir(parents=True)
+    folder, _ = read_options(
+        ExportOptions, "ssa_pretrain.export", "a run", [f"{tmp_path / 'run'}@7", f"out={tmp_path}/y"]
+    )
+    assert folder == tmp_path / "run/checkpoints/step_00000007"
 
 
 def test_folder_with_an_equals_sign_is_a_folder(tmp_path):
