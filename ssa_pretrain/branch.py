@@ -13,8 +13,8 @@ checkpoints, oldest branch first. The branch resumes from its own checkpoints li
 from pathlib import Path
 from typing import Any
 
-from ssa_pretrain.checkpoint.facts import HISTORY, differing, tokens_trained_on
-from ssa_pretrain.checkpoint.publish import SHAPELESS, Checkpoint, newest, require_same_model
+from ssa_pretrain.checkpoint.facts import HISTORY, SHAPELESS, differing, tokens_trained_on
+from ssa_pretrain.checkpoint.publish import Checkpoint, newest, require_same_model
 from ssa_pretrain.config import Config
 from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.run import Run, training_rows

@@ -1,12 +1,12 @@
 """Entry point: evaluates a checkpoint in both modes, on held-out rows and tasks, and samples continuations.
 
     python -m ssa_pretrain.evaluate outputs/quickstart evaluation.rows=8
-    python -m ssa_pretrain.evaluate outputs/quickstart/checkpoints/step_00000100 attention.top_k=8
+    python -m ssa_pretrain.evaluate outputs/quickstart@100 attention.top_k=8
     python -m ssa_pretrain.evaluate outputs/8k data.sequence_length=32768 model.rope_scaling.enabled=true
     python -m ssa_pretrain.evaluate experiment=quickstart
 
-Takes the folder of a run, one of its checkpoints, or the run's own command line. With a folder or a checkpoint, the run's `config.yaml` is the
-configuration, and settings that follow replace its values. Only what decides the weights must be as in training. Blocks, row length, RoPE and data
+Takes the folder of a run, one of its checkpoints (its folder, or RUN@STEP), or the run's own command line. With a folder or a checkpoint, the run's
+`config.yaml` is the configuration, and settings that follow replace its values. Results are written into the run's folder, or into another output_dir. Only what decides the weights must be as in training. Blocks, row length, RoPE and data
 may differ, and the results record them (evaluation/results.py). A checkpoint of either engine loads on any layout, so one process can evaluate a
 run that many processes trained, without an optimizer. The metrics depend neither on the layout nor on training.micro_batch_size.
 evaluation.rows sets the number of held-out rows; 0 means all.
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def evaluate_run(config: Config, checkpoint: Path | None = None, *, samples: bool = True) -> None:
-    """Evaluates a checkpoint of a run, by default its newest, and samples from it unless told not to. Every rank calls this."""
+    """Evaluates a checkpoint, or the newest one of a run, by default output_dir's, and samples from it unless told not to. Every rank calls this."""
     from ssa_pretrain.checkpoint.facts import tokens_trained_on
     from ssa_pretrain.checkpoint.publish import require_same_model
     from ssa_pretrain.checkpoint.weights import ema_weights
@@ -66,7 +66,9 @@ def evaluate_run(config: Config, checkpoint: Path | None = None, *, samples: boo
         run = build_run(replace(config, training=batch), placement, trains=False)
         found = newest_checkpoint(run, checkpoint)
         if found is None:
-            raise CheckpointError(f"{run.folder} holds no checkpoint; give the folder of a run that has saved one")
+            raise CheckpointError(
+                f"{checkpoint or run.folder} holds no checkpoint; give the folder of a run that has saved one"
+            )
         require_same_model(found, run.contract(), shapes_only=True)
         warn_of_another_tokenizer(run, found)
         settings = results.settings_of(run, found)

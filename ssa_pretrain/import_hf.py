@@ -11,7 +11,8 @@ authors (SSA-1B, FullAttn-1B, MoBA-1B, NSA-1B). Settings, as key=value:
     out              folder of the imported model; must not exist
     name             name of the model; default that of `out`
     gate             for a Llama, which has no attention gate: off (the model stays without) or open (the same function, with gates that learn)
-    method           attention.method in the folder's config.yaml: ssa (default), full, moba, or nsa for NSA-1B
+    method           attention.method in the folder's config.yaml: ssa (default), full, moba, indexer for an export with a trained scorer, or nsa for
+                     NSA-1B and exports of nsa
     sequence_length  data.sequence_length there; default the longest input of config.json, at most 8192 for foreign models
     vocab_divisor    the embedding is padded to a multiple of this number of rows, with rows of 0; default: no padding
     data             data.path there, for `python -m ssa_pretrain.evaluate`; default: to be given then
@@ -25,9 +26,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ssa_pretrain.config import Method, ParallelConfig
+from ssa_pretrain.config import ParallelConfig
 from ssa_pretrain.errors import ExitCode
-from ssa_pretrain.huggingface.options import ImportOptions, as_arguments, read_options, wants_help
+from ssa_pretrain.huggingface.options import ImportOptions, as_arguments, attention_arguments, read_options, wants_help
 from ssa_pretrain.libraries import hide_library_warnings, import_megatron_core
 from ssa_pretrain.process import rank_process
 from ssa_pretrain.settings.problems import ConfigError, Problem
@@ -70,11 +71,7 @@ def import_model(arguments: Sequence[str]) -> None:
     config = imported_config(record, options)
     with joined(ParallelConfig(), seed=config.seed):
         checkpoint = import_folder(folder, record, config, options.gate)
-    gated = f"attention.gate={str(config.attention.gate).lower()}"
-    nsa = ["attention=nsa", f"attention.score={config.attention.score}", f"attention.window={config.attention.window}"]
-    settings = shlex.join(
-        [*as_arguments("model", config.model), *(nsa if config.attention.method is Method.nsa else [gated])]
-    )
+    settings = shlex.join([*as_arguments("model", config.model), *attention_arguments(config.attention)])
     print(f"imported {folder}: {checkpoint}")
     print(f"start from it with checkpoint.init_from={options.out} and the model's settings:\n  {settings}")
 

@@ -16,7 +16,7 @@ Takes a Hugging Face folder, or the folder of a run or a checkpoint, which is fi
     device        such as cuda:1 or cpu; default the first GPU, or the CPU
     model_args    more arguments of lm_eval's hf model, such as model_args={dtype: float32, add_bos_token: true}
 
-Exit codes: 0 done, 3 wrong settings, 5 no checkpoint. Guide: docs/huggingface_models.md
+Exit codes: 0 done, 3 wrong settings, 4 no data of a task, 5 no checkpoint. Guide: docs/huggingface_models.md
 """
 
 import signal
@@ -31,6 +31,7 @@ from ssa_pretrain.export import export_run
 from ssa_pretrain.huggingface.harness_settings import LmEvalOptions, read_evaluations
 from ssa_pretrain.huggingface.options import read_options, wants_help
 from ssa_pretrain.process import rank_process
+from ssa_pretrain.run_folder import unwritable
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 
@@ -55,6 +56,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     out = Path(options.out or named / "lm_eval" / f"{'_'.join(Path(name).stem for name in options.tasks)}.json")
     if out.exists():
         raise ConfigError([Problem("out", str(out), "exists, and nothing is overwritten", "try another file")])
+    if reason := unwritable(out.parent):
+        raise ConfigError([Problem("out", str(out), reason, "try a file in another folder")])
     with exported(named) as folder:
         from ssa_pretrain.huggingface.harness import evaluate_folder, table
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ssa_pretrain.checkpoint.facts import BATCH_STEPS, HISTORY, batch_changes, refused_changes, run_facts
+from ssa_pretrain.checkpoint.facts import (
+    BATCH_STEPS,
+    HISTORY,
+    batch_changes,
+    model_changes,
+    refused_changes,
+    run_facts,
+)
 from ssa_pretrain.config import Auto, Config, EngineName
 from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.config.hardware import PlanConfig
@@ -26,7 +33,7 @@ from ssa_pretrain.planning.plan import Plan, make_plan
 from ssa_pretrain.planning.scaling import strong_curve, weak_curve
 from ssa_pretrain.planning.search import all_choices, search
 from ssa_pretrain.planning.table import describe
-from ssa_pretrain.run_folder import LOCK, unwritable
+from ssa_pretrain.run_folder import LOCK, named_folder, unwritable
 from ssa_pretrain.schedule import needs_equal_microbatches
 from ssa_pretrain.settings.files import LockedError, require_unlocked
 from ssa_pretrain.settings.problems import ConfigError, Problem
@@ -121,13 +128,7 @@ def _describe_folder(entry: str, config: Config, plan: Plan, manifest: Manifest 
     if entry != "evaluate" and (owner := _owner(folder)):
         return f"{folder} is in use by {owner}: the run would be refused"
     found = _newest_record(folder)
-    if found is None:
-        origin = config.checkpoint.branch_from
-        start = f"the run branches from {origin}" if origin else "the run starts at step 0"
-        return f"{folder} holds no checkpoint" + ("" if entry == "evaluate" else f": {start}")
-    step = found["step"]
-    if entry == "evaluate":
-        return f"{folder}: the checkpoint of step {step} is evaluated"
+    step = found["step"] if found else 0
     wanted = run_facts(
         config,
         fingerprint=manifest.fingerprint if manifest else "",
@@ -135,6 +136,10 @@ def _describe_folder(entry: str, config: Config, plan: Plan, manifest: Manifest 
         tokenizer_sha256=manifest.tokenizer.sha256 if manifest else "",
         step=step,
     )
+    if found is None:
+        return f"{folder} holds no checkpoint" + ("" if entry == "evaluate" else f": {_describe_start(config, wanted)}")
+    if entry == "evaluate":
+        return f"{folder}: the checkpoint of step {step} is evaluated"
     if changes := batch_changes(config, step):
         wanted[BATCH_STEPS] = changes
     saved = {
@@ -143,19 +148,38 @@ def _describe_folder(entry: str, config: Config, plan: Plan, manifest: Manifest 
     if manifest is None:
         saved, wanted = ({k: v for k, v in facts.items() if k not in OF_DATA} for facts in (saved, wanted))
     if changed := refused_changes(saved, wanted, needs_equal_microbatches(config)):
-        more = f"; and {len(changed) - MAX_LISTED} more" * (len(changed) > MAX_LISTED)
-        listed = "; ".join(changed[:MAX_LISTED])
-        return f"{folder}: the run would be refused at the checkpoint of step {step}, which differs ({listed}{more})"
+        differs = f"which differs ({_listed(changed)})"
+        return f"{folder}: the run would be refused at the checkpoint of step {step}, {differs}"
     last = min(plan.steps, config.training.stop_at_step or plan.steps)
     if step >= last:
         return f"{folder} is finished: it has {step} steps, and {last} are asked for"
     return f"{folder}: the run resumes after step {step} of {plan.steps}"
 
 
+def _describe_start(config: Config, wanted: dict[str, Any]) -> str:
+    """Returns where a run without a checkpoint starts; `wanted` are its facts."""
+    if origin := config.checkpoint.branch_from:
+        return f"the run branches from {origin}"
+    if not (origin := config.checkpoint.init_from):
+        return "the run starts at step 0"
+    source = _newest_record(named_folder(origin))
+    if source and (changed := model_changes(source["facts"], wanted, shapes_only=True)):
+        return (
+            f"the run would be refused at checkpoint.init_from={origin}, which holds another model ({_listed(changed)})"
+        )
+    return f"the run starts at step 0 from the weights of {origin}"
+
+
+def _listed(changed: list[str]) -> str:
+    """Returns the first of some changes, and how many more there are."""
+    return "; ".join(changed[:MAX_LISTED]) + f"; and {len(changed) - MAX_LISTED} more" * (len(changed) > MAX_LISTED)
+
+
 def _newest_record(folder: Path) -> dict[str, Any] | None:
-    """Returns step and facts of the newest checkpoint whose record can be read; None without one."""
+    """Returns step and facts of the newest checkpoint of a run, or of the checkpoint itself, whose record can be read; None without one."""
     steps = {path.parent.name.removeprefix("step_"): path for path in folder.glob("checkpoints/step_*/checkpoint.json")}
-    for _, path in sorted(((int(step), path) for step, path in steps.items() if step.isdecimal()), reverse=True):
+    found = sorted(((int(step), path) for step, path in steps.items() if step.isdecimal()), reverse=True)
+    for _, path in [(0, folder / "checkpoint.json"), *found]:
         with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(path.read_text())
             return {"step": int(record["step"]), "facts": dict(record["facts"])}

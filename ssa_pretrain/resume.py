@@ -17,6 +17,7 @@ from ssa_pretrain.model.sharding import is_scorer
 from ssa_pretrain.monitor.metrics_file import FILE_NAME, evaluations
 from ssa_pretrain.monitor.tracking import lacks_records
 from ssa_pretrain.run import Run, training_rows
+from ssa_pretrain.run_folder import named_folder
 from ssa_pretrain.schedule import needs_equal_microbatches
 
 
@@ -76,7 +77,7 @@ def restore(run: Run, checkpoint: Checkpoint | None) -> int:
         run.print(branch_text(run, branched))
         return branched.step
     if run.config.checkpoint.init_from:
-        source = initial_weights(run, Path(run.config.checkpoint.init_from))
+        source = initial_weights(run, named_folder(run.config.checkpoint.init_from))
         run.engine.load_weights(source)
         run.print(f"starting from the weights of {source}{_begins_scorer(run, source)}")
     return 0

@@ -25,7 +25,9 @@ GIB = 2**30
 
 
 def named_folder(named: str) -> Path:
-    """Returns the folder that a text names: RUN@STEP is the checkpoint of a run after that step; anything else is the folder itself."""
+    """Returns the folder that a text names: RUN@STEP is the checkpoint of a run after that step, unless a folder has that name."""
+    if Path(named).is_dir():
+        return Path(named)
     folder, _, step = named.rpartition("@")
     return Path(folder) / "checkpoints" / f"step_{int(step):08d}" if folder and step.isdecimal() else Path(named)
 

@@ -1,6 +1,6 @@
 """A run's folder on the command line: `evaluate RUN key=value …`, where the run's own `config.yaml` is the configuration.
 
-RUN is the folder of a run, even after it was moved, or one of its checkpoints. `expand` replaces it by arguments that every entry point
+RUN is the folder of a run, even after it was moved, or one of its checkpoints, also as RUN@STEP. `expand` replaces it by arguments that every entry point
 takes: `--config-path`, `output_dir`, and overrides of settings that only training needs. The user's own settings follow and win.
 Checkpoints load on any layout, so if the run's layout does not fit the number of processes, the layout is reset to its defaults.
 Neither torch nor Hydra is imported.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ssa_pretrain.config import Config, ParallelConfig
 from ssa_pretrain.errors import CheckpointError
+from ssa_pretrain.run_folder import named_folder
 from ssa_pretrain.settings.convert import load_config
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
@@ -28,27 +29,27 @@ def find_run_argument(arguments: Sequence[str]) -> int | None:
         if argument.startswith("-") or (index and arguments[index - 1] in TAKE_A_WORD):
             continue
         key, equals, _ = argument.partition("=")
-        if not equals or ("/" in key and Path(argument).is_dir()):
+        if not equals or ("/" in key and named_folder(argument).is_dir()):
             return index
     return None
 
 
 def named_checkpoint(arguments: Sequence[str]) -> Path | None:
-    """Returns the checkpoint that a command names. None if it names a run or nothing.
+    """Returns the folder of the run or the checkpoint that a command names. None if it names nothing.
 
     Raises:
         CheckpointError: it names a run that has no checkpoint.
     """
     if (index := find_run_argument(arguments)) is None:
         return None
-    folder = Path(arguments[index])
+    folder = named_folder(arguments[index])
     if (folder / FACTS).is_file():
         return folder
     if (folder / CONFIG).is_file() and not any((folder / "checkpoints").glob("step_*")):
         raise CheckpointError(
             f"{folder} holds no checkpoint; wait for the run's first one, or give another run's folder"
         )
-    return None
+    return folder
 
 
 def expand(arguments: Sequence[str], world_size: int) -> tuple[list[str], str]:
@@ -80,8 +81,12 @@ def expand(arguments: Sequence[str], world_size: int) -> tuple[list[str], str]:
 
 def find_run_folder(named: str) -> Path:
     """Returns the run's folder for an argument that names it or one of its checkpoints."""
-    folder = Path(named)
+    folder = named_folder(named)
     if not folder.is_dir():
+        if folder != Path(named):
+            raise ConfigError(
+                [Problem(named, None, f"does not exist: there is no {folder}", "give a step that is kept")]
+            )
         rule = "is neither a run's folder nor key=value"
         raise ConfigError([Problem(named, None, rule, "give a folder that holds a run's config.yaml, or key=value")])
     if (folder / FACTS).is_file() and not (folder / CONFIG).is_file():

@@ -13,6 +13,7 @@ OPTIM = ("name", "beta1", "beta2", "eps", "weight_decay", "clip_grad", "muon")
 BATCH_STEPS = "training.batch_steps"
 MICRO_BATCH = "training.micro_batch_size"
 STAGES = "data.stages"
+SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
 
 
 def run_facts(
@@ -75,6 +76,36 @@ def refused_changes(saved: dict[str, Any], wanted: dict[str, Any], equal_microba
     if STAGES in lines:
         lines[STAGES] += " (stages that began before the checkpoint must stay, and later ones begin after it)"
     return list(lines.values())
+
+
+def model_changes(saved: dict[str, Any], wanted: dict[str, Any], *, shapes_only: bool = False) -> list[str]:
+    """Returns one line for each fact by which a checkpoint holds another model than the run's, with both values.
+
+    Args:
+        saved: the facts of the checkpoint whose weights will be read.
+        wanted: the run's.
+        shapes_only: compare only the keys that decide the weights' shapes, so that a new run or an evaluation may change others (a longer RoPE).
+            The padded vocabulary is compared; model.vocab_size only if neither is 0, which stands for the tokenizer's.
+    """
+    changed = {line.partition(":")[0]: line for line in differences(saved, wanted)}
+    changed.pop("model.init_std", None)  # weights that are read are not drawn
+    if shapes_only:
+        unnamed = 0 in (saved.get("model.vocab_size"), wanted.get("model.vocab_size"))
+        for key in (*SHAPELESS, *["model.vocab_size"] * unnamed):
+            changed.pop(key, None)
+    decisive = ["attention.gate", "attention.key_convolution", "vocabulary.padded_size"]
+    if "nsa" in (saved.get("attention.method"), wanted.get("attention.method")):
+        decisive.append("attention.method")  # it has more gates than the others, which share their weights
+    scores = saved.get("attention.score"), wanted.get("attention.score")
+    if (
+        scores[0] == "indexer" != scores[1]
+    ):  # a run may begin a scorer, but has no place for one that it does not compute
+        decisive.append("attention.score")
+    lines = [line for key, line in changed.items() if key.startswith("model.") or key in decisive]
+    heads = [facts.get("attention.indexer", {}).get("heads") for facts in (saved, wanted)]
+    if scores == ("indexer", "indexer") and heads[0] != heads[1]:
+        lines.append(f"attention.indexer.heads: checkpoint {heads[0]}, run {heads[1]}")
+    return lines
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint.facts import differences
+from ssa_pretrain.checkpoint.facts import model_changes
 from ssa_pretrain.checkpoint.integrity import FACTS, HASHED_AT_ONCE, SCHEMA, Verdicts, is_of_another_schema, record_text
 from ssa_pretrain.checkpoint.storage import patiently, rename_patiently
 from ssa_pretrain.errors import CheckpointError, ExitCode
@@ -38,7 +38,6 @@ VISIBLE_SECONDS = 30.0  # until a file of another node must be visible: network 
 NAME = re.compile(r"step_\d{8,}")  # folders with other names (step_00000100_good, a copy) are the user's
 REMOVED = ".old.tmp"  # end of the name of an old checkpoint that is being removed
 Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
-SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps", "model.init_std", "model.vocab_divisor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,28 +271,12 @@ def read(folder: Path) -> Checkpoint:
 
 
 def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_only: bool = False) -> None:
-    """Checks that a checkpoint holds the run's model.
-
-    Args:
-        found: the checkpoint whose weights will be read.
-        wanted: the run's facts.
-        shapes_only: compare only the keys that decide the weights' shapes, so that a new run or an evaluation may change others (a longer RoPE).
-            The padded vocabulary is compared; model.vocab_size only if neither is 0, which stands for the tokenizer's.
+    """Checks that a checkpoint holds the run's model; the arguments are those of `facts.model_changes`.
 
     Raises:
         CheckpointError: the models differ; the message has each key with both values.
     """
-    changed = {line.partition(":")[0]: line for line in differences(found.facts, wanted)}
-    changed.pop("model.init_std", None)  # weights that are read are not drawn
-    if shapes_only:
-        unnamed = 0 in (found.facts.get("model.vocab_size"), wanted.get("model.vocab_size"))
-        for key in (*SHAPELESS, *["model.vocab_size"] * unnamed):
-            changed.pop(key, None)
-    decisive = ["attention.gate", "attention.key_convolution", "vocabulary.padded_size"]
-    if "nsa" in (found.facts.get("attention.method"), wanted.get("attention.method")):
-        decisive.append("attention.method")  # it has more gates than the others, which share their weights
-    lines = [line for key, line in changed.items() if key.startswith("model.") or key in decisive]
-    if lines:
+    if lines := model_changes(found.facts, wanted, shapes_only=shapes_only):
         raise CheckpointError(
             f"{found.folder} holds another model ({'; '.join(lines)}); set the model as it was trained, or name another checkpoint"
         )

@@ -19,7 +19,9 @@ class CheckpointConfig:
     keep: int = 2  # how many of the newest intact checkpoints are kept
     mirror: str = ""  # also copy each checkpoint to this object store, such as s3://BUCKET/PREFIX, and resume from there; empty: no
     weights: bool = True  # also save the weights in the common format, which both engines read
-    init_from: str = ""  # start at step 0 from the weights in this folder: a run's, a checkpoint's or common weights
+    init_from: str = (
+        ""  # start at step 0 from these weights: RUN, RUN@STEP, or a folder of a checkpoint or of common weights
+    )
     branch_from: str = (
         ""  # continue this run, RUN, RUN@STEP or a checkpoint, in this folder: weights, optimizer and step
     )

@@ -20,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from ssa_pretrain.evaluation import MODES
 from ssa_pretrain.evaluation.generation import generate_greedily
 from ssa_pretrain.evaluation.scoring import encode, prefix_token, score_requests, tokenizer_of
+from ssa_pretrain.huggingface.harness_errors import data_is_reachable, require_tasks
 from ssa_pretrain.run import Run
 
 MAX_NEW_TOKENS = 256  # of a generation whose task sets no limit, as lm_eval's `hf` model
@@ -30,21 +31,27 @@ def evaluate_tasks(run: Run) -> dict[str, Any]:
     """Returns the results of the configured tasks by task and mode, and the versions of lm_eval and of the tasks; every rank calls it.
 
     Only rank 0 has the results.
+
+    Raises:
+        ConfigError: lm_eval does not know a task.
+        DataError: the data of a task cannot be fetched.
     """
     settings = run.config.evaluation.lm_eval
     manager = TaskManager(include_path=settings.include_path or None)
+    require_tasks(manager, settings.tasks, "evaluation.lm_eval.tasks")
     results: dict[str, dict[str, Any]] = {}
     versions: dict[str, Any] = {"lm_eval": version("lm_eval")}
     for mode in MODES:
-        found = simple_evaluate(
-            model=TrainedLM(run, mode),
-            tasks=list(settings.tasks),
-            task_manager=manager,
-            num_fewshot=None if settings.num_fewshot < 0 else settings.num_fewshot,
-            limit=settings.limit or None,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
-        )
+        with data_is_reachable(settings.tasks):
+            found = simple_evaluate(
+                model=TrainedLM(run, mode),
+                tasks=list(settings.tasks),
+                task_manager=manager,
+                num_fewshot=None if settings.num_fewshot < 0 else settings.num_fewshot,
+                limit=settings.limit or None,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=False,
+            )
         if found is None:  # not a process that lm_eval lets report
             continue
         for task, metrics in found["results"].items():

@@ -103,7 +103,7 @@ def require_own(folder: Path, name: str, settings: dict[str, Any]) -> None:
 def write_result(run: Run, name: str, result: dict[str, Any], samples: list[dict[str, str]]) -> Path:
     """Writes an evaluation's JSON file, and those that the report shows if its settings are the checkpoint's own. Returns the first one's path."""
     path = run.folder / FOLDER / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"schema": SCHEMA, "name": name, **result, "samples": samples, "versions": versions()})
     if not result["trained_with"] and "weights" not in result["settings"]:
         shown = {key: result[key] for key in ("step", "tokens", "split", "rows", "modes")}

@@ -11,10 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
+from ssa_pretrain.huggingface.harness_errors import data_is_reachable, require_tasks
 from ssa_pretrain.huggingface.harness_settings import NEEDED, Evaluation, LmEvalOptions
 from ssa_pretrain.settings.convert import config_to_dict
 from ssa_pretrain.settings.files import write_atomically
@@ -34,6 +36,10 @@ def evaluate_folder(
         evaluations: by name.
         options: of the command.
         out: file of the record.
+
+    Raises:
+        ConfigError: lm_eval does not know a task.
+        DataError: the data of a task cannot be fetched.
     """
     packages = {name: version(name) for name in (*NEEDED, "torch")}
     record: dict[str, Any] = {"schema": SCHEMA, "model": named, "versions": packages, "evaluations": {}}
@@ -45,7 +51,9 @@ def evaluate_folder(
         if key not in managers:
             metadata = {"pretrained": str(folder), **evaluation.metadata}
             managers[key] = TaskManager(include_path=options.include_path or None, metadata=metadata)
-        runs = list(_runs(folder, evaluation, options, managers[key]))
+        require_tasks(managers[key], evaluation.tasks, f"{name}: tasks")
+        with data_is_reachable(evaluation.tasks):
+            runs = list(_runs(folder, evaluation, options, managers[key]))
         versions = {task: number for _, _, found in runs for task, number in found["versions"].items()}
         results = [
             {"mode": mode, "seed": seed, "results": {task: _numbers(m) for task, m in found["results"].items()}}
@@ -70,7 +78,8 @@ def _runs(
         arguments: dict[str, Any] = {"pretrained": str(folder), "trust_remote_code": True, "attention_mode": mode.value}
         if evaluation.max_length:
             arguments["max_length"] = evaluation.max_length
-        placed = {"batch_size": options.batch_size or evaluation.batch_size, "device": options.device or None}
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")  # lm_eval's default is a GPU
+        placed = {"batch_size": options.batch_size or evaluation.batch_size, "device": device}
         model = get_model("hf").create_from_arg_obj(arguments | options.model_args, placed)
         for seed in options.seeds or evaluation.seeds:
             found = simple_evaluate(

@@ -20,7 +20,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, StaticLayer
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .modelling_ssa import (
     QUERIES_PER_CHUNK,
@@ -119,7 +118,7 @@ class NSALlamaAttention(SSALlamaAttention):
         shape = hidden_states.shape[:-1]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2) for p in projections)
-        q, k = (x.to(v.dtype) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
+        q, k = self._normed_and_rotated(q, k, position_embeddings)
         new, means, size = (k, v), None, self.config.block_size
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)

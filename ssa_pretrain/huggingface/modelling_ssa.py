@@ -585,10 +585,7 @@ class SSALlamaAttention(LlamaAttention):
         q, k, v = (p(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2) for p in projections)
         if self.k_conv is not None:
             k = self._convolved(k, cache, kwargs["rows"])
-        if self.q_norm is not None:  # in float32, so that nothing is rounded between the norm and RoPE, as in training
-            wide = torch.promote_types(v.dtype, torch.float32)
-            q, k = self.q_norm(q.to(wide)), self.k_norm(k.to(wide))
-        q, k = (x.to(v.dtype) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
+        q, k = self._normed_and_rotated(q, k, position_embeddings)
         if self.config.is_indexed:
             projections = (self.index_q_proj, self.index_k_proj)
             index = (p(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2) for p in projections)
@@ -600,6 +597,17 @@ class SSALlamaAttention(LlamaAttention):
             wide = torch.promote_types(out.dtype, torch.float32)
             out = (out.to(wide) * logits.to(wide).sigmoid().unsqueeze(-1)).to(out.dtype)
         return self.o_proj(out.reshape(*shape, -1)), weights
+
+    def _normed_and_rotated(
+        self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns queries and keys after QK-norm and RoPE."""
+        dtype = q.dtype
+        if self.q_norm is not None:  # in float32, so that nothing is rounded between the norm and RoPE, as in training
+            wide = torch.promote_types(dtype, torch.float32)
+            q, k = self.q_norm(q.to(wide)), self.k_norm(k.to(wide))
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        return q.to(dtype), k.to(dtype)
 
     def _convolved(self, k: Tensor, cache, rows: Rows) -> Tensor:
         """Returns the convolved keys of a call; a cache gives the keys before them, and keeps the call's."""

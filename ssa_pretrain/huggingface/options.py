@@ -13,9 +13,10 @@ from typing import Any, TypeVar, get_origin
 
 import yaml
 
-from ssa_pretrain.config import Method
+from ssa_pretrain.config import AttentionConfig, Method, Score
 from ssa_pretrain.errors import UsageError
 from ssa_pretrain.huggingface.settings import Mode
+from ssa_pretrain.run_folder import named_folder, unwritable
 from ssa_pretrain.settings.command_line import report
 from ssa_pretrain.settings.convert import config_from_dict, known_keys
 from ssa_pretrain.settings.problems import ConfigError, Problem, at_least
@@ -110,18 +111,18 @@ def read_options(root: type[Options], program: str, what: str, arguments: Sequen
     Raises:
         UsageError: with every problem.
     """
-    folders = [argument for argument in arguments if "=" not in argument or Path(argument).is_dir()]
+    folders = [argument for argument in arguments if "=" not in argument or named_folder(argument).is_dir()]
     options, problems = read_settings(root, [argument for argument in arguments if argument not in folders])
     if len(folders) != 1:
         named = Problem(
             "the command line", None, f"names {len(folders) or 'no'} folder{'s' * (len(folders) > 1)}", f"give {what}"
         )
         problems = [named, *problems]
-    elif not Path(folders[0]).is_dir():
+    elif not named_folder(folders[0]).is_dir():
         problems = [Problem(folders[0], None, "is not a folder", f"give {what}"), *problems]
     if problems:
         raise UsageError(report(program, ConfigError(problems)))
-    return Path(folders[0]), options
+    return named_folder(folders[0]), options
 
 
 def read_settings(root: type[Options], words: Sequence[str]) -> tuple[Options, list[Problem]]:
@@ -133,9 +134,11 @@ def read_settings(root: type[Options], words: Sequence[str]) -> tuple[Options, l
 
 
 def _value(kind: Any, text: str) -> Any:
-    """Returns a value from the command line: of lists and mappings its content, and one word is a list of one."""
+    """Returns a value from the command line: of lists and mappings its content, and one word is a list of one. Quotes around a text, as Hydra takes
+    them in other commands, are left out.
+    """
     if get_origin(kind) not in (list, dict):
-        return text
+        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -144,14 +147,15 @@ def _value(kind: Any, text: str) -> Any:
 
 
 def new_folder_problems(key: str, path: str) -> list[Problem]:
-    """Returns the problem of a folder that is to be created: it has no name, or something is there already."""
+    """Returns the problem of a folder that is to be created: it has no name, something is there already, or it cannot be written."""
     if not path.strip():
         return [Problem(key, path, "must name a folder that does not exist yet", f"try {key}=outputs/{key}")]
     if Path(path).exists():
         return [
             Problem(key, path, "exists, and nothing is overwritten", f"remove it, or try {key}={path.rstrip('/')}_2")
         ]
-    return []
+    reason = unwritable(Path(path))
+    return [Problem(key, path, reason, "try another folder")] if reason else []
 
 
 def byte_count(text: str) -> int | None:
@@ -169,4 +173,17 @@ def as_arguments(section: str, values: Any) -> list[str]:
             found += as_arguments(f"{section}.{f.name}", value)
         else:
             found.append(f"{section}.{f.name}={str(value).lower() if isinstance(value, bool) else value}")
+    return found
+
+
+def attention_arguments(attention: AttentionConfig) -> list[str]:
+    """Returns the settings of the attention that decide which weights a model has, as a user writes them."""
+    if attention.method is Method.nsa:
+        return ["attention=nsa", f"attention.score={attention.score}", f"attention.window={attention.window}"]
+    found = ["attention=indexer"] * (attention.method is Method.indexer)
+    found.append(f"attention.gate={str(attention.gate).lower()}")
+    if attention.score is Score.indexer:
+        found += ["attention.score=indexer", f"attention.indexer.heads={attention.indexer.heads}"]
+    if attention.key_convolution:
+        found.append(f"attention.key_convolution={attention.key_convolution}")
     return found

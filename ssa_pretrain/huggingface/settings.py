@@ -147,7 +147,8 @@ def imported_model(
         rope_scaling=RopeScalingConfig(enabled=scaled, factor=float(rope["factor"])) if scaled else RopeScalingConfig(),
         norm_eps=float(record.get("rms_norm_eps", 1e-6)),
         init_std=float(record.get("initializer_range", 0.02)),
-        qk_norm=record["model_type"] == QWEN3 or (record["model_type"] == MODEL_TYPE and record.get("qk_norm", False)),
+        qk_norm=record["model_type"] == QWEN3
+        or (record["model_type"] in (MODEL_TYPE, NSA_TYPE) and record.get("qk_norm", False)),
     )
     return model, _attention(record), int(record.get("max_position_embeddings", 8192))
 

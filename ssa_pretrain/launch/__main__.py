@@ -9,7 +9,7 @@
 It checks the flags and the environment, then the settings, with `ssa_pretrain.plan --check` for the number of processes that the flags give. So a bad
 setting is reported once, before torch is imported. The command then runs under supervision.py, which passes signals on and reports how the run ended.
 After a fault that a restart can cure (restarts.py) it runs again.
-Exit codes: those of docs/launch.md. Stdlib only.
+The flags of each are listed by `launchers/NAME.sh --help`. Exit codes: those of docs/launch.md. Stdlib only.
 """
 
 import os
@@ -38,7 +38,12 @@ RANK_VARIABLES = (
 )  # set by another launcher, wrong for these ranks
 PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 JOBS = {"torchrun": torchrun_job, "deepspeed": deepspeed_job}
-PROGRAMS = {"torchrun": "torchrun.sh", "deepspeed": "deepspeed.sh", "quickstart": "quickstart"}  # before messages
+PROGRAMS = {
+    "torchrun": "torchrun.sh",
+    "deepspeed": "deepspeed.sh",
+    "quickstart": "quickstart",
+    "stages": "stages",
+}  # before messages
 
 
 def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -48,6 +53,9 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
         print(__doc__)
         return ExitCode.DONE if words else ExitCode.CONFIGURATION
     launcher, *words = words
+    if launcher in PROGRAMS and words[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return ExitCode.DONE
     if launcher == "render":  # starts nothing; it and `stages` need the configuration's libraries
         from ssa_pretrain.launch.render.command import main as render
 

@@ -13,8 +13,11 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ssa_pretrain.huggingface import modelling_ssa
-from ssa_pretrain.huggingface.harness import summarise, table
+from ssa_pretrain.errors import DataError
+from ssa_pretrain.huggingface import harness, modelling_ssa
+from ssa_pretrain.huggingface.harness import evaluate_folder, summarise, table
+from ssa_pretrain.huggingface.harness_settings import Evaluation, LmEvalOptions
+from ssa_pretrain.settings.problems import ConfigError
 from support.hf_models import VOCAB, draw_documents, lively_model
 from support.processes import ROOT
 
@@ -97,7 +100,7 @@ def test_hf_model_of_lm_eval_agrees_with_the_model(tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     # Hugging Face's package `kernels` must not be mistaken for the folder of that name.
     command = [sys.executable, "-P", "-m", "ssa_pretrain.lm_eval", str(folder), f"tasks={tasks / 'own.yaml'}"]
-    options = [f"include_path={tasks}", "device=cpu", f"out={tmp_path / 'results.json'}"]
+    options = [f"include_path={tasks}", f"out={tmp_path / 'results.json'}"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "results.json").read_text())
@@ -124,3 +127,30 @@ def test_summary_has_mean_and_deviation_over_seeds():
     ]
     found = summarise(runs)["piqa"]["full"]["acc_norm"]
     assert found == {"mean": pytest.approx(0.6), "std": pytest.approx(math.sqrt(0.02))}
+
+
+def test_unknown_task_and_unreachable_data_are_one_sentence(tmp_path, monkeypatch):
+    class Manager:
+        def __init__(self, **_: object) -> None:
+            self.task_index = {"piqa": None}
+
+    def unreachable(**_: object) -> None:
+        raise ConnectionError("Couldn't reach 'baber/piqa'\non the Hub")
+
+    monkeypatch.setattr(harness, "TaskManager", Manager)
+    monkeypatch.setattr(harness, "simple_evaluate", unreachable)
+    monkeypatch.setattr(harness, "get_model", lambda _: type("HF", (), {"create_from_arg_obj": lambda *_: None}))
+    common = (LmEvalOptions(), tmp_path / "out.json")
+    with pytest.raises(ConfigError) as refused:
+        evaluate_folder(tmp_path, "model", {"mine": Evaluation(tasks=["pica", "zzz"])}, *common)
+    assert [str(problem) for problem in refused.value.problems] == [
+        "mine: tasks=pica is not a task, a group or a tag of lm_eval; did you mean piqa?",
+        "mine: tasks=zzz is not a task, a group or a tag of lm_eval; lm_eval ls tasks lists those it has",
+    ]
+    sentence = (
+        "lm_eval could not fetch the data of piqa (Couldn't reach 'baber/piqa' on the Hub); "
+        "run it once where the hub can be reached, with the same HF_HOME, which keeps the data"
+    )
+    with pytest.raises(DataError) as failed:
+        evaluate_folder(tmp_path, "model", {"mine": Evaluation(tasks=["piqa"])}, *common)
+    assert str(failed.value) == sentence

@@ -56,6 +56,12 @@ def test_plan_describes_the_output_folder(tmp_path: Path, capsys: pytest.Capture
     assert rows(place, capsys=capsys)["output"] == f"{run}: the run resumes after step 6 of 9"
     assert rows(place, capsys=capsys, entry="plan")["output"] == f"{run}: the run resumes after step 6 of 9"
     assert rows(place, capsys=capsys, entry="evaluate")["output"] == f"{run}: the checkpoint of step 6 is evaluated"
+    new = f"{tmp_path / 'new'} holds no checkpoint: the run"
+    begun = (f"output_dir={tmp_path / 'new'}", f"checkpoint.init_from={run}@6")
+    assert rows(*begun, capsys=capsys)["output"] == f"{new} starts at step 0 from the weights of {run}@6"
+    refused = f"{new} would be refused at checkpoint.init_from={run}@6, which holds another model"
+    differs = "(attention.gate: checkpoint True, run False)"
+    assert rows(*begun, "attention.gate=false", capsys=capsys)["output"] == f"{refused} {differs}"
     for asked, last in (("training.steps=6", 6), ("training.stop_at_step=5", 5)):
         finished = f"{run} is finished: it has 6 steps, and {last} are asked for"
         assert rows(place, asked, capsys=capsys)["output"] == finished

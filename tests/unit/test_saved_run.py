@@ -67,7 +67,9 @@ def test_given_layout_and_fitting_saved_layout_are_kept(folder: Path, monkeypatc
 def test_checkpoint_names_its_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = folder / "checkpoints" / "step_00000007"
     assert expand([str(checkpoint)], 2) == expand([str(folder)], 2)
-    assert (named_checkpoint([str(checkpoint)]), named_checkpoint([str(folder)])) == (checkpoint, None)
+    assert expand([f"{folder}@7"], 2) == expand([str(folder)], 2)
+    named = [named_checkpoint([word]) for word in (str(checkpoint), f"{folder}@7", str(folder), "name=x")]
+    assert named == [checkpoint, checkpoint, folder, None]
     monkeypatch.chdir(checkpoint.parent)
     assert expand(["step_00000007"], 2)[0][1] == str(folder)
     monkeypatch.chdir(folder)
@@ -86,6 +88,7 @@ def test_engine_chooses_the_newest_checkpoint_and_flags_keep_their_values(folder
     [
         (["{}/empty"], "{}/empty is not a run's folder: {}/empty/config.yaml does not exist; give the output_dir of a run, or the run's own command line"),
         (["{}/none"], "{}/none is neither a run's folder nor key=value; give a folder that holds a run's config.yaml, or key=value"),
+        (["{}/none@3"], "{}/none@3 does not exist: there is no {}/none/checkpoints/step_00000003; give a step that is kept"),
         (["{}/stray/step_1"], "{}/stray/step_1 is a checkpoint outside a run's folder: {}/config.yaml does not exist; give a checkpoint that lies in its run's folder"),
         (["{}/empty", "-cp", "conf"], "{}/empty is a run's folder, and --config-path names another configuration; give one of the two"),
     ],

@@ -29,16 +29,17 @@ def _output_dir(config: Config, machine: Machine) -> list[Problem]:
 
 def _initial_weights(config: Config, _: Machine) -> list[Problem]:
     """The folder of the initial weights exists and is not the run's own."""
-    folder, output_dir = config.checkpoint.init_from, Path(config.output_dir).resolve()
-    if not folder:
+    named, output_dir = config.checkpoint.init_from, Path(config.output_dir).resolve()
+    if not named:
         return []
-    if not Path(folder).is_dir():
+    folder = named_folder(named)
+    if not folder.is_dir():
         advice = "give an earlier run's folder, a checkpoint's or one of common weights"
-        return [Problem("checkpoint.init_from", folder, "does not exist", advice)]
-    if output_dir in (Path(folder).resolve(), *Path(folder).resolve().parents):
+        return [Problem("checkpoint.init_from", named, "does not exist", advice)]
+    if output_dir in (folder.resolve(), *folder.resolve().parents):
         rule = f"lies in this run's own output_dir={config.output_dir}"
         advice = "leave it out: the same command again resumes"
-        return [Problem("checkpoint.init_from", folder, rule, advice, ("output_dir",))]
+        return [Problem("checkpoint.init_from", named, rule, advice, ("output_dir",))]
     return []
 
 

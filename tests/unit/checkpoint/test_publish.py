@@ -406,6 +406,18 @@ def test_only_nsa_has_other_weights_than_the_other_methods(tmp_path):
         require_same_model(found, {"attention.method": "nsa", "attention.top_k": 4}, shapes_only=True)
 
 
+def test_a_scorer_may_be_begun_but_not_left_out(tmp_path):
+    def facts(score: str, heads: int = 1) -> dict:
+        return {"attention.score": score, "attention.indexer": {"heads": heads, "warmup_steps": heads}}
+
+    require_same_model(Checkpoint(tmp_path, 5, facts("softmax_sum")), facts("indexer", 2), shapes_only=True)
+    found = Checkpoint(tmp_path, 5, facts("indexer"))
+    with pytest.raises(CheckpointError, match=r"\(attention\.score: checkpoint 'indexer', run 'softmax_sum'\)"):
+        require_same_model(found, facts("softmax_sum"), shapes_only=True)
+    with pytest.raises(CheckpointError, match=r"\(attention\.indexer\.heads: checkpoint 1, run 2\)"):
+        require_same_model(found, facts("indexer", 2), shapes_only=True)
+
+
 def test_new_run_may_change_settings_that_keep_the_shapes(tmp_path):
     found = Checkpoint(tmp_path, 5, {"model.rope_theta": 1.0, "model.vocab_size": 0, "attention.top_k": 4, "seed": 1})
     wanted = {"model.rope_theta": 2.0, "model.vocab_size": 4096, "attention.top_k": 2, "seed": 7}

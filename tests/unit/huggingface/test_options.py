@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from ssa_pretrain.cli import resolve_config
-from ssa_pretrain.config import ModelConfig, RopeScalingConfig
+from ssa_pretrain.config import AttentionConfig, IndexerConfig, Method, ModelConfig, RopeScalingConfig, Score
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.errors import UsageError
 from ssa_pretrain.huggingface.options import (
@@ -15,6 +15,7 @@ from ssa_pretrain.huggingface.options import (
     Gate,
     ImportOptions,
     as_arguments,
+    attention_arguments,
     byte_count,
     read_options,
 )
@@ -25,7 +26,7 @@ from support.processes import ROOT, environment
 def test_settings_are_read(tmp_path):
     words = [
         str(tmp_path),
-        f"out={tmp_path}/x",
+        f"out='{tmp_path}/x'",
         "dtype=fp32",
         "attention_mode=sparse",
         "add_bos=true",
@@ -38,6 +39,20 @@ def test_settings_are_read(tmp_path):
     )
     _, options = read_options(ImportOptions, "ssa_pretrain.import_hf", "a folder", [str(tmp_path), "out=y", "gate=off"])
     assert options == ImportOptions(out="y", gate=Gate.off)
+
+
+def test_new_folder_is_writable(tmp_path):
+    (tmp_path / "file").touch()
+    (problem,) = ExportOptions(out=str(tmp_path / "file" / "x")).problems()
+    assert f"{problem.rule}; {problem.advice}" == f"lies below {tmp_path / 'file'}, which is a file; try another folder"
+
+
+def test_checkpoint_may_be_named_by_its_step(tmp_path):
+    (tmp_path / "run/checkpoints/step_00000007").mkdir(parents=True)
+    folder, _ = read_options(
+        ExportOptions, "ssa_pretrain.export", "a run", [f"{tmp_path / 'run'}@7", f"out={tmp_path}/y"]
+    )
+    assert folder == tmp_path / "run/checkpoints/step_00000007"
 
 
 def test_folder_with_an_equals_sign_is_a_folder(tmp_path):
@@ -84,6 +99,26 @@ def test_a_model_as_arguments_names_every_setting_of_the_model():
         "plan", ["experiment=convert_llama", *written, *data], Machine(world_size=1, has_files=False)
     )
     assert config.model == model
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        AttentionConfig(gate=False),
+        AttentionConfig(key_convolution=3),
+        AttentionConfig(score=Score.indexer, indexer=IndexerConfig(heads=2)),
+        AttentionConfig(method=Method.indexer, score=Score.indexer, indexer=IndexerConfig(heads=2)),
+        AttentionConfig(method=Method.nsa, score=Score.compressed, window=20),
+    ],
+)
+def test_an_attention_as_arguments_names_every_setting_that_decides_its_weights(attention):
+    data = ["data.path=none", "data.sequence_length=128", "training.steps=2000", "training.global_batch_tokens=1024"]
+    config = resolve_config(
+        "plan", [*attention_arguments(attention), *data, "dry_run=true"], Machine(world_size=1, has_files=False)
+    )
+    for name in ("method", "gate", "score", "window", "key_convolution"):
+        assert getattr(config.attention, name) == getattr(attention, name)
+    assert config.attention.indexer.heads == attention.indexer.heads
 
 
 @pytest.mark.parametrize("command", ["export", "import_hf"])

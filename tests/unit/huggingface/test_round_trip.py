@@ -61,7 +61,10 @@ def require_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Te
         ({}, Dtype.fp32),
         ({"model.tie_embeddings": False, "attention.gate": False, "model.vocab_divisor": 80}, Dtype.fp32),
         ({"precision.name": "bf16", "model.qk_norm": True, "attention.key_convolution": 3}, Dtype.bf16),
-        ({"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20}, Dtype.fp32),
+        (
+            {"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20, "model.qk_norm": True},
+            Dtype.fp32,
+        ),
         ({"attention.method": "indexer", "attention.score": "indexer", "attention.indexer.heads": 2}, Dtype.fp32),
     ],
 )
@@ -191,7 +194,10 @@ def test_existing_folder_is_refused_and_a_checkpoint_of_another_model_too(tmp_pa
         ({"model.mup.base_width": 12, "model.mup.base_head_dim": 5, "model.mup.output_multiplier": 1.5}, Dtype.bf16),
         ({"model.mup.base_width": 12, "model.mup.base_head_dim": 5, "model.qk_norm": True}, Dtype.fp32),
         ({"attention.key_convolution": 5}, Dtype.bf16),
-        ({"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20}, Dtype.fp32),
+        (
+            {"attention.method": "nsa", "attention.score": "compressed", "attention.window": 20, "model.qk_norm": True},
+            Dtype.fp32,
+        ),
         ({"attention.score": "indexer", "attention.indexer.heads": 2}, Dtype.bf16),
     ],
 )

@@ -62,7 +62,7 @@ def test_help_exits_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "a file in conf/model" in capsys.readouterr().out
     assert compare.main() is None
     assert "markdown table" in capsys.readouterr().out
-    assert launch(["--help"], {}) == 0
+    assert [launch(words, {}) for words in (["--help"], ["torchrun", "--help"], ["stages", "-h"])] == [0, 0, 0]
     with pytest.raises(SystemExit) as left:
         report(["--help"])
     assert left.value.code == 0
