@@ -1,7 +1,11 @@
-"""Keeps every test of this folder on one core."""
+"""Keeps every test of this folder on one core, and Triton's interpreter from work that it repeats."""
 
 import pytest
 import torch
+
+from support.interpreter import patch_once_per_launch
+
+patch_once_per_launch()
 
 
 @pytest.fixture(autouse=True)
