@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from support.interpreter import patch_once_per_launch
+from support.interpreter import make_faster
 
-patch_once_per_launch()
+make_faster()
 
 
 @pytest.fixture(autouse=True)
