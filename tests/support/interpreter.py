@@ -58,10 +58,10 @@ def _with_xor(apply: Callable) -> Callable:
     from triton import language
 
     @functools.wraps(apply)
-    def reduce(self, input):
+    def reduce(self, tensors):
         if self.combine_fn != language.standard._xor_combine:
-            return apply(self, input)
-        (one,) = input
+            return apply(self, tensors)
+        (one,) = tensors
         found = np.bitwise_xor.reduce(one.handle.data, axis=self.axis, keepdims=self.keep_dims)
         return self.to_tensor(found, one.dtype)
 
