@@ -18,7 +18,7 @@ from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.config.rules import check
 from ssa_pretrain.settings.convert import MismatchError, convert, known_keys
 from ssa_pretrain.settings.kinds import first_of
-from ssa_pretrain.settings.problems import Problem, join
+from ssa_pretrain.settings.problems import HIDDEN, Problem, join
 
 GROUP_KEYS = {"precision": "precision.name", "engine": "engine.name", "attention": "attention.method"}
 ONE_STAGE = "parallel.tp=1 parallel.pp=1 parallel.vpp=1 parallel.cp=1 parallel.sequence_parallel=false"  # parallel=dp
@@ -66,14 +66,19 @@ class _Trial:
         self.machine = machine
         self.wrong = set(wrong)
         # Those of rules are in the configuration, and another value may end them; the others it does not hold.
-        self.unread = self.wrong - {problem.key for problem in check(config, machine)}
+        found = check(config, machine)
+        self.unread = self.wrong - {problem.key for problem in found}
+        self.secret = {problem.key for problem in found if problem.value == HIDDEN}
 
     def accepts(self, problem: Problem, values: Mapping[str, Any], *, alone: bool = False) -> bool:
         """Returns whether values by key solve a problem and cause no other one; `alone`: no other one of the same keys."""
-        ended, config = {problem.key, *values}, self.config
+        ended, config, unread = {problem.key, *values}, self.config, self.unread
         for key, value in values.items():
             config = with_value(config, key, value)
-        found = {other.key for other in check(config, self.machine, self.unread - ended)}
+        may_be_secret = any(isinstance(value, str) for value in values.values())
+        if not may_be_secret:  # the secrets are those of before
+            unread = unread | self.secret
+        found = {other.key for other in check(config, self.machine, unread - ended, secrets=may_be_secret)}
         return not found & ended if alone else found <= self.wrong - ended
 
 

@@ -1,7 +1,11 @@
-"""Keeps every test of this folder on one core."""
+"""Keeps every test of this folder on one core, and Triton's interpreter from work that it repeats."""
 
 import pytest
 import torch
+
+from support.interpreter import make_faster
+
+make_faster()
 
 
 @pytest.fixture(autouse=True)

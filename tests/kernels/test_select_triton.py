@@ -185,27 +185,33 @@ def test_query_spans_far_apart():
 
 
 @pytest.mark.parametrize(
-    ("score", "block_size", "top_k"), [("softmax_sum", 1, 5), ("per_head", 1, 5), ("official_compat", 4, 3)]
+    ("score", "block_size", "top_k", "width"),
+    [("softmax_sum", 1, 5, 512), ("per_head", 1, 5, 128), ("official_compat", 4, 3, 128)],
 )
 @pytest.mark.parametrize("together", [True, False])
-def test_longer_documents_than_expected(monkeypatch, score, block_size, top_k, together):
-    """The choice does not depend on the documents that a call expects, and the longest one reaches the next call."""
+def test_longer_documents_than_expected(monkeypatch, score, block_size, top_k, width, together):
+    """The choice does not depend on the documents that a call expects, and the longest one reaches the next call.
+
+    Short passes of top-k make a short document longer than the one pass that is expected.
+    """
     from ssa_kernels.select import launch
     from ssa_kernels.select.long_documents import LongestSeen
 
-    bounds = [block_size * x for x in (0, 3, 20, 560)]
-    tokens = 576 * block_size
+    monkeypatch.setattr(launch, "TOP_K_WIDTH", width)
+    end = 20 + width + 28
+    bounds = [block_size * x for x in (0, 3, 20, end)]
+    tokens = (end + 16) * block_size
     layout = build_layout(torch.tensor(bounds), num_tokens=tokens, block_size=block_size)
     q, k = make(tokens, 32 if score == "softmax_sum" else 8, 1)
-    near = slice(556 * block_size, 556 * block_size + 6, 1)
-    numbers = torch.tensor([5, 19, 300, 531, 532, 559, 560, 575]) * block_size
+    near = slice((end - 4) * block_size, (end - 4) * block_size + 6, 1)
+    numbers = torch.tensor([5, 19, 80, 19 + width, 20 + width, end - 1, end, end + 15]) * block_size
     queries = near if together else numbers
     arguments = {"block_size": block_size, "top_k": top_k, "cu_seqlens": query_slice(layout, queries), "score": score}
     seen = LongestSeen(torch.device("cpu"))
     monkeypatch.setattr(launch, "longest_seen", lambda *_: seen)
     unknown = select_blocks(q[queries], k, impl="triton", **arguments)
     position = int(arguments["cu_seqlens"].query_position.max())
-    assert seen.tokens == position + 1 > 512 * block_size
+    assert seen.tokens == position + 1 > width * block_size
     for expected in (seen.tokens, 100):
         seen.on_host.fill_(expected)
         assert torch.equal(select_blocks(q[queries], k, impl="triton", **arguments), unknown)
@@ -221,8 +227,9 @@ def test_what_was_seen_reaches_the_host_in_any_mode(monkeypatch):
         seen = LongestSeen(torch.device("cpu"))
     assert seen.tokens == 0
     monkeypatch.setattr(launch, "longest_seen", lambda *_: seen)
-    layout = build_layout(torch.tensor([0, 16, 540]), num_tokens=540, block_size=1)
-    q, k = make(540, 8, 1)
+    monkeypatch.setattr(launch, "TOP_K_WIDTH", 128)
+    layout = build_layout(torch.tensor([0, 16, 140]), num_tokens=140, block_size=1)
+    q, k = make(140, 8, 1)
     first = slice(0, 32, 1)
     arguments = {"block_size": 1, "top_k": 4, "cu_seqlens": query_slice(layout, first)}
     for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):

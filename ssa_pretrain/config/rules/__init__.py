@@ -26,17 +26,18 @@ from ssa_pretrain.settings.convert import SECRET_ADVICE, SECRET_RULE, config_to_
 from ssa_pretrain.settings.problems import HIDDEN, Problem, hide_secrets, independent
 
 
-def check(config: Config, machine: Machine, wrong: Collection[str] = ()) -> list[Problem]:
+def check(config: Config, machine: Machine, wrong: Collection[str] = (), *, secrets: bool = True) -> list[Problem]:
     """Returns every problem of a configuration.
 
     Args:
         config: the typed configuration.
         machine: the machine, as far as it is known.
         wrong: keys that already have problems; a section stands for all its keys.
+        secrets: whether texts are searched for secrets, which takes longer than all other rules.
     """
     files = (*FILE_RULES, *EVALUATION_FILE_RULES) if machine.has_files else ()
     rules = (
-        _secrets,
+        *((_secrets,) if secrets else ()),
         _sections,
         *KEY_RULES,
         *NSA_RULES,
