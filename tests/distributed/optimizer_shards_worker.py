@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -28,7 +29,7 @@ def load_by_core(folder: Path, engine) -> None:
     """Loads whole tensors and lets core cut its ranges out of them."""
     state = checkpoint._model_state(engine.chunks)
     state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
     for i, chunk in enumerate(engine.chunks):
         checkpoint.unwrap(chunk).load_state_dict(loaded[checkpoint._model_key(i, engine.chunks)], strict=True)
     shards = loaded["optimizer"].pop("param_state")
