@@ -63,8 +63,8 @@ def test_full_stream_of_a_sample(documents, sample, shape):
         dq, dk, dv = torch.autograd.grad(o, (mine, k, v), grad)
         if documents != "single_tokens":  # there nearly all of dq is exactly 0, so what is computed for it is rounding
             assert relative(dq, wanted[0]) < 1.5 * relative(whole_grads[0], wanted[0]), backend
-        for got, whole_grad, want in zip((dk, dv), whole_grads[1:], wanted[1:], strict=True):
-            require_as_near(got, whole_grad, want, factor=1.5, floor=2**-9)
+        for name, got, whole_grad, want in zip(("dk", "dv"), (dk, dv), whole_grads[1:], wanted[1:], strict=True):
+            require_as_near(got, whole_grad, want, factor=1.5, floor=2**-9, name=f"{name} of {backend}")
 
 
 @pytest.mark.parametrize("documents", ["rows", "ragged"])
