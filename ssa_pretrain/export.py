@@ -1,10 +1,10 @@
 """Entry point: writes a checkpoint as a Hugging Face folder, which transformers, lm_eval and vLLM load.
 
     python -m ssa_pretrain.export outputs/quickstart out=exports/quickstart dtype=fp32
-    python -m ssa_pretrain.export outputs/ssa_1b_8k/checkpoints/step_00031800 out=exports/ssa_1b
+    python -m ssa_pretrain.export outputs/ssa_1b_8k@31800 out=exports/ssa_1b
     torchrun --standalone --nproc-per-node 4 -m ssa_pretrain.export outputs/ssa_1b_8k out=exports/ssa_1b
 
-Takes the folder of a run, whose newest intact checkpoint is exported, or one of its checkpoints: of either engine, of any layout, and on any
+Takes the folder of a run, whose newest intact checkpoint is exported, or one of its checkpoints (RUN@STEP): of either engine, of any layout, and on any
 number of processes, which share the files. Settings, as key=value:
 
     out             folder of the export; must not exist

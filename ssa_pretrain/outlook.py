@@ -167,7 +167,8 @@ def _describe_start(config: Config, wanted: dict[str, Any]) -> str:
         return (
             f"the run would be refused at checkpoint.init_from={origin}, which holds another model ({_listed(changed)})"
         )
-    return f"the run starts at step 0 from the weights of {origin}"
+    missing = "" if named_folder(origin).is_dir() else ", which does not exist yet"
+    return f"the run starts at step 0 from the weights of {origin}{missing}"
 
 
 def _listed(changed: list[str]) -> str:

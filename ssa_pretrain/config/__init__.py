@@ -56,7 +56,9 @@ from ssa_pretrain.config.schema import (
 )
 from ssa_pretrain.config.trackers import LoggingConfig, TensorboardConfig, TrackioConfig, WandbConfig
 
-CONF = Path(__file__).resolve().parents[2] / "conf"  # the YAML files of the settings
+PACKAGE = Path(__file__).resolve().parents[1]
+# The YAML files of the settings: within the package if it was installed from a wheel (setup.py), else beside it in the repository.
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 __all__ = [
     "CONF",

@@ -225,6 +225,8 @@ def convert(kind: Any, value: Any) -> Any:
         if not isinstance(value, list):
             item = "" if value is None or sections_in(get_args(kind)[0]) else value
             raise MismatchError("must be a list", f"try [{item}]")
+        if get_origin(get_args(kind)[0]) is list and not all(isinstance(item, list) for item in value):
+            raise MismatchError("must be a list of lists", f"try [[{','.join(map(str, value))}]]")
         return [convert(get_args(kind)[0], item) for item in value]
     if not isinstance(value, dict):
         advice = "" if sections_in(get_args(kind)[1]) else "try {name: 1.0}"

@@ -54,7 +54,7 @@ def found(*overrides: str, machine: Machine = CPU) -> list[str]:
             ("training.skip_steps=[[130,120]]",),
             "training.skip_steps=[[130, 120]] must be ranges [first, last] of steps, counted from 1; try 'training.skip_steps=[[120,130]]'",
         ),
-        (("training.skip_steps=[120,130]",), "training.skip_steps=[120, 130] must be a list; try [120]"),
+        (("training.skip_steps=[120,130]",), "training.skip_steps=[120, 130] must be a list of lists; try [[120,130]]"),
         (("training.max_skipped_steps=-1",), "training.max_skipped_steps=-1 must be at least 0; try 0"),
         (("training.rollback_window=0",), "training.rollback_window=0 must be at least 1; try 1"),
         (

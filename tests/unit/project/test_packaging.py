@@ -7,14 +7,17 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from setuptools import Distribution
 
 from support.processes import ROOT
 
@@ -167,6 +170,21 @@ def test_package_finds_its_configuration() -> None:
     from ssa_pretrain.cli import CONF
 
     assert (CONF / "config.yaml").is_file() and (CONF / "experiment" / "quickstart.yaml").is_file()
+
+
+def test_wheels_hold_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
+    monkeypatch.setattr("setuptools.command.build_py.build_py.run", lambda _: None)
+    runpy.run_path(str(ROOT / "setup.py"))
+    command = given["cmdclass"]["build_py"](Distribution())
+    command.build_lib, command.editable_mode = str(tmp_path), False
+    command.run()
+    found, wanted = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.yaml")}
+        for folder in (tmp_path / "ssa_pretrain" / "conf", ROOT / "conf")
+    )
+    assert found == wanted and len(wanted) > 50
 
 
 def tools(folder: Path, *names: str) -> Path:
