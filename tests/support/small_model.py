@@ -39,7 +39,7 @@ class Trained:
     The means are cross entropy, gradient norm, and alignment and captured mass by layer; of the first step also the index losses, otherwise 0. They are
     divergences of 1e-3 nats between masses that are nearly equal, so they magnify what moves the weights. In Adam's first steps that is lr times the
     sign of a gradient: bf16 leaves half a percent of the signs to rounding. Between bf16 runs whose projections differ in one last bit of 20 the
-    later index losses of deep layers vary by 1 to 2%, so they judge nobody. `scorer_gradients` are exact to about 1%.
+    later index losses of deep layers vary by 1 to 3%, so they judge nobody. `scorer_gradients` are exact to about 1%.
     """
 
     means: torch.Tensor

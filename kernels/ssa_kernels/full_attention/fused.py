@@ -10,7 +10,7 @@ The kernel is chosen from shapes, explicit arguments and the installed libraries
   activated one with `torch.nn.attention.activate_flash_attention_impl`, which replaces the kernel of the operator called here.
 
 Heads wider than 128 take `flash`, and cuDNN is refused by either name: it computes them on Hopper by its documentation, but its dQ of packed
-documents at D 256 was wrong on an H200 (Transformer Engine 2.20.2: errors of 35 to 60%, columns of 0, NaN), and equal rows were not tested. AMD's GPUs
+documents at D 256 was wrong on an H200 (Transformer Engine 2.20.2: errors of 35 to 60%, columns of 0), and equal rows were not tested. AMD's GPUs
 take `flash` too.
 
 Torch's own cuDNN operator for packed documents is not used: in torch 2.11 it rebuilds its graph at every call (45 ms), and its gradients
@@ -148,7 +148,7 @@ def check_backend(backend: object, num_rows: object, head_dim: int) -> None:
     if backend in ("cudnn", "te") and head_dim > WIDEST_CUDNN_HEAD:
         raise ValueError(
             f"head_dim={head_dim} of full_attention must be at most {WIDEST_CUDNN_HEAD} with backend={backend!r}, since cuDNN's gradients of "
-            "wider heads were wrong; try backend=None or 'flash'"
+            "wider heads were wrong on packed documents; try backend=None or 'flash'"
         )
 
 
