@@ -40,7 +40,7 @@ quickstart: $(VENV)/.quickstart  ## set up, prepare real text, pretrain a small 
 	@launchers/quickstart.sh --venv $(VENV) --out $(OUT)
 
 test: $(VENV)/.dev  ## set up, run the tests (CPU)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu" $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(PYTEST_ARGS)
 
 test-faults: $(VENV)/.dev  ## run the fault matrix and write docs/fault-matrix.md; FAULTS="ROW… --again" chooses rows
 	@PYTHONPATH=.:kernels:tests OMP_NUM_THREADS=1 $(BIN)/python -m faults $(FAULTS)

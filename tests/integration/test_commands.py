@@ -46,7 +46,7 @@ def test_make_targets_run_after_set_up(tmp_path: Path, target: str) -> None:
     done = run("make", "--dry-run", target, f"VENV={tmp_path}", "PYTEST_ARGS=-x")
     expected = {
         "quickstart": f"launchers/quickstart.sh --venv {tmp_path} --out outputs/quickstart",
-        "test": f'OMP_NUM_THREADS=1 {tmp_path}/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not gpu" -x',
+        "test": f'OMP_NUM_THREADS=1 {tmp_path}/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" -x',
     }
     assert done.stdout.strip() == expected[target]
 
