@@ -21,6 +21,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from enum import EnumType
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +82,7 @@ MOVED: dict[Global, Global] = {  # what other versions of Python and core call a
     ("pathlib._local", "PosixPath"): ("pathlib", "PosixPath"),
     ("megatron.core.safe_globals", "safe_load_from_bytes"): ("torch.storage", "_load_from_bytes"),
 }
+GETATTR: Global = ("builtins", "getattr")  # by which Python 3.11.0 to 3.11.3 pickle a member of an enum
 
 
 @contextmanager
@@ -100,7 +103,11 @@ def restricted(folder: Path) -> Iterator[None]:
     logger, was_disabled = state_dict_loader.logger, state_dict_loader.logger.disabled
     logger.disabled = True  # torch logs the trace of an error that it also raises
     torch.serialization.clear_safe_globals()  # core's list is longer than its checkpoints need
-    torch.serialization.add_safe_globals(_present(LOADED))
+    member: Any = (
+        partial(_member, str(folder)),
+        ".".join(GETATTR),
+    )  # torch takes a pair of a function and the name that it stands for
+    torch.serialization.add_safe_globals([*_present(LOADED), member])
     try:
         yield
     except CheckpointException as error:  # torch gathers the ranks' errors, and may replace them by its own
@@ -133,10 +140,19 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns a listed global; raises UnsafePickle for any other, a dotted name included."""
+        if (module, name) == GETATTR:
+            return partial(_member, self._where)
         module, name = MOVED.get((module, name), (module, name))
         if (module, name) not in self._allowed:
             raise _refusal(self._where, f"{module}.{name}")
         return super().find_class(module, name)
+
+
+def _member(where: str, kind: Any, name: Any) -> Any:
+    """Returns a member of an enum, in place of `getattr`; raises UnsafePickle for any other attribute."""
+    if isinstance(kind, EnumType) and name in kind.__members__:
+        return kind.__members__[name]
+    raise _refusal(where, ".".join(GETATTR))
 
 
 def _noting(refused: list[UnsafePickle], load: Callable[..., Any]) -> Callable[..., Any]:

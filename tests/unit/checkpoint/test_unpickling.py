@@ -6,7 +6,9 @@ import pickle
 import re
 import struct
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -16,6 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from ssa_pretrain.checkpoint.unpickling import EXTRA_STATE, METADATA, require_safe_extra_state, restricted
 from ssa_pretrain.checkpoint.writer import write
@@ -84,6 +87,46 @@ def test_metadata_of_any_python_load(tmp_path, module):
     path.write_bytes(changed)
     with restricted(path.parent):
         assert torch.equal(load(path.parent)["weight"], torch.arange(12.0).view(3, 4))
+
+
+class OldPickler(pickle.Pickler):
+    """Pickles a member of an enum as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, obj):
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def test_members_of_enums_load_as_early_python_3_11_wrote_them(tmp_path):
+    path = save(tmp_path / "saved") / ".metadata"
+    content = io.BytesIO()
+    OldPickler(content).dump(pickle.loads(path.read_bytes()))
+    assert b"getattr" in content.getvalue()
+    path.write_bytes(content.getvalue())
+    with restricted(path.parent):
+        assert torch.equal(load(path.parent)["weight"], torch.arange(12.0).view(3, 4))
+
+
+def test_members_in_a_file_of_torch_load_as_early_python_3_11_wrote_them(tmp_path):
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    module = SimpleNamespace(Pickler=OldPickler, __name__="pickle")
+    torch.save({"stage": ZeroStageEnum.weights}, tmp_path / "file.pt", pickle_module=module)
+    with restricted(tmp_path):
+        assert torch.load(tmp_path / "file.pt") == {"stage": ZeroStageEnum.weights}
+
+
+@pytest.mark.parametrize("name", ["__init_subclass__", "mro", "_value2member_map_", 3])
+@pytest.mark.parametrize("kind", [_MEM_FORMAT_ENCODING, Metadata])
+def test_no_other_attribute_is_reached_by_the_name_of_a_member(tmp_path, kind, name):
+    class Reach:
+        def __reduce__(self):
+            return getattr, (kind, name)
+
+    path = save(tmp_path / "saved") / ".metadata"
+    path.write_bytes(pickle.dumps(Reach()))
+    with pytest.raises(UnsafePickle, match=r"\.metadata names builtins\.getattr, which"), restricted(path.parent):
+        load(path.parent)
 
 
 def in_metadata(folder: Path, attack: object) -> Path:
