@@ -140,7 +140,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns a listed global; raises UnsafePickle for any other, a dotted name included."""
-        if (module, name) == GETATTR:
+        if (module.replace("__builtin__", "builtins"), name) == GETATTR:  # its name in protocol 2
             return partial(_member, self._where)
         module, name = MOVED.get((module, name), (module, name))
         if (module, name) not in self._allowed:
