@@ -6,9 +6,10 @@
     python -m ssa_pretrain.evaluate experiment=quickstart
 
 Takes the folder of a run, one of its checkpoints (its folder, or RUN@STEP), or the run's own command line. With a folder or a checkpoint, the run's
-`config.yaml` is the configuration, and settings that follow replace its values. Results are written into the run's folder, or into another output_dir. Only what decides the weights must be as in training. Blocks, row length, RoPE and data
-may differ, and the results record them (evaluation/results.py). A checkpoint of either engine loads on any layout, so one process can evaluate a
-run that many processes trained, without an optimizer. The metrics depend neither on the layout nor on training.micro_batch_size.
+`config.yaml` is the configuration, and settings that follow replace its values. Results are written into the run's folder, or into another
+output_dir. Only what decides the weights must be as in training. Blocks, row length, RoPE and data may differ, and the results record them
+(evaluation/results.py). A checkpoint of either engine loads on any layout, so one process can evaluate a run that many processes trained, without an
+optimizer. The metrics depend neither on the layout nor on training.micro_batch_size.
 evaluation.rows sets the number of held-out rows; 0 means all.
 """
 

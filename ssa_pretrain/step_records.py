@@ -12,10 +12,9 @@ from ssa_pretrain.monitor.by_source import step_values
 from ssa_pretrain.planning.flops import row_flops
 from ssa_pretrain.rates import learning_rate
 from ssa_pretrain.run import Run
+from ssa_pretrain.run_folder import GIB
 from ssa_pretrain.schedule import is_warm_up
 from ssa_pretrain.step_ranges import contains
-
-GIB = 2**30
 
 
 def flops_per_token(run: Run, batches: list[Batch], step: int) -> float:

@@ -97,9 +97,8 @@ def model_changes(saved: dict[str, Any], wanted: dict[str, Any], *, shapes_only:
     if "nsa" in (saved.get("attention.method"), wanted.get("attention.method")):
         decisive.append("attention.method")  # it has more gates than the others, which share their weights
     scores = saved.get("attention.score"), wanted.get("attention.score")
-    if (
-        scores[0] == "indexer" != scores[1]
-    ):  # a run may begin a scorer, but has no place for one that it does not compute
+    if scores[0] == "indexer" and scores[1] != "indexer":
+        # A run may begin a scorer, but has no place for one that it does not compute.
         decisive.append("attention.score")
     lines = [line for key, line in changed.items() if key.startswith("model.") or key in decisive]
     heads = [facts.get("attention.indexer", {}).get("heads") for facts in (saved, wanted)]

@@ -78,11 +78,12 @@ EXTRA_STATE: frozenset[Global] = frozenset(
         ("torch.storage", "_load_from_bytes"),  # calls torch.load, which is restricted too
     }
 )
+GETATTR: Global = ("builtins", "getattr")  # by which Python 3.11.0 to 3.11.3 pickle a member of an enum
 MOVED: dict[Global, Global] = {  # what other versions of Python and core call a listed global
+    ("__builtin__", "getattr"): GETATTR,
     ("pathlib._local", "PosixPath"): ("pathlib", "PosixPath"),
     ("megatron.core.safe_globals", "safe_load_from_bytes"): ("torch.storage", "_load_from_bytes"),
 }
-GETATTR: Global = ("builtins", "getattr")  # by which Python 3.11.0 to 3.11.3 pickle a member of an enum
 
 
 @contextmanager
@@ -103,10 +104,8 @@ def restricted(folder: Path) -> Iterator[None]:
     logger, was_disabled = state_dict_loader.logger, state_dict_loader.logger.disabled
     logger.disabled = True  # torch logs the trace of an error that it also raises
     torch.serialization.clear_safe_globals()  # core's list is longer than its checkpoints need
-    member: Any = (
-        partial(_member, str(folder)),
-        ".".join(GETATTR),
-    )  # torch takes a pair of a function and the name that it stands for
+    # Torch takes a pair of a function and the name that it stands for.
+    member: Any = partial(_member, str(folder)), ".".join(GETATTR)
     torch.serialization.add_safe_globals([*_present(LOADED), member])
     try:
         yield
@@ -140,9 +139,9 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns a listed global; raises UnsafePickle for any other, a dotted name included."""
-        if (module.replace("__builtin__", "builtins"), name) == GETATTR:  # its name in protocol 2
-            return partial(_member, self._where)
         module, name = MOVED.get((module, name), (module, name))
+        if (module, name) == GETATTR:
+            return partial(_member, self._where)
         if (module, name) not in self._allowed:
             raise _refusal(self._where, f"{module}.{name}")
         return super().find_class(module, name)
