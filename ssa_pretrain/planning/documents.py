@@ -71,8 +71,8 @@ def typical_row(
         lengths = document_lengths(rule, row_length)
     num_rows = sum(lengths) // row_length
     total = row_flops(model, attention, lengths, vocab_size)
-    shares = ("full_ratio", "share_if_full", "share_if_sparse")
-    means = {f.name: getattr(total, f.name) / num_rows for f in fields(RowFlops) if f.name not in shares}
+    same = ("full_ratio", "share_if_full", "share_if_sparse", "one_document")  # of a row and of many
+    means = {f.name: getattr(total, f.name) / num_rows for f in fields(RowFlops) if f.name not in same}
     return replace(total, **means)
 
 

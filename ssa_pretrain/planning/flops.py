@@ -73,6 +73,7 @@ class RowFlops:
         index_projection: projections of a trained scorer. Their backward has only the weights' gradients.
         distillation: the index loss and its gradients: full attention's probabilities, the scorer's, and two products for the gradients.
         branches: nsa's compressed branch and sliding window, which belong to every query's stream.
+        one_document: whether a row is one document; then spans of queries are dense matrices (ssa_kernels/full_attention/pieces.py).
     """
 
     linear: float
@@ -91,6 +92,7 @@ class RowFlops:
     index_projection: float = 0.0
     distillation: float = 0.0
     branches: float = 0.0
+    one_document: bool = False
 
     @property
     def model(self) -> float:
@@ -169,6 +171,7 @@ def row_flops(
         index_projection=2.0 * tokens * model.hidden_size * index_width * layers,
         distillation=layers * free * _distillation_per_pair(model, attention) if index_width else 0.0,
         branches=layers * sum(_branches(length, model, attention) for length in document_lengths),
+        one_document=len(document_lengths) == 1,
     )
 
 

@@ -82,7 +82,7 @@ def microbatch_work(
     again = config.engine.recompute is Recompute.full  # the layers' forward runs twice
     passes = 4.0 if again else 3.0
     peak = hardware.bf16_tflops * TERA
-    full, spans, sparse, selection = _attention(row, main, share, whole_rows=parallel.cp == 1)
+    full, spans, sparse, selection = _attention(row, main, share, dense=parallel.cp == 1 or row.one_document)
     work = dict.fromkeys(TERMS, 0.0)
     linear = passes * row.linear * layers
     if config.precision.name is PrecisionName.fp8 and hardware.fp8_tflops:
@@ -140,8 +140,8 @@ def host_seconds(config: Config, hardware: HardwareConfig, layers: int) -> float
     return HOST_MS_PER_LAYER[both] * 1e-3 * layers * again / hardware.host_speed
 
 
-def _attention(row: RowFlops, main: str, share: float, *, whole_rows: bool) -> tuple[float, float, float, float]:
-    """Returns the forward operations of the full stream of whole rows, of spans of queries, of the sparse stream and of selection."""
+def _attention(row: RowFlops, main: str, share: float, *, dense: bool) -> tuple[float, float, float, float]:
+    """Returns the forward operations of the full stream of whole rows or their halves, of other spans of queries, of the sparse stream and of selection."""
     full, spans, sparse, selection = 0.0, 0.0, row.sparse_attention + row.branches, row.selection
     if not row.computes_both:  # drawn queries compute no other stream
         full, sparse, selection = (row.full_attention, 0.0, 0.0) if main == "full" else (0.0, sparse, selection)
@@ -152,7 +152,7 @@ def _attention(row: RowFlops, main: str, share: float, *, whole_rows: bool) -> t
         full = row.full_attention
     else:
         spans = share * (row.full_attention - row.covered)
-    return (full, spans, sparse, selection) if whole_rows else (0.0, full + spans, sparse, selection)
+    return (full, spans, sparse, selection) if dense else (0.0, full + spans, sparse, selection)
 
 
 def _traffic(config: Config, rank: Rank, share: float, *, again: bool) -> float:
