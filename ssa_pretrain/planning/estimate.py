@@ -7,7 +7,7 @@ weights. Of communication beside computation, what does not fit beside it counts
 
 *Run.* Steps, evaluations, and what failures, saves and restarts cost (goodput.py).
 
-Measured, and so fitted: one and two GPUs. Assumed: networks, pipelines and context parallelism, by the formulas above. `is_measured` tells them apart.
+Measured, and so fitted: one and two GPUs. Assumed: networks, and what more GPUs do, by the formulas above. `is_measured` tells them apart.
 """
 
 from collections.abc import Mapping

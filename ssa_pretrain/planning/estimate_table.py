@@ -232,7 +232,7 @@ def _basis(estimate: Estimate) -> list[tuple[str, str]]:
         rows.append(
             (
                 "",
-                "none of this kind was measured: other models, methods and GPUs, more GPUs, pipelines and context ranks are extrapolated (docs/planning.md)",
+                "none of this kind was measured: other models, methods and GPUs, and more GPUs, are extrapolated (docs/planning.md)",
             )
         )
     return rows
