@@ -156,12 +156,12 @@ def test_run_costs_its_time_and_price(paper: PlanConfig) -> None:
 
 def test_goodput_is_that_of_young_and_daly(paper: PlanConfig) -> None:
     """With interval=auto no other interval keeps more of the time, and a higher failure rate costs more."""
-    auto = replace(paper, checkpoint=replace(paper.checkpoint, interval=Auto.auto))
+    auto = replace(paper, checkpoint=replace(paper.checkpoint, interval=Auto.auto, asynchronous=False))
     found = goodput(auto, 18.1 * 2**30, 1024, 1.0)
     assert found.interval == best_interval(found.cost, found.hours)
     assert found.lost == pytest.approx(lost_share(found.cost, found.hours, found.interval))
     for other in (1, found.interval // 2, found.interval * 2):
-        fixed = replace(paper, checkpoint=replace(paper.checkpoint, interval=other))
+        fixed = replace(auto, checkpoint=replace(auto.checkpoint, interval=other))
         assert goodput(fixed, 18.1 * 2**30, 1024, 1.0).share <= found.share
     often = replace(auto, checkpoint=replace(auto.checkpoint, mean_hours_between_failures=0.5))
     assert 0.0 < goodput(often, 18.1 * 2**30, 1024, 1.0).share < found.share < 1.0
