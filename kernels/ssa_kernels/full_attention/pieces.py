@@ -133,8 +133,8 @@ def pieces_backward(
         )
         own = dq[queries]
         own.copy_(dq_part.reshape(own.shape)) if causal else own.add_(dq_part.reshape(own.shape))
-        dk[part] += dk_part.reshape(dk[part].shape)
-        dv[part] += dv_part.reshape(dv[part].shape)
+        for sums, found in ((dk[part], dk_part), (dv[part], dv_part)):
+            sums.add_(found.reshape(sums.shape))  # dk[part] += ... would also copy the sums onto themselves
     return dq, dk, dv
 
 

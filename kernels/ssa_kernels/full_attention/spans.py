@@ -72,8 +72,8 @@ def spans_backward(
             scale,
         )
         dqs.append(dq)
-        dk[: span.end] += dk_span
-        dv[: span.end] += dv_span
+        dk[: span.end].add_(dk_span)  # += would also copy the sums onto themselves
+        dv[: span.end].add_(dv_span)
     return torch.cat(dqs), dk, dv
 
 
