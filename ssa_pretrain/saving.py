@@ -144,11 +144,19 @@ class Saver:
             wait: whether the run ends after this save.
 
         Raises:
-            CheckpointError: this save, or the one before it, has failed.
+            CheckpointError: this save has failed, or the one before it if the run continues.
             DivergedError, ReplicaError: weights or moments are not finite, or data ranks hold different copies; nothing is saved.
         """
         save = _Save(step, time.monotonic(), self._step_seconds(), self._run.contract(step), self._run.health.text())
-        self.wait(step)
+        try:
+            self.wait(step)
+        except CheckpointError as error:
+            if not wait:
+                raise
+            self._pending = None
+            self._report(
+                f"{error}; step {step} is saved now"
+            )  # whatever it was may have passed, and no later step saves
         require_finite_weights(self._run.engine, step)
         self._run.engine.require_equal_replicas(step)
         if self._group is None or wait:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ssa_pretrain.checkpoint.storage import patiently
 from ssa_pretrain.settings.files import file_sha256, leads_outside
 
 PICKLES = (".metadata", ".distcp", ".pt")  # ends of the names of files that the engines unpickle
@@ -58,7 +59,7 @@ def find_damage(folder: Path) -> str | None:
     Damage is a missing file, another size or sha256, a file outside the folder, and a file with pickles that is not listed.
     """
     try:
-        text = (folder / FACTS).read_text()
+        text = patiently((folder / FACTS).read_text, f"reading {folder / FACTS}")
         record = json.loads(text)
         if not _is_sound(text, record):
             return f"{FACTS} does not match its own checksum"
@@ -81,16 +82,18 @@ def _damage_of_file(folder: Path, name: str, size: int, digest: str) -> str | No
     path = folder / name
     if leads_outside(folder, name):
         return f"{FACTS} lists {name}, which is outside the folder"
-    try:
+
+    def compare() -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if file_sha256(path) != digest:
-            return f"{name} has another sha256"
+        return f"{name} has another sha256" if file_sha256(path) != digest else None
+
+    try:
+        return patiently(compare, f"checking {path}")
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-    return None
 
 
 def record_text(content: dict[str, Any]) -> str:

@@ -16,7 +16,8 @@ from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 
 from ssa_pretrain.errors import CheckpointError
 
-BLOCK = 2**28  # bytes that are locked at once; a larger tensor has a block of its own
+BLOCK = 2**28  # bytes that are locked at once
+LARGE = 4  # tensors above BLOCK / LARGE have blocks of their own, so less than that of a shared block stays unused
 ALIGNMENT = 256  # bytes
 CHUNK, THREADS = 2**24, 8  # bytes that a thread touches at a time
 
@@ -35,7 +36,7 @@ class LockedMemory:
             CheckpointError: the memory cannot be locked.
         """
         needed = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if needed >= BLOCK:
+        if needed > BLOCK // LARGE:
             found = self._new_block(needed)
         else:
             if needed > self._rest.nbytes:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from ssa_pretrain.checkpoint.integrity import find_damage
-from ssa_pretrain.checkpoint.object_store import ObjectStore, StoreError
+from ssa_pretrain.checkpoint.object_store import BrokenError, ObjectStore, StoreError
 from ssa_pretrain.checkpoint.publish import NAME, published, step_of
 from ssa_pretrain.checkpoint.storage import rename_patiently
 from ssa_pretrain.errors import CheckpointError
@@ -84,7 +84,7 @@ class Mirror:
             self._report(f"mirrored step {step_of(folder)} in {seconds:.1f} s  {self._store.address}/{folder.name}")
             for old in _newest_first(self._store)[self._keep :]:
                 self._store.remove(old)
-        except (StoreError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - `finish` waits for this thread
             self._report(
                 f"{folder} was not mirrored to {self._store.address} ({error}); training continues, and the next checkpoint is mirrored again"
             )
@@ -141,8 +141,12 @@ def _restore(store: ObjectStore, run_folder: Path, report: Callable[[str], None]
         hidden = target.with_name(f".{name}.tmp")
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
-        store.download(name, hidden)
-        if damage := find_damage(hidden):
+        try:
+            store.download(name, hidden)
+            damage = find_damage(hidden)
+        except BrokenError as error:
+            damage = str(error)
+        if damage:
             report(f"checkpoint {store.address}/{name} is damaged ({damage}); looking for an older one")
             shutil.rmtree(hidden, ignore_errors=True)
             continue

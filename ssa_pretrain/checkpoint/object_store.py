@@ -24,6 +24,10 @@ class StoreError(Exception):
     """The store did not do what it was asked for; str() says why."""
 
 
+class BrokenError(StoreError):
+    """A checkpoint in the store lacks an object, or its list cannot be read."""
+
+
 class ObjectStore:
     """The checkpoints of one run in a bucket.
 
@@ -41,9 +45,9 @@ class ObjectStore:
         self._client: Any = boto3.client("s3", config=settings)
 
     def complete(self) -> list[str]:
-        """Returns the names of the complete checkpoints, in no order."""
-        ends = (PurePosixPath(key) for key in self._keys(""))
-        return [path.parent.name for path in ends if path.name == FACTS]
+        """Returns the names of the complete checkpoints, in no order; those of another run whose prefix begins with this one's are not among them."""
+        found = (PurePosixPath(key).relative_to(self._prefix).parts for key in self._keys(""))
+        return [parts[0] for parts in found if parts[1:] == (FACTS,)]
 
     def upload(self, folder: Path) -> None:
         """Uploads a published checkpoint; objects that are there already, from an upload that was cut short, are not sent again.
@@ -62,16 +66,25 @@ class ObjectStore:
     def facts(self, name: str) -> str:
         """Returns the text of a checkpoint's `checkpoint.json`."""
         with _told():
-            return self._client.get_object(Bucket=self._bucket, Key=self._key(name, FACTS))["Body"].read().decode()
+            return (
+                self._client.get_object(Bucket=self._bucket, Key=self._key(name, FACTS))["Body"]
+                .read()
+                .decode(errors="replace")
+            )
 
     def download(self, name: str, target: Path) -> None:
         """Downloads a checkpoint into an empty folder, without checking its files.
 
         Raises:
-            StoreError: a file is missing, or its name points outside the folder.
+            BrokenError: a file is missing, or the list cannot be read.
+            StoreError: the store does not answer, or a name points outside the folder.
         """
         record = self.facts(name)
-        for file in json.loads(record)["files"]:
+        try:
+            files = list(json.loads(record)["files"])
+        except (ValueError, KeyError, TypeError):
+            raise BrokenError(f"{FACTS} cannot be read") from None
+        for file in files:
             path = target / file
             if not path.resolve().is_relative_to(target.resolve()):
                 raise StoreError(f"{name} lists {file}, which lies outside it")
@@ -104,7 +117,7 @@ class ObjectStore:
         try:
             found = self._client.head_object(Bucket=self._bucket, Key=self._key(name, file))
         except ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
+            if _is_missing(error):
                 return False
             raise
         return (found["ContentLength"], found["Metadata"].get("sha256")) == (entry["bytes"], entry["sha256"])
@@ -119,11 +132,21 @@ class ObjectStore:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Raises the errors of boto3 and of the network as StoreError, in one line."""
+    """Raises the errors of boto3 and of the network as StoreError, in one line; BrokenError for an object that is missing."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
-        raise StoreError(" ".join(str(error).split())[:300]) from None
+        kind = BrokenError if isinstance(error, ClientError) and _is_missing(error) else StoreError
+        raise kind(" ".join(str(error).split())[:300]) from None
+
+
+def _is_missing(error: Any) -> bool:
+    """Returns whether a ClientError says that there is no such object."""
+    codes = (
+        error.response.get("ResponseMetadata", {}).get("HTTPStatusCode"),
+        error.response.get("Error", {}).get("Code"),
+    )
+    return codes[0] == 404 and codes[1] != "NoSuchBucket"

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint import filesystem, state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ssa_pretrain.errors import UnsafePickle
+from ssa_pretrain.settings.files import leads_outside
 
 Global = tuple[str, str]  # module, name
 
@@ -168,7 +169,13 @@ def _noting(refused: list[UnsafePickle], load: Callable[..., Any]) -> Callable[.
 
 
 def _load_metadata(file: Any) -> Any:
-    return _Unpickler(file, METADATA, str(getattr(file, "name", ".metadata"))).load()
+    """Returns torch's metadata of a checkpoint; raises UnsafePickle if it names a global, or a file outside its folder."""
+    where = str(getattr(file, "name", ".metadata"))
+    found = _Unpickler(file, METADATA, where).load()
+    for name in {place.relative_path for place in (getattr(found, "storage_data", None) or {}).values()}:
+        if leads_outside(Path(where).parent, name):
+            raise UnsafePickle(f"{where} names {name}, which is outside its folder; do not use this checkpoint")
+    return found
 
 
 def _restricted_load(load: Callable[..., Any], folder: Path) -> Callable[..., Any]:

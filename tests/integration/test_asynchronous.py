@@ -123,6 +123,23 @@ def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_ide
     assert records(again, "train") == plain
 
 
+def test_last_save_is_made_although_the_one_before_it_failed(run, plain, monkeypatch, capsys):
+    """As if the disk were full for a while, and the run ended before the failure was noticed."""
+    read = publish.file_sha256
+
+    def full(path: Path) -> str:
+        if ".step_00000004.tmp" in path.parts:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return read(path)
+
+    monkeypatch.setattr(publish, "file_sha256", full)
+    monkeypatch.setattr(saving.Saver, "after_step", lambda *_: None)
+    folder = run("checkpoint.interval=4")
+    assert "step 4 could not be saved" in (text := capsys.readouterr().err) and "; step 6 is saved now" in text
+    assert intact(folder) == [6]
+    assert records(folder, "train") == plain
+
+
 def test_interval_auto_chooses_by_what_a_save_cost(run, capsys, monkeypatch):
     monkeypatch.setattr(saving, "FIRST_STEPS", 9)
     folder = run("training.steps=24", "checkpoint.interval=auto", "checkpoint.mean_hours_between_failures=1e-6")

@@ -103,6 +103,42 @@ def test_damaged_object_is_reported_and_an_older_checkpoint_restored(client, tmp
         restore(ADDRESS, tmp_path / "other", is_rank_0=True, report=lines.append)
 
 
+def test_run_below_another_runs_prefix_is_another_run(client, tmp_path):
+    mirrored(tmp_path / "first", 5)
+    below = ObjectStore(f"{ADDRESS}/sweep")
+    for step in (80, 90):
+        below.upload(save(tmp_path / "sweep", step))
+    mirrored(tmp_path / "first", 10)
+    assert sorted(ObjectStore(ADDRESS).complete()) == ["step_00000005", "step_00000010"]
+    restore(ADDRESS, tmp_path / "new", is_rank_0=True, report=lambda line: None)
+    assert [p.name for p in (tmp_path / "new" / "checkpoints").iterdir()] == ["step_00000010"]
+
+
+@pytest.mark.parametrize("broken", ["a file is missing", "the list cannot be read"])
+def test_broken_checkpoint_is_reported_and_an_older_one_restored(client, tmp_path, broken):
+    mirrored(tmp_path / "run", 5, 10)
+    if broken == "a file is missing":
+        client.delete_object(Bucket=BUCKET, Key="team/first/step_00000010/weights/a.bin")
+    else:
+        client.put_object(Bucket=BUCKET, Key=f"team/first/step_00000010/{FACTS}", Body=b"\xff{")
+    lines = []
+    restore(ADDRESS, tmp_path / "new", is_rank_0=True, report=lines.append)
+    assert [p.name for p in (tmp_path / "new" / "checkpoints").iterdir()] == ["step_00000005"]
+    assert f"checkpoint {ADDRESS}/step_00000010 is damaged (" in lines[0]
+
+
+def test_mirror_outlives_an_unexpected_error(client, tmp_path, monkeypatch):
+    upload, lines, verdicts = ObjectStore.upload, [], Verdicts()
+    mirror = Mirror(ADDRESS, keep=2, in_use=verdicts.in_use, report=lines.append)
+    monkeypatch.setattr(ObjectStore, "upload", lambda self, folder: {}["no such key"])
+    mirror.offer(save(tmp_path, 5, verdicts))
+    mirror.finish()
+    monkeypatch.setattr(ObjectStore, "upload", upload)
+    mirror.offer(save(tmp_path, 10, verdicts))
+    mirror.finish()
+    assert any("was not mirrored" in line for line in lines) and ObjectStore(ADDRESS).complete() == ["step_00000010"]
+
+
 def test_checkpoint_without_its_list_is_not_complete_and_its_upload_continues(client, tmp_path):
     """As after a kill during the upload."""
     folder, store = save(tmp_path, 5), ObjectStore(ADDRESS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint import integrity
+from ssa_pretrain.checkpoint import integrity, storage
 from ssa_pretrain.checkpoint import publish as publishing
 from ssa_pretrain.checkpoint.facts import differences, refused_changes, run_facts
 from ssa_pretrain.checkpoint.integrity import FACTS, Verdicts, find_damage, record_text
@@ -272,6 +272,7 @@ def test_unreadable_file_is_damage(tmp_path, monkeypatch):
 
     folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
     monkeypatch.setattr(integrity, "file_sha256", fail)
+    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
     assert find_damage(folder) == "empty cannot be read: Input/output error"
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint import storage
+from ssa_pretrain.checkpoint import integrity, storage
 from ssa_pretrain.checkpoint.integrity import find_damage
 from ssa_pretrain.checkpoint.publish import CheckpointError, publish
 from ssa_pretrain.checkpoint.storage import PAUSES, patiently, rename_patiently
@@ -97,6 +97,15 @@ def test_save_survives_storage_that_fails_for_seconds(slept, tmp_path, monkeypat
     folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True, report=lines.append)
     assert find_damage(folder) is None
     assert len(lines) == 2 and "renaming" in lines[0] and "(Stale file handle); trying again in 0.5 s" in lines[0]
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_read_that_fails_for_seconds_is_no_damage(slept, tmp_path, monkeypatch, capsys):
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    read, fails = integrity.file_sha256, failing(2)
+    monkeypatch.setattr(integrity, "file_sha256", lambda path: fails() and read(path))
+    assert find_damage(folder) is None
+    assert len(slept) == 2 and f"checking {folder}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("_one_process")

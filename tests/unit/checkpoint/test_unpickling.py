@@ -175,6 +175,17 @@ def dotted(marker: Path) -> bytes:
     return b"\x80\x04" + b"".join(texts) + b"\x93\x8c" + struct.pack("B", len(argument)) + argument + b"\x85R."
 
 
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
+def test_metadata_that_names_a_file_outside_its_folder_is_refused(tmp_path, name):
+    folder = save(tmp_path / "saved")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = name
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UnsafePickle, match=f"names {re.escape(name)}, which is outside its folder"), restricted(folder):
+        load(folder)
+
+
 def test_dotted_name_of_a_listed_module_is_refused(tmp_path):
     content = dotted(tmp_path / "attacked")
     pickle.loads(content)
