@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -40,6 +41,8 @@ def live(mode: str) -> None:
     """One rank."""
     here = f"up_{os.environ['RANK']}"
     if mode == "dies":
+        while not Path("up_0").exists():  # a peer that still starts would be ended without a trace too
+            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -52,8 +55,11 @@ def live(mode: str) -> None:
         if mode == "waits":
             time.sleep(60)
         if mode == "finishes":
-            with on_signals(lambda number: None):
-                time.sleep(1)
+            asked = threading.Event()
+            with on_signals(lambda number: asked.set()):
+                Path(f"training_{os.environ['RANK']}").touch()
+                asked.wait(60)
+                time.sleep(0.5)  # the rest of its work
         if mode == "fails":
             raise ValueError("a bad value")
         if mode == "loses its peer":
