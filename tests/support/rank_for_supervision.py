@@ -47,13 +47,13 @@ def live(mode: str) -> None:
     if mode == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         Path(here).write_text(str(os.getpid()))
-        time.sleep(60)
+        time.sleep(600)
     with rank_process("stopped before training began"):
         subprocess.Popen(["sleep", "60"])  # a helper that outlives its rank
         Path(here).write_text(str(os.getpid()))
         live_until_killed(mode)
         if mode == "waits":
-            time.sleep(60)
+            time.sleep(600)
         if mode == "finishes":
             asked = threading.Event()
             with on_signals(lambda number: asked.set()):
@@ -85,7 +85,7 @@ def live_until_killed(mode: str) -> None:
     if mode == "trains-and-fails":
         raise ValueError("a bad value")
     if mode == "silent":
-        time.sleep(60)
+        time.sleep(600)
 
 
 if __name__ == "__main__":
