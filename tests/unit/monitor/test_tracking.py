@@ -223,6 +223,7 @@ def test_hanging_service_delays_only_the_end_by_seconds(tmp_path: Path, monkeypa
     )
     core.wait(60)
     assert child.poll() is not None, "nothing is left behind"
+    monkeypatch.setattr(client_tracker, "FINISH_SECONDS", 60.0)
     tracker = offline(tmp_path, lines=lines)
     for step in (1, 2, 3, 4):
         tracker.log(train_record(step))
