@@ -40,8 +40,8 @@ SUBJECTS = (
     f"evaluation.interval={STEPS}",
     f"checkpoint.interval={STEPS}",
 )
-# Over @N@ seeds, SSA captured @A@ to @B@ more than full attention, and @C@ to @D@ without its alignment.
-MARGIN = 0.08
+# Over four seeds of the run and the text, SSA captured 0.13 to 0.30 more than full attention, and without its alignment -0.05 to 0.09 more.
+MARGIN = 0.1
 
 
 @pytest.fixture(scope="module")
