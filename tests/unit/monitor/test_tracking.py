@@ -162,7 +162,7 @@ def test_bad_server_delays_training_by_seconds_and_loses_no_step(
 
     def send_patiently(process: tracking_client.ClientProcess, message: Mapping[str, Any]) -> None:
         """Only the server may be slow, not the start of the service that then writes offline."""
-        send(process, message | ({"patience": in_time} if message.get("mode") == "offline" else {}))
+        send(process, {**message, **({"patience": in_time} if message.get("mode") == "offline" else {})})
 
     monkeypatch.setattr(tracking_client.ClientProcess, "send", send_patiently)
     monkeypatch.setattr(tracking, "CLIENT_SECONDS", 2.0)

@@ -23,11 +23,12 @@ TRAINING = """
 import json, os, sys, time
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig, WandbMode
+from ssa_pretrain.monitor import tracking
 from ssa_pretrain.monitor.metrics import MetricsLogger
-from ssa_pretrain.monitor.tracking import start_tracking
+tracking.CLIENT_SECONDS = 20.0  # a busy machine is slow to start the service
 folder, mode, done, last, evaluates = Path(sys.argv[1]), WandbMode(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 settings = WandbConfig(mode=mode, project="p", entity="e")
-tracker = start_tracking(settings, name="x", folder=folder, config={}, print_line=print, step=done)
+tracker = tracking.start_tracking(settings, name="x", folder=folder, config={}, print_line=print, step=done)
 metrics = MetricsLogger(folder, total_steps=60, tokens_per_step=1, resume_step=done, interval=1000, trackers=[tracker])
 def evaluate(step):
     for mode in ("full", "sparse"):
