@@ -1,6 +1,6 @@
 """On real text the model learns more than word frequencies. On text of its own, the same on every machine, SSA training concentrates attention in the chosen blocks.
 
-The two runs on its own text differ in `attention=` and the alignment's weight. Two runs at a time, on one core each.
+The two runs on its own text differ only in `attention=`. Two runs at a time, on one core each.
 """
 
 import json
@@ -40,9 +40,8 @@ SUBJECTS = (
     f"evaluation.interval={STEPS}",
     f"checkpoint.interval={STEPS}",
 )
-STRONG = ("attention.alignment_weight=30",)  # three times the default: so few steps leave little time
-# Over four seeds of run and text, SSA captures 0.18 to 0.30 more than full attention, and without its alignment -0.05 to 0.09 more.
-MARGIN = 0.13
+# Over four seeds of the run and the text, SSA captured 0.13 to 0.30 more than full attention, and without its alignment -0.05 to 0.09 more.
+MARGIN = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def runs(corpus, tmp_path_factory) -> dict[str, Path]:
     )
     starts = {
         "text": (*SETTINGS, "attention=ssa", f"data.path={corpus}"),
-        "ssa": (*SUBJECTS, *STRONG, "attention=ssa", f"data.path={own}"),
+        "ssa": (*SUBJECTS, "attention=ssa", f"data.path={own}"),
         "full": (*SUBJECTS, "attention=full", f"data.path={own}"),
     }
     folders = {name: tmp_path_factory.mktemp(name) for name in starts}
