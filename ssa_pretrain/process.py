@@ -117,10 +117,12 @@ def rank_process(
         exit_now(code)
 
     survive_terminal()
-    if folder:
-        write_pid(folder, rank)
-        exit_when_launcher_ends(folder)
-    with on_signals(stop, signals):
+    with on_signals(
+        stop, signals
+    ):  # first, so that a rank that its launcher knows reports a SIGTERM and does not pass for a killed one
+        if folder:
+            write_pid(folder, rank)
+            exit_when_launcher_ends(folder)
         try:
             yield
         except CommandError as error:

@@ -20,6 +20,7 @@ from ssa_pretrain.monitor.redaction import redact
 
 STALL_SECONDS = 60.0  # without a byte read, after which the process counts as hung
 CLOSE_SECONDS = 2.0  # for closing files and connections after the run has finished
+ALARM_SECONDS = 2.0  # for the process to kill its library's service and exit, after which it is killed itself
 CHUNK = 2**16  # bytes of one read or write
 PROGRAM = "from ssa_pretrain.monitor.{module} import main; main()"
 
@@ -144,7 +145,7 @@ class ClientProcess:
                 break
             self._child.send_signal(number)
             try:
-                self._child.wait(2.0)
+                self._child.wait(ALARM_SECONDS)
             except subprocess.TimeoutExpired:
                 continue
         for pipe in (self._child.stdin, self._child.stdout):

@@ -102,7 +102,7 @@ def failure(out: Path) -> None:
 
     save = BackgroundSave(1, lambda: publish(out, 1, {}, write, keep=1, is_rank_0=rank == 0, group=group))
     value = torch.zeros(1)
-    for step in range(2, 200):
+    for step in range(2, 3000):
         dist.all_reduce(value)
         time.sleep(0.02 * rank)
         try:

@@ -1,6 +1,6 @@
-"""On real text the model learns more than word frequencies, and SSA training concentrates attention in the chosen blocks.
+"""On real text the model learns more than word frequencies. On text of its own, the same on every machine, SSA training concentrates attention in the chosen blocks.
 
-The two runs differ only in `attention=`. They run in parallel, on one core each.
+The two runs on its own text differ only in `attention=`. Two runs at a time, on one core each.
 """
 
 import json
@@ -10,41 +10,63 @@ from pathlib import Path
 
 import pytest
 
+from support.small_datasets import subjects, write_dataset
 from support.training import records, run, train
 
 pytestmark = pytest.mark.timeout(1200)
-SETTINGS = (
+COMMON = (
     "experiment=quickstart",
     "model.num_layers=2",
-    "training.steps=96",
     "training.global_batch_tokens=1024",
-    "training.micro_batch_size=2",
     "optim.schedule=constant",  # so short a cosine ends before the attention has moved
     "evaluation.rows=16",
-    "evaluation.interval=96",
-    "checkpoint.interval=96",
     "evaluation.at_start=false",
     "logging.wandb.mode=off",
 )
+SETTINGS = (
+    *COMMON,
+    "training.steps=96",
+    "training.micro_batch_size=2",
+    "evaluation.interval=96",
+    "checkpoint.interval=96",
+)
+LENGTH, STEPS = 256, 64
+SUBJECTS = (
+    *COMMON,
+    f"data.sequence_length={LENGTH}",
+    "attention.top_k=2",
+    f"training.steps={STEPS}",
+    "training.micro_batch_size=4",
+    f"evaluation.interval={STEPS}",
+    f"checkpoint.interval={STEPS}",
+)
+# SSA captures 0.29 more than full attention, and 0.05 more without its alignment. A learning rate of 1.0001 times moves either by 0.01, other seeds of run and
+# text to 0.13 to 0.30, and without alignment -0.05 to 0.09.
+MARGIN = 0.1
 
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory) -> dict[str, Path]:
-    """The same model trained with SSA and with full attention."""
-    folders = {method: tmp_path_factory.mktemp(method) for method in ("ssa", "full")}
+    """The folders of three runs: SSA on the corpus ("text"), and on documents of subjects SSA ("ssa") and full attention ("full")."""
+    own = tmp_path_factory.mktemp("subjects")
+    write_dataset(
+        own,
+        {"subjects": subjects(STEPS * 4, LENGTH, seed=1)},
+        {"subjects": subjects(32, LENGTH, seed=2)},
+        vocab_size=512,
+    )
+    starts = {
+        "text": (*SETTINGS, "attention=ssa", f"data.path={corpus}"),
+        "ssa": (*SUBJECTS, "attention=ssa", f"data.path={own}"),
+        "full": (*SUBJECTS, "attention=full", f"data.path={own}"),
+    }
+    folders = {name: tmp_path_factory.mktemp(name) for name in starts}
 
-    def start(method: str) -> None:
-        train(
-            *SETTINGS,
-            f"attention={method}",
-            "attention.impl=reference",
-            f"data.path={corpus}",
-            f"output_dir={folders[method]}",
-            timeout=1100,
-        )
+    def start(name: str) -> None:
+        train(*starts[name], "attention.impl=reference", f"output_dir={folders[name]}", timeout=1100)
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(start, folders))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(start, starts))
     return folders
 
 
@@ -55,7 +77,7 @@ def final(folder: Path) -> dict[str, dict]:
 
 def test_cross_entropy_falls_well_below_unigram_entropy(runs, corpus):
     unigram = json.loads((corpus / "manifest.json").read_text())["unigram_entropy_nats"]["heldout"]
-    for mode, metrics in final(runs["ssa"]).items():
+    for mode, metrics in final(runs["text"]).items():
         print(f"{mode}: cross entropy {metrics['cross_entropy']:.3f}, unigram entropy {unigram:.3f} nats")
         assert metrics["cross_entropy"] < unigram - 0.3
 
@@ -64,15 +86,15 @@ def test_ssa_captures_more_mass_than_full_attention(runs):
     for mode in ("full", "sparse"):
         ssa, full = (final(runs[method])[mode]["captured_mass"] for method in ("ssa", "full"))
         print(f"{mode}: captured mass {ssa:.3f} after ssa, {full:.3f} after full attention")
-        assert ssa > full
+        assert ssa > full + MARGIN
 
 
 def test_moved_run_folder_can_be_evaluated_and_sampled(runs, tmp_path):
     moved = tmp_path / "a run, moved"
-    shutil.copytree(runs["ssa"], moved)
+    shutil.copytree(runs["text"], moved)
     done = run("ssa_pretrain.evaluate", str(moved), "evaluation.rows=4")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert not (runs["ssa"] / "evaluation.json").exists()
+    assert not (runs["text"] / "evaluation.json").exists()
     evaluation = json.loads((moved / "evaluation.json").read_text())
     assert evaluation["step"] == 96
     assert set(evaluation["modes"]) == {"full", "sparse"}
@@ -84,7 +106,7 @@ def test_moved_run_folder_can_be_evaluated_and_sampled(runs, tmp_path):
 
 
 def test_evaluation_of_another_model_is_refused(runs, corpus):
-    settings = (*SETTINGS, "model.num_layers=3", f"data.path={corpus}", f"output_dir={runs['ssa']}")
+    settings = (*SETTINGS, "model.num_layers=3", f"data.path={corpus}", f"output_dir={runs['text']}")
     done = run("ssa_pretrain.evaluate", *settings)
     assert done.returncode == 5
     assert "holds another model (" in done.stderr

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -40,20 +41,25 @@ def live(mode: str) -> None:
     """One rank."""
     here = f"up_{os.environ['RANK']}"
     if mode == "dies":
+        while not Path("up_0").exists():  # a peer that still starts would be ended without a trace too
+            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         Path(here).write_text(str(os.getpid()))
-        time.sleep(60)
+        time.sleep(600)
     with rank_process("stopped before training began"):
         subprocess.Popen(["sleep", "60"])  # a helper that outlives its rank
         Path(here).write_text(str(os.getpid()))
         live_until_killed(mode)
         if mode == "waits":
-            time.sleep(60)
+            time.sleep(600)
         if mode == "finishes":
-            with on_signals(lambda number: None):
-                time.sleep(1)
+            asked = threading.Event()
+            with on_signals(lambda number: asked.set()):
+                Path(f"training_{os.environ['RANK']}").touch()
+                asked.wait(60)
+                time.sleep(0.5)  # the rest of its work
         if mode == "fails":
             raise ValueError("a bad value")
         if mode == "loses its peer":
@@ -79,7 +85,7 @@ def live_until_killed(mode: str) -> None:
     if mode == "trains-and-fails":
         raise ValueError("a bad value")
     if mode == "silent":
-        time.sleep(60)
+        time.sleep(600)
 
 
 if __name__ == "__main__":

@@ -69,3 +69,27 @@ def cut(length: int, *, base: int = 0, seed: int = 0, longest: int = 80) -> list
     lengths = np.random.default_rng(seed).integers(1, longest, length)
     ends = np.cumsum(lengths)
     return np.split(base + np.arange(length), ends[ends < length])
+
+
+def subjects(count: int, length: int, *, seed: int, num_subjects: int = 28, words: int = 16) -> list[np.ndarray]:
+    """Returns documents of sections of 24 to 95 tokens, each with a subject. Every second token, by chance, is one of its words; the others are common.
+
+    Which words come next is known from the earlier tokens of the section, and not from other sections, so attention to a few blocks helps.
+
+    Args:
+        count: documents.
+        length: tokens of each.
+        seed: other documents, of the same language, with another one.
+        num_subjects: subjects, each with tokens of its own.
+        words: tokens of a subject. Four times as many, 1 to 4 * words - 1, are common.
+    """
+    draw, documents = np.random.default_rng(seed), []
+    for _ in range(count):
+        sections: list[np.ndarray] = []
+        while sum(map(len, sections)) < length:
+            size, first = draw.integers(24, 96), (4 + draw.integers(num_subjects)) * words
+            is_common = draw.random(size) < 0.5
+            common, own = draw.integers(1, 4 * words, size), first + draw.integers(0, words, size)
+            sections.append(np.where(is_common, common, own))
+        documents.append(np.concatenate(sections)[:length])
+    return documents

@@ -43,7 +43,7 @@ def test_ranks_of_other_nodes_are_ended_when_our_launcher_is_killed(
 ) -> None:
     # The runner ends the ranks of all nodes with a second pdsh, which runs pkill on each.
     (tmp_path / "act").write_text(
-        f'case "$*" in *pkill*) echo "$*" > {tmp_path}/ended;; *) echo $$ > {tmp_path}/up; exec sleep 60;; esac'
+        f'case "$*" in *pkill*) echo "$*" > {tmp_path}/ended;; *) echo $$ > {tmp_path}/up; exec sleep 600;; esac'
     )
     job, _ = deepspeed_job([f"--hostfile={tmp_path / 'hosts'}"], {})
     code = (
@@ -53,8 +53,8 @@ def test_ranks_of_other_nodes_are_ended_when_our_launcher_is_killed(
     with subprocess.Popen([sys.executable, "-c", code, *job.executed], env=on_two_nodes) as process:
         wait_for(lambda: (tmp_path / "up").exists() and (tmp_path / "up").read_text())
         process.send_signal(signal.SIGKILL)
-    wait_for(lambda: (tmp_path / "ended").exists(), seconds=10)
-    wait_for(lambda: find_process(int((tmp_path / "up").read_text())) is None, seconds=10)
+    wait_for(lambda: (tmp_path / "ended").exists(), seconds=30)
+    wait_for(lambda: find_process(int((tmp_path / "up").read_text())) is None, seconds=20)
 
 
 def wait_for(condition, seconds: float = 60) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from ssa_pretrain.launch import supervision
 from ssa_pretrain.launch.supervision import NOT_BEGUN, RERUN, Supervisor
 from ssa_pretrain.parallel.heartbeat import Beat
-from ssa_pretrain.process import RankExit, write_beat, write_exit
+from ssa_pretrain.process import ALIVE, RankExit, write_beat, write_exit
 from support.processes import ROOT, SUPPORT
 from support.signal_handlers import default_signals
 
@@ -30,7 +31,7 @@ def when(condition, act) -> None:
     """Runs an action in a separate thread as soon as a condition holds."""
 
     def wait() -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.02)
         act()
@@ -44,6 +45,16 @@ def up(*ranks: int) -> bool:
 
 def pid(rank: int) -> int:
     return int(Path(f"up_{rank}").read_text())
+
+
+def ends_with_launcher(pid: int) -> bool:
+    """Returns whether a rank watches its launcher's FIFO already: the kernel signals it when the FIFO closes (O_ASYNC)."""
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            if os.readlink(file).endswith(f"/{ALIVE}"):
+                flags = Path(f"/proc/{pid}/fdinfo/{file.name}").read_text().partition("flags:")[2].split()[0]
+                return bool(int(flags, 8) & os.O_ASYNC)
+    return False
 
 
 def run(*modes: str, patience: float = 30, reports: bool = True) -> tuple[int, str]:
@@ -155,7 +166,8 @@ def test_exit_codes_of_ranks_are_returned_and_success_prints_nothing() -> None:
 
 
 def test_run_that_finishes_after_a_signal_succeeds() -> None:
-    when(lambda: up(0, 1), lambda: time.sleep(0.5) or os.kill(os.getpid(), signal.SIGTERM))
+    are_training = [Path(f"training_{rank}") for rank in (0, 1)]
+    when(lambda: all(path.exists() for path in are_training), lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run("finishes", "finishes") == (0, "")
 
 
@@ -208,7 +220,6 @@ def test_node_whose_ranks_were_ended_with_those_of_another_node_has_failed() -> 
 def test_ranks_end_with_a_killed_supervisor(is_stopped: bool) -> None:
     def kill() -> None:
         if is_stopped:
-            time.sleep(0.2)  # a rank writes its pid before it looks at the launcher
             os.kill(pid(1), signal.SIGSTOP)
         process.kill()
 
@@ -218,9 +229,9 @@ def test_ranks_end_with_a_killed_supervisor(is_stopped: bool) -> None:
     )
     command = [sys.executable, "-c", code, sys.executable, str(SCRIPT), "launcher", "waits", "waits"]
     with subprocess.Popen(command, env=environment()) as process:
-        when(lambda: up(0, 1), kill)
-        process.wait(30)
-    deadline = time.monotonic() + 10
+        when(lambda: up(0, 1) and ends_with_launcher(pid(1)), kill)
+        process.wait(90)
+    deadline = time.monotonic() + 45
     while any(supervision.find_process(pid(rank)) for rank in (0, 1)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(supervision.find_process(pid(rank)) for rank in (0, 1))
@@ -239,7 +250,7 @@ def test_launcher_that_another_launcher_started_ends_with_it() -> None:
         pid = int(process.stdout.readline())
         assert supervision.find_process(pid)
         process.kill()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 45  # less than it waits for
         while supervision.find_process(pid) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert supervision.find_process(pid) is None
