@@ -26,7 +26,7 @@ from enum import EnumType
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -155,7 +155,7 @@ class _Properties(TensorProperties):
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         """Takes what this torch knows of the state, and becomes torch's own class."""
-        self.__class__ = TensorProperties
+        cast(Any, self).__class__ = TensorProperties
         self.__setstate__(state[: len(fields(TensorProperties))])
 
 
