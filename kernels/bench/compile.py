@@ -30,6 +30,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 
 from ssa_kernels.devices import KIB, KNOWN_GPUS, Gpu
+from ssa_kernels.launch import COMPILER_OPTIONS
 
 from .compile_cases import CASES, OPERATORS, SAMPLE, SAMPLE_KERNELS, Case, run
 
@@ -86,7 +87,7 @@ def recorded(case: Case, operator: str, gpu: Gpu) -> list[Launch]:
 def compiled(launch: Launch, gpu_name: str) -> Any:
     """Returns the compiled kernel of a launch."""
     with _target(gpu_name):
-        return launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.settings)
+        return launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.settings, **COMPILER_OPTIONS)
 
 
 def usage(launch: Launch, gpu_name: str) -> dict[str, int]:

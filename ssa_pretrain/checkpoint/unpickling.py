@@ -21,16 +21,18 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from enum import EnumType
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from ssa_pretrain.errors import UnsafePickle
 from ssa_pretrain.settings.files import leads_outside
@@ -145,7 +147,17 @@ class _Unpickler(pickle.Unpickler):
             return partial(_member, self._where)
         if (module, name) not in self._allowed:
             raise _refusal(self._where, f"{module}.{name}")
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        return _Properties if found is TensorProperties else found
+
+
+class _Properties(TensorProperties):
+    """A tensor's properties as any torch wrote them. Torch 2.15 appends a field, and older versions refuse a state that is longer than theirs."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Takes what this torch knows of the state, and becomes torch's own class."""
+        cast(Any, self).__class__ = TensorProperties
+        self.__setstate__(state[: len(fields(TensorProperties))])
 
 
 def _member(where: str, kind: Any, name: Any) -> Any:

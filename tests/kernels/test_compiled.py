@@ -31,6 +31,7 @@ def compiled(tmp_path_factory):
     command = [sys.executable, "-m", "bench.compile", "--sample", "--out", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Warning" not in done.stderr  # such as Triton 3.9's, that a default of its compiler will change
     assert " sm_90 | sm_100 | sm_120 | gfx942 |" in (folder / "compiled.md").read_text()
     with (folder / "compiled.csv").open() as file:
         return list(csv.DictReader(file))

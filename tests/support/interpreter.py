@@ -4,7 +4,9 @@ A launch patches `triton.language`, so that its builtins compute with NumPy, and
 kernel does so again, which changes nothing: here such a call finds the language patched and leaves it. The table of NumPy's types is built for each
 operation: here once per type. A reduction by ^, of which sorting has many, is computed element by element: here by NumPy, like the other reductions.
 
-Source: triton/runtime/interpreter.py of Triton 3.6 and 3.7, whose private functions these are. A version without one of them stays as it is.
+Triton 3.6 takes the number of an array with one element in a way that NumPy 2.4 refuses: here it does so as 3.7 does.
+
+Source: triton/runtime/interpreter.py of Triton 3.6 to 3.9, whose private functions these are. A version without one of them stays as it is.
 """
 
 import functools
@@ -37,7 +39,9 @@ def _once_per_launch(patch: Callable) -> Callable:
         used = [module for module in modules if any(value is module for value in fn.__globals__.values())]
         if is_in_a_launch and not any(language.core.is_builtin(module.load) for module in used):
             return None  # a call inside a kernel restores nothing
-        return patch(fn)
+        scope = patch(fn)
+        language.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+        return scope
 
     return once
 

@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorProperties
 
 from ssa_pretrain.checkpoint.unpickling import EXTRA_STATE, METADATA, require_safe_extra_state, restricted
 from ssa_pretrain.checkpoint.writer import write
@@ -85,6 +85,17 @@ def test_metadata_of_any_python_load(tmp_path, module):
     changed, times = re.subn(rb"cpathlib(\._local)?\nPosixPath\n", b"c" + module + b"\nPosixPath\n", content)
     assert times == 1
     path.write_bytes(changed)
+    with restricted(path.parent):
+        assert torch.equal(load(path.parent)["weight"], torch.arange(12.0).view(3, 4))
+
+
+@pytest.mark.parametrize("known", [5, None])
+def test_properties_load_as_older_and_newer_versions_of_torch_wrote_them(known, tmp_path, monkeypatch):
+    path = save(tmp_path / "saved") / ".metadata"
+    metadata, state = pickle.loads(path.read_bytes()), TensorProperties.__getstate__
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorProperties, "__getstate__", lambda self: (*state(self), (4, 1))[:known])
+        path.write_bytes(pickle.dumps(metadata))
     with restricted(path.parent):
         assert torch.equal(load(path.parent)["weight"], torch.arange(12.0).view(3, 4))
 

@@ -19,6 +19,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from .fragments import LOG2E, mma_layout, weights_as_left
 from .segment import entries, head_of_row, segment_of_program
 
+# Triton 3.8 renamed it, and 3.9 has no other name. The kernel calls it with what both take.
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 
 @gluon.constexpr_function
 def copy_layout(dim, warps):
@@ -54,12 +57,12 @@ def _copy_rows(
     q = _rows_of(q_ptr, entry, HEAD_DIM, HEADS, ENTRY_ROWS, STEP_ROWS, gl.SliceLayout(1, COPY))[:, None] + dim
     do = _rows_of(do_ptr, entry, HEAD_DIM, HEADS, ENTRY_ROWS, STEP_ROWS, gl.SliceLayout(1, COPY))[:, None] + dim
     if HEAD_DIM == DIM:
-        async_copy.async_copy_global_to_shared(q_buffer, q)
-        async_copy.async_copy_global_to_shared(do_buffer, do)
+        async_load(q_buffer, q)
+        async_load(do_buffer, do)
     else:
         inside = (gl.zeros([STEP_ROWS, DIM], gl.int32, COPY) + dim) < HEAD_DIM
-        async_copy.async_copy_global_to_shared(q_buffer, q, mask=inside)
-        async_copy.async_copy_global_to_shared(do_buffer, do, mask=inside)
+        async_load(q_buffer, q, mask=inside)
+        async_load(do_buffer, do, mask=inside)
     async_copy.commit_group()
 
 
