@@ -77,6 +77,7 @@ def fused_adam() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer, "Adam", FusedAdamStandIn)
         patch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+        patch.setattr(distrib_optimizer, "Adam", FusedAdamStandIn)
         patch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
         patch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", True)
         yield
