@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from ssa_pretrain.config import Config
 from support.layout_worker import LENGTH, VOCAB, batches, configure
@@ -29,8 +29,8 @@ NEWER_KEYS = ("max_lr", "min_lr", "wd_mult", "lr_mult", "is_expert_parallel", "i
 class FusedAdamStandIn(torch.optim.Optimizer):
     """AdamW with FusedAdam's groups: `bias_correction`, and an integer `step` that a group has after its first step."""
 
-    def __init__(self, params, lr, betas, eps, weight_decay, *, adam_w_mode: bool) -> None:
-        assert adam_w_mode
+    def __init__(self, params, lr, betas, eps, weight_decay, *, adam_w_mode: bool, capturable: bool = False) -> None:
+        assert adam_w_mode and not capturable
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
         super().__init__(params, settings)
 
