@@ -18,8 +18,8 @@ from ssa_pretrain.settings.files import PATIENCE_SECONDS, LockedError, lock, rem
 from ssa_pretrain.settings.problems import ConfigError, Problem
 
 LOCK = ".lock"
-# Removed in addition to temporary files: unfinished checkpoints, and markers.
-LEFTOVERS = ("checkpoints/.step_*.tmp", "checkpoints/.step_*.universal", ".seen_*")
+# Removed in addition to temporary files: unfinished checkpoints, reshaped ones, and markers.
+LEFTOVERS = ("checkpoints/.step_*.tmp", ".*.universal", ".seen_*")
 ELSEWHERE = "try another output_dir"
 GIB = 2**30
 

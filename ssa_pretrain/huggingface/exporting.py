@@ -149,6 +149,7 @@ def _common_weights(checkpoint: Checkpoint, config: Config, placement: Placement
         model.load_weights(checkpoint.folder)
         save_weights(scratch, model.models, config, placement)  # pyright: ignore[reportAttributeAccessIssue]
     else:
+        config = replace(config, output_dir=str(scratch))  # a checkpoint is reshaped there
         trained = build_engine(config, placement, vocab_size)
         trained.load(checkpoint.folder)  # DeepSpeed's weights lie in its optimizer's files
         trained.save_weights(scratch)

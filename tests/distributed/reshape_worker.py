@@ -18,7 +18,7 @@ def main(case: str, folder: Path) -> None:
     rank = dist.get_rank()
 
     def convert(source: Path, universal: Path, _: dict) -> None:
-        universal.mkdir()
+        universal.mkdir(parents=True)
         if case == "convert":
             raise WeightsError(f"{source} could not be reshaped")
 
@@ -29,7 +29,7 @@ def main(case: str, folder: Path) -> None:
     checkpoint._convert = convert
     checkpoint._load_universal = load
     config = Config()
-    config.deepspeed.zero_stage = 2
+    config.deepspeed.zero_stage, config.output_dir = 2, str(folder.parent / "run")
     placement = SimpleNamespace(is_rank_0=rank == 0, tp_rank=0, dp=2)
     try:
         checkpoint.load(folder, None, config, placement)  # pyright: ignore[reportArgumentType]

@@ -28,6 +28,7 @@ UNFUSED = {
 BF16_GRADS = BF16 | {"precision.grad_reduce_in_fp32": False}
 UNTIED = {"model.tie_embeddings": False}
 QUARTER = {"attention.counterpart_share": 0.25}
+BRANCH = {"optim.beta1": 0.5, "optim.beta2": 0.6, "optim.eps": 0.1}  # a branch may change them
 KEYS = {"model.qk_norm": True, "attention.key_convolution": 3}
 INDEXER = {  # the second of three steps is the first with sparse attention
     "attention.method": "indexer",
@@ -104,6 +105,7 @@ def two_processes() -> list[dict]:
             jobs.append(train("megatron.dp2.quarter", place | QUARTER))
             jobs.append(train("megatron.dp2.nsa", place | NSA))
             jobs.append(weights("megatron.dp2.weights", "megatron.dp2", place))
+            jobs.append(resume("megatron.dp2.branched", "megatron.dp2", BRANCH))
         elif layout == "tp2_sp":
             jobs.append(train("megatron.tp2_sp.bf16", place | BF16 | UNFUSED))
             jobs.append(train("megatron.tp2_sp.keys", place | KEYS))
@@ -115,6 +117,7 @@ def two_processes() -> list[dict]:
         for name in (name for name, (at, _, _) in VARIANTS.items() if at == layout):
             more = SAVING if name in ("dp2.bf16.zero0", "dp2.bf16.zero1", "tp2_sp.zero3.keys") else {}
             jobs.append(train(name, place | VARIANTS[name][1], **more))
+    jobs += [resume(f"dp2.zero{stage}.branched", f"dp2.zero{stage}", deepspeed(stage) | BRANCH) for stage in STAGES]
     jobs.append(resume("dp2.bf16.zero0.resumed", "dp2.bf16.zero0", deepspeed(0) | BF16_GRADS))
     jobs.append(resume("tp2.from_dp2.zero3", "dp2.zero3", TP | deepspeed(3)))
     jobs.append(resume("tp2.zero2_from_zero1", "dp2.zero1", TP | deepspeed(2)))
@@ -208,6 +211,14 @@ def test_one_process_equals_two(results):
 )
 def test_resumed_run_is_bit_identical(results, name):
     assert results[f"{name}.resumed"] == results[name][SAVED:]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_branch_steps_with_its_own_constants(results, stage):
+    """Both engines; the second step after the checkpoint shows the first one's update."""
+    branched, resumed = results[f"dp2.zero{stage}.branched"], results[f"dp2.zero{stage}.resumed"]
+    close(branched, results["megatron.dp2.branched"])
+    assert branched[0] == resumed[0] and abs(branched[1][0] / resumed[1][0] - 1) > 1e-3
 
 
 @pytest.mark.parametrize(

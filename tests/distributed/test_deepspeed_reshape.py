@@ -31,6 +31,10 @@ def test_failed_load_does_not_wait_for_other_ranks(tmp_path: Path) -> None:
     assert first.startswith("RuntimeError: ")  # its peer has exited
 
 
-def test_reshaped_copy_is_removed_after_all_ranks_load(tmp_path: Path) -> None:
+def test_reshaped_copy_lies_in_the_run_that_loads_it_and_is_removed(tmp_path: Path) -> None:
+    """A folder beside the checkpoint may be that of another branch, which is loading it."""
+    another = tmp_path / ".step_00000001.universal"
+    another.mkdir()
     assert outcomes("well", tmp_path / "step_00000001") == ["loaded"] * 2
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    assert {p.name for p in tmp_path.iterdir()} == {another.name, "run", "step_00000001"}
+    assert not list((tmp_path / "run").iterdir())

@@ -76,7 +76,7 @@ def save(engine, folder: Path) -> None:
 
 def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
     """Runs one job and return its results."""
-    config = configure(SMALL | job["set"])
+    config = configure(SMALL | job["set"] | {"output_dir": str(out / "run")})  # where a checkpoint is reshaped
     engine = build_engine(config, placement, VOCAB)
     held_out = batches(config, placement.dp_rank, placement.dp, 99, num_rows=4)
     if job["do"] == "train":

@@ -70,7 +70,7 @@ def test_only_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
         "wandb.json",
         "notes.tmp",
     ]
-    left = ["checkpoints/.step_00000004.tmp", "checkpoints/.step_00000002.universal", "metrics.jsonl.77.tmp"]
+    left = ["checkpoints/.step_00000004.tmp", ".step_00000002.universal", "metrics.jsonl.77.tmp"]
     left += ["wandb.json.77.tmp", "config.yaml.77.tmp", "report.html.77.tmp", ".seen_77"]
     (tmp_path / "checkpoints").mkdir()
     for name in (*kept, *left):

@@ -5,8 +5,8 @@ tools find the tag through the file `latest`. It is written here once all ranks 
 visible when checkpoint/publish.py renames it.
 
 On the layout that wrote it, a checkpoint is loaded directly. For other degrees it is first converted to a *universal* checkpoint in a hidden folder
-beside it, which is removed afterwards. DeepSpeed's converter joins every parameter, its fp32 weights and both moments over data and tensor ranks, and
-universal.py cuts them for the new tensor ranks.
+of the run that loads it, which is removed afterwards. The checkpoint's own folder is only read, so several branches may load it at once. DeepSpeed's
+converter joins every parameter, its fp32 weights and both moments over data and tensor ranks, and universal.py cuts them for the new tensor ranks.
 """
 
 import io
@@ -68,7 +68,7 @@ def load(folder: Path, ds, config: Config, placement: Placement) -> None:
     if saved == wanted or saved["zero_stage"] == 0:  # stage 0 shards nothing over dp
         _load_quietly(folder, ds)
         return
-    universal = folder.with_name(f".{folder.name}.universal")
+    universal = Path(config.output_dir) / f".{folder.name}.universal"
 
     def reshape() -> None:
         line = f"{folder} was written on {_describe(saved)}: reshaping it for {_describe(wanted)}"

@@ -2,8 +2,8 @@
 
 Losses and results are step.py's. DeepSpeed does the backward, the reduction over data ranks, the optimizer step and its own checkpoints. Three
 things that it does not do are done here. Under sequence parallelism a norm's gradient must be summed over tensor ranks, and that of the norms of
-heads always; without the sum training drifts silently. Stage 0 in fp32 reports no gradient norm. Every group's learning rate and weight decay are set at every step, because loading a
-ZeRO-3 universal checkpoint gives every group the values of group 0.
+heads always; without the sum training drifts silently. Stage 0 in fp32 reports no gradient norm. Every group's settings are set at every step,
+because loading restores the checkpoint's, which a branch may change, and gives every group those of group 0 from a ZeRO-3 universal checkpoint.
 
 DeepSpeed's own engine is built on first use, so that weights are loaded into a plain model.
 """
@@ -74,9 +74,10 @@ class DeepSpeedEngine:
         if len(batches) != ds.gradient_accumulation_steps():
             self._accumulate(len(batches))
         batches, routes, sums = self.microbatches.begin_step(batches, step)
-        decay = self.config.optim.weight_decay
+        optim = self.config.optim
         for group, factors in zip(ds.basic_optimizer.param_groups, self._factors, strict=True):
-            group["lr"], group["weight_decay"] = learning_rate * factors.lr, decay * factors.weight_decay
+            group["lr"], group["weight_decay"] = learning_rate * factors.lr, optim.weight_decay * factors.weight_decay
+            group["betas"], group["eps"] = (optim.beta1, optim.beta2), optim.eps
         differing = self.replicas.compare(self._named_weights(), step)
         ds.train()
         grad_norm = None

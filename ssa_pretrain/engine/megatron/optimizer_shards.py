@@ -34,7 +34,7 @@ def state_of(optimizer, model: ShardedStateDict, metadata: dict[str, Any], *, is
     """Returns the sharded state of core's chained optimizer, with live tensors that loading overwrites in place.
 
     Args:
-        optimizer: core's chained optimizer.
+        optimizer: core's chained optimizer; its moments exist.
         model: the sharded state of the model's chunks, with live tensors.
         metadata: of the checkpoint's content.
         is_loading: whether the state is to be read.
@@ -42,8 +42,6 @@ def state_of(optimizer, model: ShardedStateDict, metadata: dict[str, Any], *, is
     distributed = optimizer.chained_optimizers[0]
     if not isinstance(distributed, DistributedOptimizer):
         return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(metadata))
-    if is_loading:
-        distributed.load_state_dict(distributed.state_dict())  # allocates the moments, if there are none yet
     shards = {"param_state": _shards(distributed, model), "param_state_sharding_type": SHARDING}
     return distributed.state_dict() | shards
 
