@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from concurrent.futures import wait as wait_for
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from ssa_pretrain import saving, trainer
 from ssa_pretrain.checkpoint import publish
+from ssa_pretrain.checkpoint.background import BackgroundSave
 from ssa_pretrain.checkpoint.integrity import find_damage
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config.machine import this_machine
@@ -113,6 +115,14 @@ def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_ide
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return read(path)
 
+    poll = BackgroundSave.poll
+
+    def after_its_end(self, step: int):
+        """Step 5 does not end before the save does, however fast the steps are."""
+        wait_for([self._future], timeout=60)
+        return poll(self, step)
+
+    monkeypatch.setattr(BackgroundSave, "poll", after_its_end)
     monkeypatch.setattr(publish, "file_sha256", full)
     with pytest.raises(CheckpointError, match=r"step 4 could not be saved in .*No space left.*earlier checkpoints are"):
         run("checkpoint.interval=2")
