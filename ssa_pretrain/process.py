@@ -117,9 +117,8 @@ def rank_process(
         exit_now(code)
 
     survive_terminal()
-    with on_signals(
-        stop, signals
-    ):  # first, so that a rank that its launcher knows reports a SIGTERM and does not pass for a killed one
+    # The handlers come first, so that a rank that its launcher knows reports a SIGTERM and does not pass for a killed one.
+    with on_signals(stop, signals):
         if folder:
             write_pid(folder, rank)
             exit_when_launcher_ends(folder)

@@ -153,10 +153,9 @@ class Saver:
         except CheckpointError as error:
             if not wait:
                 raise
+            # Whatever it was may have passed, and no later step saves.
             self._pending = None
-            self._report(
-                f"{error}; step {step} is saved now"
-            )  # whatever it was may have passed, and no later step saves
+            self._report(f"{error}; step {step} is saved now")
         require_finite_weights(self._run.engine, step)
         self._run.engine.require_equal_replicas(step)
         if self._group is None or wait:

@@ -59,9 +59,8 @@ def find_damage(folder: Path) -> str | None:
     Damage is a missing file, another size or sha256, a file outside the folder, and a file with pickles that is not listed.
     """
     try:
-        text = patiently((folder / FACTS).read_text, f"reading {folder / FACTS}")
-        record = json.loads(text)
-        if not _is_sound(text, record):
+        record, is_sound = _read(folder)
+        if not is_sound:
             return f"{FACTS} does not match its own checksum"
         if record["schema"] != SCHEMA:
             return None
@@ -103,6 +102,13 @@ def record_text(content: dict[str, Any]) -> str:
     return json.dumps(content | {"checksum": checksum}, indent=1)
 
 
+def _read(folder: Path) -> tuple[dict[str, Any], bool]:
+    """Returns a checkpoint's `checkpoint.json`, and whether it is as it was written."""
+    text = patiently((folder / FACTS).read_text, f"reading {folder / FACTS}")
+    record = json.loads(text)
+    return record, _is_sound(text, record)
+
+
 def _is_sound(text: str, record: dict[str, Any]) -> bool:
     """Returns whether a `checkpoint.json` is as it was written, to the bit. Without a checksum, only its fields are checked."""
     if "checksum" in record:
@@ -113,10 +119,9 @@ def _is_sound(text: str, record: dict[str, Any]) -> bool:
 def is_of_another_schema(folder: Path) -> bool:
     """Returns whether a checkpoint has another version's schema; this version cannot check its files."""
     try:
-        text = (folder / FACTS).read_text()
-        record = json.loads(text)
-        return record["schema"] != SCHEMA and _is_sound(text, record)
-    except (OSError, ValueError, KeyError, TypeError):
+        record, is_sound = _read(folder)
+        return record["schema"] != SCHEMA and is_sound
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -66,11 +66,7 @@ class ObjectStore:
     def facts(self, name: str) -> str:
         """Returns the text of a checkpoint's `checkpoint.json`."""
         with _told():
-            return (
-                self._client.get_object(Bucket=self._bucket, Key=self._key(name, FACTS))["Body"]
-                .read()
-                .decode(errors="replace")
-            )
+            return self._client.get_object(Bucket=self._bucket, Key=self._key(name, FACTS))["Body"].read().decode()
 
     def download(self, name: str, target: Path) -> None:
         """Downloads a checkpoint into an empty folder, without checking its files.
@@ -79,8 +75,8 @@ class ObjectStore:
             BrokenError: a file is missing, or the list cannot be read.
             StoreError: the store does not answer, or a name points outside the folder.
         """
-        record = self.facts(name)
         try:
+            record = self.facts(name)
             files = list(json.loads(record)["files"])
         except (ValueError, KeyError, TypeError):
             raise BrokenError(f"{FACTS} cannot be read") from None
@@ -144,9 +140,7 @@ def _told() -> Iterator[None]:
 
 
 def _is_missing(error: Any) -> bool:
-    """Returns whether a ClientError says that there is no such object."""
-    codes = (
-        error.response.get("ResponseMetadata", {}).get("HTTPStatusCode"),
-        error.response.get("Error", {}).get("Code"),
-    )
-    return codes[0] == 404 and codes[1] != "NoSuchBucket"
+    """Returns whether a ClientError means that an object does not exist; a missing bucket is another matter."""
+    response = error.response
+    is_404 = response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404
+    return is_404 and response.get("Error", {}).get("Code") != "NoSuchBucket"

@@ -141,7 +141,7 @@ def host_seconds(config: Config, hardware: HardwareConfig, layers: int) -> float
 
 
 def _attention(row: RowFlops, main: str, share: float, *, dense: bool) -> tuple[float, float, float, float]:
-    """Returns the forward operations of the full stream of whole rows or their halves, of other spans of queries, of the sparse stream and of selection."""
+    """Returns the forward operations of the full stream of dense rows or parts of rows, of other spans of queries, of the sparse stream and of selection."""
     full, spans, sparse, selection = 0.0, 0.0, row.sparse_attention + row.branches, row.selection
     if not row.computes_both:  # drawn queries compute no other stream
         full, sparse, selection = (row.full_attention, 0.0, 0.0) if main == "full" else (0.0, sparse, selection)

@@ -19,6 +19,7 @@ from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config.machine import this_machine
 from ssa_pretrain.errors import CheckpointError, DivergedError
 from ssa_pretrain.health import Health
+from ssa_pretrain.settings.files import file_sha256
 from support.s3_server import s3_server
 from support.training import records
 
@@ -67,6 +68,13 @@ def slow(monkeypatch):
     monkeypatch.setattr(publish, "file_sha256", lambda path: time.sleep(0.1) or read(path))
 
 
+def full_in_step_4(path: Path) -> str:
+    """Hashes a file as a save does, and fails in that of step 4 as on a full disk."""
+    if ".step_00000004.tmp" in path.parts:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return file_sha256(path)
+
+
 def intact(folder: Path) -> list[int]:
     """Returns the steps of a run's checkpoints, all of which must be intact."""
     found = sorted((folder / "checkpoints").iterdir())
@@ -108,14 +116,7 @@ def test_exit_with_an_error_waits_for_the_save_that_is_under_way(run, tmp_path, 
 
 
 def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_identical(run, plain, monkeypatch, capsys):
-    read = publish.file_sha256
-
-    def full(path: Path) -> str:
-        if ".step_00000004.tmp" in path.parts:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return read(path)
-
-    poll = BackgroundSave.poll
+    read, poll = publish.file_sha256, BackgroundSave.poll
 
     def after_its_end(self, step: int):
         """Step 5 does not end before the save does, however fast the steps are."""
@@ -123,7 +124,7 @@ def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_ide
         return poll(self, step)
 
     monkeypatch.setattr(BackgroundSave, "poll", after_its_end)
-    monkeypatch.setattr(publish, "file_sha256", full)
+    monkeypatch.setattr(publish, "file_sha256", full_in_step_4)
     with pytest.raises(CheckpointError, match=r"step 4 could not be saved in .*No space left.*earlier checkpoints are"):
         run("checkpoint.interval=2")
     monkeypatch.setattr(publish, "file_sha256", read)
@@ -135,14 +136,7 @@ def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_ide
 
 def test_last_save_is_made_although_the_one_before_it_failed(run, plain, monkeypatch, capsys):
     """As if the disk were full for a while, and the run ended before the failure was noticed."""
-    read = publish.file_sha256
-
-    def full(path: Path) -> str:
-        if ".step_00000004.tmp" in path.parts:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return read(path)
-
-    monkeypatch.setattr(publish, "file_sha256", full)
+    monkeypatch.setattr(publish, "file_sha256", full_in_step_4)
     monkeypatch.setattr(saving.Saver, "after_step", lambda *_: None)
     folder = run("checkpoint.interval=4")
     assert "step 4 could not be saved" in (text := capsys.readouterr().err) and "; step 6 is saved now" in text
