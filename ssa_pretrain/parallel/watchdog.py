@@ -5,7 +5,7 @@ One writes a heartbeat to the launcher's folder (process.py) once per beat, and 
 The other publishes the heartbeat in the process group's store, over a connection of its own. When a phase exceeds its limit on some rank
 
     every such rank publishes its stack and a last word;
-    after GRACE beats, the lowest rank that still beats judges who is missing (heartbeat.py) and publishes the verdict;
+    after GRACE beats, the lowest rank that still beats judges who is missing (heartbeat.py), publishes the verdict, and stays until the others have it;
     rank 0's log and `hang.txt` in the run's folder get the names and the stacks; all ranks end with exit code 8.
 
 The limit of a training step is `parallel.hang_minutes`, by default 20 times the median step but at least two minutes. The first steps of a process compile, and
@@ -58,9 +58,10 @@ PAUSED_BEATS = 5  # without a beat of its own: this process did not run
 WARM_STEPS = 5  # training steps of a process that may compile
 USUAL_FACTOR, LEAST_SECONDS = 20.0, 120.0  # the limit of a step, from the median step
 SHARE_OF_TIMEOUT = 0.9  # of a collective's timeout: the watchdog comes first
-ANSWER_SECONDS = 10.0  # for the store to answer after the ranks are stuck; rank 0 may host it
+ANSWER_SECONDS = 10.0  # for the store to answer after the ranks are stuck, and for the ranks to read the verdict
 OWN_WORK = 6.0  # times as long may a rank work by itself, outside of measured steps, as it may wait
 KEY, VERDICT = "ssa_pretrain/beat", "ssa_pretrain/hang"
+READ = "ssa_pretrain/hang_read"  # how many ranks have read the verdict
 REPORT = "hang.txt"
 
 
@@ -204,16 +205,19 @@ class Watchdog:
         """Publishes a beat and reads those of the others as far as needed."""
         store.set(f"{KEY}/{self.rank}", beat.encode())
         if store.check([VERDICT]):
-            self._end(store.get(VERDICT).decode(), follows=True)
+            self._follow(store)
         if self._rank_0 is None and store.check([f"{KEY}/0"]):
             self._rank_0 = Beat.decode(store.get(f"{KEY}/0"))
         if self.rank == 0 and self._trained >= WINDOW:
             beats = self._read(store)
             if len(beats) == self.world_size and (line := self._stragglers.check(beats)):
                 self.print_line(line)
-        if beat.is_stuck and (verdict := self._judge(store)):
-            decided = store.compare_set(VERDICT, "", verdict).decode()
-            self._end(decided, follows=decided != verdict)
+        if beat.is_stuck and (judged := self._judge(store)):
+            verdict, readers = judged
+            if store.compare_set(VERDICT, "", verdict).decode() == verdict:
+                self._end(verdict, lambda: _wait_for_readers(store, readers), follows=False)
+            else:
+                self._follow(store)
 
     def _beat(self) -> Beat:
         """Returns this rank's state now."""
@@ -253,8 +257,8 @@ class Watchdog:
         self._known |= {r for r in range(self.world_size) if r not in self._known and store.check([f"{KEY}/{r}"])}
         return [Beat.decode(text) for text in store.multi_get([f"{KEY}/{rank}" for rank in sorted(self._known)])]
 
-    def _judge(self, store: Store) -> str | None:
-        """Returns the report on who is missing, if it is this rank that writes it; takes GRACE beats."""
+    def _judge(self, store: Store) -> tuple[str, int] | None:
+        """Returns the report on who is missing and how many others can read it, if it is this rank that writes it; takes GRACE beats."""
         before = {beat.rank: beat.count for beat in self._read(store)}
         for _ in range(GRACE):
             if self._ended.wait(self._interval) or self._latest is None or not self._latest.is_stuck:
@@ -265,18 +269,23 @@ class Watchdog:
         silent |= set(range(self.world_size)) - {beat.rank for beat in beats}
         if self.rank != min(set(range(self.world_size)) - silent, default=0):
             return None
-        return report(beats, silent, self._folder)
+        return report(beats, silent, self._folder), self.world_size - len(silent) - 1
 
-    def _end(self, text: str, *, follows: bool) -> None:
-        """Ends this process with the verdict. The rank that has judged prints it."""
+    def _follow(self, store: Store) -> None:
+        """Ends this process with the verdict of another rank."""
+        verdict = store.get(VERDICT).decode()
+        store.add(READ, 1)
+        self._end(verdict, lambda: None, follows=True)
+
+    def _end(self, text: str, at_last: Callable[[], None], *, follows: bool) -> None:
+        """Ends this process with the verdict, after a last act. The rank that has judged prints it."""
         with self._reporting:
             if self._ended.is_set():
                 return
             if not follows:
                 _append(self._folder / REPORT, text)
                 self.print_line(text)
-            # The others read it meanwhile: this rank may host the store.
-            self._leave(text, follows=follows, pause=0.0 if follows else 2 * self._interval)
+            self._leave(text, at_last, follows=follows)
 
     def _end_alone(self, beat: Beat) -> None:
         """Ends this process without the others' view: it has no peers, or the store does not answer."""
@@ -292,28 +301,26 @@ class Watchdog:
                     text = "\n".join([first, *text.splitlines()[1:]])
             self.print_line(text)
             _append(self._folder / REPORT, text)
-            self._leave(text, follows=False)
+            self._leave(text, lambda: None, follows=False)
 
-    def _leave(self, text: str, *, follows: bool, pause: float = 0.0) -> None:
-        """Ends this process after `on_hang`, whatever that does."""
+    def _leave(self, text: str, at_last: Callable[[], None], *, follows: bool) -> None:
+        """Ends this process with exit code 8 after `on_hang`, whatever that does, and after telling its launcher why."""
         try:
             self.on_hang(text)
         finally:
-            time.sleep(pause)
-            leave(self.rank, text.partition("\n")[0], follows=follows)
+            if folder := launch_folder():
+                sentence = text.partition("\n")[0]
+                write_exit(
+                    folder, RankExit(self.rank, ExitCode.HUNG, sentence, of_one_rank=not follows, follows=follows)
+                )
+            at_last()
+            exit_now(ExitCode.HUNG)
 
     def _write_local(self, beat: Beat) -> None:
         """Writes the beat for this node's launcher."""
         if folder := launch_folder():
             with suppress(OSError):
                 write_beat(folder, self.rank, beat.encode())
-
-
-def leave(rank: int, sentence: str, *, follows: bool) -> None:
-    """Ends this process with exit code 8 after telling its launcher why."""
-    if folder := launch_folder():
-        write_exit(folder, RankExit(rank, ExitCode.HUNG, sentence, of_one_rank=not follows, follows=follows))
-    exit_now(ExitCode.HUNG)
 
 
 def _append(path: Path, text: str) -> None:
@@ -327,6 +334,14 @@ def _connect() -> Store:
     store = dist.distributed_c10d._get_default_store().clone()
     store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
     return store
+
+
+def _wait_for_readers(store: Store, count: int) -> None:
+    """Waits until that many ranks have read the verdict: this rank may host the store."""
+    end = time.monotonic() + ANSWER_SECONDS
+    with suppress(RuntimeError):
+        while store.add(READ, 0) < count and time.monotonic() < end:
+            time.sleep(0.1)
 
 
 def _collectives() -> dict[str, int]:

@@ -5,15 +5,18 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from ssa_pretrain.config import ParallelConfig
 from ssa_pretrain.launch import supervision
 from ssa_pretrain.launch.supervision import RERUN, Supervisor, find_processes
 from ssa_pretrain.parallel import watchdog as module
+from ssa_pretrain.parallel.heartbeat import Beat
 from ssa_pretrain.parallel.watchdog import LEAST_SECONDS, WARM_STEPS, Watchdog
 from support.processes import SUPPORT, environment, free_port
 from support.rank_for_watchdog import HANGS_AT
@@ -38,7 +41,6 @@ def run(folder: Path, *modes: str, hang_minutes: float = 5.0) -> tuple[int, str]
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervision, "HUNG_SECONDS", 2.0)
     monkeypatch.setattr(supervision, "HELPER_SECONDS", 1.0)
 
 
@@ -99,9 +101,32 @@ def test_normal_run_names_nobody_and_leaves_no_files(tmp_path: Path, capfd: pyte
     assert sorted(path.name for path in tmp_path.iterdir()) == ["up_0", "up_1"]
 
 
-def watch(world_size: int = 1, **settings: float) -> Watchdog:
-    placement = SimpleNamespace(rank=0, world_size=world_size)
-    return Watchdog(placement, ParallelConfig(**settings), Path())  # type: ignore[arg-type]
+def watch(world_size: int = 1, rank: int = 0, folder: Path = Path(), **settings: float) -> Watchdog:
+    placement = SimpleNamespace(rank=rank, world_size=world_size)
+    return Watchdog(placement, ParallelConfig(**settings), folder)  # type: ignore[arg-type]
+
+
+def test_rank_that_has_judged_stays_until_the_others_have_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(module, "exit_now", lambda code: ended.append(threading.current_thread().name))
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.01)
+    store, printed = dist.HashStore(), []
+    judge, other = watch(2, folder=tmp_path), watch(2, rank=1, folder=tmp_path)
+    judge.print_line = other.print_line = printed.append
+    monkeypatch.setattr(judge, "_judge", lambda store: ("hang: rank 1 does not move\n  its stack", 1))
+    stuck = Beat(0, seconds=2.0, limit=1.0)
+    thread = threading.Thread(target=judge._exchange, args=(store, stuck), name="judge")
+    thread.start()
+    while not store.check([module.VERDICT]):
+        time.sleep(0.01)
+    thread.join(0.3)  # rank 1 is late
+    other._exchange(store, replace(stuck, rank=1))
+    thread.join()
+    assert ended == [threading.current_thread().name, "judge"]
+    assert printed == ["hang: rank 1 does not move\n  its stack"]
+    assert (tmp_path / "hang.txt").read_text().count("hang: ") == 1
 
 
 def test_limit_is_measured_after_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
