@@ -5,7 +5,7 @@
 #   TORCH_INDEX=url              the index for CPU builds of torch (see launchers/setup.sh); empty: only pip's own index
 #   FAULTS="sigterm --again"      rows of `make test-faults`; by default those that have no results yet
 #   PYTEST_ARGS="-k select -x"   is passed to pytest
-#   PARTS="speed layouts"        what test-gpu2 runs; empty: all
+#   PARTS="speed layouts"        what test-gpu2 runs; empty: all but "rows"
 #   TABLE=docs/results/two_gpus.md  where test-gpu2 writes its results
 
 VENV ?= .venv

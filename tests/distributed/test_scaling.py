@@ -13,6 +13,7 @@ CASES = [
     Case(layout="tp2", length="8k", gpus=2, settings=TP2),
     Case(layout="pp2 vpp2", length="8k", gpus=2, settings=VPP2),
     Case(layout="dp2", length="8k", gpus=2, kind="save", then=TP2),
+    Case(layout="tp2, 4 rows", length="8k", gpus=2, settings=TP2, rows=4),
 ]
 
 
@@ -36,6 +37,11 @@ def test_layouts_train_the_same_rows_to_the_same_losses(results):
     assert wanted["losses"][0] != wanted["losses"][1]
     assert full["variant"] == "full" and "losses" not in full and full["tokens_per_second"] > 0
     assert 0.0 <= wanted["exposed"] < 1.0 and wanted["traced_ms"] > 0
+
+
+def test_rows_of_its_own_have_no_losses_to_compare(results):
+    (found,) = results["tp2, 4 rows, 8k"]
+    assert "losses" not in found and found["microbatches"] == 2 and found["tokens_per_second"] > 0
 
 
 def test_saved_layout_resumes_on_another(results):

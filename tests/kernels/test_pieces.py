@@ -14,7 +14,7 @@ TOKENS, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 8
 
 @pytest.fixture
 def dense(monkeypatch):
-    """Replaces cuDNN's two operators and the merging kernel by float64 mathematics, and lets pieces be short."""
+    """Replaces cuDNN's two operators by float64 mathematics, and lets pieces be short. Returns the (rows, queries, causal) of their calls."""
 
     def scores(q, k, causal, scale):
         logits = scale * torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(HEADS // KV_HEADS, 2))
@@ -35,9 +35,19 @@ def dense(monkeypatch):
         dk, dv = (by_key(torch.einsum("bhts,bthd->bshd", *pair)) for pair in ((ds, q), (p, grad_o)))
         return dq, dk, dv
 
-    monkeypatch.setattr(module, "dense_forward", forward)
-    monkeypatch.setattr(module, "dense_backward", backward)
+    calls = {"forward": [], "backward": []}
+
+    def counted(name, act):
+        def call(*args, causal, scale):
+            calls[name].append((*args[0].shape[:2], causal))
+            return act(*args, causal=causal, scale=scale)
+
+        return call
+
+    monkeypatch.setattr(module, "dense_forward", counted("forward", forward))
+    monkeypatch.setattr(module, "dense_backward", counted("backward", backward))
     monkeypatch.setattr(module, "SHORTEST", 1)
+    return calls
 
 
 def spans_of(cp, rank, rows):
@@ -46,36 +56,61 @@ def spans_of(cp, rank, rows):
     return layout, query_spans(layout, chunk_spans(TOKENS, cp, rank))
 
 
+def attend(mine, rows, grad, q, k, v):
+    """Returns (o, lse, dq, dk, dv) of the queries of spans, as the choice of the kernel calls the pieces."""
+    # The plan is made for bf16, which fused kernels take; the mathematics runs in float64.
+    plan, ends = plan_fused(q.bfloat16(), k.bfloat16(), mine, num_rows=rows, backend=None, scale=HEAD_DIM**-0.5)
+    assert plan.backend == "cudnn" and not plan.spans
+    o, lse, *states = fused_forward(q, k, v, ends, plan)
+    return o, lse[0], *fused_backward(grad, q, k, v, o, lse, tuple(states), ends, plan)
+
+
+def inputs():
+    """Returns (q, k, v, gradient of the output) of TOKENS tokens."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(TOKENS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 @pytest.mark.parametrize("cp", [2, 4])
 def test_pieces_equal_the_whole_rows(dense, cp, rows):
     """Outputs, log-sum-exps and gradients of all ranks, as the choice of the kernel calls them, against one call with all queries."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(TOKENS, heads, HEAD_DIM, dtype=torch.float64, generator=generator, requires_grad=True)
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
-    )
-    grad = torch.randn(q.shape, dtype=torch.float64, generator=generator)
+    q, k, v, grad = inputs()
     layout, _ = spans_of(cp, 0, rows)
-    whole, whole_lse = full_attention(q, k, v, cu_seqlens=layout, return_lse=True)
-    wanted = torch.autograd.grad(whole, (q, k, v), grad)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    whole, whole_lse = full_attention(*leaves, cu_seqlens=layout, return_lse=True)
+    wanted = torch.autograd.grad(whole, leaves, grad)
     sums = [torch.zeros_like(k), torch.zeros_like(v)]
     for rank in range(cp):
         _, mine = spans_of(cp, rank, rows)
         places = torch.cat([torch.arange(span.first, span.end) for span in mine.spans])
-        q_own, keys = q.detach()[places], (k.detach(), v.detach())
-        # The plan is made for bf16, which fused kernels take; the mathematics runs in float64.
-        plan, ends = plan_fused(
-            q_own.bfloat16(), keys[0].bfloat16(), mine, num_rows=rows, backend=None, scale=HEAD_DIM**-0.5
-        )
-        assert plan.backend == "cudnn" and not plan.spans
-        o, lse, *states = fused_forward(q_own, *keys, ends, plan)
+        o, lse, dq, dk, dv = attend(mine, rows, grad[places], q[places], k, v)
         torch.testing.assert_close(o, whole[places], rtol=1e-6, atol=1e-6)  # merged in float32
-        torch.testing.assert_close(lse[0].double(), whole_lse[places], rtol=1e-6, atol=1e-6)
-        dq, dk, dv = fused_backward(grad[places], q_own, *keys, o, lse, tuple(states), ends, plan)
+        torch.testing.assert_close(lse.double(), whole_lse[places], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(dq, wanted[0][places], rtol=1e-5, atol=1e-6)
         sums = [total + part for total, part in zip(sums, (dk, dv), strict=True)]
     torch.testing.assert_close(sums, list(wanted[1:]), rtol=1e-5, atol=2e-6)
+
+
+def test_triangles_of_one_length_are_one_call(dense):
+    """Spans as a sample of the queries has them: two of a length in each row; then one of each of two others."""
+    q, k, v, grad = inputs()
+    spans = [(4, 4), (12, 4), (16, 4), (28, 4), (36, 8), (52, 10)]
+    mine = query_spans(spans_of(2, 0, 4)[0], spans)
+    places = torch.cat([torch.arange(span.first, span.end) for span in mine.spans])
+    outside = torch.ones(TOKENS, dtype=torch.bool).index_fill(0, places, False)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    whole, whole_lse = full_attention(*leaves, cu_seqlens=spans_of(2, 0, 4)[0], return_lse=True)
+    wanted = torch.autograd.grad(whole, leaves, grad.masked_fill(outside[:, None, None], 0.0))
+    o, lse, *grads = attend(mine, 4, grad[places], q[places], k, v)
+    found = [x.double() for x in grads]  # those of keys are summed in float32
+    torch.testing.assert_close(o, whole[places], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse.double(), whole_lse[places], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, [wanted[0][places], *wanted[1:]], rtol=1e-5, atol=2e-6)
+    triangles = [(4, 4, True), (1, 8, True), (1, 10, True)]
+    rectangles = [(1, 4, False)] * 3 + [(1, 8, False), (1, 10, False)]  # the third span begins a row
+    assert sorted(dense["forward"]) == sorted(dense["backward"]) == sorted(triangles + rectangles)
 
 
 def test_pieces_of_two_ranks():

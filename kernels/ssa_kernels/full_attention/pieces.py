@@ -1,13 +1,16 @@
-"""Full attention of spans of queries in equal rows, by torch's cuDNN kernels for dense matrices: two calls per piece of a row.
+"""Full attention of spans of queries in equal rows, by torch's cuDNN kernels for dense matrices.
 
 A piece is what a span holds of one row: queries [a, b) of the row. Its keys are a rectangle, those before a, which every query sees, and a
 triangle, [a, b), under the causal mask. cuDNN computes both at its full speed, where its kernels for packed documents and causal masks
 aligned at the bottom right take 1.3 to 1.6 times as long. The two outputs are merged by their log-sum-exps
-(merge_triton.py).
+(merge_triton.py). A piece without keys before it, such as whole rows, has only the triangle.
+
+The triangles of neighbouring pieces of one length are one call over a copy of their keys: a sample of queries has several short pieces per
+layer, and each call costs the host time.
 
 The backward needs no merging. With the merged lse, P = exp(scale q k - lse) and dS = P (dP - rowsum(dO O)) are those of the whole softmax in
 each part, so dQ is the sum of the parts' and each key's gradient comes from the one part that it is in. (Ring attention, arXiv 2310.01889,
-does the same around a ring of devices.) A piece without keys before it, such as whole rows, is one call.
+does the same around a ring of devices.)
 
 What it adds in rounding: the two outputs are rounded to bf16 before they are merged, and the two dQ before they are added. Gradients of keys
 are summed over pieces in float32.
@@ -15,8 +18,8 @@ are summed over pieces in float32.
 Shapes follow from the spans alone, and cuDNN builds a graph for each; spans whose lengths change from batch to batch belong to te.py.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -60,6 +63,37 @@ class Piece:
         return slice(self.key, self.key + self.before)
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Neighbouring pieces of one length."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def queries(self) -> slice:
+        """The queries of all pieces."""
+        return slice(self.pieces[0].query, self.pieces[-1].queries.stop)
+
+    def of_queries(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the queries' part of x [all queries, ...] as [rows, length, ...]."""
+        return x[self.queries].unflatten(0, (-1, self.pieces[0].length))
+
+    def of_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the part of x [all keys, ...] for the same tokens as [rows, length, ...]; a copy of several pieces'."""
+        parts = [x[piece.own_keys] for piece in self.pieces]
+        own = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return own.unflatten(0, (-1, self.pieces[0].length))
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns each piece's part of x [rows, ...]."""
+        return x.split([piece.rows for piece in self.pieces])
+
+
+def batches_of(pieces: tuple[Piece, ...]) -> list[Batch]:
+    """Returns the pieces in runs of equal length."""
+    return [Batch(tuple(run)) for _, run in groupby(pieces, key=lambda piece: piece.length)]
+
+
 def pieces_of(spans: tuple[QuerySpan, ...], num_tokens: int, num_rows: int) -> tuple[Piece, ...]:
     """Returns the pieces of spans of `num_rows` equal rows with `num_tokens` tokens in all, or none if one is too short for cuDNN."""
     row_length, found, query = num_tokens // num_rows, [], 0
@@ -93,17 +127,19 @@ def pieces_forward(
     from .merge_triton import merge  # imported here because Triton may be missing on a CPU machine
 
     out, lse, states = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32), []
-    for piece in pieces:
-        own, (q_own, k_own, v_own) = piece.queries, _own(piece, q, k, v)
+    for batch in batches_of(pieces):
+        q_own, k_own, v_own = batch.of_queries(q), batch.of_keys(k), batch.of_keys(v)
         o, lse_BHT, *states = dense_forward(q_own, k_own, v_own, causal=True, scale=scale)
-        if not piece.before:
-            out[own].copy_(o.reshape(out[own].shape))
-            lse[own].view(piece.rows, piece.length, -1).copy_(lse_BHT.transpose(1, 2))
-            continue
-        o_before, lse_before, *_ = dense_forward(
-            q_own, k[piece.earlier_keys][None], v[piece.earlier_keys][None], causal=False, scale=scale
-        )
-        merge(o[0], o_before[0], lse_BHT[0], lse_before[0], out[own], lse[own])
+        for piece, o_own, lse_own in zip(batch.pieces, batch.split(o), batch.split(lse_BHT), strict=True):
+            queries, earlier = piece.queries, piece.earlier_keys
+            if not piece.before:
+                out[queries].copy_(o_own.reshape(out[queries].shape))
+                lse[queries].view(piece.rows, piece.length, -1).copy_(lse_own.transpose(1, 2))
+                continue
+            o_before, lse_before, *_ = dense_forward(
+                q[queries][None], k[earlier][None], v[earlier][None], causal=False, scale=scale
+            )
+            merge(o_own[0], o_before[0], lse_own[0], lse_before[0], out[queries], lse[queries])
     # Without dropout the generator states are never read, so the last call's stand for all.
     return out, lse[None], states[0], states[1]
 
@@ -123,36 +159,32 @@ def pieces_backward(
     """Returns (dq, dk, dv) in the shapes of q, k and v, dk and dv in float32; the other arguments are the forward's arguments and results."""
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-    for piece, part in _parts(pieces):
-        queries, causal = piece.queries, part == piece.own_keys
-        lse_BHT = lse[0, queries].view(piece.rows, piece.length, -1).transpose(1, 2).contiguous()
-        grad_part, q_part, o_part = (_by_row(x[queries], piece.rows) for x in (grad_o, q, o))
-        k_part, v_part = (_by_row(x[part], piece.rows) for x in (k, v))
-        dq_part, dk_part, dv_part = dense_backward(
-            grad_part, q_part, o_part, k_part, v_part, lse_BHT, states, causal=causal, scale=scale
+    batches = batches_of(pieces)
+    lses = [batch.of_queries(lse[0]).transpose(1, 2).contiguous() for batch in batches]
+    for batch, lse_BHT in zip(batches, lses, strict=True):
+        grad_own, q_own, o_own = map(batch.of_queries, (grad_o, q, o))
+        k_own, v_own = map(batch.of_keys, (k, v))
+        dq_own, *of_keys = dense_backward(
+            grad_own, q_own, o_own, k_own, v_own, lse_BHT, states, causal=True, scale=scale
         )
-        own = dq[queries]
-        own.copy_(dq_part.reshape(own.shape)) if causal else own.add_(dq_part.reshape(own.shape))
-        for sums, found in ((dk[part], dk_part), (dv[part], dv_part)):
-            sums.add_(found.reshape(sums.shape))  # dk[part] += ... would also copy the sums onto themselves
+        dq[batch.queries].copy_(dq_own.reshape(dq[batch.queries].shape))
+        # No two pieces have the same keys of their own, and nothing has been added to the sums yet: one launch stores all.
+        sums = [x[piece.own_keys] for x in (dk, dv) for piece in batch.pieces]
+        found = [part.flatten(0, 1) for x in of_keys for part in batch.split(x)]
+        torch._foreach_copy_(sums, found)  # pyright: ignore[reportPrivateImportUsage]
+    for batch, lse_BHT in zip(batches, lses, strict=True):
+        for piece, lse_piece in zip(batch.pieces, batch.split(lse_BHT), strict=True):
+            if not piece.before:
+                continue
+            queries, earlier = piece.queries, piece.earlier_keys
+            grad_part, q_part, o_part = (x[queries][None] for x in (grad_o, q, o))
+            k_part, v_part = k[earlier][None], v[earlier][None]
+            dq_part, dk_part, dv_part = dense_backward(
+                grad_part, q_part, o_part, k_part, v_part, lse_piece, states, causal=False, scale=scale
+            )
+            for sums, found in ((dq[queries], dq_part), (dk[earlier], dk_part), (dv[earlier], dv_part)):
+                sums.add_(found[0])  # dk[earlier] += ... would also copy the sums onto themselves
     return dq, dk, dv
-
-
-def _parts(pieces: tuple[Piece, ...]) -> Iterator[tuple[Piece, slice]]:
-    """Returns each piece with the keys of its triangle, and then with those of its rectangle if it has one."""
-    for piece in pieces:
-        yield piece, piece.own_keys
-        if piece.before:
-            yield piece, piece.earlier_keys
-
-
-def _own(piece: Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Returns the piece's queries, and the keys and values of the same tokens, as [rows, length, heads, D]."""
-    return tuple(_by_row(x, piece.rows) for x in (q[piece.queries], k[piece.own_keys], v[piece.own_keys]))
-
-
-def _by_row(x: torch.Tensor, rows: int) -> torch.Tensor:
-    return x.view(rows, -1, *x.shape[1:])
 
 
 def dense_forward(

@@ -86,6 +86,7 @@ class Case:
         rounds: timed steps of each variant.
         kind: "speed", or "save" for an asynchronous checkpoint.
         then: for "save", the settings of the layout that resumes.
+        rows: per microbatch; 0: the size's. Another number draws other streams, so losses are not compared.
     """
 
     layout: str
@@ -97,6 +98,7 @@ class Case:
     rounds: int = 2
     kind: str = "speed"
     then: tuple[str, ...] = ()
+    rows: int = 0
 
     @property
     def name(self) -> str:
@@ -163,6 +165,9 @@ def two_gpus() -> dict[str, list[Job]]:
         )
         for stage in (1, 2, 3)
     ]
+    base = Case(layout=ONE_GPU, length="8k", gpus=1, variants=(SSA, QUARTER), rounds=4)
+    # Longer microbatches: their products hide more of the communication, and the host launches half as much per token.
+    larger = [replace(case, layout=f"{case.layout}, 4 rows", rows=4, exposed=()) for case in (base, tp2, overlapped)]
     plain = Case(layout="dp2", length="8k", gpus=2)
     save = Case(layout="dp2", length="8k", gpus=2, kind="save", then=TP2)
     return {
@@ -170,6 +175,7 @@ def two_gpus() -> dict[str, list[Job]]:
             *both_gpus_alone(every),
             Job(gpus=2, cases=[dp2, tp2, cp2, vpp2, overlapped, long_tp2, long_dp2, pp2, fp8_cp2]),
         ],
+        "rows": [Job(gpus=1, cases=[base]), Job(gpus=1, cases=larger[:1]), Job(gpus=2, cases=larger[1:])],
         "save": [Job(gpus=2, cases=[save])],
         # Each in processes of its own: DeepSpeed keeps an engine's memory after it.
         "deepspeed": [Job(gpus=2, cases=[case]) for case in (plain, *zero)],
@@ -258,7 +264,7 @@ def case_config(case: Case, size: Size, host_gpus: int, settings: tuple[str, ...
         *size.settings,
         f"data.sequence_length={length}",
         f"model.rope_scaling.enabled={str(case.length == '32k').lower()}",
-        f"training.micro_batch_size={size.rows[case.length]}",
+        f"training.micro_batch_size={case.rows or size.rows[case.length]}",
         f"training.global_batch_tokens={fixed_rows(case.length, host_gpus) * length}",
         "data.path=none",
         *of_layout,

@@ -39,7 +39,7 @@ TRACES = 2  # traced steps; the one that waits least counts, since a busy host o
 
 
 def measure(case: Case, size: Size, placement: Placement, host_gpus: int) -> list[dict[str, Any]]:
-    """Returns a case's results, one per variant; the first has the losses and the time of the fixed global batch.
+    """Returns a case's results, one per variant; the first has the losses and the time of the fixed global batch, unless the case has rows of its own.
 
     Args:
         case: layout, length and variants.
@@ -51,7 +51,7 @@ def measure(case: Case, size: Size, placement: Placement, host_gpus: int) -> lis
     fixed = case_config(case, size, host_gpus)
     weak = with_equal_share(fixed, case, size)
     engine = build_engine(fixed, placement, fixed.model.vocab_size)
-    first = losses(engine, fixed, placement, steps=LOSS_STEPS[case.length])
+    first = {} if case.rows else losses(engine, fixed, placement, steps=LOSS_STEPS[case.length])
     if weak.engine.name is EngineName.deepspeed:  # its number of microbatches is fixed
         del engine
         release()
