@@ -52,6 +52,7 @@ UNDER_ZERO = {  # name -> settings, the run on megatron-core that it equals
     "decayed.bf16.zero1": (zero(1, DECAYED | BF16), "decayed.bf16"),
     "decayed.bf16.zero3": (zero(3, DECAYED | BF16), "decayed.bf16"),
 }
+ON_FOUR = {"core": DECAYED | TP2, "zero1": zero(1, DECAYED | TP2), "zero3": zero(3, DECAYED | TP2)}  # pieces of parts
 RESHAPED = {  # name -> the checkpoint of two processes, and the settings that load it
     "decayed.zero1.as_zero2": ("decayed.zero1", zero(2, DECAYED | TP2)),
     "decayed.zero3.tp2_sp": ("decayed.zero3", zero(3, DECAYED | TP2)),
@@ -108,11 +109,18 @@ def one_process() -> list[dict]:
     return jobs
 
 
+def four_processes() -> list[dict]:
+    """Returns the jobs of two tensor ranks and two data ranks."""
+    return [train(f"four.{name}", settings) for name, settings in ON_FOUR.items()] if HAS_DEEPSPEED else []
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, list]:
     """Runs all jobs and returns the results of each, on which its ranks must agree."""
     folder, found = tmp_path_factory.mktemp("optimizers"), {}
-    for world, jobs in ((2, two_processes()), (1, one_process())):
+    for world, jobs in ((2, two_processes()), (1, one_process()), (4, four_processes())):
+        if not jobs:
+            continue
         listing = folder / f"jobs{world}.json"
         listing.write_text(json.dumps(jobs))
         run_workers(WORKER, world, str(listing), str(folder), timeout=1200)
@@ -167,6 +175,12 @@ def test_muon_under_zero_is_that_of_megatron(results, name):
         require_means_as_near(*(torch.tensor(each, dtype=torch.float64) for each in rows))
     else:
         close(found, wanted)
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_muon_under_zero_and_tensor_parallelism_is_that_of_megatron(results, stage):
+    close(results[f"four.zero{stage}"], results["four.core"])
 
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
