@@ -70,16 +70,22 @@ class HostCopies:
         return found
 
     def tree(self, name: str, live: Any) -> Any:
-        """Returns a copy of nested dicts, lists and tuples, with copies of the tensors and other values in them."""
+        """Returns a copy of nested dicts, lists and tuples, with copies of the tensors and other values in them; of a tensor that occurs twice, one."""
+        return self._tree(name, live, {})
+
+    def _tree(self, name: str, live: Any, copied: dict[int, Tensor]) -> Any:
+        """Returns `tree`'s copy; `copied` has the copies of tensors by their identity."""
         if isinstance(live, Tensor):
-            return self.tensor(name, live)
+            if id(live) not in copied:
+                copied[id(live)] = self.tensor(name, live)
+            return copied[id(live)]
         if isinstance(live, dict):
             found = copy.copy(live)  # keeps the type and its attributes
             for key, value in live.items():
-                found[key] = self.tree(f"{name}.{key}", value)
+                found[key] = self._tree(f"{name}.{key}", value, copied)
             return found
         if type(live) in (list, tuple):
-            return type(live)(self.tree(f"{name}.{i}", value) for i, value in enumerate(live))
+            return type(live)(self._tree(f"{name}.{i}", value, copied) for i, value in enumerate(live))
         return copy.deepcopy(live)
 
     def _new_buffer(self, live: Tensor) -> Tensor:

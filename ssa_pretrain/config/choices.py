@@ -65,7 +65,7 @@ class AdamImpl(StrEnum):
     """Implementation of AdamW."""
 
     torch = "torch"  # torch's fused AdamW, on a GPU or a CPU; nothing is compiled
-    deepspeed = "deepspeed"  # FusedAdam, or CPUAdam with offload_optimizer; compiled on first use, which takes minutes
+    deepspeed = "deepspeed"  # FusedAdam, or CPUAdam with offload_optimizer; compiled on first use, which takes minutes; not beside Muon
 
 
 class Recompute(StrEnum):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssa_pretrain.config import Config, PrecisionName
+from ssa_pretrain.config import Config, OptimizerName, PrecisionName
 
 
 def ds_config(config: Config, dp: int) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def generated(config: Config, dp: int) -> dict[str, Any]:
     choices, rows = config.deepspeed, max(1, config.training.micro_batch_size)
     steps = max(1, config.training.global_batch_tokens // (max(1, config.data.sequence_length) * rows * dp))
     low = config.precision.name is not PrecisionName.fp32
+    is_muon = config.optim.name is OptimizerName.muon
     grads = "fp32" if config.precision.grad_reduce_in_fp32 or not low else "bf16"
     zero: dict[str, Any] = {
         "stage": choices.zero_stage,
@@ -49,7 +50,7 @@ def generated(config: Config, dp: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": grads},
         "communication_data_type": grads,
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": False,
+        "zero_allow_untested_optimizer": is_muon,  # tests/distributed/test_optimizers.py
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on the CPU as well
         "flops_profiler": {
             "enabled": choices.flops_profiler_step > 0,

@@ -12,7 +12,7 @@ from ssa_pretrain.settings.problems import Problem, above_zero, at_least, betwee
 
 @dataclass(kw_only=True, slots=True)
 class MuonConfig:
-    """Muon's own settings; used only with optim.name=muon. Learning rate, weight decay and clipping are optim's."""
+    """Muon's own settings; used only with optim.name=muon, in either engine. Learning rate, weight decay and clipping are optim's."""
 
     momentum: float = 0.95  # decay rate of the running mean of the gradients
     nesterov: bool = True  # mix the newest gradient into the mean once more before it is orthogonalised

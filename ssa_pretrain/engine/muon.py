@@ -30,6 +30,7 @@ class SplitMuon(torch.optim.Muon):
     """Muon whose groups name the matrices that their parameters hold.
 
     Attributes:
+        MOMENTUM: name of the momentum in the state.
         found_inf: scalar on the device; a step while it is 1 changes no weight and no momentum. None: every step counts.
 
     Args:
@@ -38,6 +39,8 @@ class SplitMuon(torch.optim.Muon):
         dtype: of the orthogonalisation, bf16 or fp32.
         tensor_ranks: the ranks that share the parameters.
     """
+
+    MOMENTUM = "momentum_buffer"
 
     def __init__(
         self,
@@ -72,32 +75,32 @@ class SplitMuon(torch.optim.Muon):
         """Gives every parameter the momentum of step 0 that has none yet."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if "momentum_buffer" not in self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                if self.MOMENTUM not in self.state[parameter]:
+                    self.state[parameter][self.MOMENTUM] = torch.zeros_like(parameter)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Takes one parameter's step."""
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum, weight, lr = state["momentum_buffer"], 1 - group["momentum"], group["lr"]
+        if self.MOMENTUM not in state:
+            state[self.MOMENTUM] = torch.zeros_like(parameter)
+        momentum, weight, lr = state[self.MOMENTUM], 1 - group["momentum"], group["lr"]
         if self.found_inf is not None:  # factors of 0 leave every bit, once the gradient is finite
             skip, taken = self.found_inf.bool(), 1.0 - self.found_inf.float()
             grad.masked_fill_(skip, 0.0)
             weight, lr = weight * taken, lr * taken
         momentum.lerp_(grad, weight)
         update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        update = self._orthogonal(update, group)
+        update = self._orthogonal(update.to(self._dtype), group, update.dtype)
         parameter.mul_(1 - lr * group["weight_decay"])
         if self.found_inf is None:
             parameter.add_(update, alpha=-lr)
         else:
             parameter.sub_(update * lr)
 
-    def _orthogonal(self, update: Tensor, group: dict[str, Any]) -> Tensor:
-        """Returns this tensor rank's part of the scaled orthogonal factors of an update's matrices."""
-        narrow, ranks, kind = update.to(self._dtype), self._tensor_ranks, group["kind"]
+    def _orthogonal(self, narrow: Tensor, group: dict[str, Any], dtype: torch.dtype) -> Tensor:
+        """Returns, in `dtype`, this tensor rank's part of the scaled orthogonal factors of an update's matrices."""
+        ranks, kind = self._tensor_ranks, group["kind"]
         tp = 1 if ranks is None else dist.get_world_size(ranks)
         whole = narrow
         if ranks is not None and tp > 1:
@@ -108,7 +111,7 @@ class SplitMuon(torch.optim.Muon):
         found = []
         for matrix in split(whole, group["rows"]):
             scale = update_scale(matrix.shape, MuonScale(group["adjust_lr_fn"]))
-            found.append(orthogonalise(matrix, *settings).to(update.dtype) * scale)
+            found.append(orthogonalise(matrix, *settings).to(dtype) * scale)
         if tp == 1:
             return join(found, group["rows"])
         return sharding.part(kind, join(found, group["rows"]), tp, dist.get_rank(ranks))

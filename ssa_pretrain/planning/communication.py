@@ -9,7 +9,7 @@ eight ranks per node it has eight adapters. Latencies are those that NCCL plans 
 | tp | hidden states, gathered before and summed after each pair of products | in each layer, both directions |
 | cp | keys and values, gathered; their gradients in fp32, summed | in each layer |
 | pp | hidden states and their gradients, to the next and the previous stage; a tied embedding's gradients | each microbatch; once |
-| dp | gradients, summed; weights, gathered (ZeRO 2: gradients, 3: also weights, each microbatch) | once per step |
+| dp | gradients, summed; weights, gathered (ZeRO 2: gradients, 3: also weights, each microbatch); Muon's updates under ZeRO, gathered | once per step |
 
 The data ranks' group includes the context ranks, which have the same weights. What `overlap_grad_reduce` and `overlap_param_gather` hide is limited by
 the time of the computation beside it. Hidden communication still slows that computation, since it takes processors and bandwidth of the memory:
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from ssa_pretrain.config import Config, EngineName, OptimizerName, PrecisionName, Recompute
 from ssa_pretrain.config.hardware import HardwareConfig
+from ssa_pretrain.model.matrices import whole_shapes
 from ssa_pretrain.planning.work import Rank
 
 GIGA = 1e9
@@ -175,15 +176,25 @@ def _data(config: Config, hardware: HardwareConfig, rank: Rank, world_size: int)
         reduces, gathers = (times if stage >= 2 else 1), (2 * times if stage == 3 else 1)
         number = rank.layers * 7 if stage == 3 else 1
         bytes_ = share * (reduces * gradient + gathers * weight)
-        return [
-            Traffic(group=group, bytes=bytes_, calls=number * (reduces + gathers), hidden=engine.overlap_grad_reduce)
-        ]
+        reduce = Traffic(
+            group=group, bytes=bytes_, calls=number * (reduces + gathers), hidden=engine.overlap_grad_reduce
+        )
+        gathers_updates = stage > 0 and config.optim.name is OptimizerName.muon
+        return [reduce, _matrices(config, rank, group)] if gathers_updates else [reduce]
     calls = -(-rank.parameters // max(SMALLEST_BUCKET, BUCKET_PER_RANK * size)) if engine.overlap_grad_reduce else 1
     sums = 1 if engine.distributed_optimizer and config.optim.name is OptimizerName.adamw else 2  # Muon: to all ranks
     reduce = Traffic(group=group, bytes=sums * share * gradient, calls=calls, hidden=engine.overlap_grad_reduce)
     if not engine.distributed_optimizer:
         return [reduce]
     return [reduce, Traffic(group=group, bytes=share * weight, calls=calls, hidden=engine.overlap_param_gather)]
+
+
+def _matrices(config: Config, rank: Rank, group: Group) -> Traffic:
+    """Returns the traffic of Muon under ZeRO: each matrix's update, gathered before it is orthogonalised."""
+    shapes = whole_shapes(config).values()
+    elements = rank.layers * sum(rows * columns for rows, columns in shapes) / config.parallel.tp
+    moved = elements * _size(config) * (group.size - 1) / group.size
+    return Traffic(group=group, bytes=moved, calls=rank.layers * len(shapes))
 
 
 def _size(config: Config) -> int:

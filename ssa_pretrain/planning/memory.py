@@ -160,7 +160,7 @@ def state_bytes(config: Config, total: int, largest: int, replicas: int) -> dict
 def _muon_bytes(config: Config, largest: int, ranks: int) -> int:
     """Returns the bytes of Muon's and AdamW's states and fp32 weights on the data rank that holds most.
 
-    Muon keeps one moment of the layers' matrices in place of two. Data ranks share whole parameters (model/matrices.py).
+    Muon keeps one moment of the layers' matrices in place of two. Data ranks share whole parameters (model/matrices.py), under ZeRO equal pieces of each.
 
     Args:
         config: the run.
@@ -168,16 +168,19 @@ def _muon_bytes(config: Config, largest: int, ranks: int) -> int:
         ranks: data ranks that share them.
     """
     model, parallel = config.model, config.parallel
-    main = 0 if config.precision.name is PrecisionName.fp32 else 4
+    main = (0 if config.precision.name is PrecisionName.fp32 else 4) + 4 * bool(config.optim.ema_decay)
     matrices = [rows * columns // parallel.tp for rows, columns in whole_shapes(config).values()]
     layers = max(layers_per_stage(config))
     norms = [model.hidden_size] * (2 * layers + 1)
     rest = largest - layers * sum(matrices) - sum(norms)
     ends = [rest // 2] * 2 if not model.tie_embeddings and parallel.pp == 1 else [rest]
     sizes = matrices * layers + norms + ends
+    each = [size * (main + (1 if i < layers * len(matrices) else 2) * MOMENT) for i, size in enumerate(sizes)]
+    if config.engine.name is EngineName.deepspeed:
+        return -(-sum(each) // ranks)
     held = [0] * ranks
-    for place, (size, owner) in enumerate(zip(sizes, owners(sizes, ranks), strict=True)):
-        held[owner] += size * (main + (1 if place < layers * len(matrices) else 2) * MOMENT)
+    for count, owner in zip(each, owners(sizes, ranks), strict=True):
+        held[owner] += count
     return max(held)
 
 

@@ -118,9 +118,11 @@ def step_work(config: Config, hardware: HardwareConfig, rank: Rank) -> dict[str,
     own = rank.parameters / rank.sharded
     # Reads the gradient twice (norm and update); reads and writes two moments and the main weight; writes the weight.
     work["optimizer"] = own * (2 * 4 + 3 * 8 + 2) / hbm
-    if config.optim.name is OptimizerName.muon:  # whole matrices on every tensor rank
+    if config.optim.name is OptimizerName.muon:
+        # Whole matrices on every tensor rank, under DeepSpeed on every data rank too.
         orthogonal = orthogonalisation_flops(matrix_shapes(config), config.optim.muon.ns_steps)
-        work["products"] = orthogonal * rank.layers / rank.sharded / (hardware.bf16_tflops * TERA)
+        shared = 1 if config.engine.name is EngineName.deepspeed else rank.sharded
+        work["products"] = orthogonal * rank.layers / shared / (hardware.bf16_tflops * TERA)
     if config.engine.name is EngineName.deepspeed:
         stage = config.deepspeed.zero_stage
         # Hooks around modules and gradients: as long on one GPU as under tensor parallelism, so it is not the device's work.

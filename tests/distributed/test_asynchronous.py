@@ -19,6 +19,7 @@ CASES = {
     "dp2.muon": {"optim.name": "muon", "precision.name": "bf16"},
     "dp2.zero1": {"engine.name": "deepspeed", "deepspeed.zero_stage": 1},
     "dp2.zero3": {"engine.name": "deepspeed", "deepspeed.zero_stage": 3},
+    "dp2.zero2.muon": {"engine.name": "deepspeed", "deepspeed.zero_stage": 2, "optim.name": "muon"},
 }
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ssa_pretrain.config import EngineName
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.state import Placement, start
 from support.layout_worker import LENGTH, VOCAB, batches, by_part, configure
@@ -91,7 +92,9 @@ def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
         return train(engine, config, placement, range(job["first"], job["stop"])) + held_out_metrics(engine, held_out)
     if job["do"] == "mean":
         train(engine, config, placement, range(job["stop"]))
-        return [[float(engine.mean.of(p).norm()) for model in engine.models for p in model.parameters()]]
+        mean = engine.mean if config.engine.name is EngineName.megatron else engine._mean
+        models = engine.models if config.engine.name is EngineName.megatron else [engine.model]
+        return [[float(mean.of(p).norm()) for model in models for p in model.parameters()]]
     if job["do"] == "weights":
         engine.load_weights(out / f"{job['from']}.checkpoint")
         return held_out_metrics(engine, held_out) + logits(engine, config)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from ssa_pretrain.config import Config, Method, OptimizerName, PrecisionName
 from ssa_pretrain.planning.memory import count_parameters, state_bytes
@@ -85,6 +86,38 @@ def test_z_loss_is_reported_apart_and_only_in_training(placement):
         wanted += float((lse.square() * batch.loss_mask[0]).sum())
         labels += float(batch.loss_mask.sum())
     assert math.isclose(with_z.z_loss, 0.125 * wanted / labels, rel_tol=1e-5)
+
+
+def test_deepspeeds_muon_passes_over_missing_gradients_and_names_its_momentum_twice(placement):
+    """DeepSpeed's stage 0 skips a step by a hook that takes the gradients away, and DeepSpeed's converter reads two moments."""
+    from ssa_pretrain.engine.deepspeed.setup import build_optimizer
+    from ssa_pretrain.model.matrices import is_hidden
+
+    config = configure({"optim.name": "muon", "model.num_layers": 2})
+    model = new_engine(config, placement).models[0]
+    first, second = (build_optimizer(model, config, placement) for _ in range(2))
+    for group in first.param_groups:
+        group["lr"] = RATE
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = [p.detach().clone() for p in model.parameters()]
+    first.step()
+    after = [p.detach().clone() for p in model.parameters()]
+    assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    first.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
+    first.step()
+    assert all(torch.equal(*pair) for pair in zip(after, model.parameters(), strict=True))
+    names = {p: name for name, p in model.named_parameters()}
+    saved = first.state_dict()
+    ordered = [names[p] for group in first.param_groups for p in group["params"]]
+    for name, state in zip(ordered, (saved["state"][i] for i in range(len(ordered))), strict=True):
+        assert (state["exp_avg"] is state["exp_avg_sq"]) == is_hidden(name)
+        assert ("step" in state) != is_hidden(name)
+    second.load_state_dict(saved)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    second.step()
+    assert all(("exp_avg_sq" in second.state[p]) != is_hidden(name) for p, name in names.items())
 
 
 @pytest.mark.parametrize("precision", [PrecisionName.fp32, PrecisionName.bf16])

@@ -31,7 +31,6 @@ from ssa_pretrain.engine.deepspeed.setup import (
     TensorParallelState,
     build_optimizer,
     exit_with_launcher,
-    parameter_groups,
     prepare_process,
 )
 from ssa_pretrain.engine.finite import first_not_finite, optimizer_tensors
@@ -74,10 +73,9 @@ class DeepSpeedEngine:
         if len(batches) != ds.gradient_accumulation_steps():
             self._accumulate(len(batches))
         batches, routes, sums = self.microbatches.begin_step(batches, step)
-        optim = self.config.optim
-        for group, factors in zip(ds.basic_optimizer.param_groups, self._factors, strict=True):
-            group["lr"], group["weight_decay"] = learning_rate * factors.lr, optim.weight_decay * factors.weight_decay
-            group["betas"], group["eps"] = (optim.beta1, optim.beta2), optim.eps
+        decay = self.config.optim.weight_decay
+        for group, own in zip(ds.basic_optimizer.param_groups, self._settings, strict=True):
+            group.update(own, lr=learning_rate * own["lr_mult"], weight_decay=decay * own["wd_mult"])
         differing = self.replicas.compare(self._named_weights(), step)
         ds.train()
         grad_norm = None
@@ -198,7 +196,8 @@ class DeepSpeedEngine:
             import deepspeed
 
             optimizer = build_optimizer(self.model, self.config, self.placement)
-            self._factors = [factors for factors, _ in parameter_groups(self.model, self.config)]
+            groups = optimizer.param_groups
+            self._settings = [{key: value for key, value in g.items() if key != "params"} for g in groups]
             with redirect_stdout(io.StringIO()):  # some of its optimizers print memory reports at any log level
                 self._ds, *_ = deepspeed.initialize(
                     model=self.model,

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ssa_pretrain.config import AdamImpl, Config
-from ssa_pretrain.model.mup import Multipliers, multipliers
+from ssa_pretrain.config import AdamImpl, Config, OptimizerName
+from ssa_pretrain.engine.deepspeed.muon import MuonAndAdamW, build_muon
+from ssa_pretrain.model.matrices import is_hidden
+from ssa_pretrain.model.mup import multipliers
 from ssa_pretrain.parallel.parent import end_with_parent
 from ssa_pretrain.parallel.state import Placement
 
@@ -86,27 +88,35 @@ def exit_with_launcher() -> None:
         end_with_parent(os.getppid())
 
 
-def parameter_groups(model: torch.nn.Module, config: Config) -> list[tuple[Multipliers, list[torch.nn.Parameter]]]:
-    """Returns the parameters by the factors of their learning rate and weight decay: matrices, norms, and under muP the layers' matrices apart."""
-    found: dict[Multipliers, list[torch.nn.Parameter]] = {}
-    factors = multipliers(config)
-    for name, parameter in model.named_parameters():
-        found.setdefault(factors(name, parameter.dim()), []).append(parameter)
-    return sorted(found.items(), key=lambda group: -group[0].weight_decay)
-
-
 def build_optimizer(model: torch.nn.Module, config: Config, placement: Placement) -> torch.optim.Optimizer:
-    """Returns AdamW with weight decay for matrices and none for norms; call it before ZeRO-3 shards the parameters.
+    """Returns AdamW with weight decay for matrices and none for norms, under optim.name=muon beside Muon; call it before ZeRO-3 shards the parameters.
+
+    Each group has the factors of its rates as `lr_mult` and `wd_mult`. The rates themselves are set at every step.
+    """
+    named = list(model.named_parameters())
+    if config.optim.name is OptimizerName.adamw:
+        return _build_adamw(named, config, placement)
+    adamw = _build_adamw([pair for pair in named if not is_hidden(pair[0])], config, placement)
+    return MuonAndAdamW(adamw, build_muon(config, [pair for pair in named if is_hidden(pair[0])], placement))
+
+
+def _build_adamw(
+    named: list[tuple[str, torch.nn.Parameter]], config: Config, placement: Placement
+) -> torch.optim.Optimizer:
+    """Returns AdamW over groups of equal factors: matrices, norms, and under muP the layers' matrices apart.
 
     Torch's fused AdamW runs one kernel per flat partition on a GPU, is vectorised on a CPU, and needs no build. `deepspeed.adam=deepspeed`
     selects DeepSpeed's FusedAdam, or CPUAdam under offload.
     """
     optim, choices = config.optim, config.deepspeed
+    factors, found = multipliers(config), {}
+    for name, parameter in named:
+        found.setdefault(factors(name, parameter.dim()), []).append(parameter)
     groups = [
-        {"params": parameters, "weight_decay": optim.weight_decay * factors.weight_decay}
-        for factors, parameters in parameter_groups(model, config)
+        {"params": parameters, "lr_mult": lr, "wd_mult": decay, "weight_decay": optim.weight_decay * decay}
+        for (lr, decay), parameters in sorted(found.items(), key=lambda group: -group[0].weight_decay)
     ]
-    # The rate is set at every step. Some of DeepSpeed's optimizers step over zero gradients when they are built; with lr 0 that decays no weights.
+    # Some of DeepSpeed's optimizers step over zero gradients when they are built; with lr 0 that decays no weights.
     settings = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if choices.adam is AdamImpl.torch:
         fused = placement.device.type == "cuda" or choices.offload_optimizer

@@ -42,6 +42,13 @@ def test_containers_keep_their_type_and_attributes():
     assert taken["weight"] is not live["weight"] and live["weight"].tolist() == [1]
 
 
+def test_tensor_that_occurs_twice_is_copied_once():
+    live = torch.ones(3)
+    found = HostCopies(torch.device("cpu")).tree("state", {"a": live, "b": [live, live.clone()]})
+    assert found["a"] is found["b"][0] and found["a"] is not live
+    assert found["b"][1] is not found["a"] and torch.equal(found["b"][1], live)
+
+
 def test_parameters_are_copied_without_their_gradients():
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)

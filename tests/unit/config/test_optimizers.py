@@ -5,11 +5,13 @@ import pytest
 from ssa_pretrain.checkpoint.facts import differences, run_facts
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import Config, OptimizerName
+from ssa_pretrain.config.deepspeed import ds_config
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.planning.plan import make_plan
 from ssa_pretrain.settings.problems import ConfigError
 
 BASE = ("model.vocab_size=4096", "training.steps=300", "training.global_batch_tokens=8192")
+FP32 = ("precision=fp32", "attention.impl=reference")
 MACHINE = Machine(world_size=1, has_gpu=False, has_files=False)
 
 
@@ -21,9 +23,14 @@ def resolved(*overrides: str) -> Config:
     ("overrides", "message"),
     [
         (
-            ("optim=muon", "engine=deepspeed"),
-            "optim.name=muon is not supported under engine=deepspeed: ZeRO flattens the matrices that Muon orthogonalises; "
-            "try engine=megatron",
+            ("optim=muon", "engine=deepspeed", "deepspeed.adam=deepspeed"),
+            "deepspeed.adam=deepspeed is not supported under optim.name=muon, beside which torch's AdamW steps; "
+            "try deepspeed.adam=torch",
+        ),
+        (
+            ("optim=muon", "engine=deepspeed", "deepspeed.extra.zero_optimization.zenflow.topk_ratio=0.1"),
+            "deepspeed.extra.zero_optimization.zenflow.topk_ratio=0.1 is not supported under optim.name=muon: "
+            "DeepSpeed would step weights with an AdamW of its own; leave it out",
         ),
         (
             ("optim=muon", "engine.overlap_param_gather=true", "engine.overlap_grad_reduce=true"),
@@ -65,6 +72,33 @@ def test_group_sets_what_a_resume_must_keep() -> None:
     older = {k: v for k, v in run_facts(adamw, **facts).items() if k not in ("model.mup", "optim.name", "optim.muon")}
     older.pop("training.z_loss")
     assert differences(older, run_facts(adamw, **facts)) == []
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_muon_is_accepted_under_every_zero_stage(stage: int) -> None:
+    settings = ds_config(resolved("optim=muon", "engine=deepspeed", f"deepspeed.zero_stage={stage}", *FP32), 1)
+    assert settings["zero_allow_untested_optimizer"]  # else DeepSpeed takes only its own list
+    assert not ds_config(resolved("engine=deepspeed"), 1)["zero_allow_untested_optimizer"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_plan_cuts_muons_states_evenly_under_zero(stage: int) -> None:
+    """bf16 keeps fp32 weights and one moment of the layers' matrices, two of all others; the mean of the weights comes on top."""
+    settings = ("experiment=ssa_1b_8k", "optim=muon", "engine=deepspeed", "precision.grad_reduce_in_fp32=false")
+    machine = Machine(world_size=64, has_files=False)
+    plan, averaged = (
+        make_plan(
+            resolve_config("plan", [*settings, f"deepspeed.zero_stage={stage}", f"optim.ema_decay={decay}"], machine),
+            64,
+        )
+        for decay in (0, 0.5 if stage < 3 else 0)
+    )
+    matrices = 16 * 2048 * (2048 + 2 * 128 + 32 + 2048 + 3 * 8192)
+    all_of_them = 12 * plan.parameters - 4 * matrices
+    shards = 64 if stage else 1
+    assert plan.optimizer_bytes == -(-all_of_them // shards)
+    if stage < 3:
+        assert averaged.optimizer_bytes == -(-(all_of_them + 4 * plan.parameters) // shards)
 
 
 def test_plan_shards_muons_states_by_parameter() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ssa_pretrain.cli import read_config, resolve_config
-from ssa_pretrain.config import Auto, Recompute
+from ssa_pretrain.config import Auto, EngineName, OptimizerName, Recompute
 from ssa_pretrain.config.hardware import PlanConfig
 from ssa_pretrain.config.machine import Machine
 from ssa_pretrain.planning.calibration import calibration
@@ -310,3 +310,23 @@ def test_other_commands_know_no_cluster(capsys: pytest.CaptureFixture[str]) -> N
         read_config("plan", ["experiment=ssa_1b_8k", "--explain", "hardware.price_per_gpu_hour"])
     assert left.value.code == 0
     assert "price of a GPU and its share of the node, in USD per hour" in capsys.readouterr().out
+
+
+def test_muon_under_zero_gathers_updates_and_shares_no_orthogonalisation(paper: PlanConfig) -> None:
+    """Megatron-core's data ranks share 45 TFLOP (docs/optimizers.md); under ZeRO each of 64 computes them all and receives 63/64 of the updates in bf16."""
+    config = with_settings(replace(paper, hardware=hardware_of("h200")), ["engine.overlap_param_gather=false"])
+    zero = replace(config, engine=replace(config.engine, name=EngineName.deepspeed))
+    by_name = {
+        name: (
+            planned(replace(each, optim=replace(each.optim, name=OptimizerName.adamw))),
+            planned(replace(each, optim=replace(each.optim, name=OptimizerName.muon))),
+        )
+        for name, each in (("core", config), ("zero", zero))
+    }
+    products = {
+        name: muon.step.work["products"] - adamw.step.work["products"] for name, (adamw, muon) in by_name.items()
+    }
+    assert products["zero"] == pytest.approx(64 * products["core"], rel=1e-6)
+    sent = [sum(t.bytes for t in each.traffic if t.group.name == "dp") for each in by_name["zero"]]
+    matrices = 16 * 2048 * (2048 + 2 * 128 + 32 + 2048 + 3 * 8192)
+    assert sent[1] - sent[0] == pytest.approx(2 * matrices * 63 / 64)
