@@ -5,7 +5,7 @@ would mix. It is a daemon: a rank that must end does not wait for it, and an unf
 
 A failure reaches the threads of all ranks, which agree on it, but their main threads may be a few steps apart. If each raised as soon as it noticed, the
 others would wait for it in a collective. So the first one that notices writes into the store of the process group after which step all of them raise, as
-`Interruption` does for a signal.
+`Interruption` does for a signal. Training may go on then (saving.py): the threads have ended, and their group is in step.
 """
 
 import threading
@@ -28,11 +28,12 @@ class BackgroundSave(Generic[T]):
     Args:
         step: optimizer steps done when the state was copied.
         act: writes and publishes; returns the result.
+        series: what distinguishes this save from others of this step in the process group's life; a rollback comes to a step again.
     """
 
-    def __init__(self, step: int, act: Callable[[], T]) -> None:
+    def __init__(self, step: int, act: Callable[[], T], series: str = "") -> None:
         self.step = step
-        self._act = act
+        self._act, self._key = act, f"ssa_pretrain/save_failed/{series}/{step}"
         self._future: Future[T] = Future()
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._has_peers = dist.get_world_size() > 1
@@ -78,7 +79,7 @@ class BackgroundSave(Generic[T]):
 
     def _must_raise(self, step: int, *, failed: bool) -> bool:
         """Returns whether the main thread raises the failure after this step; False while no rank has announced one."""
-        store, key = dist.distributed_c10d._get_default_store(), f"ssa_pretrain/save_failed/{self.step}"
+        store, key = dist.distributed_c10d._get_default_store(), self._key
         if failed and not self._announced and self._last_step is None:
             store.compare_set(key, "", str(step + STEPS_AHEAD))  # the first rank that notices decides
             self._announced = True
