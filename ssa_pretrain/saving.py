@@ -249,7 +249,7 @@ class Saver:
                 stall=lambda: stall + snapshot.device_seconds(),
             )
 
-        return BackgroundSave(save.step, act, series=group.group_name)
+        return BackgroundSave(save.step, act)
 
     def wait(self, step: int) -> None:
         """Waits until the save that is under way is done, and reports for how long; every rank calls it.

@@ -28,12 +28,11 @@ class BackgroundSave(Generic[T]):
     Args:
         step: optimizer steps done when the state was copied.
         act: writes and publishes; returns the result.
-        series: what distinguishes this save from others of this step in the process group's life; a rollback comes to a step again.
     """
 
-    def __init__(self, step: int, act: Callable[[], T], series: str = "") -> None:
+    def __init__(self, step: int, act: Callable[[], T]) -> None:
         self.step = step
-        self._act, self._key = act, f"ssa_pretrain/save_failed/{series}/{step}"
+        self._act = act
         self._future: Future[T] = Future()
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._has_peers = dist.get_world_size() > 1
@@ -79,7 +78,8 @@ class BackgroundSave(Generic[T]):
 
     def _must_raise(self, step: int, *, failed: bool) -> bool:
         """Returns whether the main thread raises the failure after this step; False while no rank has announced one."""
-        store, key = dist.distributed_c10d._get_default_store(), self._key
+        # A rollback may save a step again after a failure: then all ranks wait here for that save, in step.
+        store, key = dist.distributed_c10d._get_default_store(), f"ssa_pretrain/save_failed/{self.step}"
         if failed and not self._announced and self._last_step is None:
             store.compare_set(key, "", str(step + STEPS_AHEAD))  # the first rank that notices decides
             self._announced = True
