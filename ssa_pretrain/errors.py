@@ -70,6 +70,18 @@ class CheckpointError(CommandError, ValueError):
     exit_code = ExitCode.CHECKPOINT
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be saved. All ranks know it and are in step, and their state is sound, so the run may go on.
+
+    Attributes:
+        reason: what failed, without advice.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}: free space and run the same command again")
+
+
 class UnsafePickle(CheckpointError):
     """A file of a checkpoint names a function or class that no checkpoint needs, so it was not unpickled."""
 

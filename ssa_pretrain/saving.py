@@ -6,15 +6,20 @@ and the one of a run that is asked to stop, have nothing to run beside, so train
 
 Whichever way, a checkpoint has the same content, and no step sees a difference.
 
+A save that fails does not end the run at once: the state in memory is sound, and the storage may recover. The next save is the regular one, or after
+RETRY_SECONDS if that is sooner; rank 0 measures time, so it chooses that step and tells the others. `checkpoint.max_failed_saves` in a row may fail. This
+holds for a failure on which all ranks have agreed (`SaveError`). Any other, such as a rank that fails in the middle of a collective, ends the run, and so
+does a failure of the last save.
+
 With `checkpoint.interval=auto` the interval follows from what the last save cost (planning/checkpoint_interval.py). Rank 0 chooses, at the end of a save,
 and tells the others. They use it from the next save on, before which all ranks have waited for this one. So all ranks save after the same steps.
 """
 
+import math
 import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -23,14 +28,17 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from ssa_pretrain.checkpoint.background import BackgroundSave
+from ssa_pretrain.checkpoint.host_memory import memory_warning
 from ssa_pretrain.checkpoint.mirror import Mirror, leave_together
 from ssa_pretrain.checkpoint.publish import publish
 from ssa_pretrain.checkpoint.storage import patiently
 from ssa_pretrain.config import Auto
-from ssa_pretrain.errors import CheckpointError, CommandError
+from ssa_pretrain.errors import CheckpointError, CommandError, SaveError
 from ssa_pretrain.health import FILE_NAME, require_finite_weights
-from ssa_pretrain.monitor.console import save_line, wait_line
+from ssa_pretrain.monitor.alerts import save_failed, saved_again
+from ssa_pretrain.monitor.console import failed_save_line, save_line, wait_line
 from ssa_pretrain.monitor.metrics import MetricsLogger
+from ssa_pretrain.parallel.agreement import agree
 from ssa_pretrain.parallel.state import timeout
 from ssa_pretrain.planning.checkpoint_interval import (
     FIRST_STEPS,
@@ -41,8 +49,10 @@ from ssa_pretrain.planning.checkpoint_interval import (
 )
 from ssa_pretrain.run import Run
 
-GIB = 2**30
 NOTICEABLE_SECONDS = 0.1  # a shorter wait is not reported
+RETRY_SECONDS = (
+    300.0  # until a failed save is tried again, if the regular one is not due before: servers restart in minutes
+)
 SMALL_CHANGE = 0.2  # a chosen interval stays while the next measurement would change it by a smaller share
 
 
@@ -85,7 +95,8 @@ class Saver:
         self._auto = isinstance(settings.interval, Auto)
         self._interval = FIRST_STEPS if isinstance(settings.interval, Auto) else settings.interval
         self._chosen = False  # whether the interval comes from a measurement
-        self._next = step + self._interval if self._auto else 0
+        self._next = self._regular_after(step)
+        self._failed = 0  # saves in a row
         self._pending: BackgroundSave[Saved] | None = None
         self._group: dist.ProcessGroup | None = None
         self._mirror: Mirror | None = None
@@ -123,18 +134,23 @@ class Saver:
 
     def is_due(self, step: int) -> bool:
         """Returns whether a checkpoint is due after this step, the same on every rank."""
-        if step == self._run.last_step:
-            return True
-        return step >= self._next if self._auto else bool(self._interval and step % self._interval == 0)
+        return step == self._run.last_step or step >= self._next
 
     def after_step(self, step: int) -> None:
         """Finishes a save that has ended; every rank calls this after each step.
 
         Raises:
-            CheckpointError: the save has failed; on all ranks after the same step.
+            CheckpointError: the save has failed, as one too many; on all ranks after the same step.
         """
-        if self._pending is not None and (saved := self._pending.poll(step)) is not None:
-            self._finish(saved)
+        if self._pending is None:
+            return
+        try:
+            saved = self._pending.poll(step)
+        except SaveError as error:
+            self._tolerate(error, self._pending.step, step)
+        else:
+            if saved is not None:
+                self._finish(saved)
 
     def save(self, step: int, *, wait: bool) -> None:
         """Saves after a step, beside the next steps if the run continues; every rank calls it. The stall does not count towards the training speed.
@@ -144,10 +160,11 @@ class Saver:
             wait: whether the run ends after this save.
 
         Raises:
-            CheckpointError: this save has failed, or the one before it if the run continues.
+            CheckpointError: this save has failed, or the one before it, as one too many; if the run ends after it, this one.
             DivergedError, ReplicaError: weights or moments are not finite, or data ranks hold different copies; nothing is saved.
         """
         save = _Save(step, time.monotonic(), self._step_seconds(), self._run.contract(step), self._run.health.text())
+        self._next = step
         try:
             self.wait(step)
         except CheckpointError as error:
@@ -158,12 +175,60 @@ class Saver:
             self._report(f"{error}; step {step} is saved now")
         require_finite_weights(self._run.engine, step)
         self._run.engine.require_equal_replicas(step)
+        self._next = self._regular_after(step)
         if self._group is None or wait:
-            self._finish(self._publish(save, self._write, None))
+            self._save_now(save, wait=wait)
         else:
             self._pending = self._begin(save, self._group)
-        self._next = step + self._interval
         self._log.pause()
+
+    def _regular_after(self, step: int) -> int:
+        """Returns the step of the first regular save after this step."""
+        if self._auto:
+            return step + self._interval
+        return (step // self._interval + 1) * self._interval if self._interval else self._run.last_step
+
+    def _save_now(self, save: "_Save", *, wait: bool) -> None:
+        """Writes the live state while training waits; the arguments are those of `save`."""
+        try:
+            self._finish(self._publish(save, self._write, None))
+        except SaveError as error:
+            if wait:
+                raise
+            self._tolerate(error, save.step, save.step)
+        else:
+            self._next = self._regular_after(save.step)  # by a new interval, if this save has changed it
+
+    def _tolerate(self, error: SaveError, failed_step: int, step: int) -> None:
+        """Takes note of a failed save; every rank calls it after the same step, and no save is under way then.
+
+        Args:
+            error: the failure.
+            failed_step: the step that was not saved.
+            step: steps done.
+
+        Raises:
+            SaveError: it is one too many.
+        """
+        self._pending = None
+        self._failed += 1
+        most = self._run.config.checkpoint.max_failed_saves
+        if self._failed > most:
+            raise SaveError(f"{error.reason}; {self._failed} saves in a row have failed") if most else error
+        self._next = min(self._next, step + self._retry_steps())
+        next_step = min(self._next, self._run.last_step)
+        line = failed_save_line(error.reason, next_step, most - self._failed, most)
+        self._log.console.print(line)
+        self._log.alert(save_failed(line, step))
+        record = {"step": failed_step, "reason": error.reason, "failed_in_a_row": self._failed, "next_step": next_step}
+        self._log.log_failed_save(record)
+
+    def _retry_steps(self) -> int:
+        """Returns the steps until a failed save is tried again, as rank 0 measures time; every rank calls it."""
+        seconds = self._step_seconds()
+        told = [max(1, math.ceil(RETRY_SECONDS / seconds)) if seconds else self._interval]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
 
     def _write(self, folder: Path) -> None:
         """Writes the live state."""
@@ -187,11 +252,19 @@ class Saver:
         return BackgroundSave(save.step, act)
 
     def wait(self, step: int) -> None:
-        """Waits until the save that is under way is done, and reports for how long; every rank calls it."""
+        """Waits until the save that is under way is done, and reports for how long; every rank calls it.
+
+        Raises:
+            CheckpointError: it has failed, as one too many.
+        """
         if self._pending is None:
             return
         begin = time.monotonic()
-        self._finish(self._pending.wait())
+        try:
+            self._finish(self._pending.wait())
+        except SaveError as error:
+            self._tolerate(error, self._pending.step, step)
+            return
         if (seconds := time.monotonic() - begin) > NOTICEABLE_SECONDS:
             self._log.console.print(wait_line(step, seconds))
 
@@ -213,9 +286,13 @@ class Saver:
         run = self._run
 
         def write_all(folder: Path) -> None:
+            def write_health() -> None:
+                if run.placement.is_rank_0:
+                    path = folder / FILE_NAME
+                    patiently(lambda: path.write_text(save.health), f"writing {FILE_NAME}", self._report)
+
             write(folder)
-            if run.placement.is_rank_0:
-                patiently(lambda: (folder / FILE_NAME).write_text(save.health), f"writing {FILE_NAME}", self._report)
+            agree(write_health, group)
 
         folder = publish(
             run.folder,
@@ -247,6 +324,9 @@ class Saver:
     def _finish(self, saved: Saved) -> None:
         """Takes note of a published checkpoint."""
         self._pending = None
+        if self._failed:
+            self._log.alert(saved_again(saved.step, self._failed))
+            self._failed = 0
         self._published()
         self._log.console.print(save_line(saved.step, saved.stall_seconds, saved.write_seconds, saved.folder))
         if self._auto:
@@ -281,30 +361,6 @@ class Saver:
             self._log.console.print(text)
         else:
             print(f"rank {self._run.placement.rank} ({socket.gethostname()}): {text}", file=sys.stderr, flush=True)
-
-
-def memory_warning(needed: int) -> str | None:
-    """Returns a warning if this host has fewer free bytes of memory than copies of the whole state may need, else None."""
-    free = free_memory()
-    if free is None or free >= needed:
-        return None
-    return (
-        f"warning: this host has {free / GIB:.1f} GiB of free memory, and writing a checkpoint beside training may need {needed / GIB:.1f} GiB "
-        "of it: set checkpoint.asynchronous=false if it runs out"
-    )
-
-
-def free_memory(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Returns the bytes of memory that are free on this host and within this container; None if unknown."""
-    found = []
-    with suppress(OSError, ValueError, StopIteration):
-        (line,) = (line for line in proc.read_text().splitlines() if line.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) * 1024)
-    with suppress(OSError, ValueError):
-        found.append(
-            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        )  # "max": no limit
-    return min(found, default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ would mix. It is a daemon: a rank that must end does not wait for it, and an unf
 
 A failure reaches the threads of all ranks, which agree on it, but their main threads may be a few steps apart. If each raised as soon as it noticed, the
 others would wait for it in a collective. So the first one that notices writes into the store of the process group after which step all of them raise, as
-`Interruption` does for a signal.
+`Interruption` does for a signal. Training may go on then (saving.py): the threads have ended, and their group is in step.
 """
 
 import threading
@@ -78,6 +78,7 @@ class BackgroundSave(Generic[T]):
 
     def _must_raise(self, step: int, *, failed: bool) -> bool:
         """Returns whether the main thread raises the failure after this step; False while no rank has announced one."""
+        # A rollback may save a step again after a failure: then all ranks wait here for that save, in step.
         store, key = dist.distributed_c10d._get_default_store(), f"ssa_pretrain/save_failed/{self.step}"
         if failed and not self._announced and self._last_step is None:
             store.compare_set(key, "", str(step + STEPS_AHEAD))  # the first rank that notices decides

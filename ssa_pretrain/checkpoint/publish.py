@@ -8,6 +8,10 @@ folder is found by looking. A folder whose files do not match its list is report
 A checkpoint is removed once `keep` newer ones are published and intact. That is checked, not assumed: files are hashed again only if they have
 changed since this process wrote or hashed them (`Verdicts`). A damaged checkpoint does not count towards `keep` and is removed with the old ones.
 One of another schema cannot be checked and stays.
+
+A save that fails leaves all ranks in step, and earlier checkpoints as they are (`SaveError`): each part of it is work of the rank itself, after which all
+ranks exchange whether it failed. Only the engine's part has collectives of its own. If a rank fails there by itself, others may wait for it in one of
+them, so the run ends (`CheckpointError`).
 """
 
 import hashlib
@@ -30,12 +34,13 @@ import torch.distributed as dist
 from ssa_pretrain.checkpoint.facts import model_changes
 from ssa_pretrain.checkpoint.integrity import FACTS, HASHED_AT_ONCE, SCHEMA, Verdicts, is_of_another_schema, record_text
 from ssa_pretrain.checkpoint.storage import patiently, rename_patiently
-from ssa_pretrain.errors import CheckpointError, ExitCode
-from ssa_pretrain.parallel.agreement import exits_with_peers, on_all_ranks
+from ssa_pretrain.errors import CheckpointError, ExitCode, SaveError
+from ssa_pretrain.parallel.agreement import AGREED, exits_with_peers, on_all_ranks
 from ssa_pretrain.settings.files import file_sha256, sync
 
 VISIBLE_SECONDS = 30.0  # until a file of another node must be visible: network storage may be slow to show it
 NAME = re.compile(r"step_\d{8,}")  # folders with other names (step_00000100_good, a copy) are the user's
+UNFINISHED = ".tmp"  # end of the name of a checkpoint that is being written
 REMOVED = ".old.tmp"  # end of the name of an old checkpoint that is being removed
 Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
 
@@ -81,12 +86,13 @@ def publish(
         The published folder.
 
     Raises:
-        CheckpointError: on every rank, if any rank could not write its part; earlier checkpoints are unchanged.
+        SaveError: on every rank, if any rank could not write its part; earlier checkpoints are unchanged, and the ranks are in step.
+        CheckpointError: likewise, if a rank failed in `write` by itself, so that others may have waited for it.
     """
     save = _Save(run_folder, step, facts, is_rank_0=is_rank_0, report=report, group=group)
     with exits_with_peers(save.failure_key, exit_code=ExitCode.CHECKPOINT):
         save.on_every_rank(save.create_folder)
-        save.on_every_rank(lambda: write(save.scratch))
+        save.write(write)
         save.on_every_rank(save.hash_share)
         save.gather_entries()
         save.on_every_rank(save.require_visible)
@@ -94,8 +100,11 @@ def publish(
     if is_rank_0:
         verdicts = verdicts or Verdicts()
         verdicts.note_intact(save.target)
-        for old in [*_half_removed(run_folder), *_outdated(run_folder, step, keep, verdicts, report)]:
-            _remove(old, report)
+        try:
+            for old in [*_half_removed(run_folder), *_outdated(run_folder, step, keep, verdicts, report)]:
+                _remove(old, report)
+        except OSError as error:  # the storage has failed since; the checkpoint is published
+            report(f"old checkpoints could not be looked up ({error.strerror}); the next checkpoint tries again")
     return save.target
 
 
@@ -129,7 +138,7 @@ class _Save:
     @property
     def scratch(self) -> Path:
         """The hidden folder that is renamed to `target`."""
-        return self.target.with_name(f".{self.target.name}.tmp")
+        return self.target.with_name(f".{self.target.name}{UNFINISHED}")
 
     @property
     def failure_key(self) -> str:
@@ -137,20 +146,46 @@ class _Save:
         return f"ssa_pretrain/failed_save/{self.step}"
 
     def on_every_rank(self, act: Callable[[], None]) -> None:
-        """Runs this rank's part of a step of the save.
+        """Runs this rank's part of a step of the save, which has no collectives.
 
         Raises:
-            CheckpointError: on every rank, if any rank failed.
+            SaveError: on every rank, if any rank failed.
         """
-        if message := on_all_ranks(act, self.failure_key, self._describe, self.group):
-            if self.is_rank_0:
-                shutil.rmtree(self.scratch, ignore_errors=True)
-            raise CheckpointError(message)
+        if reason := on_all_ranks(act, None, self._describe, self.group):
+            self._remove_scratch()
+            raise SaveError(reason)
+
+    def write(self, act: Callable[[Path], None]) -> None:
+        """Lets the engine write, which has collectives of its own.
+
+        Raises:
+            SaveError: on every rank, if any rank failed and all ranks have agreed on that.
+            CheckpointError: on every rank that is not stuck, if a rank failed by itself.
+        """
+        is_agreed = False
+
+        def run() -> None:
+            nonlocal is_agreed
+            try:
+                act(self.scratch)
+            except AGREED:
+                is_agreed = True  # on every rank, or on none
+                raise
+
+        def describe(reason: str) -> str:
+            error = SaveError(self._describe(reason))
+            return error.reason if is_agreed else str(error)  # a rank that is stuck ends with it
+
+        if text := on_all_ranks(run, self.failure_key, describe, self.group):
+            self._remove_scratch()
+            raise SaveError(text) if is_agreed else CheckpointError(text)
 
     def create_folder(self) -> None:
-        """Creates the empty hidden folder, on rank 0."""
+        """Creates the empty hidden folder, on rank 0, which first removes what failed saves have left."""
         if self.is_rank_0:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            for left in self.target.parent.glob(f".step_*{UNFINISHED}"):
+                if not left.name.endswith(REMOVED):
+                    shutil.rmtree(left, ignore_errors=True)
             patiently(lambda: self.scratch.mkdir(parents=True), f"creating {self.scratch}", self.report)
 
     def hash_share(self) -> None:
@@ -199,11 +234,18 @@ class _Save:
         for folder in (*(p for p in self.scratch.rglob("*") if p.is_dir()), self.scratch):  # the names of the files
             sync(folder)
 
+    def _remove_scratch(self) -> None:
+        if self.is_rank_0:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
     def _describe(self, reason: str) -> str:
-        free = shutil.disk_usage(self.run_folder).free / 2**30
+        try:
+            free = f"{shutil.disk_usage(self.run_folder).free / 2**30:.1f} GiB free"
+        except OSError as error:  # the storage does not answer at all
+            free = f"an unknown amount of free space: {error.strerror}"
         return (
-            f"step {self.step} could not be saved in {self.target.parent}, which has {free:.1f} GiB free ({reason}); "
-            "earlier checkpoints are unchanged: free space and run the same command again"
+            f"step {self.step} could not be saved in {self.target.parent}, which has {free} ({reason}); "
+            "earlier checkpoints are unchanged"
         )
 
 

@@ -6,6 +6,7 @@ whole tensors. `copy_weights` keeps them all in host memory instead, for a threa
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from ssa_pretrain.checkpoint.staging import HostCopies
 from ssa_pretrain.checkpoint.weights import WEIGHTS, WeightsReader, WeightsWriter, canonical_name, write_index
 from ssa_pretrain.config import Config
 from ssa_pretrain.model.sharding import global_name, is_scorer, join, part, partition_dim, whole_shape
+from ssa_pretrain.parallel.agreement import Attempts
 from ssa_pretrain.parallel.state import Placement
 
 Gathered = Callable[[torch.nn.Parameter], AbstractContextManager]
@@ -99,18 +101,22 @@ def write_whole(
     placement: Placement,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Writes every rank's whole tensors and their index into a new folder; every rank calls it."""
+    """Writes every rank's whole tensors and their index into a new folder; every rank calls it.
+
+    Raises:
+        AgreedFailure: on every rank, if any rank could not write.
+    """
+    parts, writer = Attempts(), WeightsWriter(target, f"stage_{placement.pp_rank:03d}")
     if placement.is_rank_0:
-        target.mkdir()
-    dist.barrier(group)
-    writer = WeightsWriter(target, f"stage_{placement.pp_rank:03d}")
-    for name, tensor in whole:
-        writer.add(name, tensor)
-    writer.flush()
-    dist.barrier(group)
+        parts.run(target.mkdir)
+    parts.agree(group)
+    for name, tensor in whole:  # to its end, also after a failure: its collectives need every rank
+        parts.run(partial(writer.add, name, tensor))
+    parts.run(writer.flush)
+    parts.agree(group)
     if placement.is_rank_0:
-        write_index(target)
-    dist.barrier(group)
+        parts.run(partial(write_index, target))
+    parts.agree(group)
 
 
 @torch.no_grad()

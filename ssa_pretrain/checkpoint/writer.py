@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ssa_pretrain.checkpoint.storage import patiently
+from ssa_pretrain.parallel.agreement import agree
 
 COMMON = "common.pt"  # core's name of the file with everything that is not sharded
 NUM_THREADS = 4  # and files per rank; four threads write as fast as two forked processes
@@ -57,7 +58,7 @@ def write(
         group: of all ranks, for the collectives of the thread that saves; None: the default group.
 
     Raises:
-        CheckpointException: on every rank, if any rank could not write its part.
+        CheckpointException, AgreedFailure: on every rank, if any rank could not write its part.
         CheckpointingException: on rank 0, if a shard would be missing or written twice.
     """
     parts = save_preprocess(state | {_CONTENT_METADATA_KEY: metadata}, validate_access_integrity=False)
@@ -70,9 +71,13 @@ def write(
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         process_group=group,
     )
-    if dist.get_rank() == 0:
-        torch.save(common, folder / COMMON)
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+    def write_rest() -> None:
+        if dist.get_rank() == 0:
+            torch.save(common, folder / COMMON)
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+    agree(write_rest, group)
 
 
 class ThreadedWriter(FileSystemWriter):

@@ -16,6 +16,9 @@ class CheckpointConfig:
     interval: int | Auto = 0  # steps between checkpoints; 0: only at the end; auto: chosen by what a save costs
     mean_hours_between_failures: float = 0.0  # of the whole run, for interval=auto; 0: 8,090 hours / number of GPUs
     asynchronous: bool = False  # training continues while a checkpoint is written, from a copy in host memory
+    max_failed_saves: int = (
+        10  # saves in a row that may fail while training goes on; the next one ends the run; 0: the first ends it
+    )
     keep: int = 2  # how many of the newest intact checkpoints are kept
     mirror: str = ""  # also copy each checkpoint to this object store, such as s3://BUCKET/PREFIX, and resume from there; empty: no
     weights: bool = True  # also save the weights in the common format, which both engines read
@@ -29,7 +32,7 @@ class CheckpointConfig:
     def problems(self) -> list[Problem]:
         """Returns the problems within this section."""
         counted = [] if isinstance(self.interval, Auto) else ["interval"]
-        found = at_least("checkpoint", self, 0, *counted, "mean_hours_between_failures")
+        found = at_least("checkpoint", self, 0, *counted, "mean_hours_between_failures", "max_failed_saves")
         if self.mirror and not MIRROR.fullmatch(self.mirror):
             rule, advice = "must be the address of a bucket", "try s3://BUCKET/PREFIX"
             found.append(Problem("checkpoint.mirror", self.mirror, rule, advice))

@@ -1,9 +1,9 @@
 """Alerts: what a person should know at once. Each tracker passes them on in its own way, W&B by mail or Slack (`wandb.alert`).
 
     error     the run hung; it ended with an error, such as diverged training
-    warning   a step was skipped because its numbers are not finite (the first of a row of such steps); a loss spike; the run starts again after it
-              was killed or hung
-    info      the run has finished, or has stopped on request
+    warning   a step was skipped because its numbers are not finite (the first of a row of such steps); a loss spike; a save failed and training
+              goes on; the run starts again after it was killed or hung
+    info      the run has finished, or has stopped on request; a save succeeds after failed ones
 
 An alert is not a record of metrics.jsonl: it is sent once, when it happens, and not again after a restart. A rank 0 that is killed cannot send one, so
 the next start reports how the one before ended. The console and metrics.jsonl have the same facts, whether or not there is a tracker.
@@ -75,6 +75,17 @@ class StepAlerts:
 def hung(report: str, step: int | None = None) -> Alert:
     """Returns the alert on a hang; `report` is the watchdog's."""
     return Alert(HUNG, report[:LONGEST], Level.error, step)
+
+
+def save_failed(text: str, step: int) -> Alert:
+    """Returns the alert on a failed save after which training goes on; `text` is the console's line."""
+    return Alert("save failed", text[:LONGEST], Level.warning, step)
+
+
+def saved_again(step: int, num_failed: int) -> Alert:
+    """Returns the alert on the first successful save after failed ones."""
+    text = f"step {step:,} is saved, after {num_failed} failed save{'s' * (num_failed > 1)}"
+    return Alert("saved again", text, Level.info, step)
 
 
 def finished(step: int, total_steps: int, tokens: int, seconds: float) -> Alert:

@@ -95,6 +95,19 @@ def save_line(step: int, stall_seconds: float, write_seconds: float, folder: Pat
     return f"saved step {step}: {times}  {folder}"
 
 
+def failed_save_line(reason: str, next_step: int, left: int, most: int) -> str:
+    """Returns the line for a save that failed while training goes on.
+
+    Args:
+        reason: of the failure.
+        next_step: whose save is the next one.
+        left: further saves in a row that may fail.
+        most: `checkpoint.max_failed_saves`.
+    """
+    more = f"{left} more in a row may fail" if left else "if that fails too, the run ends"
+    return f"{reason}; training goes on, the next save is that of step {next_step}, and {more} (checkpoint.max_failed_saves={most})"
+
+
 def wait_line(step: int, seconds: float) -> str:
     """Returns the line for a save that had to wait for the one before it."""
     return (

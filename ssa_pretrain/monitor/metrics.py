@@ -9,7 +9,7 @@ Speed is tokens over seconds in a window of recent steps, by the monotonic clock
 
 Records: {"kind": "train", "step", "tokens", "loss", "cross_entropy", ...}, {"kind": "evaluation", "step", "split", "mode", ...} and
 {"kind": "task", "step", "task", "mode", ...}; {"kind": "checkpoint", "step", ...}, which is written when the checkpoint is published, a few
-steps later, and may be missing after a kill. docs/metrics.md lists every key.
+steps later, and may be missing after a kill; {"kind": "failed_save", "step", ...}, likewise. docs/metrics.md lists every key.
 """
 
 import math
@@ -85,7 +85,7 @@ class Tracker(Protocol):
     """
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Takes a record of metrics.jsonl, except those of checkpoints; after a restart, again from the first one on."""
+        """Takes a record of metrics.jsonl, except those of checkpoints and failed saves; after a restart, again from the first one on."""
         ...
 
     def alert(self, alert: Alert) -> None:
@@ -230,6 +230,15 @@ class MetricsLogger:
         if self._file is not None:
             self._append(json_line({"kind": "checkpoint", **record}))
 
+    def log_failed_save(self, record: Mapping[str, Any]) -> None:
+        """Writes the record of a save that failed while training goes on; trackers do not get it.
+
+        Args:
+            record: step, reason, failed_in_a_row, next_step.
+        """
+        if self._file is not None:
+            self._append(json_line({"kind": "failed_save", **record}))
+
     def alert(self, alert: Alert) -> None:
         """Passes an alert on to the trackers."""
         for tracker in self._trackers:
@@ -284,8 +293,8 @@ class MetricsLogger:
             self.console.print(f"{FILE_NAME} can be written again and has all records")
 
     def _forward(self, record: Mapping[str, Any]) -> None:
-        """Forwards a record to the trackers and remembers which evaluations exist. A checkpoint's record comes after later steps, so it stays here."""
-        if record.get("kind") == "checkpoint":
+        """Forwards a record to the trackers and remembers which evaluations exist. A save's record comes after later steps, so it stays here."""
+        if record.get("kind") in ("checkpoint", "failed_save"):
             return
         if name := evaluation_name(record):
             self.evaluated.add((record["step"], name))

@@ -4,6 +4,9 @@ If a rank simply raised, the others would wait in their next collective until it
 end of a piece of work (`on_all_ranks`), or the error of rank 0 is raised on every rank (`on_rank_0`). A library may run collectives of its
 own inside that work, and after a failure the other ranks would wait in them. For this case `exits_with_peers` runs a thread that reads the
 failure from the process group's store and ends the process.
+
+After a failure on which all ranks have agreed they are in step, and a program may go on. `agree` and `Attempts` make a piece of work with collectives of
+ours fail in that way. Torch's checkpoint writers do it themselves.
 """
 
 import hashlib
@@ -31,9 +34,56 @@ GRACE_SECONDS = 10.0  # from the failure of a rank until the ranks that still wa
 T = TypeVar("T")
 
 
+class AgreedFailure(RuntimeError):
+    """Some rank has failed; all ranks raise this out of the same exchange, with the same text. So they are in step."""
+
+
+AGREED = (AgreedFailure, CheckpointException)  # raised on all ranks or on none
+
+
+class Attempts:
+    """Runs pieces of local work until one fails, and keeps the failure until all ranks meet (`agree`).
+
+    For work between collectives, which every rank must reach whatever has failed on it.
+    """
+
+    def __init__(self) -> None:
+        self._error: BaseException | None = None
+
+    def run(self, act: Callable[[], object]) -> None:
+        """Runs a piece of work, without collectives, unless one before it has failed."""
+        if self._error is None:
+            try:
+                act()
+            except FAILURES as error:
+                self._error = error
+
+    def agree(self, group: dist.ProcessGroup | None = None) -> None:
+        """Meets the other ranks; every rank calls it.
+
+        Raises:
+            AgreedFailure: on every rank, if a piece of work of any rank has failed.
+        """
+        agree(self._raise, group)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def agree(act: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+    """Runs local work, without collectives, on every rank. Every rank calls this, and it is a barrier.
+
+    Raises:
+        AgreedFailure: on every rank, if any rank has failed.
+    """
+    if reason := on_all_ranks(act, None, group=group):
+        raise AgreedFailure(reason)
+
+
 def on_all_ranks(
     act: Callable[[], object],
-    key: str,
+    key: str | None,
     describe: Callable[[str], str] = str,
     group: dist.ProcessGroup | None = None,
 ) -> str | None:
@@ -41,7 +91,7 @@ def on_all_ranks(
 
     Args:
         act: this rank's part.
-        key: the key under which `exits_with_peers` sees a failure.
+        key: the key under which `exits_with_peers` sees a failure that other ranks may not know of; None: `act` has no collectives.
         describe: turns a reason, such as "rank 3: OSError: [Errno 28] No space left on device", into the message.
         group: of all ranks; a thread other than the main one needs one that only it uses. None: the default group.
 
@@ -52,8 +102,9 @@ def on_all_ranks(
     try:
         act()
     except FAILURES as error:
-        message = describe(f"rank {dist.get_rank()}: {_describe_error(error)}")
-        dist.distributed_c10d._get_default_store().set(key, message)
+        message = describe(_reason(error))
+        if key is not None and not isinstance(error, AGREED):
+            dist.distributed_c10d._get_default_store().set(key, message)
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message, group=group)
     found = [text for text in messages if text]
@@ -151,8 +202,11 @@ def exits_with_peers(key: str, *, exit_code: int) -> Iterator[None]:
         thread.join()
 
 
-def _describe_error(error: BaseException) -> str:
-    """Returns an error as one line; for a checkpoint error of torch, its cause on the first rank that failed."""
+def _reason(error: BaseException) -> str:
+    """Returns the rank that failed and its error, as one line; for an error of torch's checkpoints, the cause on the first rank that failed."""
+    if isinstance(error, AgreedFailure):
+        return str(error)
+    rank = dist.get_rank()
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {shortened(str(error))}"
+        rank, (error, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {type(error).__name__}: {shortened(str(error))}"

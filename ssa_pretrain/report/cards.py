@@ -88,7 +88,7 @@ def source_points(steps: Sequence[Mapping[str, Any]], name: str) -> list[tuple[f
 
 
 def health_card(health: RunHealth) -> str:
-    """Returns skipped steps, spikes, rollbacks and hangs as a table; a sentence if there are none."""
+    """Returns skipped steps, spikes, rollbacks, failed saves and hangs as a table; a sentence if there are none."""
     heading, text = "Health", f"{health.sentence()[:1].upper()}{health.sentence()[1:]}."
     if health.is_clean:
         return card(heading, "", f"<p>{text}</p>")

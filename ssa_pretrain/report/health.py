@@ -1,6 +1,6 @@
-"""What went wrong in a run and what was done about it, from its folder: skipped steps, loss spikes, rollbacks, hangs.
+"""What went wrong in a run and what was done about it, from its folder: skipped steps, loss spikes, rollbacks, failed saves, hangs.
 
-Skipped steps and spikes are in metrics.jsonl, as far as a restart or a rollback has not dropped their records. Rollbacks are in incidents/, hangs in
+Skipped steps, spikes and failed saves are in metrics.jsonl, as far as a restart or a rollback has not dropped their records. Rollbacks are in incidents/, hangs in
 hang.txt. The newest checkpoint's health.json has the number of skipped steps since the start of the run.
 """
 
@@ -27,6 +27,7 @@ class RunHealth:
         skipped: step and reason of each skipped step on record.
         spikes: step, main stream, cross entropy and deviations of each spike on record.
         incidents: spikes with a decision, by step.
+        failed_saves: step and reason of each failed save on record.
         hangs: time and first line of the watchdog's reports.
         total_skipped: skipped steps up to the newest checkpoint, those that were rolled back included; None without a checkpoint.
     """
@@ -34,13 +35,15 @@ class RunHealth:
     skipped: list[tuple[int, str]] = field(default_factory=list)
     spikes: list[tuple[int, str, float, float]] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
+    failed_saves: list[tuple[int, str]] = field(default_factory=list)
     hangs: list[tuple[str, str]] = field(default_factory=list)
     total_skipped: int | None = None
 
     @property
     def is_clean(self) -> bool:
         """Whether nothing unusual is known."""
-        return not (self.skipped or self.spikes or self.incidents or self.hangs or self.total_skipped)
+        events = (self.skipped, self.spikes, self.incidents, self.failed_saves, self.hangs)
+        return not (any(events) or self.total_skipped)
 
     def sentence(self) -> str:
         """Returns the counts in a few words, such as "2 skipped steps, 1 loss spike"."""
@@ -50,10 +53,11 @@ class RunHealth:
             "skipped step": max(len(self.skipped), self.total_skipped or 0),
             "loss spike": len(spikes),
             "rollback": rollbacks,
+            "failed save": len(self.failed_saves),
             "hang": len(self.hangs),
         }
         found = [f"{count} {noun}{'s' * (count > 1)}" for noun, count in counts.items() if count]
-        return ", ".join(found) or "no skipped step, spike, rollback or hang"
+        return ", ".join(found) or "no skipped step, spike, rollback, failed save or hang"
 
     def events(self) -> list[tuple[str, str, str]]:
         """Returns step or time, kind and description of every event, those of a kind together, MOST_SHOWN of each at most."""
@@ -70,6 +74,7 @@ class RunHealth:
                 if step not in decided
             ],
             [(f"{incident.step:,}", incident.decision, _decision(incident)) for incident in self.incidents],
+            [(f"{step:,}", "failed save", reason) for step, reason in self.failed_saves],
             [(moment, "hang", line.removeprefix("hang: ")) for moment, line in self.hangs],
         ]
         return [event for events in kinds for event in _shortened(events)]
@@ -85,16 +90,17 @@ class RunHealth:
         return ranges
 
 
-def read_health(folder: Path, steps: Sequence[dict[str, Any]]) -> RunHealth:
+def read_health(folder: Path, records: Sequence[dict[str, Any]]) -> RunHealth:
     """Reads the health of a run.
 
     Args:
         folder: the run's.
-        steps: its training records.
+        records: those of its metrics.jsonl.
 
     Raises:
         ValueError: a file of incidents/ is not a record.
     """
+    steps = [record for record in records if record["kind"] == "train"]
     spikes = [
         (r["step"], str(r["spike"]), float(r.get("spike_cross_entropy") or 0), float(r.get("spike_deviations") or 0))
         for r in steps
@@ -104,6 +110,7 @@ def read_health(folder: Path, steps: Sequence[dict[str, Any]]) -> RunHealth:
         skipped=[(r["step"], str(r.get("skip_reason") or "")) for r in steps if r.get("skipped")],
         spikes=spikes,
         incidents=read_incidents(folder),
+        failed_saves=[(r["step"], str(r.get("reason", ""))) for r in records if r["kind"] == "failed_save"],
         hangs=_hangs(folder / HANG_FILE),
         total_skipped=_total_skipped(folder),
     )

@@ -53,7 +53,7 @@ class RunSummary:
         start: the newest line of environment.jsonl; None if there is none.
         tasks: results of tasks.
         goodput: where the time went; None without timeline.jsonl.
-        health: skipped steps, spikes, rollbacks and hangs.
+        health: skipped steps, spikes, rollbacks, failed saves and hangs.
     """
 
     name: str
@@ -140,7 +140,7 @@ def read_summary(folder: Path) -> RunSummary:
         evaluation = _read(folder / "evaluation.json")
         samples = _read(folder / "samples.json") or []
         steps = [record for record in records if record["kind"] == "train"]
-        tasks, health = read_tasks(records, folder, evaluation), read_health(folder, steps)
+        tasks, health = read_tasks(records, folder, evaluation), read_health(folder, records)
     except (ValueError, yaml.YAMLError) as error:
         raise ReportError(str(error)) from error
     evaluations: dict[str, list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""A rank of test_agreement.py: rank 1 cannot write the second checkpoint."""
+"""A rank of test_agreement.py: rank 1 cannot write the second checkpoint; in the case "agreed" all ranks agree on that and save again."""
 
 import sys
 from pathlib import Path
@@ -47,6 +47,15 @@ def main(case: str, run: Path) -> None:
         (folder / f"part_{rank}").write_bytes(bytes(100))
 
     def failing_write(folder: Path) -> None:
+        if case == "agreed":
+            parts = agreement.Attempts()
+            parts.run(lambda: write_or_fail(folder))
+            dist.barrier()  # like a collective between the writes
+            parts.agree()
+            raise AssertionError("a rank went on")
+        write_or_fail(folder)
+
+    def write_or_fail(folder: Path) -> None:
         if rank == 1:
             raise OSError(28, "No space left on device")
         if case == "barrier_in_save":
@@ -86,6 +95,9 @@ def main(case: str, run: Path) -> None:
         publish(run, 2, {}, failing_write, keep=1, is_rank_0=rank == 0)
     except (CheckpointError, ConfigError) as error:
         (run / f"message_{rank}").write_text(str(error))
+        (run / f"error_{rank}").write_text(type(error).__name__)
+        if case == "agreed":
+            publish(run, 3, {}, write, keep=1, is_rank_0=rank == 0)
         dist.destroy_process_group()
         return
     raise AssertionError("the save went through")

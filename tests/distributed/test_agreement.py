@@ -30,6 +30,16 @@ def test_ranks_share_hashing_and_all_report_the_failed_write(tmp_path: Path) -> 
     assert REASON in first
     assert is_untouched(tmp_path)
     assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert {(tmp_path / f"error_{rank}").read_text() for rank in range(2)} == {"CheckpointError"}, "the run must end"
+
+
+def test_ranks_that_agree_on_a_failed_write_are_in_step_and_save_again(tmp_path: Path) -> None:
+    run_workers(WORKER, 2, "agreed", str(tmp_path), timeout=300)
+    assert {(tmp_path / f"error_{rank}").read_text() for rank in range(2)} == {"SaveError"}
+    first, second = ((tmp_path / f"message_{rank}").read_text() for rank in range(2))
+    assert first == second and REASON in first
+    (found,) = (tmp_path / "checkpoints").iterdir()
+    assert found.name == "step_00000003" and find_damage(found) is None
 
 
 def test_rank_waiting_in_a_save_for_a_failed_rank_exits(tmp_path: Path) -> None:

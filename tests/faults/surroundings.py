@@ -1,5 +1,6 @@
 """Rows about what a run stands on: a full or slow disk, a save that crashes, W&B that does not answer, a clock that jumps, a second run."""
 
+import errno
 import os
 import random
 import resource
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,16 +17,17 @@ from faults.rows import Row
 from faults.stage import Stage, damaged, steps_of
 from faults.tally import Tally
 from ssa_pretrain import saving
-from ssa_pretrain.checkpoint import publish
+from ssa_pretrain.checkpoint import publish, storage
 from support.training import records
 
 STEPS = 8
 
 
-def whole_run(stage: Stage) -> list[dict]:
+def whole_run(stage: Stage, ranks: int = 1) -> list[dict]:
     """Returns the training records of a run without a fault."""
     folder = stage.new_folder()
-    assert stage.train(stage.config(folder, training__steps=STEPS)).wait() == 0
+    children = stage.train_ranks(stage.config(folder, training__steps=STEPS), ranks)
+    assert {child.wait() for child in children} == {0}
     return records(folder, "train")
 
 
@@ -40,7 +43,7 @@ def full_disk(stage: Stage) -> Tally:
     tally, whole = Tally(), whole_run(stage)
     for number in range(stage.tries(8, 2)):
         folder = stage.new_folder()
-        config = stage.config(folder, training__steps=STEPS, checkpoint__interval=2)
+        config = stage.config(folder, training__steps=STEPS, checkpoint__interval=2, checkpoint__max_failed_saves=0)
         config.checkpoint.asynchronous = number % 2 == 1
         most = stage.random.randrange(20_000, 40_000)
         child = stage.train(config, before=partial(at_step, 3, 0, partial(limit_files, folder, most)))
@@ -58,6 +61,7 @@ def full_disk(stage: Stage) -> Tally:
         try:
             folder = mount / "run"
             config = stage.config(folder, training__steps=STEPS, checkpoint__interval=1, checkpoint__keep=9)
+            config.checkpoint.max_failed_saves = 0
             child = stage.train(config)
             code, text, found = child.wait(), child.text(), steps_of(folder)
             wrong = (
@@ -88,6 +92,67 @@ def _full(stage: Stage, folder: Path, code: int, text: str, whole: list[dict]) -
     if again.wait() != 0 or "resuming after step 2" not in again.text():
         return f"the rerun ended with {again.code}: {again.text()[-300:]}"
     return None if records(folder, "train") == whole else "the curve differs"
+
+
+def fail_saves(steps: set[int], rank: int, kind: str) -> None:
+    """Lets the saves of some steps fail on a rank: a limit on the size of its files, or an error of one operation."""
+    storage.PAUSES = (0.01,) * 2
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+    plain = saving.publish
+
+    def with_limit(folder, at, *arguments, **options):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if at in steps else before[0], before[1]))
+        try:
+            return plain(folder, at, *arguments, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def failing(act: Callable, number: int) -> Callable:
+        def act_or_fail(path, *arguments, **options):
+            if any(f".step_{step:08d}.tmp" in str(path) for step in steps):
+                raise OSError(number, os.strerror(number))
+            return act(path, *arguments, **options)
+
+        return act_or_fail
+
+    if kind == "limit":
+        saving.publish = with_limit
+    elif kind == "hash":
+        publish.file_sha256 = failing(publish.file_sha256, errno.EIO)
+    else:
+        publish.sync = failing(publish.sync, errno.ENOSPC)
+
+
+def failing_saves(stage: Stage) -> Tally:
+    """Saves fail on one rank and succeed later; or all of them fail."""
+    tally, wholes = Tally(), {1: whole_run(stage), 2: whole_run(stage, 2)}
+    for number in range(stage.tries(24, 4)):
+        folder, ranks = stage.new_folder(), 1 + number % 2
+        rank, kind = (number // 2) % ranks, ("limit", "hash", "flush")[number % 3]
+        lasts = number % 6 == 5
+        failed = {2, 4, 6, 8} if lasts else set(stage.random.sample((2, 4, 6), 1 + number % 3))
+        config = stage.config(
+            folder, training__steps=STEPS, checkpoint__interval=2, checkpoint__keep=9, checkpoint__weights=True
+        )
+        config.checkpoint.asynchronous, config.checkpoint.max_failed_saves = (number // 2) % 2 == 1, 1 if lasts else 3
+        before = partial(fail_saves, failed, rank, kind)
+        children = stage.train_ranks(config, ranks, before=before)
+        codes, text = [child.wait() for child in children], children[0].text()
+        wanted = sorted({2, 4, 6, 8} - failed)
+        told = text.count("could not be saved in") == (2 if lasts else len(failed)) and "Traceback" not in text
+        wrong = codes != [5 if lasts else 0] * ranks or steps_of(folder) != wanted or damaged(folder) or not told
+        found = records(folder, "train")
+        if not wrong and found != wholes[ranks][: len(found)]:
+            wrong = "the curve differs"
+        tally.add(
+            f"{kind} on rank {rank} of {ranks}, steps {sorted(failed)}: exit codes {codes}, checkpoints {steps_of(folder)}, {text[-500:]}"
+            if wrong
+            else None,
+            code=codes[0],
+        )
+    return tally
 
 
 def slow_storage(stage: Stage) -> Tally:
@@ -256,6 +321,13 @@ ROWS = [
         "5, with the reason; the earlier checkpoint stays, and the rerun's curve is bit-identical",
         full_disk,
         must_fail=True,
+    ),
+    Row(
+        "failing_saves",
+        "one to three saves of a run fail on one of one or two ranks (no file may grow past a limit, EIO in reading back, ENOSPC in flushing), "
+        "beside training and not; or all of them",
+        "0: the other saves succeed, and the curve is bit-identical; 5 after checkpoint.max_failed_saves if all fail",
+        failing_saves,
     ),
     Row(
         "slow_storage",

@@ -126,7 +126,7 @@ def test_full_disk_in_the_background_is_noticed_at_once_and_the_rerun_is_bit_ide
     monkeypatch.setattr(BackgroundSave, "poll", after_its_end)
     monkeypatch.setattr(publish, "file_sha256", full_in_step_4)
     with pytest.raises(CheckpointError, match=r"step 4 could not be saved in .*No space left.*earlier checkpoints are"):
-        run("checkpoint.interval=2")
+        run("checkpoint.interval=2", "checkpoint.max_failed_saves=0")
     monkeypatch.setattr(publish, "file_sha256", read)
     capsys.readouterr()
     again = run("checkpoint.interval=2")
@@ -138,7 +138,7 @@ def test_last_save_is_made_although_the_one_before_it_failed(run, plain, monkeyp
     """As if the disk were full for a while, and the run ended before the failure was noticed."""
     monkeypatch.setattr(publish, "file_sha256", full_in_step_4)
     monkeypatch.setattr(saving.Saver, "after_step", lambda *_: None)
-    folder = run("checkpoint.interval=4")
+    folder = run("checkpoint.interval=4", "checkpoint.max_failed_saves=0")
     assert "step 4 could not be saved" in (text := capsys.readouterr().err) and "; step 6 is saved now" in text
     assert intact(folder) == [6]
     assert records(folder, "train") == plain

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from ssa_pretrain.engine.deepspeed.setup import converter_environment
 from ssa_pretrain.errors import ExitCode
 from ssa_pretrain.model.sharding import is_norm, is_paired, is_row_parallel
 from ssa_pretrain.monitor.console import with_timestamps
-from ssa_pretrain.parallel.agreement import on_rank_0
+from ssa_pretrain.parallel.agreement import Attempts, on_rank_0
 from ssa_pretrain.parallel.state import Placement
 
 TAG = "deepspeed"
@@ -39,21 +40,25 @@ LAYOUT = "deepspeed.json"
 
 
 def save(folder: Path, ds, config: Config, placement: Placement) -> None:
-    """Writes weights and optimizer into an existing, empty folder."""
-    ds.save_checkpoint(str(folder), tag=TAG, client_state=_client_state(ds), save_latest=False)
-    dist.barrier()
+    """Writes weights and optimizer into an existing, empty folder.
+
+    Raises:
+        AgreedFailure: on every rank, if any rank could not write.
+    """
+    parts = Attempts()
+    with snapshot.deferring(ds, parts):
+        ds.save_checkpoint(str(folder), tag=TAG, client_state=_client_state(ds), save_latest=False)
+    parts.agree()
     if placement.is_rank_0:
-        (folder / "latest").write_text(TAG)
-        (folder / LAYOUT).write_text(json.dumps(layout(config, placement), indent=1))
-    dist.barrier()
+        parts.run(lambda: snapshot.write_notes(folder, _notes(config, placement)))
+    parts.agree()
 
 
 def copy_state(
     ds, copies: HostCopies, config: Config, placement: Placement
 ) -> Callable[[Path, dist.ProcessGroup], None]:
     """Copies weights and optimizer to host memory. Returns the function that writes what `save` writes, for a thread of every rank."""
-    notes = {"latest": TAG, LAYOUT: layout(config, placement)}
-    return snapshot.take(ds, copies, tag=TAG, client_state=_client_state(ds), notes=notes)
+    return snapshot.take(ds, copies, tag=TAG, client_state=_client_state(ds), notes=_notes(config, placement))
 
 
 def load(folder: Path, ds, config: Config, placement: Placement) -> None:
@@ -135,6 +140,11 @@ def without_extra_state(model: torch.nn.Module) -> None:
 
     model.register_state_dict_post_hook(drop)
     model.register_load_state_dict_post_hook(ignore_missing)
+
+
+def _notes(config: Config, placement: Placement) -> dict[str, Any]:
+    """Returns the further files of a checkpoint, by name."""
+    return {"latest": TAG, LAYOUT: layout(config, placement)}
 
 
 def _client_state(ds) -> dict:

@@ -4,17 +4,21 @@ DeepSpeed hands each file of a checkpoint, as a state and a path, to its checkpo
 between two steps and copies the states. Later the thread writes the same files with the same function. DeepSpeed's own asynchronous engine is not used:
 it starts a process per rank, which outlives a killed rank, and it does not report a failed write.
 
+`deferring` is for a synchronous save: a rank whose write fails still comes to the end of DeepSpeed's save, where the other ranks wait.
+
 A tensor that is a view into a flat buffer is copied by itself, so a file can be smaller than DeepSpeed's own. Its tensors are the same.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from ssa_pretrain.checkpoint.staging import HostCopies
+from ssa_pretrain.parallel.agreement import Attempts, agree
 
 NOWHERE = "checkpoint"  # stands for the folder, which exists only when the thread writes
 
@@ -58,6 +62,48 @@ class _Capture:
         return False
 
 
+class _Deferring:
+    """A checkpoint engine that writes as another one does, and keeps a failure: DeepSpeed's other ranks wait for this one until the end of its save.
+
+    Args:
+        engine: the other one.
+        parts: keeps the failure.
+    """
+
+    def __init__(self, engine: Any, parts: Attempts) -> None:
+        self._engine, self._parts = engine, parts
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Writes a file."""
+        self._parts.run(lambda: self._engine.save(state_dict, path))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Creates a folder."""
+        self._parts.run(lambda: self._engine.makedirs(path, exist_ok=exist_ok))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+@contextmanager
+def deferring(ds, parts: Attempts) -> Iterator[None]:
+    """The context in which DeepSpeed's saves keep their failures in `parts`, so that every rank comes to the end of a save."""
+    engine, copy_script = ds.checkpoint_engine, ds._copy_recovery_script
+    ds.checkpoint_engine = _Deferring(engine, parts)
+    ds._copy_recovery_script = lambda folder: parts.run(lambda: copy_script(folder))
+    try:
+        yield
+    finally:
+        ds.checkpoint_engine = engine
+        del ds._copy_recovery_script
+
+
+def write_notes(folder: Path, notes: dict[str, Any]) -> None:
+    """Writes further files by name; text as it is, anything else as JSON."""
+    for name, content in notes.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+
+
 def take(
     ds, copies: HostCopies, *, tag: str, client_state: dict[str, Any], notes: dict[str, Any]
 ) -> Callable[[Path, dist.ProcessGroup], None]:
@@ -68,7 +114,7 @@ def take(
         copies: receive the tensors; the caller waits for them before it writes.
         tag: of DeepSpeed's folder within the checkpoint.
         client_state: DeepSpeed adds it to the state of the model.
-        notes: further files by name, which rank 0 writes when all ranks are done; text as it is, anything else as JSON.
+        notes: further files by name (`write_notes`), which rank 0 writes when all ranks are done.
     """
     capture, engine = _Capture(copies), ds.checkpoint_engine
     scripts: list[str] = []
@@ -80,16 +126,16 @@ def take(
         ds.checkpoint_engine = engine
         del ds._copy_recovery_script
 
-    def write(folder: Path, group: dist.ProcessGroup) -> None:
+    def write_files(folder: Path) -> None:
         for name, state in capture.files.items():
             path = folder / name
             path.parent.mkdir(exist_ok=True)
             engine.save(state, str(path))
         if scripts:
             ds._copy_recovery_script(str(folder))
-        dist.barrier(group)
-        if dist.get_rank() == 0:
-            for name, content in notes.items():
-                (folder / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+
+    def write(folder: Path, group: dist.ProcessGroup) -> None:
+        agree(lambda: write_files(folder), group)
+        agree(lambda: write_notes(folder, notes) if dist.get_rank() == 0 else None, group)
 
     return write

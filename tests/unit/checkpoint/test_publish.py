@@ -1,7 +1,9 @@
 """Checkpoints are published atomically, damaged ones are found and skipped, and a run does not resume another run's checkpoint."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -21,6 +23,8 @@ from ssa_pretrain.checkpoint.publish import (
     require_same_model,
 )
 from ssa_pretrain.config import Config, OptimConfig, RopeScalingConfig, RowPacking, StageConfig
+from ssa_pretrain.errors import SaveError
+from ssa_pretrain.parallel.agreement import Attempts
 
 
 @pytest.fixture(autouse=True)
@@ -479,3 +483,65 @@ def test_unlisted_file_with_pickles_is_damage(tmp_path, name):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"")
     assert find_damage(folder) == f"{name} is not listed in {FACTS}"
+
+
+def test_failure_that_the_ranks_agree_on_is_told_from_one_in_the_engines_part(tmp_path, monkeypatch):
+    def unwritable(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def fails_by_itself(folder):
+        unwritable(folder)
+
+    def fails_together(folder):
+        parts = Attempts()
+        parts.run(lambda: unwritable(folder))
+        parts.run(lambda: write(folder))  # not run
+        assert list(folder.iterdir()) == []
+        parts.agree()
+
+    with pytest.raises(CheckpointError, match=r"rank 0: OSError.*run the same command again") as caught:
+        publish(tmp_path, 5, {}, fails_by_itself, keep=2, is_rank_0=True)
+    assert not isinstance(caught.value, SaveError)
+    with pytest.raises(SaveError, match=r"rank 0: OSError.*run the same command again") as caught:
+        publish(tmp_path, 5, {}, fails_together, keep=2, is_rank_0=True)
+    assert caught.value.reason.endswith("earlier checkpoints are unchanged")
+    monkeypatch.setattr(publishing, "file_sha256", unwritable)
+    monkeypatch.setattr(storage, "PAUSES", ())
+    with pytest.raises(SaveError, match="Input/output error"):
+        publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_failure_is_reported_although_the_storage_does_not_tell_its_free_space(tmp_path, monkeypatch):
+    def stale(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(publishing.shutil, "disk_usage", stale)
+    monkeypatch.setattr(publishing, "sync", stale)
+    with pytest.raises(SaveError, match="which has an unknown amount of free space: Stale file handle"):
+        publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+
+
+def test_next_save_removes_what_a_failed_one_has_left(tmp_path, monkeypatch):
+    plain = publishing.shutil.rmtree
+    publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True)
+    monkeypatch.setattr(publishing, "sync", lambda path: os.stat(tmp_path / "nothing"))
+    monkeypatch.setattr(publishing.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(SaveError):
+        publish(tmp_path, 10, {}, write, keep=2, is_rank_0=True)
+    assert (tmp_path / "checkpoints/.step_00000010.tmp/weights.bin").exists()
+    monkeypatch.undo()
+    assert publishing.shutil.rmtree is plain
+    publish(tmp_path, 15, {}, write, keep=2, is_rank_0=True)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000005", "step_00000015"]
+
+
+def test_storage_that_fails_after_the_publication_does_not_fail_the_save(tmp_path, monkeypatch):
+    def stale(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    lines: list[str] = []
+    monkeypatch.setattr(publishing, "_half_removed", stale)
+    folder = publish(tmp_path, 5, {}, write, keep=2, is_rank_0=True, report=lines.append)
+    assert find_damage(folder) is None
+    assert lines == ["old checkpoints could not be looked up (Stale file handle); the next checkpoint tries again"]

@@ -56,6 +56,7 @@ def found(*overrides: str, machine: Machine = CPU) -> list[str]:
         ),
         (("training.skip_steps=[120,130]",), "training.skip_steps=[120, 130] must be a list of lists; try [[120,130]]"),
         (("training.max_skipped_steps=-1",), "training.max_skipped_steps=-1 must be at least 0; try 0"),
+        (("checkpoint.max_failed_saves=-1",), "checkpoint.max_failed_saves=-1 must be at least 0; try 0"),
         (("training.rollback_window=0",), "training.rollback_window=0 must be at least 1; try 1"),
         (
             ("training.rollback_on_spike=true", "training.spike_threshold=0"),

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.errors import DivergedError, Interrupted
-from ssa_pretrain.monitor.alerts import Alert, Level, StepAlerts, failed, finished, hung, restarted
+from ssa_pretrain.monitor.alerts import (
+    Alert,
+    Level,
+    StepAlerts,
+    failed,
+    finished,
+    hung,
+    restarted,
+    save_failed,
+    saved_again,
+)
 from ssa_pretrain.monitor.metrics import MetricsLogger
 from ssa_pretrain.monitor.timeline import Timeline, read_timeline
 
@@ -115,3 +125,11 @@ def test_start_after_a_kill_or_a_hang_reports_the_one_before(tmp_path: Path, how
         f"the start before {says} at about step 14, 1m30s ago; training continues after step 10, and 4 steps are trained again"
     )
     assert restarted([], 0, 0.0) is None
+
+
+def test_failed_save_is_a_warning_and_its_recovery_is_news() -> None:
+    assert save_failed("step 6 could not be saved", 7) == Alert(
+        "save failed", "step 6 could not be saved", Level.warning, 7
+    )
+    assert saved_again(1200, 1) == Alert("saved again", "step 1,200 is saved, after 1 failed save", Level.info, 1200)
+    assert saved_again(8, 2).text == "step 8 is saved, after 2 failed saves"

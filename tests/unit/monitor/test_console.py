@@ -14,6 +14,7 @@ from ssa_pretrain.monitor.console import (
     banner,
     end_line,
     evaluation_line,
+    failed_save_line,
     save_line,
     task_line,
     train_line,
@@ -104,6 +105,16 @@ def test_line_of_a_save_that_waited_names_what_to_do() -> None:
     assert wait_line(60, 3.21) == (
         "the save of step 60 waited 3.2 s until the one before it was written: raise checkpoint.interval, or write to faster storage"
     )
+
+
+def test_line_of_a_failed_save_has_the_next_one_and_how_many_may_fail() -> None:
+    line = failed_save_line("step 60 could not be saved", 65, 9, 10)
+    assert line == (
+        "step 60 could not be saved; training goes on, the next save is that of step 65, and 9 more in a row may fail "
+        "(checkpoint.max_failed_saves=10)"
+    )
+    last = failed_save_line("step 60 could not be saved", 65, 0, 1)
+    assert "step 65, and if that fails too, the run ends (checkpoint.max_failed_saves=1)" in last
 
 
 def test_save_line_has_the_stall_and_the_whole_time() -> None:

@@ -388,9 +388,10 @@ def test_record_of_a_checkpoint_comes_after_later_steps_survives_a_resume_and_re
         for step in (1, 2, 3):
             log.log_step(make_step(step))
         log.log_checkpoint({"step": 2, "stall_seconds": 0.1, "write_seconds": 2.0, "bytes": 10})
+        log.log_failed_save({"step": 2, "reason": "full", "failed_in_a_row": 1, "next_step": 3})
         log.log_checkpoint({"step": 3, "stall_seconds": 0.1, "write_seconds": 2.0, "bytes": 10})
     with logger(tmp_path, resume_step=2, trackers=[Tracker()]):
         pass
     kept = [(record["kind"], record["step"]) for record in read_records(tmp_path / FILE_NAME)]
-    assert kept == [("train", 1), ("train", 2), ("checkpoint", 2)]
+    assert kept == [("train", 1), ("train", 2), ("checkpoint", 2), ("failed_save", 2)]
     assert seen == ["train 1", "train 2", "train 3", "train 1", "train 2"]

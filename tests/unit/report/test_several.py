@@ -61,6 +61,7 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
     records[20] |= {"spike": "sparse", "spike_cross_entropy": 9.5, "spike_deviations": 12.0}
     records += [evaluation(30, mode) for mode in ("full", "sparse")]
     records += [task(step, mode, step / 100) for step in (10, 30) for mode in ("full", "sparse")]
+    records.append({"kind": "failed_save", "step": 24, "reason": "step 24 could not be saved in /full"})
     first = write(tmp_path / "a" / "run", records)
     for step, decision in ((15, ROLLED_BACK), (21, WENT_ON)):
         write_incident(
@@ -96,11 +97,12 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
 def test_page_of_one_run_shows_goodput_tasks_and_health(runs: tuple[Path, Path]) -> None:
     summary = read_summary(runs[0])
     html = page(summary)
-    assert summary.health.sentence() == "5 skipped steps, 2 loss spikes, 1 rollback, 1 hang"
+    assert summary.health.sentence() == "5 skipped steps, 2 loss spikes, 1 rollback, 1 failed save, 1 hang"
     for shown in (
         "7 to 8",
         "back to step 10, without the data of steps 11 to 15",
         "the run has no checkpoint yet",
+        "step 24 could not be saved in /full",
         "rank 1 does not move",
         "arc &lt;x&gt;",
         "0.300 ± 0.020",
@@ -132,7 +134,7 @@ def test_page_of_several_runs(runs: tuple[Path, Path], capsys: pytest.CaptureFix
         for cell in cells:
             position = html.find(f">{cell}<", position)
             assert position >= 0, cell
-    assert "no skipped step, spike, rollback or hang" in html and "optim.min_lr" not in html
+    assert "no skipped step, spike, rollback, failed save or hang" in html and "optim.min_lr" not in html
     assert html.count('class="a" d="M') > 3 and html.count('class="b" d="M') > 2, "a colour per run"
 
 

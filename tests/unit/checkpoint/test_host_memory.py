@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain import saving
-from ssa_pretrain.saving import GIB, free_memory, memory_warning
+from ssa_pretrain.checkpoint import host_memory
+from ssa_pretrain.checkpoint.host_memory import GIB, free_memory, memory_warning
 
 
 def host(folder: Path, available_kib: int, limit: str, used: int) -> tuple[Path, Path]:
@@ -25,12 +25,12 @@ def test_free_memory_is_the_smaller_of_the_hosts_and_the_containers(tmp_path, li
 
 def test_unknown_memory_gives_no_warning(tmp_path, monkeypatch):
     assert free_memory(tmp_path / "none", tmp_path) is None
-    monkeypatch.setattr(saving, "free_memory", lambda: None)
+    monkeypatch.setattr(host_memory, "free_memory", lambda: None)
     assert memory_warning(2**60) is None
 
 
 def test_warning_has_both_numbers_and_the_setting(monkeypatch):
-    monkeypatch.setattr(saving, "free_memory", lambda: 10 * GIB)
+    monkeypatch.setattr(host_memory, "free_memory", lambda: 10 * GIB)
     assert memory_warning(10 * GIB) is None
     assert memory_warning(15 * GIB) == (
         "warning: this host has 10.0 GiB of free memory, and writing a checkpoint beside training may need 15.0 GiB of it: "
