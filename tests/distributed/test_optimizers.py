@@ -11,7 +11,7 @@ import pytest
 from support.processes import SUPPORT, run_workers
 from support.run_comparison import close
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 WORKER = SUPPORT / "deepspeed_worker.py"
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
 SAVED, STOP = 2, 4
@@ -66,7 +66,7 @@ def results(tmp_path_factory) -> dict[str, list]:
     for world, jobs in ((2, two_processes()), (1, one_process())):
         listing = folder / f"jobs{world}.json"
         listing.write_text(json.dumps(jobs))
-        run_workers(WORKER, world, str(listing), str(folder), timeout=600)
+        run_workers(WORKER, world, str(listing), str(folder), timeout=1000)
         for job in jobs:
             texts = {(folder / f"{job['name']}.{rank}.json").read_text() for rank in range(world)}
             assert len(texts) == 1, f"{job['name']}: ranks report different results"
