@@ -163,5 +163,5 @@ def waits_for_others(frame: FrameType | None) -> bool:
     if frame is None:
         return False
     path = frame.f_code.co_filename
-    line = linecache.getline(path, frame.f_lineno)
+    line = linecache.getline(path, frame.f_lineno or 0)  # None: an instruction that belongs to no line
     return any(folder in path for folder in WAITING_FOLDERS) or any(call in line for call in WAITING_CALLS)

@@ -80,7 +80,7 @@ def test_content_equals_a_synchronous_checkpoint_although_training_went_on(case,
 
 
 def test_failed_write_is_raised_on_all_ranks_after_the_same_step(tmp_path):
-    run_workers(WORKER, 2, "failure", str(tmp_path), timeout=100)
+    run_workers(WORKER, 2, "failure", str(tmp_path), timeout=300)
     (first, text), (second, other) = ((tmp_path / f"message_{rank}").read_text().split(" ", 1) for rank in (0, 1))
     assert first == second and text == other
     assert text.startswith("step 1 could not be saved in")

@@ -10,7 +10,7 @@ from support.errors import relative
 from support.layout_results import TOLERANCE, assemble
 from support.processes import run_workers
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes of all cases
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for all processes of all cases
 WORKER = Path(__file__).with_name("context_worker.py")
 
 TP, PP, CP, SP = "parallel.tp", "parallel.pp", "parallel.cp", "parallel.sequence_parallel"
@@ -110,7 +110,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
     for world, cases in CASES.items():
         listing = folder / f"cases{world}.json"
         listing.write_text(json.dumps(cases))
-        run_workers(WORKER, world, str(listing), str(folder), timeout=800)
+        run_workers(WORKER, world, str(listing), str(folder), timeout=1500)
     found = {}
     for name in (name for cases in CASES.values() for name in cases):
         parts = [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"{name}.*.pt"))]

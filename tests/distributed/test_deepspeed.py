@@ -14,7 +14,7 @@ from support.processes import SUPPORT, run_workers
 from support.run_comparison import TOLERANCE, close
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes
+pytestmark = pytest.mark.timeout(2500)  # the first test waits for all processes
 WORKER = SUPPORT / "deepspeed_worker.py"
 STOP, SAVED, RESUMED = 3, 2, 4
 
@@ -150,7 +150,7 @@ def results(tmp_path_factory) -> dict[str, torch.Tensor]:
     for world, jobs in ((2, two_processes()), (1, one_process())):
         listing = folder / f"jobs{world}.json"
         listing.write_text(json.dumps(jobs))
-        run_workers(WORKER, world, str(listing), str(folder), timeout=1200)
+        run_workers(WORKER, world, str(listing), str(folder), timeout=2200)
         for job in jobs:
             texts = {(folder / f"{job['name']}.{rank}.json").read_text() for rank in range(world)}
             assert len(texts) == 1, f"{job['name']}: ranks report different results"

@@ -10,7 +10,7 @@ from support.errors import relative
 from support.layout_results import TOLERANCE, assemble
 from support.processes import SUPPORT, run_workers
 
-pytestmark = pytest.mark.timeout(1500)  # the first test waits for all processes of all cases
+pytestmark = pytest.mark.timeout(2000)  # the first test waits for all processes of all cases
 WORKER = SUPPORT / "layout_worker.py"
 
 TP, PP, DP = "parallel.tp", "parallel.pp", "world"
@@ -131,7 +131,7 @@ def results(folder) -> dict[str, dict]:
     for world, cases in CASES.items():
         listing = folder / f"cases{world}.json"
         listing.write_text(json.dumps(cases))
-        run_workers(WORKER, world, str(listing), str(folder), timeout=900)
+        run_workers(WORKER, world, str(listing), str(folder), timeout=1700)
     return {name: assemble(folder, name) for name in NAMES}
 
 

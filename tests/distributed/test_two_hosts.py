@@ -6,7 +6,6 @@ Each host runs the script of target=torchrun with one process. The sum of ranks 
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.launch.render.command import answer
-from support.processes import ROOT
+from support.processes import ROOT, free_port
 
 WHO = """\
 import os, pathlib, torch, torch.distributed as dist
@@ -71,12 +70,6 @@ def hosts() -> Iterator[list[Host]]:
         for name in names:
             ip(f"netns del {name}")
             shutil.rmtree(ETC / name, ignore_errors=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_two_hosts_become_one_group(tmp_path: Path, hosts: list[Host]) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from support.processes import ROOT
 
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for the quickstart
 README = (ROOT / "README.md").read_text()
 VENV = Path(sys.prefix)
 
@@ -78,7 +79,7 @@ SMALL += ["evaluation.rows=4", "evaluation.interval=3", "checkpoint.interval=3"]
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("quickstart") / "run"
-    return out, run("launchers/quickstart.sh", "--venv", VENV, "--out", out, *SMALL, timeout=550)
+    return out, run("launchers/quickstart.sh", "--venv", VENV, "--out", out, *SMALL, timeout=1100)
 
 
 def test_quickstart_writes_every_promised_file(quickstart: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -129,7 +130,7 @@ def test_second_quickstart_reuses_existing_outputs(quickstart: tuple[Path, subpr
     kept = ["data/manifest.json", "data/tokenizer.json", "metrics.jsonl"]
     before = {name: (out / name).read_bytes() for name in kept}
     written = (out / "data" / "manifest.json").stat().st_mtime_ns
-    done = run("launchers/quickstart.sh", "--venv", VENV, "--out", out, *SMALL, timeout=550)
+    done = run("launchers/quickstart.sh", "--venv", VENV, "--out", out, *SMALL, timeout=1100)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {name: (out / name).read_bytes() for name in kept} == before
     assert (out / "data" / "manifest.json").stat().st_mtime_ns == written

@@ -137,7 +137,8 @@ SLURM = ("executor=slurm", "executor.partition=cpu", "executor.tasks=3")
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed (extra cluster)")
-def test_ray_makes_the_same_dataset(corpus):
+def test_ray_makes_the_same_dataset(corpus, monkeypatch):
+    monkeypatch.setenv("RAY_gcs_server_request_timeout_seconds", "300")  # a busy machine starts a cluster slowly
     assert main(settings(corpus, "local")) == 0
     assert main(settings(corpus, "ray", *RAY)) == 0
     assert digest(corpus.parent / "ray") == digest(corpus.parent / "local")

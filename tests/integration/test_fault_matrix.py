@@ -8,7 +8,7 @@ from faults import page, tally
 from faults.catalog import GROUPS
 from support.processes import environment, run_ranks
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 ROWS = [
     "power_failure",
     "kill_every_syscall",
@@ -31,7 +31,7 @@ def results(tmp_path_factory):
     """Returns the folder with the files of a small matrix, and what its process printed."""
     folder = tmp_path_factory.mktemp("faults")
     arguments = [*ROWS, "--scale", SCALE, "--folder", str(folder / "stage"), "--results", str(folder / "results")]
-    (ended,) = run_ranks(["-m", "faults", *arguments, "--page", str(folder / "page.md")], [environment()], timeout=280)
+    (ended,) = run_ranks(["-m", "faults", *arguments, "--page", str(folder / "page.md")], [environment()], timeout=800)
     assert ended.code in (0, 1), ended.stderr[-3000:]
     return folder
 

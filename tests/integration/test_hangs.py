@@ -1,9 +1,10 @@
 """A rank that hangs: the log names it, the launcher starts the run again, and its metrics are those of a run that was never interrupted."""
 
-import os
-import signal
+import json
 import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ssa_pretrain.monitor.timeline import read_timeline
 from ssa_pretrain.report.goodput import goodput
-from support.training import descendants, environment, is_alive, launched, rank_of, records, train, wait_for_step
+from support.processes import SUPPORT
+from support.training import descendants, environment, is_alive, launched, records, train
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 STEPS = 16
 SETTINGS = (
     "experiment=quickstart",
@@ -34,17 +36,24 @@ def test_stopped_rank_is_named_and_the_restarted_run_is_bit_identical(corpus, tm
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train(*SETTINGS, f"data.path={corpus}", f"output_dir={whole}", processes=2)
     data = (f"data.path={corpus}", f"output_dir={folder}")
+    stopped, python = tmp_path / "stopped", tmp_path / "python"
+    fault = json.dumps({"stop": {"step": 11, "rank": 1, "file": str(stopped)}, "finish": 60.0})
+    python.write_text(  # instead of `python -u -m ssa_pretrain.train`
+        f"#!/bin/sh\nshift 3\nexec {sys.executable} {SUPPORT / 'faulty_training.py'} '{fault}' \"$@\"\n"
+    )
+    python.chmod(0o755)
+    variables = environment() | {"PYTHON_EXEC": str(python)}
     command = launched("torchrun.sh", *SETTINGS, *data, "logging=tensorboard", restarts=1)
     log = tmp_path / "log.txt"
-    with log.open("w") as file, subprocess.Popen(command, env=environment(), stdout=file, stderr=file) as launcher:
-        wait_for_step(launcher, folder, 9, seconds=200, output=lambda: log.read_text()[-3000:])
+    with log.open("w") as file, subprocess.Popen(command, env=variables, stdout=file, stderr=file) as launcher:
+        while not (stopped.exists() and stopped.read_text()):
+            assert launcher.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.05)
         family = descendants(launcher.pid)
-        (second,) = [pid for pid in family if rank_of(pid) == "1"]
-        os.kill(second, signal.SIGSTOP)
-        launcher.wait(timeout=300)
-    text = log.read_text()
+        launcher.wait(timeout=600)
+    text, second = log.read_text(), int(stopped.read_text())
     assert launcher.returncode == 0, text[-3000:]
-    assert not [pid for pid in family if is_alive(pid)]
+    assert second in family and not [pid for pid in family if is_alive(pid)]
     hang = f"hang: rank 1 ({socket.gethostname()}, pid {second}) gives no sign of life in training step "
     ours = [line for line in text.splitlines() if hang in line]
     assert len(ours) == 2, text  # the log and the launcher

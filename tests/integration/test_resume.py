@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,6 @@ from support.training import (
     run,
     train,
     wait_for_checkpoint,
-    wait_for_step,
 )
 
 pytestmark = pytest.mark.timeout(1200)
@@ -47,11 +47,15 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
 
 
 def kill_at(step: int, folder: Path, output: Path, settings: tuple[str, ...]) -> None:
-    """Starts a run on two ranks and kills both with SIGKILL once `step` is in its metrics."""
-    started = start_ranks(["-m", "ssa_pretrain.train", *settings], ranks(2), output)
+    """Starts a run on two ranks and kills both with SIGKILL after `step`, when rank 1 stands still and rank 0 waits for it."""
+    stopped = output / "stopped"
+    fault = json.dumps({"stop": {"step": step + 1, "rank": 1, "file": str(stopped)}})
+    started = start_ranks([str(SUPPORT / "faulty_training.py"), fault, *settings], ranks(2), output)
     run = SimpleNamespace(poll=lambda: started[0].exitcode)
     try:
-        wait_for_step(run, folder, step, seconds=300)
+        while not stopped.exists():
+            assert run.poll() is None, f"the run ended before step {step + 1}"
+            time.sleep(0.05)
         wait_for_checkpoint(run, folder, step - 1, seconds=60)
         helpers = [helper for rank in started for helper in descendants(rank.pid)]
         assert helpers == [], "a save has started processes, which a killed rank would leave behind"

@@ -20,6 +20,7 @@ from ssa_pretrain.launch.stages.state import State, table
 from support.processes import SUPPORT, run_ranks
 from support.training import records
 
+pytestmark = pytest.mark.timeout(1500)  # the first test waits for all stages
 SETTINGS = [
     "model=tiny",
     "precision=fp32",
@@ -89,7 +90,7 @@ class Stages:
         if stage in self.kills:
             place, count = KILLED[stage]
             called = [str(SUPPORT / "killed_in.py"), place, str(count), *called[1:]]
-        (ended,) = run_ranks(called, [{}], timeout=300)
+        (ended,) = run_ranks(called, [{}], timeout=600)
         if stage in self.kills:
             self.kills.remove(stage)
             assert ended.code == -9, ended.stdout + ended.stderr

@@ -4,6 +4,8 @@
     loss      likewise: the cross entropies of the first tokens of this rank are infinite, without a gradient of their own
     spike     {"steps": [40], "factor": 10.0, "stream": "sparse"}: cross entropies of microbatches with this main stream are larger
     weights   {"step": 5, "rank": 0}: a weight of this rank is NaN after this step
+    stop      {"step": 11, "rank": 1, "file": FILE}: this rank writes its process id to FILE and stops (SIGSTOP) before this step, unless FILE exists
+    finish    60.0: seconds that a tracker's process has at the end of the run
     deterministic    true: torch's deterministic mode, in which memory that nobody has written holds NaN
     states    FILE: after each step, a JSON line is appended to FILE.RANK: the step, the digest of this rank's weights, and that of its weights,
               moments and step counts
@@ -14,7 +16,9 @@ Steps count from 1. The faults enter where real ones do: gradients in a hook of 
 import hashlib
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +88,9 @@ def install(faults: dict[str, Any]) -> None:
     Microbatches.begin_step, StepSums.loss = begin_step, faulty_loss
 
     import ssa_pretrain.trainer as trainer
+    from ssa_pretrain.monitor import client_tracker
 
+    client_tracker.FINISH_SECONDS = faults.get("finish", client_tracker.FINISH_SECONDS)
     train_step, hooked = trainer.train_step, []
 
     def faulty_gradient(grad):
@@ -94,6 +100,11 @@ def install(faults: dict[str, Any]) -> None:
         return grad
 
     def train_step_and_record(run, step):
+        if (stop := faults.get("stop")) and (stop["step"], stop["rank"]) == (step + 1, rank):
+            with suppress(FileExistsError), Path(stop["file"]).open("x") as file:
+                file.write(str(os.getpid()))
+                file.close()
+                os.kill(os.getpid(), signal.SIGSTOP)
         weight = list(models_of(run.engine)[-1].parameters())[-1]
         if not any(weight is other for other in hooked):
             hooked.append(weight)

@@ -23,7 +23,7 @@ REPO = "owner/corpus"
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that match: `status`, or after `cut` bytes, or after `stall` seconds."""
+    """What goes wrong with the next `times` requests that match: `status`, or after `cut` bytes, or no answer for `stall` seconds."""
 
     method: str
     pattern: str
@@ -89,7 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
         fault = next((f for f in hub.faults if f.method == method and re.search(f.pattern, path) and f.times > 0), None)
         if fault:
             fault.times -= 1
-            threading.Event().wait(fault.stall)  # the tests make time.sleep return at once
+            if fault.stall:
+                threading.Event().wait(fault.stall)  # the tests make time.sleep return at once
+                self.close_connection = True
+                return
             if fault.status:
                 self._json({"error": "injected"}, fault.status)
                 return

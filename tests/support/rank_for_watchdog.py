@@ -1,8 +1,8 @@
 """Acts as a launcher of ranks (`launcher FOLDER MODE MODE …`) and as one of its ranks (`rank FOLDER MODE`), for test_watchdog.py.
 
 A step is a little work and one collective, under a watchdog. At step HANGS_AT a rank does what its mode says: "trains", "loops" in Python, "locks" Python
-in C code, "stops" its process. "timed" trains and takes the time that passes for its own, not the CPU time. "pauses" does so as well, and stops its process in
-every step, until somebody sends SIGCONT.
+in C code, "stops" its process. "pauses" stops its process in every step, until somebody sends SIGCONT, and takes the time that passes for its own. The others
+take WORK_SECONDS, however busy the machine is.
 """
 
 import os
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 from ssa_pretrain.process import rank_process
 
-HANGS_AT, STEPS = 40, 60  # the first steps take longer than a beat, so every rank has seen one of the others
+HANGS_AT, STEPS = 10, 60
 WORK_SECONDS = 0.03  # of CPU time
 
 
@@ -58,21 +58,24 @@ def live(folder: Path, mode: str) -> None:
         from ssa_pretrain.config import ParallelConfig
         from ssa_pretrain.parallel import watchdog
 
-        watchdog.ANSWER_SECONDS = 2.0
+        watchdog.ANSWER_SECONDS = float(os.environ["ANSWER_SECONDS"])
         parallel = ParallelConfig(hang_minutes=float(os.environ["HANG_MINUTES"]))
         dist.init_process_group("gloo")
         placement = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size())
         with watchdog.Watchdog(placement, parallel, folder) as watch:  # type: ignore[arg-type]
             for step in range(STEPS):
                 watch.enter("training", step)
-                (folder / f"up_{placement.rank}").write_text(str(os.getpid())) if step == 0 else None
+                if step == 0:
+                    (folder / f"up_{placement.rank}").write_text(str(os.getpid()))
+                    while watch._rank_0 is None:  # the ranks have published a beat, and know who hosts the store
+                        time.sleep(0.01)
                 if step == HANGS_AT:
                     hang(mode)
                 begin = time.monotonic()
                 work()
                 if mode == "pauses":
                     os.kill(os.getpid(), signal.SIGSTOP)
-                watch.add_own_seconds(time.monotonic() - begin if mode in ("timed", "pauses") else WORK_SECONDS)
+                watch.add_own_seconds(time.monotonic() - begin if mode == "pauses" else WORK_SECONDS)
                 dist.all_reduce(torch.zeros(1))
         dist.destroy_process_group()
 

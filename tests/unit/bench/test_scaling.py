@@ -3,7 +3,9 @@
 import json
 import re
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -187,7 +189,13 @@ def test_failed_case_is_named_and_the_others_are_measured(host):
     assert (failed["case"], failed["error"]) == ("dp2, 8k", "torch.OutOfMemoryError: CUDA out of memory")
 
 
-def test_time_limit_keeps_what_was_measured(host):
+def test_time_limit_keeps_what_was_measured(host, monkeypatch):
+    def now() -> float:
+        """The time is over when the first case has been measured."""
+        measured = host.folder / "speed_0.jsonl"
+        return 3.0 if measured.exists() and measured.read_text().endswith("\n") else 0.0
+
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
     found = run_jobs("speed", [some("tp2", "slow", "cp2"), some("pp2")], host, 2)
     assert [r["case"] for r in found if "error" not in r] == ["tp2"]
     assert [r["case"] for r in found if r.get("error") == jobs.LATE] == ["slow, 8k", "cp2, 8k", "pp2, 8k"]

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -76,7 +77,9 @@ def test_check_that_raises_or_does_not_answer_is_a_finding() -> None:
 
     (one,) = run_check("disk", broken)
     assert (one.status, one.name) == (Status.FAIL, "disk") and "Input/output error" in one.found
-    (late,) = run_check("disk", lambda: time.sleep(5) or [], seconds=0.05)
+    answer = threading.Event()
+    (late,) = run_check("disk", lambda: [ok("disk", "free")] * answer.wait(), seconds=0.05)
+    answer.set()
     assert late.status is Status.FAIL and "no answer in 0.05 s" in late.found
 
 
@@ -187,15 +190,20 @@ def test_nvidia_smi_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "text"),
-    [("echo 'Failed to initialize NVML'; exit 9", "Failed to initialize NVML"), ("sleep 60", "does not answer")],
+    ("program", "seconds", "text"),
+    [
+        ("echo 'Failed to initialize NVML'; exit 9", gpus.SMI_SECONDS, "Failed to initialize NVML"),
+        ("exec sleep 60", 0.5, "does not answer"),
+    ],
 )
-def test_broken_driver_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, text: str) -> None:
+def test_broken_driver_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, seconds: float, text: str
+) -> None:
     smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\n{program.replace('sleep', 'exec sleep')}\n")
+    smi.write_text(f"#!/bin/sh\n{program}\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(gpus, "SMI_SECONDS", 0.5)
+    monkeypatch.setattr(gpus, "SMI_SECONDS", seconds)
     (one,) = gpus.driver()
     assert one.status is Status.FAIL and text in one.found
 
@@ -216,7 +224,7 @@ def test_gpus_that_the_kernels_do_not_support_are_named(monkeypatch: pytest.Monk
 
 def test_ranks_of_a_job_print_one_page(tmp_path: Path) -> None:
     """Both ranks are on one node here, so nothing differs; two folders show what does."""
-    ended = run_ranks(["-m", "ssa_pretrain.doctor", "--json", str(tmp_path)], ranks(2), timeout=120)
+    ended = run_ranks(["-m", "ssa_pretrain.doctor", "--json", str(tmp_path)], ranks(2), timeout=300)
     assert [one.code for one in ended] == [0, 0], ended
     found = {one["name"]: one for one in json.loads(ended[0].stdout)["findings"]}
     assert ended[1].stdout == ""
@@ -232,7 +240,7 @@ def test_ranks_that_do_not_share_the_folder_are_told(tmp_path: Path) -> None:
         "import os, sys; from ssa_pretrain.doctor.__main__ import main\n"
         f"main(['--json', {str(tmp_path)!r} + '/' + os.environ['PLACE']])\n"
     )
-    ended = run_ranks([str(script)], variables, timeout=120)
+    ended = run_ranks([str(script)], variables, timeout=300)
     assert [one.code for one in ended] == [1, 1], ended
     (bad,) = [one for one in json.loads(ended[0].stdout)["findings"] if one["status"] == "fail"]
     assert bad["name"] == "shared storage" and "is not seen on" in bad["found"]

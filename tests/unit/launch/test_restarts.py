@@ -90,7 +90,7 @@ def test_rank_without_heartbeats_ends_the_run_and_is_cured(
 
 def test_signal_before_a_restart_stops_the_run(capfd: pytest.CaptureFixture[str]) -> None:
     def stop() -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while "restart 1" not in "".join(printed) and time.monotonic() < deadline:
             time.sleep(0.05)
             printed.append(capfd.readouterr().err)

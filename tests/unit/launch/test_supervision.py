@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,8 +28,8 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 
 
-def when(condition, act) -> None:
-    """Runs an action in a separate thread as soon as a condition holds."""
+def when(condition, act) -> threading.Thread:
+    """Returns a separate thread that runs an action as soon as a condition holds."""
 
     def wait() -> None:
         deadline = time.monotonic() + 60
@@ -36,7 +37,9 @@ def when(condition, act) -> None:
             time.sleep(0.02)
         act()
 
-    threading.Thread(target=wait, daemon=True).start()
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
 
 
 def up(*ranks: int) -> bool:
@@ -57,10 +60,15 @@ def ends_with_launcher(pid: int) -> bool:
     return False
 
 
-def run(*modes: str, patience: float = 30, reports: bool = True) -> tuple[int, str]:
-    """Returns the verdict on a launcher with one rank per mode. Fails if a process is left."""
+def run(
+    *modes: str, patience: float = 30, reports: bool = True, send: Callable[[Supervisor], object] | None = None
+) -> tuple[int, str]:
+    """Returns the verdict on a launcher with one rank per mode, and `send` called when ranks 0 and 1 are up. Fails if a process is left."""
     with Supervisor(patience, reports=reports) as supervisor:
+        sender = when(lambda: up(0, 1), lambda: send(supervisor)) if send else None
         code = supervisor.run([sys.executable, str(SCRIPT), "launcher", *modes], environment())
+        if sender:
+            sender.join()  # a signal after the supervisor would be for the tests
         assert not supervision.find_processes(supervisor.folder)
         return supervisor.verdict(code)
 
@@ -87,19 +95,24 @@ def test_signal_before_any_rank_starts_ends_the_launcher() -> None:
 
 
 def test_second_ctrl_c_kills_all_ranks() -> None:
-    def twice() -> None:
+    def twice(supervisor: Supervisor) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
+        while supervisor.stop is None:
+            time.sleep(0.02)
+        time.sleep(2 * supervision.REPEAT_SECONDS)
         os.kill(os.getpid(), signal.SIGINT)
 
-    when(lambda: up(0, 1), twice)
     sentence = "SIGINT again: exited at once, without the steps since the last checkpoint"
-    assert run("deaf", "deaf") == (130, sentence)
+    assert run("deaf", "deaf", send=twice) == (130, sentence)
 
 
 def test_further_sigterms_are_ignored_and_ranks_are_killed_after_the_deadline() -> None:
-    when(lambda: up(0, 1), lambda: [os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.3) for _ in range(3)])
-    assert run("deaf", "deaf", patience=1) == (
+    def thrice(supervisor: Supervisor) -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+
+    assert run("deaf", "deaf", patience=1, send=thrice) == (
         1,
         f"SIGTERM: the ranks did not stop within 1 s and were killed; {RERUN}",
     )

@@ -14,9 +14,16 @@ from ssa_pretrain.config import LoggingConfig
 from ssa_pretrain.monitor.alerts import Alert, Level
 from ssa_pretrain.monitor.names import GROUPS
 from ssa_pretrain.monitor.trackers import Opening, start_trackers
-from support.wandb_runs import KEY, evaluation_record, train_record
+from support.wandb_runs import KEY, be_patient, evaluation_record, train_record
 
 ALERT = Alert("not finite", f"step 3, key {KEY}", Level.error, 3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patient() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        be_patient(patch)
+        yield
 
 
 def settings(*names: str) -> LoggingConfig:

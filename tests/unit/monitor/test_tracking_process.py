@@ -14,18 +14,19 @@ import pytest
 from ssa_pretrain.config import WandbConfig, WandbMode
 from ssa_pretrain.monitor.tracking import start_tracking
 from ssa_pretrain.monitor.tracking_rows import STATE_FILE, History, State, flatten, read_state
-from support.wandb_runs import KEY, RESENT, evaluation_record, history, no_account, offline, train_record
+from support.wandb_runs import KEY, PATIENT, RESENT, evaluation_record, history, no_account, offline, train_record
 from support.wandb_server import serving
 
 __all__ = ["no_account"]
 
-TRAINING = """
+TRAINING = (
+    PATIENT
+    + """
 import json, os, sys, time
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig, WandbMode
 from ssa_pretrain.monitor import tracking
 from ssa_pretrain.monitor.metrics import MetricsLogger
-tracking.CLIENT_SECONDS = 20.0  # a busy machine is slow to start the service
 folder, mode, done, last, evaluates = Path(sys.argv[1]), WandbMode(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 settings = WandbConfig(mode=mode, project="p", entity="e")
 tracker = tracking.start_tracking(settings, name="x", folder=folder, config={}, print_line=print, step=done)
@@ -44,6 +45,7 @@ print("logged", flush=True)
 sys.stdin.readline()
 metrics.close()
 """
+)
 
 # Steps done, last step logged, whether it is evaluated, and which processes are killed ("": none, an orderly end).
 STARTS = [
@@ -186,12 +188,13 @@ def test_flatten_names() -> None:
     }
 
 
-LEFT_BEHIND = """
+LEFT_BEHIND = (
+    PATIENT
+    + """
 import os, signal, sys, time
 from pathlib import Path
 from ssa_pretrain.config import WandbConfig, WandbMode
 from ssa_pretrain.monitor import tracking
-tracking.CLIENT_SECONDS = 20.0  # a busy machine is slow to start the service
 tracker = tracking.start_tracking(WandbConfig(mode=WandbMode.offline), name="x", folder=Path(sys.argv[1]), config={}, print_line=print)
 tracker.log({"kind": "train", "step": 1, "tokens": 100, "loss": 1.0})
 helper = os.fork()
@@ -202,6 +205,7 @@ if helper == 0:
 print(helper, tracker._process._child.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+)
 
 
 def test_process_forked_by_a_killed_run_does_not_keep_the_client_alive(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
-from ssa_pretrain.parallel.heartbeat import Beat, missing
+from ssa_pretrain.parallel.heartbeat import Beat, missing, waits_for_others
 from ssa_pretrain.parallel.stragglers import REPEATED, WINDOW, OwnTime, Stragglers, slow_ranks
 
 
@@ -44,6 +45,12 @@ def test_stages_of_a_pipeline_are_told_apart_by_what_they_execute() -> None:
     beats = [Beat(0, waits=True), Beat(1), Beat(2, waits=True)]
     assert ranks(missing(beats)) == [1]
     assert ranks(missing([replace(beat, waits=True) for beat in beats])) == [0, 1, 2]
+
+
+def test_main_thread_at_an_instruction_without_a_line_waits_if_its_file_says_so() -> None:
+    for path, waits in (("torch/distributed/distributed_c10d.py", True), (__file__, False)):
+        frame = SimpleNamespace(f_code=SimpleNamespace(co_filename=path), f_lineno=None)
+        assert waits_for_others(frame) is waits  # type: ignore[arg-type]
 
 
 def test_own_time_is_a_median_over_a_full_window() -> None:

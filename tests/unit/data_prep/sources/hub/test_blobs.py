@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import re
 import signal
@@ -85,7 +86,8 @@ class Store(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Objects)
         self.faults: dict[str, list] = {}
         self.requests: list[str] = []
-        self.delay = 0.0
+        self.answered = math.inf  # requests; later ones wait for `go_on`
+        self.go_on = threading.Event()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def handle_error(self, request, client_address) -> None:
@@ -105,7 +107,8 @@ class _Objects(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         blob_id = re.sub(r"\?.*", "", self.path).rpartition("/")[2]
         self.server.requests.append(blob_id)
-        time.sleep(self.server.delay)
+        if len(self.server.requests) > self.server.answered:
+            self.server.go_on.wait()
         faults = self.server.faults.get(blob_id, [])
         fault = faults.pop(0) if faults else None
         body = gzip.compress(f"text of {blob_id}\n".encode() * 20)
@@ -117,8 +120,8 @@ class _Objects(BaseHTTPRequestHandler):
         elif fault == "truncated":
             self._send(200, body[: len(body) // 2])
         elif fault == "stall":
-            threading.Event().wait(1.5)  # the tests make time.sleep return at once
-            self._send(200, body)
+            threading.Event().wait(60)  # the tests make time.sleep return at once
+            self.close_connection = True
         else:
             self._send(200, body)
 
@@ -164,7 +167,7 @@ def test_transient_faults_are_retried(store, tmp_path, quick, faults):
 
 def test_slow_answer_is_requested_again(store, tmp_path, quick):
     store.faults["a"] = ["stall"]
-    assert fetch(store, tmp_path, ["a"], timeout_s=0.3)[1] == {"blobs": 1, "text": 1}
+    assert fetch(store, tmp_path, ["a"], timeout_s=0.3, attempts=20)[1] == {"blobs": 1, "text": 1}
     assert store.requests.count("a") >= 2
 
 
@@ -224,7 +227,7 @@ def test_list_without_ids_is_named(store, tmp_path):
 def test_kill_9_loses_at_most_one_file(store, tmp_path):
     ids = [f"{n:03d}" for n in range(80)]
     listed = write_list(tmp_path / "l.parquet", ids)
-    store.delay = 0.02
+    store.answered = 44
     program = (
         "import sys; from pathlib import Path; from data_prep.sources.hub.blobs import fetch_blobs\n"
         "from data_prep.sources.hub.settings import BlobSettings\n"
@@ -233,11 +236,11 @@ def test_kill_9_loses_at_most_one_file(store, tmp_path):
     )
     command = [sys.executable, "-c", program, store.endpoint, str(listed), str(tmp_path / "b")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(store.requests) < 45 and time.monotonic() < deadline:
+    while len(store.requests) < 45 and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    store.go_on.set()
     before = len(store.requests)
     assert 45 <= before < 80
     settings = BlobSettings(endpoint=store.endpoint, part_rows=10, connections=2)
