@@ -14,7 +14,7 @@ from support.errors import require_means_as_near
 from support.processes import SUPPORT, run_workers
 from support.run_comparison import TOLERANCE, close
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(1600)
 WORKER = SUPPORT / "deepspeed_worker.py"
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
 SAVED, STOP = 2, 4
@@ -123,7 +123,7 @@ def results(tmp_path_factory) -> dict[str, list]:
             continue
         listing = folder / f"jobs{world}.json"
         listing.write_text(json.dumps(jobs))
-        run_workers(WORKER, world, str(listing), str(folder), timeout=1200)
+        run_workers(WORKER, world, str(listing), str(folder), timeout=1400)
         for job in jobs:
             texts = {(folder / f"{job['name']}.{rank}.json").read_text() for rank in range(world)}
             assert len(texts) == 1, f"{job['name']}: ranks report different results"
