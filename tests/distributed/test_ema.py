@@ -13,7 +13,8 @@ from support.processes import run_workers
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.timeout(600)
 WORKER = Path(__file__).parent / "ema_worker.py"
-ZERO2 = {"engine.name": "deepspeed", "deepspeed.zero_stage": 2}
+ZERO0, ZERO2 = ({"engine.name": "deepspeed", "deepspeed.zero_stage": stage} for stage in (0, 2))
+BF16 = {"precision.name": "bf16", "precision.grad_reduce_in_fp32": False}  # stage 0 has one type for both
 TP, PP = {"parallel.tp": 2}, {"parallel.pp": 2}
 CASES = {  # name -> its settings, and those that load it
     "dp": ({}, TP),
@@ -22,6 +23,8 @@ CASES = {  # name -> its settings, and those that load it
     "dp_bf16": ({"precision.name": "bf16"}, {"precision.name": "bf16"} | PP),
     "dp_overlap": ({"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True}, ZERO2),
     "dp_zero2": (ZERO2, ZERO2 | TP),
+    "dp_zero0": (ZERO0, ZERO2),
+    "dp_zero0_bf16": (ZERO0 | BF16, ZERO0 | BF16 | TP),
     "tp": (TP | {"parallel.sequence_parallel": True}, PP),
     "pp": (PP, {}),
 }
@@ -46,7 +49,7 @@ def test_mean_is_the_same_on_every_layout_and_in_either_engine(results, name):
     assert found.keys() == wanted.keys()
     own = read(results / f"{name}.snapshot", "weights")
     for key, mean in found.items():
-        assert mean.dtype == torch.float32
+        assert mean.dtype == torch.float32 and not torch.equal(mean, mean.bfloat16().float()), key
         assert not torch.equal(mean, own[key].float()), key
         if "bf16" not in name:
             assert relative(mean.double(), wanted[key].double()) < 1e-5, key
