@@ -119,7 +119,8 @@ def publish_average(folders: Sequence[Path], options: AverageOptions, config: Co
     """Writes the run's folder of an average. Returns its checkpoint and the step."""
     from ssa_pretrain.checkpoint.averaging import average
     from ssa_pretrain.checkpoint.facts import AVERAGED, HISTORY
-    from ssa_pretrain.checkpoint.publish import newest, publish, require_same_model
+    from ssa_pretrain.checkpoint.find import newest, require_same_model
+    from ssa_pretrain.checkpoint.publish import publish
     from ssa_pretrain.checkpoint.weights import EMA, WEIGHTS, WeightsReader, ema_weights
     from ssa_pretrain.huggingface.exporting import DTYPES
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssa_pretrain.checkpoint.facts import HISTORY, SHAPELESS, differing, tokens_trained_on
-from ssa_pretrain.checkpoint.publish import Checkpoint, newest, require_same_model
+from ssa_pretrain.checkpoint.find import Checkpoint, newest, require_same_model
 from ssa_pretrain.config import Config
 from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.run import Run, training_rows

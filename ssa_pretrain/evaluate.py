@@ -45,7 +45,7 @@ def main() -> None:
 def evaluate_run(config: Config, checkpoint: Path | None = None, *, samples: bool = True) -> None:
     """Evaluates a checkpoint, or the newest one of a run, by default output_dir's, and samples from it unless told not to. Every rank calls this."""
     from ssa_pretrain.checkpoint.facts import tokens_trained_on
-    from ssa_pretrain.checkpoint.publish import require_same_model
+    from ssa_pretrain.checkpoint.find import require_same_model
     from ssa_pretrain.checkpoint.weights import ema_weights
     from ssa_pretrain.evaluation import MODES, results
     from ssa_pretrain.evaluation.sampling import sample

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from ssa_pretrain.branch import branch_text, open_branch
 from ssa_pretrain.checkpoint import mirror
 from ssa_pretrain.checkpoint.facts import AVERAGED, HISTORY, refused_changes
-from ssa_pretrain.checkpoint.publish import Checkpoint, newest, require_same_model
+from ssa_pretrain.checkpoint.find import Checkpoint, newest, require_same_model
 from ssa_pretrain.checkpoint.weights import WeightsReader, find_weights
 from ssa_pretrain.config import Score
 from ssa_pretrain.errors import CheckpointError

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from ssa_pretrain.checkpoint.find import NAME, published, step_of
 from ssa_pretrain.checkpoint.integrity import find_damage
 from ssa_pretrain.checkpoint.object_store import BrokenError, ObjectStore, StoreError
-from ssa_pretrain.checkpoint.publish import NAME, published, step_of
 from ssa_pretrain.checkpoint.storage import rename_patiently
 from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.settings.files import sync

@@ -1,9 +1,8 @@
-"""Publishes checkpoints and finds them again. The engine writes their content.
+"""Publishes checkpoints. The engine writes their content; find.py finds them again.
 
 A checkpoint is a folder `checkpoints/step_00000100` that appears atomically. The engine writes into a hidden folder beside it. Rank 0 adds
 `checkpoint.json`: the step, the facts that a resume must agree on, and size and sha256 of every file. All ranks take part in the hashing.
-Everything is flushed to disk, and one rename publishes the folder. No pointer names the newest checkpoint, so none can be stale: the newest *intact*
-folder is found by looking. A folder whose files do not match its list is reported and skipped.
+Everything is flushed to disk, and one rename publishes the folder.
 
 A checkpoint is removed once `keep` newer ones are published and intact. That is checked, not assumed: files are hashed again only if they have
 changed since this process wrote or hashed them (`Verdicts`). A damaged checkpoint does not count towards `keep` and is removed with the old ones.
@@ -16,9 +15,7 @@ them, so the run ends (`CheckpointError`).
 
 import hashlib
 import heapq
-import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -28,10 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint.facts import model_changes
+from ssa_pretrain.checkpoint.find import folder_of, published, step_of
 from ssa_pretrain.checkpoint.integrity import FACTS, HASHED_AT_ONCE, SCHEMA, Verdicts, is_of_another_schema, record_text
 from ssa_pretrain.checkpoint.storage import patiently, rename_patiently
 from ssa_pretrain.errors import CheckpointError, ExitCode, SaveError
@@ -39,19 +35,9 @@ from ssa_pretrain.parallel.agreement import AGREED, exits_with_peers, on_all_ran
 from ssa_pretrain.settings.files import file_sha256, sync
 
 VISIBLE_SECONDS = 30.0  # until a file of another node must be visible: network storage may be slow to show it
-NAME = re.compile(r"step_\d{8,}")  # folders with other names (step_00000100_good, a copy) are the user's
 UNFINISHED = ".tmp"  # end of the name of a checkpoint that is being written
 REMOVED = ".old.tmp"  # end of the name of an old checkpoint that is being removed
 Entry = dict[str, int | str]  # of a file: "bytes", "sha256"
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A published checkpoint: its folder, the steps done, the facts of the run that wrote it."""
-
-    folder: Path
-    step: int
-    facts: dict[str, Any]
 
 
 def publish(
@@ -133,7 +119,7 @@ class _Save:
     @property
     def target(self) -> Path:
         """The published folder."""
-        return _folder_of(self.run_folder, self.step)
+        return folder_of(self.run_folder, self.step)
 
     @property
     def scratch(self) -> Path:
@@ -249,81 +235,6 @@ class _Save:
         )
 
 
-def newest(
-    folder: Path,
-    *,
-    is_rank_0: bool,
-    device: torch.device,
-    report: Callable[[str], None],
-    verdicts: Verdicts | None = None,
-) -> Checkpoint | None:
-    """Returns the newest intact checkpoint of a run, the same on every rank, or None if there is none.
-
-    Args:
-        folder: the run's output folder, or one checkpoint, which is then the only candidate.
-        is_rank_0: whether this rank reads the files.
-        device: of this process.
-        report: receives a line for the user.
-        verdicts: receives the verdicts, for `publish`.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none is intact.
-    """
-    named = (folder / FACTS).is_file()
-    candidates = [folder] if named else published(folder)
-    found = torch.full((), -1, dtype=torch.int64, device=device)  # a step; -1: no checkpoint, -2: none intact
-    if is_rank_0:
-        verdicts = verdicts or Verdicts()
-        found.fill_(-2 if candidates else -1)
-        for candidate in candidates:
-            damage = verdicts.damage(candidate)
-            if damage is None:
-                found.fill_(0 if named else step_of(candidate))
-                break
-            report(f"checkpoint {candidate} is damaged ({damage}); looking for an older one")
-    dist.broadcast(found, src=0)
-    step = int(found)
-    if step == -2:
-        raise CheckpointError(
-            f"no checkpoint in {folder / 'checkpoints'} is intact; restore one, or start again in another output_dir"
-        )
-    if step == -1:
-        return None
-    return read(folder if named else _folder_of(folder, step))
-
-
-def read(folder: Path) -> Checkpoint:
-    """Returns a published checkpoint with its facts.
-
-    Raises:
-        CheckpointError: the folder is not a published checkpoint, or has another schema.
-    """
-    try:
-        record = json.loads((folder / FACTS).read_text())
-        schema, found = record["schema"], Checkpoint(folder, int(record["step"]), dict(record["facts"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} is not a checkpoint ({FACTS}: {error}); name a folder such as RUN/checkpoints/step_00000100"
-        ) from None
-    if schema != SCHEMA:
-        raise CheckpointError(
-            f"{folder} has schema {schema}, and this version of ssa_pretrain reads {SCHEMA}; continue with the version that wrote it"
-        )
-    return found
-
-
-def require_same_model(found: Checkpoint, wanted: dict[str, Any], *, shapes_only: bool = False) -> None:
-    """Checks that a checkpoint holds the run's model; the arguments are those of `facts.model_changes`.
-
-    Raises:
-        CheckpointError: the models differ; the message has each key with both values.
-    """
-    if lines := model_changes(found.facts, wanted, shapes_only=shapes_only):
-        raise CheckpointError(
-            f"{found.folder} holds another model ({'; '.join(lines)}); set the model as it was trained, or name another checkpoint"
-        )
-
-
 def _hidden_from_rank_0(seen: set[str], group: dist.ProcessGroup | None) -> set[str]:
     """Returns the files that some rank sees and rank 0 does not, on every rank; names are exchanged only if the ranks see different files."""
     digests: list[str | None] = [None] * dist.get_world_size()
@@ -401,18 +312,3 @@ def _share(sizes: dict[str, int], rank: int, world_size: int) -> list[str]:
         if reader == rank:
             own.append(name)
     return own
-
-
-def published(run_folder: Path) -> list[Path]:
-    """Returns a run's published checkpoints, newest first; folders with other names are ignored."""
-    found = (p for p in (run_folder / "checkpoints").glob("step_*") if NAME.fullmatch(p.name) and p.is_dir())
-    return sorted(found, key=step_of, reverse=True)
-
-
-def _folder_of(run_folder: Path, step: int) -> Path:
-    return run_folder / "checkpoints" / f"step_{step:08d}"
-
-
-def step_of(folder: Path) -> int:
-    """Returns the step of a checkpoint's folder."""
-    return int(folder.name.removeprefix("step_"))

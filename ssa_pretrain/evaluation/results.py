@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ssa_pretrain.checkpoint.publish import Checkpoint
+from ssa_pretrain.checkpoint.find import Checkpoint
 from ssa_pretrain.checkpoint.weights import EMA
 from ssa_pretrain.monitor.environment import versions
 from ssa_pretrain.run import Run

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ssa_pretrain.checkpoint.publish import Checkpoint, newest
+from ssa_pretrain.checkpoint.find import Checkpoint, newest
 from ssa_pretrain.checkpoint.sharded_weights import save_weights
 from ssa_pretrain.checkpoint.weights import WeightsReader, ema_weights, find_weights
 from ssa_pretrain.config import Config, EngineName, Method, ParallelConfig

@@ -26,8 +26,8 @@ import torch
 
 import ssa_pretrain.engine.megatron.engine  # noqa: F401 - imported before the first fork
 from ssa_pretrain import trainer
+from ssa_pretrain.checkpoint.find import published, step_of
 from ssa_pretrain.checkpoint.integrity import find_damage
-from ssa_pretrain.checkpoint.publish import published, step_of
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config import Config
 from ssa_pretrain.config.machine import this_machine

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain.checkpoint.publish import CheckpointError
 from ssa_pretrain.cli import resolve_config
 from ssa_pretrain.config.machine import this_machine
+from ssa_pretrain.errors import CheckpointError
 from ssa_pretrain.trainer import train
 from support.training import records
 

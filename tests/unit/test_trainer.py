@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from ssa_pretrain.checkpoint.publish import Checkpoint
+from ssa_pretrain.checkpoint.find import Checkpoint
 from ssa_pretrain.config import Batches, Config, Method, Score, WandbMode
 from ssa_pretrain.data.batches import collate
 from ssa_pretrain.data.rows import Row, TrainingRows

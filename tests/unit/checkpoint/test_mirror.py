@@ -7,10 +7,11 @@ import threading
 import pytest
 import torch.distributed as dist
 
+from ssa_pretrain.checkpoint.find import read
 from ssa_pretrain.checkpoint.integrity import FACTS, Verdicts, find_damage
 from ssa_pretrain.checkpoint.mirror import Mirror, leave_together, restore
 from ssa_pretrain.checkpoint.object_store import ObjectStore, StoreError
-from ssa_pretrain.checkpoint.publish import publish, read
+from ssa_pretrain.checkpoint.publish import publish
 from ssa_pretrain.errors import CheckpointError
 from support.s3_server import s3_server
 

@@ -13,17 +13,11 @@ import torch.distributed as dist
 from ssa_pretrain.checkpoint import integrity, storage
 from ssa_pretrain.checkpoint import publish as publishing
 from ssa_pretrain.checkpoint.facts import differences, refused_changes, run_facts
+from ssa_pretrain.checkpoint.find import Checkpoint, newest, published, read, require_same_model
 from ssa_pretrain.checkpoint.integrity import FACTS, Verdicts, find_damage, record_text
-from ssa_pretrain.checkpoint.publish import (
-    Checkpoint,
-    CheckpointError,
-    newest,
-    publish,
-    read,
-    require_same_model,
-)
+from ssa_pretrain.checkpoint.publish import publish
 from ssa_pretrain.config import Config, OptimConfig, RopeScalingConfig, RowPacking, StageConfig
-from ssa_pretrain.errors import SaveError
+from ssa_pretrain.errors import CheckpointError, SaveError
 from ssa_pretrain.parallel.agreement import Attempts
 
 
@@ -110,7 +104,7 @@ def test_kill_during_the_removal_of_an_old_checkpoint_leaves_no_damaged_one(tmp_
     with pytest.raises(KeyboardInterrupt):
         publish(tmp_path, 10, {}, write, keep=1, is_rank_0=True)
     monkeypatch.setattr(shutil, "rmtree", remove)
-    assert [(p.name, find_damage(p)) for p in publishing.published(tmp_path)] == [("step_00000010", None)]
+    assert [(p.name, find_damage(p)) for p in published(tmp_path)] == [("step_00000010", None)]
     publish(tmp_path, 15, {}, write, keep=1, is_rank_0=True)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000015"]
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from ssa_pretrain.checkpoint import integrity, storage
 from ssa_pretrain.checkpoint.integrity import find_damage
-from ssa_pretrain.checkpoint.publish import CheckpointError, publish
+from ssa_pretrain.checkpoint.publish import publish
 from ssa_pretrain.checkpoint.storage import PAUSES, patiently, rename_patiently
+from ssa_pretrain.errors import CheckpointError
 
 
 @pytest.fixture
