@@ -156,11 +156,11 @@ def failing_saves(stage: Stage) -> Tally:
 
 
 def slow_storage(stage: Stage) -> Tally:
-    """Every file takes a tenth of a second to read back, so that saves overlap with steps and with each other."""
+    """Every file takes a second to read back, much longer than a step, so that saves overlap with steps and with each other."""
 
     def slow() -> None:
         read = publish.file_sha256
-        publish.file_sha256 = lambda path: time.sleep(0.1) or read(path)
+        publish.file_sha256 = lambda path: time.sleep(1.0) or read(path)
 
     tally, whole = Tally(), whole_run(stage)
     for number in range(stage.tries(4, 1)):
@@ -331,7 +331,7 @@ ROWS = [
     ),
     Row(
         "slow_storage",
-        "reading a file back takes 0.1 s, with saves back to back",
+        "reading a file back takes 1 s, with saves back to back",
         "the next save waits and reports it; the curve is bit-identical",
         slow_storage,
     ),
