@@ -12,46 +12,25 @@ from pathlib import Path
 
 import pytest
 
-from ssa_pretrain import saving, trainer
+from ssa_pretrain import saving
 from ssa_pretrain.checkpoint import publish
 from ssa_pretrain.checkpoint.background import BackgroundSave
 from ssa_pretrain.checkpoint.integrity import find_damage
-from ssa_pretrain.cli import resolve_config
-from ssa_pretrain.config.machine import this_machine
 from ssa_pretrain.errors import CheckpointError, DivergedError
 from ssa_pretrain.health import Health
 from ssa_pretrain.settings.files import file_sha256
 from support.s3_server import s3_server
+from support.short_runs import train
 from support.training import records
 
 pytestmark = pytest.mark.timeout(600)
-SETTINGS = (
-    "experiment=quickstart",
-    "model.num_layers=2",
-    "training.steps=6",
-    "training.global_batch_tokens=512",
-    "training.micro_batch_size=1",
-    "data.sequence_length=128",
-    "evaluation.rows=2",
-    "evaluation.at_start=false",
-    "evaluation.interval=0",
-    "logging.wandb.mode=off",
-    "checkpoint.asynchronous=true",
-)
-
-
-def train(corpus: Path, folder: Path, *overrides: str) -> Path:
-    """Trains in this process and returns the run's folder."""
-    arguments = [*SETTINGS, f"data.path={corpus}", f"output_dir={folder}", *overrides]
-    trainer.train(resolve_config("train", arguments, this_machine()))
-    return folder
 
 
 @pytest.fixture
 def run(corpus, tmp_path, monkeypatch):
     """Returns a function that trains in a folder of its own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return partial(train, corpus, tmp_path / "run")
+    return partial(train, corpus, tmp_path / "run", "checkpoint.asynchronous=true")
 
 
 @pytest.fixture(scope="module")
