@@ -88,13 +88,20 @@ class _Deferring:
 @contextmanager
 def deferring(ds, parts: Attempts) -> Iterator[None]:
     """The context in which DeepSpeed's saves keep their failures in `parts`, so that every rank comes to the end of a save."""
-    engine, copy_script = ds.checkpoint_engine, ds._copy_recovery_script
-    ds.checkpoint_engine = _Deferring(engine, parts)
-    ds._copy_recovery_script = lambda folder: parts.run(lambda: copy_script(folder))
+    copy_script = ds._copy_recovery_script
+    with _saving_by(ds, _Deferring(ds.checkpoint_engine, parts), lambda folder: parts.run(lambda: copy_script(folder))):
+        yield
+
+
+@contextmanager
+def _saving_by(ds, engine: Any, copy_script: Callable[[str], object]) -> Iterator[None]:
+    """The context in which DeepSpeed's saves use another checkpoint engine, and another function for its recovery script."""
+    own = ds.checkpoint_engine
+    ds.checkpoint_engine, ds._copy_recovery_script = engine, copy_script
     try:
         yield
     finally:
-        ds.checkpoint_engine = engine
+        ds.checkpoint_engine = own
         del ds._copy_recovery_script
 
 
@@ -118,13 +125,8 @@ def take(
     """
     capture, engine = _Capture(copies), ds.checkpoint_engine
     scripts: list[str] = []
-    ds.checkpoint_engine = capture
-    ds._copy_recovery_script = scripts.append
-    try:
+    with _saving_by(ds, capture, scripts.append):
         ds.save_checkpoint(NOWHERE, tag=tag, client_state=client_state, save_latest=False)
-    finally:
-        ds.checkpoint_engine = engine
-        del ds._copy_recovery_script
 
     def write_files(folder: Path) -> None:
         for name, state in capture.files.items():
