@@ -105,8 +105,16 @@ def test_resumed_on_other_layouts(uninterrupted, corpus, tmp_path):
     found, wanted = records(tmp_path, "train"), records(uninterrupted, "train")
     assert [r["step"] for r in found] == list(range(1, STEPS + 1))
     for one, other in zip(found, wanted, strict=True):
-        for key in ("loss", "cross_entropy", "alignment_loss", "captured_mass"):
-            assert one[key] == pytest.approx(other[key], rel=1e-5), (one["step"], key)
+        # The layouts round differently, and where two blocks score alike, rounding decides which one is attended to: on three sets of CPU
+        # instructions that moved cross entropy by up to 3e-6, captured mass by 1e-5 and the alignment loss by 1e-3 of itself. First moments of
+        # Adam that are lost at the resume move them by 5e-3, 2e-3 and 4e-2.
+        for key, allowed in (
+            ("loss", 3e-5),
+            ("cross_entropy", 3e-5),
+            ("captured_mass", 1e-4),
+            ("alignment_loss", 1e-2),
+        ):
+            assert one[key] == pytest.approx(other[key], rel=allowed), (one["step"], key)
         # torch.norm adds fp32 squares in few lanes: for the embedding's half a million it is off by 2e-5, by another amount on another layout.
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-4)
         assert one["stream"] == other["stream"]

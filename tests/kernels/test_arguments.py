@@ -1,6 +1,7 @@
-"""Every argument of every public operator: views with any strides and offset equal contiguous copies bit for bit, and bad arguments are refused.
+"""Every argument of every public operator: views with any strides and offset give what contiguous copies give, and bad arguments are refused.
 
-Both implementations, forward and backward. The kernels run in Triton's interpreter, small; tests/gpu/kernels/test_arguments_gpu.py does it on a GPU.
+Both implementations, forward and backward. The kernels run in Triton's interpreter, small; tests/gpu/kernels/test_arguments_gpu.py does it on a GPU,
+where equal is equal to the bit. A CPU's matrix products may round by the address of their operands.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ssa_kernels
+from support.errors import require_as_near
 from support.kernel_impls import IMPLS
 
 T, H, G, D, K, N, V = 10, 4, 2, 16, 2, 2, 12
@@ -126,7 +128,7 @@ def results(operator: Operator, impl: str, tensors: dict[str, torch.Tensor], vie
     through = [x for x in out if x.requires_grad]
     if not through:
         return out
-    upstream = [view_grad(draw(*x.shape, seed=9)) if x.dim() else torch.tensor(3.0) for x in through]
+    upstream = [(view_grad(draw(*x.shape, seed=9)) if x.dim() else torch.tensor(3.0)).to(x.dtype) for x in through]
     grads = torch.autograd.grad(through, list(wanted.values()), upstream)
     assert all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(grads, wanted.values(), strict=True))
     return [*(x.detach() for x in out), *grads]
@@ -134,19 +136,26 @@ def results(operator: Operator, impl: str, tensors: dict[str, torch.Tensor], vie
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_view_equals_its_contiguous_copy_bit_for_bit(name, impl):
+def test_view_gives_what_its_contiguous_copy_gives(name, impl):
     operator = OPERATORS[name]
+    exact = {n: x.double() if n in DIFFERENTIABLE else x for n, x in operator.tensors.items()}
+    exact, as_ones = (results(operator, "reference", exact, view) for view in (lambda x: x, torch.ones_like))
     views = st.fixed_dictionaries({n: st.sampled_from(list(VIEWS)) for n in operator.tensors})
 
     @settings(max_examples=12 if impl == "reference" else 4, deadline=None, derandomize=True, database=None)
     @given(views, st.sampled_from(list(GRADIENTS)))
     def check(kinds, kind_of_grad):
-        viewed = {n: VIEWS[kind](operator.tensors[n]) for n, kind in kinds.items()}
+        viewed = {n: VIEWS[kinds[n]](x) for n, x in operator.tensors.items()}
         plain = {n: x.contiguous().clone() for n, x in viewed.items()}
         found = results(operator, impl, viewed, GRADIENTS[kind_of_grad])
         wanted = results(operator, impl, plain, lambda x: GRADIENTS[kind_of_grad](x).contiguous().clone())
-        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
-            assert torch.equal(a, b), (i, kinds, kind_of_grad, (a - b).abs().max())
+        for i, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            if not torch.equal(one, other):
+                assert one.is_floating_point(), (i, one, other)
+                right = (as_ones if kind_of_grad == "one number" else exact)[i]
+                part = right.isfinite()
+                assert torch.equal(one[~part], other[~part]), (i, one, other)
+                require_as_near(one[part], other[part], right[part], factor=2.0, floor=2**-22, name=f"result {i}")
 
     check()
 
