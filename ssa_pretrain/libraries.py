@@ -18,20 +18,21 @@ from types import ModuleType
 from typing import Any, cast
 
 QUIET = (
-    "transformer.transformer_layer",  # "Unknown MLP type": ours
-    "models.gpt.gpt_model",  # newer core has another class for it
-    "distributed.distributed_data_parallel",  # newer core wants places in its buffers, and finds them itself
-    "dist_checkpointing.strategies.common",  # newer core writes no common.pt; checkpoints have one, which every version reads
+    "megatron.core.transformer.transformer_layer",  # "Unknown MLP type": ours
+    "megatron.core.models.gpt.gpt_model",  # newer core has another class for it
+    "megatron.core.distributed.distributed_data_parallel",  # newer core wants places in its buffers, and finds them itself
+    "megatron.core.dist_checkpointing.strategies.common",  # newer core writes no common.pt; checkpoints have one, which every version reads
+    "torch.utils.cpp_extension",  # where CUDA's compiler is and no GPU
 )
 
 
 def hide_library_warnings() -> None:
-    """Hides megatron-core's warnings about optional packages and settings; the banner reports those that matter."""
+    """Hides warnings of libraries about optional packages and settings; the banner reports those that matter."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in QUIET:
-        logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def import_megatron_core() -> None:

