@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ssa_pretrain.data.manifest import Manifest
 from ssa_pretrain.data.mixture import Mixture, Part, Weights, is_padded
@@ -51,6 +50,8 @@ class PartTokens:
     """The tokens of one part over all its files, addressed by their offset in the whole."""
 
     def __init__(self, prefixes: list[Path], vocab_size: int) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds
+
         self._files = [IndexedDataset(str(prefix), mmap=True) for prefix in prefixes]
         self._prefixes, self._vocab_size = prefixes, vocab_size
         sizes = [int(f.sequence_lengths.sum(dtype=np.int64)) for f in self._files]

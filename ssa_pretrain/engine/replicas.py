@@ -21,13 +21,16 @@ docs/launch.md has the remedy.
 import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ssa_pretrain.errors import ReplicaError
-from ssa_pretrain.parallel.state import Placement
+
+if TYPE_CHECKING:
+    from ssa_pretrain.parallel.state import Placement
 
 CHUNKS = {"cpu": 2**15, "cuda": 2**22}  # elements hashed at once as int64: they fit a CPU's cache, or fill a GPU
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd; 2**64 divided by the golden ratio
@@ -45,7 +48,7 @@ class ReplicaCheck:
         sharded: whether data ranks hold shards, so that there is nothing to compare.
     """
 
-    def __init__(self, interval: int, placement: Placement, *, sharded: bool = False) -> None:
+    def __init__(self, interval: int, placement: "Placement", *, sharded: bool = False) -> None:
         self._group = placement.groups.dp_cp
         self._interval = 0 if sharded or self._group.size() == 1 else interval
         self._hashes: dict[int, tuple[list[str], Tensor]] = {}  # of the newest comparisons, by step
