@@ -1,4 +1,4 @@
-"""megatron-core in a process of ours: its warnings, and an import that leaves out what training does not call.
+"""megatron-core in a process of ours: its warnings and torch's, and an import that leaves out what training does not call.
 
 Importing megatron-core 0.16 takes 4 s of CPU time in every rank. Half of it loads libraries for nothing. Its small functions are decorated with
 `torch.compile`, which loads torch's compiler at the decorator and not at the first call; its text generation looks for W&B, which only the tracker's

@@ -138,8 +138,8 @@ def results(operator: Operator, impl: str, tensors: dict[str, torch.Tensor], vie
 @pytest.mark.parametrize("name", OPERATORS)
 def test_view_gives_what_its_contiguous_copy_gives(name, impl):
     operator = OPERATORS[name]
-    exact = {n: x.double() if n in DIFFERENTIABLE else x for n, x in operator.tensors.items()}
-    exact, as_ones = (results(operator, "reference", exact, view) for view in (lambda x: x, torch.ones_like))
+    doubled = {n: x.double() if n in DIFFERENTIABLE else x for n, x in operator.tensors.items()}
+    exact, exact_of_ones = (results(operator, "reference", doubled, view) for view in (lambda x: x, torch.ones_like))
     views = st.fixed_dictionaries({n: st.sampled_from(list(VIEWS)) for n in operator.tensors})
 
     @settings(max_examples=12 if impl == "reference" else 4, deadline=None, derandomize=True, database=None)
@@ -152,7 +152,7 @@ def test_view_gives_what_its_contiguous_copy_gives(name, impl):
         for i, (one, other) in enumerate(zip(found, wanted, strict=True)):
             if not torch.equal(one, other):
                 assert one.is_floating_point(), (i, one, other)
-                right = (as_ones if kind_of_grad == "one number" else exact)[i]
+                right = (exact_of_ones if kind_of_grad == "one number" else exact)[i]
                 part = right.isfinite()
                 assert torch.equal(one[~part], other[~part]), (i, one, other)
                 require_as_near(one[part], other[part], right[part], factor=2.0, floor=2**-22, name=f"result {i}")

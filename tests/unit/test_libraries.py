@@ -1,4 +1,4 @@
-"""megatron-core is imported without torch's compiler, W&B and boto3; what it would compile is compiled at the first call."""
+"""megatron-core is imported only where it is needed, and without torch's compiler, W&B and boto3; what it would compile is compiled at the first call."""
 
 import subprocess
 import sys
@@ -25,6 +25,15 @@ def test_a_rank_loads_neither_the_compiler_nor_clients():
         [sys.executable, "-c", IMPORT], env=environment(), capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def test_deepspeeds_converter_loads_no_megatron_core():
+    """A resume on other degrees waits for this process, and megatron-core takes longer to import than a small checkpoint to convert."""
+    program = "import sys, ssa_pretrain.engine.deepspeed.universal; print('megatron.core' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_function_is_compiled_once_and_when_it_is_called():
