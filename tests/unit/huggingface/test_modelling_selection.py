@@ -11,10 +11,14 @@ H, G, D, SIZE = 4, 2, 16, 16
 
 
 def draw(tokens: int, *, tied: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns q [T, H, D] and k [T, G, D]; with `tied` most blocks have equal means, and so does their importance."""
+    """Returns q [T, H, D] and k [T, G, D]; with `tied` most blocks have equal means, and so does their importance.
+
+    Then they are small whole numbers, whose means and products are exact in any order, so equal scores are equal on every processor.
+    """
     generator = torch.Generator().manual_seed(tokens)
     q, k = (torch.randn(tokens, heads, D, generator=generator) for heads in (H, G))
     if tied:
+        q, k = q.round(), k.round()
         k = k[:SIZE].repeat(-(-tokens // SIZE), 1, 1)[:tokens]
         k[: 3 * SIZE] += 1.0
     return q, k
