@@ -27,8 +27,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ssa_kernels import DocumentLayout, choose_by_index, index_loss
-from ssa_kernels.qkv_rope.reference import rotate
+from ssa_kernels import DocumentLayout, choose_by_index, index_loss, rope
 from ssa_pretrain.config import AttentionConfig, Method
 from ssa_pretrain.model.alignment import attach_loss
 from ssa_pretrain.model.attention import LayerDiagnostics, PackedTokens, SSAAttention, SSAAttentionSubmodules
@@ -114,13 +113,11 @@ class IndexerAttention(SSAAttention):
     def _project_index(self, hidden_states: Tensor, rotary_pos_emb: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns rotated index queries [T, G * J, D] and keys [T, G, D] of this rank's kv heads."""
         mixed, _ = self.linear_index(hidden_states)
-        tokens, heads, dim = mixed.shape[0], self.attention.indexer.heads, self.head_dim
-        mixed = mixed.view(tokens, self.num_kv_heads, (heads + 1) * dim)
-        iq, ik = mixed.split([heads * dim, dim], dim=-1)
-        angles = rotary_pos_emb.flatten(1)
-        angles = angles[positions.clamp(0, len(angles) - 1), None, : dim // 2].repeat(1, 1, 2)
-        cos, sin = angles.cos(), angles.sin()
-        return rotate(iq.reshape(tokens, -1, dim), cos, sin), rotate(ik, cos, sin)
+        groups, heads = self.num_kv_heads, self.attention.indexer.heads
+        by_head = mixed.view(mixed.shape[0], groups * (heads + 1), self.head_dim)
+        rotated = rope(by_head, rotary_pos_emb.flatten(1), positions, impl=self.impl)
+        iq, ik = rotated.unflatten(1, (groups, heads + 1)).split([heads, 1], dim=2)
+        return iq.flatten(1, 2).contiguous(), ik.squeeze(2).contiguous()
 
     def select(self, q: Tensor, k: Tensor, layout: DocumentLayout) -> Tensor:
         """Returns the blocks that the scorer chooses, as `SSAAttention.select`; q and k are not used."""

@@ -77,19 +77,23 @@ def test_reference_in_float64_is_the_oracle(index_heads):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("index_heads", "rows"), [(1, 128), (3, 128), (3, 32)])
-def test_loss_and_gradients_in_float32(monkeypatch, impl, index_heads, rows):
-    """Chunks of 128 queries over 150, tiles of several sizes, blocks of several rows per step, and block rows that several documents share a step of."""
+@pytest.mark.parametrize(("index_heads", "rows", "block"), [(1, 128, 8), (3, 128, 8), (3, 32, 8), (1, 128, 1)])
+def test_loss_and_gradients_in_float32(monkeypatch, impl, index_heads, rows, block):
+    """Chunks of 128 queries over 150, tiles of several sizes, blocks of several rows per step, and block rows that several documents share a step of.
+
+    With blocks of one key, a row of masses takes two passes.
+    """
     bounds, tokens = [0, 9, 130], 150
     iq, ik, q, k = make(index_heads=index_heads, tokens=tokens)
     iq, ik = iq.requires_grad_(), ik.requires_grad_()
     if impl == "triton":
         monkeypatch.setattr("ssa_kernels.indexer.launch.WORKSPACE_BYTES", 1)
+        monkeypatch.setattr("ssa_kernels.indexer.launch.MOST_WIDTH", 128)
         monkeypatch.setattr("ssa_kernels.indexer.launch._gradient_rows", lambda dim, block_size: rows)
-    common = {"block_size": 8, "top_k": TOP_K, "cu_seqlens": torch.tensor(bounds), "impl": impl}
+    common = {"block_size": block, "top_k": TOP_K, "cu_seqlens": torch.tensor(bounds), "impl": impl}
     loss, mass = index_loss(iq, ik, q, k, **common)
     grads = torch.autograd.grad(loss, (iq, ik))
-    exact, exact_mass = dense_loss(iq, ik, q, k, bounds, 8, TOP_K)
+    exact, exact_mass = dense_loss(iq, ik, q, k, bounds, block, TOP_K)
     wanted = torch.autograd.grad(exact, (iq, ik))
     assert relative(loss, exact) < 1e-5 and abs(float(mass) - exact_mass) < 1e-5
     assert all(relative(found, expected) < 1e-5 for found, expected in zip(grads, wanted, strict=True))

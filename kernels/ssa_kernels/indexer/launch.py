@@ -1,7 +1,7 @@
 """Launches the trained scorer's kernels: block masses by chunks of queries, then the choice, or the loss and its gradients.
 
-Memory beyond the results: the masses of as many queries as fit WORKSPACE_BYTES (twice, and a few times that in the loss's arithmetic), one fp32 per
-index query for its softmax sum and one for its part of the gradient, and the two gradients in fp32. Sizes depend on shapes and the layout's
+Memory beyond the results: the masses of as many queries as fit WORKSPACE_BYTES (twice for the loss), the choice, one fp32 per index query for its
+softmax sum and one for its part of the gradient, and the two gradients in fp32. Sizes depend on shapes and the layout's
 `max_length` only, so nothing waits for the device.
 """
 
@@ -14,13 +14,14 @@ from ..launch import cdiv, launch, next_power_of_2
 from ..select.topk import top_k_kernel
 from .gradient_triton import key_gradient_kernel, query_gradient_kernel, ratio_sums_kernel
 from .mass_triton import log_block_mass_kernel
-from .reference import NOTHING, terms
+from .reference import NOTHING
+from .terms_triton import terms_kernel
 
 WORKSPACE_BYTES = 32 * 2**20
 LOG2E = 1.4426950408889634
 TILE_ROWS = 128  # (queries x heads) of one tile
 STEP_KEYS = 64  # keys of one step, or one block if that is longer
-TOP_K_WIDTH = 512  # columns per pass of top-k
+LEAST_WIDTH, MOST_WIDTH = 128, 512  # columns per pass of top-k and of the loss's terms
 
 
 def log_block_mass(
@@ -33,6 +34,7 @@ def log_block_mass(
     columns: int | None = None,
     top_k: int = 0,
     lse: torch.Tensor | None = None,
+    fill: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the natural logarithm of the block mass [n, G, C] of some neighbouring queries, and the log2 softmax sums [T, H] of all.
 
@@ -42,11 +44,14 @@ def log_block_mass(
         columns: C; None: the blocks of the longest document possible. Blocks after a query's own have NOTHING.
         top_k: queries with at most so many blocks may be left out, with NOTHING everywhere.
         lse: receives the sums; None: a new tensor.
+        fill: write NOTHING where no mass is: at blocks past a query's own, and for the queries that `top_k` leaves out. Otherwise anything is there.
     """
     tokens, kv_heads = q.shape[0], k.shape[1]
     queries = queries or slice(0, tokens)
     columns = columns or cdiv(layout.max_length, layout.block_size)
-    mass = torch.full((queries.stop - queries.start, kv_heads, columns), NOTHING, dtype=torch.float32, device=q.device)
+    mass = torch.empty((queries.stop - queries.start, kv_heads, columns), dtype=torch.float32, device=q.device)
+    if fill:
+        mass.fill_(NOTHING)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if lse is None else lse
     sizes = _sizes(q, k, layout, top_k)
     launch(
@@ -62,23 +67,35 @@ def choose_triton(
     """Returns indices; arguments as in `choose_by_index`, checked, with the layout built."""
     iq, ik = iq.detach(), ik.detach()
     tokens, lists = iq.shape[0], ik.shape[1]
-    columns = cdiv(cdiv(layout.max_length, layout.block_size), TOP_K_WIDTH) * TOP_K_WIDTH  # whole passes of top-k
+    columns = _columns(layout)
     chunk = min(_queries_per_chunk(lists * columns), tokens)
-    survivors = max(32, next_power_of_2(2 * top_k))
-    scratch = torch.empty(chunk, lists, survivors, dtype=torch.int32, device=iq.device)
-    indices = torch.empty(tokens, lists, top_k, dtype=torch.int32, device=iq.device)
+    indices, scratch = _choice(iq, lists, chunk, top_k)
     lse = None
     for start in range(0, tokens, chunk):
         queries = slice(start, min(start + chunk, tokens))
-        common: dict[str, Any] = {"queries": queries, "columns": columns, "top_k": top_k, "lse": lse}
+        common: dict[str, Any] = {"queries": queries, "columns": columns, "top_k": top_k, "lse": lse, "fill": False}
         mass, lse = log_block_mass(iq, ik, layout=layout, scale=scale, **common)
-        launch(
-            top_k_kernel, (len(mass) * lists,),
-            mass, layout.query_position, mass, scratch, indices, start, columns,
-            LISTS=lists, BLOCK_SIZE=layout.block_size, TOP_K=top_k, PADDED_TOP_K=next_power_of_2(top_k), SCRATCH=survivors,
-            WIDTH=TOP_K_WIDTH, SIGNED=True, OFFICIAL=False, BINS_PER_ROW=0, num_warps=1,
-        )  # fmt: skip
+        _choose(mass, layout, start, scratch, indices)
     return indices
+
+
+def _choice(iq: torch.Tensor, lists: int, chunk: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the tensor of the choice, int32 [T, G, top_k], and the scratch rows of top-k for a chunk of queries."""
+    scratch = torch.empty(chunk, lists, max(32, next_power_of_2(2 * top_k)), dtype=torch.int32, device=iq.device)
+    return torch.empty(iq.shape[0], lists, top_k, dtype=torch.int32, device=iq.device), scratch
+
+
+def _choose(
+    mass: torch.Tensor, layout: DocumentLayout, start: int, scratch: torch.Tensor, indices: torch.Tensor
+) -> None:
+    """Writes the choice of a chunk's queries, from query `start` on, by its masses [n, G, C] of whole passes."""
+    lists, top_k = indices.shape[1:]
+    launch(
+        top_k_kernel, (len(mass) * lists,),
+        mass, layout.query_position, mass, scratch, indices, start, mass.shape[2],
+        LISTS=lists, BLOCK_SIZE=layout.block_size, TOP_K=top_k, PADDED_TOP_K=next_power_of_2(top_k), SCRATCH=scratch.shape[2],
+        WIDTH=_width(mass.shape[2]), SIGNED=True, OFFICIAL=False, BINS_PER_ROW=0, num_warps=1,
+    )  # fmt: skip
 
 
 def loss_triton(
@@ -94,30 +111,38 @@ def loss_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Returns what `loss_reference` returns, by the kernels."""
     device, tokens, kv_heads = iq.device, iq.shape[0], ik.shape[1]
-    columns = cdiv(layout.max_length, layout.block_size)
-    loss, captured = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(2))
+    columns = _columns(layout)
+    loss, captured = (torch.empty(tokens, kv_heads, dtype=torch.float32, device=device) for _ in range(2))
     grad_q, grad_k, sums = (
         torch.zeros(shape, dtype=torch.float32, device=device) if with_gradients else None
         for shape in (iq.shape, ik.shape, iq.shape[:2])
     )
     ranges = _later_queries(layout) if with_gradients else None
-    chunk, lse, target_lse = _queries_per_chunk(kv_heads * columns), None, None
+    chunk, lse, target_lse = min(_queries_per_chunk(kv_heads * columns), tokens), None, None
+    indices, scratch = _choice(iq, kv_heads, chunk, top_k)
     sizes = _sizes(iq, ik, layout, top_k, rows=_gradient_rows(iq.shape[2], layout.block_size))
     for start in range(0, tokens, chunk):
         queries = slice(start, min(start + chunk, tokens))
-        common: dict[str, Any] = {"layout": layout, "queries": queries, "top_k": top_k}
+        common: dict[str, Any] = {
+            "layout": layout,
+            "queries": queries,
+            "columns": columns,
+            "top_k": top_k,
+            "fill": False,
+        }
         target, target_lse = log_block_mass(q, k, scale=scales[0], lse=target_lse, **common)
-        predicted, lse = log_block_mass(iq, ik, scale=scales[1], lse=lse, **common)
-        own = layout.query_position[queries] // layout.block_size
-        candidates = torch.arange(columns, device=device) <= own[:, None]
-        one, mass = terms(target, predicted, own.clamp(max=columns - 1), own, candidates, top_k)
-        loss, captured = loss + one, captured + mass
+        ratio, lse = log_block_mass(iq, ik, scale=scales[1], lse=lse, **common)
+        _choose(ratio, layout, start, scratch, indices)
+        launch(
+            terms_kernel, (len(ratio) * kv_heads,),
+            target, ratio, layout.query_position, indices, loss, captured, start, columns,
+            LISTS=kv_heads, BLOCK_SIZE=layout.block_size, TOP_K=top_k, PADDED_TOP_K=next_power_of_2(top_k),
+            WIDTH=_width(columns), num_warps=1,
+        )  # fmt: skip
         if grad_q is not None and grad_k is not None and sums is not None and ranges is not None:
-            counts = (candidates & (own >= top_k)[:, None])[:, None] & (target > NOTHING / 10)
-            ratio = torch.where(counts, (target - predicted) * LOG2E, NOTHING)
             tensors = (iq, ik, *_arrays(layout), lse, ratio, sums)
             _add_gradients(tensors, (grad_q, grad_k), ranges, queries, scales[1], sizes)
-    return loss, captured, grad_q, grad_k
+    return loss.sum(), captured.sum(), grad_q, grad_k
 
 
 def _add_gradients(
@@ -157,6 +182,17 @@ def _later_queries(layout: DocumentLayout) -> tuple[torch.Tensor, torch.Tensor]:
     document_end = layout.cu_seqlens[document + 1]
     begin, end = (torch.searchsorted(keys, edge, out_int32=True) for edge in (layout.block_start, document_end))
     return begin, torch.where(layout.block_length > 0, end, 0)
+
+
+def _columns(layout: DocumentLayout) -> int:
+    """Returns the columns of a chunk's masses: the blocks of the longest document possible, in whole passes."""
+    columns = cdiv(layout.max_length, layout.block_size)
+    return cdiv(columns, _width(columns)) * _width(columns)
+
+
+def _width(columns: int) -> int:
+    """Returns the columns of one pass over a row of masses."""
+    return min(max(next_power_of_2(columns), LEAST_WIDTH), MOST_WIDTH)
 
 
 def _queries_per_chunk(numbers: int) -> int:
