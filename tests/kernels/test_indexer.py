@@ -83,7 +83,7 @@ def test_loss_and_gradients_in_float32(monkeypatch, impl, index_heads, rows, blo
 
     With blocks of one key, a row of masses takes two passes.
     """
-    bounds, tokens = [0, 9, 130], 150
+    bounds, tokens = [0, 9, 142], 150
     iq, ik, q, k = make(index_heads=index_heads, tokens=tokens)
     iq, ik = iq.requires_grad_(), ik.requires_grad_()
     if impl == "triton":
