@@ -29,7 +29,7 @@ def by_loops(q, k, v, chosen, mask) -> tuple[torch.Tensor, float, int]:
                 sparse = (p[inside] / p[inside].sum()) @ values[inside]
                 gap = float((full - sparse).norm())
                 limit = lost * float(values[~inside].norm(dim=1).max() + sparse.norm())
-                sums += torch.tensor([gap, limit, gap / limit, lost, full.norm(), sparse.norm(), gap > limit])
+                sums += torch.tensor([gap, limit, lost, full.norm(), sparse.norm(), gap > limit])
                 largest, count = max(largest, gap / limit), count + 1
     return sums, largest, count
 

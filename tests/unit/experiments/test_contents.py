@@ -231,10 +231,7 @@ def test_every_recipe_makes_a_report_of_all_or_nothing(tmp_path, name, size) -> 
         for i, s in enumerate(recipe.settings)
         for seed in (1, 2)
     ]
-    layers = {
-        f"{key}_by_layer": [0.1, 0.2]
-        for key in ("gap", "bound", "ratio", "dropped_mass", "violations", "largest_ratio")
-    }
+    layers = {f"{key}_by_layer": [0.1, 0.2] for key in ("gap", "bound", "dropped_mass", "violations", "largest_ratio")}
     both = {mode: {"cross_entropy": 1.0, "captured_mass_by_layer": [0.5, 0.6]} for mode in ("full", "sparse")}
     needles = {"needle": {mode: {"metrics": {"accuracy": 0.5}} for mode in ("full", "sparse")}}
     for run in runs:
