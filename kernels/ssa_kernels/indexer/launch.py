@@ -34,23 +34,22 @@ def log_block_mass(
     columns: int | None = None,
     top_k: int = 0,
     lse: torch.Tensor | None = None,
-    fill: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the natural logarithm of the block mass [n, G, C] of some neighbouring queries, and the log2 softmax sums [T, H] of all.
 
     Args:
         q, k, layout, scale: as in `block_mass`, checked.
         queries: which; None: all.
-        columns: C; None: the blocks of the longest document possible. Blocks after a query's own have NOTHING.
-        top_k: queries with at most so many blocks may be left out, with NOTHING everywhere.
+        columns: C; None: the blocks of the longest document possible.
+        top_k: 0: all queries, with NOTHING at blocks after a query's own. Otherwise queries with at most so many blocks may be left out, and anything
+            is there and at blocks after a query's own.
         lse: receives the sums; None: a new tensor.
-        fill: write NOTHING where no mass is: at blocks past a query's own, and for the queries that `top_k` leaves out. Otherwise anything is there.
     """
     tokens, kv_heads = q.shape[0], k.shape[1]
     queries = queries or slice(0, tokens)
     columns = columns or cdiv(layout.max_length, layout.block_size)
     mass = torch.empty((queries.stop - queries.start, kv_heads, columns), dtype=torch.float32, device=q.device)
-    if fill:
+    if not top_k:
         mass.fill_(NOTHING)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if lse is None else lse
     sizes = _sizes(q, k, layout, top_k)
@@ -70,11 +69,11 @@ def choose_triton(
     columns = _columns(layout)
     chunk = min(_queries_per_chunk(lists * columns), tokens)
     indices, scratch = _choice(iq, lists, chunk, top_k)
+    common: dict[str, Any] = {"layout": layout, "scale": scale, "columns": columns, "top_k": top_k}
     lse = None
     for start in range(0, tokens, chunk):
         queries = slice(start, min(start + chunk, tokens))
-        common: dict[str, Any] = {"queries": queries, "columns": columns, "top_k": top_k, "lse": lse, "fill": False}
-        mass, lse = log_block_mass(iq, ik, layout=layout, scale=scale, **common)
+        mass, lse = log_block_mass(iq, ik, queries=queries, lse=lse, **common)
         _choose(mass, layout, start, scratch, indices)
     return indices
 
@@ -121,17 +120,11 @@ def loss_triton(
     chunk, lse, target_lse = min(_queries_per_chunk(kv_heads * columns), tokens), None, None
     indices, scratch = _choice(iq, kv_heads, chunk, top_k)
     sizes = _sizes(iq, ik, layout, top_k, rows=_gradient_rows(iq.shape[2], layout.block_size))
+    common: dict[str, Any] = {"layout": layout, "columns": columns, "top_k": top_k}
     for start in range(0, tokens, chunk):
         queries = slice(start, min(start + chunk, tokens))
-        common: dict[str, Any] = {
-            "layout": layout,
-            "queries": queries,
-            "columns": columns,
-            "top_k": top_k,
-            "fill": False,
-        }
-        target, target_lse = log_block_mass(q, k, scale=scales[0], lse=target_lse, **common)
-        ratio, lse = log_block_mass(iq, ik, scale=scales[1], lse=lse, **common)
+        target, target_lse = log_block_mass(q, k, queries=queries, scale=scales[0], lse=target_lse, **common)
+        ratio, lse = log_block_mass(iq, ik, queries=queries, scale=scales[1], lse=lse, **common)
         _choose(ratio, layout, start, scratch, indices)
         launch(
             terms_kernel, (len(ratio) * kv_heads,),

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from .mass_triton import NOTHING
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit(do_not_specialize=["first_query", "stride_list"])
 def terms_kernel(
@@ -51,9 +53,9 @@ def terms_kernel(
         inside = start + c < end
         a = tl.load(target + start + c, mask=inside & free, other=NOTHING)
         difference = a - tl.load(predicted + start + c, mask=inside & free, other=0.0)
-        mass = tl.exp2(a * 1.4426950408889634)
+        mass = tl.exp2(a * LOG2E)
         total += tl.where(mass > 0, mass * difference, 0.0)
-        ratio = tl.where(a > NOTHING / 10, difference * 1.4426950408889634, NOTHING)
+        ratio = tl.where(a > NOTHING / 10, difference * LOG2E, NOTHING)
         tl.store(predicted + start + c, ratio, mask=inside)
     tl.store(loss_ptr + at, tl.sum(total, 0))
-    tl.store(captured_ptr + at, tl.where(free, tl.sum(tl.exp2(found * 1.4426950408889634), 0), 1.0))
+    tl.store(captured_ptr + at, tl.where(free, tl.sum(tl.exp2(found * LOG2E), 0), 1.0))

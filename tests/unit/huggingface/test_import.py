@@ -11,6 +11,7 @@ from ssa_pretrain.huggingface.importing import imported_config, read_record
 from ssa_pretrain.huggingface.options import Gate, ImportOptions
 from ssa_pretrain.parallel.state import Placement
 from ssa_pretrain.settings.problems import ConfigError
+from support.errors import relative
 from support.foreign_llama import HEADS, LLAMA3_ROPE, SIZES, llama_record, random_tensors, released_record, write_folder
 from support.imported import import_to, training_logits
 
@@ -36,10 +37,10 @@ def test_imported_llama_gives_the_logits_of_transformers_with_and_without_gates(
         wanted = torch.stack([model(d.unsqueeze(0)).logits[0, -1] for d in random_documents()])
     off = logits(import_to(folder, tmp_path / "off", gate=Gate.off), tmp_path / "off", placement, "full")
     opened = logits(import_to(folder, tmp_path / "open", gate=Gate.open), tmp_path / "open", placement, "full")
-    assert float((off - wanted).norm() / wanted.norm()) < 1e-5
-    assert float((opened - off).norm() / off.norm()) < 1e-5
+    assert relative(off, wanted) < 1e-5
+    assert relative(opened, off) < 1e-5
     sparse = logits(import_to(folder, tmp_path / "sparse", gate=Gate.off), tmp_path / "sparse", placement, "sparse")
-    assert float((sparse - wanted)[-1].norm() / wanted[-1].norm()) > 1e-2, "the comparison sees what attention does"
+    assert relative(sparse[-1], wanted[-1]) > 1e-2, "the comparison sees what attention does"
 
 
 def test_imported_qwen3_gives_the_logits_of_transformers(tmp_path, placement):
@@ -54,7 +55,7 @@ def test_imported_qwen3_gives_the_logits_of_transformers(tmp_path, placement):
     config = import_to(folder, tmp_path / "run", gate=Gate.off)
     assert config.model.qk_norm and (config.model.rope_theta, config.model.norm_eps) == (1e6, 1e-6)
     found = logits(config, tmp_path / "run", placement, "full")
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    assert relative(found, wanted) < 1e-5
 
 
 def test_padding_of_the_vocabulary_is_rows_of_zeros(tmp_path, placement):
