@@ -167,9 +167,9 @@ def test_deepspeed_scales_like_megatron(results, stage):
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("name", UNDER_ZERO)
 def test_muon_under_zero_is_that_of_megatron(results, name):
-    """In bf16 ZeRO 1 sums a gradient in another order than core, so an update may be rounded to another bf16 number before it is orthogonalised."""
+    """In bf16 the order of a sum, and with it the rounding of an update, may depend on the stage and on the processor's matrix products."""
     found, wanted = results[name], results[UNDER_ZERO[name][1]]
-    if name == "decayed.bf16.zero1":
+    if ".bf16." in name:
         close(found[:1], wanted[:1])
         rows = (found[:STOP], wanted[:STOP], results["decayed"][:STOP])
         require_means_as_near(*(torch.tensor(each, dtype=torch.float64) for each in rows))
