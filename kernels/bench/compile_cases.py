@@ -22,7 +22,7 @@ from ssa_kernels.key_convolution.triton import KeyConvolution
 from ssa_kernels.linear_cross_entropy.triton import probabilities_in_place, statistics
 from ssa_kernels.qkv_rope.reference import QKNorm
 from ssa_kernels.qkv_rope.triton import Sizes, qkv_norm_rope_backward, qkv_rope_backward, qkv_rope_forward
-from ssa_kernels.queries import query_spans
+from ssa_kernels.queries import query_slice, query_spans
 from ssa_kernels.select.launch import select_blocks_triton
 from ssa_kernels.sparse_attention.autograd import sparse_attention_backward, sparse_attention_forward
 from ssa_kernels.swiglu_triton import swiglu_backward, swiglu_forward
@@ -181,7 +181,9 @@ def _indexer(case: Case) -> None:
     q, k = _heads(case, case.heads), _heads(case, case.kv_heads)
     choose_triton(k, k, layout=layout, top_k=case.top_k, scale=scale)
     scales = {"scales": (scale, scale), "with_gradients": True}
-    loss_triton(k, k, q, k, layout=layout, top_k=case.top_k, **scales)
+    for queries in (TOKENS, 16):  # large tiles and small ones
+        own = query_slice(layout, slice(0, queries))
+        loss_triton(k[:queries], k, q[:queries], k, layout=own, top_k=case.top_k, **scales)
 
 
 def _key_convolution(case: Case) -> None:

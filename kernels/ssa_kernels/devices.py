@@ -61,6 +61,12 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu("cuda", 10 * properties.major + properties.minor, shared_bytes)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Returns the number of multiprocessors; 4 for Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def means_warps(gpu: Gpu, keys: int, dim: int) -> int:
     """Returns the warps of the kernels that sum a block of `keys` padded keys and `dim` padded features: the order of the sums depends on it."""
     if dim > 128:

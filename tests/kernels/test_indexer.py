@@ -89,7 +89,7 @@ def test_loss_and_gradients_in_float32(monkeypatch, impl, index_heads, rows, blo
     if impl == "triton":
         monkeypatch.setattr("ssa_kernels.indexer.launch.WORKSPACE_BYTES", 1)
         monkeypatch.setattr("ssa_kernels.indexer.launch.MOST_WIDTH", 128)
-        monkeypatch.setattr("ssa_kernels.indexer.launch._gradient_rows", lambda dim, block_size: rows)
+        monkeypatch.setattr("ssa_kernels.indexer.launch._gradient_rows", lambda *_: rows)
     common = {"block_size": block, "top_k": TOP_K, "cu_seqlens": torch.tensor(bounds), "impl": impl}
     loss, mass = index_loss(iq, ik, q, k, **common)
     grads = torch.autograd.grad(loss, (iq, ik))

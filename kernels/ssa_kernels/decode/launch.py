@@ -13,12 +13,11 @@ Full attention writes (D + 2) floats per split, new token and head.
 """
 
 from dataclasses import dataclass
-from functools import cache as cached
 from typing import Any
 
 import torch
 
-from ..devices import gpu_of
+from ..devices import gpu_of, multiprocessors
 from ..launch import cdiv, launch, next_power_of_2
 from .attend_triton import chosen_kernel, combine_kernel, split_kernel
 from .cache import KeyValueCache
@@ -233,7 +232,7 @@ def _attend_all(call: _Call, o: torch.Tensor, lse: torch.Tensor) -> None:
 
 def _splits(call: _Call, programs: int) -> int:
     """Returns how many programs share a sequence's keys, for `programs` of them without a split."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(call.q.device) // programs
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(call.q.device) // programs
     return max(1, min(wanted, cdiv(call.cache.longest, MIN_KEYS_PER_SPLIT), MAX_SPLITS))
 
 
@@ -245,12 +244,6 @@ def _overlaps(device: torch.device) -> bool:
 def _starts_early(overlap: bool) -> dict[str, Any]:
     """Returns the launch option of a kernel whose programs start before the kernel before has ended, and then wait for it."""
     return {"launch_pdl": True} if overlap else {}
-
-
-@cached
-def _multiprocessors(device: torch.device) -> int:
-    """Returns the number of multiprocessors; 4 for Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _ordered(kernel: Any, sizes: dict[str, int], **more: int) -> dict[str, Any]:

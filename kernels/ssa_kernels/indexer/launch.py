@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..devices import multiprocessors
 from ..documents import DocumentLayout
 from ..launch import cdiv, launch, next_power_of_2
 from ..select.topk import top_k_kernel
@@ -19,7 +20,7 @@ from .terms_triton import terms_kernel
 
 WORKSPACE_BYTES = 32 * 2**20
 LOG2E = 1.4426950408889634
-TILE_ROWS = 128  # (queries x heads) of one tile
+TILE_ROWS, LEAST_ROWS = 128, 32  # (queries x heads) of one tile
 STEP_KEYS = 64  # keys of one step, or one block if that is longer
 LEAST_WIDTH, MOST_WIDTH = 128, 512  # columns per pass of top-k and of the loss's terms
 
@@ -119,7 +120,8 @@ def loss_triton(
     ranges = _later_queries(layout) if with_gradients else None
     chunk, lse, target_lse = min(_queries_per_chunk(kv_heads * columns), tokens), None, None
     indices, scratch = _choice(iq, kv_heads, chunk, top_k)
-    sizes = _sizes(iq, ik, layout, top_k, rows=_gradient_rows(iq.shape[2], layout.block_size))
+    rows = _gradient_rows(iq.shape[2], layout.block_size, chunk * iq.shape[1], device)
+    sizes = _sizes(iq, ik, layout, top_k, rows=rows)
     common: dict[str, Any] = {"layout": layout, "columns": columns, "top_k": top_k}
     for start in range(0, tokens, chunk):
         queries = slice(start, min(start + chunk, tokens))
@@ -219,11 +221,18 @@ def _sizes(
     }
 
 
-def _gradient_rows(dim: int, block_size: int) -> int:
-    """Returns the rows of one tile of the gradients' kernels: so many that nothing spills on Hopper with eight warps (bench/compile.py)."""
-    if dim <= 64:
-        return TILE_ROWS
-    return 64 if block_size <= STEP_KEYS else 32
+def _gradient_rows(dim: int, block_size: int, num_rows: int, device: torch.device) -> int:
+    """Returns the rows of one tile of the gradients' kernels, of `num_rows` in all.
+
+    At most so many that nothing spills on Hopper with eight warps (bench/compile.py). Fewer while twice as many programs would still have a multiprocessor
+    each: a share of a row's queries has few tiles (kernels/LOG.md).
+    """
+    rows = TILE_ROWS
+    if dim > 64:
+        rows = 64 if block_size <= STEP_KEYS else LEAST_ROWS
+    while rows > LEAST_ROWS and cdiv(num_rows, rows // 2) <= multiprocessors(device):
+        rows //= 2
+    return rows
 
 
 def _settings(sizes: dict[str, Any]) -> dict[str, Any]:
