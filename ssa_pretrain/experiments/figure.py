@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ssa_pretrain.experiments.sizes import METHODS
+
 SIZE = (5.4, 3.8)  # inches of a panel
 FEW_POINTS = 24  # a curve of so few is drawn with marks
 
@@ -27,7 +29,7 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
     figure = Figure(figsize=(width, SIZE[1] * rows), layout="constrained")
     figure.suptitle(content["title"], fontsize=11)
     cells = figure.add_gridspec(rows, columns)
-    settings = list(dict.fromkeys(name for panel in curves for name in panel["curves"]))
+    settings = list(dict.fromkeys([*METHODS, *(name for panel in curves for name in panel["curves"])]))
     for number, item in enumerate([*curves, *bars]):
         axes = figure.add_subplot(cells[number // columns, number % columns])
         if "curves" in item:
@@ -39,7 +41,9 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
 
 
 def _curves(axes: Any, panel: Mapping[str, Any], settings: list[str]) -> None:
-    """Draws a chart; a setting has the same colour in all charts."""
+    """Draws a chart; a setting has the same colour in all charts, and a method in all pictures."""
+    from matplotlib.ticker import EngFormatter
+
     for name, points in panel["curves"].items():
         x, mean, error = (list(values) for values in zip(*points, strict=True))
         colour = f"C{settings.index(name) % 10}"
@@ -52,6 +56,8 @@ def _curves(axes: Any, panel: Mapping[str, Any], settings: list[str]) -> None:
         axes.set_xscale("log", base=2)
     if panel["log_y"]:
         axes.set_yscale("log")
+    if panel["x_name"] == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if panel["x_name"] == "layer":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(panel["title"], fontsize=10)

@@ -23,13 +23,15 @@ COMMUNICATION, OTHER = "communication", "other"
 CATEGORIES: tuple[tuple[str, str], ...] = (
     (COMMUNICATION, r"nccl|^c10d::|gloo"),
     ("optimizer", r"multi_tensor|adam|l2norm|_foreach_"),
-    ("attention, full", r"fmha|flash|sdpa|cudnn_generated|scaled_dot_product"),
-    ("selection", r"^(block_means|softmax_sums|importance|top_k)_kernel"),
+    ("attention, full", r"fmha|flash|sdpa|cudnn_generated|scaled_dot_product|^(merge|span_sums)_kernel"),
+    ("trained scorer", r"^(log_block_mass|terms|ratio_sums|query_gradient|key_gradient)_kernel"),
+    ("attention, compressed and window", r"^(range_\w+|means|means_backward)_kernel"),
+    ("selection", r"^(block_means|long_tiles|softmax_sums|importance|top_k)_kernel"),
     (
         "attention, sparse",
         r"^(forward|dq|dkdv|portable_\w+|add_segments|bucket\w*|count_segments|segment|pack)_kernel|radix|sort|scan",
     ),
-    ("gate and alignment", r"^(gate_\w+|sum_partials)_kernel|smooth_l1"),
+    ("gate and alignment", r"^(gated?_\w+|sampled_\w+|sum_partials)_kernel|smooth_l1"),
     ("projection split and RoPE", r"^qkv_rope_|^key_convolution_|rotary|fused_rope"),
     ("SwiGLU", r"swiglu|silu"),
     ("norms", r"rms_?norm|layer_?norm|ln_(fwd|bwd)|norm_(fwd|bwd)"),
