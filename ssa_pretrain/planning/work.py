@@ -14,7 +14,16 @@ Standard library only.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ssa_pretrain.config import Config, EngineName, Method, OptimizerName, PrecisionName, Recompute, gates_per_head
+from ssa_pretrain.config import (
+    Config,
+    EngineName,
+    Method,
+    OptimizerName,
+    PrecisionName,
+    Recompute,
+    Score,
+    gates_per_head,
+)
 from ssa_pretrain.config.hardware import HardwareConfig
 from ssa_pretrain.model.matrices import matrix_shapes
 from ssa_pretrain.planning.flops import TERA, RowFlops, orthogonalisation_flops
@@ -26,7 +35,8 @@ TERMS = {
     "full stream": "full attention of whole rows",
     "sampled full stream": "full attention of a sample of queries, or of a context rank's",
     "sparse stream": "sparse attention, and nsa's other two branches",
-    "selection": "the choice of blocks",
+    "selection": "the choice of blocks by means of keys",
+    "trained scorer": "the choice of blocks by a trained scorer, and the index loss with its gradients",
     "memory traffic": "norms, RoPE, SwiGLU, gates, alignment, cross entropy, gradient accumulation",
     "optimizer": "the optimizer and the gradient norm",
     "zero 1": "DeepSpeed's work per layer in stage 1 (or 0), mostly the host's; at the peak: 1 ms",
@@ -90,16 +100,17 @@ def microbatch_work(
         linear = 0.0
     linear += (passes - 1.0) * row.index_projection * layers  # its input needs no gradient
     work["products"] = (linear + 3.0 * row.logits * part * rank.has_output) / peak
+    chooser = "trained scorer" if config.attention.score is Score.indexer else "selection"
     for name, flops, times in (
         ("full stream", full, passes),
         ("sampled full stream", spans, passes),
         ("sparse stream", sparse, passes),
-        ("selection", selection, passes - 2.0),  # it has no backward
+        (chooser, selection, passes - 2.0),  # it has no backward
     ):
         work[name] = times * flops * layers / peak
-    work["selection"] += (
+    work["trained scorer"] += (
         share * row.distillation * layers / peak
-    )  # products and exponentials over all pairs, as selection has
+    )  # its backward is counted with it, and runs in the forward
     work["memory traffic"] = _traffic(config, rank, share, again=again) / (hardware.hbm_tb_per_s * TERA)
     return work
 
