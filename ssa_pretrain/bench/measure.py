@@ -37,41 +37,43 @@ def measure(
         options: rounds and runs, and the model's name.
     """
     on_gpu = placement.device.type == "cuda"
-    device = torch.cuda.get_device_name(placement.device) if on_gpu else "CPU"
     variants = build(config, placement, config.model.vocab_size or DEFAULT_VOCAB)
     timings = _timings(variants, options, warmup=3 if on_gpu else 1)
-    results = []
-    for variant in variants:
-        timing = timings[variant.name]
-        seconds, world = timing.ms / 1e3, placement.world_size
-        precision = PrecisionName.fp8 if variant.name.endswith("fp8") else config.precision.name
-        peak = peak_flops(device, precision)
-        rate = variant.flops / seconds / world
-        own_bytes = None if timing.peak_bytes is None else timing.peak_bytes - variant.foreign_bytes
-        results.append(
-            Result(
-                case=case,
-                model=f"{options.model}, {variant.model}" if variant.model else options.model,
-                variant=variant.name,
-                ms=timing.ms,
-                spread=timing.spread,
-                tokens_per_second_per_gpu=variant.tokens / seconds / world if variant.tokens else None,
-                model_tflops_per_gpu=rate / 1e12 if variant.flops else None,
-                mfu=rate / peak if peak and variant.flops else None,
-                peak_gib=None if own_bytes is None else own_bytes / 2**30,
-                world_size=world,
-                device=device,
-                versions=_versions(),
-                command="python -m ssa_pretrain.bench " + " ".join(sys.argv[1:]),
-            )
-        )
+    results = [_result(variant, timings[variant.name], case, config, placement, options) for variant in variants]
     if options.parts and placement.is_rank_0:
         write_parts(Path(options.out), variants)
-    del variants
+    del variants  # with it the models, which the next case would otherwise have in its peaks
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
     return results
+
+
+def _result(
+    variant: Variant, timing: Timing, case: str, config: Config, placement: Placement, options: Options
+) -> Result:
+    """Returns the line of a variant."""
+    device = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else "CPU"
+    seconds, world = timing.ms / 1e3, placement.world_size
+    precision = PrecisionName.fp8 if variant.name.endswith("fp8") else config.precision.name
+    peak = peak_flops(device, precision)
+    rate = variant.flops / seconds / world
+    own_bytes = None if timing.peak_bytes is None else timing.peak_bytes - variant.foreign_bytes
+    return Result(
+        case=case,
+        model=f"{options.model}, {variant.model}" if variant.model else options.model,
+        variant=variant.name,
+        ms=timing.ms,
+        spread=timing.spread,
+        tokens_per_second_per_gpu=variant.tokens / seconds / world if variant.tokens else None,
+        model_tflops_per_gpu=rate / 1e12 if variant.flops else None,
+        mfu=rate / peak if peak and variant.flops else None,
+        peak_gib=None if own_bytes is None else own_bytes / 2**30,
+        world_size=world,
+        device=device,
+        versions=_versions(),
+        command="python -m ssa_pretrain.bench " + " ".join(sys.argv[1:]),
+    )
 
 
 def _timings(variants: Sequence[Variant], options: Options, warmup: int) -> dict[str, Timing]:

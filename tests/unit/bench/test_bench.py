@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import yaml
 from ssa_pretrain.bench import __main__ as bench
 from ssa_pretrain.bench.documents import SMOLLM_CORPUS, Documents, document_starts
 from ssa_pretrain.bench.goals import GOALS, Goal
+from ssa_pretrain.bench.measure import measure
 from ssa_pretrain.bench.methods import attention_of, own_layers
 from ssa_pretrain.bench.options import bench_config, read_options
 from ssa_pretrain.bench.parts import read_parts, write_parts
@@ -26,7 +28,7 @@ from ssa_pretrain.bench.share import layers_that_fit, share_variants
 from ssa_pretrain.bench.tables import Result, append, ratio, read, verdict, write_ratios
 from ssa_pretrain.bench.timing import Timing, mean_timing
 from ssa_pretrain.bench.variants import Variant, long_rows
-from ssa_pretrain.config import Method
+from ssa_pretrain.config import Config, Method
 from ssa_pretrain.engine.step import Microbatches
 from ssa_pretrain.model.spec import ATTENTION
 from ssa_pretrain.schedule import Place, counterpart_spans, main_stream, share_drawn
@@ -258,6 +260,22 @@ def test_parts_are_times_by_kind_of_operator_and_means_follow(tmp_path):
     assert found["products"]["matrix products"] > 0 and found["sorts"]["attention, sparse"] > 0
     assert found["both"]["matrix products"] == pytest.approx(found["products"]["matrix products"] / 4, abs=1e-3)
     assert read_parts(tmp_path / "elsewhere") == {}
+
+
+def test_models_of_a_case_are_gone_before_the_next():
+    """A model is in cycles, so it stays until Python collects them; the next case's peaks would include it."""
+    models = []
+
+    def build(config: Config, placement: Any, vocab: int) -> list[Variant]:
+        model = torch.nn.Module()
+        model.cycle = [model]
+        models.append(weakref.ref(model))
+        return [Variant(name="full 8k", run=model.extra_repr)]
+
+    options = read_options(["rounds=1", "runs=1"], 1)
+    placement: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1, is_rank_0=True)
+    measure(build, "8k", bench_config(options), placement, options)
+    assert models[0]() is None
 
 
 def test_methods_with_a_layer_of_their_own_get_their_settings():
