@@ -225,7 +225,7 @@ def _gradient_rows(dim: int, block_size: int, num_rows: int, device: torch.devic
     """Returns the rows of one tile of the gradients' kernels, of `num_rows` in all.
 
     At most so many that nothing spills on Hopper with eight warps (bench/compile.py). Fewer while twice as many programs would still have a multiprocessor
-    each: a share of a row's queries has few tiles (kernels/LOG.md).
+    each: a share of a row's queries has few tiles, and so has a chunk of queries with many blocks (kernels/LOG.md).
     """
     rows = TILE_ROWS
     if dim > 64:
