@@ -59,7 +59,12 @@ def main(arguments: Sequence[str]) -> int:
     if (found := num_gpus()) and found < options.gpus:
         print(f"--gpus={options.gpus} must be at most {found}, the GPUs of this machine", file=sys.stderr)
         return 3
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for folder in filter(None, (options.out, options.scratch)):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out and --scratch must be folders that can be written: {error}", file=sys.stderr)
+        return 3
     results: list[dict[str, Any]] = []
     about = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -106,7 +111,9 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), help="default: the 1B model; toy runs on CPUs")
     parser.add_argument("--out", type=Path, default=Path("outputs/scaling"), help="for logs")
     parser.add_argument("--table", type=Path, help="the page to write; its JSON and plot go beside it")
-    parser.add_argument("--scratch", help="for checkpoints, about 20 GiB; default: the system's temporary folder")
+    parser.add_argument(
+        "--scratch", type=Path, help="for checkpoints, about 20 GiB; default: the system's temporary folder"
+    )
     parser.add_argument("--patience", type=float, default=1.0, help="factor on the time limits of the parts")
     parser.add_argument("--dry-run", action="store_true", help="print what would be measured, start nothing")
     options = parser.parse_args(arguments)

@@ -46,6 +46,12 @@ def test_unknown_part_is_refused(arguments, capsys):
     assert capsys.readouterr().err.startswith(f"--parts={arguments[-1]} must be among speed")
 
 
+def test_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["--gpus", "1", "--out", str(tmp_path), "--scratch", str(tmp_path / "file" / "scratch")]) == 3
+    assert capsys.readouterr().err.startswith("--out and --scratch must be folders that can be written: ")
+
+
 def test_wrong_option_is_one_line(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--gpus", "3"])
