@@ -1,7 +1,8 @@
 """The Llama: megatron-core's GPTModel with a fused output layer, and the modules that its layer spec (spec.py) names beside the attention.
 
 *Output layer.* The output projection and its cross entropy are one operator (ssa_kernels.linear_cross_entropy). Core keeps the logits twice in
-fp32 beside the bf16 ones: 16.8 GB for 16,384 tokens and 128,256 ids. Here they are one bf16 buffer. Without labels the model is core's.
+fp32 beside the bf16 ones: 16.8 GB for 16,384 tokens and 128,256 ids. Here they are one bf16 buffer. Without labels the model is core's. The operator runs
+inside the layer's call, because data parallelism gathers a weight beside the forward and waits for it in the hooks of that call (`overlap_param_gather`).
 
 *RoPE.* Core computes the frequencies on the device. A GPU's power function is off by up to four units in the last place, and an angle has the
 frequency's relative error times the position: 2.5e-5 of the logits after 1,500 tokens. Here they are computed on the CPU, as transformers does, and
@@ -11,6 +12,7 @@ are the same bits on every device.
 recomputation drops it after linear_fc2 and recomputes it in the backward: nothing else in the layer saves as much memory for as little time.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     CheckpointWithoutOutput,
+    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -61,6 +64,8 @@ class Llama(GPTModel):
         self.impl = impl
         self.z_loss, self.logits_multiplier = z_loss, logits_multiplier
         self.fuse_gradient_accumulation = fuse_gradient_accumulation
+        if self.post_process:
+            self.output_layer.__class__ = OutputLayer
 
     def _postprocess(
         self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None, **rest
@@ -74,22 +79,26 @@ class Llama(GPTModel):
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, **rest)
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        weight = self.shared_embedding_or_output_weight() if tied else None
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
         elif group.size() > 1:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
-        losses = linear_cross_entropy(
-            hidden_states.squeeze(1),
-            weight,
-            labels.squeeze(0),
-            group=group,
-            accumulate_into=self._gradient_buffer(weight),
-            z_loss=self.z_loss if self.training else 0.0,
-            impl=self.impl,
-        )
-        return torch.stack(losses) if isinstance(losses, tuple) else losses.unsqueeze(0)
+
+        def losses_of(hidden_states: Tensor, weight: Tensor) -> Tensor:
+            losses = linear_cross_entropy(
+                hidden_states.squeeze(1),
+                weight,
+                labels.squeeze(0),
+                group=group,
+                accumulate_into=self._gradient_buffer(weight),
+                z_loss=self.z_loss if self.training else 0.0,
+                impl=self.impl,
+            )
+            return torch.stack(losses) if isinstance(losses, tuple) else losses.unsqueeze(0)
+
+        return self.output_layer(hidden_states, weight, use=losses_of)
 
     def _gradient_buffer(self, weight: Tensor) -> Tensor | None:
         """Returns the buffer that the output layer's gradient is added to, None to return the gradient to autograd.
@@ -101,6 +110,23 @@ class Llama(GPTModel):
         shared_here = self.share_embeddings_and_output_weights and self.pre_process
         fits = buffer is not None and buffer.dtype is torch.float32
         return buffer if self.fuse_gradient_accumulation and shared_here and fits and self.training else None
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Core's output layer, whose call may do something else with its weight than project: `use(input_, weight)`, whose result it returns."""
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        *args: object,
+        use: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **options: object,
+    ) -> Any:
+        """See the class; without `use` as core's."""
+        if use is None:
+            return super().forward(input_, weight, *args, **options)
+        return use(input_, self.weight if weight is None else weight)
 
 
 class FeedForward(MLP):

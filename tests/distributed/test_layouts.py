@@ -26,6 +26,7 @@ FOUR = {
     "tp2_pp2": TWO["tp2"] | TWO["pp2"],
     "tp2_dp2": TWO["tp2"] | TWO["dp2"],
     "tp2_sp_pp2": TWO["tp2_sp"] | TWO["pp2"],
+    "pp2_dp2": TWO["pp2"] | TWO["dp2"],
     "pp2_vpp2_dp2": {PP: 2, "parallel.vpp": 2, DP: 2},
     "pp4_vpp2": {PP: 4, "parallel.vpp": 2, "model.num_layers": 8},
 }
@@ -33,6 +34,7 @@ LAYOUTS = {"single": {}, "single_of_8": {"model.num_layers": 8}} | TWO | FOUR
 STREAMS = {"full": 1.0, "sparse": 0.0, "drawn": 0.5}
 NSA = {"attention.method": "nsa", "attention.score": "compressed", "attention.window": 11}  # "nsa", a stream of its own
 QUARTER = {"attention.full_ratio": 0.5, "attention.counterpart_share": 0.25}  # the stream called "quarter"
+OVERLAP = {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True}
 VARIANTS = {
     "plain": {},
     "no_distributed_optimizer": {"engine.distributed_optimizer": False},
@@ -41,13 +43,16 @@ VARIANTS = {
     "no_alignment": {"attention.alignment_weight": 0.0},
     "selective": {"engine.recompute": "selective"},
     "full_recompute": {"engine.recompute": "full"},
-    "overlap": {"engine.overlap_grad_reduce": True, "engine.overlap_param_gather": True},
+    "overlap": OVERLAP,
     "keys": {"model.qk_norm": True, "attention.key_convolution": 3},
+    "untied": {"model.tie_embeddings": False},
+    "untied_small_buckets": {"model.tie_embeddings": False}
+    | OVERLAP,  # the output layer's weight is gathered by itself, as in a large model
     "muon": {"optim.name": "muon"},
     "muon_replicated": {"optim.name": "muon", "engine.distributed_optimizer": False},
     "scaled": {"model.mup.base_width": 8, "model.mup.base_head_dim": 2, "training.z_loss": 0.01},
 }
-OTHER_MATHEMATICS = ("keys", "muon", "scaled")  # compared with one process of the same
+OTHER_MATHEMATICS = ("keys", "untied", "muon", "scaled")  # compared with one process of the same
 BOTH = ("full", "sparse")
 # Layouts and streams of each variant. On two processes a layout's own code meets each stream; four processes combine two layouts, and there a drawn
 # stream runs both. A variant is crossed with the layouts whose communication it changes or repeats: the optimizer's with data parallelism and with
@@ -57,7 +62,7 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     | dict.fromkeys(TWO, tuple(STREAMS))
     | dict.fromkeys(FOUR, ("drawn",))
     | {"dp2": (*STREAMS, "quarter"), "tp2_sp": (*STREAMS, "quarter", "nsa"), "tp2_pp2": ("drawn", "quarter", "nsa")}
-    | {"pp2_vpp2": ("drawn",), "pp2_last1": ("drawn",), "pp2_vpp2_dp2": ()},
+    | {"pp2_vpp2": ("drawn",), "pp2_last1": ("drawn",), "pp2_dp2": (), "pp2_vpp2_dp2": ()},
     "no_distributed_optimizer": {
         "single": BOTH,
         "dp2": BOTH,
@@ -91,7 +96,9 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
         "tp2_sp_pp2": ("full", "quarter"),
         "pp4_vpp2": ("sparse",),
     },
-    "overlap": {"dp2": ("drawn",), "tp2_dp2": ("drawn",), "pp2_vpp2_dp2": ("drawn",)},
+    "overlap": dict.fromkeys(("dp2", "tp2_dp2", "pp2_dp2", "pp2_vpp2_dp2"), ("drawn",)),
+    "untied": {"single": ("drawn",)},
+    "untied_small_buckets": {"dp2": ("drawn",), "pp2_dp2": ("drawn",)},
     "keys": {"single": BOTH, "dp2": ("full",), "tp2": ("sparse",), "tp2_sp": ("full",), "tp2_pp2": ("sparse",)},
     "muon": dict.fromkeys(("single", "dp2", "pp2", "tp2_sp", "tp2_dp2", "pp2_vpp2_dp2"), ("drawn",)),
     "muon_replicated": {"dp2": ("drawn",)},

@@ -8,14 +8,18 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from ssa_pretrain.config import Config
 from ssa_pretrain.data.batches import Batch, collate
@@ -122,9 +126,11 @@ def gather_gradients(chunks: list) -> dict[str, dict]:
                     mine = shards[buffer.data_parallel_group.rank()].clone()
                     dist.all_gather(shards, mine, group=buffer.data_parallel_group)
         model = unwrap(chunk)
+        tied = model.share_embeddings_and_output_weights
         offset = model.decoder.layers[0].layer_number - 1
         for name, parameter in model.named_parameters():
-            key = f"{'output:' if name.startswith('output_layer') else ''}{global_name(name, offset, tied=True)}"
+            copy = "output:" if tied and name.startswith("output_layer") else ""
+            key = f"{copy}{global_name(name, offset, tied=tied)}"
             dim = getattr(parameter, "partition_dim", -1)
             assert dim == (-1 if partition_dim(name) is None else partition_dim(name)), f"{name} is cut along dim {dim}"
             found[key] = {
@@ -148,9 +154,18 @@ def capture_first_gradients(engine) -> dict[str, dict]:
     return captured
 
 
+@contextmanager
+def bucket_size(elements: int | None) -> Iterator[None]:
+    """Lets core's data parallelism gather and reduce so many elements at once; None: core's 40 million, more than these models have."""
+    settings = partial(DistributedDataParallelConfig, bucket_size=elements)
+    with patch("ssa_pretrain.engine.megatron.engine.DistributedDataParallelConfig", settings):
+        yield
+
+
 def run_case(name: str, config: Config, placement: Placement, out: Path) -> None:
     """Runs two steps of one case and writes this rank's part."""
-    engine = build_engine(config, placement, VOCAB)
+    with bucket_size(1024 if "small_buckets" in name else None):
+        engine = build_engine(config, placement, VOCAB)
     records, captured = [], capture_first_gradients(engine)
     for index in range(2):
         local = batches(config, placement.dp_rank, placement.dp, index)
