@@ -108,9 +108,8 @@ def microbatch_work(
         (chooser, selection, passes - 2.0),  # it has no backward
     ):
         work[name] = times * flops * layers / peak
-    work["trained scorer"] += (
-        share * row.distillation * layers / peak
-    )  # its backward is counted with it, and runs in the forward
+    # The index loss's gradients are counted with it, and computed in the forward.
+    work["trained scorer"] += share * row.distillation * layers / peak
     work["memory traffic"] = _traffic(config, rank, share, again=again) / (hardware.hbm_tb_per_s * TERA)
     return work
 

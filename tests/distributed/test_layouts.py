@@ -46,8 +46,8 @@ VARIANTS = {
     "overlap": OVERLAP,
     "keys": {"model.qk_norm": True, "attention.key_convolution": 3},
     "untied": {"model.tie_embeddings": False},
-    "untied_small_buckets": {"model.tie_embeddings": False}
-    | OVERLAP,  # the output layer's weight is gathered by itself, as in a large model
+    # The output layer's weight is gathered by itself, as in a large model.
+    "untied_small_buckets": {"model.tie_embeddings": False} | OVERLAP,
     "muon": {"optim.name": "muon"},
     "muon_replicated": {"optim.name": "muon", "engine.distributed_optimizer": False},
     "scaled": {"model.mup.base_width": 8, "model.mup.base_head_dim": 2, "training.z_loss": 0.01},

@@ -167,14 +167,16 @@ def test_deepspeed_scales_like_megatron(results, stage):
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("name", UNDER_ZERO)
 def test_muon_under_zero_is_that_of_megatron(results, name):
-    """In bf16 the order of a sum, and with it the rounding of an update, may depend on the stage and on the processor's matrix products."""
+    """In bf16 an update or an evaluation may be rounded to another number; what follows is judged by its distance from fp32.
+
+    ZeRO 1 sums a gradient in another order than core. An evaluation under ZeRO 0 depends on the processor's matrix products.
+    """
     found, wanted = results[name], results[UNDER_ZERO[name][1]]
-    if ".bf16." in name:
-        close(found[:1], wanted[:1])
-        rows = (found[:STOP], wanted[:STOP], results["decayed"][:STOP])
+    equal = {"decayed.bf16.zero0": STOP, "decayed.bf16.zero1": 1}.get(name, len(found))
+    close(found[:equal], wanted[:equal])
+    if equal < len(found):
+        rows = (found, wanted, results["decayed"])
         require_means_as_near(*(torch.tensor(each, dtype=torch.float64) for each in rows))
-    else:
-        close(found, wanted)
 
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
