@@ -24,7 +24,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     (COMMUNICATION, r"nccl|^c10d::|gloo"),
     ("optimizer", r"multi_tensor|adam|l2norm|_foreach_"),
     ("attention, full", r"fmha|flash|sdpa|cudnn_generated|scaled_dot_product|^(merge|span_sums)_kernel"),
-    ("trained scorer", r"^(log_block_mass|terms|ratio_sums|query_gradient|key_gradient)_kernel"),
+    ("trained scorer", r"^(log_block_mass|log_block_sums|terms|ratio_sums|query_gradient|key_gradient)_kernel"),
     ("attention, compressed and window", r"^(range_\w+|means|means_backward)_kernel"),
     ("selection", r"^(block_means|long_tiles|softmax_sums|importance|top_k)_kernel"),
     (

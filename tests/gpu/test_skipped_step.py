@@ -66,10 +66,10 @@ def tensors(engine) -> list[torch.Tensor]:
 
 
 def counts(engine) -> set[int]:
-    """Returns Adam's step counts."""
+    """Returns Adam's step counts: torch's are beside the moments, Transformer Engine's in the groups. Loading leaves one in torch's groups too."""
     engine.optimizer.count_skipped_steps()
-    groups = {int(group["step"]) for o in inner(engine) for group in o.param_groups if "step" in group}
-    return groups or {int(state["step"]) for o in inner(engine) for state in o.state.values() if "step" in state}
+    states = {int(state["step"]) for o in inner(engine) for state in o.state.values() if "step" in state}
+    return states or {int(group["step"]) for o in inner(engine) for group in o.param_groups if "step" in group}
 
 
 def step(engine, number: int):

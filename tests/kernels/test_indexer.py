@@ -52,9 +52,17 @@ def dense_loss(iq, ik, q, k, bounds, block, top_k):
     return total / count, captured / count
 
 
+def use_small_tiles(monkeypatch):
+    """Makes tiles of 16 rows and steps of 16 keys, so that a short document has inner steps, which every query of a tile sees whole."""
+    for name in ("SCORE_ROWS", "STEP_KEYS"):
+        monkeypatch.setattr(f"ssa_kernels.indexer.launch.{name}", 16)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("heads", "block"), [(4, 4), (6, 5), (2, 16)])
-def test_block_mass_is_that_of_dense_attention(impl, heads, block):
+def test_block_mass_is_that_of_dense_attention(monkeypatch, impl, heads, block):
+    if impl == "triton":
+        use_small_tiles(monkeypatch)
     _, _, q, k = make(heads=heads)
     found = block_mass(q, k, block_size=block, cu_seqlens=torch.tensor(BOUNDS), impl=impl)
     exact = dense_mass(q, k, BOUNDS, block)
@@ -77,19 +85,23 @@ def test_reference_in_float64_is_the_oracle(index_heads):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("index_heads", "rows", "block"), [(1, 128, 8), (3, 128, 8), (3, 32, 8), (1, 128, 1)])
+@pytest.mark.parametrize(
+    ("index_heads", "rows", "block"), [(1, 128, 8), (1, 16, 5), (3, 128, 8), (3, 32, 8), (1, 128, 1)]
+)
 def test_loss_and_gradients_in_float32(monkeypatch, impl, index_heads, rows, block):
     """Chunks of 128 queries over 150, tiles of several sizes, blocks of several rows per step, and block rows that several documents share a step of.
 
     With blocks of one key, a row of masses takes two passes.
     """
-    bounds, tokens = [0, 9, 142], 150
+    bounds, tokens = ([0, 5, 56], 60) if rows == 16 else ([0, 9, 142], 150)
     iq, ik, q, k = make(index_heads=index_heads, tokens=tokens)
     iq, ik = iq.requires_grad_(), ik.requires_grad_()
     if impl == "triton":
         monkeypatch.setattr("ssa_kernels.indexer.launch.WORKSPACE_BYTES", 1)
         monkeypatch.setattr("ssa_kernels.indexer.launch.MOST_WIDTH", 128)
         monkeypatch.setattr("ssa_kernels.indexer.launch._gradient_rows", lambda *_: rows)
+        if rows == 16:
+            use_small_tiles(monkeypatch)
     common = {"block_size": block, "top_k": TOP_K, "cu_seqlens": torch.tensor(bounds), "impl": impl}
     loss, mass = index_loss(iq, ik, q, k, **common)
     grads = torch.autograd.grad(loss, (iq, ik))
@@ -103,8 +115,9 @@ def test_loss_and_gradients_in_float32(monkeypatch, impl, index_heads, rows, blo
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_choice_is_the_best_blocks_and_the_own(impl):
-    iq, ik, _, _ = make()
+@pytest.mark.parametrize("index_heads", [1, 2])
+def test_choice_is_the_best_blocks_and_the_own(impl, index_heads):
+    iq, ik, _, _ = make(index_heads=index_heads)
     queries = torch.tensor([0, 1, 16, 17, 28, 29, 40, 57, 69, 70, 77])  # a query takes the interpreter 20 ms
     layout = query_slice(build_layout(torch.tensor(BOUNDS), num_tokens=TOKENS, block_size=BLOCK), queries)
     indices = choose_by_index(iq[queries], ik, block_size=BLOCK, top_k=TOP_K, cu_seqlens=layout, impl=impl)
@@ -114,6 +127,24 @@ def test_choice_is_the_best_blocks_and_the_own(impl):
         for group in range(2):
             blocks = sorted([*oracle.best(dict(enumerate(mass[token, group, :own].tolist())), TOP_K - 1), own])
             assert indices[place, group].tolist() == blocks + [-1] * (TOP_K - len(blocks))
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="needs Triton")
+def test_parts_of_the_keys_do_not_change_the_sums(monkeypatch):
+    """One index head: the number of programs that share a tile's keys depends on the GPU; the result must not."""
+    from ssa_kernels.indexer import launch
+
+    iq, ik, q, k = make(index_heads=1)
+    queries = slice(50, TOKENS)  # in one document and at the start of another
+    layout = query_slice(build_layout(torch.tensor(BOUNDS), num_tokens=TOKENS, block_size=BLOCK), queries)
+    common = {"block_size": BLOCK, "top_k": TOP_K, "cu_seqlens": layout, "impl": "triton"}
+    use_small_tiles(monkeypatch)
+    iq, q, found = iq[queries].requires_grad_(), q[queries], []
+    for programs in (0, 1, 16):  # one part, parts of several steps and of one
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
+        found.append(index_loss(iq, ik, q, k, **common))
+        found[-1] = [found[-1].loss, found[-1].captured_mass, *torch.autograd.grad(found[-1].loss, iq)]
+    assert all(torch.equal(one, other) for again in found[1:] for one, other in zip(found[0], again, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -14,14 +14,16 @@ from ..documents import DocumentLayout
 from ..launch import cdiv, launch, next_power_of_2
 from ..select.topk import top_k_kernel
 from .gradient_triton import key_gradient_kernel, query_gradient_kernel, ratio_sums_kernel
-from .mass_triton import log_block_mass_kernel
+from .mass_triton import log_block_mass_kernel, log_block_sums_kernel
 from .reference import NOTHING
 from .terms_triton import terms_kernel
 
 WORKSPACE_BYTES = 32 * 2**20
 LOG2E = 1.4426950408889634
-TILE_ROWS, LEAST_ROWS = 128, 32  # (queries x heads) of one tile
+TILE_ROWS, LEAST_ROWS = 128, 32  # (queries x heads) of one tile of the gradients
+SCORE_ROWS = 64  # of one tile of the masses and sums: one warpgroup's product
 STEP_KEYS = 64  # keys of one step, or one block if that is longer
+PROGRAMS = 16  # of `log_block_sums_kernel` per multiprocessor
 LEAST_WIDTH, MOST_WIDTH = 128, 512  # columns per pass of top-k and of the loss's terms
 
 
@@ -53,12 +55,38 @@ def log_block_mass(
     if not top_k:
         mass.fill_(NOTHING)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if lse is None else lse
-    sizes = _sizes(q, k, layout, top_k)
+    sizes = _sizes(q, k, layout, top_k, rows=2 * SCORE_ROWS if layout.block_size > STEP_KEYS else SCORE_ROWS)
     launch(
         log_block_mass_kernel, (cdiv(len(mass), sizes["TILE_TOKENS"]), kv_heads),
-        q, k, *_arrays(layout), lse, mass, queries.start, queries.stop, columns, scale * LOG2E, **sizes, **_settings(sizes),
+        q, k, *_arrays(layout), lse, mass, queries.start, queries.stop, columns, scale * LOG2E, **sizes, num_warps=4, num_stages=2,
     )  # fmt: skip
     return mass, lse
+
+
+def log_block_sums(
+    iq: torch.Tensor,
+    ik: torch.Tensor,
+    *,
+    layout: DocumentLayout,
+    scale: float,
+    queries: slice,
+    columns: int,
+    top_k: int,
+) -> torch.Tensor:
+    """Returns ln of each block's sum of 2^logits [n, G, C]: the block mass up to a number per query. Needs one index head per kv head.
+
+    Arguments as in `log_block_mass`; anything may be where that function leaves anything.
+    """
+    sums = torch.empty((queries.stop - queries.start, ik.shape[1], columns), dtype=torch.float32, device=iq.device)
+    sizes = _sizes(iq, ik, layout, top_k, rows=SCORE_ROWS)
+    tiles, lists = cdiv(len(sums), sizes["TILE_TOKENS"]), ik.shape[1]
+    parts = cdiv(PROGRAMS * multiprocessors(iq.device), tiles * lists)
+    parts = min(max(parts, 1), cdiv(columns, sizes["BLOCK_ROWS"]))
+    launch(
+        log_block_sums_kernel, (tiles, lists, parts),
+        iq, ik, *_arrays(layout), sums, queries.start, queries.stop, columns, scale * LOG2E, **sizes, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return sums
 
 
 def choose_triton(
@@ -71,11 +99,14 @@ def choose_triton(
     chunk = min(_queries_per_chunk(lists * columns), tokens)
     indices, scratch = _choice(iq, lists, chunk, top_k)
     common: dict[str, Any] = {"layout": layout, "scale": scale, "columns": columns, "top_k": top_k}
-    lse = None
+    single, lse = iq.shape[1] == lists, None
     for start in range(0, tokens, chunk):
         queries = slice(start, min(start + chunk, tokens))
-        mass, lse = log_block_mass(iq, ik, queries=queries, lse=lse, **common)
-        _choose(mass, layout, start, scratch, indices)
+        if single:
+            score = log_block_sums(iq, ik, queries=queries, **common)
+        else:
+            score, lse = log_block_mass(iq, ik, queries=queries, lse=lse, **common)
+        _choose(score, layout, start, scratch, indices)
     return indices
 
 
@@ -86,15 +117,15 @@ def _choice(iq: torch.Tensor, lists: int, chunk: int, top_k: int) -> tuple[torch
 
 
 def _choose(
-    mass: torch.Tensor, layout: DocumentLayout, start: int, scratch: torch.Tensor, indices: torch.Tensor
+    score: torch.Tensor, layout: DocumentLayout, start: int, scratch: torch.Tensor, indices: torch.Tensor
 ) -> None:
-    """Writes the choice of a chunk's queries, from query `start` on, by its masses [n, G, C] of whole passes."""
+    """Writes the choice of a chunk's queries, from query `start` on, by its masses or block sums [n, G, C] of whole passes."""
     lists, top_k = indices.shape[1:]
     launch(
-        top_k_kernel, (len(mass) * lists,),
-        mass, layout.query_position, mass, scratch, indices, start, mass.shape[2],
+        top_k_kernel, (len(score) * lists,),
+        score, layout.query_position, score, scratch, indices, start, score.shape[2],
         LISTS=lists, BLOCK_SIZE=layout.block_size, TOP_K=top_k, PADDED_TOP_K=next_power_of_2(top_k), SCRATCH=scratch.shape[2],
-        WIDTH=_width(mass.shape[2]), SIGNED=True, OFFICIAL=False, BINS_PER_ROW=0, num_warps=1,
+        WIDTH=_width(score.shape[2]), SIGNED=True, OFFICIAL=False, BINS_PER_ROW=0, num_warps=1,
     )  # fmt: skip
 
 
@@ -113,12 +144,13 @@ def loss_triton(
     device, tokens, kv_heads = iq.device, iq.shape[0], ik.shape[1]
     columns = _columns(layout)
     loss, captured = (torch.empty(tokens, kv_heads, dtype=torch.float32, device=device) for _ in range(2))
-    grad_q, grad_k, sums = (
-        torch.zeros(shape, dtype=torch.float32, device=device) if with_gradients else None
-        for shape in (iq.shape, ik.shape, iq.shape[:2])
+    grad_q, grad_k = (
+        torch.zeros(x.shape, dtype=torch.float32, device=device) if with_gradients else None for x in (iq, ik)
     )
+    sums, lse = (torch.zeros(iq.shape[:2], dtype=torch.float32, device=device) for _ in range(2))
     ranges = _later_queries(layout) if with_gradients else None
-    chunk, lse, target_lse = min(_queries_per_chunk(kv_heads * columns), tokens), None, None
+    chunk, target_lse = min(_queries_per_chunk(kv_heads * columns), tokens), None
+    single = iq.shape[1] == kv_heads
     indices, scratch = _choice(iq, kv_heads, chunk, top_k)
     rows = _gradient_rows(iq.shape[2], layout.block_size, chunk * iq.shape[1], device)
     sizes = _sizes(iq, ik, layout, top_k, rows=rows)
@@ -126,15 +158,18 @@ def loss_triton(
     for start in range(0, tokens, chunk):
         queries = slice(start, min(start + chunk, tokens))
         target, target_lse = log_block_mass(q, k, queries=queries, scale=scales[0], lse=target_lse, **common)
-        ratio, lse = log_block_mass(iq, ik, queries=queries, scale=scales[1], lse=lse, **common)
+        if single:
+            ratio = log_block_sums(iq, ik, queries=queries, scale=scales[1], **common)
+        else:
+            ratio, _ = log_block_mass(iq, ik, queries=queries, scale=scales[1], lse=lse, **common)
         _choose(ratio, layout, start, scratch, indices)
         launch(
             terms_kernel, (len(ratio) * kv_heads,),
-            target, ratio, layout.query_position, indices, loss, captured, start, columns,
+            target, ratio, layout.query_position, indices, loss, captured, lse, sums, start, columns,
             LISTS=kv_heads, BLOCK_SIZE=layout.block_size, TOP_K=top_k, PADDED_TOP_K=next_power_of_2(top_k),
-            WIDTH=_width(columns), num_warps=1,
+            WIDTH=_width(columns), SINGLE=single, num_warps=1,
         )  # fmt: skip
-        if grad_q is not None and grad_k is not None and sums is not None and ranges is not None:
+        if grad_q is not None and grad_k is not None and ranges is not None:
             tensors = (iq, ik, *_arrays(layout), lse, ratio, sums)
             _add_gradients(tensors, (grad_q, grad_k), ranges, queries, scales[1], sizes)
     return loss.sum(), captured.sum(), grad_q, grad_k
@@ -159,10 +194,11 @@ def _add_gradients(
         sizes: by `_sizes`.
     """
     ratio, num_block_rows = tensors[-2], len(ranges[0])
-    place, settings = (queries.start, queries.stop, ratio.shape[2]), {**sizes, **_settings(sizes), "num_warps": 8}
+    place, settings = (queries.start, queries.stop, ratio.shape[2]), {**sizes, "num_warps": 8, "num_stages": 2}
     tiles, rows = cdiv(len(ratio), sizes["TILE_TOKENS"]), cdiv(num_block_rows, sizes["BLOCK_ROWS"])
     kv_heads, factors = ratio.shape[1], (scale * LOG2E, scale)
-    launch(ratio_sums_kernel, (tiles, kv_heads), *tensors, *place, factors[0], **settings)
+    if sizes["GROUP_SIZE"] > 1:  # otherwise `terms_kernel` has written them
+        launch(ratio_sums_kernel, (tiles, kv_heads), *tensors, *place, factors[0], **settings)
     launch(query_gradient_kernel, (tiles, kv_heads), *tensors, grads[0], *place, *factors, **settings)
     arguments = (*tensors, grads[1], *ranges, *place, num_block_rows, *factors)
     launch(key_gradient_kernel, (rows, kv_heads), *arguments, **settings)
@@ -201,10 +237,8 @@ def _arrays(layout: DocumentLayout) -> tuple[torch.Tensor, ...]:
     return *queries, layout.block_start, layout.block_length
 
 
-def _sizes(
-    q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout, top_k: int, *, rows: int = TILE_ROWS
-) -> dict[str, Any]:
-    """Returns the compile-time sizes that all kernels take."""
+def _sizes(q: torch.Tensor, k: torch.Tensor, layout: DocumentLayout, top_k: int, *, rows: int) -> dict[str, Any]:
+    """Returns the compile-time sizes that all kernels take, for tiles of so many rows."""
     group_size = q.shape[1] // k.shape[1]
     padded_group, padded_block = next_power_of_2(group_size), next_power_of_2(layout.block_size)
     return {
@@ -233,9 +267,3 @@ def _gradient_rows(dim: int, block_size: int, num_rows: int, device: torch.devic
     while rows > LEAST_ROWS and cdiv(num_rows, rows // 2) <= multiprocessors(device):
         rows //= 2
     return rows
-
-
-def _settings(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Returns the compiler's options."""
-    wide = sizes["BLOCK_ROWS"] * sizes["PADDED_BLOCK"] > STEP_KEYS or sizes["DIM"] > 64
-    return {"num_warps": 8 if wide else 4, "num_stages": 2}
