@@ -184,6 +184,8 @@ def _indexer(case: Case) -> None:
     for queries in (TOKENS, 16):  # large tiles and small ones
         own = query_slice(layout, slice(0, queries))
         loss_triton(k[:queries], k, q[:queries], k, layout=own, top_k=case.top_k, **scales)
+    two = _heads(case, 2 * case.kv_heads)  # index heads
+    loss_triton(two, k, q, k, layout=layout, top_k=case.top_k, **scales)
 
 
 def _key_convolution(case: Case) -> None:

@@ -36,7 +36,7 @@ PRIOR = {
     "sampled full stream": 2.7,
     "sparse stream": 7.5,
     "selection": 10.0,
-    "trained scorer": 30.0,
+    "trained scorer": 20.0,
     "memory traffic": 1.3,
     "optimizer": 1.3,
     "zero 1": 0.5,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..devices import multiprocessors
+from ..devices import gpu_of, multiprocessors
 from ..documents import DocumentLayout
 from ..launch import cdiv, launch, next_power_of_2
 from ..select.topk import top_k_kernel
@@ -21,7 +21,7 @@ from .terms_triton import terms_kernel
 WORKSPACE_BYTES = 32 * 2**20
 LOG2E = 1.4426950408889634
 TILE_ROWS, LEAST_ROWS = 128, 32  # (queries x heads) of one tile of the gradients
-SCORE_ROWS = 64  # of one tile of the masses and sums: one warpgroup's product
+SCORE_ROWS = 64  # of one tile of the masses and sums
 STEP_KEYS = 64  # keys of one step, or one block if that is longer
 PROGRAMS = 16  # of `log_block_sums_kernel` per multiprocessor
 LEAST_WIDTH, MOST_WIDTH = 128, 512  # columns per pass of top-k and of the loss's terms
@@ -55,10 +55,13 @@ def log_block_mass(
     if not top_k:
         mass.fill_(NOTHING)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if lse is None else lse
-    sizes = _sizes(q, k, layout, top_k, rows=2 * SCORE_ROWS if layout.block_size > STEP_KEYS else SCORE_ROWS)
+    warps = _score_warps(layout.block_size, q.device)
+    # On Hopper twice the rows are an eighth faster where a step is one long block, from four heads on, in spite of a few spilled bytes.
+    twice = layout.block_size > STEP_KEYS and warps == 4 and q.shape[1] >= 4 * kv_heads
+    sizes = _sizes(q, k, layout, top_k, rows=2 * SCORE_ROWS if twice else SCORE_ROWS)
     launch(
         log_block_mass_kernel, (cdiv(len(mass), sizes["TILE_TOKENS"]), kv_heads),
-        q, k, *_arrays(layout), lse, mass, queries.start, queries.stop, columns, scale * LOG2E, **sizes, num_warps=4, num_stages=2,
+        q, k, *_arrays(layout), lse, mass, queries.start, queries.stop, columns, scale * LOG2E, **sizes, num_warps=warps, num_stages=2,
     )  # fmt: skip
     return mass, lse
 
@@ -84,7 +87,8 @@ def log_block_sums(
     parts = min(max(parts, 1), cdiv(columns, sizes["BLOCK_ROWS"]))
     launch(
         log_block_sums_kernel, (tiles, lists, parts),
-        iq, ik, *_arrays(layout), sums, queries.start, queries.stop, columns, scale * LOG2E, **sizes, num_warps=4, num_stages=3,
+        iq, ik, *_arrays(layout), sums, queries.start, queries.stop, columns, scale * LOG2E, **sizes,
+        num_warps=_score_warps(layout.block_size, iq.device), num_stages=3 if gpu_of(iq.device).backend == "cuda" else 2,
     )  # fmt: skip
     return sums
 
@@ -267,3 +271,8 @@ def _gradient_rows(dim: int, block_size: int, num_rows: int, device: torch.devic
     while rows > LEAST_ROWS and cdiv(num_rows, rows // 2) <= multiprocessors(device):
         rows //= 2
     return rows
+
+
+def _score_warps(block_size: int, device: torch.device) -> int:
+    """Returns the warps of the masses' and sums' kernels: 4 are fastest on Hopper; elsewhere they spill where a step is one long block."""
+    return 4 if block_size <= STEP_KEYS or gpu_of(device).capability == 90 else 8

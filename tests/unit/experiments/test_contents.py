@@ -248,6 +248,18 @@ def test_every_recipe_makes_a_report_of_all_or_nothing(tmp_path, name, size) -> 
             assert len(test["values"]) == 2, f"{claim['text']}: {test['label']}"
 
 
+@pytest.mark.parametrize(("ssa", "verdict"), [(0.0, "cannot be told"), (0.5, "holds"), (0.01, "does not hold")])
+def test_needles_that_nobody_finds_say_nothing(tmp_path, ssa, verdict) -> None:
+    recipe = RECIPES["length"](SIZES["tiny"])
+    runs = [write_run(tmp_path, name, seed, loss=1.0) for name in ("full", "ssa") for seed in (1, 2)]
+    for run in runs:
+        found = {"needle": {"full": {"metrics": {"accuracy": ssa if run.setting == "ssa" else 0.0}}}}
+        for evaluation in recipe.evaluations:
+            write_evaluation(run, evaluation.name, tasks=found)
+    claims = {claim["text"]: claim["verdict"] for claim in report_of(recipe, runs)["claims"]}
+    assert next(found for text, found in claims.items() if "needles" in text) == verdict
+
+
 def test_methods_are_those_that_the_configuration_knows() -> None:
     assert {"full", "moba", "ssa"} <= set(METHODS)
     assert [setting.name for setting in SIZES["75m"].methods()] == list(METHODS)
