@@ -40,7 +40,7 @@ from ssa_kernels import (
 from ssa_pretrain.config import AttentionConfig, gates_per_head
 from ssa_pretrain.model.alignment import attach_loss
 from ssa_pretrain.model.keys import KeyConvolution
-from ssa_pretrain.model.llama import RMSNorm
+from ssa_pretrain.model.llama import HeadNorm
 from ssa_pretrain.model.text_cache import Choice, TextCache
 
 
@@ -124,7 +124,7 @@ class SSAAttention(MegatronModule):
         self.q_layernorm = self.k_layernorm = self.key_convolution = None
         if config.qk_layernorm:
             self.q_layernorm, self.k_layernorm = (
-                RMSNorm(config, self.head_dim, config.layernorm_epsilon) for _ in range(2)
+                HeadNorm(config, self.head_dim, config.layernorm_epsilon) for _ in range(2)
             )
         if attention.key_convolution:
             filters = {"taps": attention.key_convolution, "tp_group": pg_collection.tp, "impl": impl}
@@ -192,7 +192,7 @@ class SSAAttention(MegatronModule):
         mixed, _ = self.linear_qkv(hidden_states)
         norm = None
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            norm = QKNorm(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
+            norm = QKNorm(self.q_layernorm(), self.k_layernorm(), self.config.layernorm_epsilon)
         q, k, v, gate_logits = qkv_rope(
             mixed.flatten(1),
             rotary_pos_emb.flatten(1),
@@ -215,7 +215,7 @@ class SSAAttention(MegatronModule):
         positions = packed.positions if packed.key_positions is None else packed.key_positions
         texts = {"keep": packed.keep, "continues": packed.continues}
         k = self.key_convolution(k_SGD, positions, self.layer_number, **texts)
-        weight = None if self.k_layernorm is None else self.k_layernorm.weight
+        weight = None if self.k_layernorm is None else self.k_layernorm()
         settings = {"weight": weight, "eps": self.config.layernorm_epsilon, "impl": self.impl}
         return rope(k, rotary_pos_emb.flatten(1), positions, **settings)
 

@@ -172,3 +172,14 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+class HeadNorm(RMSNorm):
+    """The RMSNorm of query heads or keys, which a kernel computes as it rotates them. A call returns the weight.
+
+    The weight is taken by a call because core's hooks wait, before a module's call, until its weights are gathered (engine.overlap_param_gather).
+    """
+
+    def forward(self) -> Tensor:
+        """Returns the weight [D]."""
+        return self.weight

@@ -1,5 +1,6 @@
-"""Weights whose gathering is deferred are gathered once after an update, however many readers a save has."""
+"""Weights whose gathering is deferred: gathered once after an update, however many readers a save has, and before a module's call reads them."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -44,3 +45,34 @@ def test_save_gathers_once_and_the_next_update_makes_it_due_again(tmp_path, monk
     finally:
         stop()
     assert not dist.is_initialized() and not torch.cuda.is_initialized()
+
+
+MODELS = {
+    "tied": {},
+    "untied": {"model.tie_embeddings": False},
+    "norms_of_heads": {"model.qk_norm": True, "attention.key_convolution": 3},
+    "nsa": {"attention.method": "nsa", "attention.score": "compressed"},
+    "scorer": {"attention.score": "indexer"},
+    "indexer": {"attention.method": "indexer", "attention.score": "indexer", "attention.full_ratio": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight_is_read_by_a_call_of_its_module(name):
+    """Core waits for a weight that is still being gathered before a call of the module that holds it, and nowhere else."""
+    config = configure(OVERLAP | MODELS[name])
+    placement = start(Config().parallel, seed=1)
+    try:
+        engine, called = build_engine(config, placement, VOCAB), set()
+        owners = {
+            path: module
+            for model in engine.models
+            for path, module in model.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+        }
+        for path, module in owners.items():
+            module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+        engine.train_step(batches(config, 0, 1, 0), step=0, learning_rate=0.1).result()
+        assert called == set(owners)
+    finally:
+        stop()
