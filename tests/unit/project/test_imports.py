@@ -1,6 +1,7 @@
 """Who may import what, where import-linter's layers are too coarse: a table of names and the only files that may import them."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from support.processes import ROOT
 SOURCES = [path for folder in ("ssa_pretrain", "data_prep", "kernels") for path in (ROOT / folder).rglob("*.py")]
 
 
+@functools.cache
 def names(path: Path) -> set[str]:
     """Returns every module that a file imports and every dotted name that it uses, as written."""
     found: set[str] = set()
