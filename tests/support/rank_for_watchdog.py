@@ -1,4 +1,4 @@
-"""Acts as a launcher of ranks (`launcher FOLDER MODE MODE …`) and as one of its ranks (`rank FOLDER MODE`), for test_watchdog.py.
+"""Acts as a launcher of ranks, one for each mode (`FOLDER MODE MODE …`), for test_watchdog.py. It forks them after the imports, which take seconds.
 
 A step is a little work and one collective, under a watchdog. At step HANGS_AT a rank does what its mode says: "trains", "loops" in Python, "locks" Python
 in C code, "stops" its process. "pauses" stops its process in every step, until somebody sends SIGCONT, and takes the time that passes for its own. The others
@@ -8,28 +8,33 @@ take WORK_SECONDS, however busy the machine is.
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+import torch.distributed as dist
+
+from ssa_pretrain.config import ParallelConfig
+from ssa_pretrain.parallel import watchdog
 from ssa_pretrain.process import rank_process
 
 HANGS_AT, STEPS = 10, 60
 WORK_SECONDS = 0.03  # of CPU time
 
 
-def launch(folder: str, modes: list[str]) -> int:
-    """Starts a rank per mode and waits for all; returns the first code that is not 0."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, "rank", folder, mode],
-            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(modes))},
-        )
-        for rank, mode in enumerate(modes)
-    ]
-    return next((code for code in [rank.wait() for rank in ranks] if code), 0)
+def launch(folder: Path, modes: list[str]) -> int:
+    """Forks a rank per mode and waits for all; returns the first code that is not 0."""
+    ranks = []
+    for rank, mode in enumerate(modes):
+        ranks.append(os.fork())
+        if ranks[-1] == 0:
+            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(modes))})
+            live(folder, mode)
+            return 0
+    codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    return next((code for code in codes if code), 0)
 
 
 def hang(mode: str) -> None:
@@ -52,12 +57,6 @@ def work() -> None:
 def live(folder: Path, mode: str) -> None:
     """One rank."""
     with rank_process("stopped"):
-        import torch
-        import torch.distributed as dist
-
-        from ssa_pretrain.config import ParallelConfig
-        from ssa_pretrain.parallel import watchdog
-
         watchdog.ANSWER_SECONDS = float(os.environ["ANSWER_SECONDS"])
         parallel = ParallelConfig(hang_minutes=float(os.environ["HANG_MINUTES"]))
         dist.init_process_group("gloo")
@@ -81,6 +80,4 @@ def live(folder: Path, mode: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "launcher":
-        sys.exit(launch(sys.argv[2], sys.argv[3:]))
-    live(Path(sys.argv[2]), sys.argv[3])
+    sys.exit(launch(Path(sys.argv[1]), sys.argv[2:]))
