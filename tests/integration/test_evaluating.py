@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -228,6 +229,10 @@ def test_lm_eval_on_the_checkpoint_agrees(folder, own, questions, tmp_path, monk
     """Its multiple choice finds the same as ours; its rolling and generating requests give what the model's scores say."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra evaluation)")
+    from ssa_pretrain.evaluation import lm_eval_model
+
+    # It takes nine seconds to list lm_eval's own tasks, which test_lm_eval_on_exports.py does.
+    monkeypatch.setattr(lm_eval_model, "TaskManager", partial(lm_eval_model.TaskManager, include_defaults=False))
     common = {"path": questions, "text": "{{question}}"}
     files = {
         "own_choices": {"kind": "multiple_choice", "target": "answer", "more": "doc_to_choice: choices\nmetric_list: [{metric: acc}, {metric: acc_norm}]"},
