@@ -22,7 +22,8 @@ def make_faster() -> None:
     from triton import language
     from triton.runtime import interpreter
 
-    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_get_np_dtype", "ReduceOps")):
+    names = ("_patch_lang", "_get_np_dtype", "ReduceOps", "interpreter_semantic")
+    if not all(hasattr(interpreter, name) for name in names):
         return
     if hasattr(interpreter._patch_lang, "__wrapped__"):
         return
