@@ -16,6 +16,10 @@ def make_faster() -> None:
     """Replaces Hydra's functions; a second call does nothing."""
     from hydra._internal import config_repository, defaults_list
 
+    if not hasattr(defaults_list, "_create_interpolation_map") or not hasattr(
+        config_repository, "CachingConfigRepository"
+    ):
+        return  # another Hydra: slower, and the same
     if hasattr(defaults_list._create_interpolation_map, "__wrapped__"):
         return
     config_repository.CachingConfigRepository.__init__ = _with_a_shallow_copy
