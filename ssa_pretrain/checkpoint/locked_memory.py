@@ -27,24 +27,30 @@ class LockedMemory:
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
-        self._rest = torch.empty(0, dtype=torch.uint8)
+        self._shared: mmap.mmap | None = None  # the block that small tensors share
+        self._used = 0  # bytes of it
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Returns a contiguous host tensor of a tensor's shape and type, with any values.
+        """Returns a contiguous host tensor of a tensor's shape and type, with any values, whose storage is its own part of a block.
+
+        `torch.save` writes the whole storage of a tensor, and refuses two types in one storage.
 
         Raises:
             CheckpointError: the memory cannot be locked.
         """
         needed = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if not needed:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         if needed > BLOCK // LARGE:
-            found = self._new_block(needed)
+            pages, offset = self._new_block(needed), 0
         else:
-            if needed > self._rest.nbytes:
-                self._rest = self._new_block(BLOCK)
-            found, self._rest = self._rest[:needed], self._rest[needed:]
-        return found[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            if self._shared is None or self._used + needed > BLOCK:
+                self._shared, self._used = self._new_block(BLOCK), 0
+            pages, offset = self._shared, self._used
+            self._used += needed
+        return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
 
-    def _new_block(self, size: int) -> Tensor:
+    def _new_block(self, size: int) -> mmap.mmap:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_DONTFORK)  # a forked process would get copies of locked pages at once
         with suppress(OSError):  # a system without huge pages
@@ -61,4 +67,4 @@ class LockedMemory:
             ) from None
         weakref.finalize(block, unpin_memory, block.data_ptr()).atexit = False  # at exit CUDA may be gone before
         self._blocks.append(block)
-        return block
+        return pages

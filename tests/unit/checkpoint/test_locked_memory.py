@@ -36,6 +36,20 @@ def test_tensors_share_blocks_that_are_freed_with_the_owner(calls):
     assert sorted(place for kind, place, *_ in calls if kind == "free") == sorted(places)
 
 
+def test_saved_file_has_the_tensors_of_several_types_and_no_others(calls, tmp_path):
+    """Tensors that shared a storage could not be saved with two types, and each file would hold the whole block."""
+    memory = LockedMemory()
+    memory.like(torch.empty(2**13))
+    saved = {
+        str(dtype): memory.like(torch.empty(50, dtype=dtype)).fill_(7) for dtype in (torch.bfloat16, torch.float32)
+    }
+    assert len([kind for kind, *_ in calls if kind == "lock"]) == 2  # the large tensor's, and the one that both share
+    torch.save(saved, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+    assert (tmp_path / "state.pt").stat().st_size < 2**12
+
+
 def test_memory_that_cannot_be_locked_is_reported_with_the_setting(monkeypatch):
     def refuse(*_: int) -> None:
         raise RuntimeError("cudaError: 2")
