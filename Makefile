@@ -31,7 +31,7 @@ export PYTHONSAFEPATH := 1
 export TORCH_INDEX PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-faults test-gpu test-gpu2 lint types format clean
+.PHONY: help quickstart test test-faults test-gpu test-ranks test-gpu2 lint types format clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,6 +47,9 @@ test-faults: $(VENV)/.dev  ## run the fault matrix and write docs/fault-matrix.m
 
 test-gpu:  ## run the GPU tests in an environment that already has CUDA torch: make test-gpu PYTHON=python3
 	@$(or $(PYTHON),python3) -m pytest -m gpu $(PYTEST_ARGS)
+
+test-ranks:  ## run the tests of layouts on GPUs, over NCCL; ranks share GPUs where there are too few: make test-ranks PYTHON=python3
+	@SSA_TEST_ON_GPUS=1 $(or $(PYTHON),python3) -m pytest -m "not gpu" tests/distributed $(PYTEST_ARGS)
 
 test-gpu2:  ## measure and test on two GPUs, in nine minutes: make test-gpu2 PYTHON=python3 PARTS="speed layouts save deepspeed"
 	@PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tests:$$PYTHONPATH \

@@ -75,9 +75,9 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
     torch.save(part, out / f"{name}.{placement.rank}.pt")
 
 
-def check_gradient_sum_precision(context: ContextParallel) -> None:
+def check_gradient_sum_precision(context: ContextParallel, device: torch.device) -> None:
     """Checks that gradients are summed in fp32: rank 0 has 256 and the others 1, which a bf16 sum would lose (its step at 256 is 2)."""
-    k = torch.zeros(2, 1, 4, dtype=torch.bfloat16, requires_grad=True)
+    k = torch.zeros(2, 1, 4, dtype=torch.bfloat16, device=device, requires_grad=True)
     whole, _ = context.gather(k, k.detach())
     whole.backward(torch.full_like(whole, 256.0 if context.rank == 0 else 1.0))
     assert k.grad is not None and k.grad.dtype == torch.bfloat16
@@ -85,12 +85,12 @@ def check_gradient_sum_precision(context: ContextParallel) -> None:
     assert wanted != 256.0 and torch.equal(k.grad, torch.full_like(k.grad, float(wanted))), k.grad
 
 
-def check_gather_order(context: ContextParallel) -> None:
+def check_gather_order(context: ContextParallel, device: torch.device) -> None:
     """Checks that gathering restores what was split, and that each token's gradient is the sum over all ranks."""
     tokens = 8 * context.size
-    whole = torch.arange(tokens * 6, dtype=torch.float64).view(tokens, 2, 3)
+    whole = torch.arange(tokens * 6, dtype=torch.float64, device=device).view(tokens, 2, 3)
     batch = Batch(0, *(torch.arange(tokens)[None] for _ in range(3)), torch.arange(tokens), torch.tensor([0, tokens]))
-    mine = context.split(batch)
+    mine = context.split(batch).to(device)
     assert mine.tokens.shape == (1, 8) and torch.equal(mine.positions, mine.tokens[0])
     k, v = whole[mine.positions].requires_grad_(), (-whole[mine.positions]).requires_grad_()
     k_all, v_all = context.gather(k, v)
@@ -98,16 +98,18 @@ def check_gather_order(context: ContextParallel) -> None:
     ((context.rank + 1) * (k_all * whole).sum() + (v_all * 5).sum()).backward()
     assert torch.equal(k.grad, whole[mine.positions] * sum(range(1, context.size + 1)))
     assert torch.equal(v.grad, torch.full_like(v, 5.0 * context.size))
-    found = context.values_at(mine.tokens[0][:, None] * 10, torch.tensor([tokens - 1, 0, 7, 7, tokens // 2]), tokens)
+    found = context.values_at(
+        mine.tokens[0][:, None] * 10, torch.tensor([tokens - 1, 0, 7, 7, tokens // 2], device=device), tokens
+    )
     assert found.flatten().tolist() == [10 * p for p in (tokens - 1, 0, 7, 7, tokens // 2)]
 
 
 def check_context(placement: Placement) -> None:
     """Checks the context-parallel operations of a layout before its cases run."""
     context = ContextParallel(placement.groups.cp)
-    check_gather_order(context)
+    check_gather_order(context, placement.device)
     if context.size == 4:
-        check_gradient_sum_precision(context)
+        check_gradient_sum_precision(context, placement.device)
 
 
 if __name__ == "__main__":

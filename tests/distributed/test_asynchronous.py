@@ -72,7 +72,7 @@ def test_content_equals_a_synchronous_checkpoint_although_training_went_on(case,
         assert any(name.startswith("weights/") for name in now)
         for name, path in now.items():
             if name.endswith(".pt"):
-                same(*(torch.load(p, weights_only=False) for p in (path, later[name])), name)
+                same(*(torch.load(p, weights_only=False, map_location="cpu") for p in (path, later[name])), name)
             elif name.endswith(".safetensors"):
                 same(load_file(path), load_file(later[name]), name)
             elif name != ".metadata":  # has the time of the save

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.errors import require_means_as_near
-from support.processes import SUPPORT, run_workers
+from support.processes import ON_GPUS, SUPPORT, run_workers
 from support.run_comparison import TOLERANCE, close
 
 pytest.importorskip("deepspeed")
@@ -171,7 +171,7 @@ def test_variant_equals_megatron_engine(results, name):
     wanted = results[f"megatron.{layout}{suffix}"]
     if name == "tp2_sp.bf16.zero1":
         near_bf16(results[name][:STOP], wanted[:STOP], results["megatron.tp2_sp"][:STOP])
-    elif name == "dp2.bf16.zero2":
+    elif name == "dp2.bf16.zero2" or (ON_GPUS and ".bf16." in name):  # on a GPU the engines' fused AdamW differ too
         near_after_the_first_step(results[name][:STOP], wanted[:STOP], results["megatron.dp2"][:STOP])
     else:
         close(results[name][:STOP], wanted[:STOP])

@@ -196,6 +196,7 @@ def test_alignment_contributes_to_every_gradient(results, stream):
 @pytest.mark.parametrize("layout", ["single", "single_of_8"])
 def test_streams_differ_and_both_are_drawn(results, layout):
     """Otherwise a layout with drawn streams would not prove that it runs both in each step."""
-    full, sparse, drawn = (results[f"{layout}.plain.{stream}"]["records"][:2, 1] for stream in STREAMS)
+    full, sparse, drawn = (results[f"{layout}.plain.{stream}"]["parameters"] for stream in STREAMS)
     for one, other in ((full, sparse), (full, drawn), (sparse, drawn)):
-        assert ((one - other).abs() / one).min() > 1e-3
+        key = "decoder.layers.0.self_attention.linear_qkv.weight"
+        assert relative(other[key]["grad"], one[key]["grad"]) > 1e-2

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.errors import require_means_as_near
-from support.processes import SUPPORT, run_workers
+from support.processes import ON_GPUS, SUPPORT, run_workers
 from support.run_comparison import TOLERANCE, close
 
 pytestmark = pytest.mark.timeout(1600)
@@ -169,10 +169,12 @@ def test_deepspeed_scales_like_megatron(results, stage):
 def test_muon_under_zero_is_that_of_megatron(results, name):
     """In bf16 an update or an evaluation may be rounded to another number; what follows is judged by its distance from fp32.
 
-    ZeRO 1 sums a gradient in another order than core. An evaluation under ZeRO 0 depends on the processor's matrix products.
+    ZeRO 1 sums a gradient in another order than core. An evaluation under ZeRO 0 depends on the processor's matrix products. On a GPU the engines'
+    fused AdamW, which the other weights have, differ too.
     """
     found, wanted = results[name], results[UNDER_ZERO[name][1]]
     equal = {"decayed.bf16.zero0": STOP, "decayed.bf16.zero1": 1}.get(name, len(found))
+    equal = 1 if ON_GPUS and ".bf16." in name else equal
     close(found[:equal], wanted[:equal])
     if equal < len(found):
         rows = (found, wanted, results["decayed"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ssa_pretrain.launch.render.command import answer
-from support.processes import ROOT, free_port
+from support.processes import ON_GPUS, ROOT, free_port
 
 WHO = """\
 import os, pathlib, torch, torch.distributed as dist
@@ -72,6 +72,7 @@ def hosts() -> Iterator[list[Host]]:
             shutil.rmtree(ETC / name, ignore_errors=True)
 
 
+@pytest.mark.skipif(ON_GPUS, reason="computes nothing")
 def test_two_hosts_become_one_group(tmp_path: Path, hosts: list[Host]) -> None:
     (tmp_path / "who.py").write_text(WHO)
     spec = [f"spec={ROOT}/launchers/spec.yaml", "image=", "secrets=[]", "nodes=2", "gpus_per_node=1", "module=who"]

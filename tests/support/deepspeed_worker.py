@@ -26,7 +26,7 @@ from megatron.core import parallel_state
 from ssa_pretrain.config import EngineName
 from ssa_pretrain.engine import build_engine
 from ssa_pretrain.parallel.state import Placement, start
-from support.layout_worker import LENGTH, VOCAB, batches, by_part, configure
+from support.layout_worker import LENGTH, VOCAB, batches, by_part, configure, free_memory
 
 SMALL = {
     "model.num_layers": 2,
@@ -104,7 +104,7 @@ def run(job: dict, placement: Placement, out: Path) -> list[list[float]]:
 def timeouts() -> set[timedelta]:
     """Returns how long this rank waits for the others, over all its process groups."""
     groups = list(dist.distributed_c10d._world.pg_map)
-    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+    return {group._get_backend(group._device_types[0]).options._timeout for group in groups}
 
 
 def main() -> None:
@@ -116,6 +116,7 @@ def main() -> None:
         for job in chosen:
             found = run(job, placement, out)
             (out / f"{job['name']}.{placement.rank}.json").write_text(json.dumps(found))
+            free_memory()
             assert timeouts() == {timedelta(minutes=7)}, (job, timeouts())
             torch.distributed.barrier()
         parallel_state.destroy_model_parallel()

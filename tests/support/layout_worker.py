@@ -4,6 +4,7 @@ Arguments: a JSON file with the cases (name -> configuration overrides) and the 
 cases of one layout share the process groups: core never destroys them, and each keeps gloo threads alive.
 """
 
+import gc
 import itertools
 import json
 import sys
@@ -50,6 +51,8 @@ def configure(overrides: dict) -> Config:
         "data.sequence_length": LENGTH,
         "data.path": "none",
         "precision.name": "fp32",
+        "attention.impl": "reference",
+        "engine.layer_spec": "local",
         "training.steps": 1,
         "training.global_batch_tokens": ROWS * LENGTH,
     }
@@ -200,6 +203,13 @@ def run_case(name: str, config: Config, placement: Placement, out: Path) -> None
     torch.save(part, out / f"{name}.{placement.rank}.pt")
 
 
+def free_memory() -> None:
+    """Returns a case's memory to the GPU, on which other ranks may run."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def run_cases(
     run_case: Callable[[str, Config, Placement, Path], None], prepare: Callable[[Placement], None] = lambda _: None
 ) -> None:
@@ -212,6 +222,7 @@ def run_cases(
         prepare(placement)
         for name in names:
             run_case(name, configs[name], placement, out)
+            free_memory()
         dist.barrier()
         parallel_state.destroy_model_parallel()
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = Path(__file__).resolve().parent
+ON_GPUS = os.environ.get("SSA_TEST_ON_GPUS") == "1"  # `make test-ranks`: workers compute on GPUs and talk by NCCL
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     ["torch", "hydra", "ssa_pretrain.settings.compose", "ssa_pretrain.trainer", "ssa_pretrain.engine.megatron.engine"]
@@ -53,10 +54,15 @@ def environment() -> dict[str, str]:
 
 def run_workers(script: Path, world_size: int, *arguments: str, timeout: float = 600.0) -> None:
     """Runs `script` in `world_size` processes that can find each other; fails with the output of the first process that fails."""
+    if ON_GPUS:
+        from support import gpu_ranks
+
+        return gpu_ranks.run([str(script), *arguments], world_size, timeout=timeout)
     for ended in run_ranks([str(script), *arguments], ranks(world_size), timeout=timeout):
         if ended.code:
             output = (ended.stdout + ended.stderr)[-6000:]
             raise AssertionError(f"a worker of {world_size} ended with exit code {ended.code}:\n{output}")
+    return None
 
 
 def ranks(world_size: int) -> list[dict[str, str]]:

@@ -62,6 +62,7 @@ SIZES = {
             "model=tiny",
             "model.vocab_size=512",
             "attention.top_k=2",
+            "attention.impl=reference",
             "precision=fp32",
         ),
         lengths={"8k": 64, "32k": 128},
