@@ -1,6 +1,6 @@
 """Runs the ranks of a layout on this machine's GPUs, of which several ranks may share one.
 
-    PYTHONPATH=.:kernels:tests python -m support.gpu_ranks 4 -m ssa_pretrain.train experiment=ssa_1b_8k parallel.tp=2 …
+    PYTHONPATH=.:kernels:tests python tests/support/gpu_ranks.py 4 -m ssa_pretrain.train experiment=ssa_1b_8k parallel.tp=2 …
 
 NCCL refuses two ranks of one host on one GPU. Where there are fewer GPUs than ranks, each rank therefore is a node of its own (NCCL_HOSTID), and
 messages go through the loopback. So one GPU runs every layout with the real kernels and collectives; how fast, means nothing. Ranks of different
