@@ -108,20 +108,33 @@ def missing(name: str, world: int) -> str:
     return ""
 
 
+def run(world: int, folder: Path) -> None:
+    """Runs the cases of a number of ranks in one set of processes."""
+    listing = folder / f"cases{world}.json"
+    listing.write_text(json.dumps({name: case for name, case in CASES[world].items() if not missing(name, world)}))
+    gpu_ranks.run([str(WORKER), str(listing), str(folder)], world, timeout=800)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Runs all cases, one set of processes per number of ranks, and returns the folder of their results."""
-    out = tmp_path_factory.mktemp("layouts")
-    for world, listed in CASES.items():
-        listing = out / f"cases{world}.json"
-        listing.write_text(json.dumps({name: case for name, case in listed.items() if not missing(name, world)}))
-        gpu_ranks.run([str(WORKER), str(listing), str(out)], world, timeout=800)
-    return out
+def one_rank(tmp_path_factory) -> Path:
+    """Returns the folder of the results, those of one rank."""
+    folder = tmp_path_factory.mktemp("layouts")
+    run(1, folder)
+    return folder
 
 
-@pytest.mark.parametrize(("world", "name"), [(world, name) for world in LAYOUTS for name in CASES[world]])
-def test_ranks_equal_one(folder, world, name):
-    if what := missing(name, world):
+@pytest.fixture(scope="module")
+def folder(request, one_rank) -> Path:
+    """Returns the folder of the results, those of so many ranks among them."""
+    run(request.param, one_rank)
+    return one_rank
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [(world, name) for world in LAYOUTS for name in CASES[world]], indirect=["folder"]
+)
+def test_ranks_equal_one(request, folder, name):
+    if what := missing(name, request.node.callspec.params["folder"]):
         pytest.skip(f"needs {what}")
     _, precision, stream = name.split(".")
     if precision == "fp32":
