@@ -195,7 +195,7 @@ def test_alignment_contributes_to_every_gradient(results, stream):
 
 @pytest.mark.parametrize("layout", ["single", "single_of_8"])
 def test_streams_differ_and_both_are_drawn(results, layout):
-    """Otherwise a layout with drawn streams would not prove that it runs both in each step."""
+    """Otherwise a layout with drawn streams would not prove that it runs both in a step."""
     full, sparse, drawn = (results[f"{layout}.plain.{stream}"]["parameters"] for stream in STREAMS)
     for one, other in ((full, sparse), (full, drawn), (sparse, drawn)):
         key = "decoder.layers.0.self_attention.linear_qkv.weight"

@@ -48,6 +48,7 @@ ATTENTION = {
     ),
     "nsa": AttentionConfig(method=Method.nsa, score=Score.compressed),
 }
+assert {attention.method for attention in ATTENTION.values()} == set(Method)
 
 
 def cases() -> dict[str, Config]:

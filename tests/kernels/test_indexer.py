@@ -195,6 +195,18 @@ def test_a_block_without_any_score_has_a_finite_loss_and_gradient(impl):
     assert 20 < float(loss) < 1e4 and all(bool(grad.isfinite().all()) for grad in grads)
 
 
+@pytest.mark.parametrize("index_heads", [1, 2])
+def test_large_scores_of_queries_without_a_choice_have_no_gradient(index_heads, monkeypatch):
+    """The gradients' tile has all queries, a tile of the masses half of them: the first half, which can choose nothing, is written by none."""
+    monkeypatch.setattr("ssa_kernels.indexer.launch._gradient_rows", lambda *_: 128)
+    iq, ik, q, k = make(index_heads=index_heads, heads=2, kv_heads=1, tokens=64)
+    iq, ik = (100.0 * iq).requires_grad_(), ik.requires_grad_()
+    loss, _ = index_loss(iq, ik, q, k, block_size=16, top_k=2, cu_seqlens=torch.tensor([0, 64]), impl="triton")
+    grads = torch.autograd.grad(loss, (iq, ik))
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert not grads[0][:32].any() and grads[0][32:].any()
+
+
 def test_documents_do_not_mix_and_nobody_sees_the_future():
     iq, ik, q, k = make()
     common = {"block_size": BLOCK, "top_k": TOP_K, "cu_seqlens": torch.tensor(BOUNDS)}

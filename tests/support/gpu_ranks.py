@@ -2,12 +2,14 @@
 
     PYTHONPATH=.:kernels:tests python tests/support/gpu_ranks.py 4 -m ssa_pretrain.train experiment=ssa_1b_8k parallel.tp=2 …
 
-NCCL refuses two ranks of one host on one GPU. Where there are fewer GPUs than ranks, each rank therefore is a node of its own (NCCL_HOSTID), and
-messages go through the loopback. So one GPU runs every layout with the real kernels and collectives; how fast, means nothing. Ranks of different
-processes take turns on a GPU unless its MPS daemon runs (`nvidia-cuda-mps-control -d`), which is faster.
+NCCL refuses two ranks of one host on one GPU. Where there are fewer GPUs than ranks, each rank therefore passes for a node of its own (NCCL_HOSTID),
+and messages go through the loopback. So one GPU runs every layout with the real kernels and collectives, except user buffers
+(`engine.overlap_tp`); how fast, means nothing. Ranks take turns on a GPU unless its MPS daemon runs (`nvidia-cuda-mps-control -d`), which is faster.
+The output appears at the end: rank 0's, or that of the first rank that failed. Without a GPU the ranks compute on CPUs.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from support.processes import ROOT, free_port
+from support.processes import ROOT
+from support.processes import ranks as ranks_of_one_node
 
 GRACE_SECONDS = 10.0  # for the other ranks after one has failed: they may wait for it in a collective
 POLL_SECONDS = 0.1
@@ -27,16 +30,20 @@ def are_shared(world_size: int) -> bool:
     return torch.cuda.device_count() < world_size
 
 
+def without_gpu() -> bool:
+    """Returns whether the ranks would compute on CPUs."""
+    return not torch.cuda.is_available()
+
+
 def ranks(world_size: int) -> list[dict[str, str]]:
     """Returns the variables of each rank: a GPU of its own, or as a node of its own a GPU that others use too."""
-    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    found = ranks_of_one_node(world_size)
     if not are_shared(world_size):
-        return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-    common |= {"LOCAL_RANK": "0", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
-    gpus = _visible()
+        return found
+    node, gpus = {"LOCAL_RANK": "0", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}, _visible()
     return [
-        common | {"RANK": str(rank), "NCCL_HOSTID": f"node{rank}", "CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]}
-        for rank in range(world_size)
+        rank | node | {"NCCL_HOSTID": f"node{number}", "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+        for number, rank in enumerate(found)
     ]
 
 
@@ -50,6 +57,8 @@ def run(command: list[str], world_size: int, *, timeout: float) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         for rank, code, text in _run(command, ranks(world_size), Path(folder), timeout):
+            if code is None:
+                raise AssertionError(f"rank {rank} of {world_size} did not end in {timeout} s:\n{text[-6000:]}")
             if code:
                 raise AssertionError(
                     f"a worker of {world_size} ended with exit code {code}, rank {rank}:\n{text[-6000:]}"
@@ -58,8 +67,8 @@ def run(command: list[str], world_size: int, *, timeout: float) -> None:
 
 def _run(
     command: list[str], variables: list[dict[str, str]], folder: Path, timeout: float
-) -> list[tuple[int, int, str]]:
-    """Returns rank, exit code and output of every rank in the order in which they ended, those that had to be killed at the end."""
+) -> list[tuple[int, int | None, str]]:
+    """Returns rank, exit code and output of every rank in the order in which they ended; at the end those that had to be killed, without a code."""
     deadline, running, ended = time.monotonic() + timeout, {}, []
     try:
         for rank, own in enumerate(variables):
@@ -77,7 +86,7 @@ def _run(
         for process in running.values():
             process.kill()
             process.wait()
-    ended += [(rank, process.returncode) for rank, process in running.items()]
+    ended += [(rank, None) for rank in running]
     return [(rank, code, (folder / str(rank)).read_text(errors="replace")) for rank, code in ended]
 
 
@@ -91,17 +100,19 @@ def _environment() -> dict[str, str]:
 def _visible() -> list[str]:
     """Returns the GPUs' names as CUDA_VISIBLE_DEVICES takes them; one empty name without a GPU."""
     listed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return listed or [str(index) for index in range(torch.cuda.device_count())] or [""]
+    count = torch.cuda.device_count()
+    return listed[:count] or [str(index) for index in range(count)] or [""]
 
 
 def main() -> int:
     """Runs a command, prints rank 0's output, or that of the first rank that failed, and returns its exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exception, so that the ranks end too
     world_size, command = int(sys.argv[1]), sys.argv[2:]
     with tempfile.TemporaryDirectory() as folder:
         ended = _run(command, ranks(world_size), Path(folder), float("inf"))
     _, code, text = next((one for one in ended if one[1]), min(ended))
     print(text)
-    return code
+    return 1 if code is None else code
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def run_workers(script: Path, world_size: int, *arguments: str, timeout: float =
     if ON_GPUS:
         from support import gpu_ranks
 
+        assert not gpu_ranks.without_gpu(), "SSA_TEST_ON_GPUS=1 (make test-ranks) needs a GPU that torch can use"
         return gpu_ranks.run([str(script), *arguments], world_size, timeout=timeout)
     for ended in run_ranks([str(script), *arguments], ranks(world_size), timeout=timeout):
         if ended.code:

@@ -4,7 +4,7 @@ For query t, kv head g and a block c of t's document up to its own, over the gro
 
     mass[t, g, c] = ln of the mean over h of  sum over the keys s <= t of block c of 2^(x[h, s] - lse[t, h]),   lse[t, h] = log2 sum over s <= t of 2^x[h, s]
 
-One program per (tile of 128 / padded group_size tokens, kv head) walks its keys twice: a running maximum and sum for lse, then the sums by block.
+One program per (tile of 64 or 128 / padded group_size tokens, kv head) walks its keys twice: a running maximum and sum for lse, then the sums by block.
 Rows of the product are (token, head) pairs, columns the keys of one or several whole block rows, so a block's sum is a reshape away. Two products
 of T^2 / 2 x D per head, about what full attention's forward costs; nothing of size T x T exists. Order of sums is fixed: deterministic.
 
