@@ -133,10 +133,13 @@ def test_ctrl_c_stops_a_single_process_with_a_checkpoint_and_one_line(corpus, tm
     ],
 )
 def test_signal_during_start_up_exits_at_once_with_one_line(tmp_path, module, name, code, sentence):
-    """Modules `hydra` and `yaml` that sleep replace slow storage, so the command waits in its first import."""
+    """Modules `hydra` and `yaml` that sleep replace slow storage, so the command waits in its first import.
+
+    They sleep in short naps: Python handles a signal that comes right before a sleep only after it.
+    """
     for library in ("hydra", "yaml"):
         (tmp_path / library).mkdir()
-        source = "import sys, time\nprint('importing', flush=True)\ntime.sleep(600)\n"
+        source = "import sys, time\nprint('importing', flush=True)\n[time.sleep(0.1) for _ in range(6000)]\n"
         (tmp_path / library / "__init__.py").write_text(source)
     path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
     with subprocess.Popen(
