@@ -5,6 +5,7 @@
 NCCL refuses two ranks of one host on one GPU. Where there are fewer GPUs than ranks, each rank therefore passes for a node of its own (NCCL_HOSTID),
 and messages go through the loopback. So one GPU runs every layout with the real kernels and collectives, except user buffers
 (`engine.overlap_tp`); how fast, means nothing. Ranks take turns on a GPU unless its MPS daemon runs (`nvidia-cuda-mps-control -d`), which is faster.
+Under MPS the failure of one job can end others on the same GPU.
 The output appears at the end: rank 0's, or that of the first rank that failed. Without a GPU the ranks compute on CPUs.
 """
 
