@@ -35,9 +35,8 @@ def load_by_core(folder: Path, engine) -> None:
     shards = loaded["optimizer"].pop("param_state")
     engine.optimizer.load_state_dict(loaded["optimizer"])
     (inner,) = checkpoint.inner_optimizers(engine.optimizer)
-    steps = [
-        (state, state.pop("step").clone()) for state in inner.state.values() if "step" in state
-    ]  # core takes it for a shard
+    # Core takes it for a shard. Transformer Engine's optimizer keeps it elsewhere.
+    steps = [(state, state.pop("step").clone()) for state in inner.state.values() if "step" in state]
     engine.optimizer.chained_optimizers[0].load_parameter_state_from_fully_reshardable(shards)
     for state, step in steps:
         state["step"] = step

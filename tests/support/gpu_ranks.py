@@ -27,13 +27,8 @@ POLL_SECONDS = 0.1
 
 
 def are_shared(world_size: int) -> bool:
-    """Returns whether some ranks share a GPU."""
+    """Returns whether there are fewer GPUs than ranks."""
     return torch.cuda.device_count() < world_size
-
-
-def without_gpu() -> bool:
-    """Returns whether the ranks would compute on CPUs."""
-    return not torch.cuda.is_available()
 
 
 def ranks(world_size: int) -> list[dict[str, str]]:

@@ -57,13 +57,13 @@ def run_workers(script: Path, world_size: int, *arguments: str, timeout: float =
     if ON_GPUS:
         from support import gpu_ranks
 
-        assert not gpu_ranks.without_gpu(), "SSA_TEST_ON_GPUS=1 (make test-ranks) needs a GPU that torch can use"
-        return gpu_ranks.run([str(script), *arguments], world_size, timeout=timeout)
+        assert not gpu_ranks.are_shared(1), "SSA_TEST_ON_GPUS=1 (make test-ranks) needs a GPU that torch can use"
+        gpu_ranks.run([str(script), *arguments], world_size, timeout=timeout)
+        return
     for ended in run_ranks([str(script), *arguments], ranks(world_size), timeout=timeout):
         if ended.code:
             output = (ended.stdout + ended.stderr)[-6000:]
             raise AssertionError(f"a worker of {world_size} ended with exit code {ended.code}:\n{output}")
-    return None
 
 
 def ranks(world_size: int) -> list[dict[str, str]]:

@@ -152,9 +152,8 @@ def loss_triton(
         torch.zeros(x.shape, dtype=torch.float32, device=device) if with_gradients else None for x in (iq, ik)
     )
     sums = torch.zeros(iq.shape[:2], dtype=torch.float32, device=device)
-    lse = torch.full_like(
-        sums, -NOTHING
-    )  # a tile of the gradients can have queries whose tile of the masses writes nothing
+    # A tile of the gradients can have queries whose tile of the masses writes nothing: they see nothing.
+    lse = torch.full_like(sums, -NOTHING)
     ranges = _later_queries(layout) if with_gradients else None
     chunk, target_lse = min(_queries_per_chunk(kv_heads * columns), tokens), None
     single = iq.shape[1] == kv_heads
